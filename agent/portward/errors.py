@@ -1,0 +1,40 @@
+"""The mistakes and failures that portward tells its operator about, each in one line.
+
+A `PortwardError` is somebody's mistake or a broken surrounding, never a bug of ours: the CLI prints it
+on stderr in one line and exits with its `exit_code`. Anything else that is raised is a bug and shows
+its traceback.
+"""
+
+from __future__ import annotations
+
+
+class PortwardError(Exception):
+    """A failure with a text for the operator; `exit_code` is 1: refused, or not found."""
+
+    exit_code = 1
+
+
+class InputError(PortwardError):
+    """What an operator wrote is wrong: names file, line, field and what would be right. Exit code 2."""
+
+    exit_code = 2
+
+    def __init__(
+        self, problem: str, *, file: str | None = None, line: int | None = None, field: str | None = None
+    ) -> None:
+        """`file` as the operator named it, `line` counted from 1, `field` as a path (`attachments[3].address`)."""
+        self.problem, self.file, self.line, self.field = problem, file, line, field
+        place = f"{file}:{line}" if file and line else file
+        super().__init__(": ".join(part for part in (place, field, problem) if part))
+
+
+class StoreError(PortwardError):
+    """The policy store cannot be read or written."""
+
+
+class ConflictError(StoreError):
+    """Somebody else changed the store between our read and our write; nothing was written."""
+
+
+class KernelError(PortwardError):
+    """The kernel refuses what portward needs: a missing feature, a missing privilege, a taken queue."""

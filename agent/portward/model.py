@@ -1,0 +1,115 @@
+"""The nouns of the policy, as frozen values: subscription, attachment, exemption, reason.
+
+They are what the store keeps (as JSON), what operators write (as YAML or JSON) and what `decide()` takes.
+Parsed once, at the edge; unknown fields are refused there. Instants are aware datetimes in UTC.
+"""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TypeAlias
+from uuid import UUID
+
+import msgspec
+
+Address: TypeAlias = IPv4Address | IPv6Address
+Network: TypeAlias = IPv4Network | IPv6Network
+
+
+class Standing(StrEnum):
+    """How the provider sees the subscription's account."""
+
+    GOOD = "good"
+    PAST_DUE = "past-due"
+    DISABLED = "disabled"
+
+
+class Workload(StrEnum):
+    """What sends: a virtual machine, or a platform service (a managed firewall, say)."""
+
+    VM = "vm"
+    PAAS = "paas"
+
+
+class Mode(StrEnum):
+    """Whether a verdict is carried out, or only worked out and counted."""
+
+    ENFORCE = "enforce"
+    OBSERVE = "observe"
+
+
+class ExemptionState(StrEnum):
+    """The latest state of an exemption."""
+
+    REQUESTED = "requested"
+    GRANTED = "granted"
+    REJECTED = "rejected"
+    REVOKED = "revoked"
+
+
+class Reason(StrEnum):
+    """Why a source may or may not send. Fixed: tools rely on these codes."""
+
+    ALLOWED_OFFER = "allowed-offer"
+    ALLOWED_GRANDFATHERED = "allowed-grandfathered"
+    ALLOWED_EXEMPT = "allowed-exempt"
+    ALLOWED_INTERNAL = "allowed-internal"
+    DENIED_NOT_EXEMPT = "denied-not-exempt"
+    DENIED_INELIGIBLE = "denied-ineligible"
+    DENIED_PENDING = "denied-pending"
+    DENIED_REJECTED = "denied-rejected"
+    DENIED_REVOKED = "denied-revoked"
+    DENIED_RESTART_REQUIRED = "denied-restart-required"
+    DENIED_PAAS = "denied-paas"
+    DENIED_DISABLED = "denied-disabled"
+    DENIED_UNKNOWN_SOURCE = "denied-unknown-source"
+
+    @property
+    def allows(self) -> bool:
+        """True where a source with this reason may open connections."""
+        return self.value.startswith("allowed-")
+
+
+class Subscription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who pays. `created` is a UTC date; `offer` is an id that the preset knows."""
+
+    id: UUID
+    offer: str
+    created: date
+    name: str = ""
+    standing: Standing = Standing.GOOD
+    payment_history: bool = False
+    mode: Mode = Mode.ENFORCE
+
+
+class Attachment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A source behind the gateway: a segment (interface name) and an address or prefix in it.
+
+    `started` is when the workload was last started; None where nobody has said.
+    """
+
+    segment: str
+    address: Network
+    subscription: UUID
+    workload: Workload = Workload.VM
+    started: datetime | None = None
+
+
+class Exemption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The latest state of a subscription's permission to send; there is one for each subscription.
+
+    `decided` is when it was granted, rejected or revoked; a grant counts until `until`, for ever if None.
+    """
+
+    subscription: UUID
+    state: ExemptionState
+    requested: datetime | None = None
+    decided: datetime | None = None
+    until: datetime | None = None
+    by: str = ""
+    justification: str = ""
+
+
+Record: TypeAlias = Subscription | Attachment | Exemption
