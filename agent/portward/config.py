@@ -1,0 +1,151 @@
+"""portward.toml → one frozen value. Every key, its default and its bounds stand here and nowhere else.
+
+Only `segments` and `uplinks` have no default. A key that is not listed here is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from portward.documents import read_toml
+from portward.errors import InputError
+from portward.model import Mode
+
+DEFAULT_PATH: Final = Path("/etc/portward/portward.toml")
+
+# What the kernel takes as an interface name (dev_valid_name in net/core/dev.c), then one wildcard at the end.
+_INTERFACE: Final = re.compile(r"[^\s/:*\"]{1,15}|[^\s/:*\"]{0,14}\*")
+_ADDRESS: Final = re.compile(r"(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
+
+Seconds = Annotated[int, Meta(ge=1, le=86_400)]
+Rate = Annotated[int, Meta(ge=1, le=10_000_000)]
+Size = Annotated[int, Meta(ge=16, le=4_194_304)]
+
+
+class OnAgentDown(StrEnum):
+    """What becomes of unknown sources while no agent runs: dropped, or let pass."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+
+
+class Refusal(StrEnum):
+    """How a denied packet is answered: not at all, or with a TCP reset."""
+
+    DROP = "drop"
+    REJECT = "reject"
+
+
+class Queue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[queue]`: the way of unremembered sources to the workers. Rates are in packets a second."""
+
+    first: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    length: Annotated[int, Meta(ge=1, le=65_536)] = 4_096
+    segment_rate: Rate = 5_000
+    segment_burst: Rate = 1_000
+    rate: Rate = 20_000
+    burst: Rate = 4_000
+
+
+class Verdicts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[verdicts]`: how a source is refused, what is only observed, and what the kernel remembers how long."""
+
+    refuse_with: Refusal = Refusal.DROP
+    observe: tuple[str, ...] = ()
+    allow_seconds: Seconds = 60
+    deny_seconds: Seconds = 60
+    unknown_seconds: Seconds = 10
+    sources: Size = 65_536
+    unknown_sources: Size = 16_384
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[metrics]`: where Prometheus scrapes (empty: nowhere), and whether by subscription too."""
+
+    address: str = "127.0.0.1:9125"
+    subscriptions: bool = True
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole configuration. `segments` and `uplinks` are interface names, `*` allowed at their end."""
+
+    segments: Annotated[tuple[str, ...], Meta(min_length=1)]
+    uplinks: Annotated[tuple[str, ...], Meta(min_length=1)]
+    store: str = "sqlite:/var/lib/portward/portward.db"
+    table: Path = Path("/var/cache/portward")
+    preset: str = "azure-2020"
+    mode: Mode = Mode.ENFORCE
+    on_agent_down: OnAgentDown = OnAgentDown.CLOSED
+    queue: Queue = Queue()
+    verdicts: Verdicts = Verdicts()
+    metrics: Metrics = Metrics()
+
+    def segment(self, interface: str) -> bool:
+        """Whether an interface is a segment."""
+        return matches(self.segments, interface)
+
+    def observes(self, interface: str) -> bool:
+        """Whether a segment is only observed, by `mode` or by `verdicts.observe`."""
+        return self.mode is Mode.OBSERVE or matches(self.verdicts.observe, interface)
+
+    def metrics_address(self) -> tuple[str, int] | None:
+        """Host and port of the metrics, None where they are switched off."""
+        found = _ADDRESS.fullmatch(self.metrics.address)
+        return (found["host"].strip("[]"), int(found["port"])) if found else None
+
+
+def matches(patterns: tuple[str, ...], interface: str) -> bool:
+    """Whether an interface name is one of the patterns (a name, or its beginning and `*`)."""
+    return any(
+        interface.startswith(pattern[:-1]) if pattern.endswith("*") else interface == pattern
+        for pattern in patterns
+    )
+
+
+def load(path: Path) -> Config:
+    """Reads portward.toml; raises InputError with file, line, field and what would be right."""
+    config = read_toml(path, Config)
+    for field, problem in _problems(config):
+        raise InputError(problem, file=str(path), field=field)
+    return config
+
+
+def _problems(config: Config) -> list[tuple[str, str]]:
+    """What is wrong beyond types and bounds: (field, what would be right)."""
+    found = []
+    for field, patterns in (
+        ("segments", config.segments), ("uplinks", config.uplinks), ("verdicts.observe", config.verdicts.observe),
+    ):  # fmt: skip
+        for place, pattern in enumerate(patterns):
+            if not _INTERFACE.fullmatch(pattern):
+                found.append((
+                    f"{field}[{place}]",
+                    f"{pattern!r} is no interface name: up to 15 characters without space, '/' or ':', "
+                    "a '*' only at the end",
+                ))  # fmt: skip
+    for uplink in config.uplinks:
+        if matches(config.segments, uplink) or any(_overlap(uplink, segment) for segment in config.segments):
+            found.append(("uplinks", f"{uplink!r} is also a segment: mail that comes in would be judged"))
+    for pattern in config.verdicts.observe:
+        if not any(_overlap(pattern, segment) for segment in config.segments):
+            found.append(("verdicts.observe", f"{pattern!r} is none of the segments"))
+    if config.metrics.address and config.metrics_address() is None:
+        found.append(("metrics.address", f"{config.metrics.address!r} is no HOST:PORT like 127.0.0.1:9125"))
+    if config.queue.first + config.queue.workers > 65_536:
+        found.append(("queue.workers", "queue.first + queue.workers must not go beyond queue 65535"))
+    return found
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether some name matches both patterns."""
+    stems = [pattern.removesuffix("*") for pattern in (one, other)]
+    return matches((one,), stems[1]) or matches((other,), stems[0]) or (
+        one.endswith("*") and other.endswith("*") and (stems[0].startswith(stems[1]) or stems[1].startswith(stems[0]))
+    )

@@ -1,0 +1,236 @@
+"""A gateway's work, step by step: store, links and ruleset on the one side, table and kernel on the other.
+
+Each method is one step and runs to its end. They are to be called on one thread: so no two changes ever meet
+in the table or in the kernel. Nothing here waits for anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import datetime
+
+from portward.config import Config, Refusal
+from portward.errors import KernelError, StoreError
+from portward.gateway import ruleset, xtables
+from portward.gateway.counts import Counts, Owner
+from portward.gateway.enforcement import Enforcement
+from portward.gateway.keeper import Keeper
+from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.links import Links
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.model import Mode
+from portward.policy.preset import Preset
+from portward.store import open_store
+from portward.store.protocol import Store
+from portward.table.follower import Follower
+from portward.table.writer import Answers, Committed, Writer, utc_now
+
+_log = logging.getLogger("portward")
+
+
+def answers(config: Config) -> Answers:
+    """What the configuration says of every verdict."""
+    return Answers(config.mode is Mode.OBSERVE, config.verdicts.refuse_with is Refusal.REJECT)
+
+
+class Core:
+    """The gateway of one network namespace."""
+
+    def __init__(self, config: Config, preset: Preset) -> None:
+        """Opens kernel and table; changes nothing in the kernel. Raises KernelError or TableError."""
+        self.config, self.preset = config, preset
+        self._nft = Nft()
+        self._netlink = NfNetlink()
+        self._ask_privilege()
+        self.native = xtables.has_native_queue(self._nft)
+        self._learned = Learned(self._nft, self._netlink)
+        self.keeper = Keeper(self._nft, self._netlink, self._learned)
+        self._writer = Writer(config.table, preset, answers(config))
+        self._reader = self._writer.reader()
+        self._subscriptions: dict[int, str] = {}
+        self.counts = Counts(self._owner)
+        self._enforcement = Enforcement(self.keeper, self._learned, self._want, self._count_last)
+        self._store: Store | None = None
+        self._follower: Follower | None = None
+        self._links = Links({}, frozenset())
+        self.changes = 0
+        self.store_errors = 0
+        self.store_error = ""
+        self.store_read: float | None = None
+
+    def close(self) -> None:
+        """Closes table, store and sockets; ruleset and remembered verdicts stay in the kernel."""
+        self._writer.close()
+        self._netlink.close()
+        if self._store is not None:
+            self._store.close()
+
+    # --- the start, in this order ---
+
+    def first_policy(self) -> None:
+        """Brings the table up to the store. Where the store is not to be had, the table of an earlier run
+        stands; without one there is nothing to enforce: raises StoreError."""
+        try:
+            self._sync()
+        except StoreError as error:
+            head = self._writer.head()
+            if head is None or not any(head.store):
+                raise
+            _log.error("the last known policy, revision %d, stays in force: %s", head.revision, error)
+        self._writer.settle(now=utc_now())
+
+    def first_links(self, links: Links) -> None:
+        """Says which interfaces are segments, before the ruleset is there."""
+        self._put_links(links)
+
+    def load(self) -> None:
+        """Loads the ruleset; from here on the gateway enforces. Raises KernelError."""
+        if not self._enforcement.start(self.generation):
+            _log.info("sources are asked about anew: what the kernel remembered is not of this table")
+
+    # --- and then, again and again ---
+
+    def sync(self) -> bool:
+        """Takes in what is new in the store and enforces it; False where nothing was or could be."""
+        try:
+            committed = self._sync()
+        except StoreError as error:
+            self.store_errors += 1
+            if str(error) != self.store_error:
+                _log.error("the last known policy stays in force: %s", error)
+            self.store_error = str(error)
+            self._forget_store()
+            return False
+        if committed is not None:
+            self._enforcement.enforce(committed)
+        return committed is not None
+
+    def links_changed(self, links: Links) -> None:
+        """Follows interfaces that came, went or changed their index."""
+        self._enforcement.enforce(self._put_links(links))
+
+    def settle(self, now: datetime) -> None:
+        """Enforces what changes by itself: grants that end."""
+        self._enforcement.enforce(self._writer.settle(now=now))
+
+    def check(self) -> None:
+        """Puts the ruleset back where somebody has changed it."""
+        self._enforcement.check(self.generation)
+
+    def reload(self, config: Config, preset: Preset) -> None:
+        """Takes another configuration and enforces it; raises KernelError, and then nothing has changed."""
+        before = self.config, self.preset
+        self.config, self.preset = config, preset
+        try:
+            self._nft.check(ruleset.replacement(self._want(), (), same_definitions=True))
+        except KernelError:
+            self.config, self.preset = before
+            raise
+        self._writer.preset, self._writer.answers = preset, answers(config)
+        settled = self._writer.settle(now=utc_now())
+        linked = self._put_links(self._links)
+        self.keeper.load(self._want())
+        self._enforcement.enforce(settled)
+        self._enforcement.enforce(linked)
+
+    def count(self) -> None:
+        """Adds up what the kernel has counted since the last time."""
+        self.counts.take_all(self._learned.elements(), time.monotonic())
+
+    # --- what they are made of ---
+
+    @property
+    def generation(self) -> int:
+        """The generation of the policy table."""
+        head = self._writer.head()
+        return 0 if head is None else head.generation
+
+    @property
+    def revision(self) -> int:
+        """The revision of the store that the table stands at."""
+        head = self._writer.head()
+        return 0 if head is None else head.revision
+
+    @property
+    def refused(self) -> int:
+        """Records of the store that could not be read."""
+        return 0 if self._follower is None else self._follower.refused
+
+    def next_expiry(self) -> datetime | None:
+        """When `settle` is next due."""
+        return self._writer.next_expiry()
+
+    def bell(self) -> int | None:
+        """A descriptor that can be read when the store has changed; None while there is no store."""
+        return None if self._store is None else self._store.fileno()
+
+    def segments(self) -> dict[int, str]:
+        """The interfaces that are segments: index → name."""
+        return {index: name for index, name in self._links.names.items() if self.config.segment(name)}
+
+    def limited(self) -> dict[str, int]:
+        """Packets refused beyond a segment's rate, by segment."""
+        names = self._links.names
+        return {names.get(index, str(index)): packets for index, packets in self._learned.limited().items()}
+
+    def screen(self) -> dict[str, int]:
+        """The named counters of the ruleset."""
+        return self._netlink.counters(ruleset.TABLE)
+
+    def sizes(self) -> tuple[int, int]:
+        """Attachments and subscriptions in the table."""
+        return self._reader.counts()
+
+    def _ask_privilege(self) -> None:
+        try:
+            self._nft.check(f"add table {ruleset.FAMILY_TABLE}\n")
+        except KernelError as error:
+            raise KernelError(f"the kernel takes no ruleset from this process (root or CAP_NET_ADMIN?): {error}") from None
+
+    def _want(self) -> ruleset.Wanted:
+        state = ruleset.State(self.generation, synced=self._learned.synced() == self.generation)
+        return ruleset.wanted(self.config, self.preset, native=self.native, state=state)
+
+    def _sync(self) -> Committed | None:
+        if self._store is None:
+            self._store = open_store(self.config.store)
+            self._follower = Follower(self._store, self._writer)
+        assert self._follower is not None  # noqa: S101 # made with the store
+        self._store.drain()
+        committed = self._follower.step(utc_now())
+        self.store_read, self.store_error = time.monotonic(), ""
+        if committed is not None:
+            self.changes += 1
+            self._subscriptions.clear()
+        return committed
+
+    def _forget_store(self) -> None:
+        if self._store is not None:
+            self._store.close()
+        self._store = None
+
+    def _put_links(self, links: Links) -> Committed:
+        self._links = links
+        segments = self.segments()
+        self._enforcement.links = {name: index for index, name in segments.items()}
+        want = {index: (name, self.config.observes(name)) for index, name in segments.items()}
+        return self._writer.put_links(want, touched=links.touched, now=utc_now())
+
+    def _count_last(self, elements: list[Element]) -> None:
+        self.counts.take_last(elements, time.monotonic())
+
+    def _owner(self, source: Source) -> Owner | None:
+        found = self._reader.owner(source.index, source.address)
+        if found is None:
+            return None
+        link, entry = found
+        return Owner(link.name, "" if entry is None else self._subscription(entry.subscription))
+
+    def _subscription(self, number: int) -> str:
+        known = self._subscriptions.get(number)
+        if known is None:
+            account = self._reader.account(number)
+            known = self._subscriptions[number] = "" if account is None else str(account.id)
+        return known

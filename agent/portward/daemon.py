@@ -1,0 +1,233 @@
+"""The daemon, and the only composition root: workers, core, links, metrics and signals, wired together.
+
+    store ─► Follower ─► Writer (decide) ─► Enforcement (epoch, then forget)
+    links ─────────────► Writer ──────────► Enforcement
+    each quarter of a second: is the ruleset still the one that was loaded?
+
+These are the steps of `Core`, and they run on one thread of their own; the asyncio loop beside it only waits:
+for sockets, processes, signals and time. Stopping (SIGTERM) leaves ruleset and remembered verdicts in the
+kernel: nothing opens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeVar
+
+
+from portward import config as configuration
+from portward import metrics, report
+from portward.config import Config
+from portward.core import Core
+from portward.errors import PortwardError
+from portward.gateway import workers
+from portward.gateway.links import Links, follow
+from portward.gateway.workers import Worker
+from portward.notify import notify, watchdog_seconds
+from portward.policy import preset as presets
+from portward.runtime import Runtime
+
+_CHECK_SECONDS: Final = 0.25
+_COUNT_SECONDS: Final = 5.0
+# The store's bell wakes at once; the poll is for a store that changed without it, or came back.
+_POLL_SECONDS: Final = 1.0
+# Changes of these take another process: sockets and files are opened at the start.
+_FIXED: Final = ("store", "table", "queue", "metrics")
+
+_log = logging.getLogger("portward")
+_T = TypeVar("_T")
+
+
+class Daemon:
+    """One running gateway."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        """`path` is where `config` was read, and is read again on SIGHUP."""
+        self._path, self._config = path, config
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="core")
+        self._stopping = asyncio.Event()
+        self._reload = asyncio.Event()
+        self._bell = asyncio.Event()
+        self._snapshot = metrics.Snapshot()
+        self._reload_failed = False
+        self._started = time.time()
+        self._core: Core
+        self._workers: list[Worker] = []
+
+    async def run(self) -> None:
+        """Runs until SIGTERM or SIGINT. Raises PortwardError where the gateway cannot begin; then nothing has
+        been loaded."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._thread.shutdown)
+            await self._open(stack)
+            links = follow()
+            stack.push_async_callback(links.aclose)
+            await self._step(self._core.first_policy)
+            first = await anext(links)
+            await self._step(lambda: self._core.first_links(first))
+            await asyncio.gather(*(worker.start() for worker in self._workers))
+            await self._step(self._core.load)
+            self._tell_ready(first)
+            await self._serve(links)
+        _log.info("stopped; ruleset and remembered verdicts stay in force")
+
+    async def _open(self, stack: contextlib.AsyncExitStack) -> None:
+        """Takes all that can be taken by somebody else: lock, address, kernel, queues."""
+        runtime = Runtime(self._config.table)
+        stack.callback(runtime.close)
+        self._runtime = runtime
+        preset = presets.load(self._config.preset)
+        if (address := self._config.metrics_address()) is not None:
+            server = metrics.Server(*address, lambda: self._snapshot)
+            stack.callback(server.close)
+        self._core = await self._step(lambda: Core(self._config, preset))
+        stack.push_async_callback(lambda: self._step(self._core.close))
+        self._workers = workers.make(self._config.queue, self._config.table)
+        for worker in self._workers:
+            stack.push_async_callback(worker.stop)
+
+    async def _serve(self, links: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        jobs = [
+            asyncio.create_task(job)
+            for job in (
+                self._follow_store(),
+                self._follow_links(links),
+                self._follow_config(),
+                self._keep_ruleset(),
+                self._count(),
+                self._write_status(),
+                *(worker.watch() for worker in self._workers),
+            )
+        ]
+        stopping = asyncio.create_task(self._stopping.wait())
+        done, _ = await asyncio.wait({stopping, *jobs}, return_when=asyncio.FIRST_COMPLETED)
+        notify("STOPPING=1")
+        for job in (stopping, *jobs):
+            job.cancel()
+        await asyncio.gather(stopping, *jobs, return_exceptions=True)
+        for job in done - {stopping}:
+            job.result()  # a job never ends by itself: this raises what ended it
+
+    async def _step(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _follow_store(self) -> None:
+        loop, watched = asyncio.get_running_loop(), -1
+        while True:
+            bell = self._core.bell()
+            if bell != watched:
+                if watched >= 0:
+                    loop.remove_reader(watched)
+                watched = -1 if bell is None else bell
+                if bell is not None:
+                    loop.add_reader(bell, self._ring)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._bell.wait(), self._until_next())
+            self._bell.clear()
+            await self._step(self._core.sync)
+            due = await self._step(self._core.next_expiry)
+            if due is not None and due <= datetime.now(UTC):
+                await self._step(lambda: self._core.settle(datetime.now(UTC)))
+
+    def _ring(self) -> None:
+        self._bell.set()
+
+    def _until_next(self) -> float:
+        return _POLL_SECONDS
+
+    async def _follow_links(self, links: object) -> None:
+        async for change in links:  # type: ignore[attr-defined] # an async generator of Links
+            await self._step(lambda change=change: self._core.links_changed(change))  # type: ignore[misc]
+
+    async def _follow_config(self) -> None:
+        while True:
+            await self._reload.wait()
+            self._reload.clear()
+            notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                await self._take(configuration.load(self._path))
+                self._reload_failed = False
+                _log.info("%s: read again and in force", self._path)
+            except PortwardError as error:
+                self._reload_failed = True
+                _log.error("the configuration before stays in force: %s", error)
+            notify("READY=1")
+
+    async def _take(self, config: Config) -> None:
+        """Puts another configuration in force; raises PortwardError, and then the one before stays."""
+        preset = presets.load(config.preset)
+        for name in _FIXED:
+            if getattr(config, name) != getattr(self._config, name):
+                raise PortwardError(f"{self._path}: {name} cannot change while portward runs: restart it")
+        await self._step(lambda: self._core.reload(config, preset))
+        self._config = config
+
+    async def _keep_ruleset(self) -> None:
+        every = watchdog_seconds()
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            await self._step(self._core.check)
+            if every is not None:
+                notify("WATCHDOG=1")
+
+    async def _count(self) -> None:
+        while True:
+            await self._step(self._core.count)
+            await asyncio.sleep(_COUNT_SECONDS)
+
+    async def _write_status(self) -> None:
+        while True:
+            await self._step(self._report)
+            await asyncio.sleep(1.0)
+
+    def _report(self) -> None:
+        self._snapshot = report.snapshot(self._core, self._workers, reload_failed=self._reload_failed)
+        told = report.status(
+            self._core, self._workers, self._snapshot, config=str(self._path), started=self._started
+        )
+        with contextlib.suppress(OSError):  # a full disk must not stop enforcement; `status` says how old it is
+            self._runtime.write_status(told)
+
+    def _tell_ready(self, links: Links) -> None:
+        segments = self._core.segments()
+        _log.info(
+            "enforcing %s on %d segments, revision %d, by %s",
+            self._core.preset.name, len(segments), self._core.revision,
+            "nft queue" if self._core.native else "the xtables NFQUEUE target",
+        )  # fmt: skip
+        for warning in missing(self._config, links):
+            _log.warning("%s", warning)
+        notify("READY=1", f"STATUS={len(segments)} segments")
+
+
+def missing(config: Config, links: Links) -> list[str]:
+    """A line for each configured interface that is not there (yet)."""
+    names = set(links.names.values())
+    return [
+        f"{kind}: no interface {pattern!r} is there now"
+        for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks))
+        for pattern in patterns
+        if not any(configuration.matches((pattern,), name) for name in names)
+    ]
+
+
+def run(path: Path) -> None:
+    """Runs the daemon with the configuration at `path`; raises PortwardError where it cannot begin."""
+    config = configuration.load(path)
+    asyncio.run(_run(path, config))
+
+
+async def _run(path: Path, config: Config) -> None:
+    await Daemon(path, config).run()

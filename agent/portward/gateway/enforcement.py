@@ -1,0 +1,94 @@
+"""A committed change of the policy table → the kernel: the epoch first, then what must be forgotten.
+
+Until `enforce` returns, the kernel may still act on verdicts of the older policy. If the process dies
+between its steps, `synced` in the kernel names an older generation than the table has, and the next start
+forgets everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from portward.errors import KernelError
+from portward.gateway.keeper import Keeper
+from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.ruleset import Wanted
+from portward.model import Network
+from portward.table.edit import Place
+from portward.table.writer import Committed
+
+# Up to so many sources are counted a last time before they are forgotten; it costs 50 µs each.
+_COUNTED: Final = 64
+
+
+class Enforcement:
+    """Brings what the kernel remembers in line with the policy table."""
+
+    def __init__(
+        self, keeper: Keeper, learned: Learned, want: Callable[[], Wanted], count: Callable[[list[Element]], None]
+    ) -> None:
+        """`want` gives the ruleset for now; `count` takes elements that are about to be forgotten."""
+        self._keeper, self._learned, self._want, self._count = keeper, learned, want, count
+        self.links: dict[str, int] = {}
+
+    def start(self, generation: int) -> bool:
+        """Loads the ruleset. What the kernel remembers from an earlier run is kept where it agrees with the
+        table, and forgotten else; True where it was kept. Raises KernelError."""
+        kept = self._learned.synced() == generation
+        self._keeper.load(self._want())
+        if not kept:
+            self._forget_everything(generation)
+        return kept
+
+    def enforce(self, committed: Committed) -> None:
+        """Carries a change out. Raises KernelError where the kernel takes not even a new ruleset."""
+        if not committed.new:
+            return
+        try:
+            self._learned.move_epoch(committed.generation)
+            if committed.everything:
+                self._forget_everything(committed.generation)
+            else:
+                sources = self._sources(committed)
+                if len(sources) <= _COUNTED:
+                    self._count([held for source in sources if (held := self._learned.held(source))])
+                self._learned.forget(sources)
+                self._learned.set_synced(committed.generation)
+        except (KernelError, OSError):
+            self.repair(committed.generation)
+
+    def check(self, generation: int) -> bool:
+        """Puts the ruleset back where somebody has changed it; True where all was well."""
+        if self._keeper.intact() and self._keeper.epoch_is(generation):
+            return True
+        self.repair(generation)
+        return False
+
+    def repair(self, generation: int) -> None:
+        """Loads the ruleset anew and forgets everything: whoever changed it may have changed the sets too."""
+        self._keeper.repair(self._want())
+        self._forget_everything(generation)
+
+    def _forget_everything(self, generation: int) -> None:
+        self._learned.forget_everything()
+        self._learned.set_synced(generation)
+
+    def _sources(self, committed: Committed) -> set[Source]:
+        sources = self._learned.behind(committed.links) if committed.links else set()
+        wide: dict[int, list[Place]] = {}
+        for place in committed.changed:
+            index = self.links.get(place.segment)
+            if index is None:
+                continue
+            if place.network.prefixlen == place.network.max_prefixlen:
+                sources.add(Source(index, place.network.network_address.packed))
+            else:
+                wide.setdefault(index, []).append(place)
+        for index, places in wide.items():
+            sources |= self._learned.within(index, _networks(places))
+        return sources
+
+
+def _networks(places: Iterable[Place]) -> list[Network]:
+    return [place.network for place in places]

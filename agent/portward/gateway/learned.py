@@ -1,0 +1,170 @@
+"""What the kernel remembers: reading it, counting it, and making it forget.
+
+An element is (interface index, source); its set says the class. Each is counted by the kernel and forgotten
+by itself when its time is up. What must be forgotten earlier goes in two steps, in this order: `move_epoch`,
+then `forget`. In one transaction a verdict stored between its walk and its commit survived 20 times of 20.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_address
+from typing import Final, NamedTuple
+
+from portward.errors import KernelError
+from portward.gateway import mark
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.gateway.ruleset import FAMILY_TABLE, LEARNED_SETS, TABLE
+from portward.model import Network
+
+_INDEX = struct.Struct("=I")
+# An nft command line is parsed as a whole; longer ones only take longer before the first is done.
+_BATCH: Final = 2_000
+
+
+class Source(NamedTuple):
+    """A key of the learned sets: interface index and address (4 or 16 bytes, network order)."""
+
+    index: int
+    address: bytes
+
+    @property
+    def family(self) -> str:
+        """The digit in the name of its sets."""
+        return "4" if len(self.address) == 4 else "6"
+
+    def __str__(self) -> str:
+        return f"{self.index} . {ip_address(self.address)}"
+
+
+class Element(NamedTuple):
+    """A remembered verdict: packets counted since it was learned, seconds until it is forgotten."""
+
+    verdict: mark.Class
+    source: Source
+    packets: int
+    expires: float
+
+
+class Learned:
+    """The learned sets of the table in this network namespace."""
+
+    def __init__(self, nft: Nft, netlink: NfNetlink) -> None:
+        self._nft, self._netlink = nft, netlink
+
+    def elements(self) -> Iterator[Element]:
+        """All remembered verdicts. Raises OSError where the table is not loaded."""
+        for verdict, name in LEARNED_SETS.items():
+            for family in "46":
+                for key, packets, expires_ms in self._netlink.elements(TABLE, name + family):
+                    yield Element(verdict, _source(key), packets, expires_ms / 1000)
+
+    def held(self, source: Source) -> Element | None:
+        """What the kernel remembers of a source now; None: the next packet asks a worker."""
+        key = _INDEX.pack(source.index) + source.address
+        for verdict, name in LEARNED_SETS.items():
+            found = self._netlink.element(TABLE, name + source.family, key)
+            if found is not None:
+                return Element(verdict, source, found.packets, found.expires_ms / 1000)
+        return None
+
+    def epoch(self) -> int | None:
+        """The epoch under which verdicts are remembered; None: not known."""
+        number = self._number("epoch")
+        return None if number is None else number >> mark.EPOCH_SHIFT
+
+    def limited(self) -> dict[int, int]:
+        """Interface index → packets refused since they were over the segment's rate of misses."""
+        found = self._netlink.elements(TABLE, "limited_segments")
+        return {_INDEX.unpack(key)[0]: packets for key, packets, _ in found}
+
+    def synced(self) -> int | None:
+        """The generation of the policy table that everything remembered agrees with; None: not known."""
+        return self._number("synced")
+
+    def definitions(self) -> int | None:
+        """The checksum of the definitions of the loaded sets; None: not known."""
+        return self._number("definitions")
+
+    def move_epoch(self, generation: int) -> None:
+        """Step one of a change: from here on only verdicts of this generation are remembered.
+
+        If the process dies right after it, what is remembered may be old until it expires or the agent starts
+        again: `synced` still names the older generation, so the next start forgets everything.
+        """
+        epoch = mark.epoch_of(generation) << mark.EPOCH_SHIFT
+        self._nft.elements(
+            f"flush set {FAMILY_TABLE} epoch\nadd element {FAMILY_TABLE} epoch {{ {epoch:#x} }}"
+        )
+
+    def forget(self, sources: Iterable[Source]) -> None:
+        """Step two: these sources are asked about anew. It does not matter which of them are remembered.
+
+        Each goes by `add` and then `delete` in every set of its family: a plain delete of an element that has
+        expired meanwhile would fail the whole transaction. Where the kernel takes no `add`, since a set is
+        full, everything is forgotten: that costs a burst of questions, and opens nothing.
+        """
+        for batch in _batches(sources):
+            lines = []
+            for family in "46":
+                keys = ", ".join(str(source) for source in batch if source.family == family)
+                for name in LEARNED_SETS.values() if keys else ():
+                    lines.append(f"add element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
+                    lines.append(f"delete element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
+            try:
+                self._nft.elements("\n".join(lines))
+            except KernelError:
+                self.forget_everything()
+                return
+
+    def forget_everything(self) -> None:
+        """Step two where everything may have changed."""
+        self._nft.elements(
+            "\n".join(
+                f"flush set {FAMILY_TABLE} {name}{family}" for name in LEARNED_SETS.values() for family in "46"
+            )
+        )
+
+    def set_synced(self, generation: int) -> None:
+        """The end of a change: everything remembered agrees with this generation of the policy table."""
+        self._nft.elements(
+            f"flush set {FAMILY_TABLE} synced\nadd element {FAMILY_TABLE} synced {{ {generation} }}"
+        )
+
+    def within(self, index: int, networks: Iterable[Network]) -> set[Source]:
+        """The remembered sources behind an interface that lie in any of these prefixes."""
+        wide = list(networks)
+        return {
+            element.source
+            for element in self.elements()
+            if element.source.index == index
+            and any(_covers(network, element.source.address) for network in wide)
+        }
+
+    def behind(self, indexes: Iterable[int]) -> set[Source]:
+        """The remembered sources behind these interfaces."""
+        gone = set(indexes)
+        return {element.source for element in self.elements() if element.source.index in gone}
+
+    def _number(self, name: str) -> int | None:
+        try:
+            keys = [element.key for element in self._netlink.elements(TABLE, name)]
+        except OSError:
+            return None
+        return _INDEX.unpack(keys[0])[0] if len(keys) == 1 else None
+
+
+def _source(key: bytes) -> Source:
+    return Source(_INDEX.unpack_from(key)[0], key[4:])
+
+
+def _covers(network: Network, address: bytes) -> bool:
+    return len(address) == len(network.network_address.packed) and ip_address(address) in network
+
+
+def _batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
+    everything = list(sources)
+    for start in range(0, len(everything), _BATCH):
+        yield everything[start : start + _BATCH]

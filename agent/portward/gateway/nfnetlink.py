@@ -1,0 +1,228 @@
+"""What is asked of the kernel by raw netlink, since nft cannot: the elements of a set with their counters,
+one element, the generation of the rulesets, and a fingerprint of what a table holds.
+
+nft 1.0.6 reads every element of every set before it lists or gets one (120 ms at 20,000 elements); these
+requests read just what they are about. Message formats: linux/netfilter/nf_tables.h and nfnetlink.h.
+Integers in attributes are big-endian; an interface index in a key is in host order, as the kernel keeps it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Final, NamedTuple
+
+from portward.errors import KernelError
+
+_NETLINK_NETFILTER: Final = 12
+_SUBSYS_NFTABLES: Final = 10
+_NFPROTO_INET: Final = 1
+_GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 4, 7, 10, 13, 16, 19
+_OBJECT_COUNTER: Final = 1
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
+_DUMP_INTERRUPTED = 0x10
+_NESTED: Final = 0x8000
+_TYPE_MASK: Final = 0x3FFF
+
+_HEADER = struct.Struct("=IHHII")
+_NFGEN = struct.Struct(">BBH")
+_ATTRIBUTE = struct.Struct("=HH")
+_U32 = struct.Struct(">I")
+_U64 = struct.Struct(">Q")
+
+
+class SetElement(NamedTuple):
+    """An element: its key as the kernel keeps it, packets counted, and milliseconds until it expires."""
+
+    key: bytes
+    packets: int
+    expires_ms: int
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return _ATTRIBUTE.pack(len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)
+
+
+def _string(kind: int, value: str) -> bytes:
+    return _attribute(kind, value.encode() + b"\0")
+
+
+def _attributes(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The attributes of a message or of a nest: (type, value)."""
+    end = len(data)
+    while start + 4 <= end:
+        length, kind = _ATTRIBUTE.unpack_from(data, start)
+        if length < 4:
+            return
+        yield kind & _TYPE_MASK, data[start + 4 : start + length]
+        start += (length + 3) & ~3
+
+
+class NfNetlink:
+    """A netlink socket to nf_tables in the network namespace of the thread that makes it."""
+
+    def __init__(self) -> None:
+        """Raises KernelError where the kernel has no nfnetlink."""
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+            self._socket.bind((0, 0))
+        except OSError as error:
+            raise KernelError(f"nfnetlink: {error.strerror}: this kernel lacks CONFIG_NETFILTER_NETLINK") from error
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        self._sequence = 0
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._socket.close()
+
+    def generation(self) -> int:
+        """The number of ruleset transactions, by anyone, in this namespace so far (wraps at 2**32)."""
+        for reply in self._request(_GET_GENERATION, b"", 0):
+            return next(_U32.unpack(value)[0] for kind, value in _attributes(reply) if kind == 1)
+        raise KernelError("nfnetlink: no generation in the kernel's reply")
+
+    def sets(self, table: str) -> set[str]:
+        """The names of the sets of an inet table, without those that nft made for itself; none where there
+        is no such table."""
+        found = set()
+        try:
+            for reply in self._request(_GET_SET, _string(1, table), _NLM_F_DUMP):
+                found.add(dict(_attributes(reply))[2].rstrip(b"\0").decode())
+        except FileNotFoundError:
+            return set()
+        return {name for name in found if not name.startswith("__")}
+
+    def counters(self, table: str) -> dict[str, int]:
+        """The named counters of an inet table: name → packets."""
+        found = {}
+        for reply in self._request(_GET_OBJECT, _string(1, table), _NLM_F_DUMP):
+            attributes = dict(_attributes(reply))
+            if attributes.get(1) == table.encode() + b"\0" and attributes.get(3) == _U32.pack(_OBJECT_COUNTER):
+                name = attributes[2].rstrip(b"\0").decode()
+                found[name] = _U64.unpack(dict(_attributes(attributes[4]))[2])[0]
+        return found
+
+    def elements(self, table: str, set_: str) -> list[SetElement]:
+        """All elements of a set of an inet table. Raises KernelError, also where set or table is missing."""
+        body = _string(1, table) + _string(2, set_)
+        found: list[SetElement] = []
+        for reply in self._request(_GET_ELEMENT, body, _NLM_F_DUMP):
+            found.extend(_elements_of(reply))
+        return found
+
+    def element(self, table: str, set_: str, key: bytes) -> SetElement | None:
+        """The element with this key, or None."""
+        item = _attribute(_NESTED | 1, _attribute(_NESTED | 1, _attribute(1, key)))
+        body = _string(1, table) + _string(2, set_) + _attribute(_NESTED | 3, item)
+        try:
+            for reply in self._request(_GET_ELEMENT, body, _NLM_F_ACK):
+                for element in _elements_of(reply):
+                    return element
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        return None
+
+    def fingerprint(self, table: str, fixed_sets: tuple[str, ...]) -> bytes | None:
+        """A digest of the chains, the rules in their order and the sets of an inet table, with the elements of
+        `fixed_sets`; None where the table or one of them is missing. Equal digests: nobody has changed it."""
+        digest = blake2b(digest_size=16)
+        try:
+            self._digest_rules(digest, table)
+            for name in fixed_sets:
+                digest.update(b"".join(sorted(element.key for element in self.elements(table, name))))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        return digest.digest()
+
+    def _digest_rules(self, digest: blake2b, table: str) -> None:
+        # Chains: table, name, hook and policy (attributes 1, 3, 4, 5). Rules: chain and expressions (2, 4).
+        # Sets: name, flags, key length, timeout (2, 3, 5, 11). The rest changes by itself (handles, use).
+        for message, wanted in ((_GET_CHAIN, (3, 4, 5)), (_GET_RULE, (2, 4)), (_GET_SET, (2, 3, 5, 11))):
+            for reply in self._request(message, _string(1, table), _NLM_F_DUMP):
+                attributes = dict(_attributes(reply))
+                if attributes.get(1) == table.encode() + b"\0":
+                    for kind in wanted:
+                        digest.update(attributes.get(kind, b"-"))
+
+    def _request(self, message: int, body: bytes, flags: int) -> Iterator[bytes]:
+        """Sends one request; yields the attributes of each reply message. Raises OSError with the kernel's
+        errno. A dump that a change interrupted is asked for again, so what is yielded may then repeat."""
+        self._sequence += 1
+        payload = _NFGEN.pack(_NFPROTO_INET, 0, 0) + body
+        header = _HEADER.pack(
+            16 + len(payload), _SUBSYS_NFTABLES << 8 | message, _NLM_F_REQUEST | flags, self._sequence, 0
+        )
+        self._socket.send(header + payload)
+        many = bool(flags & (_NLM_F_DUMP | _NLM_F_ACK))
+        replies: list[bytes] = []
+        interrupted = False
+        while True:
+            data = self._socket.recv(1 << 17)
+            for kind, flags_in, sequence, content in _messages(data):
+                if sequence != self._sequence:
+                    continue
+                interrupted |= bool(flags_in & _DUMP_INTERRUPTED)
+                if kind == _NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", content)[0]
+                    if code:
+                        raise OSError(code, os.strerror(code))
+                    yield from replies
+                    return
+                if kind == _NLMSG_DONE:
+                    if interrupted:
+                        yield from self._request(message, body, flags)
+                    else:
+                        yield from replies
+                    return
+                replies.append(content[4:])
+                if not many:
+                    yield from replies
+                    return
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """The netlink messages of a datagram: type, flags, sequence, content."""
+    start = 0
+    while start + 16 <= len(data):
+        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, start)
+        if length < 16:
+            return
+        yield kind, flags, sequence, data[start + 16 : start + length]
+        start += (length + 3) & ~3
+
+
+def _elements_of(reply: bytes) -> Iterator[SetElement]:
+    for kind, value in _attributes(reply):
+        if kind == 3:  # NFTA_SET_ELEM_LIST_ELEMENTS
+            for _, element in _attributes(value):
+                yield _element(element)
+
+
+def _element(data: bytes) -> SetElement:
+    key, packets, expires = b"", 0, 0
+    for kind, value in _attributes(data):
+        if kind == 1:  # NFTA_SET_ELEM_KEY, a nest of NFTA_DATA_VALUE
+            key = value[4:]
+        elif kind == 5:  # NFTA_SET_ELEM_EXPIRATION
+            (expires,) = _U64.unpack(value)
+        elif kind in (7, 11):  # NFTA_SET_ELEM_EXPR, or _EXPRESSIONS: a list of them
+            packets = _counter(value if kind == 7 else value[4:])
+    return SetElement(key, packets, expires)
+
+
+def _counter(expression: bytes) -> int:
+    """Packets of a counter expression: a nest of name (1) and data (2), in it packets (2)."""
+    for kind, value in _attributes(expression):
+        if kind == 2:
+            for inner, number in _attributes(value):
+                if inner == 2:
+                    return int(_U64.unpack(number)[0])
+    return 0

@@ -1,0 +1,77 @@
+"""Bytes of a queued packet → who sends to which port. Pure, and it never raises.
+
+The kernel has already found a judged TCP port in the packet; here it is found again, so that a verdict
+is never given to something that was read in another way. IPv6 extension headers are walked as the kernel
+walks them (hop-by-hop, routing, destination options, fragment; net/ipv6/exthdrs_core.c).
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+_TCP: Final = 6
+# Hop-by-hop, routing, destination options: (next header, length in units of 8 bytes beyond the first 8).
+_OPTION_HEADERS: Final = frozenset({0, 43, 60})
+_FRAGMENT: Final = 44
+_AUTHENTICATION: Final = 51
+# A chain longer than this is no honest packet; the walk must end whatever the bytes say.
+_LONGEST_CHAIN: Final = 16
+_SYN_ACK_RST_FIN: Final = 0x17
+_SYN: Final = 0x02
+
+
+class Segment(NamedTuple):
+    """A TCP segment, as far as a verdict needs it.
+
+    `source` is in network byte order (4 or 16 bytes); `tcp` is where the TCP header starts, in bytes from
+    the start of the IP header; `attempt` is True for a SYN that opens a connection.
+    """
+
+    source: bytes
+    port: int
+    tcp: int
+    attempt: bool
+
+
+def parse(packet: bytes) -> Segment | None:
+    """The TCP segment in an IPv4 or IPv6 packet (from the IP header on), or None where there is none."""
+    if len(packet) < 20:
+        return None
+    version = packet[0] >> 4
+    if version == 4:
+        if packet[9] != _TCP or packet[6] & 0x1F or packet[7]:
+            return None
+        return _segment(packet, packet[12:16], (packet[0] & 0x0F) * 4)
+    if version == 6 and len(packet) >= 40:
+        start = _tcp_start(packet)
+        return None if start is None else _segment(packet, packet[8:24], start)
+    return None
+
+
+def _segment(packet: bytes, source: bytes, tcp: int) -> Segment | None:
+    # Of the shortest first fragment that the screen matches only the ports need be there.
+    if tcp < 20 or len(packet) < tcp + 4:
+        return None
+    flags = packet[tcp + 13] if len(packet) > tcp + 13 else 0
+    return Segment(source, packet[tcp + 2] << 8 | packet[tcp + 3], tcp, flags & _SYN_ACK_RST_FIN == _SYN)
+
+
+def _tcp_start(packet: bytes) -> int | None:
+    """Where the TCP header of an IPv6 packet starts, or None."""
+    following, start = packet[6], 40
+    for _ in range(_LONGEST_CHAIN):
+        if following == _TCP:
+            return start
+        if len(packet) < start + 8:
+            return None
+        if following == _FRAGMENT:
+            if packet[start + 2] or packet[start + 3] & 0xF8:
+                return None
+            following, start = packet[start], start + 8
+        elif following in _OPTION_HEADERS:
+            following, start = packet[start], start + 8 + packet[start + 1] * 8
+        elif following == _AUTHENTICATION:
+            following, start = packet[start], start + (packet[start + 1] + 2) * 4
+        else:
+            return None
+    return None

@@ -1,0 +1,31 @@
+"""What the kernel says of the queues: /proc/net/netfilter/nfnetlink_queue (root or CAP_DAC_READ_SEARCH).
+
+Columns (net/netfilter/nfnetlink_queue.c, seq_show): queue, peer, waiting, copy mode, copy range, dropped since
+the queue was full, dropped since the listener's socket was, id of the last packet, 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, NamedTuple
+
+_FILE: Final = Path("/proc/self/net/netfilter/nfnetlink_queue")
+
+
+class QueueState(NamedTuple):
+    """One queue: packets that wait, and packets dropped since queue or socket were full."""
+
+    number: int
+    waiting: int
+    dropped_full: int
+    dropped_socket: int
+
+
+def states() -> list[QueueState]:
+    """The queues of this network namespace that have a listener; none where the file cannot be read."""
+    try:
+        lines = _FILE.read_text().splitlines()
+    except OSError:
+        return []
+    rows = [[int(column) for column in line.split()] for line in lines]
+    return [QueueState(row[0], row[2], row[5], row[6]) for row in rows]

@@ -1,0 +1,87 @@
+"""The RST of a rejected connection, on the interface that its packet came from.
+
+The kernel's own `reject` sends by the main routing table: where tenants' addresses overlap it reaches the
+wrong tenant, with the other's sequence numbers. Here the answer goes back as a frame, to the sender's link
+address, and by no route. Needs CAP_NET_RAW.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Final
+
+_ETH_P: Final = {4: 0x0800, 6: 0x86DD}
+_RST, _ACK, _RST_ACK = 0x04, 0x10, 0x14
+_SYN, _FIN = 0x02, 0x01
+_TCP = struct.Struct(">HHIIBBHHH")
+
+
+class Resetter:
+    """Sends resets by a packet socket in the network namespace of the thread that makes it."""
+
+    def __init__(self) -> None:
+        """Raises OSError (EPERM) without CAP_NET_RAW."""
+        # Protocol 0: the socket receives nothing.
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0)
+        self._socket.setblocking(False)
+
+    def answer(self, packet: bytes, tcp: int, index: int, link_address: bytes | None) -> bool:
+        """Answers a tenant's packet (from its IP header on, its TCP header at `tcp`) with an RST through the
+        interface `index` to `link_address`. False where there is nothing to answer or it could not be sent."""
+        reply = reset_for(packet, tcp)
+        if reply is None or not link_address:
+            return False
+        try:
+            name = socket.if_indextoname(index)
+            self._socket.sendto(reply, (name, _ETH_P[reply[0] >> 4], 0, 0, link_address))
+        except OSError:
+            return False
+        return True
+
+
+def reset_for(packet: bytes, tcp: int) -> bytes | None:
+    """The IP packet that resets the connection of `packet` (RFC 9293, 3.10.7.1); None where none is due.
+
+    A reset is never answered, nor is a fragment that ends before the flags.
+    """
+    if len(packet) < tcp + 20:
+        return None
+    source, destination, sequence, acknowledged, offset, flags = struct.unpack_from(">HHIIBB", packet, tcp)
+    if flags & _RST:
+        return None
+    if flags & _ACK:
+        numbers = (acknowledged, 0, _RST)
+    else:
+        length = _tcp_length(packet, tcp, (offset >> 4) * 4) + bool(flags & _SYN) + bool(flags & _FIN)
+        numbers = (0, (sequence + length) & 0xFFFFFFFF, _RST_ACK)
+    header = _TCP.pack(destination, source, numbers[0], numbers[1], 5 << 4, numbers[2], 0, 0, 0)
+    return _ipv4(packet, header) if packet[0] >> 4 == 4 else _ipv6(packet, header)
+
+
+def _tcp_length(packet: bytes, tcp: int, header: int) -> int:
+    """Bytes of data in the segment, by the length that the IP header gives."""
+    total = struct.unpack_from(">H", packet, 2)[0] if packet[0] >> 4 == 4 else 40 + struct.unpack_from(">H", packet, 4)[0]
+    return max(0, total - tcp - header)
+
+
+def _ipv4(packet: bytes, tcp: bytes) -> bytes:
+    source, destination = packet[16:20], packet[12:16]
+    pseudo = source + destination + struct.pack(">BBH", 0, 6, len(tcp))
+    ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0) + source + destination
+    ip = ip[:10] + _checksum(ip) + ip[12:]
+    return ip + tcp[:16] + _checksum(pseudo + tcp) + tcp[18:]
+
+
+def _ipv6(packet: bytes, tcp: bytes) -> bytes:
+    source, destination = packet[24:40], packet[8:24]
+    pseudo = source + destination + struct.pack(">II", len(tcp), 6)
+    ip = struct.pack(">IHBB", 6 << 28, len(tcp), 6, 64) + source + destination
+    return ip + tcp[:16] + _checksum(pseudo + tcp) + tcp[18:]
+
+
+def _checksum(data: bytes) -> bytes:
+    """The Internet checksum (RFC 1071), 2 bytes; the field itself is zero in `data`."""
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total = (total >> 16) + (total & 0xFFFF)
+    return (~(total + (total >> 16)) & 0xFFFF).to_bytes(2, "big")

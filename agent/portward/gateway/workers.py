@@ -1,0 +1,120 @@
+"""The worker processes: started, watched, started again. Each has one queue and one block of counters.
+
+While a worker is down its queue drops what comes: nothing opens. Its counters outlive it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+from portward.config import Queue
+from portward.errors import KernelError
+from portward.gateway.tally import Tally
+from portward.gateway.worker import READY
+
+_START_SECONDS = 10.0
+_STOP_SECONDS = 3.0
+# A worker that dies at once is started again after a pause that grows to this.
+_LONGEST_PAUSE = 2.0
+
+_log = logging.getLogger("portward.worker")
+
+
+class Worker:
+    """One worker process and what it needs: its queue, its counters, its lifeline."""
+
+    def __init__(self, queue: int, length: int, table: Path) -> None:
+        self.queue, self._length, self._table = queue, length, table
+        self._block = Tally.create()
+        self.tally = Tally(self._block)
+        self.process: asyncio.subprocess.Process | None = None
+        self.restarts = 0
+        self._lifeline = -1
+        self._said: asyncio.Task[str] | None = None
+
+    async def start(self) -> None:
+        """Starts the process and waits until its queue is bound; raises KernelError with what it said."""
+        theirs, self._lifeline = os.pipe()
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "portward.gateway.worker",
+                "--queue", str(self.queue), "--length", str(self._length), "--table", os.fspath(self._table),
+                "--tally", str(self._block), "--lifeline", str(theirs),
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, pass_fds=(self._block, theirs),
+            )  # fmt: skip
+        finally:
+            os.close(theirs)
+        self._said = asyncio.create_task(_forward(self.process))
+        assert self.process.stdout is not None  # noqa: S101 # asked for above
+        try:
+            line = await asyncio.wait_for(self.process.stdout.readline(), _START_SECONDS)
+        except TimeoutError:
+            line = b""
+        if line.decode().strip() != READY:
+            self.kill()
+            last = await self._said
+            await self.process.wait()
+            raise KernelError(last or f"the worker of queue {self.queue} did not start")
+
+    async def watch(self) -> None:
+        """Starts the process again whenever it ends; never returns."""
+        pause = 0.05
+        while True:
+            assert self.process is not None  # noqa: S101 # watched after its start only
+            code = await self.process.wait()
+            self._close_lifeline()
+            self.restarts += 1
+            _log.error("the worker of queue %d ended (%s): it is started again", self.queue, code)
+            while True:
+                try:
+                    await self.start()
+                    break
+                except KernelError as error:
+                    _log.error("%s", error)
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, _LONGEST_PAUSE)
+            pause = 0.05
+
+    async def stop(self) -> None:
+        """Ends the process: by its lifeline, and by force after some seconds. Idempotent."""
+        self._close_lifeline()
+        if self.process is None or self.process.returncode is not None:
+            return
+        try:
+            await asyncio.wait_for(self.process.wait(), _STOP_SECONDS)
+        except TimeoutError:
+            self.kill()
+            await self.process.wait()
+
+    def kill(self) -> None:
+        """Ends the process by force."""
+        self._close_lifeline()
+        with contextlib.suppress(ProcessLookupError):
+            if self.process is not None:
+                self.process.kill()
+
+    def _close_lifeline(self) -> None:
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+
+def make(queue: Queue, table: Path) -> list[Worker]:
+    """The workers of a configuration, not yet started."""
+    numbers = range(queue.first, queue.first + queue.workers)
+    return [Worker(number, queue.length, table) for number in numbers]
+
+
+async def _forward(process: asyncio.subprocess.Process) -> str:
+    """Writes what a worker says on its stderr into the log; gives the last line."""
+    last = ""
+    assert process.stderr is not None  # noqa: S101 # asked for in `start`
+    async for line in process.stderr:
+        last = line.decode(errors="replace").rstrip()
+        _log.info("worker: %s", last)
+    return last

@@ -1,0 +1,135 @@
+"""Every metric that Prometheus scrapes, with its help text.
+
+The daemon keeps a `Snapshot` of numbers up to date; a scrape turns the newest one into metrics, and so never
+waits for the kernel or holds a packet up.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from portward import __version__
+from portward.errors import PortwardError
+
+Labels = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The numbers of one moment. Mappings go from label values to numbers, in the order of `_FAMILIES`."""
+
+    judged: Mapping[Labels, float] = field(default_factory=dict)
+    attempts: Mapping[Labels, float] = field(default_factory=dict)
+    worker_events: Mapping[Labels, float] = field(default_factory=dict)
+    worker_restarts: float = 0
+    segment_packets: Mapping[Labels, float] = field(default_factory=dict)
+    subscription_packets: Mapping[Labels, float] = field(default_factory=dict)
+    remembered: Mapping[Labels, float] = field(default_factory=dict)
+    screen: Mapping[Labels, float] = field(default_factory=dict)
+    limited: Mapping[Labels, float] = field(default_factory=dict)
+    queue_dropped: Mapping[Labels, float] = field(default_factory=dict)
+    queue_waiting: Mapping[Labels, float] = field(default_factory=dict)
+    ruleset_repairs: float = 0
+    policy_changes: float = 0
+    records_refused: float = 0
+    store_errors: float = 0
+    reload_failed: float = 0
+    store_age: float = 0
+    table_revision: float = 0
+    attachments: float = 0
+    subscriptions: float = 0
+    observing: float = 0
+    segments: float = 0
+
+
+# (field of Snapshot, name without prefix and `_total`, counter?, labels, help)
+_FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
+    ("judged", "judged_packets", True, ("reason", "outcome"),
+     "Packets that a worker judged, by reason and by what became of them (passed, dropped, reset, would_deny)."),
+    ("attempts", "judged_attempts", True, ("reason", "outcome"),
+     "Connection attempts (SYN) among the judged packets."),
+    ("worker_events", "worker_events", True, ("event",),
+     "What workers met besides verdicts: packets dropped since they could not be read, placed or judged, and "
+     "resets that could not be sent."),
+    ("worker_restarts", "worker_restarts", True, (), "Worker processes that ended and were started again."),
+    ("segment_packets", "packets", True, ("segment", "verdict"),
+     "Packets to the judged ports that were acted on by a remembered verdict or made the kernel remember it. "
+     "Packets of an allowed source to internal destinations are among the allowed ones."),
+    ("subscription_packets", "subscription_packets", True, ("subscription", "verdict"),
+     "The same by subscription; the label is empty for sources of no known subscription."),
+    ("remembered", "remembered_sources", False, ("verdict",), "Sources whose verdict the kernel holds now."),
+    ("screen", "screen_packets", True, ("rule",),
+     "Packets by named rule of the ruleset: passed to an internal destination, asked of a worker, over a limit, "
+     "dropped without a verdict, and so on; each counter's comment in the ruleset says what it counts."),
+    ("limited", "limited_packets", True, ("segment",),
+     "Packets of unremembered sources beyond the segment's rate, refused without a verdict."),
+    ("queue_dropped", "queue_dropped_packets", True, ("queue", "cause"),
+     "Packets that the kernel dropped since the queue was full (full) or the worker's socket was (socket)."),
+    ("queue_waiting", "queue_waiting_packets", False, ("queue",), "Packets that wait for a verdict now."),
+    ("ruleset_repairs", "ruleset_repairs", True, (), "Times that the ruleset was put back after somebody changed it."),
+    ("policy_changes", "policy_changes", True, (), "Changes of policy taken into the table."),
+    ("records_refused", "records_refused", True, (),
+     "Records of the store that could not be read; the record in force before stays."),
+    ("store_errors", "store_errors", True, (), "Failed readings of the store; the last known policy stays in force."),
+    ("reload_failed", "reload_failed", False, (),
+     "1 where the last reload of the configuration was refused and the older one is in force."),
+    ("store_age", "store_age_seconds", False, (), "Seconds since the store was last read."),
+    ("table_revision", "table_revision", False, (), "Revision of the store that the policy table stands at."),
+    ("attachments", "attachments", False, (), "Attachments in the policy table."),
+    ("subscriptions", "subscriptions", False, (), "Subscriptions in the policy table."),
+    ("observing", "observing", False, (), "1 where the whole gateway only observes."),
+    ("segments", "segments", False, (), "Interfaces that are segments now."),
+)  # fmt: skip
+
+
+class Exporter(Collector):
+    """Turns the newest snapshot into metrics at each scrape."""
+
+    def __init__(self, newest: Callable[[], Snapshot]) -> None:
+        self._newest = newest
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of the newest snapshot."""
+        snapshot = self._newest()
+        info = GaugeMetricFamily("portward_build_info", "Version of the agent.", labels=("version",))
+        info.add_metric((__version__,), 1)
+        yield info
+        for name, metric, counts, labels, text in _FAMILIES:
+            family = CounterMetricFamily if counts else GaugeMetricFamily
+            yield _filled(family(f"portward_{metric}", text, labels=labels), getattr(snapshot, name))
+
+
+def _filled(
+    family: CounterMetricFamily | GaugeMetricFamily, numbers: Mapping[Labels, float] | float
+) -> CounterMetricFamily | GaugeMetricFamily:
+    pairs: Iterable[tuple[Labels, float]] = numbers.items() if isinstance(numbers, Mapping) else [((), numbers)]
+    for labels, number in pairs:
+        family.add_metric(labels, number)
+    return family
+
+
+class Server:
+    """The HTTP server of the metrics, in a thread of its own."""
+
+    def __init__(self, host: str, port: int, newest: Callable[[], Snapshot]) -> None:
+        """Raises PortwardError where the address cannot be had."""
+        registry = CollectorRegistry()
+        registry.register(Exporter(newest))
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise PortwardError(f"metrics.address {host}:{port}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Frees the address."""
+        self._server.shutdown()
+        self._server.server_close()
+        assert isinstance(self._thread, threading.Thread)  # noqa: S101 # tells the type checker
+        self._thread.join()

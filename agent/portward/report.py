@@ -1,0 +1,128 @@
+"""What a running gateway tells: the numbers for Prometheus, and the status for `portward status`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from typing import Any, Final
+
+from portward import __version__
+from portward.core import Core
+from portward.gateway.mark import Class
+from portward.gateway.queues import states
+from portward.gateway.tally import Event, Outcome
+from portward.gateway.workers import Worker
+from portward.metrics import Snapshot
+from portward.model import Mode
+
+# How verdicts and outcomes are called in metrics and status.
+_VERDICTS: Final = {
+    Class.ALLOW: "allow",
+    Class.DENY: "deny",
+    Class.REFUSED: "reject",
+    Class.OBSERVED: "would_deny",
+    Class.UNKNOWN: "deny",
+}
+_OUTCOMES: Final = {
+    Outcome.PASSED: "passed",
+    Outcome.DROPPED: "dropped",
+    Outcome.RESET: "reset",
+    Outcome.OBSERVED: "would_deny",
+}
+
+
+def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snapshot:
+    """The numbers of this moment. To be called on the core's thread."""
+    judged: Counter[tuple[str, ...]] = Counter()
+    attempts: Counter[tuple[str, ...]] = Counter()
+    events: Counter[tuple[str, ...]] = Counter({(event.name.lower(),): 0 for event in Event})
+    for worker in workers:
+        for reason, outcome, packets, tries in worker.tally.verdicts():
+            judged[reason.value, _OUTCOMES[outcome]] += packets
+            attempts[reason.value, _OUTCOMES[outcome]] += tries
+        events.update({(event.name.lower(),): count for event, count in worker.tally.events().items()})
+    numbers = {worker.queue for worker in workers}
+    queues = [state for state in states() if state.number in numbers]
+    attachments, subscriptions = core.sizes()
+    return Snapshot(
+        judged=judged,
+        attempts=attempts,
+        worker_events=events,
+        worker_restarts=sum(worker.restarts for worker in workers),
+        segment_packets=_by_verdict(core.counts.segments),
+        subscription_packets=_by_verdict(core.counts.subscriptions) if core.config.metrics.subscriptions else {},
+        remembered=_by_verdict(Counter({("", verdict): n for verdict, n in core.counts.remembered.items()}), drop=1),
+        screen={(name,): packets for name, packets in sorted(core.screen().items())},
+        limited={(name,): packets for name, packets in sorted(core.limited().items())},
+        queue_dropped={
+            (str(state.number), cause): number
+            for state in queues
+            for cause, number in (("full", state.dropped_full), ("socket", state.dropped_socket))
+        },
+        queue_waiting={(str(state.number),): state.waiting for state in queues},
+        ruleset_repairs=core.keeper.repairs,
+        policy_changes=core.changes,
+        records_refused=core.refused,
+        store_errors=core.store_errors,
+        reload_failed=reload_failed,
+        store_age=_age(core),
+        table_revision=core.revision,
+        attachments=attachments,
+        subscriptions=subscriptions,
+        observing=core.config.mode is Mode.OBSERVE,
+        segments=len(core.segments()),
+    )
+
+
+def status(core: Core, workers: list[Worker], numbers: Snapshot, *, config: str, started: float) -> dict[str, Any]:
+    """The status as JSON values; `started` is a wall-clock time, ages are in seconds."""
+    seen: Counter[str] = Counter()
+    for (segment, _), packets in numbers.segment_packets.items():
+        seen[segment] += int(packets)
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "at": time.time(),
+        "started": started,
+        "config": config,
+        "mode": core.config.mode.value,
+        "preset": core.preset.name,
+        "queue_path": "nft queue" if core.native else "xtables NFQUEUE",
+        "revision": core.revision,
+        "generation": core.generation,
+        "store": core.config.store,
+        "store_error": core.store_error,
+        "store_age": numbers.store_age,
+        "records_refused": numbers.records_refused,
+        "attachments": numbers.attachments,
+        "subscriptions": numbers.subscriptions,
+        "segments": [
+            {"name": name, "index": index, "observed": core.config.observes(name), "packets": seen[name]}
+            for index, name in sorted(core.segments().items(), key=lambda item: item[1])
+        ],
+        "workers": [
+            {
+                "queue": worker.queue,
+                "pid": worker.process.pid if worker.process else None,
+                "running": worker.process is not None and worker.process.returncode is None,
+                "restarts": worker.restarts,
+            }
+            for worker in workers
+        ],
+        "ruleset_repairs": numbers.ruleset_repairs,
+        "reload_failed": bool(numbers.reload_failed),
+        "remembered": {labels[0]: int(number) for labels, number in numbers.remembered.items()},
+    }
+
+
+def _by_verdict(numbers: Counter[tuple[str, Class]], drop: int = 0) -> dict[tuple[str, ...], float]:
+    """Sums under the verdicts' names; the first `drop` labels are left out."""
+    named: Counter[tuple[str, ...]] = Counter()
+    for (label, verdict), number in numbers.items():
+        named[(label, _VERDICTS[verdict])[drop:]] += number
+    return dict(named)
+
+
+def _age(core: Core) -> float:
+    return float("inf") if core.store_read is None else time.monotonic() - core.store_read

@@ -1,0 +1,75 @@
+"""What a running daemon leaves beside its policy table: a lock, so that there is one, and its status.
+
+The status is a small JSON file, written anew each second and by renaming, so a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from portward.errors import PortwardError
+
+_LOCK: Final = "daemon.lock"
+_STATUS: Final = "status.json"
+
+
+class Runtime:
+    """The lock of a table folder, held as long as this object's process lives."""
+
+    def __init__(self, folder: Path) -> None:
+        """Takes the lock, making the folder where it is missing; raises PortwardError where another daemon
+        has it, and names that one's process id."""
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise PortwardError(f"table {folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.read(self._lock, 32).decode().strip()
+            os.close(self._lock)
+            raise PortwardError(f"table {folder}: portward runs already, as process {other}") from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replaces the status; raises OSError."""
+        new = self._folder / f"{_STATUS}.new"
+        new.write_bytes(msgspec.json.encode(status))
+        new.replace(self._folder / _STATUS)
+
+    def close(self) -> None:
+        """Gives the lock back and takes the status away."""
+        (self._folder / _STATUS).unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+def running(folder: Path) -> int | None:
+    """The process id of the daemon that works on this table; None where none runs."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.read(descriptor, 32).decode().strip() or 0)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """The status that the running daemon last wrote; None where there is none."""
+    try:
+        status: dict[str, Any] = msgspec.json.decode((folder / _STATUS).read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return None
+    return status

@@ -1,0 +1,67 @@
+"""The LMDB file of the policy table: opening it, its parts, and its errors in one line.
+
+One writer (the daemon), many readers (workers, CLI). It must be opened after a process starts, never
+across a fork. `sync=True` stays on: the table is what a gateway enforces after a power cut when the store
+is not to be reached, and without it LMDB may leave a file that cannot be read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import lmdb
+
+from portward.errors import PortwardError
+from portward.table import layout
+
+# Address space, not disk: the file grows as it fills. 4 GiB hold some 60 million attachments; a table
+# that outgrows it is opened again at twice the size.
+MAP_SIZE: Final = 4 << 30
+MAX_READERS: Final = 512
+
+Environment: TypeAlias = lmdb.Environment
+Transaction: TypeAlias = "lmdb.Transaction[bytes]"
+Part: TypeAlias = "lmdb._Database"
+MapFullError = lmdb.MapFullError
+MapResizedError = lmdb.MapResizedError
+
+
+class TableError(PortwardError):
+    """The policy table cannot be opened, read or written."""
+
+
+def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Environment:
+    """Opens the table in `folder`. A writer makes folder and file where missing; raises TableError."""
+    if not write and not (folder / "data.mdb").exists():
+        raise TableError(f"{folder}: there is no policy table here; `portward run` makes it")
+    try:
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+        environment = lmdb.open(
+            os.fspath(folder),
+            map_size=map_size,
+            max_dbs=len(layout.PARTS),
+            max_readers=MAX_READERS,
+            readonly=not write,
+            create=write,
+            # Keys are looked up at random: reading ahead would only fill the page cache.
+            readahead=False,
+        )
+    except (lmdb.Error, OSError) as error:
+        raise TableError(f"{folder}: the policy table cannot be opened: {error}") from error
+    if write:
+        # Slots of readers that were killed would keep old pages alive.
+        environment.reader_check()
+    return environment
+
+
+def open_parts(environment: Environment, *, write: bool) -> dict[bytes, Part]:
+    """The named parts of the table; raises TableError where a reader finds none yet."""
+    try:
+        return {
+            name: environment.open_db(name, dupsort=name in layout.MANY, create=write) for name in layout.PARTS
+        }
+    except lmdb.Error as error:
+        raise TableError(f"{environment.path()}: the policy table is incomplete: {error}") from error

@@ -1,0 +1,199 @@
+"""Looking a source up in the policy table: most specific prefix within the segment behind an interface.
+
+Made for the worker: a lookup is one read transaction, in which the entry and the generation that it belongs
+to are read together, so a verdict is never stamped with a policy that it was not found under.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from portward.model import Address, Exemption, Network, Reason, Subscription
+from portward.table import layout
+from portward.table.database import (
+    Environment,
+    MapResizedError,
+    Part,
+    Transaction,
+    open_database,
+    open_parts,
+)
+
+_MASKS = {4: layout.masks(4), 16: layout.masks(16)}
+
+
+class Finding(NamedTuple):
+    """What the table says of a source, and the generation under which it says so.
+
+    `observed` where gateway, segment or subscription are only observed; `reject` where a refusal is answered
+    with a TCP reset.
+    """
+
+    reason: Reason
+    observed: bool
+    reject: bool
+    generation: int
+
+
+class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the table holds of a subscription; None for what the store does not name (any more)."""
+
+    id: UUID
+    subscription: Subscription | None = None
+    exemption: Exemption | None = None
+
+
+class Holding(NamedTuple):
+    """An entry for people: the prefix that matched, whose it is, and how it was decided."""
+
+    prefix: Network
+    entry: layout.Entry
+    account: Account | None
+
+
+_account = msgspec.json.Decoder(Account)
+
+
+def decode_account(data: bytes) -> Account:
+    """The account in the table's bytes."""
+    return _account.decode(data)
+
+
+class Reader:
+    """A read-only view of the policy table; follows every commit of the daemon by itself."""
+
+    def __init__(self, environment: Environment, parts: dict[bytes, Part]) -> None:
+        """A view of a table that this process has open; LMDB lets a process open a file only once."""
+        self._environment, self._parts = environment, parts
+        self._snapshot = -1
+        self._head: layout.Head | None = None
+        self._links: dict[int, layout.Link | None] = {}
+        self._lengths: dict[bytes, tuple[int, ...]] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Reader:
+        """Opens the table in `folder`; raises TableError where there is none."""
+        environment = open_database(folder, write=False)
+        return cls(environment, open_parts(environment, write=False))
+
+    def close(self) -> None:
+        """Closes the table."""
+        self._environment.close()
+
+    def lookup(self, index: int, source: bytes) -> Finding | None:
+        """The finding for a source address (4 or 16 bytes, network order) behind the interface `index`.
+
+        None where the table knows no segment behind that interface (yet), or holds no policy at all: such a
+        packet is dropped and nothing is remembered. Raises lmdb's errors where the file cannot be read.
+        """
+        with self._begin() as transaction:
+            link, head = self._link(transaction, index), self._head
+            if head is None or link is None:
+                return None
+            found = self._entry(transaction, link.segment, source)
+            observed = head.observe or link.observed
+            if found is None:
+                return Finding(Reason.DENIED_UNKNOWN_SOURCE, observed, False, head.generation)
+            entry = layout.Entry.unpack(found[1])
+            return Finding(entry.reason, observed or entry.observed, head.reject, head.generation)
+
+    def head(self) -> layout.Head | None:
+        """What the table agrees with; None where it holds no policy yet."""
+        with self._begin() as transaction:
+            self._follow(transaction)
+            return self._head
+
+    def links(self) -> dict[int, layout.Link]:
+        """Interface index → the segment behind it, as the daemon last wrote it."""
+        with self._begin() as transaction, transaction.cursor(self._parts[b"links"]) as cursor:
+            return {int.from_bytes(key, "big"): layout.Link.unpack(value) for key, value in cursor}
+
+    def holding(self, segment: str, address: Address) -> Holding | None:
+        """What the table holds of an address in the segment of that name; None: a source of nobody."""
+        with self._begin() as transaction:
+            self._follow(transaction)
+            number = transaction.get(segment.encode(), db=self._parts[b"segments"])
+            if number is None:
+                return None
+            found = self._entry(transaction, int.from_bytes(number, "big"), address.packed)
+            if found is None:
+                return None
+            entry = layout.Entry.unpack(found[1])
+            account = self._account(transaction, entry.subscription)
+            return Holding(layout.network_of(found[0])[1], entry, account)
+
+    def owner(self, index: int, source: bytes) -> tuple[layout.Link, layout.Entry | None] | None:
+        """The segment behind an interface, and the entry of a source in it; None: no such segment."""
+        with self._begin() as transaction:
+            link = self._link(transaction, index)
+            if link is None:
+                return None
+            found = self._entry(transaction, link.segment, source)
+            return link, None if found is None else layout.Entry.unpack(found[1])
+
+    def account(self, subscription: int) -> Account | None:
+        """The account with the table's number `subscription`."""
+        with self._begin() as transaction:
+            return self._account(transaction, subscription)
+
+    def counts(self) -> tuple[int, int]:
+        """How many attachments and subscriptions the table holds."""
+        with self._begin() as transaction:
+            return (
+                transaction.stat(self._parts[b"entries"])["entries"],
+                transaction.stat(self._parts[b"ids"])["entries"],
+            )
+
+    def _begin(self) -> Transaction:
+        try:
+            return self._environment.begin()
+        except MapResizedError:
+            # The writer has made the map larger: take its size over.
+            self._environment.set_mapsize(0)
+            return self._environment.begin()
+
+    def _follow(self, transaction: Transaction) -> None:
+        """Forgets what was read under an older commit than the one that `transaction` sees."""
+        if transaction.id() != self._snapshot:
+            self._links.clear()
+            self._lengths.clear()
+            data = transaction.get(layout.HEAD)
+            self._head = None if data is None else layout.Head.unpack(data)
+            self._snapshot = transaction.id()
+
+    def _link(self, transaction: Transaction, index: int) -> layout.Link | None:
+        self._follow(transaction)
+        try:
+            return self._links[index]
+        except KeyError:
+            data = transaction.get(layout.number(index), db=self._parts[b"links"])
+            link = self._links[index] = None if data is None else layout.Link.unpack(data)
+            return link
+
+    def _entry(self, transaction: Transaction, segment: int, source: bytes) -> tuple[bytes, bytes] | None:
+        """Key and value of the most specific entry that covers `source`."""
+        size = len(source)
+        family = layout.family_key(segment, size)
+        lengths = self._lengths.get(family)
+        if lengths is None:
+            data = transaction.get(family, db=self._parts[b"lengths"])
+            lengths = self._lengths[family] = () if data is None else tuple(layout.unpack_lengths(data))
+        entries, host = self._parts[b"entries"], size * 8
+        for length in lengths:
+            if length == host:
+                address = source
+            else:
+                address = (int.from_bytes(source, "big") & _MASKS[size][length]).to_bytes(size, "big")
+            key = layout.entry_key(segment, length, address)
+            value = transaction.get(key, db=entries)
+            if value is not None:
+                return key, value
+        return None
+
+    def _account(self, transaction: Transaction, subscription: int) -> Account | None:
+        data = transaction.get(layout.number(subscription), db=self._parts[b"subscriptions"])
+        return None if data is None else decode_account(data)

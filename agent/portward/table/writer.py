@@ -1,0 +1,194 @@
+"""The daemon's side of the policy table: each verb is one transaction, and says which verdicts are new.
+
+After a verb returns, the table is on disk and every reader sees it. What the kernel remembers does not agree
+with it until the caller has moved the epoch and forgotten what `Committed` names, in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from secrets import randbits
+from typing import NamedTuple
+
+from portward.model import Attachment, Exemption, Reason, Record, Subscription
+from portward.policy.decide import decide
+from portward.policy.preset import Preset
+from portward.table import layout
+from portward.table.database import MAP_SIZE, MapFullError, TableError, open_database, open_parts
+from portward.table.edit import Edit, Place
+from portward.table.reader import Reader
+
+_LARGEST_MAP = 1 << 40
+
+
+class Committed(NamedTuple):
+    """What a transaction has changed: prefixes, interface indexes, or everything.
+
+    `generation` is that of the table now; it is a new one where any verdict is.
+    """
+
+    revision: int
+    generation: int
+    changed: tuple[Place, ...] = ()
+    links: frozenset[int] = frozenset()
+    everything: bool = False
+
+    @property
+    def new(self) -> bool:
+        """True where any remembered verdict may be out of date."""
+        return bool(self.changed or self.links or self.everything)
+
+
+class Answers(NamedTuple):
+    """What holds for every verdict of this gateway: only observed; refused by a reset instead of silence."""
+
+    observe: bool
+    reject: bool
+
+
+class Writer:
+    """The policy table, open for writing; there is one in a running gateway."""
+
+    def __init__(self, folder: Path, preset: Preset, answers: Answers, *, map_size: int = MAP_SIZE) -> None:
+        """Opens or makes the table in `folder`; raises TableError."""
+        self._folder, self.preset, self.answers, self._map_size = folder, preset, answers, map_size
+        self._environment = open_database(folder, write=True, map_size=map_size)
+        self._parts = open_parts(self._environment, write=True)
+
+    def close(self) -> None:
+        """Closes the table."""
+        self._environment.close()
+
+    def reader(self) -> Reader:
+        """A view of this table for the same process; it ends with the writer."""
+        return Reader(self._environment, self._parts)
+
+    def head(self) -> layout.Head | None:
+        """What the table agrees with; None where it holds no policy yet, or one of another format."""
+        with self._environment.begin() as transaction:
+            data = transaction.get(layout.HEAD)
+            return None if data is None else layout.Head.unpack(data)
+
+    def next_expiry(self) -> datetime | None:
+        """When the next grant with an end date ends."""
+        with self._environment.begin() as transaction, transaction.cursor(self._parts[b"expiries"]) as cursor:
+            return layout.instant(int.from_bytes(cursor.key(), "big")) if cursor.first() else None
+
+    def apply(
+        self, put: Iterable[Record], removed: Iterable[Record], *, revision: int, now: datetime
+    ) -> Committed:
+        """Takes a change of policy in; the table then stands at `revision`. Raises TableError."""
+        put, removed = tuple(put), tuple(removed)
+        return self._commit(lambda edit: edit.apply(put, removed), now, revision=revision)
+
+    def replace(
+        self, records: Iterable[Record], *, revision: int, store: bytes, now: datetime
+    ) -> Committed:
+        """Makes the table hold these records and nothing else, those of the store with the id `store`
+        (16 bytes). Readers see the old table until the new one is whole. Raises TableError."""
+        records = tuple(records)
+
+        def work(edit: Edit) -> None:
+            edit.clear()
+            edit.apply(records, ())
+
+        return self._commit(work, now, revision=revision, store=store, whole=True)
+
+    def settle(self, *, now: datetime) -> Committed:
+        """Decides again what has changed by itself: grants that have ended, and, where preset or answers are
+        not those that the table was decided under, everything."""
+        head = self.head()
+
+        def work(edit: Edit) -> None:
+            ended = edit.expired(layout.microseconds(now))
+            if head is None or head.preset != self._digest():
+                edit.settle_everything()
+            else:
+                edit.settle(ended)
+            if head is not None and Answers(head.observe, head.reject) != self.answers:
+                edit.everything = True
+
+        return self._commit(work, now, whole=True)
+
+    def put_links(
+        self, want: dict[int, tuple[str, bool]], *, touched: frozenset[int], now: datetime
+    ) -> Committed:
+        """Says which segment is behind which interface index: index → (name, only observed). The indexes in
+        `touched` meanwhile belonged to another interface, and count as changed in any case."""
+        moved: set[int] = set()
+
+        def work(edit: Edit) -> None:
+            moved.clear()
+            moved.update(edit.put_links(want, touched))
+
+        return self._commit(work, now, links=moved)
+
+    def _digest(self) -> bytes:
+        return bytes.fromhex(self.preset.digest)
+
+    def _commit(
+        self,
+        work: Callable[[Edit], None],
+        now: datetime,
+        *,
+        revision: int | None = None,
+        store: bytes | None = None,
+        links: set[int] | None = None,
+        whole: bool = False,
+    ) -> Committed:
+        """`whole`: afterwards every entry agrees with this preset, these answers and this time."""
+
+        def reason(
+            subscription: Subscription | None, exemption: Exemption | None, attachment: Attachment
+        ) -> Reason:
+            return decide(
+                self.preset, subscription=subscription, exemption=exemption, attachment=attachment, now=now
+            ).reason
+
+        while True:
+            before = self.head()
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    edit = Edit(transaction, self._parts, reason)
+                    work(edit)
+                    new = bool(edit.changed or edit.everything or links)
+                    head = self._next_head(before, now, new=new, whole=whole)
+                    if revision is not None:
+                        head = head._replace(revision=revision)
+                    if store is not None:
+                        head = head._replace(store=store)
+                    transaction.put(layout.HEAD, head.pack())
+                break
+            except MapFullError:
+                self._grow()
+        return Committed(
+            head.revision, head.generation, tuple(edit.changed), frozenset(links or ()), edit.everything
+        )
+
+    def _next_head(self, before: layout.Head | None, now: datetime, *, new: bool, whole: bool) -> layout.Head:
+        if before is None:
+            # A table begins at a random generation: what a kernel remembers of an older table is never taken
+            # for what it remembers of this one.
+            return layout.Head(0, randbits(31), *self.answers, now.timestamp(), self._digest(), bytes(16))
+        head = before._replace(generation=(before.generation + new) % 2**32)
+        if whole:
+            head = head._replace(
+                observe=self.answers.observe,
+                reject=self.answers.reject,
+                decided_at=now.timestamp(),
+                preset=self._digest(),
+            )
+        return head
+
+    def _grow(self) -> None:
+        self._map_size *= 2
+        if self._map_size > _LARGEST_MAP:
+            raise TableError(f"{self._folder}: the policy table is full at {self._map_size // 2} bytes")
+        self._environment.set_mapsize(self._map_size)
+
+
+def utc_now() -> datetime:
+    """The time, as the writer takes it."""
+    return datetime.now(UTC)
