@@ -6,16 +6,28 @@ Parsed once, at the edge; unknown fields are refused there. Instants are aware d
 
 from __future__ import annotations
 
+from abc import ABC
 from datetime import date, datetime
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 from uuid import UUID
 
 import msgspec
 
 Address: TypeAlias = IPv4Address | IPv6Address
-Network: TypeAlias = IPv4Network | IPv6Network
+if TYPE_CHECKING:
+    Network: TypeAlias = IPv4Network | IPv6Network
+else:
+    # msgspec takes one custom type in a field, no union of two: at run time it is their common base.
+    class Network(ABC):
+        """A prefix of either family."""
+
+    Network.register(IPv4Network)
+    Network.register(IPv6Network)
+
+
+Instant: TypeAlias = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class Standing(StrEnum):
@@ -94,7 +106,7 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     address: Network
     subscription: UUID
     workload: Workload = Workload.VM
-    started: datetime | None = None
+    started: Instant | None = None
 
 
 class Exemption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,9 +117,9 @@ class Exemption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     subscription: UUID
     state: ExemptionState
-    requested: datetime | None = None
-    decided: datetime | None = None
-    until: datetime | None = None
+    requested: Instant | None = None
+    decided: Instant | None = None
+    until: Instant | None = None
     by: str = ""
     justification: str = ""
 

@@ -18,6 +18,7 @@ from portward.table.database import (
     Environment,
     MapResizedError,
     Part,
+    TableError,
     Transaction,
     open_database,
     open_parts,
@@ -52,7 +53,7 @@ class Holding(NamedTuple):
 
     prefix: Network
     entry: layout.Entry
-    account: Account | None
+    account: Account
 
 
 _account = msgspec.json.Decoder(Account)
@@ -124,6 +125,8 @@ class Reader:
                 return None
             entry = layout.Entry.unpack(found[1])
             account = self._account(transaction, entry.subscription)
+            if account is None:
+                raise TableError(f"the policy table is damaged: no account has the number {entry.subscription}")
             return Holding(layout.network_of(found[0])[1], entry, account)
 
     def owner(self, index: int, source: bytes) -> tuple[layout.Link, layout.Entry | None] | None:

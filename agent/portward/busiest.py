@@ -1,0 +1,68 @@
+"""`portward top`: which remembered sources send how much, from two readings of the kernel's counters."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import NamedTuple
+
+from portward.config import Config
+from portward.errors import KernelError
+from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.mark import Class
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.gateway.ruleset import LEARNED_SETS, TABLE
+from portward.table.reader import Reader
+
+
+class Row(NamedTuple):
+    """A source: its packets since it was learned and in a second since the last reading, and whose it is."""
+
+    segment: str
+    source: str
+    verdict: str
+    rate: float
+    packets: int
+    owner: str
+
+
+class Busiest:
+    """Sources by their rate."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises KernelError where no ruleset is loaded, TableError where there is no policy table."""
+        netlink = NfNetlink()
+        if not netlink.sets(TABLE):
+            raise KernelError("no ruleset of portward is loaded here, or this process may not ask (root?)")
+        self._learned = Learned(Nft(), netlink)
+        self._reader = Reader.open(config.table)
+        self._before: dict[tuple[Class, Source], int] = {}
+        self._at: float | None = None
+
+    def read(self, now: float) -> list[Row]:
+        """The sources, busiest first; `now` is a monotonic time in seconds. The first reading has no rates."""
+        elements = list(self._learned.elements())
+        elapsed = None if self._at is None else max(now - self._at, 1e-3)
+        rows = [self._row(element, elapsed) for element in elements]
+        self._before = {(element.verdict, element.source): element.packets for element in elements}
+        self._at = now
+        return sorted(rows, key=lambda row: (-row.rate, -row.packets))
+
+    def _row(self, element: Element, elapsed: float | None) -> Row:
+        before = self._before.get((element.verdict, element.source), 0)
+        risen = element.packets - before if element.packets >= before else element.packets
+        found = self._reader.owner(element.source.index, element.source.address)
+        segment, owner = str(element.source.index), ""
+        if found is not None:
+            segment = found[0].name
+            account = None if found[1] is None else self._reader.account(found[1].subscription)
+            if account is not None:
+                owner = (account.subscription.name if account.subscription else "") or str(account.id)
+        return Row(
+            segment,
+            str(ip_address(element.source.address)),
+            LEARNED_SETS[element.verdict],
+            0.0 if elapsed is None else risen / elapsed,
+            element.packets,
+            owner,
+        )

@@ -1,0 +1,38 @@
+"""`portward check`: would `portward run` begin with this configuration? Changes nothing."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from portward import config as configuration
+from portward.errors import KernelError
+from portward.gateway import ruleset, xtables
+from portward.gateway.nft import Nft
+from portward.policy import preset as presets
+from portward.store import open_store
+
+
+def check(path: Path) -> Iterator[str]:
+    """Lines that say what was found, as it is found; raises PortwardError at the first thing that is wrong."""
+    config = configuration.load(path)
+    yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
+    preset = presets.load(config.preset)
+    yield f"preset {preset.name}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
+    names = [name for _, name in socket.if_nameindex()]
+    for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks)):
+        for pattern in patterns:
+            found = [name for name in names if configuration.matches((pattern,), name)]
+            yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
+    nft = Nft()
+    native = xtables.has_native_queue(nft)
+    state = ruleset.State(0, synced=False)
+    try:
+        nft.check(ruleset.wanted(config, preset, native=native, state=state).text)
+    except KernelError as error:
+        raise KernelError(f"the kernel does not take the ruleset (root or CAP_NET_ADMIN?): {error}") from None
+    yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
+    store = open_store(config.store)
+    yield f"store {config.store}: revision {store.revision()}"
+    store.close()

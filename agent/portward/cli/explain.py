@@ -1,0 +1,31 @@
+"""`portward explain`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+
+
+def explain(
+    segment: Annotated[str, typer.Argument(help="The segment: an interface name such as vni1002.")],
+    address: Annotated[str, typer.Argument(help="The source address, IPv4 or IPv6.")],
+    to: Annotated[str | None, typer.Option("--to", metavar="ADDRESS", help="A destination.")] = None,
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Say whether a source may open connections to port 25, why, and what its customer can do.
+
+    Example: portward explain vni1002 10.0.0.4
+    """
+    from portward import explanation  # noqa: PLC0415 # only this verb needs all of it
+
+    found = explanation.explain(config, segment, address, to)
+    if json:
+        typer.echo(msgspec.json.encode(found).decode())
+    else:
+        for line in explanation.lines(found):
+            typer.echo(line)

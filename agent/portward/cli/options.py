@@ -1,0 +1,17 @@
+"""Options that many verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from portward.config import DEFAULT_PATH
+
+ConfigOption: TypeAlias = Annotated[
+    Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration.", show_default=True)
+]
+JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")]
+
+__all__ = ["DEFAULT_PATH", "ConfigOption", "JsonOption"]

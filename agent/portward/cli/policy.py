@@ -1,0 +1,71 @@
+"""`portward policy …`: the presets."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+
+from portward.cli.options import JsonOption
+from portward.documents import enc_hook, network_text
+from portward.policy import preset as presets
+from portward.policy.preset import Offer, Preset
+
+app = typer.Typer(help="The published policies that portward can enforce.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("list")
+def list_(json: JsonOption = False) -> None:
+    """List the presets that come with portward.
+
+    Example: portward policy list
+    """
+    found = [presets.load(name) for name in presets.bundled()]
+    if json:
+        rows = [{"name": preset.name, "title": preset.title, "source_date": preset.source_date} for preset in found]
+        typer.echo(msgspec.json.encode(rows).decode())
+        return
+    for preset in found:
+        default = " (default)" if preset.name == presets.DEFAULT else ""
+        typer.echo(f"{preset.name:<14}{preset.title}, ports {_numbers(preset)}{default}")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A preset's name, or the path of your own.")],
+    json: JsonOption = False,
+) -> None:
+    """Show what a preset says, offer by offer.
+
+    Example: portward policy show azure-2020
+    """
+    preset = presets.load(name)
+    if json:
+        typer.echo(msgspec.json.encode(preset, enc_hook=enc_hook).decode())
+        return
+    typer.echo(f"{preset.name}: {preset.title}")
+    typer.echo(f"  source    {preset.source} ({preset.source_date})")
+    typer.echo(f"  ports     {_numbers(preset)}")
+    typer.echo(f"  internal  {', '.join(map(network_text, preset.internal))}")
+    typer.echo(f"  restart   {preset.restart or 'not needed for an exemption to count'}")
+    typer.echo(f"  paas      {'blocked, whatever the offer' if preset.paas_blocked else 'as any other workload'}")
+    for offer in preset.offers:
+        _print_offer(", ".join(offer.ids), offer)
+    if preset.otherwise is not None:
+        _print_offer("any other offer" if preset.offers else "any offer", preset.otherwise)
+
+
+def _print_offer(ids: str, offer: Offer) -> None:
+    typer.echo(f"  offer     {ids}")
+    typer.echo(f"              {offer.title}")
+    if offer.exemption is presets.ExemptionPath.NOT_NEEDED:
+        typer.echo("              allowed")
+        return
+    before = f"allowed if created before {offer.created_before}, else " if offer.created_before else ""
+    needs = f" (takes {', '.join(offer.requires)})" if offer.requires else ""
+    typer.echo(f"              {before}blocked; exemption: {offer.exemption}{needs}")
+
+
+def _numbers(preset: Preset) -> str:
+    return ", ".join(map(str, preset.ports))

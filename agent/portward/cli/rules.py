@@ -1,0 +1,46 @@
+"""`portward rules …`: the ruleset in the kernel."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from portward.cli.options import DEFAULT_PATH, ConfigOption
+
+app = typer.Typer(help="What is loaded in the kernel.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command()
+def show(
+    wanted: Annotated[
+        bool, typer.Option("--wanted", help="Print the text that would be loaded instead, for `nft -c -f -`.")
+    ] = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Print the ruleset that is loaded, without the remembered sources.
+
+    Example: portward rules show | less
+    """
+    from portward import rules  # noqa: PLC0415 # only this verb needs nft
+
+    print(rules.wanted(config) if wanted else rules.loaded(), end="")
+
+
+@app.command()
+def remove(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Stop enforcing: take portward's ruleset and all remembered verdicts out of the kernel.
+
+    Every source may then open connections to port 25. A running agent would put the ruleset back, so it must be
+    stopped first: systemctl stop portward.
+
+    Example: portward rules remove --yes
+    """
+    from portward import rules  # noqa: PLC0415 # as above
+
+    if not yes:
+        typer.confirm("Every tenant may then send on port 25. Stop enforcing?", abort=True)
+    print(rules.remove(config))

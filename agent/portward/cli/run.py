@@ -1,0 +1,35 @@
+"""`portward run` and `portward check`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from portward.cli.options import DEFAULT_PATH, ConfigOption
+
+
+def run(config: ConfigOption = DEFAULT_PATH) -> None:
+    """Enforce the policy on this gateway until stopped.
+
+    SIGHUP reads the configuration again; a bad one is refused and the old one stays in force. SIGTERM stops the
+    agent and leaves ruleset and verdicts in place: nothing opens. `portward rules remove` stops enforcing.
+
+    Example: portward run --config /etc/portward/portward.toml
+    """
+    from portward import daemon  # noqa: PLC0415 # only this verb needs the daemon's libraries
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    daemon.run(config)
+
+
+def check(config: ConfigOption = DEFAULT_PATH) -> None:
+    """Check configuration, preset and, where this process may ask it, whether the kernel takes the ruleset.
+
+    Nothing is changed. Exit code 0: `portward run` would begin; 2: a mistake in a file; 1: the kernel refuses.
+
+    Example: portward check --config ./portward.toml
+    """
+    from portward import check as checks  # noqa: PLC0415 # as above
+
+    for line in checks.check(config):
+        print(line)

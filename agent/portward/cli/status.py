@@ -1,0 +1,122 @@
+"""`portward status` and `portward top`."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from portward import config as configuration
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.errors import PortwardError
+from portward.runtime import read_status, running
+
+# The daemon writes its status each second: an older one is told as old.
+_STALE_SECONDS = 5.0
+
+
+def status(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
+    """Show whether the agent runs here, what it enforces, and what is wrong.
+
+    Exit code 1 where no agent runs.
+
+    Example: portward status --json
+    """
+    told = _status(config)
+    if json:
+        typer.echo(msgspec.json.encode(told).decode())
+        return
+    for line in _lines(told):
+        typer.echo(line)
+
+
+def top(
+    interval: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between readings.")] = 1.0,
+    count: Annotated[int, typer.Option("--count", min=0, help="Readings, 0 for ever.")] = 0,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Show which sources send to port 25 now: packets a second by source, as the kernel counts them.
+
+    Example: portward top --interval 2
+    """
+    from portward.busiest import Busiest  # noqa: PLC0415 # only this verb needs netlink
+
+    busiest = Busiest(configuration.load(config))
+    console = Console()
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        readings = 0
+        while count == 0 or readings <= count:
+            rows = busiest.read(time.monotonic())
+            live.update(_top_table(rows[: max(5, console.height - 6)]), refresh=True)
+            readings += 1
+            if count == 0 or readings <= count:
+                time.sleep(interval)
+
+
+def _status(config: Any) -> dict[str, Any]:
+    settings = configuration.load(config)
+    pid = running(settings.table)
+    if pid is None:
+        raise PortwardError(
+            f"no agent runs on table {settings.table}: known verdicts stay in the kernel, unknown sources are "
+            f"{'passed' if settings.on_agent_down == 'open' else 'dropped'} (start `portward run`)"
+        )
+    told = read_status(settings.table)
+    if told is None:
+        raise PortwardError(f"agent {pid} is starting: no status yet")
+    return told
+
+
+def _lines(told: dict[str, Any]) -> list[str]:
+    age = time.time() - told["at"]
+    found = [
+        f"portward {told['version']}, process {told['pid']}, up {_span(told['at'] - told['started'])}, "
+        f"mode {told['mode']}, preset {told['preset']}",
+        f"policy    revision {told['revision']}, {told['attachments']:.0f} attachments of "
+        f"{told['subscriptions']:.0f} subscriptions",
+        f"store     {told['store']}" + (f": {told['store_error']}" if told["store_error"] else ", in step"),
+        f"queue     {told['queue_path']}; "
+        + ", ".join(
+            f"worker {worker['queue']} {'runs' if worker['running'] else 'IS DOWN'}"
+            + (f" ({worker['restarts']} restarts)" if worker["restarts"] else "")
+            for worker in told["workers"]
+        ),
+        "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
+    ]
+    for segment in told["segments"]:
+        seen = f"{segment['packets']} packets to the judged ports" if segment["packets"] else (
+            "no packet to the judged ports has passed here yet: does its traffic cross this host's own stack?"
+        )
+        found.append(f"segment   {segment['name']}{' (observed)' if segment['observed'] else ''}: {seen}")
+    if not told["segments"]:
+        found.append("segment   NONE: no interface matches `segments`")
+    if age > _STALE_SECONDS:
+        found.insert(0, f"this is {age:.0f} s old: the agent does not report")
+    if told["reload_failed"]:
+        found.append("config    the last reload was refused: the configuration before is in force (see the log)")
+    if told["ruleset_repairs"]:
+        found.append(f"ruleset   put back {told['ruleset_repairs']:.0f} times after somebody changed it")
+    return found
+
+
+def _top_table(rows: list[Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title, justify in (("segment", "left"), ("source", "left"), ("verdict", "left"),
+                           ("packets/s", "right"), ("packets", "right"), ("subscription", "left")):  # fmt: skip
+        table.add_column(title, justify=justify)  # type: ignore[arg-type] # a literal
+    for row in rows:
+        table.add_row(row.segment, row.source, row.verdict, f"{row.rate:.1f}", str(row.packets), row.owner)
+    return table
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = ((days, "d"), (hours, "h"), (minutes, "min"), (rest, "s"))
+    return " ".join([f"{number} {unit}" for number, unit in parts if number][:2]) or "0 s"

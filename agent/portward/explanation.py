@@ -1,0 +1,193 @@
+"""`portward explain`: why a source may or may not send, from the same table that the workers read.
+
+Where no daemon runs it decides from the store, and says so. Where the kernel may be asked (CAP_NET_ADMIN) it
+also tells whether the verdict is remembered now.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from pathlib import Path
+
+import msgspec
+
+from portward import config as configuration
+from portward.config import Config, Refusal
+from portward.errors import InputError, PortwardError
+from portward.gateway.learned import Learned, Source
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.gateway.ruleset import LEARNED_SETS, TABLE
+from portward.model import Address, Attachment, Exemption, Mode, Subscription, Workload
+from portward.policy import preset as presets
+from portward.policy.decide import decide, rule_in_words
+from portward.policy.preset import Preset
+from portward.policy.remedy import reason_in_words, remedy
+from portward.runtime import running
+from portward.store import open_store
+from portward.store.protocol import find
+from portward.table import layout
+from portward.table.reader import Reader
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What is known of a source, and where it was read."""
+
+    source: str
+    revision: int
+    attachment: Attachment | None = None
+    subscription: Subscription | None = None
+    exemption: Exemption | None = None
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """An answer to "why can't I send mail?". `kernel` is what the kernel does with the source now, or why that
+    is not known; `decided_from` is `table` or `store`."""
+
+    segment: str
+    address: str
+    destination: str | None
+    verdict: str
+    reason: str
+    reason_in_words: str
+    subscription: str | None
+    name: str | None
+    offer: str | None
+    matched: str | None
+    rule: str
+    revision: int
+    decided_from: str
+    observed: bool
+    kernel: str
+    remedy: str
+
+
+def explain(path: Path, segment: str, address: str, to: str | None) -> Explanation:
+    """Explains the source `address` in `segment`, for packets to `to` or anywhere on the Internet. Raises
+    InputError for what is no address, PortwardError where neither table nor store can be read."""
+    config = configuration.load(path)
+    source = _address("ADDRESS", address)
+    destination = None if to is None else _address("--to", to)
+    if not config.segment(segment):
+        raise InputError(
+            f"{segment!r} is none of the segments of {path}: {', '.join(config.segments)}", field="SEGMENT"
+        )
+    preset = presets.load(config.preset)
+    known = _from_table(config, segment, source) or _from_store(config, segment, source)
+    return _explanation(config, preset, known, segment, source, destination)
+
+
+def lines(found: Explanation) -> Iterator[str]:
+    """The explanation in a few lines for people."""
+    to = f" to {found.destination}" if found.destination else ""
+    observed = " (observed only: the packet passes)" if found.observed and found.verdict != "allow" else ""
+    yield f"{found.segment} {found.address}{to}: {found.verdict.upper()}{observed}"
+    yield f"  why       {found.reason_in_words} ({found.reason})"
+    if found.subscription:
+        name = f"{found.name}, " if found.name else ""
+        yield f"  whose     {name}subscription {found.subscription}, offer {found.offer}"
+        if found.matched and found.matched != found.address:
+            yield f"  matched   {found.matched}"
+    else:
+        yield "  whose     nobody's: no attachment covers this address in this segment"
+    yield f"  rule      {found.rule}"
+    yield f"  from      the {found.decided_from}, revision {found.revision}"
+    yield f"  kernel    {found.kernel}"
+    yield f"  customer  {found.remedy}"
+
+
+def _address(field: str, text: str) -> Address:
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise InputError(f"{text!r} is no IPv4 or IPv6 address", field=field) from None
+
+
+def _from_table(config: Config, segment: str, address: Address) -> Known | None:
+    """What the running daemon enforces; None where none runs, or it has no policy yet."""
+    if running(config.table) is None:
+        return None
+    reader = Reader.open(config.table)
+    try:
+        head, holding = reader.head(), reader.holding(segment, address)
+    finally:
+        reader.close()
+    if head is None:
+        return None
+    if holding is None:
+        return Known("table", head.revision)
+    entry, account = holding.entry, holding.account
+    attachment = Attachment(
+        segment=segment,
+        address=holding.prefix,
+        subscription=account.id,
+        workload=Workload.PAAS if entry.paas else Workload.VM,
+        started=layout.instant(entry.started),
+    )
+    return Known("table", head.revision, attachment, account.subscription, account.exemption)
+
+
+def _from_store(config: Config, segment: str, address: Address) -> Known:
+    store = open_store(config.store)
+    try:
+        revision, attachment, subscription, exemption = find(store, segment, address)
+    finally:
+        store.close()
+    return Known("store (no daemon runs here)", revision, attachment, subscription, exemption)
+
+
+def _explanation(
+    config: Config, preset: Preset, known: Known, segment: str, source: Address, destination: Address | None
+) -> Explanation:
+    now = datetime.now(UTC)
+    facts = {
+        "subscription": known.subscription,
+        "exemption": known.exemption,
+        "attachment": known.attachment,
+    }
+    decision = decide(preset, **facts, now=now, destination=destination)
+    subscription = known.subscription
+    reject = config.verdicts.refuse_with is Refusal.REJECT and subscription is not None
+    refusal = "reject" if reject else "deny"
+    return Explanation(
+        segment=segment,
+        address=str(source),
+        destination=None if destination is None else str(destination),
+        verdict="allow" if decision.reason.allows else refusal,
+        reason=decision.reason.value,
+        reason_in_words=reason_in_words(decision.reason),
+        subscription=None if subscription is None else str(subscription.id),
+        name=None if subscription is None else subscription.name,
+        offer=None if subscription is None else subscription.offer,
+        matched=None if known.attachment is None else str(known.attachment.address),
+        rule=rule_in_words(preset, decision.reason, **facts),
+        revision=known.revision,
+        decided_from=known.source,
+        observed=config.observes(segment) or (subscription is not None and subscription.mode is Mode.OBSERVE),
+        kernel=_kernel(segment, source),
+        remedy=remedy(preset, decision.reason, subscription),
+    )
+
+
+def _kernel(segment: str, source: Address) -> str:
+    """What the kernel does with the source's next packet, in words."""
+    try:
+        index = socket.if_nametoindex(segment)
+    except OSError:
+        return f"there is no interface {segment} here now"
+    try:
+        netlink = NfNetlink()
+        if not netlink.sets(TABLE):
+            return "no ruleset of portward is loaded here: nothing is enforced"
+        held = Learned(Nft(), netlink).held(Source(index, source.packed))
+    except (OSError, PortwardError):
+        return "not known: asking the kernel needs root or CAP_NET_ADMIN"
+    if held is None:
+        return "does not remember this source: its next packet asks a worker"
+    return (
+        f"remembers {LEARNED_SETS[held.verdict]!r} for {held.expires:.0f} s more, "
+        f"{held.packets} packets so far"
+    )

@@ -1,0 +1,159 @@
+"""May this source open a connection, and why? Pure: no clock, no files, the same inputs give the same answer.
+
+Where several things hold, the first of these decides (the policy page of the default preset, December 2020):
+destination not on the Internet; source unknown; subscription disabled; workload `paas`; offer always allowed;
+created before the date; offer that can never be exempt, also where an old exemption says granted; the latest
+state of the exemption; an exemption granted after the machine's last start.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import NamedTuple
+
+from portward.model import (
+    Address,
+    Attachment,
+    Exemption,
+    ExemptionState,
+    Reason,
+    Standing,
+    Subscription,
+    Workload,
+)
+from portward.policy.preset import ExemptionPath, Preset
+
+
+class Decision(NamedTuple):
+    """Whether a source may open connections, by its reason."""
+
+    reason: Reason
+
+    @property
+    def allows(self) -> bool:
+        """True where it may."""
+        return self.reason.allows
+
+
+_DECISIONS = {reason: Decision(reason) for reason in Reason}
+
+
+def decide(
+    preset: Preset,
+    *,
+    subscription: Subscription | None,
+    exemption: Exemption | None,
+    attachment: Attachment | None,
+    now: datetime,
+    destination: Address | None = None,
+) -> Decision:
+    """The decision for a source at the time `now`. `destination` None stands for anywhere on the Internet;
+    `attachment` or `subscription` None for a source of nobody; `exemption` is the subscription's, if any."""
+    if destination is not None and is_internal(preset, destination):
+        return _DECISIONS[Reason.ALLOWED_INTERNAL]
+    if attachment is None or subscription is None:
+        return _DECISIONS[Reason.DENIED_UNKNOWN_SOURCE]
+    return _DECISIONS[_standing(preset, subscription, exemption, attachment, now)]
+
+
+def is_internal(preset: Preset, destination: Address) -> bool:
+    """Whether a destination is not on the Internet. An IPv4-mapped IPv6 address is never on the wire as such
+    (RFC 4038, 4.2), and so is judged by the IPv6 prefixes, as the kernel does."""
+    return any(destination.version == net.version and destination in net for net in preset.internal)
+
+
+def _standing(
+    preset: Preset,
+    subscription: Subscription,
+    exemption: Exemption | None,
+    attachment: Attachment,
+    now: datetime,
+) -> Reason:
+    if subscription.standing is Standing.DISABLED:
+        return Reason.DENIED_DISABLED
+    if preset.paas_blocked and attachment.workload is Workload.PAAS:
+        return Reason.DENIED_PAAS
+    offer = preset.offer(subscription.offer)
+    if offer is None:
+        return Reason.DENIED_INELIGIBLE
+    if offer.exemption is ExemptionPath.NOT_NEEDED:
+        return Reason.ALLOWED_OFFER
+    if offer.created_before is not None and subscription.created < offer.created_before:
+        return Reason.ALLOWED_GRANDFATHERED
+    if offer.exemption is ExemptionPath.NEVER:
+        return Reason.DENIED_INELIGIBLE
+    return _exempt(preset, exemption, attachment, now)
+
+
+def _exempt(preset: Preset, exemption: Exemption | None, attachment: Attachment, now: datetime) -> Reason:
+    match exemption:
+        case None:
+            return Reason.DENIED_NOT_EXEMPT
+        case Exemption(state=ExemptionState.REQUESTED):
+            return Reason.DENIED_PENDING
+        case Exemption(state=ExemptionState.REJECTED):
+            return Reason.DENIED_REJECTED
+        case Exemption(state=ExemptionState.REVOKED):
+            return Reason.DENIED_REVOKED
+    if exemption.until is not None and now >= exemption.until:
+        return Reason.DENIED_NOT_EXEMPT
+    if preset.restart and not _restarted(exemption, attachment):
+        return Reason.DENIED_RESTART_REQUIRED
+    return Reason.ALLOWED_EXEMPT
+
+
+def _restarted(exemption: Exemption, attachment: Attachment) -> bool:
+    """Whether the machine was started after the grant; what nobody has recorded has not happened."""
+    if exemption.decided is None or attachment.started is None:
+        return False
+    return attachment.started > exemption.decided
+
+
+def rule_in_words(
+    preset: Preset,
+    reason: Reason,
+    *,
+    subscription: Subscription | None,
+    exemption: Exemption | None,
+    attachment: Attachment | None,
+) -> str:
+    """Which rule of the preset gave the reason, with the dates that mattered."""
+    offer = None if subscription is None else preset.offer(subscription.offer)
+    title = "an offer that the preset does not know" if offer is None else f"offer {offer.title}"
+    match reason:
+        case Reason.ALLOWED_INTERNAL:
+            told = "internal: the destination is not on the Internet"
+        case Reason.DENIED_UNKNOWN_SOURCE:
+            told = "a source of no known subscription is denied"
+        case Reason.DENIED_DISABLED:
+            told = "a disabled subscription is denied, whatever its offer"
+        case Reason.DENIED_PAAS:
+            told = "paas_blocked: platform services are denied, whatever the offer"
+        case Reason.ALLOWED_OFFER:
+            told = f"{title}: always allowed"
+        case Reason.ALLOWED_GRANDFATHERED:
+            told = f"{title}: created {_day(subscription)}, before {offer.created_before if offer else None}"
+        case Reason.DENIED_INELIGIBLE:
+            told = f"{title}: never exempt"
+        case Reason.DENIED_RESTART_REQUIRED:
+            started = attachment.started if attachment else None
+            granted = exemption.decided if exemption else None
+            told = f"{title}: granted {_time(granted)}, machine last started {_time(started)}"
+        case _:
+            told = f"{title}: exemption by {offer.exemption if offer else 'none'}{_exemption_state(exemption)}"
+    return f"{preset.name}: {told}"
+
+
+def _exemption_state(exemption: Exemption | None) -> str:
+    if exemption is None:
+        return ", none asked for"
+    until = f", until {_time(exemption.until)}" if exemption.until else ""
+    return f", {exemption.state} {_time(exemption.decided or exemption.requested)}{until}"
+
+
+def _day(subscription: Subscription | None) -> str:
+    return "" if subscription is None else subscription.created.isoformat()
+
+
+def _time(at: datetime | None) -> str:
+    return "at an unknown time" if at is None else at.strftime("%Y-%m-%d %H:%M:%SZ")

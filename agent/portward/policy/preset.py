@@ -1,0 +1,124 @@
+"""A cloud's published policy as data: which ports, which destinations are internal, which offers may send.
+
+A preset is a TOML file under `rules/policy/`, or an operator's own. What it can say is what the structs here
+can hold; anything else in the file is refused with its place.
+"""
+
+from __future__ import annotations
+
+import difflib
+from datetime import date
+from enum import StrEnum
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from portward.documents import enc_hook, mistake, read_toml
+from portward.errors import InputError
+from portward.model import Network
+from portward.resources import rules
+
+DEFAULT: Final = "azure-2020"
+
+Port = Annotated[int, Meta(ge=1, le=65_535)]
+
+
+class ExemptionPath(StrEnum):
+    """How an exemption can be had."""
+
+    NOT_NEEDED = "not-needed"
+    SELF_SERVICE = "self-service"
+    REVIEW = "review"
+    NEVER = "never"
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What holds for the subscriptions of some offers.
+
+    With `exemption = "not-needed"` they are always let through. Else those created before `created_before`
+    are, and the others as their exemption says. `requires` are conditions of the path, in words.
+    """
+
+    ids: tuple[str, ...] = ()
+    title: str
+    exemption: ExemptionPath
+    created_before: date | None = None
+    requires: tuple[str, ...] = ()
+
+
+class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """A policy. `otherwise` holds for offers that are not listed; without it they can never send.
+
+    `restart` says how a machine is restarted for a grant to count; empty where none is needed. `paas_blocked`:
+    workload `paas` is blocked whatever the offer.
+    """
+
+    name: str
+    title: str
+    source: str
+    source_date: date
+    ports: Annotated[tuple[Port, ...], Meta(min_length=1)]
+    internal: tuple[Network, ...]
+    restart: str = ""
+    paas_blocked: bool = False
+    request: str = ""
+    offers: tuple[Offer, ...] = ()
+    otherwise: Offer | None = None
+
+    def offer(self, id_: str) -> Offer | None:
+        """What holds for an offer; None where the preset does not know it."""
+        return self._by_id.get(id_, self.otherwise)
+
+    @cached_property
+    def _by_id(self) -> dict[str, Offer]:
+        return {id_: offer for offer in self.offers for id_ in offer.ids}
+
+    @cached_property
+    def digest(self) -> str:
+        """A checksum (64 hex digits) of all that the preset says: another one, other verdicts."""
+        return sha256(msgspec.json.encode(self, enc_hook=enc_hook)).hexdigest()
+
+
+def bundled() -> tuple[str, ...]:
+    """The names of the presets that come with portward."""
+    return tuple(sorted(path.stem for path in rules("policy").glob("*.toml")))
+
+
+def load(name: str) -> Preset:
+    """The preset of that name, or the file at that path (with a `/`, or ending in .toml); raises InputError."""
+    if "/" in name or name.endswith(".toml"):
+        return _read(Path(name))
+    if name not in bundled():
+        near = difflib.get_close_matches(name, bundled(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(bundled())}"
+        raise InputError(f"no preset is called {name!r}; {hint} (or give a path to your own)", field="preset")
+    return _read(rules("policy", f"{name}.toml"))
+
+
+def _read(path: Path) -> Preset:
+    preset = read_toml(path, Preset)
+    seen: dict[str, int] = {}
+    for place, offer in enumerate(preset.offers):
+        if not offer.ids:
+            raise mistake(path, "an offer needs at least one id", "offers", place, "ids")
+        for id_ in offer.ids:
+            if id_ in seen:
+                where = "twice here" if seen[id_] == place else f"in offers[{seen[id_]}] too"
+                raise mistake(path, f"offer {id_!r} stands {where}", "offers", place, "ids")
+            seen[id_] = place
+        _check_offer(path, offer, "offers", place)
+    if preset.otherwise is not None:
+        if preset.otherwise.ids:
+            raise mistake(path, "[otherwise] is for all other offers and takes no ids", "otherwise", "ids")
+        _check_offer(path, preset.otherwise, "otherwise")
+    return preset
+
+
+def _check_offer(path: Path, offer: Offer, *steps: str | int) -> None:
+    if offer.exemption is ExemptionPath.NOT_NEEDED and offer.created_before is not None:
+        problem = 'an offer whose exemption is "not-needed" is always let through: it takes no date'
+        raise mistake(path, problem, *steps, "created_before")

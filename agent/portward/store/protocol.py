@@ -1,0 +1,163 @@
+"""What every store of policy can do, and how its records are written.
+
+A record is JSON under a key, the same in every backend:
+
+    subscriptions/<uuid>             attachments/<segment>/<address or prefix>             exemptions/<uuid>
+
+The exemption of a subscription is one record, its latest state; what it was before stands in the change log.
+Each accepted batch of changes is one revision; revisions rise by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from ipaddress import ip_network
+from typing import Final, NamedTuple, Protocol, TypeAlias
+
+import msgspec
+
+from portward.documents import dec_hook, enc_hook, network_text
+from portward.errors import StoreError
+from portward.model import Address, Attachment, Exemption, Record, Subscription
+
+Progress: TypeAlias = Callable[[int], None]
+
+KINDS: Final[dict[str, type[Record]]] = {
+    "subscriptions": Subscription,
+    "attachments": Attachment,
+    "exemptions": Exemption,
+}
+
+
+class RecordError(StoreError):
+    """A record in the store that cannot be read; the message names its key and field."""
+
+
+class Change(NamedTuple):
+    """One record as it was and as it became; None: it was not there. `at` in UTC."""
+
+    revision: int
+    at: datetime
+    actor: str
+    key: str
+    before: str | None
+    after: str | None
+
+
+class Put(NamedTuple):
+    """What a key is to hold from now on; None takes it away."""
+
+    key: str
+    body: str | None
+
+
+class Store(Protocol):
+    """A store of policy. Every method raises StoreError where the store cannot be used."""
+
+    def identity(self) -> bytes:
+        """16 bytes that no other store has: revisions of two stores are not comparable."""
+
+    def revision(self) -> int:
+        """The newest revision; 0 for a store that never held anything."""
+
+    def get(self, key: str) -> str | None:
+        """The record under a key."""
+
+    def read_all(self) -> tuple[int, Iterator[tuple[str, str]]]:
+        """A revision, and all records (key, JSON) as they stood at it. Nothing else may be asked of the store
+        before the iterator has come to its end."""
+
+    def changes(self, since: int) -> Iterator[Change]:
+        """What changed after revision `since`, in order."""
+
+    def write(
+        self, batch: Sequence[Put], *, expected: int, actor: str, at: datetime, progress: Progress | None = None
+    ) -> int:
+        """Writes a batch as one revision, all of it or nothing, and gives its number. Raises ConflictError
+        where the store is no longer at revision `expected`. `progress` hears how many are written so far."""
+
+    def fileno(self) -> int | None:
+        """A descriptor that can be read once a revision was written by anyone; None: only asking tells."""
+
+    def drain(self) -> None:
+        """Makes that descriptor unreadable again, until the next revision."""
+
+    def close(self) -> None:
+        """Closes the store."""
+
+
+def key_of(record: Record) -> str:
+    """The key of a record."""
+    match record:
+        case Subscription():
+            return f"subscriptions/{record.id}"
+        case Attachment():
+            return attachment_key(record.segment, network_text(record.address))
+        case Exemption():
+            return f"exemptions/{record.subscription}"
+
+
+def attachment_key(segment: str, address: str) -> str:
+    """The key of an attachment; `address` as `network_text` writes it."""
+    return f"attachments/{segment}/{address}"
+
+
+def encode(record: Record) -> str:
+    """A record as JSON."""
+    return msgspec.json.encode(record, enc_hook=enc_hook).decode()
+
+
+_DECODERS: Final = {kind: msgspec.json.Decoder(type_, dec_hook=dec_hook) for kind, type_ in KINDS.items()}
+
+
+def decode(key: str, body: str) -> Record:
+    """The record under a key; raises RecordError."""
+    decoder = _DECODERS.get(key.partition("/")[0])
+    if decoder is None:
+        raise RecordError(f"{key}: not a key of a subscription, an attachment or an exemption")
+    try:
+        record: Record = decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise RecordError(f"{key}: {error}") from None
+    if key_of(record) != key:
+        raise RecordError(f"{key}: holds the record of {key_of(record)}")
+    return record
+
+
+def find(
+    store: Store, segment: str, address: Address
+) -> tuple[int, Attachment | None, Subscription | None, Exemption | None]:
+    """The store's revision, and what it knows of an address: the attachment with the most specific prefix, its
+    subscription and that one's exemption."""
+    revision = store.revision()
+    attachment = _most_specific(store, segment, address)
+    if attachment is None:
+        return revision, None, None, None
+    subscription = _read(store, f"subscriptions/{attachment.subscription}")
+    exemption = _read(store, f"exemptions/{attachment.subscription}")
+    return (
+        revision,
+        attachment,
+        subscription if isinstance(subscription, Subscription) else None,
+        exemption if isinstance(exemption, Exemption) else None,
+    )
+
+
+def _most_specific(store: Store, segment: str, address: Address) -> Attachment | None:
+    for length in range(address.max_prefixlen, -1, -1):
+        network = ip_network((address, length), strict=False)
+        record = _read(store, attachment_key(segment, network_text(network)))
+        if isinstance(record, Attachment):
+            return record
+    return None
+
+
+def _read(store: Store, key: str) -> Record | None:
+    body = store.get(key)
+    return None if body is None else decode(key, body)
+
+
+def newest(changes: Iterable[Change]) -> dict[str, Change]:
+    """The last change of each key."""
+    return {change.key: change for change in changes}
