@@ -1,7 +1,6 @@
-"""Reading a TOML document into a typed value; a mistake is told with file, line, field and what would be right.
+"""Reading a TOML document into a typed value; of a mistake, file, line, field and what is right.
 
-tomllib gives no line of a value, so the line of a field is looked up in the text when, and only when, there
-is something to tell.
+tomllib gives no line of a value, so the text is walked for it, and only where there is something to tell.
 """
 
 from __future__ import annotations
@@ -9,10 +8,13 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Iterable
 from datetime import date
+from enum import Enum
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, Final, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -21,10 +23,12 @@ from portward.model import Network
 
 T = TypeVar("T")
 
-_STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
-_HEADER = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?")
-_KEY = re.compile(r"\s*([A-Za-z0-9_\-.\"']+)\s*=")
-_AT_LINE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
+# Where a field is: keys of tables and places in lists, from the top.
+Steps: TypeAlias = tuple[str | int, ...]
+
+_STEP: Final = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
+_AT_LINE: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
+_KEY_OF_LINE: Final = re.compile(r"\s*\[?\[?\s*([\w.-]+)\s*(?:=|\])")
 
 
 def read_toml(path: Path, type_: type[T]) -> T:
@@ -33,15 +37,14 @@ def read_toml(path: Path, type_: type[T]) -> T:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        found = _AT_LINE.search(str(error))
-        line = int(found[1]) if found and found[1] else text.count("\n") + 1
-        raise InputError(_AT_LINE.sub("", str(error)), file=str(path), line=line) from None
+        raise _syntax_error(path, text, str(error)) from None
     try:
         return msgspec.convert(document, type_, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
         problem, steps = explained(str(error), type_, document)
-        line = toml_line(text, steps)
-        raise InputError(problem, file=str(path), line=line, field=field_name(steps)) from None
+        raise InputError(
+            problem, file=str(path), line=toml_line(text, steps), field=field_name(steps)
+        ) from None
 
 
 def mistake(path: Path, problem: str, *steps: str | int) -> InputError:
@@ -77,7 +80,9 @@ def network(value: Any) -> Network:
         right = ip_network(value, strict=False)
     except ValueError:
         raise ValueError(f"{value!r} is no IPv4 or IPv6 address or prefix") from None
-    raise ValueError(f"{value!r} has bits beyond its prefix length: {right}, or the address alone, would be right")
+    raise ValueError(
+        f"{value!r} has bits beyond its prefix length: {right}, or the address alone, would be right"
+    )
 
 
 def network_text(value: Network) -> str:
@@ -85,71 +90,180 @@ def network_text(value: Network) -> str:
     return str(value.network_address) if value.prefixlen == value.max_prefixlen else str(value)
 
 
-def explained(message: str, type_: Any, document: Any) -> tuple[str, tuple[str | int, ...]]:
-    """msgspec's message → the problem in our words, and the steps to the field (keys and list places)."""
-    problem, _, path = message.partition(" - at `")
+def explained(message: str, type_: Any, document: Any) -> tuple[str, Steps]:
+    """msgspec's message → the problem in our words, and the steps to the field."""
+    # A problem may quote what the operator wrote; the path is the last thing in the message.
+    problem, _, path = message.rpartition(" - at `$") if message.endswith("`") else (message, "", "")
+    if not problem:
+        problem, path = message, ""
     steps = tuple(_steps(path.rstrip("`")))
     if unknown := re.match(r"Object contains unknown field `(.+)`", problem):
-        known = fields_at(type_, steps)
-        near = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key; {hint}", (*steps, unknown[1])
+        return f"unknown key; {nearest(unknown[1], fields_at(type_, steps))}", (*steps, unknown[1])
     if missing := re.match(r"Object missing required field `(.+)`", problem):
-        return f"{missing[1]!r} is missing", steps
+        return "is missing", (*steps, missing[1])
+    if problem.startswith("Invalid enum value"):
+        value = _value_at(document, steps)
+        return f"{value!r} is none of its values; {nearest(str(value), _enum_values(type_, steps))}", steps
     return _in_words(problem, _value_at(document, steps)), steps
 
 
-def field_name(steps: tuple[str | int, ...]) -> str | None:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What was likely meant: the nearest of the known words, all of them where none is near."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+
+
+def field_name(steps: Steps) -> str | None:
     """The steps as an operator would write them: `offers[3].created_before`."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
     return text.lstrip(".") or None
 
 
-def fields_at(type_: Any, steps: tuple[str | int, ...]) -> list[str]:
-    """The field names of the struct at the end of `steps` from `type_`."""
-    for step in steps:
-        arguments = [item for item in get_args(type_) if item is not Ellipsis]
-        structs = [item for item in (type_, *arguments) if isinstance(item, type) and issubclass(item, msgspec.Struct)]
-        if isinstance(step, int):
-            type_ = structs[0] if structs else Any
-        else:
-            owner = structs[0] if structs else None
-            hints = {field.name: field.type for field in msgspec.structs.fields(owner)} if owner else {}
-            type_ = hints.get(step, Any)
-    if isinstance(type_, type) and issubclass(type_, msgspec.Struct):
-        return list(type_.__struct_fields__)
+def fields_at(type_: Any, steps: Steps) -> list[str]:
+    """The field names of the struct at the end of `steps` from `type_`; none where there is no struct."""
+    for item in _alternatives(_type_at(type_, steps)):
+        if isinstance(item, type) and issubclass(item, msgspec.Struct):
+            return list(item.__struct_fields__)
     return []
 
 
-def toml_line(text: str, steps: tuple[str | int, ...]) -> int | None:
-    """The line (from 1) on which the field at `steps` stands in a TOML text, or the nearest thing above it."""
-    best, best_length = None, 0
-    arrays: dict[str, int] = {}
-    prefix: tuple[str | int, ...] = ()
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := _HEADER.fullmatch(line):
-            name = header[2].replace('"', "")
-            prefix = tuple(name.split("."))
-            if header[1] == "[[":
-                arrays[name] = arrays.get(name, -1) + 1
-                prefix = (*prefix, arrays[name])
-            here = prefix
-        elif key := _KEY.match(line):
-            here = (*prefix, *key[1].replace('"', "").split("."))
+def toml_line(text: str, steps: Steps) -> int | None:
+    """The line (from 1) on which the field at `steps` begins in a valid TOML text, or what it belongs to;
+    None where nothing on the way to it is written."""
+    lines = _Walk(text).lines
+    for length in range(len(steps), 0, -1):
+        if steps[:length] in lines:
+            return lines[steps[:length]]
+    return None
+
+
+class _Walk:
+    """One walk through a TOML text that tomllib has accepted: the line of each key, table and list item.
+
+    It only tells where things stand; what they mean and whether they are right is tomllib's to say.
+    """
+
+    _BLANK: Final = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
+    # Up to two quotes may stand before the three that end a string of many lines (TOML 1.0, Strings).
+    _STRING: Final = re.compile(
+        r'"""(?:\\.|(?!""").)*"{3,5}|\'\'\'(?:(?!\'\'\').)*\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'',
+        re.DOTALL,
+    )
+    _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
+    _PLAIN: Final = re.compile(r"[^,\]}#\n]+")  # numbers, dates (a space may part date and time), true, false
+
+    def __init__(self, text: str) -> None:
+        self._text, self._at = text, 0
+        self._items: dict[Steps, int] = {}  # array of tables → place of its last table
+        self.lines: dict[Steps, int] = {}
+        table: Steps = ()
+        while self._skip_blank() < len(text):
+            if text[self._at] == "[":
+                table = self._header()
+            else:
+                self._pair(table)
+
+    def _header(self) -> Steps:
+        start, brackets = self._at, 2 if self._text.startswith("[[", self._at) else 1
+        self._at += brackets
+        table: Steps = ()
+        keys = self._keys()
+        for place, key in enumerate(keys, 1):
+            table = (*table, key)
+            if brackets == 2 and place == len(keys):
+                self._items[table] = self._items.get(table, -1) + 1
+            if table in self._items:
+                table = (*table, self._items[table])
+            self._note(table, start)
+        self._skip_blank()
+        self._at += brackets
+        return table
+
+    def _pair(self, table: Steps) -> None:
+        start = self._at
+        for key in self._keys():
+            table = (*table, key)
+            self._note(table, start)
+        self._at += 1  # the =
+        self._value(table)
+
+    def _value(self, steps: Steps) -> None:
+        self._skip_blank()
+        first = self._text[self._at]
+        if first == "[":
+            self._sequence(steps, "]")
+        elif first == "{":
+            self._sequence(steps, "}")
         else:
-            continue
-        if here == steps[: len(here)] and len(here) > best_length:
-            best, best_length = number, len(here)
-    return best
+            found = self._STRING.match(self._text, self._at) or self._PLAIN.match(self._text, self._at)
+            self._at = found.end() if found else len(self._text)
+
+    def _sequence(self, steps: Steps, end: str) -> None:
+        """A list up to `]`, or an inline table up to `}`."""
+        self._at += 1
+        place = 0
+        while self._skip_blank() < len(self._text) and self._text[self._at] != end:
+            if end == "]":
+                self._note((*steps, place), self._at)
+                self._value((*steps, place))
+            else:
+                self._pair(steps)
+            place += 1
+            if self._skip_blank() < len(self._text) and self._text[self._at] == ",":
+                self._at += 1
+        self._at += 1
+
+    def _keys(self) -> list[str]:
+        """The parts of a dotted key; stops at what follows it."""
+        keys: list[str] = []
+        while True:
+            self._skip_blank()
+            if quoted := self._STRING.match(self._text, self._at):
+                keys.append(tomllib.loads(f"key = {quoted[0]}")["key"])
+                self._at = quoted.end()
+            else:
+                bare = self._BARE_KEY.match(self._text, self._at)
+                if bare is None:
+                    raise ValueError(f"no key at character {self._at} of a TOML text")
+                keys.append(bare[0])
+                self._at = bare.end()
+            self._skip_blank()
+            if self._text[self._at] != ".":
+                return keys
+            self._at += 1
+
+    def _skip_blank(self) -> int:
+        found = self._BLANK.match(self._text, self._at)
+        self._at = found.end() if found else self._at
+        return self._at
+
+    def _note(self, steps: Steps, at: int) -> None:
+        self.lines.setdefault(steps, self._text.count("\n", 0, at) + 1)
+
+
+def _syntax_error(path: Path, text: str, message: str) -> InputError:
+    """tomllib's message with the line that it names, and the key on that line if there is one."""
+    lines = text.rstrip().split("\n")
+    found = _AT_LINE.search(message)
+    line = int(found[1]) if found and found[1] else len(lines)
+    key = _KEY_OF_LINE.match(lines[line - 1]) if line <= len(lines) else None
+    problem = _AT_LINE.sub("", message)
+    if problem == "Cannot overwrite a value":
+        problem = "stands twice"
+    return InputError(problem, file=str(path), line=line, field=key[1] if key else None)
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 text (byte {error.start})", file=str(path)) from None
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(error.strerror or str(error), file=str(path)) from None
+    try:
+        return data.decode("utf-8-sig")  # editors of some systems begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"byte {data[error.start]:#04x} is not UTF-8", file=str(path), line=line) from None
 
 
 def _steps(path: str) -> list[str | int]:
@@ -162,7 +276,41 @@ def _steps(path: str) -> list[str | int]:
     return found
 
 
-def _value_at(document: Any, steps: tuple[str | int, ...]) -> Any:
+def _type_at(type_: Any, steps: Steps) -> Any:
+    """The declared type at the end of `steps`; Any where the declaration does not say."""
+    for step in steps:
+        for item in _alternatives(type_):
+            if isinstance(item, type) and issubclass(item, msgspec.Struct) and isinstance(step, str):
+                type_ = next(
+                    (field.type for field in msgspec.structs.fields(item) if field.name == step), Any
+                )
+                break
+            arguments = [argument for argument in get_args(item) if argument is not Ellipsis]
+            if arguments:
+                type_ = arguments[-1]  # of a list its items, of a dict its values
+                break
+        else:
+            return Any
+    return type_
+
+
+def _alternatives(type_: Any) -> tuple[Any, ...]:
+    """The members of a union, without what Annotated adds; a type alone is its only member."""
+    while hasattr(type_, "__metadata__"):
+        type_ = type_.__origin__
+    return get_args(type_) if isinstance(type_, UnionType) or get_origin(type_) is Union else (type_,)
+
+
+def _enum_values(type_: Any, steps: Steps) -> list[str]:
+    return [
+        str(member.value)
+        for item in _alternatives(_type_at(type_, steps))
+        if isinstance(item, type) and issubclass(item, Enum)
+        for member in item
+    ]
+
+
+def _value_at(document: Any, steps: Steps) -> Any:
     for step in steps:
         try:
             document = document[step]
@@ -178,18 +326,25 @@ _TYPES = {
 }  # fmt: skip
 
 
+_BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+
+
 def _in_words(problem: str, value: Any) -> str:
     """msgspec's own words for a wrong value, as an operator would say it."""
     told = repr(str(value)) if isinstance(value, str | date) else repr(value)
-    if found := re.match(r"Expected `([\w| ]+)`, got `(\w+)`$", problem):
-        wanted = " or ".join(_TYPES.get(name.strip(), name.strip()) for name in found[1].split("|"))
-        return f"expected {wanted}, got {told}"
-    if found := re.match(r"Invalid enum value (.+)$", problem):
-        return f"{told} is none of the values it can have"
+    if found := re.fullmatch(r"Expected `([\w| ]+)`, got `(\w+)`", problem):
+        wanted = (name.strip() for name in found[1].split("|"))
+        return (
+            f"expected {' or '.join(_TYPES.get(name, name) for name in wanted if name != 'null')}, got {told}"
+        )
+    if found := re.fullmatch(r"Expected `(\w+)`( of length)? (>=|<=|>|<) (\S+)", problem):
+        unit = (" entry", " entries") if found[1] == "array" else (" character", " characters")
+        size = unit[found[4] != "1"] if found[2] else ""
+        kind = _TYPES.get(found[1], found[1])
+        return f"expected {kind} of {_BOUNDS[found[3]]} {found[4]}{size}, got {told}"
     if re.match(r"Invalid (RFC3339 encoded )?date(time)?", problem) or "Invalid UUID" in problem:
         kind = "uuid" if "UUID" in problem else "datetime" if "datetime" in problem else "date"
         return f"expected {_TYPES[kind]}, got {told}"
     if "timezone" in problem:
         return f"a time needs its zone: {told} and a Z at its end for UTC"
-    bounded = problem.replace("`", "")
-    return f"{bounded}, got {told}" if bounded.startswith("Expected") and value is not None else bounded
+    return problem.replace("`", "")
