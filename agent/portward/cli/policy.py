@@ -12,7 +12,9 @@ from portward.documents import enc_hook, network_text
 from portward.policy import preset as presets
 from portward.policy.preset import Offer, Preset
 
-app = typer.Typer(help="The published policies that portward can enforce.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="The published policies that portward can enforce.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command("list")
@@ -23,7 +25,15 @@ def list_(json: JsonOption = False) -> None:
     """
     found = [presets.load(name) for name in presets.bundled()]
     if json:
-        rows = [{"name": preset.name, "title": preset.title, "source_date": preset.source_date} for preset in found]
+        rows = [
+            {
+                "name": preset.name,
+                "title": preset.title,
+                "source_date": preset.source_date,
+                "ports": preset.ports,
+            }
+            for preset in found
+        ]
         typer.echo(msgspec.json.encode(rows).decode())
         return
     for preset in found:
@@ -49,7 +59,8 @@ def show(
     typer.echo(f"  ports     {_numbers(preset)}")
     typer.echo(f"  internal  {', '.join(map(network_text, preset.internal))}")
     typer.echo(f"  restart   {preset.restart or 'not needed for an exemption to count'}")
-    typer.echo(f"  paas      {'blocked, whatever the offer' if preset.paas_blocked else 'as any other workload'}")
+    paas = "blocked, whatever the offer" if preset.paas_blocked else "as any other workload"
+    typer.echo(f"  paas      {paas}")
     for offer in preset.offers:
         _print_offer(", ".join(offer.ids), offer)
     if preset.otherwise is not None:

@@ -117,9 +117,12 @@ def rule_in_words(
     exemption: Exemption | None,
     attachment: Attachment | None,
 ) -> str:
-    """Which rule of the preset gave the reason, with the dates that mattered."""
+    """Which rule of the preset gave `reason` to these facts, with the dates that mattered.
+
+    Apart from `decide`, since a bulk load decides a million times and nobody reads the words.
+    """
     offer = None if subscription is None else preset.offer(subscription.offer)
-    title = "an offer that the preset does not know" if offer is None else f"offer {offer.title}"
+    title = "offer" if offer is None else f"offer {offer.title}"
     match reason:
         case Reason.ALLOWED_INTERNAL:
             told = "internal: the destination is not on the Internet"
@@ -133,6 +136,9 @@ def rule_in_words(
             told = f"{title}: always allowed"
         case Reason.ALLOWED_GRANDFATHERED:
             told = f"{title}: created {_day(subscription)}, before {offer.created_before if offer else None}"
+        case Reason.DENIED_INELIGIBLE if offer is None:
+            unknown = None if subscription is None else subscription.offer
+            told = f"offer {unknown!r} is not in the preset, so it can never be exempt"
         case Reason.DENIED_INELIGIBLE:
             told = f"{title}: never exempt"
         case Reason.DENIED_RESTART_REQUIRED:
@@ -140,7 +146,8 @@ def rule_in_words(
             granted = exemption.decided if exemption else None
             told = f"{title}: granted {_time(granted)}, machine last started {_time(started)}"
         case _:
-            told = f"{title}: exemption by {offer.exemption if offer else 'none'}{_exemption_state(exemption)}"
+            path = offer.exemption if offer else "nothing"
+            told = f"{title}: exemption by {path}{_exemption_state(exemption)}"
     return f"{preset.name}: {told}"
 
 

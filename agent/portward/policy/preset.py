@@ -6,7 +6,6 @@ can hold; anything else in the file is refused with its place.
 
 from __future__ import annotations
 
-import difflib
 from datetime import date
 from enum import StrEnum
 from functools import cached_property
@@ -17,7 +16,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from portward.documents import enc_hook, mistake, read_toml
+from portward.documents import enc_hook, mistake, nearest, read_toml
 from portward.errors import InputError
 from portward.model import Network
 from portward.resources import rules
@@ -53,15 +52,17 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """A policy. `otherwise` holds for offers that are not listed; without it they can never send.
 
-    `restart` says how a machine is restarted for a grant to count; empty where none is needed. `paas_blocked`:
-    workload `paas` is blocked whatever the offer.
+    `internal` are the destinations that are not on the Internet. `restart` says how a machine is restarted
+    for a grant to count; empty where none is needed. `paas_blocked`: workload `paas` is blocked whatever the
+    offer. `request` says how a review is asked for, as the end of a sentence.
     """
 
     name: str
     title: str
     source: str
     source_date: date
-    ports: Annotated[tuple[Port, ...], Meta(min_length=1)]
+    # The multiport match of xtables takes 15 ports (XT_MULTI_PORTS in linux/netfilter/xt_multiport.h).
+    ports: Annotated[tuple[Port, ...], Meta(min_length=1, max_length=15)]
     internal: tuple[Network, ...]
     restart: str = ""
     paas_blocked: bool = False
@@ -89,18 +90,28 @@ def bundled() -> tuple[str, ...]:
 
 
 def load(name: str) -> Preset:
-    """The preset of that name, or the file at that path (with a `/`, or ending in .toml); raises InputError."""
+    """The preset of that name, or the file at that path (with a `/`, or ending in `.toml`).
+
+    Raises InputError with file, line and field of what is wrong, or with the names that there are.
+    """
     if "/" in name or name.endswith(".toml"):
         return _read(Path(name))
     if name not in bundled():
-        near = difflib.get_close_matches(name, bundled(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(bundled())}"
-        raise InputError(f"no preset is called {name!r}; {hint} (or give a path to your own)", field="preset")
+        hint = nearest(name, bundled())
+        raise InputError(f"no preset is called {name!r}; {hint} (your own: a path)", field="preset")
     return _read(rules("policy", f"{name}.toml"))
 
 
 def _read(path: Path) -> Preset:
     preset = read_toml(path, Preset)
+    for place, net in enumerate(preset.internal):
+        if net.prefixlen == 0:
+            raise mistake(path, f"{net} is the whole Internet: nothing would be judged", "internal", place)
+    _check_offers(path, preset)
+    return preset
+
+
+def _check_offers(path: Path, preset: Preset) -> None:
     seen: dict[str, int] = {}
     for place, offer in enumerate(preset.offers):
         if not offer.ids:
@@ -115,7 +126,6 @@ def _read(path: Path) -> Preset:
         if preset.otherwise.ids:
             raise mistake(path, "[otherwise] is for all other offers and takes no ids", "otherwise", "ids")
         _check_offer(path, preset.otherwise, "otherwise")
-    return preset
 
 
 def _check_offer(path: Path, offer: Offer, *steps: str | int) -> None:

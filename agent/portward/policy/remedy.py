@@ -39,15 +39,20 @@ def remedy(preset: Preset, reason: Reason, subscription: Subscription | None) ->
     offer = None if subscription is None else preset.offer(subscription.offer)
     match reason:
         case Reason.DENIED_UNKNOWN_SOURCE:
-            return "If this machine is a customer's, its attachment is missing in the inventory: add it."
+            return (
+                "If this machine is a customer's, the inventory lacks its attachment or subscription: add it."
+            )
         case Reason.DENIED_DISABLED:
-            return "Bring the account in order with the provider; until then nothing can be sent on this port."
+            return (
+                "Contact the provider about the account: while it is disabled, nothing is sent on this port."
+            )
         case Reason.DENIED_PAAS:
             return f"{relay}, or send from a virtual machine."
         case Reason.DENIED_INELIGIBLE:
-            return f"{relay}, or use another kind of subscription: this one can never be exempt."
+            other = ", or use another kind of subscription" if _some_may_send(preset) else ""
+            return f"{relay}{other}: this one can never be exempt."
         case Reason.DENIED_PENDING:
-            return f"Wait for the decision. {relay} meanwhile."
+            return f"{relay}, and wait for the decision."
         case Reason.DENIED_RESTART_REQUIRED:
             return f"To make the exemption count, {preset.restart}."
         case Reason.DENIED_REVOKED:
@@ -56,6 +61,12 @@ def remedy(preset: Preset, reason: Reason, subscription: Subscription | None) ->
             return f"{relay}, or ask again: {_asking(preset, offer)}."
         case _:
             return f"{relay}, or {_asking(preset, offer)}."
+
+
+def _some_may_send(preset: Preset) -> bool:
+    """Whether the preset lets any new subscription through, at once or by an exemption."""
+    offers = preset.offers if preset.otherwise is None else (*preset.offers, preset.otherwise)
+    return any(offer.exemption is not ExemptionPath.NEVER for offer in offers)
 
 
 def _asking(preset: Preset, offer: Offer | None) -> str:
