@@ -51,8 +51,8 @@ class Busiest:
     def _row(self, element: Element, elapsed: float | None) -> Row:
         before = self._before.get((element.verdict, element.source), 0)
         risen = element.packets - before if element.packets >= before else element.packets
-        found = self._reader.owner(element.source.index, element.source.address)
-        segment, owner = str(element.source.index), ""
+        found = self._reader.owner(element.source.link, element.source.address)
+        segment, owner = str(element.source.link), ""
         if found is not None:
             segment = found[0].name
             account = None if found[1] is None else self._reader.account(found[1].subscription)

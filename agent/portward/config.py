@@ -146,6 +146,12 @@ def _problems(config: Config) -> list[tuple[str, str]]:
 def _overlap(one: str, other: str) -> bool:
     """Whether some name matches both patterns."""
     stems = [pattern.removesuffix("*") for pattern in (one, other)]
-    return matches((one,), stems[1]) or matches((other,), stems[0]) or (
-        one.endswith("*") and other.endswith("*") and (stems[0].startswith(stems[1]) or stems[1].startswith(stems[0]))
+    return (
+        matches((one,), stems[1])
+        or matches((other,), stems[0])
+        or (
+            one.endswith("*")
+            and other.endswith("*")
+            and (stems[0].startswith(stems[1]) or stems[1].startswith(stems[0]))
+        )
     )

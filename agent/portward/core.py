@@ -56,6 +56,8 @@ class Core:
         self._follower: Follower | None = None
         self._links = Links({}, frozenset())
         self.changes = 0
+        # The revision that the kernel acts on: the table's, once everything older is forgotten.
+        self.enforced = 0
         self.store_errors = 0
         self.store_error = ""
         self.store_read: float | None = None
@@ -70,15 +72,12 @@ class Core:
     # --- the start, in this order ---
 
     def first_policy(self) -> None:
-        """Brings the table up to the store. Where the store is not to be had, the table of an earlier run
-        stands; without one there is nothing to enforce: raises StoreError."""
-        try:
+        """Sees to it that there is a policy to enforce. A table of an earlier run serves as it is: what has
+        changed in the store since is taken in once the gateway enforces. Without one the store is read first;
+        raises StoreError where that is not to be had either."""
+        head = self._writer.head()
+        if head is None or not any(head.store):
             self._sync()
-        except StoreError as error:
-            head = self._writer.head()
-            if head is None or not any(head.store):
-                raise
-            _log.error("the last known policy, revision %d, stays in force: %s", head.revision, error)
         self._writer.settle(now=utc_now())
 
     def first_links(self, links: Links) -> None:
@@ -89,6 +88,7 @@ class Core:
         """Loads the ruleset; from here on the gateway enforces. Raises KernelError."""
         if not self._enforcement.start(self.generation):
             _log.info("sources are asked about anew: what the kernel remembered is not of this table")
+        self.enforced = self.revision
 
     # --- and then, again and again ---
 
@@ -105,6 +105,7 @@ class Core:
             return False
         if committed is not None:
             self._enforcement.enforce(committed)
+            self.enforced = committed.revision
         return committed is not None
 
     def links_changed(self, links: Links) -> None:
@@ -187,7 +188,9 @@ class Core:
         try:
             self._nft.check(f"add table {ruleset.FAMILY_TABLE}\n")
         except KernelError as error:
-            raise KernelError(f"the kernel takes no ruleset from this process (root or CAP_NET_ADMIN?): {error}") from None
+            raise KernelError(
+                f"the kernel takes no ruleset from this process (root or CAP_NET_ADMIN?): {error}"
+            ) from None
 
     def _want(self) -> ruleset.Wanted:
         state = ruleset.State(self.generation, synced=self._learned.synced() == self.generation)
@@ -222,7 +225,7 @@ class Core:
         self.counts.take_last(elements, time.monotonic())
 
     def _owner(self, source: Source) -> Owner | None:
-        found = self._reader.owner(source.index, source.address)
+        found = self._reader.owner(source.link, source.address)
         if found is None:
             return None
         link, entry = found

@@ -16,12 +16,12 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
-
 
 from portward import config as configuration
 from portward import metrics, report
@@ -68,8 +68,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._thread.shutdown)
             await self._open(stack)
-            links = follow()
-            stack.push_async_callback(links.aclose)
+            links = await stack.enter_async_context(contextlib.aclosing(follow()))
             await self._step(self._core.first_policy)
             first = await anext(links)
             await self._step(lambda: self._core.first_links(first))
@@ -86,7 +85,7 @@ class Daemon:
         self._runtime = runtime
         preset = presets.load(self._config.preset)
         if (address := self._config.metrics_address()) is not None:
-            server = metrics.Server(*address, lambda: self._snapshot)
+            server = metrics.Server(*address, self._newest)
             stack.callback(server.close)
         self._core = await self._step(lambda: Core(self._config, preset))
         stack.push_async_callback(lambda: self._step(self._core.close))
@@ -94,7 +93,11 @@ class Daemon:
         for worker in self._workers:
             stack.push_async_callback(worker.stop)
 
-    async def _serve(self, links: object) -> None:
+    def _newest(self) -> metrics.Snapshot:
+        """The snapshot of the last second, with the revision that is enforced now."""
+        return replace(self._snapshot, enforced_revision=self._core.enforced)
+
+    async def _serve(self, links: AsyncIterator[Links]) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
@@ -147,8 +150,8 @@ class Daemon:
     def _until_next(self) -> float:
         return _POLL_SECONDS
 
-    async def _follow_links(self, links: object) -> None:
-        async for change in links:  # type: ignore[attr-defined] # an async generator of Links
+    async def _follow_links(self, links: AsyncIterator[Links]) -> None:
+        async for change in links:
             await self._step(lambda change=change: self._core.links_changed(change))  # type: ignore[misc]
 
     async def _follow_config(self) -> None:

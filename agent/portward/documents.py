@@ -42,9 +42,7 @@ def read_toml(path: Path, type_: type[T]) -> T:
         return msgspec.convert(document, type_, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
         problem, steps = explained(str(error), type_, document)
-        raise InputError(
-            problem, file=str(path), line=toml_line(text, steps), field=field_name(steps)
-        ) from None
+        raise InputError(problem, file=str(path), line=toml_line(text, steps), field=field_name(steps)) from None
 
 
 def mistake(path: Path, problem: str, *steps: str | int) -> InputError:
@@ -80,9 +78,7 @@ def network(value: Any) -> Network:
         right = ip_network(value, strict=False)
     except ValueError:
         raise ValueError(f"{value!r} is no IPv4 or IPv6 address or prefix") from None
-    raise ValueError(
-        f"{value!r} has bits beyond its prefix length: {right}, or the address alone, would be right"
-    )
+    raise ValueError(f"{value!r} has bits beyond its prefix length: {right}, or the address alone, would be right")
 
 
 def network_text(value: Network) -> str:
@@ -281,9 +277,7 @@ def _type_at(type_: Any, steps: Steps) -> Any:
     for step in steps:
         for item in _alternatives(type_):
             if isinstance(item, type) and issubclass(item, msgspec.Struct) and isinstance(step, str):
-                type_ = next(
-                    (field.type for field in msgspec.structs.fields(item) if field.name == step), Any
-                )
+                type_ = next((field.type for field in msgspec.structs.fields(item) if field.name == step), Any)
                 break
             arguments = [argument for argument in get_args(item) if argument is not Ellipsis]
             if arguments:
@@ -334,9 +328,7 @@ def _in_words(problem: str, value: Any) -> str:
     told = repr(str(value)) if isinstance(value, str | date) else repr(value)
     if found := re.fullmatch(r"Expected `([\w| ]+)`, got `(\w+)`", problem):
         wanted = (name.strip() for name in found[1].split("|"))
-        return (
-            f"expected {' or '.join(_TYPES.get(name, name) for name in wanted if name != 'null')}, got {told}"
-        )
+        return f"expected {' or '.join(_TYPES.get(name, name) for name in wanted if name != 'null')}, got {told}"
     if found := re.fullmatch(r"Expected `(\w+)`( of length)? (>=|<=|>|<) (\S+)", problem):
         unit = (" entry", " entries") if found[1] == "array" else (" character", " characters")
         size = unit[found[4] != "1"] if found[2] else ""

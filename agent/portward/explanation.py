@@ -16,6 +16,7 @@ import msgspec
 
 from portward import config as configuration
 from portward.config import Config, Refusal
+from portward.documents import network_text
 from portward.errors import InputError, PortwardError
 from portward.gateway.learned import Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
@@ -143,12 +144,14 @@ def _explanation(
     config: Config, preset: Preset, known: Known, segment: str, source: Address, destination: Address | None
 ) -> Explanation:
     now = datetime.now(UTC)
-    facts = {
-        "subscription": known.subscription,
-        "exemption": known.exemption,
-        "attachment": known.attachment,
-    }
-    decision = decide(preset, **facts, now=now, destination=destination)
+    decision = decide(
+        preset,
+        subscription=known.subscription,
+        exemption=known.exemption,
+        attachment=known.attachment,
+        now=now,
+        destination=destination,
+    )
     subscription = known.subscription
     reject = config.verdicts.refuse_with is Refusal.REJECT and subscription is not None
     refusal = "reject" if reject else "deny"
@@ -162,8 +165,14 @@ def _explanation(
         subscription=None if subscription is None else str(subscription.id),
         name=None if subscription is None else subscription.name,
         offer=None if subscription is None else subscription.offer,
-        matched=None if known.attachment is None else str(known.attachment.address),
-        rule=rule_in_words(preset, decision.reason, **facts),
+        matched=None if known.attachment is None else network_text(known.attachment.address),
+        rule=rule_in_words(
+            preset,
+            decision.reason,
+            subscription=subscription,
+            exemption=known.exemption,
+            attachment=known.attachment,
+        ),
         revision=known.revision,
         decided_from=known.source,
         observed=config.observes(segment) or (subscription is not None and subscription.mode is Mode.OBSERVE),
@@ -187,7 +196,4 @@ def _kernel(segment: str, source: Address) -> str:
         return "not known: asking the kernel needs root or CAP_NET_ADMIN"
     if held is None:
         return "does not remember this source: its next packet asks a worker"
-    return (
-        f"remembers {LEARNED_SETS[held.verdict]!r} for {held.expires:.0f} s more, "
-        f"{held.packets} packets so far"
-    )
+    return f"remembers {LEARNED_SETS[held.verdict]!r} for {held.expires:.0f} s more, {held.packets} packets so far"

@@ -42,7 +42,7 @@ class Snapshot:
     store_errors: float = 0
     reload_failed: float = 0
     store_age: float = 0
-    table_revision: float = 0
+    enforced_revision: float = 0
     attachments: float = 0
     subscriptions: float = 0
     observing: float = 0
@@ -73,15 +73,16 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("queue_dropped", "queue_dropped_packets", True, ("queue", "cause"),
      "Packets that the kernel dropped since the queue was full (full) or the worker's socket was (socket)."),
     ("queue_waiting", "queue_waiting_packets", False, ("queue",), "Packets that wait for a verdict now."),
-    ("ruleset_repairs", "ruleset_repairs", True, (), "Times that the ruleset was put back after somebody changed it."),
+    ("ruleset_repairs", "ruleset_repairs", True, (), "Times the ruleset was put back after somebody changed it."),
     ("policy_changes", "policy_changes", True, (), "Changes of policy taken into the table."),
     ("records_refused", "records_refused", True, (),
      "Records of the store that could not be read; the record in force before stays."),
-    ("store_errors", "store_errors", True, (), "Failed readings of the store; the last known policy stays in force."),
+    ("store_errors", "store_errors", True, (), "Failed readings of the store; the last known policy stays."),
     ("reload_failed", "reload_failed", False, (),
      "1 where the last reload of the configuration was refused and the older one is in force."),
     ("store_age", "store_age_seconds", False, (), "Seconds since the store was last read."),
-    ("table_revision", "table_revision", False, (), "Revision of the store that the policy table stands at."),
+    ("enforced_revision", "enforced_revision", False, (),
+     "Revision of the store that the kernel enforces: all that it remembered of older ones is forgotten."),
     ("attachments", "attachments", False, (), "Attachments in the policy table."),
     ("subscriptions", "subscriptions", False, (), "Subscriptions in the policy table."),
     ("observing", "observing", False, (), "1 where the whole gateway only observes."),

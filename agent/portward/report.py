@@ -52,7 +52,9 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         worker_restarts=sum(worker.restarts for worker in workers),
         segment_packets=_by_verdict(core.counts.segments),
         subscription_packets=_by_verdict(core.counts.subscriptions) if core.config.metrics.subscriptions else {},
-        remembered=_by_verdict(Counter({("", verdict): n for verdict, n in core.counts.remembered.items()}), drop=1),
+        remembered=_by_verdict(
+            Counter({("", verdict): n for verdict, n in core.counts.remembered.items()}), drop=1
+        ),
         screen={(name,): packets for name, packets in sorted(core.screen().items())},
         limited={(name,): packets for name, packets in sorted(core.limited().items())},
         queue_dropped={
@@ -67,7 +69,7 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         store_errors=core.store_errors,
         reload_failed=reload_failed,
         store_age=_age(core),
-        table_revision=core.revision,
+        enforced_revision=core.enforced,
         attachments=attachments,
         subscriptions=subscriptions,
         observing=core.config.mode is Mode.OBSERVE,

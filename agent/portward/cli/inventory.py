@@ -30,7 +30,9 @@ _LINES = 40
 
 def apply(
     files: Annotated[list[str], typer.Argument(metavar="FILE…", help="YAML or JSON; - for standard input.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")
+    ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove what the files do not name.")] = False,
     actor: Annotated[str | None, typer.Option("--as", metavar="NAME", help="Who changes it, for the log.")] = None,
     json: JsonOption = False,
@@ -126,5 +128,3 @@ def _progress() -> Iterator[Callable[..., Callable[[int], None]]]:
             return lambda done: bars.update(task, completed=done)
 
         yield step
-
-

@@ -1,2 +1,54 @@
+"""`portward lab …`: a gateway in network namespaces to play with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
 import typer
-app = typer.Typer()
+
+from portward.lab.topology import DEFAULT_NAME
+
+app = typer.Typer(
+    help="A gateway with tenants and mail servers in network namespaces (needs root).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+NameOption = Annotated[str, typer.Option("--name", help="Several labs can stand side by side.")]
+
+
+@app.command()
+def up(name: NameOption = DEFAULT_NAME) -> None:
+    """Make a lab with a running agent, and leave it standing.
+
+    Example: portward lab up
+    """
+    from portward.lab import standing  # noqa: PLC0415 # only this verb needs it
+
+    for line in standing.up(name):
+        typer.echo(line)
+
+
+@app.command()
+def down(name: NameOption = DEFAULT_NAME) -> None:
+    """Remove a lab and end everything in it. Exit code 1 where there is none.
+
+    Example: portward lab down
+    """
+    from portward.lab import standing  # noqa: PLC0415 # only this verb needs it
+
+    typer.echo(standing.down(name))
+
+
+@app.command()
+def demo(
+    name: NameOption = "pw-demo",
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the namespaces standing.")] = False,
+) -> None:
+    """Send real mail as each tenant and compare what happens with what should. Exit code 1 where it differs.
+
+    Example: portward lab demo
+    """
+    from portward.lab import demo as acts  # noqa: PLC0415 # only this verb needs it
+
+    if not acts.run(name, keep=keep):
+        raise typer.Exit(1)

@@ -89,8 +89,12 @@ def _lines(told: dict[str, Any]) -> list[str]:
         "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
     ]
     for segment in told["segments"]:
-        seen = f"{segment['packets']} packets to the judged ports" if segment["packets"] else (
-            "no packet to the judged ports has passed here yet: does its traffic cross this host's own stack?"
+        seen = (
+            f"{segment['packets']} packets to the judged ports"
+            if segment["packets"]
+            else (
+                "no packet to the judged ports has passed here yet: does its traffic cross this host's own stack?"
+            )
         )
         found.append(f"segment   {segment['name']}{' (observed)' if segment['observed'] else ''}: {seen}")
     if not told["segments"]:

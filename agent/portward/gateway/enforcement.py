@@ -26,7 +26,11 @@ class Enforcement:
     """Brings what the kernel remembers in line with the policy table."""
 
     def __init__(
-        self, keeper: Keeper, learned: Learned, want: Callable[[], Wanted], count: Callable[[list[Element]], None]
+        self,
+        keeper: Keeper,
+        learned: Learned,
+        want: Callable[[], Wanted],
+        count: Callable[[list[Element]], None],
     ) -> None:
         """`want` gives the ruleset for now; `count` takes elements that are about to be forgotten."""
         self._keeper, self._learned, self._want, self._count = keeper, learned, want, count

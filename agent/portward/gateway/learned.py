@@ -27,7 +27,7 @@ _BATCH: Final = 2_000
 class Source(NamedTuple):
     """A key of the learned sets: interface index and address (4 or 16 bytes, network order)."""
 
-    index: int
+    link: int
     address: bytes
 
     @property
@@ -36,7 +36,7 @@ class Source(NamedTuple):
         return "4" if len(self.address) == 4 else "6"
 
     def __str__(self) -> str:
-        return f"{self.index} . {ip_address(self.address)}"
+        return f"{self.link} . {ip_address(self.address)}"
 
 
 class Element(NamedTuple):
@@ -63,7 +63,7 @@ class Learned:
 
     def held(self, source: Source) -> Element | None:
         """What the kernel remembers of a source now; None: the next packet asks a worker."""
-        key = _INDEX.pack(source.index) + source.address
+        key = _INDEX.pack(source.link) + source.address
         for verdict, name in LEARNED_SETS.items():
             found = self._netlink.element(TABLE, name + source.family, key)
             if found is not None:
@@ -95,9 +95,7 @@ class Learned:
         again: `synced` still names the older generation, so the next start forgets everything.
         """
         epoch = mark.epoch_of(generation) << mark.EPOCH_SHIFT
-        self._nft.elements(
-            f"flush set {FAMILY_TABLE} epoch\nadd element {FAMILY_TABLE} epoch {{ {epoch:#x} }}"
-        )
+        self._nft.elements(f"flush set {FAMILY_TABLE} epoch\nadd element {FAMILY_TABLE} epoch {{ {epoch:#x} }}")
 
     def forget(self, sources: Iterable[Source]) -> None:
         """Step two: these sources are asked about anew. It does not matter which of them are remembered.
@@ -139,14 +137,13 @@ class Learned:
         return {
             element.source
             for element in self.elements()
-            if element.source.index == index
-            and any(_covers(network, element.source.address) for network in wide)
+            if element.source.link == index and any(_covers(network, element.source.address) for network in wide)
         }
 
     def behind(self, indexes: Iterable[int]) -> set[Source]:
         """The remembered sources behind these interfaces."""
         gone = set(indexes)
-        return {element.source for element in self.elements() if element.source.index in gone}
+        return {element.source for element in self.elements() if element.source.link in gone}
 
     def _number(self, name: str) -> int | None:
         try:

@@ -7,13 +7,18 @@ reported as touched even when everything looks as before by the time it is repor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
-from typing import NamedTuple
+from collections.abc import AsyncGenerator
+import logging
+from typing import Final, NamedTuple
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl import RTMGRP_LINK
+
+# Between a broken conversation with the kernel and the next, in seconds.
+_PAUSE: Final = 0.1
+
+_log = logging.getLogger("portward.links")
 
 
 class Links(NamedTuple):
@@ -23,7 +28,7 @@ class Links(NamedTuple):
     touched: frozenset[int]
 
 
-async def follow() -> AsyncIterator[Links]:
+async def follow() -> AsyncGenerator[Links, None]:
     """Yields the interfaces there are, then again after each change; the first one touches nothing.
 
     Where the kernel dropped messages (it does so to slow readers), everything is read anew and every index
@@ -32,15 +37,18 @@ async def follow() -> AsyncIterator[Links]:
     known: dict[int, str] = {}
     first = True
     while True:
-        with suppress(NetlinkError, OSError, ValueError) if not first else suppress():
+        try:
             async for links in _follow_once(known, first=first):
                 first, known = False, links.names
                 yield links
-        first = False
-        await asyncio.sleep(0.1)
+        except (NetlinkError, OSError, ValueError) as error:
+            if first:
+                raise
+            _log.warning("interfaces are read anew: %s", error)
+        await asyncio.sleep(_PAUSE)
 
 
-async def _follow_once(before: dict[int, str], *, first: bool) -> AsyncIterator[Links]:
+async def _follow_once(before: dict[int, str], *, first: bool) -> AsyncGenerator[Links, None]:
     async with AsyncIPRoute() as events:
         # Events first, then the list: what changes in between is seen in both.
         await events.bind(groups=RTMGRP_LINK)

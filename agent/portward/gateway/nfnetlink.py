@@ -69,10 +69,14 @@ class NfNetlink:
     def __init__(self) -> None:
         """Raises KernelError where the kernel has no nfnetlink."""
         try:
-            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+            self._socket = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
+            )
             self._socket.bind((0, 0))
         except OSError as error:
-            raise KernelError(f"nfnetlink: {error.strerror}: this kernel lacks CONFIG_NETFILTER_NETLINK") from error
+            raise KernelError(
+                f"nfnetlink: {error.strerror}: this kernel lacks CONFIG_NETFILTER_NETLINK"
+            ) from error
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._sequence = 0
 
@@ -83,7 +87,7 @@ class NfNetlink:
     def generation(self) -> int:
         """The number of ruleset transactions, by anyone, in this namespace so far (wraps at 2**32)."""
         for reply in self._request(_GET_GENERATION, b"", 0):
-            return next(_U32.unpack(value)[0] for kind, value in _attributes(reply) if kind == 1)
+            return int.from_bytes(dict(_attributes(reply))[1], "big")
         raise KernelError("nfnetlink: no generation in the kernel's reply")
 
     def sets(self, table: str) -> set[str]:

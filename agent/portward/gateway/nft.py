@@ -27,7 +27,10 @@ def _library() -> ctypes.CDLL:
     lib.nft_ctx_new.restype, lib.nft_ctx_new.argtypes = context, [ctypes.c_uint32]
     lib.nft_ctx_free.restype, lib.nft_ctx_free.argtypes = None, [context]
     lib.nft_ctx_set_dry_run.restype, lib.nft_ctx_set_dry_run.argtypes = None, [context, ctypes.c_bool]
-    lib.nft_ctx_output_set_flags.restype, lib.nft_ctx_output_set_flags.argtypes = None, [context, ctypes.c_uint]
+    lib.nft_ctx_output_set_flags.restype, lib.nft_ctx_output_set_flags.argtypes = (
+        None,
+        [context, ctypes.c_uint],
+    )
     for name in ("nft_ctx_buffer_output", "nft_ctx_buffer_error"):
         getattr(lib, name).restype, getattr(lib, name).argtypes = ctypes.c_int, [context]
     for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):

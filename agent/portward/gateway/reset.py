@@ -61,7 +61,11 @@ def reset_for(packet: bytes, tcp: int) -> bytes | None:
 
 def _tcp_length(packet: bytes, tcp: int, header: int) -> int:
     """Bytes of data in the segment, by the length that the IP header gives."""
-    total = struct.unpack_from(">H", packet, 2)[0] if packet[0] >> 4 == 4 else 40 + struct.unpack_from(">H", packet, 4)[0]
+    total: int = (
+        struct.unpack_from(">H", packet, 2)[0]
+        if packet[0] >> 4 == 4
+        else 40 + struct.unpack_from(">H", packet, 4)[0]
+    )
     return max(0, total - tcp - header)
 
 
@@ -84,4 +88,5 @@ def _checksum(data: bytes) -> bytes:
     """The Internet checksum (RFC 1071), 2 bytes; the field itself is zero in `data`."""
     total = sum(struct.unpack(f">{len(data) // 2}H", data))
     total = (total >> 16) + (total & 0xFFFF)
-    return (~(total + (total >> 16)) & 0xFFFF).to_bytes(2, "big")
+    folded: int = ~(total + (total >> 16)) & 0xFFFF
+    return folded.to_bytes(2, "big")

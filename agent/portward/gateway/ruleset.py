@@ -13,9 +13,9 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple
 from zlib import crc32
 
-from portward.config import Config, Mode, OnAgentDown
+from portward.config import Config, OnAgentDown
 from portward.gateway import mark
-from portward.model import Network
+from portward.model import Mode, Network
 from portward.policy.preset import Preset
 from portward.resources import rules
 
@@ -24,7 +24,8 @@ FAMILY_TABLE: Final = "inet portward"
 
 # Sets whose elements the ruleset text names and nothing changes while it is loaded.
 FIXED_SETS: Final = (
-    "definitions", "segments", "observed_segments", "open_segments", "internal4", "internal6", "octets4", "octets6",
+    "definitions", "segments", "observed_segments", "open_segments",
+    "internal4", "internal6", "octets4", "octets6",
 )  # fmt: skip
 # Sets that packets fill, by class, without the family's digit.
 LEARNED_SETS: Final = {
@@ -104,9 +105,19 @@ def xtables_rules(want: Wanted) -> tuple[tuple[str, ...], ...]:
         if len(want.queues) > 1
         else ("--queue-num", str(want.queues[0]))
     )
-    match = ("-p", "tcp", "-m", "multiport", "--dports", ",".join(map(str, want.ports)), "-m", "mark", "--mark")
+    match = (
+        "-p",
+        "tcp",
+        "-m",
+        "multiport",
+        "--dports",
+        ",".join(map(str, want.ports)),
+        "-m",
+        "mark",
+        "--mark",
+    )
     target = ("-j", "NFQUEUE", *queue)
-    found = [(*match, f"{mark.MISS:#x}/{mark.OWN:#x}", *target)]
+    found: list[tuple[str, ...]] = [(*match, f"{mark.MISS:#x}/{mark.OWN:#x}", *target)]
     if want.open:
         found.append((*match, f"{mark.MISS_OPEN:#x}/{mark.OWN:#x}", *target, "--queue-bypass"))
     return tuple(found)
@@ -181,9 +192,7 @@ def _interfaces(patterns: tuple[str, ...]) -> str:
     kept = [
         pattern
         for pattern in dict.fromkeys(patterns)
-        if not any(
-            pattern.removesuffix("*").startswith(stem) and pattern != f"{stem}*" for stem in wild
-        )
+        if not any(pattern.removesuffix("*").startswith(stem) and pattern != f"{stem}*" for stem in wild)
     ]
     return _set(f'"{name}"' for name in kept or [_NO_INTERFACE])
 

@@ -60,9 +60,7 @@ def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
 class Worker:
     """Gives verdicts on packets; `lookup` is a `Reader.lookup`."""
 
-    def __init__(
-        self, lookup: Callable[[int, bytes], Finding | None], tally: Tally, resetter: Resetter
-    ) -> None:
+    def __init__(self, lookup: Callable[[int, bytes], Finding | None], tally: Tally, resetter: Resetter) -> None:
         self._lookup, self._tally, self._resetter = lookup, tally, resetter
         self._failed = False
 

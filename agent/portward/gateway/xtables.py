@@ -74,9 +74,7 @@ def _restore(family: str, text: str) -> subprocess.CompletedProcess[str]:
 
 def _call(argv: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
-            argv, input=text, capture_output=True, text=True, timeout=_TIMEOUT, check=False
-        )
+        return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except FileNotFoundError as error:
         raise KernelError(
             f"this kernel has no nft_queue, and {argv[0]} is not there to do without: install iptables"

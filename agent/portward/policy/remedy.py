@@ -39,13 +39,9 @@ def remedy(preset: Preset, reason: Reason, subscription: Subscription | None) ->
     offer = None if subscription is None else preset.offer(subscription.offer)
     match reason:
         case Reason.DENIED_UNKNOWN_SOURCE:
-            return (
-                "If this machine is a customer's, the inventory lacks its attachment or subscription: add it."
-            )
+            return "If this machine is a customer's, the inventory lacks its attachment or subscription: add it."
         case Reason.DENIED_DISABLED:
-            return (
-                "Contact the provider about the account: while it is disabled, nothing is sent on this port."
-            )
+            return "Contact the provider about the account: while it is disabled, nothing is sent on this port."
         case Reason.DENIED_PAAS:
             return f"{relay}, or send from a virtual machine."
         case Reason.DENIED_INELIGIBLE:

@@ -100,7 +100,10 @@ class Document:
             for key, value in node.value:
                 if key.value in seen:
                     raise InputError(
-                        "stands twice in one mapping", file=self.name, line=key.start_mark.line + 1, field=key.value
+                        "stands twice in one mapping",
+                        file=self.name,
+                        line=key.start_mark.line + 1,
+                        field=key.value,
                     )
                 seen.add(key.value)
                 self._refuse_double_keys(value)
@@ -166,10 +169,16 @@ def _mistakes(record: Record) -> Iterator[tuple[str, str]]:
     """What is wrong with a record beyond the types of its fields: (field, what would be right)."""
     match record:
         case Attachment() if not _INTERFACE.fullmatch(record.segment):
-            yield "segment", f"{record.segment!r} is no interface name: 1 to 15 characters, no space, '/' or ':'"
+            yield (
+                "segment",
+                f"{record.segment!r} is no interface name: 1 to 15 characters, no space, '/' or ':'",
+            )
         case Exemption():
             if record.state is not ExemptionState.REQUESTED and record.decided is None:
-                yield "state", f"an exemption that is {record.state} needs `decided`, the time of that decision"
+                yield (
+                    "state",
+                    f"an exemption that is {record.state} needs `decided`, the time of that decision",
+                )
             if record.until is not None and record.decided is not None and record.until <= record.decided:
                 yield "until", f"{record.until} is not after `decided`, {record.decided}"
         case Subscription() if not record.offer:

@@ -72,7 +72,13 @@ class Store(Protocol):
         """What changed after revision `since`, in order."""
 
     def write(
-        self, batch: Sequence[Put], *, expected: int, actor: str, at: datetime, progress: Progress | None = None
+        self,
+        batch: Sequence[Put],
+        *,
+        expected: int,
+        actor: str,
+        at: datetime,
+        progress: Progress | None = None,
     ) -> int:
         """Writes a batch as one revision, all of it or nothing, and gives its number. Raises ConflictError
         where the store is no longer at revision `expected`. `progress` hears how many are written so far."""

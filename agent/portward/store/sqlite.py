@@ -100,7 +100,13 @@ class SqliteStore:
                 yield Change(revision, datetime.fromisoformat(at), actor, key, before, after)
 
     def write(
-        self, batch: Sequence[Put], *, expected: int, actor: str, at: datetime, progress: Progress | None = None
+        self,
+        batch: Sequence[Put],
+        *,
+        expected: int,
+        actor: str,
+        at: datetime,
+        progress: Progress | None = None,
     ) -> int:
         """See `Store`."""
         with self._errors():
@@ -144,7 +150,9 @@ class SqliteStore:
         execute = self._connection.execute
         version = execute("PRAGMA user_version").fetchone()[0]
         if version > _FORMAT:
-            raise StoreError(f"{self._name}: written by a newer portward (format {version}, this one knows {_FORMAT})")
+            raise StoreError(
+                f"{self._name}: written by a newer portward (format {version}, this one knows {_FORMAT})"
+            )
         if version == 0:
             if not create or execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise StoreError(f"{self._name}: an SQLite database, but not portward's")
@@ -192,9 +200,7 @@ class SqliteStore:
         self, batch: Sequence[Put], revision: int, actor: str, at: datetime, progress: Progress | None
     ) -> None:
         execute, many = self._connection.execute, self._connection.executemany
-        execute(
-            "INSERT INTO revision VALUES (?, ?, ?)", (revision, at.astimezone(UTC).isoformat(), actor)
-        )
+        execute("INSERT INTO revision VALUES (?, ?, ?)", (revision, at.astimezone(UTC).isoformat(), actor))
         # In the order of the keys the trees grow at their end only.
         ordered = sorted(batch)
         for start in range(0, len(ordered), _BATCH):

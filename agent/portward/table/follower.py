@@ -55,7 +55,7 @@ class Follower:
         )
         return self._writer.apply(list(put), list(gone), revision=revision, now=now)
 
-    def _readable(self, records: Iterable[tuple[str, bytes]]) -> Iterator[Record]:
+    def _readable(self, records: Iterable[tuple[str, str]]) -> Iterator[Record]:
         """The records that can be read, attachments last: they are decided by the others."""
         attachments: list[Attachment] = []
         for key, body in records:

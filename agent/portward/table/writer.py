@@ -83,9 +83,7 @@ class Writer:
         put, removed = tuple(put), tuple(removed)
         return self._commit(lambda edit: edit.apply(put, removed), now, revision=revision)
 
-    def replace(
-        self, records: Iterable[Record], *, revision: int, store: bytes, now: datetime
-    ) -> Committed:
+    def replace(self, records: Iterable[Record], *, revision: int, store: bytes, now: datetime) -> Committed:
         """Makes the table hold these records and nothing else, those of the store with the id `store`
         (16 bytes). Readers see the old table until the new one is whole. Raises TableError."""
         records = tuple(records)
@@ -112,9 +110,7 @@ class Writer:
 
         return self._commit(work, now, whole=True)
 
-    def put_links(
-        self, want: dict[int, tuple[str, bool]], *, touched: frozenset[int], now: datetime
-    ) -> Committed:
+    def put_links(self, want: dict[int, tuple[str, bool]], *, touched: frozenset[int], now: datetime) -> Committed:
         """Says which segment is behind which interface index: index → (name, only observed). The indexes in
         `touched` meanwhile belonged to another interface, and count as changed in any case."""
         moved: set[int] = set()

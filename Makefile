@@ -1,0 +1,52 @@
+# Everything here does its own set-up: on a fresh Debian 12, as root, `make demo` is enough.
+PYTHON ?= /usr/bin/python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PREFIX ?= /opt/portward
+
+# What portward runs on, what building NetfilterQueue takes, and what lab and tests send packets with.
+PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlink-dev \
+            python3 python3-dev python3-venv build-essential netcat-openbsd conntrack
+
+.DEFAULT_GOAL := help
+.PHONY: help setup packages demo test lint bench install clean
+
+help: ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: packages $(VENV)/ready ## Install system packages (where missing) and the Python environment
+
+packages:
+	@missing=$$(for p in $(PACKAGES); do \
+	    dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then echo "installing $$missing"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; fi
+
+$(VENV)/ready: pyproject.toml requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup ## Send real mail through a gateway in network namespaces (root)
+	$(BIN)/portward lab demo
+
+test: setup ## Run all tests: unit, kernel, whole program (root)
+	$(BIN)/pytest
+
+lint: setup ## ruff and mypy --strict
+	$(BIN)/ruff check agent tests
+	$(BIN)/ruff format --check agent tests
+	$(BIN)/mypy
+
+bench: setup ## Measure what portward promises (root)
+	$(BIN)/python -m tests.bench
+
+install: packages ## Install into $(PREFIX), with the program in /usr/local/bin
+	$(PYTHON) -m venv $(PREFIX)
+	$(PREFIX)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(PREFIX)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .
+	ln -sf $(PREFIX)/bin/portward /usr/local/bin/portward
+
+clean: ## Remove what the other targets made in this folder
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

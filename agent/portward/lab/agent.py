@@ -1,0 +1,152 @@
+"""The real agent on a lab's gateway, driven as an operator would: by its program, its files and its signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from portward.documents import enc_hook
+from portward.errors import PortwardError
+from portward.lab import namespaces
+from portward.lab.topology import Lab
+from portward.model import Record
+from portward.store.protocol import key_of
+
+PROGRAM: Final = (sys.executable, "-m", "portward")
+_START_SECONDS: Final = 20.0
+_METRICS: Final = "127.0.0.1:9125"
+
+
+class Agent:
+    """`portward run` in the gateway of a lab, with its files in `folder`."""
+
+    def __init__(self, lab: Lab, folder: Path, **settings: Any) -> None:
+        """`settings` go into portward.toml, tables as dicts."""
+        self.lab, self.folder = lab, folder
+        self.config, self.log = folder / "portward.toml", folder / "portward.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._notified: socket.socket | None = None
+        self._settings: dict[str, Any] = {}
+        self.configure(**settings)
+
+    def configure(self, **settings: Any) -> None:
+        """Writes portward.toml with these settings on top of those before."""
+        base = {
+            "segments": ["vni*"],
+            "uplinks": ["up0"],
+            "store": f"sqlite:{self.folder / 'portward.db'}",
+            "table": str(self.folder / "table"),
+        }
+        self._settings = {**base, **self._settings, **settings}
+        self.config.write_bytes(msgspec.toml.encode(self._settings))
+
+    def start(self, *, wait: bool = True, detached: bool = False) -> None:
+        """Starts the daemon and, with `wait`, returns when it says that it is ready; raises PortwardError with
+        what it said else."""
+        self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        path = self.folder / "notify.sock"
+        path.unlink(missing_ok=True)
+        self._notified.bind(os.fspath(path))
+        with self.log.open("ab") as log:
+            self.process = namespaces.start(
+                self.lab.gateway, [*PROGRAM, "run", "--config", os.fspath(self.config)],
+                stderr=log, stdout=log, environment={"NOTIFY_SOCKET": os.fspath(path)}, detached=detached,
+            )  # fmt: skip
+        if wait:
+            self._wait_ready()
+
+    def reload(self) -> None:
+        """SIGHUP, and waits until the daemon has read its configuration again."""
+        self._signal(signal.SIGHUP)
+        self._wait_ready()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ends the daemon and gives its exit code; idempotent."""
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self._signal(number)
+        code = self.process.wait(_START_SECONDS)
+        if self._notified is not None:
+            self._notified.close()
+        return code
+
+    def portward(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Runs a verb of portward on the gateway, with the same configuration."""
+        verb = [*PROGRAM, *arguments, "--config", os.fspath(self.config)]
+        return namespaces.run(self.lab.gateway, verb, text=text)
+
+    def apply(self, *records: Record, prune: bool = False) -> int:
+        """Applies records and waits until the daemon enforces them; gives the revision."""
+        lists: dict[str, list[Record]] = {}
+        for record in records:
+            lists.setdefault(key_of(record).partition("/")[0], []).append(record)
+        text = msgspec.json.encode(lists, enc_hook=enc_hook).decode()
+        result = self.portward("apply", "-", "--json", *(["--prune"] if prune else []), text=text)
+        if result.returncode:
+            raise PortwardError(f"apply: {result.stderr.strip()}")
+        revision = int(json.loads(result.stdout)["revision"])
+        if self.process is not None:
+            until(lambda: self.revision() >= revision, f"revision {revision} in force")
+        return revision
+
+    def revision(self) -> int:
+        """The revision that the daemon enforces, by its own metrics."""
+        return int(self.metrics().get("portward_enforced_revision", 0))
+
+    def explain(self, segment: str, address: str, *more: str) -> dict[str, Any]:
+        """What `portward explain --json` says."""
+        result = self.portward("explain", segment, address, *more, "--json")
+        if result.returncode:
+            raise PortwardError(f"explain: {result.stderr.strip()}")
+        answer: dict[str, Any] = json.loads(result.stdout)
+        return answer
+
+    def metrics(self) -> dict[str, float]:
+        """All metrics, scraped from the gateway's own loopback."""
+        with namespaces.inside(self.lab.gateway):
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(f"http://{_METRICS}/metrics", timeout=5) as reply:
+                lines = reply.read().decode().splitlines()
+        rows = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, _, value in rows}
+
+    def _signal(self, number: int) -> None:
+        if self.process is None or self.process.poll() is not None:
+            raise PortwardError(f"portward does not run: {self._last_words()}")
+        self.process.send_signal(number)
+
+    def _wait_ready(self) -> None:
+        assert self._notified is not None and self.process is not None  # noqa: S101, PT018 # after a start only
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if select.select([self._notified], [], [], 0.05)[0] and b"READY=1" in self._notified.recv(4096):
+                return
+            if self.process.poll() is not None:
+                raise PortwardError(f"portward ended: {self._last_words()}")
+        raise PortwardError(f"portward was not ready within {_START_SECONDS:.0f} s: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+def until(true: Callable[[], bool], what: str, *, seconds: float = 10.0) -> None:
+    """Waits until `true` is; raises TimeoutError that names `what` after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.01)

@@ -1,0 +1,240 @@
+"""`make demo`: real mail through a real gateway, act by act, with what was expected beside what happened."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, date, datetime, timedelta
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Final, NamedTuple
+from uuid import UUID
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from portward.errors import PortwardError
+from portward.lab import namespaces
+from portward.lab.agent import Agent, until
+from portward.lab.mail import Fate, OpenSession, Outcome, Postbox, send
+from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
+from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
+
+_IDS: Final = {
+    CONTOSO: UUID("11111111-0000-4000-8000-000000000001"),
+    FABRIKAM: UUID("11111111-0000-4000-8000-000000000002"),
+}
+# Wide enough for a row on one line where no terminal says how wide it is.
+_WIDTH: Final = 120
+_GRANTED: Final = datetime(2026, 1, 9, 12, tzinfo=UTC)
+
+
+class Row(NamedTuple):
+    """An act of the demo."""
+
+    what: str
+    expected: str
+    happened: str
+    good: bool
+
+
+def records() -> tuple[Record, ...]:
+    """Two customers with the same address: one whose offer may send, one whose offer may not."""
+    return (
+        Subscription(
+            id=_IDS[CONTOSO], name="contoso-prod", offer="enterprise-agreement", created=date(2021, 3, 2)
+        ),
+        Subscription(
+            id=_IDS[FABRIKAM],
+            name="fabrikam",
+            offer="pay-as-you-go",
+            created=date(2022, 6, 30),
+            payment_history=True,
+        ),
+        *attachments(CONTOSO),
+        *attachments(FABRIKAM),
+    )
+
+
+def attachments(tenant: Tenant, started: datetime = _GRANTED - timedelta(days=30)) -> tuple[Record, ...]:
+    """A tenant's machine, by both its addresses, last started at `started`."""
+    return tuple(
+        Attachment(segment=tenant.segment, address=ip_network(address), subscription=_IDS[tenant], started=started)
+        for address in (tenant.address4, tenant.address6)
+    )
+
+
+def exemption(state: ExemptionState) -> Exemption:
+    """The exemption of the one that may not, in some state."""
+    decided = None if state is ExemptionState.REQUESTED else _GRANTED
+    return Exemption(subscription=_IDS[FABRIKAM], state=state, requested=_GRANTED, decided=decided, by="demo")
+
+
+@contextmanager
+def stage(lab: Lab, folder: Path) -> Iterator[tuple[Agent, Postbox]]:
+    """A lab with its mail servers and the agent, both running; the lab itself must be up."""
+    postbox = Postbox(folder / "mail.jsonl")
+    server = start_mail(lab, postbox)
+    agent = Agent(lab, folder)
+    try:
+        agent.apply(*records())
+        agent.start()
+        yield agent, postbox
+    finally:
+        agent.stop()
+        server.kill()
+        server.wait()
+
+
+def start_mail(lab: Lab, postbox: Postbox, *, detached: bool = False) -> subprocess.Popen[bytes]:
+    """Starts the mail servers and waits until they listen; raises PortwardError."""
+    server = namespaces.start(
+        lab.internet, [sys.executable, "-m", "portward.lab.mail", str(postbox.path)],
+        stdout=subprocess.PIPE, detached=detached,
+    )  # fmt: skip
+    assert server.stdout is not None  # noqa: S101 # asked for
+    if server.stdout.readline().strip() != b"ready":
+        raise PortwardError("the lab's mail servers did not start: is portward installed with its [lab] extra?")
+    return server
+
+
+class Demo:
+    """The acts, played on a stage."""
+
+    def __init__(self, lab: Lab, agent: Agent, postbox: Postbox, tell: Callable[[Row], None]) -> None:
+        self._lab, self._agent, self._postbox, self._tell = lab, agent, postbox, tell
+
+    def play(self) -> None:
+        """All acts, in order."""
+        self._mail("Enterprise Agreement, port 25", CONTOSO, Fate.DELIVERED)
+        self._mail("Pay-As-You-Go of 2022, port 25, the same 10.0.0.4", FABRIKAM, Fate.TIMED_OUT)
+        self._mail("the same customer through a relay, port 587", FABRIKAM, Fate.DELIVERED, port=587)
+        self._mail("Enterprise Agreement over IPv6", CONTOSO, Fate.DELIVERED, server=MAIL6)
+        self._mail("Pay-As-You-Go over IPv6", FABRIKAM, Fate.TIMED_OUT, server=MAIL6)
+        self._reason("denied-not-exempt")
+        self._exemption()
+        self._revocation(Fate.TIMED_OUT)
+        self._agent.configure(verdicts={"refuse_with": "reject"})
+        self._agent.reload()
+        self._mail("answered with a reset from now on: refused at once", FABRIKAM, Fate.REFUSED)
+        self._mail("… over IPv6", FABRIKAM, Fate.REFUSED, server=MAIL6)
+        self._mail("… and the other customer's 10.0.0.4 goes on", CONTOSO, Fate.DELIVERED)
+        self._agent.apply(exemption(ExemptionState.GRANTED))
+        self._revocation(Fate.CUT)
+        self._counters()
+
+    def _exemption(self) -> None:
+        self._agent.apply(exemption(ExemptionState.REQUESTED))
+        self._mail("exemption requested", FABRIKAM, Fate.TIMED_OUT)
+        self._agent.apply(exemption(ExemptionState.GRANTED))
+        self._mail("exemption granted, machine not restarted", FABRIKAM, Fate.TIMED_OUT)
+        self._reason("denied-restart-required")
+        self._agent.apply(*attachments(FABRIKAM, started=_GRANTED + timedelta(hours=1)))
+        self._mail("machine restarted after the grant", FABRIKAM, Fate.DELIVERED)
+        self._mail("… over IPv6", FABRIKAM, Fate.DELIVERED, server=MAIL6)
+        self._reason("allowed-exempt")
+
+    def _revocation(self, expected: Fate) -> None:
+        """Revokes the exemption in the middle of an open session. A session whose packets vanish times out; one
+        that is answered with a reset is cut."""
+        session = OpenSession(self._lab, FABRIKAM, MAIL4, 25)
+        session.go_on()
+        self._agent.apply(exemption(ExemptionState.REVOKED))
+        outcome = session.finish(self._postbox)
+        self._row("exemption revoked in the middle of an open session", expected, outcome)
+        after = Fate.TIMED_OUT if expected is Fate.TIMED_OUT else Fate.REFUSED
+        self._mail("… and a new one after it", FABRIKAM, after)
+        self._reason("denied-revoked")
+
+    def _mail(self, what: str, tenant: Tenant, expected: Fate, *, server: str = MAIL4, port: int = 25) -> None:
+        self._row(what, expected, send(self._lab, tenant, server, port, self._postbox))
+
+    def _row(self, what: str, expected: Fate, outcome: Outcome) -> None:
+        self._tell(Row(what, expected, str(outcome), outcome.fate is expected))
+
+    def _reason(self, expected: str) -> None:
+        found = self._agent.explain(FABRIKAM.segment, FABRIKAM.address4)["reason"]
+        self._tell(
+            Row(f"portward explain {FABRIKAM.segment} {FABRIKAM.address4}", expected, found, found == expected)
+        )
+
+    def _counters(self) -> None:
+        """The kernel's counters reach the metrics by subscription: what was denied is there."""
+        name = f'portward_subscription_packets_total{{subscription="{_IDS[FABRIKAM]}",verdict="deny"}}'
+        until(lambda: self._agent.metrics().get(name, 0) > 0, "the denied packets in the metrics")
+        count = self._agent.metrics()[name]
+        self._tell(Row("packets denied to fabrikam, in the metrics", "some", f"{count:.0f}", count > 0))
+
+
+def run(name: str, *, keep: bool = False) -> bool:
+    """Plays the demo in a lab of this name and prints what happened; True where it was all as expected."""
+    console, began, rows = Console(), time.monotonic(), list[Row]()
+    if not console.is_terminal:
+        console.width = _WIDTH
+    lab = Lab(name)
+    lab.up()
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="portward-demo-") as folder,
+            stage(lab, Path(folder)) as (agent, postbox),
+            console.status("") as line,
+        ):
+
+            def tell(row: Row) -> None:
+                rows.append(row)
+                line.update(row.what)
+
+            try:
+                Demo(lab, agent, postbox, tell).play()
+            finally:
+                console.print(_table(rows))
+            _epilogue(console, agent)
+    finally:
+        if not keep:
+            lab.down()
+    good = all(row.good for row in rows)
+    verdict = "every act as expected" if good else "NOT as expected: see the rows marked NOT"
+    console.print(f"{verdict}, {len(rows)} acts in {time.monotonic() - began:.0f} s")
+    return good
+
+
+def _epilogue(console: Console, agent: Agent) -> None:
+    """The counters, and the two customers' answers to "why can't I send mail?"."""
+    console.print("\nWhat the agent counted:")
+    for metric, value in sorted(agent.metrics().items()):
+        if "_total" in metric and value:
+            console.print(f"  {metric} {value:.0f}", highlight=False, soft_wrap=True)
+    for tenant in (FABRIKAM, CONTOSO):
+        console.print(f"\n$ portward explain {tenant.segment} {tenant.address4}")
+        told = agent.portward("explain", tenant.segment, tenant.address4).stdout
+        console.print(told.rstrip(), highlight=False, soft_wrap=True)
+    console.print()
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="portward demo", title_justify="left")
+    for title in ("what", "expected", "happened", ""):
+        table.add_column(title)
+    for row in rows:
+        table.add_row(row.what, row.expected, row.happened, "ok" if row.good else "NOT")
+    return table
+
+
+def sample_inventory() -> str:
+    """The demo's inventory as YAML, for a lab that is left standing."""
+    import yaml  # noqa: PLC0415 # only here
+
+    from portward.documents import enc_hook  # noqa: PLC0415 # only here
+    from portward.store.protocol import key_of  # noqa: PLC0415 # only here
+
+    lists: dict[str, list[object]] = {}
+    for record in records():
+        lists.setdefault(key_of(record).partition("/")[0], []).append(
+            msgspec.to_builtins(record, enc_hook=enc_hook)
+        )
+    return str(yaml.safe_dump(lists, sort_keys=False))

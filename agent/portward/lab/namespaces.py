@@ -1,0 +1,126 @@
+"""Network namespaces for the lab: made, entered and removed. Everything here needs root.
+
+Packets stay inside: a namespace has no link to the machine's own network unless somebody gives it one, and
+nothing here does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Final
+
+from portward.errors import KernelError
+
+_FOLDER: Final = Path("/run/netns")
+_CLONE_NEWNET: Final = 0x40000000
+_TIMEOUT: Final = 30.0
+
+
+def require_root() -> None:
+    """Raises KernelError where namespaces cannot be made: not root, or `ip` and `nft` are missing."""
+    if os.geteuid() != 0:
+        raise KernelError("the lab makes network namespaces, and that needs root: try sudo")
+    for program in ("ip", "nft"):
+        if shutil.which(program) is None:
+            raise KernelError(f"the program {program} is missing: install iproute2 and nftables (make setup)")
+
+
+def names(prefix: str) -> list[str]:
+    """The namespaces whose name begins like this."""
+    return sorted(path.name for path in _FOLDER.glob(f"{prefix}*")) if _FOLDER.is_dir() else []
+
+
+def make(name: str) -> None:
+    """Makes a namespace with its loopback up, and IPv6 addresses that can be used at once."""
+    ip("netns", "add", name)
+    sysctl(name, "net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0")
+    ip("-n", name, "link", "set", "lo", "up")
+
+
+def remove(name: str) -> None:
+    """Removes a namespace and everything in it; processes in it are ended first."""
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+    for pid in found.stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    ip("netns", "del", name)
+
+
+def ip(*arguments: str) -> None:
+    """Runs `ip`; raises KernelError with what it said."""
+    _call(["ip", *arguments])
+
+
+def batch(namespace: str, lines: Iterable[str]) -> None:
+    """Runs many `ip` commands in a namespace, up to the first that fails; raises KernelError."""
+    _call(["ip", "-n", namespace, "-batch", "-"], "\n".join(lines) + "\n")
+
+
+def load(namespace: str, ruleset: str) -> None:
+    """Loads an nftables ruleset in a namespace; raises KernelError."""
+    _call(["ip", "netns", "exec", namespace, "nft", "-f", "-"], ruleset)
+
+
+def sysctl(namespace: str, *settings: str) -> None:
+    """Writes `name=value` settings in a namespace; raises KernelError."""
+    _call(["ip", "netns", "exec", namespace, "sysctl", "-qw", *settings])
+
+
+def run(
+    namespace: str, argv: Sequence[str], *, text: str | None = None, timeout: float = _TIMEOUT
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program in a namespace to its end; raises subprocess.TimeoutExpired."""
+    return subprocess.run(
+        ["ip", "netns", "exec", namespace, *argv],
+        input=text, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def start(
+    namespace: str,
+    argv: Sequence[str],
+    *,
+    stdout: IO[bytes] | int = subprocess.DEVNULL,
+    stderr: IO[bytes] | int | None = None,
+    environment: dict[str, str] | None = None,
+    detached: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Starts a program in a namespace. `ip netns exec` becomes the program, so its process id is the program's;
+    `detached`: it goes on when the terminal is closed."""
+    return subprocess.Popen(
+        ["ip", "netns", "exec", namespace, *argv],
+        stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=detached,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """The calling thread is in the namespace: sockets that it opens live there, also later."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as home, open(_FOLDER / namespace) as there:  # noqa: PTH123 # descriptors
+        _enter(libc, there.fileno())
+        try:
+            yield
+        finally:
+            _enter(libc, home.fileno())
+
+
+def _enter(libc: ctypes.CDLL, descriptor: int) -> None:
+    if libc.setns(descriptor, _CLONE_NEWNET):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _call(argv: list[str], text: str | None = None) -> None:
+    result = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    if result.returncode:
+        said = (result.stderr or result.stdout).strip().splitlines()
+        raise KernelError(f"{' '.join(argv)}: {said[0] if said else f'exit {result.returncode}'}")

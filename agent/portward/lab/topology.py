@@ -1,0 +1,225 @@
+"""A gateway in network namespaces, with tenants whose addresses overlap and an Internet side.
+
+    NAME-contoso ── VXLAN 1001 ──┐                    ┌── 203.0.113.25, 2001:db8:25::25
+      10.0.0.4, 2001:db8:1001::4 │                    │
+                               NAME-gw ── up0 ──── NAME-net
+    NAME-fabrikam ─ VXLAN 1002 ──┘
+      10.0.0.4, 2001:db8:1002::4
+
+Each tenant's namespace is its machine and the host under it: the VXLAN runs over a veth pair to the gateway.
+The gateway translates each segment's IPv4 sources to a public address of its own, since 10.0.0.4 exists twice;
+answers find their segment by a mark in bits 16 and up, set after portward's own bits are gone. IPv6 is routed.
+All addresses of the Internet side are for documentation (RFC 5737, RFC 3849).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from portward.lab import namespaces
+
+DEFAULT_NAME: Final = "pw-lab"
+MAIL4: Final = "203.0.113.25"
+MAIL6: Final = "2001:db8:25::25"
+_UPLINK: Final = "198.51.100"
+_UPLINK6: Final = "2001:db8:ffff"
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A customer's machine: its segment is `vni<vni>`, and both its addresses are in it. `public` is the IPv4
+    address under which the Internet side sees it."""
+
+    name: str
+    vni: int
+    address4: str = "10.0.0.4"
+
+    @property
+    def segment(self) -> str:
+        """The interface on the gateway."""
+        return f"vni{self.vni}"
+
+    @property
+    def address6(self) -> str:
+        """Its IPv6 address."""
+        return f"2001:db8:{self.vni}::4"
+
+    @property
+    def public(self) -> str:
+        """Its IPv4 address beyond the gateway."""
+        return f"{_UPLINK}.{100 + self.vni % 100}"
+
+
+CONTOSO: Final = Tenant("contoso", 1001)
+FABRIKAM: Final = Tenant("fabrikam", 1002)
+
+
+class Lab:
+    """The namespaces of one lab. Several can stand side by side under different names."""
+
+    def __init__(self, name: str = DEFAULT_NAME, tenants: Sequence[Tenant] = (CONTOSO, FABRIKAM)) -> None:
+        self.name, self.tenants = name, tuple(tenants)
+        self.gateway, self.internet = f"{name}-gw", f"{name}-net"
+
+    def home(self, tenant: Tenant) -> str:
+        """The namespace of a tenant's machine."""
+        return f"{self.name}-{tenant.name}"
+
+    def up(self) -> None:
+        """Makes it all; what stood before under this name is removed. After a failure nothing is left. Raises
+        KernelError."""
+        namespaces.require_root()
+        self.down()
+        try:
+            for name in (self.gateway, self.internet):
+                namespaces.make(name)
+            self._forward()
+            self._uplink()
+            for place, tenant in enumerate(self.tenants):
+                self._segment(tenant, place)
+            namespaces.load(self.gateway, "\n".join(self._translation()))
+        except BaseException:
+            self.down()
+            raise
+
+    def down(self) -> list[str]:
+        """Removes all namespaces of this lab, and ends what runs in them; gives their names. Idempotent."""
+        found = namespaces.names(f"{self.name}-")
+        for name in found:
+            namespaces.remove(name)
+        return found
+
+    def __enter__(self) -> Lab:
+        self.up()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    def run(self, namespace: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """See `namespaces.run`."""
+        return namespaces.run(namespace, argv, **options)
+
+    @contextmanager
+    def as_tenant(self, tenant: Tenant) -> Iterator[None]:
+        """Sockets opened by this thread are on the tenant's machine."""
+        with namespaces.inside(self.home(tenant)):
+            yield
+
+    def _forward(self) -> None:
+        namespaces.sysctl(
+            self.gateway,
+            "net.ipv4.ip_forward=1",
+            "net.ipv6.conf.all.forwarding=1",
+            # Overlapping tenants: the way back is not the way that the main table knows.
+            "net.ipv4.conf.all.rp_filter=0",
+            "net.ipv4.conf.default.rp_filter=0",
+        )
+
+    def _uplink(self) -> None:
+        namespaces.ip(
+            "-n",
+            self.gateway,
+            "link",
+            "add",
+            "up0",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            self.internet,
+        )
+        namespaces.batch(
+            self.gateway,
+            [
+                f"addr add {_UPLINK}.1/24 dev up0",
+                f"addr add {_UPLINK6}::1/64 dev up0 nodad",
+                "link set up0 up",
+                *(f"addr add {tenant.public}/32 dev up0" for tenant in self.tenants),
+                f"route add default via {_UPLINK}.2",
+                f"route add ::/0 via {_UPLINK6}::2",
+            ],
+        )
+        namespaces.batch(
+            self.internet,
+            [
+                f"addr add {_UPLINK}.2/24 dev eth0",
+                f"addr add {_UPLINK6}::2/64 dev eth0 nodad",
+                f"addr add {MAIL4}/32 dev lo",
+                f"addr add {MAIL6}/128 dev lo",
+                "link set eth0 up",
+                f"route add default via {_UPLINK}.1",
+                f"route add ::/0 via {_UPLINK6}::1",
+            ],
+        )
+
+    def _segment(self, tenant: Tenant, place: int) -> None:
+        home, under = self.home(tenant), f"192.0.2.{4 * place}"
+        gateway, host = (str(ipaddress.ip_address(under) + offset) for offset in (1, 2))
+        namespaces.make(home)
+        namespaces.ip(
+            "-n", self.gateway, "link", "add", f"host{tenant.vni}", "type", "veth",
+            "peer", "name", "host0", "netns", home,
+        )  # fmt: skip
+        namespaces.batch(
+            self.gateway,
+            [
+                f"addr add {gateway}/30 dev host{tenant.vni}",
+                f"link set host{tenant.vni} up",
+                *_vxlan(tenant.segment, tenant.vni, gateway, host),
+                f"addr add 10.0.0.1/24 dev {tenant.segment}",
+                f"addr add 2001:db8:{tenant.vni}::1/64 dev {tenant.segment} nodad",
+                f"route add 10.0.0.0/24 dev {tenant.segment} table {tenant.vni}",
+                f"rule add fwmark {_mark(tenant)} lookup {tenant.vni}",
+            ],
+        )
+        namespaces.batch(
+            home,
+            [
+                f"addr add {host}/30 dev host0",
+                "link set host0 up",
+                *_vxlan("eth0", tenant.vni, host, gateway),
+                f"addr add {tenant.address4}/24 dev eth0",
+                f"addr add {tenant.address6}/64 dev eth0 nodad",
+                "route add default via 10.0.0.1",
+                f"route add ::/0 via 2001:db8:{tenant.vni}::1",
+            ],
+        )
+
+    def _translation(self) -> Iterator[str]:
+        """A zone for each segment's connections, so that equal ones are kept apart; the answers' way back."""
+        yield "table inet lab {"
+        yield "  chain zones { type filter hook prerouting priority -250; policy accept;"
+        for tenant in self.tenants:
+            yield f'    iifname "{tenant.segment}" ct original zone set {tenant.vni}'
+        yield "  }"
+        # mangle − 1: conntrack has found the answer's connection, and portward's bits are gone.
+        yield "  chain back { type filter hook prerouting priority -151; policy accept;"
+        for tenant in self.tenants:
+            yield f'    iifname "{tenant.segment}" ct mark set {_mark(tenant)}'
+            yield f'    iifname "up0" ct mark {_mark(tenant)} meta mark set {_mark(tenant)}'
+        yield "  }"
+        yield "  chain translate { type nat hook postrouting priority 100; policy accept;"
+        for tenant in self.tenants:
+            yield f'    oifname "up0" ct mark {_mark(tenant)} meta nfproto ipv4 snat ip to {tenant.public}'
+        yield "  }"
+        yield "}"
+
+
+def _mark(tenant: Tenant) -> str:
+    """Bits 16 and up: the lower ones are portward's."""
+    return f"{tenant.vni << 16:#x}"
+
+
+def _vxlan(name: str, vni: int, local: str, remote: str) -> list[str]:
+    return [
+        f"link add {name} type vxlan id {vni} local {local} remote {remote} dstport 4789",
+        f"link set {name} up",
+    ]
