@@ -6,6 +6,7 @@ Only `segments` and `uplinks` have no default. A key that is not listed here is 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -13,14 +14,15 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from portward.documents import read_toml
-from portward.errors import InputError
+from portward.documents import mistake, read_toml
 from portward.model import Mode
 
 DEFAULT_PATH: Final = Path("/etc/portward/portward.toml")
 
 # What the kernel takes as an interface name (dev_valid_name in net/core/dev.c), then one wildcard at the end.
 _INTERFACE: Final = re.compile(r"[^\s/:*\"]{1,15}|[^\s/:*\"]{0,14}\*")
+# Queue numbers have 16 bits.
+_QUEUES: Final = 65_536
 _ADDRESS: Final = re.compile(r"(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
 Seconds = Annotated[int, Meta(ge=1, le=86_400)]
@@ -112,46 +114,41 @@ def matches(patterns: tuple[str, ...], interface: str) -> bool:
 def load(path: Path) -> Config:
     """Reads portward.toml; raises InputError with file, line, field and what would be right."""
     config = read_toml(path, Config)
-    for field, problem in _problems(config):
-        raise InputError(problem, file=str(path), field=field)
+    for problem, steps in _problems(config):
+        raise mistake(path, problem, *steps)
     return config
 
 
-def _problems(config: Config) -> list[tuple[str, str]]:
-    """What is wrong beyond types and bounds: (field, what would be right)."""
-    found = []
-    for field, patterns in (
-        ("segments", config.segments), ("uplinks", config.uplinks), ("verdicts.observe", config.verdicts.observe),
-    ):  # fmt: skip
+def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
+    """What is wrong beyond types and bounds: what would be right, and the steps to the field."""
+    lists: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+        (("segments",), config.segments),
+        (("uplinks",), config.uplinks),
+        (("verdicts", "observe"), config.verdicts.observe),
+    )
+    for steps, patterns in lists:
         for place, pattern in enumerate(patterns):
             if not _INTERFACE.fullmatch(pattern):
-                found.append((
-                    f"{field}[{place}]",
+                yield (
                     f"{pattern!r} is no interface name: up to 15 characters without space, '/' or ':', "
-                    "a '*' only at the end",
-                ))  # fmt: skip
-    for uplink in config.uplinks:
-        if matches(config.segments, uplink) or any(_overlap(uplink, segment) for segment in config.segments):
-            found.append(("uplinks", f"{uplink!r} is also a segment: mail that comes in would be judged"))
-    for pattern in config.verdicts.observe:
+                    "a '*' only at its end",
+                    (*steps, place),
+                )
+    for place, uplink in enumerate(config.uplinks):
+        if any(_overlap(uplink, segment) for segment in config.segments):
+            yield f"{uplink!r} is also a segment: mail that comes in would be judged", ("uplinks", place)
+    for place, pattern in enumerate(config.verdicts.observe):
         if not any(_overlap(pattern, segment) for segment in config.segments):
-            found.append(("verdicts.observe", f"{pattern!r} is none of the segments"))
+            yield f"{pattern!r} is none of the segments", ("verdicts", "observe", place)
     if config.metrics.address and config.metrics_address() is None:
-        found.append(("metrics.address", f"{config.metrics.address!r} is no HOST:PORT like 127.0.0.1:9125"))
-    if config.queue.first + config.queue.workers > 65_536:
-        found.append(("queue.workers", "queue.first + queue.workers must not go beyond queue 65535"))
-    return found
+        yield f"{config.metrics.address!r} is no HOST:PORT like 127.0.0.1:9125", ("metrics", "address")
+    if config.queue.first + config.queue.workers > _QUEUES:
+        yield f"the last queue must not be beyond {_QUEUES - 1}", ("queue", "workers")
 
 
 def _overlap(one: str, other: str) -> bool:
     """Whether some name matches both patterns."""
-    stems = [pattern.removesuffix("*") for pattern in (one, other)]
-    return (
-        matches((one,), stems[1])
-        or matches((other,), stems[0])
-        or (
-            one.endswith("*")
-            and other.endswith("*")
-            and (stems[0].startswith(stems[1]) or stems[1].startswith(stems[0]))
-        )
-    )
+    stems = one.removesuffix("*"), other.removesuffix("*")
+    if one.endswith("*") and other.endswith("*"):
+        return stems[0].startswith(stems[1]) or stems[1].startswith(stems[0])
+    return matches((one,), stems[1]) if one.endswith("*") else matches((other,), one)

@@ -7,8 +7,8 @@ reported as touched even when everything looks as before by the time it is repor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 import logging
+from collections.abc import AsyncGenerator
 from typing import Final, NamedTuple
 
 from pyroute2 import AsyncIPRoute

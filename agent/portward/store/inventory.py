@@ -25,7 +25,16 @@ Steps = tuple[str | int, ...]
 
 # What the kernel takes as an interface name (dev_valid_name in net/core/dev.c).
 _INTERFACE: Final = re.compile(r"[^\s/:]{1,15}")
-_Loader: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # C where it is built
+    """YAML in which dates stay text: a date that is none is then told with its place, like any other value."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 
 
