@@ -169,9 +169,10 @@ class _Walk:
             table = (*table, key)
             if brackets == 2 and place == len(keys):
                 self._items[table] = self._items.get(table, -1) + 1
+            self._note(table, start)
             if table in self._items:
                 table = (*table, self._items[table])
-            self._note(table, start)
+                self._note(table, start)
         self._skip_blank()
         self._at += brackets
         return table
