@@ -298,3 +298,14 @@ def test_an_ipv4_mapped_destination_is_an_ipv6_one() -> None:
     # On the wire ::ffff:10.0.0.1 is an IPv6 packet, which the kernel compares with the IPv6 prefixes only.
     assert reason(None, None, None, IPv4Address("10.0.0.1")) == Reason.ALLOWED_INTERNAL
     assert reason(None, None, None, IPv6Address("::ffff:10.0.0.1")) == Reason.DENIED_UNKNOWN_SOURCE
+
+
+def test_always_allowed_comes_before_the_date() -> None:
+    both = presets.Offer(
+        ids=("x",), title="X", exemption=presets.ExemptionPath.NOT_NEEDED, created_before=date(2030, 1, 1)
+    )
+    preset = msgspec.structs.replace(PRESET, offers=(both,))
+    subscription = Subscription(id=OWNER, offer="x", created=date(2020, 1, 1))
+    machine = Attachment(segment="v", address=ip_network("10.0.0.4"), subscription=OWNER)
+    found = decide(preset, subscription=subscription, exemption=None, attachment=machine, now=NOW)
+    assert found.reason == Reason.ALLOWED_OFFER
