@@ -1,0 +1,153 @@
+"""Labs with the real agent. They need root; without it every test here fails, none is skipped."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from kernel.wire import Seen, Sender, same, segment
+from portward.lab import namespaces
+from portward.lab.agent import Agent
+from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
+from portward.model import Attachment, Mode, Record, Subscription
+
+ALLOWED, DENIED = "enterprise-agreement", "pay-as-you-go"
+_names = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder is of the kernel kind."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.kernel)
+
+
+@dataclass
+class Gateway:
+    """A lab with an agent, both running, and senders on both tenants' machines."""
+
+    lab: Lab
+    agent: Agent
+    senders: dict[Tenant, Sender] = field(default_factory=dict)
+
+    def open(self) -> None:
+        """Opens the senders' sockets."""
+        self.senders = {tenant: Sender(self.lab, tenant) for tenant in self.lab.tenants}
+
+    def source(self, tenant: Tenant, address: str, offer: str, mode: Mode = Mode.ENFORCE) -> UUID:
+        """Gives an address or prefix in a tenant's segment a subscription of its own, and waits until that is
+        enforced."""
+        id_ = uuid4()
+        self.agent.apply(*source_records(tenant, address, offer, id_, mode))
+        return id_
+
+    def passes(self, tenant: Tenant, source: str, flags: str = "S", **options: Any) -> bool:
+        """Whether a packet from `source` reaches the Internet side. A packet that an open port answers for sure
+        follows it, so that "not seen" is known without waiting for long."""
+        packet = segment(source, flags, **options)
+        view = Seen(self.lab.internet)
+        try:
+            self.senders[tenant].send(packet)
+            marker = segment(tenant.address6, "S", port=587)
+            self.senders[tenant].send(marker)
+            found = False
+            is_it, is_marker = same(packet), same(marker)
+
+            def either(other: Any) -> bool:
+                nonlocal found
+                found = found or is_it(other)
+                return is_marker(other)
+
+            assert view.first(either) is not None, "the packet to port 587 did not arrive"
+            # The marker may overtake what went through the queue: a judged packet takes a moment more.
+            return found or view.first(is_it, seconds=0.3) is not None
+        finally:
+            view.close()
+
+
+def source_records(
+    tenant: Tenant, address: str, offer: str, id_: UUID, mode: Mode = Mode.ENFORCE
+) -> tuple[Record, ...]:
+    """A subscription with one attachment."""
+    return (
+        Subscription(id=id_, name=str(id_)[:8], offer=offer, created=date(2022, 6, 30), mode=mode),
+        Attachment(segment=tenant.segment, address=ip_network(address), subscription=id_),
+    )
+
+
+def lab_name() -> str:
+    """A name for a lab that no other test run has."""
+    return f"pwt{os.getpid()}x{next(_names)}"
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway for the tests of a module: each takes addresses of its own."""
+    with running_gateway(tmp_path_factory.mktemp("gateway")) as found:
+        yield found
+
+
+@pytest.fixture
+def make_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
+    """Makes a gateway with settings of its own for one test."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+
+        def make(**settings: Any) -> Gateway:
+            folder = tmp_path / lab_name()
+            folder.mkdir()
+            return stack.enter_context(running_gateway(folder, **settings))
+
+        yield make
+
+
+class running_gateway:  # noqa: N801 # used as a function
+    """A gateway that runs within a `with`."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self._folder, self._settings = folder, settings
+
+    def __enter__(self) -> Gateway:
+        self._lab = Lab(lab_name())
+        self._lab.up()
+        self._agent = Agent(self._lab, self._folder, **self._settings)
+        try:
+            records = [
+                *source_records(CONTOSO, "10.0.0.4", ALLOWED, uuid4()),
+                *source_records(FABRIKAM, "10.0.0.4", DENIED, uuid4()),
+            ]
+            self._agent.apply(*records)
+            self._agent.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        found = Gateway(self._lab, self._agent)
+        found.open()
+        self._gateway = found
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        for sender in getattr(self, "_gateway", Gateway(self._lab, self._agent)).senders.values():
+            sender.close()
+        self._agent.stop()
+        self._lab.down()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_namespace_is_left() -> Iterator[None]:
+    """Every test cleans up behind itself; what is left all the same is removed, and told."""
+    yield
+    left = namespaces.names(f"pwt{os.getpid()}x")
+    for name in left:
+        namespaces.remove(name)
+    assert not left

@@ -1,0 +1,312 @@
+"""Packets through the real gateway: who gets through, who does not, and what the kernel remembers."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import pytest
+from scapy.layers.inet import IP, TCP, UDP, fragment
+from scapy.layers.inet6 import (
+    IPv6,
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrFragment,
+    IPv6ExtHdrHopByHop,
+    PadN,
+)
+from scapy.packet import Packet, Raw
+
+from kernel.conftest import ALLOWED, DENIED, Gateway
+from kernel.wire import same, seen, segment
+from portward.lab import namespaces
+from portward.lab.agent import until
+from portward.lab.topology import CONTOSO, FABRIKAM, MAIL6
+from portward.model import Mode
+
+FLAGS = ["S", "SA", "A", "", "F", "R", "SF", "SEC", "SPU", "PA", "FPU", "SR", "SFRPAUEC"]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_no_flags_carry_a_denied_source_through(gateway: Gateway, flags: str) -> None:
+    assert not gateway.passes(FABRIKAM, "10.0.0.4", flags)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_every_flag_of_an_allowed_source_goes_through(gateway: Gateway, flags: str) -> None:
+    assert gateway.passes(CONTOSO, "10.0.0.4", flags)
+
+
+def test_the_same_address_is_judged_by_its_segment(gateway: Gateway) -> None:
+    gateway.source(FABRIKAM, "10.0.0.7", ALLOWED)
+    gateway.source(CONTOSO, "10.0.0.7", DENIED)
+    assert gateway.passes(FABRIKAM, "10.0.0.7")
+    assert not gateway.passes(CONTOSO, "10.0.0.7")
+
+
+def test_other_ports_are_never_touched(gateway: Gateway) -> None:
+    for port in (24, 26, 443, 465, 587):
+        assert gateway.passes(FABRIKAM, "10.0.0.4", port=port)
+
+
+def test_a_source_of_nobody_is_denied_and_counted(gateway: Gateway) -> None:
+    before = gateway.agent.metrics().get('portward_screen_packets_total{rule="unknown"}', 0)
+    assert not gateway.passes(CONTOSO, "10.0.0.99")
+    assert not gateway.passes(CONTOSO, "2001:db8:9999::1")
+    until(
+        lambda: gateway.agent.metrics()['portward_screen_packets_total{rule="unknown"}'] >= before + 2,
+        "two packets of unknown sources counted",
+    )
+
+
+def test_ipv6_sources_are_judged_like_ipv4(gateway: Gateway) -> None:
+    gateway.source(CONTOSO, "2001:db8:1001::a", ALLOWED)
+    gateway.source(CONTOSO, "2001:db8:1001::d", DENIED)
+    assert gateway.passes(CONTOSO, "2001:db8:1001::a")
+    assert not gateway.passes(CONTOSO, "2001:db8:1001::d")
+
+
+def test_the_most_specific_prefix_decides(gateway: Gateway) -> None:
+    gateway.source(CONTOSO, "10.0.0.64/27", ALLOWED)
+    gateway.source(CONTOSO, "10.0.0.70", DENIED)
+    gateway.source(CONTOSO, "2001:db8:1001:1::/64", DENIED)
+    gateway.source(CONTOSO, "2001:db8:1001:1::7", ALLOWED)
+    assert gateway.passes(CONTOSO, "10.0.0.65")
+    assert not gateway.passes(CONTOSO, "10.0.0.70")
+    assert not gateway.passes(CONTOSO, "2001:db8:1001:1::8")
+    assert gateway.passes(CONTOSO, "2001:db8:1001:1::7")
+
+
+def test_a_prefix_that_changes_is_forgotten_host_by_host(gateway: Gateway) -> None:
+    gateway.source(CONTOSO, "10.0.0.96/27", ALLOWED)
+    assert gateway.passes(CONTOSO, "10.0.0.97")
+    assert gateway.passes(CONTOSO, "10.0.0.98")
+    gateway.source(CONTOSO, "10.0.0.96/27", DENIED)
+    assert not gateway.passes(CONTOSO, "10.0.0.97")
+    gateway.source(CONTOSO, "10.0.0.98", ALLOWED)
+    assert gateway.passes(CONTOSO, "10.0.0.98")
+
+
+def test_internal_destinations_pass_without_being_judged(gateway: Gateway) -> None:
+    namespaces.batch(gateway.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
+    before = gateway.agent.metrics()['portward_screen_packets_total{rule="internal"}']
+    assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1")
+    assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1"), "also once the source is known to be denied"
+    until(
+        lambda: gateway.agent.metrics()['portward_screen_packets_total{rule="internal"}'] == before + 2,
+        "two internal packets counted",
+    )
+
+
+def test_destinations_beside_the_internal_ones_are_judged(gateway: Gateway) -> None:
+    """172.32.0.1 shares its first octet with 172.16.0.0/12, and is on the Internet all the same."""
+    assert not gateway.passes(FABRIKAM, "10.0.0.4", to="172.32.0.1")
+    assert not gateway.passes(FABRIKAM, "10.0.0.4", to="172.32.0.1"), "also once the source is known"
+    assert gateway.passes(CONTOSO, "10.0.0.4", to="172.32.0.1")
+
+
+def headerless_fragments() -> list[Packet]:
+    """IPv6 first fragments that end before the TCP header (RFC 7112), from a denied source."""
+    source, destination = "2001:db8:1002::bad", MAIL6
+    base = IPv6(src=source, dst=destination)
+    tcp = TCP(sport=4000, dport=25, flags="S")
+    options = IPv6ExtHdrDestOpt(nh=6, options=[PadN(optdata=b"\0" * 4)])
+    first = IPv6ExtHdrFragment(nh=60, offset=0, m=1, id=7)
+    return [
+        base / first / options,
+        base / first / Raw(bytes(options)[:4]),
+        base / IPv6ExtHdrHopByHop(options=[PadN(optdata=b"\0" * 4)]) / first / options,
+        base / IPv6ExtHdrFragment(nh=44, offset=0, m=1, id=8) / IPv6ExtHdrFragment(nh=6, offset=0, m=1, id=9),
+        base / IPv6ExtHdrFragment(nh=6, offset=0, m=1, id=10),
+        base / IPv6ExtHdrFragment(nh=6, offset=0, m=1, id=11) / Raw(bytes(tcp)[:2]),
+    ]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_first_fragment_without_a_tcp_header_goes_no_further(gateway: Gateway, number: int) -> None:
+    gateway.source(FABRIKAM, "2001:db8:1002::bad", DENIED)
+    marker = segment("2001:db8:1002::bad", port=587)
+    with seen(gateway.lab.internet) as view:
+        gateway.senders[FABRIKAM].send(headerless_fragments()[number])
+        gateway.senders[FABRIKAM].send(marker)
+        leaked = []
+
+        def watch(packet: Packet) -> bool:
+            if IPv6 in packet and packet[IPv6].nh in (0, 44, 60) and packet[IPv6].src == "2001:db8:1002::bad":
+                leaked.append(packet)
+            return same(marker)(packet)
+
+        assert view.first(watch) is not None
+        assert not leaked
+
+
+def test_fragments_of_other_protocols_pass(gateway: Gateway) -> None:
+    packet = (
+        IPv6(src="2001:db8:1002::bad", dst=MAIL6)
+        / IPv6ExtHdrFragment(nh=17, offset=0, m=0, id=99)
+        / UDP(sport=1, dport=53)
+        / Raw(b"q" * 16)
+    )
+    with seen(gateway.lab.internet) as view:
+        gateway.senders[FABRIKAM].send(packet)
+        assert view.first(lambda other: IPv6 in other and b"q" * 16 in bytes(other)) is not None
+
+
+def test_ipv4_fragments_carry_nothing_through(gateway: Gateway) -> None:
+    whole = segment("10.0.0.4", "PA") / Raw(b"DATA" * 20)
+    with seen(gateway.lab.internet) as view:
+        for piece in fragment(whole, fragsize=8):
+            gateway.senders[FABRIKAM].send(piece)
+        marker = segment("10.0.0.4", port=587)
+        gateway.senders[FABRIKAM].send(marker)
+        payload = []
+
+        def watch(packet: Packet) -> bool:
+            if IP in packet and b"DATADATA" in bytes(packet):
+                payload.append(packet)
+            return same(marker)(packet)
+
+        assert view.first(watch) is not None
+        assert not any(TCP in packet and packet[TCP].dport == 25 for packet in payload)
+
+
+def foreign_marks(gateway: Gateway, mark: int) -> None:
+    """Somebody else's chain, before ours, that marks everything from the segments."""
+    namespaces.load(
+        gateway.lab.gateway,
+        f"""table inet foreign
+        delete table inet foreign
+        table inet foreign {{
+          counter kept {{}}
+          chain before {{
+            type filter hook prerouting priority -310
+            iifname "vni*" meta mark set {mark:#x}
+          }}
+          chain after {{
+            type filter hook prerouting priority -290
+            iifname "vni*" meta mark {mark & 0xFFFF0000:#x} tcp dport 25 counter name kept
+          }}
+        }}
+        """,
+    )
+
+
+@pytest.mark.parametrize("own", [0x0001, 0x0007, 0xFFFC, 0xFFFF, 0x0006])
+def test_marks_of_others_are_kept_and_never_obeyed(make_gateway, own: int) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    epoch = namespaces.run(
+        gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "epoch"]
+    ).stdout.split("elements = { ")[1].split(" ")[0]
+    foreign_marks(gateway, 0x00AB0000 | (own if own > 0xF000 else own | int(epoch, 16)))
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "remembered"
+    assert not gateway.passes(FABRIKAM, "10.0.0.99"), "a source of nobody"
+    assert gateway.passes(CONTOSO, "10.0.0.4")
+    assert gateway.passes(CONTOSO, "10.0.0.4"), "remembered"
+    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "kept"]).stdout
+    assert "packets 2 " in listing, "both packets left with the others' bits, and with none of ours"
+
+
+def test_a_marked_packet_to_an_internal_destination_teaches_nothing(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    namespaces.batch(gateway.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
+    foreign_marks(gateway, 0x00000001)
+    assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1")
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+
+
+def test_a_rule_of_others_that_takes_packets_past_the_queue_closes(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    assert gateway_uses_xtables(gateway), "written for kernels without nft_queue, as this one is"
+    namespaces.run(gateway.lab.gateway, ["iptables", "-t", "raw", "-I", "PREROUTING", "1", "-j", "ACCEPT"])
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+    assert not gateway.passes(CONTOSO, "10.0.0.4"), "nobody has judged it"
+    name = 'portward_screen_packets_total{rule="unjudged"}'
+    until(lambda: gateway.agent.metrics()[name] == 2, "both packets counted as unjudged")
+
+
+def gateway_uses_xtables(gateway: Gateway) -> bool:
+    """Whether the queue step stands in the raw table here."""
+    return "NFQUEUE" in namespaces.run(gateway.lab.gateway, ["iptables", "-t", "raw", "-S"]).stdout
+
+
+def test_a_reset_reaches_the_right_tenant(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(verdicts={"refuse_with": "reject"})
+    gateway.source(CONTOSO, "10.0.0.8", DENIED)
+    gateway.source(FABRIKAM, "10.0.0.8", DENIED)
+    for tenant, other in ((CONTOSO, FABRIKAM), (FABRIKAM, CONTOSO)):
+        packet = segment("10.0.0.8", sport=4242)
+        with seen(gateway.lab.home(tenant)) as mine, seen(gateway.lab.home(other)) as others:
+            gateway.senders[tenant].send(packet)
+            reset = mine.first(lambda reply: TCP in reply and reply[TCP].dport == 4242)
+            assert reset is not None
+            assert reset[TCP].flags == "RA"
+            assert reset[TCP].ack == packet[TCP].seq + 1
+            assert ip_address(reset[IP].dst) == ip_address("10.0.0.8")
+            assert others.first(lambda reply: TCP in reply and reply[TCP].dport == 4242, seconds=0.2) is None
+
+
+def test_a_source_of_nobody_gets_no_reset(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(verdicts={"refuse_with": "reject"})
+    with seen(gateway.lab.home(FABRIKAM)) as view:
+        gateway.senders[FABRIKAM].send(segment("10.0.0.99", sport=4243))
+        assert view.first(lambda reply: TCP in reply and reply[TCP].dport == 4243, seconds=0.5) is None
+
+
+def test_one_segment_over_its_rate_does_not_use_up_the_others(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(queue={"segment_rate": 20, "segment_burst": 20})
+    for number in range(200):
+        gateway.senders[FABRIKAM].send(segment(f"10.7.0.{number}"))
+    assert gateway.passes(CONTOSO, "10.0.0.4")
+    name = 'portward_limited_packets_total{segment="vni1002"}'
+    until(lambda: gateway.agent.metrics().get(name, 0) >= 100, "the flood counted as limited")
+    assert gateway.agent.metrics().get('portward_limited_packets_total{segment="vni1001"}', 0) == 0
+
+
+def would_deny(gateway: Gateway, segment_: str) -> float:
+    """Packets that only observing let pass."""
+    return gateway.agent.metrics().get(f'portward_packets_total{{segment="{segment_}",verdict="would_deny"}}', 0)
+
+
+def test_observing_all_lets_everything_pass_and_counts_it(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(mode="observe")
+    assert gateway.passes(FABRIKAM, "10.0.0.4")
+    assert gateway.passes(FABRIKAM, "10.0.0.4")
+    assert gateway.passes(CONTOSO, "10.0.0.99"), "also a source of nobody"
+    until(lambda: would_deny(gateway, "vni1002") == 2, "two packets counted as would_deny")
+    gateway.agent.stop()
+    assert gateway.passes(FABRIKAM, "10.0.0.55"), "also while no agent runs"
+
+
+def test_observing_one_segment_leaves_the_other_enforced(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(verdicts={"observe": ["vni1002"]})
+    assert gateway.passes(FABRIKAM, "10.0.0.4")
+    assert not gateway.passes(CONTOSO, "10.0.0.99")
+    until(lambda: would_deny(gateway, "vni1002") == 1, "counted as would_deny")
+    gateway.agent.stop()
+    gateway.agent.start()
+    assert gateway.passes(FABRIKAM, "10.0.0.4"), "the mode lies in the configuration"
+
+
+def test_observing_one_subscription(gateway: Gateway) -> None:
+    gateway.source(CONTOSO, "10.0.0.40", DENIED, Mode.OBSERVE)
+    gateway.source(CONTOSO, "10.0.0.41", DENIED)
+    assert gateway.passes(CONTOSO, "10.0.0.40")
+    assert not gateway.passes(CONTOSO, "10.0.0.41")
+
+
+def test_without_an_agent_known_verdicts_stay_and_unknown_sources_drop(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    gateway.source(CONTOSO, "10.0.0.9", ALLOWED)
+    assert gateway.passes(CONTOSO, "10.0.0.4")
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+    gateway.agent.stop()
+    assert gateway.passes(CONTOSO, "10.0.0.4")
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+    assert not gateway.passes(CONTOSO, "10.0.0.9"), "allowed, but nobody is there to say so"
+
+
+def test_on_agent_down_open_lets_unknown_sources_pass(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(on_agent_down="open")
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+    gateway.agent.stop()
+    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "a remembered verdict stays"
+    assert gateway.passes(CONTOSO, "10.0.0.9")

@@ -1,0 +1,102 @@
+"""Packets on the links of a lab, sent and seen by packet sockets in its namespaces."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from scapy.layers.inet import IP, TCP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet
+
+from portward.lab import namespaces
+from portward.lab.topology import MAIL4, MAIL6, Lab, Tenant
+
+_ALL = 0x0003  # ETH_P_ALL
+_SEQUENCES = itertools.count(0x10000000, 0x1000)
+
+
+def link_address(namespace: str, interface: str) -> str:
+    """The Ethernet address of an interface in a namespace."""
+    return namespaces.run(namespace, ["cat", f"/sys/class/net/{interface}/address"]).stdout.strip()
+
+
+class Sender:
+    """Sends frames from a tenant's machine to the gateway, with any source."""
+
+    def __init__(self, lab: Lab, tenant: Tenant) -> None:
+        self.frame = Ether(
+            src=link_address(lab.home(tenant), "eth0"), dst=link_address(lab.gateway, tenant.segment)
+        )
+        with namespaces.inside(lab.home(tenant)):
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        self._socket.bind(("eth0", 0))
+
+    def send(self, packet: Packet) -> None:
+        """Sends a packet, from its IP header on."""
+        self._socket.send(bytes(self.frame / packet))
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._socket.close()
+
+
+class Seen:
+    """What arrives on an interface, as raw frames with the times they came."""
+
+    def __init__(self, namespace: str, interface: str = "eth0") -> None:
+        with namespaces.inside(namespace):
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 24)
+        self._socket.bind((interface, 0))
+        self._socket.settimeout(0.02)
+
+    def packets(self) -> Iterator[Packet]:
+        """All that has come since, without waiting; own frames are left out."""
+        while True:
+            try:
+                data, address = self._socket.recvfrom(65_535)
+            except TimeoutError:
+                return
+            if address[2] != socket.PACKET_OUTGOING:
+                yield Ether(data)
+
+    def first(self, wanted: Callable[[Packet], bool], seconds: float = 3.0) -> Packet | None:
+        """The first packet that is wanted; None where none comes in time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for packet in self.packets():
+                if wanted(packet):
+                    return packet
+        return None
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._socket.close()
+
+
+@contextmanager
+def seen(namespace: str, interface: str = "eth0") -> Iterator[Seen]:
+    """A `Seen` that is closed at the end."""
+    view = Seen(namespace, interface)
+    try:
+        yield view
+    finally:
+        view.close()
+
+
+def segment(source: str, flags: str = "S", *, port: int = 25, to: str | None = None, sport: int = 4000) -> Packet:
+    """A TCP segment with a sequence number that no other has: address translation leaves it alone."""
+    tcp = TCP(sport=sport, dport=port, flags=flags, seq=next(_SEQUENCES))
+    if ":" in source:
+        return IPv6(src=source, dst=to or MAIL6) / tcp
+    return IP(src=source, dst=to or MAIL4) / tcp
+
+
+def same(packet: Packet) -> Callable[[Packet], bool]:
+    """Whether a seen packet is this one, by its sequence number."""
+    return lambda other: TCP in other and other[TCP].seq == packet[TCP].seq
