@@ -9,23 +9,37 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Final, NamedTuple, TypeAlias
 
 import msgspec
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from portward import config as configuration
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.errors import InputError
 from portward.policy import preset as presets
 from portward.store import open_store
-from portward.store.difference import check_offers, check_references, described, difference, exported
-from portward.store.inventory import read_inventory
+from portward.store.difference import Difference, check_offers, check_references, described, difference
+from portward.store.document import json_text, yaml_text
+from portward.store.inventory import Inventory, read_inventory
+from portward.store.protocol import NoStoreError
 
-_LINES = 40
+# What a person reads before it is only counted.
+_LINES: Final = 40
+
+# A title and, if known, a total → what is to be told how many are done.
+Step: TypeAlias = Callable[[str, int | None], Callable[[int], None]]
+
+
+class _Plan(NamedTuple):
+    """What an inventory would change: the store's records and their revision, the inventory, the difference."""
+
+    have: dict[str, str]
+    revision: int
+    inventory: Inventory
+    change: Difference
 
 
 def apply(
@@ -45,42 +59,15 @@ def apply(
     Example: portward apply --dry-run inventory.yaml
     """
     settings = configuration.load(config)
+    who = _actor(actor)
     with _progress() as step:
-        inventory = read_inventory(files, step("reading"))
-        check_offers(inventory, presets.load(settings.preset))
-        have, revision = _records(settings.store)
-        check_references(have, inventory, prune=prune)
-        change = difference(have, inventory, prune=prune)
-        puts = change.puts()
-        counts = {
-            "added": len(change.added),
-            "changed": len(change.changed),
-            "removed": len(change.removed),
-        }
-        if not dry_run and puts:
-            store = open_store(settings.store, create=True)
-            with contextlib.closing(store):
-                revision = store.write(
-                    puts, expected=revision, actor=actor or _login(), at=datetime.now(UTC),
-                    progress=step("writing", len(puts)),
-                )  # fmt: skip
+        plan = _plan(settings, files, step, prune=prune)
+        revision = plan.revision if dry_run else _write(settings.store, plan, who, step)
     if json:
-        told = {"revision": revision, "dry_run": dry_run, **counts}
-        typer.echo(msgspec.json.encode(told).decode())
+        typer.echo(msgspec.json.encode(_machine(plan, revision, dry_run=dry_run)).decode())
         return
-    if dry_run:
-        lines = described(have, inventory, change)
-        for line in itertools.islice(lines, _LINES):
-            typer.echo(line)
-        if len(puts) > _LINES:
-            typer.echo(f"… and {len(puts) - _LINES} more")
-    summary = ", ".join(f"{number} {name}" for name, number in counts.items())
-    if not puts:
-        typer.echo(f"nothing to change, the store stays at revision {revision}")
-    elif dry_run:
-        typer.echo(f"would change revision {revision}: {summary}")
-    else:
-        typer.echo(f"applied revision {revision}: {summary}")
+    for line in _lines(plan, revision, dry_run=dry_run):
+        typer.echo(line)
 
 
 def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
@@ -88,24 +75,77 @@ def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
 
     Example: portward export > inventory.yaml
     """
-    store = open_store(configuration.load(config).store)
-    with contextlib.closing(store):
-        document = exported(dict(store.read_all()[1]))
-    if json:
-        typer.echo(msgspec.json.encode(document).decode())
-        return
-    dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    yaml.dump(document, sys.stdout, Dumper=dumper, sort_keys=False, allow_unicode=True)
+    have, _ = _held(configuration.load(config).store)
+    for piece in json_text(have) if json else yaml_text(have):
+        sys.stdout.write(piece)
 
 
-def _records(url: str) -> tuple[dict[str, str], int]:
-    """All records and their revision; none of a store that is yet to be made."""
-    if url.startswith("sqlite:") and not Path(url.partition(":")[2]).exists():
-        return {}, 0
-    store = open_store(url)
-    with contextlib.closing(store):
+def _plan(settings: configuration.Config, files: list[str], step: Step, *, prune: bool) -> _Plan:
+    """Reads and checks everything; raises InputError at the first mistake."""
+    inventory = read_inventory(files, step("reading", None))
+    check_offers(inventory, presets.load(settings.preset))
+    step("comparing", None)
+    try:
+        have, revision = _held(settings.store)
+    except NoStoreError:
+        have, revision = {}, 0
+    check_references(have, inventory, prune=prune)
+    return _Plan(have, revision, inventory, difference(have, inventory, prune=prune))
+
+
+def _held(url: str) -> tuple[dict[str, str], int]:
+    """All records of a store, and their revision."""
+    with contextlib.closing(open_store(url)) as store:
         revision, records = store.read_all()
         return dict(records), revision
+
+
+def _write(url: str, plan: _Plan, who: str, step: Step) -> int:
+    """Brings the difference into the store, and gives the revision; makes the store where it is missing."""
+    puts = plan.change.puts()
+    if not puts:
+        return plan.revision
+    with contextlib.closing(open_store(url, create=True)) as store:
+        progress = step("writing", len(puts))
+        return store.write(puts, expected=plan.revision, actor=who, at=datetime.now(UTC), progress=progress)
+
+
+def _machine(plan: _Plan, revision: int, *, dry_run: bool) -> dict[str, object]:
+    told: dict[str, object] = {"revision": revision, "dry_run": dry_run, **plan.change.counts()}
+    if dry_run:
+        told["changes"] = [
+            {"key": put.key, "before": _raw(plan.have.get(put.key)), "after": _raw(put.body)}
+            for put in plan.change.puts()
+        ]
+    return told
+
+
+def _raw(body: str | None) -> msgspec.Raw | None:
+    return None if body is None else msgspec.Raw(body.encode())
+
+
+def _lines(plan: _Plan, revision: int, *, dry_run: bool) -> Iterator[str]:
+    counts = plan.change.counts()
+    summary = ", ".join(f"{number} {name}" for name, number in counts.items())
+    total = sum(counts.values())
+    if not total:
+        yield f"nothing to change, the store stays at revision {revision}"
+    elif not dry_run:
+        yield f"applied revision {revision}: {summary}"
+    else:
+        yield from itertools.islice(described(plan.have, plan.inventory, plan.change), _LINES)
+        if total > _LINES:
+            yield f"… and {total - _LINES} more"
+        yield f"would change revision {revision}: {summary}"
+
+
+def _actor(named: str | None) -> str:
+    """Who the log is to name; raises InputError for what would spoil its lines."""
+    if named is None:
+        return _login()
+    if not named.strip() or not named.isprintable():
+        raise InputError(f"{named!r} is no name: at least one character, all of them printable", field="--as")
+    return named
 
 
 def _login() -> str:
@@ -117,13 +157,13 @@ def _login() -> str:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[..., Callable[[int], None]]]:
+def _progress() -> Iterator[Step]:
     """Bars on stderr for a person who waits; silent where stderr is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bars:
 
-        def step(title: str, total: int | None = None) -> Callable[[int], None]:
+        def step(title: str, total: int | None) -> Callable[[int], None]:
             task = bars.add_task(title, total=total)
             return lambda done: bars.update(task, completed=done)
 

@@ -10,8 +10,8 @@ from portward.store.sqlite import SqliteStore
 
 
 def open_store(url: str, *, create: bool = False) -> Store:
-    """The store at `sqlite:PATH`, made where it is missing if `create`; raises InputError for another kind of
-    URL, StoreError where it cannot be opened."""
+    """The store at `sqlite:PATH`, made where it is missing if `create`. Raises InputError for another kind of
+    URL, NoStoreError where it is missing, StoreError where it cannot be opened."""
     scheme, _, rest = url.partition(":")
     if scheme == "sqlite" and rest:
         return SqliteStore(Path(rest), create=create)

@@ -1,6 +1,6 @@
-"""The bell of a store that lies in files: who commits touches it, who follows wakes.
+"""The bell of a store that lies in a file: who commits rings it, who follows wakes.
 
-Watching the database itself would wake before the commit can be seen.
+It is an empty file beside the store. Watching the database itself would wake before the commit can be seen.
 """
 
 from __future__ import annotations
@@ -12,20 +12,34 @@ from pathlib import Path
 from inotify_simple import INotify, flags
 
 
-def ring(bell: Path) -> None:
-    """Touches the bell; a folder that cannot be written is left alone, since followers also ask now and then."""
+def hang(bell: Path, *, like: Path) -> None:
+    """Makes a bell that whoever may write the file `like` may ring. Nothing happens where one hangs, or where
+    the folder cannot be written: followers also ask now and then."""
     with contextlib.suppress(OSError):
-        bell.touch()
+        status = like.stat()
+        descriptor = os.open(bell, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            if os.geteuid() == 0:
+                os.fchown(descriptor, status.st_uid, status.st_gid)
+            os.fchmod(descriptor, status.st_mode & 0o666)
+        finally:
+            os.close(descriptor)
+
+
+def ring(bell: Path) -> None:
+    """Rings the bell; does nothing where there is none, or it may not be rung."""
+    with contextlib.suppress(OSError):
+        os.utime(bell)
 
 
 class Listener:
     """Hears a bell."""
 
     def __init__(self, bell: Path) -> None:
-        """Raises OSError where the bell is not there."""
+        """Raises OSError where there is no bell, or no more inotify instance to be had."""
         self._inotify = INotify(nonblocking=True)
         try:
-            self._inotify.add_watch(os.fspath(bell), flags.ATTRIB | flags.MODIFY)
+            self._inotify.add_watch(os.fspath(bell), flags.ATTRIB)
         except OSError:
             self._inotify.close()
             raise

@@ -2,7 +2,13 @@
 
 A record is JSON under a key, the same in every backend:
 
-    subscriptions/<uuid>             attachments/<segment>/<address or prefix>             exemptions/<uuid>
+    subscriptions/<uuid>
+    attachments/<segment>/<address>     attachments/vni1001/10.0.0.4        attachments/vni1001/2001:db8::1
+    attachments/<segment>/<prefix>      attachments/vni1001/10.0.0.0/24
+    exemptions/<uuid of the subscription>
+
+Addresses are compressed and in lower case; a prefix of one address is written as that address, so nothing has
+two keys. No segment holds a `/`, so what follows the second one is the prefix, with its own.
 
 The exemption of a subscription is one record, its latest state; what it was before stands in the change log.
 Each accepted batch of changes is one revision; revisions rise by one.
@@ -10,14 +16,14 @@ Each accepted batch of changes is one revision; revisions rise by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from ipaddress import ip_network
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from portward.documents import dec_hook, enc_hook, network_text
+from portward.documents import dec_hook, enc_hook, explained, field_name, network_text
 from portward.errors import StoreError
 from portward.model import Address, Attachment, Exemption, Record, Subscription
 
@@ -28,6 +34,10 @@ KINDS: Final[dict[str, type[Record]]] = {
     "attachments": Attachment,
     "exemptions": Exemption,
 }
+
+
+class NoStoreError(StoreError):
+    """There is no store yet at the place that was named."""
 
 
 class RecordError(StoreError):
@@ -69,7 +79,7 @@ class Store(Protocol):
         before the iterator has come to its end."""
 
     def changes(self, since: int) -> Iterator[Change]:
-        """What changed after revision `since`, in order."""
+        """What changed after revision `since`, in order, whole revisions only."""
 
     def write(
         self,
@@ -80,7 +90,8 @@ class Store(Protocol):
         at: datetime,
         progress: Progress | None = None,
     ) -> int:
-        """Writes a batch as one revision, all of it or nothing, and gives its number. Raises ConflictError
+        """Writes a batch, in which no key stands twice, as one revision: all of it or nothing. Gives its
+        number; a batch that changes nothing makes no revision, and the number stays. Raises ConflictError
         where the store is no longer at revision `expected`. `progress` hears how many are written so far."""
 
     def fileno(self) -> int | None:
@@ -119,16 +130,25 @@ _DECODERS: Final = {kind: msgspec.json.Decoder(type_, dec_hook=dec_hook) for kin
 
 def decode(key: str, body: str) -> Record:
     """The record under a key; raises RecordError."""
-    decoder = _DECODERS.get(key.partition("/")[0])
+    kind = key.partition("/")[0]
+    decoder = _DECODERS.get(kind)
     if decoder is None:
         raise RecordError(f"{key}: not a key of a subscription, an attachment or an exemption")
     try:
         record: Record = decoder.decode(body)
     except msgspec.DecodeError as error:
-        raise RecordError(f"{key}: {error}") from None
+        raise _record_error(key, body, error) from None
     if key_of(record) != key:
         raise RecordError(f"{key}: holds the record of {key_of(record)}")
     return record
+
+
+def _record_error(key: str, body: str, error: msgspec.DecodeError) -> RecordError:
+    try:
+        problem, steps = explained(str(error), KINDS[key.partition("/")[0]], msgspec.json.decode(body))
+    except msgspec.DecodeError as malformed:
+        return RecordError(f"{key}: {malformed}")
+    return RecordError(": ".join(part for part in (key, field_name(steps), problem) if part))
 
 
 def find(
@@ -162,8 +182,3 @@ def _most_specific(store: Store, segment: str, address: Address) -> Attachment |
 def _read(store: Store, key: str) -> Record | None:
     body = store.get(key)
     return None if body is None else decode(key, body)
-
-
-def newest(changes: Iterable[Change]) -> dict[str, Change]:
-    """The last change of each key."""
-    return {change.key: change for change in changes}

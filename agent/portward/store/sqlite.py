@@ -1,12 +1,15 @@
 """The embedded store: an SQLite database in WAL mode, with a log of who changed what and when.
 
-An accepted change survives a power cut (`synchronous=FULL`): it may be a revocation. Readers need write
-access to the database's folder, as WAL keeps an index beside it.
+What was accepted survives a power cut: `synchronous=FULL` syncs the log of each commit. NORMAL would be
+quicker and could lose the last changes, and one of them may be a revocation.
+
+Who only reads needs to write too, to the index that WAL keeps beside the database (`-shm`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -15,13 +18,16 @@ from typing import Final
 from uuid import uuid4
 
 from portward.errors import ConflictError, StoreError
-from portward.store.bell import Listener, ring
-from portward.store.protocol import Change, Progress, Put
+from portward.store.bell import Listener, hang, ring
+from portward.store.protocol import Change, NoStoreError, Progress, Put
 
 _FORMAT: Final = 1
-# How long a writer waits for another one, in seconds.
-_PATIENCE: Final = 10.0
+# How long a writer waits for another one, in seconds: a million records take about ten.
+_PATIENCE = 20.0
+# Records that are written between two reports of progress.
 _BATCH: Final = 20_000
+# What the WAL shrinks to after a large change, in bytes.
+_WAL_LIMIT: Final = 64 * 1024 * 1024
 
 _SCHEMA: Final = f"""
 CREATE TABLE store (identity BLOB NOT NULL);
@@ -38,31 +44,38 @@ CREATE TRIGGER change_kept BEFORE DELETE ON change BEGIN SELECT RAISE(ABORT, 'th
 PRAGMA user_version = {_FORMAT};
 """
 
+# A record that is there already as it is to be makes no line in the log.
+_LOG: Final = """
+INSERT INTO change SELECT ?1, ?2, before, ?3
+FROM (SELECT (SELECT body FROM record WHERE key = ?2) AS before) WHERE before IS NOT ?3
+"""
+
 
 class SqliteStore:
     """A `Store` in the file at `path`."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
-        """Opens the database, and makes it where it is missing if `create`; raises StoreError."""
+        """Opens the database, and makes it where it is missing if `create`. Raises NoStoreError where it is
+        missing and not made, StoreError where it cannot be used."""
+        self._path = path.absolute()
         self._name = f"sqlite:{path}"
-        self._bell = path.with_name(path.name + ".bell")
-        if not create and not path.exists():
-            raise StoreError(f"{self._name}: no such file; create it with `portward apply`")
+        self._bell = self._path.with_name(path.name + ".bell")
+        self._listener: Listener | None = None
         with self._errors():
-            mode = "rwc" if create else "rw"
+            self._find(create=create)
+            # The URI keeps SQLite from making a file that has gone away meanwhile.
             self._connection = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=_PATIENCE, isolation_level=None
+                f"{self._path.as_uri()}?mode=rw", uri=True, timeout=_PATIENCE, isolation_level=None
             )
             try:
                 self._prepare(create=create)
                 self._identity: bytes = self._connection.execute("SELECT identity FROM store").fetchone()[0]
+                self._file = self._file_now()
             except BaseException:
                 self._connection.close()
                 raise
-        self._listener: Listener | None = None
+        hang(self._bell, like=self._path)
         with contextlib.suppress(OSError):
-            if not self._bell.exists():
-                ring(self._bell)
             self._listener = Listener(self._bell)
 
     def identity(self) -> bytes:
@@ -70,8 +83,9 @@ class SqliteStore:
         return self._identity
 
     def revision(self) -> int:
-        """See `Store`."""
+        """See `Store`. Costs some microseconds."""
         with self._errors():
+            self._expect_same_file()
             return self._newest()
 
     def get(self, key: str) -> str | None:
@@ -83,13 +97,14 @@ class SqliteStore:
     def read_all(self) -> tuple[int, Iterator[tuple[str, str]]]:
         """See `Store`."""
         with self._errors():
-            self._end_reading()
+            self._expect_same_file()
+            self._end_transaction()
             self._connection.execute("BEGIN")
             revision = self._newest()
         return revision, self._records()
 
     def changes(self, since: int) -> Iterator[Change]:
-        """See `Store`."""
+        """See `Store`. One statement, so one state of the database."""
         with self._errors():
             rows = self._connection.execute(
                 "SELECT revision, at, actor, key, before, after FROM change JOIN revision ON number = revision "
@@ -110,15 +125,16 @@ class SqliteStore:
     ) -> int:
         """See `Store`."""
         with self._errors():
-            self._end_reading()
+            self._expect_same_file()
+            self._end_transaction()
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 self._expect(expected)
-                self._log(batch, expected + 1, actor, at, progress)
+                if not self._put(batch, expected + 1, actor, at, progress):
+                    return expected
                 self._connection.execute("COMMIT")
-            except BaseException:
-                self._end_reading()
-                raise
+            finally:
+                self._end_transaction()
         ring(self._bell)
         return expected + 1
 
@@ -141,34 +157,71 @@ class SqliteStore:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.ProgrammingError:
+            raise  # ours, not the surroundings'
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{self._name}: {_in_words(error)}") from error
         except OSError as error:
             raise StoreError(f"{self._name}: {error.strerror}") from error
 
+    def _find(self, *, create: bool) -> None:
+        if not self._path.parent.is_dir():
+            raise NoStoreError(f"{self._name}: there is no folder {self._path.parent}")
+        if self._path.exists():
+            return
+        if not create:
+            raise NoStoreError(f"{self._name}: no such file; create it with 'portward apply'")
+        with contextlib.suppress(FileExistsError):  # somebody else was quicker
+            self._make_file()
+
+    def _make_file(self) -> None:
+        """Makes an empty file. What root makes belongs to the owner of its folder: the agent is another user,
+        and could not open it. SQLite gives the files beside it to the same owner."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o660)
+        try:
+            if os.geteuid() == 0:
+                folder = self._path.parent.stat()
+                os.fchown(descriptor, folder.st_uid, folder.st_gid)
+        finally:
+            os.close(descriptor)
+
     def _prepare(self, *, create: bool) -> None:
         execute = self._connection.execute
         version = execute("PRAGMA user_version").fetchone()[0]
         if version > _FORMAT:
-            raise StoreError(
-                f"{self._name}: written by a newer portward (format {version}, this one knows {_FORMAT})"
-            )
+            told = f"written by a newer portward (format {version}, this one knows {_FORMAT})"
+            raise StoreError(f"{self._name}: {told}")
         if version == 0:
-            if not create or execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            if execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise StoreError(f"{self._name}: an SQLite database, but not portward's")
+            if not create:
+                raise NoStoreError(f"{self._name}: an empty file; 'portward apply' makes it a store")
             self._create()
         execute("PRAGMA synchronous = FULL")
+        execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT}")
 
     def _create(self) -> None:
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        identity = f"INSERT INTO store VALUES (x'{uuid4().hex}');"  # noqa: S608 # hex digits
+        execute = self._connection.execute
+        execute("PRAGMA journal_mode = WAL")
+        execute("BEGIN IMMEDIATE")
         try:
-            self._connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}{identity}COMMIT;")
-        except sqlite3.OperationalError:
-            self._end_reading()
-            # Somebody else has made it meanwhile; anything else is told.
-            if self._connection.execute("PRAGMA user_version").fetchone()[0] != _FORMAT:
-                raise
+            # Under the lock: somebody else may have made it meanwhile.
+            if execute("PRAGMA user_version").fetchone()[0] == 0:
+                for statement in _statements(_SCHEMA):
+                    execute(statement)
+                execute("INSERT INTO store VALUES (?)", (uuid4().bytes,))
+            execute("COMMIT")
+        finally:
+            self._end_transaction()
+
+    def _file_now(self) -> tuple[int, int]:
+        status = self._path.stat()
+        return status.st_dev, status.st_ino
+
+    def _expect_same_file(self) -> None:
+        """Whoever restores a backup puts another file in place; the one that is open is then nobody's."""
+        if self._file_now() != self._file:
+            raise StoreError(f"{self._name}: another file was put in its place; it has to be opened again")
 
     def _newest(self) -> int:
         return int(self._connection.execute("SELECT ifnull(max(number), 0) FROM revision").fetchone()[0])
@@ -178,9 +231,9 @@ class SqliteStore:
             with self._errors():
                 yield from self._connection.execute("SELECT key, body FROM record ORDER BY key")
         finally:
-            self._end_reading()
+            self._end_transaction()
 
-    def _end_reading(self) -> None:
+    def _end_transaction(self) -> None:
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
 
@@ -188,42 +241,55 @@ class SqliteStore:
         newest = self._newest()
         if newest == expected:
             return
-        at, actor = self._connection.execute(
-            "SELECT at, actor FROM revision WHERE number = ?", (newest,)
-        ).fetchone()
+        row = self._connection.execute("SELECT at, actor FROM revision WHERE number = ?", (newest,)).fetchone()
+        by = f", by {row[1]} at {row[0]}" if row else ""
         raise ConflictError(
-            f"{self._name}: {actor} changed it to revision {newest} at {at} while this change was made from "
-            f"revision {expected}; nothing was written, run it again"
+            f"{self._name}: it was read at revision {expected} and is now at revision {newest}{by}; "
+            "nothing was written; run it again"
         )
 
-    def _log(
+    def _put(
         self, batch: Sequence[Put], revision: int, actor: str, at: datetime, progress: Progress | None
-    ) -> None:
+    ) -> bool:
+        """Writes records and log in the open transaction; False where nothing differed."""
         execute, many = self._connection.execute, self._connection.executemany
         execute("INSERT INTO revision VALUES (?, ?, ?)", (revision, at.astimezone(UTC).isoformat(), actor))
         # In the order of the keys the trees grow at their end only.
-        ordered = sorted(batch)
+        ordered = sorted(batch, key=lambda put: put.key)
         for start in range(0, len(ordered), _BATCH):
             part = ordered[start : start + _BATCH]
-            many(
-                "INSERT INTO change SELECT ?1, ?2, (SELECT body FROM record WHERE key = ?2), ?3",
-                ((revision, put.key, put.body) for put in part),
-            )
+            many(_LOG, ((revision, put.key, put.body) for put in part))
             many("INSERT OR REPLACE INTO record VALUES (?, ?)", (put for put in part if put.body is not None))
             many("DELETE FROM record WHERE key = ?", ((put.key,) for put in part if put.body is None))
             if progress is not None:
                 progress(start + len(part))
+        logged = execute("SELECT EXISTS (SELECT 1 FROM change WHERE revision = ?)", (revision,))
+        return bool(logged.fetchone()[0])
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script; `executescript` would commit first, and so lose the lock."""
+    statement = ""
+    for line in script.strip().splitlines():
+        statement += f"{line}\n"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+_WORDS: Final = {
+    "SQLITE_BUSY": f"another process has held it locked for {_PATIENCE:.0f} s; try again",
+    "SQLITE_NOTADB": "this file is no SQLite database",
+    "SQLITE_READONLY": "it cannot be written: check the permissions of the file and of its folder",
+    "SQLITE_CANTOPEN": "it cannot be opened: check the permissions of the file and of its folder",
+    "SQLITE_PERM": "it cannot be opened: check the permissions of the file and of its folder",
+    "SQLITE_FULL": "the disk is full; nothing was written",
+    "SQLITE_CORRUPT": "the database is damaged; restore it from a backup, or apply the inventory to a new one",
+}
 
 
 def _in_words(error: sqlite3.DatabaseError) -> str:
     """SQLite's message, and what to do about the common ones."""
-    told = str(error)
-    if "locked" in told:
-        return f"another process has held it locked for {_PATIENCE:.0f} s; try again"
-    if "not a database" in told:
-        return "this file is no SQLite database"
-    if "readonly" in told:
-        return "it cannot be written: check the permissions of the file and of its folder"
-    if "unable to open" in told:
-        return "it cannot be opened: check that its folder exists and may be written"
-    return told
+    # Extended codes begin with the name of what they extend, like SQLITE_READONLY_DBMOVED.
+    kind = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
+    return _WORDS.get(kind, str(error))
