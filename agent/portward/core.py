@@ -41,8 +41,8 @@ class Core:
     def __init__(self, config: Config, preset: Preset) -> None:
         """Opens kernel and table; changes nothing in the kernel. Raises KernelError or TableError."""
         self.config, self.preset = config, preset
-        self._nft = Nft()
         self._netlink = NfNetlink()
+        self._nft = Nft(self._netlink.generation)
         self._ask_privilege()
         self.native = xtables.has_native_queue(self._nft)
         self._learned = Learned(self._nft, self._netlink)
@@ -86,8 +86,8 @@ class Core:
 
     def load(self) -> None:
         """Loads the ruleset; from here on the gateway enforces. Raises KernelError."""
-        if not self._enforcement.start(self.generation):
-            _log.info("sources are asked about anew: what the kernel remembered is not of this table")
+        if self._enforcement.start(self.generation):
+            _log.info("the kernel remembered verdicts of another policy: they are forgotten")
         self.enforced = self.revision
 
     # --- and then, again and again ---

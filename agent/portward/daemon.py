@@ -65,6 +65,8 @@ class Daemon:
     async def run(self) -> None:
         """Runs until SIGTERM or SIGINT. Raises PortwardError where the gateway cannot begin; then nothing has
         been loaded."""
+        # First of all: a signal that comes while the gateway starts must not end it half-way.
+        self._catch_signals()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._thread.shutdown)
             await self._open(stack)
@@ -93,15 +95,17 @@ class Daemon:
         for worker in self._workers:
             stack.push_async_callback(worker.stop)
 
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+
     def _newest(self) -> metrics.Snapshot:
         """The snapshot of the last second, with the revision that is enforced now."""
         return replace(self._snapshot, enforced_revision=self._core.enforced)
 
     async def _serve(self, links: AsyncIterator[Links]) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
         jobs = [
             asyncio.create_task(job)
             for job in (

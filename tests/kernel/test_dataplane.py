@@ -153,7 +153,7 @@ def test_fragments_of_other_protocols_pass(gateway: Gateway) -> None:
 def test_ipv4_fragments_carry_nothing_through(gateway: Gateway) -> None:
     whole = segment("10.0.0.4", "PA") / Raw(b"DATA" * 20)
     with seen(gateway.lab.internet) as view:
-        for piece in fragment(whole, fragsize=8):
+        for piece in fragment(whole, fragsize=8):  # type: ignore[no-untyped-call] # scapy's
             gateway.senders[FABRIKAM].send(piece)
         marker = segment("10.0.0.4", port=587)
         gateway.senders[FABRIKAM].send(marker)
@@ -192,9 +192,11 @@ def foreign_marks(gateway: Gateway, mark: int) -> None:
 @pytest.mark.parametrize("own", [0x0001, 0x0007, 0xFFFC, 0xFFFF, 0x0006])
 def test_marks_of_others_are_kept_and_never_obeyed(make_gateway, own: int) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway()
-    epoch = namespaces.run(
-        gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "epoch"]
-    ).stdout.split("elements = { ")[1].split(" ")[0]
+    epoch = (
+        namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "epoch"])
+        .stdout.split("elements = { ")[1]
+        .split(" ")[0]
+    )
     foreign_marks(gateway, 0x00AB0000 | (own if own > 0xF000 else own | int(epoch, 16)))
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
     assert not gateway.passes(FABRIKAM, "10.0.0.4"), "remembered"

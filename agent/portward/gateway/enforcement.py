@@ -38,12 +38,13 @@ class Enforcement:
 
     def start(self, generation: int) -> bool:
         """Loads the ruleset. What the kernel remembers from an earlier run is kept where it agrees with the
-        table, and forgotten else; True where it was kept. Raises KernelError."""
-        kept = self._learned.synced() == generation
+        table, and forgotten else; True where something was there to forget. Raises KernelError."""
+        remembered = self._learned.synced()
         self._keeper.load(self._want())
-        if not kept:
-            self._forget_everything(generation)
-        return kept
+        if remembered == generation:
+            return False
+        self._forget_everything(generation)
+        return remembered is not None
 
     def enforce(self, committed: Committed) -> None:
         """Carries a change out. Raises KernelError where the kernel takes not even a new ruleset."""
@@ -57,8 +58,7 @@ class Enforcement:
                 sources = self._sources(committed)
                 if len(sources) <= _COUNTED:
                     self._count([held for source in sources if (held := self._learned.held(source))])
-                self._learned.forget(sources)
-                self._learned.set_synced(committed.generation)
+                self._learned.forget(sources, committed.generation)
         except (KernelError, OSError):
             self.repair(committed.generation)
 
@@ -75,8 +75,7 @@ class Enforcement:
         self._forget_everything(generation)
 
     def _forget_everything(self, generation: int) -> None:
-        self._learned.forget_everything()
-        self._learned.set_synced(generation)
+        self._learned.forget_everything(generation)
 
     def _sources(self, committed: Committed) -> set[Source]:
         sources = self._learned.behind(committed.links) if committed.links else set()

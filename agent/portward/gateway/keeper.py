@@ -1,12 +1,13 @@
 """The ruleset is loaded, and stays what was loaded.
 
 The kernel numbers the transactions of all rulesets of a namespace. Where the number has risen by more than
-our own transactions, somebody else was there, and what is loaded is compared with what we left.
+our own transactions did, somebody else was there, and what is loaded is compared with what we left.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from portward.errors import KernelError
 from portward.gateway import mark, xtables
@@ -14,6 +15,11 @@ from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.ruleset import FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, replacement, xtables_rules
+
+# A look without a reason at every so many calls: a transaction of somebody else between the two readings of the
+# generation around one of ours that changed nothing would not show.
+_LOOK_EVERY: Final = 40
+_LOAD_TRIES: Final = 5
 
 _log = logging.getLogger("portward.ruleset")
 
@@ -26,34 +32,45 @@ class Keeper:
         self._want: Wanted | None = None
         self._fingerprint: bytes | None = None
         self._raw = ""
-        self._seen = (0, 0)
+        self._unlooked = 0
         self.repairs = 0
 
     def load(self, want: Wanted) -> None:
         """Puts `want` in place of what is loaded, in one transaction; what is remembered stays where the sets
         allow it. Idempotent; raises KernelError, and then what was loaded before is still there."""
+        for _ in range(_LOAD_TRIES):
+            self._load_once(want)
+            self._fingerprint = self._netlink.fingerprint(TABLE, FIXED_SETS)
+            self._raw = "" if want.native else xtables.installed()
+            # What was read must be what was loaded: nobody else was there in between.
+            if not self._disturbed() and self._fingerprint is not None:
+                return
+        raise KernelError("the ruleset changes faster than it can be loaded: somebody else writes it all the time")
+
+    def _load_once(self, want: Wanted) -> None:
         have = self._netlink.sets(TABLE)
-        text = replacement(want, have, same_definitions=self._learned.definitions() == want.definitions)
-        if want.native:
-            self._nft.load(text)
-            if self._want is None or not self._want.native:
-                xtables.remove()
-        else:
+        same = self._learned.definitions() == want.definitions
+        if not want.native:
             # The queue rules first: without a marked packet they do nothing.
             xtables.install(xtables_rules(want))
-            self._nft.load(text)
+        elif self._want is None or not self._want.native:
+            xtables.remove()
+        # Whatever others did until here is replaced; what they do from here on shows.
+        self._settle()
+        self._nft.load(replacement(want, have, same_definitions=same))
         self._want = want
-        self._remember()
 
     def intact(self) -> bool:
         """Whether what is loaded is what was loaded; costs one message where nobody has changed anything."""
-        if self._ours_only():
+        self._unlooked += 1
+        if not self._disturbed() and self._unlooked < _LOOK_EVERY:
             return True
+        self._unlooked = 0
         if self._netlink.fingerprint(TABLE, FIXED_SETS) != self._fingerprint:
             return False
         if self._want is not None and not self._want.native and xtables.installed() != self._raw:
             return False
-        self._seen = (self._netlink.generation(), self._nft.commits)
+        self._settle()
         return True
 
     def repair(self, want: Wanted) -> None:
@@ -66,16 +83,11 @@ class Keeper:
         """Whether verdicts of this generation of the policy table are those that are remembered."""
         return self._learned.epoch() == mark.epoch_of(generation)
 
-    def _ours_only(self) -> bool:
-        generation, commits = self._seen
-        return self._netlink.generation() == (generation + self._nft.commits - commits) % 2**32
+    def _disturbed(self) -> bool:
+        return self._nft.disturbed or self._netlink.generation() != self._nft.left_at
 
-    def _remember(self) -> None:
-        self._seen = (self._netlink.generation(), self._nft.commits)
-        self._fingerprint = self._netlink.fingerprint(TABLE, FIXED_SETS)
-        self._raw = "" if self._want is None or self._want.native else xtables.installed()
-        if self._fingerprint is None:
-            raise KernelError("the ruleset was removed by somebody else while it was being loaded")
+    def _settle(self) -> None:
+        self._nft.disturbed, self._nft.left_at = False, self._netlink.generation()
 
 
 def loaded(netlink: NfNetlink) -> bool:

@@ -97,39 +97,34 @@ class Learned:
         epoch = mark.epoch_of(generation) << mark.EPOCH_SHIFT
         self._nft.elements(f"flush set {FAMILY_TABLE} epoch\nadd element {FAMILY_TABLE} epoch {{ {epoch:#x} }}")
 
-    def forget(self, sources: Iterable[Source]) -> None:
-        """Step two: these sources are asked about anew. It does not matter which of them are remembered.
+    def forget(self, sources: Iterable[Source], generation: int) -> None:
+        """Step two: these sources are asked about anew, and what is still remembered agrees with `generation` of
+        the policy table. It does not matter which of the sources are remembered.
 
         Each goes by `add` and then `delete` in every set of its family: a plain delete of an element that has
         expired meanwhile would fail the whole transaction. Where the kernel takes no `add`, since a set is
         full, everything is forgotten: that costs a burst of questions, and opens nothing.
         """
-        for batch in _batches(sources):
-            lines = []
+        batches = _batches(sources)
+        for batch in batches:
+            lines: list[str] = []
             for family in "46":
                 keys = ", ".join(str(source) for source in batch if source.family == family)
                 for name in LEARNED_SETS.values() if keys else ():
                     lines.append(f"add element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
                     lines.append(f"delete element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
+            if batch is batches[-1]:
+                lines += _synced(generation)
             try:
                 self._nft.elements("\n".join(lines))
             except KernelError:
-                self.forget_everything()
+                self.forget_everything(generation)
                 return
 
-    def forget_everything(self) -> None:
+    def forget_everything(self, generation: int) -> None:
         """Step two where everything may have changed."""
-        self._nft.elements(
-            "\n".join(
-                f"flush set {FAMILY_TABLE} {name}{family}" for name in LEARNED_SETS.values() for family in "46"
-            )
-        )
-
-    def set_synced(self, generation: int) -> None:
-        """The end of a change: everything remembered agrees with this generation of the policy table."""
-        self._nft.elements(
-            f"flush set {FAMILY_TABLE} synced\nadd element {FAMILY_TABLE} synced {{ {generation} }}"
-        )
+        flushes = [f"flush set {FAMILY_TABLE} {name}{family}" for name in LEARNED_SETS.values() for family in "46"]
+        self._nft.elements("\n".join(flushes + _synced(generation)))
 
     def within(self, index: int, networks: Iterable[Network]) -> set[Source]:
         """The remembered sources behind an interface that lie in any of these prefixes."""
@@ -161,7 +156,12 @@ def _covers(network: Network, address: bytes) -> bool:
     return len(address) == len(network.network_address.packed) and ip_address(address) in network
 
 
-def _batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
+def _synced(generation: int) -> list[str]:
+    """Says, in the transaction that makes it true, that everything remembered agrees with this generation."""
+    return [f"flush set {FAMILY_TABLE} synced", f"add element {FAMILY_TABLE} synced {{ {generation} }}"]
+
+
+def _batches(sources: Iterable[Source]) -> list[list[Source]]:
+    """At least one batch, be it empty: it carries the generation."""
     everything = list(sources)
-    for start in range(0, len(everything), _BATCH):
-        yield everything[start : start + _BATCH]
+    return [everything[start : start + _BATCH] for start in range(0, max(1, len(everything)), _BATCH)]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from portward.errors import KernelError
@@ -42,12 +44,15 @@ def _library() -> ctypes.CDLL:
 class Nft:
     """nftables in the network namespace of the thread that makes this object."""
 
-    def __init__(self) -> None:
-        """Raises KernelError where libnftables is missing."""
+    def __init__(self, generation: Callable[[], int] = int) -> None:
+        """`generation` gives the kernel's number of ruleset transactions (`NfNetlink.generation`). Raises
+        KernelError where libnftables is missing."""
         self._lib = _library()
         self._elements = self._context()
-        # Transactions committed through this object: each raises the kernel's generation by one.
-        self.commits = 0
+        self._generation = generation
+        # The generation after our last transaction, and whether one of somebody else's came between ours.
+        self.left_at: int | None = None
+        self.disturbed = False
 
     def _context(self) -> Any:
         context = self._lib.nft_ctx_new(0)
@@ -65,8 +70,8 @@ class Nft:
 
     def load(self, ruleset: str) -> None:
         """Commits a whole ruleset as one transaction; raises KernelError, and then nothing has changed."""
-        self._once(ruleset, dry_run=False)
-        self.commits += 1
+        with self._committing():
+            self._once(ruleset, dry_run=False)
 
     def check(self, ruleset: str) -> None:
         """Asks the kernel whether it would take the ruleset, without changing anything; raises KernelError."""
@@ -78,8 +83,21 @@ class Nft:
 
     def elements(self, commands: str) -> None:
         """Runs commands on elements (no `define`) as one transaction; raises KernelError."""
-        self._run(self._elements, commands)
-        self.commits += 1
+        with self._committing():
+            self._run(self._elements, commands)
+
+    @contextmanager
+    def _committing(self) -> Iterator[None]:
+        """Notes whether the generation rose by more than our own transaction, which adds one or, where there is
+        nothing to change, none."""
+        before = self._generation()
+        if self.left_at is not None and before != self.left_at:
+            self.disturbed = True
+        yield
+        after = self._generation()
+        if (after - before) % 2**32 > 1:
+            self.disturbed = True
+        self.left_at = after
 
     def _once(self, text: str, *, dry_run: bool, flags: int = 0) -> str:
         # A context of its own: `define`s outlive the command in a context.

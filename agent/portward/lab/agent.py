@@ -52,7 +52,7 @@ class Agent:
         self._settings = {**base, **self._settings, **settings}
         self.config.write_bytes(msgspec.toml.encode(self._settings))
 
-    def start(self, *, wait: bool = True, detached: bool = False) -> None:
+    def start(self, *, wait: bool = True, detached: bool = False, seconds: float = _START_SECONDS) -> None:
         """Starts the daemon and, with `wait`, returns when it says that it is ready; raises PortwardError with
         what it said else."""
         self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -65,7 +65,7 @@ class Agent:
                 stderr=log, stdout=log, environment={"NOTIFY_SOCKET": os.fspath(path)}, detached=detached,
             )  # fmt: skip
         if wait:
-            self._wait_ready()
+            self._wait_ready(seconds)
 
     def reload(self) -> None:
         """SIGHUP, and waits until the daemon has read its configuration again."""
@@ -128,15 +128,15 @@ class Agent:
             raise PortwardError(f"portward does not run: {self._last_words()}")
         self.process.send_signal(number)
 
-    def _wait_ready(self) -> None:
+    def _wait_ready(self, seconds: float = _START_SECONDS) -> None:
         assert self._notified is not None and self.process is not None  # noqa: S101, PT018 # after a start only
-        deadline = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if select.select([self._notified], [], [], 0.05)[0] and b"READY=1" in self._notified.recv(4096):
                 return
             if self.process.poll() is not None:
                 raise PortwardError(f"portward ended: {self._last_words()}")
-        raise PortwardError(f"portward was not ready within {_START_SECONDS:.0f} s: {self._last_words()}")
+        raise PortwardError(f"portward was not ready within {seconds:.0f} s: {self._last_words()}")
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()

@@ -103,8 +103,6 @@ class JsonDocument(Document):
             raise self.mistake(problem, *steps) from None
         except msgspec.DecodeError as error:
             raise self._malformed(error) from None
-        except RecursionError:
-            raise InputError("nested too deeply", file=name) from None
 
     def line(self, steps: Steps) -> int:
         """See `Document`. Walks to the field value by value, since JSON's parser keeps no places."""
@@ -193,8 +191,6 @@ class YamlDocument(Document):
             raise self._malformed(error, text) from None
         except ValueError as error:
             raise InputError(f"not YAML: {error}", file=self.name) from None
-        except RecursionError:
-            raise InputError("nested too deeply", file=self.name) from None
         finally:
             loader.dispose()
 
@@ -248,7 +244,10 @@ def read_document(name: str) -> Document:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"byte {data[error.start]:#04x} is not UTF-8", file=title, line=line) from None
     as_json = name.endswith(".json") or text[_skip(text, 0) :][:1] in ("{", "[")
-    return JsonDocument(title, text) if as_json else YamlDocument(title, text)
+    try:
+        return JsonDocument(title, text) if as_json else YamlDocument(title, text)
+    except RecursionError:
+        raise InputError("nested too deeply", file=title) from None
 
 
 def json_text(records: Mapping[str, str]) -> Iterator[str]:

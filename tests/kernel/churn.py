@@ -1,0 +1,162 @@
+"""A source whose policy changes all the time while it sends and its worker is slow: what is remembered?
+
+Uses the real writer, ruleset, learned sets and worker of portward in a lab's gateway, without the daemon
+around them, so that each change can be looked at when it is done and again just before the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from uuid import UUID
+
+from kernel.wire import Sender, segment
+from portward.config import Config
+from portward.gateway import ruleset, workers, xtables
+from portward.gateway.enforcement import Enforcement
+from portward.gateway.keeper import Keeper
+from portward.gateway.learned import Learned, Source
+from portward.gateway.mark import Class
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.lab import namespaces
+from portward.lab.topology import CONTOSO, Lab
+from portward.model import Attachment, Subscription
+from portward.policy import preset as presets
+from portward.table.writer import Answers, Committed, Writer, utc_now
+
+_SUBSCRIPTION = UUID(int=5)
+_SLOW = Path(__file__).parent / "slow"
+PAUSE = 0.003
+
+
+class Churn:
+    """The gateway's parts in the calling thread's namespace, with one source that sends."""
+
+    def __init__(self, lab: Lab, folder: Path, address: str) -> None:
+        self._lab, self._address = lab, address
+        self._config = Config(segments=("vni*",), uplinks=("up0",))
+        self._preset = presets.load("azure-2020")
+        self._netlink = NfNetlink()
+        self._nft = Nft(self._netlink.generation)
+        self.learned = Learned(self._nft, self._netlink)
+        self._native = xtables.has_native_queue(self._nft)
+        self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
+        self.enforcement = Enforcement(
+            Keeper(self._nft, self._netlink, self.learned), self.learned, self._want, lambda elements: None
+        )
+        index = socket.if_nametoindex(CONTOSO.segment)
+        self._source = Source(index, ip_address(address).packed)
+        self.enforcement.links = {CONTOSO.segment: index}
+        attachment = Attachment(segment=CONTOSO.segment, address=ip_network(address), subscription=_SUBSCRIPTION)
+        self.writer.replace(
+            [_offer("pay-as-you-go"), attachment], revision=1, store=b"churn".ljust(16), now=utc_now()
+        )
+        self.writer.put_links({index: (CONTOSO.segment, False)}, touched=frozenset(), now=utc_now())
+        self._folder, self._revision = folder, 1
+
+    def run(self, changes: int, enforce: Callable[[Committed], None]) -> tuple[int, int]:
+        """So many changes, each carried out by `enforce`; gives how many stale verdicts were remembered, and how
+        many of the changes found a verdict remembered at all."""
+        return asyncio.run(self._run(changes, enforce))
+
+    async def _run(self, changes: int, enforce: Callable[[Committed], None]) -> tuple[int, int]:
+        worker = workers.make(self._config.queue, self._folder)[0]
+        with _slowed():
+            await worker.start()
+        self.enforcement.start(self._generation())
+        stale = remembered = 0
+        try:
+            with self._traffic():
+                for number in range(changes):
+                    wanted = Class.ALLOW if number % 2 else Class.DENY
+                    self._revision += 1
+                    offer = _offer("enterprise-agreement" if number % 2 else "pay-as-you-go")
+                    enforce(self.writer.apply([offer], [], revision=self._revision, now=utc_now()))
+                    time.sleep(random.random() * PAUSE)
+                    held = self.learned.held(self._source)
+                    remembered += held is not None
+                    stale += held is not None and held.verdict is not wanted
+        finally:
+            await worker.stop()
+            self.writer.close()
+        return stale, remembered
+
+    def _generation(self) -> int:
+        head = self.writer.head()
+        assert head is not None
+        return head.generation
+
+    def _want(self) -> ruleset.Wanted:
+        generation = self._generation()
+        state = ruleset.State(generation, synced=self.learned.synced() == generation)
+        return ruleset.wanted(self._config, self._preset, native=self._native, state=state)
+
+    @contextmanager
+    def _traffic(self) -> Iterator[None]:
+        sender, going = Sender(self._lab, CONTOSO), True
+        frame = segment(self._address, "S")
+
+        def send() -> None:
+            while going:
+                sender.send(frame)
+                time.sleep(0.0003)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            going = False
+            thread.join()
+            sender.close()
+
+
+def _offer(offer: str) -> Subscription:
+    return Subscription(id=_SUBSCRIPTION, offer=offer, created=date(2022, 6, 30))
+
+
+@contextmanager
+def _slowed() -> Iterator[None]:
+    """Processes that are started within wait between look-up and verdict."""
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PORTWARD_TEST_PAUSE")}
+    os.environ.update(PYTHONPATH=os.fspath(_SLOW), PORTWARD_TEST_PAUSE=str(PAUSE))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def churned(
+    lab: Lab, folder: Path, address: str, changes: int, enforce: Callable[[Churn, Committed], None]
+) -> tuple[int, int]:
+    """Runs a churn in the gateway of a lab that is up, on a thread of its own; see `Churn.run`."""
+    found: list[tuple[int, int] | BaseException] = []
+
+    def work() -> None:
+        try:
+            with namespaces.inside(lab.gateway):
+                churn = Churn(lab, folder, address)
+                found.append(churn.run(changes, lambda committed: enforce(churn, committed)))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]

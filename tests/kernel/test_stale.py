@@ -1,0 +1,43 @@
+"""No verdict that was found under an older policy is remembered, however slow the worker is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kernel.churn import Churn, churned
+from kernel.conftest import lab_name
+from portward.lab.topology import CONTOSO, FABRIKAM, Lab
+from portward.table.writer import Committed
+
+
+@pytest.mark.parametrize("address", ["10.0.0.4", "2001:db8:1001::4"])
+def test_no_stale_verdict_is_remembered(tmp_path: Path, address: str) -> None:
+    with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
+        stale, remembered = churned(
+            lab, tmp_path, address, 400, lambda churn, committed: churn.enforcement.enforce(committed)
+        )
+    assert remembered > 40, "the source hardly got a verdict: nothing was tried"
+    assert stale == 0
+
+
+def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path) -> None:
+    """That the test above can fail: the same without step one of a change."""
+
+    def forget_only(churn: Churn, committed: Committed) -> None:
+        churn.learned.move_epoch = lambda generation: None  # type: ignore[method-assign] # the step left out
+        churn.learned.forget(churn.enforcement._sources(committed), committed.generation)
+
+    def both_epochs(churn: Churn, committed: Committed) -> None:
+        # Every epoch is current: as if verdicts carried none.
+        churn._nft.elements(
+            "add element inet portward epoch { "
+            + ", ".join(f"{(committed.generation - back) % 8191 << 3:#x}" for back in range(3))
+            + " }"
+        )
+        forget_only(churn, committed)
+
+    with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
+        stale, _ = churned(lab, tmp_path, "10.0.0.4", 400, both_epochs)
+    assert stale > 0

@@ -1,0 +1,317 @@
+"""`portward run` as an operator meets it: starting, failing to start, reloading, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from portward.errors import PortwardError
+from portward.lab import namespaces
+from portward.lab.agent import PROGRAM, Agent, until
+from portward.lab.demo import records
+from portward.lab.topology import FABRIKAM, Lab
+
+
+def ruleset(lab: Lab) -> str:
+    """portward's table as it is loaded in the gateway; empty where it is not."""
+    return lab.run(lab.gateway, "nft", "-s", "list", "table", "inet", "portward").stdout
+
+
+def refused(agent: Agent) -> str:
+    """The one line with which the agent refuses to start; nothing may be loaded then."""
+    result = agent.portward("run")
+    assert result.returncode in (1, 2)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("portward: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert ruleset(agent.lab) == "", "nothing of a ruleset may be loaded"
+    raw = agent.lab.run(agent.lab.gateway, "iptables", "-t", "raw", "-S").stdout
+    assert "NFQUEUE" not in raw
+    return lines[0]
+
+
+def test_without_privilege_it_says_so(agent: Agent) -> None:
+    agent.apply(*records())
+    for path in (agent.folder, *agent.folder.iterdir()):
+        os.chown(path, 65534, 65534)
+    argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *PROGRAM, "run", "--config"]
+    # The folder of the tests is root's alone: what nobody may not read is told as that.
+    result = namespaces.run(agent.lab.gateway, [*argv, str(agent.config)])
+    assert result.returncode != 0
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert ruleset(agent.lab) == ""
+
+
+def test_without_cap_net_admin_it_says_so(agent: Agent) -> None:
+    agent.apply(*records())
+    argv = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", *PROGRAM, "run", "--config"]
+    result = namespaces.run(agent.lab.gateway, [*argv, str(agent.config)])
+    assert result.returncode == 1
+    line = result.stderr.strip()
+    assert "CAP_NET_ADMIN" in line
+    assert "\n" not in line
+
+
+def test_an_address_in_use_is_named(agent: Agent) -> None:
+    agent.apply(*records())
+    with namespaces.inside(agent.lab.gateway):
+        taken = socket.create_server(("127.0.0.1", 9125))
+    with taken:
+        assert "127.0.0.1:9125: Address already in use" in refused(agent)
+
+
+def test_a_queue_that_is_taken_is_named(agent: Agent, tmp_path: Path) -> None:
+    agent.apply(*records())
+    holder = namespaces.start(
+        agent.lab.gateway,
+        [sys.executable, "-c",
+         "import netfilterqueue as n, time; q = n.NetfilterQueue(); q.bind(0, print); print(1, flush=True); "
+         "time.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        assert "queue 0 cannot be bound: another process has it" in refused(agent)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_missing_store_is_named_and_how_to_make_it(agent: Agent) -> None:
+    line = refused(agent)
+    assert str(agent.folder / "portward.db") in line
+    assert "portward apply" in line
+
+
+def test_a_store_that_is_no_database_is_named(agent: Agent) -> None:
+    (agent.folder / "portward.db").write_bytes(b"this is not a database, but it is long enough to look" * 50)
+    assert "portward.db" in refused(agent)
+
+
+def test_a_table_folder_that_cannot_be_written_is_named(agent: Agent) -> None:
+    agent.apply(*records())
+    (agent.folder / "table").write_text("a file where the folder should be")
+    assert str(agent.folder / "table") in refused(agent)
+
+
+def test_a_mistake_in_the_configuration_is_told_with_its_line(agent: Agent) -> None:
+    agent.config.write_text('segments = ["vni*"]\nuplinks = ["up0"]\nmode = "watch"\n')
+    line = refused(agent)
+    assert f"{agent.config}:3: mode:" in line
+    assert "observe" in line
+
+
+def test_an_unknown_preset_is_named_with_the_nearest(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.configure(preset="azure-2021")
+    assert "did you mean 'azure-20" in refused(agent)
+
+
+def test_a_second_agent_on_the_same_table_is_refused(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    result = agent.portward("run")
+    assert result.returncode == 1
+    assert agent.process is not None
+    assert f"runs already, as process {agent.process.pid}" in result.stderr
+
+
+def test_a_missing_interface_is_warned_of_and_followed_later(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.configure(segments=["vni*", "tap77"])
+    agent.start()
+    assert "no interface 'tap77' is there now" in agent.log.read_text()
+    namespaces.batch(agent.lab.gateway, ["link add tap77 type veth peer name tap77p"])
+    try:
+        until(lambda: "tap77" in agent.portward("status").stdout, "the new interface is a segment")
+    finally:
+        namespaces.batch(agent.lab.gateway, ["link del tap77"])
+    until(lambda: "tap77" not in agent.portward("status").stdout, "the interface is gone")
+
+
+def test_sigterm_leaves_rules_and_remove_takes_them(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    assert "chain judge" in ruleset(agent.lab)
+    refusal = agent.portward("rules", "remove", "--yes")
+    assert refusal.returncode == 1
+    assert "stop it first" in refusal.stderr
+    assert agent.stop() == 0
+    assert "chain judge" in ruleset(agent.lab)
+    removed = agent.portward("rules", "remove", "--yes")
+    assert removed.returncode == 0, removed.stderr
+    assert ruleset(agent.lab) == ""
+    assert agent.portward("rules", "remove", "--yes").returncode == 1
+
+
+def test_rules_show_prints_what_is_loaded_and_what_would_be(agent: Agent) -> None:
+    agent.apply(*records())
+    assert agent.portward("rules", "show").returncode == 1
+    wanted = agent.portward("rules", "show", "--wanted").stdout
+    checked = namespaces.run(agent.lab.gateway, ["nft", "-c", "-f", "-"], text=wanted)
+    assert checked.returncode == 0, checked.stderr
+    agent.start()
+    shown = agent.portward("rules", "show").stdout
+    assert "chain judge" in shown
+    assert "elements" not in shown.split("set allow4")[1].split("}")[0], "remembered sources are left out"
+
+
+def test_a_bad_reload_keeps_the_old_configuration_and_says_so(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    before = ruleset(agent.lab)
+    agent.configure(mode="watch")
+    agent.reload()
+    assert ruleset(agent.lab) == before
+    assert "the configuration before stays in force" in agent.log.read_text()
+    until(lambda: agent.metrics()["portward_reload_failed"] == 1, "the gauge says so")
+    agent.configure(mode="enforce")
+    agent.reload()
+    until(lambda: agent.metrics()["portward_reload_failed"] == 0, "the gauge falls again")
+
+
+def test_a_reload_that_needs_a_restart_is_refused(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    agent.configure(queue={"first": 5})
+    agent.reload()
+    assert "queue cannot change while portward runs" in agent.log.read_text()
+
+
+def test_a_reload_takes_another_preset(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    assert agent.explain(FABRIKAM.segment, FABRIKAM.address4)["reason"] == "denied-not-exempt"
+    agent.configure(preset="azure-2023")
+    agent.reload()
+    assert agent.explain(FABRIKAM.segment, FABRIKAM.address4)["reason"] == "denied-ineligible"
+
+
+def test_a_restart_needs_no_store(agent: Agent) -> None:
+    revision = agent.apply(*records())
+    agent.start()
+    agent.stop()
+    for path in agent.folder.glob("portward.db*"):
+        path.rename(path.with_name("away-" + path.name))
+    agent.start()
+    assert agent.revision() == revision
+    until(lambda: "the last known policy stays in force" in agent.log.read_text(), "it says so")
+    for path in agent.folder.glob("away-*"):
+        path.rename(path.with_name(path.name.removeprefix("away-")))
+    assert agent.apply(*records()[:1]) == revision
+    agent.configure()
+    until(lambda: json.loads(agent.portward("status", "--json").stdout)["store_error"] == "", "the store is back")
+
+
+def test_a_restart_keeps_what_the_kernel_remembers(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    add = "add element inet portward allow4 { 4242 . 192.0.2.77 timeout 60s }"
+    namespaces.load(agent.lab.gateway, add)
+    agent.stop()
+    agent.start()
+    kept = agent.lab.run(agent.lab.gateway, "nft", "list", "set", "inet", "portward", "allow4").stdout
+    assert "192.0.2.77" in kept
+
+
+def test_a_kernel_that_remembers_another_table_forgets_at_the_start(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    agent.stop()
+    namespaces.load(
+        agent.lab.gateway,
+        "flush set inet portward synced\nadd element inet portward synced { 12345 }\n"
+        "add element inet portward allow4 { 4242 . 192.0.2.77 timeout 60s }",
+    )
+    agent.start()
+    kept = agent.lab.run(agent.lab.gateway, "nft", "list", "set", "inet", "portward", "allow4").stdout
+    assert "192.0.2.77" not in kept
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ["nft", "delete", "table", "inet", "portward"],
+        ["nft", "flush", "chain", "inet", "portward", "judge"],
+        ["nft", "flush", "set", "inet", "portward", "segments"],
+        ["nft", "flush", "set", "inet", "portward", "epoch"],
+        ["iptables", "-t", "raw", "-F"],
+        ["ip6tables", "-t", "raw", "-F", "PORTWARD"],
+        ["nft", "flush", "ruleset"],
+    ],
+    ids=lambda damage: " ".join(damage[:3] + damage[5:]),
+)
+def test_rules_changed_by_somebody_else_are_put_back(agent: Agent, damage: list[str]) -> None:
+    agent.apply(*records())
+    agent.start()
+    lab = agent.lab
+
+    def rules() -> str:
+        raw = "".join(
+            lab.run(lab.gateway, tables, "-t", "raw", "-S").stdout for tables in ("iptables", "ip6tables")
+        )
+        return ruleset(lab) + raw
+
+    before = without_learned(rules())
+    if damage[:3] == ["nft", "flush", "ruleset"]:
+        saved = lab.run(lab.gateway, "nft", "list", "table", "inet", "lab").stdout
+    assert lab.run(lab.gateway, *damage).returncode == 0
+    until(lambda: without_learned(rules()) == before, "the rules are back", seconds=3)
+    until(lambda: agent.metrics()["portward_ruleset_repairs_total"] >= 1, "the repair is counted")
+    if damage[:3] == ["nft", "flush", "ruleset"]:
+        namespaces.load(lab.gateway, saved)
+
+
+def without_learned(text: str) -> str:
+    """A listing without the sets' lines that change by themselves."""
+    return "\n".join(line for line in text.splitlines() if "expires" not in line and "packets" not in line)
+
+
+def test_a_worker_that_dies_is_started_again(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    worker = json.loads(until_status(agent))["workers"][0]
+    os.kill(worker["pid"], signal.SIGKILL)
+    until(lambda: agent.metrics()["portward_worker_restarts_total"] == 1, "the restart is counted")
+    told = json.loads(until_status(agent))["workers"][0]
+    assert told["running"]
+    assert told["pid"] != worker["pid"]
+
+
+def until_status(agent: Agent) -> str:
+    """The status as JSON, once there is one."""
+    until(lambda: agent.portward("status", "--json").returncode == 0, "a status")
+    return agent.portward("status", "--json").stdout
+
+
+def test_workers_end_with_a_daemon_that_is_killed(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    worker = json.loads(until_status(agent))["workers"][0]["pid"]
+    agent.stop(signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{worker}").exists(), "the worker is gone")
+    assert agent.portward("status").returncode == 1
+    agent.start()
+
+
+def test_two_workers_share_the_queues(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.configure(queue={"workers": 2, "first": 10})
+    agent.start()
+    queues = [worker["queue"] for worker in json.loads(until_status(agent))["workers"]]
+    assert queues == [10, 11]
+    raw = agent.lab.run(agent.lab.gateway, "iptables", "-t", "raw", "-S").stdout
+    assert "--queue-balance 10:11" in raw
+
+
+def test_start_without_ready_raises_what_it_said(agent: Agent) -> None:
+    with pytest.raises(PortwardError, match="no such file"):
+        agent.start()

@@ -1,0 +1,345 @@
+"""The embedded store: revisions, the log, following, and what it says when it cannot be used."""
+
+from __future__ import annotations
+
+import os
+import select
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from portward.errors import ConflictError, StoreError
+from portward.store import open_store
+from portward.store.protocol import NoStoreError, Put, key_of
+from portward.store.sqlite import SqliteStore
+from unit.store.samples import ALL, CONTOSO, FABRIKAM, MACHINE, NOON, held, opened, put, write
+
+
+def test_a_new_store_is_empty_at_revision_0(store: SqliteStore) -> None:
+    assert store.revision() == 0
+    assert held(store) == {}
+
+
+def test_each_batch_is_one_revision(store: SqliteStore) -> None:
+    assert write(store, *map(put, ALL)) == 1
+    assert write(store, Put(key_of(MACHINE), None)) == 2
+    assert store.revision() == 2
+    assert held(store).keys() == {key_of(record) for record in ALL if record is not MACHINE}
+
+
+def test_a_batch_that_changes_nothing_makes_no_revision(store: SqliteStore) -> None:
+    write(store, put(CONTOSO))
+    assert write(store, put(CONTOSO), Put(key_of(MACHINE), None)) == 1
+    assert store.revision() == 1
+    assert list(store.changes(1)) == []
+
+
+def test_only_what_differs_is_logged(store: SqliteStore) -> None:
+    write(store, put(CONTOSO))
+    write(store, put(CONTOSO), put(FABRIKAM))
+    assert [change.key for change in store.changes(1)] == [key_of(FABRIKAM)]
+
+
+def test_the_log_says_who_changed_what_and_when(store: SqliteStore) -> None:
+    key = key_of(CONTOSO)
+    store.write([Put(key, "one")], expected=0, actor="ada", at=NOON)
+    east = timezone(timedelta(hours=2))
+    store.write([Put(key, "two")], expected=1, actor="grace", at=datetime(2026, 6, 1, 15, tzinfo=east))
+    store.write([Put(key, None)], expected=2, actor="ada", at=NOON + timedelta(hours=2))
+    assert [tuple(change) for change in store.changes(0)] == [
+        (1, NOON, "ada", key, None, "one"),
+        (2, NOON + timedelta(hours=1), "grace", key, "one", "two"),
+        (3, NOON + timedelta(hours=2), "ada", key, "two", None),
+    ]
+    assert all(change.at.utcoffset() == timedelta(0) for change in store.changes(0))
+
+
+def test_the_log_can_be_followed_from_any_revision(store: SqliteStore) -> None:
+    for number in range(1, 6):
+        write(store, Put(key_of(CONTOSO), str(number)))
+    assert [change.after for change in store.changes(3)] == ["4", "5"]
+    assert list(store.changes(5)) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM change",
+        "DELETE FROM revision",
+        "UPDATE change SET after = 'x'",
+        "UPDATE revision SET actor = 'x'",
+    ],
+)
+def test_the_log_cannot_be_rewritten(store: SqliteStore, path: Path, statement: str) -> None:
+    write(store, put(CONTOSO))
+    with closing(sqlite3.connect(path)) as other, pytest.raises(sqlite3.IntegrityError, match="only grows"):
+        other.execute(statement)
+
+
+def test_a_reader_sees_one_revision_while_others_write(store: SqliteStore, path: Path) -> None:
+    write(store, put(CONTOSO))
+    revision, records = store.read_all()
+    first = next(records)
+    with closing(opened(path)) as other:
+        write(other, put(FABRIKAM))
+        assert other.revision() == 2
+    assert (revision, [first, *records]) == (1, [put(CONTOSO)])
+    assert store.revision() == 2
+
+
+def test_a_conflict_names_both_revisions_and_who_was_quicker(store: SqliteStore, path: Path) -> None:
+    write(store, put(CONTOSO))
+    with closing(opened(path)) as other:
+        write(other, put(FABRIKAM), actor="grace")
+    with pytest.raises(ConflictError) as told:
+        store.write([put(MACHINE)], expected=1, actor="ada", at=NOON)
+    assert str(told.value) == (
+        f"sqlite:{path}: it was read at revision 1 and is now at revision 2, by grace at "
+        "2026-06-01T12:00:00+00:00; nothing was written; run it again"
+    )
+    assert told.value.exit_code == 1
+    assert store.revision() == 2
+    assert key_of(MACHINE) not in held(store)
+
+
+def test_a_conflict_with_a_store_that_was_made_anew_is_told(store: SqliteStore) -> None:
+    with pytest.raises(ConflictError, match="read at revision 7 and is now at revision 0;"):
+        store.write([put(MACHINE)], expected=7, actor="ada", at=NOON)
+
+
+def test_a_batch_that_fails_halfway_leaves_nothing(store: SqliteStore) -> None:
+    write(store, put(CONTOSO))
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.write([put(FABRIKAM)], expected=1, actor="ada", at=NOON, progress=interrupted)
+    assert (store.revision(), held(store)) == (1, dict([put(CONTOSO)]))
+    assert write(store, put(FABRIKAM)) == 2
+
+
+def test_a_writer_hears_how_far_it_is(store: SqliteStore) -> None:
+    heard: list[int] = []
+    batch = [Put(f"attachments/vni1/{number}", "x") for number in range(45_000)]
+    store.write(batch, expected=0, actor="ada", at=NOON, progress=heard.append)
+    assert heard == [20_000, 40_000, 45_000]
+
+
+def test_the_bell_rings_for_a_follower_once_the_change_can_be_read(store: SqliteStore, path: Path) -> None:
+    with closing(opened(path)) as follower:
+        descriptor = follower.fileno()
+        assert descriptor is not None
+        assert select.select([descriptor], [], [], 0)[0] == []
+        began = time.monotonic()
+        write(store, put(CONTOSO))
+        assert select.select([descriptor], [], [], 1)[0] == [descriptor]
+        assert time.monotonic() - began < 0.5
+        assert follower.revision() == 1
+        follower.drain()
+        assert select.select([descriptor], [], [], 0)[0] == []
+
+
+def test_a_bell_across_processes(store: SqliteStore, path: Path) -> None:
+    descriptor = store.fileno()
+    assert descriptor is not None
+    script = (
+        "import sys\nfrom unit.store.samples import *\n"
+        "write(opened(Path(sys.argv[1])), put(CONTOSO), actor='another')"
+    )
+    subprocess.run([sys.executable, "-c", script, path], check=True, env=environment())
+    assert select.select([descriptor], [], [], 1)[0] == [descriptor]
+    assert [change.actor for change in store.changes(0)] == ["another"]
+
+
+def test_a_batch_without_effect_does_not_ring(store: SqliteStore) -> None:
+    write(store, put(CONTOSO))
+    store.drain()
+    write(store, put(CONTOSO))
+    assert select.select([store.fileno()], [], [], 0)[0] == []
+
+
+def test_a_store_whose_bell_is_gone_still_works(store: SqliteStore, path: Path) -> None:
+    path.with_name("portward.db.bell").unlink()
+    assert write(store, put(CONTOSO)) == 1
+    with closing(opened(path)) as other:
+        other_descriptor = other.fileno()
+        write(store, put(FABRIKAM))
+        assert select.select([other_descriptor], [], [], 1)[0] == [other_descriptor]
+
+
+def test_two_stores_are_told_apart(store: SqliteStore, path: Path, tmp_path: Path) -> None:
+    with closing(opened(path)) as same, closing(opened(tmp_path / "other.db")) as other:
+        assert store.identity() == same.identity() != other.identity()
+        assert len(store.identity()) == 16
+
+
+def test_a_file_put_in_place_of_the_open_one_is_noticed(store: SqliteStore, path: Path, tmp_path: Path) -> None:
+    write(store, put(CONTOSO))
+    opened(tmp_path / "backup.db").close()
+    (tmp_path / "backup.db").rename(path)
+    for use in (
+        store.revision,
+        store.read_all,
+        lambda: store.write([put(MACHINE)], expected=1, actor="a", at=NOON),
+    ):
+        with pytest.raises(StoreError, match="another file was put in its place"):
+            use()
+
+
+def test_a_file_that_was_removed_is_noticed(store: SqliteStore, path: Path) -> None:
+    path.unlink()
+    with pytest.raises(StoreError, match="No such file"):
+        store.revision()
+
+
+def test_a_missing_store_is_not_made_by_reading(path: Path) -> None:
+    with pytest.raises(NoStoreError) as told:
+        open_store(f"sqlite:{path}")
+    assert str(told.value) == f"sqlite:{path}: no such file; create it with 'portward apply'"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=f"there is no folder {tmp_path}/gone"):
+        open_store(f"sqlite:{tmp_path}/gone/portward.db", create=True)
+
+
+def test_a_store_of_a_newer_version_is_left_alone(store: SqliteStore, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA user_version = 2")
+    with pytest.raises(StoreError, match=r"written by a newer portward \(format 2, this one knows 1\)"):
+        opened(path)
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_what_is_no_database_is_told(path: Path, *, create: bool) -> None:
+    path.write_bytes(b"subscriptions:\n" * 100)
+    with pytest.raises(StoreError) as told:
+        SqliteStore(path, create=create)
+    assert str(told.value) == f"sqlite:{path}: this file is no SQLite database"
+
+
+def test_somebody_elses_database_is_left_alone(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE mail (x)")
+    with pytest.raises(StoreError, match="but not portward's"):
+        opened(path)
+
+
+def test_an_empty_file_is_no_store_and_becomes_one(path: Path) -> None:
+    path.touch()
+    with pytest.raises(NoStoreError, match="'portward apply' makes it a store"):
+        SqliteStore(path)
+    with closing(opened(path)) as store:
+        assert write(store, put(CONTOSO)) == 1
+
+
+def test_a_folder_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="it cannot be opened"):
+        opened(tmp_path)
+
+
+def test_a_store_that_is_locked_for_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("portward.store.sqlite._PATIENCE", 0.05)
+    with closing(opened(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match="another process has held it locked"):
+            write(store, put(CONTOSO))
+        assert held(store) == {}
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(store: SqliteStore) -> None:
+    write(store, put(CONTOSO))
+    store._connection.execute("PRAGMA max_page_count = 12")
+    with pytest.raises(StoreError, match="the disk is full; nothing was written"):
+        write(store, *(Put(f"attachments/vni1/{number}", "x" * 500) for number in range(1_000)))
+    assert (store.revision(), len(held(store))) == (1, 1)
+
+
+def test_accepted_changes_survive_a_power_cut(store: SqliteStore) -> None:
+    # 2 is FULL: the WAL is synced at every commit (sqlite.org/pragma.html#pragma_synchronous).
+    assert store._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_whoever_may_not_write_is_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "portward.db"
+    with closing(opened(path)) as store:
+        write(store, put(CONTOSO))
+    path.chmod(0o444)
+    told = as_nobody(tmp_path, "store = SqliteStore(path)\nwrite(store, put(FABRIKAM))")
+    assert (
+        told
+        == f"StoreError: sqlite:{path}: it cannot be written: check the permissions of the file and of its folder"
+    )
+
+
+def test_whoever_may_not_read_is_told_so(path: Path) -> None:
+    opened(path).close()
+    path.chmod(0)
+    told = as_nobody(path.parent, "SqliteStore(path)")
+    assert (
+        told
+        == f"StoreError: sqlite:{path}: it cannot be opened: check the permissions of the file and of its folder"
+    )
+
+
+def test_whoever_may_not_enter_the_folder_is_told_so(path: Path) -> None:
+    opened(path).close()
+    told = as_nobody(path.parent, "SqliteStore(path)", folder_mode=0o700)
+    assert told == f"StoreError: sqlite:{path}: Permission denied"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
+def test_what_root_makes_belongs_to_the_owner_of_the_folder(path: Path) -> None:
+    os.chown(path.parent, 65534, 65534)
+    with closing(opened(path)) as store:
+        write(store, put(CONTOSO))
+        assert {file.name: file.stat().st_uid for file in path.parent.iterdir()} == dict.fromkeys(
+            ["portward.db", "portward.db-wal", "portward.db-shm", "portward.db.bell"], 65534
+        )
+
+
+def environment() -> dict[str, str]:
+    """Lets another Python find the package and these tests."""
+    tests = Path(__file__).resolve().parents[2]
+    return {**os.environ, "PYTHONPATH": f"{tests.parent / 'agent'}:{tests}"}
+
+
+def as_nobody(folder: Path, statements: str, *, folder_mode: int = 0o555) -> str:
+    """What another user's Python says to these statements; where the tests have no root, that user is us."""
+    script = (
+        "import os, sys\nfrom unit.store.samples import *\npath = Path(sys.argv[1])\n"
+        "if os.geteuid() == 0:\n"
+        "    os.setgroups([])\n"
+        "    os.setgid(65534)\n"
+        "    os.setuid(65534)\n"
+        "try:\n" + "".join(f"    {line}\n" for line in statements.splitlines()) + "except Exception as error:\n"
+        "    print(f'{type(error).__name__}: {error}')\n"
+    )
+    folders = {folder: folder_mode}
+    if os.geteuid() == 0:  # pytest's own folders are closed to others
+        folders |= {parent: mode(parent) | 0o011 for parent in folder.parents if not mode(parent) & 0o001}
+    before = {each: mode(each) for each in folders}
+    argv = [sys.executable, "-c", script, str(folder / "portward.db")]
+    try:
+        for each, wanted in folders.items():
+            each.chmod(wanted)
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment())
+    finally:
+        for each, was in before.items():
+            each.chmod(was)
+    return done.stdout.strip()
+
+
+def mode(path: Path) -> int:
+    """The permission bits."""
+    return stat.S_IMODE(path.stat().st_mode)

@@ -1,0 +1,102 @@
+"""Several processes at one store: one wins, the other is told, and nothing is lost or half done."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from portward.store.sqlite import SqliteStore
+from unit.store.samples import CONTOSO, held, opened, put, write
+from unit.store.test_sqlite import environment
+
+BATCHES = 60
+
+# Writes BATCHES revisions, each again and again until it is accepted; prints what it was told.
+WRITER = f"""
+import sys
+from unit.store.samples import *
+from portward.errors import ConflictError
+store, who = SqliteStore(Path(sys.argv[1])), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.read()
+accepted, conflicts, expected = [], 0, store.revision()
+while len(accepted) < {BATCHES}:
+    key = f"attachments/{{who}}/{{len(accepted)}}"
+    try:
+        expected = store.write([Put(key, who), Put("subscriptions/last", key)], expected=expected, actor=who, at=NOON)
+        accepted.append(expected)
+    except ConflictError:
+        conflicts += 1
+        expected = store.revision()
+print(*accepted)
+print(conflicts)
+"""
+
+# Writes a large batch, and stops for ever in the middle of it.
+HALFWAY = """
+import sys, time
+from unit.store.samples import *
+store = SqliteStore(Path(sys.argv[1]))
+def stop(done):
+    print(done, flush=True)
+    time.sleep(60)
+batch = [Put(f"attachments/vni1/{number}", "x" * 200) for number in range(50_000)]
+store.write(batch, expected=store.revision(), actor="ada", at=NOON, progress=stop)
+"""
+
+
+def python(script: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """Another Python with a script."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+
+
+def test_two_processes_lose_nothing_and_repeat_nothing(store: SqliteStore, path: Path) -> None:
+    writers = {who: python(WRITER, path, who) for who in ("ada", "grace")}
+    for writer in writers.values():
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers.values():
+        assert writer.stdin is not None
+        writer.stdin.close()
+    accepted: dict[int, str] = {}
+    conflicts = 0
+    for who, writer in writers.items():
+        assert writer.stdout is not None
+        lines = writer.stdout.read().splitlines()
+        assert writer.wait() == 0
+        accepted |= dict.fromkeys(map(int, lines[0].split()), who)
+        conflicts += int(lines[1])
+    assert sorted(accepted) == list(range(1, 2 * BATCHES + 1))
+    assert conflicts > 0, "the two never met: the test shows nothing"
+    log = list(store.changes(0))
+    assert {change.revision: change.actor for change in log} == accepted
+    own = [change.key for change in log if change.key != "subscriptions/last"]
+    assert sorted(own) == sorted(f"attachments/{who}/{number}" for who in writers for number in range(BATCHES))
+    assert held(store).keys() == {*own, "subscriptions/last"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_writer_that_dies_in_the_middle_leaves_the_old_state(store: SqliteStore, path: Path, how: int) -> None:
+    write(store, put(CONTOSO))
+    writer = python(HALFWAY, path)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "20000\n"
+    with closing(opened(path)) as reader:
+        assert reader.revision() == 1
+    writer.send_signal(how)
+    writer.communicate()
+    with closing(opened(path)) as reader:
+        assert (reader.revision(), held(reader)) == (1, dict([put(CONTOSO)]))
+        assert [change.revision for change in reader.changes(0)] == [1]
+        began = time.monotonic()
+        assert write(reader, put(CONTOSO)._replace(body="{}")) == 2
+        assert time.monotonic() - began < 5
