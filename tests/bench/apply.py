@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import inventory  # noqa: E402 # the path above must be there first
-from bench.figures import Figure, tell  # noqa: E402 # as above
+from bench import inventory
+from bench.figures import Figure, tell
 
 
 class Run(NamedTuple):

@@ -7,7 +7,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from uuid import UUID
 
-from portward.model import Attachment, Exemption, ExemptionState, Subscription
+from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 
@@ -40,7 +40,7 @@ GRANT = Exemption(
     decided=datetime(2026, 1, 9, 12, tzinfo=UTC),
     by="self-service",
 )
-ALL = (CONTOSO, FABRIKAM, MACHINE, PREFIX, GRANT)
+ALL: tuple[Record, ...] = (CONTOSO, FABRIKAM, MACHINE, PREFIX, GRANT)
 
 EXAMPLE = """\
 subscriptions:
@@ -71,9 +71,14 @@ exemptions:
 """
 
 
-def put(record: Subscription | Attachment | Exemption) -> Put:
+def put(record: Record) -> Put:
     """The change that sets a record."""
     return Put(key_of(record), encode(record))
+
+
+def texts(*records: Record) -> dict[str, str]:
+    """Records as a store holds them."""
+    return {key_of(record): encode(record) for record in records}
 
 
 def write(store: SqliteStore, *batch: Put, actor: str = "ada") -> int:

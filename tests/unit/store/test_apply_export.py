@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
-from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, held, opened, put, write
-from unit.store.test_sqlite import environment
 
 from portward.cli import app
 from portward.cli import inventory as verbs
 from portward.errors import ConflictError, InputError, StoreError
-from portward.store.difference import Difference
+from portward.store.difference import Difference, difference
 from portward.store.protocol import Change, key_of
+from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, held, opened, put, texts, write
+from unit.store.test_sqlite import environment
 
 Run = Callable[..., Result]
 
@@ -63,7 +63,7 @@ def records(path: Path) -> dict[str, str]:
 
 def test_apply_makes_the_store_and_says_what_it_did(run: Run, path: Path) -> None:
     assert run("apply", "inventory.yaml").stdout == "applied revision 1: 5 added, 0 changed, 0 removed\n"
-    assert records(path) == dict(map(put, ALL))
+    assert records(path) == texts(*ALL)
 
 
 def test_applying_the_same_again_changes_nothing(run: Run, path: Path) -> None:
@@ -182,7 +182,7 @@ def test_whoever_was_slower_is_told_and_writes_nothing(
 ) -> None:
     with closing(opened(path)) as store:
         write(store, put(CONTOSO))
-    found = verbs.difference
+    found = difference
 
     def meanwhile(*arguments: Any, **more: Any) -> Difference:
         with closing(opened(path)) as store:
@@ -191,7 +191,7 @@ def test_whoever_was_slower_is_told_and_writes_nothing(
 
     monkeypatch.setattr(verbs, "difference", meanwhile)
     with pytest.raises(
-        ConflictError, match="read at revision 1 and is now at revision 2, by grace .*run it again"
+        ConflictError, match=r"read at revision 1 and is now at revision 2, by grace .*run it again"
     ):
         run("apply", "inventory.yaml")
     assert records(path).keys() == {key_of(CONTOSO), key_of(FABRIKAM)}

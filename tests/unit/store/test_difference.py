@@ -7,16 +7,16 @@ from uuid import UUID
 
 import pytest
 from msgspec.structs import replace
-from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, GRANT, MACHINE, PREFIX, put
-from unit.store.test_inventory import read
 
 from portward.errors import InputError
 from portward.model import Record, Standing
 from portward.policy import preset as presets
 from portward.store.difference import check_offers, check_references, described, difference
 from portward.store.protocol import encode, key_of
+from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, GRANT, MACHINE, PREFIX, put, texts
+from unit.store.test_inventory import read
 
-HAVE = dict(map(put, ALL))
+HAVE = texts(*ALL)
 
 
 def without(*records: Record) -> dict[str, str]:
@@ -43,7 +43,7 @@ def test_what_is_new_is_added(tmp_path: Path) -> None:
 
 
 def test_what_differs_is_changed(tmp_path: Path) -> None:
-    have = HAVE | dict([put(replace(FABRIKAM, standing=Standing.DISABLED))])
+    have = HAVE | texts(replace(FABRIKAM, standing=Standing.DISABLED))
     change = difference(have, read(tmp_path, EXAMPLE), prune=True)
     assert list(change.changed) == [key_of(FABRIKAM)]
     assert change.puts() == [put(FABRIKAM)]
@@ -56,7 +56,7 @@ def test_only_pruning_removes(tmp_path: Path) -> None:
 
 
 def test_a_record_that_was_written_otherwise_is_the_same(tmp_path: Path) -> None:
-    key, body = put(CONTOSO)
+    key, body = key_of(CONTOSO), encode(CONTOSO)
     spaced = body.replace(",", " , ").replace(',"standing":"good"', "")
     assert difference({**HAVE, key: spaced}, read(tmp_path, EXAMPLE), prune=True).puts() == []
 
@@ -73,11 +73,12 @@ def test_a_record_that_cannot_be_read_is_put_right(tmp_path: Path, body: str) ->
 
 def test_each_change_is_said_in_a_line(tmp_path: Path) -> None:
     other = UUID(int=9)
-    have = without(MACHINE, GRANT, FABRIKAM) | dict(
-        map(put, (replace(FABRIKAM, standing=Standing.DISABLED, name="fab"), replace(PREFIX, segment="vni7"),
-                  replace(CONTOSO, id=other), replace(GRANT, subscription=other)))
-    )  # fmt: skip
-    have.pop(key_of(PREFIX))
+    have = without(MACHINE, PREFIX, GRANT) | texts(
+        replace(FABRIKAM, standing=Standing.DISABLED, name="fab"),
+        replace(PREFIX, segment="vni7"),
+        replace(CONTOSO, id=other),
+        replace(GRANT, subscription=other),
+    )
     inventory = read(tmp_path, EXAMPLE)
     assert sorted(described(have, inventory, difference(have, inventory, prune=True))) == sorted(
         [

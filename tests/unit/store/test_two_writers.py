@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from portward.store.sqlite import SqliteStore
-from unit.store.samples import CONTOSO, held, opened, put, write
+from unit.store.samples import CONTOSO, held, opened, put, texts, write
 from unit.store.test_sqlite import environment
 
 BATCHES = 60
@@ -29,7 +29,8 @@ accepted, conflicts, expected = [], 0, store.revision()
 while len(accepted) < {BATCHES}:
     key = f"attachments/{{who}}/{{len(accepted)}}"
     try:
-        expected = store.write([Put(key, who), Put("subscriptions/last", key)], expected=expected, actor=who, at=NOON)
+        batch = [Put(key, who), Put("subscriptions/last", key)]
+        expected = store.write(batch, expected=expected, actor=who, at=NOON)
         accepted.append(expected)
     except ConflictError:
         conflicts += 1
@@ -95,7 +96,7 @@ def test_a_writer_that_dies_in_the_middle_leaves_the_old_state(store: SqliteStor
     writer.send_signal(how)
     writer.communicate()
     with closing(opened(path)) as reader:
-        assert (reader.revision(), held(reader)) == (1, dict([put(CONTOSO)]))
+        assert (reader.revision(), held(reader)) == (1, texts(CONTOSO))
         assert [change.revision for change in reader.changes(0)] == [1]
         began = time.monotonic()
         assert write(reader, put(CONTOSO)._replace(body="{}")) == 2
