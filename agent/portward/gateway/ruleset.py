@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from portward.config import Config, OnAgentDown
+from portward.documents import network_text
 from portward.gateway import mark
 from portward.model import Mode, Network
 from portward.policy.preset import Preset
@@ -133,8 +134,8 @@ def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
         "SEGMENTS": _interfaces(config.segments),
         "OBSERVED_SEGMENTS": _interfaces(observed(config)),
         "OPEN_SEGMENTS": _interfaces(opens),
-        "INTERNAL4": _set(_apart(v4)),
-        "INTERNAL6": _set(_apart(v6)),
+        "INTERNAL4": _set(map(network_text, _apart(v4))),
+        "INTERNAL6": _set(map(network_text, _apart(v6))),
         "OCTETS4": _set(_first_octets(v4)),
         "OCTETS6": _set(_first_octets(v6)),
         "CURRENT_EPOCH": f"{mark.epoch_of(state.generation) << mark.EPOCH_SHIFT:#010x}",

@@ -1,0 +1,128 @@
+"""The text of the ruleset: the shipped file with the operator's values in it, and nothing else changed."""
+
+from __future__ import annotations
+
+import difflib
+
+import msgspec
+import pytest
+
+from portward.config import Config, OnAgentDown, Queue, Verdicts
+from portward.gateway.ruleset import State, replacement, wanted, xtables_rules
+from portward.model import Mode
+from portward.policy import preset as presets
+from portward.resources import rules
+
+CONFIG = Config(segments=("vni*",), uplinks=("up0",))
+AZURE = presets.load("azure-2020")
+STATE = State(generation=0, synced=True)
+
+
+def changed(
+    config: Config, preset: str = "azure-2020", state: State = STATE, *, native: bool = False
+) -> list[str]:
+    """The lines of the ruleset that are not in the shipped file."""
+    text = wanted(config, presets.load(preset), native=native, state=state).text
+    shipped = rules("nftables", "portward.nft").read_text()
+    lines = difflib.ndiff(shipped.splitlines(), text.splitlines())
+    return [line[2:].strip() for line in lines if line.startswith("+ ")]
+
+
+def test_the_defaults_are_those_of_the_shipped_file() -> None:
+    assert [line.split(" = ")[0] for line in changed(CONFIG)] == ["define DEFINITIONS"]
+
+
+def test_values_stand_where_they_belong() -> None:
+    config = Config(
+        segments=("vni*", "tap1"),
+        uplinks=("up0",),
+        queue=Queue(segment_rate=7, segment_burst=8, rate=9, burst=10),
+        verdicts=Verdicts(observe=("tap1",), allow_seconds=11, deny_seconds=12, unknown_seconds=13, sources=1024),
+    )
+    assert [line for line in changed(config, state=State(8192, synced=True)) if "DEFINITIONS" not in line] == [
+        'define SEGMENTS = { "vni*", "tap1" }',
+        'define OBSERVED_SEGMENTS = { "tap1" }',
+        'define OPEN_SEGMENTS = { "tap1" }',
+        "define CURRENT_EPOCH = 0x00000008",
+        "define SYNCED = 8192",
+        "set allow4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 11s; size 1024; counter; }",
+        "set allow6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 11s; size 1024; counter; }",
+        "set deny4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
+        "set deny6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
+        "set observed4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
+        "set observed6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
+        "set refused4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 1s; size 1024; counter; }",
+        "set refused6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 1s; size 1024; counter; }",
+        "set unknown4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 13s; size 16384; }",
+        "set unknown6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 13s; size 16384; }",
+        "update @miss_rate { iif limit rate over 7/second burst 8 packets } "
+        "counter name limited goto limit_segment",
+        "limit rate over 9/second burst 10 packets counter name limited_all goto refuse",
+    ]
+
+
+def test_ports_and_prefixes_come_from_the_preset() -> None:
+    assert "define PORTS = { 25, 465, 587 }" in changed(CONFIG, "digitalocean")
+
+
+def test_a_table_that_is_not_in_step_is_said_not_to_be() -> None:
+    assert "define SYNCED = 5" in changed(CONFIG, state=State(5, synced=True))
+    assert "define SYNCED = 5" not in changed(CONFIG, state=State(5, synced=False))
+
+
+def test_a_name_that_a_wildcard_covers_is_left_out() -> None:
+    """nft refuses an interval set whose elements overlap."""
+    config = Config(segments=("vni1001", "vni*", "vni10*", "tap0", "vni*"), uplinks=("up0",))
+    assert 'define SEGMENTS = { "vni*", "tap0" }' in changed(config)
+
+
+def test_bypass_stands_only_where_nobody_is_to_be_cut_off() -> None:
+    def bypasses(config: Config) -> tuple[bool, bool]:
+        want = wanted(config, AZURE, native=True, state=STATE)
+        xtables = " ".join(" ".join(rule) for rule in xtables_rules(want))
+        return "queue flags bypass" in want.text, "--queue-bypass" in xtables
+
+    assert bypasses(CONFIG) == (False, False)
+    assert bypasses(msgspec.structs.replace(CONFIG, on_agent_down=OnAgentDown.OPEN)) == (True, True)
+    assert bypasses(msgspec.structs.replace(CONFIG, mode=Mode.OBSERVE)) == (True, True)
+    assert bypasses(msgspec.structs.replace(CONFIG, verdicts=Verdicts(observe=("vni7",)))) == (True, True)
+
+
+def test_open_when_the_agent_is_down_observes_nothing() -> None:
+    lines = changed(msgspec.structs.replace(CONFIG, on_agent_down=OnAgentDown.OPEN))
+    assert 'define OPEN_SEGMENTS = { "vni*" }' in lines
+    assert not any(line.startswith("define OBSERVED_SEGMENTS") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("workers", "native", "xtables"),
+    [(1, "queue to 3", "--queue-num 3"), (4, "queue to 3-6", "--queue-balance 3:6")],
+)
+def test_each_worker_has_a_queue(workers: int, native: str, xtables: str) -> None:
+    config = msgspec.structs.replace(CONFIG, queue=Queue(first=3, workers=workers))
+    want = wanted(config, AZURE, native=True, state=STATE)
+    assert want.text.rstrip().endswith(native)
+    assert xtables in " ".join(xtables_rules(want)[0])
+
+
+def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> None:
+    want = wanted(CONFIG, AZURE, native=False, state=STATE)
+    kept = replacement(want, {"allow4", "segments", "epoch"}, same_definitions=True)
+    assert "flush set inet portward segments" in kept
+    assert "flush set inet portward epoch" in kept
+    assert "allow4\n" not in kept.split(want.text)[0]
+    remade = replacement(want, {"allow4", "segments"}, same_definitions=False).split(want.text)[0]
+    assert "delete set inet portward allow4" in remade
+    assert "delete set inet portward allow6" not in remade, "there is none to delete"
+
+
+def test_definitions_differ_where_a_learned_set_does() -> None:
+    same = wanted(
+        msgspec.structs.replace(CONFIG, mode=Mode.OBSERVE), AZURE, native=True, state=State(9, synced=False)
+    )
+    other = wanted(
+        msgspec.structs.replace(CONFIG, verdicts=Verdicts(sources=1024)), AZURE, native=False, state=STATE
+    )
+    base = wanted(CONFIG, AZURE, native=False, state=STATE)
+    assert same.definitions == base.definitions
+    assert other.definitions != base.definitions

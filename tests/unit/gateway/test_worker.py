@@ -1,0 +1,147 @@
+"""Every packet gets exactly one verdict, whatever the table or the packet is like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from scapy.layers.inet import IP, TCP, UDP
+
+from portward.gateway import mark
+from portward.gateway.reset import Resetter
+from portward.gateway.tally import Event, Outcome, Tally
+from portward.gateway.worker import Worker, judge
+from portward.model import Reason
+from portward.table.reader import Finding
+
+SYN = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(dport=25, flags="S"))
+
+
+class QueuedPacket:
+    """As NetfilterQueue hands one over; remembers what was said of it."""
+
+    indev = 3
+
+    def __init__(self, payload: bytes = SYN, before: int = 0) -> None:
+        self._payload, self.mark, self.said = payload, before, list[str]()
+
+    def get_payload(self) -> bytes:
+        return self._payload
+
+    def get_hw(self) -> bytes:
+        return b"\x02\0\0\0\0\x01\0\0"
+
+    def get_mark(self) -> int:
+        return self.mark
+
+    def set_mark(self, value: int) -> None:
+        assert not self.said, "a mark after the verdict is lost"
+        self.mark = value
+
+    def accept(self) -> None:
+        self.said.append("accept")
+
+    def drop(self) -> None:
+        self.said.append("drop")
+
+
+class Answers:
+    """Stands where the resets are sent; remembers to whom."""
+
+    def __init__(self, *, sent: bool = True) -> None:
+        self.sent, self.to = sent, list[tuple[int, bytes | None]]()
+
+    def answer(self, packet: bytes, tcp: int, index: int, link_address: bytes | None) -> bool:
+        self.to.append((index, link_address))
+        return self.sent
+
+
+def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None) -> tuple[Worker, Tally]:
+    """A worker over a look-up."""
+    tally = Tally(Tally.create())
+    resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
+    return Worker(lookup, tally, resetter), tally
+
+
+def finding(reason: Reason, *, observed: bool = False, reject: bool = False) -> Finding:
+    """A finding of generation 8192, whose epoch is 1."""
+    return Finding(reason, observed, reject, 8192)
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_the_class_follows_from_the_reason(reason: Reason) -> None:
+    expected = mark.Class.ALLOW if reason.allows else mark.Class.DENY
+    if reason is Reason.DENIED_UNKNOWN_SOURCE:
+        expected = mark.Class.UNKNOWN
+    assert judge(finding(reason))[0] is expected
+
+
+@pytest.mark.parametrize("reason", [reason for reason in Reason if not reason.allows])
+def test_what_is_observed_passes_and_is_counted_as_would_deny(reason: Reason) -> None:
+    assert judge(finding(reason, observed=True, reject=True)) == (mark.Class.OBSERVED, Outcome.OBSERVED)
+
+
+def test_a_source_of_nobody_is_never_answered() -> None:
+    assert judge(finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True))[0] is mark.Class.UNKNOWN
+
+
+def test_a_verdict_carries_class_and_epoch_and_keeps_other_bits() -> None:
+    packet = QueuedPacket(before=0x00AB0000 | mark.MISS)
+    found, tally = worker(lambda index, source: finding(Reason.ALLOWED_OFFER))
+    found.handle(packet)
+    assert packet.said == ["accept"], "accepted, so that the kernel reads class and epoch"
+    assert packet.mark == 0x00AB0000 | 1 << mark.EPOCH_SHIFT | mark.Class.ALLOW
+    assert list(tally.verdicts()) == [(Reason.ALLOWED_OFFER, Outcome.PASSED, 1, 1)]
+
+
+def test_the_lookup_is_by_interface_and_source() -> None:
+    asked = []
+    found, _ = worker(lambda index, source: asked.append((index, source)))
+    found.handle(QueuedPacket())
+    assert asked == [(3, b"\x0a\0\0\x04")]
+
+
+def test_a_segment_that_the_table_does_not_know_is_dropped_and_not_remembered() -> None:
+    packet = QueuedPacket()
+    found, tally = worker(lambda index, source: None)
+    found.handle(packet)
+    assert packet.said == ["drop"]
+    assert tally.events()[Event.NO_SEGMENT] == 1
+
+
+def test_what_cannot_be_read_is_dropped() -> None:
+    packet = QueuedPacket(bytes(IP() / UDP(dport=25)))
+    found, tally = worker(lambda index, source: finding(Reason.ALLOWED_OFFER))
+    found.handle(packet)
+    assert packet.said == ["drop"]
+    assert tally.events()[Event.MALFORMED] == 1
+
+
+def test_a_failing_table_drops_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(index: int, source: bytes) -> Finding:
+        raise RuntimeError("the table is gone")
+
+    found, tally = worker(broken)
+    packets = [QueuedPacket() for _ in range(3)]
+    for packet in packets:
+        found.handle(packet)
+    assert [packet.said for packet in packets] == [["drop"]] * 3
+    assert tally.events()[Event.ERROR] == 3
+    assert len(caplog.records) == 1
+
+
+def test_a_reset_goes_to_the_sender_on_its_own_interface() -> None:
+    answers = Answers()
+    found, _ = worker(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+    packet = QueuedPacket()
+    found.handle(packet)
+    assert answers.to == [(3, b"\x02\0\0\0\0\x01")]
+    assert packet.mark & mark.CLASS == mark.Class.REFUSED
+
+
+def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused() -> None:
+    found, tally = worker(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), Answers(sent=False))
+    packet = QueuedPacket()
+    found.handle(packet)
+    assert packet.mark & mark.CLASS == mark.Class.REFUSED
+    assert tally.events()[Event.RESET_FAILED] == 1

@@ -1,0 +1,397 @@
+"""The policy table: what was put in is found, by the most specific prefix; only changes are written."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from portward.model import (
+    Address,
+    Attachment,
+    Exemption,
+    ExemptionState,
+    Mode,
+    Network,
+    Reason,
+    Record,
+    Standing,
+    Subscription,
+    Workload,
+)
+from portward.policy import preset as presets
+from portward.policy.decide import decide
+from portward.table.database import TableError
+from portward.table.reader import Reader
+from portward.table.writer import Answers, Committed, Writer
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+STORE = b"a store's 16 ids"
+AZURE = presets.load("azure-2020")
+ENFORCE = Answers(observe=False, reject=False)
+
+
+def subscription(number: int, offer: str = "enterprise-agreement", **more: object) -> Subscription:
+    """A subscription of 2022."""
+    return Subscription(id=UUID(int=number), offer=offer, created=date(2022, 1, 1), **more)  # type: ignore[arg-type]
+
+
+def attachment(address: str | Network, number: int, segment: str = "vni1", **more: object) -> Attachment:
+    """An attachment of the subscription with that number."""
+    return Attachment(segment=segment, address=ip_network(address), subscription=UUID(int=number), **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[Writer]:
+    """A table with an interface 1 behind which segment vni1 is, 2 and vni2 likewise."""
+    found = Writer(tmp_path / "table", AZURE, ENFORCE)
+    load(found, [])
+    found.put_links({1: ("vni1", False), 2: ("vni2", False)}, touched=frozenset(), now=NOW)
+    yield found
+    found.close()
+
+
+def load(writer: Writer, records: list[Record]) -> Committed:
+    """Makes the table hold these records."""
+    return writer.replace(records, revision=1, store=STORE, now=NOW)
+
+
+def reason(writer: Writer, source: str, index: int = 1) -> Reason:
+    """The reason that a worker finds."""
+    found = writer.reader().lookup(index, ip_address(source).packed)
+    assert found is not None
+    return found.reason
+
+
+def places(committed: Committed) -> set[tuple[str, str]]:
+    """What has changed, as text."""
+    return {(place.segment, str(place.network)) for place in committed.changed}
+
+
+def test_an_unknown_source_in_a_known_segment_is_denied(writer: Writer) -> None:
+    assert reason(writer, "10.0.0.4") is Reason.DENIED_UNKNOWN_SOURCE
+
+
+def test_an_interface_of_no_segment_has_no_finding(writer: Writer) -> None:
+    assert writer.reader().lookup(99, b"\x0a\0\0\x04") is None
+
+
+def test_a_table_without_a_policy_has_no_finding(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, AZURE, ENFORCE)
+    assert writer.head() is None
+    assert writer.reader().lookup(1, b"\x0a\0\0\x04") is None
+    writer.close()
+
+
+def test_a_reader_of_no_table_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="portward run"):
+        Reader.open(tmp_path)
+
+
+def test_segments_are_kept_apart(writer: Writer) -> None:
+    load(
+        writer,
+        [subscription(1), subscription(2, "csp"), attachment("10.0.0.4", 1), attachment("10.0.0.4", 2, "vni2")],
+    )
+    assert reason(writer, "10.0.0.4", 1) is Reason.ALLOWED_OFFER
+    assert reason(writer, "10.0.0.4", 2) is Reason.DENIED_NOT_EXEMPT
+
+
+def test_families_are_kept_apart(writer: Writer) -> None:
+    load(writer, [subscription(1), attachment("0.0.0.0/0", 1)])
+    assert reason(writer, "10.0.0.4") is Reason.ALLOWED_OFFER
+    assert reason(writer, "2001:db8::4") is Reason.DENIED_UNKNOWN_SOURCE
+
+
+@pytest.mark.parametrize("source", ["10.0.0.4", "2001:db8::4"])
+def test_a_change_of_subscription_changes_all_that_it_holds(writer: Writer, source: str) -> None:
+    load(
+        writer,
+        [
+            subscription(1),
+            subscription(2),
+            attachment(source, 1),
+            attachment("10.9.0.0/16", 1),
+            attachment("10.8.0.1", 2),
+        ],
+    )
+    before = writer.head()
+    committed = writer.apply([subscription(1, "csp")], [], revision=2, now=NOW)
+    network = str(ip_network(source))
+    assert places(committed) == {("vni1", network), ("vni1", "10.9.0.0/16")}
+    assert reason(writer, source) is Reason.DENIED_NOT_EXEMPT
+    assert before is not None
+    assert committed.generation == before.generation + 1
+    assert committed.revision == 2
+
+
+def test_a_change_that_changes_no_verdict_starts_no_generation(writer: Writer) -> None:
+    load(writer, [subscription(1), attachment("10.0.0.4", 1)])
+    before = writer.head()
+    assert before is not None
+    committed = writer.apply(
+        [subscription(1, name="renamed", standing=Standing.PAST_DUE)], [], revision=2, now=NOW
+    )
+    assert not committed.new
+    assert (committed.generation, committed.revision) == (before.generation, 2)
+
+
+def test_one_reason_for_another_of_the_same_kind_needs_no_forgetting(writer: Writer) -> None:
+    load(writer, [subscription(1, "csp"), attachment("10.0.0.4", 1)])
+    asked = Exemption(subscription=UUID(int=1), state=ExemptionState.REQUESTED)
+    committed = writer.apply([asked], [], revision=2, now=NOW)
+    assert not committed.new
+    assert reason(writer, "10.0.0.4") is Reason.DENIED_PENDING
+
+
+def test_an_attachment_that_moves_to_another_customer_is_forgotten(writer: Writer) -> None:
+    """Also where both may send: what it sends counts for the other from now on."""
+    load(writer, [subscription(1), subscription(2), attachment("10.0.0.4", 1)])
+    committed = writer.apply([attachment("10.0.0.4", 2)], [], revision=2, now=NOW)
+    assert places(committed) == {("vni1", "10.0.0.4/32")}
+    changed = writer.apply([subscription(1, "csp")], [], revision=3, now=NOW)
+    assert not changed.new, "the first customer holds nothing any more"
+    assert reason(writer, "10.0.0.4") is Reason.ALLOWED_OFFER
+
+
+def test_a_removed_attachment_uncovers_the_prefix_around_it(writer: Writer) -> None:
+    load(
+        writer, [subscription(1), subscription(2, "csp"), attachment("10.0.0.0/24", 2), attachment("10.0.0.4", 1)]
+    )
+    committed = writer.apply([], [attachment("10.0.0.4", 1)], revision=2, now=NOW)
+    assert places(committed) == {("vni1", "10.0.0.4/32")}
+    assert reason(writer, "10.0.0.4") is Reason.DENIED_NOT_EXEMPT
+    writer.apply([], [attachment("10.0.0.0/24", 2)], revision=3, now=NOW)
+    assert reason(writer, "10.0.0.4") is Reason.DENIED_UNKNOWN_SOURCE
+
+
+def test_a_removed_subscription_leaves_its_sources_unknown(writer: Writer) -> None:
+    load(writer, [subscription(1), attachment("10.0.0.4", 1)])
+    writer.apply([], [subscription(1)], revision=2, now=NOW)
+    assert reason(writer, "10.0.0.4") is Reason.DENIED_UNKNOWN_SOURCE
+    writer.apply([subscription(1)], [], revision=3, now=NOW)
+    assert reason(writer, "10.0.0.4") is Reason.ALLOWED_OFFER
+
+
+def test_accounts_that_nobody_names_are_dropped(writer: Writer) -> None:
+    load(writer, [subscription(1), attachment("10.0.0.4", 1)])
+    writer.apply([], [attachment("10.0.0.4", 1), subscription(1)], revision=2, now=NOW)
+    assert writer.reader().counts() == (0, 0)
+
+
+def test_a_grant_ends_when_its_time_comes(writer: Writer) -> None:
+    until = NOW + timedelta(days=1)
+    grant = Exemption(
+        subscription=UUID(int=1), state=ExemptionState.GRANTED, decided=NOW - timedelta(days=2), until=until
+    )
+    load(writer, [subscription(1, "csp"), grant, attachment("10.0.0.4", 1, started=NOW - timedelta(days=1))])
+    assert reason(writer, "10.0.0.4") is Reason.ALLOWED_EXEMPT
+    assert writer.next_expiry() == until
+    assert not writer.settle(now=until - timedelta(microseconds=1)).new
+    assert places(writer.settle(now=until)) == {("vni1", "10.0.0.4/32")}
+    assert reason(writer, "10.0.0.4") is Reason.DENIED_NOT_EXEMPT
+    assert writer.next_expiry() is None
+
+
+def test_a_grant_that_is_replaced_takes_its_end_with_it(writer: Writer) -> None:
+    def grant(until: datetime | None) -> Exemption:
+        return Exemption(subscription=UUID(int=1), state=ExemptionState.GRANTED, decided=NOW, until=until)
+
+    load(writer, [subscription(1, "csp"), grant(NOW + timedelta(days=1))])
+    writer.apply([grant(NOW + timedelta(days=9))], [], revision=2, now=NOW)
+    assert writer.next_expiry() == NOW + timedelta(days=9)
+    writer.apply([grant(None)], [], revision=3, now=NOW)
+    assert writer.next_expiry() is None
+
+
+def test_another_preset_decides_everything_again(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, AZURE, ENFORCE)
+    load(writer, [subscription(1), subscription(2, "pay-as-you-go"), attachment("10.0.0.4", 1)])
+    writer.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
+    writer.preset = presets.load("google")
+    assert places(writer.settle(now=NOW)) == {("vni1", "10.0.0.4/32")}
+    assert reason(writer, "10.0.0.4") is Reason.DENIED_INELIGIBLE
+    assert not writer.settle(now=NOW).new, "and only once"
+    writer.close()
+
+
+def test_other_answers_make_everything_new(writer: Writer) -> None:
+    load(writer, [subscription(1, "csp"), attachment("10.0.0.4", 1)])
+    writer.answers = Answers(observe=True, reject=True)
+    assert writer.settle(now=NOW).everything
+    found = writer.reader().lookup(1, ip_address("10.0.0.4").packed)
+    assert found is not None
+    assert (found.observed, found.reject) == (True, True)
+    assert not writer.settle(now=NOW).new
+
+
+@pytest.mark.parametrize("where", ["segment", "subscription"])
+def test_observing_a_segment_or_a_subscription(writer: Writer, where: str) -> None:
+    mode = Mode.OBSERVE if where == "subscription" else Mode.ENFORCE
+    load(writer, [subscription(1, "csp", mode=mode), attachment("10.0.0.4", 1)])
+    writer.put_links({1: ("vni1", where == "segment")}, touched=frozenset(), now=NOW)
+    found = writer.reader().lookup(1, ip_address("10.0.0.4").packed)
+    assert found is not None
+    assert found.observed
+
+
+def test_links_that_changed_are_told_and_those_that_were_touched(writer: Writer) -> None:
+    def put(want: dict[int, tuple[str, bool]], *touched: int) -> set[int]:
+        return set(writer.put_links(want, touched=frozenset(touched), now=NOW).links)
+
+    same = {1: ("vni1", False), 2: ("vni2", False)}
+    assert put(same) == set()
+    assert put(same, 2) == {2}, "deleted and made again under the same name"
+    assert put(same, 7) == set(), "never a segment"
+    assert put({1: ("vni2", False), 3: ("vni1", False)}) == {1, 2, 3}
+    assert writer.reader().lookup(2, b"\x0a\0\0\x04") is None
+
+
+def test_a_reader_elsewhere_follows_each_commit(writer: Writer, tmp_path: Path) -> None:
+    load(writer, [subscription(1), attachment("10.0.0.4", 1)])
+    reader = writer.reader()
+    assert reader.lookup(1, ip_address("10.0.0.4").packed).reason is Reason.ALLOWED_OFFER  # type: ignore[union-attr]
+    writer.apply(
+        [attachment("10.0.0.0/28", 1), subscription(1, "csp")], [attachment("10.0.0.4", 1)], revision=2, now=NOW
+    )
+    assert reader.lookup(1, ip_address("10.0.0.4").packed).reason is Reason.DENIED_NOT_EXEMPT  # type: ignore[union-attr]
+
+
+def test_a_table_outlives_its_process(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, AZURE, ENFORCE)
+    load(writer, [subscription(1), attachment("10.0.0.4", 1)])
+    head = writer.head()
+    writer.close()
+    again = Writer(tmp_path, AZURE, ENFORCE)
+    assert again.head() == head
+    again.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
+    assert reason(again, "10.0.0.4") is Reason.ALLOWED_OFFER
+    again.close()
+
+
+def test_a_full_table_grows_and_loses_nothing(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, AZURE, ENFORCE, map_size=1 << 18)
+    load(writer, [subscription(1)])
+    writer.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
+    first = int(ip_address("10.0.0.0"))
+    many: list[Record] = [attachment(str(ip_address(first + number)), 1) for number in range(20_000)]
+    committed = writer.apply(many, [], revision=2, now=NOW)
+    assert len(committed.changed) == 20_000
+    assert writer.reader().counts() == (20_000, 1)
+    assert reason(writer, "10.0.78.31") is Reason.ALLOWED_OFFER
+    writer.close()
+
+
+def test_beyond_many_changes_everything_is_new(writer: Writer) -> None:
+    first = int(ip_address("10.0.0.0"))
+    many: list[Record] = [attachment(str(ip_address(first + number)), 1) for number in range(20_001)]
+    assert writer.apply([subscription(1), *many], [], revision=2, now=NOW).everything
+
+
+OFFERS = ("enterprise-agreement", "csp", "msdn", "azure-sponsorship")
+NETWORKS = [
+    ip_network(text)
+    for text in ("0.0.0.0/0", "10.0.0.0/8", "10.0.0.0/24", "10.0.0.0/30", "10.0.0.1", "10.0.0.2", "::/0",
+                 "2001:db8::/32", "2001:db8::/64", "2001:db8::1")
+]  # fmt: skip
+SOURCES = [
+    ip_address(text)
+    for text in ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.9", "10.9.9.9", "192.0.2.1",
+                 "2001:db8::1", "2001:db8::2", "2001:db8:1::1", "2001:dead::1")
+]  # fmt: skip
+
+subscriptions = st.builds(
+    subscription,
+    st.integers(1, 4),
+    st.sampled_from(OFFERS),
+    standing=st.sampled_from(Standing),
+    mode=st.sampled_from(Mode),
+)
+attachments = st.builds(
+    attachment,
+    st.sampled_from(NETWORKS),
+    st.integers(1, 4),
+    st.sampled_from(["vni1", "vni2"]),
+    workload=st.sampled_from(Workload),
+    started=st.sampled_from([None, NOW - timedelta(days=3), NOW]),
+)
+exemptions = st.builds(
+    lambda number, state, decided: Exemption(subscription=UUID(int=number), state=state, decided=decided),
+    st.integers(1, 4),
+    st.sampled_from(ExemptionState),
+    st.sampled_from([NOW - timedelta(days=1), NOW - timedelta(days=5)]),
+)
+records = st.one_of(subscriptions, attachments, exemptions)
+steps = st.lists(st.tuples(st.booleans(), records), max_size=25)
+
+
+def identity(record: Record) -> tuple[object, ...]:
+    """What makes two records the same one."""
+    match record:
+        case Attachment():
+            return ("attachment", record.segment, record.address)
+        case Subscription():
+            return ("subscription", record.id)
+        case Exemption():
+            return ("exemption", record.subscription)
+
+
+def expected(held: dict[tuple[object, ...], Record], segment: str, source: Address) -> tuple[Reason, bool]:
+    """Reason and observation of a source, worked out from the records alone."""
+    covering = [
+        record
+        for record in held.values()
+        if isinstance(record, Attachment)
+        and record.segment == segment
+        and record.address.version == source.version
+        and source in record.address
+    ]
+    if not covering:
+        return Reason.DENIED_UNKNOWN_SOURCE, False
+    best = max(covering, key=lambda record: record.address.prefixlen)
+    owner = held.get(("subscription", best.subscription))
+    grant = held.get(("exemption", best.subscription))
+    assert owner is None or isinstance(owner, Subscription)
+    assert grant is None or isinstance(grant, Exemption)
+    decision = decide(AZURE, subscription=owner, exemption=grant, attachment=best, now=NOW)
+    return decision.reason, owner is not None and owner.mode is Mode.OBSERVE
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps)
+def test_step_by_step_the_table_says_what_the_records_say(changes: list[tuple[bool, Record]]) -> None:
+    """Against records in a dict; and every source whose verdict differs lies in what was told as changed."""
+    with TemporaryDirectory() as folder:
+        writer = Writer(Path(folder), AZURE, ENFORCE)
+        load(writer, [])
+        writer.put_links({1: ("vni1", False), 2: ("vni2", False)}, touched=frozenset(), now=NOW)
+        reader = writer.reader()
+        held: dict[tuple[object, ...], Record] = {}
+        before = {(index, source): reader.lookup(index, source.packed) for index in (1, 2) for source in SOURCES}
+        for number, (keep, record) in enumerate(changes):
+            if keep:
+                held[identity(record)] = record
+            else:
+                held.pop(identity(record), None)
+            put, gone = ([record], []) if keep else ([], [record])
+            committed = writer.apply(put, gone, revision=number + 2, now=NOW)
+            for (index, source), old in before.items():
+                found = reader.lookup(index, source.packed)
+                assert found is not None
+                assert old is not None
+                assert (found.reason, found.observed) == expected(held, f"vni{index}", source)
+                if (found.reason.allows, found.observed) != (old.reason.allows, old.observed):
+                    assert any(
+                        place.segment == f"vni{index}" and ipaddress.ip_address(str(source)) in place.network
+                        for place in committed.changed
+                    )
+                before[index, source] = found
+        writer.close()
