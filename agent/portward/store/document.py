@@ -99,7 +99,7 @@ class JsonDocument(Document):
         try:
             self._raw = msgspec.json.decode(text, type=_RawLists)
         except msgspec.ValidationError as error:
-            problem, steps = explained(str(error), _Lists, self._builtins(text))
+            problem, steps = explained(str(error), _Lists, _value(text))
             raise self.mistake(problem, *steps) from None
         except msgspec.DecodeError as error:
             raise self._malformed(error) from None
@@ -120,20 +120,10 @@ class JsonDocument(Document):
     def _record(self, kind: str, place: int, item: msgspec.Raw) -> Record:
         try:
             record: Record = _DECODERS[kind].decode(item)
-        except msgspec.ValidationError as error:
-            problem, steps = explained(str(error), KINDS[kind], self._builtins(bytes(item)))
-            raise self.mistake(problem, kind, place, *steps) from None
-        except msgspec.DecodeError:
-            # Only the whole text tells the place, and it holds the same mistake.
-            self._builtins(self._text)
-            raise
-        return record
-
-    def _builtins(self, text: str | bytes) -> Any:
-        try:
-            return msgspec.json.decode(text)
         except msgspec.DecodeError as error:
-            raise self._malformed(error) from None
+            problem, steps = explained(str(error), KINDS[kind], _value(item))
+            raise self.mistake(problem, kind, place, *steps) from None
+        return record
 
     def _malformed(self, error: msgspec.DecodeError) -> InputError:
         place = re.search(r"\(byte (\d+)\)", str(error))
@@ -283,6 +273,14 @@ def _told_fields(key: str, body: str) -> dict[str, Any]:
     decode(key, body)
     fields: dict[str, Any] = msgspec.json.decode(body)
     return {name: value for name, value in fields.items() if value not in (None, "")}
+
+
+def _value(text: str | msgspec.Raw) -> Any:
+    """What stands there, to be quoted in a message; None where even that cannot be read."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
 
 
 def _yaml_step(node: yaml.Node, step: str | int) -> tuple[int, yaml.Node] | None:
