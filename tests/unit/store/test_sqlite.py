@@ -288,7 +288,7 @@ def test_whoever_may_not_read_is_told_so(path: Path) -> None:
 
 def test_whoever_may_not_enter_the_folder_is_told_so(path: Path) -> None:
     opened(path).close()
-    told = as_nobody(path.parent, "SqliteStore(path)", folder_mode=0o700)
+    told = as_nobody(path.parent, "SqliteStore(path)", folder_mode=0)
     assert told == f"StoreError: sqlite:{path}: Permission denied"
 
 
