@@ -6,6 +6,7 @@ in the table or in the kernel. Nothing here waits for anything.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from datetime import datetime
@@ -24,6 +25,7 @@ from portward.model import Mode
 from portward.policy.preset import Preset
 from portward.store import open_store
 from portward.store.protocol import Store
+from portward.table.database import TableError
 from portward.table.follower import Follower
 from portward.table.writer import Answers, Committed, Writer, utc_now
 
@@ -50,6 +52,11 @@ class Core:
         self._writer = Writer(config.table, preset, answers(config))
         self._reader = self._writer.reader()
         self._subscriptions: dict[int, str] = {}
+        # Counting goes on beside everything else, on a thread, a socket and a view of the table of its own: to
+        # read the elements of full sets takes half a second.
+        self._counting = NfNetlink()
+        self._counted = Learned(self._nft, self._counting)
+        self._counting_reader = self._writer.reader()
         self.counts = Counts(self._owner)
         self._enforcement = Enforcement(self.keeper, self._learned, self._want, self._count_last)
         self._store: Store | None = None
@@ -66,6 +73,7 @@ class Core:
         """Closes table, store and sockets; ruleset and remembered verdicts stay in the kernel."""
         self._writer.close()
         self._netlink.close()
+        self._counting.close()
         if self._store is not None:
             self._store.close()
 
@@ -96,7 +104,7 @@ class Core:
         """Takes in what is new in the store and enforces it; False where nothing was or could be."""
         try:
             committed = self._sync()
-        except StoreError as error:
+        except (StoreError, TableError) as error:
             self.store_errors += 1
             if str(error) != self.store_error:
                 _log.error("the last known policy stays in force: %s", error)
@@ -114,7 +122,11 @@ class Core:
 
     def settle(self, now: datetime) -> None:
         """Enforces what changes by itself: grants that end."""
-        self._enforcement.enforce(self._writer.settle(now=now))
+        try:
+            self._enforcement.enforce(self._writer.settle(now=now))
+        except TableError as error:
+            self.store_errors += 1
+            _log.error("a grant has ended and still counts, until the table can be written: %s", error)
 
     def check(self) -> None:
         """Puts the ruleset back where somebody has changed it."""
@@ -136,9 +148,25 @@ class Core:
         self._enforcement.enforce(settled)
         self._enforcement.enforce(linked)
 
+    # --- and on a thread of its own ---
+
     def count(self) -> None:
-        """Adds up what the kernel has counted since the last time."""
-        self.counts.take_all(self._learned.elements(), time.monotonic())
+        """Adds up what the kernel has counted since the last time; nothing where the ruleset is not there."""
+        with contextlib.suppress(OSError):
+            self.counts.take_all(self._counted.elements, time.monotonic)
+
+    def limited(self) -> dict[str, int]:
+        """Packets refused beyond a segment's rate, by segment."""
+        names = self._links.names
+        with contextlib.suppress(OSError):
+            return {names.get(index, str(index)): packets for index, packets in self._counted.limited().items()}
+        return {}
+
+    def screen(self) -> dict[str, int]:
+        """The named counters of the ruleset."""
+        with contextlib.suppress(OSError):
+            return self._counting.counters(ruleset.TABLE)
+        return {}
 
     # --- what they are made of ---
 
@@ -153,6 +181,11 @@ class Core:
         """The revision of the store that the table stands at."""
         head = self._writer.head()
         return 0 if head is None else head.revision
+
+    @property
+    def broken(self) -> str:
+        """Why the kernel does not have the ruleset that it should have; empty where it has."""
+        return self._enforcement.broken
 
     @property
     def refused(self) -> int:
@@ -170,15 +203,6 @@ class Core:
     def segments(self) -> dict[int, str]:
         """The interfaces that are segments: index → name."""
         return {index: name for index, name in self._links.names.items() if self.config.segment(name)}
-
-    def limited(self) -> dict[str, int]:
-        """Packets refused beyond a segment's rate, by segment."""
-        names = self._links.names
-        return {names.get(index, str(index)): packets for index, packets in self._learned.limited().items()}
-
-    def screen(self) -> dict[str, int]:
-        """The named counters of the ruleset."""
-        return self._netlink.counters(ruleset.TABLE)
 
     def sizes(self) -> tuple[int, int]:
         """Attachments and subscriptions in the table."""
@@ -225,7 +249,7 @@ class Core:
         self.counts.take_last(elements, time.monotonic())
 
     def _owner(self, source: Source) -> Owner | None:
-        found = self._reader.owner(source.link, source.address)
+        found = self._counting_reader.owner(source.link, source.address)
         if found is None:
             return None
         link, entry = found
@@ -234,6 +258,6 @@ class Core:
     def _subscription(self, number: int) -> str:
         known = self._subscriptions.get(number)
         if known is None:
-            account = self._reader.account(number)
+            account = self._counting_reader.account(number)
             known = self._subscriptions[number] = "" if account is None else str(account.id)
         return known

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ _CHECK_SECONDS: Final = 0.25
 _COUNT_SECONDS: Final = 5.0
 # The store's bell wakes at once; the poll is for a store that changed without it, or came back.
 _POLL_SECONDS: Final = 1.0
+_SWITCH_SECONDS: Final = 0.0005
 # Changes of these take another process: sockets and files are opened at the start.
 _FIXED: Final = ("store", "table", "queue", "metrics")
 
@@ -53,6 +55,7 @@ class Daemon:
         """`path` is where `config` was read, and is read again on SIGHUP."""
         self._path, self._config = path, config
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="core")
+        self._counting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="counting")
         self._stopping = asyncio.Event()
         self._reload = asyncio.Event()
         self._bell = asyncio.Event()
@@ -69,6 +72,7 @@ class Daemon:
         self._catch_signals()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._thread.shutdown)
+            stack.callback(self._counting.shutdown)
             await self._open(stack)
             links = await stack.enter_async_context(contextlib.aclosing(follow()))
             await self._step(self._core.first_policy)
@@ -90,10 +94,15 @@ class Daemon:
             server = metrics.Server(*address, self._newest)
             stack.callback(server.close)
         self._core = await self._step(lambda: Core(self._config, preset))
-        stack.push_async_callback(lambda: self._step(self._core.close))
+        stack.push_async_callback(self._close)
         self._workers = workers.make(self._config.queue, self._config.table)
         for worker in self._workers:
             stack.push_async_callback(worker.stop)
+
+    async def _close(self) -> None:
+        # What still counts must end before what it reads is closed.
+        await self._count_step(lambda: None)
+        await self._step(self._core.close)
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -128,7 +137,12 @@ class Daemon:
             job.result()  # a job never ends by itself: this raises what ended it
 
     async def _step(self, work: Callable[[], _T]) -> _T:
+        """Runs a step on the thread that alone writes table and kernel."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _count_step(self, work: Callable[[], _T]) -> _T:
+        """Runs a step on the thread that only reads and counts."""
+        return await asyncio.get_running_loop().run_in_executor(self._counting, work)
 
     async def _follow_store(self) -> None:
         loop, watched = asyncio.get_running_loop(), -1
@@ -139,20 +153,15 @@ class Daemon:
                     loop.remove_reader(watched)
                 watched = -1 if bell is None else bell
                 if bell is not None:
-                    loop.add_reader(bell, self._ring)
+                    loop.add_reader(bell, self._bell.set)
+            due = await self._step(self._core.next_expiry)
+            pause = _POLL_SECONDS if due is None else (due - datetime.now(UTC)).total_seconds()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._bell.wait(), self._until_next())
+                await asyncio.wait_for(self._bell.wait(), min(max(pause, 0.01), _POLL_SECONDS))
             self._bell.clear()
             await self._step(self._core.sync)
-            due = await self._step(self._core.next_expiry)
             if due is not None and due <= datetime.now(UTC):
                 await self._step(lambda: self._core.settle(datetime.now(UTC)))
-
-    def _ring(self) -> None:
-        self._bell.set()
-
-    def _until_next(self) -> float:
-        return _POLL_SECONDS
 
     async def _follow_links(self, links: AsyncIterator[Links]) -> None:
         async for change in links:
@@ -191,12 +200,12 @@ class Daemon:
 
     async def _count(self) -> None:
         while True:
-            await self._step(self._core.count)
+            await self._count_step(self._core.count)
             await asyncio.sleep(_COUNT_SECONDS)
 
     async def _write_status(self) -> None:
         while True:
-            await self._step(self._report)
+            await self._count_step(self._report)
             await asyncio.sleep(1.0)
 
     def _report(self) -> None:
@@ -233,6 +242,8 @@ def missing(config: Config, links: Links) -> list[str]:
 def run(path: Path) -> None:
     """Runs the daemon with the configuration at `path`; raises PortwardError where it cannot begin."""
     config = configuration.load(path)
+    # Three threads share one interpreter: a change of policy must not wait 5 ms, Python's default, for a count.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     asyncio.run(_run(path, config))
 
 

@@ -37,6 +37,7 @@ class Snapshot:
     queue_dropped: Mapping[Labels, float] = field(default_factory=dict)
     queue_waiting: Mapping[Labels, float] = field(default_factory=dict)
     ruleset_repairs: float = 0
+    ruleset_broken: float = 0
     policy_changes: float = 0
     records_refused: float = 0
     store_errors: float = 0
@@ -74,6 +75,8 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
      "Packets that the kernel dropped since the queue was full (full) or the worker's socket was (socket)."),
     ("queue_waiting", "queue_waiting_packets", False, ("queue",), "Packets that wait for a verdict now."),
     ("ruleset_repairs", "ruleset_repairs", True, (), "Times the ruleset was put back after somebody changed it."),
+    ("ruleset_broken", "ruleset_broken", False, (),
+     "1 where the kernel refuses the ruleset that should be there: port 25 may be open."),
     ("policy_changes", "policy_changes", True, (), "Changes of policy taken into the table."),
     ("records_refused", "records_refused", True, (),
      "Records of the store that could not be read; the record in force before stays."),

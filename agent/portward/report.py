@@ -33,7 +33,7 @@ _OUTCOMES: Final = {
 
 
 def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snapshot:
-    """The numbers of this moment. To be called on the core's thread."""
+    """The numbers of this moment. To be called on the thread that counts."""
     judged: Counter[tuple[str, ...]] = Counter()
     attempts: Counter[tuple[str, ...]] = Counter()
     events: Counter[tuple[str, ...]] = Counter({(event.name.lower(),): 0 for event in Event})
@@ -45,16 +45,15 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
     numbers = {worker.queue for worker in workers}
     queues = [state for state in states() if state.number in numbers]
     attachments, subscriptions = core.sizes()
+    by_segment, by_subscription, remembered = core.counts.totals()
     return Snapshot(
         judged=judged,
         attempts=attempts,
         worker_events=events,
         worker_restarts=sum(worker.restarts for worker in workers),
-        segment_packets=_by_verdict(core.counts.segments),
-        subscription_packets=_by_verdict(core.counts.subscriptions) if core.config.metrics.subscriptions else {},
-        remembered=_by_verdict(
-            Counter({("", verdict): n for verdict, n in core.counts.remembered.items()}), drop=1
-        ),
+        segment_packets=_by_verdict(by_segment),
+        subscription_packets=_by_verdict(by_subscription) if core.config.metrics.subscriptions else {},
+        remembered=_by_verdict(Counter({("", verdict): number for verdict, number in remembered.items()}), drop=1),
         screen={(name,): packets for name, packets in sorted(core.screen().items())},
         limited={(name,): packets for name, packets in sorted(core.limited().items())},
         queue_dropped={
@@ -67,6 +66,7 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         policy_changes=core.changes,
         records_refused=core.refused,
         store_errors=core.store_errors,
+        ruleset_broken=bool(core.broken),
         reload_failed=reload_failed,
         store_age=_age(core),
         enforced_revision=core.enforced,
@@ -112,6 +112,7 @@ def status(core: Core, workers: list[Worker], numbers: Snapshot, *, config: str,
             }
             for worker in workers
         ],
+        "ruleset_error": core.broken,
         "ruleset_repairs": numbers.ruleset_repairs,
         "reload_failed": bool(numbers.reload_failed),
         "remembered": {labels[0]: int(number) for labels, number in numbers.remembered.items()},

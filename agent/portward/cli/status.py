@@ -56,6 +56,7 @@ def top(
             readings += 1
             if count == 0 or readings <= count:
                 time.sleep(interval)
+    console.print()
 
 
 def _status(config: Any) -> dict[str, Any]:
@@ -101,6 +102,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
         found.append("segment   NONE: no interface matches `segments`")
     if age > _STALE_SECONDS:
         found.insert(0, f"this is {age:.0f} s old: the agent does not report")
+    if told["ruleset_error"]:
+        found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
     if told["reload_failed"]:
         found.append("config    the last reload was refused: the configuration before is in force (see the log)")
     if told["ruleset_repairs"]:

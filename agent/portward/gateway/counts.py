@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from threading import Lock
 from typing import Final, NamedTuple
 
 from portward.gateway.learned import Element, Source
@@ -31,30 +32,50 @@ class _Reading(NamedTuple):
 
 
 class Counts:
-    """Sums that only rise, in packets: by segment and verdict, and by subscription and verdict."""
+    """Sums that only rise, in packets: by segment and verdict, and by subscription and verdict.
+
+    One thread reads everything now and then, another one takes last readings of what it is about to forget.
+    """
 
     def __init__(self, owner: Callable[[Source], Owner | None]) -> None:
         """`owner` gives whose a source is; None for one that nobody knows any more."""
         self._owner = owner
+        self._lock = Lock()
         self._read: dict[tuple[Class, Source], _Reading] = {}
+        self._forgotten: set[tuple[Class, Source]] = set()
         self.segments: Counter[tuple[str, Class]] = Counter()
         self.subscriptions: Counter[tuple[str, Class]] = Counter()
         self.remembered: Counter[Class] = Counter()
 
-    def take_all(self, elements: Iterable[Element], now: float) -> None:
-        """Takes a reading of all elements; `now` is a monotonic time in seconds."""
-        present: dict[tuple[Class, Source], _Reading] = {}
-        self.remembered.clear()
-        for element in elements:
-            present[element.verdict, element.source] = self._take(element, now)
-            self.remembered[element.verdict] += 1
-        self._read = present
+    def take_all(self, elements: Callable[[], Iterable[Element]], clock: Callable[[], float]) -> None:
+        """Takes a reading of all `elements`; `clock` gives a monotonic time in seconds.
+
+        An element that was read here and forgotten before it is added up was added up by `take_last`; should its
+        source have been learned again since, the next reading finds all that the new element counted.
+        """
+        with self._lock:
+            self._forgotten.clear()
+        now, found = clock(), list(elements())
+        with self._lock:
+            present = {}
+            for element in found:
+                if (element.verdict, element.source) not in self._forgotten:
+                    present[element.verdict, element.source] = self._take(element, now)
+            self.remembered = Counter(element.verdict for element in found)
+            self._read = present
 
     def take_last(self, elements: Iterable[Element], now: float) -> None:
         """Takes a last reading of elements that are about to be forgotten."""
-        for element in elements:
-            self._take(element, now)
-            self._read.pop((element.verdict, element.source), None)
+        with self._lock:
+            for element in elements:
+                self._take(element, now)
+                self._read.pop((element.verdict, element.source), None)
+                self._forgotten.add((element.verdict, element.source))
+
+    def totals(self) -> tuple[Counter[tuple[str, Class]], Counter[tuple[str, Class]], Counter[Class]]:
+        """Copies of the sums by segment and by subscription, and of how many sources are remembered."""
+        with self._lock:
+            return self.segments.copy(), self.subscriptions.copy(), self.remembered.copy()
 
     def _take(self, element: Element, now: float) -> _Reading:
         before = self._read.get((element.verdict, element.source))

@@ -7,6 +7,7 @@ forgets everything.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -22,6 +23,9 @@ from portward.table.writer import Committed
 _COUNTED: Final = 64
 
 
+_log = logging.getLogger("portward.ruleset")
+
+
 class Enforcement:
     """Brings what the kernel remembers in line with the policy table."""
 
@@ -35,6 +39,7 @@ class Enforcement:
         """`want` gives the ruleset for now; `count` takes elements that are about to be forgotten."""
         self._keeper, self._learned, self._want, self._count = keeper, learned, want, count
         self.links: dict[str, int] = {}
+        self.broken = ""
 
     def start(self, generation: int) -> bool:
         """Loads the ruleset. What the kernel remembers from an earlier run is kept where it agrees with the
@@ -47,7 +52,8 @@ class Enforcement:
         return remembered is not None
 
     def enforce(self, committed: Committed) -> None:
-        """Carries a change out. Raises KernelError where the kernel takes not even a new ruleset."""
+        """Carries a change out. Where the kernel does not take it, the ruleset is loaded anew and everything
+        forgotten, now or, where that fails too, at the next `check`."""
         if not committed.new:
             return
         try:
@@ -64,15 +70,25 @@ class Enforcement:
 
     def check(self, generation: int) -> bool:
         """Puts the ruleset back where somebody has changed it; True where all was well."""
-        if self._keeper.intact() and self._keeper.epoch_is(generation):
-            return True
-        self.repair(generation)
-        return False
+        try:
+            well = not self.broken and self._keeper.intact() and self._keeper.epoch_is(generation)
+        except OSError:
+            well = False
+        if not well:
+            self.repair(generation)
+        return well
 
     def repair(self, generation: int) -> None:
-        """Loads the ruleset anew and forgets everything: whoever changed it may have changed the sets too."""
-        self._keeper.repair(self._want())
-        self._forget_everything(generation)
+        """Loads the ruleset anew and forgets everything: whoever changed it may have changed the sets too. What
+        the kernel refuses is in `broken` and in the log, and is tried again at the next `check`."""
+        try:
+            self._keeper.repair(self._want())
+            self._forget_everything(generation)
+            self.broken = ""
+        except (KernelError, OSError) as error:
+            if str(error) != self.broken:
+                _log.critical("THE RULESET CANNOT BE PUT BACK, port 25 may be open: %s", error)
+            self.broken = str(error)
 
     def _forget_everything(self, generation: int) -> None:
         self._learned.forget_everything(generation)

@@ -24,6 +24,7 @@ MAX_READERS: Final = 512
 Environment: TypeAlias = lmdb.Environment
 Transaction: TypeAlias = "lmdb.Transaction[bytes]"
 Part: TypeAlias = "lmdb._Database"
+DatabaseError = lmdb.Error
 MapFullError = lmdb.MapFullError
 MapResizedError = lmdb.MapResizedError
 

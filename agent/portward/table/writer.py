@@ -16,7 +16,14 @@ from portward.model import Attachment, Exemption, Reason, Record, Subscription
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
 from portward.table import layout
-from portward.table.database import MAP_SIZE, MapFullError, TableError, open_database, open_parts
+from portward.table.database import (
+    MAP_SIZE,
+    DatabaseError,
+    MapFullError,
+    TableError,
+    open_database,
+    open_parts,
+)
 from portward.table.edit import Edit, Place
 from portward.table.reader import Reader
 
@@ -143,6 +150,8 @@ class Writer:
                 self.preset, subscription=subscription, exemption=exemption, attachment=attachment, now=now
             ).reason
 
+        # Workers that were killed leave their places behind, and there are only so many.
+        self._environment.reader_check()
         while True:
             before = self.head()
             try:
@@ -159,6 +168,8 @@ class Writer:
                 break
             except MapFullError:
                 self._grow()
+            except DatabaseError as error:
+                raise TableError(f"{self._folder}: the policy table cannot be written: {error}") from error
         return Committed(
             head.revision, head.generation, tuple(edit.changed), frozenset(links or ()), edit.everything
         )
