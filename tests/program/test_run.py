@@ -8,10 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+from ipaddress import ip_network
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from portward.documents import enc_hook
 from portward.errors import PortwardError
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
@@ -315,3 +318,31 @@ def test_two_workers_share_the_queues(agent: Agent) -> None:
 def test_start_without_ready_raises_what_it_said(agent: Agent) -> None:
     with pytest.raises(PortwardError, match="no such file"):
         agent.start()
+
+
+def test_a_table_on_a_full_disk_keeps_the_policy_in_force_and_says_so(agent: Agent) -> None:
+    agent.apply(*records())
+    table = agent.folder / "table"
+    table.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(table)], check=True)
+    try:
+        agent.start()
+        agent.apply(*records())
+        store = agent.folder / "portward.db"
+        many = [
+            msgspec.structs.replace(records()[2], segment="vni9", address=ip_network((0x0A000000 + number, 32)))
+            for number in range(8_000)
+        ]
+        inventory = agent.folder / "many.json"
+        inventory.write_bytes(msgspec.json.encode({"attachments": many}, enc_hook=enc_hook))
+        assert agent.portward("apply", str(inventory)).returncode == 0
+        assert store.exists()
+        until(lambda: "the policy table cannot be written" in agent.log.read_text(), "it says so")
+        assert agent.process is not None
+        assert agent.process.poll() is None, "it goes on"
+        assert agent.explain(FABRIKAM.segment, FABRIKAM.address4)["reason"] == "denied-not-exempt"
+        subprocess.run(["mount", "-o", "remount,size=64m", str(table)], check=True)
+        until(lambda: agent.revision() == 2, "the change is taken in once there is room")
+    finally:
+        agent.stop()
+        subprocess.run(["umount", str(table)], check=True)
