@@ -58,7 +58,6 @@ class Daemon:
         self._counting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="counting")
         self._stopping = asyncio.Event()
         self._reload = asyncio.Event()
-        self._bell = asyncio.Event()
         self._snapshot = metrics.Snapshot()
         self._reload_failed = False
         self._started = time.time()
@@ -145,23 +144,34 @@ class Daemon:
         return await asyncio.get_running_loop().run_in_executor(self._counting, work)
 
     async def _follow_store(self) -> None:
-        loop, watched = asyncio.get_running_loop(), -1
         while True:
-            bell = self._core.bell()
-            if bell != watched:
-                if watched >= 0:
-                    loop.remove_reader(watched)
-                watched = -1 if bell is None else bell
-                if bell is not None:
-                    loop.add_reader(bell, self._bell.set)
             due = await self._step(self._core.next_expiry)
             pause = _POLL_SECONDS if due is None else (due - datetime.now(UTC)).total_seconds()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._bell.wait(), min(max(pause, 0.01), _POLL_SECONDS))
-            self._bell.clear()
+            await self._rung(min(max(pause, 0.01), _POLL_SECONDS))
             await self._step(self._core.sync)
             if due is not None and due <= datetime.now(UTC):
                 await self._step(lambda: self._core.settle(datetime.now(UTC)))
+
+    async def _rung(self, seconds: float) -> None:
+        """Waits until the store's bell rings, or for so many seconds.
+
+        The bell is let go of as soon as it rings: it can be read until `sync` has drained it, and the loop would
+        turn around it all that time and keep the thread that works waiting.
+        """
+        loop, bell, rung = asyncio.get_running_loop(), self._core.bell(), asyncio.Event()
+
+        def ring(descriptor: int) -> None:
+            loop.remove_reader(descriptor)
+            rung.set()
+
+        if bell is not None:
+            loop.add_reader(bell, ring, bell)
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(rung.wait(), seconds)
+        finally:
+            if bell is not None:
+                loop.remove_reader(bell)
 
     async def _follow_links(self, links: AsyncIterator[Links]) -> None:
         async for change in links:

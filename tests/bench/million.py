@@ -11,23 +11,21 @@ import threading
 import time
 from pathlib import Path
 
-from bench import inventory
+from bench import apply, inventory
 from bench.figures import Figure
 from kernel.conftest import lab_name
 from kernel.wire import Sender, same, seen, segment
-from portward.lab.agent import PROGRAM, Agent, until
+from portward.lab.agent import Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 
 _STARTS = 5
 
 
 def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
-    """`apply_1m_s`, `table_load_1m_s`, `start_to_first_verdict_s_1m`, `worker_private_mb_1m`."""
-    path = folder / "inventory.json"
-    inventory.write(path, attachments)
+    """What `apply.measure` gives, and `first_load_1m_s`, `start_to_first_verdict_s_1m`, `worker_private_mb_1m`."""
+    figures = apply.measure(folder, attachments)  # leaves the store in the folder
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
         agent = Agent(lab, folder, segments=["vni1001", "vni1002"])
-        apply_s, apply_mb = _applied(agent, path)
         began = time.monotonic()
         agent.start(seconds=120)
         load_s = time.monotonic() - began
@@ -38,7 +36,7 @@ def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
             memory = _worker_private_mb(agent)
             agent.stop()
     return [
-        Figure("apply_1m_s", apply_s, apply_s, apply_s, f"s, one run; peak {apply_mb:.0f} MB", "<= 60"),
+        *figures,
         Figure("first_load_1m_s", load_s, load_s, load_s, "s from start to ready with an empty table", "<= 60"),
         Figure(
             "start_to_first_verdict_s_1m", statistics.median(starts), min(starts), max(starts),
@@ -46,20 +44,6 @@ def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
         ),
         Figure("worker_private_mb_1m", memory, memory, memory, "MB", "<= 80"),
     ]  # fmt: skip
-
-
-def _applied(agent: Agent, path: Path) -> tuple[float, float]:
-    """Seconds and peak memory (MB) of `portward apply`."""
-    argv = ["/usr/bin/env", *PROGRAM, "apply", str(path), "--config", str(agent.config)]
-    began = time.monotonic()
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, _status_mb(process.pid, "VmHWM"))
-        time.sleep(0.05)
-    if process.returncode:
-        raise RuntimeError(f"apply gave {process.returncode}")
-    return time.monotonic() - began, peak
 
 
 def _first_verdict(lab: Lab, agent: Agent, source: str) -> float:
@@ -76,7 +60,7 @@ def _first_verdict(lab: Lab, agent: Agent, source: str) -> float:
         thread.start()
         try:
             # What an earlier run left remembered is gone: only a worker can let this source pass.
-            namespaces_forget(lab)
+            _forget(lab)
             until(lambda: view.first(same(packet), seconds=0.1) is None, "the source is quiet without an agent")
             began = time.monotonic()
             agent.start(wait=False)
@@ -89,7 +73,7 @@ def _first_verdict(lab: Lab, agent: Agent, source: str) -> float:
             sender.close()
 
 
-def namespaces_forget(lab: Lab) -> None:
+def _forget(lab: Lab) -> None:
     """Empties the kernel's allow sets; the source of the measurement must ask."""
     lab.run(lab.gateway, "nft", "flush", "set", "inet", "portward", "allow4")
 
@@ -102,11 +86,3 @@ def _worker_private_mb(agent: Agent) -> float:
     pid = int(found.stdout.split()[0])
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 1024
-
-
-def _status_mb(pid: int, field: str) -> float:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), 0.0)
