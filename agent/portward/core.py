@@ -137,7 +137,7 @@ class Core:
         before = self.config, self.preset
         self.config, self.preset = config, preset
         try:
-            self._nft.check(ruleset.replacement(self._want(), (), same_definitions=True))
+            self.keeper.check(self._want())
         except KernelError:
             self.config, self.preset = before
             raise

@@ -22,7 +22,7 @@ _VERDICTS: Final = {
     Class.DENY: "deny",
     Class.REFUSED: "reject",
     Class.OBSERVED: "would_deny",
-    Class.UNKNOWN: "deny",
+    Class.UNKNOWN: "unknown",
 }
 _OUTCOMES: Final = {
     Outcome.PASSED: "passed",

@@ -198,6 +198,18 @@ def test_a_reload_takes_another_preset(agent: Agent) -> None:
     assert agent.explain(FABRIKAM.segment, FABRIKAM.address4)["reason"] == "denied-ineligible"
 
 
+def test_a_reload_may_change_what_the_sets_are_like(agent: Agent) -> None:
+    """The kernel refuses a set under the same name with another size: the sets are made anew."""
+    agent.apply(*records())
+    agent.start()
+    agent.configure(verdicts={"sources": 1024, "allow_seconds": 5})
+    agent.reload()
+    assert "read again and in force" in agent.log.read_text()
+    listing = agent.lab.run(agent.lab.gateway, "nft", "-s", "list", "set", "inet", "portward", "allow4").stdout
+    assert "size 1024" in listing
+    assert "timeout 5s" in listing
+
+
 def test_a_restart_needs_no_store(agent: Agent) -> None:
     revision = agent.apply(*records())
     agent.start()

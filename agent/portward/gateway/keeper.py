@@ -47,9 +47,16 @@ class Keeper:
                 return
         raise KernelError("the ruleset changes faster than it can be loaded: somebody else writes it all the time")
 
-    def _load_once(self, want: Wanted) -> None:
-        have = self._netlink.sets(TABLE)
+    def check(self, want: Wanted) -> None:
+        """Asks the kernel whether it would take `want` in place of what is loaded; raises KernelError."""
+        self._nft.check(self._replacement(want))
+
+    def _replacement(self, want: Wanted) -> str:
         same = self._learned.definitions() == want.definitions
+        return replacement(want, self._netlink.sets(TABLE), same_definitions=same)
+
+    def _load_once(self, want: Wanted) -> None:
+        first = not loaded(self._netlink)
         if not want.native:
             # The queue rules first: without a marked packet they do nothing.
             xtables.install(xtables_rules(want))
@@ -57,7 +64,12 @@ class Keeper:
             xtables.remove()
         # Whatever others did until here is replaced; what they do from here on shows.
         self._settle()
-        self._nft.load(replacement(want, have, same_definitions=same))
+        try:
+            self._nft.load(self._replacement(want))
+        except KernelError:
+            if first:
+                xtables.remove()  # nothing of a ruleset stays behind where there was none
+            raise
         self._want = want
 
     def intact(self) -> bool:
