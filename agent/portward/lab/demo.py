@@ -21,7 +21,7 @@ from rich.table import Table
 from portward.errors import PortwardError
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
-from portward.lab.mail import Fate, OpenSession, Outcome, Postbox, send
+from portward.lab.mail import READY, Fate, OpenSession, Outcome, Postbox, send
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
 from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
 
@@ -92,13 +92,16 @@ def stage(lab: Lab, folder: Path) -> Iterator[tuple[Agent, Postbox]]:
 
 
 def start_mail(lab: Lab, postbox: Postbox, *, detached: bool = False) -> subprocess.Popen[bytes]:
-    """Starts the mail servers and waits until they listen; raises PortwardError."""
-    server = namespaces.start(
-        lab.internet, [sys.executable, "-m", "portward.lab.mail", str(postbox.path)],
-        stdout=subprocess.PIPE, detached=detached,
-    )  # fmt: skip
+    """Starts the mail servers and waits until they listen; raises PortwardError. What they say on stderr goes
+    into a log beside the postbox: a server that outlives this process must not hold its terminal or pipe."""
+    with postbox.path.with_suffix(".log").open("ab") as log:
+        server = namespaces.start(
+            lab.internet, [sys.executable, "-m", "portward.lab.mail", str(postbox.path)],
+            stdout=subprocess.PIPE, stderr=log, detached=detached,
+        )  # fmt: skip
     assert server.stdout is not None  # noqa: S101 # asked for
-    if server.stdout.readline().strip() != b"ready":
+    if server.stdout.readline().strip() != READY.encode():
+        server.kill()
         raise PortwardError("the lab's mail servers did not start: is portward installed with its [lab] extra?")
     return server
 
@@ -182,15 +185,15 @@ def run(name: str, *, keep: bool = False) -> bool:
         with (
             tempfile.TemporaryDirectory(prefix="portward-demo-") as folder,
             stage(lab, Path(folder)) as (agent, postbox),
-            console.status("") as line,
         ):
-
-            def tell(row: Row) -> None:
-                rows.append(row)
-                line.update(row.what)
-
             try:
-                Demo(lab, agent, postbox, tell).play()
+                with console.status("") as line:
+
+                    def tell(row: Row) -> None:
+                        rows.append(row)
+                        line.update(f"{row.what}: {row.happened}")
+
+                    Demo(lab, agent, postbox, tell).play()
             finally:
                 console.print(_table(rows))
             _epilogue(console, agent)
