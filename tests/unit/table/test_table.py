@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from ipaddress import ip_address, ip_network
@@ -395,3 +397,35 @@ def test_step_by_step_the_table_says_what_the_records_say(changes: list[tuple[bo
                     )
                 before[index, source] = found
         writer.close()
+
+
+def test_a_reader_in_another_process_goes_on_when_the_table_grows(tmp_path: Path) -> None:
+    """As a worker does: the map that it opened is too small for what the writer has written since."""
+    writer = Writer(tmp_path, AZURE, ENFORCE, map_size=1 << 18)
+    load(writer, [subscription(1), attachment("10.0.0.4", 1)])
+    writer.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
+    program = f"""
+import sys
+from ipaddress import ip_address
+from pathlib import Path
+from portward.table import database
+database.MAP_SIZE = 1 << 18
+database.open_database.__kwdefaults__["map_size"] = 1 << 18
+from portward.table.reader import Reader
+reader = Reader.open(Path({str(tmp_path)!r}))
+for line in sys.stdin:
+    print(reader.lookup(1, ip_address(line.strip()).packed).reason, flush=True)
+"""
+    argv = [sys.executable, "-c", program]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("10.0.0.4\n")
+        assert process.stdout.readline().strip() == "allowed-offer"
+        first = int(ip_address("10.1.0.0"))
+        many: list[Record] = [attachment(str(ip_address(first + number)), 1) for number in range(20_000)]
+        writer.apply(many, [], revision=2, now=NOW)
+        process.stdin.write("10.1.78.31\n")
+        assert process.stdout.readline().strip() == "allowed-offer"
+        process.stdin.close()
+    writer.close()
