@@ -89,11 +89,11 @@ class Daemon:
         stack.callback(runtime.close)
         self._runtime = runtime
         preset = presets.load(self._config.preset)
+        self._core = await self._step(lambda: Core(self._config, preset))
+        stack.push_async_callback(self._close)
         if (address := self._config.metrics_address()) is not None:
             server = metrics.Server(*address, self._newest)
             stack.callback(server.close)
-        self._core = await self._step(lambda: Core(self._config, preset))
-        stack.push_async_callback(self._close)
         self._workers = workers.make(self._config.queue, self._config.table)
         for worker in self._workers:
             stack.push_async_callback(worker.stop)
