@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
@@ -144,9 +145,13 @@ class running_gateway:  # noqa: N801 # used as a function
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_namespace_is_left() -> Iterator[None]:
-    """Every test cleans up behind itself; what is left all the same is removed, and told."""
+def the_machine_is_left_alone() -> Iterator[None]:
+    """No test touches the machine's own ruleset. Every test cleans up behind itself; what is left all the same is
+    removed, and told."""
+    before = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
     yield
+    after = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
+    assert after == before
     left = namespaces.names(f"pwt{os.getpid()}x")
     for name in left:
         namespaces.remove(name)

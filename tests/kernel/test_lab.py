@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,8 +32,10 @@ def mail(lab: Lab, folder: Path) -> Iterator[Postbox]:
 
 
 def machine() -> str:
-    """The machine's own ruleset and forwarding settings, which a lab must leave alone."""
-    told = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
+    """The machine's own links, ruleset and forwarding settings, which a lab must leave alone: without a link into
+    the machine's own network nothing can leave the namespaces."""
+    links = "".join(name for _, name in socket.if_nameindex())
+    told = links + subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
     settings = ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/ipv4/conf/all/rp_filter")
     return told + "".join((Path("/proc/sys") / name).read_text() for name in settings)
 
