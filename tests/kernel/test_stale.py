@@ -38,6 +38,10 @@ def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path) -
         )
         forget_only(churn, committed)
 
-    with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
-        stale, _ = churned(lab, tmp_path, "10.0.0.4", 400, both_epochs)
-    assert stale > 0
+    # How often a change meets a verdict in flight depends on the machine: some rounds, until one does.
+    for number in range(10):
+        with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
+            stale, _ = churned(lab, tmp_path / str(number), "10.0.0.4", 400, both_epochs)
+        if stale:
+            return
+    pytest.fail("no stale verdict was seen in 4,000 changes without an epoch: the test above shows nothing")
