@@ -358,3 +358,16 @@ def test_a_table_on_a_full_disk_keeps_the_policy_in_force_and_says_so(agent: Age
     finally:
         agent.stop()
         subprocess.run(["umount", str(table)], check=True)
+
+
+def test_a_kernel_that_lacks_a_way_to_the_queue_is_told_with_what_would_help(agent: Agent) -> None:
+    """Without nft_queue the xtables target is needed, and without iptables there is none."""
+    agent.apply(*records())
+    argv = ["/usr/bin/env", "PATH=/nonexistent", *PROGRAM, "run", "--config", str(agent.config)]
+    result = namespaces.run(agent.lab.gateway, argv)
+    assert result.returncode == 1
+    told = [line for line in result.stderr.splitlines() if line.startswith("portward: ")]
+    assert told == [
+        "portward: this kernel has no nft_queue, and iptables is not there to do without: install iptables"
+    ]
+    assert ruleset(agent.lab) == ""
