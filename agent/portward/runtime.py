@@ -5,8 +5,10 @@ The status is a small JSON file, written anew each second and by renaming, so a 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +18,8 @@ from portward.errors import PortwardError
 
 _LOCK: Final = "daemon.lock"
 _STATUS: Final = "status.json"
+_TRIES: Final = 10
+_PAUSE: Final = 0.02  # seconds
 
 
 class Runtime:
@@ -30,14 +34,21 @@ class Runtime:
             self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise PortwardError(f"table {folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._locked():
             other = os.read(self._lock, 32).decode().strip()
             os.close(self._lock)
-            raise PortwardError(f"table {folder}: portward runs already, as process {other}") from None
+            raise PortwardError(f"table {folder}: portward runs already, as process {other}")
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _locked(self) -> bool:
+        """Takes the lock; some tries, since `running` holds it for a moment to find out."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(_PAUSE)
+        return False
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Replaces the status; raises OSError."""

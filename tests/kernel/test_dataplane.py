@@ -263,6 +263,30 @@ def test_one_segment_over_its_rate_does_not_use_up_the_others(make_gateway) -> N
     assert gateway.agent.metrics().get('portward_limited_packets_total{segment="vni1001"}', 0) == 0
 
 
+def test_all_segments_together_have_a_rate_too(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(queue={"rate": 20, "burst": 20})
+    for number in range(200):
+        gateway.senders[(CONTOSO, FABRIKAM)[number % 2]].send(segment(f"10.7.0.{number}"))
+    name = 'portward_screen_packets_total{rule="limited_all"}'
+    until(lambda: gateway.agent.metrics()[name] >= 100, "the flood counted as limited")
+    assert gateway.agent.metrics()['portward_screen_packets_total{rule="limited"}'] == 0
+
+
+def test_a_full_set_loses_no_verdict_and_keeps_no_old_one(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    """What does not fit is asked about each time; a change of policy acts on all of it all the same."""
+    gateway = make_gateway(verdicts={"sources": 16})
+    gateway.source(CONTOSO, "10.0.5.0/24", ALLOWED)
+    gateway.source(CONTOSO, "10.0.6.7", ALLOWED)
+    sources = [f"10.0.5.{number}" for number in range(1, 31)]
+    assert all(gateway.passes(CONTOSO, source) for source in sources)
+    assert all(gateway.passes(CONTOSO, source) for source in sources)
+    gateway.source(CONTOSO, "10.0.6.7", DENIED)
+    assert not gateway.passes(CONTOSO, "10.0.6.7")
+    assert all(gateway.passes(CONTOSO, source) for source in sources)
+    gateway.source(CONTOSO, "10.0.5.0/24", DENIED)
+    assert not any(gateway.passes(CONTOSO, source) for source in sources)
+
+
 def would_deny(gateway: Gateway, segment_: str) -> float:
     """Packets that only observing let pass."""
     return gateway.agent.metrics().get(f'portward_packets_total{{segment="{segment_}",verdict="would_deny"}}', 0)
