@@ -35,6 +35,7 @@ HOMES = {
     "pyroute2": {"gateway.links"},
     "prometheus_client": {"metrics"},
     "aiosmtpd": {"lab.mail"},
+    "yaml": {"store.document"},
 }
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from uuid import UUID
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +23,8 @@ from portward.lab.agent import Agent, until
 from portward.lab.mail import READY, Fate, OpenSession, Outcome, Postbox, send
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
 from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
+from portward.store.document import yaml_text
+from portward.store.protocol import encode, key_of
 
 _IDS: Final = {
     CONTOSO: UUID("11111111-0000-4000-8000-000000000001"),
@@ -230,14 +231,4 @@ def _table(rows: list[Row]) -> Table:
 
 def sample_inventory() -> str:
     """The demo's inventory as YAML, for a lab that is left standing."""
-    import yaml  # noqa: PLC0415 # only here
-
-    from portward.documents import enc_hook  # noqa: PLC0415 # only here
-    from portward.store.protocol import key_of  # noqa: PLC0415 # only here
-
-    lists: dict[str, list[object]] = {}
-    for record in records():
-        lists.setdefault(key_of(record).partition("/")[0], []).append(
-            msgspec.to_builtins(record, enc_hook=enc_hook)
-        )
-    return str(yaml.safe_dump(lists, sort_keys=False))
+    return "".join(yaml_text({key_of(record): encode(record) for record in records()}))
