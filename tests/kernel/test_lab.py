@@ -129,3 +129,21 @@ def test_a_standing_lab_is_made_and_removed_by_its_verbs() -> None:
     assert namespaces.names(name) == []
     assert not Path(f"/run/portward-lab/{name}").exists()
     assert portward("lab", "down").returncode == 1
+
+
+def test_a_lab_takes_only_its_own_namespaces_down() -> None:
+    """`x` is also how the name of `x-more` begins."""
+    name = lab_name()
+    with Lab(f"{name}-more") as longer:
+        assert Lab(name).down() == []
+        assert len(longer.standing()) == 4
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../etc", "a/b", "*", "x y", "-x", "X"])
+@pytest.mark.parametrize("verb", ["up", "down", "demo"])
+def test_a_name_that_is_no_name_is_refused_before_anything_is_touched(verb: str, name: str) -> None:
+    argv = [sys.executable, "-m", "portward", "lab", verb, f"--name={name}"]
+    told = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode == 2
+    assert "is no name for a lab" in told.stderr
+    assert len(told.stderr.splitlines()) == 1

@@ -21,7 +21,7 @@ def up(name: str) -> Iterator[str]:
     """Makes the lab `name`, and yields lines that say what stands there; raises PortwardError."""
     lab = Lab(name)
     namespaces.require_root()
-    if namespaces.names(f"{name}-"):
+    if lab.standing():
         raise PortwardError(f"the lab {name} stands already: `portward lab down --name {name}` removes it")
     folder = _FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)

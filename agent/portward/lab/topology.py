@@ -15,12 +15,14 @@ All addresses of the Internet side are for documentation (RFC 5737, RFC 3849).
 from __future__ import annotations
 
 import ipaddress
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from portward.errors import InputError
 from portward.lab import namespaces
 
 DEFAULT_NAME: Final = "pw-lab"
@@ -28,6 +30,7 @@ MAIL4: Final = "203.0.113.25"
 MAIL6: Final = "2001:db8:25::25"
 _UPLINK: Final = "198.51.100"
 _UPLINK6: Final = "2001:db8:ffff"
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,11 @@ class Lab:
     """The namespaces of one lab. Several can stand side by side under different names."""
 
     def __init__(self, name: str = DEFAULT_NAME, tenants: Sequence[Tenant] = (CONTOSO, FABRIKAM)) -> None:
+        """Raises InputError where `name` cannot be a part of the names of namespaces and folders."""
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"{name!r} is no name for a lab: up to 32 lower-case letters, digits and '-', a letter first"
+            )
         self.name, self.tenants = name, tuple(tenants)
         self.gateway, self.internet = f"{name}-gw", f"{name}-net"
 
@@ -87,9 +95,14 @@ class Lab:
             self.down()
             raise
 
+    def standing(self) -> list[str]:
+        """The namespaces of this lab that are there now; those of other labs never, however they are called."""
+        own = {self.gateway, self.internet, *map(self.home, self.tenants)}
+        return [name for name in namespaces.names(f"{self.name}-") if name in own]
+
     def down(self) -> list[str]:
         """Removes all namespaces of this lab, and ends what runs in them; gives their names. Idempotent."""
-        found = namespaces.names(f"{self.name}-")
+        found = self.standing()
         for name in found:
             namespaces.remove(name)
         return found
