@@ -52,6 +52,7 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     length: Annotated[int, Meta(ge=1, le=65_536)] = 4_096
     segment_rate: Rate = 5_000
     segment_burst: Rate = 1_000
+    segment_committed: Rate = 50
     rate: Rate = 20_000
     burst: Rate = 4_000
 
@@ -64,7 +65,8 @@ class Verdicts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     allow_seconds: Seconds = 60
     deny_seconds: Seconds = 60
     unknown_seconds: Seconds = 10
-    sources: Size = 65_536
+    sources: Size = 262_144
+    segment_sources: Size = 8_192
     unknown_sources: Size = 16_384
 
 

@@ -265,12 +265,60 @@ def test_one_segment_over_its_rate_does_not_use_up_the_others(make_gateway) -> N
 
 
 def test_all_segments_together_have_a_rate_too(make_gateway) -> None:  # type: ignore[no-untyped-def]
-    gateway = make_gateway(queue={"rate": 20, "burst": 20})
+    gateway = make_gateway(queue={"rate": 20, "burst": 20, "segment_committed": 1})
     for number in range(200):
         gateway.senders[(CONTOSO, FABRIKAM)[number % 2]].send(segment(f"10.7.0.{number}"))
     name = 'portward_screen_packets_total{rule="limited_all"}'
     until(lambda: gateway.agent.metrics()[name] >= 100, "the flood counted as limited")
     assert gateway.agent.metrics()['portward_screen_packets_total{rule="limited"}'] == 0
+
+
+def test_a_limit_that_others_have_used_up_leaves_each_segment_its_committed_rate(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(queue={"rate": 1, "burst": 1, "segment_committed": 20})
+    for number in range(200):
+        gateway.senders[FABRIKAM].send(segment(f"10.7.0.{number}"))
+    name = 'portward_screen_packets_total{rule="limited_all"}'
+    until(lambda: gateway.agent.metrics()[name] >= 100, "the flood counted as limited")
+    assert gateway.passes(CONTOSO, "10.0.0.4")
+
+
+def remembered(gateway: Gateway, set_: str) -> int:
+    """How many sources a set holds."""
+    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", set_]).stdout
+    return listing.count("expires")
+
+
+@pytest.mark.parametrize(("offer", "set_"), [(ALLOWED, "allow"), (DENIED, "deny")])
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_segment_fills_no_more_than_its_share_of_a_set(make_gateway, offer: str, set_: str, family: int) -> None:  # type: ignore[no-untyped-def]
+    """The verdicts beyond it act all the same, and the sources of others are remembered."""
+    gateway = make_gateway(verdicts={"segment_sources": 16, "allow_seconds": 600, "deny_seconds": 600})
+    prefix = "10.0.5." if family == 4 else "2001:db8:5::"
+    gateway.source(CONTOSO, f"{prefix}0/24" if family == 4 else f"{prefix}/64", offer)
+    gateway.source(FABRIKAM, "10.0.0.9", offer)
+    for number in range(1, 60):
+        gateway.senders[CONTOSO].send(segment(f"{prefix}{number}"))
+    assert gateway.passes(CONTOSO, f"{prefix}60") is (offer == ALLOWED)
+    assert 10 <= remembered(gateway, f"{set_}{family}") <= 20
+    before = remembered(gateway, f"{set_}4")
+    assert gateway.passes(FABRIKAM, "10.0.0.9") is (offer == ALLOWED)
+    assert remembered(gateway, f"{set_}4") == before + 1
+    until(
+        lambda: gateway.agent.metrics()['portward_screen_packets_total{rule="unlearned"}'] >= 40,
+        "the verdicts beyond the share counted",
+    )
+
+
+def test_a_change_while_a_set_is_full_forgets_only_what_has_changed(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(verdicts={"sources": 16, "allow_seconds": 600})
+    gateway.source(CONTOSO, "10.0.5.0/24", ALLOWED)
+    gateway.source(CONTOSO, "10.0.5.1", ALLOWED)
+    for number in range(1, 31):
+        assert gateway.passes(CONTOSO, f"10.0.5.{number}")
+    assert remembered(gateway, "allow4") == 16
+    gateway.source(CONTOSO, "10.0.5.1", DENIED)
+    assert remembered(gateway, "allow4") == 15
+    assert not gateway.passes(CONTOSO, "10.0.5.1")
 
 
 def test_a_full_set_loses_no_verdict_and_keeps_no_old_one(make_gateway) -> None:  # type: ignore[no-untyped-def]

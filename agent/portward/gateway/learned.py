@@ -22,6 +22,7 @@ from portward.model import Network
 _INDEX = struct.Struct("=I")
 # An nft command line is parsed as a whole; longer ones only take longer before the first is done.
 _BATCH: Final = 2_000
+_TRIES: Final = 3
 
 
 class Source(NamedTuple):
@@ -34,6 +35,11 @@ class Source(NamedTuple):
     def family(self) -> str:
         """The digit in the name of its sets."""
         return "4" if len(self.address) == 4 else "6"
+
+    @property
+    def key(self) -> bytes:
+        """The key as the kernel keeps it."""
+        return _INDEX.pack(self.link) + self.address
 
     def __str__(self) -> str:
         return f"{self.link} . {ip_address(self.address)}"
@@ -63,9 +69,8 @@ class Learned:
 
     def held(self, source: Source) -> Element | None:
         """What the kernel remembers of a source now; None: the next packet asks a worker."""
-        key = _INDEX.pack(source.link) + source.address
         for verdict, name in LEARNED_SETS.items():
-            found = self._netlink.element(TABLE, name + source.family, key)
+            found = self._netlink.element(TABLE, name + source.family, source.key)
             if found is not None:
                 return Element(verdict, source, found.packets, found.expires_ms / 1000)
         return None
@@ -103,7 +108,8 @@ class Learned:
 
         Each goes by `add` and then `delete` in every set of its family: a plain delete of an element that has
         expired meanwhile would fail the whole transaction. Where the kernel takes no `add`, since a set is
-        full, everything is forgotten: that costs a burst of questions, and opens nothing.
+        full, those that are there are read and deleted; and where that fails too, since they expire meanwhile,
+        everything is forgotten: that costs a burst of questions, and opens nothing.
         """
         batches = _batches(sources)
         for batch in batches:
@@ -113,13 +119,30 @@ class Learned:
                 for name in LEARNED_SETS.values() if keys else ():
                     lines.append(f"add element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
                     lines.append(f"delete element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
-            if batch is batches[-1]:
-                lines += _synced(generation)
+            end = _synced(generation) if batch is batches[-1] else []
             try:
-                self._nft.elements("\n".join(lines))
+                self._nft.elements("\n".join(lines + end))
             except KernelError:
-                self.forget_everything(generation)
-                return
+                if not self._forget_present(batch, end):
+                    self.forget_everything(generation)
+                    return
+
+    def _forget_present(self, sources: list[Source], end: list[str]) -> bool:
+        """Deletes what is there of these sources, without an `add`; False where it could not. Since the epoch has
+        moved on, what a set does not hold when it is read is not stored later under the older policy."""
+        for _ in range(_TRIES):
+            lines = [
+                f"delete element {FAMILY_TABLE} {name}{source.family} {{ {source} }}"
+                for source in sources
+                for name in LEARNED_SETS.values()
+                if self._netlink.element(TABLE, name + source.family, source.key) is not None
+            ]
+            try:
+                self._nft.elements("\n".join(lines + end))
+                return True
+            except KernelError:  # one has expired between reading and deleting
+                continue
+        return False
 
     def forget_everything(self, generation: int) -> None:
         """Step two where everything may have changed."""

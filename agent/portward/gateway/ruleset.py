@@ -13,7 +13,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple
 from zlib import crc32
 
-from portward.config import Config, OnAgentDown
+from portward.config import Config, OnAgentDown, Verdicts
 from portward.documents import network_text
 from portward.gateway import mark
 from portward.model import Mode, Network
@@ -37,11 +37,13 @@ LEARNED_SETS: Final = {
     mark.Class.UNKNOWN: "unknown",
 }
 COUNTERS: Final = (
-    "internal", "missed", "limited", "limited_all", "stale", "unjudged", "unjudged_open", "headers",
+    "internal", "missed", "unlearned", "limited", "limited_all", "stale", "unjudged", "unjudged_open", "headers",
     "unknown", "held",
 )  # fmt: skip
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
+# The committed rate of a segment may come at once for so many seconds.
+_COMMITTED_BURST: Final = 4
 _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
 
@@ -88,7 +90,7 @@ def replacement(want: Wanted, have_sets: Iterable[str], *, same_definitions: boo
     """
     have = set(have_sets)
     learned = {f"{name}{family}" for name in LEARNED_SETS.values() for family in "46"}
-    learned |= {"miss_rate", "limited_segments"}
+    learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
     lines += [f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced") if name in have]
     if not same_definitions:
@@ -164,8 +166,12 @@ def _with_literals(text: str, config: Config) -> str:
         (r"(?<= set unknown[46] )(.*timeout )\d+s", f"{verdicts.unknown_seconds}s", 2),
         (r"( set (?:allow|deny|observed|refused)[46] .* size )\d+", str(verdicts.sources), 8),
         (r"( set unknown[46] .* size )\d+", str(verdicts.unknown_sources), 2),
-        (r"(iif limit rate over )\d+", str(queue.segment_rate), 1),
+        (r"(iif limit rate over )\d+(?=/second)", str(queue.segment_rate), 1),
         (rf"(iif limit rate over {queue.segment_rate}/second burst )\d+", str(queue.segment_burst), 1),
+        (r"(iif limit rate )\d+(?=/second)", str(queue.segment_committed), 1),
+        (r"(iif limit rate \d+/second burst )\d+", str(_COMMITTED_BURST * queue.segment_committed), 1),
+        (r"(iif limit rate over )\d+(?=/minute)", str(_per_minute(verdicts)), 3),
+        (r"(iif limit rate over \d+/minute burst )\d+", str(verdicts.segment_sources), 3),
         (r"(\n    limit rate over )\d+", str(queue.rate), 1),
         (rf"(\n    limit rate over {queue.rate}/second burst )\d+", str(queue.burst), 1),
     ):
@@ -173,6 +179,12 @@ def _with_literals(text: str, config: Config) -> str:
         if count != times:
             raise ValueError(f"portward.nft has {count} places for {pattern}, not {times}")
     return text
+
+
+def _per_minute(verdicts: Verdicts) -> int:
+    """How many verdicts a minute a segment may have remembered: its share once in the time that they live. So at
+    most twice the share is alive."""
+    return max(1, verdicts.segment_sources * 60 // max(verdicts.allow_seconds, verdicts.deny_seconds))
 
 
 def _definitions(text: str) -> int:

@@ -36,8 +36,15 @@ def test_values_stand_where_they_belong() -> None:
     config = Config(
         segments=("vni*", "tap1"),
         uplinks=("up0",),
-        queue=Queue(segment_rate=7, segment_burst=8, rate=9, burst=10),
-        verdicts=Verdicts(observe=("tap1",), allow_seconds=11, deny_seconds=12, unknown_seconds=13, sources=1024),
+        queue=Queue(segment_rate=7, segment_burst=8, segment_committed=3, rate=9, burst=10),
+        verdicts=Verdicts(
+            observe=("tap1",),
+            allow_seconds=10,
+            deny_seconds=12,
+            unknown_seconds=13,
+            sources=1024,
+            segment_sources=100,
+        ),
     )
     assert [line for line in changed(config, state=State(8192, synced=True)) if "DEFINITIONS" not in line] == [
         'define SEGMENTS = { "vni*", "tap1" }',
@@ -45,8 +52,8 @@ def test_values_stand_where_they_belong() -> None:
         'define OPEN_SEGMENTS = { "tap1" }',
         "define CURRENT_EPOCH = 0x00000008",
         "define SYNCED = 8192",
-        "set allow4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 11s; size 1024; counter; }",
-        "set allow6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 11s; size 1024; counter; }",
+        "set allow4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 10s; size 1024; counter; }",
+        "set allow6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 10s; size 1024; counter; }",
         "set deny4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
         "set deny6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
         "set observed4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
@@ -57,7 +64,12 @@ def test_values_stand_where_they_belong() -> None:
         "set unknown6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 13s; size 16384; }",
         "update @miss_rate { iif limit rate over 7/second burst 8 packets } "
         "counter name limited goto limit_segment",
+        "update @committed_rate { iif limit rate 3/second burst 12 packets } goto ask",
         "limit rate over 9/second burst 10 packets counter name limited_all goto refuse",
+        *(
+            f"update @share {{ iif limit rate over 500/minute burst 100 packets }} counter name unlearned {after}"
+            for after in ("goto pass", "drop", "goto pass")
+        ),
     ]
 
 
