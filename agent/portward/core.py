@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import time
 from datetime import datetime
+from ipaddress import ip_address
 
 from portward.config import Config, Refusal
 from portward.errors import KernelError, StoreError
@@ -21,12 +23,15 @@ from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.links import Links
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.worker import judge
 from portward.model import Mode
 from portward.policy.preset import Preset
+from portward.selfcheck import SAMPLE, Kind, SelfCheck
 from portward.store import open_store
 from portward.store.protocol import Store
 from portward.table.database import TableError
 from portward.table.follower import Follower
+from portward.table.reader import Reader
 from portward.table.writer import Answers, Committed, Writer, utc_now
 
 _log = logging.getLogger("portward")
@@ -58,6 +63,8 @@ class Core:
         self._counted = Learned(self._nft, self._counting)
         self._counting_reader = self._writer.reader()
         self.counts = Counts(self._owner)
+        self.selfcheck = SelfCheck()
+        self._sample: list[Element] = []
         self._enforcement = Enforcement(self.keeper, self._learned, self._want, self._count_last)
         self._store: Store | None = None
         self._follower: Follower | None = None
@@ -130,7 +137,29 @@ class Core:
 
     def check(self) -> None:
         """Puts the ruleset back where somebody has changed it."""
+        before = self.keeper.repairs
         self._enforcement.check(self.generation)
+        if self.keeper.repairs != before:
+            self.selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
+
+    def correct(self, suspects: list[Source]) -> None:
+        """Makes the kernel forget those of these sources whose remembered verdict is not the table's. Here no
+        change of policy can come between the two readings."""
+        if self.broken:  # the ruleset comes first, and with it everything is forgotten
+            return
+        with contextlib.suppress(OSError):
+            held = [found for source in suspects if (found := self._learned.held(source)) is not None]
+            wrong = [element for element in held if self._differs(self._reader, element)]
+            if not wrong:
+                return
+            self._learned.forget([element.source for element in wrong], self.generation)
+            for element in wrong:
+                address = ip_address(element.source.address)
+                self.selfcheck.differs(
+                    Kind.REMEMBERED,
+                    f"the kernel remembered {element.verdict.name.lower()} for {address} behind interface "
+                    f"{element.source.link}, which is not the table's verdict: forgotten",
+                )
 
     def reload(self, config: Config, preset: Preset) -> None:
         """Takes another configuration and enforces it; raises KernelError, and then nothing has changed."""
@@ -153,7 +182,12 @@ class Core:
     def count(self) -> None:
         """Adds up what the kernel has counted since the last time; nothing where the ruleset is not there."""
         with contextlib.suppress(OSError):
-            self.counts.take_all(self._counted.elements, time.monotonic)
+            self.counts.take_all(self._elements, time.monotonic)
+
+    def suspects(self) -> list[Source]:
+        """The sources, of a sample of those that `count` read last, whose remembered verdict is not the table's
+        now. A change of policy under way makes suspects too: `correct` looks again."""
+        return [element.source for element in self._sample if self._differs(self._counting_reader, element)]
 
     def limited(self) -> dict[str, int]:
         """Packets refused beyond a segment's rate, by segment."""
@@ -167,6 +201,16 @@ class Core:
         with contextlib.suppress(OSError):
             return self._counting.counters(ruleset.TABLE)
         return {}
+
+    def _elements(self) -> list[Element]:
+        found = list(self._counted.elements())
+        self._sample = random.sample(found, min(len(found), SAMPLE))
+        return found
+
+    @staticmethod
+    def _differs(reader: Reader, element: Element) -> bool:
+        finding = reader.lookup(element.source.link, element.source.address)
+        return finding is None or judge(finding)[0] is not element.verdict
 
     # --- what they are made of ---
 

@@ -31,16 +31,22 @@ from portward.core import Core
 from portward.errors import PortwardError
 from portward.gateway import workers
 from portward.gateway.links import Links, follow
+from portward.gateway.probe import Prober
 from portward.gateway.workers import Worker
 from portward.notify import notify, watchdog_seconds
 from portward.policy import preset as presets
 from portward.runtime import Runtime
+from portward.selfcheck import PATIENCE, PAUSE, Kind
 
 _CHECK_SECONDS: Final = 0.25
 _COUNT_SECONDS: Final = 5.0
 # The store's bell wakes at once; the poll is for a store that changed without it, or came back.
 _POLL_SECONDS: Final = 1.0
 _SWITCH_SECONDS: Final = 0.0005
+# Rounds in a row without an answer under the kernel's policy until that is told.
+_STRANGE: Final = 3
+# So many silences in a row until a worker that has never answered is ended.
+_SILENCES: Final = 10
 # Changes of these take another process: sockets and files are opened at the start.
 _FIXED: Final = ("store", "table", "queue", "metrics")
 
@@ -60,6 +66,7 @@ class Daemon:
         self._reload = asyncio.Event()
         self._snapshot = metrics.Snapshot()
         self._reload_failed = False
+        self._strange = 0
         self._started = time.time()
         self._core: Core
         self._workers: list[Worker] = []
@@ -121,6 +128,7 @@ class Daemon:
                 self._follow_links(links),
                 self._follow_config(),
                 self._keep_ruleset(),
+                self._ask_workers(),
                 self._count(),
                 self._write_status(),
                 *(worker.watch() for worker in self._workers),
@@ -201,16 +209,89 @@ class Daemon:
         self._config = config
 
     async def _keep_ruleset(self) -> None:
-        every = watchdog_seconds()
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             await self._step(self._core.check)
-            if every is not None:
+
+    async def _ask_workers(self) -> None:
+        """Asks each worker a question through the kernel, again and again; one that does not answer is ended, and
+        `watch` starts it anew. Only where all have answered is the service manager's watchdog fed."""
+        prober = Prober()
+        try:
+            while True:
+                asked = [worker for worker in self._workers if worker.running]
+                before = await self._count_step(self._core.screen)
+                silent = await self._silent(prober, asked)
+                after = await self._count_step(self._core.screen)
+                for worker in asked:
+                    self._judge_worker(worker, silent=worker in silent)
+                if not silent and len(asked) == len(self._workers):
+                    self._take_answers(before, after)
+                await asyncio.sleep(self._pause)
+        finally:
+            prober.close()
+
+    async def _silent(self, prober: Prober, asked: list[Worker]) -> list[Worker]:
+        """Those of the workers that handle nothing within the time of patience. Under a flood the query may find
+        the queue full; whoever handles other packets meanwhile answers too."""
+        before = {worker: worker.tally.handled() for worker in asked}
+        for worker in asked:
+            try:
+                prober.ask(self._workers.index(worker), self._core.preset.ports[0])
+            except OSError as error:
+                _log.error("the workers cannot be asked whether they answer: lo: %s", error.strerror)
+                return []
+        deadline, pause = time.monotonic() + PATIENCE, 0.005
+        while True:
+            silent = [worker for worker in asked if worker.running and worker.tally.handled() == before[worker]]
+            if not silent or time.monotonic() > deadline:
+                return silent
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.1)
+
+    def _judge_worker(self, worker: Worker, *, silent: bool) -> None:
+        """Ends a worker that has answered and does no more. One that never has is seldom to blame: something keeps
+        packets from its queue, and a new one now and then is enough."""
+        if not silent:
+            worker.answered, worker.silences = True, 0
+            return
+        worker.silences += 1
+        if worker.answered or worker.silences % _SILENCES == 0:
+            what = f"the worker of queue {worker.queue} does not answer: it is ended"
+            worker.kill()
+        else:
+            what = (
+                f"no query has reached the worker of queue {worker.queue}: is a rule of others before the queue?"
+            )
+        self._core.selfcheck.differs(Kind.WORKER, what)
+
+    def _take_answers(self, before: dict[str, int], after: dict[str, int]) -> None:
+        """Feeds the watchdog where answers came under the kernel's policy. Answers under another one are met while
+        a change is on its way, so only the third time in a row counts."""
+        if after.get("answered", 0) > before.get("answered", 0):
+            self._strange = 0
+            self._core.selfcheck.well()
+            if watchdog_seconds() is not None:
                 notify("WATCHDOG=1")
+            return
+        self._strange += 1
+        if self._strange == _STRANGE:
+            self._core.selfcheck.differs(
+                Kind.ANSWER,
+                "workers answer, but not under the policy in the kernel: is the policy table another file? "
+                "restart portward",
+            )
+
+    @property
+    def _pause(self) -> float:
+        every = watchdog_seconds()
+        return PAUSE if every is None else min(PAUSE, every / 4)
 
     async def _count(self) -> None:
         while True:
             await self._count_step(self._core.count)
+            if suspects := await self._count_step(self._core.suspects):
+                await self._step(lambda suspects=suspects: self._core.correct(suspects))  # type: ignore[misc]
             await asyncio.sleep(_COUNT_SECONDS)
 
     async def _write_status(self) -> None:

@@ -37,6 +37,8 @@ class Snapshot:
     queue_dropped: Mapping[Labels, float] = field(default_factory=dict)
     queue_waiting: Mapping[Labels, float] = field(default_factory=dict)
     ruleset_repairs: float = 0
+    divergence: Mapping[Labels, float] = field(default_factory=dict)
+    self_check_age: float = 0
     ruleset_broken: float = 0
     policy_changes: float = 0
     records_refused: float = 0
@@ -75,6 +77,11 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
      "Packets that the kernel dropped since the queue was full (full) or the worker's socket was (socket)."),
     ("queue_waiting", "queue_waiting_packets", False, ("queue",), "Packets that wait for a verdict now."),
     ("ruleset_repairs", "ruleset_repairs", True, (), "Times the ruleset was put back after somebody changed it."),
+    ("divergence", "divergence", True, ("kind",),
+     "Differences that the self-check found between what should be enforced and what was, by kind: ruleset, "
+     "remembered (a verdict), worker (did not answer), answer (not under the policy in the kernel)."),
+    ("self_check_age", "self_check_age_seconds", False, (),
+     "Seconds since every worker last answered a query of the self-check under the policy in the kernel."),
     ("ruleset_broken", "ruleset_broken", False, (),
      "1 where the kernel refuses the ruleset that should be there: port 25 may be open."),
     ("policy_changes", "policy_changes", True, (), "Changes of policy taken into the table."),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
 
 def notify(*words: str) -> None:
-    """Sends assignments such as `READY=1` to the socket named by NOTIFY_SOCKET."""
+    """Sends assignments such as `READY=1` to the socket named by NOTIFY_SOCKET. Where nobody takes them (the
+    manager is being restarted, its socket is full) they are lost: enforcement does not depend on them."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
-        # A leading @ stands for the abstract namespace.
-        out.sendto("\n".join(words).encode(), "\0" + address[1:] if address[0] == "@" else address)
+        out.setblocking(False)
+        with contextlib.suppress(OSError):
+            # A leading @ stands for the abstract namespace.
+            out.sendto("\n".join(words).encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
 def watchdog_seconds() -> float | None:

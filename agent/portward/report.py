@@ -66,6 +66,8 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         policy_changes=core.changes,
         records_refused=core.refused,
         store_errors=core.store_errors,
+        divergence={(kind.value,): count for kind, count in core.selfcheck.divergences.items()},
+        self_check_age=_since(core.selfcheck.answered),
         ruleset_broken=bool(core.broken),
         reload_failed=reload_failed,
         store_age=_age(core),
@@ -107,11 +109,16 @@ def status(core: Core, workers: list[Worker], numbers: Snapshot, *, config: str,
             {
                 "queue": worker.queue,
                 "pid": worker.process.pid if worker.process else None,
-                "running": worker.process is not None and worker.process.returncode is None,
+                "running": worker.running,
                 "restarts": worker.restarts,
             }
             for worker in workers
         ],
+        "self_check": {
+            "at": core.selfcheck.answered,
+            "divergences": {kind.value: count for kind, count in core.selfcheck.divergences.items()},
+            "last_difference": core.selfcheck.last_difference,
+        },
         "ruleset_error": core.broken,
         "ruleset_repairs": numbers.ruleset_repairs,
         "reload_failed": bool(numbers.reload_failed),
@@ -125,6 +132,10 @@ def _by_verdict(numbers: Counter[tuple[str, Class]], drop: int = 0) -> dict[tupl
     for (label, verdict), number in numbers.items():
         named[(label, _VERDICTS[verdict])[drop:]] += number
     return dict(named)
+
+
+def _since(moment: float | None) -> float:
+    return float("inf") if moment is None else max(0.0, time.time() - moment)
 
 
 def _age(core: Core) -> float:

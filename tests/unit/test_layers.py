@@ -20,7 +20,7 @@ LAYERS = (
     ("table",),
     ("store",),
     ("policy",),
-    ("metrics", "runtime", "notify", "config"),
+    ("metrics", "runtime", "notify", "config", "selfcheck"),
     ("documents",),
     ("model", "resources"),
     ("errors", "__init__"),

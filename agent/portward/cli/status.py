@@ -89,6 +89,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         ),
         "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
     ]
+    found.append(_self_check(told["self_check"]))
     for segment in told["segments"]:
         seen = (
             f"{segment['packets']} packets to the judged ports"
@@ -109,6 +110,16 @@ def _lines(told: dict[str, Any]) -> list[str]:
     if told["ruleset_repairs"]:
         found.append(f"ruleset   put back {told['ruleset_repairs']:.0f} times after somebody changed it")
     return found
+
+
+def _self_check(told: dict[str, Any]) -> str:
+    """When all workers last answered, and the last difference that was found."""
+    at, number = told["at"], sum(told["divergences"].values())
+    when = "no worker has answered yet" if at is None else f"every worker answered {_span(time.time() - at)} ago"
+    last = (
+        f"; {number} differences so far, the last {told['last_difference']}" if number else ", no difference found"
+    )
+    return f"check     {when}{last}"
 
 
 def _top_table(rows: list[Any]) -> Table:

@@ -40,6 +40,8 @@ class Class(IntEnum):
 
 
 MISS: Final = EPOCH | Class.MISS
+# A query of the self-check; its answer is class MISS with the epoch that the worker sees.
+PROBE: Final = EPOCH
 MISS_OPEN: Final = EPOCH | Class.MISS_OPEN
 
 

@@ -37,8 +37,8 @@ LEARNED_SETS: Final = {
     mark.Class.UNKNOWN: "unknown",
 }
 COUNTERS: Final = (
-    "internal", "missed", "unlearned", "limited", "limited_all", "stale", "unjudged", "unjudged_open", "headers",
-    "unknown", "held",
+    "internal", "missed", "answered", "answered_stale", "unlearned", "limited", "limited_all", "stale",
+    "unjudged", "unjudged_open", "headers", "unknown", "held",
 )  # fmt: skip
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
@@ -121,6 +121,9 @@ def xtables_rules(want: Wanted) -> tuple[tuple[str, ...], ...]:
     )
     target = ("-j", "NFQUEUE", *queue)
     found: list[tuple[str, ...]] = [(*match, f"{mark.MISS:#x}/{mark.OWN:#x}", *target)]
+    for place, number in enumerate(want.queues, start=1):
+        asked = ("-i", "lo", "-p", "tcp", "--sport", str(place), "-m", "mark", "--mark")
+        found.append((*asked, f"{mark.PROBE:#x}/{mark.OWN:#x}", "-j", "NFQUEUE", "--queue-num", str(number)))
     if want.open:
         found.append((*match, f"{mark.MISS_OPEN:#x}/{mark.OWN:#x}", *target, "--queue-bypass"))
     return tuple(found)
@@ -195,8 +198,15 @@ def _definitions(text: str) -> int:
 def _native_queue(queues: range, *, opens: bool) -> str:
     to = f"{queues[0]}-{queues[-1]}" if len(queues) > 1 else str(queues[0])
     lines = rules("nftables", "native-queue.nft").read_text().splitlines(keepends=True)
+    probe = next(line for line in lines if "$PROBE" in line)
+    lines.remove(probe)
     text = "".join(line for line in lines if opens or "bypass to" not in line)
-    return re.sub(r"(queue (?:flags bypass )?to )0", rf"\g<1>{to}", text)
+    text = re.sub(r"(queue (?:flags bypass )?to )0", rf"\g<1>{to}", text)
+    asked = (
+        probe.replace("sport 1 ", f"sport {place} ").replace("to 0", f"to {queue}")
+        for place, queue in enumerate(queues, start=1)
+    )
+    return "".join(asked) + text
 
 
 def _interfaces(patterns: tuple[str, ...]) -> str:

@@ -33,6 +33,7 @@ class Event(IntEnum):
     NO_SEGMENT = 1  # the table knows no segment behind the interface yet: dropped, not remembered
     RESET_FAILED = 2  # the reset could not be sent: dropped
     ERROR = 3  # the verdict could not be worked out: dropped, and the reason is in the log
+    PROBED = 4  # a query of the self-check, answered
 
 
 _OUTCOMES: Final = len(REASONS) * len(Outcome)
@@ -71,6 +72,11 @@ class Tally:
             if packets := self._numbers[place]:
                 reason, outcome = divmod(place, len(Outcome))
                 yield REASONS[reason], Outcome(outcome), packets, self._numbers[_OUTCOMES + place]
+
+    def handled(self) -> int:
+        """Packets handled so far, of whatever kind."""
+        packets = sum(self._numbers[:_OUTCOMES])
+        return packets + sum(self._numbers[2 * _OUTCOMES :])
 
     def events(self) -> dict[Event, int]:
         """How often each event has happened."""

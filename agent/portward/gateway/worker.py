@@ -30,6 +30,7 @@ from portward.gateway.packet import parse
 from portward.gateway.reset import Resetter
 from portward.gateway.tally import REASONS, Event, Outcome, Tally
 from portward.model import Reason
+from portward.table.layout import Head
 from portward.table.reader import Finding, Reader
 
 READY: Final = "ready"
@@ -58,10 +59,16 @@ def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
 
 
 class Worker:
-    """Gives verdicts on packets; `lookup` is a `Reader.lookup`."""
+    """Gives verdicts on packets; `lookup` and `head` are a `Reader`'s."""
 
-    def __init__(self, lookup: Callable[[int, bytes], Finding | None], tally: Tally, resetter: Resetter) -> None:
-        self._lookup, self._tally, self._resetter = lookup, tally, resetter
+    def __init__(
+        self,
+        lookup: Callable[[int, bytes], Finding | None],
+        head: Callable[[], Head | None],
+        tally: Tally,
+        resetter: Resetter,
+    ) -> None:
+        self._lookup, self._head, self._tally, self._resetter = lookup, head, tally, resetter
         self._failed = False
 
     def handle(self, packet: Any) -> None:
@@ -76,6 +83,9 @@ class Worker:
                 _log.exception("a packet could not be judged and was dropped; such packets are counted")
 
     def _judge(self, packet: Any) -> None:
+        if packet.get_mark() & mark.OWN == mark.PROBE:
+            self._answer(packet)
+            return
         payload = packet.get_payload()
         segment = parse(payload)
         if segment is None:
@@ -94,6 +104,16 @@ class Worker:
             self._tally.event(Event.RESET_FAILED)
         self._tally.verdict(_NUMBER[finding.reason], outcome, attempt=segment.attempt)
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(finding.generation)))
+        packet.accept()
+
+    def _answer(self, packet: Any) -> None:
+        """Answers the self-check: with the epoch of the policy that this process sees."""
+        head = self._head()
+        self._tally.event(Event.PROBED)
+        if head is None:
+            packet.drop()
+            return
+        packet.set_mark(mark.stamp(packet.get_mark(), mark.Class.MISS, mark.epoch_of(head.generation)))
         packet.accept()
 
 
@@ -132,7 +152,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        worker = Worker(Reader.open(arguments.table).lookup, Tally(arguments.tally), Resetter())
+        reader = Reader.open(arguments.table)
+        worker = Worker(reader.lookup, reader.head, Tally(arguments.tally), Resetter())
         serve(arguments.queue, arguments.length, worker.handle, arguments.lifeline)
     except PortwardError as error:
         print(error, file=sys.stderr)

@@ -83,6 +83,12 @@ class Agent:
             self._notified.close()
         return code
 
+    @property
+    def notified(self) -> socket.socket:
+        """Where the daemon's words to the service manager arrive; after a start only."""
+        assert self._notified is not None  # noqa: S101 # tells the type checker
+        return self._notified
+
     def portward(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
         """Runs a verb of portward on the gateway, with the same configuration."""
         verb = [*PROGRAM, *arguments, "--config", os.fspath(self.config)]

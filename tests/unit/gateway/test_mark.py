@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from ipaddress import IPv4Address
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from portward.gateway import mark
+from portward.gateway.probe import SOURCE
 from portward.resources import rules
 
 DEFINES = dict(re.findall(r"(?m)^define (\w+) = (\S+)$", rules("nftables", "portward.nft").read_text()))
@@ -48,3 +50,14 @@ def test_no_verdict_of_any_epoch_is_a_miss(generation: int) -> None:
 @given(st.integers(0, 2**32 - 2))
 def test_the_next_generation_has_another_epoch(generation: int) -> None:
     assert mark.epoch_of(generation) != mark.epoch_of(generation + 1)
+
+
+def test_the_ruleset_has_the_same_query_and_answer() -> None:
+    assert int(DEFINES["PROBE"], 16) == mark.PROBE
+    assert int(DEFINES["ANSWER"]) == mark.Class.MISS
+    assert IPv4Address(DEFINES["PROBE_SOURCE"]).packed == SOURCE
+
+
+def test_no_verdict_and_no_miss_is_a_query() -> None:
+    stamps = {mark.stamp(0, verdict, epoch) for verdict in mark.Class for epoch in range(mark.EPOCHS)}
+    assert mark.PROBE not in stamps | {mark.MISS, mark.MISS_OPEN}

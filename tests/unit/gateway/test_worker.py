@@ -60,7 +60,7 @@ def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | No
     """A worker over a look-up."""
     tally = Tally(Tally.create())
     resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
-    return Worker(lookup, tally, resetter), tally
+    return Worker(lookup, lambda: None, tally, resetter), tally
 
 
 def finding(reason: Reason, *, observed: bool = False, reject: bool = False) -> Finding:

@@ -1,0 +1,101 @@
+"""What differs from what should be enforced is found, mended, counted and told."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from kernel.conftest import ALLOWED, Gateway
+from portward.lab import namespaces
+from portward.lab.agent import until
+from portward.lab.topology import CONTOSO, FABRIKAM
+
+
+def divergences(gateway: Gateway, kind: str) -> float:
+    """How many differences of a kind have been found."""
+    return gateway.agent.metrics()[f'portward_divergence_total{{kind="{kind}"}}']
+
+
+def status(gateway: Gateway) -> Any:
+    """What `portward status --json` prints."""
+    return json.loads(gateway.agent.portward("status", "--json").stdout)
+
+
+def answered(gateway: Gateway) -> float:
+    """Queries of the self-check whose answers the kernel has counted."""
+    return gateway.agent.metrics()['portward_screen_packets_total{rule="answered"}']
+
+
+def test_workers_are_asked_through_the_kernel_all_the_time(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(queue={"workers": 2})
+    before = answered(gateway)
+    until(lambda: answered(gateway) >= before + 4, "two rounds of queries to two workers, answered", seconds=15)
+    events = gateway.agent.metrics()
+    assert events['portward_worker_events_total{event="probed"}'] >= 4
+    assert events["portward_self_check_age_seconds"] < 10
+    assert sum(status(gateway)["self_check"]["divergences"].values()) == 0
+    assert "every worker answered" in gateway.agent.portward("status").stdout
+
+
+def test_a_worker_that_stands_still_is_replaced(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    gateway.source(CONTOSO, "10.0.0.9", ALLOWED)
+    until(lambda: answered(gateway) >= 1, "the first answer")
+    stopped = status(gateway)["workers"][0]["pid"]
+    os.kill(stopped, signal.SIGSTOP)
+    assert not gateway.passes(CONTOSO, "10.0.0.9"), "nobody judges it"
+    until(lambda: divergences(gateway, "worker") == 1, "the silent worker found", seconds=15)
+    until(lambda: status(gateway)["workers"][0]["pid"] not in (stopped, None), "another worker", seconds=15)
+    until(lambda: gateway.passes(CONTOSO, "10.0.0.9"), "the allowed source", seconds=15)
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+
+
+def fed(gateway: Gateway, seconds: float) -> int:
+    """How often the service manager's watchdog is fed within so many seconds."""
+    socket, times = gateway.agent.notified, 0
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([socket], [], [], left)[0]:
+            times += socket.recv(4096) == b"WATCHDOG=1"
+    return times
+
+
+def test_the_watchdog_is_fed_only_while_workers_answer(make_gateway, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    gateway = make_gateway()
+    until(lambda: answered(gateway) >= 1, "the first answer")
+    assert fed(gateway, 3) >= 2
+    namespaces.run(gateway.lab.gateway, ["iptables", "-t", "raw", "-I", "PREROUTING", "1", "-j", "ACCEPT"])
+    until(lambda: divergences(gateway, "worker") >= 1, "no worker can be reached", seconds=15)
+    fed(gateway, 0.2)  # what was sent before
+    assert fed(gateway, 3) == 0
+    namespaces.run(gateway.lab.gateway, ["iptables", "-t", "raw", "-D", "PREROUTING", "-j", "ACCEPT"])
+    until(lambda: fed(gateway, 1) > 0, "answers again", seconds=15)
+
+
+def test_a_verdict_that_somebody_slipped_into_a_set_is_taken_out(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    assert gateway.passes(CONTOSO, "10.0.0.4"), "a right one, which stays"
+    added = namespaces.run(
+        gateway.lab.gateway,
+        ["nft", "add element inet portward allow4 { vni1002 . 10.0.0.4 timeout 10m }"],
+    )
+    assert added.returncode == 0, added.stderr
+    until(lambda: divergences(gateway, "remembered") == 1, "the wrong verdict found", seconds=15)
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+    assert "10.0.0.4 behind interface" in status(gateway)["self_check"]["last_difference"]
+    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
+    assert "10.0.0.4" in listing, "the right one"
+
+
+def test_a_ruleset_that_was_removed_is_counted(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "portward"])
+    until(lambda: divergences(gateway, "ruleset") == 1, "the missing ruleset found")
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
