@@ -8,10 +8,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import change, counted, million, stale  # the path above must be there first
+from bench import change, counted, million, neighbours, stale  # the path above must be there first
 from bench.figures import tell  # as above
 
-_MEASUREMENTS = {"change": change, "counted": counted, "million": million, "stale": stale}
+_MEASUREMENTS = {
+    "change": change,
+    "counted": counted,
+    "million": million,
+    "neighbours": neighbours,
+    "stale": stale,
+}
 
 
 def main(names: list[str]) -> int:

@@ -115,11 +115,11 @@ def make_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
 class running_gateway:  # noqa: N801 # used as a function
     """A gateway that runs within a `with`."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self._folder, self._settings = folder, settings
+    def __init__(self, folder: Path, tenants: tuple[Tenant, ...] = (CONTOSO, FABRIKAM), **settings: Any) -> None:
+        self._folder, self._tenants, self._settings = folder, tenants, settings
 
     def __enter__(self) -> Gateway:
-        self._lab = Lab(lab_name())
+        self._lab = Lab(lab_name(), self._tenants)
         self._lab.up()
         self._agent = Agent(self._lab, self._folder, **self._settings)
         try:

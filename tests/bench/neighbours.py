@@ -1,0 +1,159 @@
+"""Two tenants flood the gateway with sources, at the highest rate trafgen makes: what does a third one feel?
+
+One floods with spoofed IPv4 sources of nobody, the other with all the addresses of its own allowed /64. The
+third opens real connections, each from a source that the gateway has not seen before. Both generators are pinned
+to the first core, and with them what the kernel does for their packets; the rest runs wherever it is put.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from bench.figures import Figure, percentile
+from kernel.conftest import ALLOWED, Gateway, running_gateway, source_records
+from kernel.wire import link_address, segment
+from portward.lab import namespaces
+from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
+
+LITWARE = Tenant("litware", 1003)
+_PREFIX = "2001:db8:1003:5::"
+_OWN = "2001:db8:1002:7::"
+# The first retransmission of a SYN comes after a second: a connection that takes so long has lost a packet.
+_LOST = 0.9
+
+
+def measure(folder: Path, seconds: float = 20.0) -> list[Figure]:
+    """Time to connect from a new source under the floods, the share of connections made, verdicts that survive."""
+    with running_gateway(folder, (CONTOSO, FABRIKAM, LITWARE), verdicts={"allow_seconds": 600}) as gateway:
+        gateway.agent.apply(
+            *source_records(FABRIKAM, f"{_OWN}/64", ALLOWED, uuid4()),
+            *source_records(LITWARE, f"{_PREFIX}/64", ALLOWED, uuid4()),
+        )
+        _route(gateway.lab)
+        with _listening(gateway.lab):
+            quiet, _ = _connect(gateway.lab, 3.0, first=1)
+            remembered = _remembered(gateway)
+            with _floods(gateway.lab, folder):
+                time.sleep(2)
+                before, began = gateway.agent.metrics(), time.monotonic()
+                times, tried = _connect(gateway.lab, seconds, first=100_000)
+                rates = _rates(gateway, before, time.monotonic() - began)
+            survived = len(remembered & _remembered(gateway))
+    print(
+        f"quiet: median {percentile(quiet, 0.5):.2f} ms, p99 {percentile(quiet, 0.99):.2f} ms; flooded: {tried} "
+        f"connections, {rates}"
+    )
+    p50, p99 = percentile(times, 0.5), percentile(times, 0.99)
+    share = 100 * len(times) / tried
+    kept = 100 * survived / max(1, len(remembered))
+    return [
+        Figure("new_source_p99_ms_under_floods", p99, p50, max(times), "ms (from: median)", "<= 20"),
+        Figure("new_source_connected_under_floods", share, share, share, f"% of {tried}", ">= 99.9"),
+        Figure("remembered_after_floods", kept, kept, kept, f"% of {len(remembered)} verdicts", ">= 100"),
+    ]
+
+
+def _route(lab: Lab) -> None:
+    namespaces.batch(lab.gateway, [f"route add {_PREFIX}/64 via {LITWARE.address6} dev {LITWARE.segment}"])
+    namespaces.batch(lab.home(LITWARE), [f"route add local {_PREFIX}/64 dev lo"])
+
+
+@contextmanager
+def _listening(lab: Lab) -> Iterator[None]:
+    with namespaces.inside(lab.internet):
+        listener = socket.create_server((MAIL6, 25), family=socket.AF_INET6, backlog=1024)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                listener.accept()[0].close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def _connect(lab: Lab, seconds: float, first: int) -> tuple[list[float], int]:
+    """Connects every 10 ms from the next source; gives the milliseconds of those made, and how many were tried."""
+    times: list[float] = []
+    tried, end = 0, time.monotonic() + seconds
+    with namespaces.inside(lab.home(LITWARE)):
+        while time.monotonic() < end:
+            with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as client:
+                client.settimeout(_LOST)
+                client.bind((f"{_PREFIX}{(first + tried) >> 16:x}:{(first + tried) & 0xFFFF:x}", 0))
+                tried += 1
+                began = time.perf_counter()
+                with suppress(OSError):
+                    client.connect((MAIL6, 25))
+                    times.append((time.perf_counter() - began) * 1000)
+            time.sleep(0.01)
+    return times, tried
+
+
+def _remembered(gateway: Gateway) -> set[str]:
+    """The third tenant's sources that the kernel remembers."""
+    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow6"]).stdout
+    return {word for word in listing.split() if word.startswith(_PREFIX[:-1])}
+
+
+@contextmanager
+def _floods(lab: Lab, folder: Path) -> Iterator[None]:
+    """trafgen in both tenants' namespaces, on the first core."""
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for tenant, source, randomly in (
+            (CONTOSO, "10.0.0.4", slice(26, 30)),
+            (FABRIKAM, _OWN, slice(30, 38)),
+        ):
+            script = folder / f"{tenant.name}.trafgen"
+            script.write_text(_script(lab, tenant, source, randomly))
+            running.append(
+                namespaces.start(
+                    lab.home(tenant),
+                    ["taskset", "-c", "0", "trafgen", "--dev", "eth0", "--conf", os.fspath(script), "--cpus", "1",
+                     "--no-sock-mem"],
+                    stderr=subprocess.DEVNULL,
+                )
+            )  # fmt: skip
+        yield
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+
+
+def _script(lab: Lab, tenant: Tenant, source: str, randomly: slice) -> str:
+    """A packet to port 25 whose bytes in `randomly` (from the Ethernet header on) are drawn anew each time."""
+    from scapy.layers.l2 import Ether
+
+    ether = Ether(src=link_address(lab.home(tenant), "eth0"), dst=link_address(lab.gateway, tenant.segment))
+    frame = bytes(
+        ether / segment(source, to=MAIL6 if ":" in source else MAIL4, sport=random.randrange(1024, 65536))
+    )
+    octets = [f"{octet:#04x}" for octet in frame]
+    octets[randomly] = [f"drnd({randomly.stop - randomly.start})"]
+    if ":" not in source:
+        # The IP checksum covers the source; trafgen works it out.
+        octets[24:26] = ["csumip(14, 33)"]
+    return "{ " + ", ".join(octets) + " }\n"
+
+
+def _rates(gateway: Gateway, before: dict[str, float], seconds: float) -> str:
+    """How much of the floods met which end, in packets a second."""
+    after = gateway.agent.metrics()
+    rules = ("missed", "limited", "limited_all", "unknown", "unlearned")
+    names = {rule: f'portward_screen_packets_total{{rule="{rule}"}}' for rule in rules}
+    return ", ".join(f"{rule} {(after[name] - before[name]) / seconds:,.0f}/s" for rule, name in names.items())
