@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import change, counted, million, neighbours, stale  # the path above must be there first
 from bench.figures import tell  # as above
 
-# `neighbours` is run by its name only: with both generators and the gateway on two cores it has not come to an end yet.
+# `neighbours` is run by its name only: with generators and gateway on two cores it has not come to an end yet.
 _MEASUREMENTS = {
     "change": change,
     "counted": counted,
