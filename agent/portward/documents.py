@@ -53,7 +53,9 @@ def read_toml(path: Path, type_: type[T]) -> T:
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(path, text, str(error)) from None
     except ValueError as error:  # Python's own limit for a number's digits
-        raise InputError(f"not TOML: {error}", file=str(path), line=_long_number(text)) from None
+        line = _long_number(text)
+        problem = "not TOML: " + (str(error) if line is None else "a number of more digits than can be read")
+        raise InputError(problem, file=str(path), line=line) from None
     try:
         return msgspec.convert(document, type_, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
@@ -94,7 +96,9 @@ def network(value: Any) -> Network:
         right = ip_network(value, strict=False)
     except ValueError:
         raise ValueError(f"{brief(value)} is no IPv4 or IPv6 address or prefix") from None
-    raise ValueError(f"{brief(value)} has bits beyond its prefix length: {right}, or the address alone, would be right")
+    raise ValueError(
+        f"{brief(value)} has bits beyond its prefix length: {right}, or the address alone, would be right"
+    )
 
 
 def network_text(value: Network) -> str:
@@ -123,7 +127,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """What was likely meant: the nearest of the known words, all of them where none is near."""
     known = list(known)
     near = difflib.get_close_matches(word[:_LONGEST_WORD], known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    # Letters of other scripts look the same.
+    written = "" if word.isascii() else f" (written here: {word[:_LONGEST_WORD]!a})"
+    return (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}") + written
 
 
 def field_name(steps: Steps) -> str | None:
@@ -339,12 +345,11 @@ def _text(path: Path) -> str:
 # no comment. As far as a text is right, this reads it as tomllib does.
 _DEPTH_PART: Final = re.compile(
     r"""
-    (?P<key> (?: (?: [A-Za-z0-9_-]++ | "(?:\\.|[^"\\\n])*+" | '[^'\n]*+' ) [ \t]*+ \. [ \t]*+ ){%d} )
+    (?P<key> (?: (?: [A-Za-z0-9_-]++ | "(?:\\.|[^"\\\n])*+" | '[^'\n]*+' ) [ \t]*+ \. [ \t]*+ ){DEEPEST} )
     | "{3} (?:\\.|(?!"{3})[^\\])*+ (?:"{3,5}|\\?\Z) | '{3} (?:(?!'{3}).)*+ (?:'{3,5}|\Z)
     | "(?:\\.|[^"\\\n])*+" | '[^'\n]*+' | [A-Za-z0-9_-]++ | \#[^\n]*+
     | (?P<open>[\[{]) | (?P<close>[\]}])
-    """
-    % _DEEPEST,
+    """.replace("DEEPEST", str(_DEEPEST)),
     re.DOTALL | re.VERBOSE,
 )
 

@@ -375,7 +375,8 @@ _JSON_PART: Final = re.compile(r'"(?:\\.|[^"\\])*+"(?P<key>[ \t\r\n]*+:)?|(?P<op
 def _double_lines(text: str, key: str) -> tuple[int, int]:
     """The lines of the second and the first `key` of the first object of a JSON text to be closed that has it
     twice."""
-    line, waiting = 1, []
+    line = 1
+    waiting: list[list[int]] = []
     for found in _JSON_PART.finditer(text):
         part = found[0]
         if found["open"]:
@@ -406,7 +407,7 @@ def _json_step(text: str, place: int, step: str | int) -> int | None:
     """Where the value of a key, or of a place in a list, begins in the value that begins at `place`."""
     if text[place] not in "{[":
         return None
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # Python reads no number of 5,000 digits
     mapping, at, count = text[place] == "{", _skip(text, place + 1), 0
     while text[at] not in "}]":
         start = at

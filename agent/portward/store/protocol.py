@@ -16,14 +16,16 @@ Each accepted batch of changes is one revision; revisions rise by one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import lru_cache
 from ipaddress import ip_network
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from portward.documents import dec_hook, enc_hook, explained, field_name, network_text
+from portward.documents import brief, dec_hook, enc_hook, explained, field_name, network_text
 from portward.errors import StoreError
 from portward.model import Address, Attachment, Exemption, Record, Subscription
 
@@ -34,6 +36,19 @@ KINDS: Final[dict[str, type[Record]]] = {
     "attachments": Attachment,
     "exemptions": Exemption,
 }
+INSTANTS: Final[dict[type[Record], tuple[str, ...]]] = {
+    Subscription: (),
+    Attachment: ("started",),
+    Exemption: ("requested", "decided", "until"),
+}
+
+# What the kernel takes as an interface name (dev_valid_name in net/core/dev.c), without the wildcard of the
+# configuration: an attachment is in one segment. The length is in bytes.
+_INTERFACE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:*\0]+")
+_LONGEST_INTERFACE: Final = 15
+# Times are kept as microseconds since 1970, of which 0 stands for none; a day's room for zones.
+_FIRST: Final = datetime(1970, 1, 2, tzinfo=UTC)
+_LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 
 class NoStoreError(StoreError):
@@ -136,19 +151,45 @@ def decode(key: str, body: str) -> Record:
         raise RecordError(f"{key}: not a key of a subscription, an attachment or an exemption")
     try:
         record: Record = decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise _record_error(key, body, error) from None
+    for field, problem in flaws(record):
+        raise RecordError(f"{key}: {field}: {problem}")
     if key_of(record) != key:
         raise RecordError(f"{key}: holds the record of {key_of(record)}")
     return record
 
 
-def _record_error(key: str, body: str, error: msgspec.DecodeError) -> RecordError:
+def _record_error(key: str, body: str, error: Exception) -> RecordError:
+    if isinstance(error, RecursionError):
+        return RecordError(f"{key}: nested too deeply")
     try:
         problem, steps = explained(str(error), KINDS[key.partition("/")[0]], msgspec.json.decode(body))
-    except msgspec.DecodeError as malformed:
+    except (msgspec.DecodeError, UnicodeEncodeError) as malformed:
         return RecordError(f"{key}: {malformed}")
     return RecordError(": ".join(part for part in (key, field_name(steps), problem) if part))
+
+
+def flaws(record: Record) -> Iterator[tuple[str, str]]:
+    """What in a record of the right types no gateway can hold: (field, what would be right)."""
+    for name in INSTANTS[type(record)]:
+        at = getattr(record, name)
+        if at is not None and not _FIRST <= at <= _LAST:
+            yield name, f"{at.isoformat()} is out of range: from {_FIRST:%Y-%m-%d} to {_LAST:%Y-%m-%d}"
+    if isinstance(record, Attachment):
+        if not _is_interface(record.segment):
+            problem = (
+                f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, '/', ':' or '*'"
+            )
+            yield "segment", problem
+        if getattr(record.address.network_address, "scope_id", None):
+            yield "address", "an address needs no zone: the segment says which one"
+
+
+@lru_cache(maxsize=65_536)  # a gateway's segments: each is in many attachments
+def _is_interface(name: str) -> bool:
+    fits = name.isprintable() and len(name.encode()) <= _LONGEST_INTERFACE
+    return fits and _INTERFACE.fullmatch(name) is not None
 
 
 def find(
