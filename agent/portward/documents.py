@@ -70,7 +70,9 @@ def mistake(path: Path, problem: str, *steps: str | int) -> InputError:
 
 def dec_hook(type_: Any, value: Any) -> Any:
     """msgspec's hook for the types that it does not know: networks, from text, and paths."""
-    if type_ is Path and isinstance(value, str):
+    if type_ is Path:
+        if not isinstance(value, str):
+            raise ValueError(f"expected a path in quotes, got {brief(value)}")
         return Path(value)
     if type_ is Network:
         return network(value)

@@ -107,6 +107,8 @@ def _read(path: Path) -> Preset:
     for place, net in enumerate(preset.internal):
         if net.prefixlen == 0:
             raise mistake(path, f"{net} is the whole Internet: nothing would be judged", "internal", place)
+        if getattr(net.network_address, "scope_id", None):
+            raise mistake(path, f"{net} has a zone: a destination has none, leave it out", "internal", place)
     _check_once(path, preset.ports, "ports")
     _check_once(path, preset.internal, "internal")
     for name in ("name", "title", "source", "restart", "request"):
