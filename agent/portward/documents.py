@@ -114,6 +114,8 @@ def explained(message: str, type_: Any, document: Any) -> tuple[str, Steps]:
     problem, _, path = message.rpartition(" - at `$") if message.endswith("`") else (message, "", "")
     if not problem:
         problem, path = message, ""
+    if key := re.fullmatch(r"Expected `str` - at `key in \$(.*)`", message):
+        return "every key here is text: put it in quotes", tuple(_steps(key[1]))
     steps = tuple(_steps(path.rstrip("`")))
     if unknown := re.match(r"Object contains unknown field `(.+)`", problem, re.DOTALL):
         return f"unknown key; {nearest(unknown[1], fields_at(type_, steps))}", (*steps, unknown[1])
@@ -448,6 +450,6 @@ def _in_words(problem: str, value: Any) -> str:
         return f"expected {_TYPES[kind]}, got {told}"
     if "timezone" in problem:
         return f"a time needs its zone: {told} and a Z at its end for UTC"
-    if problem == "Number out of range":
+    if problem in ("Number out of range", "Integer value out of range"):
         return "no field takes a number as large as this"
     return problem.replace("`", "")
