@@ -114,7 +114,7 @@ def explained(message: str, type_: Any, document: Any) -> tuple[str, Steps]:
     problem, _, path = message.rpartition(" - at `$") if message.endswith("`") else (message, "", "")
     if not problem:
         problem, path = message, ""
-    if key := re.fullmatch(r"Expected `str` - at `key in \$(.*)`", message):
+    if key := re.fullmatch(r"Expected `str` - at `key` in `\$(.*)`", message):
         return "every key here is text: put it in quotes", tuple(_steps(key[1]))
     steps = tuple(_steps(path.rstrip("`")))
     if unknown := re.match(r"Object contains unknown field `(.+)`", problem, re.DOTALL):
