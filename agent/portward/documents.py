@@ -36,7 +36,7 @@ _LARGEST: Final = 1024 * 1024
 # Deeper than anything here is read; tomllib recurses for lists, and takes the square of the parts of a key.
 _DEEPEST: Final = 16
 # What an operator still reads of a key or of a value that is quoted.
-_LONGEST_WORD, _LONGEST_VALUE = 60, 200
+_LONGEST_WORD, _LONGEST_VALUE, _LONGEST_PROBLEM = 60, 200, 400
 
 _STEP: Final = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 _AT_LINE: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
@@ -65,7 +65,8 @@ def read_toml(path: Path, type_: type[T]) -> T:
 
 def mistake(path: Path, problem: str, *steps: str | int) -> InputError:
     """The InputError for a field that is of the right type and wrong all the same."""
-    return InputError(problem, file=str(path), line=toml_line(_text(path), steps), field=field_name(steps))
+    line = toml_line(_text(path), steps)
+    return InputError(shortened(problem), file=str(path), line=line, field=field_name(steps))
 
 
 def dec_hook(type_: Any, value: Any) -> Any:
@@ -146,6 +147,11 @@ def brief(value: Any) -> str:
     """`repr` of what an operator wrote, cut to what can be read in a message: it may be huge, be nested deeply,
     or hold itself."""
     return _BRIEF.repr(value)
+
+
+def shortened(problem: str) -> str:
+    """A problem, cut to what is still a line: it may quote a whole document."""
+    return problem if len(problem) <= _LONGEST_PROBLEM else f"{problem[:_LONGEST_PROBLEM]} …"
 
 
 class _Brief(reprlib.Repr):
@@ -299,7 +305,8 @@ def _syntax_error(path: Path, text: str, message: str) -> InputError:
     problem = _AT_LINE.sub("", message)
     if problem == "Cannot overwrite a value":
         problem = "stands twice"
-    return InputError(problem, file=str(path), line=line, field=key[1] if key else None)
+    field = _cut(key[1]) if key else None
+    return InputError(shortened(problem), file=str(path), line=line, field=field)
 
 
 def read_text(path: Path, largest: int, *, pipe: bool = False) -> str:

@@ -18,14 +18,12 @@ from typing import Any, Final
 import msgspec
 import yaml
 
-from portward.documents import Steps, brief, dec_hook, explained, field_name, read_text, text_of
+from portward.documents import Steps, brief, dec_hook, explained, field_name, read_text, shortened, text_of
 from portward.errors import InputError
 from portward.model import Record
 from portward.store.protocol import KINDS, decode
 
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
-# A wrong value may be a whole document; a message stays a line.
-_LONGEST: Final = 400
 # Bytes: a million attachments take some 150 MB of JSON. YAML takes 40 times its size of memory while it is read.
 _LARGEST: Final = 256 * 1024 * 1024
 # A record is at the third level of a document, and holds no further one.
@@ -136,12 +134,11 @@ class Document(ABC):
 
     def mistake(self, problem: str, *steps: str | int) -> InputError:
         """The error for a field of this document."""
-        told = problem if len(problem) <= _LONGEST else f"{problem[:_LONGEST]} …"
         try:
             line = self.line(steps)
         except RecursionError:  # only JSON that is nested deeply: what stands there is wrong in any case
             line = None
-        return InputError(told, file=self.name, line=line, field=field_name(steps))
+        return InputError(shortened(problem), file=self.name, line=line, field=field_name(steps))
 
     @abstractmethod
     def line(self, steps: Steps) -> int | None:
