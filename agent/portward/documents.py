@@ -117,6 +117,9 @@ def explained(message: str, type_: Any, document: Any) -> tuple[str, Steps]:
         problem, path = message, ""
     if key := re.fullmatch(r"Expected `str` - at `key` in `\$(.*)`", message):
         return "every key here is text: put it in quotes", tuple(_steps(key[1]))
+    whole = re.fullmatch(r"Object contains unknown field `(.+)`", message, re.DOTALL)
+    if whole and isinstance(document, dict) and whole[1] in document:  # at the top; its name may look like a path
+        problem, path = message, ""
     steps = tuple(_steps(path.rstrip("`")))
     if unknown := re.match(r"Object contains unknown field `(.+)`", problem, re.DOTALL):
         return f"unknown key; {nearest(unknown[1], fields_at(type_, steps))}", (*steps, unknown[1])

@@ -134,11 +134,7 @@ class Document(ABC):
 
     def mistake(self, problem: str, *steps: str | int) -> InputError:
         """The error for a field of this document."""
-        try:
-            line = self.line(steps)
-        except RecursionError:  # only JSON that is nested deeply: what stands there is wrong in any case
-            line = None
-        return InputError(shortened(problem), file=self.name, line=line, field=field_name(steps))
+        return InputError(shortened(problem), file=self.name, line=self.line(steps), field=field_name(steps))
 
     @abstractmethod
     def line(self, steps: Steps) -> int | None:
@@ -162,7 +158,7 @@ class JsonDocument(Document):
         try:
             self._raw = msgspec.json.decode(text, type=_RawLists)
         except msgspec.ValidationError as error:
-            problem, steps = explained(str(error), _Lists, _value(text))
+            problem, steps = explained(str(error), _Lists, self._anything())
             raise self.mistake(problem, *steps) from None
         except msgspec.DecodeError as error:
             raise self._malformed(error) from None
@@ -172,7 +168,10 @@ class JsonDocument(Document):
         """See `Document`. Walks to the field value by value, since JSON's parser keeps no places."""
         place = _skip(self._text, 0)
         for step in steps:
-            found = _json_step(self._text, place, step)
+            try:
+                found = _json_step(self._text, place, step)
+            except (ValueError, IndexError, RecursionError):  # no JSON, or nested deeply, before it is found
+                break
             if found is None:
                 break
             place = found
@@ -197,6 +196,15 @@ class JsonDocument(Document):
             line, first = _double_lines(self._text, error.key)
             problem = f"stands twice in one object, first in line {first}"
             raise InputError(problem, file=self.name, line=line, field=field_name((error.key,))) from None
+
+    def _anything(self) -> Any:
+        """All of the document; raises InputError where it is no JSON further on."""
+        try:
+            return msgspec.json.decode(self._text)
+        except (msgspec.ValidationError, RecursionError):  # a number that is too large; nested deeply
+            return None
+        except msgspec.DecodeError as error:
+            raise self._malformed(error) from None
 
     def _malformed(self, error: msgspec.DecodeError) -> InputError:
         place = re.search(r"\(byte (\d+)\)", str(error))
