@@ -4,7 +4,9 @@ the rest of its revision stands, and the record in force before stays in force."
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
@@ -192,6 +194,32 @@ def test_a_row_that_was_refused_and_then_removed_leaves_nothing_in_force(held: H
     gateway.follower.step(NOW)
     assert gateway.reason(2, "10.0.0.9") is None
     assert gateway.reason(1, "10.0.0.4") is Reason.DENIED_UNKNOWN_SOURCE
+
+
+@pytest.mark.parametrize("number", [-5, 2**63 - 1])
+def test_a_revision_that_cannot_be_is_refused(number: int, held: Held) -> None:
+    """The next one would be no number of the database, and a table takes no negative one."""
+    another = "DROP TRIGGER revision_kept; DELETE FROM revision; PRAGMA foreign_keys = OFF;"
+    with closing(sqlite3.connect(held.store)) as connection:
+        connection.executescript(another)
+        connection.execute("INSERT INTO revision VALUES (?, '', 'another tool')", (number,))
+        connection.commit()
+    inventory = held.store.with_name("inventory.yaml")
+    inventory.write_text("exemptions: []\n")
+    for arguments in (["export"], ["apply", "--prune", str(inventory)]):
+        result = portward(*arguments, "--config", str(held.config))
+        assert result.code == 1
+        told = f"{number} is no revision that can be; restore it from a backup"
+        assert one_line(result.stderr) == f"portward: sqlite:{held.store}: {told}"
+
+
+def test_a_store_whose_name_no_file_can_have_is_refused(held: Held) -> None:
+    inventory = held.store.with_name("inventory.yaml")
+    inventory.write_text(EXAMPLE)
+    held.config.write_text(held.config.read_text().replace("portward.db", "port\\u0000ward.db"))
+    result = portward("apply", str(inventory), "--config", str(held.config))
+    assert result.code == 1
+    assert one_line(result.stderr).endswith("port\\x00ward.db: no file has a NUL in its name")
 
 
 @pytest.mark.parametrize("at", ["''", "'yesterday'", "X'00'", "5", "'2026-01-01'", "'9999-12-31T23:59:59-01:00'"])

@@ -27,6 +27,8 @@ _PATIENCE = 20.0
 # Records that are written between two reports of progress.
 _BATCH: Final = 20_000
 _IDENTITY_BYTES: Final = 16
+# SQLite's integers have 63 bits and a sign; the next revision must still be one.
+_LAST_REVISION: Final = 2**63 - 1
 # What the WAL shrinks to after a large change, in bytes.
 _WAL_LIMIT: Final = 64 * 1024 * 1024
 
@@ -169,6 +171,8 @@ class SqliteStore:
             raise StoreError(f"{self._name}: {error.strerror}") from error
 
     def _find(self, *, create: bool) -> None:
+        if "\0" in str(self._path):
+            raise NoStoreError(f"{self._name}: no file has a NUL in its name")
         if not self._path.parent.is_dir():
             raise NoStoreError(f"{self._name}: there is no folder {self._path.parent}")
         if self._path.exists():
@@ -234,7 +238,10 @@ class SqliteStore:
             raise StoreError(f"{self._name}: another file was put in its place; it has to be opened again")
 
     def _newest(self) -> int:
-        return int(self._connection.execute("SELECT ifnull(max(number), 0) FROM revision").fetchone()[0])
+        newest = int(self._connection.execute("SELECT ifnull(max(number), 0) FROM revision").fetchone()[0])
+        if not 0 <= newest < _LAST_REVISION:
+            raise StoreError(f"{self._name}: {newest} is no revision that can be; restore it from a backup")
+        return newest
 
     def _records(self) -> Iterator[tuple[str, str]]:
         try:
