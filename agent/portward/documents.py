@@ -143,7 +143,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def field_name(steps: Steps) -> str | None:
     """The steps as an operator would write them: `offers[3].created_before`."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{_cut(step)}" for step in steps)
-    return text.removeprefix(".") or None
+    return text.removeprefix(".")[:_LONGEST_VALUE] or None
 
 
 def brief(value: Any) -> str:

@@ -169,8 +169,10 @@ def _record_error(key: str, body: str, error: Exception) -> RecordError:
         return RecordError(f"{_told(key)}: {problem}")
     try:
         document = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.ValidationError, RecursionError):  # a number that is too large; nested deeply
         document = None
+    except msgspec.DecodeError as malformed:  # further on
+        return _record_error(key, body, malformed)
     problem, steps = explained(str(error), KINDS[key.partition("/")[0]], document)
     return RecordError(": ".join(part for part in (_told(key), field_name(steps), problem) if part))
 
