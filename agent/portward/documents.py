@@ -6,15 +6,20 @@ tomllib gives no line of a value, so the text is walked for it, and only where t
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
+import reprlib
+import stat
 import tomllib
+from bisect import bisect_left
 from collections.abc import Iterable
 from datetime import date
 from enum import Enum
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from types import UnionType
-from typing import Any, Final, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import Any, BinaryIO, Final, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -26,6 +31,13 @@ T = TypeVar("T")
 # Where a field is: keys of tables and places in lists, from the top.
 Steps: TypeAlias = tuple[str | int, ...]
 
+# A preset that lists every prefix of a large cloud has a quarter of it.
+_LARGEST: Final = 1024 * 1024
+# Deeper than anything here is read; tomllib recurses for lists, and takes the square of the parts of a key.
+_DEEPEST: Final = 16
+# What an operator still reads of a key or of a value that is quoted.
+_LONGEST_WORD, _LONGEST_VALUE, _LONGEST_PROBLEM = 60, 200, 400
+
 _STEP: Final = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 _AT_LINE: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
 _KEY_OF_LINE: Final = re.compile(r"\s*\[?\[?\s*([\w.-]+)\s*(?:=|\])")
@@ -34,10 +46,16 @@ _KEY_OF_LINE: Final = re.compile(r"\s*\[?\[?\s*([\w.-]+)\s*(?:=|\])")
 def read_toml(path: Path, type_: type[T]) -> T:
     """The document at `path` as a value of `type_`, a msgspec struct; raises InputError."""
     text = _text(path)
+    if (line := _deep(text)) is not None:
+        raise InputError(f"nested more than {_DEEPEST} levels deep", file=str(path), line=line)
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(path, text, str(error)) from None
+    except ValueError as error:  # Python's own limit for a number's digits
+        line = _long_number(text)
+        problem = "not TOML: " + (str(error) if line is None else "a number of more digits than can be read")
+        raise InputError(problem, file=str(path), line=line) from None
     try:
         return msgspec.convert(document, type_, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
@@ -47,12 +65,15 @@ def read_toml(path: Path, type_: type[T]) -> T:
 
 def mistake(path: Path, problem: str, *steps: str | int) -> InputError:
     """The InputError for a field that is of the right type and wrong all the same."""
-    return InputError(problem, file=str(path), line=toml_line(_text(path), steps), field=field_name(steps))
+    line = toml_line(_text(path), steps)
+    return InputError(shortened(problem), file=str(path), line=line, field=field_name(steps))
 
 
 def dec_hook(type_: Any, value: Any) -> Any:
     """msgspec's hook for the types that it does not know: networks, from text, and paths."""
-    if type_ is Path and isinstance(value, str):
+    if type_ is Path:
+        if not isinstance(value, str):
+            raise ValueError(f"expected a path in quotes, got {brief(value)}")
         return Path(value)
     if type_ is Network:
         return network(value)
@@ -69,7 +90,7 @@ def enc_hook(value: Any) -> Any:
 def network(value: Any) -> Network:
     """An address or a prefix from text; raises ValueError that says what would be right."""
     if not isinstance(value, str):
-        raise ValueError(f"expected an address or a prefix in quotes, got {value!r}")
+        raise ValueError(f"expected an address or a prefix in quotes, got {brief(value)}")
     try:
         return ip_network(value)
     except ValueError:
@@ -77,8 +98,10 @@ def network(value: Any) -> Network:
     try:
         right = ip_network(value, strict=False)
     except ValueError:
-        raise ValueError(f"{value!r} is no IPv4 or IPv6 address or prefix") from None
-    raise ValueError(f"{value!r} has bits beyond its prefix length: {right}, or the address alone, would be right")
+        raise ValueError(f"{brief(value)} is no IPv4 or IPv6 address or prefix") from None
+    raise ValueError(
+        f"{brief(value)} has bits beyond its prefix length: {right}, or the address alone, would be right"
+    )
 
 
 def network_text(value: Network) -> str:
@@ -92,28 +115,64 @@ def explained(message: str, type_: Any, document: Any) -> tuple[str, Steps]:
     problem, _, path = message.rpartition(" - at `$") if message.endswith("`") else (message, "", "")
     if not problem:
         problem, path = message, ""
+    if key := re.fullmatch(r"Expected `str` - at `key` in `\$(.*)`", message):
+        return "every key here is text: put it in quotes", tuple(_steps(key[1]))
+    whole = re.fullmatch(r"Object contains unknown field `(.+)`", message, re.DOTALL)
+    if whole and isinstance(document, dict) and whole[1] in document:  # at the top; its name may look like a path
+        problem, path = message, ""
     steps = tuple(_steps(path.rstrip("`")))
-    if unknown := re.match(r"Object contains unknown field `(.+)`", problem):
+    if unknown := re.match(r"Object contains unknown field `(.+)`", problem, re.DOTALL):
         return f"unknown key; {nearest(unknown[1], fields_at(type_, steps))}", (*steps, unknown[1])
     if missing := re.match(r"Object missing required field `(.+)`", problem):
         return "is missing", (*steps, missing[1])
     if problem.startswith("Invalid enum value"):
         value = _value_at(document, steps)
-        return f"{value!r} is none of its values; {nearest(str(value), _enum_values(type_, steps))}", steps
+        return f"{brief(value)} is none of its values; {nearest(str(value), _enum_values(type_, steps))}", steps
     return _in_words(problem, _value_at(document, steps)), steps
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """What was likely meant: the nearest of the known words, all of them where none is near."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    near = difflib.get_close_matches(word[:_LONGEST_WORD], known, n=1)
+    # Letters of other scripts look the same.
+    written = "" if word.isascii() else f" (written here: {word[:_LONGEST_WORD]!a})"
+    return (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}") + written
 
 
 def field_name(steps: Steps) -> str | None:
     """The steps as an operator would write them: `offers[3].created_before`."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
-    return text.lstrip(".") or None
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{_cut(step)}" for step in steps)
+    return text.removeprefix(".")[:_LONGEST_VALUE] or None
+
+
+def brief(value: Any) -> str:
+    """`repr` of what an operator wrote, cut to what can be read in a message: it may be huge, be nested deeply,
+    or hold itself."""
+    return _BRIEF.repr(value)
+
+
+def shortened(problem: str) -> str:
+    """A problem, cut to what is still a line: it may quote a whole document."""
+    return problem if len(problem) <= _LONGEST_PROBLEM else f"{problem[:_LONGEST_PROBLEM]} …"
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxstring = self.maxother = _LONGEST_VALUE
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python turns no number of more than 4,300 digits into text.
+        return repr(x) if x.bit_length() <= 256 else f"a number of {x.bit_length()} bits"
+
+
+_BRIEF: Final = _Brief()
+
+
+def _cut(word: str) -> str:
+    return word if len(word) <= _LONGEST_WORD else f"{word[:_LONGEST_WORD]}…"
 
 
 def fields_at(type_: Any, steps: Steps) -> list[str]:
@@ -143,7 +202,7 @@ class _Walk:
     _BLANK: Final = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
     # Up to two quotes may stand before the three that end a string of many lines (TOML 1.0, Strings).
     _STRING: Final = re.compile(
-        r'"""(?:\\.|(?!""").)*"{3,5}|\'\'\'(?:(?!\'\'\').)*\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'',
+        r'"""(?:\\.|(?!""")[^\\])*"{3,5}|\'\'\'(?:(?!\'\'\').)*\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'',
         re.DOTALL,
     )
     _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
@@ -151,6 +210,7 @@ class _Walk:
 
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
+        self._breaks = [found.start() for found in re.finditer("\n", text)]
         self._items: dict[Steps, int] = {}  # array of tables → place of its last table
         self.lines: dict[Steps, int] = {}
         table: Steps = ()
@@ -236,7 +296,7 @@ class _Walk:
         return self._at
 
     def _note(self, steps: Steps, at: int) -> None:
-        self.lines.setdefault(steps, self._text.count("\n", 0, at) + 1)
+        self.lines.setdefault(steps, bisect_left(self._breaks, at) + 1)
 
 
 def _syntax_error(path: Path, text: str, message: str) -> InputError:
@@ -248,19 +308,79 @@ def _syntax_error(path: Path, text: str, message: str) -> InputError:
     problem = _AT_LINE.sub("", message)
     if problem == "Cannot overwrite a value":
         problem = "stands twice"
-    return InputError(problem, file=str(path), line=line, field=key[1] if key else None)
+    field = _cut(key[1]) if key else None
+    return InputError(shortened(problem), file=str(path), line=line, field=field)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path, largest: int, *, pipe: bool = False) -> str:
+    """The text in a file of at most `largest` bytes; with `pipe`, also in a pipe that somebody writes to. Raises
+    InputError. Never waits for a writer, and never reads a device: some have no end."""
     try:
-        data = path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise InputError(error.strerror or str(error), file=str(path)) from None
+    except ValueError as error:  # a NUL byte in the name
+        raise InputError(str(error), file=str(path)) from None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISFIFO(mode) and pipe:
+            os.set_blocking(descriptor, True)
+        elif stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            kind = "pipe" if stat.S_ISFIFO(mode) else "device"
+            raise InputError(f"is a {kind}; expected a file", file=str(path))
+        elif stat.S_ISDIR(mode):
+            raise InputError(os.strerror(errno.EISDIR), file=str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return text_of(file, str(path), largest)
+    finally:
+        os.close(descriptor)
+
+
+def text_of(file: BinaryIO, name: str, largest: int) -> str:
+    """The text in an open file of at most `largest` bytes, which operators know by `name`; raises InputError."""
+    try:
+        data = file.read(largest + 1)
+    except OSError as error:
+        raise InputError(error.strerror or str(error), file=name) from None
+    if len(data) > largest:
+        raise InputError(f"larger than {largest >> 20} MiB, the most that is read", file=name)
     try:
         return data.decode("utf-8-sig")  # editors of some systems begin a file with a byte order mark
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"byte {data[error.start]:#04x} is not UTF-8", file=str(path), line=line) from None
+        raise InputError(f"byte {data[error.start]:#04x} is not UTF-8", file=name, line=line) from None
+
+
+def _text(path: Path) -> str:
+    return read_text(path, _LARGEST)
+
+
+# What the depth of a TOML text depends on: brackets and the dots of a key, where they stand in no string and in
+# no comment. As far as a text is right, this reads it as tomllib does.
+_DEPTH_PART: Final = re.compile(
+    r"""
+    (?P<key> (?: (?: [A-Za-z0-9_-]++ | "(?:\\.|[^"\\\n])*+" | '[^'\n]*+' ) [ \t]*+ \. [ \t]*+ ){DEEPEST} )
+    | "{3} (?:\\.|(?!"{3})[^\\])*+ (?:"{3,5}|\\?\Z) | '{3} (?:(?!'{3}).)*+ (?:'{3,5}|\Z)
+    | "(?:\\.|[^"\\\n])*+" | '[^'\n]*+' | [A-Za-z0-9_-]++ | \#[^\n]*+
+    | (?P<open>[\[{]) | (?P<close>[\]}])
+    """.replace("DEEPEST", str(_DEEPEST)),
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def _deep(text: str) -> int | None:
+    """The line where a TOML text is nested too deeply to be read; None where it is not."""
+    depth = 0
+    for found in _DEPTH_PART.finditer(text):
+        depth += (found["open"] is not None) - (found["close"] is not None)
+        if found["key"] is not None or depth > _DEEPEST:
+            return text.count("\n", 0, found.start()) + 1
+    return None
+
+
+def _long_number(text: str) -> int | None:
+    found = re.search(r"[0-9_]{1000}", text)
+    return text.count("\n", 0, found.start()) + 1 if found else None
 
 
 def _steps(path: str) -> list[str | int]:
@@ -326,7 +446,7 @@ _BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"
 
 def _in_words(problem: str, value: Any) -> str:
     """msgspec's own words for a wrong value, as an operator would say it."""
-    told = repr(str(value)) if isinstance(value, str | date) else repr(value)
+    told = brief(str(value)) if isinstance(value, str | date) else brief(value)
     if found := re.fullmatch(r"Expected `([\w| ]+)`, got `(\w+)`", problem):
         wanted = (name.strip() for name in found[1].split("|"))
         return f"expected {' or '.join(_TYPES.get(name, name) for name in wanted if name != 'null')}, got {told}"
@@ -340,4 +460,6 @@ def _in_words(problem: str, value: Any) -> str:
         return f"expected {_TYPES[kind]}, got {told}"
     if "timezone" in problem:
         return f"a time needs its zone: {told} and a Z at its end for UTC"
+    if problem in ("Number out of range", "Integer value out of range"):
+        return "no field takes a number as large as this"
     return problem.replace("`", "")

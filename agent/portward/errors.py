@@ -13,6 +13,11 @@ class PortwardError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """The text in one line of printable characters: what it quotes was written by others, and a terminal
+        would obey the rest (escape sequences, line breaks, marks that turn the direction of writing)."""
+        return printable(super().__str__())
+
 
 class InputError(PortwardError):
     """What an operator wrote is wrong: names file, line, field and what would be right. Exit code 2."""
@@ -38,3 +43,10 @@ class ConflictError(StoreError):
 
 class KernelError(PortwardError):
     """The kernel refuses what portward needs: a missing feature, a missing privilege, a taken queue."""
+
+
+def printable(text: str) -> str:
+    """A text with everything that is not a printable character written as an escape, as `repr` does."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

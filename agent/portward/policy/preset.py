@@ -16,7 +16,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from portward.documents import enc_hook, mistake, nearest, read_toml
+from portward.documents import brief, enc_hook, mistake, nearest, read_toml
 from portward.errors import InputError
 from portward.model import Network
 from portward.resources import rules
@@ -98,7 +98,7 @@ def load(name: str) -> Preset:
         return _read(Path(name))
     if name not in bundled():
         hint = nearest(name, bundled())
-        raise InputError(f"no preset is called {name!r}; {hint} (your own: a path)", field="preset")
+        raise InputError(f"no preset is called {brief(name)}; {hint} (your own: a path)", field="preset")
     return _read(rules("policy", f"{name}.toml"))
 
 
@@ -107,8 +107,26 @@ def _read(path: Path) -> Preset:
     for place, net in enumerate(preset.internal):
         if net.prefixlen == 0:
             raise mistake(path, f"{net} is the whole Internet: nothing would be judged", "internal", place)
+        if getattr(net.network_address, "scope_id", None):
+            raise mistake(path, f"{net} has a zone: a destination has none, leave it out", "internal", place)
+    _check_once(path, preset.ports, "ports")
+    _check_once(path, preset.internal, "internal")
+    for name in ("name", "title", "source", "restart", "request"):
+        _check_printable(path, getattr(preset, name), name)
     _check_offers(path, preset)
     return preset
+
+
+def _check_once(path: Path, values: tuple[object, ...], field: str) -> None:
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise mistake(path, f"{value} stands twice here", field, place)
+
+
+def _check_printable(path: Path, text: str, *steps: str | int) -> None:
+    """Every text of a preset is shown by some verb, and a terminal obeys what is not printable."""
+    if not text.isprintable():
+        raise mistake(path, f"{brief(text)} holds what cannot be printed: leave it out", *steps)
 
 
 def _check_offers(path: Path, preset: Preset) -> None:
@@ -119,8 +137,12 @@ def _check_offers(path: Path, preset: Preset) -> None:
         for id_ in offer.ids:
             if id_ in seen:
                 where = "twice here" if seen[id_] == place else f"in offers[{seen[id_]}] too"
-                raise mistake(path, f"offer {id_!r} stands {where}", "offers", place, "ids")
+                raise mistake(path, f"offer {brief(id_)} stands {where}", "offers", place, "ids")
             seen[id_] = place
+            if not id_ or id_ != id_.strip():
+                raise mistake(
+                    path, f"{brief(id_)} is no id: text without white space around it", "offers", place, "ids"
+                )
         _check_offer(path, offer, "offers", place)
     if preset.otherwise is not None:
         if preset.otherwise.ids:
@@ -129,6 +151,11 @@ def _check_offers(path: Path, preset: Preset) -> None:
 
 
 def _check_offer(path: Path, offer: Offer, *steps: str | int) -> None:
+    for text in offer.ids:
+        _check_printable(path, text, *steps, "ids")
+    _check_printable(path, offer.title, *steps, "title")
+    for text in offer.requires:
+        _check_printable(path, text, *steps, "requires")
     if offer.exemption is ExemptionPath.NOT_NEEDED and offer.created_before is not None:
         problem = 'an offer whose exemption is "not-needed" is always let through: it takes no date'
         raise mistake(path, problem, *steps, "created_before")

@@ -18,26 +18,85 @@ from typing import Any, Final
 import msgspec
 import yaml
 
-from portward.documents import Steps, dec_hook, explained, field_name
+from portward.documents import Steps, brief, dec_hook, explained, field_name, read_text, shortened, text_of
 from portward.errors import InputError
 from portward.model import Record
 from portward.store.protocol import KINDS, decode
 
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
-# A wrong value may be a whole document; a message stays a line.
-_LONGEST: Final = 400
+# Bytes: a million attachments take some 150 MB of JSON. YAML takes 40 times its size of memory while it is read.
+_LARGEST: Final = 256 * 1024 * 1024
+# A record is at the third level of a document, and holds no further one.
+_DEEPEST: Final = 32
+# Merge keys (<<) of merge keys double a mapping at each step; the widest record has eight fields.
+_WIDEST_MERGE: Final = 32
 # Records that are written out as YAML at once: enough to be quick, little enough to be forgotten.
 _CHUNK: Final = 1_000
 
 
+_TAG: Final = "tag:yaml.org,2002:"
+_TAGS: Final = tuple(_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map"))
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # C where it is built
-    """YAML in which dates stay text: a date that is none is then told with its place, like any other value."""
+    """YAML in which dates stay text: a date that is none is then told with its place, like any other value.
+
+    Of its tags it takes those that JSON has too. Its depth and its merges have bounds: libyaml's composer calls
+    itself for each level and ends the process where the stack does, and merges of merges would fill the memory.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def descend_resolver(self, parent: yaml.Node | None, index: Any) -> None:
+        """Called by the composer before each node."""
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            mark = None if parent is None else parent.start_mark
+            raise yaml.composer.ComposerError(None, None, f"nested more than {_DEEPEST} levels deep", mark)
+
+    def ascend_resolver(self) -> None:
+        """Called by the composer after each node."""
+        self._depth -= 1
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Called by the constructor before it makes a mapping: puts merged keys into it."""
+        merged = [value for key, value in node.value if key.tag == f"{_TAG}merge"]
+        if not merged:
+            return
+        if len(merged) > 1 or any(len(value.value) > _WIDEST_MERGE for value in merged):
+            self._refuse_merge(node)
+        super().flatten_mapping(node)
+        if len(node.value) > _WIDEST_MERGE:
+            self._refuse_merge(node)
+
+    def _refuse_merge(self, node: yaml.Node) -> None:
+        problem = f"<< makes a mapping of more than {_WIDEST_MERGE} keys"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+    def _checked(self, node: yaml.Node) -> Any:
+        """The value of a node of a known tag. Text that was tagged as something else fails in many ways."""
+        try:
+            return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+        except (ValueError, LookupError):
+            problem = f"{brief(node.value)} is no {node.tag.removeprefix(_TAG)} that can be read"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+    def _unknown(self, node: yaml.Node) -> Any:
+        problem = f"the tag {brief(node.tag)} is not taken; a value stands here without one"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc] # as above
     """The way back: text that looks like a date needs no quotes."""
 
 
+_Loader.yaml_constructors = {
+    **{tag: _Loader._checked if tag in (f"{_TAG}bool", f"{_TAG}int", f"{_TAG}float") else construct
+       for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in _TAGS},
+    None: _Loader._unknown,
+}  # fmt: skip
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -75,8 +134,7 @@ class Document(ABC):
 
     def mistake(self, problem: str, *steps: str | int) -> InputError:
         """The error for a field of this document."""
-        told = problem if len(problem) <= _LONGEST else f"{problem[:_LONGEST]} …"
-        return InputError(told, file=self.name, line=self.line(steps), field=field_name(steps))
+        return InputError(shortened(problem), file=self.name, line=self.line(steps), field=field_name(steps))
 
     @abstractmethod
     def line(self, steps: Steps) -> int | None:
@@ -93,22 +151,27 @@ class JsonDocument(Document):
     """A document in JSON."""
 
     def __init__(self, name: str, text: str) -> None:
-        """Raises InputError for what is no JSON, or has other top-level keys than the three lists."""
+        """Raises InputError for what is no JSON, has a key twice in one object, or has other top-level keys
+        than the three lists."""
         super().__init__(name)
         self._text = text
         try:
             self._raw = msgspec.json.decode(text, type=_RawLists)
         except msgspec.ValidationError as error:
-            problem, steps = explained(str(error), _Lists, _value(text))
+            problem, steps = explained(str(error), _Lists, self._anything())
             raise self.mistake(problem, *steps) from None
         except msgspec.DecodeError as error:
             raise self._malformed(error) from None
+        self._refuse_double_keys()
 
     def line(self, steps: Steps) -> int:
         """See `Document`. Walks to the field value by value, since JSON's parser keeps no places."""
         place = _skip(self._text, 0)
         for step in steps:
-            found = _json_step(self._text, place, step)
+            try:
+                found = _json_step(self._text, place, step)
+            except (ValueError, IndexError, RecursionError):  # no JSON, or nested deeply, before it is found
+                break
             if found is None:
                 break
             place = found
@@ -124,6 +187,24 @@ class JsonDocument(Document):
             problem, steps = explained(str(error), KINDS[kind], _value(item))
             raise self.mistake(problem, kind, place, *steps) from None
         return record
+
+    def _refuse_double_keys(self) -> None:
+        # msgspec takes the last one and says nothing. A second reading costs 0.8 s for a million records.
+        try:
+            json.loads(self._text, object_pairs_hook=_once, parse_int=str, parse_float=str)
+        except _DoubleKeyError as error:
+            line, first = _double_lines(self._text, error.key)
+            problem = f"stands twice in one object, first in line {first}"
+            raise InputError(problem, file=self.name, line=line, field=field_name((error.key,))) from None
+
+    def _anything(self) -> Any:
+        """All of the document; raises InputError where it is no JSON further on."""
+        try:
+            return msgspec.json.decode(self._text)
+        except (msgspec.ValidationError, RecursionError):  # a number that is too large; nested deeply
+            return None
+        except msgspec.DecodeError as error:
+            raise self._malformed(error) from None
 
     def _malformed(self, error: msgspec.DecodeError) -> InputError:
         place = re.search(r"\(byte (\d+)\)", str(error))
@@ -179,8 +260,6 @@ class YamlDocument(Document):
             return node, loader.construct_document(node)
         except yaml.YAMLError as error:
             raise self._malformed(error, text) from None
-        except ValueError as error:
-            raise InputError(f"not YAML: {error}", file=self.name) from None
         finally:
             loader.dispose()
 
@@ -213,7 +292,7 @@ class YamlDocument(Document):
             name = str(key.value)
             if name in lines:
                 problem = f"stands twice in one mapping, first in line {lines[name]}"
-                raise InputError(problem, file=self.name, line=line, field=name)
+                raise InputError(problem, file=self.name, line=line, field=field_name((name,)))
             lines[name] = line
 
 
@@ -223,16 +302,11 @@ _DECODERS: Final = {kind: msgspec.json.Decoder(type_, dec_hook=dec_hook) for kin
 def read_document(name: str) -> Document:
     """One file, `-` for standard input: JSON where it is called so or begins like it, else YAML. Raises
     InputError."""
-    title = "standard input" if name == "-" else name
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise InputError(error.strerror or str(error), file=title) from None
-    try:
-        text = data.decode("utf-8-sig")  # editors of some systems begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"byte {data[error.start]:#04x} is not UTF-8", file=title, line=line) from None
+    if name == "-":
+        title = "standard input"
+        text = text_of(sys.stdin.buffer, title, _LARGEST)
+    else:
+        title, text = name, read_text(Path(name), _LARGEST, pipe=True)
     as_json = name.endswith(".json") or text[_skip(text, 0) :][:1] in ("{", "[")
     try:
         return JsonDocument(title, text) if as_json else YamlDocument(title, text)
@@ -283,6 +357,45 @@ def _value(text: str | msgspec.Raw) -> Any:
         return None
 
 
+class _DoubleKeyError(Exception):
+    """A JSON object holds `key` more than once."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DoubleKeyError(key)
+            seen.add(key)
+
+
+_JSON_PART: Final = re.compile(r'"(?:\\.|[^"\\])*+"(?P<key>[ \t\r\n]*+:)?|(?P<open>[\[{])|[\]}]|\n')
+
+
+def _double_lines(text: str, key: str) -> tuple[int, int]:
+    """The lines of the second and the first `key` of the first object of a JSON text to be closed that has it
+    twice."""
+    line = 1
+    waiting: list[list[int]] = []
+    for found in _JSON_PART.finditer(text):
+        part = found[0]
+        if found["open"]:
+            waiting.append([])
+        elif part in "]}":
+            lines = waiting.pop()
+            if len(lines) > 1:
+                return lines[1], lines[0]
+        elif found["key"] and json.loads(part.rstrip(" \t\r\n:")) == key:
+            waiting[-1].append(line)
+        line += part.count("\n")
+    raise KeyError(key)
+
+
 def _yaml_step(node: yaml.Node, step: str | int) -> tuple[int, yaml.Node] | None:
     """The line (from 0) and the node of a key, or of a place in a list."""
     if isinstance(node, yaml.MappingNode):
@@ -299,7 +412,7 @@ def _json_step(text: str, place: int, step: str | int) -> int | None:
     """Where the value of a key, or of a place in a list, begins in the value that begins at `place`."""
     if text[place] not in "{[":
         return None
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # Python reads no number of 5,000 digits
     mapping, at, count = text[place] == "{", _skip(text, place + 1), 0
     while text[at] not in "}]":
         start = at

@@ -6,26 +6,18 @@ right. Records are kept as the store keeps them, as JSON: a million of them in s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC
-from functools import lru_cache
-from typing import Final
+from ipaddress import IPv4Network, IPv6Network
 from uuid import UUID
 
 from msgspec.structs import replace
 
-from portward.documents import Steps
+from portward.documents import Steps, brief, network_text
 from portward.errors import InputError
-from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
+from portward.model import Attachment, Exemption, ExemptionState, Network, Record, Subscription
 from portward.store.document import Document, read_document
-from portward.store.protocol import Progress, encode, key_of
-
-# What the kernel takes as an interface name (dev_valid_name in net/core/dev.c), without the wildcard of the
-# configuration: an attachment is in one segment. The length is in bytes.
-_INTERFACE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:*\0]+")
-_LONGEST_INTERFACE: Final = 15
-_INSTANTS: Final = {Attachment: ("started",), Exemption: ("requested", "decided", "until")}
+from portward.store.protocol import INSTANTS, Progress, encode, flaws, key_of
 
 
 class Inventory:
@@ -84,7 +76,7 @@ def _in_utc(record: Attachment | Exemption) -> Record:
     """The record with its instants in UTC, as the store keeps them: one instant, one text."""
     moved = {
         name: value.astimezone(UTC)
-        for name in _INSTANTS[type(record)]
+        for name in INSTANTS[type(record)]
         if (value := getattr(record, name)) is not None and value.tzinfo is not UTC
     }
     return replace(record, **moved) if moved else record
@@ -92,27 +84,48 @@ def _in_utc(record: Attachment | Exemption) -> Record:
 
 def _mistakes(record: Record) -> Iterator[tuple[str, str]]:
     """What is wrong with a record beyond the types of its fields: (field, what would be right)."""
+    yield from flaws(record)
     match record:
         case Subscription():
             if not record.offer:
                 yield "offer", "an offer needs an id, like pay-as-you-go"
+            if record.offer != record.offer.strip():
+                yield "offer", f"{brief(record.offer)} begins or ends with white space: an id does not"
+            yield from _unprintable(name=record.name, offer=record.offer)
         case Attachment():
-            if not _is_interface(record.segment):
-                problem = f"{record.segment!r} is no interface name: 1 to 15 bytes, no space, '/', ':' or '*'"
-                yield "segment", problem
-            if getattr(record.address.network_address, "scope_id", None):
-                yield "address", "an address needs no zone: the segment says which one"
+            yield from _mapped(record.address)
         case Exemption():
             yield from _exemption_mistakes(record)
+            # What somebody wrote to justify it may have several lines.
+            lines = record.justification.replace("\n", "").replace("\t", "")
+            yield from _unprintable(by=record.by, justification=lines)
+
+
+def _unprintable(**texts: str) -> Iterator[tuple[str, str]]:
+    for field, text in texts.items():
+        if not text.isprintable():
+            sign = next(sign for sign in text if not sign.isprintable())
+            yield field, f"{brief(text)} holds U+{ord(sign):04X}, which cannot be printed: leave it out"
+
+
+def _mapped(network: Network) -> Iterator[tuple[str, str]]:
+    """No packet has such a source (RFC 4038, 4.2), so what was meant is IPv4."""
+    if isinstance(network, IPv6Network) and network.prefixlen >= 96:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            right = network_text(IPv4Network((mapped, network.prefixlen - 96)))
+            yield "address", f"{network_text(network)} is an IPv4 address within IPv6: {right} would be right"
 
 
 def _exemption_mistakes(record: Exemption) -> Iterator[tuple[str, str]]:
     if record.state is not ExemptionState.REQUESTED and record.decided is None:
         yield "state", f"an exemption that is {record.state} needs `decided`, the time of that decision"
+    if record.state is ExemptionState.REQUESTED and record.decided is not None:
+        yield "decided", "an exemption that is requested is not decided yet: leave `decided` out"
+    if record.state in (ExemptionState.REQUESTED, ExemptionState.REJECTED) and record.until is not None:
+        yield "until", f"an exemption that is {record.state} has no end: only a grant takes `until`"
+    if record.requested is not None and record.decided is not None and record.decided < record.requested:
+        when = f"{record.decided.isoformat()} is before `requested`, {record.requested.isoformat()}"
+        yield "decided", when
     if record.until is not None and record.decided is not None and record.until <= record.decided:
         yield "until", f"{record.until.isoformat()} is not after `decided`, {record.decided.isoformat()}"
-
-
-@lru_cache(maxsize=65_536)  # a gateway's segments: each is in many attachments
-def _is_interface(name: str) -> bool:
-    return _INTERFACE.fullmatch(name) is not None and len(name.encode()) <= _LONGEST_INTERFACE

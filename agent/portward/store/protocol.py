@@ -16,16 +16,19 @@ Each accepted batch of changes is one revision; revisions rise by one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, date, datetime
+from functools import lru_cache
 from ipaddress import ip_network
 from typing import Final, NamedTuple, Protocol, TypeAlias
+from uuid import UUID
 
 import msgspec
 
-from portward.documents import dec_hook, enc_hook, explained, field_name, network_text
+from portward.documents import brief, dec_hook, enc_hook, explained, field_name, network_text
 from portward.errors import StoreError
-from portward.model import Address, Attachment, Exemption, Record, Subscription
+from portward.model import Address, Attachment, Exemption, ExemptionState, Record, Subscription
 
 Progress: TypeAlias = Callable[[int], None]
 
@@ -34,6 +37,20 @@ KINDS: Final[dict[str, type[Record]]] = {
     "attachments": Attachment,
     "exemptions": Exemption,
 }
+INSTANTS: Final[dict[type[Record], tuple[str, ...]]] = {
+    Subscription: (),
+    Attachment: ("started",),
+    Exemption: ("requested", "decided", "until"),
+}
+
+# What the kernel takes as an interface name (dev_valid_name in net/core/dev.c), without the wildcard of the
+# configuration: an attachment is in one segment. The length is in bytes.
+_INTERFACE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:*\0]+")
+_LONGEST_INTERFACE: Final = 15
+_LONGEST_KEY: Final = 200
+# Times are kept as microseconds since 1970, of which 0 stands for none; a day's room for zones.
+_FIRST: Final = datetime(1970, 1, 2, tzinfo=UTC)
+_LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 
 class NoStoreError(StoreError):
@@ -133,22 +150,77 @@ def decode(key: str, body: str) -> Record:
     kind = key.partition("/")[0]
     decoder = _DECODERS.get(kind)
     if decoder is None:
-        raise RecordError(f"{key}: not a key of a subscription, an attachment or an exemption")
+        raise RecordError(f"{_told(key)}: not a key of a subscription, an attachment or an exemption")
     try:
         record: Record = decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise _record_error(key, body, error) from None
+    for field, problem in flaws(record):
+        raise RecordError(f"{_told(key)}: {field}: {problem}")
     if key_of(record) != key:
-        raise RecordError(f"{key}: holds the record of {key_of(record)}")
+        raise RecordError(f"{_told(key)}: holds the record of {key_of(record)}")
     return record
 
 
-def _record_error(key: str, body: str, error: msgspec.DecodeError) -> RecordError:
+def _record_error(key: str, body: str, error: Exception) -> RecordError:
+    if not isinstance(error, msgspec.ValidationError):
+        deep = isinstance(error, RecursionError)
+        problem = "nested too deeply" if deep else f"not JSON: {str(error).removeprefix('JSON is malformed: ')}"
+        return RecordError(f"{_told(key)}: {problem}")
     try:
-        problem, steps = explained(str(error), KINDS[key.partition("/")[0]], msgspec.json.decode(body))
-    except msgspec.DecodeError as malformed:
-        return RecordError(f"{key}: {malformed}")
-    return RecordError(": ".join(part for part in (key, field_name(steps), problem) if part))
+        document = msgspec.json.decode(body)
+    except (msgspec.ValidationError, RecursionError):  # a number that is too large; nested deeply
+        document = None
+    except msgspec.DecodeError as malformed:  # further on
+        return _record_error(key, body, malformed)
+    problem, steps = explained(str(error), KINDS[key.partition("/")[0]], document)
+    return RecordError(": ".join(part for part in (_told(key), field_name(steps), problem) if part))
+
+
+def _told(key: str) -> str:
+    """A key in a message: the longest right one has some hundred characters."""
+    return key if 0 < len(key) <= _LONGEST_KEY else brief(key)
+
+
+def named(key: str) -> Record | None:
+    """A record with this key, of which nothing else is known: enough to take it away. None for no key."""
+    kind, _, rest = key.partition("/")
+    try:
+        match kind:
+            case "subscriptions":
+                record: Record = Subscription(id=UUID(rest), offer="", created=date.min)
+            case "attachments":
+                segment, _, prefix = rest.partition("/")
+                record = Attachment(segment=segment, address=ip_network(prefix), subscription=UUID(int=0))
+            case "exemptions":
+                record = Exemption(subscription=UUID(rest), state=ExemptionState.REVOKED)
+            case _:
+                return None
+    except ValueError:
+        return None
+    return record if key_of(record) == key and not any(flaws(record)) else None
+
+
+def flaws(record: Record) -> Iterator[tuple[str, str]]:
+    """What in a record of the right types no gateway can hold: (field, what would be right)."""
+    for name in INSTANTS[type(record)]:
+        at = getattr(record, name)
+        if at is not None and not _FIRST <= at <= _LAST:
+            yield name, f"{at.isoformat()} is out of range: from {_FIRST:%Y-%m-%d} to {_LAST:%Y-%m-%d}"
+    if isinstance(record, Attachment):
+        if not _is_interface(record.segment):
+            problem = (
+                f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, '/', ':' or '*'"
+            )
+            yield "segment", problem
+        if getattr(record.address.network_address, "scope_id", None):
+            yield "address", "an address needs no zone: the segment says which one"
+
+
+@lru_cache(maxsize=65_536)  # a gateway's segments: each is in many attachments
+def _is_interface(name: str) -> bool:
+    fits = name.isprintable() and len(name.encode()) <= _LONGEST_INTERFACE
+    return fits and _INTERFACE.fullmatch(name) is not None
 
 
 def find(

@@ -26,6 +26,9 @@ _FORMAT: Final = 1
 _PATIENCE = 20.0
 # Records that are written between two reports of progress.
 _BATCH: Final = 20_000
+_IDENTITY_BYTES: Final = 16
+# SQLite's integers have 63 bits and a sign; the next revision must still be one.
+_LAST_REVISION: Final = 2**63 - 1
 # What the WAL shrinks to after a large change, in bytes.
 _WAL_LIMIT: Final = 64 * 1024 * 1024
 
@@ -68,8 +71,10 @@ class SqliteStore:
                 f"{self._path.as_uri()}?mode=rw", uri=True, timeout=_PATIENCE, isolation_level=None
             )
             try:
+                # By default one text that is no UTF-8 would keep all the others from being read.
+                self._connection.text_factory = lambda data: data.decode(errors="backslashreplace")
                 self._prepare(create=create)
-                self._identity: bytes = self._connection.execute("SELECT identity FROM store").fetchone()[0]
+                self._identity = self._read_identity()
                 self._file = self._file_now()
             except BaseException:
                 self._connection.close()
@@ -92,7 +97,7 @@ class SqliteStore:
         """See `Store`."""
         with self._errors():
             row = self._connection.execute("SELECT body FROM record WHERE key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
+        return None if row is None else _text(row[0])
 
     def read_all(self) -> tuple[int, Iterator[tuple[str, str]]]:
         """See `Store`."""
@@ -112,7 +117,8 @@ class SqliteStore:
                 (since,),
             )
             for revision, at, actor, key, before, after in rows:
-                yield Change(revision, datetime.fromisoformat(at), actor, key, before, after)
+                bodies = (None if body is None else _text(body) for body in (before, after))
+                yield Change(revision, _instant(at), _text(actor), _text(key), *bodies)
 
     def write(
         self,
@@ -165,6 +171,8 @@ class SqliteStore:
             raise StoreError(f"{self._name}: {error.strerror}") from error
 
     def _find(self, *, create: bool) -> None:
+        if "\0" in str(self._path):
+            raise NoStoreError(f"{self._name}: no file has a NUL in its name")
         if not self._path.parent.is_dir():
             raise NoStoreError(f"{self._name}: there is no folder {self._path.parent}")
         if self._path.exists():
@@ -214,6 +222,12 @@ class SqliteStore:
         finally:
             self._end_transaction()
 
+    def _read_identity(self) -> bytes:
+        row = self._connection.execute("SELECT identity FROM store").fetchone()
+        if row is None or not isinstance(row[0], bytes) or len(row[0]) != _IDENTITY_BYTES:
+            raise StoreError(f"{self._name}: the store has lost its identity; restore it from a backup")
+        return row[0]
+
     def _file_now(self) -> tuple[int, int]:
         status = self._path.stat()
         return status.st_dev, status.st_ino
@@ -224,12 +238,16 @@ class SqliteStore:
             raise StoreError(f"{self._name}: another file was put in its place; it has to be opened again")
 
     def _newest(self) -> int:
-        return int(self._connection.execute("SELECT ifnull(max(number), 0) FROM revision").fetchone()[0])
+        newest = int(self._connection.execute("SELECT ifnull(max(number), 0) FROM revision").fetchone()[0])
+        if not 0 <= newest < _LAST_REVISION:
+            raise StoreError(f"{self._name}: {newest} is no revision that can be; restore it from a backup")
+        return newest
 
     def _records(self) -> Iterator[tuple[str, str]]:
         try:
             with self._errors():
-                yield from self._connection.execute("SELECT key, body FROM record ORDER BY key")
+                for key, body in self._connection.execute("SELECT key, body FROM record ORDER BY key"):
+                    yield _text(key), _text(body)
         finally:
             self._end_transaction()
 
@@ -275,6 +293,20 @@ def _statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
+
+
+def _text(value: object) -> str:
+    """What a column of text holds. SQLite keeps bytes there too, if another tool writes them: they become a text
+    that is no record, and is refused as that."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def _instant(text: object) -> datetime:
+    """When a revision was written; the first of all days where another tool wrote what is no time."""
+    try:
+        return datetime.fromisoformat(_text(text)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return datetime.min.replace(tzinfo=UTC)
 
 
 _WORDS: Final = {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 
 from portward.model import Attachment, Record
-from portward.store.protocol import Change, RecordError, Store, decode
+from portward.store.protocol import Change, RecordError, Store, decode, named
 from portward.table.writer import Committed, Writer
 
 _log = logging.getLogger("portward.store")
@@ -48,12 +48,11 @@ class Follower:
         if not newest:
             return None
         put = self._readable((change.key, change.after) for change in newest.values() if change.after is not None)
-        gone = self._readable(
-            (change.key, change.before)
-            for change in newest.values()
-            if change.after is None and change.before is not None
-        )
-        return self._writer.apply(list(put), list(gone), revision=revision, now=now)
+        # By its key alone: what the store held there last may be a record that was refused, and then the table
+        # holds the one before.
+        gone = (named(change.key) for change in newest.values() if change.after is None)
+        removed = [record for record in gone if record is not None]
+        return self._writer.apply(list(put), removed, revision=revision, now=now)
 
     def _readable(self, records: Iterable[tuple[str, str]]) -> Iterator[Record]:
         """The records that can be read, attachments last: they are decided by the others."""

@@ -1,0 +1,112 @@
+"""What may come of a document: it is refused in one line that names it, or it is taken, and then what is made of
+it, written out again, says the same. Any other exception comes through, and is a defect."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from portward import config as configuration
+from portward.documents import enc_hook
+from portward.errors import InputError
+from portward.policy import preset as presets
+from portward.store.difference import Difference, check_offers, check_references, described, difference
+from portward.store.document import json_text, yaml_text
+from portward.store.inventory import read_inventory
+from portward.store.protocol import RecordError, decode, encode, key_of, named
+from portward.table.writer import Answers, Writer
+
+NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
+ENDINGS: Final = {"config": "toml", "preset": "toml", "yaml": "yaml", "json": "json"}
+_AZURE: Final = presets.load("azure-2020")
+# A line that a person still reads.
+_LONGEST: Final = 1_500
+
+
+class Oracle:
+    """Judges documents of one kind; its files are in `folder`."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self._kind, self._folder = kind, folder
+        self._writer = Writer(folder, _AZURE, Answers(observe=False, reject=False)) if kind == "record" else None
+        self._revision = 0
+
+    def judge(self, data: bytes) -> bool:
+        """Whether a document is taken; raises AssertionError where what is told of it is not as it should be."""
+        if self._writer is not None:
+            return self._record(data, self._writer)
+        path = self._folder / f"document.{ENDINGS[self._kind]}"
+        path.write_bytes(data)
+        try:
+            self._document(path)
+        except InputError as error:
+            _is_a_line(str(error), f"{path}:")
+            return False
+        return True
+
+    def _document(self, path: Path) -> None:
+        if self._kind == "config":
+            config = configuration.load(path)
+            path.write_bytes(_toml(config))
+            assert configuration.load(path) == config
+        elif self._kind == "preset":
+            preset = presets.load(str(path))
+            path.write_bytes(_toml(preset))
+            assert presets.load(str(path)).digest == preset.digest
+        else:
+            self._inventory(path)
+
+    def _inventory(self, path: Path) -> None:
+        inventory = read_inventory([str(path)])
+        check_offers(inventory, _AZURE)
+        check_references({}, inventory, prune=False)
+        have = inventory.records
+        made = Difference(dict(have), {}, ())
+        for line in described({}, inventory, made):
+            assert line.isprintable()
+        for ending, write in (("yaml", yaml_text), ("json", json_text)):
+            again = path.with_name(f"export.{ending}")
+            again.write_text("".join(write(have)))
+            assert difference(have, read_inventory([str(again)]), prune=True).puts() == []
+
+    def _record(self, data: bytes, writer: Writer) -> bool:
+        key, _, body = data.decode(errors="backslashreplace").partition("\n")
+        try:
+            record = decode(key, body)
+        except RecordError as error:
+            _is_a_line(str(error), "")
+            named(key)
+            return False
+        assert decode(key, encode(record)) == record
+        assert key_of(record) == key
+        away = named(key)
+        assert away is not None
+        self._revision += 1
+        writer.apply([record], [], revision=self._revision, now=NOW)
+        writer.settle(now=NOW)
+        writer.next_expiry()
+        writer.apply([], [away], revision=self._revision, now=NOW)
+        return True
+
+
+def _is_a_line(text: str, start: str) -> None:
+    assert text.startswith(start)
+    assert text.isprintable()
+    assert len(text) < _LONGEST
+
+
+def _toml(value: Any) -> bytes:
+    """As the program's own types; None is left out, since TOML has no word for it."""
+
+    def without_none(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {name: without_none(inner) for name, inner in item.items() if inner is not None}
+        return [without_none(inner) for inner in item] if isinstance(item, list | tuple) else item
+
+    def hook(item: Any) -> Any:
+        return str(item) if isinstance(item, Path) else enc_hook(item)
+
+    return msgspec.toml.encode(without_none(msgspec.to_builtins(value, enc_hook=hook, builtin_types=(date,))))

@@ -1,0 +1,1 @@
+INSERT INTO bad VALUES ('attachments/' || char(27) || '[31m/10.0.0.4', '{"segment":"\u001b[31m","address":"10.0.0.4","subscription":"11111111-0000-4000-8000-000000000002","workload":"vm","started":null}');

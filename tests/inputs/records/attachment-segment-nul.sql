@@ -1,0 +1,1 @@
+INSERT INTO bad VALUES ('attachments/a' || char(0) || 'b/10.0.0.4', '{"segment":"a\u0000b","address":"10.0.0.4","subscription":"11111111-0000-4000-8000-000000000002","workload":"vm","started":null}');

@@ -1,0 +1,1 @@
+INSERT INTO bad VALUES ('exemptions/11111111-0000-4000-8000-000000000002', '{"subscription":"11111111-0000-4000-8000-000000000002","state":"granted","requested":"2026-01-08T09:00:00Z","decided":"2026-01-09T12:00:00Z","until":"1969-06-01T00:00:00Z","by":"","justification":""}');

@@ -1,0 +1,1 @@
+INSERT INTO bad VALUES ('', '{"id":"11111111-0000-4000-8000-000000000002","offer":"pay-as-you-go","created":"2022-06-30","name":"fabrikam","standing":"good","payment_history":true,"mode":"enforce"}');

@@ -1,0 +1,1 @@
+INSERT INTO bad VALUES ('machines/1', '{}');
