@@ -42,7 +42,9 @@ from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
 from portward.model import Attachment, Record, Subscription
 from portward.runtime import read_status
-from portward.store.protocol import key_of
+from portward.store import open_store
+from portward.store.document import json_text
+from portward.store.protocol import KINDS, key_of
 from portward.table.reader import Reader
 
 INJECT: Final = Path(__file__).parent / "inject"
@@ -64,7 +66,6 @@ class Outcome(NamedTuple):
     lost: list[str]
     note: str = ""
     may_leak: bool = False
-    back: float | None = None
 
     @property
     def violations(self) -> list[str]:
@@ -307,25 +308,22 @@ class Ground:
         act: Callable[[], str | None],
         *,
         may_leak: bool = False,
-        settle: Callable[[], None] | None = None,
+        about: str = "",
     ) -> Outcome:
-        """Measures what `act` does until the gateway works again. `settle` is what an operator would do then."""
-        note, wrong = "", []
+        """Measures what `act` does until the gateway works again, and looks at it then. What `act` gives is a
+        note; `about` says more of the fault where something goes wrong."""
+        note, wrong, lost = "", [], []
         with self.traffic.measured() as figures:
-            note = act() or ""
-            if settle is not None:
-                settle()
             try:
+                note = act() or ""
                 self.recovered()
-            except TimeoutError as error:
-                wrong.append(f"not recovered: {error}; {self.last_words()}")
-        if wrong:
-            return Outcome(name, figures, wrong, [], note, may_leak)
-        checked = len(self.traffic.leaked)
-        wrong += self.wrong()
-        lost = self.lost()
-        figures.leaked += self.traffic.leaked[checked:]
-        return Outcome(name, figures, wrong, lost, note, may_leak)
+                wrong, lost = self.wrong(), self.lost()
+            except (AssertionError, TimeoutError) as error:
+                wrong.append(f"{error}; the log ends: {self.last_words()}")
+        about = f"{about}: " if about else ""
+        return Outcome(
+            name, figures, [about + one for one in wrong], [about + one for one in lost], note, may_leak
+        )
 
     def arm(self, process: str, where: str, side: str, nth: int = 1, action: str = "SIGKILL") -> None:
         """The next process of this kind that passes there ends itself."""
@@ -457,14 +455,11 @@ class Ground:
         return found[:5]
 
     def lost(self) -> list[str]:
-        """Acknowledged records that `portward export` does not give as they were applied."""
-        result = self.agent.portward("export", "--json")
-        if result.returncode:
-            return [f"export: {result.stderr.strip()}"]
-        lists = json.loads(result.stdout)
+        """Acknowledged records that are not in the store as they were applied; read as `portward export` does."""
+        with contextlib.closing(open_store(f"sqlite:{self.store}")) as store:
+            lists = json.loads("".join(json_text(dict(store.read_all()[1]))))
         have = {}
-        types: dict[str, Any] = {"subscriptions": Subscription, "attachments": Attachment}
-        for kind, type_ in types.items():
+        for kind, type_ in KINDS.items():
             for item in lists[kind]:
                 record = _decoded(type_, item)
                 have[key_of(record)] = _body(record)
@@ -476,7 +471,7 @@ class Ground:
             else:  # now it is known
                 del self.model.unsure[key]
                 if now:
-                    self.model.records[key] = _decoded(types[key.partition("/")[0]], json.loads(now))
+                    self.model.records[key] = _decoded(KINDS[key.partition("/")[0]], json.loads(now))
         found += [
             key
             for key, record in self.model.records.items()
@@ -516,6 +511,16 @@ class Ground:
     def nft(self, text: str) -> None:
         """Somebody else's nft on the gateway."""
         namespaces.load(self.lab.gateway, text)
+
+    def shift(self, seconds: float) -> None:
+        """Sets the daemon's wall clock wrong by so many seconds."""
+        new = self.control / "shift.new"
+        new.write_text(str(seconds))
+        new.rename(self.control / "shift")
+
+    def repairs(self) -> int:
+        """How often the daemon has put the ruleset back, by its log."""
+        return self.agent.log.read_bytes().count(b"it is put back")
 
     def on_gateway(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Runs a program on the gateway."""

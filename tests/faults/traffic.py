@@ -192,6 +192,11 @@ class Traffic:
             figures.without_known = _without([attempt for attempt in tries if not attempt.fresh])
             figures.missed = self.missed
 
+    def renew(self) -> None:
+        """Interfaces were made anew: frames go to other link addresses now."""
+        self.frames.renew()
+        self.allowed_frames.renew()
+
     def opens(self, since: float) -> bool:
         """Whether connections that were begun after `since` were opened, of every kind."""
         new = {
