@@ -7,6 +7,7 @@ until the gateway works again, and compares what it does with what was applied.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -16,7 +17,6 @@ import socket
 import subprocess
 import threading
 import time
-import urllib.error
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
@@ -58,7 +58,7 @@ _DISK_BYTES: Final = 24 << 20
 
 class Outcome(NamedTuple):
     """What a fault did. `wrong` and `lost` name what differs; `note` is for people. `may_leak`: rules were taken
-    out of the kernel by somebody else, and until they are back nothing is judged."""
+    out of the kernel by somebody else, and until they are back, `back` seconds later, nothing is judged."""
 
     name: str
     figures: Figures
@@ -66,6 +66,7 @@ class Outcome(NamedTuple):
     lost: list[str]
     note: str = ""
     may_leak: bool = False
+    back: float | None = None
 
     @property
     def violations(self) -> list[str]:
@@ -359,7 +360,7 @@ class Ground:
     def _enforces(self) -> bool:
         try:
             numbers = self.agent.metrics()
-        except (OSError, urllib.error.URLError, ValueError):
+        except (OSError, http.client.HTTPException, ValueError):  # it was killed while it answered
             return False
         return numbers.get("portward_enforced_revision", -1) >= self.model.revision and bool(self.agents.workers())
 

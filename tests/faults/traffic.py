@@ -142,6 +142,7 @@ class Traffic:
         self.attempts: list[Attempt] = []
         self.seen: set[int] = set()  # sequence numbers of packets to port 25 that came out
         self._going = True
+        self._oldest = 0.0  # when the oldest try began that has no answer yet
         self._threads: list[threading.Thread] = []
         self.failure: BaseException | None = None
         self.subjects: list[bytes] = []  # sources of the allowed tenant's segment that send all the while
@@ -179,8 +180,10 @@ class Traffic:
             yield figures
         finally:
             end = time.monotonic()
-            # What was begun before the end has its answer by then.
-            time.sleep(PATIENCE + 0.1)
+            # What was begun before the end has its answer by then, and what came out was seen.
+            while self._oldest <= end and self.failure is None:
+                time.sleep(0.01)
+            time.sleep(0.1)
             if self.failure is not None:
                 raise self.failure
             tries = [attempt for attempt in self.attempts if start <= attempt.at <= end]
@@ -282,6 +285,7 @@ class Traffic:
                     assert isinstance(key.fileobj, socket.socket)
                     error = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     self._end(key.fileobj, chooser, waiting, opened=error == 0)
+                self._oldest = min((at for at, *_ in waiting.values()), default=time.monotonic())
                 late = time.monotonic() - PATIENCE
                 for one in [one for one, (at, *_) in waiting.items() if at < late]:
                     self._end(one, chooser, waiting, opened=False)
