@@ -97,7 +97,7 @@ def memory(ground: Ground, rounds: int) -> Iterator[Outcome]:
         ("worker", "packet", "portward.gateway.tally:Tally.verdict"),
     ]
     for _ in range(rounds):
-        for place in raised:
+        for place in raised if rounds > 1 else raised[1::2]:
             yield ground.fault(
                 f"MemoryError in the {place[0]}",
                 lambda place=place: _end_at(ground, Point(*place), "after", "memory"),  # type: ignore[misc]
@@ -135,7 +135,7 @@ def restarts(ground: Ground, rounds: int) -> Iterator[Outcome]:
     """Restart after restart, by SIGTERM and by SIGKILL in turn."""
 
     def act() -> str:
-        for number in range(3 if rounds == 1 else 40 * rounds):
+        for number in range(2 if rounds == 1 else 40 * rounds):
             before = ground.agents.starts
             ground.kill(ground.agents.pid, signal.SIGKILL if number % 2 else signal.SIGTERM)
             until(lambda before=before: ground.agents.starts > before, "started again")  # type: ignore[misc]
@@ -331,6 +331,8 @@ def table_file(ground: Ground, rounds: int) -> Iterator[Outcome]:
     """The table's file is truncated, replaced, overwritten, deleted: while running, and between runs."""
     for _ in range(rounds):
         for number, (name, damage) in enumerate(_DAMAGES.items()):
+            if damage is _halved and rounds == 1:
+                continue  # see below; it takes long
             for running in (True, False) if rounds > 1 else (bool(number % 2),):
                 when = "while running" if running else "between runs"
                 yield ground.fault(
@@ -431,7 +433,8 @@ def store_file(ground: Ground, rounds: int) -> Iterator[Outcome]:
     """The store is replaced by its backup; is overwritten and restored, also around a restart; is gone."""
     for _ in range(rounds):
         yield ground.fault("store replaced by its backup", lambda: _restored(ground, lambda path: None))
-        yield ground.fault("store overwritten, restored", lambda: _restored(ground, _scrambled))
+        if rounds > 1:
+            yield ground.fault("store overwritten, restored", lambda: _restored(ground, _scrambled))
         yield ground.fault(
             "store overwritten, daemon restarted, restored", lambda: _restored(ground, _scrambled, True)
         )
@@ -538,7 +541,7 @@ def element_added(ground: Ground, rounds: int) -> Iterator[Outcome]:
             f"delete element {FAMILY_TABLE} deny4 {{ {index} . {source} }}\n"
             f"add element {FAMILY_TABLE} allow4 {{ {index} . {source} }}"
         )
-        ground.sent_for(3)
+        ground.sent_for(1.5)
         passing = any(at > time.monotonic() - 0.3 for at in ground.traffic.leaked[before:])
         if passing:
             ground.nft(f"delete element {FAMILY_TABLE} allow4 {{ {index} . {source} }}")
@@ -632,10 +635,10 @@ def _forward(ground: Ground) -> str:
 
 
 def _back(ground: Ground) -> str:
-    with _granted(ground, timedelta(seconds=4)) as (source, until_):
-        _expect(ground, source, True, "a grant of four seconds")
+    with _granted(ground, timedelta(seconds=3)) as (source, until_):
+        _expect(ground, source, True, "a grant of three seconds")
         ground.shift(-3600)
-        while datetime.now(UTC) < until_ + timedelta(seconds=1.5):
+        while datetime.now(UTC) < until_ + timedelta(seconds=1.2):
             time.sleep(0.1)
         early = _passes(ground, source)
         assert early, "it ended, and by its clock there is an hour left"
