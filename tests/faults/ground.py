@@ -318,7 +318,10 @@ class Ground:
             try:
                 note = act() or ""
                 self.recovered()
-                wrong, lost = self.wrong(), self.lost()
+                # What nobody acknowledged is known after this, and may be a newer revision.
+                lost = self.lost()
+                until(self._enforces, "the daemon enforces what was not acknowledged", seconds=RECOVERY_SECONDS)
+                wrong = self.wrong()
             except (AssertionError, TimeoutError) as error:
                 wrong.append(f"{error}; the log ends: {self.last_words()}")
         about = f"{about}: " if about else ""
@@ -458,7 +461,9 @@ class Ground:
     def lost(self) -> list[str]:
         """Acknowledged records that are not in the store as they were applied; read as `portward export` does."""
         with contextlib.closing(open_store(f"sqlite:{self.store}")) as store:
-            lists = json.loads("".join(json_text(dict(store.read_all()[1]))))
+            revision, records = store.read_all()
+            lists = json.loads("".join(json_text(dict(records))))
+        self.model.revision = max(self.model.revision, revision)
         have = {}
         for kind, type_ in KINDS.items():
             for item in lists[kind]:

@@ -1,5 +1,5 @@
 """What the kernel promises of a table with an owner that persists (Linux 6.9 and later), and what libnftables
-1.0.6 can do with one. portward's table has no owner: whoever may, removes it, and packets come out until it is back.
+1.0.6 can do with one. portward's table has no owner: whoever removes it opens port 25 until it is back.
 
 The owner is a netlink socket; `flags owner` is known to nft 1.0.6, `persist` is not, so it is set by a raw
 message, here on the socket of the libnftables context itself.
