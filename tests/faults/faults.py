@@ -513,17 +513,21 @@ def _removal(ground: Ground, name: str, act: Callable[[], None]) -> Outcome:
 
     def removed() -> str:
         nonlocal back
+        # At any moment between two looks of the daemon.
+        time.sleep(ground.random.random() * 0.25)
         repairs = ground.repairs()
         act()
-        start = time.monotonic()
-        until(lambda: ground.repairs() > repairs, "the daemon puts it back", seconds=5)
+        start, damaged = time.monotonic(), ground.loaded()
+        if ground.repairs() == repairs:  # else it was put back while it was looked at
+            until(lambda: ground.repairs() > repairs, "the daemon puts it back", seconds=5)
+            until(lambda: ground.loaded() != damaged, "it is back", seconds=5)
         back = time.monotonic() - start
         return f"back after {back * 1000:.0f} ms"
 
     outcome = ground.fault(name, removed, may_leak=True)
     figures = outcome.figures
     return outcome._replace(
-        back=back,
+        back=max(back, figures.leak_seconds),
         note=f"{outcome.note}, {len(figures.leaked)} packets out in {figures.leak_seconds * 1000:.0f} ms",
     )
 

@@ -37,6 +37,7 @@ from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.ruleset import FIXED_SETS, LEARNED_SETS, TABLE
 from portward.gateway.worker import judge
+from portward.gateway.xtables import installed
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
@@ -500,12 +501,12 @@ class Ground:
         goal = self.traffic.sent + int(seconds / SEND_EVERY * SEND_AT_ONCE)
         until(lambda: self.traffic.sent >= goal, "packets of the blocked tenant", seconds=60)
 
-    def fingerprint(self) -> bytes | None:
-        """Of the ruleset as it is loaded; None where there is none."""
+    def loaded(self) -> tuple[object, ...]:
+        """What can be changed by somebody else: the ruleset, its epoch, and the rules in the raw tables."""
         with namespaces.inside(self.lab.gateway):
             netlink = NfNetlink()
             try:
-                return netlink.fingerprint(TABLE, FIXED_SETS)
+                return netlink.fingerprint(TABLE, FIXED_SETS), Learned(Nft(), netlink).epoch(), installed()
             finally:
                 netlink.close()
 
