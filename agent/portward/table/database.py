@@ -7,6 +7,7 @@ is not to be reached, and without it LMDB may leave a file that cannot be read.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -27,6 +28,11 @@ Part: TypeAlias = "lmdb._Database"
 DatabaseError = lmdb.Error
 MapFullError = lmdb.MapFullError
 MapResizedError = lmdb.MapResizedError
+# What LMDB says of a file that it did not write, or that was damaged since.
+_DAMAGED: Final = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PageNotFoundError)
+_FILE, _LOCK_FILE, _ASIDE = "data.mdb", "lock.mdb", "data.mdb.damaged"
+
+_log = logging.getLogger("portward.table")
 
 
 class TableError(PortwardError):
@@ -35,7 +41,7 @@ class TableError(PortwardError):
 
 def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Environment:
     """Opens the table in `folder`. A writer makes folder and file where missing; raises TableError."""
-    if not write and not (folder / "data.mdb").exists():
+    if not write and not (folder / _FILE).exists():
         raise TableError(f"{folder}: there is no policy table here; `portward run` makes it")
     try:
         if write:
@@ -56,6 +62,36 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
         # Slots of readers that were killed would keep old pages alive.
         environment.reader_check()
     return environment
+
+
+def open_for_writing(folder: Path, map_size: int) -> tuple[Environment, dict[bytes, Part]]:
+    """The table in `folder` and its parts; raises TableError.
+
+    What LMDB cannot read is put aside and named in the log, and an empty table takes its place: it holds only
+    what the store holds too, and the gateway begins with nothing until the store was read.
+    """
+    try:
+        environment = open_database(folder, write=True, map_size=map_size)
+        try:
+            return environment, open_parts(environment, write=True)
+        except TableError:
+            environment.close()
+            raise
+    except TableError as error:
+        if not isinstance(error.__cause__, _DAMAGED):
+            raise
+        _log.error("%s: it is put aside as %s, and read from the store anew", error, _ASIDE)
+        _put_aside(folder)
+    environment = open_database(folder, write=True, map_size=map_size)
+    return environment, open_parts(environment, write=True)
+
+
+def _put_aside(folder: Path) -> None:
+    try:
+        (folder / _FILE).replace(folder / _ASIDE)
+        (folder / _LOCK_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise TableError(f"{folder}: the damaged table cannot be put aside: {error.strerror}") from error
 
 
 def open_parts(environment: Environment, *, write: bool) -> dict[bytes, Part]:

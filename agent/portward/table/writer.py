@@ -21,8 +21,7 @@ from portward.table.database import (
     DatabaseError,
     MapFullError,
     TableError,
-    open_database,
-    open_parts,
+    open_for_writing,
 )
 from portward.table.edit import Edit, Place
 from portward.table.reader import Reader
@@ -59,10 +58,9 @@ class Writer:
     """The policy table, open for writing; there is one in a running gateway."""
 
     def __init__(self, folder: Path, preset: Preset, answers: Answers, *, map_size: int = MAP_SIZE) -> None:
-        """Opens or makes the table in `folder`; raises TableError."""
+        """Opens or makes the table in `folder`, anew where it is damaged; raises TableError."""
         self._folder, self.preset, self.answers, self._map_size = folder, preset, answers, map_size
-        self._environment = open_database(folder, write=True, map_size=map_size)
-        self._parts = open_parts(self._environment, write=True)
+        self._environment, self._parts = open_for_writing(folder, map_size)
 
     def close(self) -> None:
         """Closes the table."""

@@ -1,0 +1,85 @@
+"""The places in portward's code where the harness ends a process, and the kind of process that passes there.
+
+Only the standard library, and nothing of portward until `find`: Python imports this before portward itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Final, NamedTuple
+
+
+class Point(NamedTuple):
+    """A function: `where` is `module:name` or `module:Class.name`. `process` (daemon, worker, apply) passes it
+    when `when` happens: change, start, empty (a start without a table), packet, time, repair (of rules), links."""
+
+    process: str
+    when: str
+    where: str
+    nth: int = 1
+
+    @property
+    def name(self) -> str:
+        """The point in one word."""
+        return f"{self.where.split(':')[1]}#{self.nth}@{self.when}"
+
+
+_G, _T, _S = "portward.gateway", "portward.table", "portward.store"
+POINTS: Final = (
+    # a change of policy, in its order
+    Point("daemon", "change", f"{_S}.sqlite:SqliteStore.revision"),
+    Point("daemon", "change", f"{_T}.follower:Follower.step"),
+    Point("daemon", "change", f"{_T}.writer:Writer.apply"),
+    Point("daemon", "change", f"{_T}.writer:Writer._next_head"),
+    Point("daemon", "change", f"{_G}.enforcement:Enforcement.enforce"),
+    Point("daemon", "change", f"{_G}.learned:Learned.move_epoch"),
+    Point("daemon", "change", f"{_G}.enforcement:Enforcement._sources"),
+    Point("daemon", "change", f"{_G}.learned:Learned.forget"),
+    Point("daemon", "change", f"{_G}.nft:Nft.elements"),
+    Point("daemon", "change", f"{_G}.nft:Nft.elements", 2),
+    Point("daemon", "change", f"{_G}.nft:Nft._run"),
+    # the start, in its order
+    Point("daemon", "start", "portward.runtime:Runtime.__init__"),
+    Point("daemon", "start", f"{_T}.writer:Writer.settle"),
+    Point("daemon", "start", f"{_T}.writer:Writer.put_links"),
+    Point("daemon", "start", f"{_G}.workers:Worker.start"),
+    Point("daemon", "start", f"{_G}.enforcement:Enforcement.start"),
+    Point("daemon", "start", f"{_G}.xtables:install"),
+    Point("daemon", "start", f"{_G}.nft:Nft.load"),
+    Point("daemon", "start", f"{_G}.keeper:Keeper.load"),
+    Point("daemon", "empty", f"{_T}.writer:Writer.replace"),
+    # the ruleset was changed by somebody else
+    Point("daemon", "repair", f"{_G}.keeper:Keeper.repair"),
+    Point("daemon", "repair", f"{_G}.xtables:install"),
+    Point("daemon", "repair", f"{_G}.nft:Nft.load"),
+    Point("daemon", "repair", f"{_G}.learned:Learned.forget_everything"),
+    # interfaces come and go
+    Point("daemon", "links", f"{_T}.writer:Writer.put_links"),
+    Point("daemon", "links", f"{_G}.learned:Learned.behind"),
+    # what goes on by itself
+    Point("daemon", "time", "portward.runtime:Runtime.write_status"),
+    Point("daemon", "time", f"{_G}.counts:Counts.take_all"),
+    Point("daemon", "time", f"{_G}.keeper:Keeper.intact"),
+    # a packet in the worker; its own module runs as __main__, so what it calls stands for its lines
+    Point("worker", "packet", f"{_T}.reader:Reader.lookup"),
+    Point("worker", "packet", f"{_G}.tally:Tally.verdict"),
+    Point("worker", "packet", f"{_G}.mark:stamp"),
+    Point("worker", "start", "netfilterqueue:NetfilterQueue.bind"),
+    Point("worker", "start", f"{_T}.reader:Reader.open"),
+    # `portward apply`
+    Point("apply", "change", f"{_S}.sqlite:SqliteStore.write"),
+    Point("apply", "change", f"{_S}.sqlite:SqliteStore._put"),
+    Point("apply", "change", f"{_S}.sqlite:ring"),
+)
+
+
+def find(point: Point) -> tuple[Any, str, Any]:
+    """What holds the function, its name there, and the function as it stands there (a `classmethod` as such).
+    Raises AttributeError or ImportError where there is none."""
+    module, _, name = point.where.partition(":")
+    holder: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for step in path:
+        holder = getattr(holder, step)
+    getattr(holder, last)
+    return holder, last, vars(holder).get(last, getattr(holder, last))
