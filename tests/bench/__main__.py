@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import change, counted, million, neighbours, stale  # the path above must be there first
 from bench.figures import tell  # as above
 
-# `neighbours` is run by its name only: with generators and gateway on two cores it has not come to an end yet.
 _MEASUREMENTS = {
     "change": change,
     "counted": counted,
@@ -28,7 +27,7 @@ def main(names: list[str]) -> int:
         print(f"no measurement is called {', '.join(unknown)}: {', '.join(_MEASUREMENTS)}", file=sys.stderr)
         return 2
     figures = []
-    for name in names or [name for name in _MEASUREMENTS if name != "neighbours"]:
+    for name in names or _MEASUREMENTS:
         with tempfile.TemporaryDirectory(prefix=f"portward-{name}-") as folder:
             print(f"measuring {name} …", file=sys.stderr)
             figures += _MEASUREMENTS[name].measure(Path(folder))
