@@ -27,6 +27,7 @@ _ADDRESS: Final = re.compile(r"(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1
 
 Seconds = Annotated[int, Meta(ge=1, le=86_400)]
 Rate = Annotated[int, Meta(ge=1, le=10_000_000)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 Size = Annotated[int, Meta(ge=16, le=4_194_304)]
 
 
@@ -87,6 +88,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     preset: str = "azure-2020"
     mode: Mode = Mode.ENFORCE
     on_agent_down: OnAgentDown = OnAgentDown.CLOSED
+    max_flip_share: Share = 0.1
     queue: Queue = Queue()
     verdicts: Verdicts = Verdicts()
     metrics: Metrics = Metrics()

@@ -28,9 +28,10 @@ from portward.model import Mode
 from portward.policy.preset import Preset
 from portward.selfcheck import SAMPLE, Kind, SelfCheck
 from portward.store import open_store
+from portward.store.flips import HeldError
 from portward.store.protocol import Store
 from portward.table.database import TableError
-from portward.table.follower import Follower
+from portward.table.follower import Follower, Held
 from portward.table.reader import Reader
 from portward.table.writer import Answers, Committed, Writer, utc_now
 
@@ -54,7 +55,7 @@ class Core:
         self.native = xtables.has_native_queue(self._nft)
         self._learned = Learned(self._nft, self._netlink)
         self.keeper = Keeper(self._nft, self._netlink, self._learned)
-        self._writer = Writer(config.table, preset, answers(config))
+        self._writer = Writer(config.table, preset, answers(config), max_flip_share=config.max_flip_share)
         self._reader = self._writer.reader()
         self._subscriptions: dict[int, str] = {}
         # Counting goes on beside everything else, on a thread, a socket and a view of the table of its own: to
@@ -162,20 +163,26 @@ class Core:
                 )
 
     def reload(self, config: Config, preset: Preset) -> None:
-        """Takes another configuration and enforces it; raises KernelError, and then nothing has changed."""
+        """Takes another configuration and enforces it; raises KernelError, TableError, or HeldError for a preset
+        that would flip too many subscriptions, and then nothing has changed."""
         before = self.config, self.preset
-        self.config, self.preset = config, preset
         try:
+            self._take(config, preset)
             self.keeper.check(self._want())
-        except KernelError:
-            self.config, self.preset = before
+            # Another preset may flip no more than another inventory.
+            settled = self._writer.settle(now=utc_now(), may_flip=preset.digest == before[1].digest)
+        except (KernelError, TableError, HeldError):
+            self._take(*before)
             raise
-        self._writer.preset, self._writer.answers = preset, answers(config)
-        settled = self._writer.settle(now=utc_now())
         linked = self._put_links(self._links)
         self.keeper.load(self._want())
         self._enforcement.enforce(settled)
         self._enforcement.enforce(linked)
+
+    def _take(self, config: Config, preset: Preset) -> None:
+        self.config, self.preset = config, preset
+        self._writer.preset, self._writer.answers = preset, answers(config)
+        self._writer.max_flip_share = config.max_flip_share
 
     # --- and on a thread of its own ---
 
@@ -235,6 +242,11 @@ class Core:
     def refused(self) -> int:
         """Records of the store that could not be read."""
         return 0 if self._follower is None else self._follower.refused
+
+    @property
+    def held(self) -> Held | None:
+        """The change of policy that waits for confirmation; None where none does."""
+        return None if self._follower is None else self._follower.held
 
     def next_expiry(self) -> datetime | None:
         """When `settle` is next due."""

@@ -37,6 +37,7 @@ from portward.notify import notify, watchdog_seconds
 from portward.policy import preset as presets
 from portward.runtime import Runtime
 from portward.selfcheck import PATIENCE, PAUSE, Kind
+from portward.store.flips import HeldError
 
 _CHECK_SECONDS: Final = 0.25
 _COUNT_SECONDS: Final = 5.0
@@ -205,7 +206,12 @@ class Daemon:
         for name in _FIXED:
             if getattr(config, name) != getattr(self._config, name):
                 raise PortwardError(f"{self._path}: {name} cannot change while portward runs: restart it")
-        await self._step(lambda: self._core.reload(config, preset))
+        try:
+            await self._step(lambda: self._core.reload(config, preset))
+        except HeldError as error:
+            raise PortwardError(
+                f"{self._path}: preset {preset.name} {error}; where that is meant, raise max_flip_share with it"
+            ) from None
         self._config = config
 
     async def _keep_ruleset(self) -> None:

@@ -77,7 +77,7 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
             f"{segment!r} is none of the segments of {path}: {', '.join(config.segments)}", field="SEGMENT"
         )
     preset = presets.load(config.preset)
-    known = _from_table(config, segment, source) or _from_store(config, segment, source)
+    known = _from_table(config, preset, segment, source) or _from_store(config, segment, source)
     return _explanation(config, preset, known, segment, source, destination)
 
 
@@ -107,7 +107,7 @@ def _address(field: str, text: str) -> Address:
         raise InputError(f"{text!r} is no IPv4 or IPv6 address", field=field) from None
 
 
-def _from_table(config: Config, segment: str, address: Address) -> Known | None:
+def _from_table(config: Config, preset: Preset, segment: str, address: Address) -> Known | None:
     """What the running daemon enforces; None where none runs, or it has no policy yet."""
     if running(config.table) is None:
         return None
@@ -118,8 +118,11 @@ def _from_table(config: Config, segment: str, address: Address) -> Known | None:
         reader.close()
     if head is None:
         return None
+    place = "table"
+    if head.preset.hex() != preset.digest:
+        place += f" judged by the preset in {config.preset!r} as it is now, which the agent has not taken"
     if holding is None:
-        return Known("table", head.revision)
+        return Known(place, head.revision)
     entry, account = holding.entry, holding.account
     attachment = Attachment(
         segment=segment,
@@ -128,7 +131,7 @@ def _from_table(config: Config, segment: str, address: Address) -> Known | None:
         workload=Workload.PAAS if entry.paas else Workload.VM,
         started=layout.instant(entry.started),
     )
-    return Known("table", head.revision, attachment, account.subscription, account.exemption)
+    return Known(place, head.revision, attachment, account.subscription, account.exemption)
 
 
 def _from_store(config: Config, segment: str, address: Address) -> Known:

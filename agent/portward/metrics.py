@@ -41,6 +41,7 @@ class Snapshot:
     self_check_age: float = 0
     ruleset_broken: float = 0
     policy_changes: float = 0
+    policy_held: float = 0
     records_refused: float = 0
     store_errors: float = 0
     reload_failed: float = 0
@@ -85,6 +86,8 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("ruleset_broken", "ruleset_broken", False, (),
      "1 where the kernel refuses the ruleset that should be there: port 25 may be open."),
     ("policy_changes", "policy_changes", True, (), "Changes of policy taken into the table."),
+    ("policy_held", "policy_held", False, (),
+     "1 where a change would flip more than max_flip_share of all subscriptions and waits for confirmation."),
     ("records_refused", "records_refused", True, (),
      "Records of the store that could not be read; the record in force before stays."),
     ("store_errors", "store_errors", True, (), "Failed readings of the store; the last known policy stays."),

@@ -18,13 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from portward import config as configuration
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
-from portward.errors import InputError
+from portward.errors import InputError, PortwardError
 from portward.policy import preset as presets
 from portward.store import open_store
 from portward.store.difference import Difference, check_offers, check_references, described, difference
 from portward.store.document import json_text, yaml_text
+from portward.store.flips import HeldError, check_flips
 from portward.store.inventory import Inventory, read_inventory
-from portward.store.protocol import NoStoreError
+from portward.store.protocol import CONFIRMED, NoStoreError, confirmation
 
 # What a person reads before it is only counted.
 _LINES: Final = 40
@@ -43,31 +44,52 @@ class _Plan(NamedTuple):
 
 
 def apply(
-    files: Annotated[list[str], typer.Argument(metavar="FILE…", help="YAML or JSON; - for standard input.")],
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE…", help="YAML or JSON; - for standard input.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")
     ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove what the files do not name.")] = False,
+    confirm: Annotated[
+        bool,
+        typer.Option(
+            "--confirm",
+            help="Also where more than max_flip_share of all subscriptions flip. Without FILE: let through what "
+            "the agents hold.",
+        ),
+    ] = False,
     actor: Annotated[str | None, typer.Option("--as", metavar="NAME", help="Who changes it, for the log.")] = None,
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
     """Bring subscriptions, attachments and exemptions into the store: all of the files, or nothing.
 
-    A running agent enforces the change at once.
+    A running agent enforces the change at once. One that would flip the verdict of more than max_flip_share of
+    all subscriptions is refused, unless it is confirmed.
 
     Example: portward apply --dry-run inventory.yaml
     """
     settings = configuration.load(config)
     who = _actor(actor)
+    if not files:
+        if not confirm or dry_run or prune:
+            raise InputError("missing: name an inventory, or - for standard input", field="FILE")
+        _confirm(settings.store, who, json=json)
+        return
     with _progress() as step:
         plan = _plan(settings, files, step, prune=prune)
-        revision = plan.revision if dry_run else _write(settings.store, plan, who, step)
+        held = None if confirm else _too_many(settings, plan)
+        if held is not None and not dry_run:
+            raise PortwardError(f"nothing was written: this {held}; --dry-run shows it, --confirm applies it")
+        revision = plan.revision if dry_run else _write(settings.store, plan, who, step, confirm=confirm)
     if json:
-        typer.echo(msgspec.json.encode(_machine(plan, revision, dry_run=dry_run)).decode())
+        typer.echo(msgspec.json.encode(_machine(plan, revision, held, dry_run=dry_run)).decode())
         return
     for line in _lines(plan, revision, dry_run=dry_run):
         typer.echo(line)
+    if held is not None:
+        typer.echo(f"it {held}: to be applied with --confirm only")
 
 
 def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
@@ -97,22 +119,46 @@ def _held(url: str) -> tuple[dict[str, str], int]:
     """All records of a store, and their revision."""
     with contextlib.closing(open_store(url)) as store:
         revision, records = store.read_all()
-        return dict(records), revision
+        return {key: body for key, body in records if key != CONFIRMED}, revision
 
 
-def _write(url: str, plan: _Plan, who: str, step: Step) -> int:
+def _too_many(settings: configuration.Config, plan: _Plan) -> HeldError | None:
+    """Why the agents would hold the change; None where they would not."""
+    preset = presets.load(settings.preset)
+    try:
+        check_flips(plan.have, plan.change.puts(), preset, share=settings.max_flip_share, now=datetime.now(UTC))
+    except HeldError as held:
+        return held
+    return None
+
+
+def _confirm(url: str, who: str, *, json: bool) -> None:
+    """Confirms everything that the store holds, for agents that hold a part of it."""
+    with contextlib.closing(open_store(url)) as store:
+        newest = store.revision()
+        store.write([confirmation(newest + 1)], expected=newest, actor=who, at=datetime.now(UTC))
+    if json:
+        typer.echo(msgspec.json.encode({"revision": newest + 1, "confirmed": newest}).decode())
+    else:
+        typer.echo(f"confirmed everything up to revision {newest}, as revision {newest + 1}")
+
+
+def _write(url: str, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int:
     """Brings the difference into the store, and gives the revision; makes the store where it is missing."""
     puts = plan.change.puts()
     if not puts:
         return plan.revision
+    if confirm:
+        puts.append(confirmation(plan.revision + 1))
     with contextlib.closing(open_store(url, create=True)) as store:
         progress = step("writing", len(puts))
         return store.write(puts, expected=plan.revision, actor=who, at=datetime.now(UTC), progress=progress)
 
 
-def _machine(plan: _Plan, revision: int, *, dry_run: bool) -> dict[str, object]:
+def _machine(plan: _Plan, revision: int, held: HeldError | None, *, dry_run: bool) -> dict[str, object]:
     told: dict[str, object] = {"revision": revision, "dry_run": dry_run, **plan.change.counts()}
     if dry_run:
+        told["held"] = None if held is None else held.flips._asdict()
         told["changes"] = [
             {"key": put.key, "before": _raw(plan.have.get(put.key)), "after": _raw(put.body)}
             for put in plan.change.puts()

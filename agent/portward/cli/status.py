@@ -103,6 +103,12 @@ def _lines(told: dict[str, Any]) -> list[str]:
         found.append("segment   NONE: no interface matches `segments`")
     if age > _STALE_SECONDS:
         found.insert(0, f"this is {age:.0f} s old: the agent does not report")
+    if held := told["held"]:
+        found.insert(
+            0,
+            f"HELD      revision {held['revision']} would flip the verdict of {held['flipped']} of "
+            f"{held['subscriptions']} subscriptions: `portward apply --confirm` lets it through",
+        )
     if told["ruleset_error"]:
         found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
     if told["reload_failed"]:

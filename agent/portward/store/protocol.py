@@ -11,6 +11,9 @@ Addresses are compressed and in lower case; a prefix of one address is written a
 two keys. No segment holds a `/`, so what follows the second one is the prefix, with its own.
 
 The exemption of a subscription is one record, its latest state; what it was before stands in the change log.
+
+Beside the records there may be one more key, `confirmed`: the number of the revision up to which somebody has
+confirmed that many subscriptions may flip.
 Each accepted batch of changes is one revision; revisions rise by one.
 """
 
@@ -51,6 +54,9 @@ _LONGEST_KEY: Final = 200
 # Times are kept as microseconds since 1970, of which 0 stands for none; a day's room for zones.
 _FIRST: Final = datetime(1970, 1, 2, tzinfo=UTC)
 _LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
+
+
+CONFIRMED: Final = "confirmed"
 
 
 class NoStoreError(StoreError):
@@ -221,6 +227,16 @@ def flaws(record: Record) -> Iterator[tuple[str, str]]:
 def _is_interface(name: str) -> bool:
     fits = name.isprintable() and len(name.encode()) <= _LONGEST_INTERFACE
     return fits and _INTERFACE.fullmatch(name) is not None
+
+
+def confirmation(revision: int) -> Put:
+    """What, written as part of this revision, confirms it and all before it."""
+    return Put(CONFIRMED, str(revision))
+
+
+def confirmed(body: str | None) -> int:
+    """The revision up to which everything is confirmed; 0 where nothing is, or no number stands there."""
+    return int(body) if body is not None and re.fullmatch(r"[0-9]{1,19}", body) else 0
 
 
 def find(

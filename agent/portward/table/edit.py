@@ -6,7 +6,7 @@ what its records reach: their own entries, and the other entries of their subscr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Final, NamedTuple, TypeAlias
 from uuid import UUID
@@ -109,6 +109,30 @@ class Edit:
                 ended.add(int.from_bytes(cursor.value(), "big"))
                 cursor.delete()
         return ended
+
+    def flipped(self, before: Transaction) -> int:
+        """How many subscriptions that `before`, a reading of the table as it still is, knows have a source that
+        this edit makes pass or be refused, other than before."""
+        entries, turned = self._parts[b"entries"], set()
+        for key, data in self._touched(before):
+            old = layout.Entry.unpack(data)
+            if old.subscription not in turned:
+                new = self._transaction.get(key, db=entries)
+                if _passes(old) != (new is not None and _passes(layout.Entry.unpack(new))):
+                    turned.add(old.subscription)
+        return len(turned)
+
+    def _touched(self, before: Transaction) -> Iterator[tuple[bytes, bytes]]:
+        """The entries, as they still are, that this edit may have changed."""
+        entries = self._parts[b"entries"]
+        if self.everything:
+            with before.cursor(entries) as cursor:
+                yield from cursor
+            return
+        for place in self.changed:
+            key = layout.key_of(self._segments[place.segment], place.network)
+            if (data := before.get(key, db=entries)) is not None:
+                yield key, data
 
     def put_links(self, want: dict[int, tuple[str, bool]], touched: frozenset[int]) -> set[int]:
         """Makes the links be `want` (index → segment name, observed); gives the indexes that have changed,
@@ -280,6 +304,10 @@ class Edit:
         for key, counts in self._lengths.items():
             used = {length: count for length, count in counts.items() if count > 0}
             self._transaction.put(key, layout.pack_lengths(used), db=self._parts[b"lengths"])
+
+
+def _passes(entry: layout.Entry) -> bool:
+    return entry.reason.allows or entry.observed
 
 
 def _meaning(entry: layout.Entry) -> tuple[bool, bool, bool, int]:

@@ -1,5 +1,8 @@
 """The policy table follows the store: what was committed there since is taken in, as one change.
 
+A change that would flip too many subscriptions is held, and with it all that comes after: until somebody confirms
+it, or until the store's next revisions take it back.
+
 A record that cannot be read is refused by itself: it is named, counted, and what the table holds under its
 key stays in force; the rest of the change stands.
 """
@@ -9,40 +12,74 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from datetime import datetime
+from typing import NamedTuple
 
 from portward.model import Attachment, Record
-from portward.store.protocol import Change, RecordError, Store, decode, named
+from portward.store.flips import Flips, HeldError
+from portward.store.protocol import CONFIRMED, Change, RecordError, Store, confirmed, decode, named
 from portward.table.writer import Committed, Writer
 
 _log = logging.getLogger("portward.store")
 
 
+class Held(NamedTuple):
+    """The change up to `revision` is not taken in: what it would flip, and the share that is allowed."""
+
+    revision: int
+    flips: Flips
+    share: float
+
+
 class Follower:
-    """Brings a table up to the revision of a store."""
+    """Brings a table up to the revision of a store. `held` is the change that waits for confirmation, if any."""
 
     def __init__(self, store: Store, writer: Writer) -> None:
         self._store, self._writer = store, writer
         self.refused = 0
+        self.held: Held | None = None
 
     def step(self, now: datetime) -> Committed | None:
-        """Takes in what is new; None where nothing is. Raises StoreError or TableError, and then the table
-        stands as it stood."""
-        revision, identity = self._store.revision(), self._store.identity()
-        head = self._writer.head()
+        """Takes in what is new; None where nothing is, or it is held. Raises StoreError or TableError, and then
+        the table stands as it stood."""
+        revision, share = self._store.revision(), self._writer.max_flip_share
+        if self.held is not None and (self.held.revision, self.held.share) == (revision, share):
+            return None
+        try:
+            committed = self._take(revision, now)
+        except HeldError as error:
+            self.held = Held(revision, error.flips, share)
+            _log.error(
+                "revision %d %s: it is held, and the policy before stays in force; `portward apply --confirm` "
+                "lets it through", revision, error,
+            )  # fmt: skip
+            return None
+        self.held = None
+        return committed
+
+    def _take(self, revision: int, now: datetime) -> Committed | None:
+        head, identity = self._writer.head(), self._store.identity()
         if head is None or head.store != identity or head.revision > revision:
             return self._replace(identity, now)
         if head.revision == revision:
             return None
-        return self._apply(self._store.changes(head.revision), now)
+        return self._apply(list(self._store.changes(head.revision)), head.revision, now)
 
     def _replace(self, identity: bytes, now: datetime) -> Committed:
+        sure = confirmed(self._store.get(CONFIRMED))
         revision, records = self._store.read_all()
-        return self._writer.replace(self._readable(records), revision=revision, store=identity, now=now)
+        return self._writer.replace(
+            self._readable(records), revision=revision, store=identity, now=now, confirmed=sure == revision
+        )
 
-    def _apply(self, changes: Iterable[Change], now: datetime) -> Committed | None:
+    def _apply(self, changes: list[Change], since: int, now: datetime) -> Committed | None:
+        # What came after a confirmation is not confirmed by it: the next step takes it in.
+        upto = max((_confirmed(change) for change in changes if change.key == CONFIRMED), default=0)
+        sure = upto > since
         newest: dict[str, Change] = {}
         revision = 0
         for change in changes:
+            if sure and change.revision > upto:
+                break
             newest[change.key] = change
             revision = change.revision
         if not newest:
@@ -52,12 +89,14 @@ class Follower:
         # holds the one before.
         gone = (named(change.key) for change in newest.values() if change.after is None)
         removed = [record for record in gone if record is not None]
-        return self._writer.apply(list(put), removed, revision=revision, now=now)
+        return self._writer.apply(list(put), removed, revision=revision, now=now, confirmed=sure)
 
     def _readable(self, records: Iterable[tuple[str, str]]) -> Iterator[Record]:
         """The records that can be read, attachments last: they are decided by the others."""
         attachments: list[Attachment] = []
         for key, body in records:
+            if key == CONFIRMED:
+                continue
             try:
                 record = decode(key, body)
             except RecordError as error:
@@ -69,3 +108,8 @@ class Follower:
             else:
                 yield record
         yield from attachments
+
+
+def _confirmed(change: Change) -> int:
+    """The revision that a confirmation confirms; none that came after itself."""
+    return min(confirmed(change.after), change.revision)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from portward.model import Attachment, Exemption, Reason, Record, Subscription
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
+from portward.store.flips import Flips, HeldError
 from portward.table import layout
 from portward.table.database import (
     MAP_SIZE,
@@ -57,9 +58,19 @@ class Answers(NamedTuple):
 class Writer:
     """The policy table, open for writing; there is one in a running gateway."""
 
-    def __init__(self, folder: Path, preset: Preset, answers: Answers, *, map_size: int = MAP_SIZE) -> None:
-        """Opens or makes the table in `folder`, anew where it is damaged; raises TableError."""
+    def __init__(
+        self,
+        folder: Path,
+        preset: Preset,
+        answers: Answers,
+        *,
+        max_flip_share: float = 1.0,
+        map_size: int = MAP_SIZE,
+    ) -> None:
+        """Opens or makes the table in `folder`, anew where it is damaged; raises TableError. A change that would
+        flip more than `max_flip_share` (0 to 1) of all subscriptions is held, unless it is confirmed."""
         self._folder, self.preset, self.answers, self._map_size = folder, preset, answers, map_size
+        self.max_flip_share = max_flip_share
         self._environment, self._parts = open_for_writing(folder, map_size)
 
     def close(self) -> None:
@@ -82,26 +93,35 @@ class Writer:
             return layout.instant(int.from_bytes(cursor.key(), "big")) if cursor.first() else None
 
     def apply(
-        self, put: Iterable[Record], removed: Iterable[Record], *, revision: int, now: datetime
+        self,
+        put: Iterable[Record],
+        removed: Iterable[Record],
+        *,
+        revision: int,
+        now: datetime,
+        confirmed: bool = False,
     ) -> Committed:
-        """Takes a change of policy in; the table then stands at `revision`. Raises TableError."""
+        """Takes a change of policy in; the table then stands at `revision`. Raises TableError, and HeldError."""
         put, removed = tuple(put), tuple(removed)
-        return self._commit(lambda edit: edit.apply(put, removed), now, revision=revision)
+        return self._commit(lambda edit: edit.apply(put, removed), now, revision=revision, may_flip=confirmed)
 
-    def replace(self, records: Iterable[Record], *, revision: int, store: bytes, now: datetime) -> Committed:
+    def replace(
+        self, records: Iterable[Record], *, revision: int, store: bytes, now: datetime, confirmed: bool = False
+    ) -> Committed:
         """Makes the table hold these records and nothing else, those of the store with the id `store`
-        (16 bytes). Readers see the old table until the new one is whole. Raises TableError."""
+        (16 bytes). Readers see the old table until the new one is whole. Raises TableError, and HeldError."""
         records = tuple(records)
 
         def work(edit: Edit) -> None:
             edit.clear()
             edit.apply(records, ())
 
-        return self._commit(work, now, revision=revision, store=store, whole=True)
+        return self._commit(work, now, revision=revision, store=store, whole=True, may_flip=confirmed)
 
-    def settle(self, *, now: datetime) -> Committed:
+    def settle(self, *, now: datetime, may_flip: bool = True) -> Committed:
         """Decides again what has changed by itself: grants that have ended, and, where preset or answers are
-        not those that the table was decided under, everything."""
+        not those that the table was decided under, everything. Raises TableError, and HeldError where `may_flip`
+        is not given."""
         head = self.head()
 
         def work(edit: Edit) -> None:
@@ -113,7 +133,7 @@ class Writer:
             if head is not None and Answers(head.observe, head.reject) != self.answers:
                 edit.everything = True
 
-        return self._commit(work, now, whole=True)
+        return self._commit(work, now, whole=True, may_flip=may_flip)
 
     def put_links(self, want: dict[int, tuple[str, bool]], *, touched: frozenset[int], now: datetime) -> Committed:
         """Says which segment is behind which interface index: index → (name, only observed). The indexes in
@@ -138,8 +158,10 @@ class Writer:
         store: bytes | None = None,
         links: set[int] | None = None,
         whole: bool = False,
+        may_flip: bool = True,
     ) -> Committed:
-        """`whole`: afterwards every entry agrees with this preset, these answers and this time."""
+        """`whole`: afterwards every entry agrees with this preset, these answers and this time. `may_flip`: any
+        number of subscriptions may."""
 
         def reason(
             subscription: Subscription | None, exemption: Exemption | None, attachment: Attachment
@@ -156,6 +178,8 @@ class Writer:
                 with self._environment.begin(write=True) as transaction:
                     edit = Edit(transaction, self._parts, reason)
                     work(edit)
+                    if not may_flip:
+                        self._check_flips(edit)
                     new = bool(edit.changed or edit.everything or links)
                     head = self._next_head(before, now, new=new, whole=whole)
                     if revision is not None:
@@ -171,6 +195,14 @@ class Writer:
         return Committed(
             head.revision, head.generation, tuple(edit.changed), frozenset(links or ()), edit.everything
         )
+
+    def _check_flips(self, edit: Edit) -> None:
+        """Raises HeldError, and with it the transaction ends and leaves the table as it is."""
+        with self._environment.begin() as before:
+            subscriptions = before.stat(self._parts[b"subscriptions"])["entries"]
+            flips = Flips(edit.flipped(before), subscriptions)
+        if flips.too_many(self.max_flip_share):
+            raise HeldError(flips, self.max_flip_share)
 
     def _next_head(self, before: layout.Head | None, now: datetime, *, new: bool, whole: bool) -> layout.Head:
         if before is None:

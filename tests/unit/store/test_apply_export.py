@@ -170,7 +170,7 @@ def test_a_name_that_would_spoil_the_log_is_refused(run: Run, path: Path, name: 
 def test_json_says_what_was_done(run: Run) -> None:
     dry = json.loads(run("apply", "--dry-run", "--json", "inventory.yaml").stdout)
     changes = {change["key"]: change for change in dry.pop("changes")}
-    assert dry == {"revision": 0, "dry_run": True, "added": 5, "changed": 0, "removed": 0}
+    assert dry == {"revision": 0, "dry_run": True, "added": 5, "changed": 0, "removed": 0, "held": None}
     assert changes[key_of(FABRIKAM)]["before"] is None
     assert changes[key_of(FABRIKAM)]["after"]["name"] == "fabrikam"
     done = json.loads(run("apply", "--json", "inventory.yaml").stdout)
