@@ -2,7 +2,7 @@
 
     store ─► Follower ─► Writer (decide) ─► Enforcement (epoch, then forget)
     links ─────────────► Writer ──────────► Enforcement
-    each quarter of a second: is the ruleset still the one that was loaded?
+    rules were changed, or time goes by: is the ruleset still the one that was loaded?
 
 These are the steps of `Core`, and they run on one thread of their own; the asyncio loop beside it only waits:
 for sockets, processes, signals and time. Stopping (SIGTERM) leaves ruleset and remembered verdicts in the
@@ -31,6 +31,7 @@ from portward.core import Core
 from portward.errors import PortwardError
 from portward.gateway import workers
 from portward.gateway.links import Links, follow
+from portward.gateway.notices import Notices
 from portward.gateway.probe import Prober
 from portward.gateway.workers import Worker
 from portward.notify import notify, watchdog_seconds
@@ -40,6 +41,7 @@ from portward.selfcheck import PATIENCE, PAUSE, Kind
 from portward.store.flips import HeldError
 
 _CHECK_SECONDS: Final = 0.25
+_CHECK_PAUSE: Final = 0.01
 _COUNT_SECONDS: Final = 5.0
 # The store's bell wakes at once; the poll is for a store that changed without it, or came back.
 _POLL_SECONDS: Final = 1.0
@@ -156,31 +158,10 @@ class Daemon:
         while True:
             due = await self._step(self._core.next_expiry)
             pause = _POLL_SECONDS if due is None else (due - datetime.now(UTC)).total_seconds()
-            await self._rung(min(max(pause, 0.01), _POLL_SECONDS))
+            await _readable(self._core.bell(), min(max(pause, 0.01), _POLL_SECONDS))
             await self._step(self._core.sync)
             if due is not None and due <= datetime.now(UTC):
                 await self._step(lambda: self._core.settle(datetime.now(UTC)))
-
-    async def _rung(self, seconds: float) -> None:
-        """Waits until the store's bell rings, or for so many seconds.
-
-        The bell is let go of as soon as it rings: it can be read until `sync` has drained it, and the loop would
-        turn around it all that time and keep the thread that works waiting.
-        """
-        loop, bell, rung = asyncio.get_running_loop(), self._core.bell(), asyncio.Event()
-
-        def ring(descriptor: int) -> None:
-            loop.remove_reader(descriptor)
-            rung.set()
-
-        if bell is not None:
-            loop.add_reader(bell, ring, bell)
-        try:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(rung.wait(), seconds)
-        finally:
-            if bell is not None:
-                loop.remove_reader(bell)
 
     async def _follow_links(self, links: AsyncIterator[Links]) -> None:
         async for change in links:
@@ -215,9 +196,15 @@ class Daemon:
         self._config = config
 
     async def _keep_ruleset(self) -> None:
-        while True:
-            await asyncio.sleep(_CHECK_SECONDS)
-            await self._step(self._core.check)
+        """Looks at the ruleset when the kernel says that one was changed, and in any case again and again: notices
+        can be lost."""
+        with contextlib.closing(Notices()) as notices:
+            while True:
+                await _readable(notices.fileno(), _CHECK_SECONDS)
+                notices.drain()
+                await self._step(self._core.check)
+                # Somebody who writes rules all the time must not keep the core from everything else.
+                await asyncio.sleep(_CHECK_PAUSE)
 
     async def _ask_workers(self) -> None:
         """Asks each worker a question through the kernel, again and again; one that does not answer is ended, and
@@ -323,6 +310,28 @@ class Daemon:
         for warning in missing(self._config, links):
             _log.warning("%s", warning)
         notify("READY=1", f"STATUS={len(segments)} segments")
+
+
+async def _readable(descriptor: int | None, seconds: float) -> None:
+    """Waits until a descriptor can be read, or for so many seconds.
+
+    It is let go of as soon as it can: until it is drained the loop would turn around it all the time, and keep the
+    thread that works waiting.
+    """
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake(descriptor: int) -> None:
+        loop.remove_reader(descriptor)
+        ready.set()
+
+    if descriptor is not None:
+        loop.add_reader(descriptor, wake, descriptor)
+    try:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ready.wait(), seconds)
+    finally:
+        if descriptor is not None:
+            loop.remove_reader(descriptor)
 
 
 def missing(config: Config, links: Links) -> list[str]:

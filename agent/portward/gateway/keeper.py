@@ -7,6 +7,7 @@ our own transactions did, somebody else was there, and what is loaded is compare
 from __future__ import annotations
 
 import logging
+import time
 from typing import Final
 
 from portward.errors import KernelError
@@ -16,9 +17,9 @@ from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.ruleset import FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, replacement, xtables_rules
 
-# A look without a reason at every so many calls: a transaction of somebody else between the two readings of the
-# generation around one of ours that changed nothing would not show.
-_LOOK_EVERY: Final = 40
+# Seconds from a look to the next one without a reason: a transaction of somebody else between the two readings of
+# the generation around one of ours that changed nothing would not show.
+_LOOK_EVERY: Final = 10.0
 _LOAD_TRIES: Final = 5
 
 _log = logging.getLogger("portward.ruleset")
@@ -32,7 +33,7 @@ class Keeper:
         self._want: Wanted | None = None
         self._fingerprint: bytes | None = None
         self._raw = ""
-        self._unlooked = 0
+        self._looked = time.monotonic()
         self.repairs = 0
 
     def load(self, want: Wanted) -> None:
@@ -74,10 +75,10 @@ class Keeper:
 
     def intact(self) -> bool:
         """Whether what is loaded is what was loaded; costs one message where nobody has changed anything."""
-        self._unlooked += 1
-        if not self._disturbed() and self._unlooked < _LOOK_EVERY:
+        now = time.monotonic()
+        if not self._disturbed() and now < self._looked + _LOOK_EVERY:
             return True
-        self._unlooked = 0
+        self._looked = now
         if self._netlink.fingerprint(TABLE, FIXED_SETS) != self._fingerprint:
             return False
         if self._want is not None and not self._want.native and xtables.installed() != self._raw:
