@@ -1,0 +1,190 @@
+"""A gateway, a listener that counts what its stack reads as TCP to port 25, senders that may send, and others."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+from scapy.packet import Packet
+
+from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway, source_records
+from kernel.wire import segment
+from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.ruleset import TABLE
+from portward.lab import namespaces
+from portward.lab.agent import until
+from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
+
+_IPV6_FREEBIND: Final = 78  # linux/in6.h
+BANNER: Final = b"220 mail.example\r\n"
+# No limit of a rate is to be what stops a trick.
+_RATES: Final = {"rate": 10_000_000, "burst": 1_000_000, "segment_rate": 10_000_000, "segment_burst": 1_000_000}
+# `wire` counts before, `reached` after a receiver has put fragments together (conntrack makes it do so for IPv6).
+_RECEIVER: Final = """table inet receiver {
+  counter wire {}
+  counter reached {}
+  chain wire { type filter hook prerouting priority -450; tcp dport 25 counter name wire; }
+  chain whole { type filter hook prerouting priority -300; ct state new; }
+  chain input { type filter hook input priority 0; tcp dport 25 counter name reached; }
+}
+"""
+# The tenant's own stack knows nothing of what it did not send, and would answer answers with resets.
+_ANSWERS: Final = """table inet answers {
+  counter answered {}
+  chain resets { type filter hook output priority 0; tcp dport 25 tcp flags rst drop; }
+  chain answers { type filter hook prerouting priority -450; tcp sport 25 counter name answered; }
+}
+"""
+
+
+class Ground:
+    """CONTOSO's 10.1.0.0/16 may send, FABRIKAM's 10.2.0.0/16 may not, nor may what is nobody's; IPv6 likewise."""
+
+    def __init__(self, gateway: Gateway, *, conntrack: bool) -> None:
+        self.gateway, self.lab, self.agent = gateway, gateway.lab, gateway.agent
+        self.conntrack = conntrack
+        with namespaces.inside(self.lab.gateway):
+            self._netlink = NfNetlink()
+        with namespaces.inside(self.lab.internet):
+            self._receiver = NfNetlink()
+        self._learned = Learned(None, self._netlink)  # type: ignore[arg-type] # nothing is written
+        self._numbers = iter(range(1, 65_535))
+        if not conntrack:
+            # Without address translation nothing in the gateway needs connections.
+            namespaces.run(self.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
+        namespaces.load(self.lab.internet, _RECEIVER)
+        for place, tenant in ((1, CONTOSO), (2, FABRIKAM)):
+            offer = ALLOWED if tenant is CONTOSO else DENIED
+            prefix4, prefix6 = f"10.{place}.0.0/16", f"2001:db8:{tenant.vni}:e::/64"
+            self.agent.apply(
+                *source_records(tenant, prefix4, offer, uuid4()), *source_records(tenant, prefix6, offer, uuid4())
+            )
+            home = self.lab.home(tenant)
+            namespaces.load(home, _ANSWERS)
+            namespaces.batch(home, [f"route add local {prefix4} dev lo", f"route add local {prefix6} dev lo"])
+            namespaces.batch(
+                self.lab.gateway,
+                [
+                    f"route add {prefix4} via {tenant.address4} dev {tenant.segment} onlink",
+                    f"route add {prefix4} via {tenant.address4} dev {tenant.segment} onlink table {tenant.vni}",
+                    f"route add {prefix6} via {tenant.address6} dev {tenant.segment}",
+                ],
+            )
+        self._links = {
+            tenant: int(
+                namespaces.run(self.lab.gateway, ["cat", f"/sys/class/net/{tenant.segment}/ifindex"]).stdout
+            )
+            for tenant in (CONTOSO, FABRIKAM)
+        }
+
+    def source(self, tenant: Tenant, family: int) -> str:
+        """An address in the tenant's prefix that nobody has used before."""
+        number = next(self._numbers)
+        if family == 6:
+            return f"2001:db8:{tenant.vni}:e::{number:x}"
+        return f"10.{1 if tenant is CONTOSO else 2}.{number >> 8}.{number & 255}"
+
+    def send(self, tenant: Tenant, *packets: Packet) -> None:
+        """Sends them in order, from the IP header on."""
+        sender = self.gateway.senders[tenant]
+        for packet in packets:
+            sender.send(packet)
+
+    def reached(self) -> tuple[int, int]:
+        """Packets to TCP port 25 that a listener's stack has read so far; and on its wire, before that."""
+        found = self._receiver.counters("receiver")
+        return found["reached"], found["wire"]
+
+    def answered(self, tenant: Tenant) -> int:
+        """Packets from port 25 that have come to a tenant so far."""
+        told = namespaces.run(self.lab.home(tenant), ["nft", "list", "counter", "inet", "answers", "answered"])
+        found = re.search(r"packets (\d+)", told.stdout)
+        assert found is not None
+        return int(found[1])
+
+    def counter(self, name: str) -> int:
+        """A named counter of the ruleset."""
+        return self._netlink.counters(TABLE)[name]
+
+    def held(self, tenant: Tenant, address: str) -> Element | None:
+        """What the kernel remembers of a source."""
+        return self._learned.held(Source(self._links[tenant], ip_address(address).packed))
+
+    def stack(self, name: str) -> int:
+        """A counter of the gateway's own IP stack, as `nstat` calls it."""
+        told = namespaces.run(self.lab.gateway, ["nstat", "-asz", name]).stdout
+        found = re.search(rf"^{name}\s+(\d+)", told, re.MULTILINE)
+        assert found is not None, f"no counter {name}: {told}"
+        return int(found[1])
+
+    def connections(self) -> int:
+        """How many the gateway tracks now."""
+        return int(namespaces.run(self.lab.gateway, ["conntrack", "-C"]).stdout)
+
+    def settled(self) -> None:
+        """Waits until what was sent before has been judged: an allowed packet, sent last through the same queue,
+        has come out."""
+        before = self.reached()[0]
+        source = self.source(CONTOSO, 6)
+        self.send(CONTOSO, segment(source, "R", sport=4999))
+        until(lambda: self.reached()[0] > before, "the last packet came out")
+
+    def greeting(self, tenant: Tenant, source: str, seconds: float = 0.7) -> bytes:
+        """What the listener says to a real client at this source; empty where it says nothing."""
+        version = ip_address(source).version
+        with namespaces.inside(self.lab.home(tenant)):
+            client = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)
+        with client, contextlib.suppress(OSError):
+            client.settimeout(seconds)
+            if version == 6:  # the prefix is the machine's by its route, no address of it is on a link
+                client.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+            client.bind((source, 0))
+            client.connect((MAIL4 if version == 4 else MAIL6, 25))
+            return client.recv(100)
+        return b""
+
+    def close(self) -> None:
+        """Closes its sockets."""
+        self._netlink.close()
+        self._receiver.close()
+
+
+@contextlib.contextmanager
+def ground(folder: Path, *, conntrack: bool, **settings: Any) -> Iterator[Ground]:
+    """A ground with its listener, within a `with`."""
+    queue: dict[str, Any] = {"queue": _RATES, "verdicts": {"segment_sources": 131_072}, **settings}
+    with (
+        running_gateway(folder, **queue) as gateway,
+        _listening(gateway),
+        contextlib.closing(Ground(gateway, conntrack=conntrack)) as found,
+    ):
+        yield found
+
+
+@contextlib.contextmanager
+def _listening(gateway: Gateway) -> Iterator[None]:
+    """A server on port 25 of both families that greets whoever connects."""
+    with namespaces.inside(gateway.lab.internet):
+        listener = socket.create_server(("::", 25), family=socket.AF_INET6, dualstack_ipv6=True, backlog=256)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                with client, contextlib.suppress(OSError):
+                    client.send(BANNER)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()

@@ -1,0 +1,84 @@
+"""No trick carries a packet to port 25, whether the gateway tracks connections or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kernel.evasion.ground import BANNER, Ground, ground
+from kernel.evasion.tricks import FOUR, HARMLESS, SIX, Trick
+from portward.gateway.mark import Class
+from portward.lab.agent import until
+from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6
+
+TRICKS = [(4, trick) for trick in FOUR] + [(6, trick) for trick in SIX]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["conntrack", "no-conntrack"])
+def field(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+    """A gateway with and without connection tracking."""
+    with ground(tmp_path_factory.mktemp("evasion"), conntrack=request.param) as found:
+        yield found
+
+
+def named(pair: tuple[int, Trick]) -> str:
+    """`v4-syn`."""
+    return f"v{pair[0]}-{pair[1].name}"
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_listener_greets_who_may_send_and_nobody_else(field: Ground, family: int) -> None:
+    assert field.greeting(CONTOSO, field.source(CONTOSO, family)) == BANNER
+    assert field.greeting(FABRIKAM, field.source(FABRIKAM, family)) == b""
+
+
+def test_connections_are_tracked_or_not(field: Ground) -> None:
+    before = field.connections()
+    for _ in range(5):
+        assert field.greeting(CONTOSO, field.source(CONTOSO, 4)) == BANNER
+    assert (field.connections() > before) is field.conntrack
+
+
+def stopped(field: Ground, reason: str, source: str) -> int:
+    """Packets that were stopped so far for this reason."""
+    match reason:
+        case "deny":
+            held = field.held(FABRIKAM, source)
+            return 0 if held is None or held.verdict is not Class.DENY else 1
+        case "headers":
+            return field.counter(reason)
+        case "malformed":
+            return int(field.agent.metrics()['portward_worker_events_total{event="malformed"}'])
+        case kernel:
+            return field.stack(kernel)
+
+
+@pytest.mark.parametrize("pair", TRICKS, ids=named)
+def test_it_does_not_get_through(field: Ground, pair: tuple[int, Trick]) -> None:
+    family, trick = pair
+    source = field.source(FABRIKAM, family)
+    packets = trick.build(source, MAIL4 if family == 4 else MAIL6)
+    reached, answered = field.reached(), field.answered(FABRIKAM)
+    reason = trick.tracked if field.conntrack and trick.tracked else trick.reason
+    before = 0 if reason == HARMLESS else stopped(field, reason, source)
+    field.send(FABRIKAM, *packets)
+    if reason != HARMLESS:
+        until(lambda: stopped(field, reason, source) > before, f"stopped by {reason}", seconds=3)
+    field.settled()
+    assert field.reached() == (reached[0] + 1, reached[1] + 1), "more than what was sent last came out"
+    assert field.answered(FABRIKAM) == answered
+
+
+@pytest.mark.parametrize("pair", TRICKS, ids=named)
+def test_the_same_of_a_source_that_may_send_arrives_where_it_can(field: Ground, pair: tuple[int, Trick]) -> None:
+    """What the test above sends is well formed enough to arrive: else it would show nothing."""
+    family, trick = pair
+    source = field.source(CONTOSO, family)
+    reached = field.reached()[0]
+    field.send(CONTOSO, *trick.build(source, MAIL4 if family == 4 else MAIL6))
+    if trick.arrives and trick.reason != HARMLESS:
+        until(lambda: field.reached()[0] > reached, "arrived", seconds=3)
+    else:
+        field.settled()
+        assert field.reached()[0] == reached + 1
