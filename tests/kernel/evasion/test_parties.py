@@ -1,0 +1,315 @@
+"""What others bring: peers that connect from port 25, rules and marks of other programs, settings of the host,
+interfaces that go and come, and a policy that changes while packets are on their way."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from scapy.layers.inet import IP, TCP, IPOption_LSRR, IPOption_SSRR
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrSegmentRouting
+from scapy.packet import Packet
+
+from kernel.conftest import ALLOWED, DENIED, source_records
+from kernel.evasion.ground import BANNER, Ground, ground
+from kernel.wire import link_address, seen
+from portward.lab import namespaces
+from portward.lab.agent import until
+from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
+
+_MPTCP = 262  # linux/in.h: IPPROTO_MPTCP
+_OWN_BITS = 1 << 16
+_NEXT_HOP = "198.51.100.2"  # the Internet side, where the listener is too
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["conntrack", "no-conntrack"])
+def field(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+    """A gateway with and without connection tracking."""
+    with ground(tmp_path_factory.mktemp("evasion"), conntrack=request.param) as found:
+        yield found
+
+
+def syn(source: str, to: str, flags: str = "S", sport: int = 4000) -> Packet:
+    """A packet to port 25."""
+    header: Packet = IPv6(src=source, dst=to) if ":" in source else IP(src=source, dst=to)
+    return header / TCP(sport=sport, dport=25, flags=flags, seq=1)
+
+
+# --- peers that connect from port 25 ---
+
+
+@pytest.mark.parametrize("flags", ["S", "SA", "A", "PA", "F", "R"])
+def test_who_answers_a_peer_that_connects_from_port_25_sends_to_port_25(field: Ground, flags: str) -> None:
+    """Split handshake and simultaneous open: the peer's SYN comes in, and what goes back is to port 25."""
+    source = field.source(FABRIKAM, 6)
+    with namespaces.inside(field.lab.internet):
+        peer = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_TCP)
+    with peer:
+        segment = bytes(IPv6(src=MAIL6, dst=source) / TCP(sport=25, dport=4000, flags="S", seq=9))[40:]
+        answered = field.answered(FABRIKAM)
+        peer.sendto(segment, (source, 0))
+        until(lambda: field.answered(FABRIKAM) > answered, "the peer's packet came in")
+    field.send(FABRIKAM, syn(source, MAIL6, flags))
+    until(lambda: field.held(FABRIKAM, source) is not None, "judged")
+    field.settled()
+    assert field.leaked() == (0, 0)
+
+
+@pytest.mark.parametrize(("tenant", "greeted"), [(CONTOSO, True), (FABRIKAM, False)], ids=["allowed", "denied"])
+def test_a_real_peer_that_connects_from_port_25(field: Ground, tenant: Tenant, greeted: bool) -> None:
+    """The tenant's own stack accepts; what it says to the peer goes to port 25."""
+    with namespaces.inside(field.lab.home(tenant)):
+        server = socket.create_server((tenant.address6, 4001), family=socket.AF_INET6)
+    records = source_records(tenant, f"{tenant.address6}/128", ALLOWED if greeted else DENIED, uuid4())
+    field.agent.apply(*records)
+    with server, namespaces.inside(field.lab.internet):
+        peer = socket.socket(socket.AF_INET6)
+        with peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            peer.settimeout(0.7)
+            peer.bind(("2001:db8:ffff::2", 25))
+            connected = True
+            try:
+                peer.connect((tenant.address6, 4001))
+            except OSError:
+                connected = False
+    assert connected is greeted
+
+
+# --- clients as they are written ---
+
+
+def client(kind: str, source: str) -> socket.socket:
+    """A real client's socket."""
+    family = socket.AF_INET if ip_address(source).version == 4 else socket.AF_INET6
+    found = socket.socket(family, socket.SOCK_STREAM, _MPTCP if kind == "mptcp" else 0)
+    found.settimeout(0.7)
+    if kind == "from-port-25":
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.bind((source, 25 if kind == "from-port-25" else 0))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["plain", "mptcp", "fast-open", "from-port-25"])
+@pytest.mark.parametrize(("tenant", "greeting"), [(CONTOSO, BANNER), (FABRIKAM, b"")], ids=["allowed", "denied"])
+def test_a_real_client_is_greeted_only_where_it_may_send(
+    field: Ground, tenant: Tenant, greeting: bytes, kind: str
+) -> None:
+    source, found = field.source(tenant, 4), b""
+    with namespaces.inside(field.lab.home(tenant)):
+        if kind == "fast-open":
+            namespaces.sysctl(field.lab.home(tenant), "net.ipv4.tcp_fastopen=5")  # data without a cookie too
+        one = client(kind, source)
+    with one, suppress(OSError):
+        if kind == "fast-open":
+            one.sendto(b"EHLO spam.example\r\n", socket.MSG_FASTOPEN, (MAIL4, 25))
+        else:
+            one.connect((MAIL4, 25))
+        found = one.recv(100)
+    assert found == greeting
+    assert field.leaked() == (0, 0)
+
+
+# --- settings of the host ---
+
+
+@pytest.mark.parametrize("option", [IPOption_LSRR, IPOption_SSRR])
+def test_a_source_route_by_way_of_an_internal_address_goes_nowhere(field: Ground, option: type[Packet]) -> None:
+    """The destination is the gateway's own, and internal; the option names where the packet goes then."""
+    namespaces.sysctl(
+        field.lab.gateway,
+        "net.ipv4.conf.all.accept_source_route=1",
+        *(f"net.ipv4.conf.{tenant.segment}.accept_source_route=1" for tenant in (CONTOSO, FABRIKAM)),
+    )
+    source, before = field.source(FABRIKAM, 4), field.counter("headers")
+    packet = IP(src=source, dst="10.0.0.1", options=option(routers=[_NEXT_HOP])) / TCP(sport=4000, dport=25)
+    field.send(FABRIKAM, packet)
+    until(lambda: field.counter("headers") > before, "counted")
+    field.settled()
+    assert field.leaked() == (0, 0)
+    # The same to another port does go on from there: the host obeys.
+    packet[TCP].dport = 587
+    with seen(field.lab.internet) as view:
+        field.send(FABRIKAM, packet)
+        assert view.first(lambda other: TCP in other and other[TCP].dport == 587) is not None
+
+
+def test_segment_routing_by_way_of_an_internal_address_goes_nowhere(field: Ground) -> None:
+    namespaces.sysctl(
+        field.lab.gateway,
+        "net.ipv6.conf.all.seg6_enabled=1",
+        *(f"net.ipv6.conf.{tenant.segment}.seg6_enabled=1" for tenant in (CONTOSO, FABRIKAM)),
+    )
+    namespaces.batch(field.lab.gateway, ["addr replace fd00::1/128 dev lo"])
+    source, before = field.source(FABRIKAM, 6), field.counter("headers")
+    packet = (
+        IPv6(src=source, dst="fd00::1")
+        / IPv6ExtHdrSegmentRouting(addresses=[MAIL6, "fd00::1"], segleft=1, lastentry=1)
+        / TCP(sport=4000, dport=25)
+    )
+    field.send(FABRIKAM, packet)
+    until(lambda: field.counter("headers") > before, "counted")
+    field.settled()
+    assert field.leaked() == (0, 0)
+    packet[TCP].dport = 587
+    with seen(field.lab.internet) as view:
+        field.send(FABRIKAM, packet)
+        assert view.first(lambda other: TCP in other and other[TCP].dport == 587) is not None
+
+
+# --- rules and marks of other programs ---
+
+
+# Each packet finds the next value in our own bits.
+_MARKING = """table inet foreign
+delete table inet foreign
+table inet foreign {
+  counter left {}
+  chain before {
+    type filter hook prerouting priority -310
+    iifname "vni*" tcp dport 25 meta mark set numgen inc mod 65536
+  }
+  chain after {
+    type filter hook prerouting priority -290
+    iifname "vni*" tcp dport 25 meta mark & 0xffff != 0 counter name left
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("to", [MAIL4, "10.9.0.1"], ids=["internet", "internal"])
+def test_no_value_that_others_leave_in_our_bits_is_a_verdict(tmp_path: Path, to: str) -> None:
+    """All 65,536 of them, each on a packet of a source that nobody has seen before."""
+    with ground(tmp_path, conntrack=False) as field:
+        namespaces.load(field.lab.gateway, _MARKING)
+        namespaces.batch(field.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
+        counted = "missed" if to == MAIL4 else "internal"
+        before = field.counter(counted)
+        with namespaces.inside(field.lab.home(FABRIKAM)):
+            out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        with out:
+            out.bind(("eth0", 0))
+            frame = bytes(field.gateway.senders[FABRIKAM].frame / syn("10.2.0.0", to))
+            for value in range(_OWN_BITS):
+                out.send(with_source_end(frame, value))
+                if value % 256 == 255:  # the queue holds 4,096
+                    until(lambda value=value: field.counter(counted) - before > value - 1024, "taken in")  # type: ignore[misc]
+        until(lambda: field.counter(counted) - before >= _OWN_BITS, "all of them were looked at")
+        field.settled()
+        # What is internal passes, here to where the Internet is.
+        assert field.leaked() == (0 if to == MAIL4 else _OWN_BITS, 0)
+        told = namespaces.run(field.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "left"]).stdout
+        assert "packets 0 " in told, "none left with our bits"
+        remembered = namespaces.run(field.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
+        assert "10.2." not in remembered
+
+
+def with_source_end(frame: bytes, value: int) -> bytes:
+    """The frame with other last 16 bits of its IPv4 source, and the right checksum."""
+    header = bytearray(frame[14:34])
+    header[10:12], header[14:16] = bytes(2), struct.pack(">H", value)
+    total = sum(struct.unpack(">10H", header))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    header[10:12] = struct.pack(">H", ~total & 0xFFFF)
+    return frame[:14] + bytes(header) + frame[34:]
+
+
+_OTHERS = {
+    "not-tracked": "chain c { type filter hook prerouting priority raw - 10; notrack; }",
+    "accepted-before": "chain c { type filter hook prerouting priority raw - 10; accept; }",
+    "accepted-between": "chain c { type filter hook prerouting priority raw; accept; }",
+    "accepted-behind": "chain c { type filter hook prerouting priority raw + 10; accept; }",
+    "accepted-in-forward": "chain c { type filter hook forward priority filter; tcp dport 25 accept; }",
+}
+
+
+@pytest.mark.parametrize("name", _OTHERS)
+def test_rules_of_others_let_nothing_out(field: Ground, name: str) -> None:
+    try:
+        namespaces.load(field.lab.gateway, f"table inet others {{\n{_OTHERS[name]}\n}}")
+        for family, to in ((4, MAIL4), (6, MAIL6)):
+            source = field.source(FABRIKAM, family)
+            field.send(FABRIKAM, *(syn(source, to, flags) for flags in ("S", "A", "PA")))
+            until(lambda source=source: field.held(FABRIKAM, source) is not None, "judged")  # type: ignore[misc]
+            field.settled()
+        assert field.leaked() == (0, 0)
+    finally:
+        namespaces.run(field.lab.gateway, ["nft", "delete", "table", "inet", "others"])
+
+
+# --- while it happens ---
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: int) -> None:
+    """A source sends without a pause while it is denied and allowed in turn: once a denial is in force, nothing of
+    it comes out."""
+    with ground(tmp_path, conntrack=False) as field:
+        source, id_ = field.source(CONTOSO, family), uuid4()
+        to = MAIL4 if family == 4 else MAIL6
+        packets = itertools.cycle(
+            [syn(source, to, flags, sport=4000 + port) for port in range(8) for flags in "SA"]
+        )
+        stop = threading.Event()
+
+        def pour() -> None:
+            while not stop.is_set():
+                field.send(CONTOSO, next(packets))
+                time.sleep(0.0002)
+
+        pouring = threading.Thread(target=pour)
+        pouring.start()
+        try:
+            for _ in range(3):
+                field.agent.apply(*source_records(CONTOSO, source, ALLOWED, id_))
+                before = field.allowed()
+                until(lambda before=before: field.allowed() > before + 20, "comes out")  # type: ignore[misc]
+                field.agent.apply(*source_records(CONTOSO, source, DENIED, id_))
+                time.sleep(0.02)  # what was past the gateway when the denial came into force
+                before = field.allowed()
+                time.sleep(0.15)
+                assert field.allowed() == before
+        finally:
+            stop.set()
+            pouring.join()
+
+
+def test_an_interface_made_again_with_the_same_index_remembers_nothing_of_the_tenant_before(
+    tmp_path: Path,
+) -> None:
+    """An allowed tenant's interface goes, and another tenant's comes under the same index and name."""
+    with ground(tmp_path, conntrack=False) as field:
+        lab, segment = field.lab, CONTOSO.segment
+        source = field.source(CONTOSO, 6)
+        before = field.allowed()
+        field.send(CONTOSO, syn(source, MAIL6))
+        until(lambda: field.allowed() > before, "remembered as allowed")
+        index = namespaces.run(lab.gateway, ["cat", f"/sys/class/net/{segment}/ifindex"]).stdout.strip()
+        # Now the same address behind the same index and another name: nobody's there.
+        namespaces.batch(lab.gateway, [f"link del {segment}"])
+        under = "192.0.2.1"
+        namespaces.batch(
+            lab.gateway,
+            [
+                f"link add vni1009 index {index} type vxlan id 1001 local {under} remote 192.0.2.2 dstport 4789",
+                "link set vni1009 up",
+            ],
+        )
+        frame = field.gateway.senders[CONTOSO].frame
+        frame.dst = link_address(lab.gateway, "vni1009")
+        unknown, allowed = field.counter("unknown"), field.allowed()
+        field.send(CONTOSO, *(syn(source, MAIL6, flags) for flags in ("S", "A", "PA")))
+        until(lambda: field.counter("unknown") > unknown, "nobody's")
+        time.sleep(0.2)
+        assert field.allowed() == allowed
