@@ -12,7 +12,7 @@ from portward.documents import nearest, network_text
 from portward.model import Attachment, Exemption, Record, Subscription
 from portward.policy.preset import Preset
 from portward.store.inventory import Inventory
-from portward.store.protocol import Put, RecordError, decode
+from portward.store.protocol import Put, RecordError, decode, told_key
 
 
 class Difference(NamedTuple):
@@ -76,7 +76,7 @@ def described(have: Mapping[str, str], inventory: Inventory, change: Difference)
         yield f"~ {_changed(decode(key, body), owners)}: {_fields(have[key], body)}"
     for key in change.removed:
         record = _readable(key, have[key])
-        yield f"- {key if record is None else _title(record, owners)}"
+        yield f"- {told_key(key) if record is None else _title(record, owners)}"
 
 
 class _Owners:
@@ -141,7 +141,7 @@ def _readable(key: str, body: str) -> Record | None:
 def _fields(before: str, after: str) -> str:
     try:
         old: dict[str, Any] = msgspec.json.decode(before, type=dict[str, Any])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return "could not be read"
     new: dict[str, Any] = msgspec.json.decode(after)
     return ", ".join(

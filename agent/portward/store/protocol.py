@@ -30,7 +30,7 @@ from uuid import UUID
 import msgspec
 
 from portward.documents import brief, dec_hook, enc_hook, explained, field_name, network_text
-from portward.errors import StoreError
+from portward.errors import StoreError, printable
 from portward.model import Address, Attachment, Exemption, ExemptionState, Record, Subscription
 
 Progress: TypeAlias = Callable[[int], None]
@@ -156,15 +156,15 @@ def decode(key: str, body: str) -> Record:
     kind = key.partition("/")[0]
     decoder = _DECODERS.get(kind)
     if decoder is None:
-        raise RecordError(f"{_told(key)}: not a key of a subscription, an attachment or an exemption")
+        raise RecordError(f"{told_key(key)}: not a key of a subscription, an attachment or an exemption")
     try:
         record: Record = decoder.decode(body)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise _record_error(key, body, error) from None
     for field, problem in flaws(record):
-        raise RecordError(f"{_told(key)}: {field}: {problem}")
+        raise RecordError(f"{told_key(key)}: {field}: {problem}")
     if key_of(record) != key:
-        raise RecordError(f"{_told(key)}: holds the record of {key_of(record)}")
+        raise RecordError(f"{told_key(key)}: holds the record of {key_of(record)}")
     return record
 
 
@@ -172,7 +172,7 @@ def _record_error(key: str, body: str, error: Exception) -> RecordError:
     if not isinstance(error, msgspec.ValidationError):
         deep = isinstance(error, RecursionError)
         problem = "nested too deeply" if deep else f"not JSON: {str(error).removeprefix('JSON is malformed: ')}"
-        return RecordError(f"{_told(key)}: {problem}")
+        return RecordError(f"{told_key(key)}: {problem}")
     try:
         document = msgspec.json.decode(body)
     except (msgspec.ValidationError, RecursionError):  # a number that is too large; nested deeply
@@ -180,12 +180,12 @@ def _record_error(key: str, body: str, error: Exception) -> RecordError:
     except msgspec.DecodeError as malformed:  # further on
         return _record_error(key, body, malformed)
     problem, steps = explained(str(error), KINDS[key.partition("/")[0]], document)
-    return RecordError(": ".join(part for part in (_told(key), field_name(steps), problem) if part))
+    return RecordError(": ".join(part for part in (told_key(key), field_name(steps), problem) if part))
 
 
-def _told(key: str) -> str:
-    """A key in a message: the longest right one has some hundred characters."""
-    return key if 0 < len(key) <= _LONGEST_KEY else brief(key)
+def told_key(key: str) -> str:
+    """A key in a message, in printable characters: the longest right one has some hundred of them."""
+    return printable(key) if 0 < len(key) <= _LONGEST_KEY else brief(key)
 
 
 def named(key: str) -> Record | None:
