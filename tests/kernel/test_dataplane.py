@@ -19,7 +19,7 @@ from kernel.conftest import ALLOWED, DENIED, Gateway
 from kernel.wire import same, seen, segment
 from portward.lab import namespaces
 from portward.lab.agent import until
-from portward.lab.topology import CONTOSO, FABRIKAM, MAIL6
+from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6
 from portward.model import Mode
 
 FLAGS = ["S", "SA", "A", "", "F", "R", "SF", "SEC", "SPU", "PA", "FPU", "SR", "SFRPAUEC"]
@@ -149,6 +149,18 @@ def test_fragments_of_other_protocols_pass(gateway: Gateway) -> None:
     with seen(gateway.lab.internet) as view:
         gateway.senders[FABRIKAM].send(packet)
         assert view.first(lambda other: IPv6 in other and b"q" * 16 in bytes(other)) is not None
+
+
+def test_a_later_fragment_of_another_port_passes_whatever_its_data_looks_like(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    """Without a port of its own it is not to be judged by its data; here it looks like ports 4000 and 25."""
+    gateway = make_gateway()
+    gateway.source(FABRIKAM, "10.0.0.77", DENIED)
+    data = b"\x0f\xa0\x00\x19 a later fragment"
+    # Connection tracking would keep it until the first one comes.
+    namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
+    with seen(gateway.lab.internet) as view:
+        gateway.senders[FABRIKAM].send(IP(src="10.0.0.77", dst=MAIL4, proto=6, frag=3, id=4711) / Raw(data))
+        assert view.first(lambda packet: data in bytes(packet)) is not None
 
 
 def test_ipv4_fragments_carry_nothing_through(gateway: Gateway) -> None:

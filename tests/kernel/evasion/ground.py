@@ -40,6 +40,7 @@ _RECEIVER: Final = f"""table inet receiver {{
     type filter hook prerouting priority -450
     ip saddr @four accept
     ip6 saddr @six accept
+    ip frag-off & 0x1fff != 0 accept
     tcp dport 25 counter name wire
   }}
   chain whole {{
