@@ -42,14 +42,14 @@ from portward.store.flips import HeldError
 
 _CHECK_SECONDS: Final = 0.25
 _CHECK_PAUSE: Final = 0.01
+# After a silence: is the worker that took the place of the silent one any better?
+_ASK_AGAIN: Final = 0.5
 _COUNT_SECONDS: Final = 5.0
 # The store's bell wakes at once; the poll is for a store that changed without it, or came back.
 _POLL_SECONDS: Final = 1.0
 _SWITCH_SECONDS: Final = 0.0005
 # Rounds in a row without an answer under the kernel's policy until that is told.
 _STRANGE: Final = 3
-# So many silences in a row until a worker that has never answered is ended.
-_SILENCES: Final = 10
 # Changes of these take another process: sockets and files are opened at the start.
 _FIXED: Final = ("store", "table", "queue", "metrics")
 
@@ -220,7 +220,7 @@ class Daemon:
                     self._judge_worker(worker, silent=worker in silent)
                 if not silent and len(asked) == len(self._workers):
                     self._take_answers(before, after)
-                await asyncio.sleep(self._pause)
+                await asyncio.sleep(_ASK_AGAIN if silent else self._pause)
         finally:
             prober.close()
 
@@ -243,13 +243,13 @@ class Daemon:
             pause = min(2 * pause, 0.1)
 
     def _judge_worker(self, worker: Worker, *, silent: bool) -> None:
-        """Ends a worker that has answered and does no more. One that never has is seldom to blame: something keeps
-        packets from its queue, and a new one now and then is enough."""
+        """Ends a worker that does not answer. Where a new one does not either, it is seldom to blame: something
+        keeps packets from its queue, so each further try waits twice as long."""
         if not silent:
-            worker.answered, worker.silences = True, 0
+            worker.silences = 0
             return
         worker.silences += 1
-        if worker.answered or worker.silences % _SILENCES == 0:
+        if worker.silences.bit_count() == 1:
             what = f"the worker of queue {worker.queue} does not answer: it is ended"
             worker.kill()
         else:

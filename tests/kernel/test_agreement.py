@@ -67,15 +67,11 @@ def random_policy(segment_: str) -> list[Record]:
         )
         state = random.choice([None, *ExemptionState, ExemptionState.GRANTED])
         if state is not None:
-            decided = NOW - timedelta(days=random.choice([0, 2]))
-            until = (
-                random.choice([None, None, NOW - timedelta(hours=1)])
-                if decided < NOW - timedelta(days=1)
-                else None
-            )
-            records.append(
-                Exemption(subscription=id_, state=state, requested=decided, decided=decided, until=until)
-            )
+            asked = NOW - timedelta(days=random.choice([0, 2]))
+            decided = None if state is ExemptionState.REQUESTED else asked
+            ends = state is ExemptionState.GRANTED and asked < NOW - timedelta(days=1)
+            until = random.choice([None, None, NOW - timedelta(hours=1)]) if ends else None
+            records.append(Exemption(subscription=id_, state=state, requested=asked, decided=decided, until=until))
     return records
 
 
@@ -127,7 +123,7 @@ def test_the_kernel_does_what_decide_says(gateway: Gateway) -> None:
     both = {True: 0, False: 0}
     for _ in range(3):
         records = [record for tenant in gateway.lab.tenants for record in random_policy(tenant.segment)]
-        gateway.agent.apply(*records, prune=True)
+        gateway.agent.apply(*records, prune=True, confirm=True)
         for _ in range(2):
             sent, expected = {}, {}
             for tenant in gateway.lab.tenants:

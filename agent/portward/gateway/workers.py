@@ -34,8 +34,8 @@ class Worker:
         self.tally = Tally(self._block)
         self.process: asyncio.subprocess.Process | None = None
         self.restarts = 0
-        # Whether this process has handled a packet yet, and how often in a row it was found silent.
-        self.answered, self.silences = False, 0
+        # How often in a row nothing was handled from this queue, by one process or by several.
+        self.silences = 0
         self._lifeline = -1
         self._said: asyncio.Task[str] | None = None
 
@@ -46,7 +46,6 @@ class Worker:
 
     async def start(self) -> None:
         """Starts the process and waits until its queue is bound; raises KernelError with what it said."""
-        self.answered, self.silences = False, 0
         theirs, self._lifeline = os.pipe()
         try:
             self.process = await asyncio.create_subprocess_exec(

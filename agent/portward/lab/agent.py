@@ -94,13 +94,15 @@ class Agent:
         verb = [*PROGRAM, *arguments, "--config", os.fspath(self.config)]
         return namespaces.run(self.lab.gateway, verb, text=text)
 
-    def apply(self, *records: Record, prune: bool = False) -> int:
-        """Applies records and waits until the daemon enforces them; gives the revision."""
+    def apply(self, *records: Record, prune: bool = False, confirm: bool = False) -> int:
+        """Applies records and waits until the daemon enforces them; gives the revision. `confirm`: however many
+        subscriptions flip."""
         lists: dict[str, list[Record]] = {}
         for record in records:
             lists.setdefault(key_of(record).partition("/")[0], []).append(record)
         text = msgspec.json.encode(lists, enc_hook=enc_hook).decode()
-        result = self.portward("apply", "-", "--json", *(["--prune"] if prune else []), text=text)
+        options = [option for option, wanted in (("--prune", prune), ("--confirm", confirm)) if wanted]
+        result = self.portward("apply", "-", "--json", *options, text=text)
         if result.returncode:
             raise PortwardError(f"apply: {result.stderr.strip()}")
         revision = int(json.loads(result.stdout)["revision"])
