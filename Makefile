@@ -9,7 +9,7 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test lint bench install clean
+.PHONY: help setup packages demo test soak lint bench install clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,6 +33,17 @@ demo: setup ## Send real mail through a gateway in network namespaces (root)
 
 test: setup ## Run all tests: unit, kernel, whole program (root)
 	$(BIN)/pytest
+
+# How long each kind of input is fuzzed, in seconds.
+FUZZ := 300
+
+soak: setup ## The long forms of faults, floods and fuzzers: about an hour (root)
+	$(BIN)/python -m tests.faults --rounds 5
+	$(BIN)/python -m tests.fuzz.queue --packets 1000000
+	$(BIN)/python -m tests.fuzz.parser --seconds $(FUZZ)
+	for kind in config preset yaml json record; do \
+	    $(BIN)/python -m tests.inputs.fuzz $$kind --seconds $(FUZZ) || exit 1; done
+	$(BIN)/python -m tests.bench neighbours
 
 lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check agent tests

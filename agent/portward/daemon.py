@@ -39,6 +39,7 @@ from portward.policy import preset as presets
 from portward.runtime import Runtime
 from portward.selfcheck import PATIENCE, PAUSE, Kind
 from portward.store.flips import HeldError
+from portward.table.database import put_aside
 
 _CHECK_SECONDS: Final = 0.25
 _CHECK_PAUSE: Final = 0.01
@@ -98,6 +99,10 @@ class Daemon:
         runtime = Runtime(self._config.table)
         stack.callback(runtime.close)
         self._runtime = runtime
+        if runtime.crashed:
+            _log.error("portward crashed the last time: %s", runtime.crashed)
+        if runtime.table_cut_off:
+            put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
         preset = presets.load(self._config.preset)
         self._core = await self._step(lambda: Core(self._config, preset))
         stack.push_async_callback(self._close)

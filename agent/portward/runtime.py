@@ -1,4 +1,5 @@
-"""What a running daemon leaves beside its policy table: a lock, so that there is one, and its status.
+"""What a running daemon leaves beside its policy table: a lock, so that there is one, its status, and what Python
+said when it crashed.
 
 The status is a small JSON file, written anew each second and by renaming, so a reader never sees half of it.
 """
@@ -6,6 +7,7 @@ The status is a small JSON file, written anew each second and by renaming, so a 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
 import os
 import time
@@ -18,12 +20,18 @@ from portward.errors import PortwardError
 
 _LOCK: Final = "daemon.lock"
 _STATUS: Final = "status.json"
+_CRASH: Final = "crash"
+# Who reads a page of a mapped file that has been cut off gets this signal, and cannot go on.
+_CUT_OFF: Final = "Bus error"
 _TRIES: Final = 10
 _PAUSE: Final = 0.02  # seconds
 
 
 class Runtime:
-    """The lock of a table folder, held as long as this object's process lives."""
+    """The lock of a table folder, held as long as this object's process lives.
+
+    `crashed` is what the process before said when it crashed; empty where it did not, or could say nothing.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Takes the lock, making the folder where it is missing; raises PortwardError where another daemon
@@ -40,6 +48,23 @@ class Runtime:
             raise PortwardError(f"table {folder}: portward runs already, as process {other}")
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        self.crashed = self._listen_for_crashes()
+
+    def _listen_for_crashes(self) -> str:
+        """From now on a crash is written down; gives what is written there."""
+        path = self._folder / _CRASH
+        before = ""
+        with contextlib.suppress(OSError):
+            before = path.read_text(errors="replace").partition("\n")[0]
+        with contextlib.suppress(OSError):
+            self._crash = path.open("w")
+            faulthandler.enable(self._crash)
+        return before
+
+    @property
+    def table_cut_off(self) -> bool:
+        """Whether the process before ended since the table's file was shorter than what it says of itself."""
+        return _CUT_OFF in self.crashed
 
     def _locked(self) -> bool:
         """Takes the lock; some tries, since `running` holds it for a moment to find out."""

@@ -13,7 +13,7 @@ from typing import Final
 PATIENCE: Final = 2.0
 # Between the ends of one round of queries and the beginning of the next, in seconds.
 PAUSE: Final = 2.0
-# So many remembered verdicts are compared with the table each time they are read.
+# Each time the remembered verdicts are read, so many that pass and as many that stop are compared with the table.
 SAMPLE: Final = 1_000
 
 _log = logging.getLogger("portward.selfcheck")

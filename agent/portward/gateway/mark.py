@@ -39,6 +39,8 @@ class Class(IntEnum):
     MISS_OPEN = 7  # asked; passes where nobody answers (observed segments, on_agent_down = "open")
 
 
+# Remembered, these let packets out.
+PASSING: Final = (Class.ALLOW, Class.OBSERVED)
 MISS: Final = EPOCH | Class.MISS
 # A query of the self-check; its answer is class MISS with the epoch that the worker sees.
 PROBE: Final = EPOCH

@@ -80,15 +80,17 @@ def open_for_writing(folder: Path, map_size: int) -> tuple[Environment, dict[byt
     except TableError as error:
         if not isinstance(error.__cause__, _DAMAGED):
             raise
-        _log.error("%s: it is put aside as %s, and read from the store anew", error, _ASIDE)
-        _put_aside(folder)
+        put_aside(folder, str(error))
     environment = open_database(folder, write=True, map_size=map_size)
     return environment, open_parts(environment, write=True)
 
 
-def _put_aside(folder: Path) -> None:
+def put_aside(folder: Path, why: str) -> None:
+    """Keeps a damaged table under another name, and says so; raises TableError."""
+    _log.error("%s: it is put aside as %s, and read from the store anew", why, _ASIDE)
     try:
-        (folder / _FILE).replace(folder / _ASIDE)
+        if (folder / _FILE).exists():
+            (folder / _FILE).replace(folder / _ASIDE)
         (folder / _LOCK_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise TableError(f"{folder}: the damaged table cannot be put aside: {error.strerror}") from error

@@ -1,0 +1,48 @@
+"""What a daemon that crashed leaves behind is told by the next one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from portward.runtime import Runtime
+
+CRASH = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from portward.runtime import Runtime
+Runtime(Path(sys.argv[1]))
+os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("signal", "said", "cut_off"),
+    [
+        ("SIGBUS", "Fatal Python error: Bus error", True),
+        ("SIGSEGV", "Fatal Python error: Segmentation fault", False),
+        ("SIGKILL", "", False),
+    ],
+)
+def test_how_the_last_one_ended(tmp_path: Path, signal: str, said: str, cut_off: bool) -> None:
+    result = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path), signal], check=False)
+    assert result.returncode < 0
+    program = (
+        "import sys; from pathlib import Path; from portward.runtime import Runtime; "
+        "r = Runtime(Path(sys.argv[1])); print(r.crashed, r.table_cut_off, sep='|'); r.close()"
+    )
+    for expected in (f"{said}|{cut_off}", "|False"):  # told once
+        told = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+        )
+        assert told.stdout.strip() == expected
+
+
+def test_a_folder_that_cannot_hold_the_file_does_not_keep_it_from_starting(tmp_path: Path) -> None:
+    (tmp_path / "crash").mkdir()
+    runtime = Runtime(tmp_path)
+    assert not runtime.crashed
+    runtime.close()
