@@ -6,11 +6,15 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from portward.gateway import mark
+from portward.gateway.tally import Event
 from portward.model import Address, Record
 from portward.table.reader import Reader
 from portward.table.writer import Writer
 from unit.gateway.test_worker import QueuedPacket, worker
 from unit.table.test_table import AZURE, ENFORCE, NOW, STORE, attachment, expected, identity, subscription
+
+# The worker is given so many bytes of a packet, and follows fewer than so many extension headers.
+_READ, _LONGEST_CHAIN = 512, 14
 
 _RECORDS: tuple[Record, ...] = (
     subscription(1, "enterprise-agreement"),
@@ -42,8 +46,12 @@ class Oracle:
         packet.indev = 1
         self._worker.handle(packet)
         assert len(packet.said) == 1, "one verdict"
+        assert not self._tally.events()[Event.ERROR], "the worker met what it was not made for"
+        port = port_of(data)
         if packet.said == ["drop"]:
+            assert port is None or len(data) > _READ or port[1] > _LONGEST_CHAIN, f"dropped, but to port {port[0]}"
             return None
+        assert port is not None, "judged, and no TCP port in it"
         assert packet.mark & ~mark.OWN == 0x00AB0000, "bits of others are kept"
         verdict = mark.Class(packet.mark & 7)
         reason, observed = expected(self._records, "vni1", source_of(data))
@@ -58,6 +66,32 @@ class Oracle:
     def close(self) -> None:
         """Closes the table."""
         self._reader.close()
+
+
+def port_of(data: bytes) -> tuple[int, int] | None:
+    """The TCP port that a packet goes to, as RFC 791 and RFC 8200 place it, and behind how many headers; None
+    where no first fragment of TCP with a port is in it."""
+    version, rest = data[:1].hex()[:1], memoryview(data)
+    if version == "4":
+        header, fragment = 4 * (data[0] % 16), int.from_bytes(data[6:8], "big") % 8192
+        if len(data) < 20 or header < 20 or fragment or data[9] != 6:
+            return None
+        return _port(rest[header:], 0)
+    if version != "6" or len(data) < 40:
+        return None
+    kind, rest, headers = data[6], rest[40:], 0
+    while kind != 6:
+        if len(rest) < 8 or kind not in (0, 43, 44, 51, 60):
+            return None
+        if kind == 44 and int.from_bytes(rest[2:4], "big") >> 3:
+            return None
+        length = {44: 8, 51: 4 * (rest[1] + 2)}.get(kind, 8 * (rest[1] + 1))
+        kind, rest, headers = rest[0], rest[length:], headers + 1
+    return _port(rest, headers)
+
+
+def _port(tcp: memoryview, headers: int) -> tuple[int, int] | None:
+    return (int.from_bytes(tcp[2:4], "big"), headers) if len(tcp) >= 4 else None
 
 
 def source_of(data: bytes) -> Address:

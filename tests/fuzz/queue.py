@@ -5,7 +5,7 @@ From a segment of which no source may send. Afterwards daemon and workers are th
     packets that the kernel put into the queue = packets that a worker gave a verdict on
     packets that the rules sent there + queries of the self-check = packets that the kernel put into the queue
         + packets that no rule of the queue took (a fragment within a fragment), dropped as `unjudged`
-    none was dropped since the queue, or the worker's socket, was full
+    none was dropped since the queue, or the worker's socket, was full; at none the worker failed
     none of a source that may not send reached port 25, and one that may send is greeted
     the workers' memory has grown by 4 MiB at most
 """
@@ -39,7 +39,8 @@ _KEPT: Final = 100_000
 
 class Counted(NamedTuple):
     """Packets so far: that the rules sent to the queue, that the kernel put there and dropped, that wait, that a
-    worker handled, of these the queries of the self-check; and what was dropped without a verdict."""
+    worker handled, of these the queries of the self-check; what was dropped without a verdict; and what a worker
+    failed at."""
 
     missed: int
     queued: int
@@ -48,6 +49,7 @@ class Counted(NamedTuple):
     handled: int
     probed: int
     unjudged: int
+    errors: int
 
 
 def fuzz(field: Ground, packets: int, seed: int) -> str:
@@ -69,6 +71,7 @@ def fuzz(field: Ground, packets: int, seed: int) -> str:
                     version6 = bool(packet) and packet[0] >> 4 == 6
                     out.send(ether + (b"\x86\xdd" if version6 else b"\x08\x00") + packet)
                 sent += _BATCH
+                assert field.leaked() == (0, 0), f"{field.leaked()} came out"
                 until(lambda: _queue(field)[1] < _BATCH, "the queue gets shorter", seconds=30)
         seconds = time.monotonic() - began
         after = _settled(field)
@@ -76,6 +79,7 @@ def fuzz(field: Ground, packets: int, seed: int) -> str:
         assert _processes(field) == processes, "daemon and workers are other processes now"
         assert since.dropped == 0, f"{since.dropped} dropped by the kernel"
         assert since.queued == since.handled, f"{since.queued} queued, {since.handled} answered"
+        assert since.errors == 0, f"the worker met {since.errors} packets that it was not made for"
         assert since.missed + since.probed == since.queued + since.unjudged, f"{since}"
         assert since.unjudged <= packets // 1000, f"{since.unjudged} packets went past the queue"
         assert field.leaked() == (0, 0), f"{field.leaked()} came out"
@@ -110,6 +114,7 @@ def _counted(field: Ground) -> Counted:
         handled,
         int(events["probed"]),
         field.counter("unjudged"),
+        int(events["error"]),
     )
 
 

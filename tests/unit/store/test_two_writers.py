@@ -41,8 +41,9 @@ print(conflicts)
 
 # Writes a large batch, and stops for ever in the middle of it.
 HALFWAY = """
-import sys, time
+import signal, sys, time
 from unit.store.samples import *
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background begins without
 store = SqliteStore(Path(sys.argv[1]))
 def stop(done):
     print(done, flush=True)
