@@ -34,7 +34,6 @@ from portward.errors import PortwardError
 from portward.explanation import explain
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
 from portward.gateway.ruleset import FIXED_SETS, LEARNED_SETS, TABLE
 from portward.gateway.worker import judge
 from portward.gateway.xtables import installed
@@ -442,7 +441,7 @@ class Ground:
         with namespaces.inside(self.lab.gateway):
             netlink = NfNetlink()
             try:
-                learned, reader = Learned(Nft(), netlink), Reader.open(self.table)
+                learned, reader = self._learned(netlink), Reader.open(self.table)
                 try:
                     head = reader.head()
                     for element in list(learned.elements()):
@@ -506,9 +505,14 @@ class Ground:
         with namespaces.inside(self.lab.gateway):
             netlink = NfNetlink()
             try:
-                return netlink.fingerprint(TABLE, FIXED_SETS), Learned(Nft(), netlink).epoch(), installed()
+                return netlink.fingerprint(TABLE, FIXED_SETS), self._learned(netlink).epoch(), installed()
             finally:
                 netlink.close()
+
+    @staticmethod
+    def _learned(netlink: NfNetlink) -> Learned:
+        """What the kernel remembers, for reading only."""
+        return Learned(None, netlink)  # type: ignore[arg-type] # nft is for writing
 
     def index(self, tenant: Tenant) -> int:
         """The index of a segment's interface on the gateway."""
