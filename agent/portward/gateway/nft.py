@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,7 @@ class Nft:
         KernelError where libnftables is missing."""
         self._lib = _library()
         self._elements = self._context()
+        weakref.finalize(self, self._lib.nft_ctx_free, self._elements)
         self._generation = generation
         # The generation after our last transaction, and whether one of somebody else's came between ours.
         self.left_at: int | None = None
