@@ -70,6 +70,8 @@ class Core:
         self._store: Store | None = None
         self._follower: Follower | None = None
         self._links = Links({}, frozenset())
+        # Interfaces that changed while the table could not be written.
+        self._links_failed, self._links_due = False, frozenset[int]()
         self.changes = 0
         # The revision that the kernel acts on: the table's, once everything older is forgotten.
         self.enforced = 0
@@ -125,8 +127,18 @@ class Core:
         return committed is not None
 
     def links_changed(self, links: Links) -> None:
-        """Follows interfaces that came, went or changed their index."""
-        self._enforcement.enforce(self._put_links(links))
+        """Follows interfaces that came, went or changed their index. Where the table cannot be written, `check`
+        tries it again."""
+        links = links._replace(touched=links.touched | self._links_due)
+        try:
+            committed = self._put_links(links)
+        except TableError as error:
+            if not self._links_failed:
+                _log.error("new interfaces are not judged yet, all their packets are dropped: %s", error)
+            self._links_failed, self._links_due = True, links.touched
+            return
+        self._links_failed, self._links_due = False, frozenset()
+        self._enforcement.enforce(committed)
 
     def settle(self, now: datetime) -> None:
         """Enforces what changes by itself: grants that end."""
@@ -138,6 +150,8 @@ class Core:
 
     def check(self) -> None:
         """Puts the ruleset back where somebody has changed it."""
+        if self._links_failed:
+            self.links_changed(self._links)
         before = self.keeper.repairs
         self._enforcement.check(self.generation)
         if self.keeper.repairs != before:
@@ -148,7 +162,7 @@ class Core:
         change of policy can come between the two readings."""
         if self.broken:  # the ruleset comes first, and with it everything is forgotten
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, KernelError):
             held = [found for source in suspects if (found := self._learned.held(source)) is not None]
             wrong = [element for element in held if self._differs(self._reader, element)]
             if not wrong:

@@ -71,6 +71,9 @@ class Daemon:
         self._snapshot = metrics.Snapshot()
         self._reload_failed = False
         self._strange = 0
+        # Answers that the kernel had counted when the last round ended, under its policy and under another one.
+        self._answered = 0, 0
+        self._unasked = False
         self._started = time.time()
         self._core: Core
         self._workers: list[Worker] = []
@@ -160,13 +163,17 @@ class Daemon:
         return await asyncio.get_running_loop().run_in_executor(self._counting, work)
 
     async def _follow_store(self) -> None:
+        tried: datetime | None = None
         while True:
             due = await self._step(self._core.next_expiry)
-            pause = _POLL_SECONDS if due is None else (due - datetime.now(UTC)).total_seconds()
+            # What could not be settled is tried again each second, and not all the time.
+            pause = _POLL_SECONDS if due in (None, tried) else (due - datetime.now(UTC)).total_seconds()
             await _readable(self._core.bell(), min(max(pause, 0.01), _POLL_SECONDS))
-            await self._step(self._core.sync)
+            while await self._step(self._core.sync):
+                pass
             if due is not None and due <= datetime.now(UTC):
                 await self._step(lambda: self._core.settle(datetime.now(UTC)))
+                tried = due
 
     async def _follow_links(self, links: AsyncIterator[Links]) -> None:
         async for change in links:
@@ -218,13 +225,11 @@ class Daemon:
         try:
             while True:
                 asked = [worker for worker in self._workers if worker.running]
-                before = await self._count_step(self._core.screen)
                 silent = await self._silent(prober, asked)
-                after = await self._count_step(self._core.screen)
                 for worker in asked:
                     self._judge_worker(worker, silent=worker in silent)
                 if not silent and len(asked) == len(self._workers):
-                    self._take_answers(before, after)
+                    self._take_answers(await self._count_step(self._core.screen))
                 await asyncio.sleep(_ASK_AGAIN if silent else self._pause)
         finally:
             prober.close()
@@ -237,8 +242,13 @@ class Daemon:
             try:
                 prober.ask(self._workers.index(worker), self._core.preset.ports[0])
             except OSError as error:
-                _log.error("the workers cannot be asked whether they answer: lo: %s", error.strerror)
+                if not self._unasked:
+                    _log.error(
+                        "the workers cannot be asked whether they answer: lo: %s: `ip link set lo up`?", error
+                    )
+                self._unasked = True
                 return []
+        self._unasked = False
         deadline, pause = time.monotonic() + PATIENCE, 0.005
         while True:
             silent = [worker for worker in asked if worker.running and worker.tally.handled() == before[worker]]
@@ -263,16 +273,19 @@ class Daemon:
             )
         self._core.selfcheck.differs(Kind.WORKER, what)
 
-    def _take_answers(self, before: dict[str, int], after: dict[str, int]) -> None:
-        """Feeds the watchdog where answers came under the kernel's policy. Answers under another one are met while
-        a change is on its way, so only the third time in a row counts."""
-        if after.get("answered", 0) > before.get("answered", 0):
+    def _take_answers(self, screen: dict[str, int]) -> None:
+        """Feeds the watchdog where no worker was silent. Answers under another policy than the kernel's are met
+        while a change is on its way, so only the third round in a row counts. Where neither kind came, the query
+        waits behind a flood, or was dropped by a full queue: `portward_self_check_age_seconds` rises."""
+        answered, stale = screen.get("answered", 0), screen.get("answered_stale", 0)
+        if answered != self._answered[0]:
             self._strange = 0
             self._core.selfcheck.well()
-            if watchdog_seconds() is not None:
-                notify("WATCHDOG=1")
-            return
-        self._strange += 1
+        elif stale != self._answered[1]:
+            self._strange += 1
+        self._answered = answered, stale
+        if self._strange < _STRANGE and watchdog_seconds() is not None:
+            notify("WATCHDOG=1")
         if self._strange == _STRANGE:
             self._core.selfcheck.differs(
                 Kind.ANSWER,

@@ -76,8 +76,10 @@ def kill_all(ground: Ground, rounds: int) -> Iterator[Outcome]:
 
 @fault
 def kill_at_points(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """SIGKILL before and after each of the functions in `POINTS`; in the short form on one side of each."""
+    """SIGKILL before and after each of the functions in `POINTS`; in the short form on one side of every other."""
     for number, point in enumerate(POINTS):
+        if rounds == 1 and ground.random.random() < 0.5:
+            continue
         for side in ("before", "after") if rounds > 1 else (("before", "after")[number % 2],):
             yield ground.fault(
                 f"SIGKILL of the {point.process} at {point.when}",
@@ -492,6 +494,7 @@ def rules_removed(ground: Ground, rounds: int) -> Iterator[Outcome]:
     acts: dict[str, Callable[[], None]] = {
         "nft flush ruleset": flush_ruleset,
         "nft delete table": lambda: ground.nft(f"delete table {table}"),
+        "the table made dormant": lambda: ground.nft(f"add table {table} {{ flags dormant; }}"),
         "chain screen flushed": lambda: ground.nft(f"flush chain {table} screen"),
         "chain judge flushed": lambda: ground.nft(f"flush chain {table} judge"),
         "chain verdict flushed": lambda: ground.nft(f"flush chain {table} verdict"),

@@ -116,6 +116,18 @@ def test_what_another_tool_writes_is_held_until_it_is_confirmed(agent: Agent) ->
     assert "confirmed" not in agent.portward("export").stdout
 
 
+def test_applying_again_what_is_held_confirms_it(agent: Agent) -> None:
+    agent.apply(*customers())
+    with closing(SqliteStore(agent.folder / "portward.db")) as store:
+        batch = [Put(key_of(record), encode(record)) for record in customers(Standing.DISABLED)]
+        store.write(batch, expected=1, actor="another tool", at=datetime.now(UTC))
+    told = agent.portward("apply", "--confirm", inventory(agent, Standing.DISABLED))
+    assert told.stdout == "confirmed everything up to revision 2, as revision 3\n"
+    agent.start()
+    until(lambda: agent.revision() == 3, "revision 3 in force")
+    assert not allowed(agent)
+
+
 def test_a_preset_that_turns_all_of_them_is_not_taken_by_a_reload(agent: Agent, tmp_path: Path) -> None:
     agent.apply(*customers())
     agent.start()

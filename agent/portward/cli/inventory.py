@@ -140,16 +140,20 @@ def _confirm(url: str, who: str, *, json: bool) -> None:
     if json:
         typer.echo(msgspec.json.encode({"revision": newest + 1, "confirmed": newest}).decode())
     else:
-        typer.echo(f"confirmed everything up to revision {newest}, as revision {newest + 1}")
+        typer.echo(_confirmed(newest))
+
+
+def _confirmed(revision: int) -> str:
+    return f"confirmed everything up to revision {revision}, as revision {revision + 1}"
 
 
 def _write(url: str, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int:
     """Brings the difference into the store, and gives the revision; makes the store where it is missing."""
     puts = plan.change.puts()
+    if confirm:  # also where nothing changes: the agents may hold what is there already
+        puts.append(confirmation(plan.revision + 1))
     if not puts:
         return plan.revision
-    if confirm:
-        puts.append(confirmation(plan.revision + 1))
     with contextlib.closing(open_store(url, create=True)) as store:
         progress = step("writing", len(puts))
         return store.write(puts, expected=plan.revision, actor=who, at=datetime.now(UTC), progress=progress)
@@ -174,7 +178,9 @@ def _lines(plan: _Plan, revision: int, *, dry_run: bool) -> Iterator[str]:
     counts = plan.change.counts()
     summary = ", ".join(f"{number} {name}" for name, number in counts.items())
     total = sum(counts.values())
-    if not total:
+    if not total and revision != plan.revision:
+        yield _confirmed(plan.revision)
+    elif not total:
         yield f"nothing to change, the store stays at revision {revision}"
     elif not dry_run:
         yield f"applied revision {revision}: {summary}"

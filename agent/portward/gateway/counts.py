@@ -17,6 +17,8 @@ from portward.gateway.mark import Class
 
 # Clocks of kernel and process drift, and a reading takes time: seconds.
 _SLACK: Final = 0.5
+# How long a change of policy waits for counting, in seconds.
+_PATIENCE: Final = 0.002
 
 
 class Owner(NamedTuple):
@@ -65,12 +67,17 @@ class Counts:
             self._read = present
 
     def take_last(self, elements: Iterable[Element], now: float) -> None:
-        """Takes a last reading of elements that are about to be forgotten."""
-        with self._lock:
+        """Takes a last reading of elements that are about to be forgotten; none where `take_all` is at work: what
+        they counted since their last reading is missing then, and a revocation does not wait."""
+        if not self._lock.acquire(timeout=_PATIENCE):
+            return
+        try:
             for element in elements:
                 self._take(element, now)
                 self._read.pop((element.verdict, element.source), None)
                 self._forgotten.add((element.verdict, element.source))
+        finally:
+            self._lock.release()
 
     def totals(self) -> tuple[Counter[tuple[str, Class]], Counter[tuple[str, Class]], Counter[Class]]:
         """Copies of the sums by segment and by subscription, and of how many sources are remembered."""

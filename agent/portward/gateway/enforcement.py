@@ -72,7 +72,7 @@ class Enforcement:
         """Puts the ruleset back where somebody has changed it; True where all was well."""
         try:
             well = not self.broken and self._keeper.intact() and self._keeper.epoch_is(generation)
-        except OSError:
+        except (OSError, KernelError):
             well = False
         if not well:
             self.repair(generation)

@@ -21,7 +21,7 @@ from portward.errors import KernelError
 _NETLINK_NETFILTER: Final = 12
 _SUBSYS_NFTABLES: Final = 10
 _NFPROTO_INET: Final = 1
-_GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 4, 7, 10, 13, 16, 19
+_GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 4, 7, 10, 13, 16, 19
 _OBJECT_COUNTER: Final = 1
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
@@ -133,10 +133,12 @@ class NfNetlink:
         return None
 
     def fingerprint(self, table: str, fixed_sets: tuple[str, ...]) -> bytes | None:
-        """A digest of the chains, the rules in their order and the sets of an inet table, with the elements of
+        """A digest of flags, chains, the rules in their order and the sets of an inet table, with the elements of
         `fixed_sets`; None where the table or one of them is missing. Equal digests: nobody has changed it."""
         digest = blake2b(digest_size=16)
         try:
+            for reply in self._request(_GET_TABLE, _string(1, table), 0):
+                digest.update(dict(_attributes(reply)).get(2, b"-"))  # a dormant table has no hooks
             self._digest_rules(digest, table)
             for name in fixed_sets:
                 digest.update(b"".join(sorted(element.key for element in self.elements(table, name))))

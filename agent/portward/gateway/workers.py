@@ -81,8 +81,8 @@ class Worker:
                 try:
                     await self.start()
                     break
-                except KernelError as error:
-                    _log.error("%s", error)
+                except (KernelError, OSError) as error:  # OSError: no more processes, memory or descriptors
+                    _log.error("the worker of queue %d cannot be started: %s", self.queue, error)
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
             pause = 0.05

@@ -62,7 +62,15 @@ class Follower:
             return self._replace(identity, now)
         if head.revision == revision:
             return None
-        return self._apply(list(self._store.changes(head.revision)), head.revision, now)
+        changes = list(self._store.changes(head.revision))
+        try:
+            return self._apply(changes, head.revision, now)
+        except HeldError:
+            # What came before the change that flips too many is none of its fault; one revision in each step.
+            first = [change for change in changes if change.revision == changes[0].revision]
+            if len(first) == len(changes):
+                raise
+            return self._apply(first, head.revision, now)
 
     def _replace(self, identity: bytes, now: datetime) -> Committed:
         sure = confirmed(self._store.get(CONFIRMED))

@@ -150,6 +150,12 @@ class Ground:
         """What the kernel remembers of a source."""
         return self._learned.held(Source(self._links[tenant], ip_address(address).packed))
 
+    def epoch(self) -> int:
+        """The epoch under which verdicts are remembered now."""
+        found = self._learned.epoch()
+        assert found is not None
+        return found
+
     def stack(self, name: str) -> int:
         """A counter of the gateway's own IP stack, as `nstat` calls it."""
         told = namespaces.run(self.lab.gateway, ["nstat", "-asz", name]).stdout

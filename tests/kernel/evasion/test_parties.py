@@ -17,11 +17,12 @@ from uuid import uuid4
 import pytest
 from scapy.layers.inet import IP, TCP, IPOption_LSRR, IPOption_SSRR
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrSegmentRouting
-from scapy.packet import Packet
+from scapy.packet import Packet, Raw
 
 from kernel.conftest import ALLOWED, DENIED, source_records
 from kernel.evasion.ground import BANNER, Ground, ground
 from kernel.wire import link_address, seen
+from portward.gateway.mark import EPOCH_SHIFT, Class
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
@@ -223,6 +224,30 @@ def with_source_end(frame: bytes, value: int) -> bytes:
         total = (total & 0xFFFF) + (total >> 16)
     header[10:12] = struct.pack(">H", ~total & 0xFFFF)
     return frame[:14] + bytes(header) + frame[34:]
+
+
+def test_a_later_fragment_that_others_have_marked_teaches_nothing(tmp_path: Path) -> None:
+    """nft finds a port in its data, before the queue and behind it: there a mark would be a verdict."""
+    with ground(tmp_path, conntrack=False) as field:
+        forged = field.epoch() << EPOCH_SHIFT | Class.ALLOW
+        namespaces.load(
+            field.lab.gateway,
+            f"""table inet foreign {{
+              chain before {{
+                type filter hook prerouting priority -500
+                iifname "vni*" meta mark set {forged:#x} notrack
+              }}
+            }}""",
+        )
+        source = field.source(FABRIKAM, 4)
+        fragment = IP(src=source, dst=MAIL4, proto=6, frag=100, id=7) / Raw(b"\x0f\xa0\x00\x19 later data")
+        with seen(field.lab.internet) as view:
+            field.send(FABRIKAM, fragment)
+            assert view.first(lambda packet: b"later data" in bytes(packet)) is not None
+        assert field.held(FABRIKAM, source) is None
+        field.send(FABRIKAM, syn(source, MAIL4))
+        until(lambda: field.held(FABRIKAM, source) is not None, "judged")
+        assert field.leaked() == (0, 0)
 
 
 _OTHERS = {

@@ -99,6 +99,17 @@ def test_what_is_held_is_not_worked_out_again_and_again(gateway: Gateway, monkey
     assert gateway.step() == 1
 
 
+def test_what_came_before_it_is_in_force(gateway: Gateway) -> None:
+    write(gateway.store, *disabled(1, 1))
+    write(gateway.store, *disabled(2, 23))
+    assert gateway.step() == 2
+    assert gateway.step() == 2
+    assert gateway.follower.held is not None
+    assert gateway.follower.held.revision == 3
+    assert not reason(gateway.writer, "10.0.0.1").allows
+    assert reason(gateway.writer, "10.0.0.2").allows
+
+
 def test_what_takes_it_back_lets_it_through(gateway: Gateway) -> None:
     write(gateway.store, *disabled(1, 21))
     gateway.step()
