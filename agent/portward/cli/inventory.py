@@ -97,7 +97,7 @@ def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
 
     Example: portward export > inventory.yaml
     """
-    have, _ = _held(configuration.load(config).store)
+    have, _ = _stored(configuration.load(config).store)
     for piece in json_text(have) if json else yaml_text(have):
         sys.stdout.write(piece)
 
@@ -108,14 +108,14 @@ def _plan(settings: configuration.Config, files: list[str], step: Step, *, prune
     check_offers(inventory, presets.load(settings.preset))
     step("comparing", None)
     try:
-        have, revision = _held(settings.store)
+        have, revision = _stored(settings.store)
     except NoStoreError:
         have, revision = {}, 0
     check_references(have, inventory, prune=prune)
     return _Plan(have, revision, inventory, difference(have, inventory, prune=prune))
 
 
-def _held(url: str) -> tuple[dict[str, str], int]:
+def _stored(url: str) -> tuple[dict[str, str], int]:
     """All records of a store, and their revision."""
     with contextlib.closing(open_store(url)) as store:
         revision, records = store.read_all()

@@ -12,7 +12,7 @@ from portward.documents import nearest, network_text
 from portward.model import Attachment, Exemption, Record, Subscription
 from portward.policy.preset import Preset
 from portward.store.inventory import Inventory
-from portward.store.protocol import Put, RecordError, decode, told_key
+from portward.store.protocol import Put, decode, readable, told_key
 
 
 class Difference(NamedTuple):
@@ -75,7 +75,7 @@ def described(have: Mapping[str, str], inventory: Inventory, change: Difference)
     for key, body in change.changed.items():
         yield f"~ {_changed(decode(key, body), owners)}: {_fields(have[key], body)}"
     for key in change.removed:
-        record = _readable(key, have[key])
+        record = readable(key, have[key])
         yield f"- {told_key(key) if record is None else _title(record, owners)}"
 
 
@@ -96,7 +96,7 @@ class _Owners:
     def _find(self, id_: UUID) -> Subscription | None:
         key = f"subscriptions/{id_}"
         body = self._inventory.records.get(key) or self._have.get(key)
-        record = None if body is None else _readable(key, body)
+        record = readable(key, body)
         return record if isinstance(record, Subscription) else None
 
 
@@ -128,14 +128,7 @@ def _place(record: Attachment) -> str:
 def _differs(key: str, before: str, after: str) -> bool:
     """Whether two texts hold different records. A record that another version has written otherwise is the
     same; one that cannot be read is not."""
-    return before != after and _readable(key, before) != decode(key, after)
-
-
-def _readable(key: str, body: str) -> Record | None:
-    try:
-        return decode(key, body)
-    except RecordError:
-        return None
+    return before != after and readable(key, before) != decode(key, after)
 
 
 def _fields(before: str, after: str) -> str:

@@ -16,7 +16,7 @@ from portward.errors import PortwardError
 from portward.model import Attachment, Exemption, Mode, Record, Subscription
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
-from portward.store.protocol import Put, RecordError, decode
+from portward.store.protocol import Put, readable
 
 # So few are never held: in a small store one change of one customer is a large share.
 _FEW: Final = 10
@@ -68,11 +68,11 @@ def flips(have: Mapping[str, str], batch: Sequence[Put], preset: Preset, now: da
     after = ChainMap[str, str | None](put, cast("MutableMapping[str, str | None]", have))
     flipped: set[UUID] = set()
     for key in have:
-        attachment = _record(have, key)
+        attachment = readable(key, have[key])
         if not isinstance(attachment, Attachment) or attachment.subscription in flipped:
             continue
         if (key in put or str(attachment.subscription) in touched) and (
-            _passes(have, attachment, preset, now) != _passes(after, _record(after, key), preset, now)
+            _passes(have, attachment, preset, now) != _passes(after, readable(key, after[key]), preset, now)
         ):
             flipped.add(attachment.subscription)
     return Flips(len(flipped), sum(key.startswith("subscriptions/") for key in have))
@@ -82,21 +82,12 @@ def _passes(records: Mapping[str, str | None], attachment: Record | None, preset
     """Whether the attachment's sources can open connections."""
     if not isinstance(attachment, Attachment):
         return False
-    subscription = _record(records, f"subscriptions/{attachment.subscription}")
-    exemption = _record(records, f"exemptions/{attachment.subscription}")
+    subscription, exemption = (
+        readable(key, records.get(key))
+        for key in (f"subscriptions/{attachment.subscription}", f"exemptions/{attachment.subscription}")
+    )
     if not isinstance(subscription, Subscription):
         return False
     exempt = exemption if isinstance(exemption, Exemption) else None
     decision = decide(preset, subscription=subscription, exemption=exempt, attachment=attachment, now=now)
     return decision.allows or subscription.mode is Mode.OBSERVE
-
-
-def _record(records: Mapping[str, str | None], key: str) -> Record | None:
-    """The record under a key; None where there is none that a gateway could read."""
-    body = records.get(key)
-    if body is None:
-        return None
-    try:
-        return decode(key, body)
-    except RecordError:
-        return None

@@ -168,6 +168,16 @@ def decode(key: str, body: str) -> Record:
     return record
 
 
+def readable(key: str, body: str | None) -> Record | None:
+    """The record under a key; None where there is none, or none that can be read."""
+    if body is None:
+        return None
+    try:
+        return decode(key, body)
+    except RecordError:
+        return None
+
+
 def _record_error(key: str, body: str, error: Exception) -> RecordError:
     if not isinstance(error, msgspec.ValidationError):
         deep = isinstance(error, RecursionError)
