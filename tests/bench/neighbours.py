@@ -13,7 +13,6 @@ import random
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from uuid import uuid4
 
 from bench.figures import Figure, percentile
 from kernel.conftest import ALLOWED, Gateway, running_gateway, source_records
-from kernel.wire import link_address, segment
+from kernel.wire import link_address, listening, segment
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
 
@@ -42,7 +41,7 @@ def measure(folder: Path, seconds: float = 20.0) -> list[Figure]:
             *source_records(LITWARE, f"{_PREFIX}/64", ALLOWED, uuid4()),
         )
         _route(gateway.lab)
-        with _listening(gateway.lab):
+        with listening(gateway.lab):
             quiet, _ = _connect(gateway.lab, 3.0, first=1)
             print(f"quiet: median {percentile(quiet, 0.5):.2f} ms, p99 {percentile(quiet, 0.99):.2f} ms")
             remembered = _remembered(gateway)
@@ -73,24 +72,6 @@ def _flooded(gateway: Gateway, folder: Path, seconds: float, *, cores: int, name
 def _route(lab: Lab) -> None:
     namespaces.batch(lab.gateway, [f"route add {_PREFIX}/64 via {LITWARE.address6} dev {LITWARE.segment}"])
     namespaces.batch(lab.home(LITWARE), [f"route add local {_PREFIX}/64 dev lo"])
-
-
-@contextmanager
-def _listening(lab: Lab) -> Iterator[None]:
-    with namespaces.inside(lab.internet):
-        listener = socket.create_server((MAIL6, 25), family=socket.AF_INET6, backlog=1024)
-
-    def serve() -> None:
-        with suppress(OSError):
-            while True:
-                listener.accept()[0].close()
-
-    threading.Thread(target=serve, daemon=True).start()
-    try:
-        yield
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
 
 
 def _connect(lab: Lab, seconds: float, first: int) -> tuple[list[float], int]:

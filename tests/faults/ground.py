@@ -29,6 +29,7 @@ import msgspec
 from faults import traffic
 from faults.traffic import SEND_AT_ONCE, SEND_EVERY, Figures, Traffic
 from kernel.conftest import ALLOWED, DENIED, lab_name, source_records
+from kernel.wire import meanwhile
 from portward.documents import dec_hook, enc_hook
 from portward.errors import PortwardError
 from portward.explanation import explain
@@ -287,19 +288,8 @@ class Ground:
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Policy changes all the while."""
-        going = True
-
-        def work() -> None:
-            while going:
-                self.change()
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
+        with meanwhile(self.change):
             yield
-        finally:
-            going = False
-            thread.join()
 
     # --- faults ---
 

@@ -13,13 +13,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import date
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from uuid import UUID
 
-from kernel.wire import Sender, segment
+from kernel.wire import Sender, meanwhile, segment
 from portward.config import Config
 from portward.gateway import ruleset, workers, xtables
 from portward.gateway.enforcement import Enforcement
@@ -103,22 +103,14 @@ class Churn:
 
     @contextmanager
     def _traffic(self) -> Iterator[None]:
-        sender, going = Sender(self._lab, CONTOSO), True
-        frame = segment(self._address, "S")
+        sender, frame = Sender(self._lab, CONTOSO), segment(self._address, "S")
 
         def send() -> None:
-            while going:
-                sender.send(frame)
-                time.sleep(0.0003)
+            sender.send(frame)
+            time.sleep(0.0003)
 
-        thread = threading.Thread(target=send, daemon=True)
-        thread.start()
-        try:
+        with closing(sender), meanwhile(send):
             yield
-        finally:
-            going = False
-            thread.join()
-            sender.close()
 
 
 def _offer(offer: str) -> Subscription:

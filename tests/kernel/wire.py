@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
@@ -87,6 +88,47 @@ def seen(namespace: str, interface: str = "eth0") -> Iterator[Seen]:
         yield view
     finally:
         view.close()
+
+
+@contextmanager
+def listening(lab: Lab, greeting: bytes = b"") -> Iterator[None]:
+    """A server on port 25 of the Internet side, both families, that greets whoever connects and hangs up."""
+    with namespaces.inside(lab.internet):
+        listener = socket.create_server(
+            ("::", 25), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024, reuse_port=True
+        )
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                with client, suppress(OSError):
+                    client.send(greeting)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+@contextmanager
+def meanwhile(work: Callable[[], object]) -> Iterator[None]:
+    """`work` is done again and again beside the test, on a thread of its own."""
+    done = threading.Event()
+
+    def go_on() -> None:
+        while not done.is_set():
+            work()
+
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def segment(source: str, flags: str = "S", *, port: int = 25, to: str | None = None, sport: int = 4000) -> Packet:

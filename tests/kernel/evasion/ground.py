@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -16,7 +15,7 @@ from uuid import uuid4
 from scapy.packet import Packet
 
 from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway, source_records
-from kernel.wire import segment
+from kernel.wire import listening, segment
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.ruleset import TABLE
@@ -203,30 +202,7 @@ def ground(folder: Path, *, conntrack: bool, **settings: Any) -> Iterator[Ground
     queue: dict[str, Any] = {"queue": _RATES, "verdicts": {"segment_sources": 131_072}, **settings}
     with (
         running_gateway(folder, **queue) as gateway,
-        _listening(gateway),
+        listening(gateway.lab, BANNER),
         contextlib.closing(Ground(gateway, conntrack=conntrack)) as found,
     ):
         yield found
-
-
-@contextlib.contextmanager
-def _listening(gateway: Gateway) -> Iterator[None]:
-    """A server on port 25 of both families that greets whoever connects."""
-    with namespaces.inside(gateway.lab.internet):
-        listener = socket.create_server(
-            ("::", 25), family=socket.AF_INET6, dualstack_ipv6=True, backlog=256, reuse_port=True
-        )
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client = listener.accept()[0]
-                with client, contextlib.suppress(OSError):
-                    client.send(BANNER)
-
-    threading.Thread(target=serve, daemon=True).start()
-    try:
-        yield
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()

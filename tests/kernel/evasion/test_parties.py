@@ -6,9 +6,7 @@ from __future__ import annotations
 import itertools
 import socket
 import struct
-import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -21,7 +19,7 @@ from scapy.packet import Packet, Raw
 
 from kernel.conftest import ALLOWED, DENIED, source_records
 from kernel.evasion.ground import BANNER, Ground, ground
-from kernel.wire import link_address, seen
+from kernel.wire import link_address, meanwhile, seen
 from portward.gateway.mark import EPOCH_SHIFT, Class
 from portward.lab import namespaces
 from portward.lab.agent import until
@@ -30,13 +28,6 @@ from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
 _MPTCP = 262  # linux/in.h: IPPROTO_MPTCP
 _OWN_BITS = 1 << 16
 _NEXT_HOP = "198.51.100.2"  # the Internet side, where the listener is too
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["conntrack", "no-conntrack"])
-def field(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """A gateway with and without connection tracking."""
-    with ground(tmp_path_factory.mktemp("evasion"), conntrack=request.param) as found:
-        yield found
 
 
 def syn(source: str, to: str, flags: str = "S", sport: int = 4000) -> Packet:
@@ -124,6 +115,20 @@ def test_a_real_client_is_greeted_only_where_it_may_send(
 # --- settings of the host ---
 
 
+def goes_nowhere(field: Ground, packet: Packet) -> None:
+    """A denied packet whose route leads on from an internal address is stopped there; the same to another port
+    goes on: the host obeys."""
+    before = field.counter("headers")
+    field.send(FABRIKAM, packet)
+    until(lambda: field.counter("headers") > before, "counted")
+    field.settled()
+    assert field.leaked() == (0, 0)
+    packet[TCP].dport = 587
+    with seen(field.lab.internet) as view:
+        field.send(FABRIKAM, packet)
+        assert view.first(lambda other: TCP in other and other[TCP].dport == 587) is not None
+
+
 @pytest.mark.parametrize("option", [IPOption_LSRR, IPOption_SSRR])
 def test_a_source_route_by_way_of_an_internal_address_goes_nowhere(field: Ground, option: type[Packet]) -> None:
     """The destination is the gateway's own, and internal; the option names where the packet goes then."""
@@ -132,17 +137,10 @@ def test_a_source_route_by_way_of_an_internal_address_goes_nowhere(field: Ground
         "net.ipv4.conf.all.accept_source_route=1",
         *(f"net.ipv4.conf.{tenant.segment}.accept_source_route=1" for tenant in (CONTOSO, FABRIKAM)),
     )
-    source, before = field.source(FABRIKAM, 4), field.counter("headers")
-    packet = IP(src=source, dst="10.0.0.1", options=option(routers=[_NEXT_HOP])) / TCP(sport=4000, dport=25)
-    field.send(FABRIKAM, packet)
-    until(lambda: field.counter("headers") > before, "counted")
-    field.settled()
-    assert field.leaked() == (0, 0)
-    # The same to another port does go on from there: the host obeys.
-    packet[TCP].dport = 587
-    with seen(field.lab.internet) as view:
-        field.send(FABRIKAM, packet)
-        assert view.first(lambda other: TCP in other and other[TCP].dport == 587) is not None
+    packet = IP(src=field.source(FABRIKAM, 4), dst="10.0.0.1", options=option(routers=[_NEXT_HOP])) / TCP(
+        sport=4000, dport=25
+    )
+    goes_nowhere(field, packet)
 
 
 def test_segment_routing_by_way_of_an_internal_address_goes_nowhere(field: Ground) -> None:
@@ -152,20 +150,12 @@ def test_segment_routing_by_way_of_an_internal_address_goes_nowhere(field: Groun
         *(f"net.ipv6.conf.{tenant.segment}.seg6_enabled=1" for tenant in (CONTOSO, FABRIKAM)),
     )
     namespaces.batch(field.lab.gateway, ["addr replace fd00::1/128 dev lo"])
-    source, before = field.source(FABRIKAM, 6), field.counter("headers")
     packet = (
-        IPv6(src=source, dst="fd00::1")
+        IPv6(src=field.source(FABRIKAM, 6), dst="fd00::1")
         / IPv6ExtHdrSegmentRouting(addresses=[MAIL6, "fd00::1"], segleft=1, lastentry=1)
         / TCP(sport=4000, dport=25)
     )
-    field.send(FABRIKAM, packet)
-    until(lambda: field.counter("headers") > before, "counted")
-    field.settled()
-    assert field.leaked() == (0, 0)
-    packet[TCP].dport = 587
-    with seen(field.lab.internet) as view:
-        field.send(FABRIKAM, packet)
-        assert view.first(lambda other: TCP in other and other[TCP].dport == 587) is not None
+    goes_nowhere(field, packet)
 
 
 # --- rules and marks of other programs ---
@@ -286,16 +276,12 @@ def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: i
         packets = itertools.cycle(
             [syn(source, to, flags, sport=4000 + port) for port in range(8) for flags in "SA"]
         )
-        stop = threading.Event()
 
         def pour() -> None:
-            while not stop.is_set():
-                field.send(CONTOSO, next(packets))
-                time.sleep(0.0002)
+            field.send(CONTOSO, next(packets))
+            time.sleep(0.0002)
 
-        pouring = threading.Thread(target=pour)
-        pouring.start()
-        try:
+        with meanwhile(pour):
             for _ in range(3):
                 field.agent.apply(*source_records(CONTOSO, source, ALLOWED, id_))
                 before = field.allowed()
@@ -305,9 +291,6 @@ def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: i
                 before = field.allowed()
                 time.sleep(0.15)
                 assert field.allowed() == before
-        finally:
-            stop.set()
-            pouring.join()
 
 
 def test_an_interface_made_again_with_the_same_index_remembers_nothing_of_the_tenant_before(

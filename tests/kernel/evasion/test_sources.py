@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 
-from kernel.evasion.ground import Ground, ground
+from kernel.evasion.ground import Ground
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6
 
@@ -39,13 +37,6 @@ SOURCES = {
     "ipv4-mapped": ("::ffff:10.1.77.7", UNKNOWN),
     "ipv4-compatible": ("::10.1.77.7", UNKNOWN),
 }
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["conntrack", "no-conntrack"])
-def field(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """A gateway with and without connection tracking."""
-    with ground(tmp_path_factory.mktemp("evasion"), conntrack=request.param) as found:
-        yield found
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from kernel.evasion.ground import BANNER, Ground, ground
+from kernel.evasion.ground import BANNER, Ground
 from kernel.evasion.tricks import FOUR, HARMLESS, SIX, Trick
 from portward.gateway.mark import Class
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6
 
 TRICKS = [(4, trick) for trick in FOUR] + [(6, trick) for trick in SIX]
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["conntrack", "no-conntrack"])
-def field(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """A gateway with and without connection tracking."""
-    with ground(tmp_path_factory.mktemp("evasion"), conntrack=request.param) as found:
-        yield found
 
 
 def named(pair: tuple[int, Trick]) -> str:
