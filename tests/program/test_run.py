@@ -19,12 +19,12 @@ import pytest
 from portward.documents import enc_hook
 from portward.errors import PortwardError
 from portward.lab import namespaces
-from portward.lab.agent import PROGRAM, Agent, until
+from portward.lab.agent import PROGRAM, Agent, Place, until
 from portward.lab.demo import records
-from portward.lab.topology import FABRIKAM, Lab
+from portward.lab.topology import FABRIKAM
 
 
-def ruleset(lab: Lab) -> str:
+def ruleset(lab: Place) -> str:
     """portward's table as it is loaded in the gateway; empty where it is not."""
     return lab.run(lab.gateway, "nft", "-s", "list", "table", "inet", "portward").stdout
 
