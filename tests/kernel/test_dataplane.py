@@ -229,6 +229,20 @@ def test_a_marked_packet_to_an_internal_destination_teaches_nothing(make_gateway
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
 
 
+@pytest.mark.parametrize("source", ["10.0.0.61", "2001:db8:1002::61"])
+def test_port_25_of_another_protocol_is_let_pass_also_where_the_source_is_remembered_as_denied(
+    gateway: Gateway, source: str
+) -> None:
+    gateway.source(FABRIKAM, source, DENIED)
+    assert not gateway.passes(FABRIKAM, source)
+    assert "remembers 'deny'" in gateway.agent.explain(FABRIKAM.segment, source)["kernel"]
+    header = IPv6(src=source, dst=MAIL6) if ":" in source else IP(src=source, dst=MAIL4)
+    with seen(gateway.lab.internet) as view:
+        gateway.senders[FABRIKAM].send(header / UDP(sport=4000, dport=25) / Raw(b"not mail"))
+        assert view.first(lambda packet: UDP in packet and packet[UDP].dport == 25) is not None
+    assert not gateway.passes(FABRIKAM, source)
+
+
 def test_where_the_way_to_the_queue_is_gone_nothing_opens(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway()
     process = gateway.agent.process
