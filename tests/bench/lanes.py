@@ -124,7 +124,7 @@ def race(folder: Path, lanes: dict[str, Lane], packets: Path, *, rounds: int, sl
     return rates
 
 
-def ratio(name: str, rates: Rates, lane: str, to: str, goal: str) -> Figure:
+def ratio(name: str, rates: Rates, lane: str, to: str, goal: str = "") -> Figure:
     """A lane's rate as a share of another's: the median over the rounds, and the quartiles."""
     shares = [one / other for one, other in zip(rates[lane], rates[to], strict=True)]
     low, middle, high = statistics.quantiles(shares, n=4)
