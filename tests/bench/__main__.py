@@ -16,13 +16,22 @@ from typing import Final, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import change, counted, fast_path, million, neighbours, stale  # the path above must be there first
+from bench import (
+    change,
+    counted,
+    crowd,
+    fast_path,
+    million,
+    neighbours,
+    stale,
+)  # the path above must be there first
 from bench.figures import Curve, Figure, keep, tell  # as above
 
 Measured: TypeAlias = Iterable[Figure | Curve]
 
 _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
     "fast_path": fast_path.measure,
+    "crowd": crowd.measure,
     "change": change.measure,
 }
 # What is promised elsewhere and takes its time.

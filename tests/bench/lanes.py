@@ -105,13 +105,16 @@ def frames(path: Path, sources: Iterable[bytes], port: int, *, family: int = 4) 
     return flood.write(path, flood.from_sources(first, sources))
 
 
-def race(folder: Path, lanes: dict[str, Lane], packets: Path, *, rounds: int, slice_s: float = 0.01) -> Rates:
-    """The rate of each lane in each round, in packets a second."""
+def race(
+    folder: Path, lanes: dict[str, Lane], packets: Path | dict[str, Path], *, rounds: int, slice_s: float = 0.01
+) -> Rates:
+    """The rate of each lane in each round, in packets a second; all are sent the same frames, or each its own."""
+    files = packets if isinstance(packets, dict) else dict.fromkeys(lanes, packets)
     program = flood.build(folder, "lanes.c")
     with _busy_elsewhere() as elsewhere:
         out = subprocess.run(
-            [os.fspath(program), "--cpu", str(CPU), "--frames", os.fspath(packets), "--rounds", str(rounds),
-             "--slice", str(slice_s), *(f"{lane.tenant}:eth0" for lane in lanes.values())],
+            [os.fspath(program), "--cpu", str(CPU), "--rounds", str(rounds),
+             "--slice", str(slice_s), *(f"{lane.tenant}:eth0:{files[name]}" for name, lane in lanes.items())],
             stdout=subprocess.PIPE, text=True, check=True,
         ).stdout  # fmt: skip
     if elsewhere[0] > rounds * len(lanes) * slice_s / 50:
