@@ -8,9 +8,9 @@ import pytest
 from scapy.layers.inet import IP, TCP, UDP
 
 from portward.gateway import mark
+from portward.gateway.judge import Judge, judge
 from portward.gateway.reset import Resetter
 from portward.gateway.tally import Event, Outcome, Tally
-from portward.gateway.worker import Worker, judge
 from portward.model import Reason
 from portward.table.reader import Finding
 
@@ -56,11 +56,11 @@ class Answers:
         return self.sent
 
 
-def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None) -> tuple[Worker, Tally]:
-    """A worker over a look-up."""
+def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None) -> tuple[Judge, Tally]:
+    """A judge over a look-up."""
     tally = Tally(Tally.create())
     resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
-    return Worker(lookup, lambda: None, tally, resetter), tally
+    return Judge(lookup, lambda: None, tally, resetter), tally
 
 
 def finding(reason: Reason, *, observed: bool = False, reject: bool = False) -> Finding:
