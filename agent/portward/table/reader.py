@@ -6,6 +6,8 @@ to are read together, so a verdict is never stamped with a policy that it was no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -74,6 +76,7 @@ class Reader:
         self._head: layout.Head | None = None
         self._links: dict[int, layout.Link | None] = {}
         self._lengths: dict[bytes, tuple[int, ...]] = {}
+        self._viewed: Transaction | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Reader:
@@ -85,25 +88,36 @@ class Reader:
         """Closes the table."""
         self._environment.close()
 
+    @contextmanager
+    def view(self) -> Iterator[int]:
+        """Within, `lookup` and `head` all read the same commit; gives a number that another commit does not have.
+
+        For many look-ups at once. Never to be held while waiting for anything: the longer it lasts, the older is
+        what it gives, and the pages that it sees cannot be used again. Raises lmdb's errors.
+        """
+        with self._begin() as transaction:
+            self._follow(transaction)
+            self._viewed = transaction
+            try:
+                yield self._snapshot
+            finally:
+                self._viewed = None
+
     def lookup(self, index: int, source: bytes) -> Finding | None:
         """The finding for a source address (4 or 16 bytes, network order) behind the interface `index`.
 
         None where the table knows no segment behind that interface (yet), or holds no policy at all: such a
         packet is dropped and nothing is remembered. Raises lmdb's errors where the file cannot be read.
         """
+        if self._viewed is not None:
+            return self._finding(self._viewed, index, source)
         with self._begin() as transaction:
-            link, head = self._link(transaction, index), self._head
-            if head is None or link is None:
-                return None
-            found = self._entry(transaction, link.segment, source)
-            observed = head.observe or link.observed
-            if found is None:
-                return Finding(Reason.DENIED_UNKNOWN_SOURCE, observed, False, head.generation)
-            entry = layout.Entry.unpack(found[1])
-            return Finding(entry.reason, observed or entry.observed, head.reject, head.generation)
+            return self._finding(transaction, index, source)
 
     def head(self) -> layout.Head | None:
         """What the table agrees with; None where it holds no policy yet."""
+        if self._viewed is not None:
+            return self._head
         with self._begin() as transaction:
             self._follow(transaction)
             return self._head
@@ -150,6 +164,17 @@ class Reader:
                 transaction.stat(self._parts[b"entries"])["entries"],
                 transaction.stat(self._parts[b"ids"])["entries"],
             )
+
+    def _finding(self, transaction: Transaction, index: int, source: bytes) -> Finding | None:
+        link, head = self._link(transaction, index), self._head
+        if head is None or link is None:
+            return None
+        found = self._entry(transaction, link.segment, source)
+        observed = head.observe or link.observed
+        if found is None:
+            return Finding(Reason.DENIED_UNKNOWN_SOURCE, observed, False, head.generation)
+        entry = layout.Entry.unpack(found[1])
+        return Finding(entry.reason, observed or entry.observed, head.reject, head.generation)
 
     def _begin(self) -> Transaction:
         try:
