@@ -1,6 +1,6 @@
 """One queue → one verdict for each of its packets. Runs as a process of its own:
 
-    python -m portward.gateway.worker --queue 0 --table DIR --tally FD --lifeline FD [--length 4096]
+    python -m portward.gateway.worker --queue 0 --table DIR --tally FD --lifeline FD [--length N] [--reader batch]
 
 It shares nothing with the daemon but the policy table and a block of counters. It prints `ready` when its queue
 is bound, and ends when the daemon does.
@@ -12,48 +12,22 @@ import argparse
 import ctypes
 import errno
 import logging
-import select
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import netfilterqueue
-
+from portward.config import QueueReader
 from portward.errors import PortwardError
-from portward.gateway.judge import Judge, Queued
+from portward.gateway import batch
+from portward.gateway.batch import BatchJudge
+from portward.gateway.judge import Judge
 from portward.gateway.reset import Resetter
 from portward.gateway.tally import Tally
 from portward.table.reader import Reader
 
 READY: Final = "ready"
-# Enough for IP and TCP headers with all their options; the rest of a packet stays in the kernel.
-_COPY_BYTES: Final = 512
-# Bytes of netlink messages that may wait: some thousands of packets.
-_RECEIVE_BUFFER: Final = 8 << 20
-
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
-
-
-def serve(queue: int, length: int, handle: Callable[[Queued], None], lifeline: int) -> None:
-    """Binds the queue and answers its packets until the other end of `lifeline` is closed or SIGTERM comes.
-
-    `length` is how many packets may wait. Raises OSError: EPERM where another process has the queue, or
-    without CAP_NET_ADMIN.
-    """
-    bound = netfilterqueue.NetfilterQueue()
-    bound.bind(queue, handle, max_len=length, mode=netfilterqueue.COPY_PACKET, range=_COPY_BYTES,
-               sock_len=_RECEIVE_BUFFER)  # fmt: skip
-    try:
-        print(READY, flush=True)
-        poll = select.poll()
-        poll.register(bound.get_fd(), select.POLLIN)
-        poll.register(lifeline, select.POLLIN)
-        while all(descriptor != lifeline for descriptor, _ in poll.poll()):
-            bound.run(block=False)
-    finally:
-        bound.unbind()
 
 
 def main() -> int:
@@ -66,8 +40,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         reader = Reader.open(arguments.table)
-        judge = Judge(reader.lookup, reader.head, Tally(arguments.tally), Resetter())
-        serve(arguments.queue, arguments.length, judge.handle, arguments.lifeline)
+        tally = Tally(arguments.tally)
+        judge = Judge(reader.lookup, reader.head, tally, Resetter())
+        if arguments.reader is QueueReader.BATCH:
+            batches = BatchJudge(arguments.queue, reader, judge, tally)
+            batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, _ready)
+        else:
+            from portward.gateway import single  # noqa: PLC0415 # its library is loaded only where it is wanted
+
+            single.serve(arguments.queue, arguments.length, judge.handle, arguments.lifeline, _ready)
     except PortwardError as error:
         print(error, file=sys.stderr)
         return 1
@@ -77,8 +58,13 @@ def main() -> int:
     return 0
 
 
+def _ready() -> None:
+    print(READY, flush=True)
+
+
 def _die_with_parent() -> None:
-    """Under a flood `run` does not come back to look at the lifeline, and an orphan would keep the queue."""
+    """Under a flood NetfilterQueue does not come back to look at the lifeline, and an orphan would keep the
+    queue."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -95,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="portward-worker", description="Answers the packets of one queue.")
     parser.add_argument("--queue", type=int, required=True)
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--reader", type=QueueReader, default=QueueReader.BATCH)
     parser.add_argument("--table", type=Path, required=True)
     parser.add_argument("--tally", type=int, required=True)
     parser.add_argument("--lifeline", type=int, required=True)
