@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import change, counted, million, neighbours, stale  # the path above must be there first
+from bench import change, counted, million, neighbours, stale, unknown  # the path above must be there first
 from bench.figures import tell  # as above
 
 _MEASUREMENTS = {
@@ -17,6 +17,7 @@ _MEASUREMENTS = {
     "million": million,
     "neighbours": neighbours,
     "stale": stale,
+    "unknown": unknown,
 }
 
 

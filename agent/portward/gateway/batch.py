@@ -6,7 +6,7 @@ that this view shows; so a verdict is never older than its packet, and none that
 is remembered (`learn` compares the epoch). No view is open while the worker waits or the kernel acts on verdicts.
 
 A packet like thousands before it, a plain TCP segment with the mark of a miss, goes by the fields of its `Shape`,
-and a source that was judged in the same snapshot by what was found then. Every other one, and every one at which
+and its source by what was found in the same snapshot for the addresses around it. Every other one, and every one at which
 that fails, takes the way through `Judge.handle`, the same as with NetfilterQueue.
 """
 
@@ -16,6 +16,7 @@ import errno
 import logging
 import os
 import select
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
@@ -29,8 +30,8 @@ from portward.table.reader import Finding, Reader
 
 # Packets received at once: enough to share out what a batch costs, few enough that the first need not wait long.
 BATCH: Final = 64
-# Sources remembered, some 100 bytes each. Only those are met again that the kernel does not remember yet.
-_SOURCES: Final = 8192
+# Ranges of sources remembered, some 200 bytes each: all of a segment with half as many attachments.
+_RANGES: Final = 4096
 # As many shapes as honest traffic has: two families, checksums known or not, larger than what is copied or not.
 _SHAPES: Final = 8
 # The smallest message with a packet's id has 32 bytes.
@@ -43,12 +44,8 @@ class _Uncommon(Exception):  # noqa: N818 # no error: the packet takes the caref
     """A packet that does not go by shape and source alone."""
 
 
-def _nothing(buffer: object, start: int) -> tuple[object, ...]:
-    raise LookupError
-
-
-# The shape of no message, until there has been one.
-_NONE: Final = Shape(_nothing, tuple, (), frozenset(), 0, 0)
+# The shape of no message, until there has been one: as many fields as are taken, and constants that none has.
+_NONE: Final = Shape(lambda buffer, start: (b"",) * 14, tuple, (), frozenset(), 0, 0)
 
 
 class _Waiting:
@@ -89,6 +86,39 @@ class _Answer:
         self.packets = self.attempts = 0
 
 
+class _Known:
+    """The answers to sources, by ranges of addresses: the same answer holds from one entry of the policy table to
+    the next, so a few ranges soon know every source there is.
+
+    A source is a number, made of interface index and address: those of one family and interface lie side by side,
+    and IPv6 (20 bytes with the index, which is never 0) beyond all of IPv4 (8 bytes).
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all."""
+        # The first number of each range, ascending; its last one and the answer. Before all stands an empty range.
+        self._starts = [-1]
+        self._held: list[tuple[int, _Answer | None]] = [(-2, None)]
+
+    def get(self, source: bytes) -> _Answer | None:
+        """The answer to a source (index and address, big-endian)."""
+        number = int.from_bytes(source, "big")
+        last, answer = self._held[bisect_right(self._starts, number) - 1]
+        return answer if number <= last else None
+
+    def put(self, index: bytes, size: int, reach: tuple[int, int], answer: _Answer) -> None:
+        """Holds an answer for the addresses from one to another, of `size` bytes each."""
+        if len(self._starts) >= _RANGES:
+            self.clear()
+        offset = int.from_bytes(index, "big") << size * 8
+        place = bisect_right(self._starts, offset + reach[0])
+        self._starts.insert(place, offset + reach[0])
+        self._held.insert(place, (offset + reach[1], answer))
+
+
 class BatchJudge:
     """Gives verdicts on batches; `careful` judges what is not of the common kind, over the same `reader`."""
 
@@ -96,10 +126,10 @@ class BatchJudge:
         self._reader, self._careful, self._tally = reader, careful, tally
         self._verdicts = Verdicts(queue, _ROOM)
         self._shapes: list[Shape] = []
-        # What holds for one snapshot: by finding, and by interface index and source as the messages have them.
+        # What holds for one snapshot: the answer to each finding, and the answers to sources.
         self._snapshot = -1
         self._answers: dict[Finding, _Answer] = {}
-        self._sources: dict[bytes, _Answer] = {}
+        self._known = _Known()
         self._told: set[str] = set()
 
     def answer(self, buffer: bytearray, lengths: Iterable[tuple[int]]) -> memoryview:
@@ -111,7 +141,7 @@ class BatchJudge:
                 if snapshot != self._snapshot:
                     self._snapshot = snapshot
                     self._answers.clear()
-                    self._sources.clear()
+                    self._known.clear()
                 self._judge(buffer, waiting)
         except Exception:
             # There is no view. What is left is judged without one, and what fails again is dropped, counted and
@@ -126,7 +156,7 @@ class BatchJudge:
 
     def _judge(self, buffer: bytearray, waiting: Iterator[tuple[int, tuple[int]]]) -> None:
         """Judges what waits within a view. All that a packet costs is in this loop, hence its local names."""
-        known, accept = self._sources.get, self._verdicts.accept
+        known, accept = self._known.get, self._verdicts.accept
         unpack, constants, expected, firsts, least, before = self._shapes[0] if self._shapes else _NONE
         for number, (length,) in waiting:
             start = number * SLOT
@@ -173,9 +203,7 @@ class BatchJudge:
             if outcome is Outcome.RESET:
                 raise _Uncommon
             answer = self._answers[finding] = _Answer(finding, verdict, outcome)
-        if len(self._sources) >= _SOURCES:
-            self._sources.clear()
-        self._sources[index + source] = answer
+        self._known.put(index, len(source), self._reader.reach(int.from_bytes(index, "big"), source), answer)
         return answer
 
     def _walk(self, datagram: bytearray) -> None:
