@@ -6,8 +6,8 @@ that this view shows; so a verdict is never older than its packet, and none that
 is remembered (`learn` compares the epoch). No view is open while the worker waits or the kernel acts on verdicts.
 
 A packet like thousands before it, a plain TCP segment with the mark of a miss, goes by the fields of its `Shape`,
-and its source by what was found in the same snapshot for the addresses around it. Every other one, and every one at which
-that fails, takes the way through `Judge.handle`, the same as with NetfilterQueue.
+and its source by what was found in the same snapshot for the addresses around it. Every other one, and every one
+at which that fails, takes the way through `Judge.handle`, the same as with NetfilterQueue.
 """
 
 from __future__ import annotations

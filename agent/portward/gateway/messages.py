@@ -76,8 +76,8 @@ def _packet(message: bytes) -> Packet:
     header, address = found.get(_PACKET_HDR, b""), found.get(_HWADDR)
     return Packet(
         int.from_bytes(header[:4], "big") if len(header) >= 4 else None,
-        int.from_bytes(found.get(_INDEV, b""), "big"),
-        int.from_bytes(found.get(_MARK, b""), "big"),
+        int.from_bytes(found.get(_INDEV, b"")[:4], "big"),
+        int.from_bytes(found.get(_MARK, b"")[:4], "big"),
         address[4:12] if address else None,  # struct nfqnl_msg_packet_hw: length, padding, 8 bytes of address
         found.get(_PAYLOAD, b""),
     )

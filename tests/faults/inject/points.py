@@ -62,9 +62,10 @@ POINTS: Final = (
     Point("daemon", "time", f"{_G}.keeper:Keeper.intact"),
     # a packet in the worker; its own module runs as __main__, so what it calls stands for its lines
     Point("worker", "packet", f"{_T}.reader:Reader.lookup"),
-    Point("worker", "packet", f"{_G}.tally:Tally.verdict"),
+    Point("worker", "packet", f"{_G}.tally:Tally.add"),
     Point("worker", "packet", f"{_G}.mark:stamp"),
-    Point("worker", "start", "netfilterqueue:NetfilterQueue.bind"),
+    Point("worker", "packet", f"{_G}.nfqueue:Queue.send"),
+    Point("worker", "start", f"{_G}.nfqueue:Queue.__init__"),
     Point("worker", "start", f"{_T}.reader:Reader.open"),
     # `portward apply`
     Point("apply", "change", f"{_S}.sqlite:SqliteStore.write"),
