@@ -148,11 +148,18 @@ class BatchJudge:
             # told.
             for number, (length,) in waiting:
                 self._walk(buffer[number * SLOT : number * SLOT + length])
-        for answer in self._answers.values():
-            if answer.packets:
-                self._tally.add(answer.reason, answer.outcome, packets=answer.packets, attempts=answer.attempts)
-                answer.packets = answer.attempts = 0
+        self._count()
         return self._verdicts.take()
+
+    def _count(self) -> None:
+        try:
+            for answer in self._answers.values():
+                if answer.packets:
+                    packets, attempts = answer.packets, answer.attempts
+                    answer.packets = answer.attempts = 0
+                    self._tally.add(answer.reason, answer.outcome, packets=packets, attempts=attempts)
+        except Exception:  # out of memory, say: the verdicts matter more
+            self._tell("packets were judged and could not be counted")
 
     def _judge(self, buffer: bytearray, waiting: Iterator[tuple[int, tuple[int]]]) -> None:
         """Judges what waits within a view. All that a packet costs is in this loop, hence its local names."""

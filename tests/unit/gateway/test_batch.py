@@ -197,6 +197,18 @@ def test_a_look_up_that_fails_costs_only_its_own_packet(bench: Bench, monkeypatc
     assert bench.tally.events()[Event.ERROR] == 1
 
 
+def test_verdicts_are_given_even_if_they_cannot_be_counted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(bench.tally, "add", broken)
+    for _ in range(2):
+        assert classes(bench.answer(message(syn("10.0.0.5")))) == [mark.Class.ALLOW]
+    assert len(caplog.records) == 1
+
+
 def test_what_the_kernel_refuses_stops_nothing_and_is_told_once(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
