@@ -46,10 +46,10 @@ _CLASSES = ("allow", "deny", "refused", "miss", "unknown", "observed")
 
 
 class Gateway:
-    """The two namespaces, with `queues` queues from 0 on: packets go to them in turn."""
+    """The two namespaces. Packets go to queue 0 until `queue_to` says otherwise."""
 
-    def __init__(self, folder: Path, queues: int = 1) -> None:
-        self.folder, self.queues = folder, queues
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         name = lab_name()
         self.tenant, self.gateway = f"{name}-a", f"{name}-b"
 
@@ -82,12 +82,7 @@ class Gateway:
         for name, device in ((self.tenant, "eth0"), (self.gateway, SEGMENT)):
             namespaces.batch(name, [f"link set {device} up"])
         namespaces.load(self.gateway, "\n".join(_rules()))
-        first = ["iptables", "-t", "raw", "-A", "PREROUTING", "-p", "tcp", "--dport", "25"]
-        self._run(*first, "-j", "MARK", "--set-mark", f"{0x00AB0000 | mark.MISS:#x}")
-        for number in range(self.queues):
-            left = self.queues - number
-            turn = ["-m", "statistic", "--mode", "nth", "--every", str(left), "--packet", "0"] if left > 1 else []
-            self._run(*first, *turn, "-j", "NFQUEUE", "--queue-num", str(number))
+        self.queue_to(0)
         index = int(namespaces.run(self.gateway, ["cat", f"/sys/class/net/{SEGMENT}/ifindex"]).stdout)
         self.table = _table(self.folder / "table", index)
         with namespaces.inside(self.gateway):
@@ -102,22 +97,27 @@ class Gateway:
         for name in namespaces.names(self.tenant) + namespaces.names(self.gateway):
             namespaces.remove(name)
 
-    def _run(self, *argv: str) -> None:
-        result = namespaces.run(self.gateway, argv)
+    def queue_to(self, *queues: int) -> None:
+        """From now on packets go to these queues in turn."""
+        first = "-A PREROUTING -p tcp --dport 25"
+        lines = ["*raw", f"{first} -j MARK --set-mark {0x00AB0000 | mark.MISS:#x}"]
+        for place, number in enumerate(queues):
+            left = len(queues) - place
+            turn = f"-m statistic --mode nth --every {left} --packet 0" if left > 1 else ""
+            lines.append(f"{first} {turn} -j NFQUEUE --queue-num {number}")
+        result = namespaces.run(self.gateway, ["iptables-restore"], text="\n".join([*lines, "COMMIT", ""]))
         if result.returncode:
-            raise RuntimeError(f"{' '.join(argv)}: {result.stderr}")
+            raise RuntimeError(f"iptables-restore: {result.stderr}")
 
     def answered(self) -> dict[str, int]:
         """Packets that came back from the queue so far, by the class of their verdict."""
         return self._netlink.counters("bench")
 
-    def waiting(self) -> int:
-        """Packets that wait in all queues."""
-        return sum(row[2] for row in self._queues())
-
-    def _queues(self) -> list[list[int]]:
+    def waiting(self, queue: int) -> int:
+        """Packets that wait in a queue, or that its reader has received and not answered yet."""
         told = namespaces.run(self.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
-        return [[int(column) for column in line.split()] for line in told.splitlines()]
+        rows = [[int(column) for column in line.split()] for line in told.splitlines()]
+        return sum(row[2] for row in rows if row[0] == queue)
 
     def frames(self, name: str, sources: Sequence[bytes]) -> Path:
         """A file for `flood`: a SYN from each of the sources."""

@@ -111,6 +111,8 @@ class Queue:
     def send(self, verdicts: memoryview) -> None:
         """Sends verdicts. The kernel has acted on them when it returns. Raises OSError where it takes not even
         one by one: it is out of memory."""
+        if not verdicts:  # netlink refuses a message of no bytes; all that came may have been refusals
+            return
         try:
             self._socket.send(verdicts)
         except OSError as error:
