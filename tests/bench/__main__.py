@@ -8,12 +8,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import change, counted, million, neighbours, stale, unknown  # the path above must be there first
+from bench import (  # the path above must be there first
+    change,
+    counted,
+    drain,
+    latency,
+    million,
+    neighbours,
+    stale,
+    unknown,
+)
 from bench.figures import tell  # as above
 
 _MEASUREMENTS = {
     "change": change,
     "counted": counted,
+    "drain": drain,
+    "latency": latency,
     "million": million,
     "neighbours": neighbours,
     "stale": stale,

@@ -2,8 +2,9 @@
 
 A flood on one core keeps a queue full, its reader has the other core. Three readers run beside each other, each
 with a queue of its own: the C loop, the worker with its batch reader, the worker with NetfilterQueue. The flood
-goes to one after the other, for a fraction of a second each, many times over; what comes back from the queue is counted,
-over the same wall time, and compared turn by turn, so what else the machine does meets all of them. Sources:
+goes to one after the other, for a fraction of a second each, many times over; what comes back from the queue is
+counted, over the same wall time, and compared turn by turn, so what else the machine does meets all of them.
+Sources:
 
     unknown   drawn at random, of nobody, nearly each one never seen before
     prefix    the same from a prefix that may send

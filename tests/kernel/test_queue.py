@@ -1,4 +1,4 @@
-"""A queue of the kernel: who gets it, what is sent to it, and what it says of verdicts on packets that are gone."""
+"""A queue of the kernel: who gets it, what is sent to it, what it says of verdicts on packets that are gone."""
 
 from __future__ import annotations
 
