@@ -42,6 +42,8 @@ LENGTH = 4096
 # A thousand hosts, and a prefix whose addresses may send: a source of neither is looked up by two lengths.
 HOSTS = tuple(bytes([10, 0, number >> 8, number & 0xFF]) for number in range(1000))
 PREFIX = "10.64.0.0/10"
+# Every third address of these: more gaps between attachments than the batch reader remembers.
+SCATTERED = range(172 << 24 | 16 << 16, 172 << 24 | 17 << 16)
 _CLASSES = ("allow", "deny", "refused", "miss", "unknown", "observed")
 
 
@@ -178,6 +180,8 @@ def _table(folder: Path, index: int) -> Path:
     for number, host in enumerate(HOSTS):
         owner = (may, may_not)[number % 2]
         records.append(Attachment(segment=SEGMENT, address=ip_network(host), subscription=owner))
+    for number in SCATTERED[::3]:
+        records.append(Attachment(segment=SEGMENT, address=ip_network(number), subscription=may))
     writer = Writer(folder, presets.load("azure-2020"), Answers(observe=False, reject=False))
     writer.replace(records, revision=1, store=b"bench".ljust(16), now=utc_now())
     writer.put_links({index: (SEGMENT, False)}, touched=frozenset(), now=utc_now())

@@ -9,6 +9,8 @@ Sources:
     unknown   drawn at random, of nobody, nearly each one never seen before
     prefix    the same from a prefix that may send
     known     a thousand hosts over and over
+    scattered drawn at random from among 21,846 attachments, two thirds of nobody: the worst for the batch reader,
+              which remembers what it found by the gaps between attachments, and here meets ever new ones
 """
 
 from __future__ import annotations
@@ -20,16 +22,21 @@ from pathlib import Path
 
 from bench import flood
 from bench.figures import Figure
-from bench.queueing import FLOOD_CPU, HOSTS, LENGTH, Gateway
+from bench.queueing import FLOOD_CPU, HOSTS, LENGTH, SCATTERED, Gateway
 from portward.lab.agent import until
 
 _SECONDS = 0.3
 READERS = ("c_loop", "batch", "netfilterqueue")
 _SOURCES = 200_000
-_CLASSES = {"unknown": ("unknown",), "prefix": ("allow",), "known": ("allow", "deny")}
+_CLASSES = {
+    "unknown": ("unknown",),
+    "prefix": ("allow",),
+    "known": ("allow", "deny"),
+    "scattered": ("allow", "unknown"),
+}
 
 
-def measure(folder: Path, rounds: int = 15) -> list[Figure]:
+def measure(folder: Path, rounds: int = 11) -> list[Figure]:
     """`unknown_vs_c_loop` and its like: packets a second of a worker ÷ those of the C loop, median of rounds."""
     c_loop = flood.build(folder, "c_loop.c", "-lnetfilter_queue")
     generator = flood.build(folder)
@@ -38,6 +45,7 @@ def measure(folder: Path, rounds: int = 15) -> list[Figure]:
         "unknown": [bytes([draw.randrange(20, 120), *draw.randbytes(3)]) for _ in range(_SOURCES)],
         "prefix": [bytes([10, draw.randrange(64, 128), *draw.randbytes(2)]) for _ in range(_SOURCES)],
         "known": list(HOSTS),
+        "scattered": [draw.choice(SCATTERED).to_bytes(4, "big") for _ in range(_SOURCES)],
     }
     figures = []
     with (
@@ -81,7 +89,7 @@ def _rate(gateway: Gateway, queue: int, classes: tuple[str, ...]) -> float:
 
 def _figures(kind: str, rates: dict[str, list[float]]) -> list[Figure]:
     found = []
-    for reader, goal in (("batch", ">= 0.9"), ("netfilterqueue", ">= 0")):
+    for reader, goal in (("batch", ">= 0" if kind == "scattered" else ">= 0.9"), ("netfilterqueue", ">= 0")):
         ratios = [ours / theirs for ours, theirs in zip(rates[reader], rates["c_loop"], strict=True)]
         name = f"{kind}_vs_c_loop" if reader == "batch" else f"{kind}_{reader}_vs_c_loop"
         unit = f"of the C loop, {statistics.median(rates[reader]):,.0f} packets/s"
