@@ -32,6 +32,9 @@ from portward.table.reader import Finding, Reader
 BATCH: Final = 64
 # Ranges of sources remembered, some 200 bytes each: all of a segment with half as many attachments.
 _RANGES: Final = 4096
+# So many sources that were in none of them, since there is room for no more, and all are forgotten: they are of
+# no use.
+_STRANGERS: Final = 16 * _RANGES
 # As many shapes as honest traffic has: two families, checksums known or not, larger than what is copied or not.
 _SHAPES: Final = 8
 # The smallest message with a packet's id has 32 bytes.
@@ -102,6 +105,7 @@ class _Known:
         # The first number of each range, ascending; its last one and the answer. Before all stands an empty range.
         self._starts = [-1]
         self._held: list[tuple[int, _Answer | None]] = [(-2, None)]
+        self._strangers = 0
 
     def get(self, source: bytes) -> _Answer | None:
         """The answer to a source (index and address, big-endian)."""
@@ -109,10 +113,18 @@ class _Known:
         last, answer = self._held[bisect_right(self._starts, number) - 1]
         return answer if number <= last else None
 
+    def room(self) -> bool:
+        """Whether one more range is taken, asked about a source that is in none."""
+        if len(self._starts) < _RANGES:
+            return True
+        self._strangers += 1
+        if self._strangers < _STRANGERS:
+            return False
+        self.clear()
+        return True
+
     def put(self, index: bytes, size: int, reach: tuple[int, int], answer: _Answer) -> None:
         """Holds an answer for the addresses from one to another, of `size` bytes each."""
-        if len(self._starts) >= _RANGES:
-            self.clear()
         offset = int.from_bytes(index, "big") << size * 8
         place = bisect_right(self._starts, offset + reach[0])
         self._starts.insert(place, offset + reach[0])
@@ -210,7 +222,8 @@ class BatchJudge:
             if outcome is Outcome.RESET:
                 raise _Uncommon
             answer = self._answers[finding] = _Answer(finding, verdict, outcome)
-        self._known.put(index, len(source), self._reader.reach(int.from_bytes(index, "big"), source), answer)
+        if self._known.room():  # else many small ranges are asked for in turn, and to keep them costs more
+            self._known.put(index, len(source), self._reader.reach(int.from_bytes(index, "big"), source), answer)
         return answer
 
     def _walk(self, datagram: bytearray) -> None:

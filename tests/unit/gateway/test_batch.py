@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 
-from portward.gateway import mark
+from portward.gateway import batch, mark
 from portward.gateway.batch import BatchJudge
 from portward.gateway.judge import Judge
 from portward.gateway.nfqueue import SLOT
@@ -124,6 +124,22 @@ def test_a_source_is_looked_up_once_and_so_are_those_around_it(bench: Bench) -> 
     bench.answer(*(message(syn(f"10.0.0.{number}")) for number in range(5, 60)))
     bench.answer(*(message(syn(f"10.0.9.{number}")) for number in range(60)))
     assert bench.reader.asked == [ip_address("10.0.0.5").packed]
+
+
+def test_what_is_known_is_bounded_and_is_not_kept_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_RANGES", 3)
+    monkeypatch.setattr(batch, "_STRANGERS", 2)
+    # Four ranges: before, below the host, the host, behind it; room for two, beside the empty one.
+    low, below, host, behind = "9.0.0.1", "10.0.0.3", "10.0.0.4", "10.0.0.5"
+    for source, asked in ((low, 1), (below, 2), (low, 2), (below, 2), (host, 3), (host, 4), (host, 4), (low, 5)):
+        bench.answer(message(syn(source)))
+        assert len(bench.reader.asked) == asked, f"at {source}"
+    assert classes(bench.answer(*(message(syn(source)) for source in (low, below, host, behind)))) == [
+        mark.Class.UNKNOWN,
+        mark.Class.ALLOW,
+        mark.Class.DENY,
+        mark.Class.ALLOW,
+    ]
 
 
 def test_a_change_is_seen_by_the_next_batch_and_so_is_its_epoch(bench: Bench) -> None:
@@ -245,7 +261,7 @@ def test_a_batch_says_what_each_packet_alone_would_be_told(bench: Bench, data: s
         "2001:db7::",
         "::a00:4",
     ]
-    batch = []
+    datagrams = []
     for number in range(data.draw(st.integers(1, 12))):
         datagram = bytearray(
             message(
@@ -259,10 +275,10 @@ def test_a_batch_says_what_each_packet_alone_would_be_told(bench: Bench, data: s
         if data.draw(st.booleans()):
             # Behind the header with the id.
             datagram[data.draw(st.integers(32, len(datagram) - 1))] = data.draw(st.integers(0, 255))
-        batch.append(bytes(datagram))
-    together = bench.answer(*batch)
+        datagrams.append(bytes(datagram))
+    together = bench.answer(*datagrams)
     alone = []
-    for one in batch:
+    for one in datagrams:
         bench.judge._walk(bytearray(one))
         said = bench.judge._verdicts.take().tobytes()
         alone += [struct.unpack_from(">II4xI", said, start + 24) for start in range(0, len(said), 40)]
