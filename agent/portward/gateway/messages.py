@@ -178,9 +178,9 @@ class Verdicts:
     """Messages with a verdict each, to be sent together: the kernel takes them one by one, and goes on where it
     refuses one."""
 
-    _MESSAGE: Final = _HEADER.pack(40, _VERDICT, _NLM_F_REQUEST, 0, 0)
+    SIZE: Final = 40  # bytes of each: headers, verdict and id, mark
+    _MESSAGE: Final = _HEADER.pack(SIZE, _VERDICT, _NLM_F_REQUEST, 0, 0)
     _MARK_HEADER: Final = _ATTRIBUTE.pack(8, _MARK)
-    SIZE: Final = 40
 
     def __init__(self, queue: int, room: int) -> None:
         """Room for so many verdicts on packets of the queue with this number."""
@@ -193,7 +193,7 @@ class Verdicts:
     def accept(self, id_: bytes, keep: bytes, own: bytes) -> None:
         """Lets the packet go on; the mark in its two halves. All as bytes, big-endian."""
         _ACCEPTED(self._buffer, self._next, _ACCEPT_BYTES, id_, self._MARK_HEADER, keep, own)
-        self._next += 40
+        self._next += self.SIZE
 
     def give(self, verdict: int, id_: int, mark_: int) -> None:
         """ACCEPT or DROP, with the whole mark."""
