@@ -9,7 +9,7 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test soak lint bench install clean
+.PHONY: help setup packages demo test soak lint bench bench-short install clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,10 @@ $(VENV)/ready: pyproject.toml requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+$(VENV)/bench-ready: $(VENV)/ready requirements-bench.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.txt
+	@touch $@
+
 demo: setup ## Send real mail through a gateway in network namespaces (root)
 	$(BIN)/portward lab demo
 
@@ -43,15 +47,18 @@ soak: setup ## The long forms of faults, floods and fuzzers: about an hour (root
 	$(BIN)/python -m tests.fuzz.parser --seconds $(FUZZ)
 	for kind in config preset yaml json record; do \
 	    $(BIN)/python -m tests.inputs.fuzz $$kind --seconds $(FUZZ) || exit 1; done
-	$(BIN)/python -m tests.bench neighbours
+	$(BIN)/python -m tests.bench --all
 
 lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check agent tests
 	$(BIN)/ruff format --check agent tests
 	$(BIN)/mypy
 
-bench: setup ## Measure what portward promises (root)
+bench: setup $(VENV)/bench-ready ## Measure speed and scale, some ten minutes: bench.json, docs/bench/*.svg (root)
 	$(BIN)/python -m tests.bench
+
+bench-short: setup ## The ratios alone, in a minute; fails below a floor (root)
+	$(BIN)/python -m tests.bench --short
 
 install: packages ## Install into $(PREFIX), with the program in /usr/local/bin
 	$(PYTHON) -m venv $(PREFIX)

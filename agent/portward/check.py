@@ -9,6 +9,7 @@ from pathlib import Path
 from portward import config as configuration
 from portward.errors import KernelError
 from portward.gateway import ruleset, xtables
+from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.policy import preset as presets
 from portward.store import open_store
@@ -27,6 +28,8 @@ def check(path: Path) -> Iterator[str]:
             yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
     nft = Nft()
     native = xtables.has_native_queue(nft)
+    if not native:
+        xtables.require(NfNetlink())
     state = ruleset.State(0, synced=False)
     try:
         nft.check(ruleset.wanted(config, preset, native=native, state=state).text)

@@ -53,6 +53,8 @@ class Core:
         self._nft = Nft(self._netlink.generation)
         self._ask_privilege()
         self.native = xtables.has_native_queue(self._nft)
+        if not self.native:
+            xtables.require(self._netlink)
         self._learned = Learned(self._nft, self._netlink)
         self.keeper = Keeper(self._nft, self._netlink, self._learned)
         self._writer = Writer(config.table, preset, answers(config), max_flip_share=config.max_flip_share)

@@ -14,13 +14,10 @@ from portward.runtime import running
 
 
 def loaded() -> str:
-    """The ruleset as nft prints it, and the xtables rules after it; raises KernelError where there is none."""
-    nft = Nft()
+    """The ruleset as nft prints it; raises KernelError where there is none."""
     if not keeper.loaded(NfNetlink()):
         raise KernelError("no ruleset of portward is loaded here: nothing is enforced (start `portward run`)")
-    text = nft.listing(ruleset.FAMILY_TABLE)
-    raw = "" if xtables.has_native_queue(nft) else xtables.installed()
-    return text + (f"# raw tables of iptables and ip6tables\n{raw}" if raw else "")
+    return Nft().listing(ruleset.FAMILY_TABLE)
 
 
 def wanted(path: Path) -> str:
@@ -35,7 +32,7 @@ def remove(path: Path) -> str:
     """Takes the ruleset out and says so. Raises PortwardError where none is loaded, and where the agent of the
     configuration at `path` runs: it would put the ruleset back within a second."""
     nft, netlink = Nft(), NfNetlink()
-    if not keeper.loaded(netlink) and not xtables.installed():
+    if not keeper.loaded(netlink):
         raise PortwardError("no ruleset of portward is loaded here: nothing was enforced")
     try:
         pid = running(configuration.load(path).table)

@@ -16,35 +16,18 @@
 #include <endian.h>
 #include <errno.h>
 #include <getopt.h>
-#include <linux/if_packet.h>
-#include <net/if.h>
-#include <sched.h>
 #include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
-#define LARGEST_BATCH 1024
+#include "frames.h"
 
-struct frames {
-    char **start;
-    uint16_t *length;
-    size_t count;
-};
+#define LARGEST_BATCH 1024
 
 static volatile sig_atomic_t ended;
 
 static void end(int number) { (void)number, ended = 1; }
-
-static void fail(const char *what) {
-    perror(what);
-    exit(1);
-}
 
 static double now(void) {
     struct timespec at;
@@ -56,60 +39,6 @@ static uint64_t wall_ns(void) {
     struct timespec at;
     clock_gettime(CLOCK_REALTIME, &at);
     return at.tv_sec * 1000000000ull + at.tv_nsec;
-}
-
-static char *read_all(const char *path, size_t *size) {
-    FILE *file = strcmp(path, "-") ? fopen(path, "r") : stdin;
-    if (!file)
-        fail(path);
-    size_t room = 1 << 20, used = 0, got;
-    char *data = malloc(room);
-    while (data && (got = fread(data + used, 1, room - used, file)) > 0)
-        if ((used += got) == room)
-            data = realloc(data, room *= 2);
-    if (!data || ferror(file))
-        fail(path);
-    *size = used;
-    return data;
-}
-
-static struct frames split(char *data, size_t size) {
-    struct frames found = {malloc((size / 2 + 1) * sizeof(char *)), malloc(size + 2), 0};
-    if (!found.start || !found.length)
-        fail("memory");
-    for (size_t at = 0; at + 2 <= size;) {
-        uint16_t length = (uint8_t)data[at] << 8 | (uint8_t)data[at + 1];
-        if (!length || at + 2 + length > size) {
-            fprintf(stderr, "flood: a frame of %u bytes at %zu is cut off or empty\n", length, at);
-            exit(1);
-        }
-        found.start[found.count] = data + at + 2;
-        found.length[found.count++] = length;
-        at += 2 + length;
-    }
-    if (!found.count) {
-        fprintf(stderr, "flood: no frames\n");
-        exit(1);
-    }
-    return found;
-}
-
-static int open_device(const char *name) {
-    int out = socket(AF_PACKET, SOCK_RAW, 0), yes = 1;
-    struct sockaddr_ll place = {.sll_family = AF_PACKET, .sll_ifindex = if_nametoindex(name)};
-    if (out < 0 || !place.sll_ifindex || bind(out, (struct sockaddr *)&place, sizeof place))
-        fail(name);
-    if (setsockopt(out, SOL_PACKET, PACKET_QDISC_BYPASS, &yes, sizeof yes))
-        fail("PACKET_QDISC_BYPASS");
-    return out;
-}
-
-static void pin(int cpu) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    if (sched_setaffinity(0, sizeof set, &set))
-        fail("--cpu");
 }
 
 /* How many frames may go now: all of a batch, or at a pace what is due; waits where nothing is. */

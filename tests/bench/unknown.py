@@ -89,7 +89,7 @@ def _rate(gateway: Gateway, queue: int, classes: tuple[str, ...]) -> float:
 
 def _figures(kind: str, rates: dict[str, list[float]]) -> list[Figure]:
     found = []
-    for reader, goal in (("batch", ">= 0" if kind == "scattered" else ">= 0.9"), ("netfilterqueue", ">= 0")):
+    for reader, goal in (("batch", "" if kind == "scattered" else ">= 0.9"), ("netfilterqueue", "")):
         ratios = [ours / theirs for ours, theirs in zip(rates[reader], rates["c_loop"], strict=True)]
         name = f"{kind}_vs_c_loop" if reader == "batch" else f"{kind}_{reader}_vs_c_loop"
         unit = f"of the C loop, {statistics.median(rates[reader]):,.0f} packets/s"

@@ -484,14 +484,6 @@ def rules_removed(ground: Ground, rounds: int) -> Iterator[Outcome]:
         handle = next(line.rpartition(" ")[2] for line in listing.splitlines() if "goto judge" in line)
         ground.nft(f"delete rule {table} screen handle {handle}")
 
-    def raw_flushed() -> None:
-        for family in ("iptables", "ip6tables"):
-            ground.on_gateway(family, "-w", "-t", "raw", "-F")
-
-    def raw_jump_removed() -> None:
-        for family in ("iptables", "ip6tables"):
-            ground.on_gateway(family, "-w", "-t", "raw", "-D", "PREROUTING", "1")
-
     acts: dict[str, Callable[[], None]] = {
         "nft flush ruleset": flush_ruleset,
         "nft delete table": lambda: ground.nft(f"delete table {table}"),
@@ -505,8 +497,8 @@ def rules_removed(ground: Ground, rounds: int) -> Iterator[Outcome]:
         "another epoch set": lambda: ground.nft(
             f"flush set {table} epoch\nadd element {table} epoch {{ 0xfff0 }}"
         ),
-        "raw tables flushed": raw_flushed,
-        "the jump in raw removed": raw_jump_removed,
+        "chain to_workers flushed": lambda: ground.nft(f"flush chain {table} to_workers"),
+        "chain divert flushed": lambda: ground.nft(f"flush chain {table} divert"),
     }
     for _ in range(rounds):
         for name, act in acts.items():

@@ -37,7 +37,6 @@ from portward.gateway.judge import judge
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.ruleset import FIXED_SETS, LEARNED_SETS, TABLE
-from portward.gateway.xtables import installed
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
@@ -491,11 +490,11 @@ class Ground:
         until(lambda: self.traffic.sent >= goal, "packets of the blocked tenant", seconds=60)
 
     def loaded(self) -> tuple[object, ...]:
-        """What can be changed by somebody else: the ruleset, its epoch, and the rules in the raw tables."""
+        """What can be changed by somebody else: the ruleset and its epoch."""
         with namespaces.inside(self.lab.gateway):
             netlink = NfNetlink()
             try:
-                return netlink.fingerprint(TABLE, FIXED_SETS), self._learned(netlink).epoch(), installed()
+                return netlink.fingerprint(TABLE, FIXED_SETS), self._learned(netlink).epoch()
             finally:
                 netlink.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from ipaddress import ip_address
 
@@ -238,19 +239,40 @@ def test_a_marked_packet_to_an_internal_destination_teaches_nothing(make_gateway
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
 
 
-def test_a_rule_of_others_that_takes_packets_past_the_queue_closes(make_gateway) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("source", ["10.0.0.61", "2001:db8:1002::61"])
+def test_port_25_of_another_protocol_is_let_pass_also_where_the_source_is_remembered_as_denied(
+    gateway: Gateway, source: str
+) -> None:
+    gateway.source(FABRIKAM, source, DENIED)
+    assert not gateway.passes(FABRIKAM, source)
+    assert "remembers 'deny'" in gateway.agent.explain(FABRIKAM.segment, source)["kernel"]
+    header = IPv6(src=source, dst=MAIL6) if ":" in source else IP(src=source, dst=MAIL4)
+    with seen(gateway.lab.internet) as view:
+        gateway.senders[FABRIKAM].send(header / UDP(sport=4000, dport=25) / Raw(b"not mail"))
+        assert view.first(lambda packet: UDP in packet and packet[UDP].dport == 25) is not None
+    assert not gateway.passes(FABRIKAM, source)
+
+
+def test_where_the_way_to_the_queue_is_gone_nothing_opens(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway()
-    assert gateway_uses_xtables(gateway), "written for kernels without nft_queue, as this one is"
-    namespaces.run(gateway.lab.gateway, ["iptables", "-t", "raw", "-I", "PREROUTING", "1", "-j", "ACCEPT"])
-    assert not gateway.passes(FABRIKAM, "10.0.0.4")
-    assert not gateway.passes(CONTOSO, "10.0.0.4"), "nobody has judged it"
+    process = gateway.agent.process
+    process.send_signal(signal.SIGSTOP)  # else the rule would be back within some milliseconds
+    try:
+        namespaces.load(gateway.lab.gateway, "flush chain inet portward to_workers")
+        assert not gateway.passes(FABRIKAM, "10.0.0.4")
+        assert not gateway.passes(CONTOSO, "10.0.0.4"), "nobody has judged it"
+    finally:
+        process.send_signal(signal.SIGCONT)
     name = 'portward_screen_packets_total{rule="unjudged"}'
     until(lambda: gateway.agent.metrics()[name] == 2, "both packets counted as unjudged")
+    until(lambda: gateway.passes(CONTOSO, "10.0.0.4"), "the way to the queue is back")
 
 
-def gateway_uses_xtables(gateway: Gateway) -> bool:
-    """Whether the queue step stands in the raw table here."""
-    return "NFQUEUE" in namespaces.run(gateway.lab.gateway, ["iptables", "-t", "raw", "-S"]).stdout
+def test_a_rule_of_others_in_the_raw_table_takes_nothing_past_the_queue(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    namespaces.run(gateway.lab.gateway, ["iptables", "-t", "raw", "-I", "PREROUTING", "1", "-j", "ACCEPT"])
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+    assert gateway.passes(CONTOSO, "10.0.0.4")
 
 
 @pytest.mark.parametrize("reader", QueueReader)

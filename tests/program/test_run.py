@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,12 +19,12 @@ import pytest
 from portward.documents import enc_hook
 from portward.errors import PortwardError
 from portward.lab import namespaces
-from portward.lab.agent import PROGRAM, Agent, until
+from portward.lab.agent import PROGRAM, Agent, Place, until
 from portward.lab.demo import records
-from portward.lab.topology import FABRIKAM, Lab
+from portward.lab.topology import FABRIKAM
 
 
-def ruleset(lab: Lab) -> str:
+def ruleset(lab: Place) -> str:
     """portward's table as it is loaded in the gateway; empty where it is not."""
     return lab.run(lab.gateway, "nft", "-s", "list", "table", "inet", "portward").stdout
 
@@ -35,8 +37,6 @@ def refused(agent: Agent) -> str:
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
     assert ruleset(agent.lab) == "", "nothing of a ruleset may be loaded"
-    raw = agent.lab.run(agent.lab.gateway, "iptables", "-t", "raw", "-S").stdout
-    assert "NFQUEUE" not in raw
     return lines[0]
 
 
@@ -259,8 +259,8 @@ def test_a_kernel_that_remembers_another_table_forgets_at_the_start(agent: Agent
         ["nft", "flush", "chain", "inet", "portward", "judge"],
         ["nft", "flush", "set", "inet", "portward", "segments"],
         ["nft", "flush", "set", "inet", "portward", "epoch"],
-        ["iptables", "-t", "raw", "-F"],
-        ["ip6tables", "-t", "raw", "-F", "PORTWARD"],
+        ["nft", "flush", "chain", "inet", "portward", "to_workers"],
+        ["nft", "flush", "chain", "inet", "portward", "to_worker_1"],
         ["nft", "flush", "ruleset"],
     ],
     ids=lambda damage: " ".join(damage[:3] + damage[5:]),
@@ -270,17 +270,11 @@ def test_rules_changed_by_somebody_else_are_put_back(agent: Agent, damage: list[
     agent.start()
     lab = agent.lab
 
-    def rules() -> str:
-        raw = "".join(
-            lab.run(lab.gateway, tables, "-t", "raw", "-S").stdout for tables in ("iptables", "ip6tables")
-        )
-        return ruleset(lab) + raw
-
-    before = without_learned(rules())
+    before = without_learned(ruleset(lab))
     if damage[:3] == ["nft", "flush", "ruleset"]:
         saved = lab.run(lab.gateway, "nft", "list", "table", "inet", "lab").stdout
     assert lab.run(lab.gateway, *damage).returncode == 0
-    until(lambda: without_learned(rules()) == before, "the rules are back", seconds=3)
+    until(lambda: without_learned(ruleset(lab)) == before, "the rules are back", seconds=3)
     until(lambda: agent.metrics()["portward_ruleset_repairs_total"] >= 1, "the repair is counted")
     if damage[:3] == ["nft", "flush", "ruleset"]:
         namespaces.load(lab.gateway, saved)
@@ -324,8 +318,8 @@ def test_two_workers_share_the_queues(agent: Agent) -> None:
     agent.start()
     queues = [worker["queue"] for worker in json.loads(until_status(agent))["workers"]]
     assert queues == [10, 11]
-    raw = agent.lab.run(agent.lab.gateway, "iptables", "-t", "raw", "-S").stdout
-    assert "--queue-balance 10:11" in raw
+    # nft prints the xtables target in its own words.
+    assert "queue num 10-11" in ruleset(agent.lab)
 
 
 def test_start_without_ready_raises_what_it_said(agent: Agent) -> None:
@@ -361,14 +355,14 @@ def test_a_table_on_a_full_disk_keeps_the_policy_in_force_and_says_so(agent: Age
         subprocess.run(["umount", str(table)], check=True)
 
 
-def test_a_kernel_that_lacks_a_way_to_the_queue_is_told_with_what_would_help(agent: Agent) -> None:
-    """Without nft_queue the xtables target is needed, and without iptables there is none."""
+def test_it_needs_no_other_program(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nftables is called as a library, and where the kernel has no nft_queue, the target comes by netlink."""
     agent.apply(*records())
-    argv = ["/usr/bin/env", "PATH=/nonexistent", *PROGRAM, "run", "--config", str(agent.config)]
-    result = namespaces.run(agent.lab.gateway, argv)
-    assert result.returncode == 1
-    told = [line for line in result.stderr.splitlines() if line.startswith("portward: ")]
-    assert told == [
-        "portward: this kernel has no nft_queue, and iptables is not there to do without: install iptables"
-    ]
-    assert ruleset(agent.lab) == ""
+    start = namespaces.start
+
+    def without_programs(namespace: str, argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        return start(namespace, ["/usr/bin/env", "PATH=/nonexistent", *argv], **options)
+
+    monkeypatch.setattr(namespaces, "start", without_programs)
+    agent.start()
+    assert "queue num 0" in ruleset(agent.lab)

@@ -15,7 +15,7 @@ from portward.gateway import mark, xtables
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.ruleset import FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, replacement, xtables_rules
+from portward.gateway.ruleset import FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, replacement
 
 # Seconds from a look to the next one without a reason: a transaction of somebody else between the two readings of
 # the generation around one of ours that changed nothing would not show.
@@ -26,13 +26,12 @@ _log = logging.getLogger("portward.ruleset")
 
 
 class Keeper:
-    """Owner of the table `inet portward` and, without nft_queue, of the chain PORTWARD in the raw tables."""
+    """Owner of the table `inet portward`."""
 
     def __init__(self, nft: Nft, netlink: NfNetlink, learned: Learned) -> None:
         self._nft, self._netlink, self._learned = nft, netlink, learned
         self._want: Wanted | None = None
         self._fingerprint: bytes | None = None
-        self._raw = ""
         self._looked = time.monotonic()
         self.repairs = 0
 
@@ -42,7 +41,6 @@ class Keeper:
         for _ in range(_LOAD_TRIES):
             self._load_once(want)
             self._fingerprint = self._netlink.fingerprint(TABLE, FIXED_SETS)
-            self._raw = "" if want.native else xtables.installed()
             # What was read must be what was loaded: nobody else was there in between.
             if not self._disturbed() and self._fingerprint is not None:
                 return
@@ -58,18 +56,18 @@ class Keeper:
 
     def _load_once(self, want: Wanted) -> None:
         first = not loaded(self._netlink)
-        if not want.native:
-            # The queue rules first: without a marked packet they do nothing.
-            xtables.install(xtables_rules(want))
-        elif self._want is None or not self._want.native:
-            xtables.remove()
         # Whatever others did until here is replaced; what they do from here on shows.
         self._settle()
         try:
             self._nft.load(self._replacement(want))
+            if not want.native:
+                # A transaction of its own. Until it is there, and if the process dies right here, what the kernel
+                # does not remember is dropped as unjudged.
+                with self._nft.committing():
+                    xtables.install(self._netlink, want.statements)
         except KernelError:
             if first:
-                xtables.remove()  # nothing of a ruleset stays behind where there was none
+                remove(self._nft, self._netlink)  # nothing of a ruleset stays behind where there was none
             raise
         self._want = want
 
@@ -80,8 +78,6 @@ class Keeper:
             return True
         self._looked = now
         if self._netlink.fingerprint(TABLE, FIXED_SETS) != self._fingerprint:
-            return False
-        if self._want is not None and not self._want.native and xtables.installed() != self._raw:
             return False
         self._settle()
         return True
@@ -109,8 +105,8 @@ def loaded(netlink: NfNetlink) -> bool:
 
 
 def remove(nft: Nft, netlink: NfNetlink) -> bool:
-    """Stops enforcing: takes table and queue rules out. True where there was anything; raises KernelError."""
+    """Stops enforcing: takes the table out. True where there was one; raises KernelError."""
     found = loaded(netlink)
     if found:
         nft.load(f"delete table {FAMILY_TABLE}")
-    return xtables.remove() or found
+    return found

@@ -1,5 +1,5 @@
 """What is asked of the kernel by raw netlink, since nft cannot: the elements of a set with their counters,
-one element, the generation of the rulesets, and a fingerprint of what a table holds.
+one element, the generation of the rulesets, a fingerprint of a table, and rules for which nft has no words.
 
 nft 1.0.6 reads every element of every set before it lists or gets one (120 ms at 20,000 elements); these
 requests read just what they are about. Message formats: linux/netfilter/nf_tables.h and nfnetlink.h.
@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
@@ -24,7 +24,9 @@ _NFPROTO_INET: Final = 1
 _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 4, 7, 10, 13, 16, 19
 _OBJECT_COUNTER: Final = 1
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_BATCH_BEGIN, _BATCH_END = 16, 17
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
+_NLM_F_CREATE, _NLM_F_APPEND = 0x400, 0x800
 _DUMP_INTERRUPTED = 0x10
 _NESTED: Final = 0x8000
 _TYPE_MASK: Final = 0x3FFF
@@ -44,12 +46,19 @@ class SetElement(NamedTuple):
     expires_ms: int
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
+    """A netlink attribute of this type, padded to four bytes."""
     return _ATTRIBUTE.pack(len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)
 
 
-def _string(kind: int, value: str) -> bytes:
-    return _attribute(kind, value.encode() + b"\0")
+def nest(kind: int, attributes: bytes) -> bytes:
+    """An attribute that holds attributes."""
+    return attribute(kind | _NESTED, attributes)
+
+
+def string(value: str) -> bytes:
+    """A name as an attribute's value."""
+    return value.encode() + b"\0"
 
 
 def _attributes(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -95,7 +104,7 @@ class NfNetlink:
         is no such table."""
         found = set()
         try:
-            for reply in self._request(_GET_SET, _string(1, table), _NLM_F_DUMP):
+            for reply in self._request(_GET_SET, attribute(1, string(table)), _NLM_F_DUMP):
                 found.add(dict(_attributes(reply))[2].rstrip(b"\0").decode())
         except FileNotFoundError:
             return set()
@@ -104,7 +113,7 @@ class NfNetlink:
     def counters(self, table: str) -> dict[str, int]:
         """The named counters of an inet table: name → packets."""
         found = {}
-        for reply in self._request(_GET_OBJECT, _string(1, table), _NLM_F_DUMP):
+        for reply in self._request(_GET_OBJECT, attribute(1, string(table)), _NLM_F_DUMP):
             attributes = dict(_attributes(reply))
             if attributes.get(1) == table.encode() + b"\0" and attributes.get(3) == _U32.pack(_OBJECT_COUNTER):
                 name = attributes[2].rstrip(b"\0").decode()
@@ -113,7 +122,7 @@ class NfNetlink:
 
     def elements(self, table: str, set_: str) -> list[SetElement]:
         """All elements of a set of an inet table. Raises KernelError, also where set or table is missing."""
-        body = _string(1, table) + _string(2, set_)
+        body = attribute(1, string(table)) + attribute(2, string(set_))
         found: list[SetElement] = []
         for reply in self._request(_GET_ELEMENT, body, _NLM_F_DUMP):
             found.extend(_elements_of(reply))
@@ -121,8 +130,8 @@ class NfNetlink:
 
     def element(self, table: str, set_: str, key: bytes) -> SetElement | None:
         """The element with this key, or None."""
-        item = _attribute(_NESTED | 1, _attribute(_NESTED | 1, _attribute(1, key)))
-        body = _string(1, table) + _string(2, set_) + _attribute(_NESTED | 3, item)
+        item = nest(1, nest(1, attribute(1, key)))
+        body = attribute(1, string(table)) + attribute(2, string(set_)) + nest(3, item)
         try:
             for reply in self._request(_GET_ELEMENT, body, _NLM_F_ACK):
                 for element in _elements_of(reply):
@@ -137,7 +146,7 @@ class NfNetlink:
         `fixed_sets`; None where the table or one of them is missing. Equal digests: nobody has changed it."""
         digest = blake2b(digest_size=16)
         try:
-            for reply in self._request(_GET_TABLE, _string(1, table), 0):
+            for reply in self._request(_GET_TABLE, attribute(1, string(table)), 0):
                 digest.update(dict(_attributes(reply)).get(2, b"-"))  # a dormant table has no hooks
             self._digest_rules(digest, table)
             for name in fixed_sets:
@@ -152,21 +161,51 @@ class NfNetlink:
         # Chains: table, name, hook and policy (attributes 1, 3, 4, 5). Rules: chain and expressions (2, 4).
         # Sets: name, flags, key length, timeout (2, 3, 5, 11). The rest changes by itself (handles, use).
         for message, wanted in ((_GET_CHAIN, (3, 4, 5)), (_GET_RULE, (2, 4)), (_GET_SET, (2, 3, 5, 11))):
-            for reply in self._request(message, _string(1, table), _NLM_F_DUMP):
+            for reply in self._request(message, attribute(1, string(table)), _NLM_F_DUMP):
                 attributes = dict(_attributes(reply))
                 if attributes.get(1) == table.encode() + b"\0":
                     for kind in wanted:
                         digest.update(attributes.get(kind, b"-"))
 
+    def commit(self, messages: Iterable[tuple[int, bytes]], *, dry_run: bool = False) -> None:
+        """Makes changes (message type, attributes) to inet tables in one transaction, or with `dry_run` only asks
+        whether the kernel would. Raises OSError with the kernel's errno, and then nothing has changed."""
+        begin = self._sequence + 1
+        flags = _NLM_F_REQUEST | _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_APPEND
+        batch = [self._message(_BATCH_BEGIN, _NLM_F_REQUEST, _NFGEN.pack(0, 0, _SUBSYS_NFTABLES))]
+        for message, body in messages:
+            payload = _NFGEN.pack(_NFPROTO_INET, 0, 0) + body
+            batch.append(self._message(_SUBSYS_NFTABLES << 8 | message, flags, payload))
+        pending = set(range(begin + 1, self._sequence + 1))
+        if not dry_run:  # what does not come to an end is taken back
+            batch.append(self._message(_BATCH_END, _NLM_F_REQUEST, _NFGEN.pack(0, 0, _SUBSYS_NFTABLES)))
+        self._socket.send(b"".join(batch))
+        self._wait(pending, begin)
+
+    def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
+        self._sequence += 1
+        return _HEADER.pack(16 + len(payload), kind, flags, self._sequence, 0) + payload
+
+    def _wait(self, pending: set[int], begin: int) -> None:
+        """Waits until the kernel has answered all of these; raises OSError for the first that it refused."""
+        refused = 0
+        while pending:
+            for kind, _, sequence, content in _messages(self._socket.recv(1 << 17)):
+                if kind != _NLMSG_ERROR or sequence < begin:
+                    continue
+                pending.discard(sequence)
+                code = -struct.unpack_from("=i", content)[0]
+                if sequence == begin:  # the batch as a whole: no message of it was looked at
+                    pending.clear()
+                refused = refused or code
+        if refused:
+            raise OSError(refused, os.strerror(refused))
+
     def _request(self, message: int, body: bytes, flags: int) -> Iterator[bytes]:
         """Sends one request; yields the attributes of each reply message. Raises OSError with the kernel's
         errno. A dump that a change interrupted is asked for again, so what is yielded may then repeat."""
-        self._sequence += 1
         payload = _NFGEN.pack(_NFPROTO_INET, 0, 0) + body
-        header = _HEADER.pack(
-            16 + len(payload), _SUBSYS_NFTABLES << 8 | message, _NLM_F_REQUEST | flags, self._sequence, 0
-        )
-        self._socket.send(header + payload)
+        self._socket.send(self._message(_SUBSYS_NFTABLES << 8 | message, _NLM_F_REQUEST | flags, payload))
         many = bool(flags & (_NLM_F_DUMP | _NLM_F_ACK))
         replies: list[bytes] = []
         interrupted = False

@@ -72,7 +72,7 @@ class Nft:
 
     def load(self, ruleset: str) -> None:
         """Commits a whole ruleset as one transaction; raises KernelError, and then nothing has changed."""
-        with self._committing():
+        with self.committing():
             self._once(ruleset, dry_run=False)
 
     def check(self, ruleset: str) -> None:
@@ -85,11 +85,11 @@ class Nft:
 
     def elements(self, commands: str) -> None:
         """Runs commands on elements (no `define`) as one transaction; raises KernelError."""
-        with self._committing():
+        with self.committing():
             self._run(self._elements, commands)
 
     @contextmanager
-    def _committing(self) -> Iterator[None]:
+    def committing(self) -> Iterator[None]:
         """Notes whether the generation rose by more than our own transaction, which adds one or, where there is
         nothing to change, none."""
         before = self._generation()

@@ -1,14 +1,14 @@
 """What should be loaded: the text of the ruleset for a configuration. Pure but for reading the shipped files.
 
 The text is `rules/nftables/portward.nft` with the operator's values in place of the defaults that stand in
-it, and after it `native-queue.nft` where the kernel has nft_queue. A value that finds no place in the file
+it, and after it the queue statements where the kernel has nft_queue. A value that finds no place in the file
 is an error, so file and code cannot drift apart unseen.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple
 from zlib import crc32
@@ -54,15 +54,24 @@ class State(NamedTuple):
     synced: bool  # what the kernel remembers agrees with it
 
 
+class QueueStatement(NamedTuple):
+    """The one statement of a chain: to one of `queues` queues from `first` on, by a hash of the addresses; with
+    `bypass` what finds no listener goes on instead of being dropped."""
+
+    chain: str
+    first: int
+    queues: int
+    bypass: bool = False
+
+
 class Wanted(NamedTuple):
-    """The ruleset that should be loaded, and the rules of the xtables queue where that is the way."""
+    """The ruleset that should be loaded. `statements` are those of its chains for the queue, which stand in
+    `text` too where the kernel has nft_queue (`native`)."""
 
     text: str
     definitions: int  # checksum of the definitions of the learned sets: where it differs, they are made anew
-    queues: range
-    ports: tuple[int, ...]
+    statements: tuple[QueueStatement, ...]
     native: bool
-    open: bool  # some misses pass where nobody answers
 
 
 def wanted(config: Config, preset: Preset, *, native: bool, state: State) -> Wanted:
@@ -70,11 +79,11 @@ def wanted(config: Config, preset: Preset, *, native: bool, state: State) -> Wan
     text = _with_literals(rules("nftables", "portward.nft").read_text(), config)
     definitions = _definitions(text)
     text = _with_values(text, _values(config, preset, state) | {"DEFINITIONS": str(definitions)})
-    queues = range(config.queue.first, config.queue.first + config.queue.workers)
-    opens = config.on_agent_down is OnAgentDown.OPEN or bool(observed(config))
+    statements = tuple(_statements(config))
+    text += "".join(_probes(config.queue.workers))
     if native:
-        text += _native_queue(queues, opens=opens)
-    return Wanted(text, definitions, queues, preset.ports, native, opens)
+        text += "".join(map(_native, statements))
+    return Wanted(text, definitions, statements, native)
 
 
 def observed(config: Config) -> tuple[str, ...]:
@@ -96,37 +105,6 @@ def replacement(want: Wanted, have_sets: Iterable[str], *, same_definitions: boo
     if not same_definitions:
         lines += [f"delete set {FAMILY_TABLE} {name}" for name in sorted(learned & have)]
     return "\n".join(lines) + "\n" + want.text
-
-
-def xtables_rules(want: Wanted) -> tuple[tuple[str, ...], ...]:
-    """Arguments of iptables and ip6tables for the rules of chain PORTWARD in the raw table.
-
-    They match the whole of our mark value and the judged ports, so a mark of someone else asks nobody.
-    """
-    queue = (
-        ("--queue-balance", f"{want.queues[0]}:{want.queues[-1]}")
-        if len(want.queues) > 1
-        else ("--queue-num", str(want.queues[0]))
-    )
-    match = (
-        "-p",
-        "tcp",
-        "-m",
-        "multiport",
-        "--dports",
-        ",".join(map(str, want.ports)),
-        "-m",
-        "mark",
-        "--mark",
-    )
-    target = ("-j", "NFQUEUE", *queue)
-    found: list[tuple[str, ...]] = [(*match, f"{mark.MISS:#x}/{mark.OWN:#x}", *target)]
-    for place, number in enumerate(want.queues, start=1):
-        asked = ("-i", "lo", "-p", "tcp", "--sport", str(place), "-m", "mark", "--mark")
-        found.append((*asked, f"{mark.PROBE:#x}/{mark.OWN:#x}", "-j", "NFQUEUE", "--queue-num", str(number)))
-    if want.open:
-        found.append((*match, f"{mark.MISS_OPEN:#x}/{mark.OWN:#x}", *target, "--queue-bypass"))
-    return tuple(found)
 
 
 def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
@@ -195,18 +173,31 @@ def _definitions(text: str) -> int:
     return crc32("\n".join(re.findall(r"(?m)^ +set \w+ \{.*dynamic.*$", text)).encode())
 
 
-def _native_queue(queues: range, *, opens: bool) -> str:
-    to = f"{queues[0]}-{queues[-1]}" if len(queues) > 1 else str(queues[0])
-    lines = rules("nftables", "native-queue.nft").read_text().splitlines(keepends=True)
-    probe = next(line for line in lines if "$PROBE" in line)
-    lines.remove(probe)
-    text = "".join(line for line in lines if opens or "bypass to" not in line)
-    text = re.sub(r"(queue (?:flags bypass )?to )0", rf"\g<1>{to}", text)
-    asked = (
-        probe.replace("sport 1 ", f"sport {place} ").replace("to 0", f"to {queue}")
-        for place, queue in enumerate(queues, start=1)
-    )
-    return "".join(asked) + text
+def _statements(config: Config) -> Iterator[QueueStatement]:
+    first, workers = config.queue.first, config.queue.workers
+    yield QueueStatement("to_workers", first, workers)
+    if config.on_agent_down is OnAgentDown.OPEN or observed(config):
+        yield QueueStatement("to_workers_open", first, workers, bypass=True)
+    for place in range(workers):
+        yield QueueStatement(_chain_of(place), first + place, 1)
+
+
+def _probes(workers: int) -> Iterator[str]:
+    """The rules that bring a query of the self-check to the worker that it asks, by the query's source port."""
+    for place in range(workers):
+        yield f"add chain {FAMILY_TABLE} {_chain_of(place)}\n"
+        yield f"add rule {FAMILY_TABLE} probe tcp sport {place + 1} goto {_chain_of(place)}\n"
+
+
+def _chain_of(place: int) -> str:
+    return f"to_worker_{place + 1}"
+
+
+def _native(statement: QueueStatement) -> str:
+    # `fanout` is not used: it picks the queue by CPU.
+    chain, first, queues, bypass = statement
+    to = f"{first}-{first + queues - 1}" if queues > 1 else str(first)
+    return f"add rule {FAMILY_TABLE} {chain} queue {'flags bypass ' if bypass else ''}to {to}\n"
 
 
 def _interfaces(patterns: tuple[str, ...]) -> str:

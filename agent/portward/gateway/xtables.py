@@ -1,28 +1,30 @@
-"""The queue step on kernels without nft_queue: the xtables NFQUEUE target in the raw table, both families.
+"""The queue step on kernels without nft_queue: the xtables target NFQUEUE, in our own chains.
 
-It stands at priority −300, between portward's two nftables chains, in a chain PORTWARD of its own. These
-rules only hand marked packets to the queue. Where they are missing nothing opens: the learning chain drops
-what still carries the mark of a miss.
+The kernel's nft_compat runs an xtables target as an expression of an nftables rule; that is how iptables works on
+Debian. nft itself has no words for it, so the rules are written by netlink. They stand where nft's own `queue`
+would, and a packet meets no hook more.
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import struct
+from collections.abc import Iterable
 from typing import Final
 
 from portward.errors import KernelError
-from portward.gateway import mark
+from portward.gateway.nfnetlink import NfNetlink, attribute, nest, string
 from portward.gateway.nft import Nft
+from portward.gateway.ruleset import TABLE, QueueStatement
 
-_CHAIN: Final = "PORTWARD"
-# Only marked packets of ours take the way into the chain.
-_JUMP: Final = ("-m", "mark", "!", "--mark", f"0x0/{mark.OWN:#x}", "-j", _CHAIN)
-_FAMILIES: Final = ("iptables", "ip6tables")
+_PROBE_TABLE: Final = "portward_probe"
 _PROBE: Final = (
-    "table inet portward_probe { chain probe { type filter hook prerouting priority 0; queue to 0; }; }\n"
+    f"table inet {_PROBE_TABLE} {{ chain probe {{ type filter hook prerouting priority 0; queue to 0; }}; }}\n"
 )
-_TIMEOUT: Final = 10.0
+_NEW_TABLE, _NEW_CHAIN, _NEW_RULE = 0, 3, 6  # linux/netfilter/nf_tables.h
+# struct xt_NFQ_info_v3 (linux/netfilter/xt_NFQUEUE.h): first queue, how many, flags; padded as xtables aligns it.
+_INFO = struct.Struct("=HHH2x")
+_REVISION: Final = 3
+_BYPASS: Final = 1
 
 
 def has_native_queue(nft: Nft) -> bool:
@@ -34,56 +36,33 @@ def has_native_queue(nft: Nft) -> bool:
     return True
 
 
-def install(rules: tuple[tuple[str, ...], ...]) -> None:
-    """Makes the chain hold these rules, one transaction for each family. Idempotent; raises KernelError."""
-    for family in _FAMILIES:
-        lines = ["*raw", f":{_CHAIN} - [0:0]", *(f"-A {_CHAIN} {' '.join(rule)}" for rule in rules)]
-        if _run(family, "-C", "PREROUTING", *_JUMP).returncode:
-            lines.append(f"-I PREROUTING 1 {' '.join(_JUMP)}")
-        _must(family, _restore(family, "\n".join([*lines, "COMMIT", ""])))
-
-
-def installed() -> str:
-    """What the raw tables hold of ours, as iptables prints it; it differs from what `install` left where
-    somebody has changed it."""
-    told = [_run(family, "-S").stdout for family in _FAMILIES]
-    return "".join(line for text in told for line in text.splitlines(keepends=True) if _CHAIN in line)
-
-
-def remove() -> bool:
-    """Takes jump and chain out; True where there was anything. Raises KernelError."""
-    found = False
-    for family in _FAMILIES:
-        if shutil.which(family) is None:
-            continue
-        while not _run(family, "-D", "PREROUTING", *_JUMP).returncode:
-            found = True
-        if not _run(family, "-F", _CHAIN).returncode:
-            found = True
-            _must(family, _run(family, "-X", _CHAIN))
-    return found
-
-
-def _run(family: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return _call([family, "-w", "-t", "raw", *arguments])
-
-
-def _restore(family: str, text: str) -> subprocess.CompletedProcess[str]:
-    return _call([f"{family}-restore", "-w", "--noflush"], text)
-
-
-def _call(argv: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+def require(netlink: NfNetlink) -> None:
+    """Raises KernelError where the kernel does not take the xtables target either; changes nothing."""
+    table = attribute(1, string(_PROBE_TABLE))
+    messages = [
+        (_NEW_TABLE, table),
+        (_NEW_CHAIN, table + attribute(3, string("probe"))),
+        (_NEW_RULE, _rule(_PROBE_TABLE, QueueStatement("probe", 0, 1))),
+    ]
     try:
-        return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-    except FileNotFoundError as error:
+        netlink.commit(messages, dry_run=True)
+    except OSError as error:
         raise KernelError(
-            f"this kernel has no nft_queue, and {argv[0]} is not there to do without: install iptables"
+            f"this kernel has no way to a queue: neither nft_queue nor xt_NFQUEUE by nft_compat ({error.strerror})"
         ) from error
-    except subprocess.TimeoutExpired as error:
-        raise KernelError(f"{argv[0]} gave no answer within {_TIMEOUT:.0f} s") from error
 
 
-def _must(family: str, result: subprocess.CompletedProcess[str]) -> None:
-    if result.returncode:
-        said = result.stderr.strip().splitlines()
-        raise KernelError(f"{family}: {said[-1] if said else f'exit {result.returncode}'}")
+def install(netlink: NfNetlink, statements: Iterable[QueueStatement]) -> None:
+    """Adds each statement to its chain of the loaded table, in one transaction; raises KernelError."""
+    try:
+        netlink.commit([(_NEW_RULE, _rule(TABLE, statement)) for statement in statements])
+    except OSError as error:
+        raise KernelError(f"the kernel does not take the target NFQUEUE: {error.strerror}") from error
+
+
+def _rule(table: str, statement: QueueStatement) -> bytes:
+    """The attributes of a rule whose one expression is the target."""
+    info = _INFO.pack(statement.first, statement.queues, _BYPASS if statement.bypass else 0)
+    target = attribute(1, string("NFQUEUE")) + attribute(2, struct.pack(">I", _REVISION)) + attribute(3, info)
+    expression = attribute(1, string("target")) + nest(2, target)
+    return attribute(1, string(table)) + attribute(2, string(statement.chain)) + nest(4, nest(1, expression))

@@ -13,14 +13,13 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from portward.documents import enc_hook
 from portward.errors import PortwardError
 from portward.lab import namespaces
-from portward.lab.topology import Lab
 from portward.model import Record
 from portward.store.protocol import key_of
 
@@ -29,10 +28,19 @@ _START_SECONDS: Final = 20.0
 _METRICS: Final = "127.0.0.1:9125"
 
 
+class Place(Protocol):
+    """Where an agent can run: a lab, or another set of namespaces, of which `gateway` is the agent's."""
+
+    gateway: str
+
+    def run(self, namespace: str, *argv: str) -> subprocess.CompletedProcess[str]:
+        """See `namespaces.run`."""
+
+
 class Agent:
     """`portward run` in the gateway of a lab, with its files in `folder`."""
 
-    def __init__(self, lab: Lab, folder: Path, **settings: Any) -> None:
+    def __init__(self, lab: Place, folder: Path, **settings: Any) -> None:
         """`settings` go into portward.toml, tables as dicts."""
         self.lab, self.folder = lab, folder
         self.config, self.log = folder / "portward.toml", folder / "portward.log"

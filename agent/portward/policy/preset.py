@@ -61,7 +61,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     title: str
     source: str
     source_date: date
-    # The multiport match of xtables takes 15 ports (XT_MULTI_PORTS in linux/netfilter/xt_multiport.h).
+    # Mail has four (25, 465, 587, 2525): a long list is a mistake, and each port of it would be judged.
     ports: Annotated[tuple[Port, ...], Meta(min_length=1, max_length=15)]
     internal: tuple[Network, ...]
     restart: str = ""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 
 import msgspec
-import pytest
 
 from portward.config import Config, OnAgentDown, Queue, Verdicts
-from portward.gateway.ruleset import State, replacement, wanted, xtables_rules
+from portward.gateway.ruleset import QueueStatement, State, replacement, wanted
 from portward.model import Mode
 from portward.policy import preset as presets
 from portward.resources import rules
@@ -18,14 +17,19 @@ AZURE = presets.load("azure-2020")
 STATE = State(generation=0, synced=True)
 
 
-def changed(
-    config: Config, preset: str = "azure-2020", state: State = STATE, *, native: bool = False
-) -> list[str]:
-    """The lines of the ruleset that are not in the shipped file."""
-    text = wanted(config, presets.load(preset), native=native, state=state).text
+def changed(config: Config, preset: str = "azure-2020", state: State = STATE) -> list[str]:
+    """The lines of the ruleset that are not in the shipped file, without those that are added after it."""
+    text = wanted(config, presets.load(preset), native=False, state=state).text
     shipped = rules("nftables", "portward.nft").read_text()
     lines = difflib.ndiff(shipped.splitlines(), text.splitlines())
-    return [line[2:].strip() for line in lines if line.startswith("+ ")]
+    found = [line[2:].strip() for line in lines if line.startswith("+ ")]
+    return [line for line in found if not line.startswith("add ")]
+
+
+def added(config: Config, *, native: bool) -> list[str]:
+    """The lines after the shipped file."""
+    text = wanted(config, AZURE, native=native, state=STATE).text
+    return [line for line in text.splitlines() if line.startswith("add ")]
 
 
 def test_the_defaults_are_those_of_the_shipped_file() -> None:
@@ -89,15 +93,18 @@ def test_a_name_that_a_wildcard_covers_is_left_out() -> None:
 
 
 def test_bypass_stands_only_where_nobody_is_to_be_cut_off() -> None:
-    def bypasses(config: Config) -> tuple[bool, bool]:
+    def bypasses(config: Config) -> tuple[bool, set[str]]:
         want = wanted(config, AZURE, native=True, state=STATE)
-        xtables = " ".join(" ".join(rule) for rule in xtables_rules(want))
-        return "queue flags bypass" in want.text, "--queue-bypass" in xtables
+        chains = {statement.chain for statement in want.statements if statement.bypass}
+        return "add rule inet portward to_workers_open queue flags bypass to 0\n" in want.text, chains
 
-    assert bypasses(CONFIG) == (False, False)
-    assert bypasses(msgspec.structs.replace(CONFIG, on_agent_down=OnAgentDown.OPEN)) == (True, True)
-    assert bypasses(msgspec.structs.replace(CONFIG, mode=Mode.OBSERVE)) == (True, True)
-    assert bypasses(msgspec.structs.replace(CONFIG, verdicts=Verdicts(observe=("vni7",)))) == (True, True)
+    assert bypasses(CONFIG) == (False, set())
+    for opens in (
+        msgspec.structs.replace(CONFIG, on_agent_down=OnAgentDown.OPEN),
+        msgspec.structs.replace(CONFIG, mode=Mode.OBSERVE),
+        msgspec.structs.replace(CONFIG, verdicts=Verdicts(observe=("vni7",))),
+    ):
+        assert bypasses(opens) == (True, {"to_workers_open"})
 
 
 def test_open_when_the_agent_is_down_observes_nothing() -> None:
@@ -106,15 +113,27 @@ def test_open_when_the_agent_is_down_observes_nothing() -> None:
     assert not any(line.startswith("define OBSERVED_SEGMENTS") for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("workers", "native", "xtables"),
-    [(1, "queue to 3", "--queue-num 3"), (4, "queue to 3-6", "--queue-balance 3:6")],
-)
-def test_each_worker_has_a_queue(workers: int, native: str, xtables: str) -> None:
-    config = msgspec.structs.replace(CONFIG, queue=Queue(first=3, workers=workers))
-    want = wanted(config, AZURE, native=True, state=STATE)
-    assert want.text.rstrip().endswith(native)
-    assert xtables in " ".join(xtables_rules(want)[0])
+def test_each_worker_has_a_queue_and_is_asked_by_a_source_port_of_its_own() -> None:
+    config = msgspec.structs.replace(CONFIG, queue=Queue(first=3, workers=2))
+    want = wanted(config, AZURE, native=False, state=STATE)
+    assert want.statements == (
+        QueueStatement("to_workers", 3, 2),
+        QueueStatement("to_worker_1", 3, 1),
+        QueueStatement("to_worker_2", 4, 1),
+    )
+    probes = [
+        "add chain inet portward to_worker_1",
+        "add rule inet portward probe tcp sport 1 goto to_worker_1",
+        "add chain inet portward to_worker_2",
+        "add rule inet portward probe tcp sport 2 goto to_worker_2",
+    ]
+    assert added(config, native=False) == probes
+    assert added(config, native=True) == [
+        *probes,
+        "add rule inet portward to_workers queue to 3-4",
+        "add rule inet portward to_worker_1 queue to 3",
+        "add rule inet portward to_worker_2 queue to 4",
+    ]
 
 
 def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> None:

@@ -86,7 +86,7 @@ REFUSED = {
     "port zero": ("587", "0", 7, "ports[1]", "at least 1, got 0"),
     "port in quotes": ("587", '"587"', 7, "ports[1]", "expected a whole number, got '587'"),
     "no ports": ("[\n  25,\n  587,\n]", "[]", 5, "ports", "at least 1 entry, got []"),
-    "more ports than xtables takes": (
+    "more ports than mail could have": (
         "587", ", ".join(map(str, range(100, 115))), 5, "ports", "at most 15 entries",
     ),
     "bits beyond the prefix": ("10.0.0.0/8", "10.0.0.5/8", 9, "internal[0]", "10.0.0.0/8"),
