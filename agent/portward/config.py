@@ -45,12 +45,21 @@ class Refusal(StrEnum):
     REJECT = "reject"
 
 
+class QueueReader(StrEnum):
+    """How a worker reads its queue: many packets at a time on a socket of its own, or one by one through
+    NetfilterQueue."""
+
+    BATCH = "batch"
+    NETFILTERQUEUE = "netfilterqueue"
+
+
 class Queue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[queue]`: the way of unremembered sources to the workers. Rates are in packets a second."""
 
     first: Annotated[int, Meta(ge=0, le=65_535)] = 0
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
     length: Annotated[int, Meta(ge=1, le=65_536)] = 4_096
+    reader: QueueReader = QueueReader.BATCH
     segment_rate: Rate = 5_000
     segment_burst: Rate = 1_000
     segment_committed: Rate = 50

@@ -18,12 +18,12 @@ from portward.errors import KernelError, StoreError
 from portward.gateway import mark, ruleset, xtables
 from portward.gateway.counts import Counts, Owner
 from portward.gateway.enforcement import Enforcement
+from portward.gateway.judge import judge
 from portward.gateway.keeper import Keeper
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.links import Links
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.worker import judge
 from portward.model import Mode
 from portward.policy.preset import Preset
 from portward.selfcheck import SAMPLE, Kind, SelfCheck

@@ -16,15 +16,18 @@ from typing import Final, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import (
+from bench import (  # the path above must be there first
     change,
     counted,
     crowd,
+    drain,
     fast_path,
+    latency,
     million,
     neighbours,
     stale,
-)  # the path above must be there first
+    unknown,
+)
 from bench.figures import Curve, Figure, keep, tell  # as above
 
 Measured: TypeAlias = Iterable[Figure | Curve]
@@ -32,6 +35,9 @@ Measured: TypeAlias = Iterable[Figure | Curve]
 _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
     "fast_path": fast_path.measure,
     "crowd": crowd.measure,
+    "unknown": unknown.measure,
+    "drain": drain.measure,
+    "latency": latency.measure,
     "change": change.measure,
 }
 # What is promised elsewhere and takes its time.

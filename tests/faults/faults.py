@@ -95,8 +95,9 @@ def memory(ground: Ground, rounds: int) -> Iterator[Outcome]:
         ("daemon", "change", "portward.table.writer:Writer.apply"),
         ("daemon", "change", "portward.gateway.learned:Learned.move_epoch"),
         ("daemon", "change", "portward.gateway.learned:Learned.forget"),
-        ("worker", "packet", "portward.table.reader:Reader.lookup"),
-        ("worker", "packet", "portward.gateway.tally:Tally.verdict"),
+        ("worker", "packet", "portward.table.reader:Reader._follow"),
+        ("worker", "packet", "portward.gateway.messages:Verdicts.accept"),
+        ("worker", "packet", "portward.gateway.tally:Tally.add"),
     ]
     for _ in range(rounds):
         for place in raised if rounds > 1 else raised[1::2]:

@@ -33,10 +33,10 @@ from kernel.wire import meanwhile
 from portward.documents import dec_hook, enc_hook
 from portward.errors import PortwardError
 from portward.explanation import explain
+from portward.gateway.judge import judge
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.ruleset import FIXED_SETS, LEARNED_SETS, TABLE
-from portward.gateway.worker import judge
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant

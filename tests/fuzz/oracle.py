@@ -10,7 +10,7 @@ from portward.gateway.tally import Event
 from portward.model import Address, Record
 from portward.table.reader import Reader
 from portward.table.writer import Writer
-from unit.gateway.test_worker import QueuedPacket, worker
+from unit.gateway.test_judge import QueuedPacket, worker
 from unit.table.test_table import AZURE, ENFORCE, NOW, STORE, attachment, expected, identity, subscription
 
 # The worker is given so many bytes of a packet, and follows fewer than so many extension headers.

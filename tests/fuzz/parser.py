@@ -17,7 +17,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 with atheris.instrument_imports(include=["portward.gateway"]):
-    from portward.gateway import worker  # noqa: F401 # for what it imports
+    from portward.gateway import judge as _  # noqa: F401 # for what it imports
 
 from fuzz.oracle import Oracle  # the path above must be there first
 from fuzz.packets import TEMPLATES, mutated  # as above

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fuzz.packets import mutated  # the path above must be there first
 from kernel.evasion.ground import BANNER, Ground, ground  # as above
+from portward.config import QueueReader
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
@@ -157,9 +158,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.queue", description=__doc__)
     parser.add_argument("--packets", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--reader", type=QueueReader, default=QueueReader.BATCH)
     asked = parser.parse_args()
     print(f"seed {asked.seed}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder, ground(Path(folder), conntrack=False) as field:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ground(Path(folder), conntrack=False, reader=asked.reader) as field,
+    ):
         print(fuzz(field, asked.packets, asked.seed))
     return 0
 

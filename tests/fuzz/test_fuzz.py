@@ -16,6 +16,7 @@ from fuzz.oracle import Oracle
 from fuzz.packets import mutated
 from fuzz.queue import fuzz
 from kernel.evasion.ground import ground
+from portward.config import QueueReader
 from portward.gateway.mark import Class
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,7 @@ def test_atheris_finds_nothing_in_a_short_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.kernel
-def test_random_packets_through_the_queue(tmp_path: Path) -> None:
-    with ground(tmp_path, conntrack=False) as field:
+@pytest.mark.parametrize("reader", QueueReader)
+def test_random_packets_through_the_queue(tmp_path: Path, reader: QueueReader) -> None:
+    with ground(tmp_path, conntrack=False, reader=reader) as field:
         print(fuzz(field, 30_000, seed=Random().randrange(2**32)))

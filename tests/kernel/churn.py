@@ -20,7 +20,7 @@ from pathlib import Path
 from uuid import UUID
 
 from kernel.wire import Sender, meanwhile, segment
-from portward.config import Config
+from portward.config import Config, Queue, QueueReader
 from portward.gateway import ruleset, workers, xtables
 from portward.gateway.enforcement import Enforcement
 from portward.gateway.keeper import Keeper
@@ -42,9 +42,9 @@ PAUSE = 0.003
 class Churn:
     """The gateway's parts in the calling thread's namespace, with one source that sends."""
 
-    def __init__(self, lab: Lab, folder: Path, address: str) -> None:
+    def __init__(self, lab: Lab, folder: Path, address: str, reader: QueueReader) -> None:
         self._lab, self._address = lab, address
-        self._config = Config(segments=("vni*",), uplinks=("up0",))
+        self._config = Config(segments=("vni*",), uplinks=("up0",), queue=Queue(reader=reader))
         self._preset = presets.load("azure-2020")
         self._netlink = NfNetlink()
         self._nft = Nft(self._netlink.generation)
@@ -133,7 +133,12 @@ def _slowed() -> Iterator[None]:
 
 
 def churned(
-    lab: Lab, folder: Path, address: str, changes: int, enforce: Callable[[Churn, Committed], None]
+    lab: Lab,
+    folder: Path,
+    address: str,
+    changes: int,
+    enforce: Callable[[Churn, Committed], None],
+    reader: QueueReader = QueueReader.BATCH,
 ) -> tuple[int, int]:
     """Runs a churn in the gateway of a lab that is up, on a thread of its own; see `Churn.run`."""
     found: list[tuple[int, int] | BaseException] = []
@@ -141,7 +146,7 @@ def churned(
     def work() -> None:
         try:
             with namespaces.inside(lab.gateway):
-                churn = Churn(lab, folder, address)
+                churn = Churn(lab, folder, address, reader)
                 found.append(churn.run(changes, lambda committed: enforce(churn, committed)))
         except BaseException as error:
             found.append(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from ipaddress import ip_address
 
 import pytest
@@ -16,14 +17,22 @@ from scapy.layers.inet6 import (
 )
 from scapy.packet import Packet, Raw
 
-from kernel.conftest import ALLOWED, DENIED, Gateway
+from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway
 from kernel.wire import same, seen, segment
+from portward.config import QueueReader
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6
 from portward.model import Mode
 
 FLAGS = ["S", "SA", "A", "", "F", "R", "SF", "SEC", "SPU", "PA", "FPU", "SR", "SFRPAUEC"]
+
+
+@pytest.fixture(scope="module", params=QueueReader)
+def gateway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway for the tests of this module that need no settings of their own, once with each reader."""
+    with running_gateway(tmp_path_factory.mktemp("gateway"), queue={"reader": request.param}) as found:
+        yield found
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -203,9 +212,10 @@ def foreign_marks(gateway: Gateway, mark: int) -> None:
     )
 
 
+@pytest.mark.parametrize("reader", QueueReader)
 @pytest.mark.parametrize("own", [0x0001, 0x0007, 0xFFFC, 0xFFFF, 0x0006])
-def test_marks_of_others_are_kept_and_never_obeyed(make_gateway, own: int) -> None:  # type: ignore[no-untyped-def]
-    gateway = make_gateway()
+def test_marks_of_others_are_kept_and_never_obeyed(make_gateway, own: int, reader: QueueReader) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(queue={"reader": reader})
     epoch = (
         namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "epoch"])
         .stdout.split("elements = { ")[1]
@@ -265,8 +275,9 @@ def test_a_rule_of_others_in_the_raw_table_takes_nothing_past_the_queue(make_gat
     assert gateway.passes(CONTOSO, "10.0.0.4")
 
 
-def test_a_reset_reaches_the_right_tenant(make_gateway) -> None:  # type: ignore[no-untyped-def]
-    gateway = make_gateway(verdicts={"refuse_with": "reject"})
+@pytest.mark.parametrize("reader", QueueReader)
+def test_a_reset_reaches_the_right_tenant(make_gateway, reader: QueueReader) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(verdicts={"refuse_with": "reject"}, queue={"reader": reader})
     gateway.source(CONTOSO, "10.0.0.8", DENIED)
     gateway.source(FABRIKAM, "10.0.0.8", DENIED)
     for tenant, other in ((CONTOSO, FABRIKAM), (FABRIKAM, CONTOSO)):

@@ -31,7 +31,7 @@ HOMES = {
     "lmdb": {"table.database"},
     "sqlite3": {"store.sqlite"},
     "inotify_simple": {"store.bell"},
-    "netfilterqueue": {"gateway.worker"},
+    "netfilterqueue": {"gateway.single"},
     "pyroute2": {"gateway.links"},
     "prometheus_client": {"metrics"},
     "aiosmtpd": {"lab.mail"},

@@ -18,6 +18,8 @@ _AUTHENTICATION: Final = 51
 _LONGEST_CHAIN: Final = 16
 _SYN_ACK_RST_FIN: Final = 0x17
 _SYN: Final = 0x02
+# The TCP flags of a segment that opens a connection.
+ATTEMPTS: Final = frozenset(flags for flags in range(256) if flags & _SYN_ACK_RST_FIN == _SYN)
 
 
 class Segment(NamedTuple):
@@ -53,7 +55,7 @@ def _segment(packet: bytes, source: bytes, tcp: int) -> Segment | None:
     if tcp < 20 or len(packet) < tcp + 4:
         return None
     flags = packet[tcp + 13] if len(packet) > tcp + 13 else 0
-    return Segment(source, packet[tcp + 2] << 8 | packet[tcp + 3], tcp, flags & _SYN_ACK_RST_FIN == _SYN)
+    return Segment(source, packet[tcp + 2] << 8 | packet[tcp + 3], tcp, flags in ATTEMPTS)
 
 
 def _tcp_start(packet: bytes) -> int | None:

@@ -57,10 +57,14 @@ class Tally:
 
     def verdict(self, reason: int, outcome: Outcome, *, attempt: bool) -> None:
         """Counts a judged packet; `reason` is the place of the reason in `REASONS`."""
+        self.add(reason, outcome, packets=1, attempts=int(attempt))
+
+    def add(self, reason: int, outcome: Outcome, *, packets: int, attempts: int) -> None:
+        """Counts many packets with the same verdict, some of them attempts to connect."""
         place = reason * len(Outcome) + outcome
-        self._numbers[place] += 1
-        if attempt:
-            self._numbers[_OUTCOMES + place] += 1
+        self._numbers[place] += packets
+        if attempts:
+            self._numbers[_OUTCOMES + place] += attempts
 
     def event(self, event: Event) -> None:
         """Counts an event."""

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from portward.config import Queue
+from portward.config import Queue, QueueReader
 from portward.errors import KernelError
 from portward.gateway.tally import Tally
 from portward.gateway.worker import READY
@@ -28,8 +28,8 @@ _log = logging.getLogger("portward.worker")
 class Worker:
     """One worker process and what it needs: its queue, its counters, its lifeline."""
 
-    def __init__(self, queue: int, length: int, table: Path) -> None:
-        self.queue, self._length, self._table = queue, length, table
+    def __init__(self, queue: int, length: int, reader: QueueReader, table: Path) -> None:
+        self.queue, self._length, self._reader, self._table = queue, length, reader, table
         self._block = Tally.create()
         self.tally = Tally(self._block)
         self.process: asyncio.subprocess.Process | None = None
@@ -50,8 +50,8 @@ class Worker:
         try:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "portward.gateway.worker",
-                "--queue", str(self.queue), "--length", str(self._length), "--table", os.fspath(self._table),
-                "--tally", str(self._block), "--lifeline", str(theirs),
+                "--queue", str(self.queue), "--length", str(self._length), "--reader", self._reader,
+                "--table", os.fspath(self._table), "--tally", str(self._block), "--lifeline", str(theirs),
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, pass_fds=(self._block, theirs),
             )  # fmt: skip
         finally:
@@ -114,7 +114,7 @@ class Worker:
 def make(queue: Queue, table: Path) -> list[Worker]:
     """The workers of a configuration, not yet started."""
     numbers = range(queue.first, queue.first + queue.workers)
-    return [Worker(number, queue.length, table) for number in numbers]
+    return [Worker(number, queue.length, queue.reader, table) for number in numbers]
 
 
 async def _forward(process: asyncio.subprocess.Process) -> str:

@@ -139,7 +139,12 @@ def unpack_lengths(data: bytes) -> dict[int, int]:
 
 def entry_key(segment: int, length: int, address: bytes) -> bytes:
     """The key of an entry; `address` is the network address (4 or 16 bytes), `length` its prefix length."""
-    return segment.to_bytes(3, "big") + bytes((length + _V6 if len(address) == 16 else length,)) + address
+    return entry_start(segment, length, len(address)) + address
+
+
+def entry_start(segment: int, length: int, address_bytes: int) -> bytes:
+    """What the keys of all entries of a segment with this prefix length begin with, before the address."""
+    return segment.to_bytes(3, "big") + bytes((length + _V6 if address_bytes == 16 else length,))
 
 
 def key_of(segment: int, network: Network) -> bytes:

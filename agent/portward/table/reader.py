@@ -6,6 +6,8 @@ to are read together, so a verdict is never stamped with a policy that it was no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -73,7 +75,9 @@ class Reader:
         self._snapshot = -1
         self._head: layout.Head | None = None
         self._links: dict[int, layout.Link | None] = {}
-        self._lengths: dict[bytes, tuple[int, ...]] = {}
+        self._steps: dict[tuple[int, int], tuple[tuple[bytes, int], ...]] = {}
+        self._findings: dict[tuple[bool, bytes], Finding] = {}
+        self._viewed: Transaction | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Reader:
@@ -85,25 +89,63 @@ class Reader:
         """Closes the table."""
         self._environment.close()
 
+    @contextmanager
+    def view(self) -> Iterator[int]:
+        """Within, `lookup` and `head` all read the same commit; gives a number that another commit does not have.
+
+        For many look-ups at once. Never to be held while waiting for anything: the longer it lasts, the older is
+        what it gives, and the pages that it sees cannot be used again. Raises lmdb's errors.
+        """
+        with self._begin() as transaction:
+            self._follow(transaction)
+            self._viewed = transaction
+            try:
+                yield self._snapshot
+            finally:
+                self._viewed = None
+
     def lookup(self, index: int, source: bytes) -> Finding | None:
         """The finding for a source address (4 or 16 bytes, network order) behind the interface `index`.
 
         None where the table knows no segment behind that interface (yet), or holds no policy at all: such a
         packet is dropped and nothing is remembered. Raises lmdb's errors where the file cannot be read.
         """
+        if self._viewed is not None:
+            return self._finding(self._viewed, index, source)
         with self._begin() as transaction:
-            link, head = self._link(transaction, index), self._head
-            if head is None or link is None:
-                return None
-            found = self._entry(transaction, link.segment, source)
-            observed = head.observe or link.observed
-            if found is None:
-                return Finding(Reason.DENIED_UNKNOWN_SOURCE, observed, False, head.generation)
-            entry = layout.Entry.unpack(found[1])
-            return Finding(entry.reason, observed or entry.observed, head.reject, head.generation)
+            return self._finding(transaction, index, source)
+
+    def reach(self, index: int, source: bytes) -> tuple[int, int]:
+        """The first and the last address around a source that are sure to be found as it is: no entry begins or
+        ends between them. As numbers, of the source's own family. Only within `view`, behind an interface of a
+        segment.
+        """
+        assert self._viewed is not None  # noqa: S101 # said above
+        link = self._link(self._viewed, index)
+        assert link is not None  # noqa: S101 # said above
+        size, address = len(source), int.from_bytes(source, "big")
+        first, last = 0, _MASKS[size][-1]
+        with self._viewed.cursor(self._parts[b"entries"]) as cursor:
+            for start, mask in self._steps_of(self._viewed, link.segment, size):
+                network, rest = address & mask, _MASKS[size][-1] ^ mask
+                key = start + network.to_bytes(size, "big")
+                there = cursor.set_range(key)
+                found = cursor.key()
+                if found == key:
+                    # Those of less specific prefixes may lie where they like.
+                    return max(first, network), min(last, network | rest)
+                if found.startswith(start):
+                    last = min(last, int.from_bytes(found[len(start) :], "big") - 1)
+                if cursor.prev() if there else cursor.last():
+                    found = cursor.key()
+                    if found.startswith(start):
+                        first = max(first, (int.from_bytes(found[len(start) :], "big") | rest) + 1)
+        return first, last
 
     def head(self) -> layout.Head | None:
         """What the table agrees with; None where it holds no policy yet."""
+        if self._viewed is not None:
+            return self._head
         with self._begin() as transaction:
             self._follow(transaction)
             return self._head
@@ -151,6 +193,23 @@ class Reader:
                 transaction.stat(self._parts[b"ids"])["entries"],
             )
 
+    def _finding(self, transaction: Transaction, index: int, source: bytes) -> Finding | None:
+        link, head = self._link(transaction, index), self._head
+        if head is None or link is None:
+            return None
+        found = self._entry(transaction, link.segment, source)
+        # What a finding says of the entry is in its first two bytes: some few in the whole table, so each is made
+        # once.
+        kind = (link.observed, b"" if found is None else found[1][:2])
+        finding = self._findings.get(kind)
+        if finding is None:
+            reason, observed, reject = Reason.DENIED_UNKNOWN_SOURCE, head.observe or link.observed, False
+            if found is not None:
+                entry = layout.Entry.unpack(found[1])
+                reason, observed, reject = entry.reason, observed or entry.observed, head.reject
+            finding = self._findings[kind] = Finding(reason, observed, reject, head.generation)
+        return finding
+
     def _begin(self) -> Transaction:
         try:
             return self._environment.begin()
@@ -163,13 +222,15 @@ class Reader:
         """Forgets what was read under an older commit than the one that `transaction` sees."""
         if transaction.id() != self._snapshot:
             self._links.clear()
-            self._lengths.clear()
+            self._steps.clear()
+            self._findings.clear()
             data = transaction.get(layout.HEAD)
             self._head = None if data is None else layout.Head.unpack(data)
             self._snapshot = transaction.id()
 
     def _link(self, transaction: Transaction, index: int) -> layout.Link | None:
-        self._follow(transaction)
+        if transaction is not self._viewed:
+            self._follow(transaction)
         try:
             return self._links[index]
         except KeyError:
@@ -180,22 +241,24 @@ class Reader:
     def _entry(self, transaction: Transaction, segment: int, source: bytes) -> tuple[bytes, bytes] | None:
         """Key and value of the most specific entry that covers `source`."""
         size = len(source)
-        family = layout.family_key(segment, size)
-        lengths = self._lengths.get(family)
-        if lengths is None:
-            data = transaction.get(family, db=self._parts[b"lengths"])
-            lengths = self._lengths[family] = () if data is None else tuple(layout.unpack_lengths(data))
-        entries, host = self._parts[b"entries"], size * 8
-        for length in lengths:
-            if length == host:
-                address = source
-            else:
-                address = (int.from_bytes(source, "big") & _MASKS[size][length]).to_bytes(size, "big")
-            key = layout.entry_key(segment, length, address)
-            value = transaction.get(key, db=entries)
+        entries, address = self._parts[b"entries"], int.from_bytes(source, "big")
+        for start, mask in self._steps_of(transaction, segment, size):
+            key = start + (address & mask).to_bytes(size, "big")
+            value = transaction.get(key, None, entries)
             if value is not None:
                 return key, value
         return None
+
+    def _steps_of(self, transaction: Transaction, segment: int, size: int) -> tuple[tuple[bytes, int], ...]:
+        """How a source of so many bytes is looked up in a segment: for each prefix length, the most specific
+        first, what the keys begin with, and the netmask."""
+        steps = self._steps.get((segment, size))
+        if steps is None:
+            data = transaction.get(layout.family_key(segment, size), db=self._parts[b"lengths"])
+            lengths = () if data is None else layout.unpack_lengths(data)
+            steps = tuple((layout.entry_start(segment, length, size), _MASKS[size][length]) for length in lengths)
+            self._steps[segment, size] = steps
+        return steps
 
     def _account(self, transaction: Transaction, subscription: int) -> Account | None:
         data = transaction.get(layout.number(subscription), db=self._parts[b"subscriptions"])

@@ -60,11 +60,12 @@ POINTS: Final = (
     Point("daemon", "time", "portward.runtime:Runtime.write_status"),
     Point("daemon", "time", f"{_G}.counts:Counts.take_all"),
     Point("daemon", "time", f"{_G}.keeper:Keeper.intact"),
-    # a packet in the worker; its own module runs as __main__, so what it calls stands for its lines
-    Point("worker", "packet", f"{_T}.reader:Reader.lookup"),
-    Point("worker", "packet", f"{_G}.tally:Tally.verdict"),
-    Point("worker", "packet", f"{_G}.mark:stamp"),
-    Point("worker", "start", "netfilterqueue:NetfilterQueue.bind"),
+    # a batch of packets in the worker, in its order: the view is open, a verdict is there, counted, sent
+    Point("worker", "packet", f"{_T}.reader:Reader._follow"),
+    Point("worker", "packet", f"{_G}.messages:Verdicts.accept"),
+    Point("worker", "packet", f"{_G}.tally:Tally.add"),
+    Point("worker", "packet", f"{_G}.nfqueue:Queue.send"),
+    Point("worker", "start", f"{_G}.nfqueue:Queue.__init__"),
     Point("worker", "start", f"{_T}.reader:Reader.open"),
     # `portward apply`
     Point("apply", "change", f"{_S}.sqlite:SqliteStore.write"),

@@ -85,20 +85,8 @@ def _wrapped(where: str, function: Any) -> Any:
 
 
 def _wrap(point: Point) -> None:
-    if not point.where.startswith("netfilterqueue:"):
-        holder, name, function = find(point)
-        setattr(holder, name, _wrapped(point.where, function))
-        return
-    # A C type: its methods cannot be replaced, but the type can.
-    module: Any = importlib.import_module("netfilterqueue")
-    base: Any = module.NetfilterQueue
-
-    def bind(self: Any, *arguments: Any, **options: Any) -> None:
-        _pass(point.where, "before")
-        base.bind(self, *arguments, **options)
-        _pass(point.where, "after")
-
-    module.NetfilterQueue = type("NetfilterQueue", (base,), {"bind": bind})
+    holder, name, function = find(point)
+    setattr(holder, name, _wrapped(point.where, function))
 
 
 def _seconds() -> float:

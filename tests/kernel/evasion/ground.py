@@ -16,6 +16,7 @@ from scapy.packet import Packet
 
 from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway, source_records
 from kernel.wire import listening, segment
+from portward.config import QueueReader
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.ruleset import TABLE
@@ -197,9 +198,15 @@ class Ground:
 
 
 @contextlib.contextmanager
-def ground(folder: Path, *, conntrack: bool, **settings: Any) -> Iterator[Ground]:
+def ground(
+    folder: Path, *, conntrack: bool, reader: QueueReader = QueueReader.BATCH, **settings: Any
+) -> Iterator[Ground]:
     """A ground with its listener, within a `with`."""
-    queue: dict[str, Any] = {"queue": _RATES, "verdicts": {"segment_sources": 131_072}, **settings}
+    queue: dict[str, Any] = {
+        "queue": {**_RATES, "reader": reader},
+        "verdicts": {"segment_sources": 131_072},
+        **settings,
+    }
     with (
         running_gateway(folder, **queue) as gateway,
         listening(gateway.lab, BANNER),

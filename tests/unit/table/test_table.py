@@ -429,3 +429,57 @@ for line in sys.stdin:
         assert process.stdout.readline().strip() == "allowed-offer"
         process.stdin.close()
     writer.close()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_all_addresses_that_a_finding_reaches_are_found_like_it(data: st.DataObject) -> None:
+    """And they reach just as far, so that what is known by ranges is never known twice."""
+    # A few addresses close together, so that prefixes hold, touch and follow each other.
+    base, size = data.draw(st.sampled_from([("10.0.0.0", 4), ("2001:db8::", 16)]))
+    first, bits = int(ip_address(base)), size * 8
+    prefixes = data.draw(
+        st.lists(st.tuples(st.integers(0, 63), st.sampled_from([0, 1, 2, 4, 8, bits])), max_size=6)
+    )
+    records: dict[Network, Record] = {}
+    for offset, width in prefixes:
+        wide = ip_network((ip_address(first + offset), bits - width), strict=False)
+        records[wide] = attachment(wide, data.draw(st.sampled_from([1, 2])))
+    subscriptions = [subscription(1), subscription(2, "pay-as-you-go")]
+    with TemporaryDirectory() as folder:
+        writer = Writer(Path(folder), AZURE, ENFORCE)
+        load(writer, [*subscriptions, *records.values(), attachment(f"{base}/{bits}", 1, "vni2")])
+        writer.put_links({1: ("vni1", False), 2: ("vni2", False)}, touched=frozenset(), now=NOW)
+        reader = writer.reader()
+        with reader.view():
+            for offset in range(66):
+                source = (first + offset).to_bytes(size, "big")
+                low, high = reader.reach(1, source)
+                assert low <= first + offset <= high
+                for other in range(max(low, first), min(high, first + 70) + 1):
+                    packed = other.to_bytes(size, "big")
+                    assert reader.lookup(1, packed) == reader.lookup(1, source)
+                    assert reader.reach(1, packed) == (low, high)
+            if not prefixes:
+                assert reader.reach(1, ip_address(base).packed) == (0, (1 << bits) - 1), (
+                    "what vni2 holds is not met"
+                )
+        writer.close()
+
+
+def test_a_view_shows_one_commit_and_ends(writer: Writer) -> None:
+    load(writer, [subscription(1), attachment("10.0.0.4", 1)])
+    reader = writer.reader()
+    with reader.view() as before:
+        writer.apply([subscription(1, "pay-as-you-go")], [], revision=2, now=NOW)
+        found = reader.lookup(1, ip_address("10.0.0.4").packed)
+        assert found is not None
+        assert found.reason.allows
+    with reader.view() as after:
+        found = reader.lookup(1, ip_address("10.0.0.4").packed)
+        assert found is not None
+        assert not found.reason.allows
+    assert before != after
+    assert reason(writer, "10.0.0.4") is Reason.DENIED_NOT_EXEMPT
+    writer.apply([subscription(1)], [], revision=3, now=NOW)
+    assert reason(writer, "10.0.0.4").allows, "no view is left open"

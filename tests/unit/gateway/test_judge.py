@@ -1,18 +1,23 @@
-"""Every packet gets exactly one verdict, whatever the table or the packet is like."""
+"""Every packet gets exactly one verdict, whatever the table or the packet is like, and whichever reader has it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from scapy.layers.inet import IP, TCP, UDP
 
 from portward.gateway import mark
+from portward.gateway.batch import BatchJudge
+from portward.gateway.judge import Judge, judge
+from portward.gateway.nfqueue import SLOT
 from portward.gateway.reset import Resetter
 from portward.gateway.tally import Event, Outcome, Tally
-from portward.gateway.worker import Worker, judge
 from portward.model import Reason
 from portward.table.reader import Finding
+from unit.gateway.test_messages import message
 
 SYN = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(dport=25, flags="S"))
 
@@ -56,11 +61,63 @@ class Answers:
         return self.sent
 
 
-def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None) -> tuple[Worker, Tally]:
-    """A worker over a look-up."""
+class Table:
+    """Stands where the policy table is."""
+
+    def __init__(self, lookup: Callable[[int, bytes], Finding | None]) -> None:
+        self.lookup = lookup
+
+    def head(self) -> None:
+        return None
+
+    @contextmanager
+    def view(self) -> Iterator[int]:
+        yield 1
+
+    def reach(self, index: int, source: bytes) -> tuple[int, int]:
+        return int.from_bytes(source, "big"), int.from_bytes(source, "big")
+
+
+class Batched:
+    """A batch judge that takes packets as NetfilterQueue hands them over, in a batch of one."""
+
+    def __init__(self, table: Table, careful: Judge, tally: Tally) -> None:
+        self.judge = BatchJudge(0, table, careful, tally)  # type: ignore[arg-type] # as much of a Reader as it uses
+
+    def handle(self, packet: QueuedPacket) -> None:
+        datagram = message(packet.get_payload(), index=packet.indev, mark_=packet.mark)
+        given = bytes(self.judge.answer(bytearray(datagram.ljust(SLOT)), [(len(datagram),)]))
+        while given:
+            verdict, id_, mark_ = struct.unpack_from(">II4xI", given, 24)
+            assert id_ == 7
+            packet.set_mark(mark_)
+            (packet.accept if verdict else packet.drop)()
+            given = given[40:]
+
+
+Worker = Callable[..., tuple[Judge | Batched, Tally]]
+
+
+def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None) -> tuple[Judge, Tally]:
+    """A judge over a look-up."""
     tally = Tally(Tally.create())
     resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
-    return Worker(lookup, lambda: None, tally, resetter), tally
+    return Judge(lookup, lambda: None, tally, resetter), tally
+
+
+def batched(
+    lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None
+) -> tuple[Batched, Tally]:
+    """The same behind the batch reader."""
+    careful, tally = worker(lookup, answers)
+    return Batched(Table(lookup), careful, tally), tally
+
+
+@pytest.fixture(params=[worker, batched], ids=["single", "batch"])
+def make(request: pytest.FixtureRequest) -> Worker:
+    """Makes a worker over a look-up, with the one reader and the other."""
+    found: Worker = request.param
+    return found
 
 
 def finding(reason: Reason, *, observed: bool = False, reject: bool = False) -> Finding:
@@ -85,43 +142,43 @@ def test_a_source_of_nobody_is_never_answered() -> None:
     assert judge(finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True))[0] is mark.Class.UNKNOWN
 
 
-def test_a_verdict_carries_class_and_epoch_and_keeps_other_bits() -> None:
+def test_a_verdict_carries_class_and_epoch_and_keeps_other_bits(make: Worker) -> None:
     packet = QueuedPacket(before=0x00AB0000 | mark.MISS)
-    found, tally = worker(lambda index, source: finding(Reason.ALLOWED_OFFER))
+    found, tally = make(lambda index, source: finding(Reason.ALLOWED_OFFER))
     found.handle(packet)
     assert packet.said == ["accept"], "accepted, so that the kernel reads class and epoch"
     assert packet.mark == 0x00AB0000 | 1 << mark.EPOCH_SHIFT | mark.Class.ALLOW
     assert list(tally.verdicts()) == [(Reason.ALLOWED_OFFER, Outcome.PASSED, 1, 1)]
 
 
-def test_the_lookup_is_by_interface_and_source() -> None:
+def test_the_lookup_is_by_interface_and_source(make: Worker) -> None:
     asked = []
-    found, _ = worker(lambda index, source: asked.append((index, source)))
+    found, _ = make(lambda index, source: asked.append((index, source)))
     found.handle(QueuedPacket())
     assert asked == [(3, b"\x0a\0\0\x04")]
 
 
-def test_a_segment_that_the_table_does_not_know_is_dropped_and_not_remembered() -> None:
+def test_a_segment_that_the_table_does_not_know_is_dropped_and_not_remembered(make: Worker) -> None:
     packet = QueuedPacket()
-    found, tally = worker(lambda index, source: None)
+    found, tally = make(lambda index, source: None)
     found.handle(packet)
     assert packet.said == ["drop"]
     assert tally.events()[Event.NO_SEGMENT] == 1
 
 
-def test_what_cannot_be_read_is_dropped() -> None:
+def test_what_cannot_be_read_is_dropped(make: Worker) -> None:
     packet = QueuedPacket(bytes(IP() / UDP(dport=25)))
-    found, tally = worker(lambda index, source: finding(Reason.ALLOWED_OFFER))
+    found, tally = make(lambda index, source: finding(Reason.ALLOWED_OFFER))
     found.handle(packet)
     assert packet.said == ["drop"]
     assert tally.events()[Event.MALFORMED] == 1
 
 
-def test_a_failing_table_drops_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_table_drops_and_is_logged_once(make: Worker, caplog: pytest.LogCaptureFixture) -> None:
     def broken(index: int, source: bytes) -> Finding:
         raise RuntimeError("the table is gone")
 
-    found, tally = worker(broken)
+    found, tally = make(broken)
     packets = [QueuedPacket() for _ in range(3)]
     for packet in packets:
         found.handle(packet)
@@ -130,17 +187,17 @@ def test_a_failing_table_drops_and_is_logged_once(caplog: pytest.LogCaptureFixtu
     assert len(caplog.records) == 1
 
 
-def test_a_reset_goes_to_the_sender_on_its_own_interface() -> None:
+def test_a_reset_goes_to_the_sender_on_its_own_interface(make: Worker) -> None:
     answers = Answers()
-    found, _ = worker(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+    found, _ = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
     packet = QueuedPacket()
     found.handle(packet)
     assert answers.to == [(3, b"\x02\0\0\0\0\x01")]
     assert packet.mark & mark.CLASS == mark.Class.REFUSED
 
 
-def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused() -> None:
-    found, tally = worker(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), Answers(sent=False))
+def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused(make: Worker) -> None:
+    found, tally = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), Answers(sent=False))
     packet = QueuedPacket()
     found.handle(packet)
     assert packet.mark & mark.CLASS == mark.Class.REFUSED

@@ -1,0 +1,127 @@
+"""A packet → its verdict: `parse` → `Reader.lookup` → `judge` → the mark.
+
+Every path gives a verdict: a packet without one would hold its slot in the queue for ever. What cannot be
+judged is dropped and not remembered.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from portward.gateway import mark
+from portward.gateway.packet import parse
+from portward.gateway.reset import Resetter
+from portward.gateway.tally import REASONS, Event, Outcome, Tally
+from portward.model import Reason
+from portward.table.layout import Head
+from portward.table.reader import Finding
+
+NUMBER: Final = {reason: number for number, reason in enumerate(REASONS)}
+
+_log = logging.getLogger("portward.worker")
+
+
+class Queued(Protocol):
+    """A packet that waits for its verdict, as NetfilterQueue hands one over. A mark after the verdict is lost."""
+
+    @property
+    def indev(self) -> int:
+        """Index of the interface that it came from; 0: from none."""
+
+    def get_mark(self) -> int:
+        """The whole mark."""
+
+    def get_payload(self) -> bytes:
+        """The packet from its IP header on, as far as it was copied."""
+
+    def get_hw(self) -> bytes | None:
+        """The link address that it came from, in the first 6 bytes; None where the link has none."""
+
+    def set_mark(self, mark: int) -> None:
+        """The mark that goes out with the verdict."""
+
+    def accept(self) -> None:
+        """On its way, to the next chain."""
+
+    def drop(self) -> None:
+        """Gone."""
+
+
+def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
+    """What the kernel is told for a finding, and how it is counted."""
+    if finding.reason.allows:
+        return mark.Class.ALLOW, Outcome.PASSED
+    if finding.observed:
+        return mark.Class.OBSERVED, Outcome.OBSERVED
+    if finding.reason is Reason.DENIED_UNKNOWN_SOURCE:
+        return mark.Class.UNKNOWN, Outcome.DROPPED
+    if finding.reject:
+        return mark.Class.REFUSED, Outcome.RESET
+    return mark.Class.DENY, Outcome.DROPPED
+
+
+class Judge:
+    """Gives verdicts on packets; `lookup` and `head` are a `Reader`'s."""
+
+    def __init__(
+        self,
+        lookup: Callable[[int, bytes], Finding | None],
+        head: Callable[[], Head | None],
+        tally: Tally,
+        resetter: Resetter,
+    ) -> None:
+        self._lookup, self._head, self._tally, self._resetter = lookup, head, tally, resetter
+        self._failed = False
+
+    def handle(self, packet: Queued) -> None:
+        """Gives one verdict on a packet; never raises."""
+        try:
+            self._judge(packet)
+        except Exception:
+            self._tally.event(Event.ERROR)
+            packet.drop()
+            if not self._failed:  # once: a broken table would fill the log at the speed of the network
+                self._failed = True
+                _log.exception("a packet could not be judged and was dropped; such packets are counted")
+
+    def _judge(self, packet: Queued) -> None:
+        if packet.get_mark() & mark.OWN == mark.PROBE:
+            self._answer(packet)
+            return
+        payload = packet.get_payload()
+        segment = parse(payload)
+        if segment is None:
+            self._tally.event(Event.MALFORMED)
+            packet.drop()
+            return
+        finding = self._lookup(packet.indev, segment.source)
+        if finding is None:
+            self._tally.event(Event.NO_SEGMENT)
+            packet.drop()
+            return
+        verdict, outcome = judge(finding)
+        if outcome is Outcome.RESET and not self._resetter.answer(
+            payload, segment.tcp, packet.indev, _link_address(packet)
+        ):
+            self._tally.event(Event.RESET_FAILED)
+        self._tally.verdict(NUMBER[finding.reason], outcome, attempt=segment.attempt)
+        packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(finding.generation)))
+        packet.accept()
+
+    def _answer(self, packet: Queued) -> None:
+        """Answers the self-check: with the epoch of the policy that this process sees."""
+        head = self._head()
+        self._tally.event(Event.PROBED)
+        if head is None:
+            packet.drop()
+            return
+        packet.set_mark(mark.stamp(packet.get_mark(), mark.Class.MISS, mark.epoch_of(head.generation)))
+        packet.accept()
+
+
+def _link_address(packet: Queued) -> bytes | None:
+    address = packet.get_hw()
+    # The kernel gives 8 bytes, of which an Ethernet address takes 6.
+    return None if address is None else address[:6]

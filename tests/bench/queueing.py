@@ -1,0 +1,189 @@
+"""A gateway of two namespaces that queues every packet to port 25 and remembers nothing, and readers for its
+queues.
+
+    flood ── veth ── raw table: mark of a miss, NFQUEUE ── chain after it: counted by the class of its mark,
+    dropped
+
+So each packet costs a reader what it costs the worker in portward's own ruleset, where a source of nobody is
+dropped right behind the queue too, and nothing that comes after a verdict is measured with it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from ipaddress import ip_network
+from pathlib import Path
+from uuid import UUID
+
+from scapy.layers.inet import IP, TCP
+from scapy.layers.l2 import Ether
+
+from bench import flood
+from kernel.conftest import lab_name
+from kernel.wire import link_address
+from portward.gateway import mark
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.tally import Tally
+from portward.lab import namespaces
+from portward.lab.topology import MAIL4
+from portward.model import Attachment, Record, Subscription
+from portward.policy import preset as presets
+from portward.table.writer import Answers, Writer, utc_now
+
+SEGMENT = "vni1"
+# Each core has one thing to do: the flood with the kernel's way up to the queue, and the reader.
+FLOOD_CPU, READER_CPU = 1, 0
+LENGTH = 4096
+# A thousand hosts, and a prefix whose addresses may send: a source of neither is looked up by two lengths.
+HOSTS = tuple(bytes([10, 0, number >> 8, number & 0xFF]) for number in range(1000))
+PREFIX = "10.64.0.0/10"
+# Every third address of these: more gaps between attachments than the batch reader remembers.
+SCATTERED = range(172 << 24 | 16 << 16, 172 << 24 | 17 << 16)
+_CLASSES = ("allow", "deny", "refused", "miss", "unknown", "observed")
+
+
+class Gateway:
+    """The two namespaces. Packets go to queue 0 until `queue_to` says otherwise."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        name = lab_name()
+        self.tenant, self.gateway = f"{name}-a", f"{name}-b"
+
+    def __enter__(self) -> Gateway:
+        namespaces.require_root()
+        try:
+            self._up()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _up(self) -> None:
+        for name in (self.tenant, self.gateway):
+            namespaces.make(name)
+        namespaces.ip(
+            "-n",
+            self.tenant,
+            "link",
+            "add",
+            "eth0",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            SEGMENT,
+            "netns",
+            self.gateway,
+        )
+        for name, device in ((self.tenant, "eth0"), (self.gateway, SEGMENT)):
+            namespaces.batch(name, [f"link set {device} up"])
+        namespaces.load(self.gateway, "\n".join(_rules()))
+        self.queue_to(0)
+        index = int(namespaces.run(self.gateway, ["cat", f"/sys/class/net/{SEGMENT}/ifindex"]).stdout)
+        self.table = _table(self.folder / "table", index)
+        with namespaces.inside(self.gateway):
+            self._netlink = NfNetlink()
+        self.frame = bytes(
+            Ether(src=link_address(self.tenant, "eth0"), dst=link_address(self.gateway, SEGMENT))
+            / IP(src="10.0.0.0", dst=MAIL4)
+            / TCP(sport=4000, dport=25, flags="S")
+        )
+
+    def __exit__(self, *_: object) -> None:
+        for name in namespaces.names(self.tenant) + namespaces.names(self.gateway):
+            namespaces.remove(name)
+
+    def queue_to(self, *queues: int) -> None:
+        """From now on packets go to these queues in turn."""
+        first = "-A PREROUTING -p tcp --dport 25"
+        lines = ["*raw", f"{first} -j MARK --set-mark {0x00AB0000 | mark.MISS:#x}"]
+        for place, number in enumerate(queues):
+            left = len(queues) - place
+            turn = f"-m statistic --mode nth --every {left} --packet 0" if left > 1 else ""
+            lines.append(f"{first} {turn} -j NFQUEUE --queue-num {number}")
+        result = namespaces.run(self.gateway, ["iptables-restore"], text="\n".join([*lines, "COMMIT", ""]))
+        if result.returncode:
+            raise RuntimeError(f"iptables-restore: {result.stderr}")
+
+    def answered(self) -> dict[str, int]:
+        """Packets that came back from the queue so far, by the class of their verdict."""
+        return self._netlink.counters("bench")
+
+    def waiting(self, queue: int) -> int:
+        """Packets that wait in a queue, or that its reader has received and not answered yet."""
+        told = namespaces.run(self.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
+        rows = [[int(column) for column in line.split()] for line in told.splitlines()]
+        return sum(row[2] for row in rows if row[0] == queue)
+
+    def frames(self, name: str, sources: Sequence[bytes]) -> Path:
+        """A file for `flood`: a SYN from each of the sources."""
+        return flood.write(self.folder / name, flood.from_sources(self.frame, sources))
+
+    @contextmanager
+    def reader(self, argv: Sequence[str], cpu: int = READER_CPU, pass_fds: Sequence[int] = ()) -> Iterator[int]:
+        """A reader that has said `ready`, on its core; gives its process id."""
+        with subprocess.Popen(
+            ["ip", "netns", "exec", self.gateway, "taskset", "-c", str(cpu), *argv],
+            stdout=subprocess.PIPE, pass_fds=pass_fds,
+        ) as process:  # fmt: skip
+            try:
+                assert process.stdout is not None
+                if process.stdout.readline() != b"ready\n":
+                    raise RuntimeError(f"{argv[0]} is not ready")
+                yield process.pid
+            finally:
+                process.kill()
+
+    @contextmanager
+    def worker(
+        self, kind: str = "batch", queue: int = 0, length: int = LENGTH, cpu: int = READER_CPU
+    ) -> Iterator[int]:
+        """portward's worker over the table, with the reader of this kind."""
+        tally, (theirs, ours) = Tally.create(), os.pipe()
+        argv = [
+            sys.executable, "-m", "portward.gateway.worker", "--reader", kind, "--queue", str(queue),
+            "--length", str(length), "--table", os.fspath(self.table),
+            "--tally", str(tally), "--lifeline", str(theirs),
+        ]  # fmt: skip
+        try:
+            with self.reader(argv, cpu, (tally, theirs)) as pid:
+                yield pid
+        finally:
+            for descriptor in (tally, theirs, ours):
+                os.close(descriptor)
+
+
+def _rules() -> Iterator[str]:
+    yield "table inet bench {"
+    yield from (f"counter {name} {{}}" for name in _CLASSES)
+    yield "chain after { type filter hook prerouting priority raw + 1; policy accept;"
+    for name in _CLASSES:
+        yield f"meta mark & {mark.CLASS:#x} == {mark.Class[name.upper()]:d} counter name {name} drop"
+    yield "}"
+    yield "}"
+
+
+def _table(folder: Path, index: int) -> Path:
+    """A policy table: the hosts in turn may and may not send, all of the prefix may."""
+    may, may_not = UUID(int=1 << 80), UUID(int=2 << 80)
+    records: list[Record] = [
+        Subscription(id=may, offer="enterprise-agreement", created=date(2022, 6, 30)),
+        Subscription(id=may_not, offer="pay-as-you-go", created=date(2022, 6, 30)),
+        Attachment(segment=SEGMENT, address=ip_network(PREFIX), subscription=may),
+    ]
+    for number, host in enumerate(HOSTS):
+        owner = (may, may_not)[number % 2]
+        records.append(Attachment(segment=SEGMENT, address=ip_network(host), subscription=owner))
+    for number in SCATTERED[::3]:
+        records.append(Attachment(segment=SEGMENT, address=ip_network(number), subscription=may))
+    writer = Writer(folder, presets.load("azure-2020"), Answers(observe=False, reject=False))
+    writer.replace(records, revision=1, store=b"bench".ljust(16), now=utc_now())
+    writer.put_links({index: (SEGMENT, False)}, touched=frozenset(), now=utc_now())
+    writer.close()
+    return folder
