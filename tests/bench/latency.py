@@ -6,6 +6,11 @@ generator stamps the frame, just before it sends it, and ends when the kernel re
 own timestamp; the receiver reads only afterwards). So included are the send itself, both VXLAN ends, both veth
 pairs, and all waiting for a core: generator, agent and worker share two. Address translation is taken out of the
 gateway: it would be measured too.
+
+A virtual machine is stopped by its host now and then, for milliseconds at a time, and all that is on its way then
+waits. So what arrives is cut into rounds of some tenths of a second, each with its percentiles; the figure is the
+median of the rounds, and the range goes from the best of them to the percentile of all packets together, stops of
+the machine included.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ from kernel.wire import segment
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO
 
-# Name: misses a second, and rounds of a second each.
-_RATES = {"1k": (1_000, 5), "10k": (10_000, 7), "50k": (50_000, 3)}
+# Name: misses a second, and rounds of so many packets each.
+_RATES = {"1k": (1_000, 8, 500), "10k": (10_000, 40, 1_000), "50k": (50_000, 12, 10_000)}
 _QUEUE = {"rate": 10_000_000, "burst": 1_000_000, "segment_rate": 10_000_000, "segment_burst": 1_000_000}
 _SO_TIMESTAMPNS = 35  # asm-generic/socket.h
 _SO_RCVBUFFORCE = 33
@@ -42,20 +47,19 @@ def measure(folder: Path) -> list[Figure]:
         namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
         frame = bytes(gateway.senders[CONTOSO].frame / segment("10.64.0.0") / bytes(8))
         first = 10 << 24 | 64 << 16
-        for name, (rate, rounds) in _RATES.items():
-            found, lost = [], 0
-            for number in range(rounds):
-                sources = ((first + place).to_bytes(4, "big") for place in range(rate))
-                first += rate
-                frames = flood.write(folder / f"{name}-{number}", flood.from_sources(frame, sources))
-                found.append(_run(gateway, program, frames, rate))
-                lost += rate - len(found[-1])
-            figures += _figures(name, found, f"{lost} of {rate * rounds} lost")
+        for name, (rate, rounds, packets) in _RATES.items():
+            count = rounds * packets
+            sources = ((first + place).to_bytes(4, "big") for place in range(count))
+            first += count
+            frames = flood.write(folder / name, flood.from_sources(frame, sources))
+            delays = _run(gateway, program, frames, rate, count)
+            cut = [delays[start : start + packets] for start in range(0, len(delays), packets)]
+            figures += _figures(name, cut, f"{count - len(delays)} of {count} lost")
     return figures
 
 
-def _run(gateway: Gateway, program: Path, frames: Path, rate: int) -> list[float]:
-    """Microseconds from stamp to reception of each frame that arrives, when so many are sent within a second."""
+def _run(gateway: Gateway, program: Path, frames: Path, rate: int, count: int) -> list[float]:
+    """Microseconds from stamp to reception of each frame that arrives, when so many are sent at that rate."""
     with namespaces.inside(gateway.lab.internet):
         view = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
     with view:
@@ -63,8 +67,16 @@ def _run(gateway: Gateway, program: Path, frames: Path, rate: int) -> list[float
         view.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         view.bind(("eth0", 0))
         flood.run(
-            gateway.lab.home(CONTOSO), program, frames, dev="eth0", pps=rate, batch=8, count=rate, stamp=_STAMP
-        )
+            gateway.lab.home(CONTOSO),
+            program,
+            frames,
+            dev="eth0",
+            cpu=0,
+            pps=rate,
+            batch=8,
+            count=count,
+            stamp=_STAMP,
+        )  # fmt: skip
         view.settimeout(0.3)
         return _delays(view)
 
@@ -86,6 +98,7 @@ def _figures(name: str, rounds: list[list[float]], lost: str) -> list[Figure]:
     figures = []
     for percent, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999)):
         values = [percentile(delays, share) for delays in rounds]
+        together = percentile([delay for delays in rounds for delay in delays], share)
         goal = "<= 300" if (percent, name) == ("p99", "10k") else ""
         unit = f"µs, median of {len(values)} rounds; {lost}"
         figures.append(
@@ -93,7 +106,7 @@ def _figures(name: str, rounds: list[list[float]], lost: str) -> list[Figure]:
                 f"first_syn_{percent}_us_at_{name}",
                 statistics.median(values),
                 min(values),
-                max(values),
+                together,
                 unit,
                 goal,
             )
