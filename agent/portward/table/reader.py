@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
-from uuid import UUID
 
-import msgspec
-
-from portward.model import Address, Exemption, Network, Reason, Subscription
+from portward.model import Address, Network, Reason
 from portward.table import layout
+from portward.table.account import Account
 from portward.table.database import (
     Environment,
     MapResizedError,
@@ -23,6 +21,7 @@ from portward.table.database import (
     open_database,
     open_parts,
 )
+from portward.table.rows import find
 
 _MASKS = {4: layout.masks(4), 16: layout.masks(16)}
 
@@ -40,28 +39,12 @@ class Finding(NamedTuple):
     generation: int
 
 
-class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the table holds of a subscription; None for what the store does not name (any more)."""
-
-    id: UUID
-    subscription: Subscription | None = None
-    exemption: Exemption | None = None
-
-
 class Holding(NamedTuple):
     """An entry for people: the prefix that matched, whose it is, and how it was decided."""
 
     prefix: Network
     entry: layout.Entry
     account: Account
-
-
-_account = msgspec.json.Decoder(Account)
-
-
-def decode_account(data: bytes) -> Account:
-    """The account in the table's bytes."""
-    return _account.decode(data)
 
 
 class Reader:
@@ -99,8 +82,8 @@ class Reader:
             observed = head.observe or link.observed
             if found is None:
                 return Finding(Reason.DENIED_UNKNOWN_SOURCE, observed, False, head.generation)
-            entry = layout.Entry.unpack(found[1])
-            return Finding(entry.reason, observed or entry.observed, head.reject, head.generation)
+            reason, entry_observed = layout.finding(found)
+            return Finding(reason, observed or entry_observed, head.reject, head.generation)
 
     def head(self) -> layout.Head | None:
         """What the table agrees with; None where it holds no policy yet."""
@@ -123,11 +106,11 @@ class Reader:
             found = self._entry(transaction, int.from_bytes(number, "big"), address.packed)
             if found is None:
                 return None
-            entry = layout.Entry.unpack(found[1])
+            entry = layout.Entry.of(found)
             account = self._account(transaction, entry.subscription)
             if account is None:
                 raise TableError(f"the policy table is damaged: no account has the number {entry.subscription}")
-            return Holding(layout.network_of(found[0])[1], entry, account)
+            return Holding(layout.network_of(layout.place_of(found))[1], entry, account)
 
     def owner(self, index: int, source: bytes) -> tuple[layout.Link, layout.Entry | None] | None:
         """The segment behind an interface, and the entry of a source in it; None: no such segment."""
@@ -136,7 +119,7 @@ class Reader:
             if link is None:
                 return None
             found = self._entry(transaction, link.segment, source)
-            return link, None if found is None else layout.Entry.unpack(found[1])
+            return link, None if found is None else layout.Entry.of(found)
 
     def account(self, subscription: int) -> Account | None:
         """The account with the table's number `subscription`."""
@@ -147,7 +130,7 @@ class Reader:
         """How many attachments and subscriptions the table holds."""
         with self._begin() as transaction:
             return (
-                transaction.stat(self._parts[b"entries"])["entries"],
+                sum(transaction.stat(self._parts[name])["entries"] for name in layout.ENTRIES.values()),
                 transaction.stat(self._parts[b"ids"])["entries"],
             )
 
@@ -177,26 +160,27 @@ class Reader:
             link = self._links[index] = None if data is None else layout.Link.unpack(data)
             return link
 
-    def _entry(self, transaction: Transaction, segment: int, source: bytes) -> tuple[bytes, bytes] | None:
-        """Key and value of the most specific entry that covers `source`."""
+    def _entry(self, transaction: Transaction, segment: int, source: bytes) -> bytes | None:
+        """The row of the most specific entry that covers `source`."""
         size = len(source)
         family = layout.family_key(segment, size)
         lengths = self._lengths.get(family)
         if lengths is None:
             data = transaction.get(family, db=self._parts[b"lengths"])
             lengths = self._lengths[family] = () if data is None else tuple(layout.unpack_lengths(data))
-        entries, host = self._parts[b"entries"], size * 8
+        if not lengths:
+            return None
+        cursor, host = transaction.cursor(self._parts[layout.ENTRIES[size]]), size * 8
         for length in lengths:
             if length == host:
                 address = source
             else:
                 address = (int.from_bytes(source, "big") & _MASKS[size][length]).to_bytes(size, "big")
-            key = layout.entry_key(segment, length, address)
-            value = transaction.get(key, db=entries)
-            if value is not None:
-                return key, value
+            row = find(cursor, layout.prefix_of(segment, length) + address)
+            if row is not None:
+                return row
         return None
 
     def _account(self, transaction: Transaction, subscription: int) -> Account | None:
-        data = transaction.get(layout.number(subscription), db=self._parts[b"subscriptions"])
-        return None if data is None else decode_account(data)
+        data = transaction.get(layout.number(subscription), db=self._parts[b"accounts"])
+        return None if data is None else Account.unpack(data)
