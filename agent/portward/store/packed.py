@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from functools import lru_cache
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import Final
 
@@ -45,7 +46,7 @@ _PAAS: Final = Workload.PAAS
 _EPOCH: Final = FIRST - timedelta(days=1)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _EARLIEST, _LATEST = ((at - _EPOCH) // _MICROSECOND for at in (FIRST, LAST))
-_is_uuid = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
+_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _is_length = re.compile(r"0|[1-9][0-9]{0,2}").fullmatch
 
 
@@ -105,3 +106,8 @@ def _prefix(text: str) -> tuple[int, bytes] | None:
         return None
     beyond = int.from_bytes(address, "big") & ((1 << bits - length) - 1)
     return None if beyond else (length, address)
+
+
+@lru_cache(maxsize=4_096)  # the attachments of a customer often stand near each other
+def _is_uuid(text: str) -> bool:
+    return _UUID.fullmatch(text) is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 from uuid import UUID
 
 import msgspec
@@ -16,7 +16,7 @@ from portward.table import layout
 Rule: TypeAlias = Callable[[Subscription | None, Exemption | None, Workload], Ruling]
 
 
-class Account(msgspec.Struct, frozen=True):
+class Account(msgspec.Struct, frozen=True, gc=False):
     """What the table holds of a subscription; None for what the store does not name (any more)."""
 
     id: UUID
@@ -54,7 +54,7 @@ _decoder: Final = msgspec.msgpack.Decoder(
 )
 
 
-class Outcomes(NamedTuple):
+class Outcomes(msgspec.Struct, frozen=True, gc=False):
     """How an account's attachments with one workload come out: the codes of their entries, for those whose machine
     was started after `since` (microseconds since 1970; 0: whenever that was) and for the others."""
 
@@ -69,10 +69,18 @@ class Outcomes(NamedTuple):
         return place + layout.OUTCOME.pack(self.number, started << layout.CODE_BITS | code)
 
 
-def outcomes(number: int, account: Account, rule: Rule, *, paas: bool) -> Outcomes:
-    """How the attachments of the account with the table's number `number` come out, by their workload."""
-    subscription = account.subscription
-    ruling = rule(subscription, account.exemption, Workload.PAAS if paas else Workload.VM)
+# Of virtual machines, and of platform services: `paas` is the place.
+ByWorkload: TypeAlias = tuple[Outcomes, Outcomes]
+
+
+def by_workload(number: int, account: Account, rule: Rule) -> ByWorkload:
+    """How the attachments of the account with the table's number `number` come out."""
+    return _outcomes(number, account, Workload.VM, rule), _outcomes(number, account, Workload.PAAS, rule)
+
+
+def _outcomes(number: int, account: Account, workload: Workload, rule: Rule) -> Outcomes:
+    subscription, paas = account.subscription, workload is Workload.PAAS
+    ruling = rule(subscription, account.exemption, workload)
     observed = subscription is not None and subscription.mode is Mode.OBSERVE
     return Outcomes(
         number,

@@ -15,7 +15,7 @@ import msgspec
 
 from portward.model import Attachment, Exemption, ExemptionState, Network, Reason, Record, Subscription, Workload
 from portward.table import layout
-from portward.table.account import Account, Outcomes, Rule, outcomes
+from portward.table.account import Account, ByWorkload, Rule, by_workload
 from portward.table.database import Part, TableError, Transaction
 from portward.table.load import Loadable, load
 from portward.table.rows import Rows
@@ -45,7 +45,7 @@ class Edit:
         self._holdings = {size: Rows(transaction, parts[name]) for size, name in layout.HOLDINGS.items()}
         self._ids, self._expiries = Rows(transaction, parts[b"ids"]), Rows(transaction, parts[b"expiries"])
         self._accounts: dict[int, Account] = {}
-        self._outcomes: dict[tuple[int, bool], Outcomes] = {}
+        self._outcomes: dict[int, ByWorkload] = {}
         self._lengths: dict[bytes, dict[int, int]] = {}
         self._dirty: set[int] = set()
 
@@ -167,8 +167,7 @@ class Edit:
 
     def _write_account(self, number: int, account: Account) -> None:
         self._accounts[number] = account
-        for paas in (False, True):
-            self._outcomes.pop((number, paas), None)
+        self._outcomes.pop(number, None)
         self._transaction.put(layout.number(number), account.pack(), db=self._parts[b"accounts"])
 
     def _account_changes(self, uuid: UUID, **fields: Subscription | Exemption | None) -> None:
@@ -208,7 +207,7 @@ class Edit:
                 holdings.remove(layout.number(before.subscription) + place)
                 self._dirty.add(before.subscription)
             holdings.put(layout.number(number) + place)
-        outcome = self._outcome(number, paas=attachment.workload is Workload.PAAS)
+        outcome = self._outcome(number)[attachment.workload is Workload.PAAS]
         self._write_entry(place, before, outcome.row(place, layout.microseconds(attachment.started)))
 
     def _remove_attachment(self, attachment: Attachment) -> None:
@@ -235,7 +234,7 @@ class Edit:
     def _settle_entry(self, place: bytes) -> None:
         before = self._entry(place)
         if before is not None:
-            outcome = self._outcome(before.subscription, paas=before.paas)
+            outcome = self._outcome(before.subscription)[before.paas]
             self._write_entry(place, before, outcome.row(place, before.started))
 
     def _write_entry(self, place: bytes, before: layout.Entry | None, row: bytes) -> None:
@@ -249,10 +248,10 @@ class Edit:
         if before is None or _meaning(before) != _meaning(entry):
             self._note(place)
 
-    def _outcome(self, number: int, *, paas: bool) -> Outcomes:
-        found = self._outcomes.get((number, paas))
+    def _outcome(self, number: int) -> ByWorkload:
+        found = self._outcomes.get(number)
         if found is None:
-            found = self._outcomes[number, paas] = outcomes(number, self._account(number), self._rule, paas=paas)
+            found = self._outcomes[number] = by_workload(number, self._account(number), self._rule)
         return found
 
     def _note(self, place: bytes) -> None:

@@ -14,7 +14,7 @@ from uuid import UUID
 from portward.model import Attachment, Exemption, ExemptionState, Subscription
 from portward.store.packed import Packed, packed
 from portward.table import layout
-from portward.table.account import Account, Outcomes, Rule, outcomes
+from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload
 from portward.table.database import Part, Transaction
 from portward.table.rows import Rows
 from portward.table.segments import Segments
@@ -35,10 +35,10 @@ def load(
     for record in records:
         match record:
             case Packed():
-                attachments.put(record, accounts.outcomes(record.subscription, paas=record.paas))
+                attachments.put(record, accounts.outcomes(record.subscription)[record.paas])
             case Attachment():
                 same = packed(record)
-                attachments.put(same, accounts.outcomes(same.subscription, paas=same.paas))
+                attachments.put(same, accounts.outcomes(same.subscription)[same.paas])
             case Subscription():
                 accounts.put_subscription(record)
             case Exemption():
@@ -54,54 +54,42 @@ class _Accounts:
         self._transaction, self._parts, self._rule = transaction, parts, rule
         self._subscriptions: dict[UUID, Subscription] = {}
         self._exemptions: dict[UUID, Exemption] = {}
-        # By the UUID as text, as attachments name it. Those not decided yet are numbers and accounts.
-        self._known: dict[str, tuple[int, Account]] | None = None
-        # For each workload: vm, paas.
-        self._outcomes: tuple[dict[str, Outcomes], dict[str, Outcomes]] = ({}, {})
+        # By the UUID as text, as attachments name it.
+        self._outcomes: dict[str, ByWorkload] = {}
         self._ids: list[bytes] = []
 
     def put_subscription(self, subscription: Subscription) -> None:
+        """Takes in a subscription."""
         self._expect_no_attachment()
         self._subscriptions[subscription.id] = subscription
 
     def put_exemption(self, exemption: Exemption) -> None:
+        """Takes in an exemption."""
         self._expect_no_attachment()
         self._exemptions[exemption.subscription] = exemption
 
-    def outcomes(self, subscription: str, *, paas: bool) -> Outcomes:
+    def outcomes(self, subscription: str) -> ByWorkload:
         """How the attachments of a subscription come out, also of one that no record is about."""
-        found = self._outcomes[paas].get(subscription)
+        found = self._outcomes.get(subscription)
         if found is None:
-            number, account = self._account(subscription)
-            found = outcomes(number, account, self._rule, paas=paas)
-            self._outcomes[paas][subscription] = found
+            self._write_all()
+            found = self._outcomes.get(subscription) or self._write(Account(UUID(subscription)))
         return found
 
     def write(self) -> None:
         """Writes what `outcomes` has not written already."""
-        self._all()
+        self._write_all()
         Rows(self._transaction, self._parts[b"ids"]).extend(sorted(self._ids))
 
     def _expect_no_attachment(self) -> None:
-        if self._known is not None:
+        if self._ids:
             raise ValueError("a subscription or an exemption comes after an attachment")
 
-    def _account(self, subscription: str) -> tuple[int, Account]:
-        known = self._all()
-        found = known.get(subscription)
-        if found is None:
-            found = known[subscription] = self._write(Account(UUID(subscription)))
-        return found
+    def _write_all(self) -> None:
+        for id_ in sorted(self._subscriptions.keys() | self._exemptions.keys(), key=lambda uuid: uuid.int):
+            self._write(Account(id_, self._subscriptions.pop(id_, None), self._exemptions.pop(id_, None)))
 
-    def _all(self) -> dict[str, tuple[int, Account]]:
-        if self._known is None:
-            self._known = {}
-            for id_ in sorted(self._subscriptions.keys() | self._exemptions.keys(), key=lambda uuid: uuid.int):
-                account = Account(id_, self._subscriptions.pop(id_, None), self._exemptions.pop(id_, None))
-                self._known[str(id_)] = self._write(account)
-        return self._known
-
-    def _write(self, account: Account) -> tuple[int, Account]:
+    def _write(self, account: Account) -> ByWorkload:
         number = len(self._ids) + 1
         key = layout.number(number)
         self._transaction.put(key, account.pack(), db=self._parts[b"accounts"], append=True)
@@ -109,7 +97,8 @@ class _Accounts:
         grant = account.exemption
         if grant is not None and grant.state is ExemptionState.GRANTED and grant.until is not None:
             Rows(self._transaction, self._parts[b"expiries"]).put(layout.expiry(grant.until, number))
-        return number, account
+        found = self._outcomes[str(account.id)] = by_workload(number, account, self._rule)
+        return found
 
 
 class _Attachments:
