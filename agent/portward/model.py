@@ -1,8 +1,8 @@
 """The nouns of the policy, as frozen values: subscription, attachment, exemption, reason.
 
 They are what the store keeps (as JSON), what operators write (as YAML or JSON) and what `decide()` takes.
-Parsed once, at the edge; unknown fields are refused there. Instants are aware datetimes in UTC. No record can be part
-of a cycle, so the garbage collector need not look at a million of them (`gc=False`).
+Parsed once, at the edge; unknown fields are refused there. Instants are aware datetimes in UTC.
+No record can be part of a cycle, so the garbage collector need not look at a million of them (`gc=False`).
 """
 
 from __future__ import annotations
