@@ -2,6 +2,7 @@
 
 They are what the store keeps (as JSON), what operators write (as YAML or JSON) and what `decide()` takes.
 Parsed once, at the edge; unknown fields are refused there. Instants are aware datetimes in UTC.
+No record can be part of a cycle, so the garbage collector need not look at a million of them (`gc=False`).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Reason(StrEnum):
         return self.value.startswith("allowed-")
 
 
-class Subscription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Subscription(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """Who pays. `created` is a UTC date; `offer` is an id that the preset knows."""
 
     id: UUID
@@ -96,7 +97,7 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     mode: Mode = Mode.ENFORCE
 
 
-class Attachment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Attachment(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """A source behind the gateway: a segment (interface name) and an address or prefix in it.
 
     `started` is when the workload was last started; None where nobody has said.
@@ -109,7 +110,7 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     started: Instant | None = None
 
 
-class Exemption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Exemption(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """The latest state of a subscription's permission to send; there is one for each subscription.
 
     `decided` is when it was granted, rejected or revoked; a grant counts until `until`, for ever if None.

@@ -38,6 +38,20 @@ class Decision(NamedTuple):
 _DECISIONS = {reason: Decision(reason) for reason in Reason}
 
 
+class Ruling(NamedTuple):
+    """What holds for all attachments of one subscription with one workload: `reason`, but where the machine was
+    started after `unless_started_after`, a grant counts. What nobody has recorded has not happened."""
+
+    reason: Reason
+    unless_started_after: datetime | None = None
+
+    def of(self, started: datetime | None) -> Reason:
+        """The reason for an attachment whose machine was last started at `started`; None where nobody knows."""
+        if self.unless_started_after is None or started is None or started <= self.unless_started_after:
+            return self.reason
+        return Reason.ALLOWED_EXEMPT
+
+
 def decide(
     preset: Preset,
     *,
@@ -51,9 +65,38 @@ def decide(
     `attachment` or `subscription` None for a source of nobody; `exemption` is the subscription's, if any."""
     if destination is not None and is_internal(preset, destination):
         return _DECISIONS[Reason.ALLOWED_INTERNAL]
-    if attachment is None or subscription is None:
+    if attachment is None:
         return _DECISIONS[Reason.DENIED_UNKNOWN_SOURCE]
-    return _DECISIONS[_standing(preset, subscription, exemption, attachment, now)]
+    ruling = rule(preset, subscription, exemption, attachment.workload, now=now)
+    return _DECISIONS[ruling.of(attachment.started)]
+
+
+def rule(
+    preset: Preset,
+    subscription: Subscription | None,
+    exemption: Exemption | None,
+    workload: Workload,
+    *,
+    now: datetime,
+) -> Ruling:
+    """What holds for the attachments of a subscription with this workload at the time `now`: all that `decide`
+    asks, but for the last start of each machine. So a million need not be decided one by one."""
+    if subscription is None:
+        return Ruling(Reason.DENIED_UNKNOWN_SOURCE)
+    if subscription.standing is Standing.DISABLED:
+        return Ruling(Reason.DENIED_DISABLED)
+    if preset.paas_blocked and workload is Workload.PAAS:
+        return Ruling(Reason.DENIED_PAAS)
+    offer = preset.offer(subscription.offer)
+    if offer is None:
+        return Ruling(Reason.DENIED_INELIGIBLE)
+    if offer.exemption is ExemptionPath.NOT_NEEDED:
+        return Ruling(Reason.ALLOWED_OFFER)
+    if offer.created_before is not None and subscription.created < offer.created_before:
+        return Ruling(Reason.ALLOWED_GRANDFATHERED)
+    if offer.exemption is ExemptionPath.NEVER:
+        return Ruling(Reason.DENIED_INELIGIBLE)
+    return _exempt(preset, exemption, now)
 
 
 def is_internal(preset: Preset, destination: Address) -> bool:
@@ -62,51 +105,21 @@ def is_internal(preset: Preset, destination: Address) -> bool:
     return any(destination.version == net.version and destination in net for net in preset.internal)
 
 
-def _standing(
-    preset: Preset,
-    subscription: Subscription,
-    exemption: Exemption | None,
-    attachment: Attachment,
-    now: datetime,
-) -> Reason:
-    if subscription.standing is Standing.DISABLED:
-        return Reason.DENIED_DISABLED
-    if preset.paas_blocked and attachment.workload is Workload.PAAS:
-        return Reason.DENIED_PAAS
-    offer = preset.offer(subscription.offer)
-    if offer is None:
-        return Reason.DENIED_INELIGIBLE
-    if offer.exemption is ExemptionPath.NOT_NEEDED:
-        return Reason.ALLOWED_OFFER
-    if offer.created_before is not None and subscription.created < offer.created_before:
-        return Reason.ALLOWED_GRANDFATHERED
-    if offer.exemption is ExemptionPath.NEVER:
-        return Reason.DENIED_INELIGIBLE
-    return _exempt(preset, exemption, attachment, now)
-
-
-def _exempt(preset: Preset, exemption: Exemption | None, attachment: Attachment, now: datetime) -> Reason:
+def _exempt(preset: Preset, exemption: Exemption | None, now: datetime) -> Ruling:
     match exemption:
         case None:
-            return Reason.DENIED_NOT_EXEMPT
+            return Ruling(Reason.DENIED_NOT_EXEMPT)
         case Exemption(state=ExemptionState.REQUESTED):
-            return Reason.DENIED_PENDING
+            return Ruling(Reason.DENIED_PENDING)
         case Exemption(state=ExemptionState.REJECTED):
-            return Reason.DENIED_REJECTED
+            return Ruling(Reason.DENIED_REJECTED)
         case Exemption(state=ExemptionState.REVOKED):
-            return Reason.DENIED_REVOKED
+            return Ruling(Reason.DENIED_REVOKED)
     if exemption.until is not None and now >= exemption.until:
-        return Reason.DENIED_NOT_EXEMPT
-    if preset.restart and not _restarted(exemption, attachment):
-        return Reason.DENIED_RESTART_REQUIRED
-    return Reason.ALLOWED_EXEMPT
-
-
-def _restarted(exemption: Exemption, attachment: Attachment) -> bool:
-    """Whether the machine was started after the grant; what nobody has recorded has not happened."""
-    if exemption.decided is None or attachment.started is None:
-        return False
-    return attachment.started > exemption.decided
+        return Ruling(Reason.DENIED_NOT_EXEMPT)
+    if preset.restart:
+        return Ruling(Reason.DENIED_RESTART_REQUIRED, unless_started_after=exemption.decided)
+    return Ruling(Reason.ALLOWED_EXEMPT)
 
 
 def rule_in_words(

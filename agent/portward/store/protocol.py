@@ -52,8 +52,8 @@ _INTERFACE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:*\0]+")
 _LONGEST_INTERFACE: Final = 15
 _LONGEST_KEY: Final = 200
 # Times are kept as microseconds since 1970, of which 0 stands for none; a day's room for zones.
-_FIRST: Final = datetime(1970, 1, 2, tzinfo=UTC)
-_LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
+FIRST: Final = datetime(1970, 1, 2, tzinfo=UTC)
+LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 
 CONFIRMED: Final = "confirmed"
@@ -98,8 +98,9 @@ class Store(Protocol):
         """The record under a key."""
 
     def read_all(self) -> tuple[int, Iterator[tuple[str, str]]]:
-        """A revision, and all records (key, JSON) as they stood at it. Nothing else may be asked of the store
-        before the iterator has come to its end."""
+        """A revision, and all records (key, JSON) as they stood at it, attachments last: whoever decides
+        them needs the others first. Nothing else may be asked of the store before the iterator has come to its
+        end."""
 
     def changes(self, since: int) -> Iterator[Change]:
         """What changed after revision `since`, in order, whole revisions only."""
@@ -148,6 +149,8 @@ def encode(record: Record) -> str:
     return msgspec.json.encode(record, enc_hook=enc_hook).decode()
 
 
+# What a text that is no record of its kind, or no JSON, makes msgspec raise.
+UNREADABLE: Final = (msgspec.DecodeError, UnicodeEncodeError, RecursionError)
 _DECODERS: Final = {kind: msgspec.json.Decoder(type_, dec_hook=dec_hook) for kind, type_ in KINDS.items()}
 
 
@@ -159,7 +162,7 @@ def decode(key: str, body: str) -> Record:
         raise RecordError(f"{told_key(key)}: not a key of a subscription, an attachment or an exemption")
     try:
         record: Record = decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _record_error(key, body, error) from None
     for field, problem in flaws(record):
         raise RecordError(f"{told_key(key)}: {field}: {problem}")
@@ -221,10 +224,10 @@ def flaws(record: Record) -> Iterator[tuple[str, str]]:
     """What in a record of the right types no gateway can hold: (field, what would be right)."""
     for name in INSTANTS[type(record)]:
         at = getattr(record, name)
-        if at is not None and not _FIRST <= at <= _LAST:
-            yield name, f"{at.isoformat()} is out of range: from {_FIRST:%Y-%m-%d} to {_LAST:%Y-%m-%d}"
+        if at is not None and not FIRST <= at <= LAST:
+            yield name, f"{at.isoformat()} is out of range: from {FIRST:%Y-%m-%d} to {LAST:%Y-%m-%d}"
     if isinstance(record, Attachment):
-        if not _is_interface(record.segment):
+        if not is_interface(record.segment):
             problem = (
                 f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, '/', ':' or '*'"
             )
@@ -234,7 +237,7 @@ def flaws(record: Record) -> Iterator[tuple[str, str]]:
 
 
 @lru_cache(maxsize=65_536)  # a gateway's segments: each is in many attachments
-def _is_interface(name: str) -> bool:
+def is_interface(name: str) -> bool:
     fits = name.isprintable() and len(name.encode()) <= _LONGEST_INTERFACE
     return fits and _INTERFACE.fullmatch(name) is not None
 

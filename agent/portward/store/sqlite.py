@@ -13,6 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
@@ -72,7 +73,7 @@ class SqliteStore:
             )
             try:
                 # By default one text that is no UTF-8 would keep all the others from being read.
-                self._connection.text_factory = lambda data: data.decode(errors="backslashreplace")
+                self._connection.text_factory = partial(str, encoding="utf-8", errors="backslashreplace")
                 self._prepare(create=create)
                 self._identity = self._read_identity()
                 self._file = self._file_now()
@@ -246,8 +247,10 @@ class SqliteStore:
     def _records(self) -> Iterator[tuple[str, str]]:
         try:
             with self._errors():
-                for key, body in self._connection.execute("SELECT key, body FROM record ORDER BY key"):
-                    yield _text(key), _text(body)
+                # Backwards, attachments come last; what is no key of ours may stand anywhere.
+                for row in self._connection.execute("SELECT key, body FROM record ORDER BY key DESC"):
+                    key, body = row
+                    yield row if type(key) is type(body) is str else (_text(key), _text(body))
         finally:
             self._end_transaction()
 

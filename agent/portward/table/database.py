@@ -21,9 +21,12 @@ from portward.table import layout
 # that outgrows it is opened again at twice the size.
 MAP_SIZE: Final = 4 << 30
 MAX_READERS: Final = 512
+# Parts of another format, which are opened to be dropped.
+_OTHER_PARTS: Final = 32
 
 Environment: TypeAlias = lmdb.Environment
 Transaction: TypeAlias = "lmdb.Transaction[bytes]"
+Cursor: TypeAlias = "lmdb.Cursor[bytes]"
 Part: TypeAlias = "lmdb._Database"
 DatabaseError = lmdb.Error
 MapFullError = lmdb.MapFullError
@@ -49,7 +52,7 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
         environment = lmdb.open(
             os.fspath(folder),
             map_size=map_size,
-            max_dbs=len(layout.PARTS),
+            max_dbs=len(layout.PARTS) + _OTHER_PARTS,
             max_readers=MAX_READERS,
             readonly=not write,
             create=write,
@@ -100,7 +103,19 @@ def open_parts(environment: Environment, *, write: bool) -> dict[bytes, Part]:
     """The named parts of the table; raises TableError where a reader finds none yet."""
     try:
         return {
-            name: environment.open_db(name, dupsort=name in layout.MANY, create=write) for name in layout.PARTS
+            part: environment.open_db(
+                layout.stored_name(part), dupsort=part in layout.ROWS, dupfixed=part in layout.ROWS, create=write
+            )
+            for part in layout.PARTS
         }
     except lmdb.Error as error:
         raise TableError(f"{environment.path()}: the policy table is incomplete: {error}") from error
+
+
+def drop_other_formats(environment: Environment, transaction: Transaction) -> None:
+    """Takes out what another version of portward left in the file."""
+    ours = {layout.HEAD, *map(layout.stored_name, layout.PARTS)}
+    with transaction.cursor() as cursor:
+        others = [key for key in cursor.iternext(values=False) if key not in ours]
+    for name in others:
+        transaction.drop(environment.open_db(name, txn=transaction, create=False), delete=True)

@@ -9,15 +9,18 @@ key stays in force; the rest of the change stands.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import NamedTuple
 
-from portward.model import Attachment, Record
+from portward.model import Record
 from portward.store.flips import Flips, HeldError
+from portward.store.packed import quick
 from portward.store.protocol import CONFIRMED, Change, RecordError, Store, confirmed, decode, named
-from portward.table.writer import Committed, Writer
+from portward.table.load import Loadable
+from portward.table.writer import Committed, GrownError, Writer
 
 _log = logging.getLogger("portward.store")
 
@@ -73,11 +76,13 @@ class Follower:
             return self._apply(first, head.revision, now)
 
     def _replace(self, identity: bytes, now: datetime) -> Committed:
-        sure = confirmed(self._store.get(CONFIRMED))
-        revision, records = self._store.read_all()
-        return self._writer.replace(
-            self._readable(records), revision=revision, store=identity, now=now, confirmed=sure == revision
-        )
+        while True:
+            sure = confirmed(self._store.get(CONFIRMED))
+            revision, records = self._store.read_all()
+            with contextlib.suppress(GrownError):  # else read again: there may be too many to keep
+                return self._writer.replace(
+                    self._quickly(records), revision=revision, store=identity, now=now, confirmed=sure == revision
+                )
 
     def _apply(self, changes: list[Change], since: int, now: datetime) -> Committed | None:
         # What came after a confirmation is not confirmed by it: the next step takes it in.
@@ -99,23 +104,25 @@ class Follower:
         removed = [record for record in gone if record is not None]
         return self._writer.apply(list(put), removed, revision=revision, now=now, confirmed=sure)
 
+    def _quickly(self, records: Iterable[tuple[str, str]]) -> Iterator[Loadable]:
+        """The records that can be read, in their order; attachments as bytes where that can be done."""
+        for key, body in records:
+            found = quick(key, body)
+            if found is not None:
+                yield found
+            else:
+                yield from self._readable([(key, body)])
+
     def _readable(self, records: Iterable[tuple[str, str]]) -> Iterator[Record]:
-        """The records that can be read, attachments last: they are decided by the others."""
-        attachments: list[Attachment] = []
+        """The records that can be read, in their order."""
         for key, body in records:
             if key == CONFIRMED:
                 continue
             try:
-                record = decode(key, body)
+                yield decode(key, body)
             except RecordError as error:
                 self.refused += 1
                 _log.error("record refused, the one before stays in force: %s", error)
-                continue
-            if isinstance(record, Attachment):
-                attachments.append(record)
-            else:
-                yield record
-        yield from attachments
 
 
 def _confirmed(change: Change) -> int:

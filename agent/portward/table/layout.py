@@ -1,49 +1,69 @@
 """How the policy table lies in its file: the keys and values of each of its parts. Pure bytes.
 
+Parts of records have a key for each:
+
 | part | key | value |
 | --- | --- | --- |
 | head | `head` | what the table agrees with: `Head` |
 | links | interface index | `Link`: the segment behind it |
 | segments | segment name | its number |
+| names | segment number | its name |
 | lengths | segment number, family | the prefix lengths in use, most specific first, with their counts |
-| entries | segment number, prefix length, address | `Entry`: the reason, and what it was decided from |
-| subscriptions | subscription number | subscription and exemption, as JSON |
-| ids | UUID of the subscription | its number |
-| holdings | subscription number | the keys of its entries (many) |
-| expiries | microseconds since 1970 | number of a subscription whose grant ends then (many) |
+| accounts | subscription number | subscription and exemption: `table/account.py` |
 
-Numbers in keys are big-endian, so that they sort; addresses are in network byte order. A change of this
-layout raises `FORMAT`, and a table of another format is built anew.
+Parts of rows (`table/rows.py`) are sorted lists of rows of one size; what comes first finds a row:
+
+| part | bytes | row |
+| --- | --- | --- |
+| entries4, entries6 | 20, 32 | place, subscription number, outcome: `Entry` |
+| holdings4, holdings6 | 12, 24 | subscription number, place of an entry of its own |
+| ids | 20 | UUID of the subscription, its number |
+| expiries | 12 | microseconds since 1970, number of a subscription whose grant ends then |
+
+A *place* is segment number (3 bytes), prefix length (1) and network address (4 or 16). An *outcome* is one number
+of 8 bytes: the last start in microseconds since 1970 (0: unknown), and in its last six bits the workload, whether
+the subscription is only observed, and the reason. Numbers are big-endian, so that they sort; addresses are in
+network byte order.
+
+A change of this layout raises `FORMAT`, which stands in the name of each part: a table of another format is not
+looked at, and goes when the table was built anew.
 """
 
 from __future__ import annotations
 
 import struct
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NamedTuple
 
 from portward.model import Network, Reason
 
-FORMAT: Final = 1
-PARTS: Final = (
-    b"links", b"segments", b"lengths", b"entries", b"subscriptions", b"ids", b"holdings", b"expiries",
-)  # fmt: skip
-# Parts whose keys hold many values each, sorted.
-MANY: Final = frozenset({b"holdings", b"expiries"})
+FORMAT: Final = 2
+RECORDS: Final = (b"links", b"segments", b"names", b"lengths", b"accounts")
+ROWS: Final = (b"entries4", b"entries6", b"holdings4", b"holdings6", b"ids", b"expiries")
+PARTS: Final = (*RECORDS, *ROWS)
 HEAD: Final = b"head"
+# By the size of their addresses.
+ENTRIES: Final = {4: b"entries4", 16: b"entries6"}
+HOLDINGS: Final = {4: b"holdings4", 16: b"holdings6"}
 
-# Prefix lengths of IPv6 stand above those of IPv4 in the one byte of a key.
-_V6: Final = 64
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 REASONS: Final = tuple(Reason)
 _REASON_NUMBER: Final = {reason: number for number, reason in enumerate(REASONS)}
-_OBSERVED, _PAAS = 1, 2
+# An outcome's bits: four for the reason, two flags, and 58 for a time, which reach beyond the year 9999.
+_REASON, _OBSERVED, _PAAS, CODE_BITS = 15, 16, 32, 6
+_CODE: Final = (1 << CODE_BITS) - 1
+# What a worker needs of an entry, by its code: the reason, and whether it is only observed.
+_FINDINGS: Final = tuple(
+    (REASONS[code & _REASON] if code & _REASON < len(REASONS) else None, bool(code & _OBSERVED))
+    for code in range(_CODE + 1)
+)
 
 _HEAD = struct.Struct("<HQIBd32s16s")
 _LINK = struct.Struct("<IB")
-_ENTRY = struct.Struct("<BBIq")
+OUTCOME: Final = struct.Struct(">IQ")
 _LENGTH = struct.Struct("<BI")
 
 
@@ -105,21 +125,61 @@ class Entry(NamedTuple):
     subscription: int
     started: int
 
-    def pack(self) -> bytes:
-        """The entry as 14 bytes."""
-        flags = (_OBSERVED if self.observed else 0) | (_PAAS if self.paas else 0)
-        return _ENTRY.pack(_REASON_NUMBER[self.reason], flags, self.subscription, self.started)
+    def row(self, place: bytes) -> bytes:
+        """The row of the entry for a place."""
+        code = code_of(self.reason, observed=self.observed, paas=self.paas)
+        return place + OUTCOME.pack(self.subscription, self.started << CODE_BITS | code)
 
     @classmethod
-    def unpack(cls, data: bytes) -> Entry:
-        """The entry that `pack` wrote."""
-        reason, flags, subscription, started = _ENTRY.unpack(data)
-        return cls(REASONS[reason], bool(flags & _OBSERVED), bool(flags & _PAAS), subscription, started)
+    def of(cls, row: bytes) -> Entry:
+        """The entry of a row."""
+        subscription, outcome = OUTCOME.unpack_from(row, len(row) - OUTCOME.size)
+        code = outcome & _CODE
+        return cls(
+            REASONS[code & _REASON],
+            bool(code & _OBSERVED),
+            bool(code & _PAAS),
+            subscription,
+            outcome >> CODE_BITS,
+        )
+
+
+def code_of(reason: Reason, *, observed: bool, paas: bool) -> int:
+    """The last bits of an outcome."""
+    return _REASON_NUMBER[reason] | (_OBSERVED if observed else 0) | (_PAAS if paas else 0)
+
+
+def finding(row: bytes) -> tuple[Reason, bool]:
+    """Reason and observation of an entry's row, as quickly as a worker wants them; raises ValueError."""
+    reason, observed = _FINDINGS[row[-1] & _CODE]
+    if reason is None:
+        raise ValueError(f"an entry of the policy table is damaged: {row.hex()}")
+    return reason, observed
+
+
+def place_of(row: bytes) -> bytes:
+    """The place of an entry's row."""
+    return row[: -OUTCOME.size]
+
+
+def holding_of(row: bytes) -> bytes:
+    """The row among the holdings for an entry's row."""
+    return row[-12:-8] + row[:-12]
+
+
+def stored_name(part: bytes) -> bytes:
+    """The name of a part in the file."""
+    return b"%s.%d" % (part, FORMAT)
 
 
 def number(value: int) -> bytes:
     """A segment's or subscription's number as a key: 4 bytes, big-endian."""
     return value.to_bytes(4, "big")
+
+
+def expiry(until: datetime, subscription: int) -> bytes:
+    """The row of a grant's end."""
+    return microseconds(until).to_bytes(8, "big") + number(subscription)
 
 
 def family_key(segment: int, address_bytes: int) -> bytes:
@@ -128,8 +188,9 @@ def family_key(segment: int, address_bytes: int) -> bytes:
 
 
 def pack_lengths(counts: dict[int, int]) -> bytes:
-    """Prefix length → how many entries have it, as bytes, the longest first."""
-    return b"".join(_LENGTH.pack(length, count) for length, count in sorted(counts.items(), reverse=True))
+    """Prefix length → how many entries have it, as bytes, the longest first; without those that none has."""
+    used = sorted(((length, count) for length, count in counts.items() if count > 0), reverse=True)
+    return b"".join(_LENGTH.pack(length, count) for length, count in used)
 
 
 def unpack_lengths(data: bytes) -> dict[int, int]:
@@ -137,27 +198,37 @@ def unpack_lengths(data: bytes) -> dict[int, int]:
     return dict(_LENGTH.iter_unpack(data))
 
 
-def entry_key(segment: int, length: int, address: bytes) -> bytes:
-    """The key of an entry; `address` is the network address (4 or 16 bytes), `length` its prefix length."""
-    return entry_start(segment, length, len(address)) + address
+def prefix_of(segment: int, length: int) -> bytes:
+    """What the places of the same segment and prefix length begin with."""
+    return (segment << 8 | length).to_bytes(4, "big")
 
 
-def entry_start(segment: int, length: int, address_bytes: int) -> bytes:
-    """What the keys of all entries of a segment with this prefix length begin with, before the address."""
-    return segment.to_bytes(3, "big") + bytes((length + _V6 if address_bytes == 16 else length,))
+def place(segment: int, network: Network) -> bytes:
+    """The place of a prefix in a segment."""
+    return prefix_of(segment, network.prefixlen) + network.network_address.packed
 
 
-def key_of(segment: int, network: Network) -> bytes:
-    """The key of the entry for a prefix in a segment."""
-    return entry_key(segment, network.prefixlen, network.network_address.packed)
-
-
-def network_of(key: bytes) -> tuple[int, Network]:
-    """The segment number and the prefix of an entry's key."""
-    segment, length, address = int.from_bytes(key[:3], "big"), key[3], key[4:]
+def network_of(place: bytes) -> tuple[int, Network]:
+    """The segment number and the prefix of a place."""
+    (segment, length), address = segment_and_length(place), place[4:]
     if len(address) == 4:
         return segment, IPv4Network((IPv4Address(address), length))
-    return segment, IPv6Network((IPv6Address(address), length - _V6))
+    return segment, IPv6Network((IPv6Address(address), length))
+
+
+def segment_and_length(place: bytes) -> tuple[int, int]:
+    """Segment number and prefix length of a place."""
+    return int.from_bytes(place[:3], "big"), place[3]
+
+
+def address_bytes(place: bytes) -> int:
+    """How large the address of a place is: 4 or 16."""
+    return len(place) - 4
+
+
+def address_of(row: bytes, size: int) -> int:
+    """The network address of an entry's row, which has so many bytes, as a number."""
+    return int.from_bytes(row[4 : 4 + size], "big")
 
 
 def masks(address_bytes: int) -> tuple[int, ...]:
@@ -168,10 +239,7 @@ def masks(address_bytes: int) -> tuple[int, ...]:
 
 def microseconds(at: datetime | None) -> int:
     """Microseconds since 1970; 0 for None."""
-    if at is None:
-        return 0
-    since = at - _EPOCH
-    return (since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds
+    return 0 if at is None else (at - _EPOCH) // _MICROSECOND
 
 
 def instant(at: int) -> datetime | None:

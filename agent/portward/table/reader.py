@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from uuid import UUID
 
-import msgspec
-
-from portward.model import Address, Exemption, Network, Reason, Subscription
+from portward.model import Address, Network, Reason
 from portward.table import layout
+from portward.table.account import Account
 from portward.table.database import (
     Environment,
     MapResizedError,
@@ -25,6 +23,7 @@ from portward.table.database import (
     open_database,
     open_parts,
 )
+from portward.table.rows import Rows, find
 
 _MASKS = {4: layout.masks(4), 16: layout.masks(16)}
 
@@ -42,28 +41,12 @@ class Finding(NamedTuple):
     generation: int
 
 
-class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the table holds of a subscription; None for what the store does not name (any more)."""
-
-    id: UUID
-    subscription: Subscription | None = None
-    exemption: Exemption | None = None
-
-
 class Holding(NamedTuple):
     """An entry for people: the prefix that matched, whose it is, and how it was decided."""
 
     prefix: Network
     entry: layout.Entry
     account: Account
-
-
-_account = msgspec.json.Decoder(Account)
-
-
-def decode_account(data: bytes) -> Account:
-    """The account in the table's bytes."""
-    return _account.decode(data)
 
 
 class Reader:
@@ -76,7 +59,7 @@ class Reader:
         self._head: layout.Head | None = None
         self._links: dict[int, layout.Link | None] = {}
         self._steps: dict[tuple[int, int], tuple[tuple[bytes, int], ...]] = {}
-        self._findings: dict[tuple[bool, bytes], Finding] = {}
+        self._findings: dict[tuple[bool, tuple[Reason, bool] | None], Finding] = {}
         self._viewed: Transaction | None = None
 
     @classmethod
@@ -125,21 +108,18 @@ class Reader:
         assert link is not None  # noqa: S101 # said above
         size, address = len(source), int.from_bytes(source, "big")
         first, last = 0, _MASKS[size][-1]
-        with self._viewed.cursor(self._parts[b"entries"]) as cursor:
-            for start, mask in self._steps_of(self._viewed, link.segment, size):
-                network, rest = address & mask, _MASKS[size][-1] ^ mask
-                key = start + network.to_bytes(size, "big")
-                there = cursor.set_range(key)
-                found = cursor.key()
-                if found == key:
+        rows = Rows(self._viewed, self._parts[layout.ENTRIES[size]])
+        for start, mask in self._steps_of(self._viewed, link.segment, size):
+            network, rest = address & mask, _MASKS[size][-1] ^ mask
+            before, after = rows.around(start + network.to_bytes(size, "big"))
+            if after is not None and after.startswith(start):
+                found = layout.address_of(after, size)
+                if found == network:
                     # Those of less specific prefixes may lie where they like.
                     return max(first, network), min(last, network | rest)
-                if found.startswith(start):
-                    last = min(last, int.from_bytes(found[len(start) :], "big") - 1)
-                if cursor.prev() if there else cursor.last():
-                    found = cursor.key()
-                    if found.startswith(start):
-                        first = max(first, (int.from_bytes(found[len(start) :], "big") | rest) + 1)
+                last = min(last, found - 1)
+            if before is not None and before.startswith(start):
+                first = max(first, (layout.address_of(before, size) | rest) + 1)
         return first, last
 
     def head(self) -> layout.Head | None:
@@ -165,11 +145,11 @@ class Reader:
             found = self._entry(transaction, int.from_bytes(number, "big"), address.packed)
             if found is None:
                 return None
-            entry = layout.Entry.unpack(found[1])
+            entry = layout.Entry.of(found)
             account = self._account(transaction, entry.subscription)
             if account is None:
                 raise TableError(f"the policy table is damaged: no account has the number {entry.subscription}")
-            return Holding(layout.network_of(found[0])[1], entry, account)
+            return Holding(layout.network_of(layout.place_of(found))[1], entry, account)
 
     def owner(self, index: int, source: bytes) -> tuple[layout.Link, layout.Entry | None] | None:
         """The segment behind an interface, and the entry of a source in it; None: no such segment."""
@@ -178,7 +158,7 @@ class Reader:
             if link is None:
                 return None
             found = self._entry(transaction, link.segment, source)
-            return link, None if found is None else layout.Entry.unpack(found[1])
+            return link, None if found is None else layout.Entry.of(found)
 
     def account(self, subscription: int) -> Account | None:
         """The account with the table's number `subscription`."""
@@ -189,7 +169,7 @@ class Reader:
         """How many attachments and subscriptions the table holds."""
         with self._begin() as transaction:
             return (
-                transaction.stat(self._parts[b"entries"])["entries"],
+                sum(transaction.stat(self._parts[name])["entries"] for name in layout.ENTRIES.values()),
                 transaction.stat(self._parts[b"ids"])["entries"],
             )
 
@@ -198,16 +178,17 @@ class Reader:
         if head is None or link is None:
             return None
         found = self._entry(transaction, link.segment, source)
-        # What a finding says of the entry is in its first two bytes: some few in the whole table, so each is made
-        # once.
-        kind = (link.observed, b"" if found is None else found[1][:2])
+        # There are some few findings in the whole table, so each is made once.
+        kind = (link.observed, None if found is None else layout.finding(found))
         finding = self._findings.get(kind)
         if finding is None:
-            reason, observed, reject = Reason.DENIED_UNKNOWN_SOURCE, head.observe or link.observed, False
-            if found is not None:
-                entry = layout.Entry.unpack(found[1])
-                reason, observed, reject = entry.reason, observed or entry.observed, head.reject
-            finding = self._findings[kind] = Finding(reason, observed, reject, head.generation)
+            reason, observed = kind[1] or (Reason.DENIED_UNKNOWN_SOURCE, False)
+            finding = self._findings[kind] = Finding(
+                reason,
+                observed or head.observe or link.observed,
+                head.reject and found is not None,
+                head.generation,
+            )
         return finding
 
     def _begin(self) -> Transaction:
@@ -238,15 +219,17 @@ class Reader:
             link = self._links[index] = None if data is None else layout.Link.unpack(data)
             return link
 
-    def _entry(self, transaction: Transaction, segment: int, source: bytes) -> tuple[bytes, bytes] | None:
-        """Key and value of the most specific entry that covers `source`."""
+    def _entry(self, transaction: Transaction, segment: int, source: bytes) -> bytes | None:
+        """The row of the most specific entry that covers `source`."""
         size = len(source)
-        entries, address = self._parts[b"entries"], int.from_bytes(source, "big")
-        for start, mask in self._steps_of(transaction, segment, size):
-            key = start + (address & mask).to_bytes(size, "big")
-            value = transaction.get(key, None, entries)
-            if value is not None:
-                return key, value
+        steps = self._steps_of(transaction, segment, size)
+        if not steps:
+            return None
+        cursor, address = transaction.cursor(self._parts[layout.ENTRIES[size]]), int.from_bytes(source, "big")
+        for start, mask in steps:
+            row = find(cursor, start + (address & mask).to_bytes(size, "big"))
+            if row is not None:
+                return row
         return None
 
     def _steps_of(self, transaction: Transaction, segment: int, size: int) -> tuple[tuple[bytes, int], ...]:
@@ -256,10 +239,10 @@ class Reader:
         if steps is None:
             data = transaction.get(layout.family_key(segment, size), db=self._parts[b"lengths"])
             lengths = () if data is None else layout.unpack_lengths(data)
-            steps = tuple((layout.entry_start(segment, length, size), _MASKS[size][length]) for length in lengths)
+            steps = tuple((layout.prefix_of(segment, length), _MASKS[size][length]) for length in lengths)
             self._steps[segment, size] = steps
         return steps
 
     def _account(self, transaction: Transaction, subscription: int) -> Account | None:
-        data = transaction.get(layout.number(subscription), db=self._parts[b"subscriptions"])
-        return None if data is None else decode_account(data)
+        data = transaction.get(layout.number(subscription), db=self._parts[b"accounts"])
+        return None if data is None else Account.unpack(data)

@@ -12,8 +12,8 @@ from pathlib import Path
 from secrets import randbits
 from typing import NamedTuple
 
-from portward.model import Attachment, Exemption, Reason, Record, Subscription
-from portward.policy.decide import decide
+from portward.model import Exemption, Record, Subscription, Workload
+from portward.policy.decide import Ruling, rule
 from portward.policy.preset import Preset
 from portward.store.flips import Flips, HeldError
 from portward.table import layout
@@ -22,10 +22,13 @@ from portward.table.database import (
     DatabaseError,
     MapFullError,
     TableError,
+    drop_other_formats,
     open_for_writing,
 )
 from portward.table.edit import Edit, Place
+from portward.table.load import Loadable
 from portward.table.reader import Reader
+from portward.table.rows import Rows
 
 _LARGEST_MAP = 1 << 40
 
@@ -46,6 +49,10 @@ class Committed(NamedTuple):
     def new(self) -> bool:
         """True where any remembered verdict may be out of date."""
         return bool(self.changed or self.links or self.everything)
+
+
+class GrownError(TableError):
+    """The table was full and is larger now: what was to be written can be given again."""
 
 
 class Answers(NamedTuple):
@@ -89,8 +96,9 @@ class Writer:
 
     def next_expiry(self) -> datetime | None:
         """When the next grant with an end date ends."""
-        with self._environment.begin() as transaction, transaction.cursor(self._parts[b"expiries"]) as cursor:
-            return layout.instant(int.from_bytes(cursor.key(), "big")) if cursor.first() else None
+        with self._environment.begin() as transaction:
+            first = Rows(transaction, self._parts[b"expiries"]).first()
+            return None if first is None else layout.instant(int.from_bytes(first[:8], "big"))
 
     def apply(
         self,
@@ -106,17 +114,16 @@ class Writer:
         return self._commit(lambda edit: edit.apply(put, removed), now, revision=revision, may_flip=confirmed)
 
     def replace(
-        self, records: Iterable[Record], *, revision: int, store: bytes, now: datetime, confirmed: bool = False
+        self, records: Iterable[Loadable], *, revision: int, store: bytes, now: datetime, confirmed: bool = False
     ) -> Committed:
         """Makes the table hold these records and nothing else, those of the store with the id `store`
-        (16 bytes). Readers see the old table until the new one is whole. Raises TableError, and HeldError."""
-        records = tuple(records)
+        (16 bytes), subscriptions and exemptions before all attachments. Readers see the old table until the new
+        one is whole. Raises TableError, HeldError, and GrownError: `records` may be too many to be kept."""
 
         def work(edit: Edit) -> None:
-            edit.clear()
-            edit.apply(records, ())
+            edit.replace(records)
 
-        return self._commit(work, now, revision=revision, store=store, whole=True, may_flip=confirmed)
+        return self._commit(work, now, revision=revision, store=store, whole=True, may_flip=confirmed, anew=True)
 
     def settle(self, *, now: datetime, may_flip: bool = True) -> Committed:
         """Decides again what has changed by itself: grants that have ended, and, where preset or answers are
@@ -159,16 +166,14 @@ class Writer:
         links: set[int] | None = None,
         whole: bool = False,
         may_flip: bool = True,
+        anew: bool = False,
     ) -> Committed:
         """`whole`: afterwards every entry agrees with this preset, these answers and this time. `may_flip`: any
-        number of subscriptions may."""
+        number of subscriptions may. `anew`: nothing that another version wrote stays in the file, and `work` can
+        be done only once."""
 
-        def reason(
-            subscription: Subscription | None, exemption: Exemption | None, attachment: Attachment
-        ) -> Reason:
-            return decide(
-                self.preset, subscription=subscription, exemption=exemption, attachment=attachment, now=now
-            ).reason
+        def ruling(subscription: Subscription | None, exemption: Exemption | None, workload: Workload) -> Ruling:
+            return rule(self.preset, subscription, exemption, workload, now=now)
 
         # Workers that were killed leave their places behind, and there are only so many.
         self._environment.reader_check()
@@ -176,7 +181,9 @@ class Writer:
             before = self.head()
             try:
                 with self._environment.begin(write=True) as transaction:
-                    edit = Edit(transaction, self._parts, reason)
+                    if anew:
+                        drop_other_formats(self._environment, transaction)
+                    edit = Edit(transaction, self._parts, ruling)
                     work(edit)
                     if not may_flip:
                         self._check_flips(edit)
@@ -190,6 +197,8 @@ class Writer:
                 break
             except MapFullError:
                 self._grow()
+                if anew:
+                    raise GrownError(f"{self._folder}: the policy table was full, and is larger now") from None
             except DatabaseError as error:
                 raise TableError(f"{self._folder}: the policy table cannot be written: {error}") from error
         return Committed(
@@ -199,7 +208,7 @@ class Writer:
     def _check_flips(self, edit: Edit) -> None:
         """Raises HeldError, and with it the transaction ends and leaves the table as it is."""
         with self._environment.begin() as before:
-            subscriptions = before.stat(self._parts[b"subscriptions"])["entries"]
+            subscriptions = before.stat(self._parts[b"accounts"])["entries"]
             flips = Flips(edit.flipped(before), subscriptions)
         if flips.too_many(self.max_flip_share):
             raise HeldError(flips, self.max_flip_share)

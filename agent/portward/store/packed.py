@@ -1,0 +1,113 @@
+"""An attachment as bytes and numbers, without the objects that a record is made of: a load of millions has no time
+and no memory for those.
+
+`quick` takes only what `protocol.decode` takes, and gives what `packed` makes of that one's record; of whatever it
+does not recognise it says nothing, and `decode` is to be asked.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from functools import lru_cache
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+from typing import Final
+
+import msgspec
+
+from portward.model import Attachment, Instant, Workload
+from portward.store.protocol import FIRST, LAST, UNREADABLE, is_interface
+
+
+class Packed(msgspec.Struct, frozen=True, gc=False):
+    """An attachment: a prefix length with the network address (4 or 16 bytes), the subscription's UUID in the
+    usual 36 characters, and the last start in microseconds since 1970, 0 where unknown."""
+
+    segment: str
+    length: int
+    address: bytes
+    subscription: str
+    paas: bool
+    started: int
+
+
+class _Written(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """The fields of `model.Attachment`; address and UUID as they are written."""
+
+    segment: str
+    address: str
+    subscription: str
+    workload: Workload = Workload.VM
+    started: Instant | None = None
+
+
+_read = msgspec.json.Decoder(_Written).decode
+_PAAS: Final = Workload.PAAS
+_EPOCH: Final = FIRST - timedelta(days=1)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_EARLIEST, _LATEST = ((at - _EPOCH) // _MICROSECOND for at in (FIRST, LAST))
+_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_is_length = re.compile(r"0|[1-9][0-9]{0,2}").fullmatch
+
+
+def packed(attachment: Attachment) -> Packed:
+    """The same attachment."""
+    return Packed(
+        attachment.segment,
+        attachment.address.prefixlen,
+        attachment.address.network_address.packed,
+        str(attachment.subscription),
+        attachment.workload is _PAAS,
+        0 if attachment.started is None else (attachment.started - _EPOCH) // _MICROSECOND,
+    )
+
+
+def quick(key: str, body: str) -> Packed | None:
+    """The attachment under a key, if it is written as portward writes them; None where `decode` has to look."""
+    if not key.startswith("attachments/"):
+        return None
+    try:
+        found = _read(body)
+    except UNREADABLE:
+        return None
+    segment, subscription, prefix = found.segment, found.subscription, _prefix(found.address)
+    if (
+        prefix is None
+        or key != f"attachments/{segment}/{found.address}"
+        or not is_interface(segment)
+        or not _is_uuid(subscription)
+    ):
+        return None
+    started = 0
+    if found.started is not None:
+        started = (found.started - _EPOCH) // _MICROSECOND
+        if not _EARLIEST <= started <= _LATEST:
+            return None
+    length, address = prefix
+    return Packed(segment, length, address, subscription, found.workload is _PAAS, started)
+
+
+def _prefix(text: str) -> tuple[int, bytes] | None:
+    """Prefix length and network address of an address or prefix in its shortest form; None for any other."""
+    written, slash, digits = text.partition("/")
+    try:
+        if ":" in written:
+            bits, address = 128, inet_pton(AF_INET6, written)
+            # The C library writes some addresses with an IPv4 address at their end, Python does not.
+            if "." in written or inet_ntop(AF_INET6, address) != written:
+                return None
+        else:
+            bits, address = 32, inet_pton(AF_INET, written)
+    except (OSError, ValueError):
+        return None
+    if not slash:
+        return bits, address
+    if not _is_length(digits) or (length := int(digits)) >= bits:
+        return None
+    beyond = int.from_bytes(address, "big") & ((1 << bits - length) - 1)
+    return None if beyond else (length, address)
+
+
+@lru_cache(maxsize=4_096)  # the attachments of a customer often stand near each other
+def _is_uuid(text: str) -> bool:
+    return _UUID.fullmatch(text) is not None

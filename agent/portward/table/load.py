@@ -1,0 +1,141 @@
+"""Filling an empty table with all records of a store, some microseconds for each attachment.
+
+Rows are made as bytes, sorted, and appended: so they fill their pages, and are the ones that an `Edit` would have
+written. Kept in memory meanwhile are a row of some 60 bytes for each attachment, and the accounts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import TypeAlias
+from uuid import UUID
+
+from portward.model import Attachment, Exemption, ExemptionState, Subscription
+from portward.store.packed import Packed, packed
+from portward.table import layout
+from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload
+from portward.table.database import Part, Transaction
+from portward.table.rows import Rows
+from portward.table.segments import Segments
+
+Loadable: TypeAlias = Subscription | Exemption | Attachment | Packed
+
+
+def load(
+    transaction: Transaction,
+    parts: dict[bytes, Part],
+    segments: Segments,
+    rule: Rule,
+    records: Iterable[Loadable],
+) -> None:
+    """Fills the parts that hold records. Subscriptions and exemptions come before all attachments, which they
+    decide, else it raises ValueError; no key of a store stands twice, else TableError."""
+    accounts, attachments = _Accounts(transaction, parts, rule), _Attachments(transaction, parts, segments)
+    for record in records:
+        match record:
+            case Packed():
+                attachments.put(record, accounts.outcomes(record.subscription)[record.paas])
+            case Attachment():
+                same = packed(record)
+                attachments.put(same, accounts.outcomes(same.subscription)[same.paas])
+            case Subscription():
+                accounts.put_subscription(record)
+            case Exemption():
+                accounts.put_exemption(record)
+    accounts.write()
+    attachments.write()
+
+
+class _Accounts:
+    """Subscriptions and exemptions; from the first attachment on, only how theirs come out."""
+
+    def __init__(self, transaction: Transaction, parts: dict[bytes, Part], rule: Rule) -> None:
+        self._transaction, self._parts, self._rule = transaction, parts, rule
+        self._subscriptions: dict[UUID, Subscription] = {}
+        self._exemptions: dict[UUID, Exemption] = {}
+        # By the UUID as text, as attachments name it.
+        self._outcomes: dict[str, ByWorkload] = {}
+        self._ids: list[bytes] = []
+
+    def put_subscription(self, subscription: Subscription) -> None:
+        """Takes in a subscription."""
+        self._expect_no_attachment()
+        self._subscriptions[subscription.id] = subscription
+
+    def put_exemption(self, exemption: Exemption) -> None:
+        """Takes in an exemption."""
+        self._expect_no_attachment()
+        self._exemptions[exemption.subscription] = exemption
+
+    def outcomes(self, subscription: str) -> ByWorkload:
+        """How the attachments of a subscription come out, also of one that no record is about."""
+        found = self._outcomes.get(subscription)
+        if found is None:
+            self._write_all()
+            found = self._outcomes.get(subscription) or self._write(Account(UUID(subscription)))
+        return found
+
+    def write(self) -> None:
+        """Writes what `outcomes` has not written already."""
+        self._write_all()
+        Rows(self._transaction, self._parts[b"ids"]).extend(sorted(self._ids))
+
+    def _expect_no_attachment(self) -> None:
+        if self._ids:
+            raise ValueError("a subscription or an exemption comes after an attachment")
+
+    def _write_all(self) -> None:
+        for id_ in sorted(self._subscriptions.keys() | self._exemptions.keys(), key=lambda uuid: uuid.int):
+            self._write(Account(id_, self._subscriptions.pop(id_, None), self._exemptions.pop(id_, None)))
+
+    def _write(self, account: Account) -> ByWorkload:
+        number = len(self._ids) + 1
+        key = layout.number(number)
+        self._transaction.put(key, account.pack(), db=self._parts[b"accounts"], append=True)
+        self._ids.append(account.id.bytes + key)
+        grant = account.exemption
+        if grant is not None and grant.state is ExemptionState.GRANTED and grant.until is not None:
+            Rows(self._transaction, self._parts[b"expiries"]).put(layout.expiry(grant.until, number))
+        found = self._outcomes[str(account.id)] = by_workload(number, account, self._rule)
+        return found
+
+
+class _Attachments:
+    """Entries, holdings and prefix lengths."""
+
+    def __init__(self, transaction: Transaction, parts: dict[bytes, Part], segments: Segments) -> None:
+        self._transaction, self._parts, self._segments = transaction, parts, segments
+        self._prefixes: dict[tuple[str, int], bytes] = {}
+        self._rows: dict[int, list[bytes]] = {size: [] for size in layout.ENTRIES}
+
+    def put(self, attachment: Packed, outcome: Outcomes) -> None:
+        """Takes an attachment in, whose subscription's come out like that."""
+        start = attachment.segment, attachment.length
+        prefix = self._prefixes.get(start)
+        if prefix is None:
+            prefix = self._prefixes[start] = layout.prefix_of(self._segments.number(start[0]), start[1])
+        address = attachment.address
+        self._rows[len(address)].append(outcome.row(prefix + address, attachment.started))
+
+    def write(self) -> None:
+        """Writes all that were put."""
+        for size, rows in self._rows.items():
+            rows.sort()
+            Rows(self._transaction, self._parts[layout.ENTRIES[size]]).extend(rows)
+            self._write_lengths(rows, size)
+            # In their place, one by one: so many rows are not to be there twice.
+            for number, row in enumerate(rows):
+                rows[number] = layout.holding_of(row)
+            rows.sort()
+            Rows(self._transaction, self._parts[layout.HOLDINGS[size]]).extend(rows)
+            rows.clear()
+
+    def _write_lengths(self, rows: list[bytes], size: int) -> None:
+        lengths: dict[int, dict[int, int]] = defaultdict(dict)
+        for prefix, count in Counter(row[:4] for row in rows).items():
+            segment, length = layout.segment_and_length(prefix)
+            lengths[segment][length] = count
+        for segment, counts in lengths.items():
+            key = layout.family_key(segment, size)
+            self._transaction.put(key, layout.pack_lengths(counts), db=self._parts[b"lengths"])
