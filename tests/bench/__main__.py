@@ -22,6 +22,7 @@ from bench import (  # the path above must be there first
     crowd,
     drain,
     fast_path,
+    growth,
     latency,
     million,
     neighbours,
@@ -38,6 +39,7 @@ _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
     "unknown": unknown.measure,
     "drain": drain.measure,
     "latency": latency.measure,
+    "growth": growth.measure,
     "change": change.measure,
 }
 # What is promised elsewhere and takes its time.
