@@ -18,14 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import (  # the path above must be there first
     change,
+    changes,
     counted,
     crowd,
     drain,
     fast_path,
     growth,
+    idle,
     latency,
     million,
     neighbours,
+    remembered,
     stale,
     unknown,
 )
@@ -41,6 +44,9 @@ _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
     "latency": latency.measure,
     "growth": growth.measure,
     "change": change.measure,
+    "changes": changes.measure,
+    "idle": idle.measure,
+    "remembered": remembered.measure,
 }
 # What is promised elsewhere and takes its time.
 _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {

@@ -1,0 +1,102 @@
+"""What a change costs: one commit after the other, and one commit with ten thousand changes.
+
+Each is made in SQLite by another process than the agent, as `portward apply` does, and is over when the kernel
+says that all it remembers agrees with it (set `synced`). The commits, each synced to the disk, are in the time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from uuid import UUID
+
+from bench.figures import Figure, percentile
+from kernel.conftest import Gateway, running_gateway
+from portward.gateway.learned import Learned
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.lab import namespaces
+from portward.lab.topology import FABRIKAM
+from portward.model import Attachment, Record, Standing, Subscription
+from portward.store import open_store
+from portward.store.protocol import Put, encode, key_of
+
+_SUBSCRIPTIONS = 10_000
+_FIRST = int(ip_address("10.128.0.0"))
+_PATIENCE = 60.0
+
+
+class Bench:
+    """A gateway whose store is written to, and whose kernel is asked how far it is."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._store = open_store(f"sqlite:{gateway.agent.folder / 'portward.db'}")
+        with namespaces.inside(gateway.lab.gateway):
+            self._learned = Learned(Nft(), NfNetlink())
+
+    def enforce(self, records: Sequence[Record]) -> tuple[float, float]:
+        """Commits these records, each of which changes a verdict, and waits until the kernel agrees; gives the
+        seconds of the commit, and those after it."""
+        puts = [Put(key_of(record), encode(record)) for record in records]
+        before = self._learned.synced()
+        began = time.monotonic()
+        self._store.write(puts, expected=self._store.revision(), actor="bench", at=datetime.now(UTC))
+        committed = time.monotonic()
+        while self._learned.synced() in (before, None):
+            if time.monotonic() > committed + _PATIENCE:
+                raise TimeoutError("the change is not enforced")
+            time.sleep(0.0002)
+        return committed - began, time.monotonic() - committed
+
+    def close(self) -> None:
+        """Closes the store."""
+        self._store.close()
+
+
+def subscription(number: int, standing: Standing) -> Subscription:
+    """A subscription that may send where its standing is good."""
+    return Subscription(
+        id=UUID(int=5 << 120 | 0x4000_8000 << 48 | number),
+        offer="enterprise-agreement",
+        created=date(2022, 6, 30),
+        standing=standing,
+    )
+
+
+def measure(folder: Path, changes: int = 500, batches: int = 4) -> list[Figure]:
+    """`changes_per_s_one_by_one` and `changes_per_s_batch`."""
+    with running_gateway(folder, max_flip_share=1.0) as gateway:
+        bench = Bench(gateway)
+        try:
+            bench.enforce([record for number in range(_SUBSCRIPTIONS) for record in _first(number)])
+            single = [bench.enforce([subscription(n, Standing.DISABLED)]) for n in range(changes)]
+            batch = []
+            for turn in range(batches):
+                standing = Standing.GOOD if turn % 2 else Standing.DISABLED
+                # Those that were changed one by one are disabled already.
+                batch.append(bench.enforce([subscription(n, standing) for n in range(_SUBSCRIPTIONS)]))
+        finally:
+            bench.close()
+    whole = [sum(times) for times in single]
+    rates = [_SUBSCRIPTIONS / sum(times) for times in batch]
+    return [
+        Figure(
+            "changes_per_s_one_by_one", changes / sum(whole),
+            1 / percentile(whole, 0.95), 1 / percentile(whole, 0.05),
+            "changes a second (from, to: by the slowest and the quickest twentieth)", ">= 100",
+        ),
+        Figure(
+            "changes_per_s_batch", statistics.median(rates), min(rates), max(rates),
+            f"changes a second, {_SUBSCRIPTIONS} in one commit", ">= 5000",
+        ),
+    ]  # fmt: skip
+
+
+def _first(number: int) -> tuple[Record, Record]:
+    account = subscription(number, Standing.GOOD)
+    address = ip_network((_FIRST + number, 32))
+    return account, Attachment(segment=FABRIKAM.segment, address=address, subscription=account.id)
