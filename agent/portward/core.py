@@ -63,6 +63,7 @@ class Core:
         # Counting goes on beside everything else, on a thread, a socket and a view of the table of its own: to
         # read the elements of full sets takes half a second.
         self._counting = NfNetlink()
+        self._watching = NfNetlink()
         self._counted = Learned(self._nft, self._counting)
         self._counting_reader = self._writer.reader()
         self.counts = Counts(self._owner)
@@ -86,6 +87,7 @@ class Core:
         self._writer.close()
         self._netlink.close()
         self._counting.close()
+        self._watching.close()
         if self._store is not None:
             self._store.close()
 
@@ -158,6 +160,13 @@ class Core:
         self._enforcement.check(self.generation)
         if self.keeper.repairs != before:
             self.selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
+
+    def at_rest(self) -> bool:
+        """Whether `check` has nothing to do: nobody has written a ruleset since. It is asked on the thread that waits,
+        so that the one that works is woken for a reason only."""
+        with contextlib.suppress(OSError, KernelError):
+            return not (self._links_failed or self.broken) and self.keeper.at_rest(self._watching)
+        return False
 
     def correct(self, suspects: list[Source]) -> None:
         """Makes the kernel forget those of these sources whose remembered verdict is not the table's. Here no

@@ -41,7 +41,10 @@ from portward.selfcheck import PATIENCE, PAUSE, Kind
 from portward.store.flips import HeldError
 from portward.table.database import put_aside
 
-_CHECK_SECONDS: Final = 0.25
+# What is done again and again is done at the same moments: a process that wakes finds its caches cold, and what it does
+# then costs several times as much as when it is awake already.
+_CHECK_SECONDS: Final = 0.5
+_STATUS_SECONDS: Final = 1.0
 _CHECK_PAUSE: Final = 0.01
 # After a silence: is the worker that took the place of the silent one any better?
 _ASK_AGAIN: Final = 0.5
@@ -164,13 +167,14 @@ class Daemon:
 
     async def _follow_store(self) -> None:
         tried: datetime | None = None
+        due: datetime | None = None
         while True:
-            due = await self._step(self._core.next_expiry)
             # What could not be settled is tried again each second, and not all the time.
             pause = _POLL_SECONDS if due in (None, tried) else (due - datetime.now(UTC)).total_seconds()
-            await _readable(self._core.bell(), min(max(pause, 0.01), _POLL_SECONDS))
-            while await self._step(self._core.sync):
-                pass
+            await _readable(self._core.bell(), min(max(pause, 0.01), _until_tick(_POLL_SECONDS)))
+            changed = True
+            while changed:
+                changed, due = await self._step(lambda: (self._core.sync(), self._core.next_expiry()))
             if due is not None and due <= datetime.now(UTC):
                 await self._step(lambda: self._core.settle(datetime.now(UTC)))
                 tried = due
@@ -212,11 +216,12 @@ class Daemon:
         can be lost."""
         with contextlib.closing(Notices()) as notices:
             while True:
-                await _readable(notices.fileno(), _CHECK_SECONDS)
+                await _readable(notices.fileno(), _until_tick(_CHECK_SECONDS))
                 notices.drain()
-                await self._step(self._core.check)
-                # Somebody who writes rules all the time must not keep the core from everything else.
-                await asyncio.sleep(_CHECK_PAUSE)
+                if not self._core.at_rest():
+                    await self._step(self._core.check)
+                    # Somebody who writes rules all the time must not keep the core from everything else.
+                    await asyncio.sleep(_CHECK_PAUSE)
 
     async def _ask_workers(self) -> None:
         """Asks each worker a question through the kernel, again and again; one that does not answer is ended, and
@@ -230,7 +235,7 @@ class Daemon:
                     self._judge_worker(worker, silent=worker in silent)
                 if not silent and len(asked) == len(self._workers):
                     self._take_answers(await self._count_step(self._core.screen))
-                await asyncio.sleep(_ASK_AGAIN if silent else self._pause)
+                await asyncio.sleep(_ASK_AGAIN if silent else _until_tick(self._pause))
         finally:
             prober.close()
 
@@ -303,12 +308,12 @@ class Daemon:
             await self._count_step(self._core.count)
             if suspects := await self._count_step(self._core.suspects):
                 await self._step(lambda suspects=suspects: self._core.correct(suspects))  # type: ignore[misc]
-            await asyncio.sleep(_COUNT_SECONDS)
+            await asyncio.sleep(_until_tick(_COUNT_SECONDS))
 
     async def _write_status(self) -> None:
         while True:
             await self._count_step(self._report)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(_until_tick(_STATUS_SECONDS))
 
     def _report(self) -> None:
         self._snapshot = report.snapshot(self._core, self._workers, reload_failed=self._reload_failed)
@@ -330,24 +335,33 @@ class Daemon:
         notify("READY=1", f"STATUS={len(segments)} segments")
 
 
+def _until_tick(seconds: float) -> float:
+    """Seconds until the next of the moments that lie so many seconds apart, the same ones for all."""
+    return seconds - asyncio.get_running_loop().time() % seconds
+
+
 async def _readable(descriptor: int | None, seconds: float) -> None:
     """Waits until a descriptor can be read, or for so many seconds.
 
     It is let go of as soon as it can: until it is drained the loop would turn around it all the time, and keep the
     thread that works waiting.
     """
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    woken: asyncio.Future[None] = loop.create_future()
 
-    def wake(descriptor: int) -> None:
-        loop.remove_reader(descriptor)
-        ready.set()
+    def wake() -> None:
+        if descriptor is not None:
+            loop.remove_reader(descriptor)
+        if not woken.done():
+            woken.set_result(None)
 
     if descriptor is not None:
-        loop.add_reader(descriptor, wake, descriptor)
+        loop.add_reader(descriptor, wake)
+    timer = loop.call_later(seconds, wake)
     try:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ready.wait(), seconds)
+        await woken
     finally:
+        timer.cancel()
         if descriptor is not None:
             loop.remove_reader(descriptor)
 

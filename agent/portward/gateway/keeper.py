@@ -82,6 +82,15 @@ class Keeper:
         self._settle()
         return True
 
+    def at_rest(self, netlink: NfNetlink) -> bool:
+        """Whether `intact` would find nothing to look at; costs one message. It may be asked on another thread, with
+        a socket of that thread's own: a transaction of ours that is at work counts as one of somebody else's."""
+        return (
+            time.monotonic() < self._looked + _LOOK_EVERY
+            and not self._nft.disturbed
+            and netlink.generation() == self._nft.left_at
+        )
+
     def repair(self, want: Wanted) -> None:
         """Loads the ruleset again and counts it; raises KernelError."""
         self.repairs += 1
