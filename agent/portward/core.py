@@ -162,8 +162,8 @@ class Core:
             self.selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
 
     def at_rest(self) -> bool:
-        """Whether `check` has nothing to do: nobody has written a ruleset since. It is asked on the thread that waits,
-        so that the one that works is woken for a reason only."""
+        """Whether `check` has nothing to do: nobody has written a ruleset since. It is asked on the thread that
+        waits, so that the one that works is woken for a reason only."""
         with contextlib.suppress(OSError, KernelError):
             return not (self._links_failed or self.broken) and self.keeper.at_rest(self._watching)
         return False

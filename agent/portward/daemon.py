@@ -41,14 +41,16 @@ from portward.selfcheck import PATIENCE, PAUSE, Kind
 from portward.store.flips import HeldError
 from portward.table.database import put_aside
 
-# What is done again and again is done at the same moments: a process that wakes finds its caches cold, and what it does
-# then costs several times as much as when it is awake already.
+# What is done again and again is done at the same moments: a process that wakes finds its caches cold, and what it
+# does then costs several times as much as when it is awake already.
 _CHECK_SECONDS: Final = 0.5
 _STATUS_SECONDS: Final = 1.0
 _CHECK_PAUSE: Final = 0.01
 # After a silence: is the worker that took the place of the silent one any better?
 _ASK_AGAIN: Final = 0.5
 _COUNT_SECONDS: Final = 5.0
+# To read half a million counters takes seconds: they are read less often then, for a quarter of a core at most.
+_COUNT_REST: Final = 3.0
 # The store's bell wakes at once; the poll is for a store that changed without it, or came back.
 _POLL_SECONDS: Final = 1.0
 _SWITCH_SECONDS: Final = 0.0005
@@ -305,10 +307,12 @@ class Daemon:
 
     async def _count(self) -> None:
         while True:
+            began = time.monotonic()
             await self._count_step(self._core.count)
             if suspects := await self._count_step(self._core.suspects):
                 await self._step(lambda suspects=suspects: self._core.correct(suspects))  # type: ignore[misc]
-            await asyncio.sleep(_until_tick(_COUNT_SECONDS))
+            took = time.monotonic() - began
+            await asyncio.sleep(max(_until_tick(_COUNT_SECONDS), _COUNT_REST * took))
 
     async def _write_status(self) -> None:
         while True:

@@ -83,8 +83,8 @@ class Keeper:
         return True
 
     def at_rest(self, netlink: NfNetlink) -> bool:
-        """Whether `intact` would find nothing to look at; costs one message. It may be asked on another thread, with
-        a socket of that thread's own: a transaction of ours that is at work counts as one of somebody else's."""
+        """Whether `intact` would find nothing to look at; costs one message. It may be asked on another thread,
+        with a socket of that thread's own: a transaction of ours at work counts as one of somebody else's."""
         return (
             time.monotonic() < self._looked + _LOOK_EVERY
             and not self._nft.disturbed
