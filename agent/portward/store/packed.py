@@ -1,7 +1,7 @@
 """An attachment as bytes and numbers, without the objects that a record is made of: a load of millions has no time
 and no memory for those.
 
-`quick` takes only what `protocol.decode` takes, and gives what `packed` makes of that one's record; of whatever it
+`Packer.quick` takes only what `protocol.decode` takes, and gives what `packed` makes of its record; of whatever it
 does not recognise it says nothing, and `decode` is to be asked.
 """
 
@@ -62,29 +62,44 @@ def packed(attachment: Attachment) -> Packed:
     )
 
 
-def quick(key: str, body: str) -> Packed | None:
-    """The attachment under a key, if it is written as portward writes them; None where `decode` has to look."""
-    if not key.startswith("attachments/"):
-        return None
-    try:
-        found = _read(body)
-    except UNREADABLE:
-        return None
-    segment, subscription, prefix = found.segment, found.subscription, _prefix(found.address)
-    if (
-        prefix is None
-        or key != f"attachments/{segment}/{found.address}"
-        or not is_interface(segment)
-        or not _is_uuid(subscription)
-    ):
-        return None
-    started = 0
-    if found.started is not None:
-        started = (found.started - _EPOCH) // _MICROSECOND
-        if not _EARLIEST <= started <= _LATEST:
+class Packer:
+    """Reads many attachments. What it remembers meanwhile ends with it: a thousand words that are kept, each among
+    records that are not, would keep the memory of all of them."""
+
+    def __init__(self) -> None:
+        self._segments: set[str] = set()
+        # The attachments of a customer often stand near each other.
+        self._is_uuid = lru_cache(maxsize=4_096)(_is_uuid)
+
+    def quick(self, key: str, body: str) -> Packed | None:
+        """The attachment under a key, if it is written as portward writes it; None where `decode` has to look."""
+        if not key.startswith("attachments/"):
             return None
-    length, address = prefix
-    return Packed(segment, length, address, subscription, found.workload is _PAAS, started)
+        try:
+            found = _read(body)
+        except UNREADABLE:
+            return None
+        segment, subscription, prefix = found.segment, found.subscription, _prefix(found.address)
+        if (
+            prefix is None
+            or key != f"attachments/{segment}/{found.address}"
+            or not (segment in self._segments or self._is_interface(segment))
+            or not self._is_uuid(subscription)
+        ):
+            return None
+        started = 0
+        if found.started is not None:
+            started = (found.started - _EPOCH) // _MICROSECOND
+            if not _EARLIEST <= started <= _LATEST:
+                return None
+        length, address = prefix
+        return Packed(segment, length, address, subscription, found.workload is _PAAS, started)
+
+    def _is_interface(self, segment: str) -> bool:
+        good = is_interface(segment)
+        if good:
+            self._segments.add(segment)
+        return good
 
 
 def _prefix(text: str) -> tuple[int, bytes] | None:
@@ -108,6 +123,5 @@ def _prefix(text: str) -> tuple[int, bytes] | None:
     return None if beyond else (length, address)
 
 
-@lru_cache(maxsize=4_096)  # the attachments of a customer often stand near each other
 def _is_uuid(text: str) -> bool:
     return _UUID.fullmatch(text) is not None

@@ -227,7 +227,7 @@ def flaws(record: Record) -> Iterator[tuple[str, str]]:
         if at is not None and not FIRST <= at <= LAST:
             yield name, f"{at.isoformat()} is out of range: from {FIRST:%Y-%m-%d} to {LAST:%Y-%m-%d}"
     if isinstance(record, Attachment):
-        if not is_interface(record.segment):
+        if not _is_interface(record.segment):
             problem = (
                 f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, '/', ':' or '*'"
             )
@@ -236,10 +236,14 @@ def flaws(record: Record) -> Iterator[tuple[str, str]]:
             yield "address", "an address needs no zone: the segment says which one"
 
 
-@lru_cache(maxsize=65_536)  # a gateway's segments: each is in many attachments
 def is_interface(name: str) -> bool:
+    """Whether an attachment can be in a segment of that name."""
     fits = name.isprintable() and len(name.encode()) <= _LONGEST_INTERFACE
     return fits and _INTERFACE.fullmatch(name) is not None
+
+
+# A gateway's segments: each is in many attachments.
+_is_interface: Final = lru_cache(maxsize=65_536)(is_interface)
 
 
 def confirmation(revision: int) -> Put:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from portward.model import Record
 from portward.store.flips import Flips, HeldError
-from portward.store.packed import quick
+from portward.store.packed import Packer
 from portward.store.protocol import CONFIRMED, Change, RecordError, Store, confirmed, decode, named
 from portward.table.load import Loadable
 from portward.table.writer import Committed, GrownError, Writer
@@ -106,6 +106,7 @@ class Follower:
 
     def _quickly(self, records: Iterable[tuple[str, str]]) -> Iterator[Loadable]:
         """The records that can be read, in their order; attachments as bytes where that can be done."""
+        quick = Packer().quick
         for key, body in records:
             found = quick(key, body)
             if found is not None:

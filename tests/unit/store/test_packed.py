@@ -1,4 +1,4 @@
-"""`quick` takes only what `decode` takes, and gives the same attachment; what portward writes it does take."""
+"""`Packer.quick` takes only what `decode` takes, and gives the same; what portward writes it does take."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from inputs.corpus import Case, cases
 from inputs.rows import row, write_rows
 from portward.documents import network_text
 from portward.model import Attachment, Network, Workload
-from portward.store.packed import Packed, packed, quick
+from portward.store.packed import Packed, Packer, packed
 from portward.store.protocol import FIRST, LAST, RecordError, attachment_key, decode, encode, key_of
 from unit.store.samples import CONTOSO, MACHINE, PREFIX, held, opened
 
 RECORDS = cases("records")
+
+
+QUICK = Packer().quick
 
 
 def careful(key: str, body: str) -> Packed | None:
@@ -34,7 +37,7 @@ def careful(key: str, body: str) -> Packed | None:
 
 def same(key: str, body: str) -> bool:
     """Whether `quick` takes a text, which must then be what `decode` makes of it."""
-    found = quick(key, body)
+    found = QUICK(key, body)
     assert found is None or found == careful(key, body)
     return found is not None
 
@@ -143,7 +146,7 @@ def test_the_first_and_the_last_instant(at: datetime) -> None:
 
 @pytest.mark.parametrize("attachment", [MACHINE, PREFIX], ids=["host", "prefix"])
 def test_bytes(attachment: Attachment) -> None:
-    found = quick(key_of(attachment), encode(attachment))
+    found = QUICK(key_of(attachment), encode(attachment))
     assert found is not None
     assert IPv4Network((found.address, found.length)) == attachment.address
     assert UUID(found.subscription) == attachment.subscription
