@@ -13,7 +13,6 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
@@ -54,6 +53,9 @@ INSERT INTO change SELECT ?1, ?2, before, ?3
 FROM (SELECT (SELECT body FROM record WHERE key = ?2) AS before) WHERE before IS NOT ?3
 """
 
+# Backwards, attachments come last; what is no key of ours may stand anywhere.
+_RECORDS: Final = "SELECT key, body FROM record WHERE ?1 IS NULL OR key < ?1 ORDER BY key DESC"
+
 
 class SqliteStore:
     """A `Store` in the file at `path`."""
@@ -65,6 +67,7 @@ class SqliteStore:
         self._name = f"sqlite:{path}"
         self._bell = self._path.with_name(path.name + ".bell")
         self._listener: Listener | None = None
+        self._readings = 0
         with self._errors():
             self._find(create=create)
             # The URI keeps SQLite from making a file that has gone away meanwhile.
@@ -72,8 +75,7 @@ class SqliteStore:
                 f"{self._path.as_uri()}?mode=rw", uri=True, timeout=_PATIENCE, isolation_level=None
             )
             try:
-                # By default one text that is no UTF-8 would keep all the others from being read.
-                self._connection.text_factory = partial(str, encoding="utf-8", errors="backslashreplace")
+                self._connection.text_factory = _any_text
                 self._prepare(create=create)
                 self._identity = self._read_identity()
                 self._file = self._file_now()
@@ -107,7 +109,8 @@ class SqliteStore:
             self._end_transaction()
             self._connection.execute("BEGIN")
             revision = self._newest()
-        return revision, self._records()
+        self._readings += 1
+        return revision, self._records(self._readings)
 
     def changes(self, since: int) -> Iterator[Change]:
         """See `Store`. One statement, so one state of the database."""
@@ -244,17 +247,26 @@ class SqliteStore:
             raise StoreError(f"{self._name}: {newest} is no revision that can be; restore it from a backup")
         return newest
 
-    def _records(self) -> Iterator[tuple[str, str]]:
+    def _records(self, reading: int) -> Iterator[tuple[str, str]]:
+        last: object = None
         try:
             with self._errors():
-                # Backwards, attachments come last; what is no key of ours may stand anywhere.
-                for row in self._connection.execute("SELECT key, body FROM record ORDER BY key DESC"):
-                    key, body = row
-                    yield row if type(key) is type(body) is str else (_text(key), _text(body))
+                # SQLite's own reading of text is the quickest, and ends at the first one that is no UTF-8.
+                self._connection.text_factory = str
+                with contextlib.suppress(sqlite3.OperationalError):
+                    for row in self._connection.execute(_RECORDS, (None,)):
+                        last, body = row
+                        yield row if type(last) is type(body) is str else (_text(last), _text(body))
+                    return
+                self._connection.text_factory = _any_text
+                for key, body in self._connection.execute(_RECORDS, (last,)):
+                    yield _text(key), _text(body)
         finally:
-            self._end_transaction()
+            if reading == self._readings:  # else somebody reads anew, and this iterator was left half-way
+                self._end_transaction()
 
     def _end_transaction(self) -> None:
+        self._connection.text_factory = _any_text
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
 
@@ -296,6 +308,12 @@ def _statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
+
+
+def _any_text(data: bytes) -> str:
+    """What a column of text holds, also where it is no UTF-8: one such text must not keep the others from being
+    read."""
+    return data.decode(errors="backslashreplace")
 
 
 def _text(value: object) -> str:

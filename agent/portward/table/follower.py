@@ -77,12 +77,15 @@ class Follower:
 
     def _replace(self, identity: bytes, now: datetime) -> Committed:
         while True:
-            sure = confirmed(self._store.get(CONFIRMED))
-            revision, records = self._store.read_all()
             with contextlib.suppress(GrownError):  # else read again: there may be too many to keep
-                return self._writer.replace(
-                    self._quickly(records), revision=revision, store=identity, now=now, confirmed=sure == revision
-                )
+                return self._replace_once(identity, now)
+
+    def _replace_once(self, identity: bytes, now: datetime) -> Committed:
+        sure = confirmed(self._store.get(CONFIRMED))
+        revision, records = self._store.read_all()
+        return self._writer.replace(
+            self._quickly(records), revision=revision, store=identity, now=now, confirmed=sure == revision
+        )
 
     def _apply(self, changes: list[Change], since: int, now: datetime) -> Committed | None:
         # What came after a confirmation is not confirmed by it: the next step takes it in.

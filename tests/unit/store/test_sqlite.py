@@ -344,3 +344,31 @@ def as_nobody(folder: Path, statements: str, *, folder_mode: int = 0o555) -> str
 def mode(path: Path) -> int:
     """The permission bits."""
     return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("bad", range(5))
+def test_a_text_that_is_no_utf_8_keeps_no_other_from_being_read(tmp_path: Path, bad: int) -> None:
+    """Wherever it stands: each record comes once, in the same order."""
+    path = tmp_path / "portward.db"
+    store = opened(path)
+    write(store, *map(put, ALL))
+    before = list(store.read_all()[1])
+    key = before[bad][0]
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE record SET body = CAST(X'80' AS TEXT) WHERE key = ?", (key,))
+        connection.commit()
+    assert list(store.read_all()[1]) == [(found, "\\x80" if found == key else body) for found, body in before]
+    store.close()
+
+
+def test_reading_anew_is_one_state_though_another_reading_was_left_half_way(tmp_path: Path) -> None:
+    store, other = opened(tmp_path / "portward.db"), opened(tmp_path / "portward.db")
+    write(store, *map(put, ALL))
+    _, left = store.read_all()
+    next(left)
+    revision, records = store.read_all()
+    del left
+    write(other, Put(key_of(MACHINE), None))
+    assert (revision, dict(records)) == (1, texts(*ALL))
+    store.close()
+    other.close()
