@@ -162,9 +162,10 @@ def place_of(row: bytes) -> bytes:
     return row[: -OUTCOME.size]
 
 
-def holding_of(row: bytes) -> bytes:
-    """The row among the holdings for an entry's row."""
-    return row[-12:-8] + row[:-12]
+def make_holdings(rows: list[bytes]) -> None:
+    """Turns the rows of entries into those of holdings, in their place: so many are not to be there twice."""
+    for number, row in enumerate(rows):
+        rows[number] = row[-12:-8] + row[:-12]
 
 
 def stored_name(part: bytes) -> bytes:
@@ -201,6 +202,11 @@ def unpack_lengths(data: bytes) -> dict[int, int]:
 def prefix_of(segment: int, length: int) -> bytes:
     """What the places of the same segment and prefix length begin with."""
     return (segment << 8 | length).to_bytes(4, "big")
+
+
+def after(prefix: bytes) -> bytes:
+    """The `prefix_of` the next prefix length, behind all that begin with this one."""
+    return (int.from_bytes(prefix, "big") + 1).to_bytes(4, "big")
 
 
 def place(segment: int, network: Network) -> bytes:

@@ -6,7 +6,8 @@ written. Kept in memory meanwhile are a row of some 60 bytes for each attachment
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import TypeAlias
 from uuid import UUID
@@ -14,7 +15,7 @@ from uuid import UUID
 from portward.model import Attachment, Exemption, ExemptionState, Subscription
 from portward.store.packed import Packed, packed
 from portward.table import layout
-from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload
+from portward.table.account import Account, ByWorkload, Rule, by_workload
 from portward.table.database import Part, Transaction
 from portward.table.rows import Rows
 from portward.table.segments import Segments
@@ -35,10 +36,10 @@ def load(
     for record in records:
         match record:
             case Packed():
-                attachments.put(record, accounts.outcomes(record.subscription)[record.paas])
+                attachments.put(record, accounts.outcomes(record.subscription))
             case Attachment():
                 same = packed(record)
-                attachments.put(same, accounts.outcomes(same.subscription)[same.paas])
+                attachments.put(same, accounts.outcomes(same.subscription))
             case Subscription():
                 accounts.put_subscription(record)
             case Exemption():
@@ -109,14 +110,13 @@ class _Attachments:
         self._prefixes: dict[tuple[str, int], bytes] = {}
         self._rows: dict[int, list[bytes]] = {size: [] for size in layout.ENTRIES}
 
-    def put(self, attachment: Packed, outcome: Outcomes) -> None:
+    def put(self, attachment: Packed, outcomes: ByWorkload) -> None:
         """Takes an attachment in, whose subscription's come out like that."""
-        start = attachment.segment, attachment.length
+        start, address = (attachment.segment, attachment.length), attachment.address
         prefix = self._prefixes.get(start)
         if prefix is None:
             prefix = self._prefixes[start] = layout.prefix_of(self._segments.number(start[0]), start[1])
-        address = attachment.address
-        self._rows[len(address)].append(outcome.row(prefix + address, attachment.started))
+        self._rows[len(address)].append(outcomes[attachment.paas].row(prefix + address, attachment.started))
 
     def write(self) -> None:
         """Writes all that were put."""
@@ -124,18 +124,20 @@ class _Attachments:
             rows.sort()
             Rows(self._transaction, self._parts[layout.ENTRIES[size]]).extend(rows)
             self._write_lengths(rows, size)
-            # In their place, one by one: so many rows are not to be there twice.
-            for number, row in enumerate(rows):
-                rows[number] = layout.holding_of(row)
+            layout.make_holdings(rows)
             rows.sort()
             Rows(self._transaction, self._parts[layout.HOLDINGS[size]]).extend(rows)
             rows.clear()
 
     def _write_lengths(self, rows: list[bytes], size: int) -> None:
+        """`rows` are sorted."""
         lengths: dict[int, dict[int, int]] = defaultdict(dict)
-        for prefix, count in Counter(row[:4] for row in rows).items():
-            segment, length = layout.segment_and_length(prefix)
-            lengths[segment][length] = count
+        for prefix in self._prefixes.values():
+            first = bisect_left(rows, prefix)
+            count = bisect_left(rows, layout.after(prefix), first) - first
+            if count:
+                segment, length = layout.segment_and_length(prefix)
+                lengths[segment][length] = count
         for segment, counts in lengths.items():
             key = layout.family_key(segment, size)
             self._transaction.put(key, layout.pack_lengths(counts), db=self._parts[b"lengths"])
