@@ -183,8 +183,10 @@ def _source(number: int, *, known: bool) -> tuple[int, bytes]:
 
 
 def _private_mb() -> float:
+    """What the process alone has written. Pages of the table that no other process reads just now count as private
+    too, but they are the page cache's, which the kernel takes back where it needs memory."""
     rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 1024
+    return sum(int(line.split()[1]) for line in rollup if line.startswith("Private_Dirty:")) / 1024
 
 
 if __name__ == "__main__":
