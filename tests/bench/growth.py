@@ -164,8 +164,12 @@ def _load(path: Path, folder: Path, size: int) -> dict[str, Any]:
 def _look(_store: Path, folder: Path, size: int) -> dict[str, Any]:
     reader = Reader.open(folder)
     times = []
-    for _ in range(_LOOKUPS // _VIEW):
-        batch = [_source(random.randrange(size), known=number % 2 == 0) for number in range(_VIEW)]
+    # Made beforehand: to make them takes longer than to look them up, and throws the table out of the caches.
+    batches = [
+        [_source(random.randrange(size), known=number % 2 == 0) for number in range(_VIEW)]
+        for _ in range(_LOOKUPS // _VIEW)
+    ]
+    for batch in batches:
         began = time.perf_counter_ns()
         with reader.view():
             found = [reader.lookup(index, address) for index, address in batch]
