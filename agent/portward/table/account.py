@@ -56,7 +56,7 @@ _decoder: Final = msgspec.msgpack.Decoder(
 
 class Outcomes(msgspec.Struct, frozen=True, gc=False):
     """How an account's attachments with one workload come out: the codes of their entries, for those whose machine
-    was started after `since` (microseconds since 1970; 0: whenever that was) and for the others."""
+    was started after `since` (microseconds since 1970; 0: for none of them) and for the others."""
 
     number: int
     others: int

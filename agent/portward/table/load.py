@@ -33,10 +33,11 @@ def load(
     """Fills the parts that hold records. Subscriptions and exemptions come before all attachments, which they
     decide, else it raises ValueError; no key of a store stands twice, else TableError."""
     accounts, attachments = _Accounts(transaction, parts, rule), _Attachments(transaction, parts, segments)
+    known, put = accounts.known, attachments.put
     for record in records:
         match record:
             case Packed():
-                attachments.put(record, accounts.outcomes(record.subscription))
+                put(record, known.get(record.subscription) or accounts.outcomes(record.subscription))
             case Attachment():
                 same = packed(record)
                 attachments.put(same, accounts.outcomes(same.subscription))
@@ -55,8 +56,8 @@ class _Accounts:
         self._transaction, self._parts, self._rule = transaction, parts, rule
         self._subscriptions: dict[UUID, Subscription] = {}
         self._exemptions: dict[UUID, Exemption] = {}
-        # By the UUID as text, as attachments name it.
-        self._outcomes: dict[str, ByWorkload] = {}
+        # What `outcomes` has given already, by the UUID as text, as attachments name it.
+        self.known: dict[str, ByWorkload] = {}
         self._ids: list[bytes] = []
 
     def put_subscription(self, subscription: Subscription) -> None:
@@ -71,10 +72,10 @@ class _Accounts:
 
     def outcomes(self, subscription: str) -> ByWorkload:
         """How the attachments of a subscription come out, also of one that no record is about."""
-        found = self._outcomes.get(subscription)
+        found = self.known.get(subscription)
         if found is None:
             self._write_all()
-            found = self._outcomes.get(subscription) or self._write(Account(UUID(subscription)))
+            found = self.known.get(subscription) or self._write(Account(UUID(subscription)))
         return found
 
     def write(self) -> None:
@@ -98,7 +99,7 @@ class _Accounts:
         grant = account.exemption
         if grant is not None and grant.state is ExemptionState.GRANTED and grant.until is not None:
             Rows(self._transaction, self._parts[b"expiries"]).put(layout.expiry(grant.until, number))
-        found = self._outcomes[str(account.id)] = by_workload(number, account, self._rule)
+        found = self.known[str(account.id)] = by_workload(number, account, self._rule)
         return found
 
 
