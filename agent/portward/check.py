@@ -28,13 +28,13 @@ def check(path: Path) -> Iterator[str]:
             yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
     nft = Nft()
     native = xtables.has_native_queue(nft)
-    if not native:
-        xtables.require(NfNetlink())
     state = ruleset.State(0, synced=False)
     try:
         nft.check(ruleset.wanted(config, preset, native=native, state=state).text)
     except KernelError as error:
         raise KernelError(f"the kernel does not take the ruleset (root or CAP_NET_ADMIN?): {error}") from None
+    if not native:  # after the question that tells who may not ask
+        xtables.require(NfNetlink())
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
     store = open_store(config.store)
     yield f"store {config.store}: revision {store.revision()}"
