@@ -47,7 +47,7 @@ soak: setup ## The long forms of faults, floods and fuzzers: about an hour (root
 	$(BIN)/python -m tests.fuzz.parser --seconds $(FUZZ)
 	for kind in config preset yaml json record; do \
 	    $(BIN)/python -m tests.inputs.fuzz $$kind --seconds $(FUZZ) || exit 1; done
-	$(BIN)/python -m tests.bench --all
+	$(BIN)/python -m tests.bench neighbours counted stale
 
 lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check agent tests

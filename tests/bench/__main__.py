@@ -33,6 +33,7 @@ from bench import (  # the path above must be there first
     unknown,
 )
 from bench.figures import Curve, Figure, keep, tell  # as above
+from bench.plots import draw  # as above
 
 Measured: TypeAlias = Iterable[Figure | Curve]
 
@@ -82,11 +83,7 @@ def main() -> int:
     if not arguments.names:
         _RESULT.unlink(missing_ok=True)
     keep(figures, _RESULT)
-    for item in found:
-        if isinstance(item, Curve):
-            from bench.plots import draw
-
-            print(f"drawn {draw(item, _CURVES)}", file=sys.stderr)
+    _draw([item for item in found if isinstance(item, Curve)])
     return 0 if all(figure.good for figure in figures) else 1
 
 
@@ -94,6 +91,14 @@ def _measured(name: str, measure: Callable[[Path], Measured]) -> Measured:
     with tempfile.TemporaryDirectory(prefix=f"portward-{name}-") as folder:
         print(f"measuring {name} …", file=sys.stderr, flush=True)
         yield from measure(Path(folder))
+
+
+def _draw(curves: list[Curve]) -> None:
+    try:
+        for curve in curves:
+            print(f"drawn {draw(curve, _CURVES)}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f"no curve is drawn: {error.name} is missing; `make bench` installs it", file=sys.stderr)
 
 
 def _below_floor(figures: list[Figure]) -> int:
