@@ -30,7 +30,6 @@ class Keeper:
 
     def __init__(self, nft: Nft, netlink: NfNetlink, learned: Learned) -> None:
         self._nft, self._netlink, self._learned = nft, netlink, learned
-        self._want: Wanted | None = None
         self._fingerprint: bytes | None = None
         self._looked = time.monotonic()
         self.repairs = 0
@@ -69,7 +68,6 @@ class Keeper:
             if first:
                 remove(self._nft, self._netlink)  # nothing of a ruleset stays behind where there was none
             raise
-        self._want = want
 
     def intact(self) -> bool:
         """Whether what is loaded is what was loaded; costs one message where nobody has changed anything."""

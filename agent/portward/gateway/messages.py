@@ -18,9 +18,17 @@ from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from portward.gateway import mark
+from portward.gateway.netlink import (
+    ATTRIBUTE,
+    HEADER,
+    NFGEN,
+    NLM_F_ACK,
+    NLM_F_REQUEST,
+    NLMSG_ERROR,
+    TYPE_MASK,
+    attribute,
+)
 
-_NLMSG_ERROR: Final = 2
-_NLM_F_REQUEST, _NLM_F_ACK = 0x1, 0x4
 _SUBSYS_QUEUE: Final = 3
 _PACKET, _VERDICT, _CONFIG = (_SUBSYS_QUEUE << 8 | message for message in (0, 1, 2))
 # enum nfqnl_attr_type
@@ -31,14 +39,10 @@ _BIND, _COPY_PACKET = 1, 2
 # Large packets come whole instead of in segments, and without checksums worked out for us. Never F_FAIL_OPEN,
 # which accepts what a full queue cannot take.
 _F_GSO: Final = 1 << 2
-_TYPE_MASK: Final = 0x3FFF
 
 DROP, ACCEPT = 0, 1
 
-_HEADER = struct.Struct("=IHHII")
-_NFGEN = struct.Struct(">BBH")
-_ATTRIBUTE = struct.Struct("=HH")
-_BODY: Final = _HEADER.size + _NFGEN.size
+_BODY: Final = HEADER.size + NFGEN.size
 
 
 class Packet(NamedTuple):
@@ -61,13 +65,13 @@ class Refused(NamedTuple):
 def read(datagram: bytes) -> Iterator[Packet | Refused]:
     """What a datagram holds, whatever it looks like; a message that is cut off is read as far as it goes."""
     start = 0
-    while start + _HEADER.size <= len(datagram):
-        length, kind, _, _, _ = _HEADER.unpack_from(datagram, start)
-        end = min(start + length, len(datagram)) if length >= _HEADER.size else len(datagram)
+    while start + HEADER.size <= len(datagram):
+        length, kind, _, _, _ = HEADER.unpack_from(datagram, start)
+        end = min(start + length, len(datagram)) if length >= HEADER.size else len(datagram)
         if kind == _PACKET:
             yield _packet(datagram[start:end])
-        elif kind == _NLMSG_ERROR and end >= start + _HEADER.size + 4:
-            yield Refused(-struct.unpack_from("=i", datagram, start + _HEADER.size)[0])
+        elif kind == NLMSG_ERROR and end >= start + HEADER.size + 4:
+            yield Refused(-struct.unpack_from("=i", datagram, start + HEADER.size)[0])
         start = start + ((end - start + 3) & ~3)
 
 
@@ -86,11 +90,11 @@ def _packet(message: bytes) -> Packet:
 def _attributes(message: bytes) -> Iterator[tuple[int, int, int]]:
     """The attributes of a message: type, and where its value starts and ends."""
     start = _BODY
-    while start + _ATTRIBUTE.size <= len(message):
-        length, kind = _ATTRIBUTE.unpack_from(message, start)
-        if length < _ATTRIBUTE.size:
+    while start + ATTRIBUTE.size <= len(message):
+        length, kind = ATTRIBUTE.unpack_from(message, start)
+        if length < ATTRIBUTE.size:
             return
-        yield kind & _TYPE_MASK, start + _ATTRIBUTE.size, min(start + length, len(message))
+        yield kind & TYPE_MASK, start + ATTRIBUTE.size, min(start + length, len(message))
         start += (length + 3) & ~3
 
 
@@ -142,11 +146,11 @@ class Shape(NamedTuple):
 
 def shape_of(datagram: bytes) -> Shape | None:
     """The shape that a message is of; None where it has none and has to be walked through each time."""
-    if len(datagram) < _BODY + 4 or _HEADER.unpack_from(datagram)[:2] != (len(datagram), _PACKET):
+    if len(datagram) < _BODY + 4 or HEADER.unpack_from(datagram)[:2] != (len(datagram), _PACKET):
         return None
     attributes = list(_attributes(datagram))
     kinds = [kind for kind, _, _ in attributes]
-    layout = _LAYOUTS.get(datagram[_HEADER.size])
+    layout = _LAYOUTS.get(datagram[HEADER.size])
     if layout is None or kinds[:3] != [_PACKET_HDR, _INDEV, _MARK] or kinds[-1] != _PAYLOAD:
         return None
     if len(set(kinds)) != len(kinds) or [end - start for _, start, end in attributes[:3]] != [7, 4, 4]:
@@ -168,7 +172,7 @@ def _shape(fields: str, datagram: bytes, firsts: frozenset[int], payload: int) -
     last = len(found)
     places = (0, 2, 4, *range(6, last - 7), last - 6, last - 3)
     constants: Callable[[tuple[Any, ...]], tuple[bytes, ...]] = itemgetter(*places)
-    before = payload - _ATTRIBUTE.size
+    before = payload - ATTRIBUTE.size
     shape = Shape(form.unpack_from, constants, constants(found), firsts, form.size - before, before)
     plain = found[6] in _ASKING and found[-3] == _TCP
     return shape if plain and shape.asks(found, len(datagram)) else None
@@ -179,12 +183,12 @@ class Verdicts:
     refuses one."""
 
     SIZE: Final = 40  # bytes of each: headers, verdict and id, mark
-    _MESSAGE: Final = _HEADER.pack(SIZE, _VERDICT, _NLM_F_REQUEST, 0, 0)
-    _MARK_HEADER: Final = _ATTRIBUTE.pack(8, _MARK)
+    _MESSAGE: Final = HEADER.pack(SIZE, _VERDICT, NLM_F_REQUEST, 0, 0)
+    _MARK_HEADER: Final = ATTRIBUTE.pack(8, _MARK)
 
     def __init__(self, queue: int, room: int) -> None:
         """Room for so many verdicts on packets of the queue with this number."""
-        message = self._MESSAGE + _NFGEN.pack(0, 0, queue) + _ATTRIBUTE.pack(12, _VERDICT_HDR)
+        message = self._MESSAGE + NFGEN.pack(0, 0, queue) + ATTRIBUTE.pack(12, _VERDICT_HDR)
         self._buffer = bytearray(message.ljust(self.SIZE, b"\0") * room)
         self._view = memoryview(self._buffer)
         self._next = len(message)
@@ -219,23 +223,19 @@ def bind_request(queue: int, length: int) -> bytes:
     """Binds a queue that may hold `length` packets; to be acknowledged. None comes before `copy_request`."""
     return _config(
         queue,
-        _NLM_F_ACK,
-        _attribute(_CFG_CMD, struct.pack(">BBH", _BIND, 0, 0))
-        + _attribute(_CFG_MAXLEN, struct.pack(">I", length))
-        + _attribute(_CFG_MASK, struct.pack(">I", _F_GSO))
-        + _attribute(_CFG_FLAGS, struct.pack(">I", _F_GSO)),
+        NLM_F_ACK,
+        attribute(_CFG_CMD, struct.pack(">BBH", _BIND, 0, 0))
+        + attribute(_CFG_MAXLEN, struct.pack(">I", length))
+        + attribute(_CFG_MASK, struct.pack(">I", _F_GSO))
+        + attribute(_CFG_FLAGS, struct.pack(">I", _F_GSO)),
     )
 
 
 def copy_request(queue: int, size: int) -> bytes:
     """Has the packets of a bound queue come, with so many bytes of each from its IP header on."""
-    return _config(queue, 0, _attribute(_CFG_PARAMS, struct.pack(">IB", size, _COPY_PACKET)))
+    return _config(queue, 0, attribute(_CFG_PARAMS, struct.pack(">IB", size, _COPY_PACKET)))
 
 
 def _config(queue: int, flags: int, attributes: bytes) -> bytes:
-    body = _NFGEN.pack(0, 0, queue) + attributes
-    return _HEADER.pack(_HEADER.size + len(body), _CONFIG, _NLM_F_REQUEST | flags, 0, 0) + body
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTRIBUTE.pack(len(value) + _ATTRIBUTE.size, kind) + value + b"\0" * (-len(value) % 4)
+    body = NFGEN.pack(0, 0, queue) + attributes
+    return HEADER.pack(HEADER.size + len(body), _CONFIG, NLM_F_REQUEST | flags, 0, 0) + body

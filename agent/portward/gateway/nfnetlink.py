@@ -17,23 +17,31 @@ from hashlib import blake2b
 from typing import Final, NamedTuple
 
 from portward.errors import KernelError
+from portward.gateway.netlink import (
+    ATTRIBUTE,
+    HEADER,
+    NETLINK_NETFILTER,
+    NFGEN,
+    NLM_F_ACK,
+    NLM_F_APPEND,
+    NLM_F_CREATE,
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    TYPE_MASK,
+    attribute,
+    nest,
+    string,
+)
 
-_NETLINK_NETFILTER: Final = 12
 _SUBSYS_NFTABLES: Final = 10
 _NFPROTO_INET: Final = 1
 _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 4, 7, 10, 13, 16, 19
 _OBJECT_COUNTER: Final = 1
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _BATCH_BEGIN, _BATCH_END = 16, 17
-_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
-_NLM_F_CREATE, _NLM_F_APPEND = 0x400, 0x800
 _DUMP_INTERRUPTED = 0x10
-_NESTED: Final = 0x8000
-_TYPE_MASK: Final = 0x3FFF
 
-_HEADER = struct.Struct("=IHHII")
-_NFGEN = struct.Struct(">BBH")
-_ATTRIBUTE = struct.Struct("=HH")
 _U32 = struct.Struct(">I")
 _U64 = struct.Struct(">Q")
 
@@ -46,29 +54,14 @@ class SetElement(NamedTuple):
     expires_ms: int
 
 
-def attribute(kind: int, value: bytes) -> bytes:
-    """A netlink attribute of this type, padded to four bytes."""
-    return _ATTRIBUTE.pack(len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)
-
-
-def nest(kind: int, attributes: bytes) -> bytes:
-    """An attribute that holds attributes."""
-    return attribute(kind | _NESTED, attributes)
-
-
-def string(value: str) -> bytes:
-    """A name as an attribute's value."""
-    return value.encode() + b"\0"
-
-
 def _attributes(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
     """The attributes of a message or of a nest: (type, value)."""
     end = len(data)
     while start + 4 <= end:
-        length, kind = _ATTRIBUTE.unpack_from(data, start)
+        length, kind = ATTRIBUTE.unpack_from(data, start)
         if length < 4:
             return
-        yield kind & _TYPE_MASK, data[start + 4 : start + length]
+        yield kind & TYPE_MASK, data[start + 4 : start + length]
         start += (length + 3) & ~3
 
 
@@ -79,7 +72,7 @@ class NfNetlink:
         """Raises KernelError where the kernel has no nfnetlink."""
         try:
             self._socket = socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
             )
             self._socket.bind((0, 0))
         except OSError as error:
@@ -104,7 +97,7 @@ class NfNetlink:
         is no such table."""
         found = set()
         try:
-            for reply in self._request(_GET_SET, attribute(1, string(table)), _NLM_F_DUMP):
+            for reply in self._request(_GET_SET, attribute(1, string(table)), NLM_F_DUMP):
                 found.add(dict(_attributes(reply))[2].rstrip(b"\0").decode())
         except FileNotFoundError:
             return set()
@@ -113,7 +106,7 @@ class NfNetlink:
     def counters(self, table: str) -> dict[str, int]:
         """The named counters of an inet table: name → packets."""
         found = {}
-        for reply in self._request(_GET_OBJECT, attribute(1, string(table)), _NLM_F_DUMP):
+        for reply in self._request(_GET_OBJECT, attribute(1, string(table)), NLM_F_DUMP):
             attributes = dict(_attributes(reply))
             if attributes.get(1) == table.encode() + b"\0" and attributes.get(3) == _U32.pack(_OBJECT_COUNTER):
                 name = attributes[2].rstrip(b"\0").decode()
@@ -124,7 +117,7 @@ class NfNetlink:
         """All elements of a set of an inet table. Raises KernelError, also where set or table is missing."""
         body = attribute(1, string(table)) + attribute(2, string(set_))
         found: list[SetElement] = []
-        for reply in self._request(_GET_ELEMENT, body, _NLM_F_DUMP):
+        for reply in self._request(_GET_ELEMENT, body, NLM_F_DUMP):
             found.extend(_elements_of(reply))
         return found
 
@@ -133,7 +126,7 @@ class NfNetlink:
         item = nest(1, nest(1, attribute(1, key)))
         body = attribute(1, string(table)) + attribute(2, string(set_)) + nest(3, item)
         try:
-            for reply in self._request(_GET_ELEMENT, body, _NLM_F_ACK):
+            for reply in self._request(_GET_ELEMENT, body, NLM_F_ACK):
                 for element in _elements_of(reply):
                     return element
         except OSError as error:
@@ -161,7 +154,7 @@ class NfNetlink:
         # Chains: table, name, hook and policy (attributes 1, 3, 4, 5). Rules: chain and expressions (2, 4).
         # Sets: name, flags, key length, timeout (2, 3, 5, 11). The rest changes by itself (handles, use).
         for message, wanted in ((_GET_CHAIN, (3, 4, 5)), (_GET_RULE, (2, 4)), (_GET_SET, (2, 3, 5, 11))):
-            for reply in self._request(message, attribute(1, string(table)), _NLM_F_DUMP):
+            for reply in self._request(message, attribute(1, string(table)), NLM_F_DUMP):
                 attributes = dict(_attributes(reply))
                 if attributes.get(1) == table.encode() + b"\0":
                     for kind in wanted:
@@ -171,27 +164,27 @@ class NfNetlink:
         """Makes changes (message type, attributes) to inet tables in one transaction, or with `dry_run` only asks
         whether the kernel would. Raises OSError with the kernel's errno, and then nothing has changed."""
         begin = self._sequence + 1
-        flags = _NLM_F_REQUEST | _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_APPEND
-        batch = [self._message(_BATCH_BEGIN, _NLM_F_REQUEST, _NFGEN.pack(0, 0, _SUBSYS_NFTABLES))]
+        flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND
+        batch = [self._message(_BATCH_BEGIN, NLM_F_REQUEST, NFGEN.pack(0, 0, _SUBSYS_NFTABLES))]
         for message, body in messages:
-            payload = _NFGEN.pack(_NFPROTO_INET, 0, 0) + body
+            payload = NFGEN.pack(_NFPROTO_INET, 0, 0) + body
             batch.append(self._message(_SUBSYS_NFTABLES << 8 | message, flags, payload))
         pending = set(range(begin + 1, self._sequence + 1))
         if not dry_run:  # what does not come to an end is taken back
-            batch.append(self._message(_BATCH_END, _NLM_F_REQUEST, _NFGEN.pack(0, 0, _SUBSYS_NFTABLES)))
+            batch.append(self._message(_BATCH_END, NLM_F_REQUEST, NFGEN.pack(0, 0, _SUBSYS_NFTABLES)))
         self._socket.send(b"".join(batch))
         self._wait(pending, begin)
 
     def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
         self._sequence += 1
-        return _HEADER.pack(16 + len(payload), kind, flags, self._sequence, 0) + payload
+        return HEADER.pack(16 + len(payload), kind, flags, self._sequence, 0) + payload
 
     def _wait(self, pending: set[int], begin: int) -> None:
         """Waits until the kernel has answered all of these; raises OSError for the first that it refused."""
         refused = 0
         while pending:
             for kind, _, sequence, content in _messages(self._socket.recv(1 << 17)):
-                if kind != _NLMSG_ERROR or sequence < begin:
+                if kind != NLMSG_ERROR or sequence < begin:
                     continue
                 pending.discard(sequence)
                 code = -struct.unpack_from("=i", content)[0]
@@ -204,9 +197,9 @@ class NfNetlink:
     def _request(self, message: int, body: bytes, flags: int) -> Iterator[bytes]:
         """Sends one request; yields the attributes of each reply message. Raises OSError with the kernel's
         errno. A dump that a change interrupted is asked for again, so what is yielded may then repeat."""
-        payload = _NFGEN.pack(_NFPROTO_INET, 0, 0) + body
-        self._socket.send(self._message(_SUBSYS_NFTABLES << 8 | message, _NLM_F_REQUEST | flags, payload))
-        many = bool(flags & (_NLM_F_DUMP | _NLM_F_ACK))
+        payload = NFGEN.pack(_NFPROTO_INET, 0, 0) + body
+        self._socket.send(self._message(_SUBSYS_NFTABLES << 8 | message, NLM_F_REQUEST | flags, payload))
+        many = bool(flags & (NLM_F_DUMP | NLM_F_ACK))
         replies: list[bytes] = []
         interrupted = False
         while True:
@@ -215,13 +208,13 @@ class NfNetlink:
                 if sequence != self._sequence:
                     continue
                 interrupted |= bool(flags_in & _DUMP_INTERRUPTED)
-                if kind == _NLMSG_ERROR:
+                if kind == NLMSG_ERROR:
                     code = -struct.unpack_from("=i", content)[0]
                     if code:
                         raise OSError(code, os.strerror(code))
                     yield from replies
                     return
-                if kind == _NLMSG_DONE:
+                if kind == NLMSG_DONE:
                     if interrupted:
                         yield from self._request(message, body, flags)
                     else:
@@ -237,7 +230,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
     """The netlink messages of a datagram: type, flags, sequence, content."""
     start = 0
     while start + 16 <= len(data):
-        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, start)
+        length, kind, flags, sequence, _ = HEADER.unpack_from(data, start)
         if length < 16:
             return
         yield kind, flags, sequence, data[start + 16 : start + length]

@@ -12,8 +12,8 @@ import struct
 from typing import Final
 
 from portward.gateway.messages import Refused, Verdicts, bind_request, copy_request, read
+from portward.gateway.netlink import NETLINK_NETFILTER
 
-_NETLINK_NETFILTER: Final = 12
 _SOL_NETLINK: Final = 270
 _NETLINK_NO_ENOBUFS: Final = 5
 _SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
@@ -72,7 +72,7 @@ class Queue:
             message.header.parts, message.header.count = ctypes.pointer(part), 1
         self._lengths = memoryview(self._messages).cast("B")
         self._recvmmsg = ctypes.CDLL(None, use_errno=True).recvmmsg
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         try:
             self._open(number, length)
         except BaseException:

@@ -6,7 +6,8 @@ import errno
 import socket
 from typing import Final
 
-_NETLINK_NETFILTER: Final = 12
+from portward.gateway.netlink import NETLINK_NETFILTER
+
 _NFNLGRP_NFTABLES: Final = 7  # linux/netfilter/nfnetlink.h
 _LARGEST: Final = 65_536
 
@@ -17,7 +18,7 @@ class Notices:
     def __init__(self) -> None:
         """Raises OSError where the kernel gives no such socket."""
         self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, NETLINK_NETFILTER
         )
         self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from portward.errors import KernelError
-from portward.gateway.nfnetlink import NfNetlink, attribute, nest, string
+from portward.gateway.netlink import attribute, nest, string
+from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.ruleset import TABLE, QueueStatement
 

@@ -1,0 +1,38 @@
+"""How messages to the kernel's netfilter subsystems are written: headers and attributes as bytes. Pure.
+
+Headers are in the host's byte order, but for the last field of nfgenmsg; what attributes hold is their owner's
+matter (linux/netlink.h, linux/netfilter/nfnetlink.h).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+NETLINK_NETFILTER: Final = 12
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_CREATE, NLM_F_APPEND = 0x400, 0x800
+_NESTED: Final = 0x8000
+TYPE_MASK: Final = 0x3FFF
+
+# struct nlmsghdr: length, type, flags, sequence, port. struct nfgenmsg: family, version, resource. struct nlattr:
+# length, type.
+HEADER = struct.Struct("=IHHII")
+NFGEN = struct.Struct(">BBH")
+ATTRIBUTE = struct.Struct("=HH")
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """An attribute of this type, padded to four bytes."""
+    return ATTRIBUTE.pack(ATTRIBUTE.size + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def nest(kind: int, attributes: bytes) -> bytes:
+    """An attribute that holds attributes."""
+    return attribute(kind | _NESTED, attributes)
+
+
+def string(value: str) -> bytes:
+    """A name as an attribute's value."""
+    return value.encode() + b"\0"
