@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import inventory
 from bench.figures import Figure, tell
+from portward.lab.agent import Agent
 
 
 class Run(NamedTuple):
@@ -41,6 +42,13 @@ def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
         Figure("apply_1m_again_s", again.seconds, again.seconds, again.seconds, "s, nothing to change", "<= 60"),
         Figure("apply_1m_mb", memory, first.memory, again.memory, "MB, peak", "<= 1500"),
     ]
+
+
+def apply_file(agent: Agent, path: Path) -> None:
+    """Applies an inventory to an agent's store, before it runs; raises RuntimeError with what was said."""
+    result = agent.portward("apply", str(path))
+    if result.returncode:
+        raise RuntimeError(f"apply: {result.stderr}")
 
 
 def _apply(path: Path, config: Path, expected: str) -> Run:

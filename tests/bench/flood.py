@@ -29,8 +29,10 @@ class Sent(NamedTuple):
 
 
 def build(folder: Path, source: str = "flood.c", *libraries: str) -> Path:
-    """Compiles a C program of this folder and gives its path; raises CalledProcessError."""
+    """Compiles a C program of this folder, unless that was done, and gives its path; raises CalledProcessError."""
     program = folder / Path(source).stem
+    if program.exists():
+        return program
     argv = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", os.fspath(program)]
     subprocess.run([*argv, os.fspath(Path(__file__).parent / source), *libraries], check=True)
     return program

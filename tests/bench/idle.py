@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from bench import inventory
+from bench.apply import apply_file
 from bench.figures import Figure
 from kernel.conftest import lab_name
 from portward.lab.agent import Agent
@@ -22,9 +23,7 @@ def measure(folder: Path, seconds: float = 40.0) -> list[Figure]:
     inventory.write(folder / "inventory.json", _ATTACHMENTS)
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
         agent = Agent(lab, folder, segments=["vni1001", "vni1002"])
-        result = agent.portward("apply", str(folder / "inventory.json"))
-        if result.returncode:
-            raise RuntimeError(f"apply: {result.stderr}")
+        apply_file(agent, folder / "inventory.json")
         agent.start(seconds=60)
         time.sleep(_SETTLED)
         parts = [cpu_percent(agent, seconds / 4) for _ in range(4)]

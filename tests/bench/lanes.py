@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench import flood
 from bench.figures import Figure
-from kernel.conftest import lab_name
+from bench.standing import Standing
 from portward.lab import namespaces
 
 SEGMENT = "vni1001"
@@ -30,36 +30,21 @@ _DROP = "table netdev bench { chain end { type filter hook ingress device eth0 p
 Rates = dict[str, list[float]]
 
 
-class Lane:
+class Lane(Standing):
     """The three namespaces. Tenants' addresses are in 10.0.0.0/8 and 2001:db8:1001::/48; all else goes to the
     Internet's side, which takes no packet further than its link."""
 
     def __init__(self, ruleset: str = "") -> None:
         """`ruleset` is loaded on the gateway as it is, for `nft -f`."""
-        name = lab_name()
-        self.tenant, self.gateway, self.internet = (f"{name}-{side}" for side in ("t", "g", "i"))
+        super().__init__("t", "g", "i")
+        self.tenant, self.gateway, self.internet = self.names
         self._ruleset = ruleset
-
-    def __enter__(self) -> Lane:
-        try:
-            self._up()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in (self.tenant, self.gateway, self.internet):
-            if name in namespaces.names(name):
-                namespaces.remove(name)
 
     def run(self, namespace: str, *argv: str) -> subprocess.CompletedProcess[str]:
         """See `namespaces.run`."""
         return namespaces.run(namespace, argv)
 
     def _up(self) -> None:
-        for name in (self.tenant, self.gateway, self.internet):
-            namespaces.make(name)
         for device, mac, peer, peer_mac in (
             (SEGMENT, _GATEWAY, self.tenant, _TENANT),
             ("up0", _GATEWAY, self.internet, _INTERNET),

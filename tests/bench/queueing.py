@@ -24,7 +24,7 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from bench import flood
-from kernel.conftest import lab_name
+from bench.standing import Standing
 from kernel.wire import link_address
 from portward.gateway import mark
 from portward.gateway.nfnetlink import NfNetlink
@@ -47,26 +47,15 @@ SCATTERED = range(172 << 24 | 16 << 16, 172 << 24 | 17 << 16)
 _CLASSES = ("allow", "deny", "refused", "miss", "unknown", "observed")
 
 
-class Gateway:
+class Gateway(Standing):
     """The two namespaces. Packets go to queue 0 until `queue_to` says otherwise."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__("a", "b")
         self.folder = folder
-        name = lab_name()
-        self.tenant, self.gateway = f"{name}-a", f"{name}-b"
-
-    def __enter__(self) -> Gateway:
-        namespaces.require_root()
-        try:
-            self._up()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        self.tenant, self.gateway = self.names
 
     def _up(self) -> None:
-        for name in (self.tenant, self.gateway):
-            namespaces.make(name)
         namespaces.ip(
             "-n",
             self.tenant,
@@ -94,10 +83,6 @@ class Gateway:
             / IP(src="10.0.0.0", dst=MAIL4)
             / TCP(sport=4000, dport=25, flags="S")
         )
-
-    def __exit__(self, *_: object) -> None:
-        for name in namespaces.names(self.tenant) + namespaces.names(self.gateway):
-            namespaces.remove(name)
 
     def queue_to(self, *queues: int) -> None:
         """From now on packets go to these queues in turn."""

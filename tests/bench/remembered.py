@@ -18,6 +18,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from bench import idle
+from bench.apply import apply_file
 from bench.figures import Curve, Figure
 from kernel.conftest import ALLOWED, DENIED, lab_name
 from portward.lab import namespaces
@@ -97,9 +98,7 @@ def measure(folder: Path, sizes: dict[str, int] = SIZES) -> list[Figure | Curve]
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
         agent = Agent(lab, folder, **settings())
         inventory(folder / "inventory.json", max(sizes.values()))
-        result = agent.portward("apply", str(folder / "inventory.json"))
-        if result.returncode:
-            raise RuntimeError(f"apply: {result.stderr}")
+        apply_file(agent, folder / "inventory.json")
         agent.start(seconds=60)
         before = 0
         for name, size in sizes.items():
