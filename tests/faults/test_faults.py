@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from ipaddress import ip_network
 from uuid import uuid4
 
@@ -52,7 +53,12 @@ def test_what_leaks_is_seen(ground: Ground) -> None:
 
 def test_connections_that_are_not_opened_are_seen(ground: Ground) -> None:
     with ground.traffic.measured() as figures:
+        # Held still: else the rule would be gone within milliseconds, before anybody has tried to connect.
+        pid = ground.agents.pid
+        ground.kill(pid, signal.SIGSTOP)
         ground.nft('insert rule inet portward screen iifname "vni1001" tcp dport 25 drop')
+        ground.sent_for(0.5)
+        ground.kill(pid, signal.SIGCONT)
         ground.recovered()
     assert figures.without > 0
     assert figures.without_known > 0
