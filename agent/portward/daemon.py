@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from portward import config as configuration
-from portward import metrics, report
+from portward import report
 from portward.config import Config
 from portward.core import Core
 from portward.errors import PortwardError
 from portward.gateway import workers
-from portward.gateway.links import Links, follow
+from portward.gateway.links import Links
 from portward.gateway.notices import Notices
 from portward.gateway.probe import Prober
 from portward.gateway.workers import Worker
@@ -38,6 +38,7 @@ from portward.notify import notify, watchdog_seconds
 from portward.policy import preset as presets
 from portward.runtime import Runtime
 from portward.selfcheck import PATIENCE, PAUSE, Kind
+from portward.snapshot import Snapshot
 from portward.store.flips import HeldError
 from portward.table.database import put_aside
 
@@ -73,7 +74,7 @@ class Daemon:
         self._counting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="counting")
         self._stopping = asyncio.Event()
         self._reload = asyncio.Event()
-        self._snapshot = metrics.Snapshot()
+        self._snapshot = Snapshot()
         self._reload_failed = False
         self._strange = 0
         # Answers that the kernel had counted when the last round ended, under its policy and under another one.
@@ -91,8 +92,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._thread.shutdown)
             stack.callback(self._counting.shutdown)
-            await self._open(stack)
-            links = await stack.enter_async_context(contextlib.aclosing(follow()))
+            links = await self._open(stack)
             await self._step(self._core.first_policy)
             first = await anext(links)
             await self._step(lambda: self._core.first_links(first))
@@ -102,8 +102,8 @@ class Daemon:
             await self._serve(links)
         _log.info("stopped; ruleset and remembered verdicts stay in force")
 
-    async def _open(self, stack: contextlib.AsyncExitStack) -> None:
-        """Takes all that can be taken by somebody else: lock, address, kernel, queues."""
+    async def _open(self, stack: contextlib.AsyncExitStack) -> AsyncIterator[Links]:
+        """Takes all that can be taken by somebody else: lock, kernel, address; gives the interfaces to follow."""
         runtime = Runtime(self._config.table)
         stack.callback(runtime.close)
         self._runtime = runtime
@@ -112,14 +112,22 @@ class Daemon:
         if runtime.table_cut_off:
             put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
         preset = presets.load(self._config.preset)
-        self._core = await self._step(lambda: Core(self._config, preset))
+        self._workers = workers.make(self._config.queue, self._config.table)
+        for worker in self._workers:
+            stack.push_async_callback(worker.stop)
+            await worker.prepare()
+        opening = asyncio.ensure_future(self._step(lambda: Core(self._config, preset)))
+        # The libraries behind these two take longer to load than all else of the daemon. Meanwhile the workers'
+        # processes load theirs, and the core asks the kernel.
+        from portward import metrics  # noqa: PLC0415 # as said above
+        from portward.gateway import rtnetlink  # noqa: PLC0415 # as said above
+
+        self._core = await opening
         stack.push_async_callback(self._close)
         if (address := self._config.metrics_address()) is not None:
             server = metrics.Server(*address, self._newest)
             stack.callback(server.close)
-        self._workers = workers.make(self._config.queue, self._config.table)
-        for worker in self._workers:
-            stack.push_async_callback(worker.stop)
+        return await stack.enter_async_context(contextlib.aclosing(rtnetlink.follow()))
 
     async def _close(self) -> None:
         # What still counts must end before what it reads is closed.
@@ -132,7 +140,7 @@ class Daemon:
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload.set)
 
-    def _newest(self) -> metrics.Snapshot:
+    def _newest(self) -> Snapshot:
         """The snapshot of the last second, with the revision that is enforced now."""
         return replace(self._snapshot, enforced_revision=self._core.enforced)
 
@@ -383,6 +391,7 @@ def missing(config: Config, links: Links) -> list[str]:
 
 def run(path: Path) -> None:
     """Runs the daemon with the configuration at `path`; raises PortwardError where it cannot begin."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     config = configuration.load(path)
     # Three threads share one interpreter: a change of policy must not wait 5 ms, Python's default, for a count.
     sys.setswitchinterval(_SWITCH_SECONDS)

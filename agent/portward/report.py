@@ -13,8 +13,8 @@ from portward.gateway.mark import Class
 from portward.gateway.queues import states
 from portward.gateway.tally import Event, Outcome
 from portward.gateway.workers import Worker
-from portward.metrics import Snapshot
 from portward.model import Mode
+from portward.snapshot import Snapshot
 
 # How verdicts and outcomes are called in metrics and status.
 _VERDICTS: Final = {

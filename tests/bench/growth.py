@@ -1,9 +1,10 @@
 """What grows with the number of attachments, from a thousand to five million: loading them from the store, the
-size of the table, a look-up, one change, memory.
+size of the table, a look-up, one change, memory, a start.
 
 One store grows from size to size; its records are written by SQL, since `apply` would take minutes. Each size is
 loaded into a new table by a process of its own, as the daemon loads it, and looked up by another one, as a worker
-does: random attachments, and as many sources of nobody between them, 64 in each view of the table.
+does: random attachments, and as many sources of nobody between them, 64 in each view of the table. Then the agent
+is started on it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import inventory
+from bench import inventory, start
 from bench.figures import Curve, Figure
 from portward.model import Standing, Subscription
 from portward.policy import preset as presets
@@ -42,12 +43,15 @@ _STARTED: Final = "2026-01-10T08:00:00Z"
 def measure(folder: Path, sizes: dict[str, int] = SIZES) -> list[Figure | Curve]:
     """`load_s_…`, `table_bytes_per_attachment…`, `lookup_ns_…`, `change_ms_…` and memory by size, and curves."""
     store, rows, before = folder / "portward.db", {}, 0
+    figures: list[Figure | Curve] = []
     for name, size in sizes.items():
         _grow(store, before, size)
         before, table = size, folder / f"table-{name}"
         rows[name] = _in_process("load", store, table, size) | _in_process("look", store, table, size)
+        started = start.measure(folder, name, table)
+        rows[name]["start_s"] = [started.value, started.low, started.high]
+        figures.append(started)
         print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
-    figures: list[Figure | Curve] = []
     for name, row in rows.items():
         figures += [
             _figure(f"load_s_{name}", row["load_s"], "s, SQLite to table", "<= 8" if name == "1m" else ""),
@@ -88,6 +92,7 @@ def _curves(sizes: dict[str, int], rows: dict[str, dict[str, Any]]) -> Iterator[
         "growth-change", "One change, store's commit → table's commit", x, "ms", {"change": points("change_ms")}
     )
     yield Curve("growth-size", "Size of the table", x, "bytes for each", {"table": points("bytes")})
+    yield Curve("growth-start", "Start of the agent → first verdict", x, "s", {"start": points("start_s")})
     memory = {"daemon, after a load": points("daemon_mb"), "worker": points("worker_mb")}
     yield Curve("growth-memory", "Private memory", x, "MB", memory)
 
@@ -145,7 +150,7 @@ def _load(path: Path, folder: Path, size: int) -> dict[str, Any]:
     changes = []
     for number in range(_CHANGES):
         record = Subscription(
-            id=inventory.subscription(random.randrange(size // 10)), offer="enterprise-agreement",
+            id=inventory.subscription(_denied(size)), offer="enterprise-agreement",
             created=date(2022, 6, 30), standing=(Standing.DISABLED, Standing.GOOD)[number % 2],
         )  # fmt: skip
         put = [Put(key_of(record), encode(record))]
@@ -159,6 +164,11 @@ def _load(path: Path, folder: Path, size: int) -> dict[str, Any]:
         "change_ms": (statistics.median(changes), min(changes), max(changes)),
         "daemon_mb": _private_mb(),
     }
+
+
+def _denied(size: int) -> int:
+    """The number of a subscription that may not send: those that may show that the agent has started."""
+    return random.randrange(size // 100) * 10 + random.randrange(1, len(inventory.OFFERS))
 
 
 def _look(_store: Path, folder: Path, size: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from portward.cli import app
+from portward.cli.program import app
 
 
 def verbs(group: typer.Typer = app, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -63,6 +63,23 @@ def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], code: int, t
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("portward: ")
     assert told in result.stderr
+
+
+def test_the_short_way_to_run_says_what_the_long_one_says() -> None:
+    short, long = portward("run", "--config", "/nowhere.toml"), portward("run", "--config=/nowhere.toml")
+    assert (short.returncode, short.stderr) == (long.returncode, long.stderr)
+    assert short.stderr.startswith("portward: /nowhere.toml")
+
+
+def test_the_short_way_to_run_loads_no_library_for_command_lines() -> None:
+    look = (
+        "import sys; sys.argv[1:] = ['run', '--config', '/nowhere.toml']\n"
+        "from portward.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print('typer' in sys.modules, 'portward.daemon' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert result.stdout == "False True\n"
 
 
 def test_bad_usage_is_exit_code_2() -> None:

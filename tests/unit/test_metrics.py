@@ -8,7 +8,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from portward.metrics import Exporter, Snapshot
+from portward.metrics import Exporter
+from portward.snapshot import Snapshot
 
 
 def exported(snapshot: Snapshot) -> dict[str, object]:

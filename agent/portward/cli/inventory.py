@@ -13,8 +13,6 @@ from typing import Annotated, Final, NamedTuple, TypeAlias
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from portward import config as configuration
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
@@ -211,6 +209,15 @@ def _login() -> str:
 @contextlib.contextmanager
 def _progress() -> Iterator[Step]:
     """Bars on stderr for a person who waits; silent where stderr is no terminal."""
+    from rich.console import Console  # noqa: PLC0415 # a start of the agent does not wait for it
+    from rich.progress import (  # noqa: PLC0415 # as above
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bars:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-
 from portward.cli.options import DEFAULT_PATH, ConfigOption
 
 
@@ -18,7 +15,6 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
     """
     from portward import daemon  # noqa: PLC0415 # only this verb needs the daemon's libraries
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     daemon.run(config)
 
 

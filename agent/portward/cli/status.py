@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from portward import config as configuration
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.errors import PortwardError
 from portward.runtime import read_status, running
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # The daemon writes its status each second: an older one is told as old.
 _STALE_SECONDS = 5.0
@@ -44,7 +44,10 @@ def top(
 
     Example: portward top --interval 2
     """
-    from portward.busiest import Busiest  # noqa: PLC0415 # only this verb needs netlink
+    from rich.console import Console  # noqa: PLC0415 # only this verb needs these
+    from rich.live import Live  # noqa: PLC0415 # as above
+
+    from portward.busiest import Busiest  # noqa: PLC0415 # as above
 
     busiest = Busiest(configuration.load(config))
     console = Console()
@@ -129,6 +132,8 @@ def _self_check(told: dict[str, Any]) -> str:
 
 
 def _top_table(rows: list[Any]) -> Table:
+    from rich.table import Table  # noqa: PLC0415 # as above
+
     table = Table(box=None, pad_edge=False)
     for title, justify in (("segment", "left"), ("source", "left"), ("verdict", "left"),
                            ("packets/s", "right"), ("packets", "right"), ("subscription", "left")):  # fmt: skip

@@ -8,7 +8,6 @@ The context speaks to the network namespace in which it was made.
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ _OUTPUT_TERSE = 1 << 11
 def _library() -> ctypes.CDLL:
     """The C library, typed; raises KernelError where Debian's libnftables1 is not installed."""
     try:
-        lib = ctypes.CDLL(ctypes.util.find_library("nftables") or "libnftables.so.1")
+        # By its name: `find_library` would start ldconfig at each start of the agent.
+        lib = ctypes.CDLL("libnftables.so.1")
     except OSError as error:
         raise KernelError(f"libnftables cannot be loaded ({error}): install the package nftables") from error
     context, text = ctypes.c_void_p, ctypes.c_char_p

@@ -2,8 +2,8 @@
 
     python -m portward.gateway.worker --queue 0 --table DIR --tally FD --lifeline FD [--length N] [--reader batch]
 
-It shares nothing with the daemon but the policy table and a block of counters. It prints `ready` when its queue
-is bound, and ends when the daemon does.
+It shares nothing with the daemon but the policy table and a block of counters. It opens the table when a byte on
+the lifeline says that the policy is there, prints `ready` when its queue is bound, and ends when the daemon does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import errno
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ def main() -> int:
     # The daemon decides when a worker ends; a Ctrl-C reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if not os.read(arguments.lifeline, 1):  # the daemon has ended before there was a policy
+        return 0
     try:
         reader = Reader.open(arguments.table)
         tally = Tally(arguments.tally)

@@ -44,8 +44,8 @@ class Worker:
         """Whether the process is there."""
         return self.process is not None and self.process.returncode is None
 
-    async def start(self) -> None:
-        """Starts the process and waits until its queue is bound; raises KernelError with what it said."""
+    async def prepare(self) -> None:
+        """Starts the process, which loads its program and then waits for `start`; raises OSError."""
         theirs, self._lifeline = os.pipe()
         try:
             self.process = await asyncio.create_subprocess_exec(
@@ -57,6 +57,16 @@ class Worker:
         finally:
             os.close(theirs)
         self._said = asyncio.create_task(_forward(self.process))
+
+    async def start(self) -> None:
+        """Lets the process begin, a new one where there is none, and waits until its queue is bound. The policy
+        table must be there. Raises KernelError with what the process said, or OSError."""
+        if not self.running:
+            self._close_lifeline()
+            await self.prepare()
+        assert self.process is not None and self._said is not None  # noqa: S101, PT018 # by `prepare`
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said follows
+            os.write(self._lifeline, b"\n")
         assert self.process.stdout is not None  # noqa: S101 # asked for above
         try:
             line = await asyncio.wait_for(self.process.stdout.readline(), _START_SECONDS)

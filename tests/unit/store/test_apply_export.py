@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from portward.cli import app
 from portward.cli import inventory as verbs
+from portward.cli.program import app
 from portward.errors import ConflictError, InputError, StoreError
 from portward.store.difference import Difference, difference
 from portward.store.protocol import Change, key_of

@@ -1,0 +1,40 @@
+"""All verbs of the command line, put together."""
+
+from __future__ import annotations
+
+import typer
+
+from portward import __version__
+from portward.cli import explain, inventory, lab, policy, rules, run, status
+
+app = typer.Typer(
+    name="portward",
+    help="Enforces who may open connections to TCP port 25, on the gateway that it runs on.\n\n"
+    "Example: portward explain vni1002 10.0.0.4",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("run")(run.run)
+app.command("check")(run.check)
+app.command("apply")(inventory.apply)
+app.command("export")(inventory.export)
+app.command("explain")(explain.explain)
+app.command("status")(status.status)
+app.command("top")(status.top)
+app.add_typer(rules.app, name="rules")
+app.add_typer(policy.app, name="policy")
+app.add_typer(lab.app, name="lab")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"portward {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
