@@ -136,6 +136,7 @@ class Gateway(Standing):
             "--length", str(length), "--table", os.fspath(self.table),
             "--tally", str(tally), "--lifeline", str(theirs),
         ]  # fmt: skip
+        os.write(ours, b"\n")  # the policy is there
         try:
             with self.reader(argv, cpu, (tally, theirs)) as pid:
                 yield pid
