@@ -165,7 +165,8 @@ class Core:
         """Whether `check` has nothing to do: nobody has written a ruleset since. It is asked on the thread that
         waits, so that the one that works is woken for a reason only."""
         with contextlib.suppress(OSError, KernelError):
-            return not (self._links_failed or self.broken) and self.keeper.at_rest(self._watching)
+            behind = self._enforcement.generation != self.generation
+            return not (self._links_failed or self.broken or behind) and self.keeper.at_rest(self._watching)
         return False
 
     def correct(self, suspects: list[Source]) -> None:
@@ -189,7 +190,8 @@ class Core:
 
     def reload(self, config: Config, preset: Preset) -> None:
         """Takes another configuration and enforces it; raises KernelError, TableError, or HeldError for a preset
-        that would flip too many subscriptions, and then nothing has changed."""
+        that would flip too many subscriptions, and then nothing has changed. What fails once the table was decided
+        anew does not take it back: it is told, and `check` tries it until it works."""
         before = self.config, self.preset
         try:
             self._take(config, preset)
@@ -199,8 +201,14 @@ class Core:
         except (KernelError, TableError, HeldError):
             self._take(*before)
             raise
-        linked = self._put_links(self._links)
-        self.keeper.load(self._want())
+        try:
+            linked = self._put_links(self._links)
+            self.keeper.load(self._want())
+        except (KernelError, TableError) as error:
+            _log.error("the configuration is in force in part, and is tried again: %s", error)
+            self._links_failed = True
+            self._enforcement.repair(self.generation)
+            return
         self._enforcement.enforce(settled)
         self._enforcement.enforce(linked)
 

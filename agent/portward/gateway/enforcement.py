@@ -40,12 +40,15 @@ class Enforcement:
         self._keeper, self._learned, self._want, self._count = keeper, learned, want, count
         self.links: dict[str, int] = {}
         self.broken = ""
+        # The generation of the policy table that the kernel was last brought in line with.
+        self.generation: int | None = None
 
     def start(self, generation: int) -> bool:
         """Loads the ruleset. What the kernel remembers from an earlier run is kept where it agrees with the
         table, and forgotten else; True where something was there to forget. Raises KernelError."""
         remembered = self._learned.synced()
         self._keeper.load(self._want())
+        self.generation = generation
         if remembered == generation:
             return False
         self._forget_everything(generation)
@@ -65,6 +68,7 @@ class Enforcement:
                 if len(sources) <= _COUNTED:
                     self._count([held for source in sources if (held := self._learned.held(source))])
                 self._learned.forget(sources, committed.generation)
+            self.generation = committed.generation
         except (KernelError, OSError):
             self.repair(committed.generation)
 
@@ -84,7 +88,7 @@ class Enforcement:
         try:
             self._keeper.repair(self._want())
             self._forget_everything(generation)
-            self.broken = ""
+            self.generation, self.broken = generation, ""
         except (KernelError, OSError) as error:
             if str(error) != self.broken:
                 _log.critical("THE RULESET CANNOT BE PUT BACK, port 25 may be open: %s", error)

@@ -35,8 +35,10 @@ class Keeper:
         self.repairs = 0
 
     def load(self, want: Wanted) -> None:
-        """Puts `want` in place of what is loaded, in one transaction; what is remembered stays where the sets
-        allow it. Idempotent; raises KernelError, and then what was loaded before is still there."""
+        """Puts `want` in place of what is loaded; what is remembered stays where the sets allow it. Idempotent;
+        raises KernelError. It is one transaction, and then what was loaded before is still there; without
+        nft_queue a second one writes the queue statements. Where that fails, unremembered sources are dropped and
+        `intact` is False, so that it is tried again."""
         for _ in range(_LOAD_TRIES):
             self._load_once(want)
             self._fingerprint = self._netlink.fingerprint(TABLE, FIXED_SETS)
@@ -67,6 +69,7 @@ class Keeper:
         except KernelError:
             if first:
                 remove(self._nft, self._netlink)  # nothing of a ruleset stays behind where there was none
+            self._nft.disturbed = True
             raise
 
     def intact(self) -> bool:
