@@ -239,7 +239,7 @@ class Daemon:
         prober = Prober()
         try:
             while True:
-                asked = [worker for worker in self._workers if worker.running]
+                asked = [worker for worker in self._workers if worker.ready]
                 silent = await self._silent(prober, asked)
                 for worker in asked:
                     self._judge_worker(worker, silent=worker in silent)
@@ -252,7 +252,7 @@ class Daemon:
     async def _silent(self, prober: Prober, asked: list[Worker]) -> list[Worker]:
         """Those of the workers that handle nothing within the time of patience. Under a flood the query may find
         the queue full; whoever handles other packets meanwhile answers too."""
-        before = {worker: worker.tally.handled() for worker in asked}
+        before = {worker: (worker.process, worker.tally.handled()) for worker in asked}
         for worker in asked:
             try:
                 prober.ask(self._workers.index(worker), self._core.preset.ports[0])
@@ -266,7 +266,9 @@ class Daemon:
         self._unasked = False
         deadline, pause = time.monotonic() + PATIENCE, 0.005
         while True:
-            silent = [worker for worker in asked if worker.running and worker.tally.handled() == before[worker]]
+            # One that has ended meanwhile was not silent, and the one in its place was not asked.
+            silent = [worker for worker in asked if before[worker] == (worker.process, worker.tally.handled())]
+            silent = [worker for worker in silent if worker.ready]
             if not silent or time.monotonic() > deadline:
                 return silent
             await asyncio.sleep(pause)

@@ -56,6 +56,20 @@ def test_a_worker_that_stands_still_is_replaced(make_gateway) -> None:  # type: 
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
 
 
+def test_a_worker_that_is_only_starting_is_not_taken_for_silent(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    until(lambda: answered(gateway) >= 1, "the first answer")
+    for _ in range(4):
+        before = status(gateway)["workers"][0]["pid"]
+        # Right before the next query, which finds no queue then.
+        time.sleep(2 - (time.monotonic() + 0.07) % 2)
+        os.kill(before, signal.SIGKILL)
+        until(lambda before=before: status(gateway)["workers"][0]["pid"] != before, "another worker")  # type: ignore[misc]
+        time.sleep(2.2)  # as long as the self-check is patient
+    assert divergences(gateway, "worker") == 0
+    assert status(gateway)["workers"][0]["restarts"] == 4
+
+
 def fed(gateway: Gateway, seconds: float) -> int:
     """How often the service manager's watchdog is fed within so many seconds."""
     socket, times = gateway.agent.notified, 0

@@ -36,6 +36,8 @@ class Worker:
         self.restarts = 0
         # How often in a row nothing was handled from this queue, by one process or by several.
         self.silences = 0
+        # Whether the process has said that its queue is bound.
+        self.ready = False
         self._lifeline = -1
         self._said: asyncio.Task[str] | None = None
 
@@ -67,7 +69,7 @@ class Worker:
         assert self.process is not None and self._said is not None  # noqa: S101, PT018 # by `prepare`
         with contextlib.suppress(BrokenPipeError):  # it has ended: what it said follows
             os.write(self._lifeline, b"\n")
-        assert self.process.stdout is not None  # noqa: S101 # asked for above
+        assert self.process.stdout is not None  # noqa: S101 # asked for in `prepare`
         try:
             line = await asyncio.wait_for(self.process.stdout.readline(), _START_SECONDS)
         except TimeoutError:
@@ -77,6 +79,7 @@ class Worker:
             last = await self._said
             await self.process.wait()
             raise KernelError(last or f"the worker of queue {self.queue} did not start")
+        self.ready = True
 
     async def watch(self) -> None:
         """Starts the process again whenever it ends; never returns."""
@@ -84,6 +87,7 @@ class Worker:
         while True:
             assert self.process is not None  # noqa: S101 # watched after its start only
             code = await self.process.wait()
+            self.ready = False
             self._close_lifeline()
             self.restarts += 1
             _log.error("the worker of queue %d ended (%s): it is started again", self.queue, code)
@@ -110,6 +114,7 @@ class Worker:
 
     def kill(self) -> None:
         """Ends the process by force."""
+        self.ready = False
         self._close_lifeline()
         with contextlib.suppress(ProcessLookupError):
             if self.process is not None:
@@ -130,7 +135,7 @@ def make(queue: Queue, table: Path) -> list[Worker]:
 async def _forward(process: asyncio.subprocess.Process) -> str:
     """Writes what a worker says on its stderr into the log; gives the last line."""
     last = ""
-    assert process.stderr is not None  # noqa: S101 # asked for in `start`
+    assert process.stderr is not None  # noqa: S101 # asked for in `prepare`
     async for line in process.stderr:
         last = line.decode(errors="replace").rstrip()
         _log.info("worker: %s", last)
