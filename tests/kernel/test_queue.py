@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import select
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -59,3 +61,11 @@ def test_a_batch_without_packets_needs_no_verdicts(queue: Queue) -> None:
     """Netlink answers a message of no bytes with an error."""
     queue.send(Verdicts(7, 8).take())
     assert queue.receive() == []
+
+
+def test_a_queue_can_be_had_within_a_user_namespace() -> None:
+    """Where CAP_NET_ADMIN is that of the namespace alone, the socket takes what memory anyone may have."""
+    program = "from portward.gateway.nfqueue import Queue; Queue(7, 100, 8).close(); print('bound')"
+    argv = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", program]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("bound\n", "")

@@ -80,7 +80,10 @@ class Queue:
             raise
 
     def _open(self, number: int, length: int) -> None:
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BYTES)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BYTES)
+        except PermissionError:  # within a user namespace of its own: as much as net.core.rmem_max lets it have
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         # A full socket drops packets, and the kernel counts them for the queue: nothing is gained by being told.
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
         self._socket.bind((0, 0))
