@@ -181,6 +181,7 @@ class BatchJudge:
             start = number * SLOT
             try:
                 fields = unpack(buffer, start)
+                # The same as `Shape.asks`, without a call.
                 _, id_, _, index, _, keep, *_, payload, _, first, fragment, _, source, flags = fields
                 if not (
                     constants(fields) == expected

@@ -114,7 +114,7 @@ class NfNetlink:
         return found
 
     def elements(self, table: str, set_: str) -> list[SetElement]:
-        """All elements of a set of an inet table. Raises KernelError, also where set or table is missing."""
+        """All elements of a set of an inet table. Raises OSError, also where set or table is missing."""
         body = attribute(1, string(table)) + attribute(2, string(set_))
         found: list[SetElement] = []
         for reply in self._request(_GET_ELEMENT, body, NLM_F_DUMP):

@@ -23,9 +23,6 @@ class Rows:
         self._transaction, self._part = transaction, part
         self._cursor = transaction.cursor(part)
 
-    def __len__(self) -> int:
-        return self._transaction.stat(self._part)["entries"]
-
     def __iter__(self) -> Iterator[bytes]:
         with self._transaction.cursor(self._part) as cursor:
             yield from cursor.iternext(keys=False)
