@@ -54,12 +54,28 @@ class Mode(StrEnum):
 
 
 class ExemptionState(StrEnum):
-    """The latest state of an exemption."""
+    """The latest recorded state of an exemption. A grant that has ended is still a record of a grant."""
 
     REQUESTED = "requested"
     GRANTED = "granted"
     REJECTED = "rejected"
     REVOKED = "revoked"
+
+
+class FraudCheck(StrEnum):
+    """What an anti-fraud check found; `refer`: a person has to look."""
+
+    PASS = "pass"  # noqa: S105 # no password
+    FAIL = "fail"
+    REFER = "refer"
+
+
+class Authentication(StrEnum):
+    """What a domain publishes so that others can tell its mail from forged mail (RFC 7208, 6376, 7489)."""
+
+    SPF = "spf"
+    DKIM = "dkim"
+    DMARC = "dmarc"
 
 
 class Reason(StrEnum):
@@ -110,10 +126,33 @@ class Attachment(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unk
     started: Instant | None = None
 
 
+class RateLimit(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
+    """New connections to the judged ports that a whole subscription may open, however many sources it has:
+    `per_minute`, and `burst` of them at once."""
+
+    per_minute: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    burst: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 5
+
+    def __str__(self) -> str:
+        return f"{self.per_minute} new connections a minute, {self.burst} at once"
+
+
+class Details(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
+    """What a request for review tells of the mail that is to be sent; `volume` in messages a day."""
+
+    mail_software: str = ""
+    volume: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    reverse_dns: str = ""
+    authentication: tuple[Authentication, ...] = ()
+    terms_accepted: bool = False
+
+
 class Exemption(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """The latest state of a subscription's permission to send; there is one for each subscription.
 
-    `decided` is when it was granted, rejected or revoked; a grant counts until `until`, for ever if None.
+    `decided` is when it was granted, rejected or revoked, by whom and for what `reason`; a grant counts until
+    `until`, for ever if None, and within `limit`, if any. `fraud_check` is what an anti-fraud check found, in the
+    words of `fraud_note`.
     """
 
     subscription: UUID
@@ -123,6 +162,11 @@ class Exemption(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unkn
     until: Instant | None = None
     by: str = ""
     justification: str = ""
+    reason: str = ""
+    details: Details | None = None
+    fraud_check: FraudCheck | None = None
+    fraud_note: str = ""
+    limit: RateLimit | None = None
 
 
 Record: TypeAlias = Subscription | Attachment | Exemption

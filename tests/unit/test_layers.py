@@ -19,6 +19,7 @@ LAYERS = (
     ("gateway",),
     ("table",),
     ("store",),
+    ("exemptions",),
     ("policy",),
     ("metrics", "snapshot", "runtime", "notify", "config", "selfcheck"),
     ("documents",),

@@ -35,11 +35,22 @@ class ExemptionPath(StrEnum):
     NEVER = "never"
 
 
+class Asked(StrEnum):
+    """What a request for review has to tell, beside the reason why mail cannot go through a relay."""
+
+    MAIL_SOFTWARE = "mail-software"
+    VOLUME = "volume"
+    REVERSE_DNS = "reverse-dns"
+    AUTHENTICATION = "authentication"
+    TERMS = "terms"
+
+
 class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What holds for the subscriptions of some offers.
 
     With `exemption = "not-needed"` they are always let through. Else those created before `created_before`
-    are, and the others as their exemption says. `requires` are conditions of the path, in words.
+    are, and the others as their exemption says. `requires` are conditions of the path, in words; `asks` is what
+    a request for review has to tell, beside its justification.
     """
 
     ids: tuple[str, ...] = ()
@@ -47,6 +58,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     exemption: ExemptionPath
     created_before: date | None = None
     requires: tuple[str, ...] = ()
+    asks: tuple[Asked, ...] = ()
 
 
 class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
@@ -159,3 +171,7 @@ def _check_offer(path: Path, offer: Offer, *steps: str | int) -> None:
     if offer.exemption is ExemptionPath.NOT_NEEDED and offer.created_before is not None:
         problem = 'an offer whose exemption is "not-needed" is always let through: it takes no date'
         raise mistake(path, problem, *steps, "created_before")
+    if offer.asks and offer.exemption is not ExemptionPath.REVIEW:
+        raise mistake(
+            path, f'only a review asks anything, and this exemption is "{offer.exemption}"', *steps, "asks"
+        )

@@ -97,8 +97,15 @@ def _mistakes(record: Record) -> Iterator[tuple[str, str]]:
         case Exemption():
             yield from _exemption_mistakes(record)
             # What somebody wrote to justify it may have several lines.
-            lines = record.justification.replace("\n", "").replace("\t", "")
-            yield from _unprintable(by=record.by, justification=lines)
+            lines = {
+                name: getattr(record, name).replace("\n", "").replace("\t", "")
+                for name in ("justification", "reason", "fraud_note")
+            }
+            yield from _unprintable(by=record.by, **lines)
+            if record.details is not None:
+                yield from _unprintable(
+                    details=f"{record.details.mail_software}{record.details.reverse_dns}",
+                )
 
 
 def _unprintable(**texts: str) -> Iterator[tuple[str, str]]:
@@ -122,8 +129,10 @@ def _exemption_mistakes(record: Exemption) -> Iterator[tuple[str, str]]:
         yield "state", f"an exemption that is {record.state} needs `decided`, the time of that decision"
     if record.state is ExemptionState.REQUESTED and record.decided is not None:
         yield "decided", "an exemption that is requested is not decided yet: leave `decided` out"
-    if record.state in (ExemptionState.REQUESTED, ExemptionState.REJECTED) and record.until is not None:
-        yield "until", f"an exemption that is {record.state} has no end: only a grant takes `until`"
+    if record.state is ExemptionState.REJECTED and record.until is not None:
+        yield "until", "an exemption that is rejected has no end: only a grant takes `until`"
+    if record.state in (ExemptionState.REQUESTED, ExemptionState.REJECTED) and record.limit is not None:
+        yield "limit", f"an exemption that is {record.state} lets nothing through: only a grant takes a limit"
     if record.requested is not None and record.decided is not None and record.decided < record.requested:
         when = f"{record.decided.isoformat()} is before `requested`, {record.requested.isoformat()}"
         yield "decided", when

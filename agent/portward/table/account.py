@@ -43,8 +43,12 @@ def _values(record: Subscription | Exemption | None) -> tuple[object, ...] | Non
 
 
 def _packed(type_: type[Subscription | Exemption]) -> type[msgspec.Struct]:
-    """The same fields as an array, without the first one, the id."""
-    fields = [(field.name, field.type) for field in msgspec.structs.fields(type_)[1:]]
+    """The same fields as an array, without the first one, the id. What a version before did not write has its
+    default."""
+    fields = [
+        (field.name, field.type) if field.default is msgspec.NODEFAULT else (field.name, field.type, field.default)
+        for field in msgspec.structs.fields(type_)[1:]
+    ]
     return msgspec.defstruct(f"Packed{type_.__name__}", fields, array_like=True)
 
 
