@@ -8,10 +8,9 @@ from typing import NamedTuple
 from portward.config import Config
 from portward.errors import KernelError
 from portward.gateway.learned import Element, Learned, Source
-from portward.gateway.mark import Class
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.ruleset import LEARNED_SETS, TABLE
+from portward.gateway.ruleset import COUNTED_SETS, TABLE, Verdict
 from portward.table.reader import Reader
 
 
@@ -36,7 +35,7 @@ class Busiest:
             raise KernelError("no ruleset of portward is loaded here, or this process may not ask (root?)")
         self._learned = Learned(Nft(), netlink)
         self._reader = Reader.open(config.table)
-        self._before: dict[tuple[Class, Source], int] = {}
+        self._before: dict[tuple[Verdict, Source], int] = {}
         self._at: float | None = None
 
     def read(self, now: float) -> list[Row]:
@@ -61,7 +60,7 @@ class Busiest:
         return Row(
             segment,
             str(ip_address(element.source.address)),
-            LEARNED_SETS[element.verdict],
+            COUNTED_SETS[element.verdict],
             0.0 if elapsed is None else risen / elapsed,
             element.packets,
             owner,

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import random
 import time
+from collections.abc import Iterable
 from datetime import datetime
 from ipaddress import ip_address
 
@@ -24,7 +25,10 @@ from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.links import Links
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.model import Mode
+from portward.gateway.rates import Bucket, Rates
+from portward.gateway.ruleset import Rated
+from portward.gateway.tally import Outcome
+from portward.model import ExemptionState, Mode
 from portward.policy.preset import Preset
 from portward.selfcheck import SAMPLE, Kind, SelfCheck
 from portward.store import open_store
@@ -69,7 +73,10 @@ class Core:
         self.counts = Counts(self._owner)
         self.selfcheck = SelfCheck()
         self._sample: list[Element] = []
-        self._enforcement = Enforcement(self.keeper, self._learned, self._want, self._count_last)
+        self._rates = Rates(self._nft, self._netlink)
+        self._enforcement = Enforcement(
+            self.keeper, self._learned, self._want, self._count_last, self._rates, self.rate
+        )
         self._store: Store | None = None
         self._follower: Follower | None = None
         self._links = Links({}, frozenset())
@@ -188,6 +195,23 @@ class Core:
                     f"{element.source.link}, which is not the table's verdict: forgotten",
                 )
 
+    def rate(self, sources: Iterable[Source]) -> None:
+        """Lets those of these sources whose exemption carries a limit send within it. What the kernel does not
+        take is asked for again by the source's next packet."""
+        found = ((source, self._bucket(source)) for source in sources)
+        wanted = {source: bucket for source, bucket in found if bucket is not None}
+        try:
+            self._rates.add(wanted)
+        except KernelError as error:
+            _log.warning("sources with a limit stay blocked until they are tried again: %s", error)
+            with contextlib.suppress(OSError):
+                self._rates.read()
+
+    def collect_rates(self) -> None:
+        """Takes limits out of the kernel that are not in force any more."""
+        with contextlib.suppress(KernelError):  # somebody has changed the ruleset: `check` puts it right
+            self._rates.collect(lambda bucket: self._limit(bucket.subscription) == bucket)
+
     def reload(self, config: Config, preset: Preset) -> None:
         """Takes another configuration and enforces it; raises KernelError, TableError, or HeldError for a preset
         that would flip too many subscriptions, and then nothing has changed. What fails once the table was decided
@@ -204,6 +228,7 @@ class Core:
         try:
             linked = self._put_links(self._links)
             self.keeper.load(self._want())
+            self._rates.read()
         except (KernelError, TableError) as error:
             _log.error("the configuration is in force in part, and is tried again: %s", error)
             self._links_failed = True
@@ -245,15 +270,36 @@ class Core:
     def _elements(self) -> list[Element]:
         found = list(self._counted.elements())
         # A verdict that passes what it must not is the worse mistake, and there are fewer of them.
-        passing = [element for element in found if element.verdict in mark.PASSING]
-        stopping = [element for element in found if element.verdict not in mark.PASSING]
+        verdicts = [element for element in found if not isinstance(element.verdict, Rated)]
+        passing = [element for element in verdicts if element.verdict in mark.PASSING]
+        stopping = [element for element in verdicts if element.verdict not in mark.PASSING]
         self._sample = [one for part in (passing, stopping) for one in random.sample(part, min(len(part), SAMPLE))]
         return found
+
+    def _bucket(self, source: Source) -> Bucket | None:
+        """The limit under which a source may send; None where it may not, or without one."""
+        finding = self._reader.lookup(source.link, source.address)
+        if finding is None or not finding.limited or finding.observed:
+            return None
+        owner = self._reader.owner(source.link, source.address)
+        return None if owner is None or owner[1] is None else self._limit(owner[1].subscription)
+
+    def _limit(self, subscription: int) -> Bucket | None:
+        """The limit of a subscription (the table's number) that an exemption grants."""
+        account = self._reader.account(subscription)
+        exemption = None if account is None else account.exemption
+        if exemption is None or exemption.state is not ExemptionState.GRANTED or exemption.limit is None:
+            return None
+        return Bucket.of(subscription, exemption.limit)
 
     @staticmethod
     def _differs(reader: Reader, element: Element) -> bool:
         finding = reader.lookup(element.source.link, element.source.address)
-        return finding is None or judge(finding)[0] is not element.verdict
+        if finding is None:
+            return True
+        verdict, outcome = judge(finding)
+        # One with a limit must not be remembered as allowed: that would be without it.
+        return outcome is Outcome.DEFERRED or verdict is not element.verdict
 
     # --- what they are made of ---
 

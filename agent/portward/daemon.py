@@ -30,6 +30,7 @@ from portward.config import Config
 from portward.core import Core
 from portward.errors import PortwardError
 from portward.gateway import workers
+from portward.gateway.learned import Source
 from portward.gateway.links import Links
 from portward.gateway.notices import Notices
 from portward.gateway.probe import Prober
@@ -52,6 +53,9 @@ _ASK_AGAIN: Final = 0.5
 _COUNT_SECONDS: Final = 5.0
 # To read half a million counters takes seconds: they are read less often then, for a quarter of a core at most.
 _COUNT_REST: Final = 3.0
+# So many sources with a limit are taken in at once, and then there is a pause, in seconds: each costs some 10 µs.
+_UNRATED: Final = 256
+_RATE_PAUSE: Final = 0.05
 # The store's bell wakes at once; the poll is for a store that changed without it, or came back.
 _POLL_SECONDS: Final = 1.0
 _SWITCH_SECONDS: Final = 0.0005
@@ -83,6 +87,9 @@ class Daemon:
         self._started = time.time()
         self._core: Core
         self._workers: list[Worker] = []
+        # Sources whose limit the kernel does not know, as workers have met them.
+        self._unrated: dict[Source, None] = {}
+        self._asked = asyncio.Event()
 
     async def run(self) -> None:
         """Runs until SIGTERM or SIGINT. Raises PortwardError where the gateway cannot begin; then nothing has
@@ -112,7 +119,7 @@ class Daemon:
         if runtime.table_cut_off:
             put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
         preset = presets.load(self._config.preset)
-        self._workers = workers.make(self._config.queue, self._config.table)
+        self._workers = workers.make(self._config.queue, self._config.table, self._ask_rate)
         for worker in self._workers:
             stack.push_async_callback(worker.stop)
             await worker.prepare()
@@ -154,6 +161,7 @@ class Daemon:
                 self._keep_ruleset(),
                 self._ask_workers(),
                 self._count(),
+                self._rate(),
                 self._write_status(),
                 *(worker.watch() for worker in self._workers),
             )
@@ -321,8 +329,25 @@ class Daemon:
             await self._count_step(self._core.count)
             if suspects := await self._count_step(self._core.suspects):
                 await self._step(lambda suspects=suspects: self._core.correct(suspects))  # type: ignore[misc]
+            await self._step(self._core.collect_rates)
             took = time.monotonic() - began
             await asyncio.sleep(max(_until_tick(_COUNT_SECONDS), _COUNT_REST * took))
+
+    def _ask_rate(self, source: Source) -> None:
+        if len(self._unrated) < _UNRATED:
+            self._unrated[source] = None
+            self._asked.set()
+
+    async def _rate(self) -> None:
+        """Brings the limits of sources that workers have met into the kernel, some hundred of them at a time: who
+        has a large prefix can make up as many as he likes."""
+        while True:
+            await self._asked.wait()
+            batch = list(self._unrated)
+            self._unrated.clear()
+            self._asked.clear()
+            await self._step(lambda batch=batch: self._core.rate(batch))  # type: ignore[misc]
+            await asyncio.sleep(_RATE_PAUSE)
 
     async def _write_status(self) -> None:
         while True:

@@ -21,8 +21,9 @@ from portward.errors import InputError, PortwardError
 from portward.gateway.learned import Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.ruleset import LEARNED_SETS, TABLE
-from portward.model import Address, Attachment, Exemption, Mode, Subscription, Workload
+from portward.gateway.rates import Bucket
+from portward.gateway.ruleset import COUNTED_SETS, RATED_SETS, RATES, TABLE, Rated
+from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
 from portward.policy import preset as presets
 from portward.policy.decide import decide, rule_in_words
 from portward.policy.preset import Preset
@@ -64,6 +65,7 @@ class Explanation(msgspec.Struct, frozen=True):
     observed: bool
     kernel: str
     remedy: str
+    limit: RateLimit | None = None
 
 
 def explain(path: Path, segment: str, address: str, to: str | None) -> Explanation:
@@ -95,6 +97,8 @@ def lines(found: Explanation) -> Iterator[str]:
     else:
         yield "  whose     nobody's: no attachment covers this address in this segment"
     yield f"  rule      {found.rule}"
+    if found.limit is not None:
+        yield f"  limit     {found.limit}, for all sources of the subscription together"
     yield f"  from      the {found.decided_from}, revision {found.revision}"
     yield f"  kernel    {found.kernel}"
     yield f"  customer  {found.remedy}"
@@ -181,6 +185,7 @@ def _explanation(
         observed=config.observes(segment) or (subscription is not None and subscription.mode is Mode.OBSERVE),
         kernel=_kernel(segment, source),
         remedy=remedy(preset, decision.reason, subscription),
+        limit=known.exemption.limit if known.exemption and decision.reason is Reason.ALLOWED_EXEMPT else None,
     )
 
 
@@ -194,9 +199,21 @@ def _kernel(segment: str, source: Address) -> str:
         netlink = NfNetlink()
         if not netlink.sets(TABLE):
             return "no ruleset of portward is loaded here: nothing is enforced"
-        held = Learned(Nft(), netlink).held(Source(index, source.packed))
+        key = Source(index, source.packed)
+        if (limit := netlink.element(TABLE, RATES + key.family, key.key)) is not None:
+            return _within(netlink, key, limit.object)
+        held = Learned(Nft(), netlink).held(key)
     except (OSError, PortwardError):
         return "not known: asking the kernel needs root or CAP_NET_ADMIN"
     if held is None:
         return "does not remember this source: its next packet asks a worker"
-    return f"remembers {LEARNED_SETS[held.verdict]!r} for {held.expires:.0f} s more, {held.packets} packets so far"
+    return f"remembers {COUNTED_SETS[held.verdict]!r} for {held.expires:.0f} s more, {held.packets} packets so far"
+
+
+def _within(netlink: NfNetlink, source: Source, name: str) -> str:
+    """What the kernel does with the packets of a source with a limit."""
+    bucket = Bucket.named(name)
+    limit = name if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
+    beyond = netlink.element(TABLE, RATED_SETS[Rated.BEYOND] + source.family, source.key)
+    dropped = 0 if beyond is None else beyond.packets
+    return f"lets its subscription open new connections, {limit}; dropped lately of this source: {dropped}"

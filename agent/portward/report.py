@@ -11,24 +11,28 @@ from portward import __version__
 from portward.core import Core
 from portward.gateway.mark import Class
 from portward.gateway.queues import states
+from portward.gateway.ruleset import Rated, Verdict
 from portward.gateway.tally import Event, Outcome
 from portward.gateway.workers import Worker
 from portward.model import Mode
 from portward.snapshot import Snapshot
 
 # How verdicts and outcomes are called in metrics and status.
-_VERDICTS: Final = {
+_VERDICTS: Final[dict[Verdict, str]] = {
     Class.ALLOW: "allow",
     Class.DENY: "deny",
     Class.REFUSED: "reject",
     Class.OBSERVED: "would_deny",
     Class.UNKNOWN: "unknown",
+    Rated.WITHIN: "rated",
+    Rated.BEYOND: "throttled",
 }
 _OUTCOMES: Final = {
     Outcome.PASSED: "passed",
     Outcome.DROPPED: "dropped",
     Outcome.RESET: "reset",
     Outcome.OBSERVED: "would_deny",
+    Outcome.DEFERRED: "deferred",
 }
 
 
@@ -128,7 +132,7 @@ def status(core: Core, workers: list[Worker], numbers: Snapshot, *, config: str,
     }
 
 
-def _by_verdict(numbers: Counter[tuple[str, Class]], drop: int = 0) -> dict[tuple[str, ...], float]:
+def _by_verdict(numbers: Counter[tuple[str, Verdict]], drop: int = 0) -> dict[tuple[str, ...], float]:
     """Sums under the verdicts' names; the first `drop` labels are left out."""
     named: Counter[tuple[str, ...]] = Counter()
     for (label, verdict), number in numbers.items():

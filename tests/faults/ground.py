@@ -36,7 +36,7 @@ from portward.explanation import explain
 from portward.gateway.judge import judge
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.ruleset import FIXED_SETS, LEARNED_SETS, TABLE
+from portward.gateway.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, Rated
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
@@ -434,9 +434,11 @@ class Ground:
                 try:
                     head = reader.head()
                     for element in list(learned.elements()):
+                        if isinstance(element.verdict, Rated):
+                            continue
                         finding = reader.lookup(element.source.link, element.source.address)
                         if finding is None or judge(finding)[0] is not element.verdict:
-                            found.append(f"{LEARNED_SETS[element.verdict]} remembers {element.source}: {finding}")
+                            found.append(f"{COUNTED_SETS[element.verdict]} remembers {element.source}: {finding}")
                     if head is None or learned.synced() != head.generation:
                         found.append(f"the kernel is in step with {learned.synced()}, the table is {head}")
                 finally:

@@ -28,6 +28,7 @@ from portward.gateway.learned import Learned, Source
 from portward.gateway.mark import Class
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.rates import Rates
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Subscription
@@ -52,8 +53,9 @@ class Churn:
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
         self.enforcement = Enforcement(
-            Keeper(self._nft, self._netlink, self.learned), self.learned, self._want, lambda elements: None
-        )
+            Keeper(self._nft, self._netlink, self.learned), self.learned, self._want, lambda elements: None,
+            Rates(self._nft, self._netlink), lambda sources: None,
+        )  # fmt: skip
         index = socket.if_nametoindex(CONTOSO.segment)
         self._source = Source(index, ip_address(address).packed)
         self.enforcement.links = {CONTOSO.segment: index}
@@ -70,7 +72,7 @@ class Churn:
         return asyncio.run(self._run(changes, enforce))
 
     async def _run(self, changes: int, enforce: Callable[[Committed], None]) -> tuple[int, int]:
-        worker = workers.make(self._config.queue, self._folder)[0]
+        worker = workers.make(self._config.queue, self._folder, lambda source: None)[0]
         with _slowed():
             await worker.start()
         self.enforcement.start(self._generation())

@@ -220,7 +220,7 @@ class BatchJudge:
         answer = self._answers.get(finding)
         if answer is None:
             verdict, outcome = judge(finding)
-            if outcome is Outcome.RESET:
+            if outcome in (Outcome.RESET, Outcome.DEFERRED):
                 raise _Uncommon
             answer = self._answers[finding] = _Answer(finding, verdict, outcome)
         if self._known.room():  # else many small ranges are asked for in turn, and to keep them costs more

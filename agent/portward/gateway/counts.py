@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Final, NamedTuple
 
 from portward.gateway.learned import Element, Source
-from portward.gateway.mark import Class
+from portward.gateway.ruleset import Verdict
 
 # Clocks of kernel and process drift, and a reading takes time: seconds.
 _SLACK: Final = 0.5
@@ -43,11 +43,11 @@ class Counts:
         """`owner` gives whose a source is; None for one that nobody knows any more."""
         self._owner = owner
         self._lock = Lock()
-        self._read: dict[tuple[Class, Source], _Reading] = {}
-        self._forgotten: set[tuple[Class, Source]] = set()
-        self.segments: Counter[tuple[str, Class]] = Counter()
-        self.subscriptions: Counter[tuple[str, Class]] = Counter()
-        self.remembered: Counter[Class] = Counter()
+        self._read: dict[tuple[Verdict, Source], _Reading] = {}
+        self._forgotten: set[tuple[Verdict, Source]] = set()
+        self.segments: Counter[tuple[str, Verdict]] = Counter()
+        self.subscriptions: Counter[tuple[str, Verdict]] = Counter()
+        self.remembered: Counter[Verdict] = Counter()
 
     def take_all(self, elements: Callable[[], Iterable[Element]], clock: Callable[[], float]) -> None:
         """Takes a reading of all `elements`; `clock` gives a monotonic time in seconds.
@@ -79,7 +79,7 @@ class Counts:
         finally:
             self._lock.release()
 
-    def totals(self) -> tuple[Counter[tuple[str, Class]], Counter[tuple[str, Class]], Counter[Class]]:
+    def totals(self) -> tuple[Counter[tuple[str, Verdict]], Counter[tuple[str, Verdict]], Counter[Verdict]]:
         """Copies of the sums by segment and by subscription, and of how many sources are remembered."""
         with self._lock:
             return self.segments.copy(), self.subscriptions.copy(), self.remembered.copy()

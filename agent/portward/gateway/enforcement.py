@@ -13,7 +13,8 @@ from typing import Final
 
 from portward.errors import KernelError
 from portward.gateway.keeper import Keeper
-from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.learned import Element, Learned, Source, covered
+from portward.gateway.rates import Rates
 from portward.gateway.ruleset import Wanted
 from portward.model import Network
 from portward.table.edit import Place
@@ -35,9 +36,13 @@ class Enforcement:
         learned: Learned,
         want: Callable[[], Wanted],
         count: Callable[[list[Element]], None],
+        rates: Rates,
+        rate: Callable[[Iterable[Source]], None],
     ) -> None:
-        """`want` gives the ruleset for now; `count` takes elements that are about to be forgotten."""
+        """`want` gives the ruleset for now; `count` takes elements that are about to be forgotten; `rate` writes
+        the limits of sources into the kernel."""
         self._keeper, self._learned, self._want, self._count = keeper, learned, want, count
+        self._rates, self._rate = rates, rate
         self.links: dict[str, int] = {}
         self.broken = ""
         # The generation of the policy table that the kernel was last brought in line with.
@@ -48,6 +53,7 @@ class Enforcement:
         table, and forgotten else; True where something was there to forget. Raises KernelError."""
         remembered = self._learned.synced()
         self._keeper.load(self._want())
+        self._rates.read()
         self.generation = generation
         if remembered == generation:
             return False
@@ -67,7 +73,12 @@ class Enforcement:
                 sources = self._sources(committed)
                 if len(sources) <= _COUNTED:
                     self._count([held for source in sources if (held := self._learned.held(source))])
-                self._learned.forget(sources, committed.generation)
+                if self._learned.forget(sources, committed.generation, self._rates.forgetting):
+                    self._rates.all_forgotten()
+                else:
+                    self._rates.forgotten(sources)
+                # Known beforehand, they need not send twice.
+                self._rate(sources)
             self.generation = committed.generation
         except (KernelError, OSError):
             self.repair(committed.generation)
@@ -88,6 +99,7 @@ class Enforcement:
         try:
             self._keeper.repair(self._want())
             self._forget_everything(generation)
+            self._rates.read()
             self.generation, self.broken = generation, ""
         except (KernelError, OSError) as error:
             if str(error) != self.broken:
@@ -96,9 +108,11 @@ class Enforcement:
 
     def _forget_everything(self, generation: int) -> None:
         self._learned.forget_everything(generation)
+        self._rates.all_forgotten()
 
     def _sources(self, committed: Committed) -> set[Source]:
         sources = self._learned.behind(committed.links) if committed.links else set()
+        sources |= {source for source in self._rates.sources() if source.link in committed.links}
         wide: dict[int, list[Place]] = {}
         for place in committed.changed:
             index = self.links.get(place.segment)
@@ -109,7 +123,11 @@ class Enforcement:
             else:
                 wide.setdefault(index, []).append(place)
         for index, places in wide.items():
-            sources |= self._learned.within(index, _networks(places))
+            networks = _networks(places)
+            sources |= self._learned.within(index, networks)
+            sources |= {
+                source for source in self._rates.sources() if source.link == index and covered(source, networks)
+            }
         return sources
 
 

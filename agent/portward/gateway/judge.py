@@ -50,8 +50,11 @@ class Queued(Protocol):
 
 
 def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
-    """What the kernel is told for a finding, and how it is counted."""
+    """What the kernel is told for a finding, and how it is counted. What is DEFERRED is dropped, and not told: the
+    kernel is to learn the limit first."""
     if finding.reason.allows:
+        if finding.limited and not finding.observed:
+            return mark.Class.ALLOW, Outcome.DEFERRED
         return mark.Class.ALLOW, Outcome.PASSED
     if finding.observed:
         return mark.Class.OBSERVED, Outcome.OBSERVED
@@ -63,7 +66,8 @@ def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
 
 
 class Judge:
-    """Gives verdicts on packets; `lookup` and `head` are a `Reader`'s."""
+    """Gives verdicts on packets; `lookup` and `head` are a `Reader`'s, `ask` is told of sources (interface index,
+    address) whose limit the kernel does not know yet."""
 
     def __init__(
         self,
@@ -71,8 +75,10 @@ class Judge:
         head: Callable[[], Head | None],
         tally: Tally,
         resetter: Resetter,
+        ask: Callable[[int, bytes], None],
     ) -> None:
         self._lookup, self._head, self._tally, self._resetter = lookup, head, tally, resetter
+        self._ask = ask
         self._failed = False
 
     def handle(self, packet: Queued) -> None:
@@ -107,6 +113,10 @@ class Judge:
         ):
             self._tally.event(Event.RESET_FAILED)
         self._tally.verdict(NUMBER[finding.reason], outcome, attempt=segment.attempt)
+        if outcome is Outcome.DEFERRED:
+            self._ask(packet.indev, segment.source)
+            packet.drop()
+            return
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(finding.generation)))
         packet.accept()
 

@@ -8,7 +8,7 @@ then `forget`. In one transaction a verdict stored between its walk and its comm
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_address
 from typing import Final, NamedTuple
 
@@ -16,7 +16,7 @@ from portward.errors import KernelError
 from portward.gateway import mark
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.ruleset import FAMILY_TABLE, LEARNED_SETS, TABLE
+from portward.gateway.ruleset import COUNTED_SETS, FAMILY_TABLE, LEARNED_SETS, RATES, TABLE, Verdict
 from portward.model import Network
 
 _INDEX = struct.Struct("=I")
@@ -30,6 +30,11 @@ class Source(NamedTuple):
 
     link: int
     address: bytes
+
+    @classmethod
+    def of(cls, key: bytes) -> Source:
+        """The source of a key as the kernel keeps it."""
+        return cls(_INDEX.unpack_from(key)[0], key[4:])
 
     @property
     def family(self) -> str:
@@ -46,9 +51,10 @@ class Source(NamedTuple):
 
 
 class Element(NamedTuple):
-    """A remembered verdict: packets counted since it was learned, seconds until it is forgotten."""
+    """A remembered verdict: packets counted since it was learned, seconds until it is forgotten. Of a source with
+    a limit there are up to two: what it sent within the limit, and beyond it."""
 
-    verdict: mark.Class
+    verdict: Verdict
     source: Source
     packets: int
     expires: float
@@ -62,10 +68,10 @@ class Learned:
 
     def elements(self) -> Iterator[Element]:
         """All remembered verdicts. Raises OSError where the table is not loaded."""
-        for verdict, name in LEARNED_SETS.items():
+        for verdict, name in COUNTED_SETS.items():
             for family in "46":
-                for key, packets, expires_ms in self._netlink.elements(TABLE, name + family):
-                    yield Element(verdict, _source(key), packets, expires_ms / 1000)
+                for found in self._netlink.elements(TABLE, name + family):
+                    yield Element(verdict, Source.of(found.key), found.packets, found.expires_ms / 1000)
 
     def held(self, source: Source) -> Element | None:
         """What the kernel remembers of a source now; None: the next packet asks a worker."""
@@ -83,7 +89,7 @@ class Learned:
     def limited(self) -> dict[int, int]:
         """Interface index → packets refused since they were over the segment's rate of misses."""
         found = self._netlink.elements(TABLE, "limited_segments")
-        return {_INDEX.unpack(key)[0]: packets for key, packets, _ in found}
+        return {_INDEX.unpack(element.key)[0]: element.packets for element in found}
 
     def synced(self) -> int | None:
         """The generation of the policy table that everything remembered agrees with; None: not known."""
@@ -102,9 +108,15 @@ class Learned:
         epoch = mark.epoch_of(generation) << mark.EPOCH_SHIFT
         self._nft.elements(f"flush set {FAMILY_TABLE} epoch\nadd element {FAMILY_TABLE} epoch {{ {epoch:#x} }}")
 
-    def forget(self, sources: Iterable[Source], generation: int) -> None:
+    def forget(
+        self,
+        sources: Iterable[Source],
+        generation: int,
+        more: Callable[[list[Source]], list[str]] = lambda _: [],
+    ) -> bool:
         """Step two: these sources are asked about anew, and what is still remembered agrees with `generation` of
-        the policy table. It does not matter which of the sources are remembered.
+        the policy table. It does not matter which of the sources are remembered. `more` gives what else is to be
+        done, in the same transactions, for some of them. True where everything was forgotten instead.
 
         Each goes by `add` and then `delete` in every set of its family: a plain delete of an element that has
         expired meanwhile would fail the whole transaction. Where the kernel takes no `add`, since a set is
@@ -119,13 +131,14 @@ class Learned:
                 for name in LEARNED_SETS.values() if keys else ():
                     lines.append(f"add element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
                     lines.append(f"delete element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
-            end = _synced(generation) if batch is batches[-1] else []
+            end = more(batch) + (_synced(generation) if batch is batches[-1] else [])
             try:
                 self._nft.elements("\n".join(lines + end))
             except KernelError:
                 if not self._forget_present(batch, end):
                     self.forget_everything(generation)
-                    return
+                    return True
+        return False
 
     def _forget_present(self, sources: list[Source], end: list[str]) -> bool:
         """Deletes what is there of these sources, without an `add`; False where it could not. Since the epoch has
@@ -146,7 +159,8 @@ class Learned:
 
     def forget_everything(self, generation: int) -> None:
         """Step two where everything may have changed."""
-        flushes = [f"flush set {FAMILY_TABLE} {name}{family}" for name in LEARNED_SETS.values() for family in "46"]
+        names = (*COUNTED_SETS.values(), RATES)
+        flushes = [f"flush set {FAMILY_TABLE} {name}{family}" for name in names for family in "46"]
         self._nft.elements("\n".join(flushes + _synced(generation)))
 
     def within(self, index: int, networks: Iterable[Network]) -> set[Source]:
@@ -155,7 +169,7 @@ class Learned:
         return {
             element.source
             for element in self.elements()
-            if element.source.link == index and any(_covers(network, element.source.address) for network in wide)
+            if element.source.link == index and covered(element.source, wide)
         }
 
     def behind(self, indexes: Iterable[int]) -> set[Source]:
@@ -171,12 +185,10 @@ class Learned:
         return _INDEX.unpack(keys[0])[0] if len(keys) == 1 else None
 
 
-def _source(key: bytes) -> Source:
-    return Source(_INDEX.unpack_from(key)[0], key[4:])
-
-
-def _covers(network: Network, address: bytes) -> bool:
-    return len(address) == len(network.network_address.packed) and ip_address(address) in network
+def covered(source: Source, networks: Iterable[Network]) -> bool:
+    """Whether any of the networks holds the source's address."""
+    address = ip_address(source.address)
+    return any(address.version == network.version and address in network for network in networks)
 
 
 def _synced(generation: int) -> list[str]:

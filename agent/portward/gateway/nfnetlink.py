@@ -38,7 +38,7 @@ from portward.gateway.netlink import (
 _SUBSYS_NFTABLES: Final = 10
 _NFPROTO_INET: Final = 1
 _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 4, 7, 10, 13, 16, 19
-_OBJECT_COUNTER: Final = 1
+_OBJECT_COUNTER, _OBJECT_LIMIT = 1, 4
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _DUMP_INTERRUPTED = 0x10
 
@@ -47,11 +47,13 @@ _U64 = struct.Struct(">Q")
 
 
 class SetElement(NamedTuple):
-    """An element: its key as the kernel keeps it, packets counted, and milliseconds until it expires."""
+    """An element: its key as the kernel keeps it, packets counted, milliseconds until it expires, and the name of
+    the object that a map gives for it."""
 
     key: bytes
     packets: int
     expires_ms: int
+    object: str = ""
 
 
 def _attributes(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -105,13 +107,20 @@ class NfNetlink:
 
     def counters(self, table: str) -> dict[str, int]:
         """The named counters of an inet table: name → packets."""
-        found = {}
-        for reply in self._request(_GET_OBJECT, attribute(1, string(table)), NLM_F_DUMP):
+        found = self._objects(table, _OBJECT_COUNTER)
+        return {name: _U64.unpack(dict(_attributes(data))[2])[0] for name, data in found}
+
+    def limits(self, table: str) -> list[str]:
+        """The names of the named limits of an inet table; none where there is no such table."""
+        return [name for name, _ in self._objects(table, _OBJECT_LIMIT)]
+
+    def _objects(self, table: str, type_: int) -> Iterator[tuple[str, bytes]]:
+        """Name and data of the objects of a type (NFT_OBJECT_…)."""
+        body = attribute(1, string(table)) + attribute(3, _U32.pack(type_))
+        for reply in self._request(_GET_OBJECT, body, NLM_F_DUMP):
             attributes = dict(_attributes(reply))
-            if attributes.get(1) == table.encode() + b"\0" and attributes.get(3) == _U32.pack(_OBJECT_COUNTER):
-                name = attributes[2].rstrip(b"\0").decode()
-                found[name] = _U64.unpack(dict(_attributes(attributes[4]))[2])[0]
-        return found
+            if attributes.get(1) == table.encode() + b"\0" and attributes.get(3) == _U32.pack(type_):
+                yield attributes[2].rstrip(b"\0").decode(), attributes[4]
 
     def elements(self, table: str, set_: str) -> list[SetElement]:
         """All elements of a set of an inet table. Raises OSError, also where set or table is missing."""
@@ -245,15 +254,17 @@ def _elements_of(reply: bytes) -> Iterator[SetElement]:
 
 
 def _element(data: bytes) -> SetElement:
-    key, packets, expires = b"", 0, 0
+    key, packets, expires, named = b"", 0, 0, ""
     for kind, value in _attributes(data):
         if kind == 1:  # NFTA_SET_ELEM_KEY, a nest of NFTA_DATA_VALUE
             key = value[4:]
         elif kind == 5:  # NFTA_SET_ELEM_EXPIRATION
             (expires,) = _U64.unpack(value)
+        elif kind == 9:  # NFTA_SET_ELEM_OBJREF
+            named = value.rstrip(b"\0").decode()
         elif kind in (7, 11):  # NFTA_SET_ELEM_EXPR, or _EXPRESSIONS: a list of them
             packets = _counter(value if kind == 7 else value[4:])
-    return SetElement(key, packets, expires)
+    return SetElement(key, packets, expires, named)
 
 
 def _counter(expression: bytes) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from enum import Enum, auto
 from ipaddress import IPv4Network, IPv6Network
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 from zlib import crc32
 
 from portward.config import Config, OnAgentDown, Verdicts
@@ -19,6 +20,14 @@ from portward.gateway import mark
 from portward.model import Mode, Network
 from portward.policy.preset import Preset
 from portward.resources import rules
+
+
+class Rated(Enum):
+    """What is counted of sources whose exemption carries a limit: packets within it, new connections beyond it."""
+
+    WITHIN = auto()
+    BEYOND = auto()
+
 
 TABLE: Final = "portward"
 FAMILY_TABLE: Final = "inet portward"
@@ -29,16 +38,22 @@ FIXED_SETS: Final = (
     "internal4", "internal6", "octets4", "octets6",
 )  # fmt: skip
 # Sets that packets fill, by class, without the family's digit.
-LEARNED_SETS: Final = {
+LEARNED_SETS: Final[dict[mark.Class, str]] = {
     mark.Class.ALLOW: "allow",
     mark.Class.DENY: "deny",
     mark.Class.OBSERVED: "observed",
     mark.Class.REFUSED: "refused",
     mark.Class.UNKNOWN: "unknown",
 }
+# Sources with a limit → the limit's name, by family; and what such sources sent within it and beyond it.
+RATES: Final = "rates"
+RATED_SETS: Final = {Rated.WITHIN: "rated", Rated.BEYOND: "throttled"}
+# What each element of these sets counts.
+Verdict: TypeAlias = mark.Class | Rated
+COUNTED_SETS: Final[dict[Verdict, str]] = dict([*LEARNED_SETS.items(), *RATED_SETS.items()])
 COUNTERS: Final = (
     "internal", "missed", "answered", "answered_stale", "unlearned", "limited", "limited_all", "stale",
-    "unjudged", "unjudged_open", "headers", "unknown", "held",
+    "unjudged", "unjudged_open", "headers", "unknown", "throttled", "held",
 )  # fmt: skip
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
@@ -95,10 +110,12 @@ def replacement(want: Wanted, have_sets: Iterable[str], *, same_definitions: boo
     """One transaction that puts `want` in place of what is loaded, and keeps what the kernel remembers.
 
     `have_sets` are the sets of the table now. Base chains stay: removing a hook would drop every packet that
-    waits in any queue of the namespace. Learned sets are made anew only where their definition differs.
+    waits in any queue of the namespace. What fills while it is loaded is made anew only where its definition
+    differs.
     """
     have = set(have_sets)
-    learned = {f"{name}{family}" for name in LEARNED_SETS.values() for family in "46"}
+    filled = (*LEARNED_SETS.values(), *RATED_SETS.values(), RATES)
+    learned = {f"{name}{family}" for name in filled for family in "46"}
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
     lines += [f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced") if name in have]
@@ -169,8 +186,8 @@ def _per_minute(verdicts: Verdicts) -> int:
 
 
 def _definitions(text: str) -> int:
-    """A checksum of the lines that define the learned sets."""
-    return crc32("\n".join(re.findall(r"(?m)^ +set \w+ \{.*dynamic.*$", text)).encode())
+    """A checksum of the lines that define the sets that fill while the table is loaded."""
+    return crc32("\n".join(re.findall(r"(?m)^ +(?:set \w+ \{.*dynamic|map ).*$", text)).encode())
 
 
 def _statements(config: Config) -> Iterator[QueueStatement]:

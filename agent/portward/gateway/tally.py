@@ -24,6 +24,7 @@ class Outcome(IntEnum):
     DROPPED = 1
     RESET = 2
     OBSERVED = 3  # would have been dropped
+    DEFERRED = 4  # dropped until the kernel knows the limit of its source
 
 
 class Event(IntEnum):

@@ -3,7 +3,8 @@
     python -m portward.gateway.worker --queue 0 --table DIR --tally FD --lifeline FD [--length N] [--reader batch]
 
 It shares nothing with the daemon but the policy table and a block of counters. It opens the table when a byte on
-the lifeline says that the policy is there, prints `ready` when its queue is bound, and ends when the daemon does.
+the lifeline says that the policy is there, prints `ready` when its queue is bound and from then on a line for each
+packet of a source whose limit the kernel does not know, and ends when the daemon does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -44,7 +46,7 @@ def main() -> int:
     try:
         reader = Reader.open(arguments.table)
         tally = Tally(arguments.tally)
-        judge = Judge(reader.lookup, reader.head, tally, Resetter())
+        judge = Judge(reader.lookup, reader.head, tally, Resetter(), _ask)
         if arguments.reader is QueueReader.BATCH:
             batches = BatchJudge(arguments.queue, reader, judge, tally)
             batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, _ready)
@@ -63,6 +65,15 @@ def main() -> int:
 
 def _ready() -> None:
     print(READY, flush=True)
+    # From here on a daemon that does not read must not hold the worker up.
+    os.set_blocking(sys.stdout.fileno(), False)
+
+
+def _ask(index: int, address: bytes) -> None:
+    """Tells the daemon of a source whose limit the kernel does not know. Where it does not get through, the
+    source's next packet asks again."""
+    with suppress(BlockingIOError):
+        os.write(sys.stdout.fileno(), b"%d %s\n" % (index, address.hex().encode()))
 
 
 def _die_with_parent() -> None:

@@ -10,10 +10,12 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from portward.config import Queue, QueueReader
 from portward.errors import KernelError
+from portward.gateway.learned import Source
 from portward.gateway.tally import Tally
 from portward.gateway.worker import READY
 
@@ -28,7 +30,11 @@ _log = logging.getLogger("portward.worker")
 class Worker:
     """One worker process and what it needs: its queue, its counters, its lifeline."""
 
-    def __init__(self, queue: int, length: int, reader: QueueReader, table: Path) -> None:
+    def __init__(
+        self, queue: int, length: int, reader: QueueReader, table: Path, asked: Callable[[Source], None]
+    ) -> None:
+        """`asked` is told of sources whose limit the kernel does not know."""
+        self._asked = asked
         self.queue, self._length, self._reader, self._table = queue, length, reader, table
         self._block = Tally.create()
         self.tally = Tally(self._block)
@@ -40,6 +46,7 @@ class Worker:
         self.ready = False
         self._lifeline = -1
         self._said: asyncio.Task[str] | None = None
+        self._listening: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> bool:
@@ -80,6 +87,7 @@ class Worker:
             await self.process.wait()
             raise KernelError(last or f"the worker of queue {self.queue} did not start")
         self.ready = True
+        self._listening = asyncio.create_task(self._listen(self.process.stdout))
 
     async def watch(self) -> None:
         """Starts the process again whenever it ends; never returns."""
@@ -100,6 +108,12 @@ class Worker:
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
             pause = 0.05
+
+    async def _listen(self, lines: asyncio.StreamReader) -> None:
+        """Takes the sources that the process asks about, until it ends."""
+        async for line in lines:
+            index, _, address = line.decode().strip().partition(" ")
+            self._asked(Source(int(index), bytes.fromhex(address)))
 
     async def stop(self) -> None:
         """Ends the process: by its lifeline, and by force after some seconds. Idempotent."""
@@ -126,10 +140,10 @@ class Worker:
             self._lifeline = -1
 
 
-def make(queue: Queue, table: Path) -> list[Worker]:
-    """The workers of a configuration, not yet started."""
+def make(queue: Queue, table: Path, asked: Callable[[Source], None]) -> list[Worker]:
+    """The workers of a configuration, not yet started; `asked` as for each of them."""
     numbers = range(queue.first, queue.first + queue.workers)
-    return [Worker(number, queue.length, queue.reader, table) for number in numbers]
+    return [Worker(number, queue.length, queue.reader, table, asked) for number in numbers]
 
 
 async def _forward(process: asyncio.subprocess.Process) -> str:

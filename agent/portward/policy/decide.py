@@ -40,16 +40,18 @@ _DECISIONS = {reason: Decision(reason) for reason in Reason}
 
 class Ruling(NamedTuple):
     """What holds for all attachments of one subscription with one workload: `reason`, but where the machine was
-    started after `unless_started_after`, a grant counts. What nobody has recorded has not happened."""
+    started after `unless_started_after`, and not later than `now`, a grant counts. What nobody has recorded has
+    not happened, and what is recorded for later, by a clock that is fast, has not happened yet."""
 
     reason: Reason
     unless_started_after: datetime | None = None
+    now: datetime | None = None
 
     def of(self, started: datetime | None) -> Reason:
         """The reason for an attachment whose machine was last started at `started`; None where nobody knows."""
-        if self.unless_started_after is None or started is None or started <= self.unless_started_after:
+        if self.unless_started_after is None or self.now is None or started is None:
             return self.reason
-        return Reason.ALLOWED_EXEMPT
+        return Reason.ALLOWED_EXEMPT if self.unless_started_after < started <= self.now else self.reason
 
 
 def decide(
@@ -118,7 +120,7 @@ def _exempt(preset: Preset, exemption: Exemption | None, now: datetime) -> Rulin
     if exemption.until is not None and now >= exemption.until:
         return Ruling(Reason.DENIED_NOT_EXEMPT)
     if preset.restart:
-        return Ruling(Reason.DENIED_RESTART_REQUIRED, unless_started_after=exemption.decided)
+        return Ruling(Reason.DENIED_RESTART_REQUIRED, unless_started_after=exemption.decided, now=now)
     return Ruling(Reason.ALLOWED_EXEMPT)
 
 

@@ -60,17 +60,23 @@ _decoder: Final = msgspec.msgpack.Decoder(
 
 class Outcomes(msgspec.Struct, frozen=True, gc=False):
     """How an account's attachments with one workload come out: the codes of their entries, for those whose machine
-    was started after `since` (microseconds since 1970; 0: for none of them) and for the others."""
+    was started after `since` (0: for none of them) and not after `now`, and for the others. Both are microseconds
+    since 1970."""
 
     number: int
     others: int
     since: int
+    now: int
     started_since: int
 
     def row(self, place: bytes, started: int) -> bytes:
         """The row of the entry at a place, for a machine that was last started then (0: unknown)."""
-        code = self.started_since if 0 < self.since < started else self.others
+        code = self.started_since if 0 < self.since < started <= self.now else self.others
         return place + layout.OUTCOME.pack(self.number, started << layout.CODE_BITS | code)
+
+    def later(self, started: int) -> bool:
+        """Whether a machine that was started then, by its record, comes out otherwise once that time has come."""
+        return self.since > 0 and started > self.now
 
 
 # Of virtual machines, and of platform services: `paas` is the place.
@@ -86,9 +92,12 @@ def _outcomes(number: int, account: Account, workload: Workload, rule: Rule) -> 
     subscription, paas = account.subscription, workload is Workload.PAAS
     ruling = rule(subscription, account.exemption, workload)
     observed = subscription is not None and subscription.mode is Mode.OBSERVE
-    return Outcomes(
-        number,
-        layout.code_of(ruling.reason, observed=observed, paas=paas),
-        layout.microseconds(ruling.unless_started_after),
-        layout.code_of(Reason.ALLOWED_EXEMPT, observed=observed, paas=paas),
-    )
+    has_limit = account.exemption is not None and account.exemption.limit is not None
+
+    def code(reason: Reason) -> int:
+        limited = has_limit and reason is Reason.ALLOWED_EXEMPT
+        return layout.code_of(reason, observed=observed, paas=paas, limited=limited)
+
+    since = layout.microseconds(ruling.unless_started_after)
+    now = layout.microseconds(ruling.now)
+    return Outcomes(number, code(ruling.reason), since, now, code(Reason.ALLOWED_EXEMPT))

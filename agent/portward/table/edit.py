@@ -15,7 +15,7 @@ import msgspec
 
 from portward.model import Attachment, Exemption, ExemptionState, Network, Reason, Record, Subscription, Workload
 from portward.table import layout
-from portward.table.account import Account, ByWorkload, Rule, by_workload
+from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload
 from portward.table.database import Part, TableError, Transaction
 from portward.table.load import Loadable, load
 from portward.table.rows import Rows
@@ -48,6 +48,8 @@ class Edit:
         self._outcomes: dict[int, ByWorkload] = {}
         self._lengths: dict[bytes, dict[int, int]] = {}
         self._dirty: set[int] = set()
+        # Subscriptions whose limit has changed: what the kernel has of it is old, though no verdict is.
+        self._relimited: set[int] = set()
 
     def apply(self, put: Iterable[Record], removed: Iterable[Record]) -> None:
         """Takes records in and out. Subscriptions and exemptions first, so that each attachment among the
@@ -183,13 +185,15 @@ class Edit:
     def _put_exemption(self, exemption: Exemption, *, keep: bool) -> None:
         number = self._subscription(exemption.subscription)
         before = self._account(number).exemption
+        if (None if before is None else before.limit) != exemption.limit:
+            self._relimited.add(number)
         for old, present in ((before, False), (exemption, keep)):
             if old is not None and old.state is ExemptionState.GRANTED and old.until is not None:
                 self._list_expiry(old.until, number, present=present)
         self._account_changes(exemption.subscription, exemption=exemption if keep else None)
 
     def _list_expiry(self, until: datetime, number: int, *, present: bool) -> None:
-        row = layout.expiry(until, number)
+        row = layout.due(layout.microseconds(until), number)
         if present:
             self._expiries.put(row)
         else:
@@ -208,7 +212,7 @@ class Edit:
                 self._dirty.add(before.subscription)
             holdings.put(layout.number(number) + place)
         outcome = self._outcome(number)[attachment.workload is Workload.PAAS]
-        self._write_entry(place, before, outcome.row(place, layout.microseconds(attachment.started)))
+        self._write_entry(place, before, outcome, layout.microseconds(attachment.started))
 
     def _remove_attachment(self, attachment: Attachment) -> None:
         place = layout.place(self._segments.number(attachment.segment), attachment.address)
@@ -234,18 +238,22 @@ class Edit:
     def _settle_entry(self, place: bytes) -> None:
         before = self._entry(place)
         if before is not None:
-            outcome = self._outcome(before.subscription)[before.paas]
-            self._write_entry(place, before, outcome.row(place, before.started))
+            self._write_entry(place, before, self._outcome(before.subscription)[before.paas], before.started)
 
-    def _write_entry(self, place: bytes, before: layout.Entry | None, row: bytes) -> None:
+    def _write_entry(self, place: bytes, before: layout.Entry | None, outcome: Outcomes, started: int) -> None:
+        if outcome.later(started):
+            self._expiries.put(layout.due(started, outcome.number))
+        row = outcome.row(place, started)
         entry = layout.Entry.of(row)
         if entry == before:
+            if entry.subscription in self._relimited:
+                self._note(place)
             return
         rows = self._entries[layout.address_bytes(place)]
         if before is not None:
             rows.remove(before.row(place))
         rows.put(row)
-        if before is None or _meaning(before) != _meaning(entry):
+        if before is None or _meaning(before) != _meaning(entry) or entry.subscription in self._relimited:
             self._note(place)
 
     def _outcome(self, number: int) -> ByWorkload:
@@ -281,7 +289,7 @@ def _passes(entry: layout.Entry) -> bool:
     return entry.reason.allows or entry.observed
 
 
-def _meaning(entry: layout.Entry) -> tuple[bool, bool, bool, int]:
+def _meaning(entry: layout.Entry) -> tuple[bool, bool, bool, bool, int]:
     """What of an entry a remembered verdict depends on: two entries alike in it need no forgetting."""
     unknown = entry.reason is Reason.DENIED_UNKNOWN_SOURCE
-    return entry.reason.allows, unknown, entry.observed, entry.subscription
+    return entry.reason.allows, unknown, entry.observed, entry.limited, entry.subscription

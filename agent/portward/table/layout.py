@@ -18,12 +18,12 @@ Parts of rows (`table/rows.py`) are sorted lists of rows of one size; what comes
 | entries4, entries6 | 20, 32 | place, subscription number, outcome: `Entry` |
 | holdings4, holdings6 | 12, 24 | subscription number, place of an entry of its own |
 | ids | 20 | UUID of the subscription, its number |
-| expiries | 12 | microseconds since 1970, number of a subscription whose grant ends then |
+| expiries | 12 | microseconds since 1970, number of a subscription that is to be decided again then |
 
 A *place* is segment number (3 bytes), prefix length (1) and network address (4 or 16). An *outcome* is one number
 of 8 bytes: the last start in microseconds since 1970 (0: unknown), and in its last six bits the workload, whether
-the subscription is only observed, and the reason. Numbers are big-endian, so that they sort; addresses are in
-network byte order.
+the subscription is only observed, and the reason, or in its place that the exemption carries a limit. Numbers are
+big-endian, so that they sort; addresses are in network byte order.
 
 A change of this layout raises `FORMAT`, which stands in the name of each part: a table of another format is not
 looked at, and goes when the table was built anew.
@@ -55,9 +55,12 @@ _REASON_NUMBER: Final = {reason: number for number, reason in enumerate(REASONS)
 # An outcome's bits: four for the reason, two flags, and 58 for a time, which reach beyond the year 9999.
 _REASON, _OBSERVED, _PAAS, CODE_BITS = 15, 16, 32, 6
 _CODE: Final = (1 << CODE_BITS) - 1
-# What a worker needs of an entry, by its code: the reason, and whether it is only observed.
+# In the place of a reason's number: exempt, within a limit of new connections.
+_LIMITED: Final = 15
+_BY_NUMBER: Final = dict(enumerate(REASONS)) | {_LIMITED: Reason.ALLOWED_EXEMPT}
+# What a worker needs of an entry, by its code: the reason, whether it is only observed, whether it has a limit.
 _FINDINGS: Final = tuple(
-    (REASONS[code & _REASON] if code & _REASON < len(REASONS) else None, bool(code & _OBSERVED))
+    (_BY_NUMBER.get(code & _REASON), bool(code & _OBSERVED), code & _REASON == _LIMITED)
     for code in range(_CODE + 1)
 )
 
@@ -117,17 +120,19 @@ class Link(NamedTuple):
 
 class Entry(NamedTuple):
     """What is held of one attachment. `observed` where its subscription is only observed; `subscription` is
-    the table's own number; `started` in microseconds since 1970, 0 where unknown."""
+    the table's own number; `started` in microseconds since 1970, 0 where unknown; `limited` where the exemption by
+    which it may send carries a limit."""
 
     reason: Reason
     observed: bool
     paas: bool
     subscription: int
     started: int
+    limited: bool = False
 
     def row(self, place: bytes) -> bytes:
         """The row of the entry for a place."""
-        code = code_of(self.reason, observed=self.observed, paas=self.paas)
+        code = code_of(self.reason, observed=self.observed, paas=self.paas, limited=self.limited)
         return place + OUTCOME.pack(self.subscription, self.started << CODE_BITS | code)
 
     @classmethod
@@ -136,25 +141,27 @@ class Entry(NamedTuple):
         subscription, outcome = OUTCOME.unpack_from(row, len(row) - OUTCOME.size)
         code = outcome & _CODE
         return cls(
-            REASONS[code & _REASON],
+            _BY_NUMBER[code & _REASON],
             bool(code & _OBSERVED),
             bool(code & _PAAS),
             subscription,
             outcome >> CODE_BITS,
+            code & _REASON == _LIMITED,
         )
 
 
-def code_of(reason: Reason, *, observed: bool, paas: bool) -> int:
-    """The last bits of an outcome."""
-    return _REASON_NUMBER[reason] | (_OBSERVED if observed else 0) | (_PAAS if paas else 0)
+def code_of(reason: Reason, *, observed: bool, paas: bool, limited: bool = False) -> int:
+    """The last bits of an outcome; `limited` is for those that an exemption lets through."""
+    number = _LIMITED if limited else _REASON_NUMBER[reason]
+    return number | (_OBSERVED if observed else 0) | (_PAAS if paas else 0)
 
 
-def finding(row: bytes) -> tuple[Reason, bool]:
-    """Reason and observation of an entry's row, as quickly as a worker wants them; raises ValueError."""
-    reason, observed = _FINDINGS[row[-1] & _CODE]
+def finding(row: bytes) -> tuple[Reason, bool, bool]:
+    """Reason, observation and limit of an entry's row, as quickly as a worker wants them; raises ValueError."""
+    reason, observed, limited = _FINDINGS[row[-1] & _CODE]
     if reason is None:
         raise ValueError(f"an entry of the policy table is damaged: {row.hex()}")
-    return reason, observed
+    return reason, observed, limited
 
 
 def place_of(row: bytes) -> bytes:
@@ -178,9 +185,9 @@ def number(value: int) -> bytes:
     return value.to_bytes(4, "big")
 
 
-def expiry(until: datetime, subscription: int) -> bytes:
-    """The row of a grant's end."""
-    return microseconds(until).to_bytes(8, "big") + number(subscription)
+def due(at: int, subscription: int) -> bytes:
+    """The row of a time (microseconds) at which a subscription comes out otherwise: a grant ends, say."""
+    return at.to_bytes(8, "big") + number(subscription)
 
 
 def family_key(segment: int, address_bytes: int) -> bytes:

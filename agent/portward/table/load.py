@@ -98,7 +98,9 @@ class _Accounts:
         self._ids.append(account.id.bytes + key)
         grant = account.exemption
         if grant is not None and grant.state is ExemptionState.GRANTED and grant.until is not None:
-            Rows(self._transaction, self._parts[b"expiries"]).put(layout.expiry(grant.until, number))
+            Rows(self._transaction, self._parts[b"expiries"]).put(
+                layout.due(layout.microseconds(grant.until), number)
+            )
         found = self.known[str(account.id)] = by_workload(number, account, self._rule)
         return found
 
@@ -117,7 +119,10 @@ class _Attachments:
         prefix = self._prefixes.get(start)
         if prefix is None:
             prefix = self._prefixes[start] = layout.prefix_of(self._segments.number(start[0]), start[1])
-        self._rows[len(address)].append(outcomes[attachment.paas].row(prefix + address, attachment.started))
+        outcome, started = outcomes[attachment.paas], attachment.started
+        self._rows[len(address)].append(outcome.row(prefix + address, started))
+        if outcome.later(started):
+            Rows(self._transaction, self._parts[b"expiries"]).put(layout.due(started, outcome.number))
 
     def write(self) -> None:
         """Writes all that were put."""

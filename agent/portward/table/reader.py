@@ -32,13 +32,14 @@ class Finding(NamedTuple):
     """What the table says of a source, and the generation under which it says so.
 
     `observed` where gateway, segment or subscription are only observed; `reject` where a refusal is answered
-    with a TCP reset.
+    with a TCP reset; `limited` where the exemption carries a limit of new connections.
     """
 
     reason: Reason
     observed: bool
     reject: bool
     generation: int
+    limited: bool = False
 
 
 class Holding(NamedTuple):
@@ -59,7 +60,7 @@ class Reader:
         self._head: layout.Head | None = None
         self._links: dict[int, layout.Link | None] = {}
         self._steps: dict[tuple[int, int], tuple[tuple[bytes, int], ...]] = {}
-        self._findings: dict[tuple[bool, tuple[Reason, bool] | None], Finding] = {}
+        self._findings: dict[tuple[bool, tuple[Reason, bool, bool] | None], Finding] = {}
         self._viewed: Transaction | None = None
 
     @classmethod
@@ -182,12 +183,13 @@ class Reader:
         kind = (link.observed, None if found is None else layout.finding(found))
         finding = self._findings.get(kind)
         if finding is None:
-            reason, observed = kind[1] or (Reason.DENIED_UNKNOWN_SOURCE, False)
+            reason, observed, limited = kind[1] or (Reason.DENIED_UNKNOWN_SOURCE, False, False)
             finding = self._findings[kind] = Finding(
                 reason,
                 observed or head.observe or link.observed,
                 head.reject and found is not None,
                 head.generation,
+                limited,
             )
         return finding
 

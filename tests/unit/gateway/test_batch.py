@@ -72,7 +72,10 @@ class Bench:
         opened = self.writer.reader()
         self.reader = Watched(opened._environment, opened._parts)
         self.tally = Tally(Tally.create())
-        self.careful = Judge(self.reader.lookup, self.reader.head, self.tally, Answers())  # type: ignore[arg-type] # see there
+        answers: Any = Answers()  # only `answer` is used
+        self.asked: list[tuple[int, bytes]] = []
+        ask = lambda index, address: self.asked.append((index, address))  # noqa: E731 # short
+        self.careful = Judge(self.reader.lookup, self.reader.head, self.tally, answers, ask)
         self.judge = BatchJudge(0, self.reader, self.careful, self.tally)
 
     def answer(self, *datagrams: bytes) -> list[tuple[int, int, int]]:

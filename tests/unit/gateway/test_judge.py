@@ -102,7 +102,7 @@ def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | No
     """A judge over a look-up."""
     tally = Tally(Tally.create())
     resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
-    return Judge(lookup, lambda: None, tally, resetter), tally
+    return Judge(lookup, lambda: None, tally, resetter, lambda index, address: None), tally
 
 
 def batched(

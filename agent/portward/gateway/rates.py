@@ -1,0 +1,158 @@
+"""The limits of exempt subscriptions in the kernel: so many new connections a minute, for all sources together.
+
+A limit is a named object of the ruleset, the token bucket of one subscription; a map says which sources draw on
+it. Packets cannot learn that by themselves, as they learn verdicts: the map's values are not theirs to write. So
+the worker drops the first packet of a source with a limit and asks the daemon, which looks it up in the table as
+it is then, on the thread on which no change of policy can come between, and writes source and limit. Until the
+sender has tried again, a second later, its source is known.
+
+Elements have no lifetime and nobody else writes them: what is in the kernel is what is held here. They are taken
+away where a change of policy forgets the source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple
+
+from portward.gateway.learned import Source
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.gateway.ruleset import FAMILY_TABLE, RATES, TABLE
+from portward.model import RateLimit
+
+# Sources of one subscription; with another one, the oldest goes. So nobody with a large prefix fills the map.
+_SOURCES: Final = 1_024
+_NAME: Final = re.compile(r"s(\d+)-(\d+)-(\d+)")
+
+
+class Bucket(NamedTuple):
+    """A limit as the kernel holds it: of a subscription (the table's number), new connections a minute and at
+    once."""
+
+    subscription: int
+    per_minute: int
+    burst: int
+
+    @classmethod
+    def of(cls, subscription: int, limit: RateLimit) -> Bucket:
+        """The bucket of a subscription with this limit."""
+        return cls(subscription, limit.per_minute, limit.burst)
+
+    @classmethod
+    def named(cls, name: str) -> Bucket | None:
+        """The bucket with this name; None where it is none of ours."""
+        found = _NAME.fullmatch(name)
+        return cls(*map(int, found.groups())) if found else None
+
+    def __str__(self) -> str:
+        return f"s{self.subscription}-{self.per_minute}-{self.burst}"
+
+
+class Rates:
+    """The limits and their sources in the table of this network namespace."""
+
+    def __init__(self, nft: Nft, netlink: NfNetlink) -> None:
+        self._nft, self._netlink = nft, netlink
+        # In the order in which they were added.
+        self._sources: dict[Bucket, dict[Source, None]] = {}
+        self._bucket: dict[Source, Bucket] = {}
+
+    def read(self) -> None:
+        """Holds from now on what the kernel has: an earlier run left it there, or somebody has changed it. Raises
+        OSError where the table is not loaded."""
+        self._sources.clear()
+        self._bucket.clear()
+        for name in self._netlink.limits(TABLE):
+            if (bucket := Bucket.named(name)) is not None:
+                self._sources[bucket] = {}
+        for family in "46":
+            for element in self._netlink.elements(TABLE, RATES + family):
+                if (bucket := Bucket.named(element.object)) is not None:
+                    self._hold(Source.of(element.key), bucket)
+
+    def bucket(self, source: Source) -> Bucket | None:
+        """The limit that a source draws on."""
+        return self._bucket.get(source)
+
+    def add(self, wanted: dict[Source, Bucket]) -> None:
+        """Lets these sources draw on these limits; raises KernelError, and then nothing has changed.
+        Idempotent."""
+        new = {source: bucket for source, bucket in wanted.items() if self._bucket.get(source) != bucket}
+        if not new:
+            return
+        crowded = self._crowded(new)
+        gone = [source for source in (*new, *crowded) if source in self._bucket]
+        lines = [f"add limit {FAMILY_TABLE} {bucket} {{ {_words(bucket)} }}" for bucket in self._unknown(new)]
+        lines += _deletions(gone)
+        for family in "46":
+            pairs = [f'{source} : "{bucket}"' for source, bucket in new.items() if source.family == family]
+            if pairs:
+                lines.append(f"add element {FAMILY_TABLE} {RATES}{family} {{ {', '.join(pairs)} }}")
+        self._nft.elements("\n".join(lines))
+        for source in gone:
+            self._let_go(source)
+        for source, bucket in new.items():
+            self._hold(source, bucket)
+
+    def forgetting(self, sources: Iterable[Source]) -> list[str]:
+        """The commands that take those of these sources away that are held; `forgotten` is to follow them."""
+        return _deletions([source for source in sources if source in self._bucket])
+
+    def forgotten(self, sources: Iterable[Source]) -> None:
+        """These sources were taken away."""
+        for source in sources:
+            if source in self._bucket:
+                self._let_go(source)
+
+    def all_forgotten(self) -> None:
+        """All sources were taken away; the limits are there still, with what was used of them."""
+        self._bucket.clear()
+        for sources in self._sources.values():
+            sources.clear()
+
+    def sources(self) -> Iterable[Source]:
+        """All that draw on some limit."""
+        return self._bucket.keys()
+
+    def collect(self, in_force: Callable[[Bucket], bool]) -> None:
+        """Takes away limits on which no source draws and that are not in force any more; raises KernelError.
+        Others stay: a new one would begin full."""
+        idle = [bucket for bucket, sources in self._sources.items() if not sources and not in_force(bucket)]
+        if idle:
+            self._nft.elements("\n".join(f"delete limit {FAMILY_TABLE} {bucket}" for bucket in idle))
+        for bucket in idle:
+            del self._sources[bucket]
+
+    def _unknown(self, new: dict[Source, Bucket]) -> list[Bucket]:
+        return [bucket for bucket in dict.fromkeys(new.values()) if bucket not in self._sources]
+
+    def _crowded(self, new: dict[Source, Bucket]) -> list[Source]:
+        """The oldest sources of limits that would have too many."""
+        crowded: list[Source] = []
+        for bucket in set(new.values()):
+            held = [source for source in self._sources.get(bucket, ()) if source not in new]
+            more = sum(wanted == bucket for wanted in new.values())
+            crowded += held[: max(0, len(held) + more - _SOURCES)]
+        return crowded
+
+    def _hold(self, source: Source, bucket: Bucket) -> None:
+        self._bucket[source] = bucket
+        self._sources.setdefault(bucket, {})[source] = None
+
+    def _let_go(self, source: Source) -> None:
+        del self._sources[self._bucket.pop(source)][source]
+
+
+def _words(bucket: Bucket) -> str:
+    return f"rate {bucket.per_minute}/minute burst {bucket.burst} packets"
+
+
+def _deletions(sources: list[Source]) -> list[str]:
+    lines = []
+    for family in "46":
+        keys = ", ".join(str(source) for source in sources if source.family == family)
+        if keys:
+            lines.append(f"delete element {FAMILY_TABLE} {RATES}{family} {{ {keys} }}")
+    return lines
