@@ -159,8 +159,8 @@ class Learned:
 
     def forget_everything(self, generation: int) -> None:
         """Step two where everything may have changed."""
-        names = (*COUNTED_SETS.values(), RATES)
-        flushes = [f"flush set {FAMILY_TABLE} {name}{family}" for name in names for family in "46"]
+        flushes = [f"flush set {FAMILY_TABLE} {name}{family}" for name in COUNTED_SETS.values() for family in "46"]
+        flushes += [f"flush map {FAMILY_TABLE} {RATES}{family}" for family in "46"]
         self._nft.elements("\n".join(flushes + _synced(generation)))
 
     def within(self, index: int, networks: Iterable[Network]) -> set[Source]:

@@ -114,13 +114,14 @@ def replacement(want: Wanted, have_sets: Iterable[str], *, same_definitions: boo
     differs.
     """
     have = set(have_sets)
-    filled = (*LEARNED_SETS.values(), *RATED_SETS.values(), RATES)
-    learned = {f"{name}{family}" for name in filled for family in "46"}
+    learned = {f"{name}{family}" for name in COUNTED_SETS.values() for family in "46"}
+    rates = {f"{RATES}{family}" for family in "46"}
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
     lines += [f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced") if name in have]
     if not same_definitions:
         lines += [f"delete set {FAMILY_TABLE} {name}" for name in sorted(learned & have)]
+        lines += [f"delete map {FAMILY_TABLE} {name}" for name in sorted(rates & have)]
     return "\n".join(lines) + "\n" + want.text
 
 
