@@ -87,6 +87,14 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     subscriptions: bool = True
 
 
+class Exemptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[exemptions]`: a command, with its arguments, that is asked about each request for review before a person
+    is, and the seconds that it may take. Empty: none is asked."""
+
+    check: tuple[str, ...] = ()
+    check_seconds: Annotated[float, Meta(gt=0, le=600)] = 10.0
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole configuration. `segments` and `uplinks` are interface names, `*` allowed at their end."""
 
@@ -101,6 +109,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     queue: Queue = Queue()
     verdicts: Verdicts = Verdicts()
     metrics: Metrics = Metrics()
+    exemptions: Exemptions = Exemptions()
 
     def segment(self, interface: str) -> bool:
         """Whether an interface is a segment."""
@@ -155,6 +164,8 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
             yield f"{pattern!r} is none of the segments", ("verdicts", "observe", place)
     if config.metrics.address and config.metrics_address() is None:
         yield f"{config.metrics.address!r} is no HOST:PORT like 127.0.0.1:9125", ("metrics", "address")
+    if config.exemptions.check and not config.exemptions.check[0]:
+        yield "names no program: its path comes first, then its arguments", ("exemptions", "check", 0)
     if config.queue.first + config.queue.workers > _QUEUES:
         yield f"the last queue must not be beyond {_QUEUES - 1}", ("queue", "workers")
 

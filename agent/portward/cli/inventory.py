@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -15,6 +13,7 @@ import msgspec
 import typer
 
 from portward import config as configuration
+from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.errors import InputError, PortwardError
 from portward.policy import preset as presets
@@ -57,7 +56,7 @@ def apply(
             "the agents hold.",
         ),
     ] = False,
-    actor: Annotated[str | None, typer.Option("--as", metavar="NAME", help="Who changes it, for the log.")] = None,
+    actor: ActorOption = None,
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
@@ -69,7 +68,7 @@ def apply(
     Example: portward apply --dry-run inventory.yaml
     """
     settings = configuration.load(config)
-    who = _actor(actor)
+    who = acting(actor)
     if not files:
         if not confirm or dry_run or prune:
             raise InputError("missing: name an inventory, or - for standard input", field="FILE")
@@ -187,23 +186,6 @@ def _lines(plan: _Plan, revision: int, *, dry_run: bool) -> Iterator[str]:
         if total > _LINES:
             yield f"… and {total - _LINES} more"
         yield f"would change revision {revision}: {summary}"
-
-
-def _actor(named: str | None) -> str:
-    """Who the log is to name; raises InputError for what would spoil its lines."""
-    if named is None:
-        return _login()
-    if not named.strip() or not named.isprintable():
-        raise InputError(f"{named!r} is no name: at least one character, all of them printable", field="--as")
-    return named
-
-
-def _login() -> str:
-    """Who is at the keyboard, also behind sudo."""
-    try:
-        return os.environ.get("SUDO_USER") or getpass.getuser()
-    except (KeyError, OSError):
-        return f"uid {os.getuid()}"
 
 
 @contextlib.contextmanager

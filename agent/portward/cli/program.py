@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from portward import __version__
-from portward.cli import explain, inventory, lab, policy, rules, run, status
+from portward.cli import attachment, exemption, explain, inventory, lab, policy, rules, run, status
 
 app = typer.Typer(
     name="portward",
@@ -22,6 +22,8 @@ app.command("export")(inventory.export)
 app.command("explain")(explain.explain)
 app.command("status")(status.status)
 app.command("top")(status.top)
+app.add_typer(exemption.app, name="exemption")
+app.add_typer(attachment.app, name="attachment")
 app.add_typer(rules.app, name="rules")
 app.add_typer(policy.app, name="policy")
 app.add_typer(lab.app, name="lab")

@@ -94,6 +94,9 @@ class Store(Protocol):
     def revision(self) -> int:
         """The newest revision; 0 for a store that never held anything."""
 
+    def written(self) -> datetime | None:
+        """When the newest revision was written, by its writer's clock; None where nothing ever was."""
+
     def get(self, key: str) -> str | None:
         """The record under a key."""
 
@@ -101,6 +104,12 @@ class Store(Protocol):
         """A revision, and all records (key, JSON) as they stood at it, attachments last: whoever decides
         them needs the others first. Nothing else may be asked of the store before the iterator has come to its
         end."""
+
+    def under(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """The records (key, JSON) whose keys begin with `prefix`, in their order."""
+
+    def history(self, key: str) -> Iterator[Change]:
+        """All changes of one record, in order."""
 
     def changes(self, since: int) -> Iterator[Change]:
         """What changed after revision `since`, in order, whole revisions only."""

@@ -96,6 +96,12 @@ class SqliteStore:
             self._expect_same_file()
             return self._newest()
 
+    def written(self) -> datetime | None:
+        """See `Store`."""
+        with self._errors():
+            row = self._connection.execute("SELECT at FROM revision ORDER BY number DESC LIMIT 1").fetchone()
+        return None if row is None else _instant(row[0])
+
     def get(self, key: str) -> str | None:
         """See `Store`."""
         with self._errors():
@@ -112,13 +118,30 @@ class SqliteStore:
         self._readings += 1
         return revision, self._records(self._readings)
 
-    def changes(self, since: int) -> Iterator[Change]:
-        """See `Store`. One statement, so one state of the database."""
+    def under(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """See `Store`."""
         with self._errors():
             rows = self._connection.execute(
-                "SELECT revision, at, actor, key, before, after FROM change JOIN revision ON number = revision "
-                "WHERE revision > ? ORDER BY revision, key",
-                (since,),
+                "SELECT key, body FROM record WHERE key >= ? AND key < ? ORDER BY key",
+                (prefix, f"{prefix}\U0010ffff"),
+            )
+            for key, body in rows:
+                yield _text(key), _text(body)
+
+    def history(self, key: str) -> Iterator[Change]:
+        """See `Store`. Reads through the whole log."""
+        return self._changes("WHERE key = ?", key)
+
+    def changes(self, since: int) -> Iterator[Change]:
+        """See `Store`. One statement, so one state of the database."""
+        return self._changes("WHERE revision > ?", since)
+
+    def _changes(self, where: str, value: int | str) -> Iterator[Change]:
+        with self._errors():
+            rows = self._connection.execute(  # `where` is one of two constants
+                "SELECT revision, at, actor, key, before, after FROM change JOIN revision ON number = revision "  # noqa: S608
+                f"{where} ORDER BY revision, key",
+                (value,),
             )
             for revision, at, actor, key, before, after in rows:
                 bodies = (None if body is None else _text(body) for body in (before, after))

@@ -1,0 +1,77 @@
+"""`portward attachment …`: the machines behind addresses."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from typing import Annotated
+
+import msgspec
+import typer
+
+from portward import config as configuration
+from portward.casework import Casework
+from portward.cli.actor import ActorOption, acting
+from portward.cli.exemption import ClockOption
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.times import instant
+from portward.documents import enc_hook, network_text
+from portward.errors import InputError
+from portward.model import ExemptionState
+from portward.policy import preset as presets
+from portward.store import open_store
+
+app = typer.Typer(help="The machines behind addresses.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `started` a verb of its own: typer would merge a group of one."""
+
+
+@app.command()
+def started(
+    segment: Annotated[str, typer.Argument(help="The segment: an interface name such as vni1002.")],
+    address: Annotated[str, typer.Argument(help="The machine's address, IPv4 or IPv6.")],
+    at: Annotated[
+        str | None, typer.Option("--at", metavar="TIME", help="When it was started; without it, now.")
+    ] = None,
+    actor: ActorOption = None,
+    trust_clock: ClockOption = False,
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Record that a machine was started: a grant counts for it from the first start after the grant on.
+
+    Example: portward attachment started vni1002 10.0.0.4 --at 2026-01-10T08:00:00Z
+    """
+    try:
+        source = ip_address(address)
+    except ValueError:
+        raise InputError(f"{address!r} is no IPv4 or IPv6 address", field="ADDRESS") from None
+    settings = configuration.load(config)
+    with closing(open_store(settings.store)) as store:
+        desk = Casework(
+            store,
+            presets.load(settings.preset),
+            settings,
+            actor=acting(actor),
+            clock=lambda: datetime.now(UTC),
+            trust_clock=trust_clock,
+        )
+        found = desk.started(segment, source, instant(at, "--at"))
+    if json:
+        told = {"revision": found.written.revision, "attachment": found.attachment}
+        typer.echo(msgspec.json.encode(told, enc_hook=enc_hook).decode())
+        return
+    place = network_text(found.attachment.address)
+    typer.echo(
+        f"{segment} {place}: started {found.attachment.started:%Y-%m-%d %H:%M:%SZ}, "
+        f"as revision {found.written.revision}"
+    )
+    exemption = found.exemption
+    if exemption is not None and exemption.state is ExemptionState.GRANTED and exemption.decided is not None:
+        counts = found.attachment.started is not None and found.attachment.started > exemption.decided
+        word = "counts for it now" if counts else "does NOT count for it: it was granted later than that"
+        typer.echo(f"  the exemption granted {exemption.decided:%Y-%m-%d %H:%M:%SZ} {word}")

@@ -1,0 +1,439 @@
+"""`portward exemption …`: the life of an exemption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeAlias
+from uuid import UUID
+
+import msgspec
+import typer
+
+from portward import config as configuration
+from portward import exemptions
+from portward.casework import Casework, Done, Row
+from portward.cli.actor import ActorOption, acting
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.times import instant
+from portward.config import Config
+from portward.documents import enc_hook, read_text
+from portward.enforced import Enforced
+from portward.errors import InputError, PortwardError, printable
+from portward.exemptions import Application, Finding, State
+from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck, RateLimit
+from portward.policy import preset as presets
+from portward.policy.preset import Preset
+from portward.store import open_store
+from portward.store.protocol import readable
+
+app = typer.Typer(
+    help="Exemptions: asked for, granted or rejected, revoked.", no_args_is_help=True, rich_markup_mode=None
+)
+
+_WAIT_SECONDS: Final = 10.0
+# A list of a million ids, in bytes, with comments.
+_LARGEST_LIST: Final = 64 * 1024 * 1024
+_BURST: Final = RateLimit(per_minute=1).burst
+
+IdArgument: TypeAlias = Annotated[
+    str, typer.Argument(metavar="SUBSCRIPTION", help="The subscription's id; it has one exemption.")
+]
+ReasonOption: TypeAlias = Annotated[str, typer.Option("--reason", help="Why, for the log and the customer.")]
+UntilOption: TypeAlias = Annotated[
+    str | None, typer.Option("--until", metavar="TIME", help="When it ends; without it, never.")
+]
+WaitOption: TypeAlias = Annotated[
+    bool,
+    typer.Option("--wait", help="Return once the kernel of this gateway enforces it, and say how long it took."),
+]
+ClockOption: TypeAlias = Annotated[
+    bool, typer.Option("--trust-clock", help="Also where the store's newest change lies after this host's time.")
+]
+
+
+@app.command()
+def request(
+    id_: IdArgument,
+    justification: Annotated[str, typer.Option(help="Why mail cannot go through a relay.")] = "",
+    mail_software: Annotated[str, typer.Option(help="What sends the mail.")] = "",
+    volume: Annotated[int | None, typer.Option(min=1, help="Messages a day.")] = None,
+    reverse_dns: Annotated[str, typer.Option(metavar="NAME", help="The name that the address points to.")] = "",
+    authentication: Annotated[
+        list[Authentication] | None, typer.Option(help="In place for the sender's domain; more than once.")
+    ] = None,
+    terms: Annotated[bool, typer.Option("--terms", help="The terms of use are accepted.")] = False,
+    until: UntilOption = None,
+    actor: ActorOption = None,
+    trust_clock: ClockOption = False,
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Ask for an exemption. Where the offer says so it is decided at once; exit code 1 where it is rejected.
+
+    Example: portward exemption request 11111111-0000-4000-8000-000000000002 --justification "own mail servers"
+    """
+    details = Details(
+        mail_software=mail_software,
+        volume=volume,
+        reverse_dns=reverse_dns,
+        authentication=tuple(dict.fromkeys(authentication or ())),
+        terms_accepted=terms,
+    )
+    asked = Application(justification, None if details == Details() else details, instant(until, "--until"))
+    for field, text in (("--mail-software", mail_software), ("--reverse-dns", reverse_dns)):
+        if not text.isprintable():
+            raise InputError(f"{text!r} holds what cannot be printed", field=field)
+    with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
+        done = desk.request(_id(id_), asked)
+    _tell_done(done, preset, json=json)
+    if done.exemption.state is ExemptionState.REJECTED:
+        raise typer.Exit(1)
+
+
+@app.command()
+def grant(
+    id_: IdArgument,
+    fraud_check: Annotated[
+        str | None,
+        typer.Option(
+            "--fraud-check", metavar="TEXT", help="How an anti-fraud check was passed, where none is on record."
+        ),
+    ] = None,
+    rate: Annotated[
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="New connections a minute, for the whole subscription."),
+    ] = None,
+    burst: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help=f"How many of them at once, else {_BURST}.")
+    ] = None,
+    until: UntilOption = None,
+    actor: ActorOption = None,
+    trust_clock: ClockOption = False,
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Say yes to a request that waits for a decision.
+
+    Example: portward exemption grant 11111111-0000-4000-8000-000000000003 --fraud-check "called back" --rate 60
+    """
+    if burst is not None and rate is None:
+        raise InputError("a burst needs a rate: --rate says it", field="--burst")
+    limit = None if rate is None else RateLimit(per_minute=rate, burst=burst or _BURST)
+    check = None
+    if fraud_check is not None:
+        if not fraud_check.strip():
+            raise InputError("says nothing: how was it checked, and by whom?", field="--fraud-check")
+        check = Finding(FraudCheck.PASS, printable(fraud_check))
+    with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
+        done = desk.grant(_id(id_), check=check, until=instant(until, "--until"), limit=limit)
+    _tell_done(done, preset, json=json)
+
+
+@app.command()
+def reject(
+    id_: IdArgument,
+    reason: ReasonOption,
+    actor: ActorOption = None,
+    trust_clock: ClockOption = False,
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Say no to a request that waits for a decision.
+
+    Example: portward exemption reject 11111111-0000-4000-8000-000000000003 --reason "a relay will do"
+    """
+    with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
+        done = desk.reject(_id(id_), reason)
+    _tell_done(done, preset, json=json)
+
+
+@app.command()
+def revoke(
+    reason: ReasonOption,
+    id_: Annotated[
+        str | None, typer.Argument(metavar="[SUBSCRIPTION]", help="The subscription's id; or --file, or --offer.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="Revoke those of a list: an id on each line.")
+    ] = None,
+    offer: Annotated[str | None, typer.Option("--offer", help="Revoke all that are granted to an offer.")] = None,
+    confirm: Annotated[
+        int | None,
+        typer.Option("--confirm", metavar="COUNT", min=0, help="How many --file or --offer are to revoke."),
+    ] = None,
+    wait: WaitOption = False,
+    actor: ActorOption = None,
+    trust_clock: ClockOption = False,
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Take a grant back, at once: also for connections that are open. Many by --file or --offer, which say how
+    many that would be and do it with --confirm COUNT.
+
+    Example: portward exemption revoke 11111111-0000-4000-8000-000000000002 --reason "spam, case 4711" --wait
+    """
+    if [id_, file, offer].count(None) != 2:
+        raise InputError("name one of them: a subscription, --file or --offer", field="SUBSCRIPTION")
+    if id_ is not None and confirm is not None:
+        raise InputError("goes with --file and --offer: one subscription needs no count", field="--confirm")
+    with (
+        _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset),
+        _waiting(settings, wait=wait) as agent,
+    ):
+        began = time.monotonic()
+        if id_ is not None:
+            done = desk.revoke(_id(id_), reason)
+            took = _wait(agent, done.written.revision, began)
+            _tell_done(done, preset, json=json, took=took)
+            return
+        ids = _listed(file) if file is not None else _granted(desk, offer or "")
+        _confirm(len(ids), confirm)
+        began = time.monotonic()
+        revision = desk.revoke_all(ids, reason).revision if ids else 0
+        took = _wait(agent, revision, began)
+    if json:
+        _print({"revoked": len(ids), "revision": revision, "enforced_after_ms": _ms(took)})
+    else:
+        typer.echo(f"revoked {len(ids)} exemptions, as revision {revision}{_enforced(took)}")
+
+
+@app.command("list")
+def list_(
+    state: Annotated[list[State] | None, typer.Option("--state", help="Only these; more than once.")] = None,
+    offer: Annotated[str | None, typer.Option("--offer", help="Only those of an offer.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Only those whose name holds this.")] = None,
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """List exemptions, with what each waits for.
+
+    Example: portward exemption list --state requested
+    """
+    with _desk(config, None) as (desk, _, _):
+        for row in desk.rows(_now()):
+            owner = row.owner
+            if (
+                (state and row.state not in state)
+                or (offer is not None and (owner is None or owner.offer != offer))
+                or (name is not None and (owner is None or name.lower() not in owner.name.lower()))
+            ):
+                continue
+            if json:
+                _print(_machine(row))
+            else:
+                told = exemptions.told(row.state, row.exemption)
+                typer.echo(f"{row.subscription}  {_owner(row):<40}  {told}")
+
+
+@app.command()
+def show(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
+    """Show an exemption: what was asked for, what was decided, what comes next.
+
+    Example: portward exemption show 11111111-0000-4000-8000-000000000002
+    """
+    with _desk(config, None) as (desk, _, preset):
+        row = desk.row(_id(id_), _now())
+    if json:
+        _print(_machine(row))
+        return
+    typer.echo(f"{row.subscription}  {_owner(row)}")
+    for line in _lines(row.exemption):
+        typer.echo(f"  {line}")
+    typer.echo(f"  next      {_next(row.state, row.exemption, preset)}")
+
+
+@app.command()
+def history(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
+    """Print all that has happened to an exemption, the oldest first.
+
+    Example: portward exemption history 11111111-0000-4000-8000-000000000002
+    """
+    with _desk(config, None) as (desk, _, _):
+        changes = desk.history(_id(id_))
+    for change in changes:
+        record = readable(change.key, change.after)
+        state = record.state.value if isinstance(record, Exemption) else "taken out of the store"
+        if json:
+            _print({"revision": change.revision, "at": change.at, "actor": change.actor, "exemption": record})
+            continue
+        typer.echo(f"{change.at:%Y-%m-%d %H:%M:%SZ}  revision {change.revision}  {change.actor}: {state}")
+        if isinstance(record, Exemption):
+            for line in _lines(record)[1:]:
+                typer.echo(f"    {line}")
+
+
+@contextmanager
+def _desk(
+    path: Path, actor: str | None, *, trust_clock: bool = False
+) -> Iterator[tuple[Casework, Config, Preset]]:
+    settings = configuration.load(path)
+    preset = presets.load(settings.preset)
+    with closing(open_store(settings.store)) as store:
+        desk = Casework(store, preset, settings, actor=acting(actor), clock=_now, trust_clock=trust_clock)
+        yield desk, settings, preset
+
+
+@contextmanager
+def _waiting(settings: Config, *, wait: bool) -> Iterator[Enforced | None]:
+    if not wait:
+        yield None
+        return
+    with closing(Enforced(settings)) as agent:
+        yield agent
+
+
+def _wait(agent: Enforced | None, revision: int, began: float) -> float | None:
+    """Waits for a revision where that is wanted; gives the seconds since `began`."""
+    if agent is None:
+        return None
+    agent.wait(revision, _WAIT_SECONDS)
+    return time.monotonic() - began
+
+
+def _id(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise InputError(
+            f"{text!r} is no subscription's id; `portward exemption list --name {text}` may find it",
+            field="SUBSCRIPTION",
+        ) from None
+
+
+def _listed(file: Path) -> list[UUID]:
+    """The ids in a file, an id on each line; a # begins a comment."""
+    found: dict[UUID, None] = {}
+    for number, line in enumerate(read_text(file, _LARGEST_LIST).splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        try:
+            found[UUID(text)] = None
+        except ValueError:
+            raise InputError(f"{text!r} is no subscription's id", file=str(file), line=number) from None
+    return list(found)
+
+
+def _granted(desk: Casework, offer: str) -> list[UUID]:
+    return [
+        row.subscription
+        for row in desk.rows(_now())
+        if row.state is State.GRANTED and row.owner is not None and row.owner.offer == offer
+    ]
+
+
+def _confirm(count: int, confirmed: int | None) -> None:
+    if confirmed == count:
+        return
+    was = "" if confirmed is None else f", and not {confirmed}"
+    raise PortwardError(
+        f"this would revoke {count} exemptions{was}; nothing was written: --confirm {count} does it"
+    )
+
+
+def _tell_done(done: Done, preset: Preset, *, json: bool, took: float | None = None) -> None:
+    exemption = done.exemption
+    state = exemptions.state_of(exemption, done.written.at)
+    if json:
+        _print(
+            {"revision": done.written.revision, "state": state, "exemption": exemption}
+            | ({} if took is None else {"enforced_after_ms": _ms(took)})
+        )
+        return
+    name = f" ({done.subscription.name})" if done.subscription.name else ""
+    typer.echo(
+        f"exemption of {done.subscription.id}{name}: {exemptions.told(state, exemption)}, "
+        f"as revision {done.written.revision}{_enforced(took)}"
+    )
+    if exemption.reason:
+        typer.echo(f"  reason    {exemption.reason}")
+    if exemption.fraud_check is not None:
+        typer.echo(f"  checked   {_checked(exemption)}")
+    if exemption.limit is not None:
+        typer.echo(f"  limit     {exemption.limit}")
+    typer.echo(f"  next      {_next(state, exemption, preset)}")
+
+
+def _lines(exemption: Exemption) -> list[str]:
+    """What is on record, a line for each field that says something."""
+    details = exemption.details or Details()
+    told = [
+        ("state", exemption.state.value),
+        ("requested", _time(exemption.requested)),
+        ("why", exemption.justification),
+        ("software", details.mail_software),
+        ("volume", f"{details.volume} messages a day" if details.volume else ""),
+        ("rdns", details.reverse_dns),
+        ("domain", ", ".join(item.value.upper() for item in details.authentication)),
+        ("terms", "accepted" if details.terms_accepted else ""),
+        ("checked", _checked(exemption)),
+        ("decided", _time(exemption.decided)),
+        ("by", exemption.by),
+        ("reason", exemption.reason),
+        ("until", _time(exemption.until)),
+        ("limit", "" if exemption.limit is None else str(exemption.limit)),
+    ]
+    return [f"{name:<10}{' '.join(text.split())}" for name, text in told if text]
+
+
+def _next(state: State, exemption: Exemption, preset: Preset) -> str:
+    """What comes next, for whom who works on the case."""
+    id_ = exemption.subscription
+    match state:
+        case State.REQUESTED:
+            check = "" if exemption.fraud_check is FraudCheck.PASS else " --fraud-check TEXT"
+            return f"decide: `portward exemption grant {id_}{check}`, or `reject {id_} --reason TEXT`"
+        case State.GRANTED if preset.restart:
+            return f"for it to count, {preset.restart}; `portward attachment started` records that"
+        case State.GRANTED:
+            return "nothing: it counts at once"
+        case _:
+            return f"a new request is possible: `portward exemption request {id_}`"
+
+
+def _checked(exemption: Exemption) -> str:
+    if exemption.fraud_check is None:
+        return ""
+    note = f": {exemption.fraud_note}" if exemption.fraud_note else ""
+    return f"{exemption.fraud_check.value}{note}"
+
+
+def _owner(row: Row) -> str:
+    if row.owner is None:
+        return "(no such subscription any more)"
+    return f"{row.owner.name} ({row.owner.offer})".strip()
+
+
+def _machine(row: Row) -> dict[str, Any]:
+    owner = row.owner
+    return {
+        "subscription": row.subscription,
+        "name": None if owner is None else owner.name,
+        "offer": None if owner is None else owner.offer,
+        "state": row.state,
+        "exemption": row.exemption,
+    }
+
+
+def _enforced(took: float | None) -> str:
+    return "" if took is None else f", enforced after {took * 1000:.1f} ms"
+
+
+def _ms(took: float | None) -> float | None:
+    return None if took is None else round(took * 1000, 3)
+
+
+def _print(told: dict[str, Any]) -> None:
+    typer.echo(msgspec.json.encode(told, enc_hook=enc_hook).decode())
+
+
+def _time(at: datetime | None) -> str:
+    return "" if at is None else at.strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,28 @@
+"""Times on the command line."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+
+from portward.errors import InputError
+
+
+def instant(text: str | None, field: str) -> datetime | None:
+    """A time in UTC from `2027-01-09T12:00:00Z`, or from a day, which stands for its beginning; None for None.
+    Raises InputError that names the field."""
+    if text is None:
+        return None
+    try:
+        day = date.fromisoformat(text)
+        return datetime(day.year, day.month, day.day, tzinfo=UTC)
+    except ValueError:
+        pass
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise InputError(
+            f"{text!r} is no time: 2027-01-09T12:00:00Z or 2027-01-09 would be", field=field
+        ) from None
+    if found.tzinfo is None:
+        raise InputError(f"{text!r} has no time zone: {text}Z is the time in UTC", field=field)
+    return found.astimezone(UTC)
