@@ -12,8 +12,9 @@ import lmdb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from portward.model import Attachment, Exemption, Reason, Record
+from portward.model import Attachment, Exemption, RateLimit, Reason, Record
 from portward.store.packed import packed
 from portward.table import layout
 from portward.table.account import Account
@@ -69,21 +70,29 @@ def contents(writer: Writer) -> dict[str, list[tuple[object, ...]]]:
 
 
 ends = st.builds(
-    lambda exemption, days: Exemption(
+    lambda exemption, days, limit: Exemption(
         subscription=exemption.subscription,
         state=exemption.state,
         decided=exemption.decided,
         until=None if days is None else NOW + timedelta(days=days),
+        limit=limit,
     ),
     exemptions,
     st.sampled_from([None, -1, 1]),
+    st.sampled_from([None, RateLimit(per_minute=60)]),
+)
+# Started before a grant, after it, or, by a fast clock, later than now.
+machines = st.builds(
+    lambda attachment, hours: replace(attachment, started=NOW + timedelta(hours=hours)),
+    attachments,
+    st.sampled_from([-48, -1, 0, 1, 48]),
 )
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(subscriptions | ends, max_size=8, unique_by=identity),
-    st.lists(attachments, max_size=12, unique_by=identity),
+    st.lists(attachments | machines, max_size=12, unique_by=identity),
     st.booleans(),
 )
 def test_a_load_is_what_an_edit_would_be(others: list[Record], places: list[Attachment], quick: bool) -> None:

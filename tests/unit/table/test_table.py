@@ -23,6 +23,7 @@ from portward.model import (
     ExemptionState,
     Mode,
     Network,
+    RateLimit,
     Reason,
     Record,
     Standing,
@@ -201,6 +202,49 @@ def test_a_grant_ends_when_its_time_comes(writer: Writer) -> None:
     assert places(writer.settle(now=until)) == {("vni1", "10.0.0.4/32")}
     assert reason(writer, "10.0.0.4") is Reason.DENIED_NOT_EXEMPT
     assert writer.next_expiry() is None
+
+
+@pytest.mark.parametrize("granted_first", [True, False])
+def test_a_start_that_is_recorded_for_later_counts_when_its_time_has_come(
+    writer: Writer, granted_first: bool
+) -> None:
+    start = NOW + timedelta(hours=1)
+    grant = Exemption(subscription=UUID(int=1), state=ExemptionState.GRANTED, decided=NOW - timedelta(days=2))
+    machine = attachment("10.0.0.4", 1, started=start)
+    load(writer, [subscription(1, "csp"), *([grant] if granted_first else [machine])])
+    writer.apply([machine if granted_first else grant], [], revision=2, now=NOW)
+    assert reason(writer, "10.0.0.4") is Reason.DENIED_RESTART_REQUIRED
+    assert writer.next_expiry() == start
+    assert not writer.settle(now=start - timedelta(microseconds=1)).new
+    assert places(writer.settle(now=start)) == {("vni1", "10.0.0.4/32")}
+    assert reason(writer, "10.0.0.4") is Reason.ALLOWED_EXEMPT
+    assert writer.next_expiry() is None
+
+
+def test_a_limit_stands_in_the_finding_and_another_one_makes_its_sources_new(writer: Writer) -> None:
+    def grant(rate: int | None) -> Exemption:
+        limit = None if rate is None else RateLimit(per_minute=rate)
+        return Exemption(
+            subscription=UUID(int=1), state=ExemptionState.GRANTED, decided=NOW - timedelta(days=2), limit=limit
+        )
+
+    def limited() -> bool:
+        found = writer.reader().lookup(1, ip_address("10.0.0.4").packed)
+        assert found is not None
+        assert found.reason is Reason.ALLOWED_EXEMPT
+        return found.limited
+
+    machine = attachment("10.0.0.4", 1, started=NOW - timedelta(days=1))
+    load(writer, [subscription(1, "csp"), grant(None), subscription(2), machine, attachment("10.0.0.5", 2)])
+    assert not limited()
+    for revision, rate in enumerate((60, 30, None), start=2):
+        changed = writer.apply([grant(rate)], [], revision=revision, now=NOW)
+        assert places(changed) == {("vni1", "10.0.0.4/32")}
+        assert limited() is (rate is not None)
+        assert not writer.apply([grant(rate)], [], revision=revision, now=NOW).new
+    other = writer.reader().lookup(1, ip_address("10.0.0.5").packed)
+    assert other is not None
+    assert not other.limited
 
 
 def test_a_grant_that_is_replaced_takes_its_end_with_it(writer: Writer) -> None:
