@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from ipaddress import ip_address
 
+from portward.clock import Clock
 from portward.config import Config, Refusal
 from portward.errors import KernelError, StoreError
 from portward.gateway import mark, ruleset, xtables
@@ -37,7 +38,7 @@ from portward.store.protocol import Store
 from portward.table.database import TableError
 from portward.table.follower import Follower, Held
 from portward.table.reader import Reader
-from portward.table.writer import Answers, Committed, Writer, utc_now
+from portward.table.writer import Answers, Committed, Writer
 
 _log = logging.getLogger("portward")
 
@@ -62,6 +63,8 @@ class Core:
         self._learned = Learned(self._nft, self._netlink)
         self.keeper = Keeper(self._nft, self._netlink, self._learned)
         self._writer = Writer(config.table, preset, answers(config), max_flip_share=config.max_flip_share)
+        head = self._writer.head()
+        self.clock = Clock(None if head is None else head.decided())
         self._reader = self._writer.reader()
         self._subscriptions: dict[int, str] = {}
         # Counting goes on beside everything else, on a thread, a socket and a view of the table of its own: to
@@ -107,7 +110,7 @@ class Core:
         head = self._writer.head()
         if head is None or not any(head.store):
             self._sync()
-        self._writer.settle(now=utc_now())
+        self._writer.settle(now=self.clock.now())
 
     def first_links(self, links: Links) -> None:
         """Says which interfaces are segments, before the ruleset is there."""
@@ -151,10 +154,10 @@ class Core:
         self._links_failed, self._links_due = False, frozenset()
         self._enforcement.enforce(committed)
 
-    def settle(self, now: datetime) -> None:
+    def settle(self) -> None:
         """Enforces what changes by itself: grants that end."""
         try:
-            self._enforcement.enforce(self._writer.settle(now=now))
+            self._enforcement.enforce(self._writer.settle(now=self.clock.now()))
         except TableError as error:
             self.store_errors += 1
             _log.error("a grant has ended and still counts, until the table can be written: %s", error)
@@ -221,7 +224,7 @@ class Core:
             self._take(config, preset)
             self.keeper.check(self._want())
             # Another preset may flip no more than another inventory.
-            settled = self._writer.settle(now=utc_now(), may_flip=preset.digest == before[1].digest)
+            settled = self._writer.settle(now=self.clock.now(), may_flip=preset.digest == before[1].digest)
         except (KernelError, TableError, HeldError):
             self._take(*before)
             raise
@@ -364,7 +367,7 @@ class Core:
             self._follower = Follower(self._store, self._writer)
         assert self._follower is not None  # noqa: S101 # made with the store
         self._store.drain()
-        committed = self._follower.step(utc_now())
+        committed = self._follower.step(self.clock.now())
         self.store_read, self.store_error = time.monotonic(), ""
         if committed is not None:
             self.changes += 1
@@ -381,7 +384,7 @@ class Core:
         segments = self.segments()
         self._enforcement.links = {name: index for index, name in segments.items()}
         want = {index: (name, self.config.observes(name)) for index, name in segments.items()}
-        return self._writer.put_links(want, touched=links.touched, now=utc_now())
+        return self._writer.put_links(want, touched=links.touched, now=self.clock.now())
 
     def _count_last(self, elements: list[Element]) -> None:
         self.counts.take_last(elements, time.monotonic())

@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -188,13 +188,13 @@ class Daemon:
         due: datetime | None = None
         while True:
             # What could not be settled is tried again each second, and not all the time.
-            pause = _POLL_SECONDS if due in (None, tried) else (due - datetime.now(UTC)).total_seconds()
+            pause = _POLL_SECONDS if due in (None, tried) else (due - self._core.clock.now()).total_seconds()
             await _readable(self._core.bell(), min(max(pause, 0.01), _until_tick(_POLL_SECONDS)))
             changed = True
             while changed:
                 changed, due = await self._step(lambda: (self._core.sync(), self._core.next_expiry()))
-            if due is not None and due <= datetime.now(UTC):
-                await self._step(lambda: self._core.settle(datetime.now(UTC)))
+            if due is not None and due <= self._core.clock.now():
+                await self._step(self._core.settle)
                 tried = due
 
     async def _follow_links(self, links: AsyncIterator[Links]) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
 
 from portward import config as configuration
+from portward.clock import utc_now
 from portward.config import Config, Refusal
 from portward.documents import network_text
 from portward.errors import InputError, PortwardError
@@ -36,13 +37,14 @@ from portward.table.reader import Reader
 
 
 class Known(msgspec.Struct, frozen=True):
-    """What is known of a source, and where it was read."""
+    """What is known of a source, where it was read, and when that was last decided as a whole."""
 
     source: str
     revision: int
     attachment: Attachment | None = None
     subscription: Subscription | None = None
     exemption: Exemption | None = None
+    decided: datetime | None = None
 
 
 class Explanation(msgspec.Struct, frozen=True):
@@ -135,7 +137,7 @@ def _from_table(config: Config, preset: Preset, segment: str, address: Address) 
         workload=Workload.PAAS if entry.paas else Workload.VM,
         started=layout.instant(entry.started),
     )
-    return Known(place, head.revision, attachment, account.subscription, account.exemption)
+    return Known(place, head.revision, attachment, account.subscription, account.exemption, head.decided())
 
 
 def _from_store(config: Config, segment: str, address: Address) -> Known:
@@ -150,7 +152,8 @@ def _from_store(config: Config, segment: str, address: Address) -> Known:
 def _explanation(
     config: Config, preset: Preset, known: Known, segment: str, source: Address, destination: Address | None
 ) -> Explanation:
-    now = datetime.now(UTC)
+    # The agent holds ends of grants against the later one.
+    now = max(utc_now(), known.decided or utc_now())
     decision = decide(
         preset,
         subscription=known.subscription,

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import inventory
 from bench.figures import Curve, Figure
+from portward.clock import utc_now
 from portward.model import Standing, Subscription
 from portward.policy import preset as presets
 from portward.store import open_store
@@ -33,7 +34,7 @@ from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.follower import Follower
 from portward.table.reader import Reader
-from portward.table.writer import Answers, Writer, utc_now
+from portward.table.writer import Answers, Writer
 
 SIZES: Final = {"1k": 1_000, "10k": 10_000, "100k": 100_000, "1m": 1_000_000, "5m": 5_000_000}
 _CHANGES, _LOOKUPS, _VIEW = 40, 64_000, 64

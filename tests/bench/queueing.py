@@ -26,6 +26,7 @@ from scapy.layers.l2 import Ether
 from bench import flood
 from bench.standing import Standing
 from kernel.wire import link_address
+from portward.clock import utc_now
 from portward.gateway import mark
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.tally import Tally
@@ -33,7 +34,7 @@ from portward.lab import namespaces
 from portward.lab.topology import MAIL4
 from portward.model import Attachment, Record, Subscription
 from portward.policy import preset as presets
-from portward.table.writer import Answers, Writer, utc_now
+from portward.table.writer import Answers, Writer
 
 SEGMENT = "vni1"
 # Each core has one thing to do: the flood with the kernel's way up to the queue, and the reader.

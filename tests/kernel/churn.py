@@ -20,6 +20,7 @@ from pathlib import Path
 from uuid import UUID
 
 from kernel.wire import Sender, meanwhile, segment
+from portward.clock import utc_now
 from portward.config import Config, Queue, QueueReader
 from portward.gateway import ruleset, workers, xtables
 from portward.gateway.enforcement import Enforcement
@@ -33,7 +34,7 @@ from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Subscription
 from portward.policy import preset as presets
-from portward.table.writer import Answers, Committed, Writer, utc_now
+from portward.table.writer import Answers, Committed, Writer
 
 _SUBSCRIPTION = UUID(int=5)
 _SLOW = Path(__file__).parent / "slow"

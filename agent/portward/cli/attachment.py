@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from portward.cli.actor import ActorOption, acting
 from portward.cli.exemption import ClockOption
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.cli.times import instant
+from portward.clock import utc_now
 from portward.documents import enc_hook, network_text
 from portward.errors import InputError
 from portward.model import ExemptionState
@@ -57,7 +57,7 @@ def started(
             presets.load(settings.preset),
             settings,
             actor=acting(actor),
-            clock=lambda: datetime.now(UTC),
+            clock=utc_now,
             trust_clock=trust_clock,
         )
         found = desk.started(segment, source, instant(at, "--at"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 from uuid import UUID
@@ -19,6 +19,7 @@ from portward.casework import Casework, Done, Row
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.cli.times import instant
+from portward.clock import utc_now
 from portward.config import Config
 from portward.documents import enc_hook, read_text
 from portward.enforced import Enforced
@@ -214,7 +215,7 @@ def list_(
     Example: portward exemption list --state requested
     """
     with _desk(config, None) as (desk, _, _):
-        for row in desk.rows(_now()):
+        for row in desk.rows(utc_now()):
             owner = row.owner
             if (
                 (state and row.state not in state)
@@ -236,7 +237,7 @@ def show(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAU
     Example: portward exemption show 11111111-0000-4000-8000-000000000002
     """
     with _desk(config, None) as (desk, _, preset):
-        row = desk.row(_id(id_), _now())
+        row = desk.row(_id(id_), utc_now())
     if json:
         _print(_machine(row))
         return
@@ -273,7 +274,7 @@ def _desk(
     settings = configuration.load(path)
     preset = presets.load(settings.preset)
     with closing(open_store(settings.store)) as store:
-        desk = Casework(store, preset, settings, actor=acting(actor), clock=_now, trust_clock=trust_clock)
+        desk = Casework(store, preset, settings, actor=acting(actor), clock=utc_now, trust_clock=trust_clock)
         yield desk, settings, preset
 
 
@@ -321,7 +322,7 @@ def _listed(file: Path) -> list[UUID]:
 def _granted(desk: Casework, offer: str) -> list[UUID]:
     return [
         row.subscription
-        for row in desk.rows(_now())
+        for row in desk.rows(utc_now())
         if row.state is State.GRANTED and row.owner is not None and row.owner.offer == offer
     ]
 
@@ -433,7 +434,3 @@ def _print(told: dict[str, Any]) -> None:
 
 def _time(at: datetime | None) -> str:
     return "" if at is None else at.strftime("%Y-%m-%d %H:%M:%SZ")
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from typing import Annotated, Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -15,10 +14,18 @@ import typer
 from portward import config as configuration
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.clock import utc_now
 from portward.errors import InputError, PortwardError
 from portward.policy import preset as presets
 from portward.store import open_store
-from portward.store.difference import Difference, check_offers, check_references, described, difference
+from portward.store.difference import (
+    Difference,
+    check_offers,
+    check_references,
+    check_starts,
+    described,
+    difference,
+)
 from portward.store.document import json_text, yaml_text
 from portward.store.flips import HeldError, check_flips
 from portward.store.inventory import Inventory, read_inventory
@@ -103,6 +110,7 @@ def _plan(settings: configuration.Config, files: list[str], step: Step, *, prune
     """Reads and checks everything; raises InputError at the first mistake."""
     inventory = read_inventory(files, step("reading", None))
     check_offers(inventory, presets.load(settings.preset))
+    check_starts(inventory, utc_now())
     step("comparing", None)
     try:
         have, revision = _stored(settings.store)
@@ -123,7 +131,7 @@ def _too_many(settings: configuration.Config, plan: _Plan) -> HeldError | None:
     """Why the agents would hold the change; None where they would not."""
     preset = presets.load(settings.preset)
     try:
-        check_flips(plan.have, plan.change.puts(), preset, share=settings.max_flip_share, now=datetime.now(UTC))
+        check_flips(plan.have, plan.change.puts(), preset, share=settings.max_flip_share, now=utc_now())
     except HeldError as held:
         return held
     return None
@@ -133,7 +141,7 @@ def _confirm(url: str, who: str, *, json: bool) -> None:
     """Confirms everything that the store holds, for agents that hold a part of it."""
     with contextlib.closing(open_store(url)) as store:
         newest = store.revision()
-        store.write([confirmation(newest + 1)], expected=newest, actor=who, at=datetime.now(UTC))
+        store.write([confirmation(newest + 1)], expected=newest, actor=who, at=utc_now())
     if json:
         typer.echo(msgspec.json.encode({"revision": newest + 1, "confirmed": newest}).decode())
     else:
@@ -153,7 +161,7 @@ def _write(url: str, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int
         return plan.revision
     with contextlib.closing(open_store(url, create=True)) as store:
         progress = step("writing", len(puts))
-        return store.write(puts, expected=plan.revision, actor=who, at=datetime.now(UTC), progress=progress)
+        return store.write(puts, expected=plan.revision, actor=who, at=utc_now(), progress=progress)
 
 
 def _machine(plan: _Plan, revision: int, held: HeldError | None, *, dry_run: bool) -> dict[str, object]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from datetime import datetime, timedelta
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -13,6 +14,9 @@ from portward.model import Attachment, Exemption, Record, Subscription
 from portward.policy.preset import Preset
 from portward.store.inventory import Inventory
 from portward.store.protocol import Put, decode, readable, told_key
+
+# Clocks of two hosts that are kept in step differ by less.
+_DRIFT: Final = timedelta(seconds=2)
 
 
 class Difference(NamedTuple):
@@ -50,6 +54,17 @@ def check_offers(inventory: Inventory, preset: Preset) -> None:
             known = [id_ for entry in preset.offers for id_ in entry.ids]
             problem = f"the preset {preset.name} knows no offer {offer!r}; {nearest(offer, known)}"
             raise inventory.mistake(key, problem, "offer")
+
+
+def check_starts(inventory: Inventory, now: datetime) -> None:
+    """Raises InputError for a machine that is started later than `now`, by a clock that is fast: it would count
+    for a grant without having been restarted."""
+    if inventory.latest_start is not None and inventory.latest_start[0] > now + _DRIFT:
+        started, key = inventory.latest_start
+        problem = (
+            f"{started:%Y-%m-%dT%H:%M:%SZ} lies in the future, this host's clock says {now:%Y-%m-%dT%H:%M:%SZ}"
+        )
+        raise inventory.mistake(key, problem, "started")
 
 
 def check_references(have: Mapping[str, str], inventory: Inventory, *, prune: bool) -> None:

@@ -7,7 +7,7 @@ right. Records are kept as the store keeps them, as JSON: a million of them in s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC
+from datetime import UTC, datetime
 from ipaddress import IPv4Network, IPv6Network
 from uuid import UUID
 
@@ -31,6 +31,8 @@ class Inventory:
         self.records: dict[str, str] = {}
         self.offers: dict[str, str] = {}
         self.subscriptions: dict[UUID, str] = {}
+        # The latest start of a machine, and the key of its record.
+        self.latest_start: tuple[datetime, str] | None = None
         for document in documents:
             for steps, record in document.records():
                 for field, problem in _mistakes(record):
@@ -53,6 +55,9 @@ class Inventory:
             self.records[key] = encode(record)
         else:
             self.subscriptions.setdefault(record.subscription, key)
+            started = record.started if isinstance(record, Attachment) else None
+            if started is not None and (self.latest_start is None or started > self.latest_start[0]):
+                self.latest_start = started, key
             self.records[key] = encode(_in_utc(record))
 
     def _first(self, key: str) -> tuple[Document, Steps]:

@@ -89,6 +89,10 @@ class Head(NamedTuple):
             FORMAT, self.revision, self.generation, answers, self.decided_at, self.preset, self.store
         )
 
+    def decided(self) -> datetime:
+        """When every entry was last decided, in UTC."""
+        return datetime.fromtimestamp(self.decided_at, UTC)
+
     @classmethod
     def unpack(cls, data: bytes) -> Head | None:
         """The head, or None where the bytes are of another format."""

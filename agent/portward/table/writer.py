@@ -7,7 +7,7 @@ with it until the caller has moved the epoch and forgotten what `Committed` name
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from secrets import randbits
 from typing import NamedTuple
@@ -233,8 +233,3 @@ class Writer:
         if self._map_size > _LARGEST_MAP:
             raise TableError(f"{self._folder}: the policy table is full at {self._map_size // 2} bytes")
         self._environment.set_mapsize(self._map_size)
-
-
-def utc_now() -> datetime:
-    """The time, as the writer takes it."""
-    return datetime.now(UTC)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from portward.clock import utc_now
 from portward.policy import preset as presets
 from portward.table.database import TableError
-from portward.table.writer import Answers, Writer, utc_now
+from portward.table.writer import Answers, Writer
 
 
 def writer(folder: Path) -> Writer:

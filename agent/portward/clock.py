@@ -1,0 +1,55 @@
+"""The time that ends of grants are held against: it is never earlier than what the monotonic clock says since the
+start, nor than the time at which the policy table was last decided.
+
+So a wall clock that is set back prolongs no grant, and lets nobody in again whose grant had ended: not while the
+agent runs, nor by a restart. One that is set forward ends grants early, and no longer than it is wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+# Clocks that are kept in step are set back by less.
+_DRIFT: Final = timedelta(seconds=2)
+
+_log = logging.getLogger("portward")
+
+
+def utc_now() -> datetime:
+    """The wall clock, in UTC."""
+    return datetime.now(UTC)
+
+
+def monotonic() -> float:
+    """Seconds since some moment, also while the host sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Clock:
+    """The clock of a running gateway."""
+
+    def __init__(
+        self,
+        not_before: datetime | None,
+        wall: Callable[[], datetime] = utc_now,
+        monotonic: Callable[[], float] = monotonic,
+    ) -> None:
+        """`not_before` is when the policy table was last decided."""
+        self._wall, self._monotonic = wall, monotonic
+        self._start, self._since = wall(), monotonic()
+        if not_before is not None and not_before > self._start:
+            if not_before - self._start > _DRIFT:
+                _log.warning(
+                    "this host's clock says %s, and the policy table was decided at %s: ends of grants are held "
+                    "against the later one (where that was wrong, take the table away: it is read from the store)",
+                    f"{self._start:%Y-%m-%d %H:%M:%SZ}", f"{not_before:%Y-%m-%d %H:%M:%SZ}",
+                )  # fmt: skip
+            self._start = not_before
+
+    def now(self) -> datetime:
+        """The time in UTC."""
+        return max(self._wall(), self._start + timedelta(seconds=self._monotonic() - self._since))
