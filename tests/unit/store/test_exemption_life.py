@@ -1,0 +1,224 @@
+"""Exemptions in an SQLite store, against a model: whatever people do, in whatever order, two of them at once, and
+with the process dying in between, no decision that was accepted is lost or made twice.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from portward import exemptions
+from portward.casework import Casework
+from portward.config import Config
+from portward.exemptions import Action, Application, Finding, RefusedError, State
+from portward.model import Exemption, FraudCheck, Subscription
+from portward.policy import preset as presets
+from portward.store.protocol import Put, decode, encode, key_of
+from portward.store.sqlite import SqliteStore
+
+_PRESET: Final = presets.load("azure-2020")
+_OFFERS: Final = {1: "pay-as-you-go", 2: "azure-sponsorship", 3: "free-trial", 4: "enterprise-agreement"}
+_REFUSED, _CRASHED = 3, 9
+_START: Final = datetime(2026, 6, 1, tzinfo=UTC)
+_DAYS: Final = st.none() | st.integers(1, 5)
+_ids = st.sampled_from([UUID(int=number) for number in _OFFERS])
+_actions = st.sampled_from(Action)
+
+
+class Late(SqliteStore):
+    """A store of somebody who is not the first to write: something comes before."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.before: list[Callable[[], None]] = []
+
+    def write(self, *arguments: Any, **options: Any) -> int:
+        """Writes, after what comes before."""
+        if self.before:
+            self.before.pop()()
+        return super().write(*arguments, **options)
+
+
+class Exempt(RuleBasedStateMachine):
+    """`known` is what the store has to hold: the exemption of each, and how many decisions were made about it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = tempfile.TemporaryDirectory(prefix="portward-life-")
+        self._path = Path(self._folder.name) / "portward.db"
+        self.now = _START
+        with closing(SqliteStore(self._path, create=True)) as store:
+            records = [
+                Subscription(id=UUID(int=number), offer=offer, created=date(2022, 6, 30), payment_history=True)
+                for number, offer in _OFFERS.items()
+            ]
+            store.write(
+                [Put(key_of(record), encode(record)) for record in records], expected=0, actor="model", at=self.now
+            )
+        self.known: dict[UUID, Exemption | None] = {UUID(int=number): None for number in _OFFERS}
+        self.decisions: dict[UUID, int] = dict.fromkeys(self.known, 0)
+
+    def teardown(self) -> None:
+        self._folder.cleanup()
+
+    # --- what happens ---
+
+    @rule(days=st.integers(0, 3))
+    def time_passes(self, days: int) -> None:
+        """So that grants end."""
+        self.now += timedelta(days=days, seconds=1)
+
+    @rule(id_=_ids, action=_actions, days=_DAYS)
+    def somebody_acts(self, id_: UUID, action: Action, days: int | None) -> None:
+        """It is done, or refused, as the life of an exemption says."""
+        with closing(SqliteStore(self._path)) as store:
+            self._tries(store, id_, action, days)
+
+    @rule(id_=_ids, action=_actions, days=_DAYS, statement=st.integers(1, 14))
+    def somebody_acts_and_the_process_dies(
+        self, id_: UUID, action: Action, days: int | None, statement: int
+    ) -> None:
+        """At the statement with that number, if it comes to it."""
+        code = _in_a_process(lambda: self._act_and_die(id_, action, days, statement))
+        expected = self._expected(id_, action)
+        with closing(SqliteStore(self._path)) as store:
+            now_there = self._in_store(store, id_)
+            if code == 0:
+                assert expected is not None
+                assert now_there != self.known[id_], "what was accepted is there"
+                self._took(id_, store)
+            elif code == _REFUSED:
+                assert expected is None
+            else:
+                assert code == _CRASHED
+                if now_there != self.known[id_]:  # it died after its commit
+                    assert expected is not None
+                    self._took(id_, store)
+
+    @rule(id_=_ids, action=_actions, other=_actions)
+    def two_people_act_at_once(self, id_: UUID, action: Action, other: Action) -> None:
+        """Both have read the same; whoever writes later is judged by what the first has written."""
+        with closing(Late(self._path)) as store, closing(SqliteStore(self._path)) as others:
+
+            def meanwhile() -> None:
+                self._tries(others, id_, other)
+
+            store.before.append(meanwhile)
+            self._tries(store, id_, action)
+
+    # --- what always holds ---
+
+    @invariant()
+    def the_store_holds_what_was_accepted(self) -> None:
+        """And the log holds each decision once."""
+        with closing(SqliteStore(self._path)) as store:
+            for id_, record in self.known.items():
+                assert self._in_store(store, id_) == record
+                changes = list(store.history(f"exemptions/{id_}"))
+                assert len(changes) == self.decisions[id_]
+                bodies = [change.before for change in changes] + [store.get(f"exemptions/{id_}")]
+                assert bodies[0] is None
+                assert [change.after for change in changes] == bodies[1:]
+
+    # --- how ---
+
+    def _expected(self, id_: UUID, action: Action) -> State | None:
+        """The state that an action leads to; None where it is refused."""
+        state = exemptions.state_of(self.known[id_], self.now)
+        if exemptions.refusal(state, action) is not None:
+            return None
+        match action, _OFFERS[id_.int]:
+            case Action.REQUEST, "pay-as-you-go":
+                return State.GRANTED
+            case Action.REQUEST, "azure-sponsorship":
+                return State.REQUESTED
+            case Action.REQUEST, _:
+                return None
+            case Action.GRANT, _:
+                return State.GRANTED
+            case Action.REJECT, _:
+                return State.REJECTED
+            case _:
+                return State.REVOKED
+
+    def _tries(self, store: SqliteStore, id_: UUID, action: Action, days: int | None = None) -> None:
+        """Acts; what comes of it is what the model says, as things stand when it is written."""
+        try:
+            self._act(store, id_, action, days)
+        except RefusedError:
+            assert self._expected(id_, action) is None
+        else:
+            assert self._expected(id_, action) is not None
+            self._took(id_, store)
+
+    def _act(self, store: SqliteStore, id_: UUID, action: Action, days: int | None) -> None:
+        config = Config(segments=("vni*",), uplinks=("up0",))
+        desk = Casework(store, _PRESET, config, actor="model", clock=lambda: self.now)
+        until = None if days is None else self.now + timedelta(days=days)
+        match action:
+            case Action.REQUEST:
+                desk.request(id_, Application("why not", until=until))
+            case Action.GRANT:
+                desk.grant(id_, check=Finding(FraudCheck.PASS), until=until, limit=None)
+            case Action.REJECT:
+                desk.reject(id_, "no")
+            case Action.REVOKE:
+                desk.revoke(id_, "spam")
+
+    def _act_and_die(self, id_: UUID, action: Action, days: int | None, statement: int) -> int:
+        with closing(SqliteStore(self._path)) as store:
+            left = iter(range(statement - 1, -1, -1))
+            store._connection.set_trace_callback(lambda _: next(left, 1) == 0 and os._exit(_CRASHED))
+            try:
+                self._act(store, id_, action, days)
+            except RefusedError:
+                return _REFUSED
+        return 0
+
+    def _took(self, id_: UUID, store: SqliteStore) -> None:
+        """A decision was made: the model takes it over, once it is what it should be."""
+        before, expected = self.known[id_], None
+        record = self._in_store(store, id_)
+        assert record != before
+        assert record is not None
+        for action in Action:
+            if self._expected(id_, action) is exemptions.state_of(record, self.now):
+                expected = action
+        assert expected is not None, f"{record} does not follow {before}"
+        self.known[id_] = record
+        self.decisions[id_] += 1
+        self.now += timedelta(seconds=1)
+
+    @staticmethod
+    def _in_store(store: SqliteStore, id_: UUID) -> Exemption | None:
+        key = f"exemptions/{id_}"
+        body = store.get(key)
+        record = None if body is None else decode(key, body)
+        assert record is None or isinstance(record, Exemption)
+        return record
+
+
+def _in_a_process(work: Callable[[], int]) -> int:
+    """The exit code of a process that does it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+TestExempt = Exempt.TestCase
+TestExempt.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
