@@ -1,0 +1,335 @@
+"""`portward exemption …` and `portward attachment started` as support and abuse desk meet them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from portward.cli.program import app
+from portward.errors import InputError, PortwardError
+from portward.exemptions import RefusedError
+from portward.model import Exemption, ExemptionState, Subscription
+from portward.store.protocol import confirmed, decode
+from unit.store.samples import CONTOSO, FABRIKAM, MACHINE, PREFIX, opened, put, write
+
+PAYG = FABRIKAM
+REVIEWED = Subscription(
+    id=CONTOSO.id.__class__("11111111-0000-4000-8000-000000000003"),
+    name="tailspin",
+    offer="azure-sponsorship",
+    created=FABRIKAM.created,
+)
+WHY = ("--justification", "own servers")
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def files(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with portward.toml and a store with three customers, in which the program runs."""
+    (tmp_path / "portward.toml").write_text(f'segments = ["vni*"]\nuplinks = ["up0"]\nstore = "sqlite:{path}"\n')
+    with closing(opened(path)) as store:
+        write(store, *(put(record) for record in (CONTOSO, PAYG, REVIEWED, MACHINE, PREFIX)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(files: Path) -> Run:
+    """Runs a verb of `exemption` there; raises what it raises."""
+    assert files.is_dir()
+
+    def ran(*arguments: Any, code: int = 0, group: str = "exemption") -> Result:
+        argv = [group, *map(str, arguments), "--config", "portward.toml"]
+        result = CliRunner().invoke(app, argv, catch_exceptions=False, standalone_mode=False)
+        # Without standalone mode typer gives the code of an Exit as the value.
+        assert (result.return_value or 0, result.stderr) == (code, "")
+        return result
+
+    return ran
+
+
+def stored(path: Path, id_: Any) -> Exemption:
+    with closing(opened(path)) as store:
+        body = store.get(f"exemptions/{id_}")
+    assert body is not None
+    record = decode(f"exemptions/{id_}", body)
+    assert isinstance(record, Exemption)
+    return record
+
+
+def test_self_service_is_granted_at_once_and_says_what_comes_next(run: Run, path: Path) -> None:
+    told = run("request", PAYG.id, "--as", "bob").stdout
+    assert told.startswith(f"exemption of {PAYG.id} (fabrikam): granted at ")
+    assert "by self-service, as revision 2" in told
+    assert "stop the virtual machine and start it again" in told
+    assert stored(path, PAYG.id).state is ExemptionState.GRANTED
+
+
+def test_self_service_that_is_rejected_ends_with_1(run: Run, path: Path) -> None:
+    with closing(opened(path)) as store:
+        write(store, put(Subscription(id=PAYG.id, name="fabrikam", offer=PAYG.offer, created=PAYG.created)))
+    told = run("request", PAYG.id, code=1).stdout
+    assert "rejected at" in told
+    assert "first invoice" in told
+    assert stored(path, PAYG.id).state is ExemptionState.REJECTED
+
+
+def test_a_review_from_the_request_to_the_revocation(run: Run, path: Path) -> None:
+    id_ = REVIEWED.id
+    told = run(
+        "request", id_, *WHY, "--mail-software", "postfix", "--volume", 900, "--reverse-dns", "mx.example.net",
+        "--authentication", "spf", "--authentication", "dkim", "--terms", "--as", "bob",
+    ).stdout  # fmt: skip
+    assert "requested at" in told
+    assert f"`portward exemption grant {id_} --fraud-check TEXT`" in told
+    shown = run("show", id_).stdout
+    for part in ("own servers", "postfix", "900 messages a day", "mx.example.net", "SPF, DKIM", "accepted", "bob"):
+        assert part in shown
+    with pytest.raises(RefusedError, match="anti-fraud check that was passed, and none is on record"):
+        run("grant", id_)
+    told = run("grant", id_, "--fraud-check", "called back", "--rate", 60, "--as", "carol").stdout
+    assert "granted at" in told
+    assert "by carol" in told
+    assert "60 new connections a minute, 5 at once" in told
+    told = run("revoke", id_, "--reason", "spam, case 4711", "--as", "dave").stdout
+    assert "revoked at" in told
+    assert "spam, case 4711" in told
+    told = run("history", id_).stdout
+    states = re.findall(r"^\S+ \S+Z  revision (\d)  (\w+): (\w+)$", told, re.MULTILINE)
+    assert states == [("2", "bob", "requested"), ("3", "carol", "granted"), ("4", "dave", "revoked")]
+    assert stored(path, id_).by == "dave"
+
+
+def test_a_check_that_the_configuration_names_is_asked(run: Run, files: Path, path: Path) -> None:
+    check = files / "check"
+    check.write_text("""#!/bin/sh\ncat > asked; echo '{"result": "pass", "note": "known since 2019"}'\n""")
+    check.chmod(0o700)
+    with (files / "portward.toml").open("a") as config:
+        config.write('[exemptions]\ncheck = ["./check"]\n')
+    told = run("request", REVIEWED.id, *WHY).stdout
+    assert "pass: known since 2019" in told
+    assert f"`portward exemption grant {REVIEWED.id}`," in told
+    assert json.loads((files / "asked").read_text())["justification"] == "own servers"
+    run("grant", REVIEWED.id)
+    assert stored(path, REVIEWED.id).state is ExemptionState.GRANTED
+
+
+def test_a_check_is_not_asked_for_what_is_refused_or_decided_at_once(run: Run, files: Path) -> None:
+    with (files / "portward.toml").open("a") as config:
+        config.write('[exemptions]\ncheck = ["/bin/sh", "-c", "touch asked"]\n')
+    run("request", PAYG.id)
+    with pytest.raises(RefusedError, match="justification"):
+        run("request", REVIEWED.id)
+    with pytest.raises(RefusedError, match="none is needed"):
+        run("request", CONTOSO.id, *WHY)
+    assert not (files / "asked").exists()
+
+
+def test_a_check_that_fails_rejects_and_one_that_crashes_only_refers(run: Run, files: Path, path: Path) -> None:
+    config = (files / "portward.toml").read_text()
+    for script, state in (("exit 1", "requested"), ('echo \'{"result": "fail"}\'', "rejected")):
+        command = json.dumps(["/bin/sh", "-c", script])
+        (files / "portward.toml").write_text(f"{config}[exemptions]\ncheck = {command}\n")
+        if state == "rejected":
+            run("reject", REVIEWED.id, "--reason", "again")
+        run("request", REVIEWED.id, *WHY, code=int(state == "rejected"))
+        assert stored(path, REVIEWED.id).state == state
+
+
+def test_many_are_revoked_with_their_count_or_not_at_all(run: Run, files: Path, path: Path) -> None:
+    ids = [CONTOSO.id.__class__(int=1000 + number) for number in range(30)]
+    with closing(opened(path)) as store:
+        write(
+            store,
+            *(put(Subscription(id=id_, offer="csp", created=PAYG.created, payment_history=True)) for id_ in ids),
+            *(
+                put(
+                    Exemption(
+                        subscription=id_, state=ExemptionState.GRANTED, decided=datetime(2026, 1, 9, tzinfo=UTC)
+                    )
+                )
+                for id_ in ids
+            ),
+        )
+    with pytest.raises(
+        PortwardError, match=r"would revoke 30 exemptions; nothing was written: --confirm 30 does it"
+    ):
+        run("revoke", "--offer", "csp", "--reason", "spam")
+    with pytest.raises(PortwardError, match="would revoke 30 exemptions, and not 29"):
+        run("revoke", "--offer", "csp", "--reason", "spam", "--confirm", 29)
+    listed = files / "ids"
+    listed.write_text(f"# case 4711\n{ids[0]}\n\n{ids[1]}  # the second\n{PAYG.id}\n")
+    with pytest.raises(RefusedError, match="no exemption that could be revoked"):
+        run("revoke", "--file", listed, "--reason", "spam", "--confirm", 3)
+    assert stored(path, ids[0]).state is ExemptionState.GRANTED, "all or none"
+    listed.write_text(f"{ids[0]}\n{ids[1]}\n{ids[1]}\n")
+    assert "revoked 2 exemptions, as revision 3" in run(
+        "revoke", "--file", listed, "--reason", "spam", "--confirm", 2
+    ).stdout  # fmt: skip
+    told = run("revoke", "--offer", "csp", "--reason", "spam", "--confirm", 28, "--json").stdout
+    assert json.loads(told) == {"revoked": 28, "revision": 4, "enforced_after_ms": None}
+    with closing(opened(path)) as store:
+        assert confirmed(store.get("confirmed")) == 4, "however many it flips"
+
+
+def test_a_list_is_told_with_file_and_line(run: Run, files: Path) -> None:
+    (files / "ids").write_text(f"{PAYG.id}\nfabrikam\n")
+    with pytest.raises(InputError, match=r"^ids:2: 'fabrikam' is no subscription's id$"):
+        run("revoke", "--file", "ids", "--reason", "spam")
+
+
+@pytest.mark.parametrize("what", [(), ("1", "--offer", "csp"), ("--file", "x", "--offer", "csp")])
+def test_a_revocation_names_one_thing(run: Run, what: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match="name one of them"):
+        run("revoke", *what, "--reason", "spam")
+
+
+def test_waiting_where_no_agent_runs_writes_nothing(run: Run, path: Path) -> None:
+    run("request", PAYG.id)
+    with pytest.raises(PortwardError, match=r"no agent runs on table .*; nothing was written"):
+        run("revoke", PAYG.id, "--reason", "spam", "--wait")
+    assert stored(path, PAYG.id).state is ExemptionState.GRANTED
+
+
+def test_a_list_can_be_narrowed(run: Run) -> None:
+    run("request", PAYG.id)
+    run("request", REVIEWED.id, *WHY)
+
+    def found(*filters: str) -> list[str]:
+        return [json.loads(line)["name"] for line in run("list", "--json", *filters).stdout.splitlines()]
+
+    assert found() == ["fabrikam", "tailspin"]
+    assert found("--state", "requested") == ["tailspin"]
+    assert found("--state", "requested", "--state", "granted") == ["fabrikam", "tailspin"]
+    assert found("--offer", "pay-as-you-go") == ["fabrikam"]
+    assert found("--name", "TAIL") == ["tailspin"]
+    assert found("--state", "revoked") == []
+    assert "tailspin (azure-sponsorship)" in run("list").stdout
+
+
+def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> None:
+    ended = datetime(2026, 2, 1, tzinfo=UTC)
+    with closing(opened(path)) as store:
+        granted = datetime(2026, 1, 9, tzinfo=UTC)
+        write(
+            store,
+            put(Exemption(subscription=PAYG.id, state=ExemptionState.GRANTED, decided=granted, until=ended)),
+        )
+    assert "expired at 2026-02-01 00:00:00Z" in run("list", "--state", "expired").stdout
+    with pytest.raises(RefusedError, match="has ended by itself at 2026-02-01"):
+        run("revoke", PAYG.id, "--reason", "spam")
+    run("request", PAYG.id)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ("show", "fabrikam"),
+            "SUBSCRIPTION: 'fabrikam' is no subscription's id; `portward exemption list --name",
+        ),
+        (("show", PAYG.id), "nobody has asked for an exemption of"),
+        (("show", "11111111-0000-4000-8000-0000000000ff"), "no subscription 11111111-0000-4000-8000-0000000000ff"),
+        (("history", PAYG.id), "nobody has asked for an exemption of"),
+        (("request", "11111111-0000-4000-8000-0000000000ff"), "`portward apply` brings it in"),
+        (("request", PAYG.id, "--until", "tomorrow"), "--until: 'tomorrow' is no time"),
+        (("request", PAYG.id, "--until", "2030-01-01T00:00:00"), "has no time zone: 2030-01-01T00:00:00Z is"),
+        (("request", PAYG.id, "--until", "2020-01-01"), "which has passed"),
+        (("request", PAYG.id, "--as", " "), "--as: ' ' is no name"),
+        (("request", REVIEWED.id, *WHY, "--mail-software", "a\x1b[2J"), "--mail-software"),
+        (("grant", PAYG.id, "--burst", 5), "--burst: a burst needs a rate"),
+        (("grant", PAYG.id, "--fraud-check", " "), "--fraud-check: says nothing"),
+        (("revoke", PAYG.id, "--reason", "x", "--confirm", 1), "--confirm: goes with --file and --offer"),
+    ],
+)
+def test_mistakes_are_told_with_what_would_be_right(run: Run, arguments: tuple[Any, ...], told: str) -> None:
+    with pytest.raises(PortwardError) as error:
+        run(*arguments)
+    assert told in str(error.value)
+
+
+# --- starts ---
+
+
+def test_a_start_counts_for_a_grant_before_it(run: Run, path: Path) -> None:
+    told = run("request", PAYG.id, "--json").stdout
+    decided = datetime.fromisoformat(json.loads(told)["exemption"]["decided"])
+    told = run("started", "vni1002", "10.0.0.9", "--as", "hypervisor", group="attachment").stdout
+    assert told.startswith("vni1002 10.0.0.0/24: started ")
+    assert "counts for it now" in told
+    before = (decided - timedelta(seconds=1)).isoformat()
+    with pytest.raises(PortwardError, match="a later start is recorded already"):
+        run("started", "vni1002", "10.0.0.9", "--at", before, group="attachment")
+
+
+def test_a_start_before_the_grant_is_told_not_to_count(run: Run) -> None:
+    run("request", PAYG.id)
+    told = run("started", "vni1002", "10.0.0.9", "--at", "2026-01-01T00:00:00Z", group="attachment").stdout
+    assert "does NOT count for it" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("vni1001", "10.0.0.9"), "no attachment covers 10.0.0.9 in segment vni1001"),
+        (("vni1001", "10.0.0.x"), "ADDRESS: '10.0.0.x' is no IPv4 or IPv6 address"),
+        (("vni1001", "10.0.0.4", "--at", "2099-01-01"), "lies in the future"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(run: Run, arguments: tuple[str, ...], told: str) -> None:
+    with pytest.raises(PortwardError) as error:
+        run("started", *arguments, group="attachment")
+    assert told in str(error.value)
+
+
+def test_apply_takes_no_start_that_lies_in_the_future(files: Path) -> None:
+    (files / "inventory.yaml").write_text(
+        "attachments:\n"
+        "  - {segment: vni1001, address: 10.0.0.4, subscription: 11111111-0000-4000-8000-000000000001}\n"
+        "  - segment: vni1001\n    address: 10.0.0.5\n"
+        "    subscription: 11111111-0000-4000-8000-000000000001\n    started: 2099-01-01T00:00:00Z\n"
+    )
+    with pytest.raises(
+        InputError, match=r"^inventory.yaml:6: attachments\[1\].started: 2099-\S+ lies in the future"
+    ):
+        CliRunner().invoke(
+            app,
+            ["apply", "inventory.yaml", "--config", "portward.toml"],
+            catch_exceptions=False,
+            standalone_mode=False,
+        )
+
+
+# --- clocks ---
+
+
+def test_a_clock_that_goes_back_decides_nothing(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grant that is dated before a machine's last start would count without a restart."""
+    run("request", PAYG.id)
+    run("revoke", PAYG.id, "--reason", "spam")
+    back = datetime.now(UTC) - timedelta(hours=1)
+    monkeypatch.setattr("portward.cli.exemption.utc_now", lambda: back)
+    with pytest.raises(PortwardError, match=r"this host's clock says .*, and the store's newest change is of"):
+        run("request", PAYG.id)
+    assert stored(path, PAYG.id).state is ExemptionState.REVOKED
+    run("request", PAYG.id, "--trust-clock")
+    assert stored(path, PAYG.id).decided == back
+
+
+def test_a_clock_that_is_a_moment_late_dates_after_what_there_is(
+    run: Run, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("request", PAYG.id)
+    before = stored(path, PAYG.id).decided
+    assert before is not None
+    monkeypatch.setattr("portward.cli.exemption.utc_now", lambda: before - timedelta(seconds=1))
+    run("revoke", PAYG.id, "--reason", "spam")
+    assert stored(path, PAYG.id).decided == before + timedelta(microseconds=1)
