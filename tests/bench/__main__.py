@@ -28,7 +28,9 @@ from bench import (  # the path above must be there first
     latency,
     million,
     neighbours,
+    rates,
     remembered,
+    revoke,
     stale,
     unknown,
 )
@@ -54,6 +56,8 @@ _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "counted": counted.measure,
     "million": million.measure,
     "neighbours": neighbours.measure,
+    "rates": rates.measure,
+    "revoke": revoke.measure,
     "stale": stale.measure,
 }
 _SHORT: Final[dict[str, Callable[[Path], Measured]]] = {

@@ -23,7 +23,7 @@ from kernel.conftest import Gateway, running_gateway
 from kernel.wire import Sender, segment
 from portward.lab import namespaces
 from portward.lab.agent import until
-from portward.lab.topology import CONTOSO
+from portward.lab.topology import CONTOSO, Tenant
 from portward.model import Standing, Subscription
 from portward.store import open_store
 from portward.store.protocol import Put, encode, key_of
@@ -36,8 +36,8 @@ _SETTLED = 0.02
 class Stream:
     """Numbered segments from one source, and when those that arrive were sent."""
 
-    def __init__(self, gateway: Gateway, source: str) -> None:
-        self._sender = Sender(gateway.lab, CONTOSO)
+    def __init__(self, gateway: Gateway, source: str, tenant: Tenant = CONTOSO) -> None:
+        self._sender = Sender(gateway.lab, tenant)
         frame = bytearray(bytes(self._sender.frame / _numbered(source)))
         self._frame, self._place = frame, len(frame) - 16  # the sequence number within the last 20 bytes
         with namespaces.inside(gateway.lab.internet):

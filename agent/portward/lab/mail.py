@@ -92,6 +92,10 @@ class OpenSession:
         """Sends some more of the mail's text; raises OSError where the session was reset."""
         self._session.send(f"line {time.monotonic()}\r\n")
 
+    def close(self) -> None:
+        """Hangs up in the middle of the mail."""
+        self._session.close()
+
     def finish(self, postbox: Postbox) -> Outcome:
         """Ends the mail, and tells what became of it."""
         began = time.monotonic()
