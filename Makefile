@@ -9,7 +9,7 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test soak lint bench bench-short install clean
+.PHONY: help setup packages demo test soak lint messages bench bench-short install clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,7 +22,10 @@ packages:
 	if [ -n "$$missing" ]; then echo "installing $$missing"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; fi
 
-$(VENV)/ready: pyproject.toml requirements.txt
+# Texts in other languages; the build compiles them (hatch_build.py).
+CATALOGUES := $(wildcard agent/portward/locale/*/LC_MESSAGES/*.po)
+
+$(VENV)/ready: pyproject.toml requirements.txt hatch_build.py $(CATALOGUES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -53,6 +56,10 @@ lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check agent tests
 	$(BIN)/ruff format --check agent tests
 	$(BIN)/mypy
+
+messages: setup ## Bring the catalogues in step with the texts in the code
+	$(BIN)/python -m tests.messages
+	$(BIN)/python hatch_build.py
 
 bench: setup $(VENV)/bench-ready ## Measure speed and scale, some ten minutes: bench.json, docs/bench/*.svg (root)
 	$(BIN)/python -m tests.bench

@@ -24,7 +24,7 @@ LAYERS = (
     ("policy",),
     ("metrics", "snapshot", "runtime", "notify", "config", "selfcheck", "clock"),
     ("documents",),
-    ("model", "resources"),
+    ("model", "resources", "language"),
     ("errors", "__init__"),
 )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from uuid import UUID
 
 from portward.model import Address, Network, Reason
 from portward.table import layout
@@ -48,6 +49,14 @@ class Holding(NamedTuple):
     prefix: Network
     entry: layout.Entry
     account: Account
+
+
+class Attached(NamedTuple):
+    """An entry of an account, with the segment and the prefix that it is of."""
+
+    segment: str
+    prefix: Network
+    entry: layout.Entry
 
 
 class Reader:
@@ -138,8 +147,9 @@ class Reader:
 
     def holding(self, segment: str, address: Address) -> Holding | None:
         """What the table holds of an address in the segment of that name; None: a source of nobody."""
-        with self._begin() as transaction:
-            self._follow(transaction)
+        with self._snapshot_of() as transaction:
+            if transaction is not self._viewed:
+                self._follow(transaction)
             number = transaction.get(segment.encode(), db=self._parts[b"segments"])
             if number is None:
                 return None
@@ -165,6 +175,33 @@ class Reader:
         """The account with the table's number `subscription`."""
         with self._begin() as transaction:
             return self._account(transaction, subscription)
+
+    def account_of(self, id_: UUID) -> Account | None:
+        """The account of the subscription with this UUID."""
+        with self._snapshot_of() as transaction:
+            number = self._number(transaction, id_)
+            return None if number is None else self._account(transaction, number)
+
+    def accounts_named(self, name: str) -> list[Account]:
+        """The accounts of all subscriptions with exactly this name. Looks at every account: a second for a
+        million."""
+        wanted = name.encode()
+        with self._snapshot_of() as transaction, transaction.cursor(self._parts[b"accounts"]) as cursor:
+            near = (Account.unpack(data) for data in cursor.iternext(keys=False) if wanted in data)
+            return [found for found in near if found.subscription and found.subscription.name == name]
+
+    def attached(self, id_: UUID) -> list[Attached]:
+        """All entries of the subscription with this UUID, by segment's number and prefix, IPv4 first."""
+        with self._snapshot_of() as transaction:
+            number = self._number(transaction, id_)
+            if number is None:
+                return []
+            start = layout.number(number)
+            return [
+                self._attached(transaction, row[len(start) :], size)
+                for size, part in layout.HOLDINGS.items()
+                for row in Rows(transaction, self._parts[part]).starting(start)
+            ]
 
     def counts(self) -> tuple[int, int]:
         """How many attachments and subscriptions the table holds."""
@@ -192,6 +229,28 @@ class Reader:
                 limited,
             )
         return finding
+
+    @contextmanager
+    def _snapshot_of(self) -> Iterator[Transaction]:
+        """The transaction of `view`, or one of its own outside of it."""
+        if self._viewed is not None:
+            yield self._viewed
+            return
+        with self._begin() as transaction:
+            yield transaction
+
+    def _number(self, transaction: Transaction, id_: UUID) -> int | None:
+        """The table's number of a subscription."""
+        row = Rows(transaction, self._parts[b"ids"]).find(id_.bytes)
+        return None if row is None else int.from_bytes(row[len(id_.bytes) :], "big")
+
+    def _attached(self, transaction: Transaction, place: bytes, size: int) -> Attached:
+        row = Rows(transaction, self._parts[layout.ENTRIES[size]]).find(place)
+        segment, prefix = layout.network_of(place)
+        name = transaction.get(layout.number(segment), db=self._parts[b"names"])
+        if row is None or name is None:
+            raise TableError(f"the policy table is damaged: {prefix} in segment {segment} has no entry")
+        return Attached(name.decode(), prefix, layout.Entry.of(row))
 
     def _begin(self) -> Transaction:
         try:
