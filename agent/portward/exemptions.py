@@ -20,11 +20,22 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from portward.errors import PortwardError
+from portward.language import marked
 from portward.model import Details, Exemption, ExemptionState, FraudCheck, RateLimit, Standing, Subscription
 from portward.policy.preset import Asked, ExemptionPath, Offer, Preset
 
 SELF_SERVICE: Final = "self-service"
-_CHECK: Final = "anti-fraud check"
+ANTI_FRAUD: Final = "anti-fraud check"
+
+
+# Why self-service says no. The customer reads these, so they are in the catalogues.
+_BY_STANDING: Final = {
+    Standing.PAST_DUE: marked("the account's standing is past-due: settle that with the provider, and ask again"),
+    Standing.DISABLED: marked("the account's standing is disabled: settle that with the provider, and ask again"),
+}
+_NO_PAYMENT_HISTORY: Final = marked(
+    "the account has no payment history yet: ask again after the first invoice is paid"
+)
 
 
 class State(StrEnum):
@@ -163,7 +174,7 @@ def request(case: Case, asked: Application, *, by: str, check: Finding | None = 
         return pending
     checked = replace(pending, fraud_check=check.result, fraud_note=check.note)
     if check.result is FraudCheck.FAIL:
-        return _rejected(case, checked, _CHECK, check.note or "the anti-fraud check failed")
+        return _rejected(case, checked, ANTI_FRAUD, check.note or "the anti-fraud check failed")
     return checked
 
 
@@ -220,17 +231,10 @@ def told(state: State, exemption: Exemption | None) -> str:
 
 def _decided_at_once(case: Case, pending: Exemption) -> Exemption:
     """The policy page: a subscription that is valid, in good standing and has a payment history qualifies."""
-    if case.subscription.standing is not Standing.GOOD:
-        return _rejected(
-            case, pending, SELF_SERVICE,
-            f"the account's standing is {case.subscription.standing.value}: settle that with the provider, "
-            "and ask again",
-        )  # fmt: skip
+    if (lacking := _BY_STANDING.get(case.subscription.standing)) is not None:
+        return _rejected(case, pending, SELF_SERVICE, lacking)
     if not case.subscription.payment_history:
-        return _rejected(
-            case, pending, SELF_SERVICE,
-            "the account has no payment history yet: ask again after the first invoice is paid",
-        )  # fmt: skip
+        return _rejected(case, pending, SELF_SERVICE, _NO_PAYMENT_HISTORY)
     return replace(pending, state=ExemptionState.GRANTED, decided=case.now, by=SELF_SERVICE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from portward import __version__
-from portward.cli import attachment, exemption, explain, inventory, lab, policy, rules, run, status
+from portward.cli import attachment, diagnose, exemption, explain, inventory, lab, policy, rules, run, status
 
 app = typer.Typer(
     name="portward",
@@ -20,6 +20,7 @@ app.command("check")(run.check)
 app.command("apply")(inventory.apply)
 app.command("export")(inventory.export)
 app.command("explain")(explain.explain)
+app.command("diagnose")(diagnose.diagnose)
 app.command("status")(status.status)
 app.command("top")(status.top)
 app.add_typer(exemption.app, name="exemption")

@@ -1,0 +1,48 @@
+"""`portward diagnose`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import msgspec
+import typer
+
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+
+
+def diagnose(
+    who: Annotated[
+        str, typer.Argument(metavar="SUBSCRIPTION|SEGMENT", help="A subscription's UUID or name, or a segment.")
+    ],
+    address: Annotated[
+        str | None, typer.Argument(metavar="[ADDRESS]", help="After a segment: a source address in it.")
+    ] = None,
+    lang: Annotated[
+        str | None, typer.Option("--lang", metavar="LANG", help="en or fr; else as the locale says.")
+    ] = None,
+    customer: Annotated[bool, typer.Option("--customer", help="Print the text for the customer alone.")] = False,
+    json: JsonOption = False,
+    everything: Annotated[bool, typer.Option("--all", help="List all machines.")] = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Say what is the matter with an account and its machines, what was dropped lately, and the next step.
+
+    Ends with a text that can be sent to the customer as it is. SUBSCRIPTION is a UUID or a name; with SEGMENT
+    ADDRESS the account is that of the source.
+
+    Example: portward diagnose fabrikam --lang fr
+    """
+    from portward import language  # noqa: PLC0415 # only this verb needs all of it
+    from portward.diagnosis import answer, gather  # noqa: PLC0415 # as above
+    from portward.documents import enc_hook  # noqa: PLC0415 # as above
+
+    say = language.chosen(lang, os.environ)
+    preset, found = gather.diagnose(config, who, address, say)
+    if json:
+        typer.echo(msgspec.json.encode(found, enc_hook=enc_hook).decode())
+    elif customer:
+        typer.echo(found.customer)
+    else:
+        for line in answer.lines(preset, found, say, listed=None if everything else answer.LISTED):
+            typer.echo(line)

@@ -1,0 +1,283 @@
+"""A diagnosis: one value for machines, and lines for the support engineer, with the customer's text set apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from portward.diagnosis.advice import Step, Way, in_order, matters
+from portward.diagnosis.facts import Drops, Facts, Kernel, Machine, Metrics, Place
+from portward.diagnosis.letter import letter
+from portward.documents import network_text
+from portward.exemptions import State
+from portward.language import Language, marked
+from portward.model import Exemption, Mode, Reason, Standing, Subscription, Workload
+from portward.policy.preset import Preset
+from portward.policy.remedy import reason_in_words, remedy
+
+# How many machines are listed where nobody asks for all.
+LISTED: Final = 20
+
+_STATES: Final = {
+    State.NONE: marked("none asked for"),
+    State.REQUESTED: marked("asked for, not decided yet"),
+    State.GRANTED: marked("granted"),
+    State.REJECTED: marked("rejected"),
+    State.REVOKED: marked("revoked"),
+    State.EXPIRED: marked("granted, and ended since"),
+}
+_STANDINGS: Final = {
+    Standing.GOOD: marked("in good standing"),
+    Standing.PAST_DUE: marked("payment past due"),
+    Standing.DISABLED: marked("disabled"),
+}
+_STEPS: Final = {
+    Step.NONE: marked("nothing is blocked: look for the receiving server's answer"),
+    Step.STAY_WITHIN_LIMIT: marked("stay within the limit, or have it raised"),
+    Step.RELAY: marked("a relay on port 587"),
+    Step.API: marked("a mail provider's API"),
+    Step.SETTLE_ACCOUNT: marked("put the account in order"),
+    Step.PAY_INVOICE: marked("pay a first invoice"),
+    Step.PUT_RIGHT: marked("put right what the decision names"),
+    Step.ASK_SELF_SERVICE: marked("ask for an exemption by self-service"),
+    Step.ASK_REVIEW: marked("ask for an exemption, for review"),
+    Step.WAIT: marked("wait for the decision"),
+    Step.RESTART: marked("restart the machines"),
+    Step.RESTART_AFTER_GRANT: marked("restart the machines after the grant"),
+    Step.RECORD_GRANT: marked("provider: record when the exemption was granted, no restart counts before"),
+    Step.VIRTUAL_MACHINE: marked("send from a virtual machine"),
+    Step.OTHER_SUBSCRIPTION: marked("another kind of subscription"),
+    Step.TELL_SUBSCRIPTION: marked("find out whose it is, and add the missing record"),
+}
+_KERNEL: Final = {
+    Kernel.NO_INTERFACE: marked("not known: no segment of these machines is an interface of this host now"),
+    Kernel.NO_RULESET: marked("nothing is enforced here: no ruleset of portward is loaded"),
+    Kernel.NOT_PERMITTED: marked("not known: asking the kernel needs root or CAP_NET_ADMIN"),
+}
+_METRICS: Final = {
+    Metrics.NO_AGENT: marked("what was dropped before that is not known: no agent runs here"),
+    Metrics.OFF: marked("what was dropped before that is not known: the agent does not count by subscription"),
+    Metrics.UNREACHABLE: marked("what was dropped before that is not known: the agent's metrics cannot be read"),
+}
+
+
+class Told(msgspec.Struct, frozen=True):
+    """A matter in codes, with the number of machines that it holds for."""
+
+    reason: Reason
+    machines: int
+    observed: bool
+    ways: tuple[Way, ...]
+
+
+class Diagnosis(msgspec.Struct, frozen=True):
+    """What `--json` prints. `exemption_state` is the exemption's at the time of the facts; `customer` is the text
+    for the customer, in `language`."""
+
+    facts: Facts
+    exemption_state: State
+    matters: tuple[Told, ...]
+    language: str
+    customer: str
+
+
+def diagnosis(preset: Preset, facts: Facts, say: Language) -> Diagnosis:
+    """What follows from the facts; its machines are in order, those that need something first."""
+    facts = _ordered(facts)
+    found = matters(preset, facts)
+    told = tuple(Told(matter.reason, len(matter.machines), matter.observed, matter.ways) for matter in found)
+    return Diagnosis(facts, facts.state, told, say.code, letter(preset, facts, found, say))
+
+
+def lines(preset: Preset, made: Diagnosis, say: Language, *, listed: int | None = LISTED) -> Iterator[str]:
+    """The diagnosis for people: facts, up to `listed` machines (None: all), and the customer's text."""
+    rows = [*_rows(preset, made.facts, say, listed), *_next(made.matters, say)]
+    width = max(len(label) for label, _ in rows)
+    yield _title(preset, made.facts, say)
+    for label, text in rows:
+        yield f"  {label:<{width}}  {text}".rstrip()
+    yield ""
+    yield f"──── {say('text for the customer')} ────"
+    yield ""
+    yield from made.customer.splitlines()
+
+
+def _ordered(facts: Facts) -> Facts:
+    first = facts.machines[0] if facts.asked and facts.machines else None
+    return msgspec.structs.replace(facts, machines=in_order(facts.machines, first))
+
+
+def _title(preset: Preset, facts: Facts, say: Language) -> str:
+    asked = f"{facts.asked.segment} {facts.asked.address}: " if facts.asked else ""
+    if facts.id is None:
+        return asked + say("a source of nobody, no attachment covers it")
+    if facts.subscription is None:
+        return asked + say("subscription {id}, of which there is no record", id=facts.id)
+    offer = preset.offer(facts.subscription.offer)
+    title = say("unknown to the preset") if offer is None else say(offer.title)
+    name = f"{facts.subscription.name}, " if facts.subscription.name else ""
+    return asked + name + say(
+        "subscription {id}, offer {offer} ({title})", id=facts.id, offer=facts.subscription.offer, title=title
+    )  # fmt: skip
+
+
+def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> Iterator[tuple[str, str]]:
+    if facts.subscription is not None:
+        yield say("account"), _account(facts.subscription, say)
+        for number, text in enumerate(_exemption(facts.state, facts.exemption, say)):
+            yield say("exemption") if number == 0 else "", text
+    if facts.id is not None:
+        yield from _machines(facts, say, listed)
+    if facts.subscription is None:
+        yield say("record"), remedy(preset, Reason.DENIED_UNKNOWN_SOURCE, None, say)
+    for number, text in enumerate(_dropped(facts, say)):
+        yield say("dropped") if number == 0 else "", text
+    yield say("from"), _source(facts, say)
+
+
+def _account(subscription: Subscription, say: Language) -> str:
+    words = [
+        say(_STANDINGS[subscription.standing]),
+        say("with a payment history") if subscription.payment_history else say("without a payment history"),
+        say("created on {day}", day=say.day(subscription.created)),
+    ]
+    if subscription.mode is Mode.OBSERVE:
+        words.append(say("only observed: its packets pass"))
+    return ", ".join(words)
+
+
+def _exemption(state: State, exemption: Exemption | None, say: Language) -> Iterator[str]:
+    """The state with its times and who decided; below it the reason and what a fraud check noted, the limit."""
+    words = [say(_STATES[state])]
+    if exemption is None:
+        yield words[0]
+        return
+    if exemption.requested:
+        words.append(say("asked for on {when}", when=say.time(exemption.requested)))
+    if exemption.decided:
+        words.append(say("decided on {when}", when=say.time(exemption.decided)))
+    if exemption.by:
+        words.append(say("by {who}", who=exemption.by))
+    if exemption.until:
+        words.append(say("until {when}", when=say.time(exemption.until)))
+    yield ", ".join(words)
+    if exemption.reason:
+        yield say("reason: {reason}", reason=say(exemption.reason))
+    if exemption.fraud_check:
+        note = f", {say.quoted(exemption.fraud_note)}" if exemption.fraud_note else ""
+        yield say("anti-fraud check: {result}{note}", result=exemption.fraud_check.value, note=note)
+    if exemption.limit:
+        yield say(
+            "limit: {n} new connections a minute, {burst} at once",
+            n=say.number(exemption.limit.per_minute),
+            burst=say.number(exemption.limit.burst),
+        )
+
+
+def _machines(facts: Facts, say: Language, listed: int | None) -> Iterator[tuple[str, str]]:
+    machines = facts.machines
+    if not machines:
+        yield say("machines"), say("none")
+        return
+    may = sum(machine.reason.allows for machine in machines)
+    total = say.many("{n} machine", "{n} machines", len(machines), n=say.number(len(machines)))
+    yield (
+        say("machines"),
+        say("{total}: {may} may send, {may_not} may not", total=total, may=say.number(may),
+            may_not=say.number(len(machines) - may)),
+    )  # fmt: skip
+    for reason, number in Counter(machine.reason for machine in machines).items():
+        yield "", f"{say.number(number)} × {reason_in_words(reason, say)} ({reason.value})"
+    shown = machines[:listed]
+    for number, machine in enumerate(shown):
+        yield ("→" if number == 0 and facts.asked else ""), _machine(machine, say)
+    if (rest := len(machines) - len(shown)) > 0:
+        yield "", say.many("and {n} more: --all", "and {n} more: --all", rest, n=say.number(rest))
+
+
+def _machine(machine: Machine, say: Language) -> str:
+    words = [f"{machine.segment} {network_text(machine.address)}  {machine.reason.value}"]
+    if machine.reason is Reason.DENIED_RESTART_REQUIRED:
+        words.append(say("needs a restart"))
+    if machine.workload is Workload.PAAS:
+        words.append(say("platform service"))
+    if machine.started:
+        words.append(say("last started on {when}", when=say.time(machine.started)))
+    else:
+        words.append(say("last start unknown"))
+    if machine.observed and not machine.reason.allows:
+        words.append(say("only observed: its packets pass"))
+    if machine.drops is None:
+        words.append(say("what was dropped is not known"))
+    else:
+        words += _packets(machine.drops, say)
+    return ", ".join(words)
+
+
+def _packets(drops: Drops, say: Language) -> Iterator[str]:
+    for number, one, several in (
+        (drops.refused, marked("{n} packet refused"), marked("{n} packets refused")),
+        (drops.beyond_limit, marked("{n} dropped beyond the limit"), marked("{n} dropped beyond the limit")),
+        (drops.observed, marked("{n} passed as observed"), marked("{n} passed as observed")),
+    ):
+        if number:
+            yield say.many(one, several, number, n=say.number(number))
+
+
+def _dropped(facts: Facts, say: Language) -> Iterator[str]:
+    """What the kernel dropped lately, and the agent's own count."""
+    if facts.id is None:
+        yield from _dropped_of_nobody(facts, say)
+        return
+    drops = facts.drops
+    if drops is None and facts.machines:
+        yield say(_KERNEL.get(facts.kernel, _KERNEL[Kernel.NO_INTERFACE]))
+    elif drops is not None:
+        within = say("within the last {n} s", n=1 if facts.resets else facts.remembered)
+        packets = list(_packets(drops, say))
+        sources = say.many("of {n} source", "of {n} sources", drops.sources, n=say.number(drops.sources))
+        yield f"{', '.join(packets)}, {sources}, {within}" if packets else f"{say('nothing')} {within}"
+    if facts.since_start is not None:
+        yield say(
+            "since the agent's start on {when}: {refused} refused, {beyond} beyond the limit",
+            when=say.time(facts.since_start.started),
+            refused=say.number(facts.since_start.refused),
+            beyond=say.number(facts.since_start.beyond_limit),
+        )
+    elif facts.metrics is not Metrics.READ:
+        yield say(_METRICS[facts.metrics])
+
+
+def _dropped_of_nobody(facts: Facts, say: Language) -> Iterator[str]:
+    if facts.nobody is None:
+        yield say(_KERNEL.get(facts.kernel, _KERNEL[Kernel.NO_INTERFACE]))
+    elif facts.nobody.nobody:
+        yield say("yes, just now: packets of sources of nobody are dropped, and not counted one by one")
+    else:
+        yield say("nothing just now")
+
+
+def _source(facts: Facts, say: Language) -> str:
+    at = say.time(facts.at)
+    if facts.place is Place.TABLE:
+        told = say("the running agent's table, revision {n}, {when}", n=facts.revision, when=at)
+    else:
+        told = say("the store (no agent runs here), revision {n}, {when}", n=facts.revision, when=at)
+    told += say(", preset {preset}", preset=facts.preset)
+    if facts.other_preset:
+        told += say(" as it is now, which the agent has not taken")
+    return told
+
+
+def _next(told: tuple[Told, ...], say: Language) -> Iterator[tuple[str, str]]:
+    """The ways on, each in one line; with several matters, for which reason."""
+    first = True
+    for matter in told:
+        for way in matter.ways:
+            words = say(" → ").join(say(_STEPS[step]) for step in way)
+            of = f" ({matter.reason.value})" if len(told) > 1 else ""
+            yield say("next step") if first else "", f"{words}{of}"
+            first = False

@@ -1,0 +1,58 @@
+"""What the running agent has counted for a subscription since its start, from its own metrics."""
+
+from __future__ import annotations
+
+import http.client
+import re
+from datetime import UTC, datetime
+from typing import Final
+from uuid import UUID
+
+from portward.config import Config
+from portward.diagnosis.facts import Metrics, SinceStart
+from portward.runtime import read_status, running
+
+# The metrics of some hundred thousand subscriptions; nobody is to wait for more.
+_BYTES: Final = 32 << 20
+_SECONDS: Final = 2.0
+# As the agent writes them: no letter of a UUID or a verdict is escaped.
+_SAMPLE: Final = r'(?m)^portward_subscription_packets_total\{{subscription="{id}",verdict="([a-z_]+)"\}} (\S+)$'
+_REFUSED: Final = ("deny", "reject")
+_BEYOND: Final = "throttled"
+
+
+def since_start(config: Config, id_: UUID) -> tuple[Metrics, SinceStart | None]:
+    """The counts of the subscription, and whether they are known. It takes `_SECONDS` at most to find out."""
+    status = None if running(config.table) is None else read_status(config.table)
+    if status is None:
+        return Metrics.NO_AGENT, None
+    address = config.metrics_address()
+    if address is None or not config.metrics.subscriptions:
+        return Metrics.OFF, None
+    text = _read(*address)
+    if text is None:
+        return Metrics.UNREACHABLE, None
+    counts = counts_of(text, id_)
+    return Metrics.READ, SinceStart(
+        started=datetime.fromtimestamp(status["started"], UTC),
+        refused=sum(counts.get(verdict, 0) for verdict in _REFUSED),
+        beyond_limit=counts.get(_BEYOND, 0),
+    )
+
+
+def counts_of(text: str, id_: UUID) -> dict[str, int]:
+    """Verdict → packets of a subscription, in the text of a scrape."""
+    return {verdict: int(float(number)) for verdict, number in re.findall(_SAMPLE.format(id=id_), text)}
+
+
+def _read(host: str, port: int) -> str | None:
+    """A scrape; None where there is no answer, or one that is too long."""
+    connection = http.client.HTTPConnection(host, port, timeout=_SECONDS)
+    try:
+        connection.request("GET", "/metrics")
+        data = connection.getresponse().read(_BYTES + 1)
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    return data.decode(errors="replace") if len(data) <= _BYTES else None

@@ -1,0 +1,163 @@
+"""Gathering the facts of a diagnosis: whose account, from the running agent's table or from the store; what the
+kernel dropped lately; what the agent has counted since its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from portward import config as configuration
+from portward.config import Config, Refusal
+from portward.diagnosis import counted, kernel
+from portward.diagnosis.answer import Diagnosis, diagnosis
+from portward.diagnosis.facts import Asked, Facts, Machine
+from portward.diagnosis.places import Accounts, Matched, accounts
+from portward.documents import brief
+from portward.errors import InputError, PortwardError
+from portward.language import Language
+from portward.model import Address, Mode, Network
+from portward.policy import preset as presets
+from portward.policy.decide import decide
+from portward.policy.preset import Preset
+from portward.store.belongings import Belongings, uuid_of
+
+# How many subscriptions of the same name are told.
+_CANDIDATES: Final = 10
+
+
+def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[Preset, Diagnosis]:
+    """The diagnosis of the subscription `who` (UUID or name), or of the owner of the source `address` in the
+    segment `who`, and the preset by which it is judged. Raises InputError for what is no address or segment,
+    PortwardError where nothing is found, or a name is that of several."""
+    config = configuration.load(path)
+    preset = presets.load(config.preset)
+    source = None if address is None else _source(config, path, who, address)
+    with closing(accounts(config, preset)) as place:
+        facts = _of_account(config, preset, place, who) if source is None else (
+            _of_source(config, preset, place, who, source)
+        )  # fmt: skip
+    return preset, diagnosis(preset, facts, say)
+
+
+def judged(
+    config: Config, preset: Preset, place: Accounts, held: Belongings, matched: Matched | None = None
+) -> tuple[Machine, ...]:
+    """The account's machines as they come out at the place's time, that of `matched` first."""
+    mode = held.subscription.mode if held.subscription else Mode.ENFORCE
+    found = [
+        Machine(
+            segment=one.segment,
+            address=one.address,
+            reason=decide(
+                preset,
+                subscription=held.subscription,
+                exemption=held.exemption,
+                attachment=one,
+                now=place.at,
+            ).reason,
+            workload=one.workload,
+            started=one.started,
+            observed=mode is Mode.OBSERVE or config.observes(one.segment),
+        )
+        for one in held.attachments
+    ]
+    if matched is not None:
+        found.sort(key=lambda one: (one.segment, one.address) != (matched.segment, matched.prefix))
+    return tuple(found)
+
+
+def _source(config: Config, path: Path, segment: str, address: str) -> Address:
+    try:
+        source = ip_address(address)
+    except ValueError:
+        raise InputError(f"{brief(address)} is no IPv4 or IPv6 address", field="ADDRESS") from None
+    if not config.segment(segment):
+        raise InputError(
+            f"{brief(segment)} is none of the segments of {path}: {', '.join(config.segments)}", field="SEGMENT"
+        )
+    return source
+
+
+def _of_account(config: Config, preset: Preset, place: Accounts, who: str) -> Facts:
+    held = _the_one(place, who)
+    return _facts(config, preset, place, held)
+
+
+def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, address: Address) -> Facts:
+    asked = Asked(segment, str(address))
+    matched = place.matched(segment, address)
+    if matched is not None:
+        held = place.found(str(matched.subscription))
+        if held:
+            return replace(_facts(config, preset, place, held[0], matched), asked=asked)
+    drops, answer = kernel.of_nobody(segment, address)
+    return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer)
+
+
+def _facts(
+    config: Config, preset: Preset, place: Accounts, held: Belongings, matched: Matched | None = None
+) -> Facts:
+    machines = judged(config, preset, place, held, matched)
+
+    def owner(segment: str, address: Address) -> Network | None:
+        found = place.matched(segment, address)
+        return None if found is None else found.prefix
+
+    machines, answer = kernel.with_drops(machines, owner)
+    metrics, since_start = counted.since_start(config, held.id)
+    return replace(
+        _bare(config, preset, place),
+        id=held.id,
+        subscription=held.subscription,
+        exemption=held.exemption,
+        machines=machines,
+        kernel=answer,
+        metrics=metrics,
+        since_start=since_start,
+    )
+
+
+def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:
+    """What holds whoever is asked about."""
+    return Facts(
+        at=place.at,
+        place=place.place,
+        revision=place.revision,
+        preset=preset.name,
+        other_preset=place.other_preset,
+        remembered=config.verdicts.deny_seconds,
+        resets=config.verdicts.refuse_with is Refusal.REJECT,
+    )
+
+
+def _the_one(place: Accounts, who: str) -> Belongings:
+    """The one account that is meant."""
+    found = place.found(who) if who.strip() else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PortwardError(
+            f"{brief(who)} is the name of {len(found)} subscriptions: {_candidates(found)}; "
+            "say which one: `portward diagnose UUID`"
+        )
+    what = "with this id" if uuid_of(who) else "with exactly this name"
+    raise PortwardError(
+        f"{brief(who)}: no subscription {what} in the {place.place.value} at revision {place.revision}; "
+        "`portward diagnose SEGMENT ADDRESS` finds it by one of its machines, `portward export` lists all"
+    )
+
+
+def _candidates(found: Sequence[Belongings]) -> str:
+    told = [
+        f"{one.id} ({one.subscription.offer}, created {one.subscription.created})"
+        for one in sorted(found, key=lambda one: one.id)[:_CANDIDATES]
+        if one.subscription is not None
+    ]
+    more = [f"and {len(found) - _CANDIDATES} more"] if len(found) > _CANDIDATES else []
+    return ", ".join(told + more)
