@@ -24,8 +24,9 @@ from portward.language import marked
 from portward.model import Details, Exemption, ExemptionState, FraudCheck, RateLimit, Standing, Subscription
 from portward.policy.preset import Asked, ExemptionPath, Offer, Preset
 
-SELF_SERVICE: Final = "self-service"
-ANTI_FRAUD: Final = "anti-fraud check"
+# Who decided, where it was no person.
+SELF_SERVICE: Final = marked("self-service")
+ANTI_FRAUD: Final = marked("anti-fraud check")
 
 
 # Why self-service says no. The customer reads these, so they are in the catalogues.
@@ -33,6 +34,7 @@ _BY_STANDING: Final = {
     Standing.PAST_DUE: marked("the account's standing is past-due: settle that with the provider, and ask again"),
     Standing.DISABLED: marked("the account's standing is disabled: settle that with the provider, and ask again"),
 }
+_CHECK_FAILED: Final = marked("the anti-fraud check failed")
 _NO_PAYMENT_HISTORY: Final = marked(
     "the account has no payment history yet: ask again after the first invoice is paid"
 )
@@ -174,7 +176,7 @@ def request(case: Case, asked: Application, *, by: str, check: Finding | None = 
         return pending
     checked = replace(pending, fraud_check=check.result, fraud_note=check.note)
     if check.result is FraudCheck.FAIL:
-        return _rejected(case, checked, ANTI_FRAUD, check.note or "the anti-fraud check failed")
+        return _rejected(case, checked, ANTI_FRAUD, check.note or _CHECK_FAILED)
     return checked
 
 

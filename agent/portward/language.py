@@ -34,6 +34,11 @@ def marked(text: str) -> str:
     return text
 
 
+def marked_many(one: str, several: str) -> tuple[str, str]:
+    """The same for a text that counts: what `Language.many` takes first."""
+    return one, several
+
+
 _MONTHS: Final = (
     marked("January"), marked("February"), marked("March"), marked("April"), marked("May"), marked("June"),
     marked("July"), marked("August"), marked("September"), marked("October"), marked("November"),
@@ -71,7 +76,8 @@ class Language:
     def time(self, at: datetime) -> str:
         """A time to the minute, in UTC."""
         at = at.astimezone(UTC)
-        return self("{day} at {time} UTC", day=self.day(at), time=f"{at:%H:%M}")
+        time = self("{hour}:{minute}", hour=f"{at:%H}", minute=f"{at:%M}")
+        return self("{day} at {time} UTC", day=self.day(at), time=time)
 
     def both(self, things: Sequence[str]) -> str:
         """All of the things in one line: a, b and c."""

@@ -13,8 +13,8 @@ from portward.diagnosis.facts import Drops, Facts, Kernel, Machine, Metrics, Pla
 from portward.diagnosis.letter import letter
 from portward.documents import network_text
 from portward.exemptions import State
-from portward.language import Language, marked
-from portward.model import Exemption, Mode, Reason, Standing, Subscription, Workload
+from portward.language import Language, marked, marked_many
+from portward.model import Exemption, FraudCheck, Mode, Reason, Standing, Subscription, Workload
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_in_words, remedy
 
@@ -34,6 +34,11 @@ _STANDINGS: Final = {
     Standing.PAST_DUE: marked("payment past due"),
     Standing.DISABLED: marked("disabled"),
 }
+_CHECKS: Final = {
+    FraudCheck.PASS: marked("passed"),
+    FraudCheck.FAIL: marked("failed"),
+    FraudCheck.REFER: marked("a person has to look"),
+}
 _STEPS: Final = {
     Step.NONE: marked("nothing is blocked: look for the receiving server's answer"),
     Step.STAY_WITHIN_LIMIT: marked("stay within the limit, or have it raised"),
@@ -52,6 +57,11 @@ _STEPS: Final = {
     Step.OTHER_SUBSCRIPTION: marked("another kind of subscription"),
     Step.TELL_SUBSCRIPTION: marked("find out whose it is, and add the missing record"),
 }
+_PACKETS: Final = (
+    marked_many("{n} packet refused", "{n} packets refused"),
+    marked_many("{n} connection dropped beyond the limit", "{n} connections dropped beyond the limit"),
+    marked_many("{n} packet passed as observed", "{n} packets passed as observed"),
+)
 _KERNEL: Final = {
     Kernel.NO_INTERFACE: marked("not known: no segment of these machines is an interface of this host now"),
     Kernel.NO_RULESET: marked("nothing is enforced here: no ruleset of portward is loaded"),
@@ -100,7 +110,8 @@ def lines(preset: Preset, made: Diagnosis, say: Language, *, listed: int | None 
     for label, text in rows:
         yield f"  {label:<{width}}  {text}".rstrip()
     yield ""
-    yield f"──── {say('text for the customer')} ────"
+    title = say("text for the customer")
+    yield f"──── {title} ────"
     yield ""
     yield from made.customer.splitlines()
 
@@ -160,7 +171,7 @@ def _exemption(state: State, exemption: Exemption | None, say: Language) -> Iter
     if exemption.decided:
         words.append(say("decided on {when}", when=say.time(exemption.decided)))
     if exemption.by:
-        words.append(say("by {who}", who=exemption.by))
+        words.append(say("by {who}", who=say(exemption.by)))
     if exemption.until:
         words.append(say("until {when}", when=say.time(exemption.until)))
     yield ", ".join(words)
@@ -168,7 +179,7 @@ def _exemption(state: State, exemption: Exemption | None, say: Language) -> Iter
         yield say("reason: {reason}", reason=say(exemption.reason))
     if exemption.fraud_check:
         note = f", {say.quoted(exemption.fraud_note)}" if exemption.fraud_note else ""
-        yield say("anti-fraud check: {result}{note}", result=exemption.fraud_check.value, note=note)
+        yield say("anti-fraud check: {result}{note}", result=say(_CHECKS[exemption.fraud_check]), note=note)
     if exemption.limit:
         yield say(
             "limit: {n} new connections a minute, {burst} at once",
@@ -193,12 +204,12 @@ def _machines(facts: Facts, say: Language, listed: int | None) -> Iterator[tuple
         yield "", f"{say.number(number)} × {reason_in_words(reason, say)} ({reason.value})"
     shown = machines[:listed]
     for number, machine in enumerate(shown):
-        yield ("→" if number == 0 and facts.asked else ""), _machine(machine, say)
+        yield ("→" if number == 0 and facts.asked else ""), _machine(machine, facts.kernel, say)
     if (rest := len(machines) - len(shown)) > 0:
         yield "", say.many("and {n} more: --all", "and {n} more: --all", rest, n=say.number(rest))
 
 
-def _machine(machine: Machine, say: Language) -> str:
+def _machine(machine: Machine, kernel: Kernel, say: Language) -> str:
     words = [f"{machine.segment} {network_text(machine.address)}  {machine.reason.value}"]
     if machine.reason is Reason.DENIED_RESTART_REQUIRED:
         words.append(say("needs a restart"))
@@ -210,21 +221,17 @@ def _machine(machine: Machine, say: Language) -> str:
         words.append(say("last start unknown"))
     if machine.observed and not machine.reason.allows:
         words.append(say("only observed: its packets pass"))
-    if machine.drops is None:
-        words.append(say("what was dropped is not known"))
-    else:
+    if machine.drops is not None:
         words += _packets(machine.drops, say)
+    elif kernel is Kernel.ASKED:
+        words.append(say("no interface of this host now"))
     return ", ".join(words)
 
 
 def _packets(drops: Drops, say: Language) -> Iterator[str]:
-    for number, one, several in (
-        (drops.refused, marked("{n} packet refused"), marked("{n} packets refused")),
-        (drops.beyond_limit, marked("{n} dropped beyond the limit"), marked("{n} dropped beyond the limit")),
-        (drops.observed, marked("{n} passed as observed"), marked("{n} passed as observed")),
-    ):
+    for number, texts in zip((drops.refused, drops.beyond_limit, drops.observed), _PACKETS, strict=True):
         if number:
-            yield say.many(one, several, number, n=say.number(number))
+            yield say.many(*texts, number, n=say.number(number))
 
 
 def _dropped(facts: Facts, say: Language) -> Iterator[str]:
@@ -236,10 +243,10 @@ def _dropped(facts: Facts, say: Language) -> Iterator[str]:
     if drops is None and facts.machines:
         yield say(_KERNEL.get(facts.kernel, _KERNEL[Kernel.NO_INTERFACE]))
     elif drops is not None:
-        within = say("within the last {n} s", n=1 if facts.resets else facts.remembered)
+        within = say("in the last {n} s", n=1 if facts.resets else facts.remembered)
         packets = list(_packets(drops, say))
         sources = say.many("of {n} source", "of {n} sources", drops.sources, n=say.number(drops.sources))
-        yield f"{', '.join(packets)}, {sources}, {within}" if packets else f"{say('nothing')} {within}"
+        yield f"{', '.join(packets)}, {sources}, {within}" if packets else say("nothing {within}", within=within)
     if facts.since_start is not None:
         yield say(
             "since the agent's start on {when}: {refused} refused, {beyond} beyond the limit",

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Final
 
 from portward.diagnosis.advice import Matter, Step, Way
+from portward.diagnosis.facts import Asked as AskedSource
 from portward.diagnosis.facts import Facts, Machine
 from portward.documents import network_text
 from portward.exemptions import ANTI_FRAUD, SELF_SERVICE, State
@@ -38,8 +39,8 @@ _MATTERS: Final = {
         "Nothing is blocked here: an exemption was granted{when}, and connections to {ports} pass."
     ),
     Reason.DENIED_NOT_EXEMPT: marked(
-        "Connections to {ports} are blocked: this kind of subscription{title} needs an exemption for them, and none "
-        "has been asked for."
+        "Connections to {ports} are blocked: this kind of subscription{title} needs an exemption for them, and "
+        "none has been asked for."
     ),
     Reason.DENIED_INELIGIBLE: marked(
         "Connections to {ports} are blocked for this kind of subscription{title}, and it can never be exempt from "
@@ -58,8 +59,8 @@ _MATTERS: Final = {
         "then its connections to {ports} are blocked."
     ),
     Reason.DENIED_PAAS: marked(
-        "Mail on {ports} through a platform service, such as a managed firewall, is not supported: it stays blocked "
-        "whatever the subscription."
+        "Mail on {ports} through a platform service, such as a managed firewall, is not supported: it stays "
+        "blocked whatever the subscription."
     ),
     Reason.DENIED_DISABLED: marked("The subscription is disabled, and so connections to {ports} are blocked."),
     Reason.DENIED_UNKNOWN_SOURCE: marked(
@@ -69,8 +70,8 @@ _MATTERS: Final = {
 }
 _ENDED: Final = marked("Connections to {ports} are blocked, as the exemption ended{when}.")
 _NO_DATE: Final = marked(
-    "An exemption is granted, but our record of it lacks a date, so it does not count yet and connections to {ports} "
-    "are blocked."
+    "An exemption is granted, but our record of it lacks a date, so it does not count yet and connections to "
+    "{ports} are blocked."
 )
 _NO_RECORD: Final = marked(
     "Our records of this subscription are not complete, so its connections to {ports} are blocked."
@@ -82,8 +83,9 @@ def letter(preset: Preset, facts: Facts, found: tuple[Matter, ...], say: Languag
     parts = [say("Hello,"), _opening(preset, facts, say)]
     for matter in found:
         told = _Told(preset, facts, matter, say)
-        heading = _heading(matter.machines, say) if len(found) > 1 else ""
-        parts.append(" ".join(filter(None, (heading, *told.what_is_the_matter()))))
+        first = facts.asked is not None and matter is found[0]
+        heading = _heading(matter.machines, facts.asked if first else None, say) if len(found) > 1 else ""
+        parts.append("\n".join(filter(None, (heading, " ".join(told.what_is_the_matter())))))
         parts.append("\n".join(told.what_can_be_done()))
     parts.append(
         say(
@@ -95,12 +97,17 @@ def letter(preset: Preset, facts: Facts, found: tuple[Matter, ...], say: Languag
     return "\n\n".join(parts)
 
 
-def named(machines: Iterable[Machine], say: Language, *, most: int | None = None) -> str:
-    """The addresses of the machines in one line, without their segments, up to `most` of them."""
-    times = Counter(network_text(machine.address) for machine in machines)
+def named(
+    machines: Iterable[Machine], say: Language, *, asked: AskedSource | None = None, most: int | None = None
+) -> str:
+    """The addresses of the machines in one line, without their segments, up to `most` of them; the first one as it
+    was asked about, if it was."""
+    addresses = [network_text(machine.address) for machine in machines]
+    if asked is not None:
+        addresses[0] = asked.address
     words = [
         address if number == 1 else say("{address} ({n} machines)", address=address, n=say.number(number))
-        for address, number in times.items()
+        for address, number in Counter(addresses).items()
     ]
     if most is not None and len(words) > most:
         rest = len(words) - most
@@ -132,10 +139,12 @@ def ports_in_words(preset: Preset, say: Language) -> str:
     return say.many("port {ports}", "ports {ports}", len(preset.ports), ports=ports)
 
 
-def _heading(machines: tuple[Machine, ...], say: Language) -> str:
-    return say.many(
-        "Machine {machines}:", "Machines {machines}:", len(machines), machines=named(machines, say, most=_NAMED)
-    )
+def _heading(machines: tuple[Machine, ...], asked: AskedSource | None, say: Language) -> str:
+    # A prefix stands for several machines, but for the one that was asked about.
+    wide = [machine for machine in machines if machine.address.num_addresses > 1]
+    several = len(machines) > 1 or (bool(wide) and asked is None)
+    told = named(machines, say, asked=asked, most=_NAMED)
+    return say.many("Machine {machines}:", "Machines {machines}:", 2 if several else 1, machines=told)
 
 
 class _Told:
@@ -260,7 +269,7 @@ class _Told:
                 yield self._to_be_restarted()
             case Step.RESTART_AFTER_GRANT:
                 yield say(
-                    "After the grant, please {restart}: an exemption counts for a machine only from then on.",
+                    "After the grant, please {restart}: only then does the exemption count for a machine.",
                     restart=say(self._preset.restart),
                 )
             case Step.RECORD_GRANT:
@@ -292,8 +301,8 @@ class _Told:
 
     def _requires(self) -> Iterator[str]:
         if self._offer is not None and self._offer.requires:
-            things = self._say.both([self._say(text) for text in self._offer.requires])
-            yield self._say("It takes {things}.", things=things)
+            things = "; ".join(self._say(text) for text in self._offer.requires)
+            yield self._say("What it takes: {things}.", things=things)
 
     def _others(self) -> Iterator[str]:
         """Which kinds of subscription may send, and which may ask to."""
@@ -307,7 +316,7 @@ class _Told:
                 yield say(sentence, offers="; ".join(titles))
 
     def _to_be_restarted(self) -> str:
-        """All of them by name, since it is to be done with each; only their number where it is every one of many."""
+        """All of them by name, since it is to be done with each; their number where it is every one of many."""
         say, machines = self._say, self._matter.machines
         virtual = [machine for machine in self._facts.machines if machine.workload is Workload.VM]
         if len(machines) > _NAMED and len(machines) >= len(virtual):
@@ -321,7 +330,7 @@ class _Told:
         """The kind of subscription, where the policy knows several."""
         if self._offer is None or not self._preset.offers or self._offer is self._preset.otherwise:
             return ""
-        return self._say(" ({title})", title=self._say(self._offer.title))
+        return f" ({self._say(self._offer.title)})"
 
     def _on(self, at: datetime | None) -> str:
         return self._say(" on {day}", day=self._say.day(at)) if at else ""

@@ -1,0 +1,104 @@
+"""Collects the texts that a reader may get in another language, and brings the catalogues in step with them:
+`make messages`.
+
+They stand in the code as the arguments of `say`, `say.many`, `marked` and `marked_many`, and in the bundled
+presets as what customers are shown. What has no translation yet is added with an empty one; what is gone is taken
+out.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Final
+
+from babel.messages.catalog import Catalog
+from babel.messages.extract import extract_from_file
+from babel.messages.pofile import read_po, write_po
+
+from portward.language import DOMAIN, FOLDER
+from portward.policy import preset as presets
+from portward.policy.preset import Offer, Preset
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+PACKAGE: Final = ROOT / "agent" / "portward"
+TEMPLATE: Final = FOLDER / f"{DOMAIN}.pot"
+_KEYWORDS: Final = {
+    "say": None,
+    "_say": None,
+    "self": None,  # a `Language` that calls itself
+    "many": (1, 2),
+    "marked": None,
+    "marked_many": (1, 2),
+    "pgettext": ((1, "c"), 2),
+}
+_WIDTH: Final = 100
+
+
+def collected() -> Catalog:
+    """All texts, with the files that they stand in."""
+    catalogue = Catalog(project="portward", charset="utf-8", fuzzy=False)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        for _, message, comments, context in extract_from_file("python", path, keywords=_KEYWORDS):
+            catalogue.add(message, locations=[(place, 0)], auto_comments=comments, context=context)
+    for name in presets.bundled():
+        for text in texts_of(presets.load(name)):
+            catalogue.add(text, locations=[(f"rules/policy/{name}.toml", 0)])
+    return catalogue
+
+
+def texts_of(preset: Preset) -> list[str]:
+    """What customers are shown of a preset."""
+    offers: list[Offer] = [*preset.offers, *([] if preset.otherwise is None else [preset.otherwise])]
+    texts = [preset.restart, preset.request]
+    for offer in offers:
+        texts += [offer.title, *offer.requires]
+    return list(dict.fromkeys(filter(None, texts)))
+
+
+def catalogue_of(path: Path) -> Catalog:
+    """The catalogue in a file."""
+    with path.open("rb") as file:
+        return read_po(file, abort_invalid=True)
+
+
+def written(catalogue: Catalog) -> str:
+    """A catalogue as text, without anything that changes by itself: dates, tools, line numbers."""
+    target = BytesIO()
+    write_po(
+        target,
+        catalogue,
+        width=_WIDTH,
+        omit_header=True,
+        sort_output=True,
+        include_lineno=False,
+        ignore_obsolete=True,
+    )
+    return target.getvalue().decode()
+
+
+def merged(path: Path, texts: Catalog) -> str:
+    """A language's catalogue, in step with the texts; what was translated stays so."""
+    have = catalogue_of(path)
+    have.update(texts, no_fuzzy_matching=True)
+    return f"{_header(path)}\n{written(have)}"
+
+
+def _header(path: Path) -> str:
+    """What stands before the first text: the language and how it counts."""
+    return path.read_text().partition("\n\n")[0] + "\n"
+
+
+def main() -> None:
+    """Writes template and catalogues anew, and says what is to be translated."""
+    texts = collected()
+    TEMPLATE.write_text('msgid ""\nmsgstr ""\n"Content-Type: text/plain; charset=utf-8\\n"\n\n' + written(texts))
+    for path in sorted(FOLDER.glob(f"*/LC_MESSAGES/{DOMAIN}.po")):
+        path.write_text(merged(path, texts))
+        missing = [message.id for message in catalogue_of(path) if message.id and not message.string]
+        print(f"{path.relative_to(ROOT)}: {len(texts)} texts, {len(missing)} without a translation")
+
+
+if __name__ == "__main__":
+    main()
