@@ -6,6 +6,7 @@ all have them. By itself, `python hatch_build.py` compiles them in the checkout.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from babel.messages.pofile import read_po
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 LOCALE = Path(__file__).resolve().parent / "agent" / "portward" / "locale"
+_NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc] # comes without types
@@ -29,6 +31,8 @@ def compile_catalogues(folder: Path) -> None:
     for path in sorted(folder.glob("*/LC_MESSAGES/*.po")):
         with path.open("rb") as source:
             catalogue = read_po(source, abort_invalid=True)
+        # Else babel writes the time of the build: the same sources are to give the same wheel.
+        catalogue.creation_date = catalogue.revision_date = _NO_TIME
         with path.with_suffix(".mo").open("wb") as target:
             write_mo(target, catalogue)
 
