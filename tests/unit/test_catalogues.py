@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+import messages
 from portward.language import DOMAIN, FOLDER
 from portward.policy import preset as presets
-from tests import messages
 
 CATALOGUES = sorted(FOLDER.glob(f"*/LC_MESSAGES/{DOMAIN}.po"))
 TEXTS = messages.collected()

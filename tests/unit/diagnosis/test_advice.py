@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from datetime import date, timedelta
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -118,10 +119,10 @@ def test_a_platform_service_is_led_to_what_may_send(path: ExemptionPath, state: 
 @pytest.mark.parametrize(
     ("started", "ways"), [(BEFORE, ((RESTART,),)), (AFTER, ((NONE,),)), (None, ((RESTART,),))]
 )
-def test_a_grant_wants_a_restart_of_those_not_started_since(started: object, ways: object) -> None:
+def test_a_grant_wants_a_restart_of_those_not_started_since(started: Any, ways: object) -> None:
     (found,) = matters(
         AZURE, facts(AZURE, subscription("csp"), exemption(State.GRANTED), attachment(started=started))
-    )  # type: ignore[arg-type]
+    )
     assert found.ways == ways
 
 

@@ -1,0 +1,230 @@
+"""The words: what the customer gets and what the support engineer sees, in both languages."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+
+import messages
+from portward.diagnosis.answer import LISTED, diagnosis, lines
+from portward.diagnosis.facts import Asked, Drops, Kernel
+from portward.exemptions import ANTI_FRAUD, SELF_SERVICE, Application, Case, request
+from portward.language import ENGLISH, FOLDER, Language, language
+from portward.model import Mode, RateLimit, Reason, Standing, Workload
+from portward.policy import preset as presets
+from portward.policy.preset import Asked as ReviewAsks
+from portward.policy.remedy import reason_in_words, remedy
+from unit.diagnosis.samples import AFTER, BEFORE, NOW, REASON, State, attachment, exemption, facts, subscription
+
+AZURE = presets.load("azure-2020")
+FRENCH = language("fr")
+BOTH = pytest.mark.parametrize("say", [ENGLISH, FRENCH], ids=lambda say: say.code)
+# A customer need not know these.
+INTERNAL = [*(reason.value for reason in Reason), "vni", "paas", "preset", "table", "portward", "{", "}", "None"]
+
+
+def customer(say: Language, offer: str, state: State, *attachments: object, **more: object) -> str:
+    """The customer's text for an account."""
+    known = facts(AZURE, subscription(offer), exemption(state, **more), *(attachments or (attachment(),)))  # type: ignore[arg-type]
+    return diagnosis(AZURE, known, say).customer
+
+
+def english_texts() -> list[str]:
+    """Every English text of more than two words, with anything in its places, but for those that are the same."""
+    same = {str(text.id) for text in messages.catalogue_of(CATALOGUE) if text.id == text.string}
+    texts = [one for text in messages.collected() for one in ([text.id] if isinstance(text.id, str) else text.id)]
+    pieces = [piece.strip() for text in texts if text not in same for piece in re.split(r"\{\w+\}", text)]
+    return [piece for piece in pieces if len(re.findall(r"[a-z]{2,}", piece)) > 2]
+
+
+CATALOGUE = FOLDER / "fr" / "LC_MESSAGES" / "portward.po"
+ENGLISH_TEXTS = english_texts()
+
+
+@pytest.mark.parametrize("name", presets.bundled())
+@BOTH
+def test_every_case_has_a_text_without_internal_words_and_in_one_language(name: str, say: Language) -> None:
+    preset = presets.load(name)
+    offers = [offer.ids[0] for offer in preset.offers] + ["another-offer"]
+    for offer, state, workload, standing, started in itertools.product(
+        offers, State, Workload, Standing, (BEFORE, AFTER)
+    ):
+        owner = subscription(offer, standing=standing, payment_history=started == AFTER)
+        known = facts(
+            preset,
+            owner,
+            exemption(state, limit=RateLimit(per_minute=30) if state is State.GRANTED else None),
+            attachment(started=started, workload=workload),
+            attachment("10.0.0.9", AFTER),
+            observed=standing is Standing.PAST_DUE,
+        )
+        made = diagnosis(preset, known, say)
+        for word in INTERNAL:
+            assert word not in made.customer, (word, made.customer)
+        receiver = "may still refuse your mail" if say is ENGLISH else "peut refuser vos messages"
+        assert receiver in made.customer
+        assert "  " not in made.customer
+        if say is FRENCH:
+            told = "\n".join(lines(preset, made, say))
+            assert not [text for text in ENGLISH_TEXTS if text in told], told
+
+
+@BOTH
+@pytest.mark.parametrize("reason", Reason)
+def test_reasons_and_remedies_are_said_in_the_language(say: Language, reason: Reason) -> None:
+    for name, offer in itertools.product(presets.bundled(), ("csp", "azure-sponsorship", "free-trial", "x")):
+        told = remedy(presets.load(name), reason, subscription(offer), say) + reason_in_words(reason, say)
+        assert "{" not in told
+        if say is FRENCH:
+            assert not [text for text in ENGLISH_TEXTS if text in told], told
+
+
+@pytest.mark.parametrize(
+    ("offer", "state", "parts"),
+    [
+        ("enterprise-agreement", State.NONE, ["Nothing is blocked here", "receiving server's answer"]),
+        ("csp", State.NONE, ["none has been asked for", "port 587", "decided at once", "a payment history"]),
+        ("azure-sponsorship", State.NONE, ["please open a support request: type Technical", "cannot go through"]),
+        ("csp", State.REQUESTED, ["You asked for an exemption on 8 January 2026", "wait for the decision"]),
+        ("csp", State.GRANTED, ["granted on 9 January 2026", "stop the virtual machine", "with: 10.0.0.4."]),
+        ("csp", State.REJECTED, ["rejected on 9 January 2026", f"“{REASON}”", "put right"]),
+        ("csp", State.REVOKED, ["revoked on 9 January 2026", f"“{REASON}”", "put right"]),
+        ("csp", State.EXPIRED, ["the exemption ended on 31 May 2026", "decided at once"]),
+        ("free-trial", State.NONE, ["never be exempt", "Free Trial", "another kind of subscription",
+                                    "Without an exemption: Enterprise Agreement.", "With an exemption: Pay-As"]),
+    ],
+)  # fmt: skip
+def test_the_customer_is_told_the_matter_and_the_step(offer: str, state: State, parts: list[str]) -> None:
+    told = customer(ENGLISH, offer, state)
+    for part in parts:
+        assert part in told
+    assert told.startswith("Hello,\n\nYou have asked us why your subscription fabrikam cannot")
+
+
+def test_a_review_says_what_it_asks() -> None:
+    offers = tuple(
+        offer if offer.ids[0] != "microsoft-partner-network" else msgspec_replace(offer, asks=tuple(ReviewAsks))
+        for offer in AZURE.offers
+    )
+    preset = msgspec_replace(AZURE, offers=offers)
+    known = facts(preset, subscription("azure-sponsorship"), None, attachment())
+    for say, parts in (
+        (ENGLISH, ["which mail software", "messages you send a day", "reverse DNS", "SPF, DKIM", "terms of use"]),
+        (
+            FRENCH,
+            ["quel logiciel", "messages vous envoyez par jour", "DNS inverse", "SPF, DKIM", "conditions d’ut"],
+        ),
+    ):
+        told = diagnosis(preset, known, say).customer
+        assert all(part in told for part in parts), told
+
+
+def test_what_self_service_records_is_said_in_the_customers_language() -> None:
+    for owner in (
+        subscription("csp", standing=Standing.PAST_DUE),
+        subscription("csp", payment_history=False),
+    ):
+        record = request(Case(AZURE, owner, None, NOW), Application(), by="x")
+        assert record.by == SELF_SERVICE
+        told = diagnosis(AZURE, facts(AZURE, owner, record, attachment()), FRENCH).customer
+        assert "renouvelez la demande" in told
+        assert record.reason not in told
+
+
+def test_what_an_anti_fraud_check_noted_is_not_for_the_customer() -> None:
+    told = customer(ENGLISH, "azure-sponsorship", State.REJECTED, by=ANTI_FRAUD, reason="sender of a botnet")
+    assert "botnet" not in told
+    assert "did not pass the check" in told
+
+
+def test_a_limit_is_told_and_what_was_beyond_it() -> None:
+    granted = exemption(State.GRANTED, limit=RateLimit(per_minute=1200, burst=5))
+    known = facts(AZURE, subscription("csp"), granted, attachment(started=AFTER))
+    machine = msgspec_replace(known.machines[0], drops=Drops(beyond_limit=3, sources=1))
+    known = msgspec_replace(known, machines=(machine,))
+    told = diagnosis(AZURE, known, ENGLISH)
+    assert "1,200 new connections a minute, and 5 at once" in told.customer
+    assert "Lately 3 attempts beyond it were dropped." in told.customer
+    assert any("3 connections dropped beyond the limit" in line for line in lines(AZURE, told, ENGLISH))
+
+
+def test_who_is_only_observed_is_told_that_it_passes_still() -> None:
+    owner = subscription("csp", mode=Mode.OBSERVE)
+    told = diagnosis(AZURE, facts(AZURE, owner, None, attachment(), observed=True), ENGLISH)
+    assert "pass all the same" in told.customer
+    assert told.matters[0].observed
+
+
+def test_the_source_that_was_asked_about_comes_first_and_marked() -> None:
+    known = facts(
+        AZURE, subscription("csp"), exemption(State.GRANTED), attachment("10.0.2.0/24", AFTER), attachment(),
+        asked=Asked("vni1002", "10.0.2.9"),
+    )  # fmt: skip
+    made = diagnosis(AZURE, known, ENGLISH)
+    assert [matter.reason for matter in made.matters] == [Reason.ALLOWED_EXEMPT, Reason.DENIED_RESTART_REQUIRED]
+    assert "your machine 10.0.2.9 cannot send" in made.customer
+    assert "Machine 10.0.2.9:\nNothing is blocked here" in made.customer
+    (marked,) = [line for line in lines(AZURE, made, ENGLISH) if line.startswith("  →")]
+    assert "vni1002 10.0.2.0/24" in marked
+
+
+@BOTH
+def test_a_source_of_nobody_says_so(say: Language) -> None:
+    known = facts(AZURE, None, None, id=None, asked=Asked("vni1002", "10.0.0.9"), nobody=Drops(nobody=True))
+    told = list(lines(AZURE, diagnosis(AZURE, known, say), say))
+    assert ("source of nobody" if say is ENGLISH else "source inconnue") in told[0]
+    assert any(("yes, just now" if say is ENGLISH else "oui, en ce moment") in line for line in told)
+    assert any("10.0.0.9" in line for line in told[5:])
+
+
+def many(number: int) -> tuple[list[str], list[str], str]:
+    """The lines for an account with so many machines, short and whole, and the customer's text."""
+    machines = [attachment(f"10.0.{n // 250}.{n % 250 + 1}", BEFORE if n % 2 else AFTER) for n in range(number)]
+    made = diagnosis(AZURE, facts(AZURE, subscription("csp"), exemption(State.GRANTED), *machines), ENGLISH)
+    short, whole = (list(lines(AZURE, made, ENGLISH, listed=listed)) for listed in (LISTED, None))
+    return short, whole, made.customer
+
+
+def test_hundreds_of_machines_are_counted_and_those_that_need_something_listed_first() -> None:
+    short, whole, letter = many(600)
+    assert any("600 machines: 300 may send, 300 may not" in line for line in short)
+    assert any("300 × an exemption is granted, but" in line for line in short)
+    listed = [line for line in short if " vni1002 " in line]
+    assert len(listed) == LISTED
+    assert all("needs a restart" in line for line in listed)
+    assert any("and 580 more: --all" in line for line in short)
+    assert sum(" vni1002 " in line for line in whole) == 600
+    assert not any("--all" in line for line in whole)
+    # The customer must know each machine that is to be restarted.
+    assert sum(f"10.0.{n // 250}.{n % 250 + 1}" in letter for n in range(1, 600, 2)) == 300
+
+
+def test_where_all_of_many_machines_are_to_be_restarted_their_number_is_enough() -> None:
+    machines = [attachment(f"10.0.0.{n}") for n in range(1, 100)]
+    told = customer(ENGLISH, "csp", State.GRANTED, *machines)
+    assert "with all 99 virtual machines of the subscription" in told
+    assert len(told) < 1_000
+
+
+def test_the_same_address_in_two_segments_is_told_as_two_machines() -> None:
+    told = customer(ENGLISH, "csp", State.GRANTED, attachment(), attachment(segment="vni1003"))
+    assert "with: 10.0.0.4 (2 machines)." in told
+
+
+@pytest.mark.parametrize("kernel", [Kernel.NO_INTERFACE, Kernel.NO_RULESET, Kernel.NOT_PERMITTED])
+@BOTH
+def test_what_is_not_known_is_said(kernel: Kernel, say: Language) -> None:
+    known = facts(AZURE, subscription("csp"), None, attachment(), kernel=kernel)
+    told = "\n".join(lines(AZURE, diagnosis(AZURE, known, say), say))
+    words = {"en": ("not known", "nothing is enforced"), "fr": ("inconnu", "rien n’est appliqué")}[say.code]
+    assert any(word in told for word in words)
+
+
+def msgspec_replace(value: Any, **fields: Any) -> Any:
+    """A frozen value with other fields."""
+    from msgspec.structs import replace
+
+    return replace(value, **fields)
