@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.mail import READY, Fate, OpenSession, Outcome, Postbox, send
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
-from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
+from portward.model import Attachment, Exemption, ExemptionState, RateLimit, Record, Subscription
 from portward.store.document import yaml_text
 from portward.store.protocol import encode, key_of
 
@@ -33,6 +34,9 @@ _IDS: Final = {
 # Wide enough for a row on one line where no terminal says how wide it is.
 _WIDTH: Final = 120
 _GRANTED: Final = datetime(2026, 1, 9, 12, tzinfo=UTC)
+# Customers without a machine here: one whose request a person reviews, one whose offer can never be exempt.
+_REVIEWED: Final = UUID("11111111-0000-4000-8000-000000000003")
+_NEVER: Final = UUID("11111111-0000-4000-8000-000000000004")
 
 
 class Row(NamedTuple):
@@ -45,7 +49,8 @@ class Row(NamedTuple):
 
 
 def records() -> tuple[Record, ...]:
-    """Two customers with the same address: one whose offer may send, one whose offer may not."""
+    """Two customers with the same address: one whose offer may send, one whose offer may not. And two more for the
+    other ways to an exemption."""
     return (
         Subscription(
             id=_IDS[CONTOSO], name="contoso-prod", offer="enterprise-agreement", created=date(2021, 3, 2)
@@ -57,6 +62,8 @@ def records() -> tuple[Record, ...]:
             created=date(2022, 6, 30),
             payment_history=True,
         ),
+        Subscription(id=_REVIEWED, name="tailspin", offer="azure-sponsorship", created=date(2022, 6, 30)),
+        Subscription(id=_NEVER, name="trey", offer="free-trial", created=date(2022, 6, 30)),
         *attachments(CONTOSO),
         *attachments(FABRIKAM),
     )
@@ -70,10 +77,12 @@ def attachments(tenant: Tenant, started: datetime = _GRANTED - timedelta(days=30
     )
 
 
-def exemption(state: ExemptionState) -> Exemption:
-    """The exemption of the one that may not, in some state."""
-    decided = None if state is ExemptionState.REQUESTED else _GRANTED
-    return Exemption(subscription=_IDS[FABRIKAM], state=state, requested=_GRANTED, decided=decided, by="demo")
+def exemption(limit: RateLimit | None = None) -> Exemption:
+    """A grant for the one that may not send without, from before its machine was started."""
+    return Exemption(
+        subscription=_IDS[FABRIKAM], state=ExemptionState.GRANTED, requested=_GRANTED, decided=_GRANTED, by="demo",
+        limit=limit,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -121,24 +130,42 @@ class Demo:
         self._mail("Enterprise Agreement over IPv6", CONTOSO, Fate.DELIVERED, server=MAIL6)
         self._mail("Pay-As-You-Go over IPv6", FABRIKAM, Fate.TIMED_OUT, server=MAIL6)
         self._reason("denied-not-exempt")
+        self._other_ways()
         self._exemption()
+        self._limit()
         self._revocation(Fate.TIMED_OUT)
         self._agent.configure(verdicts={"refuse_with": "reject"})
         self._agent.reload()
         self._mail("answered with a reset from now on: refused at once", FABRIKAM, Fate.REFUSED)
         self._mail("… over IPv6", FABRIKAM, Fate.REFUSED, server=MAIL6)
         self._mail("… and the other customer's 10.0.0.4 goes on", CONTOSO, Fate.DELIVERED)
-        self._agent.apply(exemption(ExemptionState.GRANTED))
+        self._agent.apply(exemption())
         self._revocation(Fate.CUT)
+        # self._audit()
         self._counters()
 
+    def _other_ways(self) -> None:
+        """Who needs no exemption, who never gets one, and who waits for a person."""
+        self._verb("asks for an exemption: not needed", "none is needed", "request", _IDS[CONTOSO])
+        self._verb("asks for an exemption: never", "can never be exempt", "request", _NEVER)
+        self._verb("… review, without a reason", "wants to know more", "request", _REVIEWED)
+        why = ("--justification", "mail servers of our own")
+        self._verb("… review, with one", "requested", "request", _REVIEWED, *why)
+        self._verb("… granted without an anti-fraud check", "needs an anti-fraud check", "grant", _REVIEWED)
+        self._verb("… granted after one", "granted", "grant", _REVIEWED, "--fraud-check", "called back")
+
     def _exemption(self) -> None:
-        self._agent.apply(exemption(ExemptionState.REQUESTED))
-        self._mail("exemption requested", FABRIKAM, Fate.TIMED_OUT)
-        self._agent.apply(exemption(ExemptionState.GRANTED))
+        """Self-service: granted at once, and it counts once the machine was restarted."""
+        self._verb("asks for an exemption: self-service", "granted", "request", _IDS[FABRIKAM])
         self._mail("exemption granted, machine not restarted", FABRIKAM, Fate.TIMED_OUT)
         self._reason("denied-restart-required")
-        self._agent.apply(*attachments(FABRIKAM, started=_GRANTED + timedelta(hours=1)))
+        told = self._agent.portward("diagnose", str(_IDS[FABRIKAM]), "--customer", "--lang", "en").stdout
+        self._found("portward diagnose, for the customer", "stop the virtual machine and start it again", told)
+        for address in (FABRIKAM.address4, FABRIKAM.address6):
+            self._agent.portward("attachment", "started", FABRIKAM.segment, address)
+        until(
+            lambda: self._agent.explain(FABRIKAM.segment, FABRIKAM.address6)["verdict"] == "allow", "the restart"
+        )
         self._mail("machine restarted after the grant", FABRIKAM, Fate.DELIVERED)
         self._mail("… over IPv6", FABRIKAM, Fate.DELIVERED, server=MAIL6)
         self._reason("allowed-exempt")
@@ -148,12 +175,37 @@ class Demo:
         that is answered with a reset is cut."""
         session = OpenSession(self._lab, FABRIKAM, MAIL4, 25)
         session.go_on()
-        self._agent.apply(exemption(ExemptionState.REVOKED))
+        self._verb("revoked with --wait", "enforced after", "revoke", _IDS[FABRIKAM], "--reason", "spam", "--wait")
         outcome = session.finish(self._postbox)
-        self._row("exemption revoked in the middle of an open session", expected, outcome)
+        self._row("… in the middle of an open session", expected, outcome)
         after = Fate.TIMED_OUT if expected is Fate.TIMED_OUT else Fate.REFUSED
         self._mail("… and a new one after it", FABRIKAM, after)
         self._reason("denied-revoked")
+
+    def _limit(self) -> None:
+        """An exemption that carries a limit."""
+        self._agent.apply(exemption(RateLimit(per_minute=1, burst=2)))
+        for number in ("first", "second"):
+            self._mail(f"exempt for two connections: the {number}", FABRIKAM, Fate.DELIVERED)
+        self._mail("… and the third", FABRIKAM, Fate.TIMED_OUT)
+        self._agent.apply(exemption())
+
+    def _audit(self) -> None:
+        """The log of all that was done is whole."""
+        result = self._agent.portward("audit")
+        self._found("portward audit", "whole", result.stdout + result.stderr)
+
+    def _verb(self, what: str, expected: str, verb: str, subscription: UUID, *options: str) -> None:
+        """A verb of `portward exemption`, and what it is to say."""
+        result = self._agent.portward("exemption", verb, str(subscription), *options)
+        self._found(what, expected, result.stdout or result.stderr)
+
+    def _found(self, what: str, expected: str, told: str) -> None:
+        """A row for an output that is to hold some words: the rest of its line is shown."""
+        line = next((line for line in told.splitlines() if expected in line), told.strip() or "nothing")
+        place = line.find(expected)
+        happened = re.split(r"[:,]", line[place:])[0] if place >= 0 else line
+        self._tell(Row(what, expected, happened, expected in told))
 
     def _mail(self, what: str, tenant: Tenant, expected: Fate, *, server: str = MAIL4, port: int = 25) -> None:
         self._row(what, expected, send(self._lab, tenant, server, port, self._postbox))
