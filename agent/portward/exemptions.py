@@ -89,7 +89,7 @@ class Finding(NamedTuple):
 
 
 _REFUSED: Final = {
-    (State.REQUESTED, Action.REQUEST): "it was asked for {when} already and waits for a decision",
+    (State.REQUESTED, Action.REQUEST): "it was asked for already, {when}, and waits for a decision",
     (
         State.GRANTED,
         Action.REQUEST,
@@ -101,7 +101,7 @@ _REFUSED: Final = {
     (State.EXPIRED, Action.GRANT): "the grant has ended {when}: a new request comes first",
     (State.NONE, Action.REJECT): "there is no request that could be rejected",
     (State.GRANTED, Action.REJECT): "it is granted, {when}: `portward exemption revoke` takes a grant back",
-    (State.REJECTED, Action.REJECT): "the request was rejected {when} already",
+    (State.REJECTED, Action.REJECT): "the request was rejected already, {when}",
     (State.REVOKED, Action.REJECT): "it was revoked {when}, and nobody has asked again",
     (State.EXPIRED, Action.REJECT): "the grant has ended {when}, and nobody has asked again",
     (State.NONE, Action.REVOKE): "there is no exemption that could be revoked",
@@ -110,7 +110,7 @@ _REFUSED: Final = {
         Action.REVOKE,
     ): "it is not granted, only asked for {when}: `portward exemption reject` says no",
     (State.REJECTED, Action.REVOKE): "it was never granted: the request was rejected {when}",
-    (State.REVOKED, Action.REVOKE): "it was revoked {when} already",
+    (State.REVOKED, Action.REVOKE): "it was revoked already, {when}",
     (State.EXPIRED, Action.REVOKE): "it has ended by itself {when}: there is nothing to revoke",
 }
 

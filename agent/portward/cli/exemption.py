@@ -156,7 +156,7 @@ def reject(
 def revoke(
     reason: ReasonOption,
     id_: Annotated[
-        str | None, typer.Argument(metavar="[SUBSCRIPTION]", help="The subscription's id; or --file, or --offer.")
+        str | None, typer.Argument(metavar="SUBSCRIPTION", help="The subscription's id; or --file, or --offer.")
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Revoke those of a list: an id on each line.")
@@ -199,7 +199,7 @@ def revoke(
     if json:
         _print({"revoked": len(ids), "revision": revision, "enforced_after_ms": _ms(took)})
     else:
-        typer.echo(f"revoked {len(ids)} exemptions, as revision {revision}{_enforced(took)}")
+        typer.echo(f"revoked {_exemptions(len(ids))}, as revision {revision}{_enforced(took)}")
 
 
 @app.command("list")
@@ -332,7 +332,7 @@ def _confirm(count: int, confirmed: int | None) -> None:
         return
     was = "" if confirmed is None else f", and not {confirmed}"
     raise PortwardError(
-        f"this would revoke {count} exemptions{was}; nothing was written: --confirm {count} does it"
+        f"this would revoke {_exemptions(count)}{was}; nothing was written: --confirm {count} does it"
     )
 
 
@@ -401,6 +401,10 @@ def _checked(exemption: Exemption) -> str:
         return ""
     note = f": {exemption.fraud_note}" if exemption.fraud_note else ""
     return f"{exemption.fraud_check.value}{note}"
+
+
+def _exemptions(count: int) -> str:
+    return f"{count} exemption{'' if count == 1 else 's'}"
 
 
 def _owner(row: Row) -> str:
