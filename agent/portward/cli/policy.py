@@ -76,6 +76,8 @@ def _print_offer(ids: str, offer: Offer) -> None:
     before = f"allowed if created before {offer.created_before}, else " if offer.created_before else ""
     needs = f" (takes {', '.join(offer.requires)})" if offer.requires else ""
     typer.echo(f"              {before}blocked; exemption: {offer.exemption}{needs}")
+    if offer.asks:
+        typer.echo(f"              a request has to tell, beside its reason: {', '.join(offer.asks)}")
 
 
 def _numbers(preset: Preset) -> str:
