@@ -12,7 +12,8 @@ from pathlib import Path
 from portward.store.bell import ring
 
 _AS_A_REVISION = """
-INSERT INTO main.revision SELECT max(number) + 1, {at}, 'another tool' FROM main.revision;
+INSERT INTO main.revision SELECT max(number) + 1, {at}, 'another tool', zeroblob(32), zeroblob(32)
+  FROM main.revision;
 INSERT INTO main.change
   SELECT (SELECT max(number) FROM main.revision), key,
     (SELECT body FROM main.record WHERE record.key = bad.key), body

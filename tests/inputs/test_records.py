@@ -196,7 +196,7 @@ def test_a_revision_that_cannot_be_is_refused(number: int, held: Held) -> None:
     another = "DROP TRIGGER revision_kept; DELETE FROM revision; PRAGMA foreign_keys = OFF;"
     with closing(sqlite3.connect(held.store)) as connection:
         connection.executescript(another)
-        connection.execute("INSERT INTO revision VALUES (?, '', 'another tool')", (number,))
+        connection.execute("INSERT INTO revision VALUES (?, '', 'another tool', X'00', X'00')", (number,))
         connection.commit()
     inventory = held.store.with_name("inventory.yaml")
     inventory.write_text("exemptions: []\n")

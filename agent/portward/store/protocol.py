@@ -14,13 +14,15 @@ The exemption of a subscription is one record, its latest state; what it was bef
 
 Beside the records there may be one more key, `confirmed`: the number of the revision up to which somebody has
 confirmed that many subscriptions may flip.
-Each accepted batch of changes is one revision; revisions rise by one.
+Each accepted batch of changes is one revision; revisions rise by one. Revision and changes together are an entry
+of the log, which only grows; each entry has a hash and carries that of the one before (`chain`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from ipaddress import ip_network
@@ -85,6 +87,49 @@ class Put(NamedTuple):
     body: str | None
 
 
+class Odd(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What another tool wrote into the log where only text belongs: its type, and what it holds, in hex or as a
+    number."""
+
+    kind: str
+    content: str
+
+    def __str__(self) -> str:
+        return f"<{self.kind} {self.content}>"
+
+
+# A text of the log as it is kept, word for word: a hash is over these.
+Cell: TypeAlias = str | Odd | None
+# A change as it is kept: key, before, after.
+Row: TypeAlias = tuple[Cell, Cell, Cell]
+
+# SHA-256.
+HASH_BYTES: Final = 32
+
+
+class Origin(NamedTuple):
+    """How the hashes of a log begin. `at` is when that was: when the store was made, or when a log that had been
+    written without hashes was sealed, which gave them; `sealed` is then the newest revision that was there already,
+    else 0. What was done to the log before cannot be told. `hash` is None where it is lost."""
+
+    at: Cell
+    sealed: int
+    hash: bytes | None
+
+
+class Entry(NamedTuple):
+    """A revision as the log keeps it. `at` is ISO 8601 in UTC, unless another tool wrote it; `changes` is how
+    many there are. `previous` is the hash of the entry before, which it carries. Both hashes have 32 bytes, and are
+    None where there is none."""
+
+    number: int
+    at: Cell
+    actor: Cell
+    previous: bytes | None
+    hash: bytes | None
+    changes: int
+
+
 class Store(Protocol):
     """A store of policy. Every method raises StoreError where the store cannot be used."""
 
@@ -114,6 +159,27 @@ class Store(Protocol):
     def changes(self, since: int) -> Iterator[Change]:
         """What changed after revision `since`, in order, whole revisions only."""
 
+    def written(self) -> datetime | None:
+        """When the newest revision was written, in UTC; None for a store that never held anything."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While it is open, everything that is asked of the store is answered from one state of it. Others may
+        write meanwhile; this one may not."""
+
+    def origin(self) -> Origin | None:
+        """How the hashes of the log begin; None for a log that has none yet. The next change seals it."""
+
+    def log(self, since: int | None = None) -> Iterator[Entry]:
+        """The entries of the log after revision `since` (None: all of them, also those with a number that cannot
+        be), oldest first."""
+
+    def rows(self, revision: int) -> Iterator[Row]:
+        """The changes of a revision as they are kept, in the order of their keys."""
+
+    def strays(self) -> Iterator[int | Odd]:
+        """The revisions under which changes are kept and that have no entry: there are none, unless another tool
+        wrote into the log."""
+
     def write(
         self,
         batch: Sequence[Put],
@@ -124,8 +190,9 @@ class Store(Protocol):
         progress: Progress | None = None,
     ) -> int:
         """Writes a batch, in which no key stands twice, as one revision: all of it or nothing. Gives its
-        number; a batch that changes nothing makes no revision, and the number stays. Raises ConflictError
-        where the store is no longer at revision `expected`. `progress` hears how many are written so far."""
+        number; a batch that changes nothing makes no revision, and the number stays. Seals a log that has no
+        hashes yet. Raises ConflictError where the store is no longer at revision `expected`. `progress` hears how
+        many are written so far."""
 
     def fileno(self) -> int | None:
         """A descriptor that can be read once a revision was written by anyone; None: only asking tells."""

@@ -1,5 +1,8 @@
 """The embedded store: an SQLite database in WAL mode, with a log of who changed what and when.
 
+Its format is 2. A store of format 1 has the same records and the same log without hashes: it is read as it is, and
+whoever writes to it, or opens it to do so, seals its log first, in one transaction (`_seal`).
+
 What was accepted survives a power cut: `synchronous=FULL` syncs the log of each commit. NORMAL would be
 quicker and could lose the last changes, and one of them may be a revocation.
 
@@ -11,17 +14,33 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import uuid4
+
+import msgspec
 
 from portward.errors import ConflictError, StoreError
 from portward.store.bell import Listener, hang, ring
-from portward.store.protocol import Change, NoStoreError, Progress, Put
+from portward.store.chain import Sealing, origin_hash
+from portward.store.protocol import (
+    HASH_BYTES,
+    Cell,
+    Change,
+    Entry,
+    NoStoreError,
+    Odd,
+    Origin,
+    Progress,
+    Put,
+    Row,
+)
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
+# The format before, whose log has no hashes.
+_UNSEALED: Final = 1
 # How long a writer waits for another one, in seconds: a million records take about ten.
 _PATIENCE = 20.0
 # Records that are written between two reports of progress.
@@ -32,18 +51,45 @@ _LAST_REVISION: Final = 2**63 - 1
 # What the WAL shrinks to after a large change, in bytes.
 _WAL_LIMIT: Final = 64 * 1024 * 1024
 
+_REVISION: Final = """(
+  number INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT NOT NULL, previous BLOB NOT NULL, hash BLOB NOT NULL
+)"""
+_ORIGIN: Final = "CREATE TABLE origin (at TEXT NOT NULL, sealed INTEGER NOT NULL, hash BLOB NOT NULL)"
+
+
+def _only_grows(table: str) -> str:
+    """The statements after which SQLite itself refuses to change a row of the table, or to take it away."""
+    refuse = "BEGIN SELECT RAISE(ABORT, 'the log only grows'); END"
+    return f"""
+CREATE TRIGGER {table}_stays BEFORE UPDATE ON {table} {refuse};
+CREATE TRIGGER {table}_kept BEFORE DELETE ON {table} {refuse};
+"""
+
+
 _SCHEMA: Final = f"""
 CREATE TABLE store (identity BLOB NOT NULL);
 CREATE TABLE record (key TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE revision (number INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT NOT NULL);
+CREATE TABLE revision {_REVISION};
 CREATE TABLE change (
   revision INTEGER NOT NULL REFERENCES revision, key TEXT NOT NULL, before TEXT, after TEXT,
   PRIMARY KEY (revision, key)
 ) WITHOUT ROWID;
-CREATE TRIGGER revision_stays BEFORE UPDATE ON revision BEGIN SELECT RAISE(ABORT, 'the log only grows'); END;
-CREATE TRIGGER revision_kept BEFORE DELETE ON revision BEGIN SELECT RAISE(ABORT, 'the log only grows'); END;
-CREATE TRIGGER change_stays BEFORE UPDATE ON change BEGIN SELECT RAISE(ABORT, 'the log only grows'); END;
-CREATE TRIGGER change_kept BEFORE DELETE ON change BEGIN SELECT RAISE(ABORT, 'the log only grows'); END;
+{_ORIGIN};
+{_only_grows("revision")}
+{_only_grows("change")}
+{_only_grows("origin")}
+PRAGMA user_version = {_FORMAT};
+"""
+
+# From format 1. A table can be given no column that must not be NULL, so a new one takes the old one's place; with
+# that one its triggers go.
+_WIDEN: Final = f"CREATE TABLE sealed_revision {_REVISION}"
+_SEAL_ONE: Final = "INSERT INTO sealed_revision SELECT number, at, actor, ?2, ?3 FROM revision WHERE number = ?1"
+_REPLACE: Final = f"""
+DROP TABLE revision;
+ALTER TABLE sealed_revision RENAME TO revision;
+{_only_grows("revision")}
+{_only_grows("origin")}
 PRAGMA user_version = {_FORMAT};
 """
 
@@ -55,6 +101,25 @@ FROM (SELECT (SELECT body FROM record WHERE key = ?2) AS before) WHERE before IS
 
 # Backwards, attachments come last; what is no key of ours may stand anywhere.
 _RECORDS: Final = "SELECT key, body FROM record WHERE ?1 IS NULL OR key < ?1 ORDER BY key DESC"
+
+_ENTRIES: Final = """
+SELECT number, at, actor, {hashes}, (SELECT count(*) FROM change WHERE revision = number)
+FROM revision WHERE ?1 IS NULL OR number > ?1 ORDER BY number
+"""
+_ROWS: Final = """
+SELECT key, before, after FROM change WHERE revision = ?1 AND (?2 IS NULL OR key > ?2) ORDER BY key
+"""
+# From each revision to the next one, since a bulk change has a million rows under one.
+_STRAYS: Final = """
+WITH RECURSIVE found (number) AS (
+  SELECT min(revision) FROM change
+  UNION ALL
+  SELECT (SELECT min(revision) FROM change WHERE revision > number) FROM found WHERE number IS NOT NULL
+)
+SELECT number FROM found WHERE number IS NOT NULL AND number NOT IN (SELECT number FROM revision)
+"""
+# Rows that are read at once.
+_PIECE: Final = 1000
 
 
 class SqliteStore:
@@ -68,6 +133,7 @@ class SqliteStore:
         self._bell = self._path.with_name(path.name + ".bell")
         self._listener: Listener | None = None
         self._readings = 0
+        self._held = False
         with self._errors():
             self._find(create=create)
             # The URI keeps SQLite from making a file that has gone away meanwhile.
@@ -112,8 +178,9 @@ class SqliteStore:
         """See `Store`."""
         with self._errors():
             self._expect_same_file()
-            self._end_transaction()
-            self._connection.execute("BEGIN")
+            if not self._held:
+                self._end_transaction()
+                self._connection.execute("BEGIN")
             revision = self._newest()
         self._readings += 1
         return revision, self._records(self._readings)
@@ -147,6 +214,66 @@ class SqliteStore:
                 bodies = (None if body is None else _text(body) for body in (before, after))
                 yield Change(revision, _instant(at), _text(actor), _text(key), *bodies)
 
+    def written(self) -> datetime | None:
+        """See `Store`. Costs some microseconds."""
+        with self._errors():
+            row = self._connection.execute("SELECT at FROM revision ORDER BY number DESC LIMIT 1").fetchone()
+        return None if row is None else _instant(row[0])
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """See `Store`."""
+        with self._errors():
+            self._expect_same_file()
+            self._end_transaction()
+            self._connection.execute("BEGIN")
+            # The state is that of the first look.
+            self._connection.execute("SELECT 1 FROM store").fetchone()
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self._end_transaction()
+
+    def origin(self) -> Origin | None:
+        """See `Store`."""
+        with self._errors():
+            if self._format() == _UNSEALED:
+                return None
+            with self._decoding(_cell_of_text):
+                rows = self._connection.execute("SELECT at, sealed, hash FROM origin LIMIT 2").fetchall()
+        if len(rows) != 1 or not isinstance(rows[0][1], int):
+            return Origin("", 0, None)
+        at, sealed, found = rows[0]
+        return Origin(_cell(at), sealed, _hash(found))
+
+    def log(self, since: int | None = None) -> Iterator[Entry]:
+        """See `Store`."""
+        with self._errors():
+            hashes = "NULL, NULL" if self._format() == _UNSEALED else "previous, hash"
+            rows = self._connection.execute(_ENTRIES.format(hashes=hashes), (since,))
+            while True:
+                with self._decoding(_cell_of_text):
+                    row = rows.fetchone()
+                if row is None:
+                    return
+                number, at, actor, previous, found, changes = row
+                yield Entry(number, _cell(at), _cell(actor), _hash(previous), _hash(found), changes)
+
+    def rows(self, revision: int) -> Iterator[Row]:
+        """See `Store`."""
+        with self._errors():
+            for piece in self._pieces(revision):
+                yield from piece
+
+    def strays(self) -> Iterator[int | Odd]:
+        """See `Store`."""
+        with self._errors(), self._decoding(_cell_of_text):
+            found = self._connection.execute(_STRAYS).fetchall()
+        for (number,) in found:
+            yield number if isinstance(number, int) else _odd(number)
+
     def write(
         self,
         batch: Sequence[Put],
@@ -160,8 +287,10 @@ class SqliteStore:
         with self._errors():
             self._expect_same_file()
             self._end_transaction()
+            self._seal()
             self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._expect_format()  # under the lock: a newer portward may have been here
                 self._expect(expected)
                 if not self._put(batch, expected + 1, actor, at, progress):
                     return expected
@@ -222,10 +351,8 @@ class SqliteStore:
 
     def _prepare(self, *, create: bool) -> None:
         execute = self._connection.execute
-        version = execute("PRAGMA user_version").fetchone()[0]
-        if version > _FORMAT:
-            told = f"written by a newer portward (format {version}, this one knows {_FORMAT})"
-            raise StoreError(f"{self._name}: {told}")
+        self._expect_format()
+        version = self._format()
         if version == 0:
             if execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise StoreError(f"{self._name}: an SQLite database, but not portward's")
@@ -234,6 +361,17 @@ class SqliteStore:
             self._create()
         execute("PRAGMA synchronous = FULL")
         execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT}")
+        if create:
+            self._seal()
+
+    def _format(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def _expect_format(self) -> None:
+        version = self._format()
+        if version > _FORMAT:
+            told = f"written by a newer portward (format {version}, this one knows {_FORMAT})"
+            raise StoreError(f"{self._name}: {told}")
 
     def _create(self) -> None:
         execute = self._connection.execute
@@ -241,13 +379,96 @@ class SqliteStore:
         execute("BEGIN IMMEDIATE")
         try:
             # Under the lock: somebody else may have made it meanwhile.
-            if execute("PRAGMA user_version").fetchone()[0] == 0:
+            if self._format() == 0:
                 for statement in _statements(_SCHEMA):
                     execute(statement)
-                execute("INSERT INTO store VALUES (?)", (uuid4().bytes,))
+                identity = uuid4().bytes
+                execute("INSERT INTO store VALUES (?)", (identity,))
+                self._begin_log(identity, sealed=0)
             execute("COMMIT")
         finally:
             self._end_transaction()
+
+    def _begin_log(self, identity: bytes, *, sealed: int) -> bytes:
+        """Writes the origin of the log's hashes, and gives its hash."""
+        at = datetime.now(UTC).isoformat()
+        found = origin_hash(identity, at, sealed)
+        self._connection.execute("INSERT INTO origin VALUES (?, ?, ?)", (at, sealed, found))
+        return found
+
+    def _seal(self) -> None:
+        """Brings a store of format 1 to format 2, all of it or nothing: each revision gets its hash. Does nothing
+        to any other store."""
+        if self._format() != _UNSEALED:
+            return
+        execute = self._connection.execute
+        execute("BEGIN IMMEDIATE")
+        try:
+            # Under the lock, as above.
+            if self._format() == _UNSEALED:
+                execute(_ORIGIN)
+                execute(_WIDEN)
+                previous = self._begin_log(self._read_identity(), sealed=self._newest())
+                for entry in self.log():
+                    found = self._hashed(previous, entry.number, entry.at, entry.actor)
+                    execute(_SEAL_ONE, (entry.number, previous, found))
+                    previous = found
+                for statement in _statements(_REPLACE):
+                    execute(statement)
+            execute("COMMIT")
+        finally:
+            self._end_transaction()
+
+    def _hashed(self, previous: bytes, number: int, at: Cell, actor: Cell) -> bytes:
+        """The hash of a revision, of which all changes are there."""
+        sealing = Sealing(previous, number, at, actor)
+        for piece in self._pieces(number):
+            sealing.add(piece)
+        return sealing.hash()
+
+    def _head(self, revision: int) -> bytes:
+        """The hash of a revision, which is the newest; of the origin where it is 0."""
+        row = self._connection.execute(
+            "SELECT hash FROM revision WHERE number = ?1 UNION ALL SELECT hash FROM origin WHERE ?1 = 0",
+            (revision,),
+        ).fetchone()
+        found = None if row is None else _hash(row[0])
+        if found is None:
+            told = f"the log has lost the hash of revision {revision}, so no entry can follow it"
+            raise StoreError(f"{self._name}: {told}; restore it from a backup")
+        return found
+
+    def _pieces(self, revision: int) -> Iterator[list[Row]]:
+        """The changes of a revision as they are kept, in the order of their keys, so many at once that it is
+        quick."""
+        last: object = None
+        try:
+            # SQLite's own reading of text is the quickest, and ends at the first one that is no UTF-8.
+            for rows in self._fetched(str, revision, None):
+                last = rows[-1][0]
+                yield rows if _plain(rows) else _cells(rows)
+        except sqlite3.OperationalError:
+            for rows in self._fetched(_cell_of_text, revision, last):
+                yield _cells(rows)
+
+    def _fetched(self, decode: Callable[[bytes], object], revision: int, after: object) -> Iterator[list[Any]]:
+        cursor = self._connection.execute(_ROWS, (revision, after))
+        while True:
+            with self._decoding(decode):
+                rows = cursor.fetchmany(_PIECE)
+            if not rows:
+                return
+            yield rows
+
+    @contextlib.contextmanager
+    def _decoding(self, decode: Callable[[bytes], object]) -> Iterator[None]:
+        """Text that is fetched meanwhile goes through `decode`; others may be reading in between."""
+        before = self._connection.text_factory
+        self._connection.text_factory = decode
+        try:
+            yield
+        finally:
+            self._connection.text_factory = before
 
     def _read_identity(self) -> bytes:
         row = self._connection.execute("SELECT identity FROM store").fetchone()
@@ -290,6 +511,8 @@ class SqliteStore:
 
     def _end_transaction(self) -> None:
         self._connection.text_factory = _any_text
+        if self._held:
+            return
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
 
@@ -309,7 +532,7 @@ class SqliteStore:
     ) -> bool:
         """Writes records and log in the open transaction; False where nothing differed."""
         execute, many = self._connection.execute, self._connection.executemany
-        execute("INSERT INTO revision VALUES (?, ?, ?)", (revision, at.astimezone(UTC).isoformat(), actor))
+        previous, when = self._head(revision - 1), at.astimezone(UTC).isoformat()
         # In the order of the keys the trees grow at their end only.
         ordered = sorted(batch, key=lambda put: put.key)
         for start in range(0, len(ordered), _BATCH):
@@ -319,8 +542,12 @@ class SqliteStore:
             many("DELETE FROM record WHERE key = ?", ((put.key,) for put in part if put.body is None))
             if progress is not None:
                 progress(start + len(part))
-        logged = execute("SELECT EXISTS (SELECT 1 FROM change WHERE revision = ?)", (revision,))
-        return bool(logged.fetchone()[0])
+        if execute("SELECT 1 FROM change WHERE revision = ? LIMIT 1", (revision,)).fetchone() is None:
+            return False
+        found = self._hashed(previous, revision, when, actor)
+        # Last, since no row of the log can be changed.
+        execute("INSERT INTO revision VALUES (?, ?, ?, ?, ?)", (revision, when, actor, previous, found))
+        return True
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -337,6 +564,45 @@ def _any_text(data: bytes) -> str:
     """What a column of text holds, also where it is no UTF-8: one such text must not keep the others from being
     read."""
     return data.decode(errors="backslashreplace")
+
+
+def _cell_of_text(data: bytes) -> str | Odd:
+    """A column of text as it is kept: what is no UTF-8 stays apart from every text."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return Odd("text", data.hex())
+
+
+def _cell(value: object) -> Cell:
+    """What a column of the log holds, each value apart from every other one."""
+    return value if value is None or isinstance(value, str | Odd) else _odd(value)
+
+
+def _odd(value: object) -> Odd:
+    if isinstance(value, Odd):
+        return value
+    return Odd(type(value).__name__, value.hex() if isinstance(value, bytes) else repr(value))
+
+
+def _plain(rows: list[Any]) -> bool:
+    """Whether rows of a change hold only text, and NULL where that may stand."""
+    try:
+        msgspec.convert(rows, _PLAIN)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+_PLAIN: Final = list[tuple[str, str | None, str | None]]
+
+
+def _cells(rows: list[Any]) -> list[Row]:
+    return [(_cell(key), _cell(before), _cell(after)) for key, before, after in rows]
+
+
+def _hash(value: object) -> bytes | None:
+    return value if isinstance(value, bytes) and len(value) == HASH_BYTES else None
 
 
 def _text(value: object) -> str:

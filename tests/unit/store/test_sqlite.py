@@ -208,8 +208,8 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_store_of_a_newer_version_is_left_alone(store: SqliteStore, path: Path) -> None:
     with closing(sqlite3.connect(path)) as other:
-        other.execute("PRAGMA user_version = 2")
-    with pytest.raises(StoreError, match=r"written by a newer portward \(format 2, this one knows 1\)"):
+        other.execute("PRAGMA user_version = 3")
+    with pytest.raises(StoreError, match=r"written by a newer portward \(format 3, this one knows 2\)"):
         opened(path)
 
 
