@@ -5,7 +5,19 @@ from __future__ import annotations
 import typer
 
 from portward import __version__
-from portward.cli import attachment, diagnose, exemption, explain, inventory, lab, policy, rules, run, status
+from portward.cli import (
+    attachment,
+    audit,
+    diagnose,
+    exemption,
+    explain,
+    inventory,
+    lab,
+    policy,
+    rules,
+    run,
+    status,
+)
 
 app = typer.Typer(
     name="portward",
@@ -19,6 +31,7 @@ app.command("run")(run.run)
 app.command("check")(run.check)
 app.command("apply")(inventory.apply)
 app.command("export")(inventory.export)
+app.command("audit")(audit.audit)
 app.command("explain")(explain.explain)
 app.command("diagnose")(diagnose.diagnose)
 app.command("status")(status.status)

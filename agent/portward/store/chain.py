@@ -155,7 +155,7 @@ class Check:
             return
         if origin.hash != origin_hash(self._store.identity(), origin.at, origin.sealed):
             self._fitted = False
-            text = "the log's origin does not fit its hash: the store's identity, or the time of the seal, was changed"
+            text = "the log's origin does not fit its hash: it was changed, or the store's identity"
             yield Finding(Kind.ORIGIN, None, (), text)
         self._at(0, origin.hash)
 

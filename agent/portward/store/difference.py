@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 from uuid import UUID
 
 import msgspec
@@ -13,7 +13,10 @@ from portward.documents import nearest, network_text
 from portward.model import Attachment, Exemption, Record, Subscription
 from portward.policy.preset import Preset
 from portward.store.inventory import Inventory
-from portward.store.protocol import Put, decode, readable, told_key
+from portward.store.protocol import CONFIRMED, UNREADABLE, Put, decode, readable, told_key
+
+# Key → the record under it, as JSON.
+Find: TypeAlias = Callable[[str], str | None]
 
 # Clocks of two hosts that are kept in step differ by less.
 _DRIFT: Final = timedelta(seconds=2)
@@ -84,21 +87,37 @@ def check_references(have: Mapping[str, str], inventory: Inventory, *, prune: bo
 
 def described(have: Mapping[str, str], inventory: Inventory, change: Difference) -> Iterator[str]:
     """A line for each changed record: `+` added, `~` changed with its fields, `-` removed."""
-    owners = _Owners(have, inventory)
+
+    def find(key: str) -> str | None:
+        return inventory.records.get(key) or have.get(key)
+
     for key, body in change.added.items():
-        yield f"+ {_title(decode(key, body), owners)}"
+        yield described_change(key, None, body, find)
     for key, body in change.changed.items():
-        yield f"~ {_changed(decode(key, body), owners)}: {_fields(have[key], body)}"
+        yield described_change(key, have[key], body, find)
     for key in change.removed:
-        record = readable(key, have[key])
-        yield f"- {told_key(key) if record is None else _title(record, owners)}"
+        yield described_change(key, have[key], None, find)
+
+
+def described_change(key: str, before: str | None, after: str | None, find: Find) -> str:
+    """A line for a key that held `before` and now holds `after`, which need not be records; None: nothing. `find`
+    gives the records of the subscriptions, so that they can be called by their names."""
+    owners = _Owners(find)
+    if key == CONFIRMED and after is not None:
+        return f"! confirmed everything up to revision {after}"
+    if before is not None and after is not None:
+        record = readable(key, after)
+        called = told_key(key) if record is None else _changed(record, owners)
+        return f"~ {called}: {_fields(before, after)}"
+    record = readable(key, before if after is None else after)
+    return f"{'-' if after is None else '+'} {told_key(key) if record is None else _title(record, owners)}"
 
 
 class _Owners:
-    """What to call subscriptions, as the inventory has it, else as the store has it."""
+    """What to call subscriptions."""
 
-    def __init__(self, have: Mapping[str, str], inventory: Inventory) -> None:
-        self._have, self._inventory = have, inventory
+    def __init__(self, find: Find) -> None:
+        self._record = find
 
     def name(self, id_: UUID) -> str:
         found = self._find(id_)
@@ -110,8 +129,7 @@ class _Owners:
 
     def _find(self, id_: UUID) -> Subscription | None:
         key = f"subscriptions/{id_}"
-        body = self._inventory.records.get(key) or self._have.get(key)
-        record = readable(key, body)
+        record = readable(key, self._record(key))
         return record if isinstance(record, Subscription) else None
 
 
@@ -147,16 +165,24 @@ def _differs(key: str, before: str, after: str) -> bool:
 
 
 def _fields(before: str, after: str) -> str:
-    try:
-        old: dict[str, Any] = msgspec.json.decode(before, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError):
+    old, new = _read(before), _read(after)
+    if new is None:
+        return "cannot be read"
+    if old is None:
         return "could not be read"
-    new: dict[str, Any] = msgspec.json.decode(after)
     return ", ".join(
         f"{name} {_value(old.get(name))} → {_value(new.get(name))}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     )
+
+
+def _read(body: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = msgspec.json.decode(body, type=dict[str, Any])
+    except UNREADABLE:
+        return None
+    return found
 
 
 def _value(value: Any) -> str:

@@ -109,8 +109,8 @@ HASH_BYTES: Final = 32
 
 class Origin(NamedTuple):
     """How the hashes of a log begin. `at` is when that was: when the store was made, or when a log that had been
-    written without hashes was sealed, which gave them; `sealed` is then the newest revision that was there already,
-    else 0. What was done to the log before cannot be told. `hash` is None where it is lost."""
+    written without hashes was sealed, which gave them; `sealed` is then the newest revision that was there
+    already, else 0. What was done to the log before cannot be told. `hash` is None where it is lost."""
 
     at: Cell
     sealed: int
@@ -119,8 +119,8 @@ class Origin(NamedTuple):
 
 class Entry(NamedTuple):
     """A revision as the log keeps it. `at` is ISO 8601 in UTC, unless another tool wrote it; `changes` is how
-    many there are. `previous` is the hash of the entry before, which it carries. Both hashes have 32 bytes, and are
-    None where there is none."""
+    many there are. `previous` is the hash of the entry before, which it carries. Both hashes have 32 bytes, and
+    are None where there is none."""
 
     number: int
     at: Cell
@@ -138,9 +138,6 @@ class Store(Protocol):
 
     def revision(self) -> int:
         """The newest revision; 0 for a store that never held anything."""
-
-    def written(self) -> datetime | None:
-        """When the newest revision was written, by its writer's clock; None where nothing ever was."""
 
     def get(self, key: str) -> str | None:
         """The record under a key."""

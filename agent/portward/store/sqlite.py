@@ -162,12 +162,6 @@ class SqliteStore:
             self._expect_same_file()
             return self._newest()
 
-    def written(self) -> datetime | None:
-        """See `Store`."""
-        with self._errors():
-            row = self._connection.execute("SELECT at FROM revision ORDER BY number DESC LIMIT 1").fetchone()
-        return None if row is None else _instant(row[0])
-
     def get(self, key: str) -> str | None:
         """See `Store`."""
         with self._errors():

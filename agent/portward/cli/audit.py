@@ -1,0 +1,96 @@
+"""`portward audit`."""
+
+from __future__ import annotations
+
+import contextlib
+from itertools import islice
+from typing import Annotated, Final
+
+import msgspec
+import typer
+
+from portward import audit as audits
+from portward import config as configuration
+from portward.audit import Wanted
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.errors import InputError, printable
+from portward.store import open_store
+from portward.store.chain import Check, parse_mark
+
+# Findings that are printed before they are only counted.
+_FINDINGS: Final = 100
+_LAST: Final = 20
+
+
+def audit(
+    since: Annotated[
+        int | None, typer.Option("--since", metavar="REVISION", min=0, help="Print the entries after this one.")
+    ] = None,
+    last: Annotated[
+        int | None,
+        typer.Option("--last", metavar="N", min=1, help=f"Print the last N entries; {_LAST} if not given."),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", help="Print only what changed this key, or the keys of attachments/SEGMENT."),
+    ] = None,
+    actor: Annotated[str | None, typer.Option("--actor", metavar="NAME", help="Print only what NAME did.")] = None,
+    only_check: Annotated[bool, typer.Option("--check", help="Print the verdict alone.")] = False,
+    expect: Annotated[
+        str | None,
+        typer.Option(
+            "--expect",
+            metavar="REVISION:HASH",
+            help="Check that this entry, the head of an audit before, is still there.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Print the log of who changed what and when, and check that nobody has changed the log.
+
+    The whole log is checked, whatever is printed. Exit code 1 where something was found, each of it a line on
+    stderr. A log that was taken back to an older state as a whole fits in itself: keep the head that is printed
+    elsewhere, and pass it to --expect the next time.
+
+    Example: portward audit --last 5
+    """
+    mark = None if expect is None else parse_mark(expect)
+    if since is not None and last is not None:
+        raise InputError("either this or --last, not both", field="--since")
+    if key is not None:
+        audits.check_key(key)
+    given = [name for name, value in (("--since", since), ("--last", last), ("--key", key), ("--actor", actor))
+             if value is not None]  # fmt: skip
+    if only_check and given:
+        raise InputError(f"prints no entries, so {given[0]} says nothing: leave one of them out", field="--check")
+    wanted = None if only_check else Wanted(since, last or _LAST, key, actor)
+    with contextlib.closing(open_store(configuration.load(config).store)) as store, store.reading():
+        check = Check(store, mark)
+        if json:
+            told = audits.machine(store, wanted, check, _FINDINGS)
+            typer.echo(msgspec.json.encode(told).decode())
+            found = told["findings_total"]
+        else:
+            if wanted is not None:
+                line = None
+                for line in audits.lines(store, audits.shown(store, wanted)):
+                    typer.echo(line)
+                if line is None:
+                    typer.echo(audits.nothing(store, wanted))
+            found = _print_findings(check)
+            typer.echo(audits.verdict(check, found))
+    if found:
+        raise typer.Exit(1)
+
+
+def _print_findings(check: Check) -> int:
+    """Prints what is found, and gives how much it is."""
+    walk, printed = check.findings(), 0
+    for finding in islice(walk, _FINDINGS):
+        typer.echo(f"portward: {printable(finding.text)}", err=True)
+        printed += 1
+    more = sum(1 for _ in walk)
+    if more:
+        typer.echo(f"portward: … and {more} more", err=True)
+    return printed + more
