@@ -47,7 +47,7 @@ class Shown(NamedTuple):
 
 def check_key(key: str) -> None:
     """Raises InputError for what can be the key, or the beginning of the keys, of no record."""
-    kind, _, rest = key.partition("/")
+    kind, _, rest = key.rstrip("/").partition("/")
     known = [*KINDS, CONFIRMED]
     if kind not in known:
         raise InputError(f"{key!r} is no key; {nearest(kind, known)}", field="--key")
