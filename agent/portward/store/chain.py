@@ -130,7 +130,7 @@ class Check:
 
     def findings(self) -> Iterator[Finding]:
         """Everything that does not fit, in the order of the log, and then of the records. Has to be asked while
-        the store is held at one state (`Store.reading`). Keeps some 300 bytes for each record."""
+        the store is held at one state (`Store.reading`). Keeps some 250 bytes for each record."""
         yield from self._begin()
         for entry in self._store.log():
             if entry.number < 1:

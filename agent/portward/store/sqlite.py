@@ -16,11 +16,10 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
-
-import msgspec
 
 from portward.errors import ConflictError, StoreError
 from portward.store.bell import Listener, hang, ring
@@ -95,8 +94,7 @@ PRAGMA user_version = {_FORMAT};
 
 # A record that is there already as it is to be makes no line in the log.
 _LOG: Final = """
-INSERT INTO change SELECT ?1, ?2, before, ?3
-FROM (SELECT (SELECT body FROM record WHERE key = ?2) AS before) WHERE before IS NOT ?3
+INSERT INTO change SELECT ?1, ?2, body, ?3 FROM (SELECT 1) LEFT JOIN record ON key = ?2 WHERE body IS NOT ?3
 """
 
 # Backwards, attachments come last; what is no key of ours may stand anywhere.
@@ -580,15 +578,11 @@ def _odd(value: object) -> Odd:
 
 
 def _plain(rows: list[Any]) -> bool:
-    """Whether rows of a change hold only text, and NULL where that may stand."""
-    try:
-        msgspec.convert(rows, _PLAIN)
-    except msgspec.ValidationError:
-        return False
-    return True
+    """Whether rows of a change hold only text and NULL."""
+    return _PLAIN.issuperset(map(type, chain.from_iterable(rows)))
 
 
-_PLAIN: Final = list[tuple[str, str | None, str | None]]
+_PLAIN: Final = frozenset((str, type(None)))
 
 
 def _cells(rows: list[Any]) -> list[Row]:
