@@ -141,7 +141,7 @@ class Demo:
         self._mail("… and the other customer's 10.0.0.4 goes on", CONTOSO, Fate.DELIVERED)
         self._agent.apply(exemption())
         self._revocation(Fate.CUT)
-        # self._audit()
+        self._audit()
         self._counters()
 
     def _other_ways(self) -> None:
