@@ -72,7 +72,7 @@ def _ready() -> None:
 def _ask(index: int, address: bytes) -> None:
     """Tells the daemon of a source whose limit the kernel does not know. Where it does not get through, the
     source's next packet asks again."""
-    with suppress(BlockingIOError):
+    with suppress(BlockingIOError, BrokenPipeError):
         os.write(sys.stdout.fileno(), b"%d %s\n" % (index, address.hex().encode()))
 
 
