@@ -14,10 +14,12 @@ from msgspec.structs import replace
 from portward import exemptions, fraud
 from portward.config import Config
 from portward.documents import network_text
-from portward.errors import PortwardError
+from portward.errors import InputError, PortwardError
 from portward.exemptions import Application, Case, Finding, State
-from portward.model import Address, Attachment, Exemption, RateLimit, Subscription
+from portward.model import Address, Attachment, Exemption, RateLimit, Reason, Subscription
+from portward.policy.decide import decide
 from portward.policy.preset import ExemptionPath, Preset
+from portward.store.inventory import mistakes
 from portward.store.protocol import Change, Put, Store, confirmation, encode, find, key_of, readable
 from portward.store.update import Reading, Written, update
 
@@ -47,10 +49,11 @@ class Done(NamedTuple):
 
 
 class Started(NamedTuple):
-    """A start that was recorded, of the attachment that covers the address, and its exemption, if any."""
+    """A start that was recorded, of the attachment that covers the address, and what it comes to: may the machine
+    send now, and why."""
 
     attachment: Attachment
-    exemption: Exemption | None
+    reason: Reason
     written: Written
 
 
@@ -68,7 +71,7 @@ class Casework:
         trust_clock: bool = False,
     ) -> None:
         """`actor` is who acts, for the log; `clock` gives the time in UTC. Every verb raises StoreError."""
-        self._store, self._preset, self._config = store, preset, config
+        self.store, self._preset, self._config = store, preset, config
         self._actor, self._clock, self._trust_clock = actor, clock, trust_clock
 
     def request(self, id_: UUID, asked: Application) -> Done:
@@ -87,6 +90,10 @@ class Casework:
         """Says no to a request; raises NotFoundError and RefusedError."""
         return self._change(id_, lambda case: exemptions.reject(case, by=self._actor, reason=reason))
 
+    def limit(self, id_: UUID, limit: RateLimit | None) -> Done:
+        """Gives a grant another limit, or none; raises NotFoundError and RefusedError."""
+        return self._change(id_, lambda case: exemptions.limit(case, limit))
+
     def revoke(self, id_: UUID, reason: str) -> Done:
         """Takes a grant back; raises NotFoundError and RefusedError."""
         return self._change(id_, lambda case: exemptions.revoke(case, by=self._actor, reason=reason))
@@ -98,19 +105,19 @@ class Casework:
         def decide(reading: Reading) -> list[Put]:
             puts = []
             for id_ in ids:
-                record = exemptions.revoke(self._case(reading, id_), by=self._actor, reason=reason)
+                record = _checked(exemptions.revoke(self._case(reading, id_), by=self._actor, reason=reason))
                 puts.append(Put(key_of(record), encode(record)))
-            return [*puts, confirmation(reading.revision + 1)]
+            return [*puts, confirmation(reading.revision + 1, alone=True)]
 
         return self._update(decide)
 
     def started(self, segment: str, address: Address, at: datetime | None) -> Started:
         """Records that the machine behind an address was started, at `at` or now; raises NotFoundError and
         PortwardError. A start that lies before the recorded one is refused: it would take nothing back."""
-        found: list[tuple[Attachment, Exemption | None]] = []
+        found: list[tuple[Attachment, Reason]] = []
 
-        def decide(reading: Reading) -> list[Put]:
-            _, attachment, _, exemption = find(self._store, segment, address)
+        def record_start(reading: Reading) -> list[Put]:
+            _, attachment, subscription, exemption = find(self.store, segment, address)
             if attachment is None:
                 raise NotFoundError(
                     f"no attachment covers {address} in segment {segment}: the inventory lacks it, see "
@@ -119,15 +126,18 @@ class Casework:
             started = at or reading.now
             _check_start(attachment, started, reading.now)
             record = replace(attachment, started=started)
-            found[:] = [(record, exemption)]
+            decision = decide(
+                self._preset, subscription=subscription, exemption=exemption, attachment=record, now=reading.now
+            )
+            found[:] = [(record, decision.reason)]
             return [Put(key_of(record), encode(record))]
 
-        written = self._update(decide)
+        written = self._update(record_start)
         return Started(*found[0], written)
 
     def rows(self, now: datetime) -> Iterator[Row]:
         """All exemptions, in the order of their subscriptions."""
-        for key, body in self._store.under("exemptions/"):
+        for key, body in self.store.under("exemptions/"):
             record = readable(key, body)
             if isinstance(record, Exemption):
                 owner = self._subscription(record.subscription)
@@ -136,7 +146,7 @@ class Casework:
     def row(self, id_: UUID, now: datetime) -> Row:
         """The exemption of a subscription; raises NotFoundError where there is none."""
         owner = self._subscription(id_)
-        record = readable(f"exemptions/{id_}", self._store.get(f"exemptions/{id_}"))
+        record = readable(f"exemptions/{id_}", self.store.get(f"exemptions/{id_}"))
         if isinstance(record, Exemption):
             return Row(id_, owner, record, exemptions.state_of(record, now))
         if owner is None:
@@ -147,7 +157,7 @@ class Casework:
 
     def history(self, id_: UUID) -> list[Change]:
         """All that has happened to a subscription's exemption, the oldest first; raises NotFoundError."""
-        changes = list(self._store.history(f"exemptions/{id_}"))
+        changes = list(self.store.history(f"exemptions/{id_}"))
         if not changes:
             self.row(id_, self._clock())  # says what there is
         return changes
@@ -155,7 +165,7 @@ class Casework:
     def _check(self, id_: UUID, asked: Application) -> Finding | None:
         """What the provider's anti-fraud check finds, for a request that a person is to review. It runs before
         anything is written, and takes as long as it takes."""
-        reading = Reading(self._store, self._clock, trust_clock=self._trust_clock)
+        reading = Reading(self.store, self._clock, trust_clock=self._trust_clock)
         case = self._case(reading, id_)
         command = self._config.exemptions.check
         if exemptions.check_application(case, asked) is not ExemptionPath.REVIEW or not command:
@@ -167,7 +177,7 @@ class Casework:
 
         def decide(reading: Reading) -> list[Put]:
             case = self._case(reading, id_)
-            record = act(case)
+            record = _checked(act(case))
             done[:] = [(case.subscription, record)]
             return [Put(key_of(record), encode(record))]
 
@@ -175,7 +185,7 @@ class Casework:
         return Done(*done[0], written)
 
     def _update(self, decide: Callable[[Reading], list[Put]]) -> Written:
-        return update(self._store, decide, actor=self._actor, clock=self._clock, trust_clock=self._trust_clock)
+        return update(self.store, decide, actor=self._actor, clock=self._clock, trust_clock=self._trust_clock)
 
     def _case(self, reading: Reading, id_: UUID) -> Case:
         subscription, exemption = reading.get(f"subscriptions/{id_}"), reading.get(f"exemptions/{id_}")
@@ -186,8 +196,15 @@ class Casework:
         )
 
     def _subscription(self, id_: UUID) -> Subscription | None:
-        record = readable(f"subscriptions/{id_}", self._store.get(f"subscriptions/{id_}"))
+        record = readable(f"subscriptions/{id_}", self.store.get(f"subscriptions/{id_}"))
         return record if isinstance(record, Subscription) else None
+
+
+def _checked(record: Exemption) -> Exemption:
+    """The record, as an inventory may hold it; raises InputError for a text that cannot be printed, say."""
+    for field, problem in mistakes(record):
+        raise InputError(problem, field=field)
+    return record
 
 
 def _check_start(attachment: Attachment, started: datetime, now: datetime) -> None:

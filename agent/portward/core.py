@@ -40,6 +40,9 @@ from portward.table.follower import Follower, Held
 from portward.table.reader import Reader
 from portward.table.writer import Answers, Committed, Writer
 
+# Differences of one kind that are told one by one.
+_TOLD = 10
+
 _log = logging.getLogger("portward")
 
 
@@ -76,6 +79,7 @@ class Core:
         self.counts = Counts(self._owner)
         self.selfcheck = SelfCheck()
         self._sample: list[Element] = []
+        self._rates_seen: dict[Source, Bucket] = {}
         self._rates = Rates(self._nft, self._netlink)
         self._enforcement = Enforcement(
             self.keeper, self._learned, self._want, self._count_last, self._rates, self.rate
@@ -189,7 +193,7 @@ class Core:
             wrong = [element for element in held if self._differs(self._reader, element)]
             if not wrong:
                 return
-            self._learned.forget([element.source for element in wrong], self.generation)
+            self._enforcement.forget([element.source for element in wrong], self.generation)
             for element in wrong:
                 address = ip_address(element.source.address)
                 self.selfcheck.differs(
@@ -197,6 +201,35 @@ class Core:
                     f"the kernel remembered {element.verdict.name.lower()} for {address} behind interface "
                     f"{element.source.link}, which is not the table's verdict: forgotten",
                 )
+
+    def correct_rates(self) -> None:
+        """Makes the kernel forget the limits of sources that have another one, or none, and knows again which
+        limits are there, where somebody else has changed that. Of what is as it was left a sample is looked at."""
+        if self.broken:
+            return
+        with contextlib.suppress(OSError, KernelError):
+            same = self._rates.is_held(self._rates_seen)
+            if not same:  # a change of policy may have come between, too
+                self._rates.read()
+            sources = list(self._rates.sources())
+            looked_at = random.sample(sources, min(len(sources), SAMPLE)) if same else sources
+            wrong = [source for source in looked_at if self._bucket(source) != self._rates.bucket(source)]
+            if not wrong:
+                return
+            self._enforcement.forget(wrong, self.generation)
+            for source in wrong[:_TOLD]:
+                self.selfcheck.differs(
+                    Kind.REMEMBERED,
+                    f"the kernel let {ip_address(source.address)} behind interface {source.link} send within a "
+                    "limit that is not the table's: forgotten",
+                )
+
+    def asked(self, sources: Iterable[Source]) -> None:
+        """Lets sources send within their limit that a worker has met: so the kernel does not know them."""
+        sources = list(sources)
+        with contextlib.suppress(OSError):
+            self._rates.doubt(sources)
+        self.rate(sources)
 
     def rate(self, sources: Iterable[Source]) -> None:
         """Lets those of these sources whose exemption carries a limit send within it. What the kernel does not
@@ -232,7 +265,7 @@ class Core:
             linked = self._put_links(self._links)
             self.keeper.load(self._want())
             self._rates.read()
-        except (KernelError, TableError) as error:
+        except (KernelError, TableError, OSError) as error:
             _log.error("the configuration is in force in part, and is tried again: %s", error)
             self._links_failed = True
             self._enforcement.repair(self.generation)
@@ -251,6 +284,7 @@ class Core:
         """Adds up what the kernel has counted since the last time; nothing where the ruleset is not there."""
         with contextlib.suppress(OSError):
             self.counts.take_all(self._elements, time.monotonic)
+            self._rates_seen = Rates.loaded(self._counting)
 
     def suspects(self) -> list[Source]:
         """The sources, of a sample of those that `count` read last, whose remembered verdict is not the table's

@@ -329,6 +329,7 @@ class Daemon:
             await self._count_step(self._core.count)
             if suspects := await self._count_step(self._core.suspects):
                 await self._step(lambda suspects=suspects: self._core.correct(suspects))  # type: ignore[misc]
+            await self._step(self._core.correct_rates)
             await self._step(self._core.collect_rates)
             took = time.monotonic() - began
             await asyncio.sleep(max(_until_tick(_COUNT_SECONDS), _COUNT_REST * took))
@@ -346,7 +347,7 @@ class Daemon:
             batch = list(self._unrated)
             self._unrated.clear()
             self._asked.clear()
-            await self._step(lambda batch=batch: self._core.rate(batch))  # type: ignore[misc]
+            await self._step(lambda batch=batch: self._core.asked(batch))  # type: ignore[misc]
             await asyncio.sleep(_RATE_PAUSE)
 
     async def _write_status(self) -> None:

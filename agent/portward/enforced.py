@@ -12,6 +12,7 @@ from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.runtime import read_status, running
+from portward.store.protocol import Store
 from portward.table.reader import Reader
 
 _PAUSE: Final = 0.0005
@@ -21,14 +22,22 @@ class Enforced:
     """The agent that runs on this gateway. Opened before a change is written, so that waiting for it costs no more
     than it takes."""
 
-    def __init__(self, config: Config) -> None:
-        """Raises PortwardError where no agent runs here, or the kernel may not be asked."""
-        self._config = config
+    def __init__(self, config: Config, store: Store) -> None:
+        """Raises PortwardError where no agent runs here, or it follows another store, or the kernel may not be
+        asked."""
+        self._config, self._store = config, store
         if running(config.table) is None:
             raise PortwardError(
                 f"no agent runs on table {config.table}, so there is nobody to wait for; nothing was written"
             )
         self._reader = Reader.open(config.table)
+        head = self._reader.head()
+        if head is None or head.store != store.identity() or head.revision > store.revision():
+            self._reader.close()
+            raise PortwardError(
+                f"the agent here does not stand at what {config.store} holds, see `portward status`; nothing was "
+                "written"
+            )
         self._netlink = NfNetlink()
         self._learned = Learned(Nft(), self._netlink)
         if self._learned.synced() is None:
@@ -58,4 +67,6 @@ class Enforced:
 
     def _is(self, revision: int) -> bool:
         head = self._reader.head()
-        return head is not None and head.revision >= revision and self._learned.synced() == head.generation
+        if head is None or head.revision < revision or head.store != self._store.identity():
+            return False
+        return self._learned.synced() == head.generation

@@ -57,6 +57,7 @@ class Action(StrEnum):
     REQUEST = "request"
     GRANT = "grant"
     REJECT = "reject"
+    LIMIT = "limit"
     REVOKE = "revoke"
 
 
@@ -104,6 +105,17 @@ _REFUSED: Final = {
     (State.REJECTED, Action.REJECT): "the request was rejected already, {when}",
     (State.REVOKED, Action.REJECT): "it was revoked {when}, and nobody has asked again",
     (State.EXPIRED, Action.REJECT): "the grant has ended {when}, and nobody has asked again",
+    (State.NONE, Action.LIMIT): "there is no exemption that could have a limit",
+    (
+        State.REQUESTED,
+        Action.LIMIT,
+    ): "it is only asked for, {when}: `grant --rate` gives it a limit",
+    (
+        State.REJECTED,
+        Action.LIMIT,
+    ): "the request was rejected {when}, so nothing is let through",
+    (State.REVOKED, Action.LIMIT): "it was revoked {when}, and nothing is let through",
+    (State.EXPIRED, Action.LIMIT): "it has ended by itself {when}, and nothing is let through",
     (State.NONE, Action.REVOKE): "there is no exemption that could be revoked",
     (
         State.REQUESTED,
@@ -217,6 +229,11 @@ def grant(
 def reject(case: Case, *, by: str, reason: str) -> Exemption:
     """Says no to what was asked for."""
     return _rejected(case, _expect(case, Action.REJECT), by, _given(case, reason, "rejection"))
+
+
+def limit(case: Case, limit: RateLimit | None) -> Exemption:
+    """Gives a grant another limit, or none; it counts for the same machines as before."""
+    return replace(_expect(case, Action.LIMIT), limit=limit)
 
 
 def revoke(case: Case, *, by: str, reason: str) -> Exemption:

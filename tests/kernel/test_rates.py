@@ -5,6 +5,7 @@ The limits here refill with one connection a minute, so within a test only the b
 
 from __future__ import annotations
 
+import re
 import signal
 from datetime import UTC, date, datetime
 from ipaddress import ip_network
@@ -204,6 +205,31 @@ def test_rules_that_somebody_removes_come_back_with_limits(gateway: Gateway) -> 
     assert not gateway.passes(FABRIKAM, "10.0.1.171"), "its limit has to be asked for"
     known(gateway, FABRIKAM, "10.0.1.171")
     assert opened(gateway, FABRIKAM, "10.0.1.171", attempts=_BURST + 2) == _BURST
+
+
+def test_a_source_that_somebody_takes_out_of_the_map_may_send_again(gateway: Gateway) -> None:
+    _, records = customer(FABRIKAM, "10.0.1.201")
+    gateway.agent.apply(*records)
+    assert gateway.passes(FABRIKAM, "10.0.1.201")
+    gateway.lab.run(gateway.lab.gateway, "nft", "flush", "map", "inet", "portward", "rates4")
+    assert not gateway.passes(FABRIKAM, "10.0.1.201"), "its limit has to be asked for"
+    known(gateway, FABRIKAM, "10.0.1.201")
+    assert gateway.passes(FABRIKAM, "10.0.1.201")
+
+
+def test_a_source_that_somebody_slips_into_the_map_is_taken_out(gateway: Gateway) -> None:
+    _, records = customer(FABRIKAM, "10.0.1.211")
+    gateway.agent.apply(*records)
+    assert gateway.passes(FABRIKAM, "10.0.1.211")
+    limits = gateway.lab.run(gateway.lab.gateway, "nft", "list", "map", "inet", "portward", "rates4").stdout
+    (name,) = re.findall(r'10\.0\.1\.211 : "(\S+)"', limits)
+    element = f'{{ "{FABRIKAM.segment}" . 192.168.66.6 : "{name}" }}'
+    gateway.lab.run(gateway.lab.gateway, "nft", "add", "element", "inet", "portward", "rates4", element)
+    assert gateway.passes(FABRIKAM, "192.168.66.6", "A"), "nothing else would show that it is taken out"
+    until(lambda: not gateway.passes(FABRIKAM, "192.168.66.6", "A"), "it is taken out", seconds=20)
+    assert gateway.passes(FABRIKAM, "10.0.1.211")
+    name = 'portward_divergence_total{kind="remembered"}'
+    until(lambda: gateway.agent.metrics()[name] >= 1, "the difference counted")
 
 
 def test_what_was_within_and_beyond_the_limit_is_counted_apart(gateway: Gateway) -> None:

@@ -20,8 +20,8 @@ from portward.documents import enc_hook
 from portward.errors import PortwardError
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, Place, until
-from portward.lab.demo import records
-from portward.lab.topology import FABRIKAM
+from portward.lab.demo import attachments, records
+from portward.lab.topology import CONTOSO, FABRIKAM
 
 
 def ruleset(lab: Place) -> str:
@@ -346,7 +346,9 @@ def test_a_table_on_a_full_disk_keeps_the_policy_in_force_and_says_so(agent: Age
         agent.apply(*records())
         store = agent.folder / "portward.db"
         many = [
-            msgspec.structs.replace(records()[2], segment="vni9", address=ip_network((0x0A000000 + number, 32)))
+            msgspec.structs.replace(
+                attachments(CONTOSO)[0], segment="vni9", address=ip_network((0x0A000000 + number, 32))
+            )
             for number in range(8_000)
         ]
         inventory = agent.folder / "many.json"

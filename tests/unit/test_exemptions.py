@@ -34,7 +34,7 @@ PASSED = Finding(FraudCheck.PASS, "called back")
 ALLOWED = {
     (State.NONE, Action.REQUEST), (State.REJECTED, Action.REQUEST), (State.REVOKED, Action.REQUEST),
     (State.EXPIRED, Action.REQUEST), (State.REQUESTED, Action.GRANT), (State.REQUESTED, Action.REJECT),
-    (State.GRANTED, Action.REVOKE),
+    (State.GRANTED, Action.REVOKE), (State.GRANTED, Action.LIMIT),
 }  # fmt: skip
 
 
@@ -72,6 +72,8 @@ def act(action: Action, of: Case) -> Exemption:
             return exemptions.grant(of, by="bob", check=PASSED)
         case Action.REJECT:
             return exemptions.reject(of, by="bob", reason="no need is shown")
+        case Action.LIMIT:
+            return exemptions.limit(of, RateLimit(per_minute=9))
         case Action.REVOKE:
             return exemptions.revoke(of, by="bob", reason="spam")
 
@@ -88,11 +90,12 @@ def test_each_pair_is_allowed_or_refused_in_words(state: State, action: Action) 
                 Action.REQUEST: State.REQUESTED,
                 Action.GRANT: State.GRANTED,
                 Action.REJECT: State.REJECTED,
+                Action.LIMIT: State.GRANTED,
                 Action.REVOKE: State.REVOKED,
             }[action]
         )
         assert (after.decided is None) is (action is Action.REQUEST)
-        assert after.by == "bob"
+        assert after.by == ("alice" if action is Action.LIMIT else "bob")
     else:
         with pytest.raises(RefusedError, match=r"^exemption of 11111111-\S+ \(fabrikam\): ") as refused:
             act(action, case(state))
@@ -268,6 +271,14 @@ def test_a_limit_comes_with_the_grant_and_is_gone_with_the_next_one() -> None:
     assert exemptions.grant(case(State.REQUESTED), by="bob", check=PASSED, limit=limit).limit == limit
     again = exemptions.request(case(State.REVOKED), WHY, by="bob")
     assert again.limit is None
+
+
+def test_another_limit_leaves_the_grant_as_it_is() -> None:
+    granted = record(State.GRANTED)
+    assert granted is not None
+    for limit in (RateLimit(per_minute=9), None):
+        after = exemptions.limit(Case(AZURE, subscription(), granted, NOW), limit)
+        assert after == replace(granted, limit=limit)
 
 
 def test_a_new_request_takes_nothing_over_from_the_one_before() -> None:

@@ -18,8 +18,8 @@ from portward.cli.times import instant
 from portward.clock import utc_now
 from portward.documents import enc_hook, network_text
 from portward.errors import InputError
-from portward.model import ExemptionState
 from portward.policy import preset as presets
+from portward.policy.remedy import reason_in_words
 from portward.store import open_store
 
 app = typer.Typer(help="The machines behind addresses.", no_args_is_help=True, rich_markup_mode=None)
@@ -62,7 +62,7 @@ def started(
         )
         found = desk.started(segment, source, instant(at, "--at"))
     if json:
-        told = {"revision": found.written.revision, "attachment": found.attachment}
+        told = {"revision": found.written.revision, "attachment": found.attachment, "reason": found.reason}
         typer.echo(msgspec.json.encode(told, enc_hook=enc_hook).decode())
         return
     place = network_text(found.attachment.address)
@@ -70,8 +70,5 @@ def started(
         f"{segment} {place}: started {found.attachment.started:%Y-%m-%d %H:%M:%SZ}, "
         f"as revision {found.written.revision}"
     )
-    exemption = found.exemption
-    if exemption is not None and exemption.state is ExemptionState.GRANTED and exemption.decided is not None:
-        counts = found.attachment.started is not None and found.attachment.started > exemption.decided
-        word = "counts for it now" if counts else "does NOT count for it: it was granted later than that"
-        typer.echo(f"  the exemption granted {exemption.decided:%Y-%m-%d %H:%M:%SZ} {word}")
+    verdict = "may send" if found.reason.allows else "may NOT send"
+    typer.echo(f"  it {verdict}: {reason_in_words(found.reason)} ({found.reason})")

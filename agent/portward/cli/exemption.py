@@ -21,7 +21,7 @@ from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.cli.times import instant
 from portward.clock import utc_now
 from portward.config import Config
-from portward.documents import enc_hook, read_text
+from portward.documents import enc_hook, nearest, read_text
 from portward.enforced import Enforced
 from portward.errors import InputError, PortwardError, printable
 from portward.exemptions import Application, Finding, State
@@ -29,7 +29,7 @@ from portward.model import Authentication, Details, Exemption, ExemptionState, F
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
 from portward.store import open_store
-from portward.store.protocol import readable
+from portward.store.protocol import Store, readable
 
 app = typer.Typer(
     help="Exemptions: asked for, granted or rejected, revoked.", no_args_is_help=True, rich_markup_mode=None
@@ -50,6 +50,13 @@ UntilOption: TypeAlias = Annotated[
 WaitOption: TypeAlias = Annotated[
     bool,
     typer.Option("--wait", help="Return once the kernel of this gateway enforces it, and say how long it took."),
+]
+RateOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--rate", min=1, max=1_000_000, help="New connections a minute, of the whole subscription."),
+]
+BurstOption: TypeAlias = Annotated[
+    int | None, typer.Option("--burst", min=1, max=100_000, help=f"How many of them at once, else {_BURST}.")
 ]
 ClockOption: TypeAlias = Annotated[
     bool, typer.Option("--trust-clock", help="Also where the store's newest change lies after this host's time.")
@@ -85,9 +92,6 @@ def request(
         terms_accepted=terms,
     )
     asked = Application(justification, None if details == Details() else details, instant(until, "--until"))
-    for field, text in (("--mail-software", mail_software), ("--reverse-dns", reverse_dns)):
-        if not text.isprintable():
-            raise InputError(f"{text!r} holds what cannot be printed", field=field)
     with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
         done = desk.request(_id(id_), asked)
     _tell_done(done, preset, json=json)
@@ -104,13 +108,8 @@ def grant(
             "--fraud-check", metavar="TEXT", help="How an anti-fraud check was passed, where none is on record."
         ),
     ] = None,
-    rate: Annotated[
-        int | None,
-        typer.Option(min=1, max=1_000_000, help="New connections a minute, for the whole subscription."),
-    ] = None,
-    burst: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help=f"How many of them at once, else {_BURST}.")
-    ] = None,
+    rate: RateOption = None,
+    burst: BurstOption = None,
     until: UntilOption = None,
     actor: ActorOption = None,
     trust_clock: ClockOption = False,
@@ -121,9 +120,7 @@ def grant(
 
     Example: portward exemption grant 11111111-0000-4000-8000-000000000003 --fraud-check "called back" --rate 60
     """
-    if burst is not None and rate is None:
-        raise InputError("a burst needs a rate: --rate says it", field="--burst")
-    limit = None if rate is None else RateLimit(per_minute=rate, burst=burst or _BURST)
+    limit = _limit(rate, burst)
     check = None
     if fraud_check is not None:
         if not fraud_check.strip():
@@ -149,6 +146,29 @@ def reject(
     """
     with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
         done = desk.reject(_id(id_), reason)
+    _tell_done(done, preset, json=json)
+
+
+@app.command()
+def limit(
+    id_: IdArgument,
+    rate: RateOption = None,
+    burst: BurstOption = None,
+    none: Annotated[bool, typer.Option("--none", help="No limit any more.")] = False,
+    actor: ActorOption = None,
+    trust_clock: ClockOption = False,
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Give a grant another limit, or none, at once: no machine needs a restart.
+
+    Example: portward exemption limit 11111111-0000-4000-8000-000000000003 --rate 120
+    """
+    if (rate is None) is not none:
+        raise InputError("say either --rate or --none", field="--rate")
+    wanted = _limit(rate, burst)
+    with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
+        done = desk.limit(_id(id_), wanted)
     _tell_done(done, preset, json=json)
 
 
@@ -183,8 +203,9 @@ def revoke(
         raise InputError("goes with --file and --offer: one subscription needs no count", field="--confirm")
     with (
         _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset),
-        _waiting(settings, wait=wait) as agent,
+        _waiting(settings, desk.store, wait=wait) as agent,
     ):
+        _known_offer(preset, offer)
         began = time.monotonic()
         if id_ is not None:
             done = desk.revoke(_id(id_), reason)
@@ -214,7 +235,8 @@ def list_(
 
     Example: portward exemption list --state requested
     """
-    with _desk(config, None) as (desk, _, _):
+    with _desk(config, None) as (desk, _, preset):
+        _known_offer(preset, offer)
         for row in desk.rows(utc_now()):
             owner = row.owner
             if (
@@ -279,11 +301,11 @@ def _desk(
 
 
 @contextmanager
-def _waiting(settings: Config, *, wait: bool) -> Iterator[Enforced | None]:
+def _waiting(settings: Config, store: Store, *, wait: bool) -> Iterator[Enforced | None]:
     if not wait:
         yield None
         return
-    with closing(Enforced(settings)) as agent:
+    with closing(Enforced(settings, store)) as agent:
         yield agent
 
 
@@ -325,6 +347,19 @@ def _granted(desk: Casework, offer: str) -> list[UUID]:
         for row in desk.rows(utc_now())
         if row.state is State.GRANTED and row.owner is not None and row.owner.offer == offer
     ]
+
+
+def _limit(rate: int | None, burst: int | None) -> RateLimit | None:
+    if burst is not None and rate is None:
+        raise InputError("a burst needs a rate: --rate says it", field="--burst")
+    return None if rate is None else RateLimit(per_minute=rate, burst=burst or _BURST)
+
+
+def _known_offer(preset: Preset, offer: str | None) -> None:
+    """Raises InputError for an offer that the preset does not know: nobody has it, or it is mistyped."""
+    if offer is not None and preset.offer(offer) is None:
+        known = [id_ for entry in preset.offers for id_ in entry.ids]
+        raise InputError(f"the preset {preset.name} knows no {offer!r}; {nearest(offer, known)}", field="--offer")
 
 
 def _confirm(count: int, confirmed: int | None) -> None:

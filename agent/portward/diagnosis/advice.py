@@ -138,7 +138,8 @@ def _from_virtual_machines(preset: Preset, facts: Facts) -> tuple[Way, ...]:
         case Reason.DENIED_PENDING:
             return ((Step.VIRTUAL_MACHINE, Step.WAIT, *_restart_after(preset)),)
         case Reason.DENIED_RESTART_REQUIRED if facts.exemption and facts.exemption.decided:
-            return ((Step.VIRTUAL_MACHINE, *_restart_after(preset)),)
+            # One that is started from now on is started after the grant.
+            return ((Step.VIRTUAL_MACHINE,),)
         case Reason.DENIED_RESTART_REQUIRED:
             return ((Step.VIRTUAL_MACHINE, Step.RECORD_GRANT),)
         case _:

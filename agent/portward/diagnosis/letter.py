@@ -68,6 +68,7 @@ _MATTERS: Final = {
         "blocked."
     ),
 }
+_TURNED_DOWN: Final = (Reason.DENIED_REJECTED, Reason.DENIED_REVOKED)
 _ENDED: Final = marked("Connections to {ports} are blocked, as the exemption ended{when}.")
 _NO_DATE: Final = marked(
     "An exemption is granted, but our record of it lacks a date, so it does not count yet and connections to "
@@ -158,6 +159,12 @@ class _Told:
     def what_is_the_matter(self) -> Iterator[str]:
         """Sentences."""
         yield self._matter_itself()
+        if self._matter.reason is Reason.DENIED_PAAS and self._turned_down() in _TURNED_DOWN:
+            yield self._say(
+                _MATTERS[self._turned_down()],
+                ports=ports_in_words(self._preset, self._say),
+                when=self._on(self._facts.exemption.decided if self._facts.exemption else None),
+            )
         yield from self._decision()
         yield from self._limit()
         if self._matter.observed:
@@ -189,12 +196,16 @@ class _Told:
         ports = ports_in_words(self._preset, self._say)
         return self._say(text, ports=ports, title=self._title(), when=self._on(at))
 
+    def _turned_down(self) -> Reason:
+        """The matter's reason; of a platform service that of virtual machines, which it is told to change to."""
+        paas = self._matter.reason is Reason.DENIED_PAAS
+        return self._facts.reason_of_machines(self._preset) if paas else self._matter.reason
+
     def _decision(self) -> Iterator[str]:
         """The reason that was recorded with a rejection or revocation. What an anti-fraud check noted is for the
         provider alone."""
         say, exemption = self._say, self._facts.exemption
-        refused = self._matter.reason in (Reason.DENIED_REJECTED, Reason.DENIED_REVOKED)
-        if exemption is None or not refused:
+        if exemption is None or self._turned_down() not in _TURNED_DOWN:
             return
         if exemption.by == ANTI_FRAUD:
             yield say("It did not pass the check that we make of each request.")

@@ -73,15 +73,20 @@ class Enforcement:
                 sources = self._sources(committed)
                 if len(sources) <= _COUNTED:
                     self._count([held for source in sources if (held := self._learned.held(source))])
-                if self._learned.forget(sources, committed.generation, self._rates.forgetting):
-                    self._rates.all_forgotten()
-                else:
-                    self._rates.forgotten(sources)
+                self.forget(sources, committed.generation)
                 # Known beforehand, they need not send twice.
                 self._rate(sources)
             self.generation = committed.generation
         except (KernelError, OSError):
             self.repair(committed.generation)
+
+    def forget(self, sources: Iterable[Source], generation: int) -> None:
+        """Makes the kernel forget these sources, verdict and limit; raises KernelError."""
+        sources = list(sources)
+        if self._learned.forget(sources, generation, self._rates.forgetting):
+            self._rates.all_forgotten()
+        else:
+            self._rates.forgotten(sources)
 
     def check(self, generation: int) -> bool:
         """Puts the ruleset back where somebody has changed it; True where all was well."""

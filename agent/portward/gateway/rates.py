@@ -13,7 +13,9 @@ away where a change of policy forgets the source.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Final, NamedTuple
 
 from portward.gateway.learned import Source
@@ -22,8 +24,10 @@ from portward.gateway.nft import Nft
 from portward.gateway.ruleset import FAMILY_TABLE, RATES, TABLE
 from portward.model import RateLimit
 
-# Sources of one subscription; with another one, the oldest goes. So nobody with a large prefix fills the map.
-_SOURCES: Final = 1_024
+# Sources of one subscription, and of all: with another one, the oldest goes. So nobody with a large prefix fills
+# the map, and who comes last finds room.
+_SOURCES: Final = 4_096
+_ALL_SOURCES: Final = 260_000
 _NAME: Final = re.compile(r"s(\d+)-(\d+)-(\d+)")
 
 
@@ -62,15 +66,27 @@ class Rates:
     def read(self) -> None:
         """Holds from now on what the kernel has: an earlier run left it there, or somebody has changed it. Raises
         OSError where the table is not loaded."""
-        self._sources.clear()
-        self._bucket.clear()
-        for name in self._netlink.limits(TABLE):
-            if (bucket := Bucket.named(name)) is not None:
-                self._sources[bucket] = {}
-        for family in "46":
-            for element in self._netlink.elements(TABLE, RATES + family):
-                if (bucket := Bucket.named(element.object)) is not None:
-                    self._hold(Source.of(element.key), bucket)
+        loaded: dict[Bucket, dict[Source, None]] = {
+            bucket: {} for name in self._netlink.limits(TABLE) if (bucket := Bucket.named(name)) is not None
+        }
+        held = self.loaded(self._netlink)
+        for source, bucket in held.items():
+            loaded.setdefault(bucket, {})[source] = None
+        self._sources, self._bucket = loaded, held
+
+    @staticmethod
+    def loaded(netlink: NfNetlink) -> dict[Source, Bucket]:
+        """What the kernel has, over a socket of the calling thread's own; raises OSError."""
+        return {
+            Source.of(element.key): bucket
+            for family in "46"
+            for element in netlink.elements(TABLE, RATES + family)
+            if (bucket := Bucket.named(element.object)) is not None
+        }
+
+    def is_held(self, found: dict[Source, Bucket]) -> bool:
+        """Whether just these sources are held, with these limits."""
+        return found == self._bucket
 
     def bucket(self, source: Source) -> Bucket | None:
         """The limit that a source draws on."""
@@ -80,6 +96,7 @@ class Rates:
         """Lets these sources draw on these limits; raises KernelError, and then nothing has changed.
         Idempotent."""
         new = {source: bucket for source, bucket in wanted.items() if self._bucket.get(source) != bucket}
+        new = _few(new)
         if not new:
             return
         crowded = self._crowded(new)
@@ -95,6 +112,13 @@ class Rates:
             self._let_go(source)
         for source, bucket in new.items():
             self._hold(source, bucket)
+
+    def doubt(self, sources: Iterable[Source]) -> None:
+        """Looks in the kernel for those of these sources that are held: a worker has met them, so they may not be
+        there any more, and then they are held no longer. Raises OSError."""
+        for source in [source for source in sources if source in self._bucket]:
+            if self._netlink.element(TABLE, RATES + source.family, source.key) is None:
+                self._let_go(source)
 
     def forgetting(self, sources: Iterable[Source]) -> list[str]:
         """The commands that take those of these sources away that are held; `forgotten` is to follow them."""
@@ -129,12 +153,18 @@ class Rates:
         return [bucket for bucket in dict.fromkeys(new.values()) if bucket not in self._sources]
 
     def _crowded(self, new: dict[Source, Bucket]) -> list[Source]:
-        """The oldest sources of limits that would have too many."""
+        """The oldest sources of limits that would have too many, and the oldest of the largest where all would."""
+        more = Counter(new.values())
         crowded: list[Source] = []
-        for bucket in set(new.values()):
+        for bucket, count in more.items():
             held = [source for source in self._sources.get(bucket, ()) if source not in new]
-            more = sum(wanted == bucket for wanted in new.values())
-            crowded += held[: max(0, len(held) + more - _SOURCES)]
+            crowded += held[: max(0, len(held) + count - _SOURCES)]
+        excess = len(self._bucket) + len(new) - len(crowded) - _ALL_SOURCES
+        if excess > 0:
+            largest = max(self._sources, key=lambda bucket: len(self._sources[bucket]))
+            gone = set(crowded)
+            rest = (source for source in self._sources[largest] if source not in new and source not in gone)
+            crowded += islice(rest, excess)
         return crowded
 
     def _hold(self, source: Source, bucket: Bucket) -> None:
@@ -143,6 +173,17 @@ class Rates:
 
     def _let_go(self, source: Source) -> None:
         del self._sources[self._bucket.pop(source)][source]
+
+
+def _few(wanted: dict[Source, Bucket]) -> dict[Source, Bucket]:
+    """The last sources of each limit, as many as it may have."""
+    left: Counter[Bucket] = Counter()
+    few = {}
+    for source, bucket in reversed(wanted.items()):
+        left[bucket] += 1
+        if left[bucket] <= _SOURCES:
+            few[source] = bucket
+    return few
 
 
 def _words(bucket: Bucket) -> str:

@@ -13,7 +13,7 @@ from portward.documents import nearest, network_text
 from portward.model import Attachment, Exemption, Record, Subscription
 from portward.policy.preset import Preset
 from portward.store.inventory import Inventory
-from portward.store.protocol import CONFIRMED, UNREADABLE, Put, decode, readable, told_key
+from portward.store.protocol import CONFIRMED, UNREADABLE, Put, confirmed_alone, decode, readable, told_key
 
 # Key → the record under it, as JSON.
 Find: TypeAlias = Callable[[str], str | None]
@@ -104,7 +104,8 @@ def described_change(key: str, before: str | None, after: str | None, find: Find
     gives the records of the subscriptions, so that they can be called by their names."""
     owners = _Owners(find)
     if key == CONFIRMED and after is not None:
-        return f"! confirmed everything up to revision {after}"
+        alone = confirmed_alone(after)
+        return f"! confirmed revision {alone}" if alone else f"! confirmed everything up to revision {after}"
     if before is not None and after is not None:
         record = readable(key, after)
         called = told_key(key) if record is None else _changed(record, owners)

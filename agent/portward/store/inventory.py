@@ -35,7 +35,7 @@ class Inventory:
         self.latest_start: tuple[datetime, str] | None = None
         for document in documents:
             for steps, record in document.records():
-                for field, problem in _mistakes(record):
+                for field, problem in mistakes(record):
                     raise document.mistake(problem, *steps, field)
                 key = key_of(record)
                 if key in self.records:
@@ -87,7 +87,7 @@ def _in_utc(record: Attachment | Exemption) -> Record:
     return replace(record, **moved) if moved else record
 
 
-def _mistakes(record: Record) -> Iterator[tuple[str, str]]:
+def mistakes(record: Record) -> Iterator[tuple[str, str]]:
     """What is wrong with a record beyond the types of its fields: (field, what would be right)."""
     yield from flaws(record)
     match record:

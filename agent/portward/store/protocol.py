@@ -13,7 +13,7 @@ two keys. No segment holds a `/`, so what follows the second one is the prefix, 
 The exemption of a subscription is one record, its latest state; what it was before stands in the change log.
 
 Beside the records there may be one more key, `confirmed`: the number of the revision up to which somebody has
-confirmed that many subscriptions may flip.
+confirmed that many subscriptions may flip, or, after the word `alone`, of the one revision that is.
 Each accepted batch of changes is one revision; revisions rise by one. Revision and changes together are an entry
 of the log, which only grows; each entry has a hash and carries that of the one before (`chain`).
 """
@@ -59,6 +59,7 @@ LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 
 CONFIRMED: Final = "confirmed"
+_ALONE: Final = "alone "
 
 
 class NoStoreError(StoreError):
@@ -157,7 +158,8 @@ class Store(Protocol):
         """What changed after revision `since`, in order, whole revisions only."""
 
     def written(self) -> datetime | None:
-        """When the newest revision was written, in UTC; None for a store that never held anything."""
+        """When the newest revision was written, in UTC; None for a store that never held anything. No revision is
+        dated before the one before it, whatever its writer's clock says."""
 
     def reading(self) -> AbstractContextManager[None]:
         """While it is open, everything that is asked of the store is answered from one state of it. Others may
@@ -319,9 +321,14 @@ def is_interface(name: str) -> bool:
 _is_interface: Final = lru_cache(maxsize=65_536)(is_interface)
 
 
-def confirmation(revision: int) -> Put:
-    """What, written as part of this revision, confirms it and all before it."""
-    return Put(CONFIRMED, str(revision))
+def confirmation(revision: int, *, alone: bool = False) -> Put:
+    """What, written as part of this revision, confirms it and all before it, or it `alone`."""
+    return Put(CONFIRMED, f"{_ALONE}{revision}" if alone else str(revision))
+
+
+def confirmed_alone(body: str | None) -> int:
+    """The revision that is confirmed alone; 0 where none is."""
+    return confirmed(body.removeprefix(_ALONE)) if body is not None and body.startswith(_ALONE) else 0
 
 
 def confirmed(body: str | None) -> int:

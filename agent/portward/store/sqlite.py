@@ -284,7 +284,7 @@ class SqliteStore:
             try:
                 self._expect_format()  # under the lock: a newer portward may have been here
                 self._expect(expected)
-                if not self._put(batch, expected + 1, actor, at, progress):
+                if not self._put(batch, expected + 1, actor, max(at, self.written() or at), progress):
                     return expected
                 self._connection.execute("COMMIT")
             finally:

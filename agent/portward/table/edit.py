@@ -69,8 +69,7 @@ class Edit:
                 self._put_attachment(attachment)
             else:
                 self._remove_attachment(attachment)
-        if not self.everything:  # else each attachment was decided just now
-            self.settle(self._dirty)
+        self.settle(self._dirty)
         self._write_lengths()
 
     def replace(self, records: Iterable[Loadable]) -> None:

@@ -18,7 +18,16 @@ from typing import NamedTuple
 from portward.model import Record
 from portward.store.flips import Flips, HeldError
 from portward.store.packed import Packer
-from portward.store.protocol import CONFIRMED, Change, RecordError, Store, confirmed, decode, named
+from portward.store.protocol import (
+    CONFIRMED,
+    Change,
+    RecordError,
+    Store,
+    confirmed,
+    confirmed_alone,
+    decode,
+    named,
+)
 from portward.table.load import Loadable
 from portward.table.writer import Committed, GrownError, Writer
 
@@ -65,7 +74,7 @@ class Follower:
             return self._replace(identity, now)
         if head.revision == revision:
             return None
-        changes = list(self._store.changes(head.revision))
+        changes = _by_itself(list(self._store.changes(head.revision)))
         try:
             return self._apply(changes, head.revision, now)
         except HeldError:
@@ -131,4 +140,18 @@ class Follower:
 
 def _confirmed(change: Change) -> int:
     """The revision that a confirmation confirms; none that came after itself."""
+    if confirmed_alone(change.after) == change.revision:
+        return change.revision
     return min(confirmed(change.after), change.revision)
+
+
+def _by_itself(changes: list[Change]) -> list[Change]:
+    """Of these changes what may be taken in at once: a revision that is confirmed alone confirms nothing before
+    it, so what comes before it is a step of its own, and so is it."""
+    confirming = [change for change in changes if change.key == CONFIRMED]
+    of_all = max((min(confirmed(change.after), change.revision) for change in confirming), default=0)
+    for change in confirming:
+        if confirmed_alone(change.after) == change.revision > of_all:
+            before = [other for other in changes if other.revision < change.revision]
+            return before or [other for other in changes if other.revision == change.revision]
+    return changes

@@ -105,9 +105,8 @@ def _shift_clock() -> None:
         def now(cls, tz: tzinfo | None = None) -> Any:
             return datetime.now(tz) + timedelta(seconds=_seconds())
 
-    for name in ("portward.daemon", "portward.table.writer"):
-        module: Any = importlib.import_module(name)
-        module.datetime = Shifted
+    module: Any = importlib.import_module("portward.clock")
+    module.datetime = Shifted
     time.time = lambda: real() + _seconds()
 
 

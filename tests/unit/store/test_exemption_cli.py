@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from typer.testing import CliRunner, Result
 
 from portward.cli.program import app
 from portward.errors import InputError, PortwardError
 from portward.exemptions import RefusedError
-from portward.model import Exemption, ExemptionState, Subscription
-from portward.store.protocol import confirmed, decode
+from portward.model import Exemption, ExemptionState, RateLimit, Subscription
+from portward.store.protocol import confirmed_alone, decode
 from unit.store.samples import CONTOSO, FABRIKAM, MACHINE, PREFIX, opened, put, write
 
 PAYG = FABRIKAM
@@ -108,6 +109,23 @@ def test_a_review_from_the_request_to_the_revocation(run: Run, path: Path) -> No
     assert stored(path, id_).by == "dave"
 
 
+def test_a_limit_can_be_given_and_taken_away(run: Run, path: Path) -> None:
+    run("request", PAYG.id)
+    before = stored(path, PAYG.id)
+    told = run("limit", PAYG.id, "--rate", 120, "--burst", 9).stdout
+    assert "limit     120 new connections a minute, 9 at once" in told
+    assert stored(path, PAYG.id) == replace(before, limit=RateLimit(per_minute=120, burst=9))
+    run("limit", PAYG.id, "--none")
+    assert stored(path, PAYG.id) == before
+
+
+def test_a_reason_that_cannot_be_printed_is_not_written(run: Run, path: Path) -> None:
+    run("request", PAYG.id)
+    with pytest.raises(InputError, match=r"reason: .* holds U\+001B"):
+        run("revoke", PAYG.id, "--reason", "spam\x1b[31m")
+    assert stored(path, PAYG.id).state is ExemptionState.GRANTED
+
+
 def test_a_check_that_the_configuration_names_is_asked(run: Run, files: Path, path: Path) -> None:
     check = files / "check"
     check.write_text("""#!/bin/sh\ncat > asked; echo '{"result": "pass", "note": "known since 2019"}'\n""")
@@ -177,7 +195,7 @@ def test_many_are_revoked_with_their_count_or_not_at_all(run: Run, files: Path, 
     told = run("revoke", "--offer", "csp", "--reason", "spam", "--confirm", 28, "--json").stdout
     assert json.loads(told) == {"revoked": 28, "revision": 4, "enforced_after_ms": None}
     with closing(opened(path)) as store:
-        assert confirmed(store.get("confirmed")) == 4, "however many it flips"
+        assert confirmed_alone(store.get("confirmed")) == 4, "however many it flips"
 
 
 def test_a_list_is_told_with_file_and_line(run: Run, files: Path) -> None:
@@ -244,10 +262,19 @@ def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> Non
         (("request", PAYG.id, "--until", "2030-01-01T00:00:00"), "has no time zone: 2030-01-01T00:00:00Z is"),
         (("request", PAYG.id, "--until", "2020-01-01"), "which has passed"),
         (("request", PAYG.id, "--as", " "), "--as: ' ' is no name"),
-        (("request", REVIEWED.id, *WHY, "--mail-software", "a\x1b[2J"), "--mail-software"),
+        (("request", REVIEWED.id, *WHY, "--mail-software", "a\x1b[2J"), "details: "),
+        (("request", REVIEWED.id, "--justification", "a\x1b[2J"), "justification: "),
         (("grant", PAYG.id, "--burst", 5), "--burst: a burst needs a rate"),
         (("grant", PAYG.id, "--fraud-check", " "), "--fraud-check: says nothing"),
         (("revoke", PAYG.id, "--reason", "x", "--confirm", 1), "--confirm: goes with --file and --offer"),
+        (
+            ("revoke", "--offer", "csq", "--reason", "x"),
+            "--offer: the preset azure-2020 knows no 'csq'; did you mean",
+        ),
+        (("list", "--offer", "csq"), "--offer: the preset azure-2020 knows no 'csq'; did you mean 'csp'?"),
+        (("limit", PAYG.id), "--rate: say either --rate or --none"),
+        (("limit", PAYG.id, "--rate", 9, "--none"), "--rate: say either --rate or --none"),
+        (("limit", PAYG.id, "--rate", 9), "there is no exemption that could have a limit"),
     ],
 )
 def test_mistakes_are_told_with_what_would_be_right(run: Run, arguments: tuple[Any, ...], told: str) -> None:
@@ -264,7 +291,7 @@ def test_a_start_counts_for_a_grant_before_it(run: Run, path: Path) -> None:
     decided = datetime.fromisoformat(json.loads(told)["exemption"]["decided"])
     told = run("started", "vni1002", "10.0.0.9", "--as", "hypervisor", group="attachment").stdout
     assert told.startswith("vni1002 10.0.0.0/24: started ")
-    assert "counts for it now" in told
+    assert "it may send: the subscription's exemption counts for this machine (allowed-exempt)" in told
     before = (decided - timedelta(seconds=1)).isoformat()
     with pytest.raises(PortwardError, match="a later start is recorded already"):
         run("started", "vni1002", "10.0.0.9", "--at", before, group="attachment")
@@ -273,7 +300,7 @@ def test_a_start_counts_for_a_grant_before_it(run: Run, path: Path) -> None:
 def test_a_start_before_the_grant_is_told_not_to_count(run: Run) -> None:
     run("request", PAYG.id)
     told = run("started", "vni1002", "10.0.0.9", "--at", "2026-01-01T00:00:00Z", group="attachment").stdout
-    assert "does NOT count for it" in told
+    assert "it may NOT send: an exemption is granted, but the machine was not restarted since" in told
 
 
 @pytest.mark.parametrize(

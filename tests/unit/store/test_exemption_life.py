@@ -16,12 +16,13 @@ from uuid import UUID
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from msgspec.structs import replace
 
 from portward import exemptions
 from portward.casework import Casework
 from portward.config import Config
-from portward.exemptions import Action, Application, Finding, RefusedError, State
-from portward.model import Exemption, FraudCheck, Subscription
+from portward.exemptions import Action, Application, Finding, RefusedError
+from portward.model import Exemption, ExemptionState, FraudCheck, RateLimit, Subscription
 from portward.policy import preset as presets
 from portward.store.protocol import Put, decode, encode, key_of
 from portward.store.sqlite import SqliteStore
@@ -65,6 +66,7 @@ class Exempt(RuleBasedStateMachine):
             store.write(
                 [Put(key_of(record), encode(record)) for record in records], expected=0, actor="model", at=self.now
             )
+        self.now += timedelta(seconds=1)
         self.known: dict[UUID, Exemption | None] = {UUID(int=number): None for number in _OFFERS}
         self.decisions: dict[UUID, int] = dict.fromkeys(self.known, 0)
 
@@ -90,20 +92,14 @@ class Exempt(RuleBasedStateMachine):
     ) -> None:
         """At the statement with that number, if it comes to it."""
         code = _in_a_process(lambda: self._act_and_die(id_, action, days, statement))
-        expected = self._expected(id_, action)
+        expected = self._expected(id_, action, days)
         with closing(SqliteStore(self._path)) as store:
-            now_there = self._in_store(store, id_)
-            if code == 0:
-                assert expected is not None
-                assert now_there != self.known[id_], "what was accepted is there"
-                self._took(id_, store)
-            elif code == _REFUSED:
+            if code == _REFUSED:
                 assert expected is None
+            elif code == 0 or self._in_store(store, id_) != self.known[id_]:  # or it died after its commit
+                self._took(id_, action, days, store)
             else:
                 assert code == _CRASHED
-                if now_there != self.known[id_]:  # it died after its commit
-                    assert expected is not None
-                    self._took(id_, store)
 
     @rule(id_=_ids, action=_actions, other=_actions)
     def two_people_act_at_once(self, id_: UUID, action: Action, other: Action) -> None:
@@ -132,34 +128,50 @@ class Exempt(RuleBasedStateMachine):
 
     # --- how ---
 
-    def _expected(self, id_: UUID, action: Action) -> State | None:
-        """The state that an action leads to; None where it is refused."""
-        state = exemptions.state_of(self.known[id_], self.now)
+    def _expected(self, id_: UUID, action: Action, days: int | None) -> Exemption | None:
+        """The record that an action leads to; None where it is refused."""
+        before, offer = self.known[id_], _OFFERS[id_.int]
+        state = exemptions.state_of(before, self.now)
+        until = None if days is None else self.now + timedelta(days=days)
         if exemptions.refusal(state, action) is not None:
             return None
-        match action, _OFFERS[id_.int]:
-            case Action.REQUEST, "pay-as-you-go":
-                return State.GRANTED
-            case Action.REQUEST, "azure-sponsorship":
-                return State.REQUESTED
-            case Action.REQUEST, _:
+        if action is Action.REQUEST:
+            if offer in ("free-trial", "enterprise-agreement"):
                 return None
-            case Action.GRANT, _:
-                return State.GRANTED
-            case Action.REJECT, _:
-                return State.REJECTED
+            asked = Exemption(
+                subscription=id_, state=ExemptionState.REQUESTED, requested=self.now, until=until, by="model",
+                justification="why not",
+            )  # fmt: skip
+            if offer == "azure-sponsorship":
+                return asked
+            return replace(asked, state=ExemptionState.GRANTED, decided=self.now, by="self-service")
+        assert before is not None
+        match action:
+            case Action.GRANT:
+                until = until or before.until
+                if until is not None and until <= self.now:
+                    return None
+                return replace(
+                    before, state=ExemptionState.GRANTED, decided=self.now, until=until, by="model",
+                    fraud_check=FraudCheck.PASS,
+                )  # fmt: skip
+            case Action.REJECT:
+                return replace(
+                    before, state=ExemptionState.REJECTED, decided=self.now, until=None, by="model", reason="no"
+                )
+            case Action.LIMIT:
+                return replace(before, limit=RateLimit(per_minute=days or 9))
             case _:
-                return State.REVOKED
+                return replace(before, state=ExemptionState.REVOKED, decided=self.now, by="model", reason="spam")
 
     def _tries(self, store: SqliteStore, id_: UUID, action: Action, days: int | None = None) -> None:
         """Acts; what comes of it is what the model says, as things stand when it is written."""
         try:
             self._act(store, id_, action, days)
         except RefusedError:
-            assert self._expected(id_, action) is None
+            assert self._expected(id_, action, days) is None
         else:
-            assert self._expected(id_, action) is not None
-            self._took(id_, store)
+            self._took(id_, action, days, store)
 
     def _act(self, store: SqliteStore, id_: UUID, action: Action, days: int | None) -> None:
         config = Config(segments=("vni*",), uplinks=("up0",))
@@ -172,6 +184,8 @@ class Exempt(RuleBasedStateMachine):
                 desk.grant(id_, check=Finding(FraudCheck.PASS), until=until, limit=None)
             case Action.REJECT:
                 desk.reject(id_, "no")
+            case Action.LIMIT:
+                desk.limit(id_, RateLimit(per_minute=days or 9))
             case Action.REVOKE:
                 desk.revoke(id_, "spam")
 
@@ -185,18 +199,14 @@ class Exempt(RuleBasedStateMachine):
                 return _REFUSED
         return 0
 
-    def _took(self, id_: UUID, store: SqliteStore) -> None:
-        """A decision was made: the model takes it over, once it is what it should be."""
-        before, expected = self.known[id_], None
-        record = self._in_store(store, id_)
-        assert record != before
+    def _took(self, id_: UUID, action: Action, days: int | None, store: SqliteStore) -> None:
+        """A decision was made, and is what it should be: the model takes it over."""
+        record, expected = self._in_store(store, id_), self._expected(id_, action, days)
         assert record is not None
-        for action in Action:
-            if self._expected(id_, action) is exemptions.state_of(record, self.now):
-                expected = action
-        assert expected is not None, f"{record} does not follow {before}"
+        # The same as before is no change: it is in no log.
+        self.decisions[id_] += record != self.known[id_]
+        assert record == expected
         self.known[id_] = record
-        self.decisions[id_] += 1
         self.now += timedelta(seconds=1)
 
     @staticmethod

@@ -80,6 +80,28 @@ def test_half_of_all_may_flip(gateway: Gateway) -> None:
     assert gateway.step() == 2
 
 
+def test_what_is_confirmed_alone_confirms_nothing_before_it(gateway: Gateway) -> None:
+    write(gateway.store, *disabled(1, 21))
+    write(gateway.store, *disabled(40, 40), confirmation(3, alone=True))
+    assert gateway.step() == 1
+    assert gateway.follower.held is not None
+    assert reason(gateway.writer, "10.0.0.4").allows
+    assert reason(gateway.writer, "10.0.0.40").allows
+    write(gateway.store, confirmation(4))
+    assert gateway.step() == 4
+    assert not reason(gateway.writer, "10.0.0.40").allows
+
+
+def test_what_is_confirmed_alone_may_flip_as_many_as_it_does(gateway: Gateway) -> None:
+    write(gateway.store, *disabled(1, 2))
+    write(gateway.store, *disabled(3, 40), confirmation(3, alone=True))
+    write(gateway.store, put(subscription(1)))
+    assert [gateway.step() for _ in range(3)] == [2, 3, 4]
+    assert gateway.follower.held is None
+    assert not reason(gateway.writer, "10.0.0.4").allows
+    assert reason(gateway.writer, "10.0.0.1").allows
+
+
 def test_more_is_held_until_it_is_confirmed(gateway: Gateway) -> None:
     write(gateway.store, *disabled(1, 21))
     assert gateway.step() == 1

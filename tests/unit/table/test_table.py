@@ -342,6 +342,17 @@ def test_beyond_many_changes_everything_is_new(writer: Writer) -> None:
     assert writer.apply([subscription(1), *many], [], revision=2, now=NOW).everything
 
 
+def test_beyond_many_changes_the_other_sources_of_who_has_changed_are_decided_too(writer: Writer) -> None:
+    """A revocation that comes in one step with a large inventory."""
+    load(writer, [subscription(1), subscription(2), attachment("192.0.2.4", 1)])
+    assert reason(writer, "192.0.2.4").allows
+    first = int(ip_address("10.0.0.0"))
+    many: list[Record] = [attachment(str(ip_address(first + number)), 2) for number in range(20_001)]
+    revoked = subscription(1, standing=Standing.DISABLED)
+    assert writer.apply([revoked, *many], [], revision=2, now=NOW).everything
+    assert reason(writer, "192.0.2.4") is Reason.DENIED_DISABLED
+
+
 OFFERS = ("enterprise-agreement", "csp", "msdn", "azure-sponsorship")
 NETWORKS = [
     ip_network(text)

@@ -1,0 +1,88 @@
+"""`portward exemption revoke --wait`: what holds when it has returned."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from datetime import UTC, date, datetime
+from ipaddress import ip_network
+from uuid import UUID, uuid4
+
+import msgspec
+
+from kernel.conftest import Gateway
+from portward.lab import namespaces
+from portward.lab.agent import PROGRAM
+from portward.lab.topology import FABRIKAM
+from portward.model import Attachment, Exemption, ExemptionState, Subscription
+
+_GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
+
+
+def exempt(gateway: Gateway, source: str) -> UUID:
+    """A customer whose exemption counts for this source."""
+    id_ = uuid4()
+    gateway.agent.apply(
+        Subscription(id=id_, offer="pay-as-you-go", created=date(2022, 6, 30)),
+        Exemption(subscription=id_, state=ExemptionState.GRANTED, requested=_GRANTED, decided=_GRANTED),
+        Attachment(
+            segment=FABRIKAM.segment, address=ip_network(source), subscription=id_,
+            started=datetime(2026, 1, 10, tzinfo=UTC),
+        ),
+    )  # fmt: skip
+    return id_
+
+
+def test_when_it_returns_nothing_passes_any_more(gateway: Gateway) -> None:
+    for number in range(8):
+        source = f"10.0.2.{number}"
+        id_ = exempt(gateway, source)
+        assert gateway.passes(FABRIKAM, source)
+        result = gateway.agent.portward("exemption", "revoke", str(id_), "--reason", "spam", "--wait")
+        assert result.returncode == 0
+        assert re.search(r"enforced after \d+\.\d ms$", result.stdout.splitlines()[0])
+        for flags in ("A", "PA", "S"):
+            assert not gateway.passes(FABRIKAM, source, flags)
+
+
+def test_many_at_once_too(gateway: Gateway) -> None:
+    ids = [exempt(gateway, f"10.0.3.{number}") for number in range(12)]
+    listed = gateway.agent.folder / "ids"
+    listed.write_text("\n".join(map(str, ids)))
+    result = gateway.agent.portward(
+        "exemption",
+        "revoke",
+        "--file",
+        os.fspath(listed),
+        "--reason",
+        "spam",
+        "--confirm",
+        "12",
+        "--wait",
+        "--json",
+    )
+    assert json.loads(result.stdout)["revoked"] == 12
+    for number in range(12):
+        assert not gateway.passes(FABRIKAM, f"10.0.3.{number}")
+
+
+def test_an_agent_that_follows_another_store_is_not_waited_for(gateway: Gateway) -> None:
+    """It would never enforce it, and its own revision says nothing of this store's."""
+    id_ = exempt(gateway, "10.0.4.1")
+    config = gateway.agent.folder / "other.toml"
+    settings = msgspec.toml.decode(gateway.agent.config.read_bytes())
+    config.write_bytes(msgspec.toml.encode(settings | {"store": f"sqlite:{gateway.agent.folder}/other.db"}))
+    inventory = gateway.agent.portward("export").stdout
+
+    def other(*arguments: str, text: str | None = None) -> tuple[int, str]:
+        argv = [*PROGRAM, *arguments, "--config", os.fspath(config)]
+        result = namespaces.run(gateway.lab.gateway, argv, text=text)
+        return result.returncode, result.stderr
+
+    assert other("apply", "-", text=inventory) == (0, "")
+    code, told = other("exemption", "revoke", str(id_), "--reason", "spam", "--wait")
+    assert code == 1
+    assert "does not stand at what" in told
+    assert "nothing was written" in told
+    assert gateway.passes(FABRIKAM, "10.0.4.1")
