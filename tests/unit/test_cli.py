@@ -34,8 +34,8 @@ def portward(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_verbs_are_those_that_are_promised() -> None:
     found = {" ".join(verb) for verb in verbs()}
     assert found == {
-        "run", "check", "apply", "export", "explain", "status", "top", "rules show", "rules remove",
-        "policy list", "policy show", "lab up", "lab down", "lab demo",
+        "run", "check", "apply", "export", "explain", "status", "top", "rules show",
+        "rules baseline", "rules remove", "policy list", "policy show", "lab up", "lab down", "lab demo",
     }  # fmt: skip
 
 
