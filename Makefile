@@ -50,8 +50,8 @@ soak: setup ## The long forms of faults, floods and fuzzers: about an hour (root
 	$(BIN)/python -m tests.bench neighbours counted stale
 
 lint: setup ## ruff and mypy --strict
-	$(BIN)/ruff check agent tests
-	$(BIN)/ruff format --check agent tests
+	$(BIN)/ruff check agent tests package
+	$(BIN)/ruff format --check agent tests package
 	$(BIN)/mypy
 
 bench: setup $(VENV)/bench-ready ## Measure speed and scale, some ten minutes: bench.json, docs/bench/*.svg (root)

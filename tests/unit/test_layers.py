@@ -20,7 +20,7 @@ LAYERS = (
     ("table",),
     ("store",),
     ("policy",),
-    ("metrics", "snapshot", "runtime", "notify", "config", "selfcheck"),
+    ("metrics", "snapshot", "runtime", "notify", "config", "sample", "selfcheck"),
     ("documents",),
     ("model", "resources"),
     ("errors", "__init__"),
