@@ -55,6 +55,7 @@ def build(version: str, output: Path) -> Path:
     _environment(stage)
     _portward(stage, version)
     _program(stage)
+    _strip(stage)
     _compile(stage)
     _system_files(stage)
     _documents(stage, version)
@@ -131,6 +132,12 @@ def _program(stage: Path) -> None:
     path.chmod(0o755)
     (stage / "usr/bin").mkdir(parents=True)
     (stage / "usr/bin/portward").symlink_to("../lib/portward/bin/portward")
+
+
+def _strip(stage: Path) -> None:
+    """Takes out of the libraries what only a debugger reads."""
+    for library in (stage / _SITE).rglob("*.so"):
+        _run("strip", "--strip-unneeded", library)
 
 
 def _compile(stage: Path) -> None:
