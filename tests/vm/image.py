@@ -92,7 +92,12 @@ def _recipe() -> str:
 def _make(scratch: Path) -> None:
     root, made = scratch / "root", scratch / "made"
     made.mkdir()
-    _run("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, root, mirror())
+    # In a mount namespace of its own: debootstrap mounts /proc and /sys in there, and where it is killed half-way
+    # nobody must remove the folder while they are.
+    _run(
+        "unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}",
+        SUITE, root, mirror(),
+    )  # fmt: skip
     for name, text in _FILES.items():
         (root / name).write_text(text)
     for name, text in _UNITS.items():

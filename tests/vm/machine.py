@@ -23,8 +23,8 @@ def available() -> bool:
 
 
 class Machine:
-    """A machine that is on while the `with` lasts. What it writes to the image's disk goes with it; the second disk,
-    `payload`, is read only."""
+    """A machine that is on while the `with` lasts. What it writes to the image's disk goes with it; the second
+    disk, `payload`, is read only."""
 
     def __init__(self, image: Image, payload: Path, folder: Path) -> None:
         self._image, self._payload = image, payload

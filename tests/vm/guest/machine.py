@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vm.guest.told import tell
-from vm.guest.world import ALLOWED, BLOCKED, BLOCKED6, RUN, SEGMENTS
+from vm.guest.world import ALLOWED, BLOCKED6, RUN, SEGMENTS
 
 CONFIG = Path("/etc/portward/portward.toml")
 INVENTORY = RUN / "inventory.json"

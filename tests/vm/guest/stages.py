@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 import traceback
 from pathlib import Path
 
-from vm.guest import machine
-from vm.guest.machine import row, sh, until
+from vm.guest import machine, watcher
+from vm.guest.machine import row, sh
 from vm.guest.told import tell
-from vm.guest import watcher
 
 _STATE = Path("/var/lib/vm-stage")
 

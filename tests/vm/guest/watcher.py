@@ -1,7 +1,7 @@
 """Sees every packet on the uplink, from before the gateway has a network until the machine is off.
 
-A packet of a blocked tenant to port 25 is told to the outside at once, since the machine may be off the next moment.
-The numbers so far lie in /run/vm/watch.json.
+A packet of a blocked tenant to port 25 is told to the outside at once, since the machine may be off the
+next moment. The numbers so far lie in /run/vm/watch.json.
 """
 
 from __future__ import annotations
