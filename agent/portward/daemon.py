@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -396,6 +397,10 @@ def run(path: Path) -> None:
     # Three threads share one interpreter: a change of policy must not wait 5 ms, Python's default, for a count.
     sys.setswitchinterval(_SWITCH_SECONDS)
     asyncio.run(_run(path, config))
+    if workers.stay_seconds():
+        # What asyncio has started it also ends when it is collected: the workers are to stay.
+        logging.shutdown()
+        os._exit(0)
 
 
 async def _run(path: Path, config: Config) -> None:

@@ -105,7 +105,7 @@ def _make(scratch: Path) -> None:
     _run("chroot", root, "systemctl", "enable", "systemd-networkd.service", *_UNITS)
     _run("chroot", root, "systemctl", "mask", "serial-getty@ttyS0.service", "systemd-networkd-wait-online.service")
     _run("chroot", root, "systemctl", "set-default", "graphical.target")
-    (root / "var/log/journal").mkdir()
+    (root / "var/log/journal").mkdir(exist_ok=True)
     shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
     for name, pattern in (("vmlinuz", "vmlinuz-*"), ("initrd", "initrd.img-*")):
         (file,) = (root / "boot").glob(pattern)

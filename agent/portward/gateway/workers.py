@@ -17,6 +17,8 @@ from portward.errors import KernelError
 from portward.gateway.tally import Tally
 from portward.gateway.worker import READY
 
+# Set in portward.service, where `KillMode=process` stands.
+STAY = "PORTWARD_WORKERS_STAY"
 _START_SECONDS = 10.0
 _STOP_SECONDS = 3.0
 # A worker that dies at once is started again after a pause that grows to this.
@@ -28,7 +30,9 @@ _log = logging.getLogger("portward.worker")
 class Worker:
     """One worker process and what it needs: its queue, its counters, its lifeline."""
 
-    def __init__(self, queue: int, length: int, reader: QueueReader, table: Path) -> None:
+    def __init__(self, queue: int, length: int, reader: QueueReader, table: Path, stay: float = 0.0) -> None:
+        """`stay`: for how many seconds the process outlives the daemon."""
+        self._stay = stay
         self.queue, self._length, self._reader, self._table = queue, length, reader, table
         self._block = Tally.create()
         self.tally = Tally(self._block)
@@ -52,6 +56,7 @@ class Worker:
                 sys.executable, "-m", "portward.gateway.worker",
                 "--queue", str(self.queue), "--length", str(self._length), "--reader", self._reader,
                 "--table", os.fspath(self._table), "--tally", str(self._block), "--lifeline", str(theirs),
+                "--stay", str(self._stay),
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, pass_fds=(self._block, theirs),
             )  # fmt: skip
         finally:
@@ -98,9 +103,10 @@ class Worker:
             pause = 0.05
 
     async def stop(self) -> None:
-        """Ends the process: by its lifeline, and by force after some seconds. Idempotent."""
+        """Ends the process: by its lifeline, and by force after some seconds. One that stays is left alone with
+        its queue. Idempotent."""
         self._close_lifeline()
-        if self.process is None or self.process.returncode is not None:
+        if self._stay or self.process is None or self.process.returncode is not None:
             return
         try:
             await asyncio.wait_for(self.process.wait(), _STOP_SECONDS)
@@ -124,7 +130,14 @@ class Worker:
 def make(queue: Queue, table: Path) -> list[Worker]:
     """The workers of a configuration, not yet started."""
     numbers = range(queue.first, queue.first + queue.workers)
-    return [Worker(number, queue.length, queue.reader, table) for number in numbers]
+    stay = stay_seconds() if queue.reader is QueueReader.BATCH else 0.0
+    return [Worker(number, queue.length, queue.reader, table, stay) for number in numbers]
+
+
+def stay_seconds() -> float:
+    """For how many seconds workers outlive the daemon: as the service manager's unit says, since that must not end
+    them either; else not at all."""
+    return float(os.environ.get(STAY, "0"))
 
 
 async def _forward(process: asyncio.subprocess.Process) -> str:
