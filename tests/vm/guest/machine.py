@@ -16,11 +16,12 @@ INVENTORY = RUN / "inventory.json"
 _OFFERS = {True: "enterprise-agreement", False: "pay-as-you-go"}
 
 
-def sh(command: str, *, seconds: float = 120, check: bool = True) -> str:
+def sh(command: str, *, seconds: float = 180, check: bool = True) -> str:
     """What a command says on both its outputs; raises RuntimeError with that where it fails and `check`."""
     said = subprocess.run(
-        command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=seconds, check=False,
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds,
+        check=False,
     )  # fmt: skip
     if check and said.returncode:
         raise RuntimeError(f"{command}: exit code {said.returncode}: {said.stdout[-1000:]}")

@@ -1,9 +1,10 @@
-"""A blocked tenant: it sends SYNs to port 25 as fast as it was told, as frames of its own making, until it is ended.
+"""A blocked tenant: it sends SYNs to port 25, as frames of its own making, until it is ended.
 
     python3 -m vm.guest.sender SEGMENT
 
 Of each round some come from its usual address, some from addresses that nobody has seen, some from addresses that
-are nobody's, over IPv6 too where it has that. One goes to another port: that it comes out shows that the way is open.
+are nobody's, over IPv6 too where it has that. One goes to another port: that it comes out shows that the way is
+open.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ipaddress import ip_address, ip_network
 
 from vm.guest.world import BLOCKED6, JUDGED, MACS, MAIL4, MAIL6, OTHER, SEGMENTS
 
-_EVERY = 0.05  # seconds
+_EVERY = 0.25  # seconds: the machine has little time for its tenants
 
 
 def main() -> None:

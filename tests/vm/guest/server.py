@@ -7,6 +7,7 @@ import selectors
 import signal
 import socket
 import threading
+import time
 
 from vm.guest.world import JUDGED, OTHER, RELAY, RUN
 
@@ -32,20 +33,22 @@ def _guarded(client: socket.socket) -> None:
 
 
 def _session(client: socket.socket) -> None:
-    """SMTP, as far as a mail needs it (RFC 5321, 4.1.1). Of each mail its length in bytes is written down."""
+    """SMTP, as far as a mail needs it (RFC 5321, 4.1.1). Of each mail its length in bytes is written
+    down, and the longest pause between two of its lines in seconds."""
     client.sendall(b"220 mail.example\r\n")
     with client.makefile("rb") as lines:
         while line := lines.readline():
             verb = line[:4].upper().strip()
             if verb == b"DATA":
                 client.sendall(b"354 go on\r\n")
-                size = 0
+                size, pause, last = 0, 0.0, time.monotonic()
                 while (line := lines.readline()) and line != b".\r\n":
                     size += len(line)
+                    pause, last = max(pause, time.monotonic() - last), time.monotonic()
                 if not line:
                     return
                 with (RUN / "mails").open("a") as out:
-                    out.write(f"{size}\n")
+                    out.write(f"{size} {pause:.2f}\n")
             client.sendall(b"221 bye\r\n" if verb == b"QUIT" else b"250 mail.example\r\n")
             if verb == b"QUIT":
                 return

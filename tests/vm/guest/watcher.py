@@ -40,7 +40,7 @@ def main() -> None:
                 _take(data, numbers)
         except TimeoutError:
             pass
-        if time.monotonic() > written + 0.25:
+        if time.monotonic() > written + 0.5:
             numbers["missed"] += struct.unpack("II", view.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))[1]
             new = RUN / "watch.new"
             new.write_text(json.dumps(numbers))

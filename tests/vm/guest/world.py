@@ -6,8 +6,8 @@
     cust1, cust2 ─ lime, teal: ports of a VRF, segments cust1 (allowed) and cust2 (blocked)
 
 Each name is a network namespace of its own. The gateway is the machine itself; its ends of the links are brought
-up by systemd-networkd, as on any host. The tenants' ends are up before that, so what they send gets through as soon
-as the gateway lets it.
+up by systemd-networkd, as on any host. The tenants' ends are up before that, so what they send gets through as
+soon as the gateway lets it.
 
 Runs in the virtual machine, with Debian's own Python and nothing else.
 """
