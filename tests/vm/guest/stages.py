@@ -141,10 +141,10 @@ def _breaks() -> None:
             row("… by its watchdog", "", good="watchdog" in sh("journalctl -b -u portward --no-pager").lower())
         with _measured("upgrade of the package"):
             tell(note=sh("dpkg -i /run/payload/new.deb"))
-            _version("0.1.1")
+            _version(sh("dpkg-deb -f /run/payload/new.deb Version"))
         with _measured("downgrade of the package"):
             sh("dpkg -i /run/payload/old.deb")
-            _version("0.1.0")
+            _version(sh("dpkg-deb -f /run/payload/old.deb Version"))
     kept = CONFIG.read_text()
     row("the configuration is the operator's own still", kept.splitlines()[0], good="cust*" in kept)
 
