@@ -62,7 +62,7 @@ def build(version: str, output: Path) -> Path:
     _control(stage, version)
     output.mkdir(parents=True, exist_ok=True)
     package = output / f"portward_{version}_amd64.deb"
-    _run("dpkg-deb", "--root-owner-group", "-Zxz", "-z3", "--build", stage, package)
+    _run("dpkg-deb", "--root-owner-group", "-Zgzip", "--build", stage, package)
     return package
 
 
@@ -77,19 +77,20 @@ def _environment(stage: Path) -> None:
 
 def _portward(stage: Path, version: str) -> None:
     site = stage / _SITE
-    locked = stage.parent / "requirements.txt"
-    locked.write_text("".join(_locked(_closure(_PROGRAM))))
-    _pip("--require-hashes", "--no-deps", "--target", site, "-r", locked)
+    wanted = stage.parent / "requirements.txt"
+    wanted.write_text("".join(locked(closure(_PROGRAM))))
+    _pip("--require-hashes", "--no-deps", "--target", site, "-r", wanted)
     _pip("--no-deps", "--no-build-isolation", "--target", site, ROOT)
     file = site / "portward" / "__init__.py"
     file.write_text(file.read_text().replace(f'"{__version__}"', f'"{version}"'))
-    # Programs of the libraries, whose first lines name this folder.
-    shutil.rmtree(site / "bin", ignore_errors=True)
+    # Programs of the libraries, whose first lines name this folder; a library's own tests.
+    for folder in ("bin", "aiosmtpd/docs", "aiosmtpd/qa", "aiosmtpd/tests"):
+        shutil.rmtree(site / folder, ignore_errors=True)
     for record in site.glob("*.dist-info/direct_url.json"):  # names this folder too
         record.unlink()
 
 
-def _closure(program: str) -> set[NormalizedName]:
+def closure(program: str) -> set[NormalizedName]:
     """The names of all packages that a requirement needs here, but not its own."""
     found: set[NormalizedName] = set()
     waiting = [Requirement(program)]
@@ -106,7 +107,7 @@ def _closure(program: str) -> set[NormalizedName]:
     return found
 
 
-def _locked(names: set[NormalizedName]) -> list[str]:
+def locked(names: set[NormalizedName]) -> list[str]:
     """The entries of requirements.txt for these packages, with their hashes; raises KeyError for one that is not
     there."""
     text = (ROOT / "requirements.txt").read_text()

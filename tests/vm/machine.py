@@ -40,7 +40,7 @@ class Machine:
                 "-nodefaults", "-display", "none",
                 "-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd),
                 "-append", _KERNEL,
-                "-drive", f"file={self._image.disk},format=raw,if=virtio,snapshot=on",
+                "-drive", f"file={self._image.disk},format=raw,if=virtio,snapshot=on,cache=unsafe",
                 "-drive", f"file={self._payload},format=raw,if=virtio,readonly=on",
                 "-serial", f"file:{self.console}", "-serial", f"file:{self._told}",
             ],
