@@ -99,8 +99,10 @@ def _hardening() -> None:
     said = sh("systemd-analyze security portward.service --no-pager", check=False)
     level = float(re.findall(r"Overall exposure level for \S+: ([\d.]+)", said)[0])
     row("systemd-analyze security, goal at most 1.6", level, good=level <= 1.6)
-    said = sh("systemd-analyze verify portward.service portward-baseline.service", check=False)
-    row("systemd-analyze verify", said or "clean", good=not said)
+    # The machine has no manual pages' reader; and what it says of the test's own units is not meant.
+    said = sh("systemd-analyze verify --man=no portward.service portward-baseline.service", check=False)
+    told = [line for line in said.splitlines() if "/vm-" not in line]
+    row("systemd-analyze verify", told or "clean", good=not told)
 
 
 def _journal() -> None:
@@ -333,7 +335,11 @@ def _off() -> None:
 
 
 def _reboot() -> None:
-    sh("systemctl reboot")
+    # Tenants and watcher go on to the very end, and systemd would wait for them for a minute and a half.
+    folder = Path("/run/systemd/system.conf.d")
+    folder.mkdir(exist_ok=True)
+    (folder / "vm.conf").write_text("[Manager]\nDefaultTimeoutStopSec=3s\n")
+    sh("systemctl daemon-reload; systemctl reboot")
     time.sleep(60)
 
 
