@@ -18,7 +18,7 @@ _PAUSE: Final = 0.2
 # An old one boots in half the time: what newer ones can do beyond it costs more to emulate than it saves.
 _CPU: Final = "Nehalem"
 # Without KVM each change of page tables costs much, and the mitigations change them at every system call.
-_KERNEL: Final = "root=/dev/vda rw console=ttyS0 panic=5 quiet systemd.show_status=no mitigations=off audit=0"
+_KERNEL: Final = "root=/dev/vda rw console=ttyS0 panic=5 mitigations=off audit=0"
 
 
 def available() -> bool:
