@@ -1,6 +1,6 @@
 """A blocked tenant: it sends SYNs to port 25, as frames of its own making, until it is ended.
 
-    python3 -m vm.guest.sender SEGMENT
+    python3 -m vm.guest.sender SEGMENT [SECONDS]
 
 Of each round some come from its usual address, some from addresses that nobody has seen, some from addresses that
 are nobody's, over IPv6 too where it has that. One goes to another port: that it comes out shows that the way is
@@ -27,6 +27,7 @@ def main() -> None:
     """Sends until it is ended by force."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     segment = sys.argv[1]
+    every = float(sys.argv[2]) if len(sys.argv) > 2 else _EVERY
     _, interface, _, address, prefix = SEGMENTS[segment]
     out = _socket(interface)
     mac = bytes.fromhex(MACS[segment].replace(":", ""))
@@ -41,7 +42,7 @@ def main() -> None:
         for source, port in sources:
             with contextlib.suppress(OSError):  # the link is down
                 out.send(frame(mac, own, source, MAIL6 if ":" in source else MAIL4, port, number))
-        time.sleep(_EVERY)
+        time.sleep(every)
 
 
 def _socket(interface: str) -> socket.socket:

@@ -79,7 +79,6 @@ def _first() -> None:
     _journal()
     _reload()
     _breaks()
-    _demo()
     _nothing_came_out("in this boot")
     tell(stage="the store becomes unreachable, and the machine boots again")
     _STORE.rename("/var/lib/elsewhere")
@@ -97,6 +96,9 @@ def _hardening() -> None:
     queue = _metric("portward_queue_waiting_packets{")
     row("it reads its queue's counters", queue, good=queue is not None)
     said = sh("systemd-analyze security portward.service --no-pager", check=False)
+    for line in said.splitlines():
+        if line.startswith("✗"):
+            tell(note=line.partition("  ")[0] + line.rpartition(" ")[2])
     level = float(re.findall(r"Overall exposure level for \S+: ([\d.]+)", said)[0])
     row("systemd-analyze security, goal at most 1.6", level, good=level <= 1.6)
     # The machine has no manual pages' reader; and what it says of the test's own units is not meant.
@@ -116,8 +118,18 @@ def _journal() -> None:
 
 
 def _reload() -> None:
+    """Each one replaces the whole ruleset, while a blocked tenant sends as fast as it can."""
     tell(stage="systemctl reload")
     before = sh("systemctl show -P MainPID portward")
+    flood = _daemon("blue", "sender", "vni1002", "0")
+    for seconds in range(10, 20):
+        configure(f"[verdicts]\ndeny_seconds = {seconds}")
+        sh("systemctl reload portward")
+        until(
+            lambda seconds=seconds: f"timeout {seconds}s" in sh("nft -t list set inet portward deny4"), "in force"
+        )  # type: ignore[misc]
+    flood.kill()
+    _nothing_came_out("ten reloads later")
     configure("[verdicts]\ndeny_seconds = 45")
     sh("systemctl reload portward")
     took = until(lambda: "timeout 45s" in sh("nft -t list set inet portward deny4"), "the new timeout")
@@ -203,6 +215,7 @@ def _broken() -> None:
     row("mended: the agent starts by itself", tables, good=tables == "table inet portward")
     row("… and who may send can", _connects("vni1001"), good=_connects("vni1001") is not None)
     _without_python()
+    _demo()
     _nothing_came_out("until the package is removed")
     _removal()
     _off()
@@ -321,8 +334,8 @@ def _metric(name: str) -> str | None:
     return lines[0] if lines else None
 
 
-def _daemon(namespace: str, module: str, *words: str) -> None:
-    subprocess.Popen(
+def _daemon(namespace: str, module: str, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         ["ip", "netns", "exec", namespace, sys.executable, "-B", "-m", f"vm.guest.{module}", *words],
         stdin=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
