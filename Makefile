@@ -6,10 +6,10 @@ PREFIX ?= /opt/portward
 
 # What portward runs on, what building NetfilterQueue takes, and what lab and tests send packets with.
 PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlink-dev \
-            python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng
+            python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test soak lint messages bench bench-short install clean
+.PHONY: help setup packages demo test test-vm soak lint messages bench bench-short deb install clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,18 @@ demo: setup ## Send real mail through a gateway in network namespaces (root)
 test: setup ## Run all tests: unit, kernel, whole program (root)
 	$(BIN)/pytest
 
+# What the virtual machine takes beyond that.
+VM_PACKAGES := qemu-system-x86 debootstrap e2fsprogs
+# The package, and the same one as a later version, to be upgraded to.
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/portward/__init__.py)
+NEXT    := $(VERSION)+next
+
+test-vm: setup ## Boot a Debian 12 in a virtual machine and test the package in it, ten minutes (root)
+	$(MAKE) packages PACKAGES="$(VM_PACKAGES)"
+	$(BIN)/python -m package.build --version $(NEXT) --output build/next
+	$(BIN)/python -m package.build
+	$(BIN)/python -m tests.vm dist/portward_$(VERSION)_amd64.deb build/next/portward_$(NEXT)_amd64.deb
+
 # How long each kind of input is fuzzed, in seconds.
 FUZZ := 300
 
@@ -53,8 +65,8 @@ soak: setup ## The long forms of faults, floods and fuzzers: about an hour (root
 	$(BIN)/python -m tests.bench neighbours counted stale
 
 lint: setup ## ruff and mypy --strict
-	$(BIN)/ruff check agent tests
-	$(BIN)/ruff format --check agent tests
+	$(BIN)/ruff check agent tests package
+	$(BIN)/ruff format --check agent tests package
 	$(BIN)/mypy
 
 messages: setup ## Bring the catalogues in step with the texts in the code
@@ -67,11 +79,15 @@ bench: setup $(VENV)/bench-ready ## Measure speed and scale, some ten minutes: b
 bench-short: setup ## The ratios alone, in a minute; fails below a floor (root)
 	$(BIN)/python -m tests.bench --short
 
+deb: setup ## Build dist/portward_VERSION_amd64.deb
+	$(BIN)/python -m package.build
+
 install: packages ## Install into $(PREFIX), with the program in /usr/local/bin
 	$(PYTHON) -m venv $(PREFIX)
 	$(PREFIX)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	$(PREFIX)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .
 	ln -sf $(PREFIX)/bin/portward /usr/local/bin/portward
+	@echo "the units in systemd/ are for the package: make deb"
 
 clean: ## Remove what the other targets made in this folder
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -15,8 +15,10 @@ from portward.policy import preset as presets
 from portward.store import open_store
 
 
-def check(path: Path) -> Iterator[str]:
-    """Lines that say what was found, as it is found; raises PortwardError at the first thing that is wrong."""
+def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
+    """Lines that say what was found, as it is found; raises PortwardError at the first thing that is wrong.
+
+    Not `with_store`: an agent that has a policy table begins also where its store cannot be reached."""
     config = configuration.load(path)
     yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
     preset = presets.load(config.preset)
@@ -36,6 +38,8 @@ def check(path: Path) -> Iterator[str]:
     if not native:  # after the question that tells who may not ask
         xtables.require(NfNetlink())
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
+    if not with_store:
+        return
     store = open_store(config.store)
     yield f"store {config.store}: revision {store.revision()}"
     store.close()

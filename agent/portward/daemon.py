@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -35,7 +36,7 @@ from portward.gateway.links import Links
 from portward.gateway.notices import Notices
 from portward.gateway.probe import Prober
 from portward.gateway.workers import Worker
-from portward.notify import notify, watchdog_seconds
+from portward.notify import log_formatter, notify, watchdog_seconds
 from portward.policy import preset as presets
 from portward.runtime import Runtime
 from portward.selfcheck import PATIENCE, PAUSE, Kind
@@ -419,11 +420,17 @@ def missing(config: Config, links: Links) -> list[str]:
 
 def run(path: Path) -> None:
     """Runs the daemon with the configuration at `path`; raises PortwardError where it cannot begin."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    out = logging.StreamHandler(sys.stderr)
+    out.setFormatter(log_formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[out])
     config = configuration.load(path)
     # Three threads share one interpreter: a change of policy must not wait 5 ms, Python's default, for a count.
     sys.setswitchinterval(_SWITCH_SECONDS)
     asyncio.run(_run(path, config))
+    if workers.stay_seconds():
+        # What asyncio has started it also ends when it is collected: the workers are to stay.
+        logging.shutdown()
+        os._exit(0)
 
 
 async def _run(path: Path, config: Config) -> None:

@@ -1,10 +1,13 @@
-"""Words to the service manager, by the protocol of sd_notify(3); silent where there is none."""
+"""Words to the service manager, by the protocol of sd_notify(3); silent where there is none. And the log as its
+journal takes it, by sd-daemon(3)."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
+import sys
 
 
 def notify(*words: str) -> None:
@@ -18,6 +21,26 @@ def notify(*words: str) -> None:
         with contextlib.suppress(OSError):
             # A leading @ stands for the abstract namespace.
             out.sendto("\n".join(words).encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+class _Journal(logging.Formatter):
+    """Each line begins with its priority, which the journal keeps as a field."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
+
+
+def log_formatter() -> logging.Formatter:
+    """How lines for stderr are to look: for the journal, where that is what reads them, else for people."""
+    with contextlib.suppress(OSError):
+        status = os.fstat(sys.stderr.fileno())
+        if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
+            return _Journal("%(message)s")
+    return logging.Formatter("%(levelname)s %(message)s")
 
 
 def watchdog_seconds() -> float | None:

@@ -1,4 +1,5 @@
-"""The verbs of `portward rules`: what is loaded, what would be, and the one way to stop enforcing."""
+"""The verbs of `portward rules`: what is loaded, what would be, what a gateway boots with, and the one way to stop
+enforcing."""
 
 from __future__ import annotations
 
@@ -10,14 +11,19 @@ from portward.gateway import keeper, ruleset, xtables
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.policy import preset as presets
+from portward.policy.preset import Preset
 from portward.runtime import running
 
 
 def loaded() -> str:
     """The ruleset as nft prints it; raises KernelError where there is none."""
-    if not keeper.loaded(NfNetlink()):
+    netlink = NfNetlink()
+    tables = [ruleset.FAMILY_TABLE] if keeper.loaded(netlink) else []
+    tables += [f"inet {keeper.CLOSED}"] if keeper.closed(netlink) else []
+    if not tables:
         raise KernelError("no ruleset of portward is loaded here: nothing is enforced (start `portward run`)")
-    return Nft().listing(ruleset.FAMILY_TABLE)
+    nft = Nft()
+    return "".join(map(nft.listing, tables))
 
 
 def wanted(path: Path) -> str:
@@ -28,11 +34,40 @@ def wanted(path: Path) -> str:
     return ruleset.wanted(config, presets.load(config.preset), native=native, state=state).text
 
 
+def baseline(path: Path) -> str:
+    """Sees to it that port 25 is closed before there is an agent, and says what it did. It needs neither store nor
+    policy table.
+
+    Where portward's ruleset is loaded nothing is changed: an agent has put it there, and may run. Else the ruleset
+    of the configuration at `path` is loaded, with nobody behind its queue; where that cannot be had, no packet to
+    port 25 is forwarded any more, and PortwardError says why. A crash between any two steps leaves what was there
+    before, or a closed port."""
+    nft, netlink = Nft(), NfNetlink()
+    if keeper.loaded(netlink):
+        return "portward's ruleset is loaded already: nothing is changed"
+    try:
+        config = configuration.load(path)
+        preset = presets.load(config.preset)
+        state = ruleset.State(0, synced=False)
+        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state))
+    except PortwardError as error:
+        if keeper.loaded(netlink):  # an agent was quicker
+            return "portward's ruleset is loaded already: nothing is changed"
+        keeper.close(nft)
+        raise PortwardError(f"no packet to port 25 is forwarded until this is mended: {error}") from error
+    keeper.lift(nft, netlink)
+    return f"closed until portward runs: ports {_ports(preset)} for {', '.join(config.segments)}"
+
+
+def _ports(preset: Preset) -> str:
+    return ", ".join(map(str, preset.ports))
+
+
 def remove(path: Path) -> str:
     """Takes the ruleset out and says so. Raises PortwardError where none is loaded, and where the agent of the
     configuration at `path` runs: it would put the ruleset back within a second."""
     nft, netlink = Nft(), NfNetlink()
-    if not keeper.loaded(netlink):
+    if not (keeper.loaded(netlink) or keeper.closed(netlink)):
         raise PortwardError("no ruleset of portward is loaded here: nothing was enforced")
     try:
         pid = running(configuration.load(path).table)

@@ -493,7 +493,7 @@ def rules_removed(ground: Ground, rounds: int) -> Iterator[Outcome]:
         "chain verdict flushed": lambda: ground.nft(f"flush chain {table} verdict"),
         "the rule that judges deleted": delete_rule,
         "an accepting rule inserted": lambda: ground.nft(f"insert rule {table} screen accept"),
-        "segments emptied": lambda: ground.nft(f"flush set {table} segments"),
+        "internal prefixes emptied": lambda: ground.nft(f"flush set {table} internal4"),
         "another epoch set": lambda: ground.nft(
             f"flush set {table} epoch\nadd element {table} epoch {{ 0xfff0 }}"
         ),

@@ -35,10 +35,9 @@ def test_the_verbs_are_those_that_are_promised() -> None:
     found = {" ".join(verb) for verb in verbs()}
     assert found == {
         "run", "check", "apply", "export", "audit", "explain", "diagnose", "status", "top", "rules show",
-        "rules remove", "exemption request", "exemption grant", "exemption reject", "exemption limit",
-        "exemption revoke",
-        "exemption list", "exemption show", "exemption history", "attachment started",
-        "policy list", "policy show", "lab up", "lab down", "lab demo",
+        "rules baseline", "rules remove", "exemption request", "exemption grant", "exemption reject",
+        "exemption limit", "exemption revoke", "exemption list", "exemption show", "exemption history",
+        "attachment started", "policy list", "policy show", "lab up", "lab down", "lab demo",
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("fraud",),
     ("exemptions",),
     ("policy",),
-    ("metrics", "snapshot", "runtime", "notify", "config", "selfcheck", "clock"),
+    ("metrics", "snapshot", "runtime", "notify", "config", "sample", "selfcheck", "clock"),
     ("documents",),
     ("model", "resources", "language"),
     ("errors", "__init__"),

@@ -28,6 +28,21 @@ def show(
 
 
 @app.command()
+def baseline(config: ConfigOption = DEFAULT_PATH) -> None:
+    """Close port 25 before there is an agent, as a gateway does when it boots.
+
+    Loads the ruleset with nobody behind its queue: unknown sources are dropped. What is only observed, or open
+    while no agent runs, passes. Changes nothing where the ruleset is loaded already. Where the configuration
+    cannot be read, no packet to port 25 is forwarded any more, and the exit code is 1.
+
+    Example: portward rules baseline
+    """
+    from portward import rules  # noqa: PLC0415 # as above
+
+    print(rules.baseline(config))
+
+
+@app.command()
 def remove(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     config: ConfigOption = DEFAULT_PATH,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from portward.cli.options import DEFAULT_PATH, ConfigOption
 
 
@@ -18,8 +22,13 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
     daemon.run(config)
 
 
-def check(config: ConfigOption = DEFAULT_PATH) -> None:
-    """Check configuration, preset and, where this process may ask it, whether the kernel takes the ruleset.
+def check(
+    without_store: Annotated[
+        bool, typer.Option("--without-store", help="Do not ask for the store, which a later start does without.")
+    ] = False,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Check configuration, preset, store and whether the kernel takes the ruleset.
 
     Nothing is changed. Exit code 0: `portward run` would begin; 2: a mistake in a file; 1: the kernel refuses.
 
@@ -27,5 +36,5 @@ def check(config: ConfigOption = DEFAULT_PATH) -> None:
     """
     from portward import check as checks  # noqa: PLC0415 # as above
 
-    for line in checks.check(config):
+    for line in checks.check(config, with_store=not without_store):
         print(line)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from portward.gateway import mark
+from portward.gateway.handover import GLANCE, Stay, bound
 from portward.gateway.judge import NUMBER, Judge, judge
 from portward.gateway.messages import ACCEPT, DROP, WHOLE, Packet, Refused, Shape, Verdicts, read, shape_of
 from portward.gateway.nfqueue import SLOT, Queue
@@ -246,20 +247,31 @@ class BatchJudge:
             _log.error(what)
 
 
-def serve(number: int, length: int, batches: BatchJudge, lifeline: int, ready: Callable[[], None]) -> None:
-    """Binds the queue and answers its packets until the other end of `lifeline` is closed or SIGTERM comes.
+def serve(
+    number: int, length: int, batches: BatchJudge, lifeline: int, ready: Callable[[], None], stay: Stay
+) -> None:
+    """Binds the queue and answers its packets until the other end of `lifeline` is closed or SIGTERM comes, and
+    from then on as long as it may `stay`.
 
     `length` is how many packets may wait; `ready` is called when the queue is bound. Raises OSError: EPERM where
     another process has the queue, or without CAP_NET_ADMIN.
     """
-    queue = Queue(number, length, BATCH)
+    queue = bound(lambda: Queue(number, length, BATCH))
     try:
         ready()
         poll = select.poll()
         poll.register(queue, select.POLLIN)
         poll.register(lifeline, select.POLLIN)
         while all(descriptor != lifeline for descriptor, _ in poll.poll()):
-            if lengths := queue.receive():
-                queue.send(batches.answer(queue.buffer, lengths))
+            _answer(queue, batches)
+        poll.unregister(lifeline)
+        while not stay.over():
+            poll.poll(GLANCE * 1000)
+            _answer(queue, batches)
     finally:
         queue.close()
+
+
+def _answer(queue: Queue, batches: BatchJudge) -> None:
+    if lengths := queue.receive():
+        queue.send(batches.answer(queue.buffer, lengths))

@@ -16,11 +16,13 @@ from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.ruleset import FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, replacement
+from portward.resources import rules
 
 # Seconds from a look to the next one without a reason: a transaction of somebody else between the two readings of
 # the generation around one of ours that changed nothing would not show.
 _LOOK_EVERY: Final = 10.0
 _LOAD_TRIES: Final = 5
+CLOSED: Final = "portward_closed"  # the table of rules/nftables/closed.nft
 
 _log = logging.getLogger("portward.ruleset")
 
@@ -31,6 +33,7 @@ class Keeper:
     def __init__(self, nft: Nft, netlink: NfNetlink, learned: Learned) -> None:
         self._nft, self._netlink, self._learned = nft, netlink, learned
         self._fingerprint: bytes | None = None
+        self._closed = True  # whether CLOSED may be there
         self._looked = time.monotonic()
         self.repairs = 0
 
@@ -44,8 +47,16 @@ class Keeper:
             self._fingerprint = self._netlink.fingerprint(TABLE, FIXED_SETS)
             # What was read must be what was loaded: nobody else was there in between.
             if not self._disturbed() and self._fingerprint is not None:
+                self._lift()
                 return
         raise KernelError("the ruleset changes faster than it can be loaded: somebody else writes it all the time")
+
+    def _lift(self) -> None:
+        """Takes CLOSED away, in a transaction after the one that it made needless. A process that dies in between
+        leaves both, and the next one lifts it; so it is looked for once in each process."""
+        if self._closed:
+            lift(self._nft, self._netlink)
+            self._closed = False
 
     def check(self, want: Wanted) -> None:
         """Asks the kernel whether it would take `want` in place of what is loaded; raises KernelError."""
@@ -114,9 +125,34 @@ def loaded(netlink: NfNetlink) -> bool:
     return bool(netlink.sets(TABLE))
 
 
+def closed(netlink: NfNetlink) -> bool:
+    """Whether no packet to port 25 is forwarded at all in this namespace, see `close`."""
+    return netlink.fingerprint(CLOSED, ()) is not None
+
+
+def begin(nft: Nft, want: Wanted) -> None:
+    """Loads `want` where portward's table is not there yet, without the xtables target: until an agent comes,
+    whoever the kernel does not remember is dropped as unjudged, and it remembers nobody. Raises KernelError,
+    also where the table is there (an agent may load it at this very moment), and then nothing has changed."""
+    nft.load(f"create table {FAMILY_TABLE}\n{want.text}")
+
+
+def close(nft: Nft) -> None:
+    """Drops every forwarded packet to port 25, in a table of its own; raises KernelError."""
+    nft.load(rules("nftables", "closed.nft").read_text())
+
+
+def lift(nft: Nft, netlink: NfNetlink) -> bool:
+    """Ends what `close` did. True where there was something to end; raises KernelError."""
+    found = closed(netlink)
+    if found:
+        nft.load(f"delete table inet {CLOSED}")
+    return found
+
+
 def remove(nft: Nft, netlink: NfNetlink) -> bool:
-    """Stops enforcing: takes the table out. True where there was one; raises KernelError."""
+    """Stops enforcing: takes both tables out. True where there was one; raises KernelError."""
     found = loaded(netlink)
     if found:
         nft.load(f"delete table {FAMILY_TABLE}")
-    return found
+    return lift(nft, netlink) or found

@@ -1,4 +1,5 @@
-"""What the kernel says of the queues: /proc/net/netfilter/nfnetlink_queue (root or CAP_DAC_READ_SEARCH).
+"""What the kernel says of the queues: /proc/net/netfilter/nfnetlink_queue (root, or the group that the unit
+gives it to).
 
 Columns (net/netfilter/nfnetlink_queue.c, seq_show): queue, peer, waiting, copy mode, copy range, dropped since
 the queue was full, dropped since the listener's socket was, id of the last packet, 1.
@@ -9,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, NamedTuple
 
-_FILE: Final = Path("/proc/self/net/netfilter/nfnetlink_queue")
+# The second one is where the unit shows it to an agent whose /proc has nothing but processes.
+_FILES: Final = (Path("/proc/self/net/netfilter/nfnetlink_queue"), Path("/run/portward-queues"))
 
 
 class QueueState(NamedTuple):
@@ -23,9 +25,10 @@ class QueueState(NamedTuple):
 
 def states() -> list[QueueState]:
     """The queues of this network namespace that have a listener; none where the file cannot be read."""
-    try:
-        lines = _FILE.read_text().splitlines()
-    except OSError:
-        return []
-    rows = [[int(column) for column in line.split()] for line in lines]
-    return [QueueState(row[0], row[2], row[5], row[6]) for row in rows]
+    for file in _FILES:
+        try:
+            rows = [[int(column) for column in line.split()] for line in file.read_text().splitlines()]
+        except OSError:
+            continue
+        return [QueueState(row[0], row[2], row[5], row[6]) for row in rows]
+    return []

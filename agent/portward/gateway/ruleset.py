@@ -34,9 +34,11 @@ FAMILY_TABLE: Final = "inet portward"
 
 # Sets whose elements the ruleset text names and nothing changes while it is loaded.
 FIXED_SETS: Final = (
-    "definitions", "segments", "observed_segments", "open_segments",
+    "definitions", "observed_segments", "open_segments",
     "internal4", "internal6", "octets4", "octets6",
 )  # fmt: skip
+# Sets of older rulesets, which this one has no use for.
+RETIRED_SETS: Final = ("segments",)
 # Sets that packets fill, by class, without the family's digit.
 LEARNED_SETS: Final[dict[mark.Class, str]] = {
     mark.Class.ALLOW: "allow",
@@ -119,6 +121,7 @@ def replacement(want: Wanted, have_sets: Iterable[str], *, same_definitions: boo
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
     lines += [f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced") if name in have]
+    lines += [f"delete set {FAMILY_TABLE} {name}" for name in RETIRED_SETS if name in have]
     if not same_definitions:
         lines += [f"delete set {FAMILY_TABLE} {name}" for name in sorted(learned & have)]
         lines += [f"delete map {FAMILY_TABLE} {name}" for name in sorted(rates & have)]

@@ -1,10 +1,12 @@
 """One queue → one verdict for each of its packets. Runs as a process of its own:
 
     python -m portward.gateway.worker --queue 0 --table DIR --tally FD --lifeline FD [--length N] [--reader batch]
+        [--stay SECONDS]
 
 It shares nothing with the daemon but the policy table and a block of counters. It opens the table when a byte on
 the lifeline says that the policy is there, prints `ready` when its queue is bound and from then on a line for each
-packet of a source whose limit the kernel does not know, and ends when the daemon does.
+packet of a source whose limit the kernel does not know, and ends when the daemon does, or so many seconds later, or
+when the next daemon's worker takes its place.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from portward.config import QueueReader
 from portward.errors import PortwardError
 from portward.gateway import batch
 from portward.gateway.batch import BatchJudge
+from portward.gateway.handover import Stay, claim
 from portward.gateway.judge import Judge
 from portward.gateway.reset import Resetter
 from portward.gateway.tally import Tally
@@ -37,7 +40,8 @@ def main() -> int:
     """The worker process; prints one line on stderr and gives 1 where it cannot begin."""
     arguments = _arguments()
     logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
-    _die_with_parent()
+    if not arguments.stay:
+        _die_with_parent()
     # The daemon decides when a worker ends; a Ctrl-C reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -47,9 +51,11 @@ def main() -> int:
         reader = Reader.open(arguments.table)
         tally = Tally(arguments.tally)
         judge = Judge(reader.lookup, reader.head, tally, Resetter(), _ask)
+        claim(arguments.table, arguments.queue)
         if arguments.reader is QueueReader.BATCH:
             batches = BatchJudge(arguments.queue, reader, judge, tally)
-            batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, _ready)
+            stay = Stay(arguments.stay)
+            batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, _ready, stay)
         else:
             from portward.gateway import single  # noqa: PLC0415 # its library is loaded only where it is wanted
 
@@ -99,6 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--table", type=Path, required=True)
     parser.add_argument("--tally", type=int, required=True)
     parser.add_argument("--lifeline", type=int, required=True)
+    parser.add_argument("--stay", type=float, default=0.0)
     return parser.parse_args()
 
 

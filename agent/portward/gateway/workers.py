@@ -19,6 +19,8 @@ from portward.gateway.learned import Source
 from portward.gateway.tally import Tally
 from portward.gateway.worker import READY
 
+# Set in portward.service, where `KillMode=process` stands.
+STAY = "PORTWARD_WORKERS_STAY"
 _START_SECONDS = 10.0
 _STOP_SECONDS = 3.0
 # A worker that dies at once is started again after a pause that grows to this.
@@ -31,10 +33,17 @@ class Worker:
     """One worker process and what it needs: its queue, its counters, its lifeline."""
 
     def __init__(
-        self, queue: int, length: int, reader: QueueReader, table: Path, asked: Callable[[Source], None]
+        self,
+        queue: int,
+        length: int,
+        reader: QueueReader,
+        table: Path,
+        asked: Callable[[Source], None],
+        stay: float = 0.0,
     ) -> None:
-        """`asked` is told of sources whose limit the kernel does not know."""
-        self._asked = asked
+        """`asked` is told of sources whose limit the kernel does not know; for `stay` seconds the process outlives
+        the daemon."""
+        self._asked, self._stay = asked, stay
         self.queue, self._length, self._reader, self._table = queue, length, reader, table
         self._block = Tally.create()
         self.tally = Tally(self._block)
@@ -61,6 +70,7 @@ class Worker:
                 sys.executable, "-m", "portward.gateway.worker",
                 "--queue", str(self.queue), "--length", str(self._length), "--reader", self._reader,
                 "--table", os.fspath(self._table), "--tally", str(self._block), "--lifeline", str(theirs),
+                "--stay", str(self._stay),
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, pass_fds=(self._block, theirs),
             )  # fmt: skip
         finally:
@@ -116,9 +126,10 @@ class Worker:
             self._asked(Source(int(index), bytes.fromhex(address)))
 
     async def stop(self) -> None:
-        """Ends the process: by its lifeline, and by force after some seconds. Idempotent."""
+        """Ends the process: by its lifeline, and by force after some seconds. One that stays is left alone with
+        its queue. Idempotent."""
         self._close_lifeline()
-        if self.process is None or self.process.returncode is not None:
+        if self._stay or self.process is None or self.process.returncode is not None:
             return
         try:
             await asyncio.wait_for(self.process.wait(), _STOP_SECONDS)
@@ -143,7 +154,14 @@ class Worker:
 def make(queue: Queue, table: Path, asked: Callable[[Source], None]) -> list[Worker]:
     """The workers of a configuration, not yet started; `asked` as for each of them."""
     numbers = range(queue.first, queue.first + queue.workers)
-    return [Worker(number, queue.length, queue.reader, table, asked) for number in numbers]
+    stay = stay_seconds() if queue.reader is QueueReader.BATCH else 0.0
+    return [Worker(number, queue.length, queue.reader, table, asked, stay) for number in numbers]
+
+
+def stay_seconds() -> float:
+    """For how many seconds workers outlive the daemon: as the service manager's unit says, since that must not end
+    them either; else not at all."""
+    return float(os.environ.get(STAY, "0"))
 
 
 async def _forward(process: asyncio.subprocess.Process) -> str:

@@ -138,8 +138,9 @@ def test_each_worker_has_a_queue_and_is_asked_by_a_source_port_of_its_own() -> N
 
 def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> None:
     want = wanted(CONFIG, AZURE, native=False, state=STATE)
-    kept = replacement(want, {"allow4", "segments", "epoch"}, same_definitions=True)
-    assert "flush set inet portward segments" in kept
+    kept = replacement(want, {"allow4", "segments", "open_segments", "epoch"}, same_definitions=True)
+    assert "flush set inet portward open_segments" in kept
+    assert "delete set inet portward segments" in kept, "an older ruleset had it"
     assert "flush set inet portward epoch" in kept
     assert "allow4\n" not in kept.split(want.text)[0]
     remade = replacement(want, {"allow4", "segments"}, same_definitions=False).split(want.text)[0]

@@ -1,0 +1,100 @@
+"""From an agent's worker to the next agent's: the queue changes hands, and hardly a packet is dropped.
+
+A worker whose agent has ended may stay for some seconds (`Stay`). It answers by the policy table as its agent
+left it, which is what the kernel remembers too, and changes nothing. The next agent's worker claims the queue by a
+locked file beside the table (`claim`) once it has loaded all that it needs: it asks the one that stays to leave,
+and ends it by force where it does not. So nobody keeps a queue for ever, not even a process that was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+# How often one that stays looks whether it is to leave, in seconds: no longer does a queue stand still.
+GLANCE: Final = 0.02
+# How long one that was asked to leave may take, and one that was ended by force.
+_PATIENCE: Final = 0.5
+_PAUSE: Final = 0.002
+_WIDTH: Final = 10  # of a process id: it takes the place of the one before, and needs no more room
+
+_T = TypeVar("_T")
+
+
+class Stay:
+    """The seconds that a worker outlives its agent; counted from the first question whether they are over."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until: float | None = None
+        self._asked = False
+
+    def over(self) -> bool:
+        """Whether it is time to leave."""
+        if self._until is None:
+            if self._seconds > 0:
+                # From here on SIGTERM does not interrupt a batch: its packets get their verdicts.
+                signal.signal(signal.SIGTERM, self._leave)
+            self._until = time.monotonic() + self._seconds
+        return self._asked or time.monotonic() >= self._until
+
+    def _leave(self, *_: object) -> None:
+        self._asked = True
+
+
+def claim(folder: Path, queue: int) -> int:
+    """Takes the place of the worker of this queue for as long as this process lives; whoever had it is gone then,
+    or going. Gives the descriptor of the lock, -1 where a full disk has no room for it: then the queue is free, or
+    cannot be bound until the other one has left."""
+    try:
+        descriptor = os.open(folder / f"worker-{queue}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        return -1
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if _locked(descriptor):
+            break
+        _tell_holder(descriptor, number)
+        deadline = time.monotonic() + _PATIENCE
+        while not _locked(descriptor) and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+    with contextlib.suppress(OSError):  # the disk is full, and nobody was here before
+        os.pwrite(descriptor, f"{os.getpid():<{_WIDTH}}\n".encode(), 0)
+    return descriptor
+
+
+def bound(bind: Callable[[], _T]) -> _T:
+    """What `bind` gives; tried for a moment where the queue is not free yet. Raises OSError."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return bind()
+        except OSError as error:
+            if error.errno != errno.EPERM or time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE)
+
+
+def _locked(descriptor: int) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _tell_holder(descriptor: int, number: int) -> None:
+    """Sends a signal to the process that has the lock. The descriptor of the process is there before the lock is
+    looked at again: while the lock is held, the process has not ended, and its number is nobody else's."""
+    with contextlib.suppress(OSError, ValueError):
+        process = os.pidfd_open(int(os.pread(descriptor, _WIDTH, 0)))
+        try:
+            if not _locked(descriptor):
+                signal.pidfd_send_signal(process, number)
+        finally:
+            os.close(process)

@@ -1,0 +1,182 @@
+"""A gateway that has booted and has no agent yet: `portward rules baseline`, and what the agent makes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway, source_records
+from portward.lab import namespaces
+from portward.lab.agent import Agent, until
+from portward.lab.topology import CONTOSO, FABRIKAM, MAIL6, Lab
+
+
+@pytest.fixture
+def booted(tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway that forwards, with a configuration and a store, and without an agent."""
+    with Lab(lab_name()) as lab:
+        agent = Agent(lab, tmp_path)
+        agent.apply(
+            *source_records(CONTOSO, "10.0.0.0/16", ALLOWED, uuid4()),
+            *source_records(FABRIKAM, "10.0.0.0/16", DENIED, uuid4()),
+        )
+        found = Gateway(lab, agent)
+        found.open()
+        yield found
+        agent.stop(signal.SIGKILL)
+        for sender in found.senders.values():
+            sender.close()
+
+
+def tables(gateway: Gateway) -> list[str]:
+    """The tables of portward in the kernel."""
+    listed = namespaces.run(gateway.lab.gateway, ["nft", "list", "tables"]).stdout
+    return [line.split()[-1] for line in listed.splitlines() if "portward" in line]
+
+
+def test_nobody_sends_until_there_is_an_agent(booted: Gateway) -> None:
+    assert booted.passes(FABRIKAM, "10.0.0.4"), "without rules port 25 is open, or the way is not"
+    done = booted.agent.portward("rules", "baseline")
+    assert (done.returncode, tables(booted)) == (0, ["portward"]), done.stderr
+    for tenant in (CONTOSO, FABRIKAM):
+        assert not booted.passes(tenant, "10.0.0.5")
+        assert not booted.passes(tenant, tenant.address6, to=MAIL6)
+        assert booted.passes(tenant, "10.0.0.5", port=587)
+    booted.agent.start()
+    assert booted.passes(CONTOSO, "10.0.0.6")
+    assert not booted.passes(FABRIKAM, "10.0.0.6")
+
+
+def test_it_needs_neither_store_nor_table(booted: Gateway) -> None:
+    booted.agent.configure(store="sqlite:/nowhere/portward.db", table="/nowhere/table")
+    assert booted.agent.portward("rules", "baseline").returncode == 0
+    assert not booted.passes(CONTOSO, "10.0.0.5")
+
+
+def test_what_is_only_observed_passes(booted: Gateway) -> None:
+    booted.agent.configure(mode="observe")
+    assert booted.agent.portward("rules", "baseline").returncode == 0
+    assert booted.passes(FABRIKAM, "10.0.0.5")
+
+
+@pytest.mark.parametrize("text", ["segments = 3\n", "", "nonsense", 'segments = ["vni*"]\nuplinks = ["vni1"]\n'])
+def test_a_configuration_that_cannot_be_read_closes_port_25_for_all(booted: Gateway, text: str) -> None:
+    good = booted.agent.config.read_text()
+    booted.agent.config.write_text(text)
+    done = booted.agent.portward("rules", "baseline")
+    assert done.returncode == 1
+    assert "no packet to port 25 is forwarded" in done.stderr
+    assert tables(booted) == ["portward_closed"]
+    for tenant in (CONTOSO, FABRIKAM):
+        assert not booted.passes(tenant, "10.0.0.5")
+        assert not booted.passes(tenant, tenant.address6, to=MAIL6)
+        assert booted.passes(tenant, "10.0.0.5", port=587)
+    # Mended: the agent takes it away when it enforces, and not before.
+    booted.agent.config.write_text(good)
+    booted.agent.start()
+    assert tables(booted) == ["portward"]
+    assert booted.passes(CONTOSO, "10.0.0.6")
+    assert not booted.passes(FABRIKAM, "10.0.0.6")
+
+
+def test_a_preset_that_is_missing_closes_too(booted: Gateway) -> None:
+    booted.agent.configure(preset="/nowhere/preset.toml")
+    assert booted.agent.portward("rules", "baseline").returncode == 1
+    assert not booted.passes(CONTOSO, "10.0.0.5")
+
+
+def test_a_mended_configuration_takes_the_place_of_the_closed_port(booted: Gateway) -> None:
+    good = booted.agent.config.read_text()
+    booted.agent.config.write_text("")
+    booted.agent.portward("rules", "baseline")
+    booted.agent.config.write_text(good)
+    assert booted.agent.portward("rules", "baseline").returncode == 0
+    assert tables(booted) == ["portward"]
+    assert not booted.passes(CONTOSO, "10.0.0.5")
+
+
+def test_remove_takes_both_away(booted: Gateway) -> None:
+    booted.agent.config.write_text("")
+    booted.agent.portward("rules", "baseline")
+    removed = booted.agent.portward("rules", "remove", "--yes")
+    assert (removed.returncode, tables(booted)) == (0, [])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_beside_an_agent_nothing_is_changed(tmp_path: Path, broken: bool) -> None:
+    with running_gateway(tmp_path) as gateway:
+        assert gateway.passes(CONTOSO, "10.0.0.4")
+        assert not gateway.passes(FABRIKAM, "10.0.0.4")
+        listed = ["nft", "-s", "list", "chain", "inet", "portward", "to_workers"]
+        before = namespaces.run(gateway.lab.gateway, listed).stdout
+        remembered = gateway.agent.metrics()["portward_ruleset_repairs_total"]
+        if broken:
+            gateway.agent.config.write_text("nonsense")
+        done = gateway.agent.portward("rules", "baseline")
+        assert (done.returncode, tables(gateway)) == (0, ["portward"]), done.stderr
+        assert "nothing is changed" in done.stdout
+        assert namespaces.run(gateway.lab.gateway, listed).stdout == before
+        gateway.agent.stop(signal.SIGKILL)
+        # Nobody answers any more: who passes is who is remembered.
+        until(lambda: not gateway.passes(CONTOSO, "10.0.0.77"), "the queue has no listener")
+        gateway.agent.portward("rules", "baseline")
+        assert gateway.passes(CONTOSO, "10.0.0.4")
+        assert remembered == 0
+
+
+def test_the_next_agents_worker_takes_the_queue_over(booted: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
+    agent = booted.agent
+    agent.start()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        workers = worker_pids(booted)
+        agent.stop(number)
+        time.sleep(0.5)
+        assert worker_pids(booted) == workers, "the worker stays"
+        assert booted.passes(CONTOSO, f"10.0.1.{number}"), "… and answers for new sources"
+        assert not booted.passes(FABRIKAM, f"10.0.1.{number}")
+        agent.start()
+        until(lambda workers=workers: not workers & worker_pids(booted), "the old worker is gone")  # type: ignore[misc]
+        assert booted.passes(CONTOSO, f"10.0.2.{number}")
+        assert not booted.passes(FABRIKAM, f"10.0.2.{number}")
+
+
+def test_a_worker_that_was_stopped_does_not_keep_its_queue(
+    booted: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
+    booted.agent.start()
+    (worker,) = worker_pids(booted)
+    os.kill(worker, signal.SIGSTOP)
+    booted.agent.stop(signal.SIGKILL)
+    booted.agent.start()
+    assert worker not in worker_pids(booted)
+    assert booted.passes(CONTOSO, "10.0.0.6")
+
+
+def test_a_worker_that_stays_leaves_in_time(booted: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTWARD_WORKERS_STAY", "1")
+    booted.agent.start()
+    booted.agent.stop()
+    until(lambda: not worker_pids(booted), "the worker has left", seconds=5)
+    assert not booted.passes(CONTOSO, "10.0.0.6")
+
+
+def worker_pids(gateway: Gateway) -> set[int]:
+    """The workers in the gateway's namespace."""
+    said = subprocess.run(
+        ["ip", "netns", "pids", gateway.lab.gateway], capture_output=True, text=True, check=True
+    ).stdout.split()
+    found = set()
+    for pid in said:
+        words = Path(f"/proc/{pid}/cmdline")
+        if words.exists() and b"portward.gateway.worker" in words.read_bytes():
+            found.add(int(pid))
+    return found

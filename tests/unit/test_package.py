@@ -1,0 +1,75 @@
+"""What the package is made of, as far as that can be seen without building it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from configparser import ConfigParser
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from package import build, completions, manual
+
+from portward.gateway.workers import STAY
+from unit.test_cli import verbs
+
+SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
+PAGES = dict(manual.pages("1.2.3", datetime(2026, 1, 1, tzinfo=UTC)))
+
+
+def unit(name: str) -> ConfigParser:
+    """A unit file; of a key that stands several times the last one."""
+    parser = ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign] # keys keep their case
+    parser.read_string((SYSTEMD / name).read_text())
+    return parser
+
+
+def test_every_verb_has_a_page_with_its_options() -> None:
+    assert set(PAGES) == {"portward", *("-".join(("portward", *verb)) for verb in verbs())}
+    assert "\\-\\-dry\\-run" in PAGES["portward-apply"]
+    assert all(page.replace("\\-", "-").startswith(f".TH {name.upper()} 1 ") for name, page in PAGES.items())
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_roff_that_is_taken_without_a_warning(name: str) -> None:
+    groff = shutil.which("groff")
+    assert groff, "the Makefile installs groff-base"
+    said = subprocess.run(
+        [groff, "-man", "-Tascii", "-ww", "-z"], input=PAGES[name], capture_output=True, text=True, check=True
+    )
+    assert said.stderr == ""
+
+
+def test_every_shell_gets_completions_for_the_program() -> None:
+    for path, text in completions.files().items():
+        assert "portward" in text, path
+
+
+def test_the_package_has_all_that_the_program_imports_and_nothing_of_the_tests() -> None:
+    names = build.closure("portward[lab]")
+    assert {"msgspec", "lmdb", "netfilterqueue", "aiosmtpd", "attrs"} <= names  # attrs: aiosmtpd needs it
+    assert not names & {"pytest", "scapy", "mypy", "ruff", "atheris"}
+    entries = build.locked(names)
+    assert len(entries) == len(names)
+    assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_stopping_takes_no_rule_away() -> None:
+    for name in ("portward.service", "portward-baseline.service"):
+        assert not [key for key in unit(name)["Service"] if key.startswith("ExecStop")]
+
+
+def test_workers_stay_as_long_as_systemd_lets_them() -> None:
+    service = unit("portward.service")["Service"]
+    assert service["KillMode"] == "process"
+    assert re.fullmatch(rf"{STAY}=\d+", service["Environment"])
+
+
+def test_the_port_is_closed_before_the_network() -> None:
+    section = unit("portward-baseline.service")["Unit"]
+    assert "network-pre.target" in section["Before"].split()
+    assert "network-pre.target" in section["Wants"].split()
+    assert "nftables.service" in section["After"].split()

@@ -1,0 +1,98 @@
+"""`make test-vm`: makes the image where it is missing, boots it, and prints what the machine tells.
+
+    python -m tests.vm OLD.deb NEW.deb [--cache FOLDER] [--keep FOLDER]
+
+Exit code 1 where something was not as it must be, or where the machine did not come to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vm.image import Image, disk, image
+from vm.machine import Machine
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+# Of the machine; the whole target must end within fifteen minutes once the image is there.
+_SECONDS: Final = 14 * 60.0
+_PAYLOAD_BYTES: Final = 128 << 20
+
+
+def main() -> int:
+    """The command line; gives the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("old", type=Path, help="the package")
+    parser.add_argument("new", type=Path, help="the same package with a later version")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "vm")
+    parser.add_argument("--keep", type=Path, help="folder for the console's log and the machine's words")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the machine is switched off on the way out
+    began = time.monotonic()
+    made = image(arguments.cache)
+    print(f"image {made.disk.parent.name}, {time.monotonic() - began:.0f} s", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        _payload(folder, arguments.old, arguments.new)
+        try:
+            return _run(made, folder)
+        finally:
+            if arguments.keep:
+                arguments.keep.mkdir(parents=True, exist_ok=True)
+                for name in ("console", "told"):
+                    shutil.copyfile(folder / name, arguments.keep / name)
+
+
+def _payload(folder: Path, old: Path, new: Path) -> None:
+    payload = folder / "payload"
+    own = Path(__file__).parent
+    shutil.copytree(own / "guest", payload / "vm" / "guest", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(own / "__init__.py", payload / "vm" / "__init__.py")
+    shutil.copyfile(old, payload / "old.deb")
+    shutil.copyfile(new, payload / "new.deb")
+    disk(payload, folder / "payload.disk", _PAYLOAD_BYTES)
+
+
+def _run(made: Image, folder: Path) -> int:
+    began = time.monotonic()
+    passed = failed = 0
+    ended, leaks = False, True
+    with Machine(made, folder / "payload.disk", folder) as machine:
+        try:
+            for words in machine.words(_SECONDS):
+                at = time.monotonic() - began
+                leaks = words.get("leaks", leaks)
+                if "leak" in words and leaks:
+                    continue
+                if "stage" in words:
+                    print(f"\n[{at:5.0f} s] {words['stage']}", flush=True)
+                elif "note" in words:
+                    print(f"           {words['note']}", flush=True)
+                elif "end" in words:
+                    ended = True
+                elif words.keys() != {"leaks"}:
+                    good = bool(words.get("good", False))
+                    passed, failed = passed + good, failed + (not good)
+                    mark = "ok " if good else "NOT"
+                    what = words.get("what") or f"CAME OUT: {words.get('leak')}"
+                    print(f"  {mark} {what}: {words.get('happened', '')}", flush=True)
+        except TimeoutError as error:
+            print(error)
+    if not ended:
+        failed += 1
+        print("the machine did not come to the end of its tests; its console ends:")
+        print("\n".join(machine.console.read_text(errors="replace").splitlines()[-15:]))
+    print(f"\n{passed} passed, {failed} failed, {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What runs inside the machine, with Debian's own Python and nothing else."""

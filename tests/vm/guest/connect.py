@@ -1,0 +1,73 @@
+"""An allowed tenant: it opens connections to port 25, each from an address that the kernel does not know yet.
+
+    python3 -m vm.guest.connect SEGMENT
+
+A line for each: when it was begun, and after how many seconds it was open, null where that took too long.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from ipaddress import ip_network
+from typing import TextIO
+
+from vm.guest.world import JUDGED, MAIL4, RUN, SEGMENTS
+
+EVERY = 0.2  # seconds
+_PATIENCE = 15.0
+
+
+def main() -> None:
+    """Connects until it is ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    segment = sys.argv[1]
+    prefix = ip_network(SEGMENTS[segment][4])
+    waiting: dict[socket.socket, float] = {}
+    chooser = selectors.DefaultSelector()
+    due = time.monotonic()
+    with (RUN / f"connect-{segment}").open("a", buffering=1) as out:
+        for number in itertools.count(16):
+            _begin(str(prefix[number % 4000]), waiting, chooser)
+            due = max(due + EVERY, time.monotonic())
+            while (left := due - time.monotonic()) > 0:
+                for key, _ in chooser.select(left):
+                    assert isinstance(key.fileobj, socket.socket)
+                    opened = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+                    _end(key.fileobj, waiting, chooser, out, opened=opened)
+            for one in [one for one, at in waiting.items() if at < due - _PATIENCE]:
+                _end(one, waiting, chooser, out, opened=False)
+
+
+def _begin(source: str, waiting: dict[socket.socket, float], chooser: selectors.BaseSelector) -> None:
+    one = socket.socket()
+    one.setblocking(False)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    one.bind((source, 0))
+    waiting[one] = time.monotonic()
+    one.connect_ex((MAIL4, JUDGED))
+    chooser.register(one, selectors.EVENT_WRITE)
+
+
+def _end(
+    one: socket.socket,
+    waiting: dict[socket.socket, float],
+    chooser: selectors.BaseSelector,
+    out: TextIO,
+    *,
+    opened: bool,
+) -> None:
+    at = waiting.pop(one)
+    chooser.unregister(one)
+    one.close()
+    out.write(json.dumps({"at": at, "wait": time.monotonic() - at if opened else None}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

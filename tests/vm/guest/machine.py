@@ -1,0 +1,68 @@
+"""Words for the stages: commands, configuration, results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vm.guest.told import tell
+from vm.guest.world import ALLOWED, BLOCKED6, RUN, SEGMENTS
+
+CONFIG = Path("/etc/portward/portward.toml")
+INVENTORY = RUN / "inventory.json"
+_OFFERS = {True: "enterprise-agreement", False: "pay-as-you-go"}
+
+
+def sh(command: str, *, seconds: float = 180, check: bool = True) -> str:
+    """What a command says on both its outputs; raises RuntimeError with that where it fails and `check`."""
+    said = subprocess.run(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds,
+        check=False,
+    )  # fmt: skip
+    if check and said.returncode:
+        raise RuntimeError(f"{command}: exit code {said.returncode}: {said.stdout[-1000:]}")
+    return said.stdout.strip()
+
+
+def row(what: str, happened: object, *, good: bool) -> None:
+    """Tells a result."""
+    tell(what=what, happened=str(happened), good=good)
+
+
+def until(true: Callable[[], bool], what: str, *, seconds: float = 30) -> float:
+    """Waits until `true` is, and gives the seconds that took; raises TimeoutError that names `what`."""
+    began = time.monotonic()
+    while not true():
+        if time.monotonic() > began + seconds:
+            raise TimeoutError(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def booted() -> str:
+    """How long ago the kernel began."""
+    return f"{time.clock_gettime(time.CLOCK_BOOTTIME):.0f} s after power-on"
+
+
+def configure(text: str = "") -> None:
+    """Writes portward.toml and the inventory; `text` is added to the file's top level."""
+    CONFIG.write_text(f'segments = ["vni*", "vlan*", "cust*"]\nuplinks = ["up0"]\n{text}\n')
+    INVENTORY.write_text(json.dumps(_inventory()))
+
+
+def _inventory() -> dict[str, list[dict[str, object]]]:
+    subscriptions: list[dict[str, object]] = []
+    attachments: list[dict[str, object]] = []
+    for number, segment in enumerate(SEGMENTS, 1):
+        id_ = f"11111111-0000-4000-8000-{number:012d}"
+        subscriptions.append({
+            "id": id_, "name": segment, "offer": _OFFERS[segment in ALLOWED], "created": "2022-06-30",
+        })  # fmt: skip
+        addresses = [SEGMENTS[segment][3], SEGMENTS[segment][4]]
+        addresses += [f"{BLOCKED6}::/64"] if segment == "vni1002" else []
+        attachments += [{"segment": segment, "address": one, "subscription": id_} for one in addresses]
+    return {"subscriptions": subscriptions, "attachments": attachments}

@@ -1,0 +1,366 @@
+"""What is done to the gateway, boot after boot. Which boot this is stands in a file on the machine's own disk.
+
+Three blocked tenants send all the while, from the first second of each boot. Only before portward is installed and
+after it is purged may a packet of theirs come out: that shows that the way is open and the watcher sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from vm.guest import watcher
+from vm.guest.machine import CONFIG, booted, configure, row, sh, until
+from vm.guest.told import tell
+from vm.guest.transfer import ENOUGH
+from vm.guest.world import ALLOWED, RUN, SEGMENTS
+
+_STATE = Path("/var/lib/vm-stage")
+_STORE = Path("/var/lib/portward/portward.db")
+_WORST = 2.0  # seconds that a new connection may wait while the package is upgraded
+_CAPABILITIES = (1 << 12) | (1 << 13)  # CAP_NET_ADMIN, CAP_NET_RAW
+
+
+def main() -> None:
+    """Runs the stages of this boot and goes on to the next one; the last one switches the machine off."""
+    number = int(_STATE.read_text()) if _STATE.exists() else 0
+    _STATE.write_text(str(number + 1))
+    try:
+        BOOTS[number]()
+    except Exception:
+        row("no surprise", "an exception", good=False)
+        tell(note=traceback.format_exc())
+        sh("journalctl -b --no-pager | tail -n 30 > /dev/ttyS0", check=False)
+        _off()
+
+
+# --- without portward ---
+
+
+def _bare() -> None:
+    tell(stage=f"boot 1, {booted()}: a stock Debian, without portward", leaks=True)
+    until(lambda: watcher.read()["leaked"] > 20, "packets of the blocked tenants", seconds=20)
+    row("without portward the blocked tenants' packets to port 25 come out", "they do", good=True)
+    tell(stage="installation of the package")
+    tell(note=sh("dpkg -i /run/payload/old.deb"))
+    tables = sh("nft list tables")
+    row("an installation alone enforces nothing", tables or "no table", good="portward" not in tables)
+    enabled = sh("systemctl is-enabled portward-baseline portward").split()
+    row("both units start at the next boot", enabled, good=enabled == ["enabled", "enabled"])
+    configure()
+    tell(note=sh("portward apply /run/vm/inventory.json"))
+    _reboot()
+
+
+# --- from power-on ---
+
+
+def _first() -> None:
+    tell(stage=f"boot 2, {booted()}: from power-on", leaks=False)
+    _wait_active()
+    _nothing_came_out("from power-on until the agent enforces")
+    for name in ("portward-baseline", "systemd-networkd", "portward"):
+        since = sh(f"systemctl show -P ActiveEnterTimestampMonotonic {name}")
+        tell(note=f"{name} was up {int(since) / 1e6:.1f} s after power-on")
+    status = json.loads(sh("portward status --json"))
+    row("queue by nft's own statement", status["queue_path"], good="nft" in status["queue_path"])
+    for segment in ALLOWED:
+        row(f"the allowed tenant of {segment} connects", _connects(segment), good=_connects(segment) is not None)
+    _hardening()
+    _journal()
+    _reload()
+    _breaks()
+    _nothing_came_out("in this boot")
+    tell(stage="the store becomes unreachable, and the machine boots again")
+    _STORE.rename("/var/lib/elsewhere")
+    _reboot()
+
+
+def _hardening() -> None:
+    tell(stage="hardening")
+    pid = sh("systemctl show -P MainPID portward")
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = dict(re.findall(r"(?m)^(Uid|CapEff|CapBnd|NoNewPrivs|Seccomp):\s+(\S+)", status))
+    rootless = found["Uid"] != "0" and int(found["CapEff"], 16) == int(found["CapBnd"], 16) == _CAPABILITIES
+    row("the daemon runs without root, with CAP_NET_ADMIN and CAP_NET_RAW alone", found, good=rootless)
+    row("… and in a filter of system calls", found["Seccomp"], good=found["Seccomp"] == "2")
+    queue = _metric("portward_queue_waiting_packets{")
+    row("it reads its queue's counters", queue, good=queue is not None)
+    said = sh("systemd-analyze security portward.service --no-pager", check=False)
+    for line in said.splitlines():
+        if line.startswith("✗"):
+            tell(note=line.partition("  ")[0] + line.rpartition(" ")[2])
+    level = float(re.findall(r"Overall exposure level for \S+: ([\d.]+)", said)[0])
+    row("systemd-analyze security, goal at most 1.6", level, good=level <= 1.6)
+    # The machine has no manual pages' reader; and what it says of the test's own units is not meant.
+    said = sh("systemd-analyze verify --man=no portward.service portward-baseline.service", check=False)
+    told = [line for line in said.splitlines() if "/vm-" not in line]
+    row("systemd-analyze verify", told or "clean", good=not told)
+
+
+def _journal() -> None:
+    lines = [json.loads(line) for line in sh("journalctl -b -u portward -o json --no-pager").splitlines()]
+    own = [
+        line for line in lines if line.get("SYSLOG_IDENTIFIER") == "portward" and "enforcing" in line["MESSAGE"]
+    ]
+    fields = {name: own[-1].get(name) for name in ("PRIORITY", "_SYSTEMD_UNIT", "_UID", "MESSAGE")}
+    good = fields["PRIORITY"] == "6" and fields["_SYSTEMD_UNIT"] == "portward.service"
+    row("fields in the journal", fields, good=good and not fields["MESSAGE"].startswith("INFO"))
+
+
+def _reload() -> None:
+    """Each one replaces the whole ruleset, while a blocked tenant sends as fast as it can."""
+    tell(stage="systemctl reload")
+    before = sh("systemctl show -P MainPID portward")
+    flood = _daemon("blue", "sender", "vni1002", "0")
+    for seconds in range(10, 20):
+        configure(f"[verdicts]\ndeny_seconds = {seconds}")
+        sh("systemctl reload portward")
+        _forgets_after(seconds)
+    flood.kill()
+    _nothing_came_out("ten reloads later")
+    configure("[verdicts]\ndeny_seconds = 45")
+    sh("systemctl reload portward")
+    took = _forgets_after(45)
+    row("a change is in force, in the same process", f"{took:.1f} s", good=_pid() == before)
+    CONFIG.write_text('segments = ["vni*"]\nuplinks = 3\n')
+    sh("systemctl reload portward")
+    until(lambda: "stays in force" in _journal_of(3), "the refusal as an error in the journal")
+    row("a bad one is refused, and told as an error", _journal_of(3).splitlines()[-1][:150], good=_pid() == before)
+    configure()
+    sh("systemctl reload portward")
+
+
+def _forgets_after(seconds: int) -> float:
+    """The seconds until the kernel remembers who may not send for so long."""
+    wanted = f"timeout {seconds}s"
+    return until(lambda: wanted in sh("nft -t list set inet portward deny4"), wanted)
+
+
+def _breaks() -> None:
+    """What ends the agent, each under traffic."""
+    _daemon("red", "connect", "vni1001")
+    with _mail():
+        with _measured("systemctl restart"):
+            sh("systemctl restart portward")
+        with _measured("kill -9 of the agent"):
+            _restarted(signal.SIGKILL)
+        with _measured("watchdog: the agent is stopped (SIGSTOP)"):
+            _restarted(signal.SIGSTOP)
+            row("… by its watchdog", "", good="watchdog" in sh("journalctl -b -u portward --no-pager").lower())
+        with _measured("upgrade of the package"):
+            tell(note=sh("dpkg -i /run/payload/new.deb"))
+            _version(sh("dpkg-deb -f /run/payload/new.deb Version"))
+        with _measured("downgrade of the package"):
+            sh("dpkg -i /run/payload/old.deb")
+            _version(sh("dpkg-deb -f /run/payload/old.deb Version"))
+    kept = CONFIG.read_text()
+    row("the configuration is the operator's own still", kept.splitlines()[0], good="cust*" in kept)
+
+
+def _version(wanted: str) -> None:
+    until(lambda: json.loads(sh("portward status --json", check=False) or "{}").get("version") == wanted, wanted)
+    row("version that enforces", wanted, good=True)
+
+
+def _demo() -> None:
+    tell(stage="the demo, on this kernel")
+    said = sh("COLUMNS=120 portward lab demo", seconds=400, check=False)
+    last = [line for line in said.splitlines() if " acts in " in line]
+    row("portward lab demo", last or said[-600:], good=bool(last) and last[0].startswith("every act as expected"))
+    if not last or "NOT" in last[0]:
+        tell(note="\n".join(line for line in said.splitlines() if "NOT" in line))
+
+
+# --- without a store, then with a power cut and a broken configuration ---
+
+
+def _without_store() -> None:
+    tell(stage=f"boot 3, {booted()}: the store is not to be reached", leaks=False)
+    _wait_active()
+    _nothing_came_out("from power-on")
+    for segment in ALLOWED:
+        row(f"the allowed tenant of {segment} connects", _connects(segment), good=_connects(segment) is not None)
+    error = json.loads(sh("portward status --json"))["store_error"]
+    row("status says what is wrong with the store", error, good=bool(error))
+    Path("/var/lib/elsewhere").rename(_STORE)
+    until(lambda: not json.loads(sh("portward status --json"))["store_error"], "the store is in step again")
+    row("the store comes back", "in step", good=True)
+    tell(stage="a broken configuration, and a power cut")
+    CONFIG.write_text("segments = [oops\n")
+    _nothing_came_out("in this boot")
+    os.sync()
+    tell(note="power cut")
+    Path("/proc/sysrq-trigger").write_text("b")
+    time.sleep(60)
+
+
+def _broken() -> None:
+    tell(stage=f"boot 4, {booted()}: after the power cut, with a broken configuration", leaks=False)
+    until(lambda: watcher.read()["others"] > 20, "the tenants' packets to another port")
+    _nothing_came_out("from power-on")
+    failed = sh("systemctl is-active portward-baseline", check=False)
+    row("portward-baseline failed, and stays so", failed, good=failed == "failed")
+    tables = sh("nft list tables")
+    row("what is loaded", tables, good=tables == "table inet portward_closed")
+    row("who may send cannot either", _connects("vni1001"), good=_connects("vni1001") is None)
+    configure()
+    _wait_active()
+    tables = sh("nft list tables")
+    row("mended: the agent starts by itself", tables, good=tables == "table inet portward")
+    row("… and who may send can", _connects("vni1001"), good=_connects("vni1001") is not None)
+    _without_python()
+    _demo()
+    _nothing_came_out("until the package is removed")
+    _removal()
+    _off()
+
+
+def _without_python() -> None:
+    """In a namespace of its own, where portward's interpreter is gone."""
+    sh("ip netns add bare")
+    sh("unshare -m sh -c 'mount --bind /bin/false /usr/lib/portward/bin/portward; "
+       "ip netns exec bare /usr/lib/portward/baseline'", check=False)  # fmt: skip
+    tables = sh("ip netns exec bare nft list tables")
+    row("where portward's own program fails, nft alone closes", tables, good="portward_closed" in tables)
+
+
+def _removal() -> None:
+    tell(stage="remove and purge")
+    said = sh("dpkg -r portward")
+    row("remove says what stays", "", good="its ruleset stays in the kernel" in said)
+    time.sleep(3)
+    _nothing_came_out("after the removal")
+    tell(leaks=True)
+    said = sh("dpkg -P portward")
+    row("purge says that it stops enforcing", "", good="STOPS ENFORCING" in said)
+    until(lambda: watcher.read()["leaked"] > 5, "packets come out")
+    left = [path for path in ("/var/lib/portward", "/var/cache/portward", "/etc/portward") if Path(path).exists()]
+    row("… and leaves nothing", left or sh("nft list tables") or "no table", good=not left)
+
+
+# --- measuring ---
+
+
+def _nothing_came_out(when: str) -> None:
+    seen = watcher.read()
+    told = f"{seen['leaked']:.0f}, of other ports {seen['others']:.0f}, missed {seen['missed']:.0f}"
+    good = seen["leaked"] == 0 and seen["others"] > 0 and seen["missed"] == 0
+    row(f"blocked tenants' packets to port 25 on the uplink, {when}", told, good=good)
+
+
+@contextlib.contextmanager
+def _measured(what: str) -> Iterator[None]:
+    """New connections of an allowed tenant, from new sources, while something is done."""
+    tell(stage=what)
+    began = time.monotonic()
+    yield
+    _wait_active()
+    end = time.monotonic()
+    time.sleep(4)  # so that what waits is opened
+    tries = [json.loads(line) for line in (RUN / "connect-vni1001").read_text().splitlines()]
+    waits = [one["wait"] for one in tries if began <= one["at"] <= end]
+    worst = max((wait for wait in waits if wait is not None), default=None)
+    lost = waits.count(None)
+    told = f"longest wait {worst:.2f} s, of {len(waits)}, {lost} never opened; {end - began:.0f} s"
+    row(f"{what}: new connections", told, good=worst is not None and worst <= _WORST and not lost)
+
+
+@contextlib.contextmanager
+def _mail() -> Iterator[None]:
+    """A mail that is on its way all the while."""
+    ENOUGH.unlink(missing_ok=True)
+    sending = subprocess.Popen(
+        ["ip", "netns", "exec", "red", sys.executable, "-B", "-m", "vm.guest.transfer", "vni1001"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(2)
+    yield
+    ENOUGH.touch()
+    said = sending.communicate(timeout=60)[0].split()
+    took, pause = ((RUN / "mails").read_text().splitlines() or ["0 0"])[-1].split()
+    good = said == ["250", took]
+    row(
+        "an SMTP transfer went on through all of it",
+        f"{took} bytes of {said[1:]}, longest pause {pause} s",
+        good=good,
+    )
+
+
+def _connects(segment: str) -> float | None:
+    """The seconds until a connection from a source that the kernel does not know is open; None: not at all."""
+    _count[0] += 1
+    namespace, prefix = SEGMENTS[segment][0], SEGMENTS[segment][4].partition("/")[0].rpartition(".")[0]
+    code = (
+        f"import socket, time; s = socket.socket(); s.settimeout(5); s.bind(('{prefix}.{_count[0]}', 0)); "
+        f"b = time.monotonic(); s.connect(('203.0.113.25', 25)); print(round(time.monotonic() - b, 3))"
+    )
+    said = subprocess.run(
+        ["ip", "netns", "exec", namespace, sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    return None if said.returncode else float(said.stdout)
+
+
+_count = [1]
+
+
+def _restarted(number: int) -> None:
+    """Sends a signal to the agent, and waits until another one runs."""
+    before = _pid()
+    os.kill(int(before), number)
+    until(lambda: _pid() not in ("0", before), "another agent", seconds=90)
+
+
+def _wait_active() -> None:
+    until(lambda: sh("systemctl is-active portward", check=False) == "active", "portward is active", seconds=120)
+
+
+def _pid() -> str:
+    return sh("systemctl show -P MainPID portward")
+
+
+def _journal_of(priority: int) -> str:
+    return sh(f"journalctl -b -u portward -p {priority} -o cat --no-pager")
+
+
+def _metric(name: str) -> str | None:
+    code = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9125/metrics').read().decode())"
+    lines = [line for line in sh(f'{sys.executable} -c "{code}"').splitlines() if line.startswith(name)]
+    return lines[0] if lines else None
+
+
+def _daemon(namespace: str, module: str, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["ip", "netns", "exec", namespace, sys.executable, "-B", "-m", f"vm.guest.{module}", *words],
+        stdin=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def _off() -> None:
+    tell(end=True)
+    sh("systemctl poweroff --force --force")
+    time.sleep(60)
+
+
+def _reboot() -> None:
+    # Tenants and watcher go on to the very end, and systemd would wait for them for a minute and a half.
+    folder = Path("/run/systemd/system.conf.d")
+    folder.mkdir(exist_ok=True)
+    (folder / "vm.conf").write_text("[Manager]\nDefaultTimeoutStopSec=3s\n")
+    sh("systemctl daemon-reload; systemctl reboot")
+    time.sleep(60)
+
+
+BOOTS = (_bare, _first, _without_store, _broken)
+
+if __name__ == "__main__":
+    main()

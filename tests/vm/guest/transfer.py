@@ -1,0 +1,37 @@
+"""An allowed tenant's long mail: an SMTP session on port 25 whose text goes on until a file says that it may end.
+
+    python3 -m vm.guest.transfer SEGMENT
+
+The server writes down how many bytes it took, and the longest pause between two lines.
+"""
+
+from __future__ import annotations
+
+import smtplib
+import sys
+import time
+
+from vm.guest.world import JUDGED, MAIL4, RUN, SEGMENTS
+
+ENOUGH = RUN / "enough"
+
+
+def main() -> None:
+    """Sends; prints what the server said at the end."""
+    session = smtplib.SMTP(MAIL4, JUDGED, timeout=60, source_address=(SEGMENTS[sys.argv[1]][3], 0))
+    session.ehlo()
+    session.mail("sender@tenant.example")
+    session.rcpt("rcpt@mail.example")
+    session.docmd("DATA")
+    size = 0
+    while not ENOUGH.exists():
+        line = f"line {time.monotonic()}\r\n".encode()
+        session.send(line)
+        size += len(line)
+        time.sleep(0.1)
+    session.send(b".\r\n")
+    print(session.getreply()[0], size, flush=True)
+
+
+if __name__ == "__main__":
+    main()
