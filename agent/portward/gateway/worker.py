@@ -5,7 +5,7 @@
 
 It shares nothing with the daemon but the policy table and a block of counters. It opens the table when a byte on
 the lifeline says that the policy is there, prints `ready` when its queue is bound and from then on a line for each
-packet of a source whose limit the kernel does not know, and ends when the daemon does, or so many seconds later, or
+packet of a source whose limit the kernel does not know. It ends when the daemon does, or so many seconds later, or
 when the next daemon's worker takes its place.
 """
 
