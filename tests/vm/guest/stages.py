@@ -27,7 +27,7 @@ from vm.guest.world import ALLOWED, RUN, SEGMENTS
 _STATE = Path("/var/lib/vm-stage")
 _STORE = Path("/var/lib/portward/portward.db")
 _WORST = 2.0  # seconds that a new connection may wait while the package is upgraded
-# The goal is 1.6. What is beyond it is what the agent is for: packet sockets and CAP_NET_RAW (resets, the self-check).
+# The goal is 1.6. What is beyond it is what the agent is for: packet sockets and CAP_NET_RAW, for resets.
 _LEVEL = 1.7
 _CAPABILITIES = (1 << 12) | (1 << 13)  # CAP_NET_ADMIN, CAP_NET_RAW
 
