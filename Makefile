@@ -49,9 +49,8 @@ NEXT    := $(VERSION)+next
 
 test-vm: setup ## Boot a Debian 12 in a virtual machine and test the package in it, ten minutes (root)
 	$(MAKE) packages PACKAGES="$(VM_PACKAGES)"
-	$(BIN)/python -m package.build --version $(NEXT) --output build/next
-	$(BIN)/python -m package.build
-	$(BIN)/python -m tests.vm dist/portward_$(VERSION)_amd64.deb build/next/portward_$(NEXT)_amd64.deb
+	$(BIN)/python -m package.build --version $(VERSION) --version $(NEXT) --output build/vm
+	$(BIN)/python -m tests.vm build/vm/portward_$(VERSION)_amd64.deb build/vm/portward_$(NEXT)_amd64.deb
 
 # How long each kind of input is fuzzed, in seconds.
 FUZZ := 300

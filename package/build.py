@@ -1,6 +1,6 @@
 """`make deb`: dist/portward_VERSION_amd64.deb, from this checkout and the locked packages of requirements.txt.
 
-    python -m package.build [--version VERSION] [--output FOLDER]
+    python -m package.build [--version VERSION]… [--output FOLDER]
 
 The program has a Python environment of its own under /usr/lib/portward, whose interpreter is Debian's. dpkg-deb
 and the files in package/debian are all there is to it. It is to be run by the interpreter of .venv, where portward
@@ -40,24 +40,39 @@ _PROGRAM: Final = "portward[lab]"
 def main() -> None:
     """The command line; prints the path of the package."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--version", default=__version__, help="what the package and the program call themselves")
+    parser.add_argument(
+        "--version",
+        action="append",
+        help="what package and program call themselves; several times: several packages",
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "dist")
     arguments = parser.parse_args()
-    print(build(arguments.version, arguments.output))
-
-
-def build(version: str, output: Path) -> Path:
-    """Builds the package into the folder `output`; gives its path."""
     stage = ROOT / "build" / "deb"
+    prepare(stage)
+    for version in arguments.version or [__version__]:
+        print(pack(stage, version, arguments.output))
+
+
+def prepare(stage: Path) -> None:
+    """Puts all that no version stands in into the folder `stage`, as it will lie on the machine."""
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     os.umask(0o022)
     _environment(stage)
-    _portward(stage, version)
+    _portward(stage)
     _program(stage)
     _strip(stage)
-    _compile(stage)
+    _compile(stage, _SITE)
     _system_files(stage)
+
+
+def pack(stage: Path, version: str, output: Path) -> Path:
+    """Makes a package of it in the folder `output`; gives its path."""
+    shutil.rmtree(stage / "DEBIAN", ignore_errors=True)
+    own = _SITE / "portward" / "__init__.py"
+    text = re.sub(r'(?m)^__version__ = ".*"$', f'__version__ = "{version}"', (stage / own).read_text())
+    (stage / own).write_text(text)
+    _compile(stage, own)
     _documents(stage, version)
     _control(stage, version)
     output.mkdir(parents=True, exist_ok=True)
@@ -75,14 +90,12 @@ def _environment(stage: Path) -> None:
     (stage / HOME / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
 
 
-def _portward(stage: Path, version: str) -> None:
+def _portward(stage: Path) -> None:
     site = stage / _SITE
     wanted = stage.parent / "requirements.txt"
     wanted.write_text("".join(locked(closure(_PROGRAM))))
     _pip("--require-hashes", "--no-deps", "--target", site, "-r", wanted)
     _pip("--no-deps", "--no-build-isolation", "--target", site, ROOT)
-    file = site / "portward" / "__init__.py"
-    file.write_text(file.read_text().replace(f'"{__version__}"', f'"{version}"'))
     # Programs of the libraries, whose first lines name this folder; a library's own tests.
     for folder in ("bin", "aiosmtpd/docs", "aiosmtpd/qa", "aiosmtpd/tests"):
         shutil.rmtree(site / folder, ignore_errors=True)
@@ -141,13 +154,12 @@ def _strip(stage: Path) -> None:
         _run("strip", "--strip-unneeded", library)
 
 
-def _compile(stage: Path) -> None:
+def _compile(stage: Path, what: Path) -> None:
     """Bytecode for all of it: the agent's user cannot write it there, and a start does not wait for it. dpkg owns
     both source and bytecode, so no start compares them."""
-    site = stage / _SITE
     _run(
-        f"/usr/bin/{_PYTHON}", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash",
-        "-s", stage, "-p", "/", site,
+        f"/usr/bin/{_PYTHON}", "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
+        "-s", stage, "-p", "/", stage / what,
     )  # fmt: skip
 
 
