@@ -57,7 +57,7 @@ _WHAT: Final = {
     "metrics.address": 'HOST:PORT to be scraped at, "" for none; for other hosts see IPAddressAllow= in the unit',
     "metrics.subscriptions": "also count by subscription",
     "exemptions": "What is asked before a person decides a request for review.",
-    "exemptions.check": "a program with its arguments that finds what is suspicious, see README; none: it is not asked",
+    "exemptions.check": "a program with its arguments that looks at each of them, see README; none: no check",
     "exemptions.check_seconds": "what it may take; longer means that a person has to look",
 }
 
