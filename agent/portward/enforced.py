@@ -1,5 +1,10 @@
-"""Whether the agent of this gateway enforces a revision of the store, asked of the policy table and of the
-kernel."""
+"""Whether the agent of this gateway enforces a revision of the store, asked of the policy table, of the kernel, and
+of the workers.
+
+The kernel may remember nothing older any more while a worker still holds a packet that it judged under the policy
+before: its verdict would act once. A queue is answered in its order, so who has answered a question that was put
+behind that packet holds it no longer.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,16 @@ from portward.errors import PortwardError
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.probe import Prober
+from portward.gateway.ruleset import TABLE
+from portward.policy import preset as presets
 from portward.runtime import read_status, running
 from portward.store.protocol import Store
 from portward.table.reader import Reader
 
 _PAUSE: Final = 0.0005
+# A question that a full queue has dropped is put again after this, in seconds.
+_ASK_AGAIN: Final = 0.05
 
 
 class Enforced:
@@ -38,18 +48,23 @@ class Enforced:
                 f"the agent here does not stand at what {config.store} holds, see `portward status`; nothing was "
                 "written"
             )
+        self._port = presets.load(config.preset).ports[0]
         self._netlink = NfNetlink()
         self._learned = Learned(Nft(), self._netlink)
-        if self._learned.synced() is None:
+        try:
+            self._prober: Prober | None = Prober()
+        except OSError:
+            self._prober = None
+        if self._prober is None or self._learned.synced() is None:
             self.close()
             raise PortwardError(
-                "the kernel cannot be asked what it enforces: that takes root or CAP_NET_ADMIN, and a loaded "
-                "ruleset; nothing was written"
+                "the kernel cannot be asked what it enforces: that takes root, or CAP_NET_ADMIN and CAP_NET_RAW, and "
+                "a loaded ruleset; nothing was written"
             )
 
     def wait(self, revision: int, seconds: float) -> None:
-        """Returns once the kernel acts on this revision of the store, or a later one; raises PortwardError where
-        it does not within so many seconds."""
+        """Returns once kernel and workers act on this revision of the store, or a later one, and on no other;
+        raises PortwardError where they do not within so many seconds."""
         deadline = time.monotonic() + seconds
         while not self._is(revision):
             if time.monotonic() > deadline:
@@ -59,11 +74,47 @@ class Enforced:
                     f"written as revision {revision}, and NOT enforced here after {seconds:g} s{held}"
                 )
             time.sleep(_PAUSE)
+        for place in range(self._config.queue.workers):
+            self._settle(place, revision, deadline, seconds)
+
+    def _settle(self, place: int, revision: int, deadline: float, seconds: float) -> None:
+        """Returns once the worker at `place` has answered a question that was put from now on. The agent asks each
+        worker too, one question at a time, and answers are counted together: so one more is put than it may have
+        under way, all to this worker."""
+        questions = self._config.queue.workers + 1
+        while time.monotonic() < deadline:
+            before = self._answered()
+            for _ in range(questions):
+                self._ask(place)
+            again = time.monotonic() + _ASK_AGAIN
+            while time.monotonic() < again:
+                if self._answered() - before >= questions:
+                    return
+                time.sleep(_PAUSE)
+        raise PortwardError(
+            f"revision {revision} is enforced here, but the worker of queue {self._config.queue.first + place} has not "
+            f"answered within {seconds:g} s: a packet that it judged before may still come out"
+        )
+
+    def _ask(self, place: int) -> None:
+        assert self._prober is not None  # noqa: S101 # else this object would not be
+        try:
+            self._prober.ask(place, self._port)
+        except OSError as error:
+            raise PortwardError(
+                f"the workers cannot be asked: lo: {error.strerror}: `ip link set lo up`?"
+            ) from error
+
+    def _answered(self) -> int:
+        counters = self._netlink.counters(TABLE)
+        return counters["answered"] + counters["answered_stale"]
 
     def close(self) -> None:
         """Closes table and socket."""
         self._reader.close()
         self._netlink.close()
+        if self._prober is not None:
+            self._prober.close()
 
     def _is(self, revision: int) -> bool:
         head = self._reader.head()

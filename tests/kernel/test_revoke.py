@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
+import subprocess
+import time
 from datetime import UTC, date, datetime
 from ipaddress import ip_network
 from uuid import UUID, uuid4
@@ -13,7 +17,7 @@ import msgspec
 
 from kernel.conftest import Gateway
 from portward.lab import namespaces
-from portward.lab.agent import PROGRAM
+from portward.lab.agent import PROGRAM, until
 from portward.lab.topology import FABRIKAM
 from portward.model import Attachment, Exemption, ExemptionState, Subscription
 
@@ -44,6 +48,28 @@ def test_when_it_returns_nothing_passes_any_more(gateway: Gateway) -> None:
         assert re.search(r"enforced after \d+\.\d ms$", result.stdout.splitlines()[0])
         for flags in ("A", "PA", "S"):
             assert not gateway.passes(FABRIKAM, source, flags)
+
+
+def test_it_waits_for_packets_that_workers_hold(gateway: Gateway) -> None:
+    """A worker that was stopped may have judged a packet already, by the policy before."""
+    id_ = exempt(gateway, "10.0.2.100")
+    assert gateway.passes(FABRIKAM, "10.0.2.100")
+    (worker,) = json.loads(gateway.agent.portward("status", "--json").stdout)["workers"]
+    argv = [*PROGRAM, "exemption", "revoke", str(id_), "--reason", "spam", "--wait"]
+    os.kill(worker["pid"], signal.SIGSTOP)
+    try:
+        process = namespaces.start(
+            gateway.lab.gateway, [*argv, "--config", os.fspath(gateway.agent.config)], stdout=subprocess.PIPE
+        )
+        until(lambda: not gateway.passes(FABRIKAM, "10.0.2.100", "A"), "it is revoked in the kernel")
+        time.sleep(0.3)
+        assert process.poll() is None, "it waits for the worker"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the self-check may have put another in its place
+            os.kill(worker["pid"], signal.SIGCONT)
+    out, _ = process.communicate(timeout=15)
+    assert process.returncode == 0
+    assert b"enforced after" in out
 
 
 def test_many_at_once_too(gateway: Gateway) -> None:
