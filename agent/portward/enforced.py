@@ -1,5 +1,4 @@
-"""Whether the agent of this gateway enforces a revision of the store, asked of the policy table, of the kernel, and
-of the workers.
+"""Whether the agent of this gateway enforces a revision of the store, asked of table, kernel and workers.
 
 The kernel may remember nothing older any more while a worker still holds a packet that it judged under the policy
 before: its verdict would act once. A queue is answered in its order, so who has answered a question that was put
@@ -58,8 +57,8 @@ class Enforced:
         if self._prober is None or self._learned.synced() is None:
             self.close()
             raise PortwardError(
-                "the kernel cannot be asked what it enforces: that takes root, or CAP_NET_ADMIN and CAP_NET_RAW, and "
-                "a loaded ruleset; nothing was written"
+                "the kernel cannot be asked what it enforces: that takes root, or CAP_NET_ADMIN and CAP_NET_RAW, "
+                "and a loaded ruleset; nothing was written"
             )
 
     def wait(self, revision: int, seconds: float) -> None:
@@ -91,9 +90,10 @@ class Enforced:
                 if self._answered() - before >= questions:
                     return
                 time.sleep(_PAUSE)
+        queue = self._config.queue.first + place
         raise PortwardError(
-            f"revision {revision} is enforced here, but the worker of queue {self._config.queue.first + place} has not "
-            f"answered within {seconds:g} s: a packet that it judged before may still come out"
+            f"revision {revision} is enforced here, but the worker of queue {queue} has not answered within "
+            f"{seconds:g} s: a packet that it judged before may still come out"
         )
 
     def _ask(self, place: int) -> None:
