@@ -36,7 +36,8 @@ _SETTLED = 0.02
 class Stream:
     """Numbered segments from one source, and when those that arrive were sent."""
 
-    def __init__(self, gateway: Gateway, source: str, tenant: Tenant = CONTOSO) -> None:
+    def __init__(self, gateway: Gateway, source: str, tenant: Tenant = CONTOSO, every: float = _EVERY) -> None:
+        self._every = every
         self._sender = Sender(gateway.lab, tenant)
         frame = bytearray(bytes(self._sender.frame / _numbered(source)))
         self._frame, self._place = frame, len(frame) - 16  # the sequence number within the last 20 bytes
@@ -67,7 +68,7 @@ class Stream:
             struct.pack_into(">I", self._frame, self._place, number)
             self.sent[number] = time.monotonic()
             self._sender._socket.send(self._frame)
-            time.sleep(_EVERY)
+            time.sleep(self._every)
 
     def _receive(self) -> None:
         while self._going:
