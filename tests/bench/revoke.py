@@ -1,8 +1,8 @@
 """`portward exemption revoke --wait`: how long until the kernel enforces it, and what still comes out afterwards.
 
-A tenant has an SMTP transfer open and goes on with it, and sends a segment every millisecond besides. Each revocation
-is one run of the program; the time is what it prints. A packet that was sent after the program had returned and
-arrives is a leak. Then ten thousand subscriptions are revoked by one command.
+A tenant has an SMTP transfer open and goes on with it, and sends a segment every millisecond besides. Each
+revocation is one run of the program; the time is what it prints. A packet that was sent after the program had
+returned and arrives is a leak. Then ten thousand subscriptions are revoked by one command.
 """
 
 from __future__ import annotations
