@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta
-from typing import Final, NamedTuple
+from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from msgspec.structs import replace
 
 from portward import exemptions, fraud
+from portward.clock import DRIFT
 from portward.config import Config
 from portward.documents import network_text
 from portward.errors import InputError, PortwardError
@@ -22,9 +23,6 @@ from portward.policy.preset import ExemptionPath, Preset
 from portward.store.inventory import mistakes
 from portward.store.protocol import Change, Put, Store, confirmation, encode, find, key_of, readable
 from portward.store.update import Reading, Written, update
-
-# A start that is recorded for later than this would not count before its time.
-_AHEAD: Final = timedelta(seconds=2)
 
 
 class NotFoundError(PortwardError):
@@ -209,7 +207,7 @@ def _checked(record: Exemption) -> Exemption:
 
 def _check_start(attachment: Attachment, started: datetime, now: datetime) -> None:
     place = f"{attachment.segment} {network_text(attachment.address)}"
-    if started > now + _AHEAD:
+    if started > now + DRIFT:
         raise PortwardError(f"{place}: {started:%Y-%m-%d %H:%M:%SZ} lies in the future: a start has happened")
     if attachment.started is not None and started < attachment.started:
         raise PortwardError(

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-# Clocks that are kept in step are set back by less.
-_DRIFT: Final = timedelta(seconds=2)
+# Clocks that are kept in step, of one host or of two, differ by less.
+DRIFT: Final = timedelta(seconds=2)
 
 _log = logging.getLogger("portward")
 
@@ -22,6 +22,13 @@ _log = logging.getLogger("portward")
 def utc_now() -> datetime:
     """The wall clock, in UTC."""
     return datetime.now(UTC)
+
+
+def as_agent(decided: datetime | None) -> datetime:
+    """The time that an agent holds ends of grants against, whose policy table was last decided then; for whoever
+    looks into the table for a moment. None: there is no table."""
+    now = utc_now()
+    return now if decided is None else max(now, decided)
 
 
 def monotonic() -> float:
@@ -42,7 +49,7 @@ class Clock:
         self._wall, self._monotonic = wall, monotonic
         self._start, self._since = wall(), monotonic()
         if not_before is not None and not_before > self._start:
-            if not_before - self._start > _DRIFT:
+            if not_before - self._start > DRIFT:
                 _log.warning(
                     "this host's clock says %s, and the policy table was decided at %s: ends of grants are held "
                     "against the later one (where that was wrong, take the table away: it is read from the store)",

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from portward import config as configuration
-from portward.clock import utc_now
+from portward.clock import as_agent
 from portward.config import Config, Refusal
 from portward.documents import network_text
 from portward.errors import InputError, PortwardError
@@ -153,7 +153,7 @@ def _explanation(
     config: Config, preset: Preset, known: Known, segment: str, source: Address, destination: Address | None
 ) -> Explanation:
     # The agent holds ends of grants against the later one.
-    now = max(utc_now(), known.decided or utc_now())
+    now = as_agent(known.decided)
     decision = decide(
         preset,
         subscription=known.subscription,

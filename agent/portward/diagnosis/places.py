@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
+from portward.clock import as_agent, utc_now
 from portward.config import Config
 from portward.diagnosis.facts import Place
 from portward.model import Address, Attachment, Network, Workload
@@ -67,7 +67,7 @@ class TableAccounts:
         self.revision = head.revision
         self.other_preset = head.preset.hex() != preset.digest
         # The agent's clock may have been ahead when it decided; its decisions stand until ours has come there too.
-        self.at = datetime.fromtimestamp(max(time.time(), head.decided_at), UTC)
+        self.at = as_agent(head.decided())
 
     def found(self, wanted: str) -> list[Belongings]:
         """See `Accounts`."""
@@ -99,7 +99,7 @@ class StoreAccounts:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.revision, self.at = store.revision(), datetime.now(UTC)
+        self.revision, self.at = store.revision(), utc_now()
 
     def found(self, wanted: str) -> list[Belongings]:
         """See `Accounts`."""

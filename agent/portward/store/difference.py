@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, timedelta
-from typing import Any, Final, NamedTuple, TypeAlias
+from datetime import datetime
+from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 import msgspec
 
+from portward.clock import DRIFT
 from portward.documents import nearest, network_text
 from portward.model import Attachment, Exemption, Record, Subscription
 from portward.policy.preset import Preset
@@ -17,9 +18,6 @@ from portward.store.protocol import CONFIRMED, UNREADABLE, Put, confirmed_alone,
 
 # Key → the record under it, as JSON.
 Find: TypeAlias = Callable[[str], str | None]
-
-# Clocks of two hosts that are kept in step differ by less.
-_DRIFT: Final = timedelta(seconds=2)
 
 
 class Difference(NamedTuple):
@@ -62,7 +60,7 @@ def check_offers(inventory: Inventory, preset: Preset) -> None:
 def check_starts(inventory: Inventory, now: datetime) -> None:
     """Raises InputError for a machine that is started later than `now`, by a clock that is fast: it would count
     for a grant without having been restarted."""
-    if inventory.latest_start is not None and inventory.latest_start[0] > now + _DRIFT:
+    if inventory.latest_start is not None and inventory.latest_start[0] > now + DRIFT:
         started, key = inventory.latest_start
         problem = (
             f"{started:%Y-%m-%dT%H:%M:%SZ} lies in the future, this host's clock says {now:%Y-%m-%dT%H:%M:%SZ}"

@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
+from portward.clock import DRIFT
 from portward.errors import ConflictError, PortwardError
 from portward.model import Record
 from portward.store.protocol import Put, Store, decode
 
 # Others that write all the time: a few of them in a row are chance.
 _TRIES: Final = 20
-# Clocks of two hosts that are kept in step differ by less.
-_DRIFT: Final = timedelta(seconds=2)
 
 
 class ClockError(PortwardError):
@@ -74,7 +73,7 @@ def _moment(now: datetime, newest: datetime | None, *, trust_clock: bool) -> dat
     machine that it comes after, and count without a restart."""
     if newest is None or trust_clock or now > newest:
         return now
-    if newest - now > _DRIFT:
+    if newest - now > DRIFT:
         raise ClockError(
             f"this host's clock says {now:%Y-%m-%d %H:%M:%SZ}, and the store's newest change is of "
             f"{newest:%Y-%m-%d %H:%M:%SZ}: set the clock, or say --trust-clock where that change was dated wrongly"
