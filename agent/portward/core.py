@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from datetime import datetime
 from ipaddress import ip_address
+from typing import Final
 
 from portward.clock import Clock
 from portward.config import Config, Refusal
@@ -41,7 +42,7 @@ from portward.table.reader import Reader
 from portward.table.writer import Answers, Committed, Writer
 
 # Differences of one kind that are told one by one.
-_TOLD = 10
+_TOLD: Final = 10
 
 _log = logging.getLogger("portward")
 
@@ -202,7 +203,12 @@ class Core:
                     f"{element.source.link}, which is not the table's verdict: forgotten",
                 )
 
-    def correct_rates(self) -> None:
+    def keep_rates(self) -> None:
+        """Sees to it that the limits in the kernel are those of the table, and that none is there in vain."""
+        self._correct_rates()
+        self._collect_rates()
+
+    def _correct_rates(self) -> None:
         """Makes the kernel forget the limits of sources that have another one, or none, and knows again which
         limits are there, where somebody else has changed that. Of what is as it was left a sample is looked at."""
         if self.broken:
@@ -243,7 +249,7 @@ class Core:
             with contextlib.suppress(OSError):
                 self._rates.read()
 
-    def collect_rates(self) -> None:
+    def _collect_rates(self) -> None:
         """Takes limits out of the kernel that are not in force any more."""
         with contextlib.suppress(KernelError):  # somebody has changed the ruleset: `check` puts it right
             self._rates.collect(lambda bucket: self._limit(bucket.subscription) == bucket)

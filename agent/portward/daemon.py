@@ -276,8 +276,11 @@ class Daemon:
         deadline, pause = time.monotonic() + PATIENCE, 0.005
         while True:
             # One that has ended meanwhile was not silent, and the one in its place was not asked.
-            silent = [worker for worker in asked if before[worker] == (worker.process, worker.tally.handled())]
-            silent = [worker for worker in silent if worker.ready]
+            silent = [
+                worker
+                for worker in asked
+                if worker.ready and before[worker] == (worker.process, worker.tally.handled())
+            ]
             if not silent or time.monotonic() > deadline:
                 return silent
             await asyncio.sleep(pause)
@@ -330,8 +333,7 @@ class Daemon:
             await self._count_step(self._core.count)
             if suspects := await self._count_step(self._core.suspects):
                 await self._step(lambda suspects=suspects: self._core.correct(suspects))  # type: ignore[misc]
-            await self._step(self._core.correct_rates)
-            await self._step(self._core.collect_rates)
+            await self._step(self._core.keep_rates)
             took = time.monotonic() - began
             await asyncio.sleep(max(_until_tick(_COUNT_SECONDS), _COUNT_REST * took))
 
