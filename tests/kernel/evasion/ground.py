@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-import time
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -29,13 +28,15 @@ BANNER: Final = b"220 mail.example\r\n"
 # No limit of a rate is to be what stops a trick.
 _RATES: Final = {"rate": 10_000_000, "burst": 1_000_000, "segment_rate": 10_000_000, "segment_burst": 1_000_000}
 # Packets to port 25 of those who may send are `allowed`. Of all others `wire` counts what comes, and `reached`
-# what is there once fragments are put together (conntrack makes the receiver do so for IPv6 too).
+# what is there once fragments are put together (conntrack makes the receiver do so for IPv6 too). `came` names who
+# of IPv6 has sent any of the allowed.
 _RECEIVER: Final = f"""table inet receiver {{
   counter allowed {{}}
   counter wire {{}}
   counter reached {{}}
   set four {{ type ipv4_addr; flags interval; elements = {{ 10.1.0.0/16, {CONTOSO.public} }}; }}
   set six {{ type ipv6_addr; flags interval; elements = {{ 2001:db8:{CONTOSO.vni}:e::/64, {CONTOSO.address6} }}; }}
+  set came {{ type ipv6_addr; size 65536; flags dynamic; }}
   chain wire {{
     type filter hook prerouting priority -450
     ip saddr @four accept
@@ -50,7 +51,7 @@ _RECEIVER: Final = f"""table inet receiver {{
   chain input {{
     type filter hook input priority 0
     tcp dport 25 ip saddr @four counter name allowed accept
-    tcp dport 25 ip6 saddr @six counter name allowed accept
+    tcp dport 25 ip6 saddr @six counter name allowed add @came {{ ip6 saddr }} accept
     tcp dport 25 counter name reached
   }}
 }}
@@ -127,13 +128,9 @@ class Ground:
         return self._receiver.counters("receiver")["allowed"]
 
     def quiet(self) -> int:
-        """Waits until no packet of an earlier client is on its way; gives `allowed` as it is then."""
-        before, since = self.allowed(), time.monotonic()
-        while time.monotonic() < since + 0.02:
-            if self.allowed() != before:
-                before, since = self.allowed(), time.monotonic()
-            time.sleep(0.005)
-        return before
+        """Waits until no packet sent earlier is on its way; gives `allowed` as it is then."""
+        self.settled()
+        return self.allowed()
 
     def answered(self, tenant: Tenant) -> int:
         """Packets from port 25 that have come to a tenant so far."""
@@ -169,10 +166,11 @@ class Ground:
 
     def settled(self) -> None:
         """Waits until what was sent before has been judged: an allowed packet, sent last through the same queue,
-        has come out."""
-        before = self.allowed()
-        self.send(CONTOSO, segment(self.source(CONTOSO, 6), "R", sport=4999))
-        until(lambda: self.allowed() > before, "the last packet came out")
+        has come out. It is known by its source: one of an earlier sender is not taken for it."""
+        source = self.source(CONTOSO, 6)
+        key = ip_address(source).packed
+        self.send(CONTOSO, segment(source, "R", sport=4999))
+        until(lambda: self._receiver.element("receiver", "came", key) is not None, "the last packet came out")
 
     def greeting(self, tenant: Tenant, source: str, seconds: float = 0.7) -> bytes:
         """What the listener says to a real client at this source; empty where it says nothing."""
@@ -187,9 +185,24 @@ class Ground:
             client.connect((MAIL4 if version == 4 else MAIL6, 25))
             found = client.recv(100)
             client.close()
-            time.sleep(0.1)  # the last acknowledgement may be delayed, and is none of the next test's
+            until(lambda: not self._talking(tenant), "both ends have closed")
             return found
         return b""
+
+    def _talking(self, tenant: Tenant) -> bool:
+        """Whether a client or the listener has something to send yet."""
+        ss = [
+            "ss",
+            "-Htn",
+            "state",
+            "connected",
+            "exclude",
+            "time-wait",
+            "exclude",
+            "syn-recv",
+            "( sport = :25 or dport = :25 )",
+        ]
+        return any(namespaces.run(place, ss).stdout for place in (self.lab.home(tenant), self.lab.internet))
 
     def close(self) -> None:
         """Closes its sockets."""

@@ -203,9 +203,10 @@ class Exempt(RuleBasedStateMachine):
         """A decision was made, and is what it should be: the model takes it over."""
         record, expected = self._in_store(store, id_), self._expected(id_, action, days)
         assert record is not None
-        # The same as before is no change: it is in no log.
-        self.decisions[id_] += record != self.known[id_]
         assert record == expected
+        if record == self.known[id_]:
+            return  # no change: it is in no log, and nobody who comes later learns of it
+        self.decisions[id_] += 1
         self.known[id_] = record
         self.now += timedelta(seconds=1)
 
