@@ -176,6 +176,17 @@ def _system_files(stage: Path) -> None:
         ("../rules/nftables/closed.nft", "usr/lib/portward/closed.nft", 0o644),
     ):
         _put(units / source, stage / target, mode)
+    _root(stage / HOME / "root")
+
+
+def _root(root: Path) -> None:
+    """What the agent sees as its file system: here the places, which portward.service fills."""
+    for folder in ("dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "usr"):
+        (root / folder).mkdir(parents=True)
+    for folder in ("cache/portward", "lib/portward", "tmp"):
+        (root / "var" / folder).mkdir(parents=True)
+    for name in ("bin", "lib", "lib64", "sbin"):
+        (root / name).symlink_to(f"usr/{name}")
 
 
 def _documents(stage: Path, version: str) -> None:
