@@ -42,7 +42,7 @@ test: setup ## Run all tests: unit, kernel, whole program (root)
 	$(BIN)/pytest
 
 # What the virtual machine takes beyond that.
-VM_PACKAGES := qemu-system-x86 debootstrap e2fsprogs
+VM_PACKAGES := qemu-system-x86 debootstrap e2fsprogs lintian
 # The package, and the same one as a later version, to be upgraded to.
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/portward/__init__.py)
 NEXT    := $(VERSION)+next
@@ -50,6 +50,7 @@ NEXT    := $(VERSION)+next
 test-vm: setup ## Boot a Debian 12 in a virtual machine and test the package in it, ten minutes (root)
 	$(MAKE) packages PACKAGES="$(VM_PACKAGES)"
 	$(BIN)/python -m package.build --version $(VERSION) --version $(NEXT) --output build/vm
+	lintian --allow-root --fail-on error build/vm/portward_$(VERSION)_amd64.deb
 	$(BIN)/python -m tests.vm build/vm/portward_$(VERSION)_amd64.deb build/vm/portward_$(NEXT)_amd64.deb
 
 # How long each kind of input is fuzzed, in seconds.

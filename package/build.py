@@ -86,7 +86,7 @@ def _environment(stage: Path) -> None:
     `activate`: the environment is one program's."""
     (stage / HOME / "bin").mkdir(parents=True)
     (stage / _SITE).mkdir(parents=True)
-    (stage / HOME / "bin" / "python3").symlink_to(f"/usr/bin/{_PYTHON}")
+    (stage / HOME / "bin" / "python3").symlink_to(f"../../../bin/{_PYTHON}")
     (stage / HOME / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
 
 

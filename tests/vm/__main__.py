@@ -22,8 +22,10 @@ from vm.image import Image, disk, image
 from vm.machine import Machine
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-# Of the machine; the whole target must end within fifteen minutes once the image is there.
-_SECONDS: Final = 15 * 60.0
+# What the whole target should take once the image is there; and when a machine that does not come to its end is
+# switched off, which a busy host may make slow, but not so slow.
+_GOAL: Final = 15 * 60.0
+_SECONDS: Final = 40 * 60.0
 _PAYLOAD_BYTES: Final = 128 << 20
 
 
@@ -90,8 +92,13 @@ def _run(made: Image, folder: Path) -> int:
         failed += 1
         print("the machine did not come to the end of its tests; its console ends:")
         print("\n".join(machine.console.read_text(errors="replace").splitlines()[-15:]))
-    print(f"\n{passed} passed, {failed} failed, {time.monotonic() - began:.0f} s")
+    took = time.monotonic() - began
+    print(f"\n{passed} passed, {failed} failed, {took:.0f} s{_missed(took)}")
     return 1 if failed else 0
+
+
+def _missed(seconds: float) -> str:
+    return "" if seconds <= _GOAL else f", longer than the goal of {_GOAL:.0f} s"
 
 
 if __name__ == "__main__":
