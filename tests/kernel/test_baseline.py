@@ -13,6 +13,12 @@ from uuid import uuid4
 import pytest
 
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway, source_records
+from portward.errors import KernelError
+from portward.gateway.keeper import Keeper
+from portward.gateway.learned import Learned
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.gateway.ruleset import Wanted
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL6, Lab
@@ -100,6 +106,19 @@ def test_a_mended_configuration_takes_the_place_of_the_closed_port(booted: Gatew
     assert booted.agent.portward("rules", "baseline").returncode == 0
     assert tables(booted) == ["portward"]
     assert not booted.passes(CONTOSO, "10.0.0.5")
+
+
+def test_a_ruleset_that_the_kernel_refuses_leaves_the_closed_port(booted: Gateway) -> None:
+    booted.agent.config.write_text("")
+    assert booted.agent.portward("rules", "baseline").returncode == 1
+    with namespaces.inside(booted.lab.gateway):
+        nft, netlink = Nft(), NfNetlink()
+        keeper = Keeper(nft, netlink, Learned(nft, netlink))
+        with pytest.raises(KernelError):
+            keeper.load(Wanted("table inet portward { nonsense }\n", definitions=0, statements=(), native=True))
+        netlink.close()
+    assert tables(booted) == ["portward_closed"]
+    assert not booted.passes(FABRIKAM, "10.0.0.5")
 
 
 def test_remove_takes_both_away(booted: Gateway) -> None:

@@ -17,6 +17,7 @@ from portward.config import Config
 from portward.core import Core
 from portward.errors import KernelError
 from portward.gateway import mark, xtables
+from portward.gateway.keeper import loaded
 from portward.gateway.links import Links
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
@@ -104,6 +105,22 @@ def test_a_kernel_that_refuses_half_way_is_asked_again(
         core.check()
     assert not core.broken
     assert in_step(core)
+
+
+def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its queue statements it drops what the kernel does not remember; without it port 25 is open."""
+    want = core._want()
+    if want.native:  # as on a kernel that has to be told in a second transaction
+        want = want._replace(native=False)
+    core._nft.load("delete table inet portward\n")
+    monkeypatch.setattr(xtables, "install", once(KernelError("no memory"), xtables.install))
+    with pytest.raises(KernelError):
+        core.keeper.repair(want)
+    assert loaded(core._netlink)
+    core.check()
+    assert not core.broken
 
 
 def test_a_change_that_was_not_carried_out_is_no_rest(core: Core) -> None:

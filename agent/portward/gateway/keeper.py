@@ -67,7 +67,8 @@ class Keeper:
         return replacement(want, self._netlink.sets(TABLE), same_definitions=same)
 
     def _load_once(self, want: Wanted) -> None:
-        first = not loaded(self._netlink)
+        # At a start, and not where somebody else has taken away what this process had loaded.
+        first = self._fingerprint is None and not loaded(self._netlink)
         # Whatever others did until here is replaced; what they do from here on shows.
         self._settle()
         try:
@@ -78,8 +79,9 @@ class Keeper:
                 with self._nft.committing():
                     xtables.install(self._netlink, want.statements)
         except KernelError:
-            if first:
-                remove(self._nft, self._netlink)  # nothing of a ruleset stays behind where there was none
+            if first and loaded(self._netlink):
+                # Nothing of a ruleset stays behind where there was none; CLOSED does.
+                self._nft.load(f"delete table {FAMILY_TABLE}")
             self._nft.disturbed = True
             raise
 
