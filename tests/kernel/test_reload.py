@@ -17,7 +17,7 @@ from portward.config import Config
 from portward.core import Core
 from portward.errors import KernelError
 from portward.gateway import mark, xtables
-from portward.gateway.keeper import loaded
+from portward.gateway.keeper import close, closed, loaded
 from portward.gateway.links import Links
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
@@ -121,6 +121,15 @@ def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
     assert loaded(core._netlink)
     core.check()
     assert not core.broken
+
+
+def test_a_port_that_was_closed_while_there_was_no_ruleset_is_opened_again(core: Core) -> None:
+    core._nft.load("delete table inet portward\n")
+    close(core._nft)
+    core.check()
+    assert not core.broken
+    assert loaded(core._netlink)
+    assert not closed(core._netlink)
 
 
 def test_a_change_that_was_not_carried_out_is_no_rest(core: Core) -> None:

@@ -53,7 +53,7 @@ class Keeper:
 
     def _lift(self) -> None:
         """Takes CLOSED away, in a transaction after the one that it made needless. A process that dies in between
-        leaves both, and the next one lifts it; so it is looked for once in each process."""
+        leaves both, and the next one lifts it; so it is looked for at a start and at each repair."""
         if self._closed:
             lift(self._nft, self._netlink)
             self._closed = False
@@ -108,6 +108,8 @@ class Keeper:
     def repair(self, want: Wanted) -> None:
         """Loads the ruleset again and counts it; raises KernelError."""
         self.repairs += 1
+        # Whoever found no ruleset may have closed the port: portward-baseline after nftables.service, a person.
+        self._closed = True
         _log.warning("the ruleset was changed by somebody else: it is put back")
         self.load(want)
 
