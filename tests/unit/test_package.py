@@ -73,3 +73,11 @@ def test_the_port_is_closed_before_the_network() -> None:
     assert "network-pre.target" in section["Before"].split()
     assert "network-pre.target" in section["Wants"].split()
     assert "nftables.service" in section["After"].split()
+
+
+def test_the_port_is_closed_again_after_whatever_nftables_service_does() -> None:
+    """Its file begins with `flush ruleset`, and is loaded by a start, a restart and a reload."""
+    baseline = unit("portward-baseline.service")
+    assert "nftables.service" in baseline["Install"]["WantedBy"].split()
+    assert baseline["Unit"]["PartOf"] == baseline["Unit"]["ReloadPropagatedFrom"] == "nftables.service"
+    assert baseline["Service"]["ExecReload"] == baseline["Service"]["ExecStart"]
