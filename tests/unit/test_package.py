@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from package import build, completions, manual
 
+from portward.config import Config
 from portward.gateway.workers import STAY
 from unit.test_cli import verbs
 
@@ -66,6 +67,14 @@ def test_workers_stay_as_long_as_systemd_lets_them() -> None:
     service = unit("portward.service")["Service"]
     assert service["KillMode"] == "process"
     assert re.fullmatch(rf"{STAY}=\d+", service["Environment"])
+
+
+def test_what_root_has_left_beside_the_table_does_not_keep_the_agent_from_starting() -> None:
+    service = unit("portward.service")["Service"]
+    folder = Path("/var/cache") / service["CacheDirectory"]
+    assert folder == Config(segments=("a",), uplinks=("b",)).table
+    wanted = f"ExecStartPre=-+/bin/chown -R --from=root {service['User']}:{service['Group']} {folder}\n"
+    assert wanted in (SYSTEMD / "portward.service").read_text()
 
 
 def test_the_port_is_closed_before_the_network() -> None:
