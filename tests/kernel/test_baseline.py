@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -186,6 +187,19 @@ def test_a_worker_that_stays_leaves_in_time(booted: Gateway, monkeypatch: pytest
     booted.agent.stop()
     until(lambda: not worker_pids(booted), "the worker has left", seconds=5)
     assert not booted.passes(CONTOSO, "10.0.0.6")
+
+
+def test_a_worker_that_stays_leaves_when_its_table_is_deleted(
+    booted: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a purge does, or who deletes the table of an agent that is stopped."""
+    monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
+    booted.agent.start()
+    booted.agent.stop()
+    shutil.rmtree(booted.agent.folder / "table")
+    until(lambda: not worker_pids(booted), "the worker has left", seconds=5)
+    booted.agent.start()
+    assert booted.passes(CONTOSO, "10.0.0.6")
 
 
 def worker_pids(gateway: Gateway) -> set[int]:

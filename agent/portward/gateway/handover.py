@@ -29,10 +29,14 @@ _T = TypeVar("_T")
 
 
 class Stay:
-    """The seconds that a worker outlives its agent; counted from the first question whether they are over."""
+    """The seconds that a worker outlives its agent; counted from the first question whether they are over.
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    They are over too when somebody deletes the file that is locked for `claimed`, a descriptor that `claim` gave:
+    the table is gone with it, and the next worker would not find whom to ask for the queue.
+    """
+
+    def __init__(self, seconds: float, claimed: int = -1) -> None:
+        self._seconds, self._claimed = seconds, claimed
         self._until: float | None = None
         self._asked = False
 
@@ -43,7 +47,10 @@ class Stay:
                 # From here on SIGTERM does not interrupt a batch: its packets get their verdicts.
                 signal.signal(signal.SIGTERM, self._leave)
             self._until = time.monotonic() + self._seconds
-        return self._asked or time.monotonic() >= self._until
+        return self._asked or time.monotonic() >= self._until or self._deleted()
+
+    def _deleted(self) -> bool:
+        return self._claimed >= 0 and os.fstat(self._claimed).st_nlink == 0
 
     def _leave(self, *_: object) -> None:
         self._asked = True

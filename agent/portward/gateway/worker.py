@@ -51,10 +51,10 @@ def main() -> int:
         reader = Reader.open(arguments.table)
         tally = Tally(arguments.tally)
         judge = Judge(reader.lookup, reader.head, tally, Resetter(), _ask)
-        claim(arguments.table, arguments.queue)
+        claimed = claim(arguments.table, arguments.queue)
         if arguments.reader is QueueReader.BATCH:
             batches = BatchJudge(arguments.queue, reader, judge, tally)
-            stay = Stay(arguments.stay)
+            stay = Stay(arguments.stay, claimed)
             batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, _ready, stay)
         else:
             from portward.gateway import single  # noqa: PLC0415 # its library is loaded only where it is wanted
