@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import pytest
 
+from faults.inject import points as inject
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway, source_records
 from portward.errors import KernelError
 from portward.gateway.keeper import Keeper
@@ -200,6 +201,29 @@ def test_a_worker_that_stays_leaves_when_its_table_is_deleted(
     until(lambda: not worker_pids(booted), "the worker has left", seconds=5)
     booted.agent.start()
     assert booted.passes(CONTOSO, "10.0.0.6")
+
+
+@pytest.mark.parametrize("where", ["Keeper.intact", "Keeper.load"])
+def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
+    booted: Gateway, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Also of one that fails at its start, once its workers have taken the queues over."""
+    monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
+    monkeypatch.setenv("PYTHONPATH", str(Path(inject.__file__).parent))
+    monkeypatch.setenv("PORTWARD_FAULTS", str(booted.agent.folder))
+    agent = booted.agent
+    agent.start()
+    if where == "Keeper.load":
+        agent.stop()
+    (agent.folder / "armed").write_text(f"daemon|portward.gateway.keeper:{where}|before|1|memory")
+    if where == "Keeper.load":
+        agent.start(wait=False)
+    assert agent.process is not None
+    assert agent.process.wait(20) == 1
+    time.sleep(0.5)
+    assert len(worker_pids(booted)) == 1
+    assert booted.passes(CONTOSO, "10.0.0.6")
+    assert not booted.passes(FABRIKAM, "10.0.0.6")
 
 
 def worker_pids(gateway: Gateway) -> set[int]:
