@@ -17,6 +17,7 @@ from portward.gateway.workers import STAY
 from unit.test_cli import verbs
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
+DEBIAN = SYSTEMD.parent / "package" / "debian"
 PAGES = dict(manual.pages("1.2.3", datetime(2026, 1, 1, tzinfo=UTC)))
 
 
@@ -90,3 +91,41 @@ def test_the_port_is_closed_again_after_whatever_nftables_service_does() -> None
     assert "nftables.service" in baseline["Install"]["WantedBy"].split()
     assert baseline["Unit"]["PartOf"] == baseline["Unit"]["ReloadPropagatedFrom"] == "nftables.service"
     assert baseline["Service"]["ExecReload"] == baseline["Service"]["ExecStart"]
+
+
+STUBS = {
+    "deb-systemd-helper": "exit 0",
+    "deb-systemd-invoke": 'echo "invoke $*"',
+    "systemctl": '[ "$1" != is-active ] || [ "$STATE" = active ]',
+    "systemd-sysusers": "exit 0",
+    "systemd-tmpfiles": "exit 0",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "state", "said"),
+    [
+        ("configure", "inactive", "nothing is enforced yet"),
+        (
+            "configure 0.0.9",
+            "active",
+            "",
+        ),  # an upgrade: it is restarted
+        ("configure 0.0.9", "inactive", "the agent does not run"),  # an installation after a removal
+        ("abort-remove", "inactive", "the agent does not run"),
+    ],
+)
+def test_what_an_installation_says_of_an_agent_that_does_not_run(
+    tmp_path: Path, arguments: str, state: str, said: str
+) -> None:
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = (DEBIAN / "postinst").read_text().replace("/run/systemd/system", str(tmp_path))
+    result = subprocess.run(
+        ["sh", "-c", script, "postinst", *arguments.split()],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "STATE": state}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert said in lines[0] if said else not lines
