@@ -1,9 +1,17 @@
-"""Where the shipped `rules/` folder is: inside the installed package, or beside `agent/` in a checkout."""
+"""What portward's own files are, and how its own processes begin.
+
+The shipped `rules/` folder is inside the installed package, or beside `agent/` in a checkout.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Final
 
+# The words before `-m MODULE`. Where this process keeps the caller's folder and environment out (-I, as in the
+# package), those that it starts do too: `-m` alone imports from the folder that they start in.
+PYTHON: Final = (sys.executable, "-I") if sys.flags.isolated else (sys.executable,)
 _PACKAGE = Path(__file__).resolve().parent
 
 

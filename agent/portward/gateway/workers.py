@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from portward.errors import KernelError
 from portward.gateway.learned import Source
 from portward.gateway.tally import Tally
 from portward.gateway.worker import READY
+from portward.resources import PYTHON
 
 # Set in portward.service, where `KillMode=process` stands.
 STAY = "PORTWARD_WORKERS_STAY"
@@ -67,7 +67,7 @@ class Worker:
         theirs, self._lifeline = os.pipe()
         try:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "portward.gateway.worker",
+                *PYTHON, "-m", "portward.gateway.worker",
                 "--queue", str(self.queue), "--length", str(self._length), "--reader", self._reader,
                 "--table", os.fspath(self._table), "--tally", str(self._block), "--lifeline", str(theirs),
                 "--stay", str(self._stay),

@@ -8,7 +8,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -21,9 +20,10 @@ from portward.documents import enc_hook
 from portward.errors import PortwardError
 from portward.lab import namespaces
 from portward.model import Record
+from portward.resources import PYTHON
 from portward.store.protocol import key_of
 
-PROGRAM: Final = (sys.executable, "-m", "portward")
+PROGRAM: Final = (*PYTHON, "-m", "portward")
 _START_SECONDS: Final = 20.0
 _METRICS: Final = "127.0.0.1:9125"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.mail import READY, Fate, OpenSession, Outcome, Postbox, send
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
 from portward.model import Attachment, Exemption, ExemptionState, RateLimit, Record, Subscription
+from portward.resources import PYTHON
 from portward.store.document import yaml_text
 from portward.store.protocol import encode, key_of
 
@@ -106,7 +106,7 @@ def start_mail(lab: Lab, postbox: Postbox, *, detached: bool = False) -> subproc
     into a log beside the postbox: a server that outlives this process must not hold its terminal or pipe."""
     with postbox.path.with_suffix(".log").open("ab") as log:
         server = namespaces.start(
-            lab.internet, [sys.executable, "-m", "portward.lab.mail", str(postbox.path)],
+            lab.internet, [*PYTHON, "-m", "portward.lab.mail", str(postbox.path)],
             stdout=subprocess.PIPE, stderr=log, detached=detached,
         )  # fmt: skip
     assert server.stdout is not None  # noqa: S101 # asked for

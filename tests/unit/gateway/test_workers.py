@@ -1,0 +1,34 @@
+"""The processes that the daemon starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+START = """
+import asyncio
+from pathlib import Path
+from portward.config import QueueReader
+from portward.gateway.workers import Worker
+
+async def begin() -> None:
+    worker = Worker(0, 16, QueueReader.BATCH, Path("table"), print)
+    await worker.prepare()
+    await worker.stop()
+
+asyncio.run(begin())
+"""
+
+
+@pytest.mark.parametrize("option", ["-I", "-B"])
+def test_a_worker_of_an_isolated_daemon_imports_nothing_from_its_folder(tmp_path: Path, option: str) -> None:
+    """The package's program is isolated; without that the folder counts, as always with `-m`."""
+    (tmp_path / "argparse.py").write_text("open('taken', 'w').close()\n")
+    begin = tmp_path / "begin" / "begin.py"
+    begin.parent.mkdir()
+    begin.write_text(START)
+    subprocess.run([sys.executable, option, str(begin)], cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "taken").exists() == (option != "-I")
