@@ -2,7 +2,7 @@
 
     python3 -m vm.guest.connect SEGMENT
 
-A line for each: when it was begun, and after how many seconds it was open, null where that took too long.
+A line for each when it is begun, and another one when it is open: after how many seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     due = time.monotonic()
     with (RUN / f"connect-{segment}").open("a", buffering=1) as out:
         for number in itertools.count(16):
-            _begin(str(prefix[number % 4000]), waiting, chooser)
+            _begin(str(prefix[number % 4000]), waiting, chooser, out)
             due = max(due + EVERY, time.monotonic())
             while (left := due - time.monotonic()) > 0:
                 for key, _ in chooser.select(left):
@@ -45,12 +45,24 @@ def main() -> None:
                 _end(one, waiting, chooser, out, opened=False)
 
 
-def _begin(source: str, waiting: dict[socket.socket, float], chooser: selectors.BaseSelector) -> None:
+def read(began: float, end: float) -> list[float | None]:
+    """The seconds that each connection waited which was begun from one moment (monotonic) to another; None for one
+    that is not open yet, or never will be."""
+    found: dict[float, float | None] = {}
+    for path in RUN.glob("connect-*"):
+        for line in path.read_text().splitlines():
+            one = json.loads(line)
+            found[one["at"]] = one.get("wait")
+    return [wait for at, wait in found.items() if began <= at <= end]
+
+
+def _begin(source: str, waiting: dict[socket.socket, float], chooser: selectors.BaseSelector, out: TextIO) -> None:
     one = socket.socket()
     one.setblocking(False)
     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     one.bind((source, 0))
     waiting[one] = time.monotonic()
+    out.write(json.dumps({"at": waiting[one]}) + "\n")
     one.connect_ex((MAIL4, JUDGED))
     chooser.register(one, selectors.EVENT_WRITE)
 
@@ -66,7 +78,8 @@ def _end(
     at = waiting.pop(one)
     chooser.unregister(one)
     one.close()
-    out.write(json.dumps({"at": at, "wait": time.monotonic() - at if opened else None}) + "\n")
+    if opened:
+        out.write(json.dumps({"at": at, "wait": time.monotonic() - at}) + "\n")
 
 
 if __name__ == "__main__":

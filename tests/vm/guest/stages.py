@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from vm.guest import watcher
+from vm.guest import connect, watcher
 from vm.guest.machine import CONFIG, booted, configure, row, sh, until
 from vm.guest.told import tell
 from vm.guest.transfer import ENOUGH
@@ -250,14 +250,15 @@ def _removal() -> None:
     row("purge says that it stops enforcing", "", good="STOPS ENFORCING" in said)
     until(lambda: watcher.read()["leaked"] > 5, "packets come out")
     left = [path for path in ("/var/lib/portward", "/var/cache/portward", "/etc/portward") if Path(path).exists()]
-    row("… and leaves nothing", left or sh("nft list tables") or "no table", good=not left)
+    tables = sh("nft list tables")
+    row("… and leaves nothing", left or tables or "no table", good=not left and "portward" not in tables)
 
 
 # --- measuring ---
 
 
 def _nothing_came_out(when: str) -> None:
-    seen = watcher.read()
+    seen = watcher.newer()
     told = f"{seen['leaked']:.0f}, of other ports {seen['others']:.0f}, missed {seen['missed']:.0f}"
     good = seen["leaked"] == 0 and seen["others"] > 0 and seen["missed"] == 0
     row(f"blocked tenants' packets to port 25 on the uplink, {when}", told, good=good)
@@ -272,12 +273,13 @@ def _measured(what: str) -> Iterator[None]:
     _wait_active()
     end = time.monotonic()
     time.sleep(4)  # so that what waits is opened
-    tries = [json.loads(line) for line in (RUN / "connect-vni1001").read_text().splitlines()]
-    waits = [one["wait"] for one in tries if began <= one["at"] <= end]
+    waits = connect.read(began, end)
     worst = max((wait for wait in waits if wait is not None), default=None)
     lost = waits.count(None)
-    told = f"longest wait {worst:.2f} s, of {len(waits)}, {lost} never opened; {end - began:.0f} s"
-    row(f"{what}: new connections", told, good=worst is not None and worst <= _WORST and not lost)
+    told = f"longest wait {worst or 0:.2f} s, of {len(waits)}, {lost} not open; {end - began:.0f} s"
+    # Half as many as are begun in that time: the machine is slow, but who tries must not have stopped.
+    enough = len(waits) >= (end - began) / connect.EVERY / 2
+    row(f"{what}: new connections", told, good=worst is not None and worst <= _WORST and not lost and enough)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Sees every packet on the uplink, from before the gateway has a network until the machine is off.
 
 A packet of a blocked tenant to port 25 is told to the outside at once, since the machine may be off the
-next moment. The numbers so far lie in /run/vm/watch.json.
+next moment. The numbers so far lie in /run/vm/watch.json, written anew each half of a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     view.setsockopt(socket.SOL_SOCKET, 33, 1 << 24)  # SO_RCVBUFFORCE
     view.bind(("eth0", 0))
     view.settimeout(0.5)
-    numbers = {"leaked": 0, "others": 0, "allowed": 0, "missed": 0, "since": time.monotonic()}
+    numbers = {"leaked": 0, "others": 0, "allowed": 0, "missed": 0, "at": 0.0}
     written = 0.0
     while True:
         try:
@@ -42,6 +42,7 @@ def main() -> None:
             pass
         if time.monotonic() > written + 0.5:
             numbers["missed"] += struct.unpack("II", view.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))[1]
+            numbers["at"] = time.monotonic()
             new = RUN / "watch.new"
             new.write_text(json.dumps(numbers))
             new.rename(RUN / "watch.json")
@@ -69,8 +70,19 @@ def _take(data: bytes, numbers: dict[str, float]) -> None:
 
 
 def read() -> dict[str, float]:
-    """The numbers so far."""
+    """The numbers so far: packets `leaked`, `others`, `allowed` and `missed`; `at`, when that was (monotonic)."""
     found: dict[str, float] = json.loads(Path(RUN, "watch.json").read_text())
+    return found
+
+
+def newer(seconds: float = 60.0) -> dict[str, float]:
+    """The numbers as they were written after this call, and with more packets to another port than before it: the
+    watcher is alive, and so are those who send. Raises TimeoutError."""
+    began, before = time.monotonic(), read()["others"]
+    while (found := read())["at"] <= began or found["others"] <= before:
+        if time.monotonic() > began + seconds:
+            raise TimeoutError(f"not within {seconds:.0f} s: packets of blocked tenants to another port are seen")
+        time.sleep(0.1)
     return found
 
 
