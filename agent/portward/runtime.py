@@ -102,6 +102,15 @@ def running(folder: Path) -> int | None:
     return None
 
 
+def hidden(folder: Path) -> bool:
+    """Whether this user may not see if a daemon works on this table; `running` and `read_status` say None."""
+    try:
+        os.close(os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return False
+
+
 def read_status(folder: Path) -> dict[str, Any] | None:
     """The status that the running daemon last wrote; None where there is none."""
     try:

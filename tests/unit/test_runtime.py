@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from portward.runtime import Runtime
+from portward.runtime import Runtime, hidden
 
 CRASH = """
 import ctypes, os, signal, sys
@@ -46,3 +47,18 @@ def test_a_folder_that_cannot_hold_the_file_does_not_keep_it_from_starting(tmp_p
     runtime = Runtime(tmp_path)
     assert not runtime.crashed
     runtime.close()
+
+
+def test_who_may_not_see_whether_a_daemon_runs_is_not_told_that_none_does() -> None:
+    """`portward status` as anybody: the folder is the agent's alone."""
+    program = (
+        "import os, sys; from pathlib import Path; from portward.runtime import hidden; "
+        "os.setuid(65534); print(hidden(Path(sys.argv[1])))"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # root's alone, in a folder that everybody may enter
+        runtime = Runtime(Path(folder))
+        assert not hidden(Path(folder))
+        assert not hidden(Path(folder) / "nothing")
+        told = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=False)
+        runtime.close()
+    assert told.stdout == "True\n", told.stderr

@@ -11,7 +11,7 @@ import typer
 from portward import config as configuration
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.errors import PortwardError
-from portward.runtime import read_status, running
+from portward.runtime import hidden, read_status, running
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,6 +64,8 @@ def top(
 
 def _status(config: Any) -> dict[str, Any]:
     settings = configuration.load(config)
+    if hidden(settings.table):
+        raise PortwardError(f"table {settings.table}: only root and the agent's own user may see its status")
     pid = running(settings.table)
     if pid is None:
         raise PortwardError(
