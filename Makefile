@@ -82,12 +82,8 @@ bench-short: setup ## The ratios alone, in a minute; fails below a floor (root)
 deb: setup ## Build dist/portward_VERSION_amd64.deb
 	$(BIN)/python -m package.build
 
-install: packages ## Install into $(PREFIX), with the program in /usr/local/bin
-	$(PYTHON) -m venv $(PREFIX)
-	$(PREFIX)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	$(PREFIX)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .
-	ln -sf $(PREFIX)/bin/portward /usr/local/bin/portward
-	@echo "the units in systemd/ are for the package: make deb"
+install: setup ## Install program and units without the package: PREFIX (/opt/portward), DESTDIR
+	$(BIN)/python -m package.install --prefix "$(PREFIX)" --destdir "$(DESTDIR)/"
 
 clean: ## Remove what the other targets made in this folder
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -73,7 +73,7 @@ def pack(stage: Path, version: str, output: Path) -> Path:
     text = re.sub(r'(?m)^__version__ = ".*"$', f'__version__ = "{version}"', (stage / own).read_text())
     (stage / own).write_text(text)
     _compile(stage, own)
-    _documents(stage, version)
+    documents(stage, version)
     _control(stage, version)
     output.mkdir(parents=True, exist_ok=True)
     package = output / f"portward_{version}_amd64.deb"
@@ -86,7 +86,7 @@ def _environment(stage: Path) -> None:
     `activate`: the environment is one program's."""
     (stage / HOME / "bin").mkdir(parents=True)
     (stage / _SITE).mkdir(parents=True)
-    (stage / HOME / "bin" / "python3").symlink_to(f"../../../bin/{_PYTHON}")
+    (stage / HOME / "bin" / "python3").symlink_to(f"/usr/bin/{_PYTHON}")
     (stage / HOME / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
 
 
@@ -189,7 +189,8 @@ def _root(root: Path) -> None:
         (root / name).symlink_to(f"usr/{name}")
 
 
-def _documents(stage: Path, version: str) -> None:
+def documents(stage: Path, version: str) -> None:
+    """Puts the texts for people, the manual and the shells' completions there."""
     documents = stage / "usr/share/doc/portward"
     for name in ("README.md", "docs/operations.md", "docs/runbook.md", "docs/architecture.md"):
         _put(ROOT / name, documents / Path(name).name)

@@ -1,0 +1,160 @@
+"""`make install`: what the package would put on a machine, for machines that do without the package.
+
+    python -m package.install [--prefix FOLDER] [--destdir FOLDER]
+
+The program gets a folder of its own, the prefix. The units lie in /etc and not in /usr/local, and name the program
+there: what closes the port at boot is to be known before anything but the root file system is mounted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from package.build import HOME, ROOT, documents, prepare
+from portward import __version__
+
+_PROGRAM: Final = Path("usr/bin/portward")
+_CONFIGURATION: Final = Path("etc/portward/portward.toml")
+_UNIT: Final = Path("etc/systemd/system/portward.service")
+# Below the root folder: where the package has it → where it goes here. What is under none of these stays behind.
+_PLACES: Final = {
+    _PROGRAM: Path("usr/local/bin/portward"),
+    Path("etc"): Path("etc"),
+    Path("lib/systemd/system"): _UNIT.parent,
+    Path("usr/lib/sysusers.d"): Path("etc/sysusers.d"),
+    Path("usr/lib/tmpfiles.d"): Path("etc/tmpfiles.d"),
+    Path("usr/share/doc"): Path("usr/local/share/doc"),
+    Path("usr/share/man"): Path("usr/local/share/man"),
+    Path("usr/share/bash-completion"): Path("usr/local/share/bash-completion"),
+    Path("usr/share/fish"): Path("usr/local/share/fish"),
+    Path("usr/share/zsh/vendor-completions"): Path("usr/local/share/zsh/site-functions"),
+}
+# All that can be in the prefix.
+_OWN: Final = {"bin", "lib", "root", "pyvenv.cfg", "baseline", "closed.nft"}
+_GZIP: Final = b"\x1f\x8b"
+# Home folders and the like, which the units do not see.
+_UNSEEN: Final = ("home", "root", "run", "tmp")
+_NEXT: Final = """\
+The program is /usr/bin/portward, all of it in /usr/lib/portward. Nothing was started, nothing is enforced yet:
+  systemd-sysusers portward.conf && systemd-tmpfiles --create portward.conf && systemctl daemon-reload
+  edit /etc/portward/portward.toml: name your interfaces, begin with mode = "observe"
+  systemctl enable --now portward-baseline portward
+/usr/share/doc/portward/operations.md has it step by step."""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--prefix", type=Path, default=Path("/opt/portward"), help="a folder for portward alone")
+    parser.add_argument("--destdir", type=Path, default=Path("/"), help="what is taken for the root folder")
+    arguments = parser.parse_args()
+    prefix, root = arguments.prefix, arguments.destdir.absolute()
+    refusal = refused(prefix, root)
+    if refusal:
+        sys.exit(f"make install: {refusal}")
+    stage = ROOT / "build" / "install"
+    prepare(stage)
+    documents(stage, __version__)
+    install(stage, root, prefix)
+    print(told(_NEXT, prefix))
+
+
+def refused(prefix: Path, root: Path) -> str:
+    """Why nothing can be installed there; an empty text where nothing is in the way. What the prefix holds gives
+    way to the new, so nothing may be there that portward did not make."""
+    if not prefix.is_absolute() or ".." in prefix.parts or prefix.name != HOME.name:
+        return f"PREFIX={prefix}: a folder named {HOME.name} is wanted, by its whole path, as in /opt/portward"
+    if prefix.parts[1] in _UNSEEN:
+        return f"PREFIX={prefix}: the units see nothing below /{prefix.parts[1]}"
+    if (root / HOME).exists():
+        return "the package is installed here, whose units would be hidden: apt remove portward"
+    home = root / prefix.relative_to("/")
+    if home.is_symlink() or (home.exists() and not home.is_dir()):
+        return f"PREFIX={prefix} is no folder"
+    if home.exists() and (strange := sorted({path.name for path in home.iterdir()} - _OWN)):
+        return f"PREFIX={prefix} holds what is not portward's: {strange[0]}"
+    return ""
+
+
+def told(text: str, prefix: Path, places: Mapping[Path, Path] = _PLACES) -> str:
+    """A text that names the package's places, with those of here."""
+    for place, own in {HOME: prefix.relative_to("/"), **places}.items():
+        text = re.sub(rf"(?<![\w.-])/{place}(?![\w-]|\.\w)", f"/{own}", text)
+    return text
+
+
+def _direct(prefix: Path) -> Mapping[Path, Path]:
+    """The places for what starts before /usr/local may be there."""
+    return {**_PLACES, _PROGRAM: prefix.relative_to("/") / "bin" / "portward"}
+
+
+def install(stage: Path, root: Path, prefix: Path) -> None:
+    """Copies what is staged as for the package to its places below `root`. What is there is replaced, save the
+    configuration, by new files: a running agent keeps those that it has open."""
+    _program(stage, root, prefix)
+    for source, place in _rest(stage):
+        target = root / place
+        if place == _CONFIGURATION and target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.new")
+        beside.unlink(missing_ok=True)
+        if source.is_symlink():
+            beside.symlink_to(prefix / "bin" / "portward")
+        else:
+            shutil.copy(source, beside)
+            _tell(beside, prefix, _direct(prefix) if place.parent == _UNIT.parent else _PLACES)
+        beside.replace(target)
+    unit = root / _UNIT
+    unit.write_text(unit.read_text().replace("\n[Service]\n", f"\n[Service]\nBindReadOnlyPaths={prefix}\n"))
+
+
+def _program(stage: Path, root: Path, prefix: Path) -> None:
+    home = root / prefix.relative_to("/")
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".portward-", dir=home.parent) as folder:
+        new = Path(folder) / "new"
+        shutil.copytree(stage / HOME, new, symlinks=True)
+        for text in (new / "bin" / "portward", new / "baseline"):
+            _tell(text, prefix, _direct(prefix))
+        # The bytecode names its source.
+        subprocess.run(
+            [sys.executable, "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
+             "-s", new, "-p", prefix, new / "lib"],
+            check=True,
+        )  # fmt: skip
+        if home.exists():
+            home.rename(Path(folder) / "old")
+        new.rename(home)
+
+
+def _rest(stage: Path) -> Iterator[tuple[Path, Path]]:
+    """All files and links but those of the program's folder, and their places below the root folder."""
+    for there, here in _PLACES.items():
+        above = stage / there
+        for source in [above] if above.is_symlink() else sorted(above.rglob("*")):
+            if source.is_symlink() or source.is_file():
+                yield source, here / source.relative_to(above)
+
+
+def _tell(path: Path, prefix: Path, places: Mapping[Path, Path]) -> None:
+    """Gives a text, compressed or not, the places of here."""
+    data = path.read_bytes()
+    if data.startswith(_GZIP):
+        data = gzip.compress(told(gzip.decompress(data).decode(), prefix, places).encode(), 9, mtime=0)
+    else:
+        data = told(data.decode(), prefix, places).encode()
+    path.write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
