@@ -53,7 +53,7 @@ class Keeper:
 
     def _lift(self) -> None:
         """Takes CLOSED away, in a transaction after the one that it made needless. A process that dies in between
-        leaves both, and the next one lifts it; so it is looked for at a start and at each repair."""
+        leaves both, and the next one lifts it; so it is looked for at a start, at each repair and after a failure."""
         if self._closed:
             lift(self._nft, self._netlink)
             self._closed = False
@@ -83,6 +83,7 @@ class Keeper:
                 # Nothing of a ruleset stays behind where there was none; CLOSED does.
                 self._nft.load(f"delete table {FAMILY_TABLE}")
             self._nft.disturbed = True
+            self._closed = True  # an operator is told to load it by hand
             raise
 
     def intact(self) -> bool:
