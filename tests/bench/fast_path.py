@@ -23,7 +23,7 @@ from portward.model import Attachment, Subscription
 SOURCES = 1_000
 _PREFIXES = {DENIED: ("10.1.0.0/16", "2001:db8:1001:1::/64"), ALLOWED: ("10.2.0.0/16", "2001:db8:1001:2::/64")}
 _HOOK = "type filter hook {} priority {}; policy accept;"
-_SCREEN = _HOOK.format("prerouting", "raw - 1")  # where portward's own screen stands
+_SCREEN = _HOOK.format("prerouting", "raw - 2")  # where portward's own screen stands
 _FORWARD = _HOOK.format("forward", "filter")
 # At least one slice of each lane in half a second; the more rounds, the less the noise of the machine.
 _ROUNDS = 400

@@ -1,4 +1,4 @@
-"""Other programs on the same gateway that write rules or marks: they may break what is allowed, and open nothing."""
+"""Other programs on the gateway that write rules or marks: they may break what is allowed, and open nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from kernel.conftest import Gateway
+import pytest
+
+from kernel.conftest import ALLOWED, DENIED, Gateway
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
@@ -55,5 +57,69 @@ def test_while_the_ruleset_is_refused_a_port_closed_by_hand_stays_closed(
         owner.wait()
     until(lambda: tables(gateway) == {"portward", "lab"}, "the agent enforces, and takes the closed port away")
     until(lambda: gateway.agent.metrics()["portward_ruleset_broken"] == 0, "and says so")
+    assert gateway.passes(CONTOSO, "10.0.0.4")
+    assert not gateway.passes(FABRIKAM, "10.0.0.4")
+
+
+def other(*chains: str) -> str:
+    """A table of somebody else with these base chains."""
+    bodies = (f"chain c{number} {{ type filter hook {chain}; }}" for number, chain in enumerate(chains))
+    return "table inet other {\n" + "\n".join(bodies) + "\n}\n"
+
+
+MARKS = {
+    "none": "meta mark set 0",
+    "one": "meta mark set 1",
+    "allowed": "meta mark set 0x9",  # as a worker writes it in the epoch after the first
+    "masqueraded": "meta mark set meta mark | 0x4000",
+    "half": "meta mark set meta mark & 0xffff00ff",
+}
+# Before portward; where iptables has its table raw; behind it, where most who set marks do.
+PLACES = ("raw - 10", "raw", "raw + 1", "mangle")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("mark", MARKS)
+def test_who_sets_marks_changes_no_verdict(gateway: Gateway, mark: str, place: str) -> None:
+    address = f"10.0.{10 + PLACES.index(place)}.{10 + [*MARKS].index(mark)}"
+    gateway.source(CONTOSO, address, ALLOWED)
+    gateway.source(FABRIKAM, address, DENIED)
+    rule = f'iifname "vni*" tcp dport 25 {MARKS[mark]}'
+    namespaces.load(gateway.lab.gateway, other(f"prerouting priority {place}; {rule}"))
+    try:
+        for _ in range(2):  # by a worker's word, and remembered
+            assert gateway.passes(CONTOSO, address)
+            assert not gateway.passes(FABRIKAM, address)
+    finally:
+        namespaces.load(gateway.lab.gateway, "delete table inet other")
+
+
+def test_connection_marks_that_are_saved_and_restored_change_no_verdict(gateway: Gateway) -> None:
+    gateway.source(CONTOSO, "10.0.20.1", ALLOWED)
+    gateway.source(FABRIKAM, "10.0.20.1", DENIED)
+    rules_ = other(
+        'prerouting priority -199; iifname "vni*" meta mark set ct mark',
+        'postrouting priority srcnat + 50; oifname "up0" ct mark set ct mark | 0x4001',
+    )
+    namespaces.load(gateway.lab.gateway, rules_)
+    try:
+        for _ in range(2):
+            assert gateway.passes(CONTOSO, "10.0.20.1")
+            assert not gateway.passes(FABRIKAM, "10.0.20.1")
+    finally:
+        namespaces.load(gateway.lab.gateway, "delete table inet other")
+
+
+def test_chains_that_stand_elsewhere_are_put_where_they_belong(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    # As an older ruleset had them, with the table raw of others in between.
+    text = "delete table inet portward\ntable inet portward {\n"
+    text += "chain screen { type filter hook prerouting priority raw - 1; }\n"
+    text += "chain learn { type filter hook prerouting priority raw + 1; }\n}\n"
+    repairs = gateway.agent.metrics()["portward_ruleset_repairs_total"]
+    namespaces.load(gateway.lab.gateway, text)
+    until(lambda: gateway.agent.metrics()["portward_ruleset_repairs_total"] > repairs, "it is put back")
+    until(lambda: "hook prerouting priority raw - 2" in listed(gateway), "the chains stand where they should")
+    assert gateway.agent.metrics()["portward_ruleset_broken"] == 0
     assert gateway.passes(CONTOSO, "10.0.0.4")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")

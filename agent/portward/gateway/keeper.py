@@ -64,7 +64,8 @@ class Keeper:
 
     def _replacement(self, want: Wanted) -> str:
         same = self._learned.definitions() == want.definitions
-        return replacement(want, self._netlink.sets(TABLE), same_definitions=same)
+        hooks = self._netlink.hooks(TABLE)
+        return replacement(want, self._netlink.sets(TABLE), hooks, same_definitions=same)
 
     def _load_once(self, want: Wanted) -> None:
         # At a start, and not where somebody else has taken away what this process had loaded.

@@ -1,6 +1,6 @@
 """The bits of the packet mark that portward owns, and what they say.
 
-portward owns the low 16 bits, and only between its two prerouting chains (priority raw − 1 to raw + 1):
+portward owns the low 16 bits, and only between its two prerouting chains (priority raw − 2 and raw − 1):
 the screen clears them on every packet of a segment that it does not drop, the worker writes them with its
 verdict, the learning chain clears them again. All other bits belong to somebody else (policy routing,
 kube-proxy, fwmarks of VPNs) and are kept, by the worker too. The low half was taken since the well-known

@@ -43,6 +43,7 @@ _BATCH_BEGIN, _BATCH_END = 16, 17
 _DUMP_INTERRUPTED = 0x10
 
 _U32 = struct.Struct(">I")
+_I32 = struct.Struct(">i")
 _U64 = struct.Struct(">Q")
 
 
@@ -104,6 +105,16 @@ class NfNetlink:
         except FileNotFoundError:
             return set()
         return {name for name in found if not name.startswith("__")}
+
+    def hooks(self, table: str) -> dict[str, tuple[int, int]]:
+        """The base chains of an inet table, each with its hook and priority."""
+        found = {}
+        for reply in self._request(_GET_CHAIN, attribute(1, string(table)), NLM_F_DUMP):
+            attributes = dict(_attributes(reply))
+            if attributes.get(1) == string(table) and 4 in attributes:
+                hook = dict(_attributes(attributes[4]))
+                found[attributes[3].rstrip(b"\0").decode()] = (*_U32.unpack(hook[1]), *_I32.unpack(hook[2]))
+        return found
 
     def counters(self, table: str) -> dict[str, int]:
         """The named counters of an inet table: name → packets."""

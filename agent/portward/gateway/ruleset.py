@@ -8,7 +8,7 @@ is an error, so file and code cannot drift apart unseen.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum, auto
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple, TypeAlias
@@ -61,6 +61,8 @@ COUNTERS: Final = (
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
 # The committed rate of a segment may come at once for so many seconds.
 _COMMITTED_BURST: Final = 4
+# The base chains, with hook (prerouting) and priority: side by side, so that no chain of others is between them.
+_HOOKS: Final = {"screen": (0, -302), "learn": (0, -301)}
 _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
 
@@ -108,18 +110,25 @@ def observed(config: Config) -> tuple[str, ...]:
     return config.segments if config.mode is Mode.OBSERVE else config.verdicts.observe
 
 
-def replacement(want: Wanted, have_sets: Iterable[str], *, same_definitions: bool) -> str:
+def replacement(
+    want: Wanted,
+    have_sets: Iterable[str],
+    have_hooks: Mapping[str, tuple[int, int]],
+    *,
+    same_definitions: bool,
+) -> str:
     """One transaction that puts `want` in place of what is loaded, and keeps what the kernel remembers.
 
-    `have_sets` are the sets of the table now. Base chains stay: removing a hook would drop every packet that
-    waits in any queue of the namespace. What fills while it is loaded is made anew only where its definition
-    differs.
+    `have_sets` are the sets of the table now, `have_hooks` its base chains. These stay where they stand as they
+    should: removing a hook drops every packet that waits in any queue of the namespace. What fills while it is
+    loaded is made anew only where its definition differs.
     """
     have = set(have_sets)
     learned = {f"{name}{family}" for name in COUNTED_SETS.values() for family in "46"}
     rates = {f"{RATES}{family}" for family in "46"}
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
+    lines += [f"delete chain {FAMILY_TABLE} {name}" for name, at in have_hooks.items() if _HOOKS.get(name) != at]
     lines += [f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced") if name in have]
     lines += [f"delete set {FAMILY_TABLE} {name}" for name in RETIRED_SETS if name in have]
     if not same_definitions:

@@ -136,14 +136,27 @@ def test_each_worker_has_a_queue_and_is_asked_by_a_source_port_of_its_own() -> N
     ]
 
 
+HOOKS = {"screen": (0, -302), "learn": (0, -301)}
+
+
+def test_base_chains_that_stand_elsewhere_are_made_anew() -> None:
+    want = wanted(CONFIG, AZURE, native=False, state=STATE)
+    hooks = {"screen": (0, -302), "learn": (0, -299), "theirs": (0, -301)}
+    before = replacement(want, (), hooks, same_definitions=True).split(want.text)[0]
+    assert "delete chain inet portward learn\n" in before
+    assert "delete chain inet portward theirs\n" in before
+    assert "screen" not in before
+
+
 def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> None:
     want = wanted(CONFIG, AZURE, native=False, state=STATE)
-    kept = replacement(want, {"allow4", "segments", "open_segments", "epoch"}, same_definitions=True)
+    kept = replacement(want, {"allow4", "segments", "open_segments", "epoch"}, HOOKS, same_definitions=True)
     assert "flush set inet portward open_segments" in kept
     assert "delete set inet portward segments" in kept, "an older ruleset had it"
     assert "flush set inet portward epoch" in kept
     assert "allow4\n" not in kept.split(want.text)[0]
-    remade = replacement(want, {"allow4", "segments"}, same_definitions=False).split(want.text)[0]
+    assert "delete chain" not in kept, "removing a hook drops what waits in queues"
+    remade = replacement(want, {"allow4", "segments"}, HOOKS, same_definitions=False).split(want.text)[0]
     assert "delete set inet portward allow4" in remade
     assert "delete set inet portward allow6" not in remade, "there is none to delete"
 
