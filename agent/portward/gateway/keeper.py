@@ -53,7 +53,7 @@ class Keeper:
 
     def _lift(self) -> None:
         """Takes CLOSED away, in a transaction after the one that it made needless. A process that dies in between
-        leaves both, and the next one lifts it; so it is looked for at a start, at each repair and after a failure."""
+        leaves both, and the next one lifts it; so it is looked for at a start, a repair and after a failure."""
         if self._closed:
             lift(self._nft, self._netlink)
             self._closed = False
