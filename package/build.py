@@ -168,10 +168,12 @@ def _system_files(stage: Path) -> None:
     for source, target, mode in (
         ("portward.service", "lib/systemd/system/portward.service", 0o644),
         ("portward-baseline.service", "lib/systemd/system/portward-baseline.service", 0o644),
+        ("nftables.service.conf", "lib/systemd/system/nftables.service.d/portward.conf", 0o644),
         ("portward.preset", "lib/systemd/system-preset/50-portward.preset", 0o644),
         ("sysusers.conf", "usr/lib/sysusers.d/portward.conf", 0o644),
         ("tmpfiles.conf", "usr/lib/tmpfiles.d/portward.conf", 0o644),
         ("baseline", "usr/lib/portward/baseline", 0o755),
+        ("nftables", "usr/lib/portward/nftables", 0o755),
         ("portward.toml", "etc/portward/portward.toml", 0o644),
         ("../rules/nftables/closed.nft", "usr/lib/portward/closed.nft", 0o644),
     ):

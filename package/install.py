@@ -39,7 +39,7 @@ _PLACES: Final = {
     Path("usr/share/zsh/vendor-completions"): Path("usr/local/share/zsh/site-functions"),
 }
 # All that can be in the prefix.
-_OWN: Final = {"bin", "lib", "root", "pyvenv.cfg", "baseline", "closed.nft"}
+_OWN: Final = {"bin", "lib", "root", "pyvenv.cfg", "baseline", "closed.nft", "nftables"}
 _GZIP: Final = b"\x1f\x8b"
 # Home folders and the like, which the units do not see.
 _UNSEEN: Final = ("home", "root", "run", "tmp")
@@ -112,7 +112,7 @@ def install(stage: Path, root: Path, prefix: Path) -> None:
             beside.symlink_to(prefix / "bin" / "portward")
         else:
             shutil.copy(source, beside)
-            _tell(beside, prefix, _direct(prefix) if place.parent == _UNIT.parent else _PLACES)
+            _tell(beside, prefix, _direct(prefix) if _UNIT.parent in place.parents else _PLACES)
         beside.replace(target)
     unit = root / _UNIT
     unit.write_text(unit.read_text().replace("\n[Service]\n", f"\n[Service]\nBindReadOnlyPaths={prefix}\n"))
@@ -124,7 +124,7 @@ def _program(stage: Path, root: Path, prefix: Path) -> None:
     with TemporaryDirectory(prefix=".portward-", dir=home.parent) as folder:
         new = Path(folder) / "new"
         shutil.copytree(stage / HOME, new, symlinks=True)
-        for text in (new / "bin" / "portward", new / "baseline"):
+        for text in (new / "bin" / "portward", new / "baseline", new / "nftables"):
             _tell(text, prefix, _direct(prefix))
         # The bytecode names its source.
         subprocess.run(

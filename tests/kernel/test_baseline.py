@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -24,6 +24,7 @@ from portward.gateway.ruleset import Wanted
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL6, Lab
+from portward.resources import rules
 
 
 @pytest.fixture
@@ -66,6 +67,53 @@ def test_it_needs_neither_store_nor_table(booted: Gateway) -> None:
     booted.agent.configure(store="sqlite:/nowhere/portward.db", table="/nowhere/table")
     assert booted.agent.portward("rules", "baseline").returncode == 0
     assert not booted.passes(CONTOSO, "10.0.0.5")
+
+
+@pytest.fixture
+def nftables(booted: Gateway, tmp_path: Path) -> Callable[[str], None]:
+    """What the package has nftables.service run, with a file of the operator's that flushes all."""
+    own, script = tmp_path / "own.nft", tmp_path / "nftables"
+    own.write_text("flush ruleset\ntable inet own {\n  chain forward { type filter hook forward priority 0; }\n}")
+    text = (Path(__file__).resolve().parents[2] / "systemd/nftables").read_text()
+    text = text.replace("/etc/nftables.conf", str(own))
+    script.write_text(text.replace("/usr/lib/portward/closed.nft", str(rules("nftables", "closed.nft"))))
+
+    def run(word: str) -> None:
+        done = namespaces.run(booted.lab.gateway, ["sh", str(script), word])
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("word", ["start", "stop"])
+def test_nftables_service_closes_the_port_as_it_takes_the_rules(
+    booted: Gateway, nftables: Callable[[str], None], word: str
+) -> None:
+    """In one transaction, so nothing passes in between; then the agent opens it."""
+    assert booted.agent.portward("rules", "baseline").returncode == 0
+    with namespaces.inside(booted.lab.gateway):
+        netlink = NfNetlink()
+    for _ in range(2):  # also where nobody has put the ruleset back
+        before = netlink.generation()
+        nftables(word)
+        assert netlink.generation() == before + 1
+        assert tables(booted) == ["portward_closed"]
+        assert not booted.passes(FABRIKAM, "10.0.0.5")
+        assert booted.passes(FABRIKAM, "10.0.0.5", port=587)
+    netlink.close()
+    booted.agent.start()
+    assert tables(booted) == ["portward"]
+    assert booted.passes(CONTOSO, "10.0.0.6")
+    assert not booted.passes(FABRIKAM, "10.0.0.6")
+
+
+@pytest.mark.parametrize("word", ["start", "stop"])
+def test_nftables_service_closes_nothing_where_portward_does_not_enforce(
+    booted: Gateway, nftables: Callable[[str], None], word: str
+) -> None:
+    nftables(word)
+    assert tables(booted) == []
+    assert booted.passes(FABRIKAM, "10.0.0.5")
 
 
 def test_what_is_only_observed_passes(booted: Gateway) -> None:

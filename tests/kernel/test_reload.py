@@ -17,12 +17,14 @@ from portward.config import Config
 from portward.core import Core
 from portward.errors import KernelError
 from portward.gateway import mark, xtables
-from portward.gateway.keeper import close, closed, loaded
+from portward.gateway.keeper import closed, loaded
 from portward.gateway.links import Links
+from portward.gateway.nft import Nft
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Subscription
 from portward.policy import preset as presets
+from portward.resources import rules
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.database import TableError
@@ -123,9 +125,10 @@ def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
     assert not core.broken
 
 
-def test_a_port_that_was_closed_while_there_was_no_ruleset_is_opened_again(core: Core) -> None:
-    core._nft.load("delete table inet portward\n")
-    close(core._nft)
+@pytest.mark.parametrize("before", ["delete table inet portward\n", ""], ids=["no-ruleset", "beside-the-ruleset"])
+def test_a_port_that_was_closed_meanwhile_is_opened_again(core: Core, before: str) -> None:
+    """In one transaction of somebody else's, as nftables.service does it: with a `flush ruleset` or without."""
+    Nft().load(before + rules("nftables", "closed.nft").read_text())
     core.check()
     assert not core.broken
     assert loaded(core._netlink)

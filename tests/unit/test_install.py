@@ -18,12 +18,17 @@ def stage(tmp_path: Path) -> Path:
     for place, text in (
         ("usr/lib/portward/bin/portward", "#!/usr/lib/portward/bin/python3 -I\n"),
         ("usr/lib/portward/baseline", (ROOT / "systemd" / "baseline").read_text()),
+        ("usr/lib/portward/nftables", (ROOT / "systemd" / "nftables").read_text()),
         ("usr/lib/portward/closed.nft", "closed"),
         ("usr/lib/portward/lib/one.py", "1\n"),
         ("lib/systemd/system/portward.service", (ROOT / "systemd" / "portward.service").read_text()),
         (
             "lib/systemd/system/portward-baseline.service",
             (ROOT / "systemd" / "portward-baseline.service").read_text(),
+        ),
+        (
+            "lib/systemd/system/nftables.service.d/portward.conf",
+            (ROOT / "systemd" / "nftables.service.conf").read_text(),
         ),
         ("lib/systemd/system-preset/50-portward.preset", "enable\n"),
         ("usr/lib/sysusers.d/portward.conf", "u portward\n"),
@@ -51,6 +56,9 @@ def test_everything_names_the_places_where_it_lies(stage: Path, tmp_path: Path) 
     baseline = (root / "etc/systemd/system/portward-baseline.service").read_text()
     assert "\nExecStart=/opt/portward/baseline\n" in baseline
     assert "\nRequiresMountsFor=/usr /etc /opt/portward\n" in baseline
+    drop_in = root / "etc/systemd/system/nftables.service.d/portward.conf"
+    assert "ExecStop=/opt/portward/nftables stop" in drop_in.read_text()
+    assert "/opt/portward/closed.nft" in (root / "opt/portward/nftables").read_text()
     assert "/opt/portward/bin/portward rules baseline" in (root / "opt/portward/baseline").read_text()
     assert (root / "usr/local/bin/portward").readlink() == PREFIX / "bin/portward"
     assert (root / "etc/sysusers.d/portward.conf").exists()

@@ -91,6 +91,9 @@ def test_the_port_is_closed_again_after_whatever_nftables_service_does() -> None
     assert "nftables.service" in baseline["Install"]["WantedBy"].split()
     assert baseline["Unit"]["PartOf"] == baseline["Unit"]["ReloadPropagatedFrom"] == "nftables.service"
     assert baseline["Service"]["ExecReload"] == baseline["Service"]["ExecStart"]
+    for key, word in (("ExecStart", "start"), ("ExecReload", "start"), ("ExecStop", "stop")):
+        wanted = f"{key}=\n{key}=/usr/lib/portward/nftables {word}\n"  # in place of Debian's own
+        assert wanted in (SYSTEMD / "nftables.service.conf").read_text()
 
 
 STUBS = {

@@ -53,7 +53,7 @@ class Keeper:
 
     def _lift(self) -> None:
         """Takes CLOSED away, in a transaction after the one that it made needless. A process that dies in between
-        leaves both, and the next one lifts it; so it is looked for at a start, a repair and after a failure."""
+        leaves both, and the next one lifts it; so it is looked for at a start, and whenever somebody was there."""
         if self._closed:
             lift(self._nft, self._netlink)
             self._closed = False
@@ -88,12 +88,14 @@ class Keeper:
             raise
 
     def intact(self) -> bool:
-        """Whether what is loaded is what was loaded; costs one message where nobody has changed anything."""
+        """Whether what is loaded is what was loaded, and CLOSED is not; costs one message where nobody has changed
+        anything."""
         now = time.monotonic()
         if not self._disturbed() and now < self._looked + _LOOK_EVERY:
             return True
         self._looked = now
-        if self._netlink.fingerprint(TABLE, FIXED_SETS) != self._fingerprint:
+        # Who closes the port (portward-baseline, nftables.service, a person) need not have touched our ruleset.
+        if self._netlink.fingerprint(TABLE, FIXED_SETS) != self._fingerprint or closed(self._netlink):
             return False
         self._settle()
         return True
