@@ -81,6 +81,7 @@ def _first() -> None:
     _hardening()
     _journal()
     _reload()
+    _beside_nftables()
     _breaks()
     _nothing_came_out("in this boot")
     tell(stage="the store becomes unreachable, and the machine boots again")
@@ -143,6 +144,36 @@ def _reload() -> None:
     row("a bad one is refused, and told as an error", _journal_of(3).splitlines()[-1][:150], good=_pid() == before)
     configure()
     sh("systemctl reload portward")
+
+
+def _beside_nftables() -> None:
+    """Debian's own unit, whose file begins with `flush ruleset`, while a blocked tenant sends without a pause."""
+    tell(stage="nftables.service")
+    flood = _daemon("blue", "sender", "vni1002", "0")
+    for word in ("start", "reload", "restart", "stop"):
+        sh(f"systemctl {word} nftables")
+        until(lambda: _ours() == ["portward"], "the agent's ruleset", seconds=60)
+    row("the agent has its ruleset back after each of start, reload, restart and stop", "", good=True)
+    sh("systemctl stop portward")
+    for word in ("start", "reload", "restart"):
+        sh(f"systemctl {word} nftables")
+        until(lambda: _ours() == ["portward"], "the baseline's ruleset", seconds=60)
+    row("the baseline too, where no agent runs", "", good=True)
+    sh("systemctl stop nftables")
+    row("… and a stop leaves port 25 closed", _ours(), good=_ours() == ["portward_closed"])
+    sh("systemctl start portward")
+    _wait_active()
+    row("… until the agent starts", _ours(), good=_ours() == ["portward"])
+    flood.kill()
+    _nothing_came_out("while nftables.service came and went")
+    sh("systemctl enable --now nftables")  # and so each shutdown from here on flushes the rules
+    until(lambda: _ours() == ["portward"], "the agent's ruleset", seconds=60)
+
+
+def _ours() -> list[str]:
+    """portward's tables in the kernel."""
+    tables = [line.split()[-1] for line in sh("nft list tables").splitlines()]
+    return [name for name in tables if "portward" in name]
 
 
 def _forgets_after(seconds: int) -> float:
@@ -215,13 +246,11 @@ def _broken() -> None:
     _nothing_came_out("from power-on")
     failed = sh("systemctl is-active portward-baseline", check=False)
     row("portward-baseline failed, and stays so", failed, good=failed == "failed")
-    tables = sh("nft list tables")
-    row("what is loaded", tables, good=tables == "table inet portward_closed")
+    row("what is loaded", _ours(), good=_ours() == ["portward_closed"])
     row("who may send cannot either", _connects("vni1001"), good=_connects("vni1001") is None)
     configure()
     _wait_active()
-    tables = sh("nft list tables")
-    row("mended: the agent starts by itself", tables, good=tables == "table inet portward")
+    row("mended: the agent starts by itself", _ours(), good=_ours() == ["portward"])
     row("… and who may send can", _connects("vni1001"), good=_connects("vni1001") is not None)
     _without_python()
     _demo()
