@@ -6,10 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from portward import config as configuration
+from portward.config import Config, OnAgentDown
 from portward.errors import InputError, KernelError, PortwardError
 from portward.gateway import keeper, ruleset, xtables
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.model import Mode
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
 from portward.runtime import running
@@ -56,11 +58,18 @@ def baseline(path: Path) -> str:
         keeper.close(nft)
         raise PortwardError(f"no packet to port 25 is forwarded until this is mended: {error}") from error
     keeper.lift(nft, netlink)
-    return f"closed until portward runs: ports {_ports(preset)} for {', '.join(config.segments)}"
+    return _told(config, preset)
 
 
-def _ports(preset: Preset) -> str:
-    return ", ".join(map(str, preset.ports))
+def _told(config: Config, preset: Preset) -> str:
+    """What a ruleset without an agent does."""
+    segments, ports = ", ".join(config.segments), ", ".join(map(str, preset.ports))
+    if config.mode is Mode.OBSERVE:
+        return f'nothing is closed: mode = "observe", segments {segments}'
+    if config.on_agent_down is OnAgentDown.OPEN:
+        return f'nothing is closed: on_agent_down = "open", segments {segments}'
+    seen = f"; only observed: {', '.join(config.verdicts.observe)}" if config.verdicts.observe else ""
+    return f"closed until portward runs: ports {ports} for {segments}{seen}"
 
 
 def remove(path: Path) -> str:

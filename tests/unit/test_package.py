@@ -98,8 +98,8 @@ def test_the_port_is_closed_again_after_whatever_nftables_service_does() -> None
 
 STUBS = {
     "deb-systemd-helper": "exit 0",
-    "deb-systemd-invoke": 'echo "invoke $*"',
-    "systemctl": '[ "$1" != is-active ] || [ "$STATE" = active ]',
+    "deb-systemd-invoke": '[ "$STATE" != failing ]',
+    "systemctl": '[ "$1" != is-active ] || [ "$STATE" != inactive ]',
     "systemd-sysusers": "exit 0",
     "systemd-tmpfiles": "exit 0",
 }
@@ -109,11 +109,8 @@ STUBS = {
     ("arguments", "state", "said"),
     [
         ("configure", "inactive", "nothing is enforced yet"),
-        (
-            "configure 0.0.9",
-            "active",
-            "",
-        ),  # an upgrade: it is restarted
+        ("configure 0.0.9", "active", ""),  # an upgrade: it is restarted
+        ("configure 0.0.9", "failing", "the agent does not start"),
         ("configure 0.0.9", "inactive", "the agent does not run"),  # an installation after a removal
         ("abort-remove", "inactive", "the agent does not run"),
     ],

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from portward.config import Queue, QueueReader
-from portward.errors import KernelError
+from portward.errors import InputError, KernelError
 from portward.gateway.learned import Source
 from portward.gateway.tally import Tally
 from portward.gateway.worker import READY
@@ -21,6 +22,7 @@ from portward.resources import PYTHON
 
 # Set in portward.service, where `KillMode=process` stands.
 STAY = "PORTWARD_WORKERS_STAY"
+_LONGEST_STAY = 3600
 _START_SECONDS = 10.0
 _STOP_SECONDS = 3.0
 # A worker that dies at once is started again after a pause that grows to this.
@@ -160,8 +162,15 @@ def make(queue: Queue, table: Path, asked: Callable[[Source], None]) -> list[Wor
 
 def stay_seconds() -> float:
     """For how many seconds workers outlive the daemon: as the service manager's unit says, since that must not end
-    them either; else not at all."""
-    return float(os.environ.get(STAY, "0"))
+    them either; else not at all. Raises InputError for what is no number of seconds."""
+    text = os.environ.get(STAY, "0")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= _LONGEST_STAY:
+        raise InputError(f"{text!r}: seconds from 0 to {_LONGEST_STAY} are wanted", field=STAY)
+    return seconds
 
 
 async def _forward(process: asyncio.subprocess.Process) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from portward.errors import InputError
+from portward.gateway.workers import STAY, stay_seconds
+
 START = """
 import asyncio
 from pathlib import Path
@@ -32,3 +35,17 @@ def test_a_worker_of_an_isolated_daemon_imports_nothing_from_its_folder(tmp_path
     begin.write_text(START)
     subprocess.run([sys.executable, option, str(begin)], cwd=tmp_path, check=True, timeout=60)
     assert (tmp_path / "taken").exists() == (option != "-I")
+
+
+def test_workers_stay_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(STAY, raising=False)
+    assert stay_seconds() == 0
+    monkeypatch.setenv(STAY, "60")
+    assert stay_seconds() == 60
+
+
+@pytest.mark.parametrize("text", ["60s", "", "-1", "inf", "nan", "3601"])
+def test_what_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(STAY, text)
+    with pytest.raises(InputError, match=rf"^{STAY}: '{text}': seconds from 0 to 3600 are wanted$"):
+        stay_seconds()
