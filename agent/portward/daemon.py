@@ -249,7 +249,10 @@ class Daemon:
         try:
             while True:
                 asked = [worker for worker in self._workers if worker.ready]
+                began = time.monotonic()
                 silent = await self._silent(prober, asked)
+                if silent and self._core.keeper.loaded_at > began:
+                    continue  # the query may have gone with the rules that somebody took away
                 for worker in asked:
                     self._judge_worker(worker, silent=worker in silent)
                 if not silent and len(asked) == len(self._workers):

@@ -70,6 +70,20 @@ def test_a_worker_that_is_only_starting_is_not_taken_for_silent(make_gateway) ->
     assert status(gateway)["workers"][0]["restarts"] == 4
 
 
+def test_a_query_that_went_with_the_rules_of_others_ends_no_worker(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway()
+    until(lambda: answered(gateway) >= 1, "the first answer")
+    before = status(gateway)["workers"][0]["pid"]
+    for milliseconds in range(0, 16, 2):
+        # Right before the next query, which finds no rules then.
+        time.sleep(2 - (time.monotonic() + milliseconds / 1000) % 2)
+        namespaces.load(gateway.lab.gateway, "flush ruleset")
+        time.sleep(2.2)  # as long as the self-check is patient
+    assert divergences(gateway, "ruleset") == 8
+    assert divergences(gateway, "worker") == 0
+    assert status(gateway)["workers"][0]["pid"] == before
+
+
 def fed(gateway: Gateway, seconds: float) -> int:
     """How often the service manager's watchdog is fed within so many seconds."""
     socket, times = gateway.agent.notified, 0

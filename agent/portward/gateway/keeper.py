@@ -36,6 +36,7 @@ class Keeper:
         self._closed = True  # whether CLOSED may be there
         self._looked = time.monotonic()
         self.repairs = 0
+        self.loaded_at = 0.0  # when a ruleset was last put in place, by the monotonic clock
 
     def load(self, want: Wanted) -> None:
         """Puts `want` in place of what is loaded; what is remembered stays where the sets allow it. Idempotent;
@@ -48,6 +49,7 @@ class Keeper:
             # What was read must be what was loaded: nobody else was there in between.
             if not self._disturbed() and self._fingerprint is not None:
                 self._lift()
+                self.loaded_at = time.monotonic()
                 return
         raise KernelError("the ruleset changes faster than it can be loaded: somebody else writes it all the time")
 
