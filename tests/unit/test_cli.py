@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import typer
 from typer.main import get_command
 
+from portward.cli import usage
 from portward.cli.program import app
+from portward.errors import InputError
 
 
 def verbs(group: typer.Typer = app, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -50,12 +54,39 @@ def test_help_shows_an_example_of_the_verb_itself(verb: tuple[str, ...]) -> None
     assert f"Example: portward {' '.join(verb)}" in " ".join(command.help.split())
 
 
+@pytest.mark.parametrize("verb", list(verbs()), ids=" ".join)
+def test_help_names_what_an_option_or_an_argument_takes(verb: tuple[str, ...]) -> None:
+    """In words of ours, NAME or SECONDS: typer's are those of Python, <str> and <float range>."""
+    command = get_command(app)
+    for word in verb:
+        command = command.commands[word]  # type: ignore[attr-defined] # a group, until the last word
+    for one in command.params:
+        if not getattr(one, "is_flag", False):
+            assert one.metavar is not None, one.name
+            assert re.fullmatch(r"[A-Z:|]+", one.metavar)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
         (("explain", "vni1", "10.0.0.4", "--config", "/nowhere.toml"), 2, "/nowhere.toml: No such file"),
         (("check", "--config", "/nowhere.toml"), 2, "/nowhere.toml"),
         (("policy", "show", "azur-2020"), 2, "did you mean 'azure-2020'"),
+        (
+            ("expalin",),
+            2,
+            "no such command 'expalin'; did you mean 'explain', 'exemption'? (see `portward --help`)",
+        ),
+        (("a\nb",), 2, "no such command 'a\\nb'"),
+        (("run", "--bogus"), 2, "no such option: --bogus (see `portward run --help`)"),
+        (("run", "/nowhere.toml"), 2, "unexpected argument: /nowhere.toml"),
+        (("explain", "vni1"), 2, "ADDRESS: is missing"),
+        (("exemption", "reject", "x"), 2, "--reason: is missing"),
+        (("exemption", "limit", "x", "--rate", "0"), 2, "--rate: expected a number of at least 1 "),
+        (("exemption", "limit", "x", "--rate", "1000001"), 2, "--rate: expected a number of at most 1000000 "),
+        (("exemption", "limit", "x", "--rate", "many"), 2, "--rate: expected a whole number "),
+        (("exemption", "list", "--state", "gone"), 2, "--state: 'gone' is not one of 'none', 'requested'"),
+        (("top", "--interval", "often"), 2, "--interval: expected a number "),
     ],
 )
 def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], code: int, told: str) -> None:
@@ -65,6 +96,57 @@ def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], code: int, t
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("portward: ")
     assert told in result.stderr
+
+
+def test_a_file_that_may_not_be_read_is_told_as_any_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """typer would look before we do, and tell it in words of its own."""
+    path = tmp_path / "portward.toml"
+    path.write_text("segmants = 1\n")
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    monkeypatch.setattr(sys, "argv", ["portward", "status", "--config", str(path)])
+    with pytest.raises(InputError, match="segmants: unknown key"):
+        usage.run()
+
+
+def test_a_group_without_a_verb_shows_its_help() -> None:
+    result = portward("exemption")
+    assert result.returncode == 2
+    assert "Commands:" in result.stderr
+
+
+def test_output_that_finds_no_room_is_told_in_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "portward", "policy", "list"],
+            stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr == "portward: standard output: No space left on device\n"
+
+
+def test_an_interrupt_leaves_no_traceback() -> None:
+    """Also one that comes while libraries are loaded, which takes most of a short verb."""
+    look = (
+        "import sys, builtins; sys.argv[1:] = ['policy', 'list']\n"
+        "from portward.cli import main\n"
+        "load = builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        "    if name == 'typer': raise KeyboardInterrupt\n"
+        "    return load(name, *rest)\n"
+        "builtins.__import__ = interrupted\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (130, "")
+
+
+def test_a_question_that_nobody_answers_changes_nothing() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "portward", "rules", "remove"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr == "portward: stopped at the question: nothing was changed\n"
 
 
 def test_the_short_way_to_run_says_what_the_long_one_says() -> None:

@@ -32,8 +32,10 @@ def _group() -> None:
 
 @app.command()
 def started(
-    segment: Annotated[str, typer.Argument(help="The segment: an interface name such as vni1002.")],
-    address: Annotated[str, typer.Argument(help="The machine's address, IPv4 or IPv6.")],
+    segment: Annotated[
+        str, typer.Argument(metavar="SEGMENT", help="The segment: an interface name such as vni1002.")
+    ],
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The machine's address, IPv4 or IPv6.")],
     at: Annotated[
         str | None, typer.Option("--at", metavar="TIME", help="When it was started; without it, now.")
     ] = None,

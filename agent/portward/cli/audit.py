@@ -32,7 +32,9 @@ def audit(
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option("--key", help="Print only what changed this key, or the keys of attachments/SEGMENT."),
+        typer.Option(
+            "--key", metavar="KEY", help="Print only what changed this key, or the keys of attachments/SEGMENT."
+        ),
     ] = None,
     actor: Annotated[str | None, typer.Option("--actor", metavar="NAME", help="Print only what NAME did.")] = None,
     only_check: Annotated[bool, typer.Option("--check", help="Print the verdict alone.")] = False,

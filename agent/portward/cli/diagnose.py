@@ -16,7 +16,7 @@ def diagnose(
         str, typer.Argument(metavar="SUBSCRIPTION|SEGMENT", help="A subscription's UUID or name, or a segment.")
     ],
     address: Annotated[
-        str | None, typer.Argument(metavar="[ADDRESS]", help="After a segment: a source address in it.")
+        str | None, typer.Argument(metavar="ADDRESS", help="After a segment: a source address in it.")
     ] = None,
     lang: Annotated[
         str | None, typer.Option("--lang", metavar="LANG", help="en or fr; else as the locale says.")

@@ -38,12 +38,15 @@ app = typer.Typer(
 _WAIT_SECONDS: Final = 10.0
 # A list of a million ids, in bytes, with comments.
 _LARGEST_LIST: Final = 64 * 1024 * 1024
+_STATES: Final = ", ".join(State)
 _BURST: Final = RateLimit(per_minute=1).burst
 
 IdArgument: TypeAlias = Annotated[
     str, typer.Argument(metavar="SUBSCRIPTION", help="The subscription's id; it has one exemption.")
 ]
-ReasonOption: TypeAlias = Annotated[str, typer.Option("--reason", help="Why, for the log and the customer.")]
+ReasonOption: TypeAlias = Annotated[
+    str, typer.Option("--reason", metavar="TEXT", help="Why, for the log and the customer.")
+]
 UntilOption: TypeAlias = Annotated[
     str | None, typer.Option("--until", metavar="TIME", help="When it ends; without it, never.")
 ]
@@ -53,10 +56,13 @@ WaitOption: TypeAlias = Annotated[
 ]
 RateOption: TypeAlias = Annotated[
     int | None,
-    typer.Option("--rate", min=1, max=1_000_000, help="New connections a minute, of the whole subscription."),
+    typer.Option(
+        "--rate", metavar="N", min=1, max=1_000_000, help="New connections a minute, of the whole subscription."
+    ),
 ]
 BurstOption: TypeAlias = Annotated[
-    int | None, typer.Option("--burst", min=1, max=100_000, help=f"How many of them at once, else {_BURST}.")
+    int | None,
+    typer.Option("--burst", metavar="N", min=1, max=100_000, help=f"How many of them at once, else {_BURST}."),
 ]
 ClockOption: TypeAlias = Annotated[
     bool, typer.Option("--trust-clock", help="Also where the store's newest change lies after this host's time.")
@@ -66,12 +72,13 @@ ClockOption: TypeAlias = Annotated[
 @app.command()
 def request(
     id_: IdArgument,
-    justification: Annotated[str, typer.Option(help="Why mail cannot go through a relay.")] = "",
-    mail_software: Annotated[str, typer.Option(help="What sends the mail.")] = "",
-    volume: Annotated[int | None, typer.Option(min=1, help="Messages a day.")] = None,
+    justification: Annotated[str, typer.Option(metavar="TEXT", help="Why mail cannot go through a relay.")] = "",
+    mail_software: Annotated[str, typer.Option(metavar="TEXT", help="What sends the mail.")] = "",
+    volume: Annotated[int | None, typer.Option(metavar="N", min=1, help="Messages a day.")] = None,
     reverse_dns: Annotated[str, typer.Option(metavar="NAME", help="The name that the address points to.")] = "",
     authentication: Annotated[
-        list[Authentication] | None, typer.Option(help="In place for the sender's domain; more than once.")
+        list[Authentication] | None,
+        typer.Option(metavar="WHAT", help="spf, dkim or dmarc, in place for the sender's domain; more than once."),
     ] = None,
     terms: Annotated[bool, typer.Option("--terms", help="The terms of use are accepted.")] = False,
     until: UntilOption = None,
@@ -181,7 +188,9 @@ def revoke(
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Revoke those of a list: an id on each line.")
     ] = None,
-    offer: Annotated[str | None, typer.Option("--offer", help="Revoke all that are granted to an offer.")] = None,
+    offer: Annotated[
+        str | None, typer.Option("--offer", metavar="OFFER", help="Revoke all that are granted to an offer.")
+    ] = None,
     confirm: Annotated[
         int | None,
         typer.Option("--confirm", metavar="COUNT", min=0, help="How many --file or --offer are to revoke."),
@@ -225,9 +234,14 @@ def revoke(
 
 @app.command("list")
 def list_(
-    state: Annotated[list[State] | None, typer.Option("--state", help="Only these; more than once.")] = None,
-    offer: Annotated[str | None, typer.Option("--offer", help="Only those of an offer.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Only those whose name holds this.")] = None,
+    state: Annotated[
+        list[State] | None,
+        typer.Option("--state", metavar="STATE", help=f"Only these, of {_STATES}; more than once."),
+    ] = None,
+    offer: Annotated[str | None, typer.Option("--offer", metavar="OFFER", help="Only those of an offer.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="TEXT", help="Only those whose name holds this.")
+    ] = None,
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:

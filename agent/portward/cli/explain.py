@@ -11,8 +11,10 @@ from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 
 
 def explain(
-    segment: Annotated[str, typer.Argument(help="The segment: an interface name such as vni1002.")],
-    address: Annotated[str, typer.Argument(help="The source address, IPv4 or IPv6.")],
+    segment: Annotated[
+        str, typer.Argument(metavar="SEGMENT", help="The segment: an interface name such as vni1002.")
+    ],
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The source address, IPv4 or IPv6.")],
     to: Annotated[str | None, typer.Option("--to", metavar="ADDRESS", help="A destination.")] = None,
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,

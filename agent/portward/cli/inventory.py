@@ -49,7 +49,7 @@ class _Plan(NamedTuple):
 
 def apply(
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="FILE…", help="YAML or JSON; - for standard input.")
+        list[str] | None, typer.Argument(metavar="FILE", help="YAML or JSON; - for standard input.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")

@@ -13,7 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-NameOption = Annotated[str, typer.Option("--name", help="Several labs can stand side by side.")]
+NameOption = Annotated[str, typer.Option("--name", metavar="NAME", help="Several labs can stand side by side.")]
 
 
 @app.command()

@@ -10,7 +10,7 @@ import typer
 from portward.config import DEFAULT_PATH
 
 ConfigOption: TypeAlias = Annotated[
-    Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration.", show_default=True)
+    Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration.", readable=False)
 ]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")]
 

@@ -43,7 +43,7 @@ def list_(json: JsonOption = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A preset's name, or the path of your own.")],
+    name: Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name, or the path of your own.")],
     json: JsonOption = False,
 ) -> None:
     """Show what a preset says, offer by offer.

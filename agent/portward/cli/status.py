@@ -36,8 +36,10 @@ def status(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
 
 
 def top(
-    interval: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between readings.")] = 1.0,
-    count: Annotated[int, typer.Option("--count", min=0, help="Readings, 0 for ever.")] = 0,
+    interval: Annotated[
+        float, typer.Option("--interval", metavar="SECONDS", min=0.2, help="Seconds between readings.")
+    ] = 1.0,
+    count: Annotated[int, typer.Option("--count", metavar="N", min=0, help="Readings, 0 for ever.")] = 0,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
     """Show which sources send to port 25 now: packets a second by source, as the kernel counts them.
