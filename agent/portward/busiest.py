@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from portward.config import Config
 from portward.errors import KernelError
+from portward.gateway import keeper
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.ruleset import COUNTED_SETS, TABLE, Verdict
+from portward.gateway.ruleset import COUNTED_SETS, Verdict
 from portward.table.reader import Reader
 
 
@@ -29,10 +30,11 @@ class Busiest:
     """Sources by their rate."""
 
     def __init__(self, config: Config) -> None:
-        """Raises KernelError where no ruleset is loaded, TableError where there is no policy table."""
+        """Raises KernelError where no ruleset is loaded or the kernel may not be asked, TableError where there
+        is no policy table."""
         netlink = NfNetlink()
-        if not netlink.sets(TABLE):
-            raise KernelError("no ruleset of portward is loaded here, or this process may not ask (root?)")
+        if not keeper.loaded(netlink):
+            raise KernelError("no ruleset of portward is loaded here: nothing is enforced (start `portward run`)")
         self._learned = Learned(Nft(), netlink)
         self._reader = Reader.open(config.table)
         self._before: dict[tuple[Verdict, Source], int] = {}

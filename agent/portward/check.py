@@ -8,7 +8,7 @@ from pathlib import Path
 
 from portward import config as configuration
 from portward.errors import KernelError
-from portward.gateway import ruleset, xtables
+from portward.gateway import keeper, ruleset, xtables
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.policy import preset as presets
@@ -28,14 +28,15 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
         for pattern in patterns:
             found = [name for name in names if configuration.matches((pattern,), name)]
             yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
+    keeper.loaded(NfNetlink())  # libnftables would write to stderr itself where the kernel may not be asked
     nft = Nft()
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)
     try:
         nft.check(ruleset.wanted(config, preset, native=native, state=state).text)
     except KernelError as error:
-        raise KernelError(f"the kernel does not take the ruleset (root or CAP_NET_ADMIN?): {error}") from None
-    if not native:  # after the question that tells who may not ask
+        raise KernelError(f"the kernel does not take the ruleset: {error}") from None
+    if not native:
         xtables.require(NfNetlink())
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
     if not with_store:

@@ -1,6 +1,6 @@
 """`portward explain`: why a source may or may not send, from the same table that the workers read.
 
-Where no daemon runs it decides from the store, and says so. Where the kernel may be asked (CAP_NET_ADMIN) it
+Where no agent runs it decides from the store, and says so. Where the kernel may be asked (CAP_NET_ADMIN) it
 also tells whether the verdict is remembered now.
 """
 
@@ -146,7 +146,7 @@ def _from_store(config: Config, segment: str, address: Address) -> Known:
         revision, attachment, subscription, exemption = find(store, segment, address)
     finally:
         store.close()
-    return Known("store (no daemon runs here)", revision, attachment, subscription, exemption)
+    return Known("store (no agent runs here)", revision, attachment, subscription, exemption)
 
 
 def _explanation(

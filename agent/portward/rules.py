@@ -18,7 +18,7 @@ from portward.runtime import running
 
 
 def loaded() -> str:
-    """The ruleset as nft prints it; raises KernelError where there is none."""
+    """The ruleset as nft prints it; raises KernelError where there is none, or the kernel may not be asked."""
     netlink = NfNetlink()
     tables = [ruleset.FAMILY_TABLE] if keeper.loaded(netlink) else []
     tables += [f"inet {keeper.CLOSED}"] if keeper.closed(netlink) else []
@@ -26,6 +26,20 @@ def loaded() -> str:
         raise KernelError("no ruleset of portward is loaded here: nothing is enforced (start `portward run`)")
     nft = Nft()
     return "".join(map(nft.listing, tables))
+
+
+def without_agent(config: Config) -> str:
+    """What becomes of packets here while no agent runs, in words; `config` is what the last one ran with."""
+    try:
+        netlink = NfNetlink()
+        if keeper.loaded(netlink):
+            passed = config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE
+            return f"known verdicts stay in the kernel, unknown sources are {'passed' if passed else 'dropped'}"
+        if keeper.closed(netlink):
+            return "no packet to port 25 is forwarded: `portward rules baseline` could not load the ruleset"
+    except KernelError as error:
+        return f"what the kernel enforces is not known: {error}"
+    return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"
 
 
 def wanted(path: Path) -> str:

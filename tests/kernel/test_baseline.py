@@ -63,6 +63,12 @@ def test_nobody_sends_until_there_is_an_agent(booted: Gateway) -> None:
     assert not booted.passes(FABRIKAM, "10.0.0.6")
 
 
+def test_the_status_tells_an_open_port_from_a_closed_one(booted: Gateway) -> None:
+    assert "NOTHING IS ENFORCED" in booted.agent.portward("status").stderr
+    booted.agent.portward("rules", "baseline")
+    assert "unknown sources are dropped" in booted.agent.portward("status").stderr
+
+
 def test_it_needs_neither_store_nor_table(booted: Gateway) -> None:
     booted.agent.configure(store="sqlite:/nowhere/portward.db", table="/nowhere/table")
     assert booted.agent.portward("rules", "baseline").returncode == 0

@@ -70,9 +70,10 @@ def _status(config: Any) -> dict[str, Any]:
         raise PortwardError(f"table {settings.table}: only root and the agent's own user may see its status")
     pid = running(settings.table)
     if pid is None:
+        from portward import rules  # noqa: PLC0415 # a running agent is not looked up in the kernel
+
         raise PortwardError(
-            f"no agent runs on table {settings.table}: known verdicts stay in the kernel, unknown sources are "
-            f"{'passed' if settings.on_agent_down == 'open' else 'dropped'} (start `portward run`)"
+            f"no agent runs on table {settings.table}: {rules.without_agent(settings)} (start `portward run`)"
         )
     told = read_status(settings.table)
     if told is None:

@@ -6,8 +6,10 @@ our own transactions did, somebody else was there, and what is loaded is compare
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import Final
 
 from portward.errors import KernelError
@@ -131,13 +133,24 @@ class Keeper:
 
 
 def loaded(netlink: NfNetlink) -> bool:
-    """Whether portward's table is in this namespace."""
-    return bool(netlink.sets(TABLE))
+    """Whether portward's table is in this namespace; raises KernelError where the kernel may not be asked."""
+    with _asking():
+        return bool(netlink.sets(TABLE))
 
 
 def closed(netlink: NfNetlink) -> bool:
-    """Whether no packet to port 25 is forwarded at all in this namespace, see `close`."""
-    return netlink.fingerprint(CLOSED, ()) is not None
+    """Whether no packet to port 25 is forwarded at all in this namespace, see `close`; raises KernelError where
+    the kernel may not be asked."""
+    with _asking():
+        return netlink.fingerprint(CLOSED, ()) is not None
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise KernelError("asking the kernel for its rules takes root or CAP_NET_ADMIN") from error
 
 
 def begin(nft: Nft, want: Wanted) -> None:

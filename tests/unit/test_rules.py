@@ -1,0 +1,62 @@
+"""What `portward rules` and `portward status` say of the kernel, also where it may not be asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from portward import rules
+from portward.config import Config, OnAgentDown
+from portward.errors import KernelError
+from portward.gateway import keeper
+from portward.model import Mode
+
+CONFIG = Config(segments=("vni*",), uplinks=("up0",))
+
+
+class Forbidden:
+    """The kernel for who has no CAP_NET_ADMIN."""
+
+    def sets(self, _: str) -> set[str]:
+        """Is refused."""
+        raise PermissionError
+
+    def fingerprint(self, *_: object) -> bytes:
+        """Is refused."""
+        raise PermissionError
+
+
+@pytest.mark.parametrize("ask", [keeper.loaded, keeper.closed])
+def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
+    with pytest.raises(KernelError, match="takes root or CAP_NET_ADMIN"):
+        ask(Forbidden())
+
+
+@pytest.mark.parametrize(
+    ("loaded", "closed", "config", "told"),
+    [
+        (True, False, CONFIG, "unknown sources are dropped"),
+        (True, False, Config(segments=("a",), uplinks=("b",), mode=Mode.OBSERVE), "unknown sources are passed"),
+        (
+            True,
+            False,
+            Config(segments=("a",), uplinks=("b",), on_agent_down=OnAgentDown.OPEN),
+            "unknown sources are passed",
+        ),
+        (False, True, CONFIG, "no packet to port 25 is forwarded"),
+        (False, False, CONFIG, "NOTHING IS ENFORCED and port 25 is open"),
+    ],
+)
+def test_without_an_agent_what_is_said_is_what_the_kernel_does(
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, config: Config, told: str
+) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", object)
+    monkeypatch.setattr(keeper, "loaded", lambda _: loaded)
+    monkeypatch.setattr(keeper, "closed", lambda _: closed)
+    assert told in rules.without_agent(config)
+
+
+def test_without_an_agent_who_may_not_ask_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", Forbidden)
+    assert rules.without_agent(CONFIG).startswith("what the kernel enforces is not known: ")
