@@ -21,7 +21,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     Not `with_store`: an agent that has a policy table begins also where its store cannot be reached."""
     config = configuration.load(path)
     yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
-    preset = presets.load(config.preset)
+    preset = presets.load(config.preset, named_in=path)
     yield f"preset {preset.name}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
     names = [name for _, name in socket.if_nameindex()]
     for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks)):

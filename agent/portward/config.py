@@ -21,8 +21,11 @@ DEFAULT_PATH: Final = Path("/etc/portward/portward.toml")
 
 # What the kernel takes as an interface name (dev_valid_name in net/core/dev.c), then one wildcard at the end.
 _INTERFACE: Final = re.compile(r"[^\s/:*\"]{1,15}|[^\s/:*\"]{0,14}\*")
+# The URL of a store that there is a backend for; its path.
+STORE: Final = re.compile(r"sqlite:(.+)", re.DOTALL)
 # Queue numbers have 16 bits.
 _QUEUES: Final = 65_536
+_LAST_PORT: Final = 65_535
 _ADDRESS: Final = re.compile(r"(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
 Seconds = Annotated[int, Meta(ge=1, le=86_400)]
@@ -122,7 +125,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def metrics_address(self) -> tuple[str, int] | None:
         """Host and port of the metrics, None where they are switched off."""
         found = _ADDRESS.fullmatch(self.metrics.address)
-        return (found["host"].strip("[]"), int(found["port"])) if found else None
+        if found is None or int(found["port"]) > _LAST_PORT:
+            return None
+        return found["host"].strip("[]"), int(found["port"])
 
 
 def matches(patterns: tuple[str, ...], interface: str) -> bool:
@@ -164,6 +169,10 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
             yield f"{pattern!r} is none of the segments", ("verdicts", "observe", place)
     if config.metrics.address and config.metrics_address() is None:
         yield f"{config.metrics.address!r} is no HOST:PORT like 127.0.0.1:9125", ("metrics", "address")
+    if not STORE.fullmatch(config.store):
+        yield f"{config.store!r} is no store that this version knows: sqlite:PATH", ("store",)
+    if not config.table.is_absolute():  # a service has another folder than who writes this, and `check` than both
+        yield f"{str(config.table)!r} is no whole path: it begins with a '/'", ("table",)
     if config.exemptions.check and not config.exemptions.check[0]:
         yield "names no program: its path comes first, then its arguments", ("exemptions", "check", 0)
     if config.queue.first + config.queue.workers > _QUEUES:

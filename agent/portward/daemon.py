@@ -119,7 +119,7 @@ class Daemon:
             _log.error("portward crashed the last time: %s", runtime.crashed)
         if runtime.table_cut_off:
             put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
-        preset = presets.load(self._config.preset)
+        preset = presets.load(self._config.preset, named_in=self._path)
         self._workers = workers.make(self._config.queue, self._config.table, self._ask_rate)
         for worker in self._workers:
             stack.push_async_callback(worker.stop)
@@ -218,7 +218,7 @@ class Daemon:
 
     async def _take(self, config: Config) -> None:
         """Puts another configuration in force; raises PortwardError, and then the one before stays."""
-        preset = presets.load(config.preset)
+        preset = presets.load(config.preset, named_in=self._path)
         for name in _FIXED:
             if getattr(config, name) != getattr(self._config, name):
                 raise PortwardError(f"{self._path}: {name} cannot change while portward runs: restart it")

@@ -80,7 +80,7 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
         raise InputError(
             f"{segment!r} is none of the segments of {path}: {', '.join(config.segments)}", field="SEGMENT"
         )
-    preset = presets.load(config.preset)
+    preset = presets.load(config.preset, named_in=path)
     known = _from_table(config, preset, segment, source) or _from_store(config, segment, source)
     return _explanation(config, preset, known, segment, source, destination)
 

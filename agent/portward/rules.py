@@ -47,7 +47,7 @@ def wanted(path: Path) -> str:
     config = configuration.load(path)
     state = ruleset.State(0, synced=False)
     native = xtables.has_native_queue(Nft())
-    return ruleset.wanted(config, presets.load(config.preset), native=native, state=state).text
+    return ruleset.wanted(config, presets.load(config.preset, named_in=path), native=native, state=state).text
 
 
 def baseline(path: Path) -> str:
@@ -63,7 +63,7 @@ def baseline(path: Path) -> str:
         return "portward's ruleset is loaded already: nothing is changed"
     try:
         config = configuration.load(path)
-        preset = presets.load(config.preset)
+        preset = presets.load(config.preset, named_in=path)
         state = ruleset.State(0, synced=False)
         keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state))
     except PortwardError as error:

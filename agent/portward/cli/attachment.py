@@ -56,7 +56,7 @@ def started(
     with closing(open_store(settings.store)) as store:
         desk = Casework(
             store,
-            presets.load(settings.preset),
+            presets.load(settings.preset, named_in=config),
             settings,
             actor=acting(actor),
             clock=utc_now,

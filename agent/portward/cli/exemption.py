@@ -308,7 +308,7 @@ def _desk(
     path: Path, actor: str | None, *, trust_clock: bool = False
 ) -> Iterator[tuple[Casework, Config, Preset]]:
     settings = configuration.load(path)
-    preset = presets.load(settings.preset)
+    preset = presets.load(settings.preset, named_in=path)
     with closing(open_store(settings.store)) as store:
         desk = Casework(store, preset, settings, actor=acting(actor), clock=utc_now, trust_clock=trust_clock)
         yield desk, settings, preset

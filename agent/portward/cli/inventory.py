@@ -17,6 +17,7 @@ from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.clock import utc_now
 from portward.errors import InputError, PortwardError
 from portward.policy import preset as presets
+from portward.policy.preset import Preset
 from portward.store import open_store
 from portward.store.difference import (
     Difference,
@@ -81,9 +82,10 @@ def apply(
             raise InputError("missing: name an inventory, or - for standard input", field="FILE")
         _confirm(settings.store, who, json=json)
         return
+    preset = presets.load(settings.preset, named_in=config)
     with _progress() as step:
-        plan = _plan(settings, files, step, prune=prune)
-        held = None if confirm else _too_many(settings, plan)
+        plan = _plan(settings, preset, files, step, prune=prune)
+        held = None if confirm else _too_many(settings, preset, plan)
         if held is not None and not dry_run:
             raise PortwardError(f"nothing was written: this {held}; --dry-run shows it, --confirm applies it")
         revision = plan.revision if dry_run else _write(settings.store, plan, who, step, confirm=confirm)
@@ -106,10 +108,10 @@ def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
         sys.stdout.write(piece)
 
 
-def _plan(settings: configuration.Config, files: list[str], step: Step, *, prune: bool) -> _Plan:
+def _plan(settings: configuration.Config, preset: Preset, files: list[str], step: Step, *, prune: bool) -> _Plan:
     """Reads and checks everything; raises InputError at the first mistake."""
     inventory = read_inventory(files, step("reading", None))
-    check_offers(inventory, presets.load(settings.preset))
+    check_offers(inventory, preset)
     check_starts(inventory, utc_now())
     step("comparing", None)
     try:
@@ -127,9 +129,8 @@ def _stored(url: str) -> tuple[dict[str, str], int]:
         return {key: body for key, body in records if key != CONFIRMED}, revision
 
 
-def _too_many(settings: configuration.Config, plan: _Plan) -> HeldError | None:
+def _too_many(settings: configuration.Config, preset: Preset, plan: _Plan) -> HeldError | None:
     """Why the agents would hold the change; None where they would not."""
-    preset = presets.load(settings.preset)
     try:
         check_flips(plan.have, plan.change.puts(), preset, share=settings.max_flip_share, now=utc_now())
     except HeldError as held:

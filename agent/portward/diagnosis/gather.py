@@ -36,7 +36,7 @@ def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[
     segment `who`, and the preset by which it is judged. Raises InputError for what is no address or segment,
     PortwardError where nothing is found, or a name is that of several."""
     config = configuration.load(path)
-    preset = presets.load(config.preset)
+    preset = presets.load(config.preset, named_in=path)
     source = None if address is None else _source(config, path, who, address)
     with closing(accounts(config, preset)) as place:
         facts = _of_account(config, preset, place, who) if source is None else (

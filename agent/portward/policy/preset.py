@@ -101,16 +101,18 @@ def bundled() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in rules("policy").glob("*.toml")))
 
 
-def load(name: str) -> Preset:
+def load(name: str, *, named_in: Path | None = None) -> Preset:
     """The preset of that name, or the file at that path (with a `/`, or ending in `.toml`).
 
-    Raises InputError with file, line and field of what is wrong, or with the names that there are.
+    Raises InputError with file, line and field of what is wrong, or with the names that there are; `named_in` is
+    the configuration whose `preset` says the name.
     """
     if "/" in name or name.endswith(".toml"):
         return _read(Path(name))
     if name not in bundled():
         hint = nearest(name, bundled())
-        raise InputError(f"no preset is called {brief(name)}; {hint} (your own: a path)", field="preset")
+        problem = f"no preset is called {brief(name)}; {hint} (your own: a path)"
+        raise InputError(problem, field="PRESET") if named_in is None else mistake(named_in, problem, "preset")
     return _read(rules("policy", f"{name}.toml"))
 
 

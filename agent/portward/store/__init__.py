@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from portward.config import STORE
 from portward.errors import InputError
 from portward.store.protocol import Store
 from portward.store.sqlite import SqliteStore
@@ -12,7 +13,7 @@ from portward.store.sqlite import SqliteStore
 def open_store(url: str, *, create: bool = False) -> Store:
     """The store at `sqlite:PATH`, made where it is missing if `create`. Raises InputError for another kind of
     URL, NoStoreError where it is missing, StoreError where it cannot be opened."""
-    scheme, _, rest = url.partition(":")
-    if scheme == "sqlite" and rest:
-        return SqliteStore(Path(rest), create=create)
-    raise InputError(f"{url!r} is no store that this version knows: sqlite:PATH", field="store")
+    found = STORE.fullmatch(url)
+    if found is None:
+        raise InputError(f"{url!r} is no store that this version knows: sqlite:PATH", field="store")
+    return SqliteStore(Path(found[1]), create=create)
