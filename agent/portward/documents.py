@@ -163,6 +163,12 @@ class _Brief(reprlib.Repr):
         self.maxlevel = 2
         self.maxstring = self.maxother = _LONGEST_VALUE
 
+    def repr_bool(self, x: bool, _: int) -> str:
+        return str(x).lower()
+
+    def repr_NoneType(self, *_: object) -> str:  # noqa: N802 # reprlib finds it by the type's name
+        return "nothing"
+
     def repr_int(self, x: int, level: int) -> str:
         # Python turns no number of more than 4,300 digits into text.
         return repr(x) if x.bit_length() <= 256 else f"a number of {x.bit_length()} bits"

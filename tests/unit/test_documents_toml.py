@@ -83,7 +83,7 @@ REFUSED = {
     'name = 3': (1, "name", "expected text in quotes, got 3"),
     'name = "x"\nday = 3': (2, "day", "expected a date like 2017-11-15, got 3"),
     'name = "x"\n\n[main]\nsize = 12': (4, "main.size", "expected a whole number of at most 9, got 12"),
-    'name = "x"\n[main]\nsize = true': (3, "main.size", "expected a whole number, got True"),
+    'name = "x"\n[main]\nsize = true': (3, "main.size", "expected a whole number, got true"),
     'name = "x"\nmain.size = 0': (2, "main.size", "expected a whole number of at least 1, got 0"),
     'name = "x"\nmain = { colour = "red",\tsize = "1" }': (2, "main.size", "expected a whole number, got '1'"),
     'name = "x"\nmain = 3': (2, "main", "expected a table, got 3"),

@@ -139,7 +139,11 @@ def _exemption_mistakes(record: Exemption) -> Iterator[tuple[str, str]]:
     if record.state in (ExemptionState.REQUESTED, ExemptionState.REJECTED) and record.limit is not None:
         yield "limit", f"an exemption that is {record.state} lets nothing through: only a grant takes a limit"
     if record.requested is not None and record.decided is not None and record.decided < record.requested:
-        when = f"{record.decided.isoformat()} is before `requested`, {record.requested.isoformat()}"
+        when = f"{_utc(record.decided)} is before `requested`, {_utc(record.requested)}"
         yield "decided", when
     if record.until is not None and record.decided is not None and record.until <= record.decided:
-        yield "until", f"{record.until.isoformat()} is not after `decided`, {record.decided.isoformat()}"
+        yield "until", f"{_utc(record.until)} is not after `decided`, {_utc(record.decided)}"
+
+
+def _utc(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
