@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from portward import config as configuration
+from portward.documents import mistake
 from portward.errors import KernelError
 from portward.gateway import keeper, ruleset, xtables
 from portward.gateway.nfnetlink import NfNetlink
@@ -21,6 +23,8 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     Not `with_store`: an agent that has a policy table begins also where its store cannot be reached."""
     config = configuration.load(path)
     yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
+    if config.table.exists() and not config.table.is_dir():
+        raise mistake(path, f"{str(config.table)!r} is no folder", "table")
     preset = presets.load(config.preset, named_in=path)
     yield f"preset {preset.name}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
     names = [name for _, name in socket.if_nameindex()]
@@ -41,6 +45,9 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
     if not with_store:
         return
+    # It is the verbs' to run, not the agent's, which begins without it and sees less of the file system.
+    if (command := config.exemptions.check) and shutil.which(command[0]) is None:
+        yield f"exemptions.check: {command[0]} cannot be run here: each request for review waits for a person"
     store = open_store(config.store)
     yield f"store {config.store}: revision {store.revision()}"
     store.close()
