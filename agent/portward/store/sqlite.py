@@ -320,9 +320,11 @@ class SqliteStore:
 
     def _find(self, *, create: bool) -> None:
         if "\0" in str(self._path):
-            raise NoStoreError(f"{self._name}: no file has a NUL in its name")
+            raise StoreError(f"{self._name}: no file has a NUL in its name")
         if not self._path.parent.is_dir():
-            raise NoStoreError(f"{self._name}: there is no folder {self._path.parent}")
+            raise StoreError(f"{self._name}: there is no folder {self._path.parent}")
+        if self._path.is_dir():
+            raise StoreError(f"{self._name}: a folder; the store is a file")
         if self._path.exists():
             return
         if not create:
@@ -607,12 +609,17 @@ def _instant(text: object) -> datetime:
         return datetime.min.replace(tzinfo=UTC)
 
 
+_CHECK_PERMISSIONS: Final = (
+    "check the permissions of the file and of its folder, and that their file system is not read-only"
+)
 _WORDS: Final = {
     "SQLITE_BUSY": f"another process has held it locked for {_PATIENCE:.0f} s; try again",
     "SQLITE_NOTADB": "this file is no SQLite database",
-    "SQLITE_READONLY": "it cannot be written: check the permissions of the file and of its folder",
-    "SQLITE_CANTOPEN": "it cannot be opened: check the permissions of the file and of its folder",
-    "SQLITE_PERM": "it cannot be opened: check the permissions of the file and of its folder",
+    "SQLITE_READONLY": f"it cannot be written: {_CHECK_PERMISSIONS}",
+    "SQLITE_CANTOPEN": f"it cannot be opened: {_CHECK_PERMISSIONS}",
+    "SQLITE_PERM": f"it cannot be opened: {_CHECK_PERMISSIONS}",
+    # On a full disk also for who only reads: the index of the log of writes, beside the file, takes some room.
+    "SQLITE_IOERR": "it cannot be read or written (disk I/O error): is there room on the disk, is the disk whole?",
     "SQLITE_FULL": "the disk is full; nothing was written",
     "SQLITE_CORRUPT": "the database is damaged; restore it from a backup, or apply the inventory to a new one",
 }

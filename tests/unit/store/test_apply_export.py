@@ -204,6 +204,8 @@ def test_a_missing_folder_is_an_error(run: Run, files: Path) -> None:
     config.write_text(config.read_text().replace("portward.db", "gone/portward.db"))
     with pytest.raises(StoreError, match=f"there is no folder {files}/gone"):
         run("apply", "inventory.yaml")
+    with pytest.raises(StoreError, match=f"there is no folder {files}/gone"):  # it promises nothing that fails
+        run("apply", "--dry-run", "inventory.yaml")
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])

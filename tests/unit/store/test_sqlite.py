@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sqlite3
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -20,6 +22,8 @@ from portward.store import open_store
 from portward.store.protocol import NoStoreError, Put, key_of
 from portward.store.sqlite import SqliteStore
 from unit.store.samples import ALL, CONTOSO, FABRIKAM, MACHINE, NOON, held, opened, put, texts, write
+
+PERMISSIONS = "check the permissions of the file and of its folder, and that their file system is not read-only"
 
 
 def test_a_new_store_is_empty_at_revision_0(store: SqliteStore) -> None:
@@ -206,6 +210,12 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         open_store(f"sqlite:{tmp_path}/gone/portward.db", create=True)
 
 
+@pytest.mark.parametrize("create", [True, False])
+def test_a_folder_in_its_place_is_told(tmp_path: Path, *, create: bool) -> None:
+    with pytest.raises(StoreError, match="a folder; the store is a file"):
+        open_store(f"sqlite:{tmp_path}", create=create)
+
+
 def test_a_store_of_a_newer_version_is_left_alone(store: SqliteStore, path: Path) -> None:
     with closing(sqlite3.connect(path)) as other:
         other.execute("PRAGMA user_version = 3")
@@ -236,11 +246,6 @@ def test_an_empty_file_is_no_store_and_becomes_one(path: Path) -> None:
         assert write(store, put(CONTOSO)) == 1
 
 
-def test_a_folder_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="it cannot be opened"):
-        opened(tmp_path)
-
-
 def test_a_store_that_is_locked_for_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portward.store.sqlite._PATIENCE", 0.05)
     with closing(opened(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -258,6 +263,40 @@ def test_a_full_disk_is_told_and_leaves_nothing(store: SqliteStore) -> None:
     assert (store.revision(), len(held(store))) == (1, 1)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_a_full_disk_is_told_also_to_who_only_reads(tmp_path: Path) -> None:
+    with mounted(tmp_path, "size=256k") as folder:
+        with closing(opened(folder / "portward.db")) as store:
+            write(store, put(CONTOSO))
+        with contextlib.suppress(OSError):
+            (folder / "fill").write_bytes(bytes(256 * 1024))
+        with pytest.raises(StoreError, match="is there room on the disk"):
+            SqliteStore(folder / "portward.db")
+        (folder / "fill").unlink()
+        with closing(SqliteStore(folder / "portward.db")) as store:
+            assert store.revision() == 1, "nothing is lost"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_a_file_system_that_is_read_only_is_told(tmp_path: Path) -> None:
+    with mounted(tmp_path, "size=1m") as folder:
+        with closing(opened(folder / "portward.db")) as store:
+            write(store, put(CONTOSO))
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        with pytest.raises(StoreError, match="their file system is not read-only"):
+            SqliteStore(folder / "portward.db")
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system, mounted on a folder."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 def test_accepted_changes_survive_a_power_cut(store: SqliteStore) -> None:
     # 2 is FULL: the WAL is synced at every commit (sqlite.org/pragma.html#pragma_synchronous).
     assert store._connection.execute("PRAGMA synchronous").fetchone() == (2,)
@@ -270,20 +309,14 @@ def test_whoever_may_not_write_is_told_so(tmp_path: Path) -> None:
         write(store, put(CONTOSO))
     path.chmod(0o444)
     told = as_nobody(tmp_path, "store = SqliteStore(path)\nwrite(store, put(FABRIKAM))")
-    assert (
-        told
-        == f"StoreError: sqlite:{path}: it cannot be written: check the permissions of the file and of its folder"
-    )
+    assert told == f"StoreError: sqlite:{path}: it cannot be written: {PERMISSIONS}"
 
 
 def test_whoever_may_not_read_is_told_so(path: Path) -> None:
     opened(path).close()
     path.chmod(0)
     told = as_nobody(path.parent, "SqliteStore(path)")
-    assert (
-        told
-        == f"StoreError: sqlite:{path}: it cannot be opened: check the permissions of the file and of its folder"
-    )
+    assert told == f"StoreError: sqlite:{path}: it cannot be opened: {PERMISSIONS}"
 
 
 def test_whoever_may_not_enter_the_folder_is_told_so(path: Path) -> None:
