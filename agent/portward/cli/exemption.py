@@ -224,10 +224,12 @@ def revoke(
         ids = _listed(file) if file is not None else _granted(desk, offer or "")
         _confirm(len(ids), confirm)
         began = time.monotonic()
-        revision = desk.revoke_all(ids, reason).revision if ids else 0
+        revision = desk.revoke_all(ids, reason).revision if ids else desk.store.revision()
         took = _wait(agent, revision, began)
     if json:
         _print({"revoked": len(ids), "revision": revision, "enforced_after_ms": _ms(took)})
+    elif not ids:
+        typer.echo(f"nothing to revoke, the store stays at revision {revision}")
     else:
         typer.echo(f"revoked {_exemptions(len(ids))}, as revision {revision}{_enforced(took)}")
 
@@ -336,7 +338,8 @@ def _id(text: str) -> UUID:
         return UUID(text)
     except ValueError:
         raise InputError(
-            f"{text!r} is no subscription's id; `portward exemption list --name {text}` may find it",
+            f"{text!r} is no subscription's id like 11111111-0000-4000-8000-000000000001; where it is a name, "
+            "`portward diagnose` says whose id that is",
             field="SUBSCRIPTION",
         ) from None
 

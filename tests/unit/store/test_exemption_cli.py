@@ -198,6 +198,13 @@ def test_many_are_revoked_with_their_count_or_not_at_all(run: Run, files: Path, 
         assert confirmed_alone(store.get("confirmed")) == 4, "however many it flips"
 
 
+def test_a_list_of_nobody_revokes_nothing_and_says_at_which_revision(run: Run, files: Path) -> None:
+    (files / "ids").write_text("# nobody\n")
+    many = ("revoke", "--file", "ids", "--reason", "spam", "--confirm", 0)
+    assert run(*many).stdout == "nothing to revoke, the store stays at revision 1\n"
+    assert json.loads(run(*many, "--json").stdout) == {"revoked": 0, "revision": 1, "enforced_after_ms": None}
+
+
 def test_a_list_is_told_with_file_and_line(run: Run, files: Path) -> None:
     (files / "ids").write_text(f"{PAYG.id}\nfabrikam\n")
     with pytest.raises(InputError, match=r"^ids:2: 'fabrikam' is no subscription's id$"):
@@ -252,7 +259,8 @@ def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> Non
     [
         (
             ("show", "fabrikam"),
-            "SUBSCRIPTION: 'fabrikam' is no subscription's id; `portward exemption list --name",
+            "SUBSCRIPTION: 'fabrikam' is no subscription's id like 11111111-0000-4000-8000-000000000001; "
+            "where it is a name, `portward diagnose` says whose id that is",
         ),
         (("show", PAYG.id), "nobody has asked for an exemption of"),
         (("show", "11111111-0000-4000-8000-0000000000ff"), "no subscription 11111111-0000-4000-8000-0000000000ff"),
