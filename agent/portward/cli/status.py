@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 
 import msgspec
 import typer
@@ -14,10 +16,19 @@ from portward.errors import PortwardError
 from portward.runtime import hidden, read_status, running
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from portward.busiest import Row
 
 # The daemon writes its status each second: an older one is told as old.
 _STALE_SECONDS = 5.0
+# The columns of `top` that hold numbers.
+_NUMBERS: Final = (3, 4)
+
+
+class Show(Protocol):
+    """Shows one reading of `top`."""
+
+    def __call__(self, rows: list[Row], *, first: bool) -> None:
+        """See `_screen`."""
 
 
 def status(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
@@ -44,23 +55,41 @@ def top(
 ) -> None:
     """Show which sources send to port 25 now: packets a second by source, as the kernel counts them.
 
+    On a terminal the busiest of them, over and over in one place; else all of them, reading by reading.
+
     Example: portward top --interval 2
     """
-    from rich.console import Console  # noqa: PLC0415 # only this verb needs these
-    from rich.live import Live  # noqa: PLC0415 # as above
-
-    from portward.busiest import Busiest  # noqa: PLC0415 # as above
+    from portward.busiest import Busiest  # noqa: PLC0415 # only this verb needs it
 
     busiest = Busiest(configuration.load(config))
-    console = Console()
-    with Live(console=console, auto_refresh=False, transient=False) as live:
+    with _screen() as show:
+        show(busiest.read(time.monotonic()), first=True)
         readings = 0
-        while count == 0 or readings <= count:
-            rows = busiest.read(time.monotonic())
-            live.update(_top_table(rows[: max(5, console.height - 6)]), refresh=True)
+        while count == 0 or readings < count:
+            time.sleep(interval)
+            show(busiest.read(time.monotonic()), first=False)
             readings += 1
-            if count == 0 or readings <= count:
-                time.sleep(interval)
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[Show]:
+    """What shows rows: in place on a terminal, cut off at its edges; else as plain lines, without the first
+    reading, which has no rates."""
+    from rich.console import Console  # noqa: PLC0415 # only `top` needs these
+    from rich.live import Live  # noqa: PLC0415 # as above
+    from rich.text import Text  # noqa: PLC0415 # as above
+
+    console = Console()
+    if not console.is_terminal:
+        yield lambda rows, *, first: None if first else typer.echo("\n".join(_top_lines(rows)))
+        return
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+
+        def show(rows: list[Row], *, first: bool) -> None:  # it is replaced by the next one
+            lines = _top_lines(rows[: max(5, console.height - 6)])
+            live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
+
+        yield show
     console.print()
 
 
@@ -136,16 +165,19 @@ def _self_check(told: dict[str, Any]) -> str:
     return f"check     {when}{last}"
 
 
-def _top_table(rows: list[Any]) -> Table:
-    from rich.table import Table  # noqa: PLC0415 # as above
-
-    table = Table(box=None, pad_edge=False)
-    for title, justify in (("segment", "left"), ("source", "left"), ("verdict", "left"),
-                           ("packets/s", "right"), ("packets", "right"), ("subscription", "left")):  # fmt: skip
-        table.add_column(title, justify=justify)  # type: ignore[arg-type] # a literal
-    for row in rows:
-        table.add_row(row.segment, row.source, row.verdict, f"{row.rate:.1f}", str(row.packets), row.owner)
-    return table
+def _top_lines(rows: list[Row]) -> list[str]:
+    cells = [("segment", "source", "verdict", "packets/s", "packets", "subscription")]
+    cells += [
+        (row.segment, row.source, row.verdict, f"{row.rate:.1f}", str(row.packets), row.owner) for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place in _NUMBERS else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
 
 
 def _span(seconds: float) -> str:
