@@ -17,7 +17,7 @@ from portward import config as configuration
 from portward import exemptions
 from portward.casework import Casework, Done, Row
 from portward.cli.actor import ActorOption, acting
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption
 from portward.cli.times import instant
 from portward.clock import utc_now
 from portward.config import Config
@@ -244,7 +244,7 @@ def list_(
     name: Annotated[
         str | None, typer.Option("--name", metavar="TEXT", help="Only those whose name holds this.")
     ] = None,
-    json: JsonOption = False,
+    json: JsonLinesOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
     """List exemptions, with what each waits for.
@@ -286,7 +286,7 @@ def show(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAU
 
 
 @app.command()
-def history(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
+def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
     """Print all that has happened to an exemption, the oldest first.
 
     Example: portward exemption history 11111111-0000-4000-8000-000000000002

@@ -13,5 +13,8 @@ ConfigOption: TypeAlias = Annotated[
     Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration.", readable=False)
 ]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")]
+JsonLinesOption: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print JSON, for a machine: an object on each line.")
+]
 
-__all__ = ["DEFAULT_PATH", "ConfigOption", "JsonOption"]
+__all__ = ["DEFAULT_PATH", "ConfigOption", "JsonLinesOption", "JsonOption"]
