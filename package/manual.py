@@ -17,7 +17,12 @@ _FILES = (
     ("/usr/share/doc/portward/operations.md", "how to install, configure, upgrade and remove it"),
     ("/usr/share/doc/portward/runbook.md", "what to do when something is wrong"),
 )
-_CODES = (("0", "Done."), ("1", "Refused, or not found."), ("2", "Bad usage, or bad input."))
+_CODES = (
+    ("0", "Done."),
+    ("1", "Refused, or not found."),
+    ("2", "Bad usage, or bad input."),
+    ("130", "Interrupted (Ctrl-C)."),
+)
 
 
 def pages(version: str, date: datetime) -> Iterator[tuple[str, str]]:
