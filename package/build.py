@@ -62,7 +62,7 @@ def prepare(stage: Path) -> None:
     _portward(stage)
     _program(stage)
     _strip(stage)
-    _compile(stage, _SITE)
+    compile_below(stage, _SITE)
     _system_files(stage)
 
 
@@ -72,7 +72,7 @@ def pack(stage: Path, version: str, output: Path) -> Path:
     own = _SITE / "portward" / "__init__.py"
     text = re.sub(r'(?m)^__version__ = ".*"$', f'__version__ = "{version}"', (stage / own).read_text())
     (stage / own).write_text(text)
-    _compile(stage, own)
+    compile_below(stage, own)
     documents(stage, version)
     _control(stage, version)
     output.mkdir(parents=True, exist_ok=True)
@@ -154,12 +154,13 @@ def _strip(stage: Path) -> None:
         _run("strip", "--strip-unneeded", library)
 
 
-def _compile(stage: Path, what: Path) -> None:
-    """Bytecode for all of it: the agent's user cannot write it there, and a start does not wait for it. dpkg owns
-    both source and bytecode, so no start compares them."""
+def compile_below(root: Path, what: Path, *, at: Path = Path("/")) -> None:
+    """Bytecode for `what` below the folder `root`, which will lie at `at`, since bytecode names its source: the
+    agent's user cannot write it there, and a start does not wait for it. Whoever replaces the source replaces it
+    too, so no start compares them."""
     _run(
         f"/usr/bin/{_PYTHON}", "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
-        "-s", stage, "-p", "/", stage / what,
+        "-s", root, "-p", at, root / what,
     )  # fmt: skip
 
 

@@ -12,14 +12,13 @@ import argparse
 import gzip
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from package.build import HOME, ROOT, documents, prepare
+from package.build import HOME, ROOT, compile_below, documents, prepare
 from portward import __version__
 
 _PROGRAM: Final = Path("usr/bin/portward")
@@ -126,12 +125,7 @@ def _program(stage: Path, root: Path, prefix: Path) -> None:
         shutil.copytree(stage / HOME, new, symlinks=True)
         for text in (new / "bin" / "portward", new / "baseline", new / "nftables"):
             _tell(text, prefix, _direct(prefix))
-        # The bytecode names its source.
-        subprocess.run(
-            [sys.executable, "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
-             "-s", new, "-p", prefix, new / "lib"],
-            check=True,
-        )  # fmt: skip
+        compile_below(new, Path("lib"), at=prefix)
         if home.exists():
             home.rename(Path(folder) / "old")
         new.rename(home)
