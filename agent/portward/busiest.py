@@ -34,7 +34,7 @@ class Busiest:
         is no policy table."""
         netlink = NfNetlink()
         if not keeper.loaded(netlink):
-            raise KernelError("no ruleset of portward is loaded here: nothing is enforced (start `portward run`)")
+            raise KernelError(keeper.NOT_LOADED)
         self._learned = Learned(Nft(), netlink)
         self._reader = Reader.open(config.table)
         self._before: dict[tuple[Verdict, Source], int] = {}

@@ -23,7 +23,7 @@ def loaded() -> str:
     tables = [ruleset.FAMILY_TABLE] if keeper.loaded(netlink) else []
     tables += [f"inet {keeper.CLOSED}"] if keeper.closed(netlink) else []
     if not tables:
-        raise KernelError("no ruleset of portward is loaded here: nothing is enforced (start `portward run`)")
+        raise KernelError(keeper.NOT_LOADED)
     nft = Nft()
     return "".join(map(nft.listing, tables))
 
@@ -36,7 +36,7 @@ def without_agent(config: Config) -> str:
             passed = config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE
             return f"known verdicts stay in the kernel, unknown sources are {'passed' if passed else 'dropped'}"
         if keeper.closed(netlink):
-            return "no packet to port 25 is forwarded: `portward rules baseline` could not load the ruleset"
+            return f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} stands where no ruleset is"
     except KernelError as error:
         return f"what the kernel enforces is not known: {error}"
     return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"

@@ -16,7 +16,7 @@ from kernel.conftest import lab_name
 from portward.config import Config
 from portward.core import Core
 from portward.errors import KernelError
-from portward.gateway import mark, xtables
+from portward.gateway import mark, ruleset, xtables
 from portward.gateway.keeper import closed, loaded
 from portward.gateway.links import Links
 from portward.gateway.nft import Nft
@@ -55,6 +55,11 @@ def core(tmp_path: Path) -> Iterator[Core]:
             yield core
         finally:
             core.close()
+
+
+def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Core) -> None:
+    """Others would be made anew at each load, and what waits in queues be dropped."""
+    assert core._netlink.hooks(ruleset.TABLE) == ruleset._HOOKS
 
 
 def in_step(core: Core) -> bool:

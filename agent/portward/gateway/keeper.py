@@ -25,6 +25,7 @@ from portward.resources import rules
 _LOOK_EVERY: Final = 10.0
 _LOAD_TRIES: Final = 5
 CLOSED: Final = "portward_closed"  # the table of rules/nftables/closed.nft
+NOT_LOADED: Final = "no ruleset of portward is loaded here: nothing is enforced (start `portward run`)"
 
 _log = logging.getLogger("portward.ruleset")
 
@@ -35,7 +36,6 @@ class Keeper:
     def __init__(self, nft: Nft, netlink: NfNetlink, learned: Learned) -> None:
         self._nft, self._netlink, self._learned = nft, netlink, learned
         self._fingerprint: bytes | None = None
-        self._closed = True  # whether CLOSED may be there
         self._looked = time.monotonic()
         self.repairs = 0
         self.loaded_at = 0.0  # when a ruleset was last put in place, by the monotonic clock
@@ -50,17 +50,12 @@ class Keeper:
             self._fingerprint = self._netlink.fingerprint(TABLE, FIXED_SETS)
             # What was read must be what was loaded: nobody else was there in between.
             if not self._disturbed() and self._fingerprint is not None:
-                self._lift()
+                # In a transaction after the one that made it needless. A process that dies in between leaves both,
+                # and the next one lifts it.
+                lift(self._nft, self._netlink)
                 self.loaded_at = time.monotonic()
                 return
         raise KernelError("the ruleset changes faster than it can be loaded: somebody else writes it all the time")
-
-    def _lift(self) -> None:
-        """Takes CLOSED away, in a transaction after the one that it made needless. A process that dies in between
-        leaves both, and the next one lifts it; so it is looked for at a start, and whenever somebody was there."""
-        if self._closed:
-            lift(self._nft, self._netlink)
-            self._closed = False
 
     def check(self, want: Wanted) -> None:
         """Asks the kernel whether it would take `want` in place of what is loaded; raises KernelError."""
@@ -88,7 +83,6 @@ class Keeper:
                 # Nothing of a ruleset stays behind where there was none; CLOSED does.
                 self._nft.load(f"delete table {FAMILY_TABLE}")
             self._nft.disturbed = True
-            self._closed = True  # an operator is told to load it by hand
             raise
 
     def intact(self) -> bool:
@@ -116,8 +110,6 @@ class Keeper:
     def repair(self, want: Wanted) -> None:
         """Loads the ruleset again and counts it; raises KernelError."""
         self.repairs += 1
-        # Whoever found no ruleset may have closed the port: portward-baseline after nftables.service, a person.
-        self._closed = True
         _log.warning("the ruleset was changed by somebody else: it is put back")
         self.load(want)
 
