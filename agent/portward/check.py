@@ -32,7 +32,8 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
         for pattern in patterns:
             found = [name for name in names if configuration.matches((pattern,), name)]
             yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
-    keeper.loaded(NfNetlink())  # libnftables would write to stderr itself where the kernel may not be asked
+    netlink = NfNetlink()
+    keeper.loaded(netlink)  # libnftables would write to stderr itself where the kernel may not be asked
     nft = Nft()
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)
@@ -41,7 +42,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     except KernelError as error:
         raise KernelError(f"the kernel does not take the ruleset: {error}") from None
     if not native:
-        xtables.require(NfNetlink())
+        xtables.require(netlink)
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
     if not with_store:
         return
