@@ -19,13 +19,15 @@ from typing import Final
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vm.image import Image, disk, image
-from vm.machine import Machine
+from vm.machine import EmulatorError, Machine
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 # What the whole target should take once the image is there; and when a machine that does not come to its end is
 # switched off, which a busy host may make slow, but not so slow.
 _GOAL: Final = 15 * 60.0
 _SECONDS: Final = 40 * 60.0
+# The longest that the machine may tell nothing: what it waits for itself ends sooner (the demo: 400 s).
+_SILENCE: Final = 8 * 60.0
 _PAYLOAD_BYTES: Final = 128 << 20
 
 
@@ -46,6 +48,9 @@ def main() -> int:
         _payload(folder, arguments.old, arguments.new)
         try:
             return _run(made, folder)
+        except EmulatorError as error:
+            print(f"\n{error}\nONCE MORE FROM THE START, with one thread of qemu's for both cores: twice as slow")
+            return _run(made, folder, threads="single")
         finally:
             if arguments.keep:
                 arguments.keep.mkdir(parents=True, exist_ok=True)
@@ -63,13 +68,13 @@ def _payload(folder: Path, old: Path, new: Path) -> None:
     disk(payload, folder / "payload.disk", _PAYLOAD_BYTES)
 
 
-def _run(made: Image, folder: Path) -> int:
+def _run(made: Image, folder: Path, threads: str = "multi") -> int:
     began = time.monotonic()
     passed = failed = 0
     ended, leaks = False, True
-    with Machine(made, folder / "payload.disk", folder) as machine:
+    with Machine(made, folder / "payload.disk", folder, threads) as machine:
         try:
-            for words in machine.words(_SECONDS):
+            for words in machine.words(_SECONDS, _SILENCE):
                 at = time.monotonic() - began
                 leaks = words.get("leaks", leaks)
                 if "leak" in words and leaks:
@@ -90,8 +95,8 @@ def _run(made: Image, folder: Path) -> int:
             print(error)
     if not ended:
         failed += 1
-        print("the machine did not come to the end of its tests; its console ends:")
-        print("\n".join(machine.console.read_text(errors="replace").splitlines()[-15:]))
+        print("the machine did not come to the end of its tests; its console says:")
+        print("\n".join(machine.last_words()))
     took = time.monotonic() - began
     print(f"\n{passed} passed, {failed} failed, {took:.0f} s{_missed(took)}")
     return 1 if failed else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -15,6 +16,18 @@ from vm.image import Image
 QEMU: Final = "qemu-system-x86_64"
 _MEMORY: Final = "2048"
 _PAUSE: Final = 0.2
+# What a kernel says of itself when it does not get on any more.
+_COMPLAINT: Final = re.compile(
+    r"rcu: INFO|soft lockup|hard LOCKUP|hung_task|blocked for more than|BUG:|Oops|Kernel panic"
+)
+_COMPLAINT_LINES: Final = 120
+_AT: Final = re.compile(r"Comm:|RIP: 0010:")
+_CALL: Final = re.compile(r" ([\w.]+)\+0x")  # those with a question mark are what earlier calls left on the stack
+_LAST: Final = 8
+# The handler in which a CPU is found that comes to the same breakpoint again and again, and after how many seconds
+# of silence it is looked for: the kernel reports a CPU that is stuck after half as many.
+_BREAKPOINT: Final = b"asm_exc_int3"
+_LOOKED_AT: Final = 60.0
 # An old one boots in half the time: what newer ones can do beyond it costs more to emulate than it saves.
 _CPU: Final = "Nehalem"
 # Without KVM each change of page tables costs much, and the mitigations change them at every system call.
@@ -26,19 +39,24 @@ def available() -> bool:
     return shutil.which(QEMU) is not None
 
 
+class EmulatorError(RuntimeError):
+    """qemu executes what no longer stands in the machine's memory."""
+
+
 class Machine:
     """A machine that is on while the `with` lasts. What it writes to the image's disk goes with it; the second
-    disk, `payload`, is read only."""
+    disk, `payload`, is read only. With `threads` single, one thread of qemu's is both cores in turn."""
 
-    def __init__(self, image: Image, payload: Path, folder: Path) -> None:
-        self._image, self._payload = image, payload
+    def __init__(self, image: Image, payload: Path, folder: Path, threads: str = "multi") -> None:
+        self._image, self._payload, self._threads = image, payload, threads
         self.console, self._told = folder / "console", folder / "told"
 
     def __enter__(self) -> Machine:
-        self._told.touch()
+        self.console.write_bytes(b"")
+        self._told.write_bytes(b"")
         self._process = subprocess.Popen(
             [
-                QEMU, "-accel", "tcg,thread=multi", "-cpu", _CPU, "-smp", "2", "-m", _MEMORY,
+                QEMU, "-accel", f"tcg,thread={self._threads}", "-cpu", _CPU, "-smp", "2", "-m", _MEMORY,
                 "-nodefaults", "-display", "none",
                 "-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd),
                 "-append", _KERNEL,
@@ -54,9 +72,12 @@ class Machine:
         self._process.kill()
         self._process.wait()
 
-    def words(self, seconds: float) -> Iterator[dict[str, Any]]:
-        """What the machine tells, line by line, until it is off. Raises TimeoutError after so many seconds."""
+    def words(self, seconds: float, silence: float) -> Iterator[dict[str, Any]]:
+        """What the machine tells, line by line, until it is off. Raises TimeoutError after so many seconds, and
+        where it tells nothing for `silence` seconds; EmulatorError where that is because qemu sees a breakpoint
+        that the kernel has taken away (`guest/keys.py`)."""
         deadline = time.monotonic() + seconds
+        told_at = time.monotonic()
         rest = b""
         with self._told.open("rb") as told:
             while True:
@@ -65,9 +86,26 @@ class Machine:
                 rest = lines.pop()
                 for line in lines:
                     if line.strip():
+                        told_at = time.monotonic()
                         yield json.loads(line)
                 if off:
                     return
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"the machine was still on after {seconds:.0f} s")
+                silent = time.monotonic() - told_at
+                if silent > _LOOKED_AT and _BREAKPOINT in self.console.read_bytes():
+                    raise EmulatorError("qemu is in a breakpoint that is gone:\n" + "\n".join(self.last_words()))
+                if silent > silence:
+                    raise TimeoutError(f"the machine told nothing for {silence:.0f} s")
                 time.sleep(_PAUSE)
+
+    def last_words(self) -> list[str]:
+        """The console's last lines, and above them what the kernel first complained of, where it did: the function
+        that each stack was in, and those that called it."""
+        said = self.console.read_text(errors="replace").splitlines()
+        lines = [line.partition("] ")[2] or line for line in said if line.strip()]
+        first = next((number for number, line in enumerate(lines) if _COMPLAINT.search(line)), len(lines))
+        said = lines[first : first + _COMPLAINT_LINES]
+        kept = [line for line in said if _COMPLAINT.search(line) or _AT.search(line)]
+        called = [found[1] for line in said if (found := _CALL.match(line))]
+        return [*kept, " < ".join(called), "…", *lines[-_LAST:]] if kept else lines[-_LAST:]

@@ -14,6 +14,7 @@ import time
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+from vm.guest.keys import hold_timestamps
 from vm.guest.told import tell
 from vm.guest.world import BLOCKED, BLOCKED6, JUDGED, OTHER, RUN, SEGMENTS
 
@@ -29,6 +30,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     view = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL))
     view.setsockopt(socket.SOL_SOCKET, 33, 1 << 24)  # SO_RCVBUFFORCE
+    hold_timestamps(view)
     view.bind(("eth0", 0))
     view.settimeout(0.5)
     numbers = {"leaked": 0, "others": 0, "allowed": 0, "missed": 0, "at": 0.0}
