@@ -1,8 +1,9 @@
 """Keeps the kernel from patching its own code under traffic, which qemu's emulation does not always survive.
 
-The kernel switches a static key where the first one who needs a path comes, or the last one goes: it patches its
-code by way of a breakpoint while the other CPU executes it. There qemu 7.2, with a thread for each CPU, now and then
-sees that breakpoint for ever, and the machine stands still. So what is needed at times is needed here all the time.
+The kernel switches a static key where the first one who needs a path comes, or the last one goes: it patches
+its code by way of a breakpoint while the other CPU executes it. There qemu 7.2, with a thread for each CPU, now
+and then sees that breakpoint for ever, and the machine stands still. So what is needed at times is needed here
+all the time.
 """
 
 from __future__ import annotations
