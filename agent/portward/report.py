@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from portward import __version__
@@ -85,15 +86,17 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
 
 
 def status(core: Core, workers: list[Worker], numbers: Snapshot, *, config: str, started: float) -> dict[str, Any]:
-    """The status as JSON values; `started` is a wall-clock time, ages are in seconds."""
+    """The status as JSON values, times as in the other verbs' JSON (RFC 3339, UTC); `started` is in seconds since
+    the epoch, ages are in seconds."""
     seen: Counter[str] = Counter()
     for (segment, _), packets in numbers.segment_packets.items():
         seen[segment] += int(packets)
+    answered = core.selfcheck.answered
     return {
         "version": __version__,
         "pid": os.getpid(),
-        "at": time.time(),
-        "started": started,
+        "at": datetime.now(UTC),
+        "started": datetime.fromtimestamp(started, UTC),
         "config": config,
         "mode": core.config.mode.value,
         "preset": core.preset.name,
@@ -121,7 +124,7 @@ def status(core: Core, workers: list[Worker], numbers: Snapshot, *, config: str,
             for worker in workers
         ],
         "self_check": {
-            "at": core.selfcheck.answered,
+            "at": None if answered is None else datetime.fromtimestamp(answered, UTC),
             "divergences": {kind.value: count for kind, count in core.selfcheck.divergences.items()},
             "last_difference": core.selfcheck.last_difference,
         },

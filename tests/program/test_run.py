@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -307,6 +309,21 @@ def until_status(agent: Agent) -> str:
     """The status as JSON, once there is one."""
     until(lambda: agent.portward("status", "--json").returncode == 0, "a status")
     return agent.portward("status", "--json").stdout
+
+
+def test_status_tells_times_as_the_other_verbs_do(agent: Agent) -> None:
+    agent.apply(*records())
+    before = datetime.now(UTC)
+    agent.start()
+    until(lambda: json.loads(until_status(agent))["self_check"]["at"] is not None, "a worker answered")
+    told = json.loads(until_status(agent))
+    times = told["started"], told["self_check"]["at"], told["at"]
+    assert all(re.fullmatch(r"[-0-9]{10}T[0-9:.]+Z", text) for text in times)
+    started, answered, at = map(datetime.fromisoformat, times)
+    assert before < started < answered <= at <= datetime.now(UTC)
+    said = agent.portward("status").stdout
+    assert re.search(r"(?m)^portward \S+, process \d+, up \d+ s, ", said)
+    assert re.search(r"(?m)^check     every worker answered \d+ s ago, ", said)
 
 
 def test_workers_end_with_a_daemon_that_is_killed(agent: Agent) -> None:

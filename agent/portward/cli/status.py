@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 
 import msgspec
@@ -111,9 +112,10 @@ def _status(config: Any) -> dict[str, Any]:
 
 
 def _lines(told: dict[str, Any]) -> list[str]:
-    age = time.time() - told["at"]
+    at, started = datetime.fromisoformat(told["at"]), datetime.fromisoformat(told["started"])
+    age = _since(at)
     found = [
-        f"portward {told['version']}, process {told['pid']}, up {_span(told['at'] - told['started'])}, "
+        f"portward {told['version']}, process {told['pid']}, up {_span((at - started).total_seconds())}, "
         f"mode {told['mode']}, preset {told['preset']}",
         f"policy    revision {told['revision']}, {told['attachments']:.0f} attachments of "
         f"{told['subscriptions']:.0f} subscriptions",
@@ -155,10 +157,19 @@ def _lines(told: dict[str, Any]) -> list[str]:
     return found
 
 
+def _since(moment: datetime) -> float:
+    """Seconds."""
+    return (datetime.now(UTC) - moment).total_seconds()
+
+
 def _self_check(told: dict[str, Any]) -> str:
     """When all workers last answered, and the last difference that was found."""
     at, number = told["at"], sum(told["divergences"].values())
-    when = "no worker has answered yet" if at is None else f"every worker answered {_span(time.time() - at)} ago"
+    when = (
+        "no worker has answered yet"
+        if at is None
+        else f"every worker answered {_span(_since(datetime.fromisoformat(at)))} ago"
+    )
     last = (
         f"; {number} differences so far, the last {told['last_difference']}" if number else ", no difference found"
     )

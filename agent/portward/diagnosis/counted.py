@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final
 from uuid import UUID
 
@@ -34,7 +34,7 @@ def since_start(config: Config, id_: UUID) -> tuple[Metrics, SinceStart | None]:
         return Metrics.UNREACHABLE, None
     counts = counts_of(text, id_)
     return Metrics.READ, SinceStart(
-        started=datetime.fromtimestamp(status["started"], UTC),
+        started=datetime.fromisoformat(status["started"]),
         refused=sum(counts.get(verdict, 0) for verdict in _REFUSED),
         beyond_limit=counts.get(_BEYOND, 0),
     )
