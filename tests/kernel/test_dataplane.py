@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -246,10 +247,13 @@ def test_port_25_of_another_protocol_is_let_pass_also_where_the_source_is_rememb
     gateway.source(FABRIKAM, source, DENIED)
     assert not gateway.passes(FABRIKAM, source)
     assert "remembers 'deny'" in gateway.agent.explain(FABRIKAM.segment, source)["kernel"]
+    before = denied(gateway, source)
     header = IPv6(src=source, dst=MAIL6) if ":" in source else IP(src=source, dst=MAIL4)
     with seen(gateway.lab.internet) as view:
         gateway.senders[FABRIKAM].send(header / UDP(sport=4000, dport=25) / Raw(b"not mail"))
         assert view.first(lambda packet: UDP in packet and packet[UDP].dport == 25) is not None
+    # IPv6's protocol is tested after the set, which counts what finds it.
+    assert denied(gateway, source) == before + (":" in source)
     assert not gateway.passes(FABRIKAM, source)
 
 
@@ -325,6 +329,15 @@ def test_a_limit_that_others_have_used_up_leaves_each_segment_its_committed_rate
     name = 'portward_screen_packets_total{rule="limited_all"}'
     until(lambda: gateway.agent.metrics()[name] >= 100, "the flood counted as limited")
     assert gateway.passes(CONTOSO, "10.0.0.4")
+
+
+def denied(gateway: Gateway, source: str) -> int:
+    """The packets that the kernel has counted for a source that it remembers as denied."""
+    set_ = "deny6" if ":" in source else "deny4"
+    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", set_]).stdout
+    found = re.search(rf" {source} [^,]*counter packets (\d+) ", listing)
+    assert found is not None, listing
+    return int(found[1])
 
 
 def remembered(gateway: Gateway, set_: str) -> int:
