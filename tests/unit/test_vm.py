@@ -5,10 +5,29 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vm import machine as vm_machine
 from vm.guest import connect, watcher
+from vm.image import Image
+from vm.machine import EmulatorError, Machine
+
+# As Linux 6.1 printed it where both CPUs stood still, with fewer lines.
+_STALL = """\
+[  162.129048] rcu: INFO: rcu_preempt self-detected stall on CPU
+[  162.130000] CPU: 0 PID: 339 Comm: python3 Not tainted 6.1.0-50-cloud-amd64 #1  Debian 6.1.176-1
+[  162.130100] RIP: 0010:asm_exc_int3+0x0/0x40
+[  162.130200]  <TASK>
+[  162.130300]  ip_local_deliver+0x5c/0x110
+[  162.130400]  ? do_sync_core+0x26/0x30
+[  162.130500]  process_backlog+0x8b/0x120
+[  162.131000] CPU: 1 PID: 404 Comm: python3 Not tainted 6.1.0-50-cloud-amd64 #1  Debian 6.1.176-1
+[  162.131100] RIP: 0010:ip_local_deliver+0x5c/0x110
+[  162.131300]  __netif_receive_skb_one_core+0x85/0xa0
+"""
+_LEFTOVER = "[    9.000000]  ? asm_exc_int3+0x35/0x40\n"
 
 
 def test_a_connection_that_is_not_open_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +51,87 @@ def test_a_watcher_that_does_not_see_is_no_proof(
     else:
         with pytest.raises(TimeoutError):
             watcher.newer(0.3)
+
+
+class _Process:
+    """A machine that is on until it has been asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        self._left = times
+
+    def poll(self) -> int | None:
+        """None while it is on."""
+        self._left -= 1
+        return 0 if self._left < 0 else None
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine that tells nothing and is looked at after no time."""
+    monkeypatch.setattr(vm_machine, "_LOOKED_AT", 0.0)
+    monkeypatch.setattr(vm_machine, "_PAUSE", 0.001)
+    found = Machine(Image(tmp_path, tmp_path, tmp_path), tmp_path, tmp_path)
+    monkeypatch.setattr(found, "_process", _Process(100), raising=False)
+    for name in ("console", "told"):
+        (tmp_path / name).touch()
+    return found
+
+
+def told(machine: Machine, *words: dict[str, Any]) -> None:
+    """Puts words where the machine would."""
+    machine.console.with_name("told").write_text("".join(json.dumps(line) + "\n" for line in words))
+
+
+def test_a_machine_that_is_off_has_told_all(machine: Machine) -> None:
+    told(machine, {"stage": "one"}, {"end": True})
+    assert list(machine.words(60, 60)) == [{"stage": "one"}, {"end": True}]
+
+
+def test_a_silent_machine_is_not_waited_for(machine: Machine) -> None:
+    told(machine, {"stage": "one"})
+    with pytest.raises(TimeoutError, match="told nothing"):
+        list(machine.words(60, 0.02))
+
+
+def test_leaks_do_not_keep_a_machine_alive(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Leaking(_Process):
+        def poll(self) -> int | None:
+            with machine.console.with_name("told").open("a") as out:
+                out.write('{"leak": "packet"}\n')
+            return super().poll()
+
+    monkeypatch.setattr(machine, "_process", Leaking(1_000))
+    with pytest.raises(TimeoutError, match="told nothing"):
+        list(machine.words(60, 0.05))
+
+
+def test_a_breakpoint_that_is_gone_is_known_as_the_emulators(machine: Machine) -> None:
+    machine.console.write_text(_LEFTOVER + _STALL)
+    with pytest.raises(EmulatorError):
+        list(machine.words(60, 60))
+
+
+def test_what_calls_left_on_a_stack_is_no_breakpoint(machine: Machine) -> None:
+    machine.console.write_text(_LEFTOVER)
+    assert list(machine.words(60, 60)) == []
+
+
+def test_what_the_console_said_before_the_machine_last_told_something_is_past(machine: Machine) -> None:
+    machine.console.write_text(_STALL)
+    told(machine, {"stage": "one"})
+    assert list(machine.words(60, 60)) == [{"stage": "one"}]
+
+
+def test_the_kernels_complaint_is_told_cpu_by_cpu(machine: Machine) -> None:
+    machine.console.write_text("[    1.000000] early\n" + _STALL + "[  170.000000] last line\n")
+    said = machine.last_words()
+    assert said[0] == "rcu: INFO: rcu_preempt self-detected stall on CPU"
+    assert said[3] == "ip_local_deliver < process_backlog"
+    assert said[5:8] == ["RIP: 0010:ip_local_deliver+0x5c/0x110", "__netif_receive_skb_one_core", "…"]
+    assert said[-1] == "last line"
+    assert "early" not in said
+
+
+def test_without_a_complaint_the_consoles_last_lines_are_told(machine: Machine) -> None:
+    machine.console.write_text("".join(f"[    1.000000] line {number}\n" for number in range(20)))
+    assert machine.last_words() == [f"line {number}" for number in range(12, 20)]

@@ -16,11 +16,18 @@ INVENTORY = RUN / "inventory.json"
 _OFFERS = {True: "enterprise-agreement", False: "pay-as-you-go"}
 
 
+def slower() -> float:
+    """How many times slower than usual the machine is, as whoever runs it says: what is waited for may take that
+    much longer."""
+    return float(Path("/proc/cmdline").read_text().rpartition("vm.slower=")[2].split()[0])
+
+
 def sh(command: str, *, seconds: float = 180, check: bool = True) -> str:
     """What a command says on both its outputs; raises RuntimeError with that where it fails and `check`."""
     said = subprocess.run(
         ["/bin/sh", "-c", command],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=seconds * slower(),
         check=False,
     )  # fmt: skip
     if check and said.returncode:
@@ -36,6 +43,7 @@ def row(what: str, happened: object, *, good: bool) -> None:
 def until(true: Callable[[], bool], what: str, *, seconds: float = 30) -> float:
     """Waits until `true` is, and gives the seconds that took; raises TimeoutError that names `what`."""
     began = time.monotonic()
+    seconds *= slower()
     while not true():
         if time.monotonic() > began + seconds:
             raise TimeoutError(f"not within {seconds:.0f} s: {what}")
