@@ -47,7 +47,7 @@ VM_PACKAGES := qemu-system-x86 debootstrap e2fsprogs lintian
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/portward/__init__.py)
 NEXT    := $(VERSION)+next
 
-test-vm: setup ## Boot a Debian 12 in a virtual machine and test the package in it, ten minutes (root)
+test-vm: setup ## Boot a Debian 12 in a virtual machine and test the package in it, some twelve minutes (root)
 	$(MAKE) packages PACKAGES="$(VM_PACKAGES)"
 	$(BIN)/python -m package.build --version $(VERSION) --version $(NEXT) --output build/vm
 	lintian --allow-root --fail-on error build/vm/portward_$(VERSION)_amd64.deb

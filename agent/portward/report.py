@@ -86,8 +86,8 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
 
 
 def status(core: Core, workers: list[Worker], numbers: Snapshot, *, config: str, started: float) -> dict[str, Any]:
-    """The status as JSON values, times as in the other verbs' JSON (RFC 3339, UTC); `started` is in seconds since
-    the epoch, ages are in seconds."""
+    """The status as JSON values, times as in the other verbs' JSON (RFC 3339, UTC). The argument `started` is in
+    seconds since the epoch; `store_age` in the result is in seconds."""
     seen: Counter[str] = Counter()
     for (segment, _), packets in numbers.segment_packets.items():
         seen[segment] += int(packets)

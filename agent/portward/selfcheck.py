@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
@@ -44,7 +45,7 @@ class SelfCheck:
         if what != self._what:
             _log.error("%s", what)
         self._what = what
-        self.last_difference = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {kind}: {what}"
+        self.last_difference = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {kind}: {what}"
 
     def well(self) -> None:
         """All workers have answered under the policy that the kernel has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import time
@@ -118,7 +119,8 @@ def test_a_verdict_that_somebody_slipped_into_a_set_is_taken_out(make_gateway) -
     assert added.returncode == 0, added.stderr
     until(lambda: divergences(gateway, "remembered") == 1, "the wrong verdict found", seconds=15)
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
-    assert "10.0.0.4 behind interface" in status(gateway)["self_check"]["last_difference"]
+    last = status(gateway)["self_check"]["last_difference"]
+    assert re.fullmatch(r"[-0-9]{10}T[:0-9]{8}Z \w+: .*10\.0\.0\.4 behind interface.*", last)
     listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
     assert "10.0.0.4" in listing, "the right one"
 

@@ -158,7 +158,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
 
 
 def _since(moment: datetime) -> float:
-    """Seconds."""
+    """The seconds since then, by this host's clock."""
     return (datetime.now(UTC) - moment).total_seconds()
 
 
