@@ -24,9 +24,9 @@ _COMPLAINT_LINES: Final = 120
 _AT: Final = re.compile(r"Comm:|RIP: 0010:")
 _CALL: Final = re.compile(r" ([\w.]+)\+0x")  # those with a question mark are what earlier calls left on the stack
 _LAST: Final = 8
-# The handler in which a CPU is found that comes to the same breakpoint again and again (not behind a question mark:
-# what earlier calls left on the stack), and after how many seconds of silence it is looked for: the kernel reports a
-# CPU that is stuck after half as many.
+# The handler in which a CPU is found that comes to the same breakpoint again and again (not behind a question
+# mark: what earlier calls left on the stack), and after how many seconds of silence it is looked for: the
+# kernel reports a CPU that is stuck after half as many.
 _BREAKPOINT: Final = re.compile(rb"(RIP: 0010:|\] +)asm_exc_int3\+0x")
 _LOOKED_AT: Final = 60.0
 # How many times slower the machine is with one thread for both CPUs: what it waits for may take as much longer.
