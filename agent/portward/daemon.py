@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -85,7 +85,7 @@ class Daemon:
         # Answers that the kernel had counted when the last round ended, under its policy and under another one.
         self._answered = 0, 0
         self._unasked = False
-        self._started = time.time()
+        self._started = datetime.now(UTC)
         self._core: Core
         self._workers: list[Worker] = []
         # Sources whose limit the kernel does not know, as workers have met them.

@@ -85,18 +85,18 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
     )
 
 
-def status(core: Core, workers: list[Worker], numbers: Snapshot, *, config: str, started: float) -> dict[str, Any]:
-    """The status as JSON values, times as in the other verbs' JSON (RFC 3339, UTC). The argument `started` is in
-    seconds since the epoch; `store_age` in the result is in seconds."""
+def status(
+    core: Core, workers: list[Worker], numbers: Snapshot, *, config: str, started: datetime
+) -> dict[str, Any]:
+    """The status, for msgspec's JSON: times in UTC, `store_age` in seconds."""
     seen: Counter[str] = Counter()
     for (segment, _), packets in numbers.segment_packets.items():
         seen[segment] += int(packets)
-    answered = core.selfcheck.answered
     return {
         "version": __version__,
         "pid": os.getpid(),
         "at": datetime.now(UTC),
-        "started": datetime.fromtimestamp(started, UTC),
+        "started": started,
         "config": config,
         "mode": core.config.mode.value,
         "preset": core.preset.name,
@@ -124,7 +124,7 @@ def status(core: Core, workers: list[Worker], numbers: Snapshot, *, config: str,
             for worker in workers
         ],
         "self_check": {
-            "at": None if answered is None else datetime.fromtimestamp(answered, UTC),
+            "at": core.selfcheck.answered,
             "divergences": {kind.value: count for kind, count in core.selfcheck.divergences.items()},
             "last_difference": core.selfcheck.last_difference,
         },
@@ -143,8 +143,8 @@ def _by_verdict(numbers: Counter[tuple[str, Verdict]], drop: int = 0) -> dict[tu
     return dict(named)
 
 
-def _since(moment: float | None) -> float:
-    return float("inf") if moment is None else max(0.0, time.time() - moment)
+def _since(moment: datetime | None) -> float:
+    return float("inf") if moment is None else max(0.0, (datetime.now(UTC) - moment).total_seconds())
 
 
 def _age(core: Core) -> float:

@@ -4,7 +4,6 @@ all was last seen to be well. The comparing is done where the things are: `core`
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -34,8 +33,8 @@ class SelfCheck:
 
     def __init__(self) -> None:
         self.divergences: Counter[Kind] = Counter(dict.fromkeys(Kind, 0))
-        # Wall-clock time at which every worker last answered; None: not yet.
-        self.answered: float | None = None
+        # When every worker last answered, in UTC; None: not yet.
+        self.answered: datetime | None = None
         self.last_difference = self._what = ""
 
     def differs(self, kind: Kind, what: str) -> None:
@@ -49,4 +48,4 @@ class SelfCheck:
 
     def well(self) -> None:
         """All workers have answered under the policy that the kernel has."""
-        self.answered = time.time()
+        self.answered = datetime.now(UTC)

@@ -95,7 +95,7 @@ def _connect(lab: Lab, seconds: float, first: int) -> tuple[list[float], int]:
 
 def _remembered(gateway: Gateway) -> set[str]:
     """The third tenant's sources that the kernel remembers."""
-    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow6"]).stdout
+    listing = gateway.listing("allow6")
     return {word for word in listing.split() if word.startswith(_PREFIX[:-1])}
 
 

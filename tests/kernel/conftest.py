@@ -51,6 +51,10 @@ class Gateway:
         self.agent.apply(*source_records(tenant, address, offer, id_, mode))
         return id_
 
+    def listing(self, set_: str) -> str:
+        """One of portward's sets in the kernel, as nft lists it."""
+        return namespaces.run(self.lab.gateway, ["nft", "list", "set", "inet", "portward", set_]).stdout
+
     def passes(self, tenant: Tenant, source: str, flags: str = "S", **options: Any) -> bool:
         """Whether a packet from `source` reaches the Internet side. A packet that an open port answers for sure
         follows it, so that "not seen" is known without waiting for long."""

@@ -333,8 +333,7 @@ def test_a_limit_that_others_have_used_up_leaves_each_segment_its_committed_rate
 
 def denied(gateway: Gateway, source: str) -> int:
     """The packets that the kernel has counted for a source that it remembers as denied."""
-    set_ = "deny6" if ":" in source else "deny4"
-    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", set_]).stdout
+    listing = gateway.listing("deny6" if ":" in source else "deny4")
     found = re.search(rf" {source} [^,]*counter packets (\d+) ", listing)
     assert found is not None, listing
     return int(found[1])
@@ -342,8 +341,7 @@ def denied(gateway: Gateway, source: str) -> int:
 
 def remembered(gateway: Gateway, set_: str) -> int:
     """How many sources a set holds."""
-    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", set_]).stdout
-    return listing.count("expires")
+    return gateway.listing(set_).count("expires")
 
 
 @pytest.mark.parametrize(("offer", "set_"), [(ALLOWED, "allow"), (DENIED, "deny")])

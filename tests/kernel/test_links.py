@@ -125,5 +125,5 @@ def test_other_interfaces_keep_what_is_remembered(gateway: Gateway, port: Port) 
 
 def held(gateway: Gateway, source: str) -> bool:
     """Whether the kernel remembers that this source is allowed."""
-    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
+    listing = gateway.listing("allow4")
     return f". {source} " in listing

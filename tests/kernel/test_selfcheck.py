@@ -121,7 +121,7 @@ def test_a_verdict_that_somebody_slipped_into_a_set_is_taken_out(make_gateway) -
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
     last = status(gateway)["self_check"]["last_difference"]
     assert re.fullmatch(r"[-0-9]{10}T[:0-9]{8}Z \w+: .*10\.0\.0\.4 behind interface.*", last)
-    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
+    listing = gateway.listing("allow4")
     assert "10.0.0.4" in listing, "the right one"
 
 

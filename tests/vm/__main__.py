@@ -48,13 +48,10 @@ def main() -> int:
         folder = Path(scratch)
         _payload(folder, arguments.old, arguments.new)
         try:
-            try:
-                return _run(made, folder, arguments.threads)
-            except EmulatorError:
-                print(
-                    "ONCE MORE FROM THE START, with one thread of qemu's for both CPUs: twice as slow", flush=True
-                )
-                return _run(made, folder, "single")
+            return _run(made, folder, arguments.threads)
+        except EmulatorError:
+            print("ONCE MORE FROM THE START, with one thread of qemu's for both CPUs: twice as slow", flush=True)
+            return _run(made, folder, "single")
         finally:
             if arguments.keep:
                 arguments.keep.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ _COMPLAINT: Final = re.compile(
 )
 _COMPLAINT_LINES: Final = 120
 _AT: Final = re.compile(r"Comm:|RIP: 0010:")
-_CALL: Final = re.compile(r" ([\w.]+)\+0x")  # those with a question mark are what earlier calls left on the stack
+_CALL: Final = re.compile(r" [\w.]+\+0x")  # those with a question mark are what earlier calls left on the stack
 _LAST: Final = 8
 # The handler in which a CPU is found that comes to the same breakpoint again and again (not behind a question
 # mark: what earlier calls left on the stack), and after how many seconds of silence it is looked for: the
@@ -112,12 +113,12 @@ class Machine:
         first = next((number for number, line in enumerate(lines) if _COMPLAINT.search(line)), None)
         if first is None:
             return lines[-_LAST:]
+        said = [
+            line for line in lines[first : first + _COMPLAINT_LINES]
+            if _CALL.match(line) or _COMPLAINT.search(line) or _AT.search(line)
+        ]  # fmt: skip
         found: list[str] = []
-        calls: list[str] = []
-        for line in lines[first : first + _COMPLAINT_LINES]:
-            if call := _CALL.match(line):
-                calls.append(call[1])
-            elif _COMPLAINT.search(line) or _AT.search(line):
-                found += [" < ".join(calls)] * bool(calls) + [line]
-                calls = []
-        return [*found, *([" < ".join(calls)] if calls else []), "…", *lines[-_LAST:]]
+        for called, group in itertools.groupby(said, lambda line: _CALL.match(line) is not None):
+            several = list(group)
+            found += [" < ".join(line.strip().partition("+")[0] for line in several)] if called else several
+        return [*found, "…", *lines[-_LAST:]]
