@@ -29,6 +29,7 @@ from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.rates import Bucket, Rates
 from portward.gateway.ruleset import Rated
+from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.gateway.tally import Outcome
 from portward.model import ExemptionState, Mode
 from portward.policy.preset import Preset
@@ -88,6 +89,7 @@ class Core:
         self._store: Store | None = None
         self._follower: Follower | None = None
         self._links = Links({}, frozenset())
+        self._surroundings = NOTHING
         # Interfaces that changed while the table could not be written.
         self._links_failed, self._links_due = False, frozenset[int]()
         self.changes = 0
@@ -158,6 +160,17 @@ class Core:
             return
         self._links_failed, self._links_due = False, frozenset()
         self._enforcement.enforce(committed)
+
+    def surround(self, surroundings: Surroundings) -> None:
+        """Loads the ruleset again if what stands around it has changed. Cached verdicts stay. What the kernel
+        refuses is repaired by `check`."""
+        if surroundings == self._surroundings:
+            return
+        self._surroundings = surroundings
+        try:
+            self.keeper.load(self._want())
+        except (KernelError, OSError):
+            self._enforcement.repair(self.generation)
 
     def settle(self) -> None:
         """Enforces what changes by itself: grants that end."""
@@ -399,7 +412,9 @@ class Core:
 
     def _want(self) -> ruleset.Wanted:
         state = ruleset.State(self.generation, synced=self._learned.synced() == self.generation)
-        return ruleset.wanted(self.config, self.preset, native=self.native, state=state)
+        return ruleset.wanted(
+            self.config, self.preset, native=self.native, state=state, surroundings=self._surroundings
+        )
 
     def _sync(self) -> Committed | None:
         if self._store is None:

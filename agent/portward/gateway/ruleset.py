@@ -17,6 +17,7 @@ from zlib import crc32
 from portward.config import Config, OnAgentDown, Verdicts
 from portward.documents import network_text
 from portward.gateway import mark
+from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.model import Mode, Network
 from portward.policy.preset import Preset
 from portward.resources import rules
@@ -93,8 +94,15 @@ class Wanted(NamedTuple):
     native: bool
 
 
-def wanted(config: Config, preset: Preset, *, native: bool, state: State) -> Wanted:
-    """The ruleset for a configuration on a kernel with (`native`) or without nft_queue."""
+def wanted(
+    config: Config,
+    preset: Preset,
+    *,
+    native: bool,
+    state: State,
+    surroundings: Surroundings = NOTHING,
+) -> Wanted:
+    """The ruleset for a configuration on a kernel with (`native`) or without nft_queue, in these surroundings."""
     text = _with_literals(rules("nftables", "portward.nft").read_text(), config)
     definitions = _definitions(text)
     text = _with_values(text, _values(config, preset, state) | {"DEFINITIONS": str(definitions)})

@@ -1,0 +1,25 @@
+"""What stands around portward on its host and shapes the ruleset: tunnels, devices on top of segments, NAT rules.
+
+The daemon finds these out, keeps them up to date, and loads the ruleset again when they change (`Core.surround`).
+`portward rules baseline`, which runs without a daemon, finds them out once.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+
+class Surroundings(NamedTuple):
+    """What the ruleset must take into account besides configuration and preset.
+
+    `tunnel_ports` are the UDP ports on which this host terminates tunnels. `stacked` are the names of interfaces
+    that take packets of a segment before portward sees the segment's name (a bridge that the segment is a port of,
+    a macvlan on top of it). `guard` says whether the forward chain is needed that judges what others translated.
+    """
+
+    tunnel_ports: frozenset[int] = frozenset()
+    stacked: frozenset[str] = frozenset()
+    guard: bool = False
+
+
+NOTHING: Final = Surroundings()
