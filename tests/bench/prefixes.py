@@ -25,6 +25,7 @@ from portward.gateway.keeper import Keeper
 from portward.gateway.learned import Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.notices import Notices
 from portward.gateway.prefixes import Prefixes
 from portward.gateway.rates import Rates
 from portward.lab import namespaces
@@ -39,8 +40,8 @@ _ROUNDS: Final = 30
 
 
 class Case(NamedTuple):
-    """What is cached, evenly in `sets`, behind how many interfaces, in how many /64s behind each; and how many of
-    the /64s behind each interface are revoked. IPv4 sources are cached beside them."""
+    """What is cached, evenly in `sets`, behind how many interfaces, in how many /64s behind each. `revoked` is how
+    many of the /64s change, in total: they are revoked or, with `opens`, granted."""
 
     name: str
     cached: int
@@ -49,6 +50,7 @@ class Case(NamedTuple):
     prefixes: int
     revoked: int
     goal: str = ""
+    opens: bool = False
 
     def keys(self, set_: str) -> list[bytes]:
         """The keys that are cached in a set."""
@@ -79,6 +81,7 @@ CASES: Final = (
     Case("1000_segments", 100_000, _EVEN, links=1_000, prefixes=5, revoked=1_000, goal="<= 100"),
     Case("1000_segments_one_set", 100_000, ("allow6",), links=1_000, prefixes=20, revoked=1_000, goal="<= 100"),
     Case("one_segment", 16_384, ("allow6",), links=1, prefixes=10_000, revoked=5_000, goal="<= 150"),
+    Case("granted", 100_000, _EVEN, links=1_000, prefixes=5, revoked=1_000, opens=True),
     Case("one_prefix", 100_000, _EVEN, links=1_000, prefixes=5, revoked=1),
 )
 
@@ -118,6 +121,8 @@ class Gateway:
         )  # fmt: skip
         self.enforcement.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
         self.enforcement.start(1)
+        # The daemon listens to changes, so the kernel writes a notice for each element.
+        self._notices = Notices()
         self._generation = 1
 
     def enforced_ms(self, case: Case) -> float:
@@ -127,7 +132,7 @@ class Gateway:
             self.kernel.commit([Flush(set_), *([Add(set_, keys)] if keys else [])])
         list(self._learned.elements())
         self._generation += 1
-        committed = Committed(self._generation, self._generation, case.changed())
+        committed = Committed(self._generation, self._generation, case.changed(), opens=case.opens)
         began = time.monotonic()
         self.enforcement.enforce(committed)
         took = (self.kernel.synced_at - began) * 1000
