@@ -16,7 +16,7 @@ from portward.errors import KernelError
 from portward.gateway import mark
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.ruleset import COUNTED_SETS, FAMILY_TABLE, LEARNED_SETS, RATES, TABLE, Verdict
+from portward.gateway.ruleset import COUNTED_SETS, FAMILY_TABLE, LEARNED_SETS, RATES, TABLE, UNSETTLED, Verdict
 from portward.model import Network
 
 _INDEX = struct.Struct("=I")
@@ -176,6 +176,15 @@ class Learned:
         """The remembered sources behind these interfaces."""
         gone = set(indexes)
         return {element.source for element in self.elements() if element.source.link in gone}
+
+    def unsettle(self, indexes: Iterable[int]) -> None:
+        """From here on nothing from these interfaces is asked about or learned, but dropped; raises
+        KernelError."""
+        self._nft.elements(f"add element {FAMILY_TABLE} {UNSETTLED} {{ {', '.join(map(str, indexes))} }}")
+
+    def settle(self, indexes: Iterable[int]) -> None:
+        """Ends `unsettle` for these interfaces; raises KernelError."""
+        self._nft.elements(f"delete element {FAMILY_TABLE} {UNSETTLED} {{ {', '.join(map(str, indexes))} }}")
 
     def _number(self, name: str) -> int | None:
         try:
