@@ -89,6 +89,10 @@ class Core:
         self._intake = Intake(config, self._writer, self.clock, self._dataplane, self._under_way, on_kernel)
         self._first: First | None = None
 
+    def stop(self) -> None:
+        """Ends a bulk change that is being made; its table stays as it was. Any thread."""
+        self._intake.stop()
+
     def close_store(self) -> None:
         """Closes the store. Policy thread."""
         self._intake.close()
@@ -282,6 +286,11 @@ class Core:
     def store_read(self) -> float | None:
         """When the store was last read, by the monotonic clock; None: not yet."""
         return self._intake.store_read
+
+    @property
+    def store_waits(self) -> str:
+        """Why reading the store may wait for who writes it; empty if it never does."""
+        return self._intake.store_waits
 
     @property
     def refused(self) -> int:

@@ -146,6 +146,7 @@ class Daemon:
         return await stack.enter_async_context(contextlib.aclosing(rtnetlink.follow()))
 
     async def _close(self) -> None:
+        self._core.stop()
         # What is at work must end before what it uses is closed.
         nothing: Callable[[], None] = lambda: None  # noqa: E731 # typed
         ending = [

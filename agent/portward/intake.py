@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol, TypeVar
 
+from portward.bulk import LIMIT, Bulk, Job
 from portward.clock import Clock
 from portward.config import Config, Refusal
 from portward.dataplane import Dataplane
@@ -25,7 +26,7 @@ from portward.store import open_store
 from portward.store.flips import HeldError
 from portward.store.protocol import Store
 from portward.table.database import TableError
-from portward.table.follower import Follower, Held
+from portward.table.follower import BulkError, Follower, Held
 from portward.table.writer import Answers, Committed, Writer
 from portward.underway import UnderWay
 
@@ -64,8 +65,10 @@ class Intake:
         under_way: UnderWay,
         on_kernel: OnKernel,
     ) -> None:
+        """`writer` belongs to the policy thread alone."""
         self._config, self._writer, self._clock, self._dataplane = config, writer, clock, dataplane
         self._under_way, self._on_kernel = under_way, on_kernel
+        self._bulk = Bulk()
         self._store: Store | None = None
         self._follower: Follower | None = None
         self.links = Links({}, frozenset())
@@ -83,6 +86,10 @@ class Intake:
         if self._store is not None:
             self._store.close()
             self._store = None
+
+    def stop(self) -> None:
+        """Ends what takes long; any thread."""
+        self._bulk.stop()
 
     # --- the start, in this order ---
 
@@ -156,7 +163,7 @@ class Intake:
                 self._on_kernel(lambda: self._dataplane.would_take(config, preset)).result()
                 # Another preset may flip no more than another inventory.
                 same = preset.digest == before[1].digest
-                settled = self._writer.settle(now=self._clock.now(), may_flip=same)
+                settled = self._decide_again(may_flip=same)
             except (KernelError, TableError, HeldError):
                 self._take(*before)
                 raise
@@ -180,6 +187,12 @@ class Intake:
         """The change of policy that waits for confirmation; None if none does."""
         return None if self._follower is None else self._follower.held
 
+    @property
+    def store_waits(self) -> str:
+        """Why reading the store may wait for who writes it; empty if it never does."""
+        store = self._store
+        return "" if store is None else store.waits()
+
     def bell(self) -> int | None:
         """A descriptor that can be read when the store has changed; None while there is no store."""
         store = self._store
@@ -194,15 +207,37 @@ class Intake:
 
     def _take_in(self) -> Committed | None:
         if self._store is None:
-            self._store = open_store(self._config.store)
-            self._follower = Follower(self._store, self._writer)
+            self._store = open_store(self._config.store, agent=True)
+            self._follower = Follower(self._store, self._writer, LIMIT)
         assert self._follower is not None  # noqa: S101 # made with the store
         self._store.drain()
-        committed = self._follower.step(self._clock.now())
+        try:
+            committed = self._follower.step(self._clock.now())
+        except BulkError:
+            committed = self._take_in_bulk(self._follower)
         self.store_read, self.store_error = time.monotonic(), ""
         if committed is not None:
             self.changes += 1
         return committed
+
+    def _take_in_bulk(self, follower: Follower) -> Committed | None:
+        outcome = self._bulk.run(self._job(store=self._config.store))
+        follower.held = outcome.held
+        follower.refused += outcome.refused
+        return outcome.committed
+
+    def _decide_again(self, *, may_flip: bool) -> Committed:
+        """Decides what the configuration changes, and what has ended; raises TableError or HeldError."""
+        if not self._writer.is_decided_otherwise() or self._writer.attachments() <= LIMIT:
+            return self._writer.settle(now=self._clock.now(), may_flip=may_flip)
+        committed = self._bulk.run(self._job(may_flip=may_flip)).committed
+        assert committed is not None  # noqa: S101 # or `run` has raised
+        return committed
+
+    def _job(self, *, store: str | None = None, may_flip: bool = True) -> Job:
+        writer = self._writer
+        share = writer.max_flip_share
+        return Job(self._config.table, writer.preset, writer.answers, share, self._clock.now(), store, may_flip)
 
     def _hand_over(self, committed: Committed, links: dict[str, int] | None = None, settled: int = 0) -> None:
         """Has the kernel thread carry a change out; does not wait for it."""

@@ -23,6 +23,7 @@ from bench import (  # the path above must be there first
     crowd,
     drain,
     fast_path,
+    flush_during_load,
     growth,
     idle,
     latency,
@@ -54,6 +55,7 @@ _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
 # What is promised elsewhere and takes its time.
 _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "counted": counted.measure,
+    "flush_during_load": flush_during_load.measure,
     "million": million.measure,
     "neighbours": neighbours.measure,
     "rates": rates.measure,

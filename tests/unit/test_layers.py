@@ -18,6 +18,7 @@ LAYERS = (
     (
         "core",
         "intake",
+        "bulk",
         "dataplane",
         "underway",
         "check",
