@@ -33,6 +33,7 @@ from bench import (  # the path above must be there first
     remembered,
     revoke,
     stale,
+    start_denied,
     unknown,
 )
 from bench.figures import Curve, Figure, keep, tell  # as above
@@ -61,6 +62,7 @@ _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "rates": rates.measure,
     "revoke": revoke.measure,
     "stale": stale.measure,
+    "start_denied": start_denied.measure,
 }
 _SHORT: Final[dict[str, Callable[[Path], Measured]]] = {
     "fast_path": partial(fast_path.measure, rounds=60),
