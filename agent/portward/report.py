@@ -105,6 +105,8 @@ def status(
         "generation": core.generation,
         "store": core.config.store,
         "store_error": core.store_error,
+        "store_waits": core.store_waits,
+        "working": None if core.work is None else {"what": core.work.what, "seconds": core.work.seconds()},
         "held": None if core.held is None else {"revision": core.held.revision, **core.held.flips._asdict()},
         "store_age": numbers.store_age,
         "records_refused": numbers.records_refused,

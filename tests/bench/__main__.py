@@ -23,6 +23,7 @@ from bench import (  # the path above must be there first
     crowd,
     drain,
     fast_path,
+    flush_during_load,
     growth,
     idle,
     latency,
@@ -33,6 +34,7 @@ from bench import (  # the path above must be there first
     remembered,
     revoke,
     stale,
+    start_denied,
     unknown,
 )
 from bench.figures import Curve, Figure, keep, tell  # as above
@@ -55,12 +57,14 @@ _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
 # What is promised elsewhere and takes its time.
 _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "counted": counted.measure,
+    "flush_during_load": flush_during_load.measure,
     "million": million.measure,
     "neighbours": neighbours.measure,
     "prefixes": prefixes.measure,
     "rates": rates.measure,
     "revoke": revoke.measure,
     "stale": stale.measure,
+    "start_denied": start_denied.measure,
 }
 _SHORT: Final[dict[str, Callable[[Path], Measured]]] = {
     "fast_path": partial(fast_path.measure, rounds=60),

@@ -112,8 +112,8 @@ class Gateway:
             segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(allow_seconds=600, deny_seconds=600)
         )
 
-        def want() -> ruleset.Wanted:
-            return ruleset.wanted(config, preset, native=native, state=ruleset.State(1, synced=True))
+        def want(generation: int) -> ruleset.Wanted:
+            return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
         self.enforcement = Enforcement(
             Keeper(nft, self._netlink, self._learned), self._learned, want, lambda elements: None,

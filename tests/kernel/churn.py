@@ -101,8 +101,7 @@ class Churn:
         assert head is not None
         return head.generation
 
-    def _want(self) -> ruleset.Wanted:
-        generation = self._generation()
+    def _want(self, generation: int) -> ruleset.Wanted:
         state = ruleset.State(generation, synced=self.learned.synced() == generation)
         return ruleset.wanted(self._config, self._preset, native=self._native, state=state)
 

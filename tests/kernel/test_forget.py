@@ -42,8 +42,8 @@ class Forgetting:
         config = Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(**verdicts))
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(self.nft)
 
-        def want() -> ruleset.Wanted:
-            return ruleset.wanted(config, preset, native=native, state=ruleset.State(1, synced=True))
+        def want(generation: int) -> ruleset.Wanted:
+            return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
         self.keeper = Keeper(self.nft, self.netlink, self.learned)
         self.enforcement = Enforcement(

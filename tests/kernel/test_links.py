@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import pytest
 
+from kernel.busy import busy_table
 from kernel.conftest import ALLOWED, DENIED, Gateway, source_records
 from kernel.wire import Seen, link_address, same, segment
 from portward.lab import namespaces
@@ -90,6 +91,45 @@ def test_an_index_used_again_by_another_segment_remembers_nothing(gateway: Gatew
     port.make("vni7002")
     followed(gateway, "vni7002")
     assert not port.passes("vni7002", "10.70.1.1")
+
+
+def test_an_index_used_again_while_the_table_is_busy_lets_nothing_pass(gateway: Gateway, port: Port) -> None:
+    """Until the table can be written, it takes the new tenant's interface for the old one's."""
+    attach(gateway, "vni7001", "10.70.5.1", ALLOWED)
+    attach(gateway, "vni7002", "10.70.5.1", DENIED)
+    attach(gateway, "vni7002", "10.70.5.2", ALLOWED)
+    port.make("vni7001")
+    until(lambda: port.passes("vni7001", "10.70.5.1"), "the allowed source passes")
+    with busy_table(gateway.agent.folder / "table"):
+        port.delete("vni7001")
+        port.make("vni7002")
+        until(lambda: not held(gateway, "10.70.5.1"), "the cached verdict is forgotten")
+        for _ in range(3):
+            assert not port.passes("vni7002", "10.70.5.1")
+        assert not held(gateway, "10.70.5.1")
+    until(lambda: port.passes("vni7002", "10.70.5.2"), "the new tenant's own source passes once the table is free")
+    assert not port.passes("vni7002", "10.70.5.1")
+
+
+def test_a_ruleset_put_back_while_the_table_is_busy_still_drops_an_index_used_again(
+    gateway: Gateway, port: Port
+) -> None:
+    attach(gateway, "vni7001", "10.70.6.1", ALLOWED)
+    port.make("vni7001")
+    until(lambda: port.passes("vni7001", "10.70.6.1"), "the allowed source passes")
+    with busy_table(gateway.agent.folder / "table"):
+        port.delete("vni7001")
+        port.make("vni7002")
+        until(lambda: "vni7002" in elements(gateway, "unsettled"), "the new interface is dropped")
+        namespaces.load(gateway.lab.gateway, "delete table inet portward")
+        until(lambda: "vni7002" in elements(gateway, "unsettled"), "the ruleset is back")
+        assert not port.passes("vni7002", "10.70.6.1")
+    until(lambda: "vni7002" not in elements(gateway, "unsettled"), "the table has taken the interface in")
+
+
+def elements(gateway: Gateway, set_: str) -> str:
+    """The elements of one of portward's sets; empty if there is no such set."""
+    return gateway.listing(set_).partition("elements =")[2]
 
 
 def test_an_interface_made_again_under_its_name_remembers_nothing(gateway: Gateway, port: Port) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import UTC, date, datetime
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -14,15 +16,18 @@ import pytest
 
 from kernel.conftest import lab_name
 from portward.config import Config
-from portward.core import Core
+from portward.core import Core, at_once
 from portward.errors import KernelError
 from portward.gateway import mark, ruleset, xtables
 from portward.gateway.keeper import closed, loaded
+from portward.gateway.elements import Add, KernelElements
+from portward.gateway.learned import Source
 from portward.gateway.links import Links
 from portward.gateway.nft import Nft
+from portward.intake import OnKernel
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
-from portward.model import Attachment, Subscription
+from portward.model import Attachment, Standing, Subscription
 from portward.policy import preset as presets
 from portward.resources import rules
 from portward.store.protocol import Put, encode, key_of
@@ -35,6 +40,13 @@ _OWNER = UUID("11111111-0000-4000-8000-000000000001")
 @pytest.fixture
 def core(tmp_path: Path) -> Iterator[Core]:
     """The steps of a gateway that enforces, with one source that azure-2020 lets through and aws does not."""
+    with enforcing(tmp_path) as core:
+        yield core
+
+
+@contextmanager
+def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once) -> Iterator[Core]:
+    """The same, with a kernel thread of its own."""
     store = SqliteStore(tmp_path / "portward.db", create=True)
     records = (
         Subscription(id=_OWNER, offer="enterprise-agreement", created=date(2022, 6, 30)),
@@ -47,7 +59,7 @@ def core(tmp_path: Path) -> Iterator[Core]:
         segments=("vni*",), uplinks=("up0",), store=f"sqlite:{tmp_path}/portward.db", table=tmp_path / "table"
     )
     with Lab(lab_name(), (CONTOSO,)) as lab, namespaces.inside(lab.gateway):
-        core = Core(config, presets.load("azure-2020"))
+        core = Core(config, presets.load("azure-2020"), on_kernel)
         try:
             core.first_policy()
             core.first_links(Links({socket.if_nametoindex(CONTOSO.segment): CONTOSO.segment}, frozenset()))
@@ -64,7 +76,7 @@ def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Co
 
 def in_step(core: Core) -> bool:
     """Whether the kernel remembers verdicts of the table's policy, and of no other."""
-    learned = core._learned
+    learned = core._dataplane.learned
     return learned.epoch() == mark.epoch_of(core.generation) and learned.synced() == core.generation
 
 
@@ -88,8 +100,10 @@ def test_a_table_that_cannot_be_written_half_way_leaves_no_old_verdict_in_force(
     core.reload(core.config, presets.load("aws"))
     assert core.preset.name == "aws"
     assert in_step(core)
-    assert not core.at_rest(), "the interfaces are to be written yet"
-    core.check()
+    assert core.links_due, "the interfaces are to be written yet"
+    core.retry_links()
+    assert not core.links_due
+    assert in_step(core)
     assert core.at_rest()
 
 
@@ -118,7 +132,7 @@ def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its queue statements it drops what the kernel does not remember; without it port 25 is open."""
-    want = core._want()
+    want = core._dataplane.want(core.generation)
     if want.native:  # as on a kernel that has to be told in a second transaction
         want = want._replace(native=False)
     core._nft.load("delete table inet portward\n")
@@ -147,3 +161,111 @@ def test_a_change_that_was_not_carried_out_is_no_rest(core: Core) -> None:
     assert not core.at_rest()
     core.check()
     assert in_step(core)
+
+
+class Later:
+    """A kernel thread that is behind: it does what it is given when it is told to."""
+
+    def __init__(self) -> None:
+        self.given: list[Callable[[], object]] = []
+
+    def __call__(self, work: Callable[[], Any]) -> Future[Any]:
+        self.given.append(work)
+        return Future()
+
+    def catch_up(self) -> None:
+        """Does it, in its order."""
+        while self.given:
+            self.given.pop(0)()
+
+
+def disable(tmp_path: Path) -> None:
+    """Writes into the store that the owner of the source is disabled."""
+    store = SqliteStore(tmp_path / "portward.db")
+    record = Subscription(
+        id=_OWNER, offer="enterprise-agreement", created=date(2022, 6, 30), standing=Standing.DISABLED
+    )
+    batch = [Put(key_of(record), encode(record))]
+    store.write(batch, expected=store.revision(), actor="test", at=datetime.now(UTC))
+    store.close()
+
+
+def test_a_change_on_its_way_to_the_kernel_thread_is_no_reason_for_a_repair(tmp_path: Path) -> None:
+    kernel = Later()
+    with enforcing(tmp_path, kernel) as core:
+        disable(tmp_path)
+        assert core.sync()
+        assert (core.revision, core.enforced) == (2, 1)
+        assert core.at_rest()
+        core.check()
+        assert core.keeper.repairs == 0
+        kernel.catch_up()
+        assert core.enforced == 2
+        assert in_step(core)
+
+
+def test_a_change_that_comes_after_a_repair_has_taken_it_in_leaves_the_kernel_as_it_is(tmp_path: Path) -> None:
+    """The repair takes the newest state of the table; the change, carried out then, must not go back behind it."""
+    kernel = Later()
+    with enforcing(tmp_path, kernel) as core:
+        disable(tmp_path)
+        assert core.sync()
+        Nft().load("delete table inet portward\n")
+        core.check()
+        assert core.keeper.repairs == 1
+        assert core.enforced == 2
+        assert in_step(core)
+        before = core._netlink.generation()
+        kernel.catch_up()
+        assert core._netlink.generation() == before
+        assert in_step(core)
+        assert core.at_rest()
+
+
+def test_a_change_that_is_lost_on_its_way_to_the_kernel_is_made_good_by_the_next_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = Later()
+    with enforcing(tmp_path, kernel) as core:
+        disable(tmp_path)
+        monkeypatch.setattr(core._dataplane, "enforce", fail)
+        assert core.sync()
+        with pytest.raises(RuntimeError):
+            kernel.catch_up()
+        assert not core.at_rest()
+        core.check()
+        assert in_step(core)
+        assert core.enforced == 2
+
+
+def fail(*_: Any) -> None:
+    """A fault of portward's own."""
+    raise RuntimeError
+
+
+def test_what_the_store_changed_before_the_ruleset_is_loaded_is_carried_out_by_the_load(tmp_path: Path) -> None:
+    """A start reads the store while the workers load their libraries. What the kernel has cached is kept where the
+    change does not reach it."""
+    kernel = Later()
+    other, owned = Source(4242, b"\xc0\x00\x02\x4d"), ip_address("10.0.0.4").packed
+    with enforcing(tmp_path) as core:
+        index = socket.if_nametoindex(CONTOSO.segment)
+        generation = core.generation
+        keys = [source.key for source in (other, Source(index, owned))]
+        KernelElements(core._netlink, core._nft.committing).commit([Add("allow4", keys)])
+        disable(tmp_path)
+        core.close()
+        again = Core(core.config, core.preset, kernel)
+        again.first_policy()
+        again.first_links(Links({index: CONTOSO.segment}, frozenset()))
+        assert again.generation == generation
+        assert again.sync()
+        kernel.catch_up()
+        assert again._dataplane.learned.held(Source(index, owned)) is not None, "nothing is loaded yet"
+        again.load()
+        assert again._dataplane.learned.held(Source(index, owned)) is None
+        assert again._dataplane.learned.held(other) is not None
+        assert in_step(again)
+        assert again.enforced == 2
+        again.close_store()
+        again.close()

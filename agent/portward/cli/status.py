@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # The daemon writes its status each second: an older one is told as old.
 _STALE_SECONDS = 5.0
+# A step of the policy thread that takes longer is shown.
+_LONG_SECONDS: Final = 1.0
 # The columns of `top` that hold numbers.
 _NUMBERS: Final = (3, 4)
 
@@ -119,7 +121,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         f"mode {told['mode']}, preset {told['preset']}",
         f"policy    revision {told['revision']}, {told['attachments']:.0f} attachments of "
         f"{told['subscriptions']:.0f} subscriptions",
-        f"store     {told['store']}" + (f": {told['store_error']}" if told["store_error"] else ", in step"),
+        f"store     {told['store']}" + _store(told),
         f"queue     {told['queue_path']}; "
         + ", ".join(
             f"worker {worker['queue']} {'runs' if worker['running'] else 'IS DOWN'}"
@@ -155,6 +157,17 @@ def _lines(told: dict[str, Any]) -> list[str]:
     if told["ruleset_repairs"]:
         found.append(f"ruleset   put back {told['ruleset_repairs']:.0f} times after somebody changed it")
     return found
+
+
+def _store(told: dict[str, Any]) -> str:
+    """What follows the store's URL: whether the agent is in step with it."""
+    waits = f"; {told['store_waits']}" if told["store_waits"] else ""
+    if told["store_error"]:
+        return f": {told['store_error']}{waits}"
+    work = told["working"]
+    if work is not None and work["seconds"] >= _LONG_SECONDS:
+        return f", {work['what']} for {_span(work['seconds'])} now: later changes wait{waits}"
+    return f", in step{waits}"
 
 
 def _since(moment: datetime) -> float:

@@ -7,6 +7,7 @@ forgets everything.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -38,25 +39,29 @@ class Enforcement:
         self,
         keeper: Keeper,
         learned: Learned,
-        want: Callable[[], Wanted],
+        want: Callable[[int], Wanted],
         count: Callable[[list[Element]], None],
         rates: Rates,
         rate: Callable[[Iterable[Source]], None],
     ) -> None:
-        """`want` gives the ruleset for now; `count` takes elements that are about to be forgotten; `rate` writes
-        the limits of sources into the kernel."""
+        """`want` gives the ruleset for a generation of the table; `count` takes elements that are about to be
+        forgotten; `rate` writes the limits of sources into the kernel."""
         self._keeper, self._learned, self._want, self._count = keeper, learned, want, count
         self._rates, self._rate = rates, rate
         self.links: dict[str, int] = {}
         self.broken = ""
         # The generation of the policy table that the kernel was last brought in line with.
         self.generation: int | None = None
+        # Interfaces whose index belonged to another one before, and the table does not say so yet: index →
+        # number of the event that said so.
+        self.unsettled: dict[int, int] = {}
+        self._settled = 0
 
     def start(self, generation: int) -> bool:
         """Loads the ruleset. What the kernel remembers from an earlier run is kept where it agrees with the
         table, and forgotten else; True where something was there to forget. Raises KernelError."""
         remembered = self._learned.synced()
-        self._keeper.load(self._want())
+        self._keeper.load(self._want(generation))
         self._rates.read()
         self.generation = generation
         if remembered == generation:
@@ -66,8 +71,9 @@ class Enforcement:
 
     def enforce(self, committed: Committed) -> None:
         """Carries a change out. Where the kernel does not take it, the ruleset is loaded anew and everything
-        forgotten, now or, where that fails too, at the next `check`."""
-        if not committed.new:
+        forgotten, now or, where that fails too, at the next repair. Does nothing if a repair has brought the
+        kernel to this generation or a later one meanwhile: then everything older is forgotten."""
+        if not committed.new or not self._is_newer(committed.generation):
             return
         try:
             self._learned.move_epoch(committed.generation)
@@ -114,21 +120,46 @@ class Enforcement:
         self._rates.forgotten(rated)
         self._rate({*sources, *rated, *islice(found, _RATED)})
 
-    def check(self, generation: int) -> bool:
-        """Puts the ruleset back where somebody has changed it; True where all was well."""
+    def unsettle(self, indexes: Iterable[int], number: int) -> None:
+        """Drops what these interfaces send and forgets their cached verdicts, until `settle` for event `number`.
+        First the drop, which also covers verdicts that are on their way from a worker; then what is cached."""
+        if number <= self._settled:
+            return
+        new = dict.fromkeys(indexes, number)
+        self.unsettled |= new
         try:
-            well = not self.broken and self._keeper.intact() and self._keeper.epoch_is(generation)
-        except (OSError, KernelError):
-            well = False
-        if not well:
-            self.repair(generation)
-        return well
+            self._learned.unsettle(new)
+            self._forget_links(new)
+        except (KernelError, OSError):
+            self.repair(self.generation or 0)
+
+    def settle(self, number: int) -> None:
+        """The table says to which segments interfaces belong, as of event `number`: packets of those that were
+        unsettled up to then are judged again."""
+        self._settled = max(self._settled, number)
+        settled = [index for index, since in self.unsettled.items() if since <= number]
+        if not settled:
+            return
+        for index in settled:
+            del self.unsettled[index]
+        try:
+            self._learned.settle(settled)
+        except (KernelError, OSError):
+            self.repair(self.generation or 0)
+
+    def intact(self) -> bool:
+        """Whether the kernel has the ruleset that was loaded, under the generation that it was brought to."""
+        if self.generation is None:
+            return True
+        with contextlib.suppress(OSError, KernelError):
+            return not self.broken and self._keeper.intact() and self._keeper.epoch_is(self.generation)
+        return False
 
     def repair(self, generation: int) -> None:
         """Loads the ruleset anew and forgets everything: whoever changed it may have changed the sets too. What
-        the kernel refuses is in `broken` and in the log, and is tried again at the next `check`."""
+        the kernel refuses is in `broken` and in the log, and is tried again at the next repair."""
         try:
-            self._keeper.repair(self._want())
+            self._keeper.repair(self._want(generation))
             self._forget_everything(generation)
             self._rates.read()
             self.generation, self.broken = generation, ""
@@ -140,6 +171,19 @@ class Enforcement:
     def _forget_everything(self, generation: int) -> None:
         self._learned.forget_everything(generation)
         self._rates.all_forgotten()
+
+    def _forget_links(self, indexes: Iterable[int]) -> None:
+        """Makes the kernel forget the cached verdicts and rate limits behind these interfaces."""
+        prefixes = Prefixes()
+        for index in indexes:
+            prefixes.add_link(index)
+        rated = self._rates.within(prefixes)
+        self._learned.forget_within(prefixes, self.generation or 0, self._rates.forgetting(rated))
+        self._rates.forgotten(rated)
+
+    def _is_newer(self, generation: int) -> bool:
+        """Whether a generation comes after the kernel's. They wrap around at 2**32."""
+        return self.generation is None or 0 < (generation - self.generation) % 2**32 < 2**31
 
     def _sources(self, committed: Committed) -> list[Source]:
         """The single addresses that have changed."""

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 from portward.gateway import mark
 from portward.gateway.elements import Add, Change, Delete, Elements, Flush, RefusedError
 from portward.gateway.prefixes import Prefixes
-from portward.gateway.ruleset import COUNTED_SETS, LEARNED_SETS, RATES, Verdict
+from portward.gateway.ruleset import COUNTED_SETS, LEARNED_SETS, RATES, UNSETTLED, Verdict
 from portward.gateway.setdump import Row
 from portward.gateway.sweep import Sweep
 
@@ -207,6 +207,15 @@ class Learned:
         rows = self._elements.rows(set_)
         self.sizes[set_] = len(rows)
         return rows
+
+    def unsettle(self, indexes: Iterable[int]) -> None:
+        """From here on nothing from these interfaces is asked about or learned, but dropped; raises
+        KernelError."""
+        self._elements.commit([Add(UNSETTLED, [_INDEX.pack(index) for index in indexes])])
+
+    def settle(self, indexes: Iterable[int]) -> None:
+        """Ends `unsettle` for these interfaces; raises KernelError."""
+        self._elements.commit([Delete(UNSETTLED, [_INDEX.pack(index) for index in indexes])])
 
     def _number(self, name: str) -> int | None:
         try:

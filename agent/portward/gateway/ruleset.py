@@ -50,13 +50,15 @@ LEARNED_SETS: Final[dict[mark.Class, str]] = {
 }
 # Sources with a limit → the limit's name, by family; and what such sources sent within it and beyond it.
 RATES: Final = "rates"
+# Interfaces that the policy table still takes for others: what they send is dropped.
+UNSETTLED: Final = "unsettled"
 RATED_SETS: Final = {Rated.WITHIN: "rated", Rated.BEYOND: "throttled"}
 # What each element of these sets counts.
 Verdict: TypeAlias = mark.Class | Rated
 COUNTED_SETS: Final[dict[Verdict, str]] = dict([*LEARNED_SETS.items(), *RATED_SETS.items()])
 COUNTERS: Final = (
     "internal", "missed", "answered", "answered_stale", "unlearned", "limited", "limited_all", "stale",
-    "unjudged", "unjudged_open", "headers", "unknown", "throttled", "held",
+    "unjudged", "unjudged_open", "headers", "unknown", "unsettled", "throttled", "held",
 )  # fmt: skip
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
@@ -68,10 +70,12 @@ _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
 
 class State(NamedTuple):
-    """What the ruleset says of the policy table when it is loaded: both numbers are the table's."""
+    """What the ruleset says of the policy table when it is loaded. `unsettled` are the indexes of interfaces
+    that the table still takes for others."""
 
     generation: int
     synced: bool  # what the kernel remembers agrees with it
+    unsettled: frozenset[int] = frozenset()
 
 
 class QueueStatement(NamedTuple):
@@ -110,6 +114,9 @@ def wanted(
     text += "".join(_probes(config.queue.workers))
     if native:
         text += "".join(map(_native, statements))
+    if state.unsettled:
+        indexes = ", ".join(map(str, sorted(state.unsettled)))
+        text += f"add element {FAMILY_TABLE} {UNSETTLED} {{ {indexes} }}\n"
     return Wanted(text, definitions, statements, native)
 
 
@@ -137,7 +144,9 @@ def replacement(
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
     lines += [f"delete chain {FAMILY_TABLE} {name}" for name, at in have_hooks.items() if _HOOKS.get(name) != at]
-    lines += [f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced") if name in have]
+    lines += [
+        f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced", UNSETTLED) if name in have
+    ]
     lines += [f"delete set {FAMILY_TABLE} {name}" for name in RETIRED_SETS if name in have]
     if not same_definitions:
         lines += [f"delete set {FAMILY_TABLE} {name}" for name in sorted(learned & have)]

@@ -10,10 +10,11 @@ from portward.store.protocol import Store
 from portward.store.sqlite import SqliteStore
 
 
-def open_store(url: str, *, create: bool = False) -> Store:
-    """The store at `sqlite:PATH`, made where it is missing if `create`. Raises InputError for another kind of
-    URL, NoStoreError where it is missing, StoreError where it cannot be opened."""
+def open_store(url: str, *, create: bool = False, agent: bool = False) -> Store:
+    """The store at `sqlite:PATH`, made where it is missing if `create`. An `agent` does not wait for long if
+    another process holds the store locked. Raises InputError for another kind of URL, NoStoreError where it is
+    missing, StoreError where it cannot be opened."""
     found = STORE.fullmatch(url)
     if found is None:
         raise InputError(f"{url!r} is no store that this version knows: sqlite:PATH", field="store")
-    return SqliteStore(Path(found[1]), create=create)
+    return SqliteStore(Path(found[1]), create=create, agent=agent)

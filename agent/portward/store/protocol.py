@@ -157,6 +157,9 @@ class Store(Protocol):
     def changes(self, since: int) -> Iterator[Change]:
         """What changed after revision `since`, in order, whole revisions only."""
 
+    def waits(self) -> str:
+        """Why a reader may have to wait for a writer, in words; empty if it never does."""
+
     def written(self) -> datetime | None:
         """When the newest revision was written, in UTC; None for a store that never held anything. No revision is
         dated before the one before it, whatever its writer's clock says."""

@@ -12,6 +12,7 @@ Who only reads needs to write too, to the index that WAL keeps beside the databa
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -37,11 +38,16 @@ from portward.store.protocol import (
     Row,
 )
 
+_log = logging.getLogger("portward.store")
+
 _FORMAT: Final = 2
 # The format before, whose log has no hashes.
 _UNSEALED: Final = 1
 # How long a writer waits for another one, in seconds: a million records take about ten.
 _PATIENCE = 20.0
+# How long an agent waits for whoever holds the store locked, in seconds. It tries again each second, and the end
+# of a grant must not wait behind it.
+AGENT_PATIENCE: Final = 1.0
 # Records that are written between two reports of progress.
 _BATCH: Final = 20_000
 _IDENTITY_BYTES: Final = 16
@@ -123,24 +129,27 @@ _PIECE: Final = 1000
 class SqliteStore:
     """A `Store` in the file at `path`."""
 
-    def __init__(self, path: Path, *, create: bool = False) -> None:
-        """Opens the database, and makes it where it is missing if `create`. Raises NoStoreError where it is
-        missing and not made, StoreError where it cannot be used."""
+    def __init__(self, path: Path, *, create: bool = False, agent: bool = False) -> None:
+        """Opens the database, and makes it where it is missing if `create`. An `agent` waits for a lock of another
+        process for `AGENT_PATIENCE`. Raises NoStoreError where it is missing and not made, StoreError where it
+        cannot be used."""
         self._path = path.absolute()
         self._name = f"sqlite:{path}"
         self._bell = self._path.with_name(path.name + ".bell")
         self._listener: Listener | None = None
         self._readings = 0
         self._held = False
+        self._patience = AGENT_PATIENCE if agent else _PATIENCE
+        self._waits = ""
         with self._errors():
             self._find(create=create)
             # The URI keeps SQLite from making a file that has gone away meanwhile.
             self._connection = sqlite3.connect(
-                f"{self._path.as_uri()}?mode=rw", uri=True, timeout=_PATIENCE, isolation_level=None
+                f"{self._path.as_uri()}?mode=rw", uri=True, timeout=self._patience, isolation_level=None
             )
             try:
                 self._connection.text_factory = _any_text
-                self._prepare(create=create)
+                self._prepare(create=create, agent=agent)
                 self._identity = self._read_identity()
                 self._file = self._file_now()
             except BaseException:
@@ -301,6 +310,10 @@ class SqliteStore:
         if self._listener is not None:
             self._listener.drain()
 
+    def waits(self) -> str:
+        """See `Store`."""
+        return self._waits
+
     def close(self) -> None:
         """See `Store`."""
         if self._listener is not None:
@@ -314,7 +327,7 @@ class SqliteStore:
         except sqlite3.ProgrammingError:
             raise  # ours, not the surroundings'
         except sqlite3.DatabaseError as error:
-            raise StoreError(f"{self._name}: {_in_words(error)}") from error
+            raise StoreError(f"{self._name}: {_in_words(error, self._patience)}") from error
         except OSError as error:
             raise StoreError(f"{self._name}: {error.strerror}") from error
 
@@ -343,7 +356,7 @@ class SqliteStore:
         finally:
             os.close(descriptor)
 
-    def _prepare(self, *, create: bool) -> None:
+    def _prepare(self, *, create: bool, agent: bool) -> None:
         execute = self._connection.execute
         self._expect_format()
         version = self._format()
@@ -353,10 +366,29 @@ class SqliteStore:
             if not create:
                 raise NoStoreError(f"{self._name}: an empty file; 'portward apply' makes it a store")
             self._create()
+        # Who only looks (`explain`, `audit`) leaves the file as it is.
+        if create or agent:
+            self._put_wal_back()
         execute("PRAGMA synchronous = FULL")
         execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT}")
         if create:
             self._seal()
+
+    def _put_wal_back(self) -> None:
+        """In WAL mode, in which a store is made, readers and a writer do not wait for each other. The mode stays
+        in the file, and any tool can change it. It can be put back only while nobody else has the store open."""
+        mode = self._connection.execute("PRAGMA journal_mode").fetchone()[0]
+        if mode == "wal":
+            return
+        with contextlib.suppress(sqlite3.OperationalError):
+            if self._connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] == "wal":
+                _log.warning("%s: its journal mode was %s: WAL is put back", self._name, mode)
+                return
+        self._waits = (
+            f"its journal mode is {mode}, and WAL cannot be put back now: readers wait for writers (close what "
+            "else has it open, or check the permissions of its folder)"
+        )
+        _log.warning("%s: %s", self._name, self._waits)
 
     def _format(self) -> int:
         return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
@@ -613,7 +645,6 @@ _CHECK_PERMISSIONS: Final = (
     "check the permissions of the file and of its folder, and that their file system is not read-only"
 )
 _WORDS: Final = {
-    "SQLITE_BUSY": f"another process has held it locked for {_PATIENCE:.0f} s; try again",
     "SQLITE_NOTADB": "this file is no SQLite database",
     "SQLITE_READONLY": f"it cannot be written: {_CHECK_PERMISSIONS}",
     "SQLITE_CANTOPEN": f"it cannot be opened: {_CHECK_PERMISSIONS}",
@@ -625,8 +656,10 @@ _WORDS: Final = {
 }
 
 
-def _in_words(error: sqlite3.DatabaseError) -> str:
-    """SQLite's message, and what to do about the common ones."""
+def _in_words(error: sqlite3.DatabaseError, patience: float) -> str:
+    """SQLite's message, and what to do about the common ones; `patience` as for SqliteStore."""
     # Extended codes begin with the name of what they extend, like SQLITE_READONLY_DBMOVED.
     kind = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
+    if kind == "SQLITE_BUSY":
+        return f"another process has held it locked for {patience:g} s; try again"
     return _WORDS.get(kind, str(error))

@@ -13,7 +13,8 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from portward.model import Record
 from portward.store.flips import Flips, HeldError
@@ -32,6 +33,11 @@ from portward.table.load import Loadable
 from portward.table.writer import Committed, GrownError, Writer
 
 _log = logging.getLogger("portward.store")
+_T = TypeVar("_T")
+
+
+class BulkError(Exception):
+    """There is more to take in than the follower may; nothing was taken in."""
 
 
 class Held(NamedTuple):
@@ -45,14 +51,16 @@ class Held(NamedTuple):
 class Follower:
     """Brings a table up to the revision of a store. `held` is the change that waits for confirmation, if any."""
 
-    def __init__(self, store: Store, writer: Writer) -> None:
-        self._store, self._writer = store, writer
+    def __init__(self, store: Store, writer: Writer, limit: int | None = None) -> None:
+        """A step that would take in more than `limit` changes or records raises BulkError instead; None: any
+        number may be."""
+        self._store, self._writer, self._limit = store, writer, limit
         self.refused = 0
         self.held: Held | None = None
 
     def step(self, now: datetime) -> Committed | None:
-        """Takes in what is new; None where nothing is, or it is held. Raises StoreError or TableError, and then
-        the table stands as it stood."""
+        """Takes in what is new; None where nothing is, or it is held. Raises StoreError, TableError
+        or BulkError, and then the table stands as it stood."""
         revision, share = self._store.revision(), self._writer.max_flip_share
         if self.held is not None and (self.held.revision, self.held.share) == (revision, share):
             return None
@@ -74,7 +82,7 @@ class Follower:
             return self._replace(identity, now)
         if head.revision == revision:
             return None
-        changes = _by_itself(list(self._store.changes(head.revision)))
+        changes = _by_itself(self._within(self._store.changes(head.revision)))
         try:
             return self._apply(changes, head.revision, now)
         except HeldError:
@@ -92,9 +100,20 @@ class Follower:
     def _replace_once(self, identity: bytes, now: datetime) -> Committed:
         sure = confirmed(self._store.get(CONFIRMED))
         revision, records = self._store.read_all()
+        if self._limit is not None:
+            records = iter(self._within(records))
         return self._writer.replace(
             self._quickly(records), revision=revision, store=identity, now=now, confirmed=sure == revision
         )
+
+    def _within(self, items: Iterable[_T]) -> list[_T]:
+        """The items, all of them; raises BulkError if they are more than may be taken in."""
+        if self._limit is None:
+            return list(items)
+        found = list(islice(items, self._limit + 1))
+        if len(found) > self._limit:
+            raise BulkError
+        return found
 
     def _apply(self, changes: list[Change], since: int, now: datetime) -> Committed | None:
         # What came after a confirmation is not confirmed by it: the next step takes it in.

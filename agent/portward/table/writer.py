@@ -102,6 +102,17 @@ class Writer:
             first = Rows(transaction, self._parts[b"expiries"]).first()
             return None if first is None else layout.instant(int.from_bytes(first[:8], "big"))
 
+    def attachments(self) -> int:
+        """How many attachments the table holds."""
+        with self._environment.begin() as transaction:
+            return sum(transaction.stat(self._parts[name])["entries"] for name in layout.ENTRIES.values())
+
+    def is_decided_otherwise(self) -> bool:
+        """Whether the table was decided under another preset or other answers than those that hold now, so that
+        `settle` decides everything again."""
+        head = self.head()
+        return head is None or head.preset != self._digest() or Answers(head.observe, head.reject) != self.answers
+
     def apply(
         self,
         put: Iterable[Record],

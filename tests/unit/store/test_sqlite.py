@@ -255,6 +255,54 @@ def test_a_store_that_is_locked_for_too_long(path: Path, monkeypatch: pytest.Mon
         assert held(store) == {}
 
 
+def journal_mode(path: Path) -> str:
+    """The journal mode that the file is in."""
+    with closing(sqlite3.connect(path)) as other:
+        found: str = other.execute("PRAGMA journal_mode").fetchone()[0]
+        return found
+
+
+@pytest.mark.parametrize("who", [{"create": True}, {"agent": True}], ids=["apply", "agent"])
+def test_wal_that_another_tool_took_away_is_put_back(
+    path: Path, who: dict[str, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without it, readers wait for writers."""
+    opened(path).close()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA journal_mode = DELETE")
+    with closing(SqliteStore(path, **who)) as store:
+        assert store.waits() == ""
+    assert journal_mode(path) == "wal"
+    assert "its journal mode was delete: WAL is put back" in caplog.text
+
+
+def test_who_only_looks_leaves_the_journal_mode_as_it_is(path: Path) -> None:
+    opened(path).close()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA journal_mode = DELETE")
+    SqliteStore(path).close()
+    assert journal_mode(path) == "delete"
+
+
+def test_an_agent_that_cannot_put_wal_back_says_so_and_does_not_wait_for_long(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("portward.store.sqlite.AGENT_PATIENCE", 0.05)
+    monkeypatch.setattr("portward.store.sqlite._PATIENCE", 3600)
+    opened(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = DELETE")
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM record").fetchone()
+        with closing(SqliteStore(path, agent=True)) as store:
+            assert store.waits().startswith("its journal mode is delete, and WAL cannot be put back now")
+            assert store.waits() in caplog.text
+            other.execute("ROLLBACK")
+            other.execute("BEGIN EXCLUSIVE")
+            with pytest.raises(StoreError, match=r"another process has held it locked for 0\.05 s"):
+                store.revision()
+
+
 def test_a_full_disk_is_told_and_leaves_nothing(store: SqliteStore) -> None:
     write(store, put(CONTOSO))
     store._connection.execute("PRAGMA max_page_count = 12")

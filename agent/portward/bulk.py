@@ -1,0 +1,159 @@
+"""A bulk change of the policy table, made in a process of its own.
+
+Python runs one thread of a process at a time, and a change of a million attachments holds the others up: freeing
+its records alone takes 0.4 s, a pass of the garbage collector over them a second. So what is more than `LIMIT`
+changes is made by a child process, which opens store and table, writes one transaction and reports what it has
+changed. It ends with the daemon. If it is killed, LMDB keeps the table as it was.
+
+The job and its outcome are pickled: both processes are the same program, and nothing else writes to these pipes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from datetime import datetime
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from portward.errors import StoreError
+from portward.notify import log_formatter
+from portward.policy.preset import Preset
+from portward.resources import PYTHON
+from portward.store import open_store
+from portward.store.flips import Flips, HeldError
+from portward.table.database import TableError, open_database
+from portward.table.follower import Follower, Held
+from portward.table.writer import Answers, Committed, Writer
+
+# Up to this many changes are made by the policy thread itself: starting the child takes 0.2 s.
+LIMIT: Final = 20_000
+_NICE: Final = 10
+
+
+class Job(NamedTuple):
+    """What the child is to do. With a `store` (URL): take in what is new in it. Without: decide everything again;
+    `may_flip` as for `Writer.settle`."""
+
+    table: Path
+    preset: Preset
+    answers: Answers
+    max_flip_share: float
+    now: datetime
+    store: str | None = None
+    may_flip: bool = True
+
+
+class Outcome(NamedTuple):
+    """What came of it: the change, if one was committed; the change that is held, if one is; how many records were
+    refused; and in `error` the kind and the words of what went wrong."""
+
+    committed: Committed | None = None
+    held: Held | None = None
+    refused: int = 0
+    error: tuple[str, str] | None = None
+    flips: Flips | None = None
+
+
+class Bulk:
+    """Runs one job after the other. `stop` may be called on any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def run(self, job: Job) -> Outcome:
+        """Runs a job and gives its outcome; raises StoreError, TableError or HeldError, and then the table is as
+        it was."""
+        with self._lock:
+            if self._stopped:
+                raise TableError(f"{job.table}: the agent is stopping")
+            argv = [*PYTHON, "-m", "portward.bulk"]
+            try:
+                process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            except OSError as error:
+                raise TableError(f"{job.table}: no process for a bulk change: {error.strerror}") from error
+            self._process = process
+        assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018 # asked for above
+        with process:
+            # Its standard input stays open: it ends when this one does.
+            process.stdin.write(pickle.dumps(job))
+            process.stdin.flush()
+            data = process.stdout.read()
+        if not data:
+            raise TableError(f"{job.table}: the process of a bulk change ended ({process.returncode})")
+        outcome = pickle.loads(data)  # noqa: S301 # from our own child
+        assert isinstance(outcome, Outcome)  # noqa: S101 # as `main` writes it
+        return _checked(outcome, job)
+
+    def stop(self) -> None:
+        """Ends the job that runs, and lets none begin."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
+
+
+def _checked(outcome: Outcome, job: Job) -> Outcome:
+    """The outcome, or what it says went wrong as the exception that it was."""
+    if outcome.flips is not None:
+        raise HeldError(outcome.flips, job.max_flip_share)
+    if outcome.error is not None:
+        kind, words = outcome.error
+        raise StoreError(words) if kind == "store" else TableError(words)
+    return outcome
+
+
+def _done(job: Job) -> Outcome:
+    # Only to see that it can be read: a writer would put a damaged file aside, which the daemon has open.
+    open_database(job.table, write=False).close()
+    writer = Writer(job.table, job.preset, job.answers, max_flip_share=job.max_flip_share)
+    if job.store is None:
+        return Outcome(writer.settle(now=job.now, may_flip=job.may_flip))
+    follower = Follower(open_store(job.store, agent=True), writer)
+    committed = follower.step(job.now)
+    return Outcome(committed, follower.held, follower.refused)
+
+
+def _outcome(job: Job) -> Outcome:
+    try:
+        return _done(job)
+    except HeldError as error:
+        return Outcome(flips=error.flips)
+    except StoreError as error:
+        return Outcome(error=("store", str(error)))
+    except TableError as error:
+        return Outcome(error=("table", str(error)))
+
+
+def _end_with_the_daemon() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main() -> None:
+    """Reads a job from standard input, does it, and writes its outcome to standard output."""
+    out = logging.StreamHandler(sys.stderr)
+    out.setFormatter(log_formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[out])
+    job = pickle.load(sys.stdin.buffer)  # noqa: S301 # from the daemon that started this process
+    threading.Thread(target=_end_with_the_daemon, daemon=True).start()
+    # Packets and repairs first, where processors are few.
+    os.nice(_NICE)
+    outcome = _outcome(job)
+    sys.stdout.buffer.write(pickle.dumps(outcome))
+    sys.stdout.buffer.flush()
+    # Without freeing a million records first.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    # Under its own name: as `__main__`, the classes would not be those of the daemon.
+    from portward.bulk import main as run
+
+    run()

@@ -1,0 +1,288 @@
+"""The kernel's side of a running gateway: its ruleset, its cached verdicts, its rate limits.
+
+Every method runs on the kernel thread, one after the other, so no two of them write the kernel at once. None of
+them reads the store or waits for a write transaction of the policy table: nothing slow stands before a repair.
+
+Changes of the table arrive in the order of their commits (`enforce`). A repair may run between a commit and its
+`enforce`. It takes the newest generation of the table and forgets everything, so the late `enforce` has nothing
+left to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterable
+from ipaddress import ip_address
+from typing import Final
+
+from portward.config import Config
+from portward.errors import KernelError
+from portward.gateway import ruleset
+from portward.gateway.elements import KernelElements
+from portward.gateway.enforcement import Enforcement
+from portward.gateway.judge import judge
+from portward.gateway.keeper import Keeper
+from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.gateway.rates import Bucket, Rates
+from portward.gateway.surroundings import NOTHING, Surroundings
+from portward.gateway.tally import Outcome
+from portward.model import ExemptionState
+from portward.policy.preset import Preset
+from portward.selfcheck import SAMPLE, Kind, SelfCheck
+from portward.table.reader import Reader
+from portward.table.writer import Committed
+from portward.underway import UnderWay
+
+# Differences of one kind that are logged one by one.
+_TOLD: Final = 10
+
+_log = logging.getLogger("portward")
+
+
+class Dataplane:
+    """What the kernel of one network namespace holds of portward."""
+
+    def __init__(
+        self,
+        config: Config,
+        preset: Preset,
+        *,
+        nft: Nft,
+        netlink: NfNetlink,
+        native: bool,
+        reader: Reader,
+        selfcheck: SelfCheck,
+        under_way: UnderWay,
+        count: Callable[[list[Element]], None],
+    ) -> None:
+        """`config` and `preset` are those in force. `native`: the kernel has nft_queue. `reader` belongs to the
+        kernel thread alone. `count` takes elements that are about to be forgotten."""
+        self.config, self.preset, self.native = config, preset, native
+        self._nft, self._netlink, self._reader = nft, netlink, reader
+        self._selfcheck, self._under_way = selfcheck, under_way
+        elements = KernelElements(netlink, nft.committing)
+        self.learned = Learned(elements)
+        self.keeper = Keeper(nft, netlink, self.learned)
+        self.rates_seen: dict[Source, Bucket] = {}
+        self._rates = Rates(elements)
+        self.enforcement = Enforcement(self.keeper, self.learned, self.want, count, self._rates, self.rate)
+        self._surroundings = NOTHING
+        # Changes that were committed before the ruleset was loaded.
+        self._early: list[tuple[Committed, dict[str, int] | None, int]] | None = []
+        # The newest revision of the store that the kernel acts on: everything older is forgotten.
+        self.enforced = 0
+
+    @property
+    def broken(self) -> str:
+        """Why the kernel does not have the ruleset that it should have; empty if it has."""
+        return self.enforcement.broken
+
+    def load(self, committed: Committed, links: dict[str, int]) -> None:
+        """Loads the ruleset for the table as it was after `committed`, with `links` (segment → interface index),
+        then carries out what was committed since. From here on the gateway enforces. Raises KernelError."""
+        self.enforcement.links = links
+        if self.enforcement.start(committed.generation):
+            _log.info("the kernel remembered verdicts of another policy: they are forgotten")
+        self.enforced = committed.revision
+        early, self._early = self._early or [], None
+        for change in early:
+            self._carry_out(*change)
+
+    def enforce(self, committed: Committed, links: dict[str, int] | None, settled: int) -> None:
+        """Carries out a change of the table. With `links` the interfaces have changed, and interfaces that were
+        unsettled up to the number `settled` no longer are."""
+        if self._early is not None:
+            self._early.append((committed, links, settled))
+            return
+        self._carry_out(committed, links, settled)
+
+    def _carry_out(self, committed: Committed, links: dict[str, int] | None, settled: int) -> None:
+        if links is not None:
+            self.enforcement.links = links
+        self.enforcement.enforce(committed)
+        if links is not None:
+            self.enforcement.settle(settled)
+        if not self.broken:
+            self.enforced = committed.revision
+
+    def unsettle(self, indexes: frozenset[int], number: int) -> None:
+        """Drops what interfaces with these indexes send, unless `enforce` has settled event `number` already: each
+        index belonged to another interface before, and the table does not say so yet."""
+        self.enforcement.unsettle(indexes, number)
+
+    def surround(self, surroundings: Surroundings) -> None:
+        """See `Core.surround`."""
+        if surroundings == self._surroundings:
+            return
+        self._surroundings = surroundings
+        try:
+            self.keeper.load(self.want(self._kernel_generation()))
+        except (KernelError, OSError):
+            self._repair()
+
+    def would_take(self, config: Config, preset: Preset) -> None:
+        """Asks the kernel if it would load the ruleset of another configuration; raises KernelError."""
+        self.keeper.check(self._wanted(config, preset, self._kernel_generation()))
+
+    def adopt(
+        self, config: Config, preset: Preset, changes: list[tuple[Committed, dict[str, int] | None]]
+    ) -> bool:
+        """Puts another configuration in force, whose `changes` of the table are committed. False if the kernel
+        refuses its ruleset; then `check` tries it until it works."""
+        self.config, self.preset = config, preset
+        try:
+            self.keeper.load(self.want(changes[-1][0].generation if changes else self._kernel_generation()))
+            self._rates.read()
+        except (KernelError, OSError) as error:
+            _log.error("the configuration is in force in part, and is tried again: %s", error)
+            self._repair()
+            return False
+        for committed, links in changes:
+            self._carry_out(committed, links, 0)
+        return True
+
+    def check(self) -> None:
+        """Puts the ruleset back if another process has changed it, and forgets everything if a change of the table
+        was not carried out."""
+        before = self.keeper.repairs
+        if self.behind or not self.enforcement.intact():
+            self._repair()
+        if self.keeper.repairs != before:
+            self._selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
+
+    @property
+    def behind(self) -> bool:
+        """Whether the kernel stands at an older generation than the table although no change is under way. May be
+        asked on any thread."""
+        # In this order: a change counts as under way from before its commit until it was carried out.
+        table = self._under_way.generation()
+        return self.enforcement.generation != table and not self._under_way.any
+
+    def _repair(self) -> None:
+        """Loads the ruleset for the newest state of the table and forgets everything."""
+        head = self._reader.head()
+        self.enforcement.repair(0 if head is None else head.generation)
+        if head is not None and not self.broken:
+            self.enforced = head.revision
+
+    def correct(self, suspects: list[Source]) -> None:
+        """Makes the kernel forget those of these sources whose cached verdict is not the table's. A change that is
+        committed but not carried out makes differences too: they are forgotten all the same, and not reported."""
+        if self.broken:  # the ruleset comes first, and with it everything is forgotten
+            return
+        with contextlib.suppress(OSError, KernelError):
+            held = [found for source in suspects if (found := self.learned.held(source)) is not None]
+            wrong = [element for element in held if self.differs(self._reader, element)]
+            if not wrong:
+                return
+            self.enforcement.forget([element.source for element in wrong], self._kernel_generation())
+            if self._under_way.any:
+                return
+            for element in wrong:
+                address = ip_address(element.source.address)
+                self._selfcheck.differs(
+                    Kind.REMEMBERED,
+                    f"the kernel remembered {element.verdict.name.lower()} for {address} behind interface "
+                    f"{element.source.link}, which is not the table's verdict: forgotten",
+                )
+
+    def keep_rates(self) -> None:
+        """Brings the rate limits in the kernel in line with the table, and removes those that nobody needs."""
+        self._correct_rates()
+        self._collect_rates()
+
+    def _correct_rates(self) -> None:
+        """Makes the kernel forget the rate limits of sources that have another one, or none, and reads again which
+        ones are there if another process has changed that. Of what is as it was left a sample is looked at."""
+        if self.broken:
+            return
+        with contextlib.suppress(OSError, KernelError):
+            same = self._rates.is_held(self.rates_seen)
+            if not same:  # a change of policy may have come between, too
+                self._rates.read()
+            sources = list(self._rates.sources())
+            looked_at = random.sample(sources, min(len(sources), SAMPLE)) if same else sources
+            wrong = [source for source in looked_at if self._bucket(source) != self._rates.bucket(source)]
+            if not wrong:
+                return
+            self.enforcement.forget(wrong, self._kernel_generation())
+            if self._under_way.any:  # see `correct`
+                return
+            for source in wrong[:_TOLD]:
+                self._selfcheck.differs(
+                    Kind.REMEMBERED,
+                    f"the kernel let {ip_address(source.address)} behind interface {source.link} send within a "
+                    "limit that is not the table's: forgotten",
+                )
+
+    def asked(self, sources: Iterable[Source]) -> None:
+        """Lets sources send within their rate limit that a worker has met, so the kernel has none for them."""
+        sources = list(sources)
+        with contextlib.suppress(OSError):
+            self._rates.doubt(sources)
+        self.rate(sources)
+
+    def rate(self, sources: Iterable[Source]) -> None:
+        """Lets those of these sources whose exemption carries a rate limit send within it. If the kernel refuses,
+        the source's next packet asks again."""
+        # Behind an unsettled interface the table finds the limit of whoever had it before.
+        sources = [source for source in sources if source.link not in self.enforcement.unsettled]
+        found = ((source, self._bucket(source)) for source in sources)
+        wanted = {source: bucket for source, bucket in found if bucket is not None}
+        try:
+            self._rates.add(wanted)
+        except KernelError as error:
+            _log.warning("sources with a limit stay blocked until they are tried again: %s", error)
+            with contextlib.suppress(OSError):
+                self._rates.read()
+
+    def _collect_rates(self) -> None:
+        """Takes rate limits out of the kernel that are not in force any more."""
+        with contextlib.suppress(KernelError):  # another process has changed the ruleset: `check` puts it right
+            self._rates.collect(lambda bucket: self._limit(bucket.subscription) == bucket)
+
+    def _bucket(self, source: Source) -> Bucket | None:
+        """The rate limit under which a source may send; None if it may not, or without one."""
+        finding = self._reader.lookup(source.link, source.address)
+        if finding is None or not finding.limited or finding.observed:
+            return None
+        owner = self._reader.owner(source.link, source.address)
+        return None if owner is None or owner[1] is None else self._limit(owner[1].subscription)
+
+    def _limit(self, subscription: int) -> Bucket | None:
+        """The rate limit of a subscription (the table's number) that an exemption grants."""
+        account = self._reader.account(subscription)
+        exemption = None if account is None else account.exemption
+        if exemption is None or exemption.state is not ExemptionState.GRANTED or exemption.limit is None:
+            return None
+        return Bucket.of(subscription, exemption.limit)
+
+    @staticmethod
+    def differs(reader: Reader, element: Element) -> bool:
+        """Whether a cached verdict is not the one that `reader` finds now."""
+        finding = reader.lookup(element.source.link, element.source.address)
+        if finding is None:
+            return True
+        verdict, outcome = judge(finding)
+        # One with a rate limit must not be cached as allowed: that would be without it.
+        return outcome is Outcome.DEFERRED or verdict is not element.verdict
+
+    def _kernel_generation(self) -> int:
+        """The generation that the cached verdicts agree with."""
+        return self.enforcement.generation or 0
+
+    def want(self, generation: int) -> ruleset.Wanted:
+        """The ruleset that should be loaded, for the table at this generation."""
+        return self._wanted(self.config, self.preset, generation)
+
+    def _wanted(self, config: Config, preset: Preset, generation: int) -> ruleset.Wanted:
+        state = ruleset.State(
+            generation,
+            synced=self.learned.synced() == generation,
+            unsettled=frozenset(self.enforcement.unsettled),
+        )
+        return ruleset.wanted(config, preset, native=self.native, state=state, surroundings=self._surroundings)

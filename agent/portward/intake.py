@@ -1,0 +1,270 @@
+"""The policy side of a running gateway: store, interfaces, time and configuration go into the policy table.
+
+Every method runs on the policy thread, one after the other, so no two changes of the table meet. What takes long
+happens here and holds nothing up but later changes: another process's lock on the store, a bulk change, a preset
+that decides everything again. What was committed goes to the kernel thread in the order of the commits, without
+waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol, TypeVar
+
+from portward.bulk import LIMIT, Bulk, Job
+from portward.clock import Clock
+from portward.config import Config, Refusal
+from portward.dataplane import Dataplane
+from portward.errors import KernelError, StoreError
+from portward.gateway.links import Links
+from portward.model import Mode
+from portward.policy.preset import Preset
+from portward.store import open_store
+from portward.store.flips import HeldError
+from portward.store.protocol import Store
+from portward.table.database import TableError
+from portward.table.follower import BulkError, Follower, Held
+from portward.table.writer import Answers, Committed, Writer
+from portward.underway import UnderWay
+
+_log = logging.getLogger("portward")
+_T = TypeVar("_T")
+
+
+class OnKernel(Protocol):
+    """Runs work on the kernel thread, in the order of the calls."""
+
+    def __call__(self, work: Callable[[], _T], /) -> Future[_T]:
+        """Gives the future result of `work`."""
+
+
+def answers(config: Config) -> Answers:
+    """What the configuration says of every verdict."""
+    return Answers(config.mode is Mode.OBSERVE, config.verdicts.refuse_with is Refusal.REJECT)
+
+
+class First(NamedTuple):
+    """What the ruleset is first loaded for: the table's state, and segment → interface index."""
+
+    committed: Committed
+    links: dict[str, int]
+
+
+class Intake:
+    """Brings the policy table up to date, and hands each change over to the kernel thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        writer: Writer,
+        clock: Clock,
+        dataplane: Dataplane,
+        under_way: UnderWay,
+        on_kernel: OnKernel,
+    ) -> None:
+        """`writer` belongs to the policy thread alone."""
+        self._config, self._writer, self._clock, self._dataplane = config, writer, clock, dataplane
+        self._under_way, self._on_kernel = under_way, on_kernel
+        self._bulk = Bulk()
+        self._store: Store | None = None
+        self._follower: Follower | None = None
+        self.links = Links({}, frozenset())
+        # Interfaces that changed while the table could not be written, and the number of the newest such event.
+        self.links_failed, self._links_due, self._links_number = False, frozenset[int](), 0
+        # What ended a change on the kernel thread that was not the kernel's refusal.
+        self._failure: Exception | None = None
+        self.changes = self.store_errors = 0
+        self.store_error = ""
+        # When the store was last read, by the monotonic clock.
+        self.store_read: float | None = None
+
+    def close(self) -> None:
+        """Closes the store."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def stop(self) -> None:
+        """Ends what takes long; any thread."""
+        self._bulk.stop()
+
+    # --- the start, in this order ---
+
+    def first_policy(self) -> None:
+        """See `Core.first_policy`."""
+        head = self._writer.head()
+        if head is None or not any(head.store):
+            with self._under_way.working("reading the store"):
+                self._take_in()
+        with self._under_way.working("deciding what has ended"):
+            self._writer.settle(now=self._clock.now())
+
+    def first_links(self, links: Links) -> First:
+        """See `Core.first_links`."""
+        with self._under_way.working("writing the interfaces"):
+            return First(self._put_links(links), self._by_name())
+
+    # --- and then, again and again ---
+
+    def sync(self) -> bool:
+        """See `Core.sync`."""
+        with self._under_way.working("reading the store"):
+            try:
+                committed = self._take_in()
+            except (StoreError, TableError) as error:
+                self.store_errors += 1
+                if str(error) != self.store_error:
+                    _log.error("the last known policy stays in force: %s", error)
+                self.store_error = str(error)
+                self.close()
+                return False
+            if committed is not None:
+                self._hand_over(committed)
+            return committed is not None
+
+    def links_changed(self, links: Links, number: int) -> bool:
+        """See `Core.links_changed`."""
+        links = links._replace(touched=links.touched | self._links_due)
+        with self._under_way.working("writing the interfaces"):
+            try:
+                committed = self._put_links(links)
+            except TableError as error:
+                if not self.links_failed:
+                    _log.error("new interfaces are not judged yet, all their packets are dropped: %s", error)
+                self.links_failed, self._links_due, self._links_number = True, links.touched, number
+                return False
+            self.links_failed, self._links_due = False, frozenset()
+            self._hand_over(committed, self._by_name(), number)
+            return True
+
+    def retry_links(self) -> None:
+        """Writes interfaces again that the table did not take."""
+        if self.links_failed:
+            self.links_changed(self.links, self._links_number)
+
+    def settle(self) -> None:
+        """See `Core.settle`."""
+        with self._under_way.working("deciding what has ended"):
+            try:
+                self._hand_over(self._writer.settle(now=self._clock.now()))
+            except TableError as error:
+                self.store_errors += 1
+                _log.error("a grant has ended and still counts, until the table can be written: %s", error)
+
+    def reload(self, config: Config, preset: Preset) -> None:
+        """See `Core.reload`."""
+        before = self._config, self._writer.preset
+        with self._under_way.working("deciding everything for another configuration"):
+            try:
+                self._take(config, preset)
+                self._on_kernel(lambda: self._dataplane.would_take(config, preset)).result()
+                # Another preset may flip no more than another inventory.
+                same = preset.digest == before[1].digest
+                settled = self._decide_again(may_flip=same)
+            except (KernelError, TableError, HeldError):
+                self._take(*before)
+                raise
+            changes: list[tuple[Committed, dict[str, int] | None]] = [(settled, None)]
+            try:
+                changes.append((self._put_links(self.links), self._by_name()))
+            except TableError as error:
+                _log.error("the configuration is in force in part, and is tried again: %s", error)
+                self.links_failed = True
+            self._on_kernel(lambda: self._dataplane.adopt(config, preset, changes)).result()
+
+    # --- what others ask, on any thread ---
+
+    @property
+    def refused(self) -> int:
+        """Records of the store that could not be read."""
+        return 0 if self._follower is None else self._follower.refused
+
+    @property
+    def held(self) -> Held | None:
+        """The change of policy that waits for confirmation; None if none does."""
+        return None if self._follower is None else self._follower.held
+
+    @property
+    def store_waits(self) -> str:
+        """Why reading the store may wait for who writes it; empty if it never does."""
+        store = self._store
+        return "" if store is None else store.waits()
+
+    def bell(self) -> int | None:
+        """A descriptor that can be read when the store has changed; None while there is no store."""
+        store = self._store
+        return None if store is None else store.fileno()
+
+    def segments(self) -> dict[int, str]:
+        """The interfaces that are segments: index → name."""
+        config = self._config
+        return {index: name for index, name in self.links.names.items() if config.segment(name)}
+
+    # --- what they are made of ---
+
+    def _take_in(self) -> Committed | None:
+        if self._store is None:
+            self._store = open_store(self._config.store, agent=True)
+            self._follower = Follower(self._store, self._writer, LIMIT)
+        assert self._follower is not None  # noqa: S101 # made with the store
+        self._store.drain()
+        try:
+            committed = self._follower.step(self._clock.now())
+        except BulkError:
+            committed = self._take_in_bulk(self._follower)
+        self.store_read, self.store_error = time.monotonic(), ""
+        if committed is not None:
+            self.changes += 1
+        return committed
+
+    def _take_in_bulk(self, follower: Follower) -> Committed | None:
+        outcome = self._bulk.run(self._job(store=self._config.store))
+        follower.held = outcome.held
+        follower.refused += outcome.refused
+        return outcome.committed
+
+    def _decide_again(self, *, may_flip: bool) -> Committed:
+        """Decides what the configuration changes, and what has ended; raises TableError or HeldError."""
+        if not self._writer.is_decided_otherwise() or self._writer.attachments() <= LIMIT:
+            return self._writer.settle(now=self._clock.now(), may_flip=may_flip)
+        committed = self._bulk.run(self._job(may_flip=may_flip)).committed
+        assert committed is not None  # noqa: S101 # or `run` has raised
+        return committed
+
+    def _job(self, *, store: str | None = None, may_flip: bool = True) -> Job:
+        writer = self._writer
+        share = writer.max_flip_share
+        return Job(self._config.table, writer.preset, writer.answers, share, self._clock.now(), store, may_flip)
+
+    def _hand_over(self, committed: Committed, links: dict[str, int] | None = None, settled: int = 0) -> None:
+        """Has the kernel thread carry a change out; does not wait for it."""
+
+        def carry_out() -> None:
+            try:
+                self._dataplane.enforce(committed, links, settled)
+            except Exception as error:
+                self._failure = error
+                raise
+            finally:
+                self._under_way.carried_out()
+
+        if self._failure is not None:
+            raise self._failure  # a fault of portward's own: the daemon ends, and the next one forgets everything
+        self._under_way.handed_over()
+        self._on_kernel(carry_out)
+
+    def _take(self, config: Config, preset: Preset) -> None:
+        self._config = config
+        self._writer.preset, self._writer.answers = preset, answers(config)
+        self._writer.max_flip_share = config.max_flip_share
+
+    def _put_links(self, links: Links) -> Committed:
+        self.links = links
+        want = {index: (name, self._config.observes(name)) for index, name in self.segments().items()}
+        return self._writer.put_links(want, touched=links.touched, now=self._clock.now())
+
+    def _by_name(self) -> dict[str, int]:
+        return {name: index for index, name in self.segments().items()}

@@ -1,0 +1,86 @@
+"""Interfaces on their way into the policy table, and what holds until the table has taken them in.
+
+A new interface is not in the table yet, so its packets are dropped. But the index of an interface that is gone, or
+has another name, may already belong to another tenant's interface, and the table would give the old tenant's
+verdicts for it. If the table is busy, for example with a bulk change of some seconds, the kernel thread
+therefore drops what comes from such an index, at once, until the table names its new owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final, TypeAlias
+
+from portward.core import Core
+from portward.gateway.links import Links
+
+# How long an idle table may take for a change of interfaces before the kernel thread steps in, in seconds: it
+# takes some milliseconds, most of them to sync the disk.
+_PATIENCE: Final = 0.01
+
+Step: TypeAlias = Callable[[Callable[[], bool | None]], Awaitable[bool | None]]
+
+
+class LinkFeed:
+    """Follows interfaces. `follow`, `write` and `guard` are jobs that run side by side and never end."""
+
+    def __init__(self, core: Core, policy: Step, kernel: Step, first: Links) -> None:
+        """`policy` and `kernel` run a step on their thread. `first` is what the table has taken in already."""
+        self._core, self._policy, self._kernel = core, policy, kernel
+        self._names = first.names
+        self._due = Links(first.names, frozenset())
+        self._changed, self._wrote = asyncio.Event(), asyncio.Event()
+        # Events are numbered. All up to `_written` are in the table.
+        self._number = self._written = 0
+        self._uncertain: set[int] = set()
+        self._doubt = asyncio.Event()
+
+    async def follow(self, links: AsyncIterator[Links]) -> None:
+        """Notes each change as it comes, however long the table takes for the one before."""
+        async for change in links:
+            self._number += 1
+            self._uncertain |= {
+                index for index in change.touched if self._core.config.segment(self._names.get(index, ""))
+            }
+            self._names = change.names
+            self._due = Links(change.names, self._due.touched | change.touched)
+            self._changed.set()
+            if self._uncertain:
+                self._doubt.set()
+
+    async def write(self) -> None:
+        """Brings into the table what has changed, all that came meanwhile at once."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            due, number = self._due, self._number
+            self._due = Links(due.names, frozenset())
+            if await self._policy(lambda due=due, number=number: self._core.links_changed(due, number)):  # type: ignore[misc]
+                self._written = number
+                self._wrote.set()
+
+    async def guard(self) -> None:
+        """Has the kernel drop what comes from interfaces that the table takes for others, if the table is busy."""
+        while True:
+            await self._doubt.wait()
+            self._doubt.clear()
+            indexes, number = frozenset(self._uncertain), self._number
+            self._uncertain.clear()
+            if not await self._is_written(number):
+                await self._kernel(
+                    lambda indexes=indexes, number=number: self._core.unsettle(indexes, number)  # type: ignore[misc]
+                )
+
+    async def _is_written(self, number: int) -> bool:
+        """Whether the table has taken in all events up to this one. Waits a moment for a table that is not
+        busy."""
+        work = self._core.work
+        if work is None or work.seconds() < _PATIENCE:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE):
+                    while self._written < number:
+                        await self._wrote.wait()
+                        self._wrote.clear()
+        return self._written >= number

@@ -1,0 +1,78 @@
+"""`nft flush ruleset` by another process while the agent takes in a bulk change: until the ruleset is back.
+
+The agent enforces a small policy. `portward apply` writes an inventory with ten attachments of each
+subscription, and from its commit until the agent enforces it the ruleset is flushed again and again. Between
+flush and repair port 25 is open, so this is the time that counts. What is measured ends when chains, rules and
+fixed sets are those that were loaded before.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+from bench import inventory
+from bench.figures import Figure, percentile
+from kernel.conftest import Gateway, running_gateway
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.ruleset import FIXED_SETS, TABLE
+from portward.lab import namespaces
+from portward.lab.agent import PROGRAM
+
+# The repair is at work on a kernel that is quiet again.
+_BETWEEN = 0.3
+_PATIENCE = 30.0
+_DELETE_TABLE = 2  # NFT_MSG_DELTABLE, linux/netfilter/nf_tables.h
+
+
+def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
+    """`flush_during_load_ms`: the largest time. `load_1m_while_flushed_s`: from the commit to enforced."""
+    path = folder / "inventory.json"
+    inventory.write(path, attachments)
+    with running_gateway(folder, max_flip_share=1.0) as gateway:
+        with namespaces.inside(gateway.lab.gateway):
+            netlink = NfNetlink()
+        idle = [_flush(netlink) for _ in range(10)]
+        revision = gateway.agent.revision()
+        _apply(gateway, path)
+        began, times = time.monotonic(), []
+        while gateway.agent.revision() == revision:
+            times.append(_flush(netlink))
+        load = time.monotonic() - began
+        netlink.close()
+    if len(times) < 3:  # fewer say nothing
+        raise RuntimeError("the load was over before the ruleset could be flushed three times")
+    return [
+        Figure(
+            "flush_during_load_ms", max(times), percentile(times, 0.5), max(times),
+            f"ms until the ruleset is back, largest of {len(times)} (from: median)", "<= 100",
+        ),
+        Figure(
+            "flush_while_idle_ms", max(idle), percentile(idle, 0.5), max(idle),
+            f"ms, the same without a load, largest of {len(idle)} (from: median)",
+        ),
+        Figure("load_while_flushed_s", load, load, load, f"s from commit to enforced, {attachments} attachments"),
+    ]  # fmt: skip
+
+
+def _apply(gateway: Gateway, path: Path) -> None:
+    verb = [*PROGRAM, "apply", str(path), "--confirm", "--config", str(gateway.agent.config)]
+    subprocess.run(verb, check=True, capture_output=True)
+
+
+def _flush(netlink: NfNetlink) -> float:
+    """Milliseconds from the flush to the ruleset as it was."""
+    before = netlink.fingerprint(TABLE, FIXED_SETS)
+    began = time.monotonic()
+    # What `nft flush ruleset` sends for each family: to delete a table, without a name. portward's tables are inet.
+    netlink.commit([(_DELETE_TABLE, b"")])
+    if netlink.fingerprint(TABLE, FIXED_SETS) == before:
+        raise RuntimeError("the flush did nothing, or was repaired before it could be seen")
+    while netlink.fingerprint(TABLE, FIXED_SETS) != before:
+        if time.monotonic() > began + _PATIENCE:
+            raise TimeoutError("the ruleset does not come back")
+        time.sleep(0.0005)
+    took = time.monotonic() - began
+    time.sleep(_BETWEEN)
+    return took * 1000

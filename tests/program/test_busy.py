@@ -1,0 +1,142 @@
+"""What is slow (a locked store, a busy table, a bulk change) holds up no repair, no start and no stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import ip_network
+from typing import Any
+
+import msgspec
+import pytest
+
+from kernel.busy import busy_table
+from portward.documents import enc_hook
+from portward.lab import namespaces
+from portward.lab.agent import Agent, until
+from portward.lab.demo import attachments, records
+from portward.lab.topology import CONTOSO
+from portward.model import Record, Standing
+from portward.store.protocol import key_of
+from program.test_run import ruleset, until_status, without_learned
+
+_CONTOSO = records()[0]
+_DISABLED = msgspec.structs.replace(_CONTOSO, standing=Standing.DISABLED)
+_CACHED = "add element inet portward allow4 { vni1001 . 10.0.0.4 timeout 60s }"
+
+
+def apply(agent: Agent, *records: Record) -> None:
+    """Writes records into the store, and waits for no agent."""
+    lists: dict[str, list[Record]] = {}
+    for record in records:
+        lists.setdefault(key_of(record).partition("/")[0], []).append(record)
+    text = msgspec.json.encode(lists, enc_hook=enc_hook).decode()
+    result = agent.portward("apply", "-", text=text)
+    assert result.returncode == 0, result.stderr
+
+
+def status(agent: Agent) -> dict[str, Any]:
+    """What `portward status --json` says."""
+    told: dict[str, Any] = json.loads(until_status(agent))
+    return told
+
+
+def comes_back(agent: Agent) -> None:
+    """Takes the ruleset away and waits until it is there as it was."""
+    before = without_learned(ruleset(agent.lab))
+    namespaces.load(agent.lab.gateway, "delete table inet portward")
+    until(lambda: without_learned(ruleset(agent.lab)) == before, "the ruleset is back")
+
+
+@contextmanager
+def busy(agent: Agent) -> Iterator[None]:
+    """While it is open, the agent is at a change of policy that does not come to its end."""
+    with busy_table(agent.folder / "table"):
+        apply(agent, _DISABLED)
+        until(lambda: status(agent)["working"] is not None, "the agent is at the change")
+        yield
+
+
+def test_a_ruleset_comes_back_while_a_change_of_policy_goes_on(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    with busy(agent):
+        comes_back(agent)
+        assert agent.revision() == 1
+        until(lambda: "reading the store for" in agent.portward("status").stdout, "status names what takes long")
+    until(lambda: agent.revision() == 2, "the change is enforced")
+
+
+def test_a_stop_does_not_wait_for_a_change_of_policy(agent: Agent) -> None:
+    """What was not committed is lost with the process, and taken in by the next one."""
+    agent.apply(*records())
+    agent.start()
+    with busy(agent):
+        assert agent.stop() == 0
+    assert ruleset(agent.lab)
+    agent.start()
+    until(lambda: agent.revision() == 2, "the change is enforced")
+
+
+def test_a_locked_store_holds_up_neither_the_start_nor_a_repair(agent: Agent) -> None:
+    agent.apply(*records())
+    agent.start()
+    agent.stop()
+    with contextlib.closing(sqlite3.connect(agent.folder / "portward.db", isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = DELETE")
+        other.execute("BEGIN EXCLUSIVE")
+        agent.start()
+        comes_back(agent)
+        until(
+            lambda: "held it locked" in status(agent)["store_error"], "the status says why the store is not read"
+        )
+        other.execute("ROLLBACK")
+    until(lambda: status(agent)["store_error"] == "", "the store is read")
+    with contextlib.closing(sqlite3.connect(agent.folder / "portward.db")) as other:
+        assert other.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_what_keeps_wal_from_being_put_back_is_in_the_status(agent: Agent) -> None:
+    agent.apply(*records())
+    with contextlib.closing(sqlite3.connect(agent.folder / "portward.db", isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = DELETE")
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM record").fetchone()
+        agent.start()
+        assert "journal mode is delete, and WAL cannot be put back now" in agent.portward("status").stdout
+        other.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_a_denial_that_was_written_while_no_agent_ran_is_enforced_when_it_is_ready(
+    agent: Agent, turn: int
+) -> None:
+    agent.apply(*records())
+    agent.start()
+    namespaces.load(agent.lab.gateway, _CACHED)
+    agent.stop()
+    apply(agent, _DISABLED)
+    agent.start()
+    revision = agent.revision()
+    cached = agent.lab.run(agent.lab.gateway, "nft", "list", "set", "inet", "portward", "allow4").stdout
+    assert (revision, "10.0.0.4" in cached) == (2, False)
+
+
+def test_a_bulk_change_is_taken_in(agent: Agent) -> None:
+    """By a process of its own; what comes after it is a change like any other."""
+    agent.apply(*records())
+    agent.start()
+    machine = attachments(CONTOSO)[0]
+    many = [
+        msgspec.structs.replace(machine, segment="vni9", address=ip_network((0x0A000000 + number, 32)))
+        for number in range(21_000)
+    ]
+    apply(agent, *many)
+    until(lambda: agent.revision() == 2, "the bulk change is enforced", seconds=60)
+    assert status(agent)["attachments"] == 21_000 + len(attachments(CONTOSO)) * 2
+    assert agent.explain("vni9", "10.0.82.7")["reason"] == "allowed-offer"
+    assert agent.apply(_DISABLED) == 3
+    assert agent.explain("vni9", "10.0.82.7")["reason"] == "denied-disabled"

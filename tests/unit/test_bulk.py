@@ -1,0 +1,163 @@
+"""A bulk change in a process of its own comes out as one that the daemon makes itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from ipaddress import ip_network
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from portward.bulk import Bulk, Job
+from portward.errors import StoreError
+from portward.model import Attachment, Record, Standing, Subscription
+from portward.policy import preset as presets
+from portward.store.flips import HeldError
+from portward.store.protocol import Put, encode, key_of
+from portward.store.sqlite import SqliteStore
+from portward.table.database import TableError
+from portward.table.follower import BulkError, Follower
+from portward.table.writer import Answers, Writer
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+ANSWERS = Answers(observe=False, reject=False)
+PRESET = presets.load("azure-2020")
+NUMBER = 30
+
+
+def subscription(number: int, standing: Standing = Standing.GOOD) -> Subscription:
+    """A subscription that may send if its standing is good."""
+    offer, created = "enterprise-agreement", date(2022, 6, 30)
+    return Subscription(id=UUID(int=number), offer=offer, created=created, standing=standing)
+
+
+def attachment(number: int) -> Attachment:
+    """Its machine."""
+    return Attachment(segment="vni1", address=ip_network((0x0A000000 + number, 32)), subscription=UUID(int=number))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    """A store with `NUMBER` subscriptions, each with a machine."""
+    found = SqliteStore(tmp_path / "portward.db", create=True)
+    numbers = range(1, NUMBER + 1)
+    write(found, *(subscription(number) for number in numbers), *(attachment(number) for number in numbers))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[Writer]:
+    """The daemon's own hold on the table."""
+    found = Writer(tmp_path / "table", PRESET, ANSWERS, max_flip_share=0.1)
+    yield found
+    found.close()
+
+
+def write(store: SqliteStore, *records: Record) -> None:
+    """Writes records as one revision."""
+    batch = [Put(key_of(record), encode(record)) for record in records]
+    store.write(batch, expected=store.revision(), actor="test", at=NOW)
+
+
+def job(tmp_path: Path) -> Job:
+    """What the daemon has a child do that takes in the store."""
+    return Job(tmp_path / "table", PRESET, ANSWERS, 0.1, NOW, f"sqlite:{tmp_path / 'portward.db'}")
+
+
+def test_more_than_the_limit_is_left_to_a_child(store: SqliteStore, writer: Writer) -> None:
+    with pytest.raises(BulkError):
+        Follower(store, writer, 2 * NUMBER - 1).step(NOW)
+    assert writer.head() is None
+    committed = Follower(store, writer, 2 * NUMBER).step(NOW)
+    assert committed is not None
+    assert committed.everything
+    write(store, *(subscription(number, Standing.PAST_DUE) for number in (1, 2)))
+    with pytest.raises(BulkError):
+        Follower(store, writer, 1).step(NOW)
+    assert Follower(store, writer, 2).step(NOW) is not None
+    write(store, subscription(3, Standing.PAST_DUE))
+    assert Follower(store, writer, 1).step(NOW) is not None, "what was taken in before does not count"
+
+
+def test_a_child_takes_the_store_in(store: SqliteStore, writer: Writer, tmp_path: Path) -> None:
+    outcome = Bulk().run(job(tmp_path))
+    head = writer.head()
+    assert head is not None
+    assert outcome.committed is not None
+    assert (outcome.committed.revision, outcome.committed.generation) == (1, head.generation)
+    assert outcome.committed.everything
+    assert writer.reader().counts() == (NUMBER, NUMBER)
+    assert Follower(store, writer, 0).step(NOW) is None, "nothing is left to be done"
+
+
+def test_a_child_says_which_records_it_refused(store: SqliteStore, writer: Writer, tmp_path: Path) -> None:
+    store.write([Put("attachments/vni1/10.9.9.9", "{")], expected=1, actor="test", at=NOW)
+    assert Bulk().run(job(tmp_path)).refused == 1
+    assert writer.reader().counts() == (NUMBER, NUMBER)
+
+
+def test_a_child_holds_what_flips_too_many(store: SqliteStore, writer: Writer, tmp_path: Path) -> None:
+    Follower(store, writer).step(NOW)
+    before = writer.head()
+    write(store, *(subscription(number, Standing.DISABLED) for number in range(1, NUMBER + 1)))
+    outcome = Bulk().run(job(tmp_path))
+    itself = Follower(store, writer)
+    assert itself.step(NOW) is None
+    assert itself.held is not None
+    assert outcome.held == itself.held
+    assert outcome.committed is None
+    assert writer.head() == before
+
+
+def test_a_store_that_a_child_cannot_read_is_named(writer: Writer, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such file"):
+        Bulk().run(job(tmp_path))
+    assert writer.head() is None
+
+
+def test_a_child_decides_everything_for_another_preset(store: SqliteStore, writer: Writer, tmp_path: Path) -> None:
+    Follower(store, writer).step(NOW)
+    before = writer.head()
+    other = presets.load("aws")
+    again = job(tmp_path)._replace(store=None, preset=other)
+    with pytest.raises(HeldError) as told:
+        Bulk().run(again._replace(may_flip=False))
+    assert told.value.flips.flipped == NUMBER
+    assert writer.head() == before
+    committed = Bulk().run(again).committed
+    assert committed is not None
+    assert before is not None
+    assert committed.generation == (before.generation + 1) % 2**32
+    writer.preset = other
+    assert not writer.is_decided_otherwise()
+
+
+def test_a_stop_ends_a_child_and_leaves_the_table_as_it_was(
+    store: SqliteStore, writer: Writer, tmp_path: Path
+) -> None:
+    Follower(store, writer).step(NOW)
+    before = writer.head()
+    write(store, subscription(1, Standing.PAST_DUE))
+    bulk, ended = Bulk(), []
+
+    def run() -> None:
+        try:
+            bulk.run(job(tmp_path))
+        except TableError as error:
+            ended.append(str(error))
+
+    # The child waits for the table.
+    with writer._environment.begin(write=True):
+        thread = threading.Thread(target=run)
+        thread.start()
+        bulk.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(ended) == 1
+    assert writer.head() == before
+    with pytest.raises(TableError, match="stopping"):
+        bulk.run(job(tmp_path))
