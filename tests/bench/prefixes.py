@@ -36,7 +36,7 @@ from portward.table.writer import Committed
 _FIRST_LINK: Final = 2
 _FIRST6: Final = int(IPv6Network("2001:db8::/32").network_address)
 _FIRST4: Final = 10 << 24
-_ROUNDS: Final = 30
+_ROUNDS: Final = 20
 
 
 class Case(NamedTuple):
