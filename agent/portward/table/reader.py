@@ -33,7 +33,8 @@ class Finding(NamedTuple):
     """What the table says of a source, and the generation under which it says so.
 
     `observed` where gateway, segment or subscription are only observed; `reject` where a refusal is answered
-    with a TCP reset; `limited` where the exemption carries a limit of new connections.
+    with a TCP reset; `limited` where the exemption carries a limit of new connections; `damaged` if the entry of
+    the source cannot be read, so that it is denied.
     """
 
     reason: Reason
@@ -41,6 +42,7 @@ class Finding(NamedTuple):
     reject: bool
     generation: int
     limited: bool = False
+    damaged: bool = False
 
 
 class Holding(NamedTuple):
@@ -69,7 +71,7 @@ class Reader:
         self._head: layout.Head | None = None
         self._links: dict[int, layout.Link | None] = {}
         self._steps: dict[tuple[int, int], tuple[tuple[bytes, int], ...]] = {}
-        self._findings: dict[tuple[bool, tuple[Reason, bool, bool] | None], Finding] = {}
+        self._findings: dict[tuple[bool, layout.CodeMeaning | None], Finding] = {}
         self._viewed: Transaction | None = None
 
     @classmethod
@@ -220,13 +222,15 @@ class Reader:
         kind = (link.observed, None if found is None else layout.finding(found))
         finding = self._findings.get(kind)
         if finding is None:
-            reason, observed, limited = kind[1] or (Reason.DENIED_UNKNOWN_SOURCE, False, False)
+            meaning = kind[1] or layout.CodeMeaning(Reason.DENIED_UNKNOWN_SOURCE, observed=False, limited=False)
+            reason, observed, limited, damaged = meaning
             finding = self._findings[kind] = Finding(
                 reason,
                 observed or head.observe or link.observed,
                 head.reject and found is not None,
                 head.generation,
                 limited,
+                damaged,
             )
         return finding
 
