@@ -1,7 +1,8 @@
 """The numbers by which reasons are written: into rows of the policy table, and into the counters of workers.
 
-A number stands for its reason for ever. A new reason takes the next free number, wherever its place in the enum is.
-The number of a reason that is gone is never given again, because rows that were written with it may still be there.
+A number stands for its reason for ever. A new reason takes the next free number, wherever its place in the enum
+is. The number of a reason that is gone is never given again, because rows that were written with it may still be
+there.
 """
 
 from __future__ import annotations

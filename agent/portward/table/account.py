@@ -9,7 +9,7 @@ from uuid import UUID
 
 import msgspec
 
-from portward.model import Exemption, Mode, Reason, Subscription, Workload
+from portward.model import Exemption, ExemptionState, Mode, Reason, Subscription, Workload
 from portward.policy.decide import Ruling
 from portward.table import layout
 from portward.table.layout import DamagedError
@@ -71,7 +71,7 @@ _encoder: Final = msgspec.msgpack.Encoder(uuid_format="bytes")
 _PackedSubscription: Final = _packed(Subscription, SUBSCRIPTION_FIELDS)
 _PackedExemption: Final = _packed(Exemption, EXEMPTION_FIELDS)
 _decoder: Final = msgspec.msgpack.Decoder(
-    tuple[Literal[VERSION], UUID, _PackedSubscription | None, _PackedExemption | None]  # type: ignore[misc,valid-type] # made just here
+    tuple[Literal[VERSION], UUID, _PackedSubscription | None, _PackedExemption | None]  # type: ignore[valid-type] # made just here
 )
 
 
@@ -94,6 +94,13 @@ class Outcomes(msgspec.Struct, frozen=True, gc=False):
     def later(self, started: int) -> bool:
         """Whether a machine that was started then, by its record, comes out otherwise once that time has come."""
         return self.since > 0 and started > self.now
+
+
+def grant_end(exemption: Exemption | None) -> int | None:
+    """When a grant ends, in microseconds since 1970; None for one without an end, and for what is no grant."""
+    if exemption is None or exemption.state is not ExemptionState.GRANTED or exemption.until is None:
+        return None
+    return layout.microseconds(exemption.until)
 
 
 # Of virtual machines, and of platform services: `paas` is the place.

@@ -109,7 +109,20 @@ def open_parts(environment: Environment, *, write: bool) -> dict[bytes, Part]:
             for part in layout.PARTS
         }
     except lmdb.Error as error:
-        raise TableError(f"{environment.path()}: the policy table is incomplete: {error}") from error
+        problem = f"the policy table is incomplete: {error}"
+        if not write and (form := _other_format(environment)) is not None:
+            problem = f"the policy table is of format {form}, and this portward reads format {layout.FORMAT} only"
+        raise TableError(f"{environment.path()}: {problem}") from error
+
+
+def _other_format(environment: Environment) -> int | None:
+    """The format of the table in the file, unless it is ours or there is none."""
+    try:
+        with environment.begin() as transaction:
+            data = transaction.get(layout.HEAD)
+    except lmdb.Error:
+        return None
+    return None if data is None or layout.format_of(data) == layout.FORMAT else layout.format_of(data)
 
 
 def drop_other_formats(environment: Environment, transaction: Transaction) -> None:

@@ -29,8 +29,8 @@ byte order.
 A change of this layout raises `FORMAT`, which stands in the head and in the name of each part. A table of another
 format, older or newer, is never read: the store is read anew, and the other table goes once that is done.
 
-Nothing in a row says that it is whole. What a row cannot mean raises `DamagedError`, so that its reader can deny the
-one source that it is about.
+Nothing in a row says that it is whole. What a row cannot mean raises `DamagedError`, so that its reader can deny
+the one source that it is about.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ ENTRIES: Final = {4: b"entries4", 16: b"entries6"}
 HOLDINGS: Final = {4: b"holdings4", 16: b"holdings6"}
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST: Final = datetime.max.replace(tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 # An outcome's bits: eight for the code, and 56 for a time.
@@ -60,12 +61,15 @@ CODE_BITS: Final = 8
 _REASON: Final = (1 << REASON_BITS) - 1
 _OBSERVED, _PAAS, _LIMITED = 0x20, 0x40, 0x80
 _CODE: Final = (1 << CODE_BITS) - 1
+# Of segments and subscriptions: 3 and 4 bytes.
+LAST_SEGMENT: Final = (1 << 24) - 1
+LAST_NUMBER: Final = (1 << 32) - 1
 # The latest start that fits, in the year 4253. A later one is kept as this one: it has not come either.
 LATEST_START: Final = (1 << 56) - 1
 
 
 class CodeMeaning(NamedTuple):
-    """What a worker needs of an entry's code. `damaged` if no portward writes such a code: the source is denied."""
+    """What a worker needs of an entry's code. `damaged` if no portward writes it: the source is denied."""
 
     reason: Reason
     observed: bool
@@ -295,3 +299,8 @@ def microseconds(at: datetime | None) -> int:
 def instant(at: int) -> datetime | None:
     """What `microseconds` was given; None for 0."""
     return None if at == 0 else datetime.fromtimestamp(at // 1_000_000, UTC).replace(microsecond=at % 1_000_000)
+
+
+def moment(at: int) -> datetime:
+    """The time of a row in `expiries`; the last one there is if the row is damaged and says a later one."""
+    return _EPOCH + min(at, (_LAST - _EPOCH) // _MICROSECOND) * _MICROSECOND
