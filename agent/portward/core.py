@@ -382,6 +382,11 @@ class Core:
         return 0 if self._follower is None else self._follower.refused
 
     @property
+    def damaged(self) -> int:
+        """Rows of the policy table that could not be read."""
+        return self._writer.damage.rows
+
+    @property
     def held(self) -> Held | None:
         """The change of policy that waits for confirmation; None where none does."""
         return None if self._follower is None else self._follower.held

@@ -4,9 +4,9 @@ It is a memory file whose descriptor the worker inherits. Each number is 8 bytes
 process only, so a reader sees the old or the new value, never half of one. Numbers only rise.
 
 The block begins with a header: what it is, the version of its layout, and how much room it has for reasons,
-outcomes and events. Daemon and worker may come from different versions of portward: an upgrade replaces the program
-while the daemon runs, and a worker that it starts then is the new one. A worker whose header would be another one
-refuses the block. Every number in it has its place by an explicit code, never by the order of an enum.
+outcomes and events. Daemon and worker may come from different versions of portward: an upgrade replaces the
+program while the daemon runs, and a worker that it starts then is the new one. A worker whose header would be
+another one refuses the block. Every number in it has its place by an explicit code, never by the order of an enum.
 """
 
 from __future__ import annotations
