@@ -386,7 +386,7 @@ class Edit:
     def _read_lengths(self, key: bytes, segment: int, size: int) -> dict[int, int]:
         data = self._transaction.get(key, db=self._parts[b"lengths"])
         try:
-            return {} if data is None else layout.unpack_lengths(data)
+            return {} if data is None else layout.unpack_lengths(data, size)
         except layout.DamagedError as error:
             self._damage.found(f"{error}; they are counted anew")
         starts = {length: layout.prefix_of(segment, length) for length in range(size * 8 + 1)}

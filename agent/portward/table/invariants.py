@@ -193,7 +193,7 @@ class Walk:
     def _length_findings(self) -> Iterator[str]:
         for key, data in self._records(b"lengths"):
             try:
-                counts = Counter(layout.unpack_lengths(data))
+                counts = Counter(layout.unpack_lengths(data, 4 if key.endswith(b"4") else 16))
             except layout.DamagedError as error:
                 yield f"segment {int.from_bytes(key[:3], 'big')}: {error}"
                 counts = self._lengths.get(key, Counter())

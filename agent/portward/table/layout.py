@@ -234,12 +234,17 @@ def pack_lengths(counts: dict[int, int]) -> bytes:
     return b"".join(_LENGTH.pack(length, count) for length, count in used)
 
 
-def unpack_lengths(data: bytes) -> dict[int, int]:
-    """What `pack_lengths` wrote, in its order; raises DamagedError."""
+def unpack_lengths(data: bytes, address_bytes: int) -> dict[int, int]:
+    """What `pack_lengths` wrote for a family, in its order; raises DamagedError."""
     try:
-        return dict(_LENGTH.iter_unpack(data))
+        counts = dict(_LENGTH.iter_unpack(data))
     except struct.error:
-        raise DamagedError(f"prefix lengths cannot be read: {data.hex()}") from None
+        counts = {}
+    lengths = list(counts)
+    right = len(counts) * _LENGTH.size == len(data) and lengths == sorted(lengths, reverse=True)
+    if not right or (lengths and lengths[0] > address_bytes * 8):
+        raise DamagedError(f"prefix lengths cannot be read: {data.hex()}")
+    return counts
 
 
 def format_of(head: bytes) -> int:

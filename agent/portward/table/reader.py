@@ -338,7 +338,7 @@ class Reader:
     def _lengths(self, data: bytes, size: int) -> Iterable[int]:
         """The prefix lengths to look for; all of them if the bytes are damaged: no entry is passed over."""
         try:
-            return layout.unpack_lengths(data)
+            return layout.unpack_lengths(data, size)
         except layout.DamagedError as error:
             self._damage.found(f"{error}; every prefix length is looked for")
             return range(size * 8, -1, -1)

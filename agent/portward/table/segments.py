@@ -41,8 +41,10 @@ class Segments:
         return int.from_bytes(known, "big")
 
     def _add(self, name: str) -> int:
-        with self._transaction.cursor(self._parts[b"names"]) as cursor:
-            number = int.from_bytes(cursor.key(), "big") + 1 if cursor.last() else 1
+        names = self._parts[b"names"]
+        number: int = self._transaction.stat(names)["entries"] + 1
+        while self._transaction.get(layout.number(number), db=names) is not None:  # after a damage only
+            number += 1
         if number > layout.LAST_SEGMENT:
             raise TableError("the policy table has no number left for another segment")
         self._transaction.put(name.encode(), layout.number(number), db=self._parts[b"segments"])
