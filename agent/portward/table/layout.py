@@ -122,11 +122,11 @@ class Head(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Head | None:
-        """The head, or None where the bytes are of another format."""
+        """The head, or None where the bytes are of another format or damaged: the store is read anew then."""
         if len(data) != _HEAD.size:
             return None
         form, revision, generation, answers, decided_at, preset, store = _HEAD.unpack(data)
-        if form != FORMAT:
+        if form != FORMAT or not 0 <= decided_at <= _LAST.timestamp():  # no time, after a damage
             return None
         return cls(revision, generation, bool(answers & 1), bool(answers & 2), decided_at, preset, store)
 

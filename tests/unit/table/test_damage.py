@@ -286,3 +286,16 @@ def test_a_new_attachment_of_a_damaged_account_is_denied(writer: Writer) -> None
     assert reason(writer, "10.0.0.7") is Reason.DENIED_UNKNOWN_SOURCE
     assert reason(writer, MACHINES[1]) is Reason.DENIED_UNKNOWN_SOURCE
     assert reason(writer, MACHINES[2]).allows
+
+
+@pytest.mark.parametrize("at", [float("nan"), float("inf"), 1e300, -1.0])
+def test_a_head_that_was_decided_at_no_time_is_no_policy(writer: Writer, at: float) -> None:
+    """The clock begins with it at a start, which must not fail."""
+    head = writer.head()
+    assert head is not None
+    with writer._environment.begin(write=True) as transaction:
+        transaction.put(layout.HEAD, head._replace(decided_at=at).pack())
+    assert writer.head() is None
+    assert writer.reader().lookup(1, ip_address(MACHINES[1]).packed) is None
+    writer.replace(records(), revision=2, store=STORE, now=NOW)
+    assert reason(writer, MACHINES[1]).allows
