@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from portward import config as configuration
+from portward.clock import utc_now
 from portward.documents import mistake
 from portward.errors import KernelError
 from portward.gateway import keeper, ruleset, xtables
@@ -15,12 +16,15 @@ from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.policy import preset as presets
 from portward.store import open_store
+from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
+from portward.table.invariants import verify
 
 
 def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     """Lines that say what was found, as it is found; raises PortwardError at the first thing that is wrong.
 
-    Not `with_store`: an agent that has a policy table begins also where its store cannot be reached."""
+    Not `with_store`: an agent that has a policy table begins also where its store cannot be reached. The table is
+    not looked through then either: no start waits for that, since a damaged row costs one source only."""
     config = configuration.load(path)
     yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
     if config.table.exists() and not config.table.is_dir():
@@ -49,6 +53,35 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     # It is the verbs' to run, not the agent's, which begins without it and sees less of the file system.
     if (command := config.exemptions.check) and shutil.which(command[0]) is None:
         yield f"exemptions.check: {command[0]} cannot be run here: each request for review waits for a person"
+    yield from _table(config.table)
     store = open_store(config.store)
     yield f"store {config.store}: revision {store.revision()}"
     store.close()
+
+
+def _table(folder: Path) -> Iterator[str]:
+    """Whether the policy table is whole; raises TableError with what to do if it is not."""
+    if not (folder / FILE).exists():
+        yield f"table {folder}: there is none yet"
+        return
+    remedy = (
+        f"`systemctl stop portward`, remove {folder / FILE} and {folder / LOCK_FILE}, `systemctl start "
+        "portward`: the start reads the store anew"
+    )
+    try:
+        found = verify(folder, utc_now())
+    except OtherFormatError as error:
+        yield f"{error}: the next start reads the store anew"
+        return
+    except TableError as error:
+        raise TableError(f"{error}; {remedy}") from None
+    yield (
+        f"table {folder}: {found.attachments} attachments of {found.subscriptions} subscriptions, "
+        f"{found.broken or 'no'} damaged rows"
+    )
+    for finding in found.told:
+        yield f"  {finding}"
+    if found.broken > len(found.told):
+        yield f"  and {found.broken - len(found.told)} more"
+    if found.broken:
+        raise TableError(f"the policy table is damaged, and the sources concerned may be denied: {remedy}")

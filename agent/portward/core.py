@@ -301,6 +301,11 @@ class Core:
         return self._intake.refused
 
     @property
+    def damaged(self) -> int:
+        """Rows of the policy table that could not be read."""
+        return self._writer.damage.rows
+
+    @property
     def held(self) -> Held | None:
         """The change of policy that waits for confirmation; None if none does."""
         return self._intake.held

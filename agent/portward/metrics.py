@@ -55,6 +55,8 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
      "1 where a change would flip more than max_flip_share of all subscriptions and waits for confirmation."),
     ("records_refused", "records_refused", True, (),
      "Records of the store that could not be read; the record in force before stays."),
+    ("table_rows_damaged", "table_rows_damaged", True, (),
+     "Rows of the policy table that cannot be read, each counted once; the sources concerned are denied."),
     ("store_errors", "store_errors", True, (), "Failed readings of the store; the last known policy stays."),
     ("reload_failed", "reload_failed", False, (),
      "1 where the last reload of the configuration was refused and the older one is in force."),

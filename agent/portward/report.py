@@ -16,6 +16,7 @@ from portward.gateway.ruleset import Rated, Verdict
 from portward.gateway.tally import Event, Outcome
 from portward.gateway.workers import Worker
 from portward.model import Mode
+from portward.runtime import STATUS_FORMAT
 from portward.snapshot import Snapshot
 
 # How verdicts and outcomes are called in metrics and status.
@@ -71,6 +72,7 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         policy_changes=core.changes,
         policy_held=core.held is not None,
         records_refused=core.refused,
+        table_rows_damaged=core.damaged,
         store_errors=core.store_errors,
         divergence={(kind.value,): count for kind, count in core.selfcheck.divergences.items()},
         self_check_age=_since(core.selfcheck.answered),
@@ -93,6 +95,7 @@ def status(
     for (segment, _), packets in numbers.segment_packets.items():
         seen[segment] += int(packets)
     return {
+        "format": STATUS_FORMAT,
         "version": __version__,
         "pid": os.getpid(),
         "at": datetime.now(UTC),
@@ -110,6 +113,7 @@ def status(
         "held": None if core.held is None else {"revision": core.held.revision, **core.held.flips._asdict()},
         "store_age": numbers.store_age,
         "records_refused": numbers.records_refused,
+        "table_rows_damaged": numbers.table_rows_damaged,
         "attachments": numbers.attachments,
         "subscriptions": numbers.subscriptions,
         "segments": [

@@ -23,6 +23,8 @@ _STATUS: Final = "status.json"
 _CRASH: Final = "crash"
 # Who reads a page of a mapped file that has been cut off gets this signal, and cannot go on.
 _CUT_OFF: Final = "Bus error"
+# Raised if a key of the status goes or gets another meaning. New keys may come without.
+STATUS_FORMAT: Final = 1
 _TRIES: Final = 10
 _PAUSE: Final = 0.02  # seconds
 
@@ -112,9 +114,15 @@ def hidden(folder: Path) -> bool:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """The status that the running daemon last wrote; None where there is none."""
+    """The status that the running daemon last wrote; None where there is none. Raises PortwardError for one in a
+    newer format. One without a format is of the first."""
     try:
-        status: dict[str, Any] = msgspec.json.decode((folder / _STATUS).read_bytes())
+        status: dict[str, Any] = msgspec.json.decode((folder / _STATUS).read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError):
         return None
+    if (form := status.get("format", STATUS_FORMAT)) != STATUS_FORMAT:
+        raise PortwardError(
+            f"{folder / _STATUS}: the status is of format {form}, and this portward reads format {STATUS_FORMAT}: "
+            "the agent that runs is of another version"
+        )
     return status

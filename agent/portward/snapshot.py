@@ -30,6 +30,7 @@ class Snapshot:
     policy_changes: float = 0
     policy_held: float = 0
     records_refused: float = 0
+    table_rows_damaged: float = 0
     store_errors: float = 0
     reload_failed: float = 0
     store_age: float = 0

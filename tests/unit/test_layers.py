@@ -38,6 +38,7 @@ LAYERS = (
     ("policy",),
     ("metrics", "snapshot", "runtime", "notify", "config", "sample", "selfcheck", "clock"),
     ("documents",),
+    ("codes",),
     ("model", "resources", "language"),
     ("errors", "__init__"),
 )

@@ -28,9 +28,10 @@ def check(
     ] = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Check configuration, preset, store and whether the kernel takes the ruleset.
+    """Check configuration, preset, policy table, store and whether the kernel takes the ruleset.
 
-    Nothing is changed. Exit code 0: `portward run` would begin; 2: a mistake in a file; 1: the kernel refuses.
+    Nothing is changed. Exit code 0: `portward run` would begin; 2: a mistake in a file; 1: the kernel refuses, or
+    the policy table is damaged. --without-store leaves out the table too, which takes seconds if it is large.
 
     Example: portward check --config ./portward.toml
     """

@@ -154,6 +154,9 @@ def _lines(told: dict[str, Any]) -> list[str]:
         found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
     if told["reload_failed"]:
         found.append("config    the last reload was refused: the configuration before is in force (see the log)")
+    # An agent of an older version does not write it.
+    if damaged := told.get("table_rows_damaged"):
+        found.append(f"table     {damaged:.0f} DAMAGED ROWS, whose sources are denied: see `portward check`")
     if told["ruleset_repairs"]:
         found.append(f"ruleset   put back {told['ruleset_repairs']:.0f} times after somebody changed it")
     return found

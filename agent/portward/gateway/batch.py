@@ -20,9 +20,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+from portward.codes import REASON_NUMBER
 from portward.gateway import mark
 from portward.gateway.handover import GLANCE, Stay, bound
-from portward.gateway.judge import NUMBER, Judge, judge
+from portward.gateway.judge import Judge, judge
 from portward.gateway.messages import ACCEPT, DROP, WHOLE, Packet, Refused, Shape, Verdicts, read, shape_of
 from portward.gateway.nfqueue import SLOT, Queue
 from portward.gateway.packet import ATTEMPTS
@@ -86,7 +87,7 @@ class _Answer:
     def __init__(self, finding: Finding, verdict: mark.Class, outcome: Outcome) -> None:
         # Our half of the mark, as the message has it.
         self.own = mark.stamp(0, verdict, mark.epoch_of(finding.generation)).to_bytes(2, "big")
-        self.reason, self.outcome = NUMBER[finding.reason], outcome
+        self.reason, self.outcome = REASON_NUMBER[finding.reason], outcome
         self.packets = self.attempts = 0
 
 
@@ -216,7 +217,7 @@ class BatchJudge:
     def _look_up(self, index: bytes, source: bytes) -> _Answer:
         """What is said of a source; raises _Uncommon where that takes more than a verdict."""
         finding = self._reader.lookup(int.from_bytes(index, "big"), source)
-        if finding is None:
+        if finding is None or finding.damaged:
             raise _Uncommon
         answer = self._answers.get(finding)
         if answer is None:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Protocol
 
+from portward.codes import REASON_NUMBER
 from portward.gateway import mark
 from portward.gateway.packet import parse
 from portward.gateway.reset import Resetter
-from portward.gateway.tally import REASONS, Event, Outcome, Tally
+from portward.gateway.tally import Event, Outcome, Tally
 from portward.model import Reason
 from portward.table.layout import Head
 from portward.table.reader import Finding
-
-NUMBER: Final = {reason: number for number, reason in enumerate(REASONS)}
 
 _log = logging.getLogger("portward.worker")
 
@@ -107,12 +106,14 @@ class Judge:
             self._tally.event(Event.NO_SEGMENT)
             packet.drop()
             return
+        if finding.damaged:
+            self._tally.event(Event.DAMAGED)
         verdict, outcome = judge(finding)
         if outcome is Outcome.RESET and not self._resetter.answer(
             payload, segment.tcp, packet.indev, _link_address(packet)
         ):
             self._tally.event(Event.RESET_FAILED)
-        self._tally.verdict(NUMBER[finding.reason], outcome, attempt=segment.attempt)
+        self._tally.verdict(REASON_NUMBER[finding.reason], outcome, attempt=segment.attempt)
         if outcome is Outcome.DEFERRED:
             self._ask(packet.indev, segment.source)
             packet.drop()

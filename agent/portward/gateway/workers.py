@@ -124,8 +124,13 @@ class Worker:
     async def _listen(self, lines: asyncio.StreamReader) -> None:
         """Takes the sources that the process asks about, until it ends."""
         async for line in lines:
-            index, _, address = line.decode().strip().partition(" ")
-            self._asked(Source(int(index), bytes.fromhex(address)))
+            try:
+                index, _, address = line.decode().strip().partition(" ")
+                source = Source(int(index), bytes.fromhex(address))
+            except ValueError:  # a worker of another version, started after an upgrade
+                _log.warning("worker of queue %d: a line that is not understood: %r", self.queue, line)
+                continue
+            self._asked(source)
 
     async def stop(self) -> None:
         """Ends the process: by its lifeline, and by force after some seconds. One that stays is left alone with

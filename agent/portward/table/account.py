@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from operator import attrgetter
+from typing import Final, Literal, TypeAlias
 from uuid import UUID
 
 import msgspec
 
-from portward.model import Exemption, Mode, Reason, Subscription, Workload
+from portward.model import Exemption, ExemptionState, Mode, Reason, Subscription, Workload
 from portward.policy.decide import Ruling
 from portward.table import layout
+from portward.table.layout import DamagedError
 
 # Gives what holds for the attachments of (subscription, exemption, workload), at a time of its own.
 Rule: TypeAlias = Callable[[Subscription | None, Exemption | None, Workload], Ruling]
@@ -24,13 +26,18 @@ class Account(msgspec.Struct, frozen=True, gc=False):
     exemption: Exemption | None = None
 
     def pack(self) -> bytes:
-        """The account as MessagePack: the fields' values, whose names stand in `model.py`, the id once."""
-        return _encoder.encode((self.id, _values(self.subscription), _values(self.exemption)))
+        """The account as MessagePack: version, id, and the values of both records by their positions."""
+        subscription = None if self.subscription is None else _subscription_values(self.subscription)
+        exemption = None if self.exemption is None else _exemption_values(self.exemption)
+        return _encoder.encode((VERSION, self.id, subscription, exemption))
 
     @classmethod
     def unpack(cls, data: bytes) -> Account:
-        """The account that `pack` wrote; raises msgspec's errors where the bytes are damaged."""
-        id_, subscription, exemption = _decoder.decode(data)
+        """The account that `pack` wrote; raises DamagedError, also for one of another version."""
+        try:
+            _, id_, subscription, exemption = _decoder.decode(data)
+        except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
+            raise DamagedError(f"an account cannot be read: {error}") from None
         return cls(
             id_,
             None if subscription is None else Subscription(id=id_, **msgspec.structs.asdict(subscription)),
@@ -38,23 +45,33 @@ class Account(msgspec.Struct, frozen=True, gc=False):
         )
 
 
-def _values(record: Subscription | Exemption | None) -> tuple[object, ...] | None:
-    return None if record is None else msgspec.structs.astuple(record)[1:]
+# Raised with every change of the positions below. An account of another version is damaged: what one version does
+# not know of an exemption may be its limit.
+VERSION: Final = 1
+# The position of each field of a record, from 0; the id stands before both records. The order of the fields in
+# `model.py` does not matter. A new field comes last.
+SUBSCRIPTION_FIELDS: Final = ("offer", "created", "name", "standing", "payment_history", "mode")
+EXEMPTION_FIELDS: Final = (
+    "state", "requested", "decided", "until", "by", "justification", "reason", "details", "fraud_check",
+    "fraud_note", "limit",
+)  # fmt: skip
+
+_subscription_values: Final = attrgetter(*SUBSCRIPTION_FIELDS)
+_exemption_values: Final = attrgetter(*EXEMPTION_FIELDS)
 
 
-def _packed(type_: type[Subscription | Exemption]) -> type[msgspec.Struct]:
-    """The same fields as an array, without the first one, the id. What a version before did not write has its
-    default."""
-    fields = [
-        (field.name, field.type) if field.default is msgspec.NODEFAULT else (field.name, field.type, field.default)
-        for field in msgspec.structs.fields(type_)[1:]
-    ]
-    return msgspec.defstruct(f"Packed{type_.__name__}", fields, array_like=True)
+def _packed(type_: type[Subscription | Exemption], names: tuple[str, ...]) -> type[msgspec.Struct]:
+    """A struct that is written as an array of these fields, in this order."""
+    types = {field.name: field.type for field in msgspec.structs.fields(type_)}
+    fields = [(name, types[name]) for name in names]
+    return msgspec.defstruct(f"Packed{type_.__name__}", fields, array_like=True, forbid_unknown_fields=True)
 
 
 _encoder: Final = msgspec.msgpack.Encoder(uuid_format="bytes")
+_PackedSubscription: Final = _packed(Subscription, SUBSCRIPTION_FIELDS)
+_PackedExemption: Final = _packed(Exemption, EXEMPTION_FIELDS)
 _decoder: Final = msgspec.msgpack.Decoder(
-    tuple[UUID, _packed(Subscription) | None, _packed(Exemption) | None]  # type: ignore[misc] # made just here
+    tuple[Literal[VERSION], UUID, _PackedSubscription | None, _PackedExemption | None]  # type: ignore[valid-type] # made just here
 )
 
 
@@ -77,6 +94,13 @@ class Outcomes(msgspec.Struct, frozen=True, gc=False):
     def later(self, started: int) -> bool:
         """Whether a machine that was started then, by its record, comes out otherwise once that time has come."""
         return self.since > 0 and started > self.now
+
+
+def grant_end(exemption: Exemption | None) -> int | None:
+    """When a grant ends, in microseconds since 1970; None for one without an end, and for what is no grant."""
+    if exemption is None or exemption.state is not ExemptionState.GRANTED or exemption.until is None:
+        return None
+    return layout.microseconds(exemption.until)
 
 
 # Of virtual machines, and of platform services: `paas` is the place.

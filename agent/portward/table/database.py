@@ -33,7 +33,7 @@ MapFullError = lmdb.MapFullError
 MapResizedError = lmdb.MapResizedError
 # What LMDB says of a file that it did not write, or that was damaged since.
 _DAMAGED: Final = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PageNotFoundError)
-_FILE, _LOCK_FILE, _ASIDE = "data.mdb", "lock.mdb", "data.mdb.damaged"
+FILE, LOCK_FILE, _ASIDE = "data.mdb", "lock.mdb", "data.mdb.damaged"
 
 _log = logging.getLogger("portward.table")
 
@@ -42,9 +42,13 @@ class TableError(PortwardError):
     """The policy table cannot be opened, read or written."""
 
 
+class OtherFormatError(TableError):
+    """The policy table was written by another version of portward."""
+
+
 def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Environment:
     """Opens the table in `folder`. A writer makes folder and file where missing; raises TableError."""
-    if not write and not (folder / _FILE).exists():
+    if not write and not (folder / FILE).exists():
         raise TableError(f"{folder}: there is no policy table here; `portward run` makes it")
     try:
         if write:
@@ -92,9 +96,9 @@ def put_aside(folder: Path, why: str) -> None:
     """Keeps a damaged table under another name, and says so; raises TableError."""
     _log.error("%s: it is put aside as %s, and read from the store anew", why, _ASIDE)
     try:
-        if (folder / _FILE).exists():
-            (folder / _FILE).replace(folder / _ASIDE)
-        (folder / _LOCK_FILE).unlink(missing_ok=True)
+        if (folder / FILE).exists():
+            (folder / FILE).replace(folder / _ASIDE)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise TableError(f"{folder}: the damaged table cannot be put aside: {error.strerror}") from error
 
@@ -109,7 +113,22 @@ def open_parts(environment: Environment, *, write: bool) -> dict[bytes, Part]:
             for part in layout.PARTS
         }
     except lmdb.Error as error:
+        if not write and (form := _other_format(environment)) is not None:
+            raise OtherFormatError(
+                f"{environment.path()}: the policy table is of format {form}, and this portward reads format "
+                f"{layout.FORMAT} only"
+            ) from error
         raise TableError(f"{environment.path()}: the policy table is incomplete: {error}") from error
+
+
+def _other_format(environment: Environment) -> int | None:
+    """The format of the table in the file, unless it is ours or there is none."""
+    try:
+        with environment.begin() as transaction:
+            data = transaction.get(layout.HEAD)
+    except lmdb.Error:
+        return None
+    return None if data is None or layout.format_of(data) == layout.FORMAT else layout.format_of(data)
 
 
 def drop_other_formats(environment: Environment, transaction: Transaction) -> None:

@@ -21,12 +21,16 @@ Parts of rows (`table/rows.py`) are sorted lists of rows of one size; what comes
 | expiries | 12 | microseconds since 1970, number of a subscription that is to be decided again then |
 
 A *place* is segment number (3 bytes), prefix length (1) and network address (4 or 16). An *outcome* is one number
-of 8 bytes: the last start in microseconds since 1970 (0: unknown), and in its last six bits the workload, whether
-the subscription is only observed, and the reason, or in its place that the exemption carries a limit. Numbers are
-big-endian, so that they sort; addresses are in network byte order.
+of 8 bytes: the last start in microseconds since 1970 (0: unknown) in 7 bytes, and the code in the last byte: the
+reason's number (`codes.py`) in bits 0 to 4, bit 5 if the subscription is only observed, bit 6 for the workload
+`paas`, bit 7 if the exemption carries a limit. Numbers are big-endian, so that they sort; addresses are in network
+byte order.
 
-A change of this layout raises `FORMAT`, which stands in the name of each part: a table of another format is not
-looked at, and goes when the table was built anew.
+A change of this layout raises `FORMAT`, which stands in the head and in the name of each part. A table of another
+format, older or newer, is never read: the store is read anew, and the other table goes once that is done.
+
+Nothing in a row says that it is whole. What a row cannot mean raises `DamagedError`, so that its reader can deny
+the one source that it is about.
 """
 
 from __future__ import annotations
@@ -36,9 +40,10 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NamedTuple
 
+from portward.codes import REASON_BITS, REASON_NUMBER, REASON_OF
 from portward.model import Network, Reason
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 RECORDS: Final = (b"links", b"segments", b"names", b"lengths", b"accounts")
 ROWS: Final = (b"entries4", b"entries6", b"holdings4", b"holdings6", b"ids", b"expiries")
 PARTS: Final = (*RECORDS, *ROWS)
@@ -48,26 +53,48 @@ ENTRIES: Final = {4: b"entries4", 16: b"entries6"}
 HOLDINGS: Final = {4: b"holdings4", 16: b"holdings6"}
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST: Final = datetime.max.replace(tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
-REASONS: Final = tuple(Reason)
-_REASON_NUMBER: Final = {reason: number for number, reason in enumerate(REASONS)}
-# An outcome's bits: four for the reason, two flags, and 58 for a time, which reach beyond the year 9999.
-_REASON, _OBSERVED, _PAAS, CODE_BITS = 15, 16, 32, 6
+# An outcome's bits: eight for the code, and 56 for a time.
+CODE_BITS: Final = 8
+_REASON: Final = (1 << REASON_BITS) - 1
+_OBSERVED, _PAAS, _LIMITED = 0x20, 0x40, 0x80
 _CODE: Final = (1 << CODE_BITS) - 1
-# In the place of a reason's number: exempt, within a limit of new connections.
-_LIMITED: Final = 15
-_BY_NUMBER: Final = dict(enumerate(REASONS)) | {_LIMITED: Reason.ALLOWED_EXEMPT}
-# What a worker needs of an entry, by its code: the reason, whether it is only observed, whether it has a limit.
-_FINDINGS: Final = tuple(
-    (_BY_NUMBER.get(code & _REASON), bool(code & _OBSERVED), code & _REASON == _LIMITED)
-    for code in range(_CODE + 1)
-)
+# Of segments and subscriptions: 3 and 4 bytes.
+LAST_SEGMENT: Final = (1 << 24) - 1
+LAST_NUMBER: Final = (1 << 32) - 1
+# The latest start that fits, in the year 4253. A later one is kept as this one: it has not come either.
+LATEST_START: Final = (1 << 56) - 1
+
+
+class CodeMeaning(NamedTuple):
+    """What a worker needs of an entry's code. `damaged` if no portward writes it: the source is denied."""
+
+    reason: Reason
+    observed: bool
+    limited: bool
+    damaged: bool = False
+
+
+def _meaning(code: int) -> CodeMeaning:
+    reason, limited = REASON_OF.get(code & _REASON), bool(code & _LIMITED)
+    if reason is None or (limited and reason is not Reason.ALLOWED_EXEMPT):
+        return CodeMeaning(Reason.DENIED_UNKNOWN_SOURCE, observed=False, limited=False, damaged=True)
+    return CodeMeaning(reason, bool(code & _OBSERVED), limited)
+
+
+# By the code: a worker looks one up for each packet.
+_MEANINGS: Final = tuple(map(_meaning, range(_CODE + 1)))
 
 _HEAD = struct.Struct("<HQIBd32s16s")
 _LINK = struct.Struct("<IB")
 OUTCOME: Final = struct.Struct(">IQ")
 _LENGTH = struct.Struct("<BI")
+
+
+class DamagedError(ValueError):
+    """Bytes of the policy table that no portward of this format writes."""
 
 
 class Head(NamedTuple):
@@ -95,11 +122,11 @@ class Head(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Head | None:
-        """The head, or None where the bytes are of another format."""
+        """The head, or None where the bytes are of another format or damaged: the store is read anew then."""
         if len(data) != _HEAD.size:
             return None
         form, revision, generation, answers, decided_at, preset, store = _HEAD.unpack(data)
-        if form != FORMAT:
+        if form != FORMAT or not 0 <= decided_at <= _LAST.timestamp():  # no time, after a damage
             return None
         return cls(revision, generation, bool(answers & 1), bool(answers & 2), decided_at, preset, store)
 
@@ -117,9 +144,12 @@ class Link(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Link:
-        """The link that `pack` wrote."""
-        segment, observed = _LINK.unpack_from(data)
-        return cls(segment, bool(observed), data[_LINK.size :].decode())
+        """The link that `pack` wrote; raises DamagedError."""
+        try:
+            segment, observed = _LINK.unpack_from(data)
+            return cls(segment, bool(observed), data[_LINK.size :].decode())
+        except (struct.error, UnicodeDecodeError):
+            raise DamagedError(f"a link cannot be read: {data.hex()}") from None
 
 
 class Entry(NamedTuple):
@@ -141,31 +171,30 @@ class Entry(NamedTuple):
 
     @classmethod
     def of(cls, row: bytes) -> Entry:
-        """The entry of a row."""
+        """The entry of a row; raises DamagedError for a code that has no meaning."""
+        entry, damaged = cls.closed_if_damaged(row)
+        if damaged:
+            raise DamagedError(f"an entry's code has no meaning: {row.hex()}")
+        return entry
+
+    @classmethod
+    def closed_if_damaged(cls, row: bytes) -> tuple[Entry, bool]:
+        """The entry of a row, and whether its code has no meaning: such an entry comes out as denied."""
         subscription, outcome = OUTCOME.unpack_from(row, len(row) - OUTCOME.size)
-        code = outcome & _CODE
-        return cls(
-            _BY_NUMBER[code & _REASON],
-            bool(code & _OBSERVED),
-            bool(code & _PAAS),
-            subscription,
-            outcome >> CODE_BITS,
-            code & _REASON == _LIMITED,
-        )
+        reason, observed, limited, damaged = _MEANINGS[outcome & _CODE]
+        entry = cls(reason, observed, bool(outcome & _PAAS), subscription, outcome >> CODE_BITS, limited)
+        return entry, damaged
 
 
 def code_of(reason: Reason, *, observed: bool, paas: bool, limited: bool = False) -> int:
-    """The last bits of an outcome; `limited` is for those that an exemption lets through."""
-    number = _LIMITED if limited else _REASON_NUMBER[reason]
-    return number | (_OBSERVED if observed else 0) | (_PAAS if paas else 0)
+    """The last byte of an outcome; `limited` is for those that an exemption lets through."""
+    flags = (_OBSERVED if observed else 0) | (_PAAS if paas else 0) | (_LIMITED if limited else 0)
+    return REASON_NUMBER[reason] | flags
 
 
-def finding(row: bytes) -> tuple[Reason, bool, bool]:
-    """Reason, observation and limit of an entry's row, as quickly as a worker wants them; raises ValueError."""
-    reason, observed, limited = _FINDINGS[row[-1] & _CODE]
-    if reason is None:
-        raise ValueError(f"an entry of the policy table is damaged: {row.hex()}")
-    return reason, observed, limited
+def finding(row: bytes) -> CodeMeaning:
+    """What an entry's row means to a worker. Never raises: a damaged row denies its source."""
+    return _MEANINGS[row[-1]]
 
 
 def place_of(row: bytes) -> bytes:
@@ -205,9 +234,22 @@ def pack_lengths(counts: dict[int, int]) -> bytes:
     return b"".join(_LENGTH.pack(length, count) for length, count in used)
 
 
-def unpack_lengths(data: bytes) -> dict[int, int]:
-    """What `pack_lengths` wrote, in its order."""
-    return dict(_LENGTH.iter_unpack(data))
+def unpack_lengths(data: bytes, address_bytes: int) -> dict[int, int]:
+    """What `pack_lengths` wrote for a family, in its order; raises DamagedError."""
+    try:
+        counts = dict(_LENGTH.iter_unpack(data))
+    except struct.error:
+        counts = {}
+    lengths = list(counts)
+    right = len(counts) * _LENGTH.size == len(data) and lengths == sorted(lengths, reverse=True)
+    if not right or (lengths and lengths[0] > address_bytes * 8):
+        raise DamagedError(f"prefix lengths cannot be read: {data.hex()}")
+    return counts
+
+
+def format_of(head: bytes) -> int:
+    """The format of the table with these bytes as its head. Every format begins with it."""
+    return int.from_bytes(head[:2], "little")
 
 
 def prefix_of(segment: int, length: int) -> bytes:
@@ -262,3 +304,8 @@ def microseconds(at: datetime | None) -> int:
 def instant(at: int) -> datetime | None:
     """What `microseconds` was given; None for 0."""
     return None if at == 0 else datetime.fromtimestamp(at // 1_000_000, UTC).replace(microsecond=at % 1_000_000)
+
+
+def moment(at: int) -> datetime:
+    """The time of a row in `expiries`; the last one there is if the row is damaged and says a later one."""
+    return _EPOCH + min(at, (_LAST - _EPOCH) // _MICROSECOND) * _MICROSECOND

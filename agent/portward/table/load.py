@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from typing import TypeAlias
 from uuid import UUID
 
-from portward.model import Attachment, Exemption, ExemptionState, Subscription
+from portward.model import Attachment, Exemption, Subscription
 from portward.store.packed import Packed, packed
 from portward.table import layout
-from portward.table.account import Account, ByWorkload, Rule, by_workload
+from portward.table.account import Account, ByWorkload, Rule, by_workload, grant_end
 from portward.table.database import Part, Transaction
 from portward.table.rows import Rows
 from portward.table.segments import Segments
@@ -28,11 +28,13 @@ def load(
     parts: dict[bytes, Part],
     segments: Segments,
     rule: Rule,
+    now: int,
     records: Iterable[Loadable],
 ) -> None:
-    """Fills the parts that hold records. Subscriptions and exemptions come before all attachments, which they
-    decide, else it raises ValueError; no key of a store stands twice, else TableError."""
-    accounts, attachments = _Accounts(transaction, parts, rule), _Attachments(transaction, parts, segments)
+    """Fills the parts that hold records, decided at `now` (microseconds since 1970). Subscriptions and exemptions
+    come before all attachments, which they decide, else it raises ValueError; no key of a store stands twice, else
+    TableError."""
+    accounts, attachments = _Accounts(transaction, parts, rule, now), _Attachments(transaction, parts, segments)
     known, put = accounts.known, attachments.put
     for record in records:
         match record:
@@ -52,8 +54,8 @@ def load(
 class _Accounts:
     """Subscriptions and exemptions; from the first attachment on, only how theirs come out."""
 
-    def __init__(self, transaction: Transaction, parts: dict[bytes, Part], rule: Rule) -> None:
-        self._transaction, self._parts, self._rule = transaction, parts, rule
+    def __init__(self, transaction: Transaction, parts: dict[bytes, Part], rule: Rule, now: int) -> None:
+        self._transaction, self._parts, self._rule, self._now = transaction, parts, rule, now
         self._subscriptions: dict[UUID, Subscription] = {}
         self._exemptions: dict[UUID, Exemption] = {}
         # What `outcomes` has given already, by the UUID as text, as attachments name it.
@@ -96,11 +98,8 @@ class _Accounts:
         key = layout.number(number)
         self._transaction.put(key, account.pack(), db=self._parts[b"accounts"], append=True)
         self._ids.append(account.id.bytes + key)
-        grant = account.exemption
-        if grant is not None and grant.state is ExemptionState.GRANTED and grant.until is not None:
-            Rows(self._transaction, self._parts[b"expiries"]).put(
-                layout.due(layout.microseconds(grant.until), number)
-            )
+        if (end := grant_end(account.exemption)) is not None and end > self._now:
+            Rows(self._transaction, self._parts[b"expiries"]).put(layout.due(end, number))
         found = self.known[str(account.id)] = by_workload(number, account, self._rule)
         return found
 
@@ -120,6 +119,8 @@ class _Attachments:
         if prefix is None:
             prefix = self._prefixes[start] = layout.prefix_of(self._segments.number(start[0]), start[1])
         outcome, started = outcomes[attachment.paas], attachment.started
+        if started > layout.LATEST_START:  # noqa: PLR1730 # `min` takes longer, a million times
+            started = layout.LATEST_START
         self._rows[len(address)].append(outcome.row(prefix + address, started))
         if outcome.later(started):
             Rows(self._transaction, self._parts[b"expiries"]).put(layout.due(started, outcome.number))

@@ -6,7 +6,7 @@ to are read together, so a verdict is never stamped with a policy that it was no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from uuid import UUID
 from portward.model import Address, Network, Reason
 from portward.table import layout
 from portward.table.account import Account
+from portward.table.damage import Damage
 from portward.table.database import (
     Environment,
     MapResizedError,
@@ -33,7 +34,8 @@ class Finding(NamedTuple):
     """What the table says of a source, and the generation under which it says so.
 
     `observed` where gateway, segment or subscription are only observed; `reject` where a refusal is answered
-    with a TCP reset; `limited` where the exemption carries a limit of new connections.
+    with a TCP reset; `limited` where the exemption carries a limit of new connections; `damaged` if the entry of
+    the source cannot be read, so that it is denied.
     """
 
     reason: Reason
@@ -41,6 +43,7 @@ class Finding(NamedTuple):
     reject: bool
     generation: int
     limited: bool = False
+    damaged: bool = False
 
 
 class Holding(NamedTuple):
@@ -62,14 +65,16 @@ class Attached(NamedTuple):
 class Reader:
     """A read-only view of the policy table; follows every commit of the daemon by itself."""
 
-    def __init__(self, environment: Environment, parts: dict[bytes, Part]) -> None:
-        """A view of a table that this process has open; LMDB lets a process open a file only once."""
+    def __init__(self, environment: Environment, parts: dict[bytes, Part], damage: Damage | None = None) -> None:
+        """A view of a table that this process has open; LMDB lets a process open a file only once. `damage` takes
+        the rows that cannot be read."""
         self._environment, self._parts = environment, parts
+        self._damage = damage or Damage()
         self._snapshot = -1
         self._head: layout.Head | None = None
         self._links: dict[int, layout.Link | None] = {}
         self._steps: dict[tuple[int, int], tuple[tuple[bytes, int], ...]] = {}
-        self._findings: dict[tuple[bool, tuple[Reason, bool, bool] | None], Finding] = {}
+        self._findings: dict[tuple[bool, layout.CodeMeaning | None], Finding] = {}
         self._viewed: Transaction | None = None
 
     @classmethod
@@ -143,7 +148,8 @@ class Reader:
     def links(self) -> dict[int, layout.Link]:
         """Interface index → the segment behind it, as the daemon last wrote it."""
         with self._begin() as transaction, transaction.cursor(self._parts[b"links"]) as cursor:
-            return {int.from_bytes(key, "big"): layout.Link.unpack(value) for key, value in cursor}
+            links = {int.from_bytes(key, "big"): self._link_of(value) for key, value in cursor}
+            return {index: link for index, link in links.items() if link is not None}
 
     def holding(self, segment: str, address: Address) -> Holding | None:
         """What the table holds of an address in the segment of that name; None: a source of nobody."""
@@ -156,23 +162,24 @@ class Reader:
             found = self._entry(transaction, int.from_bytes(number, "big"), address.packed)
             if found is None:
                 return None
-            entry = layout.Entry.of(found)
+            entry = _whole(found)
             account = self._account(transaction, entry.subscription)
             if account is None:
                 raise TableError(f"the policy table is damaged: no account has the number {entry.subscription}")
             return Holding(layout.network_of(layout.place_of(found))[1], entry, account)
 
     def owner(self, index: int, source: bytes) -> tuple[layout.Link, layout.Entry | None] | None:
-        """The segment behind an interface, and the entry of a source in it; None: no such segment."""
+        """The segment behind an interface, and the entry of a source in it, as denied if its code has no meaning;
+        None: no such segment."""
         with self._begin() as transaction:
             link = self._link(transaction, index)
             if link is None:
                 return None
             found = self._entry(transaction, link.segment, source)
-            return link, None if found is None else layout.Entry.of(found)
+            return link, None if found is None else self._closed_if_damaged(found)
 
     def account(self, subscription: int) -> Account | None:
-        """The account with the table's number `subscription`."""
+        """The account with the table's number `subscription`; None if there is none, or none that can be read."""
         with self._begin() as transaction:
             return self._account(transaction, subscription)
 
@@ -187,8 +194,8 @@ class Reader:
         million."""
         wanted = name.encode()
         with self._snapshot_of() as transaction, transaction.cursor(self._parts[b"accounts"]) as cursor:
-            near = (Account.unpack(data) for data in cursor.iternext(keys=False) if wanted in data)
-            return [found for found in near if found.subscription and found.subscription.name == name]
+            near = (self._account_in(data) for data in cursor.iternext(keys=False) if wanted in data)
+            return [found for found in near if found and found.subscription and found.subscription.name == name]
 
     def attached(self, id_: UUID) -> list[Attached]:
         """All entries of the subscription with this UUID, by segment's number and prefix, IPv4 first."""
@@ -220,13 +227,15 @@ class Reader:
         kind = (link.observed, None if found is None else layout.finding(found))
         finding = self._findings.get(kind)
         if finding is None:
-            reason, observed, limited = kind[1] or (Reason.DENIED_UNKNOWN_SOURCE, False, False)
+            meaning = kind[1] or layout.CodeMeaning(Reason.DENIED_UNKNOWN_SOURCE, observed=False, limited=False)
+            reason, observed, limited, damaged = meaning
             finding = self._findings[kind] = Finding(
                 reason,
                 observed or head.observe or link.observed,
                 head.reject and found is not None,
                 head.generation,
                 limited,
+                damaged,
             )
         return finding
 
@@ -250,7 +259,7 @@ class Reader:
         name = transaction.get(layout.number(segment), db=self._parts[b"names"])
         if row is None or name is None:
             raise TableError(f"the policy table is damaged: {prefix} in segment {segment} has no entry")
-        return Attached(name.decode(), prefix, layout.Entry.of(row))
+        return Attached(name.decode(), prefix, _whole(row))
 
     def _begin(self) -> Transaction:
         try:
@@ -277,8 +286,30 @@ class Reader:
             return self._links[index]
         except KeyError:
             data = transaction.get(layout.number(index), db=self._parts[b"links"])
-            link = self._links[index] = None if data is None else layout.Link.unpack(data)
+            link = None if data is None else self._link_of(data)
+            if link is not None and not self._is_segment(transaction, link):
+                self._damage.found(f"interface {index} leads to another segment; what comes from it is dropped")
+                link = None
+            self._links[index] = link
             return link
+
+    def _is_segment(self, transaction: Transaction, link: layout.Link) -> bool:
+        """Whether the segment with the link's number has the link's name. It is asked once for each commit."""
+        return transaction.get(layout.number(link.segment), db=self._parts[b"names"]) == link.name.encode()
+
+    def _link_of(self, data: bytes) -> layout.Link | None:
+        """None if the bytes are damaged: as without a segment, every packet is dropped."""
+        try:
+            return layout.Link.unpack(data)
+        except layout.DamagedError as error:
+            self._damage.found(f"{error}; what comes from its interface is dropped")
+            return None
+
+    def _closed_if_damaged(self, row: bytes) -> layout.Entry:
+        entry, damaged = layout.Entry.closed_if_damaged(row)
+        if damaged:
+            self._damage.found(f"entry {row.hex()} has a code without a meaning; its source is denied")
+        return entry
 
     def _entry(self, transaction: Transaction, segment: int, source: bytes) -> bytes | None:
         """The row of the most specific entry that covers `source`."""
@@ -299,11 +330,34 @@ class Reader:
         steps = self._steps.get((segment, size))
         if steps is None:
             data = transaction.get(layout.family_key(segment, size), db=self._parts[b"lengths"])
-            lengths = () if data is None else layout.unpack_lengths(data)
+            lengths = () if data is None else self._lengths(data, size)
             steps = tuple((layout.prefix_of(segment, length), _MASKS[size][length]) for length in lengths)
             self._steps[segment, size] = steps
         return steps
 
+    def _lengths(self, data: bytes, size: int) -> Iterable[int]:
+        """The prefix lengths to look for; all of them if the bytes are damaged: no entry is passed over."""
+        try:
+            return layout.unpack_lengths(data, size)
+        except layout.DamagedError as error:
+            self._damage.found(f"{error}; every prefix length is looked for")
+            return range(size * 8, -1, -1)
+
     def _account(self, transaction: Transaction, subscription: int) -> Account | None:
         data = transaction.get(layout.number(subscription), db=self._parts[b"accounts"])
-        return None if data is None else Account.unpack(data)
+        return None if data is None else self._account_in(data)
+
+    def _account_in(self, data: bytes) -> Account | None:
+        try:
+            return Account.unpack(data)
+        except layout.DamagedError as error:
+            self._damage.found(str(error))
+            return None
+
+
+def _whole(row: bytes) -> layout.Entry:
+    """The entry of a row; raises TableError if it is damaged."""
+    try:
+        return layout.Entry.of(row)
+    except layout.DamagedError as error:
+        raise TableError(f"the policy table is damaged: {error}") from None

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 from portward.table import layout
+from portward.table.damage import Damage
 from portward.table.database import Part, TableError, Transaction
 
 
 class Segments:
     """The numbers as a write transaction sees them; asked one by one, since there may be many thousands."""
 
-    def __init__(self, transaction: Transaction, parts: dict[bytes, Part]) -> None:
-        self._transaction, self._parts = transaction, parts
+    def __init__(self, transaction: Transaction, parts: dict[bytes, Part], damage: Damage) -> None:
+        self._transaction, self._parts, self._damage = transaction, parts, damage
         self._numbers: dict[str, int] = {}
 
     def number(self, name: str) -> int:
         """The number of a segment, a new one where it has none."""
         number = self._numbers.get(name)
         if number is None:
-            known = self._transaction.get(name.encode(), db=self._parts[b"segments"])
-            number = self._numbers[name] = self._add(name) if known is None else int.from_bytes(known, "big")
+            number = self._numbers[name] = self._known(name) or self._add(name)
         return number
 
     def name(self, number: int) -> str:
-        """The name of the segment with that number."""
+        """The name of the segment with that number; raises TableError."""
         name = self._transaction.get(layout.number(number), db=self._parts[b"names"])
         if name is None:
-            raise TableError(f"the policy table is damaged: no segment has the number {number}")
-        return name.decode()
+            raise TableError(f"no segment has the number {number}")
+        return name.decode(errors="backslashreplace")
+
+    def _known(self, name: str) -> int | None:
+        """The number that a segment has; None without one, or if it is another segment's."""
+        known = self._transaction.get(name.encode(), db=self._parts[b"segments"])
+        if known is None:
+            return None
+        if self._transaction.get(known, db=self._parts[b"names"]) != name.encode():
+            self._damage.found(
+                f"segment {name} has a number that is not its own; it gets a new one, without sources"
+            )
+            return None
+        return int.from_bytes(known, "big")
 
     def _add(self, name: str) -> int:
-        number: int = self._transaction.stat(self._parts[b"names"])["entries"] + 1
+        names = self._parts[b"names"]
+        number: int = self._transaction.stat(names)["entries"] + 1
+        while self._transaction.get(layout.number(number), db=names) is not None:  # after a damage only
+            number += 1
+        if number > layout.LAST_SEGMENT:
+            raise TableError("the policy table has no number left for another segment")
         self._transaction.put(name.encode(), layout.number(number), db=self._parts[b"segments"])
         self._transaction.put(layout.number(number), name.encode(), db=self._parts[b"names"])
         return number

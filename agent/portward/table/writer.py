@@ -6,6 +6,7 @@ with it until the caller has moved the epoch and forgotten what `Committed` name
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from portward.policy.decide import Ruling, rule
 from portward.policy.preset import Preset
 from portward.store.flips import Flips, HeldError
 from portward.table import layout
+from portward.table.damage import Damage
 from portward.table.database import (
     MAP_SIZE,
     DatabaseError,
@@ -31,6 +33,8 @@ from portward.table.reader import Reader
 from portward.table.rows import Rows
 
 _LARGEST_MAP = 1 << 40
+
+_log = logging.getLogger("portward.table")
 
 
 class Committed(NamedTuple):
@@ -81,14 +85,27 @@ class Writer:
         self._folder, self.preset, self.answers, self._map_size = folder, preset, answers, map_size
         self.max_flip_share = max_flip_share
         self._environment, self._parts = open_for_writing(folder, map_size)
+        # Rows that cannot be read, found by this writer and its readers.
+        self.damage = Damage()
+        self._tell_other_format()
 
     def close(self) -> None:
         """Closes the table."""
         self._environment.close()
 
+    def _tell_other_format(self) -> None:
+        with self._environment.begin() as transaction:
+            data = transaction.get(layout.HEAD)
+        if data is not None and (form := layout.format_of(data)) != layout.FORMAT:
+            version = "a newer" if form > layout.FORMAT else "an older"
+            _log.warning(
+                "%s: the policy table is of format %d, which %s portward wrote; it is not used, and the store is "
+                "read anew", self._folder, form, version,
+            )  # fmt: skip
+
     def reader(self) -> Reader:
         """A view of this table for the same process; it ends with the writer."""
-        return Reader(self._environment, self._parts)
+        return Reader(self._environment, self._parts, self.damage)
 
     def head(self) -> layout.Head | None:
         """What the table agrees with; None where it holds no policy yet, or one of another format."""
@@ -97,10 +114,10 @@ class Writer:
             return None if data is None else layout.Head.unpack(data)
 
     def next_expiry(self) -> datetime | None:
-        """When the next grant with an end date ends."""
+        """When something next changes by itself: a grant ends, or a start comes that was recorded ahead."""
         with self._environment.begin() as transaction:
             first = Rows(transaction, self._parts[b"expiries"]).first()
-            return None if first is None else layout.instant(int.from_bytes(first[:8], "big"))
+            return None if first is None else layout.moment(int.from_bytes(first[:8], "big"))
 
     def attachments(self) -> int:
         """How many attachments the table holds."""
@@ -196,7 +213,7 @@ class Writer:
                 with self._environment.begin(write=True) as transaction:
                     if anew:
                         drop_other_formats(self._environment, transaction)
-                    edit = Edit(transaction, self._parts, ruling)
+                    edit = Edit(transaction, self._parts, ruling, now, self.damage)
                     work(edit)
                     if not may_flip:
                         self._check_flips(edit)

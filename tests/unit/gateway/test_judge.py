@@ -202,3 +202,15 @@ def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused(mak
     found.handle(packet)
     assert packet.mark & mark.CLASS == mark.Class.REFUSED
     assert tally.events()[Event.RESET_FAILED] == 1
+
+
+def test_a_source_whose_entry_is_damaged_is_denied_and_counted_each_time(make: Worker) -> None:
+    """And the kernel caches the denial, so that such a source does not ask again and again."""
+    damaged = finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True)._replace(damaged=True)
+    packet = QueuedPacket()
+    found, tally = make(lambda index, source: damaged)
+    found.handle(packet)
+    assert packet.said == ["accept"]
+    assert packet.mark & mark.CLASS == mark.Class.UNKNOWN
+    assert tally.events()[Event.DAMAGED] == 1
+    assert list(tally.verdicts()) == [(Reason.DENIED_UNKNOWN_SOURCE, Outcome.DROPPED, 1, 1)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from portward.config import QueueReader
 from portward.errors import InputError
-from portward.gateway.workers import STAY, stay_seconds
+from portward.gateway.learned import Source
+from portward.gateway.workers import STAY, Worker, stay_seconds
 
 START = """
 import asyncio
@@ -49,3 +52,18 @@ def test_what_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(STAY, text)
     with pytest.raises(InputError, match=rf"^{STAY}: '{text}': seconds from 0 to 3600 are wanted$"):
         stay_seconds()
+
+
+def test_a_line_that_is_not_understood_ends_no_listening() -> None:
+    """A worker of another version may write other lines; sources with a limit are still asked about."""
+    asked: list[Source] = []
+
+    async def listen() -> None:
+        worker = Worker(0, 16, QueueReader.BATCH, Path("table"), asked.append)
+        lines = asyncio.StreamReader()
+        lines.feed_data(b"5 0a00000g\nlimit 10.0.0.1\n\n\xff\n5 0a000001\n")
+        lines.feed_eof()
+        await worker._listen(lines)
+
+    asyncio.run(listen())
+    assert asked == [Source(5, bytes([10, 0, 0, 1]))]

@@ -217,7 +217,7 @@ def test_a_table_of_an_older_format_is_replaced(tmp_path: Path) -> None:
 
 def test_a_reader_of_an_older_table_says_so(tmp_path: Path) -> None:
     older_table(tmp_path / "table")
-    with pytest.raises(TableError, match="incomplete"):
+    with pytest.raises(TableError, match="of format 1, and this portward reads format 3 only"):
         Reader.open(tmp_path / "table")
 
 

@@ -1,0 +1,53 @@
+"""What is written as a number or a word keeps it, wherever a newcomer stands in its enum."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import pytest
+
+from portward.codes import REASON_NUMBER, REASON_NUMBERS, REASON_OF
+from portward.gateway.mark import Class
+from portward.gateway.tally import Event, Outcome
+from portward.model import Authentication, ExemptionState, FraudCheck, Mode, Reason, Standing, Workload
+from portward.selfcheck import Kind
+from portward.store.chain import Kind as LogKind
+from unit.golden import golden
+
+CODES = golden("codes.json")
+WORDS: dict[str, type[Enum]] = {
+    "Standing": Standing,
+    "Workload": Workload,
+    "Mode": Mode,
+    "ExemptionState": ExemptionState,
+    "FraudCheck": FraudCheck,
+    "Authentication": Authentication,
+    "Difference": Kind,
+    "LogFinding": LogKind,
+}
+
+
+def test_each_reason_has_a_number_of_its_own_that_fits() -> None:
+    assert set(REASON_NUMBER) == set(Reason), "give the new reason the next free number in codes.py"
+    assert len(set(REASON_NUMBER.values())) == len(Reason), "two reasons share a number"
+    assert all(0 < number < REASON_NUMBERS for number in REASON_NUMBER.values())
+    assert {reason: number for number, reason in REASON_OF.items()} == REASON_NUMBER
+
+
+def test_reasons_keep_their_numbers() -> None:
+    numbers = {reason.value: number for reason, number in REASON_NUMBER.items()}
+    assert CODES["reason"].items() <= numbers.items()
+    given = {number: name for name, number in CODES["reason"].items()}
+    assert all(given.get(number, name) == name for name, number in numbers.items()), "a number is given again"
+
+
+@pytest.mark.parametrize(("kind", "numbered"), [("outcome", Outcome), ("event", Event), ("class", Class)])
+def test_numbers_in_marks_and_counters_stay(kind: str, numbered: type[Enum]) -> None:
+    numbers = {member.name: member.value for member in numbered}
+    assert CODES[kind].items() <= numbers.items()
+    assert len(set(numbers.values())) == len(numbers)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_in_records_metrics_and_findings_stay(name: str) -> None:
+    assert set(CODES["values"][name]) <= {member.value for member in WORDS[name]}

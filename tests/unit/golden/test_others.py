@@ -1,0 +1,115 @@
+"""Stores, counters and statuses are read as they were meant; what another version wrote is refused."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import struct
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from portward.cli.status import _lines
+from portward.codes import REASON_NUMBER
+from portward.errors import PortwardError, StoreError
+from portward.gateway.tally import Event, Outcome, Tally, TallyError
+from portward.model import Reason
+from portward.runtime import read_status
+from portward.store.protocol import decode, key_of
+from portward.store.sqlite import SqliteStore
+from unit.golden import FOLDER, golden, store
+from unit.store.samples import CONTOSO, FABRIKAM, GRANT, MACHINE, PREFIX
+
+TALLY = golden("tally-1.json")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_store_is_read_as_it_was_meant(tmp_path: Path, version: int) -> None:
+    store(version, tmp_path / "portward.db")
+    with closing(SqliteStore(tmp_path / "portward.db")) as found:
+        revision, records = found.read_all()
+        assert revision == 5
+        expected = {key_of(record): record for record in (CONTOSO, FABRIKAM, MACHINE, PREFIX, GRANT)}
+        assert {key: decode(key, body) for key, body in records} == expected
+        assert [entry.actor for entry in found.log()] == ["ada", "grace", "ada", "grace", "ada"]
+        assert len(list(found.history(key_of(MACHINE)))) == 3
+
+
+def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    store(2, tmp_path / "portward.db")
+    with closing(sqlite3.connect(tmp_path / "portward.db")) as connection:
+        connection.execute("PRAGMA user_version = 3")
+    with pytest.raises(StoreError, match="written by a newer portward"):
+        SqliteStore(tmp_path / "portward.db")
+
+
+def test_the_block_of_counters_has_each_number_where_it_was() -> None:
+    block = Tally.create()
+    tally = Tally(block)
+    for reason in map(Reason, TALLY["packets"]):
+        for outcome in Outcome:
+            tally.add(REASON_NUMBER[reason], outcome, packets=REASON_NUMBER[reason] * 100 + outcome, attempts=7)
+    for event in Event:
+        for _ in range(event + 1):
+            tally.event(event)
+    data = os.pread(block, 1 << 20, 0)
+    os.close(block)
+    assert data[:16].hex() == TALLY["header"]
+    assert len(data) == TALLY["bytes"]
+    for name, places in TALLY["packets"].items():
+        for outcome_name, place in places.items():
+            number = REASON_NUMBER[Reason(name)] * 100 + Outcome[outcome_name]
+            assert struct.unpack_from("<Q", data, place) == (number,)
+            assert struct.unpack_from("<Q", data, TALLY["attempts"][name][outcome_name]) == (7,)
+    for name, place in TALLY["events"].items():
+        assert struct.unpack_from("<Q", data, place) == (Event[name] + 1,)
+
+
+@pytest.mark.parametrize("change", ["an older version's", "a newer version", "another size"])
+def test_a_block_of_another_version_is_refused(change: str) -> None:
+    """A worker that counted into it would count another reason."""
+    block = Tally.create()
+    if change == "an older version's":  # they began with the numbers
+        os.pwrite(block, bytes(16), 0)
+    elif change == "a newer version":
+        os.pwrite(block, b"\x02", 8)
+    else:
+        os.ftruncate(block, 1 << 16)
+    with pytest.raises(TallyError, match="restart the agent"):
+        Tally(block)
+    os.close(block)
+
+
+def test_the_status_of_an_older_agent_can_be_told(tmp_path: Path) -> None:
+    """It has no format yet, and none of the keys that came since."""
+    (tmp_path / "status.json").write_bytes((FOLDER / "status-1.json").read_bytes())
+    told = read_status(tmp_path)
+    assert told is not None
+    lines = _lines(told)
+    for line in (
+        "HELD      revision 8 would flip the verdict of 21 of 40 subscriptions: `portward apply --confirm` lets "
+        "it through",
+        "portward 0.9.0, process 4711, up 2 h 30 min, mode enforce, preset azure-2020",
+        "policy    revision 7, 1000 attachments of 40 subscriptions",
+        "store     sqlite:/var/lib/portward/portward.db, in step",
+        "queue     nft queue; worker 0 runs (2 restarts)",
+        "kernel    remembers 30 allow, 9 deny",
+        "segment   vni1001: 12 packets to the judged ports",
+        "ruleset   put back 1 times after somebody changed it",
+    ):
+        assert line in lines
+
+
+def test_the_status_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"format": 2, "version": 9}')
+    with pytest.raises(
+        PortwardError, match=r"is of format 2, and this portward reads format 1: the agent that runs"
+    ):
+        read_status(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "{", ""])
+def test_what_is_no_status_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    assert read_status(tmp_path) is None
