@@ -8,9 +8,9 @@ from typing import NamedTuple
 from portward.config import Config
 from portward.errors import KernelError
 from portward.gateway import keeper
+from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
 from portward.gateway.ruleset import COUNTED_SETS, Verdict
 from portward.table.reader import Reader
 
@@ -35,7 +35,7 @@ class Busiest:
         netlink = NfNetlink()
         if not keeper.loaded(netlink):
             raise KernelError(keeper.NOT_LOADED)
-        self._learned = Learned(Nft(), netlink)
+        self._learned = Learned(KernelElements(netlink))
         self._reader = Reader.open(config.table)
         self._before: dict[tuple[Verdict, Source], int] = {}
         self._at: float | None = None

@@ -20,6 +20,7 @@ from portward.config import Config, Refusal
 from portward.errors import KernelError, StoreError
 from portward.gateway import mark, ruleset, xtables
 from portward.gateway.counts import Counts, Owner
+from portward.gateway.elements import KernelElements
 from portward.gateway.enforcement import Enforcement
 from portward.gateway.judge import judge
 from portward.gateway.keeper import Keeper
@@ -65,7 +66,8 @@ class Core:
         self.native = xtables.has_native_queue(self._nft)
         if not self.native:
             xtables.require(self._netlink)
-        self._learned = Learned(self._nft, self._netlink)
+        elements = KernelElements(self._netlink, self._nft.committing)
+        self._learned = Learned(elements)
         self.keeper = Keeper(self._nft, self._netlink, self._learned)
         self._writer = Writer(config.table, preset, answers(config), max_flip_share=config.max_flip_share)
         head = self._writer.head()
@@ -76,13 +78,14 @@ class Core:
         # read the elements of full sets takes half a second.
         self._counting = NfNetlink()
         self._watching = NfNetlink()
-        self._counted = Learned(self._nft, self._counting)
+        self._counted_elements = KernelElements(self._counting)
+        self._counted = Learned(self._counted_elements)
         self._counting_reader = self._writer.reader()
         self.counts = Counts(self._owner)
         self.selfcheck = SelfCheck()
         self._sample: list[Element] = []
         self._rates_seen: dict[Source, Bucket] = {}
-        self._rates = Rates(self._nft, self._netlink)
+        self._rates = Rates(elements)
         self._enforcement = Enforcement(
             self.keeper, self._learned, self._want, self._count_last, self._rates, self.rate
         )
@@ -303,7 +306,8 @@ class Core:
         """Adds up what the kernel has counted since the last time; nothing where the ruleset is not there."""
         with contextlib.suppress(OSError):
             self.counts.take_all(self._elements, time.monotonic)
-            self._rates_seen = Rates.loaded(self._counting)
+            self._learned.sizes.update(self._counted.sizes)
+            self._rates_seen = Rates.loaded(self._counted_elements)
 
     def suspects(self) -> list[Source]:
         """The sources, of a sample of those that `count` read last, whose remembered verdict is not the table's

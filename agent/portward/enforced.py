@@ -12,9 +12,9 @@ from typing import Final
 
 from portward.config import Config
 from portward.errors import PortwardError
+from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
 from portward.gateway.probe import Prober
 from portward.gateway.ruleset import TABLE
 from portward.policy import preset as presets
@@ -49,7 +49,7 @@ class Enforced:
             )
         self._port = presets.load(config.preset).ports[0]
         self._netlink = NfNetlink()
-        self._learned = Learned(Nft(), self._netlink)
+        self._learned = Learned(KernelElements(self._netlink))
         try:
             self._prober: Prober | None = Prober()
         except OSError:

@@ -19,9 +19,9 @@ from portward.clock import as_agent
 from portward.config import Config, Refusal
 from portward.documents import network_text
 from portward.errors import InputError, PortwardError
+from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
 from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import COUNTED_SETS, RATED_SETS, RATES, TABLE, Rated
 from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
@@ -205,7 +205,7 @@ def _kernel(segment: str, source: Address) -> str:
         key = Source(index, source.packed)
         if (limit := netlink.element(TABLE, RATES + key.family, key.key)) is not None:
             return _within(netlink, key, limit.object)
-        held = Learned(Nft(), netlink).held(key)
+        held = Learned(KernelElements(netlink)).held(key)
     except (OSError, PortwardError):
         return "not known: asking the kernel needs root or CAP_NET_ADMIN"
     if held is None:

@@ -16,9 +16,9 @@ from uuid import UUID
 
 from bench.figures import Figure, percentile
 from kernel.conftest import Gateway, running_gateway
+from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
 from portward.lab import namespaces
 from portward.lab.topology import FABRIKAM
 from portward.model import Attachment, Record, Standing, Subscription
@@ -36,7 +36,7 @@ class Bench:
     def __init__(self, gateway: Gateway) -> None:
         self._store = open_store(f"sqlite:{gateway.agent.folder / 'portward.db'}")
         with namespaces.inside(gateway.lab.gateway):
-            self._learned = Learned(Nft(), NfNetlink())
+            self._learned = Learned(KernelElements(NfNetlink()))
 
     def enforce(self, records: Sequence[Record]) -> tuple[float, float]:
         """Commits these records, each of which changes a verdict, and waits until the kernel agrees; gives the

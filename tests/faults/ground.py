@@ -33,6 +33,7 @@ from kernel.wire import meanwhile
 from portward.documents import dec_hook, enc_hook
 from portward.errors import PortwardError
 from portward.explanation import explain
+from portward.gateway.elements import KernelElements
 from portward.gateway.judge import judge
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
@@ -503,7 +504,7 @@ class Ground:
     @staticmethod
     def _learned(netlink: NfNetlink) -> Learned:
         """What the kernel remembers, for reading only."""
-        return Learned(None, netlink)  # type: ignore[arg-type] # nft is for writing
+        return Learned(KernelElements(netlink))
 
     def index(self, tenant: Tenant) -> int:
         """The index of a segment's interface on the gateway."""

@@ -23,6 +23,7 @@ from kernel.wire import Sender, meanwhile, segment
 from portward.clock import utc_now
 from portward.config import Config, Queue, QueueReader
 from portward.gateway import ruleset, workers, xtables
+from portward.gateway.elements import KernelElements
 from portward.gateway.enforcement import Enforcement
 from portward.gateway.keeper import Keeper
 from portward.gateway.learned import Learned, Source
@@ -50,12 +51,13 @@ class Churn:
         self._preset = presets.load("azure-2020")
         self._netlink = NfNetlink()
         self._nft = Nft(self._netlink.generation)
-        self.learned = Learned(self._nft, self._netlink)
+        elements = KernelElements(self._netlink, self._nft.committing)
+        self.learned = Learned(elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
         self.enforcement = Enforcement(
             Keeper(self._nft, self._netlink, self.learned), self.learned, self._want, lambda elements: None,
-            Rates(self._nft, self._netlink), lambda sources: None,
+            Rates(elements), lambda sources: None,
         )  # fmt: skip
         index = socket.if_nametoindex(CONTOSO.segment)
         self._source = Source(index, ip_address(address).packed)

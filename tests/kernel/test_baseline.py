@@ -16,6 +16,7 @@ import pytest
 from faults.inject import points as inject
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway, source_records
 from portward.errors import KernelError
+from portward.gateway.elements import KernelElements
 from portward.gateway.keeper import Keeper
 from portward.gateway.learned import Learned
 from portward.gateway.namespacelock import LOCK_TABLE
@@ -172,7 +173,7 @@ def test_a_ruleset_that_the_kernel_refuses_leaves_the_closed_port(booted: Gatewa
     assert booted.agent.portward("rules", "baseline").returncode == 1
     with namespaces.inside(booted.lab.gateway):
         nft, netlink = Nft(), NfNetlink()
-        keeper = Keeper(nft, netlink, Learned(nft, netlink))
+        keeper = Keeper(nft, netlink, Learned(KernelElements(netlink)))
         with pytest.raises(KernelError):
             keeper.load(Wanted("table inet portward { nonsense }\n", definitions=0, statements=(), native=True))
         netlink.close()

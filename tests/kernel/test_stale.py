@@ -34,7 +34,7 @@ def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path, r
 
     def both_epochs(churn: Churn, committed: Committed) -> None:
         # Every epoch is current: as if verdicts carried none.
-        churn._nft.elements(
+        churn._nft.load(
             "add element inet portward epoch { "
             + ", ".join(f"{(committed.generation - back) % 8191 << 3:#x}" for back in range(3))
             + " }"

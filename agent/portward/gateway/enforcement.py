@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Final
 
 from portward.errors import KernelError
 from portward.gateway.keeper import Keeper
-from portward.gateway.learned import Element, Learned, Source, covered
+from portward.gateway.learned import COUNTED, Element, Learned, Source
+from portward.gateway.prefixes import Prefixes
 from portward.gateway.rates import Rates
 from portward.gateway.ruleset import Wanted
-from portward.model import Network
-from portward.table.edit import Place
 from portward.table.writer import Committed
 
-# Up to so many sources are counted a last time before they are forgotten; it costs 50 µs each.
-_COUNTED: Final = 64
+# Up to this many single sources are forgotten without reading the sets, by writing each into all of them: see
+# `Learned.forget`.
+_UNREAD: Final = 4_096
+# Up to this many sources found in changed prefixes get their limits at once; each is looked up in the policy table
+# (10 µs), the others ask when they send.
+_RATED: Final = 4_096
 
 
 _log = logging.getLogger("portward.ruleset")
@@ -70,23 +74,41 @@ class Enforcement:
             if committed.everything:
                 self._forget_everything(committed.generation)
             else:
-                sources = self._sources(committed)
-                if len(sources) <= _COUNTED:
-                    self._count([held for source in sources if (held := self._learned.held(source))])
-                self.forget(sources, committed.generation)
-                # Known beforehand, they need not send twice.
-                self._rate(sources)
+                self._forget_changed(committed)
             self.generation = committed.generation
         except (KernelError, OSError):
             self.repair(committed.generation)
 
     def forget(self, sources: Iterable[Source], generation: int) -> None:
-        """Makes the kernel forget these sources, verdict and limit; raises KernelError."""
+        """Makes the kernel forget these sources, verdict and limit; raises KernelError or OSError."""
         sources = list(sources)
-        if self._learned.forget(sources, generation, self._rates.forgetting):
-            self._rates.all_forgotten()
+        if len(sources) <= _UNREAD:
+            self._learned.forget(sources, generation, self._rates.forgetting(sources))
         else:
-            self._rates.forgotten(sources)
+            prefixes = Prefixes()
+            for source in sources:
+                prefixes.add_source(source.key)
+            self._learned.forget_within(prefixes, generation, self._rates.forgetting(sources))
+        self._rates.forgotten(sources)
+
+    def _forget_changed(self, committed: Committed) -> None:
+        """Makes the kernel forget what a change reaches, and tells it the limits that now hold there: sources with
+        a limit need not send twice then."""
+        sources, prefixes = self._sources(committed), self._prefixes(committed)
+        if not len(prefixes):
+            if len(sources) <= COUNTED:
+                self._count([held for source in sources if (held := self._learned.held(source))])
+            self.forget(sources, committed.generation)
+            self._rate(sources)
+            return
+        for source in sources:
+            prefixes.add_source(source.key)
+        rated = self._rates.within(prefixes)
+        found = self._learned.forget_within(
+            prefixes, committed.generation, self._rates.forgetting(rated), self._count
+        )
+        self._rates.forgotten(rated)
+        self._rate({*sources, *rated, *islice(found, _RATED)})
 
     def check(self, generation: int) -> bool:
         """Puts the ruleset back where somebody has changed it; True where all was well."""
@@ -115,26 +137,21 @@ class Enforcement:
         self._learned.forget_everything(generation)
         self._rates.all_forgotten()
 
-    def _sources(self, committed: Committed) -> set[Source]:
-        sources = self._learned.behind(committed.links) if committed.links else set()
-        sources |= {source for source in self._rates.sources() if source.link in committed.links}
-        wide: dict[int, list[Place]] = {}
+    def _sources(self, committed: Committed) -> list[Source]:
+        """The single addresses that have changed."""
+        return [
+            Source(self.links[place.segment], place.network.network_address.packed)
+            for place in committed.changed
+            if place.network.prefixlen == place.network.max_prefixlen and place.segment in self.links
+        ]
+
+    def _prefixes(self, committed: Committed) -> Prefixes:
+        """The wider prefixes and the interfaces that have changed."""
+        prefixes = Prefixes()
+        for link in committed.links:
+            prefixes.add_link(link)
         for place in committed.changed:
             index = self.links.get(place.segment)
-            if index is None:
-                continue
-            if place.network.prefixlen == place.network.max_prefixlen:
-                sources.add(Source(index, place.network.network_address.packed))
-            else:
-                wide.setdefault(index, []).append(place)
-        for index, places in wide.items():
-            networks = _networks(places)
-            sources |= self._learned.within(index, networks)
-            sources |= {
-                source for source in self._rates.sources() if source.link == index and covered(source, networks)
-            }
-        return sources
-
-
-def _networks(places: Iterable[Place]) -> list[Network]:
-    return [place.network for place in places]
+            if index is not None and place.network.prefixlen != place.network.max_prefixlen:
+                prefixes.add(index, place.network)
+        return prefixes

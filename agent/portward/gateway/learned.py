@@ -1,28 +1,35 @@
-"""What the kernel remembers: reading it, counting it, and making it forget.
+"""The verdicts that the kernel has cached: reading them, counting them, and making it forget them.
 
-An element is (interface index, source); its set says the class. Each is counted by the kernel and forgotten
-by itself when its time is up. What must be forgotten earlier goes in two steps, in this order: `move_epoch`,
-then `forget`. In one transaction a verdict stored between its walk and its commit survived 20 times of 20.
+An element is (interface index, source); its set says the verdict. Each is counted by the kernel and expires by
+itself. What must be forgotten earlier goes in two steps, in this order: `move_epoch`, then `forget` or
+`forget_within`. In one transaction a verdict stored between its walk and its commit survived 20 times of 20.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import ip_address
+from itertools import product
 from typing import Final, NamedTuple
 
-from portward.errors import KernelError
 from portward.gateway import mark
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.ruleset import COUNTED_SETS, FAMILY_TABLE, LEARNED_SETS, RATES, TABLE, Verdict
-from portward.model import Network
+from portward.gateway.elements import Add, Change, Delete, Elements, Flush, RefusedError
+from portward.gateway.prefixes import Prefixes
+from portward.gateway.ruleset import COUNTED_SETS, LEARNED_SETS, RATES, Verdict
+from portward.gateway.setdump import Row
+from portward.gateway.sweep import Sweep
 
 _INDEX = struct.Struct("=I")
-# An nft command line is parsed as a whole; longer ones only take longer before the first is done.
-_BATCH: Final = 2_000
 _TRIES: Final = 3
+# Up to this many sources are looked for one by one in full sets; each takes a message for each set.
+_ONE_BY_ONE: Final = 500
+# Up to this many elements of a set are counted a last time before they are forgotten; it costs 50 µs each.
+COUNTED: Final = 64
+
+_PASSING_SETS: Final = tuple(name for verdict, name in LEARNED_SETS.items() if verdict in mark.PASSING)
+_STOPPING_SETS: Final = tuple(name for verdict, name in LEARNED_SETS.items() if verdict not in mark.PASSING)
+_VERDICTS: Final = {name: verdict for verdict, name in LEARNED_SETS.items()}
 
 
 class Source(NamedTuple):
@@ -51,8 +58,8 @@ class Source(NamedTuple):
 
 
 class Element(NamedTuple):
-    """A remembered verdict: packets counted since it was learned, seconds until it is forgotten. Of a source with
-    a limit there are up to two: what it sent within the limit, and beyond it."""
+    """A cached verdict: packets counted since it was learned, seconds until it expires. Of a source with a limit
+    there are up to two: what it sent within the limit, and beyond it."""
 
     verdict: Verdict
     source: Source
@@ -61,38 +68,41 @@ class Element(NamedTuple):
 
 
 class Learned:
-    """The learned sets of the table in this network namespace."""
+    """The cached verdicts of the table in this network namespace. Whatever changes them raises KernelError (a
+    RefusedError), whatever reads them OSError."""
 
-    def __init__(self, nft: Nft, netlink: NfNetlink) -> None:
-        self._nft, self._netlink = nft, netlink
+    def __init__(self, elements: Elements) -> None:
+        self._elements = elements
+        # Set → elements at the last reading. Another thread may bring newer figures in.
+        self.sizes: dict[str, int] = {}
 
     def elements(self) -> Iterator[Element]:
-        """All remembered verdicts. Raises OSError where the table is not loaded."""
+        """All cached verdicts, each as it was within the time that the reading takes; a few may be missing or be
+        there twice. Raises OSError if the table is not loaded."""
         for verdict, name in COUNTED_SETS.items():
             for family in "46":
-                for found in self._netlink.elements(TABLE, name + family):
-                    yield Element(verdict, Source.of(found.key), found.packets, found.expires_ms / 1000)
+                for row in self._rows(name + family):
+                    yield _element(verdict, row)
 
     def held(self, source: Source) -> Element | None:
-        """What the kernel remembers of a source now; None: the next packet asks a worker."""
+        """The cached verdict of a source now; None: the next packet asks a worker."""
         for verdict, name in LEARNED_SETS.items():
-            found = self._netlink.element(TABLE, name + source.family, source.key)
+            found = self._elements.element(name + source.family, source.key)
             if found is not None:
                 return Element(verdict, source, found.packets, found.expires_ms / 1000)
         return None
 
     def epoch(self) -> int | None:
-        """The epoch under which verdicts are remembered; None: not known."""
+        """The epoch under which verdicts are cached; None: not known."""
         number = self._number("epoch")
         return None if number is None else number >> mark.EPOCH_SHIFT
 
     def limited(self) -> dict[int, int]:
         """Interface index → packets refused since they were over the segment's rate of misses."""
-        found = self._netlink.elements(TABLE, "limited_segments")
-        return {_INDEX.unpack(element.key)[0]: element.packets for element in found}
+        return {_INDEX.unpack(key)[0]: packets for key, packets, _ in self._elements.rows("limited_segments")}
 
     def synced(self) -> int | None:
-        """The generation of the policy table that everything remembered agrees with; None: not known."""
+        """The generation of the policy table that everything cached agrees with; None: not known."""
         return self._number("synced")
 
     def definitions(self) -> int | None:
@@ -100,103 +110,125 @@ class Learned:
         return self._number("definitions")
 
     def move_epoch(self, generation: int) -> None:
-        """Step one of a change: from here on only verdicts of this generation are remembered.
+        """Step one of a change: from here on only verdicts of this generation are cached.
 
-        If the process dies right after it, what is remembered may be old until it expires or the agent starts
-        again: `synced` still names the older generation, so the next start forgets everything.
+        If the process dies right after it, what is cached may be old until it expires or the agent starts again:
+        `synced` still names the older generation, so the next start forgets everything.
         """
         epoch = mark.epoch_of(generation) << mark.EPOCH_SHIFT
-        self._nft.elements(f"flush set {FAMILY_TABLE} epoch\nadd element {FAMILY_TABLE} epoch {{ {epoch:#x} }}")
+        self._elements.commit([Flush("epoch"), Add("epoch", [_INDEX.pack(epoch)])])
 
-    def forget(
-        self,
-        sources: Iterable[Source],
-        generation: int,
-        more: Callable[[list[Source]], list[str]] = lambda _: [],
-    ) -> bool:
-        """Step two: these sources are asked about anew, and what is still remembered agrees with `generation` of
-        the policy table. It does not matter which of the sources are remembered. `more` gives what else is to be
-        done, in the same transactions, for some of them. True where everything was forgotten instead.
+    def forget(self, sources: Iterable[Source], generation: int, more: Sequence[Change] = ()) -> None:
+        """Step two for single sources: they are asked about anew, and what is still cached agrees with
+        `generation` of the policy table. It does not matter which of the sources are cached. `more` is done in the
+        same transaction.
 
-        Each goes by `add` and then `delete` in every set of its family: a plain delete of an element that has
-        expired meanwhile would fail the whole transaction. Where the kernel takes no `add`, since a set is
-        full, those that are there are read and deleted; and where that fails too, since they expire meanwhile,
-        everything is forgotten: that costs a burst of questions, and opens nothing.
+        Each goes by `Add` and then `Delete` in every set of its family: a plain `Delete` of an element that has
+        expired meanwhile would fail the whole transaction. If the kernel does not take the `Add`, since a set is
+        full, those that are there are read and deleted.
         """
-        batches = _batches(sources)
-        for batch in batches:
-            lines: list[str] = []
-            for family in "46":
-                keys = ", ".join(str(source) for source in batch if source.family == family)
-                for name in LEARNED_SETS.values() if keys else ():
-                    lines.append(f"add element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
-                    lines.append(f"delete element {FAMILY_TABLE} {name}{family} {{ {keys} }}")
-            end = more(batch) + (_synced(generation) if batch is batches[-1] else [])
-            try:
-                self._nft.elements("\n".join(lines + end))
-            except KernelError:
-                if not self._forget_present(batch, end):
-                    self.forget_everything(generation)
-                    return True
-        return False
+        wanted = list(sources)
+        end = [*more, *_synced(generation)]
+        changes: list[Change] = []
+        for family in "46":
+            keys = [source.key for source in wanted if source.family == family]
+            for name in LEARNED_SETS.values() if keys else ():
+                changes += [Add(name + family, keys), Delete(name + family, keys)]
+        try:
+            self._elements.commit([*changes, *end])
+        except RefusedError:
+            if len(wanted) > _ONE_BY_ONE or not self._forget_present(wanted, end):
+                self.forget_within(_hosts(wanted), generation, more)
 
-    def _forget_present(self, sources: list[Source], end: list[str]) -> bool:
-        """Deletes what is there of these sources, without an `add`; False where it could not. Since the epoch has
+    def _forget_present(self, sources: list[Source], end: list[Change]) -> bool:
+        """Deletes what is there of these sources, without an `Add`; False if it could not. Since the epoch has
         moved on, what a set does not hold when it is read is not stored later under the older policy."""
         for _ in range(_TRIES):
-            lines = [
-                f"delete element {FAMILY_TABLE} {name}{source.family} {{ {source} }}"
+            changes: list[Change] = [
+                Delete(name + source.family, [source.key])
                 for source in sources
                 for name in LEARNED_SETS.values()
-                if self._netlink.element(TABLE, name + source.family, source.key) is not None
+                if self._elements.element(name + source.family, source.key) is not None
             ]
             try:
-                self._nft.elements("\n".join(lines + end))
+                self._elements.commit([*changes, *end])
                 return True
-            except KernelError:  # one has expired between reading and deleting
+            except RefusedError:  # one has expired between reading and deleting
                 continue
         return False
 
+    def forget_within(
+        self,
+        prefixes: Prefixes,
+        generation: int,
+        first: Sequence[Change] = (),
+        last: Callable[[list[Element]], None] = lambda elements: None,
+    ) -> set[Source]:
+        """Step two for prefixes: the same as `forget` for all sources that lie in them, at a cost that does not
+        grow with the number of prefixes. Gives the sources found in sets that let packets pass.
+
+        `first` is done before everything else. `last` takes the elements of a set that are to be deleted, if they
+        are few.
+
+        The sets that let packets pass come first, and are read until a reading finds nothing to delete. Then the
+        others are read once, and `synced` is written with the deletions; what that reading has missed follows
+        before this returns, since it only delays what is newly allowed. A set that cannot be read well, or of
+        which nearly everything would go, is flushed: that costs others a question each, and opens nothing.
+        """
+        if first:
+            self._elements.commit(first)
+
+        def count(set_: str, rows: list[Row]) -> None:
+            if len(rows) <= COUNTED:
+                last([_element(_VERDICTS[set_[:-1]], row) for row in rows])
+
+        sweep = Sweep(self._elements, self.sizes, prefixes, count)
+        families = prefixes.families()
+        for name, family in product(_PASSING_SETS, families):
+            sweep.clear(name, family)
+        passing = {Source.of(key) for keys in sweep.found.values() for key in keys}
+        stopping = list(product(_STOPPING_SETS, families))
+        changes = [change for name, family in stopping for change in sweep.once(name, family)]
+        try:
+            self._elements.commit([*changes, *_synced(generation)])
+        except RefusedError:  # an element has expired meanwhile
+            for name, family in stopping:
+                sweep.clear(name, family)
+            self._elements.commit(_synced(generation))
+        for name, family in stopping:
+            sweep.clear(name, family)
+        return passing
+
     def forget_everything(self, generation: int) -> None:
-        """Step two where everything may have changed."""
-        flushes = [f"flush set {FAMILY_TABLE} {name}{family}" for name in COUNTED_SETS.values() for family in "46"]
-        flushes += [f"flush map {FAMILY_TABLE} {RATES}{family}" for family in "46"]
-        self._nft.elements("\n".join(flushes + _synced(generation)))
+        """Step two if everything may have changed."""
+        flushes = [Flush(name + family) for name in (*COUNTED_SETS.values(), RATES) for family in "46"]
+        self._elements.commit([*flushes, *_synced(generation)])
 
-    def within(self, index: int, networks: Iterable[Network]) -> set[Source]:
-        """The remembered sources behind an interface that lie in any of these prefixes."""
-        wide = list(networks)
-        return {
-            element.source
-            for element in self.elements()
-            if element.source.link == index and covered(element.source, wide)
-        }
-
-    def behind(self, indexes: Iterable[int]) -> set[Source]:
-        """The remembered sources behind these interfaces."""
-        gone = set(indexes)
-        return {element.source for element in self.elements() if element.source.link in gone}
+    def _rows(self, set_: str) -> list[Row]:
+        rows = self._elements.rows(set_)
+        self.sizes[set_] = len(rows)
+        return rows
 
     def _number(self, name: str) -> int | None:
         try:
-            keys = [element.key for element in self._netlink.elements(TABLE, name)]
+            keys = [key for key, _, _ in self._elements.rows(name)]
         except OSError:
             return None
         return _INDEX.unpack(keys[0])[0] if len(keys) == 1 else None
 
 
-def covered(source: Source, networks: Iterable[Network]) -> bool:
-    """Whether any of the networks holds the source's address."""
-    address = ip_address(source.address)
-    return any(address.version == network.version and address in network for network in networks)
+def _element(verdict: Verdict, row: Row) -> Element:
+    key, packets, expires_ms = row
+    return Element(verdict, Source.of(key), packets, expires_ms / 1000)
 
 
-def _synced(generation: int) -> list[str]:
-    """Says, in the transaction that makes it true, that everything remembered agrees with this generation."""
-    return [f"flush set {FAMILY_TABLE} synced", f"add element {FAMILY_TABLE} synced {{ {generation} }}"]
+def _hosts(sources: Iterable[Source]) -> Prefixes:
+    prefixes = Prefixes()
+    for source in sources:
+        prefixes.add_source(source.key)
+    return prefixes
 
 
-def _batches(sources: Iterable[Source]) -> list[list[Source]]:
-    """At least one batch, be it empty: it carries the generation."""
-    everything = list(sources)
-    return [everything[start : start + _BATCH] for start in range(0, max(1, len(everything)), _BATCH)]
+def _synced(generation: int) -> list[Change]:
+    """Says, in the transaction that makes it true, that everything cached agrees with this generation."""
+    return [Flush("synced"), Add("synced", [_INDEX.pack(generation)])]

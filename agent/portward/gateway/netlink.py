@@ -13,7 +13,7 @@ NETLINK_NETFILTER: Final = 12
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_CREATE, NLM_F_APPEND = 0x400, 0x800
-_NESTED: Final = 0x8000
+NESTED: Final = 0x8000
 TYPE_MASK: Final = 0x3FFF
 
 # struct nlmsghdr: length, type, flags, sequence, port. struct nfgenmsg: family, version, resource. struct nlattr:
@@ -30,7 +30,7 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 def nest(kind: int, attributes: bytes) -> bytes:
     """An attribute that holds attributes."""
-    return attribute(kind | _NESTED, attributes)
+    return attribute(kind | NESTED, attributes)
 
 
 def string(value: str) -> bytes:

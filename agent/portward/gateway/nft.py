@@ -1,14 +1,13 @@
 """The one place that runs nftables: a ruleset text goes in, nothing or a one-line error comes out.
 
-libnftables is called in the process: starting the `nft` program costs some milliseconds, a call 0.3 ms,
-and a change of policy is to be in the kernel within ten. A text is one transaction: all of it or none.
-The context speaks to the network namespace in which it was made.
+libnftables is called in the process: starting the `nft` program costs some milliseconds, a call 0.3 ms. A text is
+one transaction: all of it or none. What changes all the time, the elements of sets, is written by netlink
+(`elements`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,8 +48,6 @@ class Nft:
         """`generation` gives the kernel's number of ruleset transactions (`NfNetlink.generation`). Raises
         KernelError where libnftables is missing."""
         self._lib = _library()
-        self._elements = self._context()
-        weakref.finalize(self, self._lib.nft_ctx_free, self._elements)
         self._generation = generation
         # The generation after our last transaction, and whether one of somebody else's came between ours.
         self.left_at: int | None = None
@@ -82,11 +79,6 @@ class Nft:
     def listing(self, table: str) -> str:
         """The table as nft prints it, without the elements of its sets; raises KernelError if there is none."""
         return self._once(f"list table {table}", dry_run=False, flags=_OUTPUT_TERSE)
-
-    def elements(self, commands: str) -> None:
-        """Runs commands on elements (no `define`) as one transaction; raises KernelError."""
-        with self.committing():
-            self._run(self._elements, commands)
 
     @contextmanager
     def committing(self) -> Iterator[None]:

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final, NamedTuple
 
+from portward.gateway.elements import AddLimit, Change, Delete, DeleteLimit, Draw, Elements
 from portward.gateway.learned import Source
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.ruleset import FAMILY_TABLE, RATES, TABLE
+from portward.gateway.prefixes import Prefixes
+from portward.gateway.ruleset import RATES
 from portward.model import RateLimit
 
 # Sources of one subscription, and of all: with another one, the oldest goes. So nobody with a large prefix fills
@@ -57,30 +57,33 @@ class Bucket(NamedTuple):
 class Rates:
     """The limits and their sources in the table of this network namespace."""
 
-    def __init__(self, nft: Nft, netlink: NfNetlink) -> None:
-        self._nft, self._netlink = nft, netlink
+    def __init__(self, elements: Elements) -> None:
+        self._elements = elements
         # In the order in which they were added.
         self._sources: dict[Bucket, dict[Source, None]] = {}
         self._bucket: dict[Source, Bucket] = {}
+        # By the digit of the family: the same sources by their keys in the kernel.
+        self._keys: dict[str, dict[bytes, Source]] = {"4": {}, "6": {}}
 
     def read(self) -> None:
         """Holds from now on what the kernel has: an earlier run left it there, or somebody has changed it. Raises
         OSError where the table is not loaded."""
         loaded: dict[Bucket, dict[Source, None]] = {
-            bucket: {} for name in self._netlink.limits(TABLE) if (bucket := Bucket.named(name)) is not None
+            bucket: {} for name in self._elements.limits() if (bucket := Bucket.named(name)) is not None
         }
-        held = self.loaded(self._netlink)
+        held = self.loaded(self._elements)
         for source, bucket in held.items():
             loaded.setdefault(bucket, {})[source] = None
         self._sources, self._bucket = loaded, held
+        self._keys = {family: {s.key: s for s in held if s.family == family} for family in "46"}
 
     @staticmethod
-    def loaded(netlink: NfNetlink) -> dict[Source, Bucket]:
+    def loaded(elements: Elements) -> dict[Source, Bucket]:
         """What the kernel has, over a socket of the calling thread's own; raises OSError."""
         return {
             Source.of(element.key): bucket
             for family in "46"
-            for element in netlink.elements(TABLE, RATES + family)
+            for element in elements.elements(RATES + family)
             if (bucket := Bucket.named(element.object)) is not None
         }
 
@@ -101,13 +104,15 @@ class Rates:
             return
         crowded = self._crowded(new)
         gone = [source for source in (*new, *crowded) if source in self._bucket]
-        lines = [f"add limit {FAMILY_TABLE} {bucket} {{ {_words(bucket)} }}" for bucket in self._unknown(new)]
-        lines += _deletions(gone)
+        changes: list[Change] = [
+            AddLimit(str(bucket), bucket.per_minute, bucket.burst) for bucket in self._unknown(new)
+        ]
+        changes += _deletions(gone)
         for family in "46":
-            pairs = [f'{source} : "{bucket}"' for source, bucket in new.items() if source.family == family]
-            if pairs:
-                lines.append(f"add element {FAMILY_TABLE} {RATES}{family} {{ {', '.join(pairs)} }}")
-        self._nft.elements("\n".join(lines))
+            limits = {source.key: str(bucket) for source, bucket in new.items() if source.family == family}
+            if limits:
+                changes.append(Draw(RATES + family, limits))
+        self._elements.commit(changes)
         for source in gone:
             self._let_go(source)
         for source, bucket in new.items():
@@ -117,11 +122,11 @@ class Rates:
         """Looks in the kernel for those of these sources that are held: a worker has met them, so they may not be
         there any more, and then they are held no longer. Raises OSError."""
         for source in [source for source in sources if source in self._bucket]:
-            if self._netlink.element(TABLE, RATES + source.family, source.key) is None:
+            if self._elements.element(RATES + source.family, source.key) is None:
                 self._let_go(source)
 
-    def forgetting(self, sources: Iterable[Source]) -> list[str]:
-        """The commands that take those of these sources away that are held; `forgotten` is to follow them."""
+    def forgetting(self, sources: Iterable[Source]) -> list[Change]:
+        """What takes those of these sources away that are held; `forgotten` is to follow it."""
         return _deletions([source for source in sources if source in self._bucket])
 
     def forgotten(self, sources: Iterable[Source]) -> None:
@@ -133,6 +138,7 @@ class Rates:
     def all_forgotten(self) -> None:
         """All sources were taken away; the limits are there still, with what was used of them."""
         self._bucket.clear()
+        self._keys = {"4": {}, "6": {}}
         for sources in self._sources.values():
             sources.clear()
 
@@ -140,12 +146,17 @@ class Rates:
         """All that draw on some limit."""
         return self._bucket.keys()
 
+    def within(self, prefixes: Prefixes) -> list[Source]:
+        """All of them that lie in these prefixes."""
+        keys = self._keys
+        return [keys[family][key] for family in "46" for key in prefixes.among(family, list(keys[family]))]
+
     def collect(self, in_force: Callable[[Bucket], bool]) -> None:
         """Takes away limits on which no source draws and that are not in force any more; raises KernelError.
         Others stay: a new one would begin full."""
         idle = [bucket for bucket, sources in self._sources.items() if not sources and not in_force(bucket)]
         if idle:
-            self._nft.elements("\n".join(f"delete limit {FAMILY_TABLE} {bucket}" for bucket in idle))
+            self._elements.commit([DeleteLimit(str(bucket)) for bucket in idle])
         for bucket in idle:
             del self._sources[bucket]
 
@@ -169,10 +180,12 @@ class Rates:
 
     def _hold(self, source: Source, bucket: Bucket) -> None:
         self._bucket[source] = bucket
+        self._keys[source.family][source.key] = source
         self._sources.setdefault(bucket, {})[source] = None
 
     def _let_go(self, source: Source) -> None:
         del self._sources[self._bucket.pop(source)][source]
+        del self._keys[source.family][source.key]
 
 
 def _few(wanted: dict[Source, Bucket]) -> dict[Source, Bucket]:
@@ -186,14 +199,10 @@ def _few(wanted: dict[Source, Bucket]) -> dict[Source, Bucket]:
     return few
 
 
-def _words(bucket: Bucket) -> str:
-    return f"rate {bucket.per_minute}/minute burst {bucket.burst} packets"
-
-
-def _deletions(sources: list[Source]) -> list[str]:
-    lines = []
+def _deletions(sources: list[Source]) -> list[Change]:
+    changes: list[Change] = []
     for family in "46":
-        keys = ", ".join(str(source) for source in sources if source.family == family)
+        keys = [source.key for source in sources if source.family == family]
         if keys:
-            lines.append(f"delete element {FAMILY_TABLE} {RATES}{family} {{ {keys} }}")
-    return lines
+            changes.append(Delete(RATES + family, keys))
+    return changes

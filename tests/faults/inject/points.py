@@ -35,9 +35,9 @@ POINTS: Final = (
     Point("daemon", "change", f"{_G}.learned:Learned.move_epoch"),
     Point("daemon", "change", f"{_G}.enforcement:Enforcement._sources"),
     Point("daemon", "change", f"{_G}.learned:Learned.forget"),
-    Point("daemon", "change", f"{_G}.nft:Nft.elements"),
-    Point("daemon", "change", f"{_G}.nft:Nft.elements", 2),
-    Point("daemon", "change", f"{_G}.nft:Nft._run"),
+    Point("daemon", "change", f"{_G}.elements:KernelElements.commit"),
+    Point("daemon", "change", f"{_G}.elements:KernelElements.commit", 2),
+    Point("daemon", "change", f"{_G}.nfnetlink:NfNetlink._wait"),
     # the start, in its order
     Point("daemon", "start", "portward.runtime:Runtime.__init__"),
     Point("daemon", "start", f"{_T}.writer:Writer.settle"),
@@ -55,7 +55,7 @@ POINTS: Final = (
     Point("daemon", "repair", f"{_G}.learned:Learned.forget_everything"),
     # interfaces come and go
     Point("daemon", "links", f"{_T}.writer:Writer.put_links"),
-    Point("daemon", "links", f"{_G}.learned:Learned.behind"),
+    Point("daemon", "links", f"{_G}.learned:Learned.forget_within"),
     # what goes on by itself
     Point("daemon", "time", "portward.runtime:Runtime.write_status"),
     Point("daemon", "time", f"{_G}.counts:Counts.take_all"),

@@ -16,6 +16,7 @@ from scapy.packet import Packet
 from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway, source_records
 from kernel.wire import listening, segment
 from portward.config import QueueReader
+from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.ruleset import TABLE
@@ -75,7 +76,7 @@ class Ground:
             self._netlink = NfNetlink()
         with namespaces.inside(self.lab.internet):
             self._receiver = NfNetlink()
-        self._learned = Learned(None, self._netlink)  # type: ignore[arg-type] # nothing is written
+        self._learned = Learned(KernelElements(self._netlink))
         self._numbers = iter(range(1, 65_535))
         if not conntrack:
             # Without address translation nothing in the gateway needs connections.
