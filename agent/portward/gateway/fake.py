@@ -60,7 +60,7 @@ class FakeKernel:
         self.permitted = True
         self.journal: list[Transaction] = []
         self.history: list[dict[str, FakeTable]] = []  # the tables after each transaction of the journal
-        self._faults: list[tuple[int, Callable[[], None]]] = []
+        self._faults: list[tuple[int, Callable[[], object]]] = []
         self._unreadable: list[int] = []
         self._overlooked: dict[str, set[bytes]] = {}
         self._dies_after: int | None = None
@@ -84,10 +84,10 @@ class FakeKernel:
 
     def meanwhile(self, work: Callable[[], object], *, after: int = 0) -> None:
         """Another program's work, right before a transaction, once `after` more were tried."""
-        self._faults.append((after, lambda: (work(), None)[1]))
+        self._faults.append((after, work))
 
-    def die(self, after: int) -> None:
-        """The process ends (ProcessDied) right after `after` more transactions."""
+    def die(self, after: int | None) -> None:
+        """The process ends (ProcessDied) right after `after` more transactions; None: it lives on."""
         self._dies_after = after
 
     def unreadable(self, number: int, times: int = 1) -> None:
@@ -195,7 +195,7 @@ class FakeNft(Nft):
         try:
             if text.startswith("list table "):
                 return self._listed(text.removeprefix("list table inet "))
-            commands = list(faketext.commands(text))
+            commands = faketext.commands(text)
             self._kernel.transact(lambda draft: draft.run(commands), lambda: text, self._asking, dry_run=dry_run)
         except SyntaxFault as error:
             raise KernelError(f"nft: {error}") from None

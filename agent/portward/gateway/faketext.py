@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 _HOOKS: Final = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
@@ -48,8 +49,13 @@ class SetDefinition(NamedTuple):
     keys: tuple[bytes, ...]
 
 
-def commands(text: str) -> Iterator[Command]:
+@lru_cache
+def commands(text: str) -> tuple[Command, ...]:
     """The commands of a text, with its `define`s in place; raises SyntaxFault."""
+    return tuple(_commands(text))
+
+
+def _commands(text: str) -> Iterator[Command]:
     for statement in _statements(_expanded(text)):
         if statement == "flush ruleset":
             yield Command("flush", "ruleset")
@@ -74,11 +80,13 @@ def hook(body: str) -> tuple[int, int] | None:
     return _HOOKS[found[1]], _PRIORITIES.get(found[2], 0) + int(offset or 0)
 
 
-def rules_of(body: str) -> list[str]:
+@lru_cache
+def rules_of(body: str) -> tuple[str, ...]:
     """The rules in a chain's body."""
-    return [rule for rule in _statements(body) if not rule.startswith(("type ", "policy "))]
+    return tuple(rule for rule in _statements(body) if not rule.startswith(("type ", "policy ")))
 
 
+@lru_cache
 def set_definition(body: str) -> SetDefinition:
     """What a set's body says."""
     parts = [part for part in _statements(body) if not part.startswith("elements")]
