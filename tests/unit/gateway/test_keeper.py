@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+
 import msgspec
 import pytest
 
