@@ -89,9 +89,7 @@ def test_a_worker_that_cannot_be_started_is_tried_after_pauses_that_grow_to_two_
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(worker.watch())
     row = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
-    assert pauses == [-1, *row, -1, *row, -1, *row][: len(pauses)], (
-        "the pause begins anew after a start that worked"
-    )
+    assert pauses == [*([-1, *row] * 3), -1], "the pause begins anew after a start that worked"
     assert worker.restarts >= 2
     assert not worker.ready
     os.close(worker._block)
