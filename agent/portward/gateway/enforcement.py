@@ -105,7 +105,11 @@ class Enforcement:
             prefixes.add_source(source.key)
         rated = self._rates.within(prefixes)
         found = self._learned.forget_within(
-            prefixes, committed.generation, self._rates.forgetting(rated), self._count
+            prefixes,
+            committed.generation,
+            self._rates.forgetting(rated),
+            self._count,
+            opens=committed.opens or bool(committed.links),
         )
         self._rates.forgotten(rated)
         self._rate({*sources, *rated, *islice(found, _RATED)})

@@ -163,17 +163,18 @@ class Learned:
         generation: int,
         first: Sequence[Change] = (),
         last: Callable[[list[Element]], None] = lambda elements: None,
+        *,
+        opens: bool = True,
     ) -> set[Source]:
         """Step two for prefixes: the same as `forget` for all sources that lie in them, at a cost that does not
         grow with the number of prefixes. Gives the sources found in sets that let packets pass.
 
         `first` is done before everything else. `last` takes the elements of a set that are to be deleted, if they
-        are few.
+        are few. `opens`: the change may let packets pass, so verdicts that stop them may be wrong, too.
 
-        The sets that let packets pass come first, and are read until a reading finds nothing to delete. Then the
-        others are read once, and `synced` is written with the deletions; what that reading has missed follows
-        before this returns, since it only delays what is newly allowed. A set that cannot be read well, or of
-        which nearly everything would go, is flushed: that costs others a question each, and opens nothing.
+        The sets that let packets pass come first, and are read until a reading finds nothing to delete. The others
+        follow: before `synced` is written if they may be wrong, else after it. A set that cannot be read well, or
+        of which nearly everything would go, is flushed: that costs others a question each, and opens nothing.
         """
         if first:
             self._elements.commit(first)
@@ -188,15 +189,13 @@ class Learned:
             sweep.clear(name, family)
         passing = {Source.of(key) for keys in sweep.found.values() for key in keys}
         stopping = list(product(_STOPPING_SETS, families))
-        changes = [change for name, family in stopping for change in sweep.once(name, family)]
-        try:
-            self._elements.commit([*changes, *_synced(generation)])
-        except RefusedError:  # an element has expired meanwhile
+        if opens:
             for name, family in stopping:
                 sweep.clear(name, family)
-            self._elements.commit(_synced(generation))
-        for name, family in stopping:
-            sweep.clear(name, family)
+        self._elements.commit(_synced(generation))
+        if not opens:
+            for name, family in stopping:
+                sweep.clear(name, family)
         return passing
 
     def forget_everything(self, generation: int) -> None:

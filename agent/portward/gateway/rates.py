@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from errno import EAGAIN
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -28,6 +29,7 @@ from portward.model import RateLimit
 # the map, and who comes last finds room.
 _SOURCES: Final = 4_096
 _ALL_SOURCES: Final = 260_000
+_READINGS: Final = 5
 _NAME: Final = re.compile(r"s(\d+)-(\d+)-(\d+)")
 
 
@@ -71,11 +73,21 @@ class Rates:
         loaded: dict[Bucket, dict[Source, None]] = {
             bucket: {} for name in self._elements.limits() if (bucket := Bucket.named(name)) is not None
         }
-        held = self.loaded(self._elements)
+        held = self._settled()
         for source, bucket in held.items():
             loaded.setdefault(bucket, {})[source] = None
         self._sources, self._bucket = loaded, held
         self._keys = {family: {s.key: s for s in held if s.family == family} for family in "46"}
+
+    def _settled(self) -> dict[Source, Bucket]:
+        """What two readings in a row agree on. A single one may miss sources (see `elements`), and one that is in
+        the kernel and not held here would not be taken away by a change of policy."""
+        held = self.loaded(self._elements)
+        for _ in range(_READINGS):
+            before, held = held, self.loaded(self._elements)
+            if held == before:
+                return held
+        raise OSError(EAGAIN, "the limits in the kernel change faster than they can be read")
 
     @staticmethod
     def loaded(elements: Elements) -> dict[Source, Bucket]:

@@ -70,12 +70,6 @@ class Sweep:
         self._elements.commit([Flush(set_)])
         self._sizes[set_] = 0
 
-    def once(self, name: str, family: str) -> list[Change]:
-        """What takes the elements out of a set that one reading finds there; `clear` is to follow. Raises
-        OSError."""
-        set_ = name + family
-        return [Flush(set_)] if self._sizes.get(set_, 0) > self._readable else self._read(set_, family)[1]
-
     def _read(self, set_: str, family: str) -> tuple[list[Row], list[Change]]:
         """A reading of a set, and what deletes those of its elements that lie in the prefixes."""
         self._began[set_] = time.monotonic()

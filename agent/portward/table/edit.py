@@ -33,13 +33,15 @@ class Place(NamedTuple):
 
 
 class Edit:
-    """A write transaction at work. `changed` and `everything` say afterwards which verdicts are new."""
+    """A write transaction at work. `changed` and `everything` say afterwards which verdicts are new, and `opens`
+    whether any of them may let packets pass that were stopped before."""
 
     def __init__(self, transaction: Transaction, parts: dict[bytes, Part], rule: Rule) -> None:
         """`rule` gives what holds for attachments, at the edit's own time."""
         self._transaction, self._parts, self._rule = transaction, parts, rule
         self.changed: list[Place] = []
         self.everything = False
+        self.opens = False
         self._segments = Segments(transaction, parts)
         self._entries = {size: Rows(transaction, parts[name]) for size, name in layout.ENTRIES.items()}
         self._holdings = {size: Rows(transaction, parts[name]) for size, name in layout.HOLDINGS.items()}
@@ -222,6 +224,7 @@ class Edit:
         self._holdings[layout.address_bytes(place)].remove(layout.number(before.subscription) + place)
         self._count_length(place, -1)
         self._dirty.add(before.subscription)
+        self.opens = True  # a wider prefix holds there now, and may allow
         self._note(place)
 
     def _places(self, number: int) -> Iterator[bytes]:
@@ -246,6 +249,7 @@ class Edit:
         entry = layout.Entry.of(row)
         if entry == before:
             if entry.subscription in self._relimited:
+                self.opens |= _passes(entry)
                 self._note(place)
             return
         rows = self._entries[layout.address_bytes(place)]
@@ -253,6 +257,7 @@ class Edit:
             rows.remove(before.row(place))
         rows.put(row)
         if before is None or _meaning(before) != _meaning(entry) or entry.subscription in self._relimited:
+            self.opens |= _passes(entry)
             self._note(place)
 
     def _outcome(self, number: int) -> ByWorkload:

@@ -36,7 +36,8 @@ _LARGEST_MAP = 1 << 40
 class Committed(NamedTuple):
     """What a transaction has changed: prefixes, interface indexes, or everything.
 
-    `generation` is that of the table now; it is a new one where any verdict is.
+    `generation` is that of the table now; it is a new one where any verdict is. If `opens` is False, every prefix
+    in `changed` is stopped now, so verdicts cached there that stop packets are not wrong.
     """
 
     revision: int
@@ -44,6 +45,7 @@ class Committed(NamedTuple):
     changed: tuple[Place, ...] = ()
     links: frozenset[int] = frozenset()
     everything: bool = False
+    opens: bool = True
 
     @property
     def new(self) -> bool:
@@ -202,7 +204,12 @@ class Writer:
             except DatabaseError as error:
                 raise TableError(f"{self._folder}: the policy table cannot be written: {error}") from error
         return Committed(
-            head.revision, head.generation, tuple(edit.changed), frozenset(links or ()), edit.everything
+            head.revision,
+            head.generation,
+            tuple(edit.changed),
+            frozenset(links or ()),
+            edit.everything,
+            edit.opens,
         )
 
     def _check_flips(self, edit: Edit) -> None:

@@ -163,3 +163,13 @@ def test_without_the_table_there_is_nothing_to_read(plane: Plane) -> None:
 @pytest.mark.parametrize("name", ["theirs", "s1-2", "s1-2-3-4", "sx-1-2", ""])
 def test_a_limit_of_another_program_is_no_bucket(name: str) -> None:
     assert Bucket.named(name) is None
+
+
+def test_sources_that_a_reading_misses_are_held_all_the_same(plane: Plane) -> None:
+    crowd = [source(f"10.0.0.{n}") for n in range(50)]
+    plane.rates.add(dict.fromkeys(crowd, TEN))
+    plane.kernel.overlook("rates4", [one.key for one in crowd[25:]])
+    again = Rates(plane.elements)
+    again.read()
+    assert set(again.sources()) == set(crowd)
+    assert again.bucket(crowd[49]) == TEN

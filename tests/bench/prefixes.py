@@ -1,0 +1,173 @@
+"""Prefixes that are revoked while much is cached: how long until no old verdict acts any more.
+
+The real Enforcement writes to the real ruleset in a network namespace of its own. The elements are added as
+packets would have added them, and the sizes of the sets are known from a reading, as the daemon knows them from
+counting. A time is that of `Enforcement.enforce` up to the end of the transaction that writes `synced`. After each
+change the sets are read, and no element may be left in the revoked prefixes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv6Network
+from itertools import islice
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from bench.figures import Figure, percentile
+from kernel.conftest import lab_name
+from portward.config import Config, Verdicts
+from portward.gateway import ruleset, xtables
+from portward.gateway.elements import Add, Change, Flush, KernelElements
+from portward.gateway.enforcement import Enforcement
+from portward.gateway.keeper import Keeper
+from portward.gateway.learned import Learned, Source
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.gateway.notices import Notices
+from portward.gateway.prefixes import Prefixes
+from portward.gateway.rates import Rates
+from portward.lab import namespaces
+from portward.policy import preset as presets
+from portward.table.edit import Place
+from portward.table.writer import Committed
+
+_FIRST_LINK: Final = 2
+_FIRST6: Final = int(IPv6Network("2001:db8::/32").network_address)
+_FIRST4: Final = 10 << 24
+_ROUNDS: Final = 20
+
+
+class Case(NamedTuple):
+    """What is cached, evenly in `sets`, behind how many interfaces, in how many /64s behind each. `revoked` is how
+    many of the /64s change, in total: they are revoked or, with `opens`, granted."""
+
+    name: str
+    cached: int
+    sets: tuple[str, ...]
+    links: int
+    prefixes: int
+    revoked: int
+    goal: str = ""
+    opens: bool = False
+
+    def keys(self, set_: str) -> list[bytes]:
+        """The keys that are cached in a set."""
+        return [self._key(number, set_[-1]) for number in range(self.cached // len(self.sets))]
+
+    def _key(self, number: int, family: str) -> bytes:
+        link, place = _FIRST_LINK + number % self.links, number // self.links
+        if family == "4":
+            return Source(link, (_FIRST4 + place).to_bytes(4, "big")).key
+        address = self._prefix(link, place % self.prefixes) + place
+        return Source(link, address.to_bytes(16, "big")).key
+
+    def _prefix(self, link: int, number: int) -> int:
+        return _FIRST6 + (link << 80) + (number << 64)
+
+    def changed(self) -> tuple[Place, ...]:
+        """The /64s that are revoked: one by one behind each interface in turn."""
+        links = range(_FIRST_LINK, _FIRST_LINK + self.links)
+        places = ((link, number) for number in range(self.prefixes) for link in links)
+        return tuple(
+            Place(f"vni{link}", IPv6Network((self._prefix(link, number), 64)))
+            for link, number in islice(places, self.revoked)
+        )
+
+
+_EVEN: Final = ("allow4", "deny4", "allow6", "deny6")
+CASES: Final = (
+    Case("1000_segments", 100_000, _EVEN, links=1_000, prefixes=5, revoked=1_000, goal="<= 100"),
+    Case("1000_segments_one_set", 100_000, ("allow6",), links=1_000, prefixes=20, revoked=1_000, goal="<= 100"),
+    Case("one_segment", 16_384, ("allow6",), links=1, prefixes=10_000, revoked=5_000, goal="<= 150"),
+    Case("granted", 100_000, _EVEN, links=1_000, prefixes=5, revoked=1_000, opens=True),
+    Case("one_prefix", 100_000, _EVEN, links=1_000, prefixes=5, revoked=1),
+)
+
+
+class Timed(KernelElements):
+    """The kernel's elements; `synced_at` is when `synced` was last written, by the monotonic clock."""
+
+    synced_at = 0.0
+
+    def commit(self, changes: Iterable[Change]) -> None:
+        """See `Elements`."""
+        changes = list(changes)
+        super().commit(changes)
+        if Flush("synced") in changes:
+            self.synced_at = time.monotonic()
+
+
+class Gateway:
+    """Ruleset, sets and Enforcement in the calling thread's network namespace; vniN is the interface N."""
+
+    def __init__(self, links: int) -> None:
+        self._netlink = NfNetlink()
+        nft = Nft(self._netlink.generation)
+        self.kernel = Timed(self._netlink, nft.committing)
+        self._learned = Learned(self.kernel)
+        preset, native = presets.load("azure-2020"), xtables.has_native_queue(nft)
+        config = Config(
+            segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(allow_seconds=600, deny_seconds=600)
+        )
+
+        def want() -> ruleset.Wanted:
+            return ruleset.wanted(config, preset, native=native, state=ruleset.State(1, synced=True))
+
+        self.enforcement = Enforcement(
+            Keeper(nft, self._netlink, self._learned), self._learned, want, lambda elements: None,
+            Rates(self.kernel), lambda sources: None,
+        )  # fmt: skip
+        self.enforcement.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
+        self.enforcement.start(1)
+        # The daemon listens to changes, so the kernel writes a notice for each element.
+        self._notices = Notices()
+        self._generation = 1
+
+    def enforced_ms(self, case: Case) -> float:
+        """Caches what the case says, revokes, and gives the milliseconds until that is enforced."""
+        for set_ in _EVEN:
+            keys = case.keys(set_) if set_ in case.sets else []
+            self.kernel.commit([Flush(set_), *([Add(set_, keys)] if keys else [])])
+        list(self._learned.elements())
+        self._generation += 1
+        committed = Committed(self._generation, self._generation, case.changed(), opens=case.opens)
+        began = time.monotonic()
+        self.enforcement.enforce(committed)
+        took = (self.kernel.synced_at - began) * 1000
+        self._check(committed.changed)
+        return took
+
+    def _check(self, places: Sequence[Place]) -> None:
+        revoked = Prefixes()
+        for place in places:
+            revoked.add(self.enforcement.links[place.segment], place.network)
+        left = revoked.among("6", [key for set_ in ("allow6", "deny6") for key, _, _ in self.kernel.rows(set_)])
+        if left or self.enforcement.broken or self._learned.synced() != self._generation:
+            raise RuntimeError(f"{len(left)} revoked sources are still cached")
+
+    def cached(self) -> int:
+        """How many verdicts are cached."""
+        return sum(1 for _ in self._learned.elements())
+
+
+def measure(folder: Path, rounds: int = _ROUNDS) -> list[Figure]:
+    """`prefixes_…_p99_ms` for each case; also what stayed cached."""
+    figures = []
+    for case in CASES:
+        name = lab_name()
+        namespaces.make(name)
+        try:
+            with namespaces.inside(name):
+                gateway = Gateway(case.links)
+                times = [gateway.enforced_ms(case) for _ in range(rounds)]
+                left = gateway.cached()
+        finally:
+            namespaces.remove(name)
+        unit = f"ms (from: median, to: largest); {case.revoked} /64s revoked, {left} of {case.cached} stay cached"
+        p99 = percentile(times, 0.99)
+        figures.append(
+            Figure(f"prefixes_{case.name}_p99_ms", p99, percentile(times, 0.5), max(times), unit, case.goal)
+        )
+    return figures

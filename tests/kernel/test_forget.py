@@ -1,0 +1,188 @@
+"""What a change of prefixes makes the kernel forget, and what it leaves: on real sets, with elements that
+expire."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from kernel.conftest import lab_name
+from portward.config import Config, Verdicts
+from portward.gateway import ruleset, xtables
+from portward.gateway.elements import Add, Delete, KernelElements, RefusedError
+from portward.gateway.enforcement import Enforcement
+from portward.gateway.keeper import Keeper
+from portward.gateway.learned import Learned, Source
+from portward.gateway.netlink import attribute, nest, string
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.gateway.rates import Bucket, Rates
+from portward.lab import namespaces
+from portward.policy import preset as presets
+from portward.table.edit import Place
+from portward.table.writer import Committed
+
+_LINKS = {"vni1": 11, "vni2": 12}
+_LEARNED = ("allow", "deny", "observed", "refused", "unknown")
+
+
+class Forgetting:
+    """Ruleset, sets and Enforcement in a network namespace of their own."""
+
+    def __init__(self, **verdicts: Any) -> None:
+        self.netlink = NfNetlink()
+        self.nft = Nft(self.netlink.generation)
+        self.kernel = KernelElements(self.netlink, self.nft.committing)
+        self.learned, self.rates = Learned(self.kernel), Rates(self.kernel)
+        config = Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(**verdicts))
+        preset, native = presets.load("azure-2020"), xtables.has_native_queue(self.nft)
+
+        def want() -> ruleset.Wanted:
+            return ruleset.wanted(config, preset, native=native, state=ruleset.State(1, synced=True))
+
+        self.keeper = Keeper(self.nft, self.netlink, self.learned)
+        self.enforcement = Enforcement(
+            self.keeper, self.learned, want, lambda elements: None, self.rates, lambda sources: None
+        )
+        self.enforcement.links = dict(_LINKS)
+        self.enforcement.start(1)
+        self.generation = 1
+
+    def change(self, *prefixes: str, segment: str = "vni1", links: frozenset[int] = frozenset()) -> None:
+        self.generation += 1
+        places = tuple(Place(segment, ip_network(prefix)) for prefix in prefixes)
+        self.enforcement.enforce(Committed(self.generation, self.generation, places, links))
+        assert self.enforcement.broken == ""
+        assert self.learned.synced() == self.generation
+
+    def cached(self, set_: str) -> set[bytes]:
+        return {key for key, _, _ in self.kernel.rows(set_)}
+
+    def brief(self, set_: str, keys: list[bytes], milliseconds: int) -> None:
+        """Caches these for so long only."""
+        set_name = attribute(1, string("portward")) + attribute(2, string(set_))
+        timeout = attribute(4, struct.pack(">Q", milliseconds))
+        for start in range(0, len(keys), 1_000):
+            part = b"".join(nest(1, nest(1, attribute(1, key)) + timeout) for key in keys[start : start + 1_000])
+            with self.nft.committing():
+                self.netlink.commit([(12, set_name + nest(3, part))])
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Forgetting]]:
+    """The whole test runs inside a namespace: nft makes a socket for each ruleset that it loads or lists."""
+    name = lab_name()
+    namespaces.make(name)
+    try:
+        with namespaces.inside(name):
+            yield Forgetting
+    finally:
+        namespaces.remove(name)
+
+
+def key(address: str, number: int = 0, link: int = 11) -> bytes:
+    return Source(link, (ip_address(address) + number).packed).key
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "inside", "outside"),
+    [("4", "10.1.0.0/20", "10.1.3.0", "10.2.0.0"), ("6", "2001:db8:1::/64", "2001:db8:1::", "2001:db8:2::")],
+)
+def test_revoked_prefixes_go_and_other_tenants_stay(
+    make: Callable[..., Forgetting], family: str, prefix: str, inside: str, outside: str
+) -> None:
+    here = make()
+    go = [key(inside, number) for number in range(1_000)]
+    stay = [key(outside, number) for number in range(3_000)] + [key(inside, number, 12) for number in range(3_000)]
+    for name in _LEARNED:
+        here.kernel.commit([Add(name + family, go + stay)])
+    repairs = here.keeper.repairs
+    here.change(prefix)
+    for name in _LEARNED[:3]:  # the others expire within seconds
+        assert here.cached(name + family) == set(stay), name
+    for name in _LEARNED:
+        assert here.cached(name + family) <= set(stay), name
+    assert (here.keeper.repairs, here.keeper.intact()) == (repairs, True), "our own transactions are known as ours"
+
+
+def test_an_interface_that_is_gone_takes_its_verdicts_with_it(make: Callable[..., Forgetting]) -> None:
+    here = make()
+    for family, address in (("4", "10.1.0.0"), ("6", "2001:db8::")):
+        keys = [key(address, number, link) for number in range(1_000) for link in (11, 12)]
+        here.kernel.commit([Add("allow" + family, keys), Add("deny" + family, keys)])
+    here.change(links=frozenset({11}))
+    for name in ("allow4", "allow6", "deny4", "deny6"):
+        assert {Source.of(found).link for found in here.cached(name)} == {12}
+
+
+@pytest.mark.parametrize("prefix", ["2001:db8:1::/64", "2001:db8:1::5/128"])
+def test_a_full_set_loses_what_is_revoked_and_nothing_else(make: Callable[..., Forgetting], prefix: str) -> None:
+    here = make(sources=2_000)
+    go, stay = [key("2001:db8:1::", 5)], [key("2001:db8:2::", number) for number in range(1_999)]
+    for name in ("allow6", "deny6", "observed6"):
+        here.kernel.commit([Add(name, go + stay)])
+    with pytest.raises(RefusedError, match="Too many open files"):  # ENFILE: it is full
+        here.kernel.commit([Add("allow6", [key("2001:db8:3::")])])
+    here.change(prefix)
+    for name in ("allow6", "deny6", "observed6"):
+        assert here.cached(name) == set(stay)
+
+
+def test_elements_that_expire_meanwhile_stop_no_revocation(make: Callable[..., Forgetting]) -> None:
+    """Each change meets elements that are gone between reading and deleting."""
+    here = make()
+    stay = {key("2001:db8:2::", number) for number in range(200)}
+    here.kernel.commit([Add("allow6", list(stay))])
+    for number in range(30):
+        brief = [key("2001:db8:1::", place) for place in range(3_000)]
+        here.brief("allow6", brief[:1_500], 20 + number)
+        here.brief("allow6", brief[1_500:], 60_000)
+        here.change("2001:db8:1::/64")
+        assert here.cached("allow6") == stay
+
+
+def test_no_revoked_source_is_left_while_the_kernel_collects(make: Callable[..., Forgetting]) -> None:
+    """If the kernel collects expired elements during a reading, as it does in one of twenty, that reading misses
+    hundreds of revoked sources."""
+    here = make()
+    revoked = [key("2001:db8:1::", number) for number in range(10_000)]
+    stay = [key("2001:db8:2::", number) for number in range(20_000)]
+    here.kernel.commit([Add("allow6", stay)])
+    ends = time.monotonic() + 12
+    number = 0
+    while time.monotonic() < ends:
+        here.kernel.commit([Add("allow6", revoked)])
+        here.brief("allow6", [key("2001:db8:ffff::", number + place) for place in range(1_000)], 700)
+        number += 1_000
+        here.change("2001:db8:1::/64")
+        # Each is asked for by its key, since a reading may miss it.
+        for place in range(0, len(revoked), 50):
+            assert here.kernel.element("allow6", revoked[place]) is None
+    assert here.kernel.element("allow6", stay[0]) is not None
+
+
+def test_a_rate_limit_goes_with_its_source(make: Callable[..., Forgetting]) -> None:
+    here = make()
+    inside, outside = (Source.of(key(address)) for address in ("2001:db8:1::", "2001:db8:2::"))
+    here.rates.add({inside: Bucket(1, 60, 7), outside: Bucket(2, 30, 3)})
+    listing = here.nft.listing("inet portward")
+    assert "rate 60/minute burst 7 packets" in listing
+    here.change("2001:db8:1::/64")
+    assert Rates.loaded(here.kernel) == {outside: Bucket(2, 30, 3)}
+    assert list(here.rates.sources()) == [outside]
+    here.rates.collect(lambda bucket: False)
+    assert here.kernel.limits() == ["s2-30-3"]
+
+
+def test_a_delete_of_what_is_not_there_changes_nothing(make: Callable[..., Forgetting]) -> None:
+    here = make()
+    here.kernel.commit([Add("allow6", [key("2001:db8::1")])])
+    with pytest.raises(RefusedError) as raised:
+        here.kernel.commit([Delete("allow6", [key("2001:db8::1"), key("2001:db8::2")])])
+    assert raised.value.errno == 2
+    assert here.cached("allow6") == {key("2001:db8::1")}
