@@ -9,12 +9,14 @@ from pathlib import Path
 
 from portward import config as configuration
 from portward.clock import utc_now
+from portward.config import Config
 from portward.documents import mistake
 from portward.errors import KernelError
-from portward.gateway import keeper, ruleset, xtables
+from portward.gateway import keeper, namespacelock, ruleset, xtables
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.policy import preset as presets
+from portward.runtime import running
 from portward.store import open_store
 from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
 from portward.table.invariants import verify
@@ -47,6 +49,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
         raise KernelError(f"the kernel does not take the ruleset: {error}") from None
     if not native:
         xtables.require(netlink)
+    yield from _lock(config, netlink)
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
     if not with_store:
         return
@@ -85,3 +88,15 @@ def _table(folder: Path) -> Iterator[str]:
         yield f"  and {found.broken - len(found.told)} more"
     if found.broken:
         raise TableError(f"the policy table is damaged, and the sources concerned may be denied: {remedy}")
+
+
+def _lock(config: Config, netlink: NfNetlink) -> Iterator[str]:
+    """Whether `portward run` would get the network namespace; raises KernelError. The agent of this very table may
+    have it: then this is a check before a reload."""
+    namespacelock.require(netlink)
+    own = running(config.table)
+    taken = namespacelock.holder(netlink) if own is not None else namespacelock.lasting_holder(netlink)
+    if taken is not None and (own is None or taken.process != own):
+        raise taken
+    if taken is not None:
+        yield f"the agent runs here with this table, as process {own}"

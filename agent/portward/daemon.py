@@ -33,6 +33,7 @@ from portward.errors import PortwardError
 from portward.gateway import workers
 from portward.gateway.learned import Source
 from portward.gateway.links import Links
+from portward.gateway.namespacelock import NamespaceLock
 from portward.gateway.notices import Notices
 from portward.gateway.workers import Worker
 from portward.linkfeed import LinkFeed
@@ -119,12 +120,17 @@ class Daemon:
         _log.info("stopped; ruleset and remembered verdicts stay in force")
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> AsyncIterator[Links]:
-        """Takes all that can be taken by somebody else: lock, kernel, address; gives the interfaces to follow."""
+        """Takes all that another process could have: the locks of table folder and network namespace, the kernel's
+        queues, the metrics address. Gives the interfaces to follow."""
         runtime = Runtime(self._config.table)
         stack.callback(runtime.close)
         self._runtime = runtime
         if runtime.crashed:
             _log.error("portward crashed the last time: %s", runtime.crashed)
+        # Before anything is written: a second agent here would take this one's rules away, and this one would put
+        # them back, for ever.
+        lock = await self._kernel_step(NamespaceLock)
+        stack.callback(lock.close)
         if runtime.table_cut_off:
             put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
         preset = presets.load(self._config.preset, named_in=self._path)

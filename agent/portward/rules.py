@@ -4,17 +4,20 @@ enforcing."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from portward import config as configuration
 from portward.config import Config, OnAgentDown
-from portward.errors import InputError, KernelError, PortwardError
-from portward.gateway import keeper, ruleset, xtables
+from portward.errors import KernelError, PortwardError
+from portward.gateway import keeper, namespacelock, ruleset, xtables
+from portward.gateway.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.model import Mode
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
-from portward.runtime import running
+
+_ALREADY: Final = "portward's ruleset is loaded already: nothing is changed"
 
 
 def loaded() -> str:
@@ -32,6 +35,8 @@ def without_agent(config: Config) -> str:
     """What becomes of packets here while no agent runs, in words; `config` is what the last one ran with."""
     try:
         netlink = NfNetlink()
+        if (taken := namespacelock.holder(netlink)) is not None:
+            return f"{taken}, with another table folder"
         if keeper.loaded(netlink):
             passed = config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE
             return f"known verdicts stay in the kernel, unknown sources are {'passed' if passed else 'dropped'}"
@@ -54,21 +59,34 @@ def baseline(path: Path) -> str:
     """Sees to it that port 25 is closed before there is an agent, and says what it did. It needs neither store nor
     policy table.
 
-    Where portward's ruleset is loaded nothing is changed: an agent has put it there, and may run. Else the ruleset
-    of the configuration at `path` is loaded, with nobody behind its queue; where that cannot be had, no packet to
+    If portward's ruleset is loaded nothing is changed: an agent has put it there, and may run. Else the ruleset of
+    the configuration at `path` is loaded, without a worker behind its queue; if that cannot be had, no packet to
     port 25 is forwarded any more, and PortwardError says why. A crash between any two steps leaves what was there
-    before, or a closed port."""
-    nft, netlink = Nft(), NfNetlink()
+    before, or a closed port. Raises NamespaceTakenError, and changes nothing, if another process has the namespace
+    and its ruleset is not there yet."""
+    netlink = NfNetlink()
     if keeper.loaded(netlink):
-        return "portward's ruleset is loaded already: nothing is changed"
+        return _ALREADY
+    try:
+        with NamespaceLock():
+            return _begin(path, netlink)
+    except NamespaceTakenError as error:
+        if keeper.loaded(netlink):  # an agent was starting, and is done by now
+            return _ALREADY
+        raise PortwardError(f"nothing is changed, and no ruleset is loaded yet: {error}") from error
+
+
+def _begin(path: Path, netlink: NfNetlink) -> str:
+    """`baseline`, with the lock of the namespace held."""
+    if keeper.loaded(netlink):  # an agent was quicker, and has ended
+        return _ALREADY
+    nft = Nft()
     try:
         config = configuration.load(path)
         preset = presets.load(config.preset, named_in=path)
         state = ruleset.State(0, synced=False)
         keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state))
     except PortwardError as error:
-        if keeper.loaded(netlink):  # an agent was quicker
-            return "portward's ruleset is loaded already: nothing is changed"
         keeper.close(nft)
         raise PortwardError(f"no packet to port 25 is forwarded until this is mended: {error}") from error
     keeper.lift(nft, netlink)
@@ -86,17 +104,20 @@ def _told(config: Config, preset: Preset) -> str:
     return f"closed until portward runs: ports {ports} for {segments}{seen}"
 
 
-def remove(path: Path) -> str:
-    """Takes the ruleset out and says so. Raises PortwardError where none is loaded, and where the agent of the
-    configuration at `path` runs: it would put the ruleset back within a second."""
-    nft, netlink = Nft(), NfNetlink()
+def remove() -> str:
+    """Takes the ruleset out and says so. Raises PortwardError if none is loaded, and if an agent runs in this
+    network namespace, whatever its configuration: it would put the ruleset back within a second."""
+    netlink = NfNetlink()
     if not (keeper.loaded(netlink) or keeper.closed(netlink)):
         raise PortwardError("no ruleset of portward is loaded here: nothing was enforced")
     try:
-        pid = running(configuration.load(path).table)
-    except InputError:
-        pid = None  # without a readable configuration enforcement must still come to an end
-    if pid is not None:
-        raise PortwardError(f"the agent runs (process {pid}) and would put the ruleset back: stop it first")
-    keeper.remove(nft, netlink)
+        with NamespaceLock():
+            keeper.remove(Nft(), netlink)
+    except NamespaceTakenError as error:
+        if error.process is None:
+            raise
+        raise PortwardError(
+            f"the agent runs (process {error.process} by its own count) and would put the ruleset back: "
+            "stop it first"
+        ) from error
     return "portward's ruleset is removed: port 25 is open for every source behind this gateway"

@@ -65,7 +65,7 @@ def _flush(netlink: NfNetlink) -> float:
     """Milliseconds from the flush to the ruleset as it was."""
     before = netlink.fingerprint(TABLE, FIXED_SETS)
     began = time.monotonic()
-    # What `nft flush ruleset` sends for each family: to delete a table, without a name. portward's tables are inet.
+    # What `nft flush ruleset` sends for each family: to delete a table, without a name. Ours are inet.
     netlink.commit([(_DELETE_TABLE, b"")])
     if netlink.fingerprint(TABLE, FIXED_SETS) == before:
         raise RuntimeError("the flush did nothing, or was repaired before it could be seen")

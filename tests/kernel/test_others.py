@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kernel.conftest import ALLOWED, DENIED, Gateway
+from portward.gateway.namespacelock import LOCK_TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
@@ -55,7 +56,7 @@ def test_while_the_ruleset_is_refused_a_port_closed_by_hand_stays_closed(
             gateway.lab.run(gateway.lab.gateway, "kill", pid)
         owner.kill()
         owner.wait()
-    until(lambda: tables(gateway) == {"portward", "lab"}, "the agent enforces, and takes the closed port away")
+    until(lambda: tables(gateway) == {"portward", LOCK_TABLE, "lab"}, "the closed port is taken away")
     until(lambda: gateway.agent.metrics()["portward_ruleset_broken"] == 0, "and says so")
     assert gateway.passes(CONTOSO, "10.0.0.4")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")

@@ -19,8 +19,8 @@ from portward.config import Config
 from portward.core import Core, at_once
 from portward.errors import KernelError
 from portward.gateway import mark, ruleset, xtables
-from portward.gateway.keeper import closed, loaded
 from portward.gateway.elements import Add, KernelElements
+from portward.gateway.keeper import closed, loaded
 from portward.gateway.learned import Source
 from portward.gateway.links import Links
 from portward.gateway.nft import Nft

@@ -27,7 +27,10 @@ def test_a_program_that_cannot_be_run_is_told_and_keeps_no_agent_from_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: bool, told: bool
 ) -> None:
     class Kernel:
-        """Takes everything."""
+        """Takes everything, and nobody has its lock."""
+
+        def owned_table(self, _: str) -> None:
+            """None."""
 
         def __getattr__(self, _: str) -> Any:
             return lambda *_, **__: True

@@ -26,6 +26,21 @@ class Forbidden:
         """Is refused."""
         raise PermissionError
 
+    def owned_table(self, _: str) -> str:
+        """Is refused."""
+        raise PermissionError
+
+
+class Held:
+    """A kernel in which another process holds the lock of the namespace, with this comment on it."""
+
+    def __init__(self, comment: str | None) -> None:
+        self._comment = comment
+
+    def owned_table(self, _: str) -> str | None:
+        """The comment."""
+        return self._comment
+
 
 @pytest.mark.parametrize("ask", [keeper.loaded, keeper.closed])
 def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
@@ -51,7 +66,7 @@ def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
 def test_without_an_agent_what_is_said_is_what_the_kernel_does(
     monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, config: Config, told: str
 ) -> None:
-    monkeypatch.setattr(rules, "NfNetlink", object)
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
     monkeypatch.setattr(keeper, "loaded", lambda _: loaded)
     monkeypatch.setattr(keeper, "closed", lambda _: closed)
     assert told in rules.without_agent(config)
@@ -60,3 +75,14 @@ def test_without_an_agent_what_is_said_is_what_the_kernel_does(
 def test_without_an_agent_who_may_not_ask_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "NfNetlink", Forbidden)
     assert rules.without_agent(CONFIG).startswith("what the kernel enforces is not known: ")
+
+
+@pytest.mark.parametrize(
+    ("comment", "said"),
+    [("portward, process 4711", "runs already, as process 4711"), ("", "another program owns table")],
+)
+def test_without_an_agent_on_this_table_one_with_another_table_is_named(
+    monkeypatch: pytest.MonkeyPatch, comment: str, said: str
+) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
+    assert said in rules.without_agent(CONFIG)

@@ -41,6 +41,7 @@ _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET
 _OBJECT_COUNTER, _OBJECT_LIMIT = 1, 4
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _DUMP_INTERRUPTED = 0x10
+_OWNER_FLAG: Final = 2  # NFT_TABLE_F_OWNER
 _DUMP_TRIES: Final = 20
 # asm-generic/socket.h and linux/netlink.h; Python does not name them.
 _SO_SNDBUFFORCE, _SOL_NETLINK, _NETLINK_CAP_ACK = 32, 270, 10
@@ -79,6 +80,18 @@ class NfNetlink:
         for reply in self._request(_GET_GENERATION, b"", 0):
             return int.from_bytes(dict(attributes_of(reply))[1], "big")
         raise KernelError("nfnetlink: no generation in the kernel's reply")
+
+    def owned_table(self, table: str) -> str | None:
+        """The comment of an inet table that belongs to a netlink socket (`flags owner`); None if there is no such
+        table, or it has no owner. Raises PermissionError without CAP_NET_ADMIN."""
+        try:
+            for reply in self._request(_GET_TABLE, attribute(1, string(table)), 0):
+                attributes = dict(attributes_of(reply))
+                if _U32.unpack(attributes[2])[0] & _OWNER_FLAG:
+                    return _comment(attributes.get(6, b""))
+        except FileNotFoundError:
+            pass
+        return None
 
     def sets(self, table: str) -> set[str]:
         """The names of the sets of an inet table, without those that nft made for itself; none where there
@@ -264,6 +277,16 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
             return
         yield kind, flags, sequence, data[start + 16 : start + length]
         start += (length + 3) & ~3
+
+
+def _comment(userdata: bytes) -> str:
+    """The comment in a table's user data: entries of type, length and value, of which type 0 is the comment."""
+    while len(userdata) > 2:
+        kind, length = userdata[:2]
+        if kind == 0:
+            return userdata[2 : 2 + length].rstrip(b"\0").decode(errors="replace")
+        userdata = userdata[2 + length :]
+    return ""
 
 
 def _nests_of(reply: bytes) -> Iterator[bytes]:

@@ -208,7 +208,7 @@ def _few(wanted: dict[Source, Bucket]) -> dict[Source, Bucket]:
         left[bucket] += 1
         if left[bucket] <= _SOURCES:
             few[source] = bucket
-    return few
+    return dict(reversed(few.items()))  # in the order given: the first one is the oldest
 
 
 def _deletions(sources: list[Source]) -> list[Change]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from portward.config import QueueReader
-from portward.errors import InputError
+from portward.errors import InputError, KernelError
 from portward.gateway.learned import Source
 from portward.gateway.workers import STAY, Worker, stay_seconds
 
 START = """
 import asyncio
 from pathlib import Path
+from typing import Any, cast
 from portward.config import QueueReader
 from portward.gateway.workers import Worker
 
@@ -67,3 +70,42 @@ def test_a_line_that_is_not_understood_ends_no_listening() -> None:
 
     asyncio.run(listen())
     assert asked == [Source(5, bytes([10, 0, 0, 1]))]
+
+
+class Ended:
+    """A process that is over."""
+
+    returncode = 1
+
+    async def wait(self) -> int:
+        """At once."""
+        return 1
+
+
+@pytest.mark.parametrize("error", [KernelError("no queue"), OSError("no more processes")])
+def test_a_worker_that_cannot_be_started_is_tried_after_pauses_that_grow_to_two_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    pauses: list[float] = []
+    worker = Worker(0, 16, QueueReader.BATCH, tmp_path, lambda source: None)
+    worker.process = cast("Any", Ended())
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+
+    async def start() -> None:
+        if len(pauses) % 8:  # each eighth try works, and the process ends again at once
+            raise error
+        pauses.append(-1)
+        if len(pauses) > 20:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr("portward.gateway.workers.asyncio.sleep", pause)
+    monkeypatch.setattr(worker, "start", start)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(worker.watch())
+    row = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
+    assert pauses == [*([-1, *row] * 3), -1], "the pause begins anew after a start that worked"
+    assert worker.restarts >= 2
+    assert not worker.ready
+    os.close(worker._block)

@@ -9,6 +9,8 @@ from datetime import timedelta
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, cast
 from uuid import UUID
 
 import hypothesis.strategies as st
@@ -17,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 
 from portward.core import Core
+from portward.dataplane import Dataplane
 from portward.gateway.learned import Element, Source
 from portward.gateway.mark import Class
 from portward.model import Attachment, Exemption, ExemptionState, Reason, Record, Standing
@@ -115,7 +118,10 @@ def test_a_cached_verdict_of_a_damaged_entry_is_found_and_forgotten(writer: Writ
     with_code(writer, MACHINES[1], 31)
     core = Core.__new__(Core)
     core._counting_reader = writer.reader()
-    core._subscriptions = {}
+    core._owners = writer.reader()
+    core._intake = cast("Any", SimpleNamespace(changes=0))
+    core._dataplane = cast("Any", SimpleNamespace(differs=Dataplane.differs))
+    core._subscriptions = 0, {}
     sources = [Source(1, ip_address(MACHINES[number]).packed) for number in (1, 2)]
     core._sample = [Element(Class.ALLOW, source, 5, 60.0) for source in sources]
     assert core.suspects() == [sources[0]]

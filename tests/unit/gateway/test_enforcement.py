@@ -1,0 +1,402 @@
+"""Changes of the policy table in, transactions out: in which order, and what becomes of each when the kernel
+refuses one, when another program writes in between, and when the process dies after any of them."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+
+from portward.gateway.fake import FakeKernel, ProcessDied
+from portward.gateway.faketables import FakeTable
+from portward.gateway.learned import Source
+from portward.gateway.mark import PASSING, Class
+from portward.gateway.rates import Bucket
+from portward.gateway.ruleset import LEARNED_SETS, TABLE
+from portward.table.writer import Committed
+from unit.gateway.grounds import LINK, Plane, committed, source, words
+
+HOST, OTHER, HOST6 = source("10.0.0.4"), source("10.9.9.9"), source("2001:db8::4")
+ELSEWHERE = source("10.0.0.4", link=8)
+BUCKET = Bucket(5, 10, 2)
+
+# What a change reaches among HOST, HOST6, OTHER and ELSEWHERE, and the change.
+CHANGES: dict[str, tuple[set[Source], Callable[[int], Committed]]] = {
+    "host": ({HOST}, lambda generation: committed(generation, "10.0.0.4/32")),
+    "two hosts": ({HOST, HOST6}, lambda generation: committed(generation, "10.0.0.4/32", "2001:db8::4/128")),
+    "prefix": ({HOST}, lambda generation: committed(generation, "10.0.0.0/24")),
+    "prefix 6": ({HOST6}, lambda generation: committed(generation, "2001:db8::/64")),
+    "odd prefix": ({HOST}, lambda generation: committed(generation, "10.0.0.4/31")),
+    "mixed": ({HOST, HOST6}, lambda generation: committed(generation, "2001:db8::/32", "10.0.0.4/32")),
+    "links": ({HOST, HOST6, OTHER}, lambda generation: committed(generation, links=[LINK])),
+    "everything": (
+        {HOST, HOST6, OTHER, ELSEWHERE},
+        lambda generation: committed(generation, everything=True),
+    ),
+}
+ALL = [HOST, HOST6, OTHER, ELSEWHERE]
+
+
+@pytest.fixture(params=[True, False], ids=["native", "xtables"])
+def kernel(request: pytest.FixtureRequest) -> FakeKernel:
+    """A kernel without rules, with and without nft_queue."""
+    return FakeKernel(native=request.param)
+
+
+@pytest.fixture
+def plane(kernel: FakeKernel) -> Plane:
+    """A gateway that enforces generation 1, and has cached that every source may send."""
+    found = Plane(kernel)
+    found.start()
+    assert found.learn(Class.ALLOW, *ALL)
+    kernel.journal.clear()
+    kernel.history.clear()
+    return found
+
+
+def stale(tables: dict[str, FakeTable], sources: set[Source]) -> set[Source]:
+    """Those of the sources that a cached verdict lets pass."""
+    return {
+        one
+        for verdict, one in product(PASSING, sources)
+        if verdict in LEARNED_SETS and one.key in tables[TABLE].sets[LEARNED_SETS[verdict] + one.family].elements
+    }
+
+
+def judges(tables: dict[str, FakeTable]) -> bool:
+    """Whether the ruleset is there, so that no packet passes by itself."""
+    table = tables.get(TABLE)
+    return (
+        table is not None
+        and not table.flags
+        and bool(table.chains["screen"].rules and table.chains["learn"].rules)
+    )
+
+
+# --- what is written, in which order ---
+
+
+def test_a_host_is_forgotten_after_the_epoch_has_moved_and_synced_is_written_with_it(plane: Plane) -> None:
+    plane.enforce(committed(2, "10.0.0.4/32"))
+    assert words(plane.kernel.journal) == [
+        "flush epoch, add epoch 2",
+        "forget 3 . 10.0.0.4, flush synced, add synced 2",
+    ]
+    assert [element.source for element in plane.counted] == [HOST], "counted a last time"
+
+
+def test_a_prefix_is_read_and_taken_out_of_the_sets_that_hold_it(plane: Plane) -> None:
+    plane.learn(Class.DENY, source("10.0.0.5"))
+    plane.enforce(committed(2, "10.0.0.0/24"))
+    assert words(plane.kernel.journal) == [
+        "flush epoch, add epoch 2",
+        "delete allow4 3 . 10.0.0.4",
+        "delete deny4 3 . 10.0.0.5",
+        "flush synced, add synced 2",
+    ]
+
+
+def test_everything_is_flushed(plane: Plane) -> None:
+    plane.enforce(committed(2, everything=True))
+    assert words(plane.kernel.journal) == [
+        "flush epoch, add epoch 2",
+        "forget everything, flush synced, add synced 2",
+    ]
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_a_change_reaches_is_forgotten_and_nothing_else(plane: Plane, kind: str) -> None:
+    reached, change = CHANGES[kind]
+    plane.enforce(change(2))
+    assert set(plane.cached()) == set(ALL) - reached
+    assert (plane.learned.epoch(), plane.learned.synced()) == (2, 2)
+    assert (plane.enforcement.generation, plane.keeper.repairs) == (2, 0)
+    assert plane.check(), "our own transactions are not taken for another program's"
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_the_epoch_is_first_and_what_says_in_sync_is_last(plane: Plane, kind: str) -> None:
+    plane.enforce(CHANGES[kind][1](2))
+    first, *_, last = words(plane.kernel.journal)
+    assert first == "flush epoch, add epoch 2"
+    assert last.endswith("flush synced, add synced 2")
+    assert sum("synced" in line for line in words(plane.kernel.journal)) == 1
+
+
+def test_without_a_change_of_verdicts_nothing_is_written(plane: Plane) -> None:
+    plane.enforce(Committed(9, 1))
+    assert not plane.kernel.journal
+
+
+def test_a_segment_without_an_interface_has_nothing_to_forget(plane: Plane) -> None:
+    plane.enforce(committed(2, "10.0.0.4/32", "10.0.0.0/8", segment="vni7"))
+    assert set(plane.cached()) == set(ALL)
+    assert (plane.learned.epoch(), plane.learned.synced()) == (2, 2)
+
+
+def test_many_hosts_are_searched_for_instead_of_written_into_every_set(plane: Plane) -> None:
+    hosts = [f"10.0.{n >> 8}.{n & 255}/32" for n in range(5_000)]
+    plane.enforce(committed(2, *hosts))
+    assert set(plane.cached()) == {HOST6, OTHER, ELSEWHERE}
+    assert words(plane.kernel.journal)[1] == "delete allow4 3 . 10.0.0.4"
+
+
+def test_a_source_with_a_limit_loses_it_and_gets_the_new_one_at_once(plane: Plane) -> None:
+    plane.rates.add({HOST: BUCKET})
+    plane.limits = {HOST: Bucket(5, 99, 2)}
+    plane.kernel.journal.clear()
+    plane.enforce(committed(2, "10.0.0.4/32"))
+    assert words(plane.kernel.journal) == [
+        "flush epoch, add epoch 2",
+        "forget 3 . 10.0.0.4, delete rates4 3 . 10.0.0.4, flush synced, add synced 2",
+        "limit s5-99-2 99/minute burst 2, draw rates4 3 . 10.0.0.4: s5-99-2",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["prefix", "links", "everything"])
+def test_a_wide_change_takes_the_limits_it_reaches(plane: Plane, kind: str) -> None:
+    plane.rates.add({HOST: BUCKET})
+    plane.enforce(CHANGES[kind][1](2))
+    assert not plane.elements.elements("rates4")
+    assert not list(plane.rates.sources())
+
+
+# --- a start ---
+
+
+@pytest.mark.parametrize(
+    ("synced", "kept", "said"), [(1, True, False), (9, False, True)], ids=["in sync", "another generation"]
+)
+def test_a_start_keeps_what_agrees_with_the_table_and_forgets_the_rest(
+    plane: Plane, synced: int, kept: bool, said: bool
+) -> None:
+    again = Plane(plane.kernel, generation=1 if kept else synced)
+    assert again.start() is said
+    assert set(again.cached()) == (set(ALL) if kept else set())
+    assert again.learned.synced() == again.generation
+    assert again.learned.epoch() == again.generation
+
+
+@pytest.mark.parametrize("how", ["flush set inet portward synced", "delete table inet portward", ""])
+def test_a_start_that_does_not_know_what_is_cached_forgets_everything(plane: Plane, how: str) -> None:
+    if how:
+        plane.kernel.load(how)
+    else:
+        plane.kernel.tables.clear()
+    again = Plane(plane.kernel)
+    again.start()
+    assert not again.cached()
+    assert again.learned.synced() == 1
+
+
+def test_a_start_that_is_refused_leaves_the_kernel_as_it_was(kernel: FakeKernel) -> None:
+    kernel.refuse(errno.ENOMEM)
+    with pytest.raises(Exception, match="Cannot allocate memory"):
+        Plane(kernel).start()
+    assert not kernel.tables
+
+
+def test_a_start_that_is_refused_keeps_an_older_ruleset(plane: Plane) -> None:
+    plane.kernel.refuse(errno.ENOMEM)
+    with pytest.raises(Exception, match="Cannot allocate memory"):
+        Plane(plane.kernel).start()
+    assert judges(plane.kernel.tables)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EPERM, errno.ENOENT], ids=errno.errorcode.get)
+def test_whichever_transaction_is_refused_nothing_stale_is_left(
+    plane: Plane, kind: str, step: int, number: int
+) -> None:
+    reached, change = CHANGES[kind]
+    plane.kernel.refuse(number, after=step)
+    plane.enforce(change(2))
+    assert not stale(plane.kernel.tables, reached)
+    assert (plane.learned.epoch(), plane.learned.synced()) == (2, 2)
+    assert (plane.enforcement.broken, plane.enforcement.generation) == ("", 2)
+    assert plane.check()
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_while_the_kernel_refuses_everything_it_is_said_and_tried_until_it_works(plane: Plane, kind: str) -> None:
+    reached, change = CHANGES[kind]
+    plane.kernel.refuse(errno.ENOMEM, times=20)
+    plane.enforce(change(2))
+    assert "Cannot allocate memory" in plane.enforcement.broken
+    assert plane.enforcement.generation == 1, "the kernel is behind, and that is known"
+    tries = 0
+    while not plane.check():
+        tries += 1
+        assert tries <= 20
+        if not plane.enforcement.broken:
+            break
+    assert not stale(plane.kernel.tables, reached)
+    assert (plane.learned.synced(), plane.enforcement.generation, plane.enforcement.broken) == (2, 2, "")
+    assert plane.check()
+
+
+def test_a_reading_that_fails_ends_in_everything_forgotten(plane: Plane) -> None:
+    plane.kernel.unreadable(errno.EINTR)
+    plane.enforce(committed(2, "10.0.0.0/24"))
+    assert not plane.cached()
+    assert plane.learned.synced() == 2
+
+
+def test_without_the_privilege_any_more_it_is_said(plane: Plane) -> None:
+    plane.kernel.permitted = False
+    plane.enforce(committed(2, "10.0.0.4/32"))
+    assert "not permitted" in plane.enforcement.broken
+    plane.kernel.permitted = True
+    plane.check()
+    assert (plane.enforcement.broken, plane.cached(), plane.learned.synced()) == ("", {}, 2)
+
+
+# --- full sets, and elements that go by themselves ---
+
+
+def fill(plane: Plane, *names: str) -> None:
+    """Leaves no room in these sets."""
+    for name in names:
+        found = plane.kernel.tables[TABLE].sets[name]
+        found.size = max(1, len(found.elements))
+        if not found.elements:
+            plane.kernel.learn(name, source("192.0.2.1").key)
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_full_sets_lose_what_a_change_reaches(plane: Plane, kind: str) -> None:
+    reached, change = CHANGES[kind]
+    plane.learn(Class.ALLOW, OTHER, HOST)
+    fill(plane, "allow4", "deny4")
+    plane.enforce(change(2))
+    assert not stale(plane.kernel.tables, reached)
+    assert stale(plane.kernel.tables, set(ALL)) == set(ALL) - reached, "the others keep their verdicts"
+    assert plane.learned.synced() == 2
+
+
+def test_an_element_that_vanishes_between_reading_and_deleting_is_no_harm(plane: Plane) -> None:
+    fill(plane, "deny4")
+    allow = plane.kernel.tables[TABLE].sets["allow4"].elements
+    assert HOST.key in allow
+
+    def vanish() -> None:
+        plane.kernel.tables[TABLE].sets["allow4"].elements.pop(HOST.key, None)
+
+    # The epoch, the attempt by `Add`, and then the deletion of what was read.
+    plane.kernel.meanwhile(vanish, after=2)
+    plane.enforce(committed(2, "10.0.0.4/32", "10.9.9.9/32"))
+    assert set(plane.cached()) - {source("192.0.2.1")} == {HOST6, ELSEWHERE}
+    assert (plane.learned.synced(), plane.keeper.repairs) == (2, 0)
+
+
+@pytest.mark.parametrize("network", ["10.0.0.0/24", "10.9.9.9/32"])
+def test_elements_that_expire_at_any_moment_are_no_harm(plane: Plane, network: str) -> None:
+    for after in range(3):
+        plane.kernel.meanwhile(lambda: setattr(plane.kernel, "now", plane.kernel.now + 61), after=after)
+    plane.enforce(committed(2, network))
+    assert not plane.elements.rows("allow4")
+    assert (plane.learned.synced(), plane.keeper.repairs) == (2, 0)
+
+
+def test_a_reading_that_misses_elements_is_followed_by_another(plane: Plane) -> None:
+    crowd = [source(f"10.0.1.{n}") for n in range(200)]
+    plane.learn(Class.ALLOW, *crowd)
+    plane.kernel.overlook("allow4", [HOST.key, *(one.key for one in crowd[:50])])
+    plane.enforce(committed(2, "10.0.0.0/16"))
+    assert set(plane.cached()) == {HOST6, OTHER, ELSEWHERE}
+
+
+# --- workers and other programs in between ---
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("moment", range(4))
+def test_a_verdict_of_the_older_policy_that_comes_in_between_is_not_left(
+    plane: Plane, kind: str, moment: int
+) -> None:
+    """A worker judged before the change, and its packet comes back before any of the transactions."""
+    reached, change = CHANGES[kind]
+    plane.kernel.meanwhile(lambda: plane.learn(Class.ALLOW, *reached, generation=1), after=moment)
+    plane.enforce(change(2))
+    plane.learn(Class.ALLOW, *reached, generation=1)
+    assert not stale(plane.kernel.tables, reached)
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("moment", range(3))
+@pytest.mark.parametrize(
+    "text", ["flush ruleset", "delete table inet portward", "flush chain inet portward screen"]
+)
+def test_what_another_program_takes_away_in_between_is_put_back(
+    plane: Plane, kind: str, moment: int, text: str
+) -> None:
+    reached, change = CHANGES[kind]
+    plane.kernel.meanwhile(lambda: plane.kernel.load(text), after=moment)
+    plane.enforce(change(2))
+    plane.check()
+    assert judges(plane.kernel.tables)
+    assert not stale(plane.kernel.tables, reached)
+    assert (plane.learned.synced(), plane.enforcement.broken) == (2, "")
+    assert plane.check()
+
+
+# --- the process dies ---
+
+
+def _enforces(plane: Plane, change: Committed) -> None:
+    plane.enforce(change)
+
+
+def _enforces_on_full_sets(plane: Plane, change: Committed) -> None:
+    fill(plane, "allow4", "deny4", "allow6")
+    plane.enforce(change)
+
+
+def _repairs(plane: Plane, change: Committed) -> None:
+    plane.kernel.load("flush chain inet portward screen")
+    plane.generation = change.generation
+    plane.check()
+
+
+def _starts(plane: Plane, change: Committed) -> None:
+    Plane(plane.kernel, generation=change.generation).start()
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("work", [_enforces, _enforces_on_full_sets, _repairs, _starts])
+@pytest.mark.parametrize("dies", range(1, 8))
+def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_nothing_stale(
+    plane: Plane, kind: str, work: Callable[[Plane, Committed], Any], dies: int
+) -> None:
+    """The policy table holds the new generation when the work begins. At each moment: the ruleset judges; no
+    verdict of the older policy is stored once the epoch has moved; and while anything stale is cached, the kernel
+    does not say that it agrees with the table."""
+    reached, change = CHANGES[kind]
+    plane.kernel.die(dies + (work is _repairs))  # another program's transaction comes first there
+    try:
+        work(plane, change(2))
+    except ProcessDied:
+        pass
+    else:
+        assert not stale(plane.kernel.tables, reached)
+        plane.kernel.die(None)
+    for tables in plane.kernel.history[work is _repairs :]:
+        assert judges(tables)
+        said = tables[TABLE].sets["synced"].elements
+        if stale(tables, reached):
+            assert (2).to_bytes(4, "little") not in said
+    if plane.learned.epoch() == 2:
+        assert not plane.learn(Class.ALLOW, *reached, generation=1)
+    again = Plane(plane.kernel, generation=2)
+    again.start()
+    assert judges(plane.kernel.tables)
+    assert not stale(plane.kernel.tables, reached)
+    assert (again.learned.epoch(), again.learned.synced()) == (2, 2)
+    assert again.check()

@@ -1,0 +1,493 @@
+"""The steps of a gateway on a fake kernel: what each leaves in the policy table and in the kernel when store or
+kernel do not do what they should."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+import pytest
+
+from portward import core as module
+from portward.config import Config, Verdicts
+from portward.core import Core
+from portward.errors import KernelError, StoreError
+from portward.gateway import mark
+from portward.gateway.elements import KernelElements
+from portward.gateway.fake import FakeKernel
+from portward.gateway.learned import Learned, Source
+from portward.gateway.links import Links
+from portward.gateway.mark import Class
+from portward.gateway.rates import Bucket, Rates
+from portward.gateway.ruleset import LEARNED_SETS, TABLE
+from portward.gateway.surroundings import NOTHING
+from portward.model import Attachment, Exemption, ExemptionState, Mode, RateLimit, Record, Subscription
+from portward.policy import preset as presets
+from portward.selfcheck import Kind
+from portward.store.flips import HeldError
+from portward.store.protocol import Put, encode, key_of
+from portward.store.sqlite import SqliteStore
+
+LINKS = Links({3: "vni1", 4: "vni2", 9: "up0"}, frozenset())
+MAY, MAY_NOT = UUID(int=1), UUID(int=2)
+ALLOWED, DENIED = Source(3, ip_address("10.0.0.4").packed), Source(4, ip_address("10.0.0.4").packed)
+DECIDED, STARTED = datetime(2025, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def subscription(id_: UUID, offer: str) -> Subscription:
+    """A subscription of 2022."""
+    return Subscription(id=id_, offer=offer, created=date(2022, 6, 30))
+
+
+def attachment(segment: str, address: str, id_: UUID) -> Attachment:
+    """An attachment that has started long ago."""
+    return Attachment(segment=segment, address=ip_network(address), subscription=id_, started=STARTED)
+
+
+def exemption(id_: UUID, limit: RateLimit | None, until: datetime | None = None) -> Exemption:
+    """A granted exemption."""
+    return Exemption(
+        subscription=id_, state=ExemptionState.GRANTED, requested=DECIDED, decided=DECIDED, by="test",
+        justification="mail", reason="a good one", limit=limit, until=until,
+    )  # fmt: skip
+
+
+RECORDS = (
+    subscription(MAY, "enterprise-agreement"),
+    subscription(MAY_NOT, "pay-as-you-go"),
+    attachment("vni1", "10.0.0.0/24", MAY),
+    attachment("vni2", "10.0.0.0/24", MAY_NOT),
+)
+
+
+class Ground:
+    """A core, its fake kernel and its store."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kernel = FakeKernel()
+        self.folder = folder
+        monkeypatch.setattr(module, "NfNetlink", self.kernel.netlink)
+        monkeypatch.setattr(module, "Nft", self.kernel.nft)
+        self.config = Config(
+            segments=("vni*",), uplinks=("up0",), store=f"sqlite:{folder}/portward.db", table=folder / "table"
+        )
+        SqliteStore(folder / "portward.db", create=True).close()
+        self.put(*RECORDS)
+        self.elements = KernelElements(self.kernel.netlink())
+        self.learned = Learned(self.elements)
+        self.core = self.made()
+
+    def made(self) -> Core:
+        """A core, not started."""
+        return Core(self.config, presets.load("azure-2020"))
+
+    def start(self) -> None:
+        """The steps of a start, in their order."""
+        self.core.first_policy()
+        self.core.first_links(LINKS)
+        self.core.load()
+
+    def restart(self) -> None:
+        """Another process takes over."""
+        self.core.close()
+        self.core = self.made()
+        self.start()
+
+    def put(self, *records: Record) -> None:
+        """Writes into the store."""
+        self._write([Put(key_of(record), encode(record)) for record in records])
+
+    def remove(self, *records: Record) -> None:
+        """Takes records out of the store."""
+        self._write([Put(key_of(record), None) for record in records])
+
+    def _write(self, batch: list[Put]) -> None:
+        store = SqliteStore(self.folder / "portward.db")
+        store.write(batch, expected=store.revision(), actor="test", at=datetime.now(UTC))
+        store.close()
+
+    def learn(self, *sources: Source) -> None:
+        """The kernel caches that these sources may send, or may not, as the policy table says."""
+        for source in sources:
+            verdict = Class.ALLOW if source.link == 3 else Class.DENY
+            self.kernel.learn(LEARNED_SETS[verdict] + source.family, source.key)
+
+    def cached(self) -> dict[Source, Class]:
+        """Every cached verdict."""
+        return {
+            Source.of(key): verdict
+            for verdict, name in LEARNED_SETS.items()
+            for family in "46"
+            for key in self.kernel.tables[TABLE].sets[name + family].elements
+        }
+
+    def in_step(self) -> bool:
+        """Whether the kernel says that all it has cached agrees with the policy table."""
+        core = self.core
+        return self.learned.epoch() == mark.epoch_of(core.generation) and self.learned.synced() == core.generation
+
+
+@pytest.fixture
+def ground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ground]:
+    """A gateway that is not started."""
+    found = Ground(tmp_path, monkeypatch)
+    yield found
+    found.core.close()
+
+
+@pytest.fixture
+def started(ground: Ground) -> Ground:
+    """A gateway that enforces, with two cached verdicts."""
+    ground.start()
+    ground.learn(ALLOWED, DENIED)
+    return ground
+
+
+# --- the start ---
+
+
+def test_a_start_writes_the_kernel_in_its_last_step_only(ground: Ground) -> None:
+    ground.core.first_policy()
+    ground.core.first_links(LINKS)
+    assert not ground.kernel.journal
+    ground.core.load()
+    assert ground.in_step()
+    assert (ground.core.enforced, ground.core.revision, ground.core.broken) == (1, 1, "")
+    assert ground.core.segments() == {3: "vni1", 4: "vni2"}
+    assert ground.core.at_rest()
+
+
+def test_without_store_and_table_there_is_nothing_to_enforce(ground: Ground) -> None:
+    (ground.folder / "portward.db").unlink()
+    with pytest.raises(StoreError):
+        ground.core.first_policy()
+    assert not ground.kernel.journal
+
+
+def test_a_table_of_an_earlier_run_serves_without_a_store(started: Ground) -> None:
+    (started.folder / "portward.db").unlink()
+    started.restart()
+    assert started.core.revision == 1
+    assert set(started.cached()) == {ALLOWED, DENIED}, "what the kernel has cached agrees with it"
+    assert started.in_step()
+
+
+@pytest.mark.parametrize("permitted", [True, False])
+def test_who_may_not_write_rules_is_told_before_anything_else(ground: Ground, permitted: bool) -> None:
+    ground.core.close()
+    ground.kernel.permitted = permitted
+    if permitted:
+        ground.core = ground.made()
+    else:
+        with pytest.raises(KernelError, match=r"root or CAP_NET_ADMIN\?"):
+            ground.made()
+        ground.kernel.permitted = True
+        ground.core = ground.made()
+
+
+def test_a_kernel_that_refuses_the_ruleset_ends_the_start(ground: Ground) -> None:
+    ground.core.first_policy()
+    ground.core.first_links(LINKS)
+    ground.kernel.refuse(errno.ENOMEM)
+    with pytest.raises(KernelError, match="Cannot allocate memory"):
+        ground.core.load()
+    assert not ground.kernel.tables
+
+
+def test_a_grant_that_ended_while_no_agent_ran_ends_with_the_start(ground: Ground) -> None:
+    until = datetime.now(UTC) + timedelta(hours=1)
+    ground.put(exemption(MAY_NOT, None, until=until))
+    ground.start()
+    ground.kernel.learn("allow4", DENIED.key)
+    ground.core.close()
+    ground.core = ground.made()
+    ground.core.clock.now = lambda: until + timedelta(seconds=1)  # type: ignore[method-assign]
+    ground.start()
+    assert not ground.cached()
+    assert ground.in_step()
+
+
+# --- changes of the store ---
+
+
+def test_a_change_of_policy_forgets_what_it_reaches(started: Ground) -> None:
+    started.put(subscription(MAY, "pay-as-you-go"))
+    assert started.core.sync()
+    assert set(started.cached()) == {DENIED}
+    assert started.in_step()
+    assert (started.core.enforced, started.core.revision) == (2, 2)
+    assert not started.core.sync(), "there is nothing more"
+
+
+def test_a_change_without_another_verdict_leaves_the_kernel_alone(started: Ground) -> None:
+    written = len(started.kernel.journal)
+    started.put(msgspec.structs.replace(RECORDS[0], name="another name"))
+    assert started.core.sync()
+    assert len(started.kernel.journal) == written
+    assert started.core.enforced == 2
+
+
+def test_a_removed_subscription_sends_no_more(started: Ground) -> None:
+    started.remove(RECORDS[2], RECORDS[0])
+    started.core.sync()
+    assert set(started.cached()) == {DENIED}
+    assert started.in_step()
+
+
+@pytest.mark.parametrize("damage", ["missing", "no database"])
+def test_a_store_that_cannot_be_read_leaves_the_last_policy_in_force(started: Ground, damage: str) -> None:
+    path = started.folder / "portward.db"
+    text = path.read_bytes()
+    path.unlink()
+    if damage == "no database":
+        path.write_text("this is no database" * 100)
+    started.core.close_store()
+    for _ in range(3):
+        assert not started.core.sync()
+    assert (started.core.store_errors, bool(started.core.store_error)) == (3, True)
+    assert set(started.cached()) == {ALLOWED, DENIED}
+    path.write_bytes(text)
+    started.core.sync()
+    assert started.core.store_error == ""
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_kernel_that_refuses_a_change_is_repaired(started: Ground, step: int) -> None:
+    started.put(subscription(MAY, "pay-as-you-go"))
+    started.kernel.refuse(errno.ENOMEM, after=step)
+    started.core.sync()
+    assert ALLOWED not in started.cached()
+    assert started.in_step()
+    assert (started.core.broken, started.core.enforced) == ("", 2)
+    assert started.core.at_rest()
+
+
+def test_while_the_kernel_refuses_everything_it_is_said_and_tried_again(started: Ground) -> None:
+    started.put(subscription(MAY, "pay-as-you-go"))
+    started.kernel.refuse(errno.ENOMEM, times=6)
+    started.core.sync()
+    assert "Cannot allocate memory" in started.core.broken
+    assert not started.core.at_rest()
+    for _ in range(10):
+        started.core.check()
+    assert started.core.broken == ""
+    assert ALLOWED not in started.cached()
+    assert started.in_step()
+
+
+# --- time, links, surroundings ---
+
+
+def test_a_grant_that_ends_is_enforced(started: Ground) -> None:
+    until = datetime.now(UTC) + timedelta(hours=1)
+    started.put(exemption(MAY_NOT, None, until=until))
+    started.core.sync()
+    assert DENIED not in started.cached()
+    started.kernel.learn("allow4", DENIED.key)
+    due = started.core.next_expiry()
+    assert due is not None
+    assert abs(due - until) < timedelta(seconds=1)
+    started.core.clock.now = lambda: until + timedelta(seconds=1)  # type: ignore[method-assign]
+    started.core.settle()
+    assert set(started.cached()) == {ALLOWED}
+    assert started.in_step()
+    assert started.core.next_expiry() is None
+
+
+@pytest.mark.parametrize(
+    ("links", "left"),
+    [
+        (Links({3: "vni1", 9: "up0"}, frozenset({4})), {ALLOWED}),
+        (Links({3: "vni2", 4: "vni1", 9: "up0"}, frozenset({3, 4})), set()),
+        (Links({3: "vni1", 4: "vni2", 9: "up0"}, frozenset({3})), {DENIED}),
+        (Links({3: "vni1", 4: "vni2", 5: "vni7", 9: "up0"}, frozenset()), {ALLOWED, DENIED}),
+        (Links({3: "eth7", 4: "vni2", 9: "up0"}, frozenset({3})), {DENIED}),
+    ],
+    ids=["gone", "exchanged", "same name again", "one more", "renamed"],
+)
+def test_interfaces_that_change_take_their_cached_verdicts_with_them(
+    started: Ground, links: Links, left: set[Source]
+) -> None:
+    started.core.links_changed(links)
+    assert set(started.cached()) == left
+    assert started.in_step()
+
+
+def test_other_surroundings_load_the_ruleset_and_keep_what_is_cached(started: Ground) -> None:
+    written = len(started.kernel.journal)
+    started.core.surround(NOTHING)
+    assert len(started.kernel.journal) == written, "they are the same"
+    started.core.surround(NOTHING._replace(tunnel_ports=frozenset({4789})))
+    assert len(started.kernel.journal) > written
+    assert set(started.cached()) == {ALLOWED, DENIED}
+    assert started.core.at_rest()
+
+
+def test_surroundings_that_the_kernel_refuses_are_tried_again(started: Ground) -> None:
+    started.kernel.refuse(errno.ENOMEM, times=2)
+    started.core.surround(NOTHING._replace(tunnel_ports=frozenset({4789})))
+    assert started.core.broken
+    started.core.check()
+    assert started.core.broken == ""
+
+
+# --- the ruleset ---
+
+
+@pytest.mark.parametrize("text", ["flush ruleset", "flush chain inet portward screen"])
+def test_a_ruleset_that_another_program_changed_is_put_back_and_counted(started: Ground, text: str) -> None:
+    started.kernel.load(text)
+    assert not started.core.at_rest()
+    started.core.check()
+    assert started.kernel.tables[TABLE].chains["screen"].rules
+    assert started.core.keeper.repairs == 1
+    assert started.core.selfcheck.divergences[Kind.RULESET] == 1
+    assert not started.cached(), "the sets may have been changed too"
+    started.core.check()
+    assert started.core.keeper.repairs == 1
+
+
+# --- self-check of cached verdicts ---
+
+
+def test_a_cached_verdict_that_is_not_the_tables_is_found_and_forgotten(started: Ground) -> None:
+    started.kernel.learn("allow4", DENIED.key)
+    started.core.count()
+    suspects = started.core.suspects()
+    assert suspects == [DENIED]
+    started.core.correct(suspects)
+    assert set(started.cached()) == {ALLOWED}
+    assert started.core.selfcheck.divergences[Kind.REMEMBERED] == 1
+    started.core.count()
+    assert started.core.suspects() == []
+
+
+def test_a_suspect_that_is_right_by_now_is_left_alone(started: Ground) -> None:
+    written = len(started.kernel.journal)
+    started.core.correct([ALLOWED, DENIED, Source(3, ip_address("10.0.0.9").packed)])
+    assert len(started.kernel.journal) == written
+
+
+def test_without_a_ruleset_nothing_is_counted(started: Ground) -> None:
+    started.kernel.load("flush ruleset")
+    started.core.count()
+    assert started.core.limited() == {}
+    assert started.core.screen() == {}
+
+
+# --- rate limits ---
+
+
+@pytest.fixture
+def limited(started: Ground) -> Ground:
+    """The second subscription may send ten a minute."""
+    started.put(exemption(MAY_NOT, RateLimit(per_minute=10, burst=2)))
+    started.core.sync()
+    return started
+
+
+def rates(ground: Ground) -> dict[Source, tuple[int, int]]:
+    """Source → limit, in the kernel."""
+    return {source: bucket[1:] for source, bucket in Rates.loaded(ground.elements).items()}
+
+
+def test_a_source_that_a_worker_met_gets_the_limit_of_its_subscription(limited: Ground) -> None:
+    limited.core.asked([DENIED, ALLOWED, Source(9, DENIED.address)])
+    assert rates(limited) == {DENIED: (10, 2)}
+
+
+def test_a_refused_limit_is_written_when_the_source_sends_again(limited: Ground) -> None:
+    limited.kernel.refuse(errno.ENOMEM)
+    limited.core.asked([DENIED])
+    assert rates(limited) == {}
+    limited.core.asked([DENIED])
+    assert rates(limited) == {DENIED: (10, 2)}
+
+
+def test_another_limit_takes_the_place_of_the_first_and_an_end_takes_it_away(limited: Ground) -> None:
+    limited.core.asked([DENIED])
+    limited.put(exemption(MAY_NOT, RateLimit(per_minute=20, burst=2)))
+    limited.core.sync()
+    assert rates(limited) == {DENIED: (20, 2)}
+    limited.remove(exemption(MAY_NOT, None))
+    limited.core.sync()
+    assert rates(limited) == {}
+    limited.core.keep_rates()
+    assert limited.elements.limits() == [], "and the limits that are not in force go"
+
+
+def test_a_limit_that_is_not_the_tables_is_found_and_forgotten(limited: Ground) -> None:
+    limited.core.asked([DENIED])
+    limited.kernel.load("flush map inet portward rates4")
+    wrong = Bucket(99, 1, 1)
+    Rates(limited.elements).add({ALLOWED: wrong})
+    limited.core.count()
+    limited.core.keep_rates()
+    assert rates(limited) == {}
+    assert limited.core.selfcheck.divergences[Kind.REMEMBERED] == 1
+
+
+# --- another configuration ---
+
+
+def test_another_preset_is_enforced(started: Ground) -> None:
+    started.core.reload(started.config, presets.load("aws"))
+    assert started.core.preset.name == "aws"
+    assert ALLOWED not in started.cached()
+    assert started.in_step()
+
+
+REFUSED: dict[str, Callable[[Ground], tuple[Config, type[Exception]]]] = {
+    "by the kernel": lambda ground: (ground.config, KernelError),
+    "since too many would flip": lambda ground: (
+        msgspec.structs.replace(ground.config, max_flip_share=0.01),
+        HeldError,
+    ),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_configuration_that_is_refused_changes_nothing(
+    started: Ground, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr("portward.store.flips._FEW", 0)  # so few are never held
+    config, error = REFUSED[why](started)
+    if error is KernelError:
+
+        def broken(_: object) -> None:
+            raise KernelError("the kernel does not take it")
+
+        monkeypatch.setattr(started.core.keeper, "check", broken)
+    before, generation = started.kernel.state(), started.core.generation
+    with pytest.raises(error):
+        started.core.reload(config, presets.load("aws"))
+    assert started.core.preset.name == "azure-2020"
+    assert (started.core.config, started.core.generation) == (started.config, generation)
+    assert started.kernel.state() == before
+
+
+def test_observed_segments_are_enforced_after_a_reload(started: Ground) -> None:
+    config = msgspec.structs.replace(started.config, mode=Mode.OBSERVE)
+    started.core.reload(config, presets.load("azure-2020"))
+    assert DENIED not in started.cached()
+    assert started.in_step()
+    config = msgspec.structs.replace(started.config, verdicts=Verdicts(observe=("vni2",)))
+    started.core.reload(config, presets.load("azure-2020"))
+    assert started.in_step()
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_reload_that_the_kernel_refuses_half_way_is_in_force_in_the_end(started: Ground, step: int) -> None:
+    started.kernel.refuse(errno.ENOMEM, after=step)
+    started.core.reload(started.config, presets.load("aws"))
+    for _ in range(3):
+        started.core.check()
+    assert started.core.preset.name == "aws"
+    assert started.core.broken == ""
+    assert ALLOWED not in started.cached()
+    assert started.in_step()

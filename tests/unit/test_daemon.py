@@ -1,0 +1,364 @@
+"""The whole daemon on a fake kernel, without root: its start, its jobs, its signals and its end.
+
+Its workers are no processes, and its interfaces are those that a test names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from portward import answering, daemon
+from portward import config as configuration
+from portward.daemon import Daemon, missing
+from portward.errors import KernelError, PortwardError
+from portward.gateway import namespacelock
+from portward.gateway.links import Links
+from portward.gateway.namespacelock import LOCK_TABLE, NamespaceLock, NamespaceTakenError
+from portward.gateway.ruleset import TABLE
+from portward.gateway.tally import Event
+from portward.gateway.workers import Worker
+from portward.runtime import read_status
+from unit.test_core import LINKS, MAY, Ground, subscription
+
+SECONDS = 20.0
+
+
+class FakeWorker(Worker):
+    """A worker without a process, that notes what is done to it."""
+
+    def __init__(self, ground: Running) -> None:
+        super().__init__(0, 16, configuration.QueueReader.BATCH, ground.config.table, lambda source: None)
+        self._ground, self.answers = ground, True
+
+    @property
+    def running(self) -> bool:
+        """As long as its queue is bound."""
+        return self.ready
+
+    async def prepare(self) -> None:
+        """Nothing is loaded."""
+        self._ground.said.append("worker prepared")
+
+    async def start(self) -> None:
+        """Binds at once."""
+        self._ground.said.append("worker bound")
+        self.ready = True
+
+    async def watch(self) -> None:
+        """Starts it again after it was ended."""
+        while True:
+            await asyncio.sleep(0.01)
+            if not self.ready:
+                self.restarts += 1
+                await self.start()
+
+    async def stop(self) -> None:
+        """Ends it."""
+        self._ground.said.append("worker stopped")
+
+    def kill(self) -> None:
+        """Ends it by force."""
+        self._ground.said.append("worker killed")
+        self.ready = False
+
+
+class Notices:
+    """A descriptor that a test makes readable."""
+
+    def __init__(self) -> None:
+        self._theirs, self._ours = os.pipe()
+        os.set_blocking(self._theirs, False)
+
+    def fileno(self) -> int:
+        """What is watched."""
+        return self._theirs
+
+    def drain(self) -> None:
+        """Reads all."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._theirs, 4096)
+
+    def wake(self) -> None:
+        """Says that rules were changed."""
+        os.write(self._ours, b"x")
+
+    def close(self) -> None:
+        """Closes both ends."""
+        os.close(self._theirs)
+        os.close(self._ours)
+
+
+class Running(Ground):
+    """A daemon that is run in the test's own loop."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(folder, monkeypatch)
+        self.core.close()
+        self.said: list[str] = []
+        self.path = folder / "portward.toml"
+        self.settings: dict[str, Any] = {
+            "segments": ["vni*"], "uplinks": ["up0"], "store": self.config.store, "table": str(self.config.table),
+            "metrics": {"address": ""},
+        }  # fmt: skip
+        self.configure()
+        self.links: asyncio.Queue[Links]
+        self.worker = FakeWorker(self)
+        self.notices = Notices()
+        self._patch(monkeypatch)
+
+    def _patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def follow() -> AsyncIterator[Links]:
+            yield LINKS
+            while True:
+                yield await self.links.get()
+
+        def ask(_: object, place: int, port: int) -> None:
+            assert (place, port) == (0, 25)
+            if self.worker.answers:
+                self.worker.tally.event(Event.PROBED)
+                self.kernel.tables[TABLE].counters["answered"] += 1
+
+        monkeypatch.setattr("portward.gateway.rtnetlink.follow", follow)
+        monkeypatch.setattr("portward.gateway.workers.make", lambda *_: [self.worker])
+        monkeypatch.setattr("portward.gateway.probe.Prober.__init__", lambda _: None)
+        monkeypatch.setattr("portward.gateway.probe.Prober.close", lambda _: None)
+        monkeypatch.setattr("portward.gateway.probe.Prober.ask", ask)
+        monkeypatch.setattr("portward.runtime.faulthandler.enable", lambda _: None)
+        monkeypatch.setattr(namespacelock, "NfNetlink", self.kernel.netlink)
+        monkeypatch.setattr(daemon, "Notices", lambda: self.notices)
+        monkeypatch.setattr(daemon, "notify", lambda *words: self.said.extend(words))
+
+    def configure(self, **settings: Any) -> None:
+        """Writes portward.toml."""
+        self.path.write_bytes(msgspec.toml.encode({**self.settings, **settings}))
+
+    def run(self, work: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Runs the daemon until `work`, done while it enforces, is over, and ends it by SIGTERM; raises what the
+        daemon raises."""
+
+        async def both() -> None:
+            self.links = asyncio.Queue()
+            running = asyncio.create_task(Daemon(self.path, configuration.load(self.path)).run())
+            if work is not None:
+                try:
+                    await self.until(lambda: running.done() or "READY=1" in self.said, "it is ready")
+                    if not running.done():
+                        await work()
+                finally:
+                    if not running.done():
+                        os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(SECONDS):
+                await running
+
+        asyncio.run(both())
+
+    @staticmethod
+    async def until(true: Callable[[], bool], what: str) -> None:
+        """Waits until `true` is."""
+        try:
+            async with asyncio.timeout(SECONDS):
+                while not true():
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise AssertionError(f"not within {SECONDS:.0f} s: {what}") from None
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """A daemon that is not started."""
+    found = Running(tmp_path, monkeypatch)
+    yield found
+    os.close(found.worker._block)
+
+
+def enforced(running: Running) -> bool:
+    """Whether the ruleset is there."""
+    return TABLE in running.kernel.tables and bool(running.kernel.tables[TABLE].chains["screen"].rules)
+
+
+def test_a_start_takes_the_lock_first_and_loads_the_ruleset_when_the_queues_are_bound(running: Running) -> None:
+    written: list[str] = []
+    real = running.worker.start
+
+    async def start() -> None:
+        written.extend(running.kernel.tables)
+        await real()
+
+    running.worker.start = start  # type: ignore[method-assign]
+
+    async def work() -> None:
+        assert enforced(running)
+
+    running.run(work)
+    assert written == [LOCK_TABLE], "the lock, and no rules yet"
+    assert running.said[:3] == ["worker prepared", "worker bound", "READY=1"]
+    assert running.said[-2:] == ["STOPPING=1", "worker stopped"]
+    assert set(running.kernel.tables) == {TABLE}, "the ruleset stays, the lock goes"
+
+
+def test_a_second_agent_is_refused_before_it_writes_anything(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(namespacelock.NamespaceLock.__init__, "__defaults__", (0.0,))
+    with NamespaceLock():
+        before = running.kernel.state()
+        with pytest.raises(NamespaceTakenError):
+            running.run()
+        assert running.kernel.state() == before
+    assert "worker prepared" not in running.said
+
+
+@pytest.mark.parametrize("what", ["the ruleset", "the queue", "the store"])
+def test_what_fails_before_the_end_of_a_start_leaves_the_kernel_as_it_was(running: Running, what: str) -> None:
+    if what == "the ruleset":
+        running.kernel.refuse(errno.ENOMEM, after=1)  # the first one is the lock
+    elif what == "the store":
+        (running.folder / "portward.db").unlink()
+        for file in running.config.table.iterdir():
+            file.unlink()
+    else:
+
+        async def start() -> None:
+            raise KernelError("queue 0 cannot be bound")
+
+        running.worker.start = start  # type: ignore[method-assign]
+    with pytest.raises(PortwardError):
+        running.run()
+    assert not running.kernel.tables, "neither rules nor the lock"
+    assert "READY=1" not in running.said
+    assert "worker stopped" in running.said
+
+
+def test_a_stop_leaves_the_ruleset_and_the_next_agent_keeps_what_is_cached(running: Running) -> None:
+    async def work() -> None:
+        running.kernel.learn("allow4", b"\3\0\0\0\n\0\0\4")
+
+    running.run(work)
+    assert enforced(running)
+    again = len(running.kernel.journal)
+    running.said.clear()
+    running.notices = Notices()
+
+    async def nothing() -> None:
+        assert len(running.cached()) == 1
+
+    running.run(nothing)
+    assert len(running.kernel.journal) > again
+
+
+def test_a_change_of_the_store_is_enforced(running: Running) -> None:
+    async def work() -> None:
+        running.kernel.learn("allow4", b"\3\0\0\0\n\0\0\4")
+        running.put(subscription(MAY, "pay-as-you-go"))
+        await running.until(lambda: not running.cached(), "the verdict is forgotten")
+
+    running.run(work)
+
+
+def test_rules_that_another_program_took_are_put_back_at_the_kernels_notice(running: Running) -> None:
+    async def work() -> None:
+        running.kernel.load("flush ruleset")
+        running.notices.wake()
+        await running.until(lambda: enforced(running), "the rules are back")
+        assert LOCK_TABLE in running.kernel.tables
+
+    running.run(work)
+
+
+def test_without_a_notice_they_are_put_back_all_the_same(running: Running) -> None:
+    async def work() -> None:
+        running.kernel.load("flush ruleset")
+        await running.until(lambda: enforced(running), "the rules are back")
+
+    running.run(work)
+
+
+def test_an_interface_that_goes_takes_its_verdicts_with_it(running: Running) -> None:
+    async def work() -> None:
+        running.kernel.learn("allow4", b"\3\0\0\0\n\0\0\4")
+        running.links.put_nowait(Links({4: "vni2", 9: "up0"}, frozenset({3})))
+        await running.until(lambda: not running.cached(), "the verdicts behind it are forgotten")
+
+    running.run(work)
+
+
+def test_a_configuration_is_read_again_and_a_bad_one_refused(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def reload() -> None:
+        before = running.said.count("READY=1")
+        os.kill(os.getpid(), signal.SIGHUP)
+        await running.until(lambda: running.said.count("READY=1") > before, "it was read")
+
+    async def work() -> None:
+        running.configure(preset="aws")
+        await reload()
+        assert "read again and in force" in caplog.text
+        for bad, why in (
+            ({"preset": "nonsense"}, "nonsense"),
+            ({"segments": 3}, "segments"),
+            ({"queue": {"first": 5}}, "queue cannot change while portward runs"),
+        ):
+            caplog.clear()
+            running.configure(**bad)
+            await reload()
+            assert "the configuration before stays in force" in caplog.text
+            assert why in caplog.text
+        assert enforced(running)
+
+    with caplog.at_level(logging.INFO):
+        running.run(work)
+
+
+def test_a_worker_that_does_not_answer_is_ended_and_started_again(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "PATIENCE", 0.05)
+
+    async def work() -> None:
+        await running.until(lambda: _answered(running) is not None, "it has answered")
+        running.worker.answers = False
+        await running.until(lambda: running.worker.restarts > 0, "it is started again")
+        running.worker.answers = True
+        before = _answered(running)
+        await running.until(lambda: _answered(running) not in (None, before), "and answers")
+
+    running.run(work)
+    assert "worker killed" in running.said
+
+
+def _answered(running: Running) -> Any:
+    """When every worker last answered, as the status says."""
+    status = read_status(running.config.table)
+    return None if status is None else status["self_check"]["at"]
+
+
+def test_the_status_says_what_is_enforced_and_goes_with_the_daemon(running: Running) -> None:
+    found: dict[str, Any] = {}
+
+    async def work() -> None:
+        await running.until(lambda: read_status(running.config.table) is not None, "it is written")
+        found.update(read_status(running.config.table) or {})
+
+    running.run(work)
+    assert found["revision"] == 1
+    assert {segment["name"] for segment in found["segments"]} == {"vni1", "vni2"}
+    assert found["ruleset_error"] == ""
+    assert read_status(running.config.table) is None
+
+
+def test_interfaces_that_are_not_there_are_named(running: Running) -> None:
+    links = Links({9: "up0"}, frozenset())
+    assert missing(running.config, links) == ["segments: no interface 'vni*' is there now"]
+    assert missing(running.config, LINKS) == []
