@@ -90,6 +90,11 @@ class Bulk:
         assert isinstance(outcome, Outcome)  # noqa: S101 # as `main` writes it
         return _checked(outcome, job)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped
+
     def stop(self) -> None:
         """Ends the job that runs, and lets none begin."""
         with self._lock:

@@ -116,7 +116,7 @@ class Intake:
                 committed = self._take_in()
             except (StoreError, TableError) as error:
                 self.store_errors += 1
-                if str(error) != self.store_error:
+                if str(error) != self.store_error and not self._bulk.stopped:
                     _log.error("the last known policy stays in force: %s", error)
                 self.store_error = str(error)
                 self.close()
