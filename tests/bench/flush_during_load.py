@@ -63,12 +63,12 @@ def _apply(gateway: Gateway, path: Path) -> None:
 
 def _flush(nft: Nft, netlink: NfNetlink) -> float:
     """Milliseconds from the flush to the ruleset as it was."""
-    before = netlink.fingerprint(TABLE, FIXED_SETS)
+    before, generation = netlink.fingerprint(TABLE, FIXED_SETS), netlink.generation()
     began = time.monotonic()
     # By the context that was made in the gateway's namespace; `load` would make one in this thread's own.
     nft.elements("flush ruleset")
-    if netlink.fingerprint(TABLE, FIXED_SETS) == before:
-        raise RuntimeError("the flush did nothing, or was repaired before it could be seen")
+    if netlink.generation() == generation:
+        raise RuntimeError("the flush did nothing")
     while netlink.fingerprint(TABLE, FIXED_SETS) != before:
         if time.monotonic() > began + _PATIENCE:
             raise TimeoutError("the ruleset does not come back")
