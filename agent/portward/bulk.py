@@ -32,7 +32,6 @@ from portward.table.writer import Answers, Committed, Writer
 
 # Up to this many changes are made by the policy thread itself: starting the child takes 0.2 s.
 LIMIT: Final = 20_000
-_NICE: Final = 10
 
 
 class Job(NamedTuple):
@@ -91,6 +90,11 @@ class Bulk:
         assert isinstance(outcome, Outcome)  # noqa: S101 # as `main` writes it
         return _checked(outcome, job)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped
+
     def stop(self) -> None:
         """Ends the job that runs, and lets none begin."""
         with self._lock:
@@ -143,8 +147,6 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[out])
     job = pickle.load(sys.stdin.buffer)  # noqa: S301 # from the daemon that started this process
     threading.Thread(target=_end_with_the_daemon, daemon=True).start()
-    # Packets and repairs first, where processors are few.
-    os.nice(_NICE)
     outcome = _outcome(job)
     sys.stdout.buffer.write(pickle.dumps(outcome))
     sys.stdout.buffer.flush()

@@ -178,7 +178,10 @@ class Daemon:
         stopping.cancel()
         if working.done():
             working.result()
-        return not working.done()
+            return False
+        # What the stop makes it raise is nobody's to handle.
+        working.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return True
 
     def _first_sync(self) -> None:
         """Takes in what the store has changed while no agent ran. Policy thread."""

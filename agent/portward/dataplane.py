@@ -134,6 +134,9 @@ class Dataplane:
         """Puts another configuration in force, whose `changes` of the table are committed. False if the kernel
         refuses its ruleset; then `check` tries it until it works."""
         self.config, self.preset = config, preset
+        for _, links in changes:
+            if links is not None:
+                self.enforcement.links = links
         try:
             self.keeper.load(self.want(changes[-1][0].generation if changes else self._kernel_generation()))
             self._rates.read()

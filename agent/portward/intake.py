@@ -74,8 +74,6 @@ class Intake:
         self.links = Links({}, frozenset())
         # Interfaces that changed while the table could not be written, and the number of the newest such event.
         self.links_failed, self._links_due, self._links_number = False, frozenset[int](), 0
-        # What ended a change on the kernel thread that was not the kernel's refusal.
-        self._failure: Exception | None = None
         self.changes = self.store_errors = 0
         self.store_error = ""
         # When the store was last read, by the monotonic clock.
@@ -116,7 +114,7 @@ class Intake:
                 committed = self._take_in()
             except (StoreError, TableError) as error:
                 self.store_errors += 1
-                if str(error) != self.store_error:
+                if str(error) != self.store_error and not self._bulk.stopped:
                     _log.error("the last known policy stays in force: %s", error)
                 self.store_error = str(error)
                 self.close()
@@ -245,14 +243,12 @@ class Intake:
         def carry_out() -> None:
             try:
                 self._dataplane.enforce(committed, links, settled)
-            except Exception as error:
-                self._failure = error
-                raise
+            except Exception:
+                # No memory, or a fault of portward's own. `Dataplane.check` finds the kernel behind the table.
+                _log.exception("revision %d is not enforced yet: the ruleset is loaded anew", committed.revision)
             finally:
                 self._under_way.carried_out()
 
-        if self._failure is not None:
-            raise self._failure  # a fault of portward's own: the daemon ends, and the next one forgets everything
         self._under_way.handed_over()
         self._on_kernel(carry_out)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -51,6 +53,15 @@ def comes_back(agent: Agent) -> None:
     until(lambda: without_learned(ruleset(agent.lab)) == before, "the ruleset is back")
 
 
+def many() -> list[Record]:
+    """More attachments than the agent takes in by itself."""
+    machine = attachments(CONTOSO)[0]
+    return [
+        msgspec.structs.replace(machine, segment="vni9", address=ip_network((0x0A000000 + number, 32)))
+        for number in range(21_000)
+    ]
+
+
 @contextmanager
 def busy(agent: Agent) -> Iterator[None]:
     """While it is open, the agent is at a change of policy that does not come to its end."""
@@ -79,6 +90,25 @@ def test_a_stop_does_not_wait_for_a_change_of_policy(agent: Agent) -> None:
     assert ruleset(agent.lab)
     agent.start()
     until(lambda: agent.revision() == 2, "the change is enforced")
+
+
+def test_a_stop_does_not_wait_for_the_first_load_of_the_table(agent: Agent) -> None:
+    agent.apply(*records(), *many())
+    agent.start(wait=False)
+    until(lambda: bulk_changes(agent) != [], "the table is loaded")
+    (child,) = bulk_changes(agent)
+    assert agent.stop() == 0
+    assert not Path(f"/proc/{child}").exists()
+    assert ruleset(agent.lab) == ""
+
+
+def bulk_changes(agent: Agent) -> list[str]:
+    """The process ids of bulk changes that the agent is at."""
+    assert agent.process is not None
+    found = subprocess.run(
+        ["pgrep", "-P", str(agent.process.pid), "-f", "portward.bulk"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.split()
 
 
 def test_a_locked_store_holds_up_neither_the_start_nor_a_repair(agent: Agent) -> None:
@@ -129,12 +159,7 @@ def test_a_bulk_change_is_taken_in(agent: Agent) -> None:
     """By a process of its own; what comes after it is a change like any other."""
     agent.apply(*records())
     agent.start()
-    machine = attachments(CONTOSO)[0]
-    many = [
-        msgspec.structs.replace(machine, segment="vni9", address=ip_network((0x0A000000 + number, 32)))
-        for number in range(21_000)
-    ]
-    apply(agent, *many)
+    apply(agent, *many())
     until(lambda: agent.revision() == 2, "the bulk change is enforced", seconds=60)
     assert status(agent)["attachments"] == 21_000 + len(attachments(CONTOSO)) * 2
     assert agent.explain("vni9", "10.0.82.7")["reason"] == "allowed-offer"

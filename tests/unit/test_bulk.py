@@ -161,3 +161,19 @@ def test_a_stop_ends_a_child_and_leaves_the_table_as_it_was(
     assert writer.head() == before
     with pytest.raises(TableError, match="stopping"):
         bulk.run(job(tmp_path))
+
+
+def test_a_map_that_a_child_has_made_larger_is_taken_over(store: SqliteStore, tmp_path: Path) -> None:
+    write(store, *(attachment(number) for number in range(NUMBER + 1, 200 * NUMBER)))
+    # Just large enough for an empty table.
+    writer = Writer(tmp_path / "table", PRESET, ANSWERS, map_size=1 << 17)
+    try:
+        assert Bulk().run(job(tmp_path)).committed is not None
+        assert (tmp_path / "table" / "data.mdb").stat().st_size > 1 << 17
+        assert writer.head() is not None
+        assert writer.put_links({7: ("vni1", False)}, touched=frozenset(), now=NOW).links == {7}
+        finding = writer.reader().lookup(7, attachment(1).address.network_address.packed)
+        assert finding is not None
+        assert finding.reason.allows
+    finally:
+        writer.close()

@@ -23,7 +23,9 @@ from portward.table.database import (
     MAP_SIZE,
     DatabaseError,
     MapFullError,
+    MapResizedError,
     TableError,
+    Transaction,
     drop_other_formats,
     open_for_writing,
 )
@@ -109,19 +111,27 @@ class Writer:
 
     def head(self) -> layout.Head | None:
         """What the table agrees with; None where it holds no policy yet, or one of another format."""
-        with self._environment.begin() as transaction:
+        with self._reading() as transaction:
             data = transaction.get(layout.HEAD)
             return None if data is None else layout.Head.unpack(data)
 
+    def _reading(self) -> Transaction:
+        try:
+            return self._environment.begin()
+        except MapResizedError:
+            # The process of a bulk change has made the map larger: take its size over.
+            self._environment.set_mapsize(0)
+            return self._environment.begin()
+
     def next_expiry(self) -> datetime | None:
         """When something next changes by itself: a grant ends, or a start comes that was recorded ahead."""
-        with self._environment.begin() as transaction:
+        with self._reading() as transaction:
             first = Rows(transaction, self._parts[b"expiries"]).first()
             return None if first is None else layout.moment(int.from_bytes(first[:8], "big"))
 
     def attachments(self) -> int:
         """How many attachments the table holds."""
-        with self._environment.begin() as transaction:
+        with self._reading() as transaction:
             return sum(transaction.stat(self._parts[name])["entries"] for name in layout.ENTRIES.values())
 
     def is_decided_otherwise(self) -> bool:
