@@ -116,8 +116,19 @@ class Core:
         raises StoreError where that is not to be had either."""
         head = self._writer.head()
         if head is None or not any(head.store):
-            self._sync()
+            self._first_sync()
         self._writer.settle(now=self.clock.now())
+
+    def _first_sync(self) -> None:
+        try:
+            self._sync()
+        except StoreError as error:
+            if not self._writer.of_other_format:
+                raise
+            raise StoreError(
+                f"the policy table in {self.config.table} was written by another version of portward, so it has "
+                f"to be read from the store again, and that failed: {error}"
+            ) from error
 
     def first_links(self, links: Links) -> None:
         """Says which interfaces are segments, before the ruleset is there."""
@@ -382,6 +393,22 @@ class Core:
         return 0 if self._follower is None else self._follower.refused
 
     @property
+    def histories(self) -> int:
+        """How often the store's history was not the one that the table was read from."""
+        return 0 if self._follower is None else self._follower.histories
+
+    @property
+    def in_step(self) -> bool:
+        """True if the table stood at the store's newest revision when the store was last read."""
+        return self._follower is not None and self._follower.in_step and not self.store_error
+
+    @property
+    def ahead(self) -> int:
+        """The revision up to which denials behind a held change are enforced; 0 if none is held."""
+        head = self._writer.head()
+        return 0 if head is None or not head.held else head.ahead
+
+    @property
     def held(self) -> Held | None:
         """The change of policy that waits for confirmation; None where none does."""
         return None if self._follower is None else self._follower.held
@@ -419,7 +446,9 @@ class Core:
     def _sync(self) -> Committed | None:
         if self._store is None:
             self._store = open_store(self.config.store)
-            self._follower = Follower(self._store, self._writer)
+            if self._follower is None:
+                self._follower = Follower(self._store, self._writer)
+            self._follower.reopened(self._store)
         assert self._follower is not None  # noqa: S101 # made with the store
         self._store.drain()
         committed = self._follower.step(self.clock.now())

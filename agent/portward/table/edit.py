@@ -17,6 +17,7 @@ from portward.model import Attachment, Exemption, ExemptionState, Network, Reaso
 from portward.table import layout
 from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload
 from portward.table.database import Part, TableError, Transaction
+from portward.table.denials import BLOCKED, Level, level_of
 from portward.table.load import Loadable, load
 from portward.table.rows import Rows
 from portward.table.segments import Segments
@@ -104,17 +105,74 @@ class Edit:
             self._expiries.remove(row)
         return ended
 
-    def flipped(self, before: Transaction) -> int:
-        """How many subscriptions that `before`, a reading of the table as it still is, knows have a source that
-        this edit makes pass or be refused, other than before."""
-        turned = set()
+    def turned(self, before: Transaction) -> tuple[set[int], set[int]]:
+        """Of the subscriptions (the table's numbers) that `before` knows, a reading of the table as it still is:
+        those of which this edit refuses a source that passed, and those of which it lets one pass that did not."""
+        closed: set[int] = set()
+        opened: set[int] = set()
         for row in self._touched(before):
             old = layout.Entry.of(row)
-            if old.subscription not in turned:
-                new = self._entry(layout.place_of(row))
-                if _passes(old) != (new is not None and _passes(new)):
-                    turned.add(old.subscription)
-        return len(turned)
+            new = self._entry(layout.place_of(row))
+            passes = new is not None and _passes(new)
+            if _passes(old) != passes:
+                (opened if passes else closed).add(old.subscription)
+        return closed, opened
+
+    def before(self, transaction: Transaction) -> Edit:
+        """A look at the table as it still is, by the same rule; `transaction` is a reading."""
+        return Edit(transaction, self._parts, self._rule)
+
+    def place_of(self, attachment: Attachment) -> bytes:
+        """Where the entry of an attachment is, or would be."""
+        return layout.place(self._segments.number(attachment.segment), attachment.address)
+
+    def owner_of(self, attachment: Attachment) -> UUID | None:
+        """The subscription that holds the very prefix of an attachment."""
+        entry = self._entry(self.place_of(attachment))
+        return None if entry is None else self._account(entry.subscription).id
+
+    def places_of(self, id_: UUID) -> Iterator[bytes]:
+        """The places of all entries of the subscription with this UUID."""
+        known = self._ids.find(id_.bytes)
+        return iter(()) if known is None else self._places(int.from_bytes(known[16:], "big"))
+
+    def exemption(self, id_: UUID) -> Exemption | None:
+        """The exemption of the subscription with this UUID."""
+        known = self._ids.find(id_.bytes)
+        return None if known is None else self._account(int.from_bytes(known[16:], "big")).exemption
+
+    def level(self, place: bytes) -> tuple[Level, int]:
+        """How freely sources at a place may send that no more specific prefix covers, and the number of the
+        subscription that covers them (0: none does)."""
+        entry = self._covering(place)
+        if entry is None:
+            return BLOCKED, 0
+        number = entry.subscription
+        return level_of(entry, self._account(number), self._outcome(number)), number
+
+    def deny_early(self, subscriptions: Iterable[int]) -> None:
+        """Notes subscriptions that are denied ahead of a held change."""
+        rows = Rows(self._transaction, self._parts[b"early"])
+        for number in subscriptions:
+            rows.put(layout.number(number))
+
+    def end_early(self) -> None:
+        """Forgets which subscriptions were denied ahead of a held change: it is in force, or was taken back."""
+        self._transaction.drop(self._parts[b"early"], delete=False)
+
+    def _covering(self, place: bytes) -> layout.Entry | None:
+        """The entry with the most specific prefix that covers a place. Lengths as they stand after `apply`."""
+        segment, longest = layout.segment_and_length(place)
+        size = layout.address_bytes(place)
+        data = self._transaction.get(layout.family_key(segment, size), db=self._parts[b"lengths"])
+        address = int.from_bytes(place[4:], "big")
+        for length in () if data is None else layout.unpack_lengths(data):
+            rest = size * 8 - length
+            if length <= longest:
+                start = layout.prefix_of(segment, length) + (address >> rest << rest).to_bytes(size, "big")
+                if (row := self._entries[size].find(start)) is not None:
+                    return layout.Entry.of(row)
+        return None
 
     def _touched(self, before: Transaction) -> Iterator[bytes]:
         """The rows of entries, as they still are, that this edit may have changed."""
