@@ -15,7 +15,7 @@ LAYERS = (
     ("lab",),
     ("daemon",),
     ("report",),
-    ("core", "check", "explanation", "diagnosis", "rules", "busiest", "casework", "enforced", "audit"),
+    ("core", "check", "explanation", "diagnosis", "rules", "busiest", "casework", "behind", "enforced", "audit"),
     ("gateway",),
     ("table",),
     ("store",),
