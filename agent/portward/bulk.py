@@ -27,7 +27,7 @@ from portward.resources import PYTHON
 from portward.store import open_store
 from portward.store.flips import Flips, HeldError
 from portward.table.database import TableError, open_database
-from portward.table.follower import Follower, Held
+from portward.table.follower import Follower, Waiting
 from portward.table.writer import Answers, Committed, Writer
 
 # Up to this many changes are made by the policy thread itself: starting the child takes 0.2 s.
@@ -49,11 +49,14 @@ class Job(NamedTuple):
 
 class Outcome(NamedTuple):
     """What came of it: the change, if one was committed; the change that is held, if one is; how many records were
-    refused; and in `error` the kind and the words of what went wrong."""
+    refused; how often the store had another history; whether the table is in step with the store; and in `error`
+    the kind and the words of what went wrong."""
 
     committed: Committed | None = None
-    held: Held | None = None
+    waiting: Waiting | None = None
     refused: int = 0
+    histories: int = 0
+    in_step: bool = False
     error: tuple[str, str] | None = None
     flips: Flips | None = None
 
@@ -121,7 +124,7 @@ def _done(job: Job) -> Outcome:
         return Outcome(writer.settle(now=job.now, may_flip=job.may_flip))
     follower = Follower(open_store(job.store, agent=True), writer)
     committed = follower.step(job.now)
-    return Outcome(committed, follower.held, follower.refused)
+    return Outcome(committed, follower.waiting, follower.refused, follower.histories, follower.in_step)
 
 
 def _outcome(job: Job) -> Outcome:

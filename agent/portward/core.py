@@ -306,6 +306,22 @@ class Core:
         return self._writer.damage.rows
 
     @property
+    def histories(self) -> int:
+        """How often the store's history was not the one that the table was read from."""
+        return self._intake.histories
+
+    @property
+    def in_step(self) -> bool:
+        """True if the table stood at the store's newest revision when the store was last read."""
+        return self._intake.in_step
+
+    @property
+    def ahead(self) -> int:
+        """The revision up to which denials behind a held change are enforced; 0 if none is held."""
+        head = self._writer.head()
+        return 0 if head is None or not head.held else head.ahead
+
+    @property
     def held(self) -> Held | None:
         """The change of policy that waits for confirmation; None if none does."""
         return self._intake.held

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
+from portward.behind import Behind
 from portward.config import Config
 from portward.errors import PortwardError
 from portward.gateway.elements import KernelElements
@@ -20,6 +21,7 @@ from portward.gateway.ruleset import TABLE
 from portward.policy import preset as presets
 from portward.runtime import read_status, running
 from portward.store.protocol import Store
+from portward.table.history import ahead_of, count_in_table, same_history
 from portward.table.reader import Reader
 
 _PAUSE: Final = 0.0005
@@ -35,13 +37,14 @@ class Enforced:
         """Raises PortwardError where no agent runs here, or it follows another store, or the kernel may not be
         asked."""
         self._config, self._store = config, store
+        self._behind: Behind | None = None
         if running(config.table) is None:
             raise PortwardError(
                 f"no agent runs on table {config.table}, so there is nobody to wait for; nothing was written"
             )
         self._reader = Reader.open(config.table)
         head = self._reader.head()
-        if head is None or head.store != store.identity() or head.revision > store.revision():
+        if head is None or not (same_history(head, store) or ahead_of(head, store)):
             self._reader.close()
             raise PortwardError(
                 f"the agent here does not stand at what {config.store} holds, see `portward status`; nothing was "
@@ -62,8 +65,9 @@ class Enforced:
             )
 
     def wait(self, revision: int, seconds: float) -> None:
-        """Returns once kernel and workers act on this revision of the store, or a later one, and on no other;
-        raises PortwardError where they do not within so many seconds."""
+        """Returns once kernel and workers act on this revision of the store, or a later one, and on no other. A
+        revision behind a held one counts if all that it changed is enforced ahead of that. Raises PortwardError if
+        they do not within so many seconds."""
         deadline = time.monotonic() + seconds
         while not self._is(revision):
             if time.monotonic() > deadline:
@@ -75,6 +79,11 @@ class Enforced:
             time.sleep(_PAUSE)
         for place in range(self._config.queue.workers):
             self._settle(place, revision, deadline, seconds)
+
+    def behind(self) -> Behind | None:
+        """What was enforced ahead of a held revision, of the revision that was waited for last; None if none is
+        held. It waited for all of it."""
+        return self._behind
 
     def _settle(self, place: int, revision: int, deadline: float, seconds: float) -> None:
         """Returns once the worker at `place` has answered a question that was put from now on. The agent asks each
@@ -117,7 +126,14 @@ class Enforced:
             self._prober.close()
 
     def _is(self, revision: int) -> bool:
-        head = self._reader.head()
-        if head is None or head.revision < revision or head.store != self._store.identity():
-            return False
+        with self._reader.view():
+            head = self._reader.head()
+            if head is None:
+                return False
+            if not (head.revision >= revision and same_history(head, self._store)):
+                if ahead_of(head, self._store) < revision:
+                    return False
+                self._behind = Behind(head.held, *count_in_table(self._reader, self._store, revision))
+                if self._behind.waits:
+                    raise PortwardError(f"written as revision {revision}, and {self._behind}")
         return self._learned.synced() == head.generation

@@ -127,6 +127,8 @@ def _from_table(config: Config, preset: Preset, segment: str, address: Address) 
     place = "table"
     if head.preset.hex() != preset.digest:
         place += f" judged by the preset in {config.preset!r} as it is now, which the agent has not taken"
+    if head.held:
+        place += f", with later denials up to revision {max(head.held, head.ahead)}; revision {head.held} is held"
     if holding is None:
         return Known(place, head.revision)
     entry, account = holding.entry, holding.account

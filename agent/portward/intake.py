@@ -96,9 +96,20 @@ class Intake:
         head = self._writer.head()
         if head is None or not any(head.store):
             with self._under_way.working("reading the store"):
-                self._take_in()
+                self._first_take_in()
         with self._under_way.working("deciding what has ended"):
             self._writer.settle(now=self._clock.now())
+
+    def _first_take_in(self) -> None:
+        try:
+            self._take_in()
+        except StoreError as error:
+            if not self._writer.of_other_format:
+                raise
+            raise StoreError(
+                f"the policy table in {self._config.table} was written by another version of portward, so it has "
+                f"to be read from the store again, and that failed: {error}"
+            ) from error
 
     def first_links(self, links: Links) -> First:
         """See `Core.first_links`."""
@@ -181,6 +192,16 @@ class Intake:
         return 0 if self._follower is None else self._follower.refused
 
     @property
+    def histories(self) -> int:
+        """How often the store's history was not the one that the table was read from."""
+        return 0 if self._follower is None else self._follower.histories
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the table stood at the store's newest revision when the store was last read."""
+        return self._follower is not None and self._follower.in_step and not self.store_error
+
+    @property
     def held(self) -> Held | None:
         """The change of policy that waits for confirmation; None if none does."""
         return None if self._follower is None else self._follower.held
@@ -206,7 +227,9 @@ class Intake:
     def _take_in(self) -> Committed | None:
         if self._store is None:
             self._store = open_store(self._config.store, agent=True)
-            self._follower = Follower(self._store, self._writer, LIMIT)
+            if self._follower is None:
+                self._follower = Follower(self._store, self._writer, LIMIT)
+            self._follower.reopened(self._store)
         assert self._follower is not None  # noqa: S101 # made with the store
         self._store.drain()
         try:
@@ -220,8 +243,9 @@ class Intake:
 
     def _take_in_bulk(self, follower: Follower) -> Committed | None:
         outcome = self._bulk.run(self._job(store=self._config.store))
-        follower.held = outcome.held
-        follower.refused += outcome.refused
+        follower.take_over(
+            outcome.waiting, refused=outcome.refused, histories=outcome.histories, in_step=outcome.in_step
+        )
         return outcome.committed
 
     def _decide_again(self, *, may_flip: bool) -> Committed:

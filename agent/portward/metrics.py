@@ -53,6 +53,9 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("policy_changes", "policy_changes", True, (), "Changes of policy taken into the table."),
     ("policy_held", "policy_held", False, (),
      "1 where a change would flip more than max_flip_share of all subscriptions and waits for confirmation."),
+    ("history_replaced", "store_history_replaced", True, (),
+     "Times the store had another history than the policy table (a backup was restored, a copy took its place): "
+     "everything was read anew."),
     ("records_refused", "records_refused", True, (),
      "Records of the store that could not be read; the record in force before stays."),
     ("table_rows_damaged", "table_rows_damaged", True, (),

@@ -71,6 +71,7 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         ruleset_repairs=core.keeper.repairs,
         policy_changes=core.changes,
         policy_held=core.held is not None,
+        history_replaced=core.histories,
         records_refused=core.refused,
         table_rows_damaged=core.damaged,
         store_errors=core.store_errors,
@@ -110,7 +111,9 @@ def status(
         "store_error": core.store_error,
         "store_waits": core.store_waits,
         "working": None if core.work is None else {"what": core.work.what, "seconds": core.work.seconds()},
-        "held": None if core.held is None else {"revision": core.held.revision, **core.held.flips._asdict()},
+        "in_step": core.in_step,
+        "history_replaced": numbers.history_replaced,
+        "held": _held(core),
         "store_age": numbers.store_age,
         "records_refused": numbers.records_refused,
         "table_rows_damaged": numbers.table_rows_damaged,
@@ -139,6 +142,16 @@ def status(
         "reload_failed": bool(numbers.reload_failed),
         "remembered": {labels[0]: int(number) for labels, number in numbers.remembered.items()},
     }
+
+
+def _held(core: Core) -> dict[str, Any] | None:
+    """The change that waits for confirmation. `ahead` is the revision up to which denials behind it are enforced;
+    `whole` says that it is all that the store holds, which has another history than the policy in force."""
+    held = core.held
+    if held is None:
+        return None
+    ahead = max(core.ahead, held.revision)
+    return {"revision": held.revision, **held.flips._asdict(), "whole": held.whole, "ahead": ahead}
 
 
 def _by_verdict(numbers: Counter[tuple[str, Verdict]], drop: int = 0) -> dict[tuple[str, ...], float]:

@@ -29,6 +29,7 @@ class Snapshot:
     ruleset_broken: float = 0
     policy_changes: float = 0
     policy_held: float = 0
+    history_replaced: float = 0
     records_refused: float = 0
     table_rows_damaged: float = 0
     store_errors: float = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from uuid import UUID
@@ -14,7 +14,7 @@ import msgspec
 from portward.documents import enc_hook
 from portward.lab.agent import Agent, until
 from portward.lab.topology import CONTOSO
-from portward.model import Attachment, Record, Standing, Subscription
+from portward.model import Attachment, Exemption, ExemptionState, Record, Standing, Subscription
 from portward.resources import rules
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
@@ -147,6 +147,97 @@ def test_a_preset_that_turns_all_of_them_is_not_taken_by_a_reload(agent: Agent, 
     agent.reload()
     until(lambda: agent.metrics()["portward_reload_failed"] == 0, "taken")
     assert not allowed(agent)
+
+
+SPAMMER = UUID(int=99)
+GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
+
+
+def hold(agent: Agent) -> None:
+    """Starts an agent that holds revision 2; a spammer may send by an exemption, another customer wants one."""
+    machine = Attachment(
+        segment=CONTOSO.segment, address=ip_network("10.0.2.1"), subscription=SPAMMER,
+        started=GRANTED + timedelta(days=1),
+    )  # fmt: skip
+    agent.apply(
+        *customers(),
+        Subscription(id=SPAMMER, offer="pay-as-you-go", created=date(2022, 1, 1)),
+        Subscription(id=UUID(int=98), offer="pay-as-you-go", created=date(2022, 1, 1)),
+        machine,
+        msgspec.structs.replace(machine, address=ip_network("10.0.2.2"), subscription=UUID(int=98)),
+        Exemption(subscription=SPAMMER, state=ExemptionState.GRANTED, requested=GRANTED, decided=GRANTED),
+        Exemption(subscription=UUID(int=98), state=ExemptionState.REQUESTED, requested=GRANTED),
+    )
+    agent.start()
+    with closing(SqliteStore(agent.folder / "portward.db")) as store:
+        batch = [Put(key_of(record), encode(record)) for record in customers(Standing.DISABLED)]
+        store.write(batch, expected=1, actor="another tool", at=datetime.now(UTC))
+    until(lambda: agent.metrics()["portward_policy_held"] == 1, "held")
+
+
+def verdict(agent: Agent, address: str) -> str:
+    """What workers read of a source."""
+    with closing(Reader.open(agent.folder / "table")) as reader:
+        holding = reader.holding(CONTOSO.segment, ip_address(address))
+    assert holding is not None
+    return holding.entry.reason.value
+
+
+def test_a_revocation_is_in_force_ahead_of_what_is_held_and_verbs_say_so(agent: Agent) -> None:
+    hold(agent)
+    revoked = agent.portward("exemption", "revoke", str(SPAMMER), "--reason", "spam", "--wait")
+    assert revoked.returncode == 0, revoked.stderr
+    assert revoked.stdout.splitlines()[1] == "  in force here, ahead of the held revision 2"
+    assert verdict(agent, "10.0.2.1") == "denied-revoked"
+    assert allowed(agent)
+    assert agent.revision() == 1
+    until(lambda: json.loads(agent.portward("status", "--json").stdout)["held"]["ahead"] == 3, "told")
+    said = agent.portward("status").stdout.splitlines()
+    assert said[0].startswith("HELD      revision 2 would flip the verdict of 12 of 14 subscriptions")
+    assert said[1] == (
+        "          denials in later revisions are enforced, up to revision 3; everything else in them waits"
+    )
+    assert any(line.endswith(", NOT in step: revision 2 is held") for line in said)
+    told = agent.explain(CONTOSO.segment, "10.0.2.1")
+    assert told["reason"] == "denied-revoked"
+    assert told["decided_from"] == "table, with later denials up to revision 3; revision 2 is held"
+
+
+def test_what_waits_behind_a_held_change_is_not_said_to_be_in_force(agent: Agent) -> None:
+    hold(agent)
+    waits = "NOT in force here yet: revision 2 is held, see `portward status`"
+    granted = agent.portward("exemption", "grant", str(UUID(int=98)), "--fraud-check", "called back")
+    assert granted.returncode == 0, granted.stderr
+    assert granted.stdout.splitlines()[1] == f"  {waits}"
+    started = agent.portward("attachment", "started", CONTOSO.segment, "10.0.2.2", "--json")
+    assert json.loads(started.stdout)["behind"]["held"] == 2
+    assert verdict(agent, "10.0.2.2") == "denied-pending"
+    newcomer = agent.folder / "newcomer.json"
+    records = [msgspec.structs.replace(record, id=UUID(int=77)) for record in customers()[:1]]
+    machine = Attachment(segment=CONTOSO.segment, address=ip_network("10.0.3.1"), subscription=UUID(int=77))
+    newcomer.write_bytes(
+        msgspec.json.encode({"subscriptions": records, "attachments": [machine]}, enc_hook=enc_hook)
+    )
+    applied = agent.portward("apply", str(newcomer))
+    assert applied.stdout.splitlines()[-1] == waits
+    tightened = agent.portward("exemption", "limit", str(SPAMMER), "--rate", "5", "--json")
+    assert json.loads(tightened.stdout)["behind"] == {"held": 2, "enforced": 1, "records": 1}
+    agent.portward("apply", "--confirm")
+    until(lambda: agent.metrics()["portward_policy_held"] == 0, "held no more")
+    assert not allowed(agent)
+    assert verdict(agent, "10.0.3.1") == "allowed-offer"
+    quiet = agent.portward("exemption", "limit", str(SPAMMER), "--none")
+    assert "in force" not in quiet.stdout
+
+
+def test_an_early_denial_outlives_a_restart_of_the_agent(agent: Agent) -> None:
+    hold(agent)
+    agent.portward("exemption", "revoke", str(SPAMMER), "--reason", "spam", "--wait")
+    agent.stop()
+    agent.start()
+    until(lambda: agent.metrics()["portward_policy_held"] == 1, "held")
+    assert verdict(agent, "10.0.2.1") == "denied-revoked"
+    assert allowed(agent)
 
 
 def test_nothing_to_apply_is_told(agent: Agent) -> None:

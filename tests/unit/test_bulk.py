@@ -108,7 +108,7 @@ def test_a_child_holds_what_flips_too_many(store: SqliteStore, writer: Writer, t
     itself = Follower(store, writer)
     assert itself.step(NOW) is None
     assert itself.held is not None
-    assert outcome.held == itself.held
+    assert outcome.waiting == itself.held
     assert outcome.committed is None
     assert writer.head() == before
 

@@ -27,6 +27,7 @@ LAYERS = (
         "rules",
         "busiest",
         "casework",
+        "behind",
         "enforced",
         "audit",
     ),

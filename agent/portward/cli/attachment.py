@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from portward import config as configuration
+from portward.behind import behind_held
 from portward.casework import Casework
 from portward.cli.actor import ActorOption, acting
 from portward.cli.exemption import ClockOption
@@ -63,8 +64,10 @@ def started(
             trust_clock=trust_clock,
         )
         found = desk.started(segment, source, instant(at, "--at"))
+    behind = behind_held(settings, found.written.revision)
     if json:
         told = {"revision": found.written.revision, "attachment": found.attachment, "reason": found.reason}
+        told |= {} if behind is None else {"behind": behind.machine()}
         typer.echo(msgspec.json.encode(told, enc_hook=enc_hook).decode())
         return
     place = network_text(found.attachment.address)
@@ -74,3 +77,5 @@ def started(
     )
     verdict = "may send" if found.reason.allows else "may NOT send"
     typer.echo(f"  it {verdict}: {reason_in_words(found.reason)} ({found.reason})")
+    if behind is not None:
+        typer.echo(f"  {behind}")

@@ -15,6 +15,7 @@ import typer
 
 from portward import config as configuration
 from portward import exemptions
+from portward.behind import Behind, behind_held
 from portward.casework import Casework, Done, Row
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption
@@ -99,9 +100,9 @@ def request(
         terms_accepted=terms,
     )
     asked = Application(justification, None if details == Details() else details, instant(until, "--until"))
-    with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
+    with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
         done = desk.request(_id(id_), asked)
-    _tell_done(done, preset, json=json)
+    _tell_done(done, preset, behind_held(settings, done.written.revision), json=json)
     if done.exemption.state is ExemptionState.REJECTED:
         raise typer.Exit(1)
 
@@ -133,9 +134,9 @@ def grant(
         if not fraud_check.strip():
             raise InputError("says nothing: how was it checked, and by whom?", field="--fraud-check")
         check = Finding(FraudCheck.PASS, printable(fraud_check))
-    with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
+    with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
         done = desk.grant(_id(id_), check=check, until=instant(until, "--until"), limit=limit)
-    _tell_done(done, preset, json=json)
+    _tell_done(done, preset, behind_held(settings, done.written.revision), json=json)
 
 
 @app.command()
@@ -151,9 +152,9 @@ def reject(
 
     Example: portward exemption reject 11111111-0000-4000-8000-000000000003 --reason "a relay will do"
     """
-    with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
+    with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
         done = desk.reject(_id(id_), reason)
-    _tell_done(done, preset, json=json)
+    _tell_done(done, preset, behind_held(settings, done.written.revision), json=json)
 
 
 @app.command()
@@ -174,9 +175,9 @@ def limit(
     if (rate is None) is not none:
         raise InputError("say either --rate or --none", field="--rate")
     wanted = _limit(rate, burst)
-    with _desk(config, actor, trust_clock=trust_clock) as (desk, _, preset):
+    with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
         done = desk.limit(_id(id_), wanted)
-    _tell_done(done, preset, json=json)
+    _tell_done(done, preset, behind_held(settings, done.written.revision), json=json)
 
 
 @app.command()
@@ -219,19 +220,24 @@ def revoke(
         if id_ is not None:
             done = desk.revoke(_id(id_), reason)
             took = _wait(agent, done.written.revision, began)
-            _tell_done(done, preset, json=json, took=took)
+            behind = behind_held(settings, done.written.revision) if agent is None else agent.behind()
+            _tell_done(done, preset, behind, json=json, took=took)
             return
         ids = _listed(file) if file is not None else _granted(desk, offer or "")
         _confirm(len(ids), confirm)
         began = time.monotonic()
         revision = desk.revoke_all(ids, reason).revision if ids else desk.store.revision()
         took = _wait(agent, revision, began)
+        behind = behind_held(settings, revision) if agent is None else agent.behind()
     if json:
-        _print({"revoked": len(ids), "revision": revision, "enforced_after_ms": _ms(took)})
+        told = {"revoked": len(ids), "revision": revision, "enforced_after_ms": _ms(took)}
+        _print(told | _behind(behind))
     elif not ids:
         typer.echo(f"nothing to revoke, the store stays at revision {revision}")
     else:
         typer.echo(f"revoked {_exemptions(len(ids))}, as revision {revision}{_enforced(took)}")
+        if behind is not None:
+            typer.echo(f"  {behind}")
 
 
 @app.command("list")
@@ -388,13 +394,16 @@ def _confirm(count: int, confirmed: int | None) -> None:
     )
 
 
-def _tell_done(done: Done, preset: Preset, *, json: bool, took: float | None = None) -> None:
+def _tell_done(
+    done: Done, preset: Preset, behind: Behind | None, *, json: bool, took: float | None = None
+) -> None:
     exemption = done.exemption
     state = exemptions.state_of(exemption, done.written.at)
     if json:
         _print(
             {"revision": done.written.revision, "state": state, "exemption": exemption}
             | ({} if took is None else {"enforced_after_ms": _ms(took)})
+            | _behind(behind)
         )
         return
     name = f" ({done.subscription.name})" if done.subscription.name else ""
@@ -402,6 +411,8 @@ def _tell_done(done: Done, preset: Preset, *, json: bool, took: float | None = N
         f"exemption of {done.subscription.id}{name}: {exemptions.told(state, exemption)}, "
         f"as revision {done.written.revision}{_enforced(took)}"
     )
+    if behind is not None:
+        typer.echo(f"  {behind}")
     if exemption.reason:
         typer.echo(f"  reason    {exemption.reason}")
     if exemption.fraud_check is not None:
@@ -478,6 +489,11 @@ def _machine(row: Row) -> dict[str, Any]:
 
 def _enforced(took: float | None) -> str:
     return "" if took is None else f", enforced after {took * 1000:.1f} ms"
+
+
+def _behind(behind: Behind | None) -> dict[str, Any]:
+    """What JSON says more while the agent here holds an earlier revision."""
+    return {} if behind is None else {"behind": behind.machine()}
 
 
 def _ms(took: float | None) -> float | None:

@@ -12,6 +12,7 @@ import msgspec
 import typer
 
 from portward import config as configuration
+from portward.behind import behind_held
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.clock import utc_now
@@ -89,11 +90,16 @@ def apply(
         if held is not None and not dry_run:
             raise PortwardError(f"nothing was written: this {held}; --dry-run shows it, --confirm applies it")
         revision = plan.revision if dry_run else _write(settings.store, plan, who, step, confirm=confirm)
+    behind = behind_held(settings, revision) if revision != plan.revision and not confirm else None
     if json:
-        typer.echo(msgspec.json.encode(_machine(plan, revision, held, dry_run=dry_run)).decode())
+        told = _machine(plan, revision, held, dry_run=dry_run)
+        told |= {} if behind is None else {"behind": behind.machine()}
+        typer.echo(msgspec.json.encode(told).decode())
         return
     for line in _lines(plan, revision, dry_run=dry_run):
         typer.echo(line)
+    if behind is not None:
+        typer.echo(str(behind))
     if held is not None:
         typer.echo(f"it {held}: to be applied with --confirm only")
 

@@ -121,7 +121,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         f"mode {told['mode']}, preset {told['preset']}",
         f"policy    revision {told['revision']}, {told['attachments']:.0f} attachments of "
         f"{told['subscriptions']:.0f} subscriptions",
-        f"store     {told['store']}" + _store(told),
+        f"store     {told['store']}{_store(told)}",
         f"queue     {told['queue_path']}; "
         + ", ".join(
             f"worker {worker['queue']} {'runs' if worker['running'] else 'IS DOWN'}"
@@ -145,21 +145,35 @@ def _lines(told: dict[str, Any]) -> list[str]:
     if age > _STALE_SECONDS:
         found.insert(0, f"this is {age:.0f} s old: the agent does not report")
     if held := told["held"]:
-        found.insert(
-            0,
-            f"HELD      revision {held['revision']} would flip the verdict of {held['flipped']} of "
-            f"{held['subscriptions']} subscriptions: `portward apply --confirm` lets it through",
-        )
+        found[:0] = _held(held)
     if told["ruleset_error"]:
         found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
     if told["reload_failed"]:
         found.append("config    the last reload was refused: the configuration before is in force (see the log)")
-    # An agent of an older version does not write it.
+    # An agent of an older version does not write these.
     if damaged := told.get("table_rows_damaged"):
         found.append(f"table     {damaged:.0f} DAMAGED ROWS, whose sources are denied: see `portward check`")
+    if replaced := told.get("history_replaced"):
+        found.append(
+            f"history   {replaced:.0f} times the store had another history (a restored backup?), and was read anew"
+        )
     if told["ruleset_repairs"]:
         found.append(f"ruleset   put back {told['ruleset_repairs']:.0f} times after somebody changed it")
     return found
+
+
+def _held(held: dict[str, Any]) -> Iterator[str]:
+    """What is held, and what behind it is in force."""
+    whole = "the store has another history (a restored backup?), and all of it up to " if held.get("whole") else ""
+    yield (
+        f"HELD      {whole}revision {held['revision']} would flip the verdict of {held['flipped']} of "
+        f"{held['subscriptions']} subscriptions: `portward apply --confirm` lets it through"
+    )
+    if held.get("ahead", 0) > held["revision"]:
+        yield (
+            f"          denials in later revisions are enforced, up to revision {held['ahead']}; everything else "
+            "in them waits"
+        )
 
 
 def _store(told: dict[str, Any]) -> str:
@@ -170,7 +184,11 @@ def _store(told: dict[str, Any]) -> str:
     work = told["working"]
     if work is not None and work["seconds"] >= _LONG_SECONDS:
         return f", {work['what']} for {_span(work['seconds'])} now: later changes wait{waits}"
-    return f", in step{waits}"
+    if told.get("in_step", True):
+        return f", in step{waits}"
+    if told["held"]:
+        return f", NOT in step: revision {told['held']['revision']} is held{waits}"
+    return f", NOT in step: its newest revision is not loaded yet{waits}"
 
 
 def _since(moment: datetime) -> float:

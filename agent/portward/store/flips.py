@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping, MutableMapping, Sequence
 from datetime import datetime
+from math import ceil
 from typing import Final, NamedTuple, cast
 from uuid import UUID
 
@@ -30,7 +31,14 @@ class Flips(NamedTuple):
 
     def too_many(self, share: float) -> bool:
         """Whether it is more than `share` (0 to 1) of all, which is `max_flip_share`."""
-        return self.flipped > max(_FEW, share * self.subscriptions)
+        return self.flipped > self._limit(share)
+
+    def excess(self, share: float) -> int:
+        """How many fewer would have to flip for the change to pass; 0 or less if it passes."""
+        return ceil(self.flipped - self._limit(share))
+
+    def _limit(self, share: float) -> float:
+        return max(_FEW, share * self.subscriptions)
 
     def told(self, share: float) -> str:
         """In words, with the limit."""
@@ -43,9 +51,10 @@ class Flips(NamedTuple):
 class HeldError(PortwardError):
     """A change would flip too many subscriptions, and nobody has confirmed that."""
 
-    def __init__(self, flips: Flips, share: float) -> None:
+    def __init__(self, flips: Flips, share: float, turned: Sequence[int] = ()) -> None:
+        """`turned` are the policy table's numbers of the subscriptions that would flip, sorted."""
         super().__init__(flips.told(share))
-        self.flips = flips
+        self.flips, self.turned = flips, turned
 
 
 def check_flips(

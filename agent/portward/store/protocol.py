@@ -140,6 +140,11 @@ class Store(Protocol):
     def revision(self) -> int:
         """The newest revision; 0 for a store that never held anything."""
 
+    def hash_of(self, revision: int) -> bytes | None:
+        """32 bytes that tell the history of this store up to a revision from every other one: the hash of the
+        log's entry, of its origin for revision 0. None if the log has no such entry, or has lost its hash. Where
+        a log has no hashes yet, they are made of number, time and actor alone."""
+
     def get(self, key: str) -> str | None:
         """The record under a key."""
 

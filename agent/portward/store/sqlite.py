@@ -150,7 +150,7 @@ class SqliteStore:
             try:
                 self._connection.text_factory = _any_text
                 self._prepare(create=create, agent=agent)
-                self._identity = self._read_identity()
+                self._read_identity()
                 self._file = self._file_now()
             except BaseException:
                 self._connection.close()
@@ -160,14 +160,22 @@ class SqliteStore:
             self._listener = Listener(self._bell)
 
     def identity(self) -> bytes:
-        """See `Store`."""
-        return self._identity
+        """See `Store`. Read each time: another store's backup may be restored into the open file."""
+        with self._errors():
+            return self._read_identity()
 
     def revision(self) -> int:
         """See `Store`. Costs some microseconds."""
         with self._errors():
             self._expect_same_file()
             return self._newest()
+
+    def hash_of(self, revision: int) -> bytes | None:
+        """See `Store`. Costs some microseconds."""
+        with self._errors():
+            if self._format() == _UNSEALED:
+                return self._unsealed_hash(revision)
+            return self._hash_of(revision)
 
     def get(self, key: str) -> str | None:
         """See `Store`."""
@@ -452,13 +460,27 @@ class SqliteStore:
             sealing.add(piece)
         return sealing.hash()
 
-    def _head(self, revision: int) -> bytes:
-        """The hash of a revision, which is the newest; of the origin where it is 0."""
+    def _hash_of(self, revision: int) -> bytes | None:
+        """The hash of a revision, of the origin for 0, in a log that has hashes."""
         row = self._connection.execute(
             "SELECT hash FROM revision WHERE number = ?1 UNION ALL SELECT hash FROM origin WHERE ?1 = 0",
             (revision,),
         ).fetchone()
-        found = None if row is None else _hash(row[0])
+        return None if row is None else _hash(row[0])
+
+    def _unsealed_hash(self, revision: int) -> bytes | None:
+        """What tells a revision from another one of the same number, in a log that has no hashes."""
+        if revision == 0:
+            return origin_hash(self._read_identity(), "", 0)
+        with self._decoding(_cell_of_text):
+            row = self._connection.execute(
+                "SELECT at, actor FROM revision WHERE number = ?", (revision,)
+            ).fetchone()
+        return None if row is None else Sealing(b"", revision, _cell(row[0]), _cell(row[1])).hash()
+
+    def _head(self, revision: int) -> bytes:
+        """The hash of a revision, which is the newest; of the origin where it is 0."""
+        found = self._hash_of(revision)
         if found is None:
             told = f"the log has lost the hash of revision {revision}, so no entry can follow it"
             raise StoreError(f"{self._name}: {told}; restore it from a backup")

@@ -18,6 +18,7 @@ from portward.table import layout
 from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload, grant_end
 from portward.table.damage import Damage
 from portward.table.database import Part, TableError, Transaction
+from portward.table.denials import BLOCKED, Level, level_of
 from portward.table.load import Loadable, load
 from portward.table.rows import Rows
 from portward.table.segments import Segments
@@ -44,7 +45,7 @@ class Edit:
     ) -> None:
         """`rule` gives what holds for attachments at the time `now`; `damage` takes what cannot be read."""
         self._transaction, self._parts, self._rule, self._damage = transaction, parts, rule, damage
-        self._now = layout.microseconds(now)
+        self._time, self._now = now, layout.microseconds(now)
         self.changed: list[Place] = []
         self.everything = False
         self.opens = False
@@ -120,17 +121,77 @@ class Edit:
             self._expiries.remove(row)
         return ended
 
-    def flipped(self, before: Transaction) -> int:
-        """How many subscriptions that `before`, a reading of the table as it still is, knows have a source that
-        this edit makes pass or be refused, other than before."""
-        turned = set()
+    def turned(self, before: Transaction) -> tuple[set[int], set[int]]:
+        """Of the subscriptions (the table's numbers) that `before` knows, a reading of the table as it still is:
+        those of which this edit refuses a source that passed, and those of which it lets one pass that did not."""
+        closed: set[int] = set()
+        opened: set[int] = set()
         for row in self._touched(before):
             old, _ = layout.Entry.closed_if_damaged(row)
-            if old.subscription not in turned:
-                new = self._entry(layout.place_of(row))
-                if _passes(old) != (new is not None and _passes(new)):
-                    turned.add(old.subscription)
-        return len(turned)
+            new = self._entry(layout.place_of(row))
+            passes = new is not None and _passes(new)
+            if _passes(old) != passes:
+                (opened if passes else closed).add(old.subscription)
+        return closed, opened
+
+    def before(self, transaction: Transaction) -> Edit:
+        """A look at the table as it still is, by the same rule; `transaction` is a reading."""
+        return Edit(transaction, self._parts, self._rule, self._time, self._damage)
+
+    def place_of(self, attachment: Attachment) -> bytes:
+        """Where the entry of an attachment is, or would be."""
+        return layout.place(self._segments.number(attachment.segment), attachment.address)
+
+    def owner_of(self, attachment: Attachment) -> UUID | None:
+        """The subscription that holds the very prefix of an attachment."""
+        entry = self._entry(self.place_of(attachment))
+        account = None if entry is None else self._account(entry.subscription)
+        return None if account is None else account.id
+
+    def places_of(self, id_: UUID) -> Iterator[bytes]:
+        """The places of all entries of the subscription with this UUID."""
+        known = self._ids.find(id_.bytes)
+        return iter(()) if known is None else self._places(int.from_bytes(known[16:], "big"))
+
+    def exemption(self, id_: UUID) -> Exemption | None:
+        """The exemption of the subscription with this UUID."""
+        known = self._ids.find(id_.bytes)
+        account = None if known is None else self._account(int.from_bytes(known[16:], "big"))
+        return None if account is None else account.exemption
+
+    def level(self, place: bytes) -> tuple[Level, int]:
+        """How freely sources at a place may send that no more specific prefix covers, and the number of the
+        subscription that covers them (0: none does)."""
+        entry = self._covering(place)
+        if entry is None:
+            return BLOCKED, 0
+        number = entry.subscription
+        account = self._account(number) or Account(UUID(int=0))
+        return level_of(entry, account, self._outcome(number)), number
+
+    def deny_early(self, subscriptions: Iterable[int]) -> None:
+        """Notes subscriptions that are denied ahead of a held change."""
+        rows = Rows(self._transaction, self._parts[b"early"])
+        for number in subscriptions:
+            rows.put(layout.number(number))
+
+    def end_early(self) -> None:
+        """Forgets which subscriptions were denied ahead of a held change: it is in force, or was taken back."""
+        self._transaction.drop(self._parts[b"early"], delete=False)
+
+    def _covering(self, place: bytes) -> layout.Entry | None:
+        """The entry with the most specific prefix that covers a place. Lengths as they stand after `apply`."""
+        segment, longest = layout.segment_and_length(place)
+        size = layout.address_bytes(place)
+        lengths = self._read_lengths(layout.family_key(segment, size), segment, size)
+        address = int.from_bytes(place[4:], "big")
+        for length in sorted(lengths, reverse=True):
+            rest = size * 8 - length
+            if length <= longest:
+                start = layout.prefix_of(segment, length) + (address >> rest << rest).to_bytes(size, "big")
+                if (row := self._entries[size].find(start)) is not None:
+                    return layout.Entry.closed_if_damaged(row)[0]
+        return None
 
     def _touched(self, before: Transaction) -> Iterator[bytes]:
         """The rows of entries, as they still are, that this edit may have changed."""

@@ -1,7 +1,12 @@
 """The policy table follows the store: what was committed there since is taken in, as one change.
 
-A change that would flip too many subscriptions is held, and with it all that comes after: until somebody confirms
-it, or until the store's next revisions take it back.
+A change that would flip too many subscriptions is held until it is confirmed, or until the store's next revisions
+take it back. Later revisions wait behind it, except for what only refuses: a revocation is enforced at once,
+whatever is held before it. The table's own revision stays where it is meanwhile, so all of it is taken in again
+with the held change.
+
+Revisions are told apart by the hash of the log (`table.history`). If the store does not have the entry that the
+table stands at, its history is another one, and everything is read anew.
 
 A record that cannot be read is refused by itself: it is named, counted, and what the table holds under its
 key stays in force; the rest of the change stands.
@@ -9,12 +14,12 @@ key stays in force; the rest of the change stands.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from itertools import islice
-from typing import NamedTuple, TypeVar
+from itertools import groupby, islice
+from typing import Final, NamedTuple, TypeVar
 
 from portward.model import Record
 from portward.store.flips import Flips, HeldError
@@ -28,9 +33,14 @@ from portward.store.protocol import (
     confirmed_alone,
     decode,
     named,
+    readable,
 )
+from portward.table.history import ahead_of, hash_at, is_in_table, same_history
+from portward.table.layout import Head
 from portward.table.load import Loadable
-from portward.table.writer import Committed, GrownError, Writer
+from portward.table.writer import Committed, GrownError, Point, Writer
+
+_NO_STORE: Final = bytes(16)
 
 _log = logging.getLogger("portward.store")
 _T = TypeVar("_T")
@@ -41,69 +51,245 @@ class BulkError(Exception):
 
 
 class Held(NamedTuple):
-    """The change up to `revision` is not taken in: what it would flip, and the share that is allowed."""
+    """The change that became `revision` is not taken in: what it would flip, and the share that is allowed.
+    `whole`: it is all up to `revision`, since the store's history is not the table's (a restored backup, say)."""
 
     revision: int
     flips: Flips
     share: float
+    whole: bool = False
+
+
+class Waiting(NamedTuple):
+    """A held change as it was worked out, with all that the store held behind it: under which circumstances, which
+    subscriptions (the table's numbers, sorted) would have flipped, and how many fewer would be let through."""
+
+    held: Held
+    upto: Point
+    base: Point
+    preset: bytes
+    turned: Sequence[int]
+    excess: int
 
 
 class Follower:
-    """Brings a table up to the revision of a store. `held` is the change that waits for confirmation, if any."""
+    """Brings a table up to the revision of a store. `held` is the change that waits for confirmation, if any;
+    `in_step` says whether the table stood at the store's newest revision after the last step; `refused` counts
+    records, and `histories` how often the store's history was not the table's."""
 
     def __init__(self, store: Store, writer: Writer, limit: int | None = None) -> None:
         """A step that would take in more than `limit` changes or records raises BulkError instead; None: any
         number may be."""
-        self._store, self._writer, self._limit = store, writer, limit
-        self.refused = 0
-        self.held: Held | None = None
+        self._store, self._writer, self._reader, self._limit = store, writer, writer.reader(), limit
+        self.refused = self.histories = 0
+        self.in_step = False
+        self._waiting: Waiting | None = None
+        # Of the subscriptions that the held change flips, those that later revisions are about.
+        self._hit: set[int] = set()
+        self._confirmed = False
+        # The table's head of which it was said already that the store has another history.
+        self._other: Head | None = None
+
+    @property
+    def held(self) -> Held | None:
+        """The change that waits for confirmation; None if none does."""
+        return None if self._waiting is None else self._waiting.held
+
+    def reopened(self, store: Store) -> None:
+        """Follows a store that was opened again; what was counted stays."""
+        self._store = store
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """The held change as it was worked out; None if none is held."""
+        return self._waiting
+
+    def take_over(self, waiting: Waiting | None, *, refused: int, histories: int, in_step: bool) -> None:
+        """Goes on from a step that a follower in another process has made, on the same table."""
+        self._waiting, self.in_step = waiting, in_step
+        self._confirmed = False
+        self._hit.clear()
+        self.refused += refused
+        self.histories += histories
 
     def step(self, now: datetime) -> Committed | None:
-        """Takes in what is new; None where nothing is, or it is held. Raises StoreError, TableError
-        or BulkError, and then the table stands as it stood."""
-        revision, share = self._store.revision(), self._writer.max_flip_share
-        if self.held is not None and (self.held.revision, self.held.share) == (revision, share):
-            return None
-        try:
-            committed = self._take(revision, now)
-        except HeldError as error:
-            self.held = Held(revision, error.flips, share)
-            _log.error(
-                "revision %d %s: it is held, and the policy before stays in force; `portward apply --confirm` "
-                "lets it through", revision, error,
-            )  # fmt: skip
-            return None
-        self.held = None
+        """Takes in what is new; None if nothing is, or it is held. Raises StoreError, TableError or BulkError, and
+        then the table stands as it stood."""
+        # Hashes and changes have to be of one state: another process may write, or restore a backup, in between.
+        with self._store.reading():
+            committed = self._step(self._store.revision(), now)
+            head = self._writer.head()
+            self.in_step = (
+                head is not None
+                and not head.held
+                and head.revision == self._store.revision()
+                and same_history(head, self._store)
+            )
         return committed
 
-    def _take(self, revision: int, now: datetime) -> Committed | None:
-        head, identity = self._writer.head(), self._store.identity()
-        if head is None or head.store != identity or head.revision > revision:
-            return self._replace(identity, now)
-        if head.revision == revision:
+    def _step(self, revision: int, now: datetime) -> Committed | None:
+        known = self._is_as_worked_out()
+        # Denials come first: to work a large change out again takes long. After a restart the table still says
+        # that one is held.
+        committed = self._deny_behind(revision, now)
+        if committed is not None or (known and not self._may_have_changed()):
+            return committed
+        waited = self._waiting
+        found = self._take(revision, now, waited if known else None)
+        self._waiting = None
+        if not isinstance(found, Waiting):
+            return found
+        self._hold(found, waited, now)
+        # A confirmation that did not let the held change through stops nothing behind it.
+        return self._deny_behind(revision, now, up_to_confirmation=False)
+
+    # --- a held change, and what comes behind it ---
+
+    def _is_as_worked_out(self) -> bool:
+        """Whether the held change would be the same again, later revisions aside."""
+        waiting, head = self._waiting, self._writer.head()
+        if waiting is None or head is None:
+            return False
+        same = (waiting.held.share, waiting.preset, waiting.base) == (
+            self._writer.max_flip_share, self._writer.digest, Point(head.revision, head.hash),
+        )  # fmt: skip
+        return same and waiting.upto.hash == hash_at(self._store, waiting.upto.revision)
+
+    def _may_have_changed(self) -> bool:
+        """Whether later revisions may let the held change through: by a confirmation, or since they are about
+        enough of the subscriptions that it flips. A revision takes no more back than it is about."""
+        waiting = self._waiting
+        return waiting is None or self._confirmed or len(self._hit) >= max(1, waiting.excess)
+
+    def _hold(self, waiting: Waiting, before: Waiting | None, now: datetime) -> None:
+        self._waiting, self._confirmed = waiting, False
+        self._hit.clear()
+        held, head = waiting.held, self._writer.head()
+        ahead = 0 if head is None else ahead_of(head, self._store)
+        if head is None or head.held != held.revision or ahead < held.revision:
+            ahead = max(ahead, held.revision)
+            self._writer.hold(held.revision, Point(ahead, hash_at(self._store, ahead)), now=now)
+        if before is not None and before.held == held:
+            return
+        whole = "all that the store holds up to " if held.whole else ""
+        _log.error(
+            "%srevision %d %s: it is held, and the policy before stays in force, with later denials; "
+            "`portward apply --confirm` lets it through", whole, held.revision, held.flips.told(held.share),
+        )  # fmt: skip
+
+    def _deny_behind(self, revision: int, now: datetime, *, up_to_confirmation: bool = True) -> Committed | None:
+        """Takes in what revisions behind the held one refuse, up to the first that refuses anything, or that
+        confirms the held one."""
+        head = self._writer.head()
+        ahead = 0 if head is None or not head.held else ahead_of(head, self._store)
+        if head is None or not ahead or ahead >= revision:
             return None
-        changes = _by_itself(self._within(self._store.changes(head.revision)))
+        for number, behind in groupby(self._store.changes(ahead), key=lambda change: change.revision):
+            batch = self._within(behind)
+            if up_to_confirmation and _confirmed_in(batch) >= head.held:
+                self._confirmed = True
+                return None
+            committed = self._tighten(number, batch, head.held, now)
+            if committed.new:
+                return committed
+        return None
+
+    def _tighten(self, number: int, batch: list[Change], held: int, now: datetime) -> Committed:
+        put, removed = _records(batch)
+        if (waiting := self._waiting) is not None:
+            about = {self._reader.number_of(record) for record in (*put, *removed)}
+            self._hit.update(one for one in about if one is not None and _is_among(one, waiting.turned))
+        ahead = Point(number, hash_at(self._store, number))
+        alone = any(confirmed_alone(change.after) == number for change in batch if change.key == CONFIRMED)
         try:
-            return self._apply(changes, head.revision, now)
-        except HeldError:
-            # What came before the change that flips too many is none of its fault; one revision in each step.
-            first = [change for change in changes if change.revision == changes[0].revision]
-            if len(first) == len(changes):
-                raise
-            return self._apply(first, head.revision, now)
+            committed = self._writer.tighten(put, removed, ahead=ahead, now=now, confirmed=alone)
+        except HeldError as error:
+            _log.error("revision %d %s: it waits behind the held revision %d", number, error, held)
+            head = self._writer.head()
+            return Committed(0, 0) if head is None else Committed(head.revision, head.generation)
+        if committed.new:
+            _log.info("revision %d: what it refuses is enforced ahead of the held revision %d", number, held)
+        return committed
 
-    def _replace(self, identity: bytes, now: datetime) -> Committed:
+    # --- what the store holds, taken in ---
+
+    def _take(self, revision: int, now: datetime, known: Waiting | None) -> Committed | Waiting | None:
+        """`known` is the held change as it was worked out before, if that still holds."""
+        head = self._writer.head()
+        same = head is not None and same_history(head, self._store)
+        if head is not None and same and head.revision == revision:
+            return None
+        self.in_step = False  # also while it takes long
+        if head is None or not same:
+            return self._take_all(head, now)
+        every = self._within(self._store.changes(head.revision))
+        changes = _by_itself(every)
+        try:
+            return self._apply(changes, every, head, now)
+        except HeldError as error:
+            held = error
+        # What came before the change that flips too many is none of its fault; one revision in each step.
+        first = [change for change in changes if change.revision == changes[0].revision]
+        flips = held.flips
+        if known is not None and known.held.revision == first[0].revision:
+            flips = known.held.flips
+        elif len(first) < len(changes):
+            try:
+                return self._apply(first, every, head, now)
+            except HeldError as error:
+                flips = error.flips
+        return self._waits(Held(first[0].revision, flips, self._writer.max_flip_share), held, revision, head)
+
+    def _take_all(self, head: Head | None, now: datetime) -> Committed | Waiting:
+        """Reads everything anew: there is no table yet, or the store's history is not the table's."""
+        if head is not None and head.store != _NO_STORE:
+            self._say_other(head)
+        revision = self._store.revision()
         while True:
-            with contextlib.suppress(GrownError):  # else read again: there may be too many to keep
-                return self._replace_once(identity, now)
+            try:
+                return self._replace(head, now)
+            except GrownError:
+                continue  # read again: there may be too many to keep
+            except HeldError as error:
+                if head is None:
+                    raise
+                # It stays the same change for those who confirm it, however much is written behind it.
+                number = head.held if ahead_of(head, self._store) else revision
+                held = Held(number, error.flips, self._writer.max_flip_share, whole=True)
+                return self._waits(held, error, revision, head)
 
-    def _replace_once(self, identity: bytes, now: datetime) -> Committed:
-        sure = confirmed(self._store.get(CONFIRMED))
-        revision, records = self._store.read_all()
+    def _waits(self, held: Held, error: HeldError, revision: int, head: Head) -> Waiting:
+        return Waiting(
+            held,
+            Point(revision, hash_at(self._store, revision)),
+            Point(head.revision, head.hash),
+            self._writer.digest,
+            error.turned,
+            error.flips.excess(held.share),
+        )
+
+    def _say_other(self, head: Head) -> None:
+        at = head._replace(held=0, ahead=0, ahead_hash=b"", generation=0)
+        if self._other == at:
+            return
+        self._other = at
+        self.histories += 1
+        if head.store != self._store.identity():
+            _log.warning("the store is another one than the policy table was read from: everything is read anew")
+            return
+        _log.warning(
+            "the store has another history than the policy table, which was read at revision %d: a backup was "
+            "restored, a copy took its place, or its log was sealed; everything is read anew", head.revision,
+        )  # fmt: skip
+
+    def _replace(self, head: Head | None, now: datetime) -> Committed:
+        identity, revision = self._store.identity(), self._store.revision()
+        hash_, sure = hash_at(self._store, revision), self._is_confirmed(head)
+        _, records = self._store.read_all()
         if self._limit is not None:
             records = iter(self._within(records))
         return self._writer.replace(
-            self._quickly(records), revision=revision, store=identity, now=now, confirmed=sure == revision
+            self._quickly(records), revision=revision, hash_=hash_, store=identity, now=now, confirmed=sure
         )
 
     def _within(self, items: Iterable[_T]) -> list[_T]:
@@ -115,10 +301,22 @@ class Follower:
             raise BulkError
         return found
 
-    def _apply(self, changes: list[Change], since: int, now: datetime) -> Committed | None:
+    def _is_confirmed(self, head: Head | None) -> bool:
+        """Whether a history that is not the table's was confirmed."""
+        upto = min(confirmed(self._store.get(CONFIRMED)), self._store.revision())
+        # A backup may hold a confirmation of its own time: only one that came after what is held counts.
+        restored = head is not None and head.store == self._store.identity()
+        if head is not None and restored and (not ahead_of(head, self._store) or upto <= head.held):
+            return False
+        # Each later change flips one subscription at most.
+        later = sum(1 for _ in self._store.changes(upto)) if upto else 0
+        return upto > 0 and not Flips(later, self._reader.counts()[1]).too_many(self._writer.max_flip_share)
+
+    def _apply(self, changes: list[Change], every: list[Change], head: Head, now: datetime) -> Committed | None:
+        """Takes the first of these changes in. `every` are all that came since, also those that wait."""
         # What came after a confirmation is not confirmed by it: the next step takes it in.
         upto = max((_confirmed(change) for change in changes if change.key == CONFIRMED), default=0)
-        sure = upto > since
+        sure = upto > head.revision
         newest: dict[str, Change] = {}
         revision = 0
         for change in changes:
@@ -128,12 +326,22 @@ class Follower:
             revision = change.revision
         if not newest:
             return None
+        for key in self._early_keys(newest, every, revision, head):
+            del newest[key]
         put = self._readable((change.key, change.after) for change in newest.values() if change.after is not None)
         # By its key alone: what the store held there last may be a record that was refused, and then the table
         # holds the one before.
         gone = (named(change.key) for change in newest.values() if change.after is None)
         removed = [record for record in gone if record is not None]
-        return self._writer.apply(list(put), removed, revision=revision, now=now, confirmed=sure)
+        hash_ = hash_at(self._store, revision)
+        return self._writer.apply(list(put), removed, revision=revision, hash_=hash_, now=now, confirmed=sure)
+
+    def _early_keys(self, newest: dict[str, Change], every: list[Change], revision: int, head: Head) -> set[str]:
+        """The keys of which the table holds what a revision after `revision` left them with, which was taken in
+        ahead: what is older must not come back in its place."""
+        ahead = ahead_of(head, self._store)
+        later = [change for change in every if revision < change.revision <= ahead and change.key in newest]
+        return {change.key for change in later if is_in_table(self._reader, change.key, change.after)}
 
     def _quickly(self, records: Iterable[tuple[str, str]]) -> Iterator[Loadable]:
         """The records that can be read, in their order; attachments as bytes where that can be done."""
@@ -155,6 +363,24 @@ class Follower:
             except RecordError as error:
                 self.refused += 1
                 _log.error("record refused, the one before stays in force: %s", error)
+
+
+def _records(batch: list[Change]) -> tuple[list[Record], list[Record]]:
+    """What a revision puts and removes. A record that cannot be read is named and counted when its revision is
+    taken in."""
+    put = (readable(change.key, change.after) for change in batch if change.key != CONFIRMED)
+    removed = (named(change.key) for change in batch if change.after is None)
+    return [one for one in put if one is not None], [one for one in removed if one is not None]
+
+
+def _confirmed_in(batch: list[Change]) -> int:
+    """The revision up to which a revision confirms everything; 0 if it confirms none, or itself alone."""
+    return max((confirmed(change.after) for change in batch if change.key == CONFIRMED), default=0)
+
+
+def _is_among(number: int, turned: Sequence[int]) -> bool:
+    place = bisect_left(turned, number)
+    return place < len(turned) and turned[place] == number
 
 
 def _confirmed(change: Change) -> int:

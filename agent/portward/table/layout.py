@@ -19,6 +19,7 @@ Parts of rows (`table/rows.py`) are sorted lists of rows of one size; what comes
 | holdings4, holdings6 | 12, 24 | subscription number, place of an entry of its own |
 | ids | 20 | UUID of the subscription, its number |
 | expiries | 12 | microseconds since 1970, number of a subscription that is to be decided again then |
+| early | 4 | number of a subscription that was denied ahead of a held change: see `Head.held` |
 
 A *place* is segment number (3 bytes), prefix length (1) and network address (4 or 16). An *outcome* is one number
 of 8 bytes: the last start in microseconds since 1970 (0: unknown) in 7 bytes, and the code in the last byte: the
@@ -45,7 +46,7 @@ from portward.model import Network, Reason
 
 FORMAT: Final = 3
 RECORDS: Final = (b"links", b"segments", b"names", b"lengths", b"accounts")
-ROWS: Final = (b"entries4", b"entries6", b"holdings4", b"holdings6", b"ids", b"expiries")
+ROWS: Final = (b"entries4", b"entries6", b"holdings4", b"holdings6", b"ids", b"expiries", b"early")
 PARTS: Final = (*RECORDS, *ROWS)
 HEAD: Final = b"head"
 # By the size of their addresses.
@@ -87,7 +88,8 @@ def _meaning(code: int) -> CodeMeaning:
 # By the code: a worker looks one up for each packet.
 _MEANINGS: Final = tuple(map(_meaning, range(_CODE + 1)))
 
-_HEAD = struct.Struct("<HQIBd32s16s")
+_HEAD = struct.Struct("<HQIBd32s16s32sQQ32s")
+NO_HASH: Final = bytes(32)
 _LINK = struct.Struct("<IB")
 OUTCOME: Final = struct.Struct(">IQ")
 _LENGTH = struct.Struct("<BI")
@@ -99,7 +101,11 @@ class DamagedError(ValueError):
 
 class Head(NamedTuple):
     """What the whole table agrees with. `generation` counts the changes of verdicts; `decided_at` is in
-    seconds since 1970; `preset` is the digest of the preset; `store` says which store it was read from."""
+    seconds since 1970; `preset` is the digest of the preset; `store` says which store it was read from.
+
+    `hash` is the hash of the store's log at `revision`: two histories of one store can share a number, never a
+    hash. `held` is the revision of the store that waits for confirmation, 0 if none does. While it waits, denials
+    of later revisions are in the table up to the revision `ahead` of the log, whose hash is `ahead_hash`."""
 
     revision: int
     generation: int
@@ -108,13 +114,18 @@ class Head(NamedTuple):
     decided_at: float
     preset: bytes
     store: bytes
+    hash: bytes = NO_HASH
+    held: int = 0
+    ahead: int = 0
+    ahead_hash: bytes = NO_HASH
 
     def pack(self) -> bytes:
         """The head as bytes."""
         answers = self.observe | self.reject << 1
         return _HEAD.pack(
-            FORMAT, self.revision, self.generation, answers, self.decided_at, self.preset, self.store
-        )
+            FORMAT, self.revision, self.generation, answers, self.decided_at, self.preset, self.store,
+            self.hash, self.held, self.ahead, self.ahead_hash,
+        )  # fmt: skip
 
     def decided(self) -> datetime:
         """When every entry was last decided, in UTC."""
@@ -125,10 +136,10 @@ class Head(NamedTuple):
         """The head, or None where the bytes are of another format or damaged: the store is read anew then."""
         if len(data) != _HEAD.size:
             return None
-        form, revision, generation, answers, decided_at, preset, store = _HEAD.unpack(data)
+        form, revision, generation, answers, decided_at, *rest = _HEAD.unpack(data)
         if form != FORMAT or not 0 <= decided_at <= _LAST.timestamp():  # no time, after a damage
             return None
-        return cls(revision, generation, bool(answers & 1), bool(answers & 2), decided_at, preset, store)
+        return cls(revision, generation, bool(answers & 1), bool(answers & 2), decided_at, *rest)
 
 
 class Link(NamedTuple):
@@ -163,6 +174,11 @@ class Entry(NamedTuple):
     subscription: int
     started: int
     limited: bool = False
+
+    @property
+    def by_exemption(self) -> bool:
+        """True if it may send by a grant."""
+        return self.reason is Reason.ALLOWED_EXEMPT
 
     def row(self, place: bytes) -> bytes:
         """The row of the entry for a place."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
 
-from portward.model import Address, Network, Reason
+from portward.model import Address, Attachment, Exemption, Network, Reason, Record, Subscription, Workload
 from portward.table import layout
 from portward.table.account import Account
 from portward.table.damage import Damage
@@ -210,6 +210,39 @@ class Reader:
                 for row in Rows(transaction, self._parts[part]).starting(start)
             ]
 
+    def number_of(self, record: Record) -> int | None:
+        """The table's number of the subscription that a record is about: of an attachment, the one that holds the
+        very prefix now. None if the table does not know it."""
+        with self._snapshot_of() as transaction:
+            match record:
+                case Subscription():
+                    return self._number(transaction, record.id)
+                case Exemption():
+                    return self._number(transaction, record.subscription)
+            entry = self._entry_at(transaction, record)
+            return None if entry is None else entry.subscription
+
+    def record_like(self, record: Record) -> Record | None:
+        """The record that the table holds under the key of this one."""
+        with self._snapshot_of() as transaction:
+            if isinstance(record, Attachment):
+                entry = self._entry_at(transaction, record)
+                account = None if entry is None else self._account(transaction, entry.subscription)
+                if entry is None or account is None:
+                    return None
+                workload = Workload.PAAS if entry.paas else Workload.VM
+                return Attachment(
+                    segment=record.segment, address=record.address, subscription=account.id, workload=workload,
+                    started=layout.instant(entry.started),
+                )  # fmt: skip
+            number = self._number(
+                transaction, record.id if isinstance(record, Subscription) else record.subscription
+            )
+            account = None if number is None else self._account(transaction, number)
+            if account is None:
+                return None
+            return account.subscription if isinstance(record, Subscription) else account.exemption
+
     def counts(self) -> tuple[int, int]:
         """How many attachments and subscriptions the table holds."""
         with self._begin() as transaction:
@@ -247,6 +280,15 @@ class Reader:
             return
         with self._begin() as transaction:
             yield transaction
+
+    def _entry_at(self, transaction: Transaction, attachment: Attachment) -> layout.Entry | None:
+        """The entry of the very prefix of an attachment."""
+        segment = transaction.get(attachment.segment.encode(), db=self._parts[b"segments"])
+        if segment is None:
+            return None
+        place = layout.place(int.from_bytes(segment, "big"), attachment.address)
+        row = Rows(transaction, self._parts[layout.ENTRIES[layout.address_bytes(place)]]).find(place)
+        return None if row is None else layout.Entry.of(row)
 
     def _number(self, transaction: Transaction, id_: UUID) -> int | None:
         """The table's number of a subscription."""

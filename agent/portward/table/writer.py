@@ -7,11 +7,12 @@ with it until the caller has moved the epoch and forgotten what `Committed` name
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from secrets import randbits
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from portward.model import Exemption, Record, Subscription, Workload
 from portward.policy.decide import Ruling, rule
@@ -29,6 +30,7 @@ from portward.table.database import (
     drop_other_formats,
     open_for_writing,
 )
+from portward.table.denials import Group, groups, weigh
 from portward.table.edit import Edit, Place
 from portward.table.load import Loadable
 from portward.table.reader import Reader
@@ -68,6 +70,21 @@ class Answers(NamedTuple):
 
     observe: bool
     reject: bool
+
+
+class _FreerError(Exception):
+    """Not all groups of an edit may go in before the held change: only `kept` may."""
+
+    def __init__(self, kept: list[Group]) -> None:
+        super().__init__()
+        self.kept = kept
+
+
+class Point(NamedTuple):
+    """A revision of a store's log and its hash (32 bytes)."""
+
+    revision: int
+    hash: bytes
 
 
 class Writer:
@@ -123,6 +140,18 @@ class Writer:
             self._environment.set_mapsize(0)
             return self._environment.begin()
 
+    @property
+    def of_other_format(self) -> bool:
+        """True if the file holds the table of another version of portward, which is not looked at."""
+        with self._reading() as transaction:
+            data = transaction.get(layout.HEAD)
+        return data is not None and layout.Head.unpack(data) is None
+
+    @property
+    def digest(self) -> bytes:
+        """Says which preset the table is decided by."""
+        return bytes.fromhex(self.preset.digest)
+
     def next_expiry(self) -> datetime | None:
         """When something next changes by itself: a grant ends, or a start comes that was recorded ahead."""
         with self._reading() as transaction:
@@ -138,7 +167,7 @@ class Writer:
         """Whether the table was decided under another preset or other answers than those that hold now, so that
         `settle` decides everything again."""
         head = self.head()
-        return head is None or head.preset != self._digest() or Answers(head.observe, head.reject) != self.answers
+        return head is None or head.preset != self.digest or Answers(head.observe, head.reject) != self.answers
 
     def apply(
         self,
@@ -147,23 +176,92 @@ class Writer:
         *,
         revision: int,
         now: datetime,
+        hash_: bytes = layout.NO_HASH,
         confirmed: bool = False,
     ) -> Committed:
-        """Takes a change of policy in; the table then stands at `revision`. Raises TableError, and HeldError."""
+        """Takes a change of policy in; the table then stands at `revision` of its store, whose log has `hash_`
+        there. Raises TableError, and HeldError."""
         put, removed = tuple(put), tuple(removed)
-        return self._commit(lambda edit: edit.apply(put, removed), now, revision=revision, may_flip=confirmed)
-
-    def replace(
-        self, records: Iterable[Loadable], *, revision: int, store: bytes, now: datetime, confirmed: bool = False
-    ) -> Committed:
-        """Makes the table hold these records and nothing else, those of the store with the id `store`
-        (16 bytes), subscriptions and exemptions before all attachments. Readers see the old table until the new
-        one is whole. Raises TableError, HeldError, and GrownError: `records` may be too many to be kept."""
+        head = self.head()
+        behind = head is not None and head.ahead > revision
+        fields: dict[str, Any] = {"revision": revision, "hash": hash_, "held": 0}
+        if not behind:
+            fields |= {"ahead": 0, "ahead_hash": layout.NO_HASH}
 
         def work(edit: Edit) -> None:
-            edit.replace(records)
+            edit.apply(put, removed)
+            if not behind:
+                edit.end_early()
 
-        return self._commit(work, now, revision=revision, store=store, whole=True, may_flip=confirmed, anew=True)
+        return self._commit(work, now, fields=fields, check=None if confirmed else self._check_change)
+
+    def replace(
+        self,
+        records: Iterable[Loadable],
+        *,
+        revision: int,
+        store: bytes,
+        now: datetime,
+        hash_: bytes = layout.NO_HASH,
+        confirmed: bool = False,
+    ) -> Committed:
+        """Makes the table hold these records and nothing else, those of the store with the id `store`
+        (16 bytes), whose log has `hash_` at `revision`; subscriptions and exemptions before all attachments.
+        Readers see the old table until the new one is whole. Raises TableError, HeldError, and GrownError:
+        `records` may be too many to be kept."""
+        fields: dict[str, Any] = {"revision": revision, "store": store, "hash": hash_}
+        fields |= {"held": 0, "ahead": 0, "ahead_hash": layout.NO_HASH}
+        check = None if confirmed else self._check_change
+        return self._commit(
+            lambda edit: edit.replace(records), now, fields=fields, whole=True, check=check, anew=True
+        )
+
+    def hold(self, revision: int, ahead: Point, *, now: datetime) -> None:
+        """Notes that `revision` of the store is held, and that denials behind it are in force up to `ahead`.
+        Raises TableError."""
+        fields = {"held": revision, "ahead": ahead.revision, "ahead_hash": ahead.hash}
+        self._commit(lambda edit: None, now, fields=fields)
+
+    def tighten(
+        self,
+        put: Iterable[Record],
+        removed: Iterable[Record],
+        *,
+        ahead: Point,
+        now: datetime,
+        confirmed: bool = False,
+    ) -> Committed:
+        """Takes in what a revision behind the held one makes stricter, and nothing that frees a source. The
+        table's own revision stays. If it would refuse too many subscriptions, nothing goes in unless it is
+        `confirmed`, and HeldError is raised once `ahead` is noted. Raises TableError."""
+        put, removed = tuple(put), tuple(removed)
+        held: HeldError | None = None
+        chosen: list[Group] | None = None
+
+        def work(edit: Edit) -> None:
+            nonlocal chosen
+            if chosen is None:
+                chosen = groups(put, removed, edit.owner_of)
+            edit.apply(
+                (record for group in chosen for record in group.put),
+                (record for group in chosen for record in group.removed),
+            )
+
+        def check(edit: Edit) -> None:
+            self._check_stricter(edit, chosen or [], confirmed=confirmed)
+
+        while True:
+            try:
+                fields = {"ahead": ahead.revision, "ahead_hash": ahead.hash}
+                committed = self._commit(work, now, fields=fields, check=check)
+            except _FreerError as error:
+                chosen = error.kept
+            except HeldError as error:
+                chosen, held = [], error
+            else:
+                if held is not None:
+                    raise held
+                return committed
 
     def settle(self, *, now: datetime, may_flip: bool = True) -> Committed:
         """Decides again what has changed by itself: grants that have ended, and, where preset or answers are
@@ -173,14 +271,14 @@ class Writer:
 
         def work(edit: Edit) -> None:
             ended = edit.expired(layout.microseconds(now))
-            if head is None or head.preset != self._digest():
+            if head is None or head.preset != self.digest:
                 edit.settle_everything()
             else:
                 edit.settle(ended)
             if head is not None and Answers(head.observe, head.reject) != self.answers:
                 edit.everything = True
 
-        return self._commit(work, now, whole=True, may_flip=may_flip)
+        return self._commit(work, now, whole=True, check=None if may_flip else self._check_flips)
 
     def put_links(self, want: dict[int, tuple[str, bool]], *, touched: frozenset[int], now: datetime) -> Committed:
         """Says which segment is behind which interface index: index → (name, only observed). The indexes in
@@ -193,24 +291,20 @@ class Writer:
 
         return self._commit(work, now, links=moved)
 
-    def _digest(self) -> bytes:
-        return bytes.fromhex(self.preset.digest)
-
     def _commit(
         self,
         work: Callable[[Edit], None],
         now: datetime,
         *,
-        revision: int | None = None,
-        store: bytes | None = None,
+        fields: Mapping[str, Any] | None = None,
         links: set[int] | None = None,
         whole: bool = False,
-        may_flip: bool = True,
+        check: Callable[[Edit], None] | None = None,
         anew: bool = False,
     ) -> Committed:
-        """`whole`: afterwards every entry agrees with this preset, these answers and this time. `may_flip`: any
-        number of subscriptions may. `anew`: nothing that another version wrote stays in the file, and `work` can
-        be done only once."""
+        """`fields` go into the head. `whole`: afterwards every entry agrees with this preset, these answers and
+        this time. `check` raises after `work` what keeps the table as it was. `anew`: nothing that another version
+        wrote stays in the file, and `work` can be done only once."""
 
         def ruling(subscription: Subscription | None, exemption: Exemption | None, workload: Workload) -> Ruling:
             return rule(self.preset, subscription, exemption, workload, now=now)
@@ -225,14 +319,10 @@ class Writer:
                         drop_other_formats(self._environment, transaction)
                     edit = Edit(transaction, self._parts, ruling, now, self.damage)
                     work(edit)
-                    if not may_flip:
-                        self._check_flips(edit)
+                    if check is not None:
+                        check(edit)
                     new = bool(edit.changed or edit.everything or links)
-                    head = self._next_head(before, now, new=new, whole=whole)
-                    if revision is not None:
-                        head = head._replace(revision=revision)
-                    if store is not None:
-                        head = head._replace(store=store)
+                    head = self._next_head(before, now, new=new, whole=whole)._replace(**(fields or {}))
                     transaction.put(layout.HEAD, head.pack())
                 break
             except MapFullError:
@@ -252,24 +342,49 @@ class Writer:
 
     def _check_flips(self, edit: Edit) -> None:
         """Raises HeldError, and with it the transaction ends and leaves the table as it is."""
-        with self._environment.begin() as before:
-            subscriptions = before.stat(self._parts[b"accounts"])["entries"]
-            flips = Flips(edit.flipped(before), subscriptions)
+        with self._reading() as before:
+            closed, opened = edit.turned(before)
+            self._limit(closed | opened, before)
+
+    def _check_change(self, edit: Edit) -> None:
+        """As `_check_flips`, for a change of the store. What was denied ahead of it counts as well, unless the
+        change takes that back: otherwise early denials could make a held change small enough to pass."""
+        with self._reading() as before:
+            closed, opened = edit.turned(before)
+            early = {int.from_bytes(row, "big") for row in Rows(before, self._parts[b"early"])}
+            self._limit(closed | (opened ^ early), before)
+
+    def _check_stricter(self, edit: Edit, chosen: list[Group], *, confirmed: bool) -> None:
+        """Raises _FreerError with the groups that may stay if any makes a source freer, and HeldError if too many
+        subscriptions would be refused."""
+        with self._reading() as before:
+            old = edit.before(before)
+            weighed = [weigh(old, edit, group) for group in chosen]
+            if any(found.freer for found in weighed):
+                raise _FreerError([group for group, found in zip(chosen, weighed, strict=True) if not found.freer])
+            losers = {number for found in weighed for number in found.losers}
+            if not confirmed:
+                self._limit(losers, before)
+                edit.deny_early(losers)
+
+    def _limit(self, turned: set[int], before: Transaction) -> None:
+        """Raises HeldError if so many subscriptions (the table's numbers) may not flip at once."""
+        flips = Flips(len(turned), before.stat(self._parts[b"accounts"])["entries"])
         if flips.too_many(self.max_flip_share):
-            raise HeldError(flips, self.max_flip_share)
+            raise HeldError(flips, self.max_flip_share, array("I", sorted(turned)))
 
     def _next_head(self, before: layout.Head | None, now: datetime, *, new: bool, whole: bool) -> layout.Head:
         if before is None:
             # A table begins at a random generation: what a kernel remembers of an older table is never taken
             # for what it remembers of this one.
-            return layout.Head(0, randbits(31), *self.answers, now.timestamp(), self._digest(), bytes(16))
+            return layout.Head(0, randbits(31), *self.answers, now.timestamp(), self.digest, bytes(16))
         head = before._replace(generation=(before.generation + new) % 2**32)
         if whole:
             head = head._replace(
                 observe=self.answers.observe,
                 reject=self.answers.reject,
                 decided_at=now.timestamp(),
-                preset=self._digest(),
+                preset=self.digest,
             )
         return head
 

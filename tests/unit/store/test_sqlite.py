@@ -192,6 +192,40 @@ def test_a_file_put_in_place_of_the_open_one_is_noticed(store: SqliteStore, path
             use()
 
 
+def test_a_copy_that_left_wal_mode_comes_back_to_it(store: SqliteStore, path: Path, tmp_path: Path) -> None:
+    """`VACUUM INTO` writes such a copy. Else whoever reads it keeps writers waiting."""
+    write(store, put(CONTOSO))
+    copy = tmp_path / "copy.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("VACUUM INTO ?", (str(copy),))
+
+    def mode() -> str:
+        with closing(sqlite3.connect(copy)) as connection:
+            return str(connection.execute("PRAGMA journal_mode").fetchone()[0])
+
+    assert mode() == "delete"
+    with closing(sqlite3.connect(copy, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        SqliteStore(copy).close()
+        assert mode() == "delete", "not while another process is at work"
+    SqliteStore(copy).close()
+    assert mode() == "wal"
+
+
+def test_another_store_that_is_restored_into_the_open_file_is_told_apart(
+    store: SqliteStore, path: Path, tmp_path: Path
+) -> None:
+    write(store, put(CONTOSO))
+    before = store.identity(), store.hash_of(1)
+    with closing(opened(tmp_path / "other.db")) as other:
+        write(other, put(CONTOSO))
+    with closing(sqlite3.connect(tmp_path / "other.db")) as have, closing(sqlite3.connect(path)) as into:
+        have.backup(into)
+    assert store.revision() == 1
+    assert store.identity() != before[0]
+    assert store.hash_of(1) != before[1]
+
+
 def test_a_file_that_was_removed_is_noticed(store: SqliteStore, path: Path) -> None:
     path.unlink()
     with pytest.raises(StoreError, match="No such file"):

@@ -1,0 +1,83 @@
+"""What the agent here does with a revision that was written while it holds an earlier one: denials are enforced
+ahead of the held revision, everything else waits behind it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from typing import Final, NamedTuple
+
+from portward.config import Config
+from portward.errors import PortwardError
+from portward.runtime import running
+from portward.store import open_store
+from portward.store.protocol import Store
+from portward.table.history import ahead_of, count_in_table
+from portward.table.layout import Head
+from portward.table.reader import Reader
+
+# The agent takes a revision in within some milliseconds; while it works out a large change, later.
+_PATIENCE_S: Final = 2.0
+_PAUSE_S: Final = 0.005
+
+
+class Behind(NamedTuple):
+    """A revision of `records` changed records behind the revision `held`; `enforced` of them are in force here."""
+
+    held: int
+    enforced: int
+    records: int
+
+    @property
+    def waits(self) -> bool:
+        """True if anything of it is not in force."""
+        return self.enforced < self.records
+
+    def __str__(self) -> str:
+        if not self.waits:
+            return f"in force here, ahead of the held revision {self.held}"
+        if not self.enforced:
+            return f"NOT in force here yet: revision {self.held} is held, see `portward status`"
+        return (
+            f"in force here only in part, ahead of the held revision {self.held}: {self.enforced} of "
+            f"{self.records} records; the others wait, see `portward status`"
+        )
+
+    def machine(self) -> dict[str, object]:
+        """The same for JSON."""
+        return {"held": self.held, "enforced": self.enforced, "records": self.records}
+
+
+def behind_held(config: Config, revision: int) -> Behind | None:
+    """What the agent here does with `revision` of the store, if it holds an earlier one; waits until the agent has
+    looked at it. None if the agent holds none, or if that cannot be found out. Raises StoreError."""
+    if running(config.table) is None:
+        return None
+    try:
+        reader = Reader.open(config.table)
+    except PortwardError:
+        return None
+    with closing(reader):
+        head = reader.head()
+        if head is None or not head.held:
+            return None
+        with closing(open_store(config.store)) as store:
+            return _wait(reader, store, revision)
+
+
+def _wait(reader: Reader, store: Store, revision: int) -> Behind | None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        with reader.view():
+            head = reader.head()
+            if head is None or not head.held or head.held >= revision:
+                return None
+            seen = ahead_of(head, store) >= revision
+            if seen or time.monotonic() > deadline:
+                return _counted(reader, head, store, revision, seen=seen)
+        time.sleep(_PAUSE_S)
+
+
+def _counted(reader: Reader, head: Head, store: Store, revision: int, *, seen: bool) -> Behind:
+    enforced, records = count_in_table(reader, store, revision)
+    return Behind(head.held, enforced if seen else 0, records)

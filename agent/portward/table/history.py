@@ -1,0 +1,40 @@
+"""Whether the table stands in the history of a store. The hash of the log says so: numbers alone are the same
+again after a backup was restored and written on."""
+
+from __future__ import annotations
+
+from portward.store.protocol import CONFIRMED, Store, named, readable
+from portward.table import layout
+from portward.table.reader import Reader
+
+
+def hash_at(store: Store, revision: int) -> bytes:
+    """The hash of the store's log at a revision, as the table keeps it; raises StoreError."""
+    return store.hash_of(revision) or layout.NO_HASH
+
+
+def same_history(head: layout.Head, store: Store) -> bool:
+    """Whether the store's log still has every entry that the table was written from; raises StoreError."""
+    if head.store != store.identity() or head.hash != hash_at(store, head.revision):
+        return False
+    return not head.ahead or bool(ahead_of(head, store))
+
+
+def ahead_of(head: layout.Head, store: Store) -> int:
+    """The revision up to which denials were taken in ahead of a held change; 0 if none were, or if the store's log
+    has another entry there. Raises StoreError."""
+    return head.ahead if head.ahead and head.ahead_hash == hash_at(store, head.ahead) else 0
+
+
+def is_in_table(reader: Reader, key: str, body: str | None) -> bool:
+    """Whether the table holds under a key what a change of the store has left there; None: nothing."""
+    record = named(key) if body is None else readable(key, body)
+    return record is not None and reader.record_like(record) == (None if body is None else record)
+
+
+def count_in_table(reader: Reader, store: Store, revision: int) -> tuple[int, int]:
+    """How many of the records that a revision of the store changed are in the table as it left them, and how many
+    it changed. Raises StoreError."""
+    changed = [(str(key), None if body is None else str(body)) for key, _, body in store.rows(revision)]
+    records = [(key, body) for key, body in changed if key != CONFIRMED]
+    return sum(is_in_table(reader, key, body) for key, body in records), len(records)
