@@ -177,11 +177,11 @@ def _held(held: dict[str, Any]) -> Iterator[str]:
 
 
 def _store(told: dict[str, Any]) -> str:
-    """What follows the store's URL: whether the agent is in step with it."""
-    waits = f"; {told['store_waits']}" if told["store_waits"] else ""
+    """What follows the store's URL: whether the agent is in step. An older agent does not write all of it."""
+    waits = f"; {told['store_waits']}" if told.get("store_waits") else ""
     if told["store_error"]:
         return f": {told['store_error']}{waits}"
-    work = told["working"]
+    work = told.get("working")
     if work is not None and work["seconds"] >= _LONG_SECONDS:
         return f", {work['what']} for {_span(work['seconds'])} now: later changes wait{waits}"
     if told.get("in_step", True):

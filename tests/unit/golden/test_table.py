@@ -65,6 +65,19 @@ def test_the_other_parts_are_read_as_they_were_meant() -> None:
     assert layout.moment(int.from_bytes(bytes.fromhex(due["row"])[:8], "big")) == at
 
 
+def test_the_head_is_read_as_it_was_meant() -> None:
+    told = dict(TABLE["head"])
+    value = bytes.fromhex(told.pop("value"))
+    expected = {
+        name: bytes.fromhex(field) if name in ("preset", "store", "hash", "ahead_hash") else field
+        for name, field in told.items()
+    }
+    head = layout.Head.unpack(value)
+    assert head is not None
+    assert head._asdict() == expected
+    assert head.pack() == value
+
+
 @pytest.mark.parametrize("told", golden("account-1.json"), ids=lambda told: told["id"])
 def test_an_account_is_read_as_it_was_meant(told: dict[str, Any]) -> None:
     found = Account.unpack(bytes.fromhex(told["packed"]))
