@@ -161,7 +161,9 @@ def test_a_bulk_change_is_taken_in(agent: Agent) -> None:
     agent.start()
     apply(agent, *many())
     until(lambda: agent.revision() == 2, "the bulk change is enforced", seconds=60)
-    assert status(agent)["attachments"] == 21_000 + len(attachments(CONTOSO)) * 2
+    held = 21_000 + len(attachments(CONTOSO)) * 2
+    # The status is written each second.
+    until(lambda: status(agent)["attachments"] == held, "the status counts it")
     assert agent.explain("vni9", "10.0.82.7")["reason"] == "allowed-offer"
     assert agent.apply(_DISABLED) == 3
     assert agent.explain("vni9", "10.0.82.7")["reason"] == "denied-disabled"
