@@ -4,17 +4,21 @@ enforcing."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from portward import config as configuration
 from portward.config import Config, OnAgentDown
 from portward.errors import InputError, KernelError, PortwardError
-from portward.gateway import keeper, ruleset, xtables
+from portward.gateway import keeper, others, ruleset, xtables
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.surroundings import Surroundings
 from portward.model import Mode
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
 from portward.runtime import running
+
+_UNWATCHED: Final = Surroundings(guard=True)
 
 
 def loaded() -> str:
@@ -45,9 +49,10 @@ def without_agent(config: Config) -> str:
 def wanted(path: Path) -> str:
     """The ruleset that `portward run` would load here with the configuration at `path`."""
     config = configuration.load(path)
-    state = ruleset.State(0, synced=False)
+    preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
     native = xtables.has_native_queue(Nft())
-    return ruleset.wanted(config, presets.load(config.preset, named_in=path), native=native, state=state).text
+    surroundings = Surroundings(guard=others.seen(NfNetlink()).guard)
+    return ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings).text
 
 
 def baseline(path: Path) -> str:
@@ -65,7 +70,8 @@ def baseline(path: Path) -> str:
         config = configuration.load(path)
         preset = presets.load(config.preset, named_in=path)
         state = ruleset.State(0, synced=False)
-        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state))
+        # With the guard: nobody watches here whether others translate packets.
+        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state, surroundings=_UNWATCHED))
     except PortwardError as error:
         if keeper.loaded(netlink):  # an agent was quicker
             return "portward's ruleset is loaded already: nothing is changed"

@@ -129,6 +129,10 @@ def _lines(told: dict[str, Any]) -> list[str]:
         "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
     ]
     found.append(_self_check(told["self_check"]))
+    if told["guard"]["loaded"]:
+        found.append(f"guard     loaded, what is forwarded is judged again: {'; '.join(told['guard']['why'])}")
+    else:
+        found.append("guard     not loaded: nobody else translates packets here")
     for segment in told["segments"]:
         seen = (
             f"{segment['packets']} packets to the judged ports"

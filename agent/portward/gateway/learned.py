@@ -8,7 +8,7 @@ then `forget`. In one transaction a verdict stored between its walk and its comm
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from typing import Final, NamedTuple
 
@@ -105,8 +105,21 @@ class Learned:
         If the process dies right after it, what is remembered may be old until it expires or the agent starts
         again: `synced` still names the older generation, so the next start forgets everything.
         """
-        epoch = mark.epoch_of(generation) << mark.EPOCH_SHIFT
-        self._nft.elements(f"flush set {FAMILY_TABLE} epoch\nadd element {FAMILY_TABLE} epoch {{ {epoch:#x} }}")
+        epoch, before = mark.epoch_of(generation) << mark.EPOCH_SHIFT, self._number("epoch")
+        lines = [f"flush set {FAMILY_TABLE} epoch", f"add element {FAMILY_TABLE} epoch {{ {epoch:#x} }}"]
+        if before is not None:  # its verdicts may still be on their way: `learn` acts on them once
+            lines.append(f"add element {FAMILY_TABLE} recent {{ {before:#x} }}")
+        self._nft.elements("\n".join(lines))
+
+    def teach(self, verdicts: Mapping[Source, mark.Class]) -> None:
+        """Caches these verdicts, as if packets had brought them; raises KernelError, and then none is cached. Only
+        the thread that changes the policy may call it, with verdicts of the policy in force."""
+        lines = [
+            f"add element {FAMILY_TABLE} {LEARNED_SETS[verdict]}{source.family} {{ {source} }}"
+            for source, verdict in verdicts.items()
+        ]
+        if lines:
+            self._nft.elements("\n".join(lines))
 
     def forget(
         self,

@@ -36,7 +36,7 @@ from portward.gateway.netlink import (
 )
 
 _SUBSYS_NFTABLES: Final = 10
-_NFPROTO_INET: Final = 1
+_NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
 _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 4, 7, 10, 13, 16, 19
 _OBJECT_COUNTER, _OBJECT_LIMIT = 1, 4
 _BATCH_BEGIN, _BATCH_END = 16, 17
@@ -45,6 +45,27 @@ _DUMP_INTERRUPTED = 0x10
 _U32 = struct.Struct(">I")
 _I32 = struct.Struct(">i")
 _U64 = struct.Struct(">Q")
+
+
+class Chain(NamedTuple):
+    """A base chain of any table: address family (NFPROTO_…), type as nft calls it, hook and priority."""
+
+    family: int
+    table: str
+    name: str
+    type: str
+    hook: int
+    priority: int
+
+
+class Expression(NamedTuple):
+    """One expression of a rule of any table: its name and its attributes."""
+
+    family: int
+    table: str
+    chain: str
+    name: str
+    attributes: dict[int, bytes]
 
 
 class SetElement(NamedTuple):
@@ -115,6 +136,30 @@ class NfNetlink:
                 hook = dict(_attributes(attributes[4]))
                 found[attributes[3].rstrip(b"\0").decode()] = (*_U32.unpack(hook[1]), *_I32.unpack(hook[2]))
         return found
+
+    def chains(self) -> Iterator[Chain]:
+        """The base chains of all tables of all families."""
+        for family, attributes in self._of_all_families(_GET_CHAIN):
+            if 4 in attributes:
+                hook = dict(_attributes(attributes[4]))
+                table, name, type_ = (_name(attributes.get(kind, b"")) for kind in (1, 3, 7))
+                number, priority = int.from_bytes(hook.get(1, b""), "big"), *_I32.unpack(hook.get(2, bytes(4)))
+                yield Chain(family, table, name, type_, number, priority)
+
+    def expressions(self) -> Iterator[Expression]:
+        """The expressions of all rules of all families, rule by rule."""
+        for family, attributes in self._of_all_families(_GET_RULE):
+            table, chain = _name(attributes.get(1, b"")), _name(attributes.get(2, b""))
+            for _, item in _attributes(attributes.get(4, b"")):
+                found = dict(_attributes(item))
+                yield Expression(
+                    family, table, chain, _name(found.get(1, b"")), dict(_attributes(found.get(2, b"")))
+                )
+
+    def _of_all_families(self, message: int) -> Iterator[tuple[int, dict[int, bytes]]]:
+        """Address family and attributes of each reply to a dump of all families."""
+        for reply in self._request(message, b"", NLM_F_DUMP, _NFPROTO_UNSPEC, skip=0):
+            yield reply[0], dict(_attributes(reply, NFGEN.size))
 
     def counters(self, table: str) -> dict[str, int]:
         """The named counters of an inet table: name → packets."""
@@ -214,10 +259,13 @@ class NfNetlink:
         if refused:
             raise OSError(refused, os.strerror(refused))
 
-    def _request(self, message: int, body: bytes, flags: int) -> Iterator[bytes]:
-        """Sends one request; yields the attributes of each reply message. Raises OSError with the kernel's
-        errno. A dump that a change interrupted is asked for again, so what is yielded may then repeat."""
-        payload = NFGEN.pack(_NFPROTO_INET, 0, 0) + body
+    def _request(
+        self, message: int, body: bytes, flags: int, family: int = _NFPROTO_INET, *, skip: int = NFGEN.size
+    ) -> Iterator[bytes]:
+        """Sends one request; yields each reply message without its first `skip` bytes, so its attributes if
+        nothing else is said. Raises OSError with the kernel's errno. A dump that a change interrupted is asked for
+        again, so what is yielded may then repeat."""
+        payload = NFGEN.pack(family, 0, 0) + body
         self._socket.send(self._message(_SUBSYS_NFTABLES << 8 | message, NLM_F_REQUEST | flags, payload))
         many = bool(flags & (NLM_F_DUMP | NLM_F_ACK))
         replies: list[bytes] = []
@@ -236,11 +284,11 @@ class NfNetlink:
                     return
                 if kind == NLMSG_DONE:
                     if interrupted:
-                        yield from self._request(message, body, flags)
+                        yield from self._request(message, body, flags, family, skip=skip)
                     else:
                         yield from replies
                     return
-                replies.append(content[4:])
+                replies.append(content[skip:])
                 if not many:
                     yield from replies
                     return
@@ -255,6 +303,11 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
             return
         yield kind, flags, sequence, data[start + 16 : start + length]
         start += (length + 3) & ~3
+
+
+def _name(value: bytes) -> str:
+    """A name as an attribute holds it."""
+    return value.rstrip(b"\0").decode(errors="replace")
 
 
 def _elements_of(reply: bytes) -> Iterator[SetElement]:

@@ -12,6 +12,7 @@ from scapy.layers.inet import IP, TCP, UDP
 from portward.gateway import mark
 from portward.gateway.batch import BatchJudge
 from portward.gateway.judge import Judge, judge
+from portward.gateway.messages import PREROUTING
 from portward.gateway.nfqueue import SLOT
 from portward.gateway.reset import Resetter
 from portward.gateway.tally import Event, Outcome, Tally
@@ -26,6 +27,7 @@ class QueuedPacket:
     """As NetfilterQueue hands one over; remembers what was said of it."""
 
     indev = 3
+    hook = PREROUTING
 
     def __init__(self, payload: bytes = SYN, before: int = 0) -> None:
         self._payload, self.mark, self.said = payload, before, list[str]()
