@@ -3,6 +3,8 @@ enforcing."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +20,9 @@ from portward.policy import preset as presets
 from portward.policy.preset import Preset
 from portward.runtime import running
 
+# The line of the configuration that names the preset.
+_PRESET: Final = re.compile(r"(?m)^preset\s*=\s*[\"']([^\"'\n]*)[\"']")
+_LEAST_PORTS: Final = (25,)
 _UNWATCHED: Final = Surroundings(guard=True)
 
 
@@ -40,7 +45,10 @@ def without_agent(config: Config) -> str:
             passed = config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE
             return f"known verdicts stay in the kernel, unknown sources are {'passed' if passed else 'dropped'}"
         if keeper.closed(netlink):
-            return f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} stands where no ruleset is"
+            return (
+                f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} stands where no ruleset is "
+                "(`portward rules show` names all its ports)"
+            )
     except KernelError as error:
         return f"what the kernel enforces is not known: {error}"
     return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"
@@ -56,13 +64,13 @@ def wanted(path: Path) -> str:
 
 
 def baseline(path: Path) -> str:
-    """Sees to it that port 25 is closed before there is an agent, and says what it did. It needs neither store nor
-    policy table.
+    """Sees to it that the judged ports are closed before there is an agent, and says what it did. It needs neither
+    store nor policy table.
 
     Where portward's ruleset is loaded nothing is changed: an agent has put it there, and may run. Else the ruleset
     of the configuration at `path` is loaded, with nobody behind its queue; where that cannot be had, no packet to
-    port 25 is forwarded any more, and PortwardError says why. A crash between any two steps leaves what was there
-    before, or a closed port."""
+    the ports of its preset is forwarded any more (if these cannot be read either: to port 25), and PortwardError
+    says why. A crash between any two steps leaves what was there before, or a closed port."""
     nft, netlink = Nft(), NfNetlink()
     if keeper.loaded(netlink):
         return "portward's ruleset is loaded already: nothing is changed"
@@ -75,10 +83,21 @@ def baseline(path: Path) -> str:
     except PortwardError as error:
         if keeper.loaded(netlink):  # an agent was quicker
             return "portward's ruleset is loaded already: nothing is changed"
-        keeper.close(nft)
-        raise PortwardError(f"no packet to port 25 is forwarded until this is mended: {error}") from error
+        ports = _ports(path)
+        keeper.close(nft, ports)
+        closed = f"{'port' if len(ports) == 1 else 'ports'} {', '.join(map(str, ports))}"
+        raise PortwardError(f"no packet to {closed} is forwarded until this is mended: {error}") from error
     keeper.lift(nft, netlink)
     return _told(config, preset)
+
+
+def _ports(path: Path) -> tuple[int, ...]:
+    """The ports of the preset that the configuration at `path` names, also if nothing else of it can be read; port
+    25 if the preset cannot be read."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, InputError):
+        if named := _PRESET.findall(path.read_text()):
+            return presets.load(named[-1]).ports
+    return _LEAST_PORTS
 
 
 def _told(config: Config, preset: Preset) -> str:
