@@ -24,7 +24,7 @@ from portward.gateway.enforcement import Enforcement
 from portward.gateway.judge import judge
 from portward.gateway.keeper import Keeper
 from portward.gateway.learned import Element, Learned, Source
-from portward.gateway.links import Links
+from portward.gateway.links import Links, only_ports
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.others import NOBODY
@@ -93,6 +93,8 @@ class Core:
         self._store: Store | None = None
         self._follower: Follower | None = None
         self._links = Links({}, frozenset())
+        # VRFs with one segment as a port: index of the VRF → index of the port.
+        self._ports: dict[int, int] = {}
         self._surroundings = NOTHING
         # What others have in the kernel; it decides whether the forward guard is loaded.
         self.others = NOBODY
@@ -268,7 +270,8 @@ class Core:
     def asked(self, sources: Iterable[Source]) -> None:
         """Takes in sources that a worker has met and that the kernel cannot learn from a mark: those with a limit,
         and those that the forward guard asked about."""
-        sources = list(sources)
+        # The sets know the port, not the VRF that the guard's question names.
+        sources = [source._replace(link=self._ports.get(source.link, source.link)) for source in sources]
         with contextlib.suppress(OSError):
             self._rates.doubt(sources)
         self.rate(sources)
@@ -485,6 +488,9 @@ class Core:
         segments = self.segments()
         self._enforcement.links = {name: index for index, name in segments.items()}
         want = {index: (name, self.config.observes(name)) for index, name in segments.items()}
+        # A worker that the forward guard asks is told the VRF's index.
+        self._ports = only_ports(links, segments)
+        want |= {master: want[port] for master, port in self._ports.items() if master not in want}
         return self._writer.put_links(want, touched=links.touched, now=self.clock.now())
 
     def _count_last(self, elements: list[Element]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -18,6 +18,7 @@ from portward.core import Core
 from portward.errors import KernelError
 from portward.gateway import mark, ruleset, xtables
 from portward.gateway.keeper import closed, loaded
+from portward.gateway.learned import Source
 from portward.gateway.links import Links
 from portward.gateway.nft import Nft
 from portward.lab import namespaces
@@ -62,6 +63,24 @@ def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Co
     # The lab translates addresses, so the guard is there.
     found = list(core._netlink.hooks(ruleset.TABLE).items())
     assert found == [*ruleset.HOOKS.items(), *ruleset.GUARD_HOOKS.items()]
+
+
+_VRF = 900
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number: int) -> None:
+    """In forward, where the guard asks, a queued packet names the VRF alone."""
+    port = socket.if_nametoindex(CONTOSO.segment)
+    names = {port: CONTOSO.segment, 901: "vni9", _VRF: "vrf"}
+    masters = dict([(port, _VRF), (901, _VRF)][:number])
+    core.links_changed(Links(names, frozenset(), masters))
+    address = ip_address("10.0.0.4").packed
+    assert (core._reader.lookup(_VRF, address) is not None) is (number == 1)
+    core.asked([Source(_VRF, address)])
+    held = core._learned.held(Source(port, address))
+    assert (held is not None and held.verdict is mark.Class.ALLOW) is (number == 1)
+    assert core._learned.held(Source(_VRF, address)) is None, "the sets know ports"
 
 
 def in_step(core: Core) -> bool:
