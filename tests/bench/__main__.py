@@ -24,6 +24,7 @@ from bench import (  # the path above must be there first
     drain,
     fast_path,
     growth,
+    guard,
     idle,
     latency,
     million,
@@ -54,6 +55,7 @@ _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
 # What is promised elsewhere and takes its time.
 _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "counted": counted.measure,
+    "guard": guard.measure,
     "million": million.measure,
     "neighbours": neighbours.measure,
     "rates": rates.measure,
