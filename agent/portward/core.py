@@ -98,6 +98,7 @@ class Core:
         self._surroundings = NOTHING
         # What others have in the kernel; it decides whether the forward guard is loaded.
         self.others = NOBODY
+        self._looked = 0.0  # when that was last asked, by the monotonic clock
         # Interfaces that changed while the table could not be written.
         self._links_failed, self._links_due = False, frozenset[int]()
         self.changes = 0
@@ -189,6 +190,7 @@ class Core:
 
     def _look_at_others(self) -> None:
         """Looks what others have in the kernel, and logs what is new."""
+        self._looked = time.monotonic()
         found = others.seen(self._netlink)
         for line in found.why:
             if line not in self.others.why:
@@ -205,6 +207,7 @@ class Core:
 
     def check(self) -> None:
         """Puts the ruleset back where somebody has changed it."""
+        # First: until the guard is there, what others translate passes.
         self.watch_others()
         if self._links_failed:
             self.links_changed(self._links)
@@ -212,12 +215,16 @@ class Core:
         self._enforcement.check(self.generation)
         if self.keeper.repairs != before:
             self.selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
+        # And last: the keeper has noted the kernel's number by now, so what others change from here on shows.
+        self.watch_others()
 
     def at_rest(self) -> bool:
         """Whether `check` has nothing to do: nobody has written a ruleset since. It is asked on the thread that
         waits, so that the one that works is woken for a reason only."""
         with contextlib.suppress(OSError, KernelError):
             behind = self._enforcement.generation != self.generation
+            # What others loaded while a ruleset of ours was being loaded is not seen by the keeper.
+            behind |= self._looked <= self.keeper.loaded_at
             return not (self._links_failed or self.broken or behind) and self.keeper.at_rest(self._watching)
         return False
 

@@ -49,9 +49,8 @@ def measure(folder: Path) -> list[Figure]:
 def _loaded_after(lane: Lane) -> Figure:
     """Milliseconds from the commit of the first translation of others to the commit of the guard."""
     found = []
-    with namespaces.inside(lane.gateway):
-        netlink, nft = NfNetlink(), Nft()
-    with closing(netlink):
+    with namespaces.inside(lane.gateway), closing(NfNetlink()) as netlink:
+        nft = Nft()
         for _ in range(_LOADS):
             nft.load(_NAT)
             loaded = time.perf_counter()
