@@ -98,7 +98,8 @@ class Core:
         self._surroundings = NOTHING
         # What others have in the kernel; it decides whether the forward guard is loaded.
         self.others = NOBODY
-        self._looked = 0.0  # when that was last asked, by the monotonic clock
+        # When that was last asked, by the monotonic clock, and the kernel's number of ruleset transactions then.
+        self._looked, self._looked_at = 0.0, -1
         # Interfaces that changed while the table could not be written.
         self._links_failed, self._links_due = False, frozenset[int]()
         self.changes = 0
@@ -191,6 +192,8 @@ class Core:
     def _look_at_others(self) -> None:
         """Looks what others have in the kernel, and logs what is new."""
         self._looked = time.monotonic()
+        with contextlib.suppress(OSError, KernelError):
+            self._looked_at = self._netlink.generation()
         found = others.seen(self._netlink)
         for line in found.why:
             if line not in self.others.why:
@@ -216,7 +219,9 @@ class Core:
         if self.keeper.repairs != before:
             self.selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
         # And last: the keeper has noted the kernel's number by now, so what others change from here on shows.
-        self.watch_others()
+        with contextlib.suppress(OSError, KernelError):
+            if self._netlink.generation() != self._looked_at:
+                self.watch_others()
 
     def at_rest(self) -> bool:
         """Whether `check` has nothing to do: nobody has written a ruleset since. It is asked on the thread that

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import signal
+import socket
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import pytest
 from kernel.conftest import ALLOWED, DENIED, Gateway
 from kernel.test_rates import counted, customer
 from kernel.wire import same, seen, segment
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.ruleset import TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
@@ -286,6 +291,38 @@ def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(
     repairs = gateway.agent.metrics()["portward_ruleset_repairs_total"]
     until(lambda: gateway.agent.metrics()[loaded] == 0, "and goes")
     assert repairs == 0, "nobody has changed portward's own rules"
+
+
+def test_legacy_iptables_is_seen_without_a_notice(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
+    until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 0, "nobody translates any more")
+    rule = ["PREROUTING", "-p", "tcp", "-d", VIP4, "-j", "DNAT", "--to-destination", f"{MAIL4}:25"]
+    done = namespaces.run(gateway.lab.gateway, ["iptables-legacy", "-t", "nat", "-A", *rule])
+    assert done.returncode == 0, done.stderr
+    until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 1, "it is seen", seconds=15)
+    assert "legacy iptables has a table nat" in gateway.agent.portward("status").stdout
+
+
+def test_the_guard_counts_no_packet_a_second_time(gateway: Gateway) -> None:
+    """Nor a connection: see the limits above."""
+    source = source_of(CONTOSO, VIP4, next(_numbers))
+    gateway.source(CONTOSO, source, ALLOWED)
+    assert comes_out(gateway, CONTOSO, source, MAIL4, 25)
+    before = packets(gateway, source)
+    for _ in range(5):
+        assert comes_out(gateway, CONTOSO, source, MAIL4, 25)
+    assert packets(gateway, source) == before + 5
+
+
+def packets(gateway: Gateway, source: str) -> int:
+    """What the kernel has counted of an allowed source of CONTOSO's."""
+    with namespaces.inside(gateway.lab.gateway):
+        netlink, index = NfNetlink(), socket.if_nametoindex(CONTOSO.segment)
+    with closing(netlink):
+        found = netlink.element(TABLE, "allow4", struct.pack("=I", index) + ip_address(source).packed)
+    assert found is not None
+    return found.packets
 
 
 def test_a_gateway_that_boots_has_the_guard(make_gateway: MakeGateway) -> None:

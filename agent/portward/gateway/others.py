@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from portward.errors import KernelError
+from portward.gateway.netlink import ATTRIBUTE
 from portward.gateway.nfnetlink import Chain, Expression, NfNetlink
 from portward.gateway.ruleset import HOOKS, TABLE
 
@@ -26,7 +27,7 @@ _PREROUTING: Final = 0
 # xtables targets that change addresses or ports, by nft_compat (a rule of iptables-nft).
 _TARGETS: Final = frozenset({"DNAT", "SNAT", "MASQUERADE", "NETMAP", "REDIRECT", "TPROXY"})
 # The tables of legacy iptables that are in use, root's to read, or the group's that the unit gives them to.
-_LEGACY: Final = (Path("/proc/self/net/ip_tables_names"), Path("/proc/self/net/ip6_tables_names"))
+_LEGACY: Final = (Path("/proc/thread-self/net/ip_tables_names"), Path("/proc/thread-self/net/ip6_tables_names"))
 # nft_payload: attributes base, offset, length, source register; bases link, network and transport header.
 _BASE, _OFFSET, _LENGTH, _SOURCE_REGISTER = 2, 3, 4, 5
 _LINK, _NETWORK, _TRANSPORT = 0, 1, 2
@@ -36,6 +37,8 @@ _DESTINATION: Final = 16
 # The ports are the first bytes of the transport header.
 _PORTS_END: Final = 4
 _TARGET_NAME: Final = 1
+# Bytes of which a rule that writes has at least one: names of expressions, and the header of a source register.
+_WRITING: Final = (b"nat\0", b"redir\0", b"tproxy\0", b"target\0", ATTRIBUTE.pack(8, _SOURCE_REGISTER))
 
 
 class Others(NamedTuple):
@@ -65,7 +68,7 @@ def look(netlink: NfNetlink, legacy: Iterable[Path] = _LEGACY) -> Others:
     chains = [chain for chain in netlink.chains() if not _ours(chain)]
     translating = [*_nat(chains), *_legacy(legacy)]
     if not translating:
-        translating = list(dict.fromkeys(_rewriting(netlink.expressions())))
+        translating = list(dict.fromkeys(_rewriting(netlink.expressions(_WRITING))))
     return Others(tuple(translating), tuple(_beside(chains)))
 
 

@@ -27,7 +27,7 @@ class Kernel:
     def chains(self) -> Iterable[Chain]:
         return self._chains
 
-    def expressions(self) -> Iterable[Expression]:
+    def expressions(self, holding: tuple[bytes, ...]) -> Iterable[Expression]:
         self.read_rules = True
         return self._expressions
 
