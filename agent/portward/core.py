@@ -24,6 +24,7 @@ from portward.gateway.enforcement import Enforcement
 from portward.gateway.judge import judge
 from portward.gateway.keeper import Keeper
 from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.lessons import Lessons
 from portward.gateway.links import Links, only_ports
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
@@ -95,6 +96,7 @@ class Core:
         self._links = Links({}, frozenset())
         # VRFs with one segment as a port: index of the VRF → index of the port.
         self._ports: dict[int, int] = {}
+        self._lessons = Lessons()
         self._surroundings = NOTHING
         # What others have in the kernel; it decides whether the forward guard is loaded.
         self.others = NOBODY
@@ -292,9 +294,14 @@ class Core:
 
     def _teach(self, sources: list[Source]) -> None:
         """Writes the verdicts of these sources into the kernel. No change of policy can come between the lookup
-        and the write. What the kernel refuses, because a set is full, is asked again by the source's next packet.
-        """
-        known = {source: found for source in sources[:_TAUGHT] if (found := self._verdict(source)) is not None}
+        and the write. What the kernel refuses, because a set is full, and what is beyond the segment's part, is
+        asked again by the source's next packet."""
+        known = {
+            source: found
+            for source in sources[:_TAUGHT]
+            if (found := self._verdict(source)) is not None
+            and self._lessons.take(source.link, self.config.verdicts)
+        }
         with contextlib.suppress(KernelError):
             self._learned.teach(known)
 
