@@ -12,9 +12,10 @@ from portward.clock import utc_now
 from portward.config import Config
 from portward.documents import mistake
 from portward.errors import KernelError
-from portward.gateway import keeper, namespacelock, ruleset, xtables
+from portward.gateway import keeper, namespacelock, others, ruleset, xtables
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.surroundings import Surroundings
 from portward.policy import preset as presets
 from portward.runtime import running
 from portward.store import open_store
@@ -43,14 +44,18 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     nft = Nft()
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)
+    around = others.seen(netlink)
+    surroundings = Surroundings(guard=around.guard)
     try:
-        nft.check(ruleset.wanted(config, preset, native=native, state=state).text)
+        nft.check(ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings).text)
     except KernelError as error:
         raise KernelError(f"the kernel does not take the ruleset: {error}") from None
     if not native:
         xtables.require(netlink)
     yield from _lock(config, netlink)
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
+    for line in around.why:
+        yield f"{line}: what is forwarded is judged again (forward guard)"
     if not with_store:
         return
     # It is the verbs' to run, not the agent's, which begins without it and sees less of the file system.

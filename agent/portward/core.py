@@ -30,6 +30,7 @@ from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.links import Links
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.others import Others
 from portward.gateway.rates import Rates
 from portward.gateway.ruleset import Rated
 from portward.gateway.surroundings import Surroundings
@@ -152,6 +153,11 @@ class Core:
 
     # --- kernel thread ---
 
+    def links_seen(self, links: Links) -> None:
+        """Takes note of interfaces as they are now, at once and however busy the policy thread is. Kernel
+        thread."""
+        self._dataplane.links_seen(links)
+
     def unsettle(self, indexes: frozenset[int], number: int) -> None:
         """Drops what interfaces with these indexes send until `links_changed` up to event `number` is carried out:
         the table still takes them for the interfaces that had the indexes before. Kernel thread."""
@@ -163,7 +169,8 @@ class Core:
         self._dataplane.surround(surroundings)
 
     def check(self) -> None:
-        """Puts the ruleset back if another process has changed it. Kernel thread."""
+        """Puts the ruleset back if another process has changed it, and looks what stands around it. Kernel
+        thread."""
         self._dataplane.check()
 
     def correct(self, suspects: list[Source]) -> None:
@@ -185,7 +192,8 @@ class Core:
         """Whether `check` has nothing to do. It is asked on the thread that waits, so that the kernel thread is
         woken for a reason only."""
         with contextlib.suppress(OSError, KernelError):
-            return not (self.broken or self._dataplane.behind) and self.keeper.at_rest(self._watching)
+            due = self.broken or self._dataplane.behind or self._dataplane.unwatched
+            return not due and self.keeper.at_rest(self._watching)
         return False
 
     @property
@@ -264,6 +272,16 @@ class Core:
     def broken(self) -> str:
         """Why the kernel does not have the ruleset that it should have; empty if it has."""
         return self._dataplane.broken
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the forward guard belongs to the ruleset in the kernel."""
+        return self._dataplane.guarded
+
+    @property
+    def others(self) -> Others:
+        """What others have in the kernel that can turn a packet into another one, as it was last found."""
+        return self._dataplane.watch.found
 
     @property
     def work(self) -> Work | None:

@@ -218,6 +218,7 @@ class Daemon:
             for job in (
                 self._follow_store(reading),
                 feed.follow(links),
+                feed.see(),
                 feed.write(),
                 feed.guard(),
                 self._follow_config(),

@@ -27,6 +27,8 @@ class Snapshot:
     divergence: Mapping[Labels, float] = field(default_factory=dict)
     self_check_age: float = 0
     ruleset_broken: float = 0
+    guard_loaded: float = 0
+    chains_between: float = 0
     policy_changes: float = 0
     policy_held: float = 0
     records_refused: float = 0

@@ -25,6 +25,7 @@ from bench import (  # the path above must be there first
     fast_path,
     flush_during_load,
     growth,
+    guard,
     idle,
     latency,
     million,
@@ -58,6 +59,7 @@ _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
 _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "counted": counted.measure,
     "flush_during_load": flush_during_load.measure,
+    "guard": guard.measure,
     "million": million.measure,
     "neighbours": neighbours.measure,
     "prefixes": prefixes.measure,

@@ -71,7 +71,29 @@ def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once) -> Iterator[Core]:
 
 def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Core) -> None:
     """Others would be made anew at each load, and what waits in queues be dropped."""
-    assert core._netlink.hooks(ruleset.TABLE) == ruleset._HOOKS
+    # The lab translates addresses, so the guard is there.
+    found = list(core._netlink.hooks(ruleset.TABLE).items())
+    assert found == [*ruleset.HOOKS.items(), *ruleset.GUARD_HOOKS.items()]
+
+
+_VRF = 900
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number: int) -> None:
+    """In forward, where the guard asks, a queued packet names the VRF alone."""
+    port = socket.if_nametoindex(CONTOSO.segment)
+    names = {port: CONTOSO.segment, 901: "vni9", _VRF: "vrf"}
+    masters = dict([(port, _VRF), (901, _VRF)][:number])
+    links = Links(names, frozenset(), masters)
+    core.links_seen(links)
+    core.links_changed(links)
+    address = ip_address("10.0.0.4").packed
+    assert (core._dataplane._reader.lookup(_VRF, address) is not None) is (number == 1)
+    core.asked([Source(_VRF, address)])
+    held = core._dataplane.learned.held(Source(port, address))
+    assert (held is not None and held.verdict is mark.Class.ALLOW) is (number == 1)
+    assert core._dataplane.learned.held(Source(_VRF, address)) is None, "the sets know ports"
 
 
 def in_step(core: Core) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from portward import check
 from portward.errors import InputError
-from portward.gateway import xtables
+from portward.gateway import others, xtables
 
 LEAST = 'segments = ["vni*"]\nuplinks = ["up0"]\n'
 
@@ -38,6 +38,7 @@ def test_a_program_that_cannot_be_run_is_told_and_keeps_no_agent_from_its_start(
     monkeypatch.setattr(check, "Nft", Kernel)
     monkeypatch.setattr(check, "NfNetlink", Kernel)
     monkeypatch.setattr(xtables, "has_native_queue", lambda _: True)
+    monkeypatch.setattr(others, "seen", lambda _: others.NOBODY)
     path = tmp_path / "portward.toml"
     path.write_text(f'{LEAST}[exemptions]\ncheck = ["{path}", "--quick"]\n')
     lines = list(itertools.islice(check.check(path, with_store=with_store), 6))

@@ -131,6 +131,11 @@ def _lines(told: dict[str, Any]) -> list[str]:
         "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
     ]
     found.append(_self_check(told["self_check"]))
+    guard = told.get("guard")
+    if guard and guard["loaded"]:
+        found.append(f"guard     loaded, what is forwarded is judged again: {'; '.join(guard['why'])}")
+    elif guard:
+        found.append("guard     not loaded: nobody else translates packets here")
     for segment in told["segments"]:
         seen = (
             f"{segment['packets']} packets to the judged ports"
@@ -164,10 +169,10 @@ def _lines(told: dict[str, Any]) -> list[str]:
 
 def _store(told: dict[str, Any]) -> str:
     """What follows the store's URL: whether the agent is in step with it."""
-    waits = f"; {told['store_waits']}" if told["store_waits"] else ""
+    waits = f"; {told['store_waits']}" if told.get("store_waits") else ""
     if told["store_error"]:
         return f": {told['store_error']}{waits}"
-    work = told["working"]
+    work = told.get("working")
     if work is not None and work["seconds"] >= _LONG_SECONDS:
         return f", {work['what']} for {_span(work['seconds'])} now: later changes wait{waits}"
     return f", in step{waits}"
