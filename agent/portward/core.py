@@ -100,8 +100,7 @@ class Core:
         self._surroundings = NOTHING
         # What others have in the kernel; it decides whether the forward guard is loaded.
         self.others = NOBODY
-        # When that was last asked, by the monotonic clock, and the kernel's number of ruleset transactions then.
-        self._looked, self._looked_at = 0.0, -1
+        self._looked = 0.0  # when that was last asked, by the monotonic clock
         # Interfaces that changed while the table could not be written.
         self._links_failed, self._links_due = False, frozenset[int]()
         self.changes = 0
@@ -142,6 +141,7 @@ class Core:
         if self._enforcement.start(self.generation):
             _log.info("the kernel remembered verdicts of another policy: they are forgotten")
         self.enforced = self.revision
+        self.watch_others()
 
     # --- and then, again and again ---
 
@@ -194,8 +194,6 @@ class Core:
     def _look_at_others(self) -> None:
         """Looks what others have in the kernel, and logs what is new."""
         self._looked = time.monotonic()
-        with contextlib.suppress(OSError, KernelError):
-            self._looked_at = self._netlink.generation()
         found = others.seen(self._netlink)
         for line in found.why:
             if line not in self.others.why:
@@ -212,18 +210,16 @@ class Core:
 
     def check(self) -> None:
         """Puts the ruleset back where somebody has changed it."""
-        # First: until the guard is there, what others translate passes.
-        self.watch_others()
         if self._links_failed:
             self.links_changed(self._links)
         before = self.keeper.repairs
         self._enforcement.check(self.generation)
         if self.keeper.repairs != before:
             self.selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
-        # And last: the keeper has noted the kernel's number by now, so what others change from here on shows.
-        with contextlib.suppress(OSError, KernelError):
-            if self._netlink.generation() != self._looked_at:
-                self.watch_others()
+        # Not before: to load the guard would put a ruleset back that others have taken away, uncounted, and keep
+        # what it cached. And the keeper has noted the kernel's number by now, so what others change from here on
+        # shows.
+        self.watch_others()
 
     def at_rest(self) -> bool:
         """Whether `check` has nothing to do: nobody has written a ruleset since. It is asked on the thread that
