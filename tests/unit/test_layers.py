@@ -24,7 +24,7 @@ LAYERS = (
     ("policy",),
     ("metrics", "snapshot", "runtime", "notify", "config", "sample", "selfcheck", "clock"),
     ("documents",),
-    ("model", "resources", "language"),
+    ("model", "resources", "language", "interfaces"),
     ("errors", "__init__"),
 )
 
@@ -34,7 +34,6 @@ HOMES = {
     "sqlite3": {"store.sqlite"},
     "inotify_simple": {"store.bell"},
     "netfilterqueue": {"gateway.single"},
-    "pyroute2": {"gateway.rtnetlink"},
     "prometheus_client": {"metrics"},
     "aiosmtpd": {"lab.mail"},
     "yaml": {"store.document"},
