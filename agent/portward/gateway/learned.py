@@ -47,7 +47,9 @@ class Source(NamedTuple):
         return _INDEX.pack(self.link) + self.address
 
     def __str__(self) -> str:
-        return f"{self.link} . {ip_address(self.address)}"
+        # nft takes a number for an interface of that name before it takes it for an index. 16 digits are too long
+        # for a name, and in quotes they stay 16.
+        return f'"{self.link:016d}" . {ip_address(self.address)}'
 
 
 class Element(NamedTuple):

@@ -36,6 +36,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NamedTuple
 
+from portward.interfaces import decoded, encoded
 from portward.model import Network, Reason
 
 FORMAT: Final = 2
@@ -113,13 +114,13 @@ class Link(NamedTuple):
 
     def pack(self) -> bytes:
         """The link as bytes."""
-        return _LINK.pack(self.segment, self.observed) + self.name.encode()
+        return _LINK.pack(self.segment, self.observed) + encoded(self.name)
 
     @classmethod
     def unpack(cls, data: bytes) -> Link:
         """The link that `pack` wrote."""
         segment, observed = _LINK.unpack_from(data)
-        return cls(segment, bool(observed), data[_LINK.size :].decode())
+        return cls(segment, bool(observed), decoded(data[_LINK.size :]))
 
 
 class Entry(NamedTuple):

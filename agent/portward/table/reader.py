@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
 
+from portward.interfaces import decoded, encoded
 from portward.model import Address, Network, Reason
 from portward.table import layout
 from portward.table.account import Account
@@ -150,7 +151,7 @@ class Reader:
         with self._snapshot_of() as transaction:
             if transaction is not self._viewed:
                 self._follow(transaction)
-            number = transaction.get(segment.encode(), db=self._parts[b"segments"])
+            number = transaction.get(encoded(segment), db=self._parts[b"segments"])
             if number is None:
                 return None
             found = self._entry(transaction, int.from_bytes(number, "big"), address.packed)
@@ -250,7 +251,7 @@ class Reader:
         name = transaction.get(layout.number(segment), db=self._parts[b"names"])
         if row is None or name is None:
             raise TableError(f"the policy table is damaged: {prefix} in segment {segment} has no entry")
-        return Attached(name.decode(), prefix, layout.Entry.of(row))
+        return Attached(decoded(name), prefix, layout.Entry.of(row))
 
     def _begin(self) -> Transaction:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from portward.interfaces import decoded, encoded
 from portward.table import layout
 from portward.table.database import Part, TableError, Transaction
 
@@ -17,7 +18,7 @@ class Segments:
         """The number of a segment, a new one where it has none."""
         number = self._numbers.get(name)
         if number is None:
-            known = self._transaction.get(name.encode(), db=self._parts[b"segments"])
+            known = self._transaction.get(encoded(name), db=self._parts[b"segments"])
             number = self._numbers[name] = self._add(name) if known is None else int.from_bytes(known, "big")
         return number
 
@@ -26,10 +27,10 @@ class Segments:
         name = self._transaction.get(layout.number(number), db=self._parts[b"names"])
         if name is None:
             raise TableError(f"the policy table is damaged: no segment has the number {number}")
-        return name.decode()
+        return decoded(name)
 
     def _add(self, name: str) -> int:
         number: int = self._transaction.stat(self._parts[b"names"])["entries"] + 1
-        self._transaction.put(name.encode(), layout.number(number), db=self._parts[b"segments"])
-        self._transaction.put(layout.number(number), name.encode(), db=self._parts[b"names"])
+        self._transaction.put(encoded(name), layout.number(number), db=self._parts[b"segments"])
+        self._transaction.put(layout.number(number), encoded(name), db=self._parts[b"names"])
         return number
