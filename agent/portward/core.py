@@ -19,6 +19,7 @@ from portward.clock import Clock
 from portward.config import Config, Refusal
 from portward.errors import KernelError, StoreError
 from portward.gateway import mark, ruleset, xtables
+from portward.gateway.around import Lookout
 from portward.gateway.counts import Counts, Owner
 from portward.gateway.enforcement import Enforcement
 from portward.gateway.judge import judge
@@ -31,6 +32,7 @@ from portward.gateway.rates import Bucket, Rates
 from portward.gateway.ruleset import Rated
 from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.gateway.tally import Outcome
+from portward.interfaces import shown
 from portward.model import ExemptionState, Mode
 from portward.policy.preset import Preset
 from portward.selfcheck import SAMPLE, Kind, SelfCheck
@@ -90,6 +92,7 @@ class Core:
         self._follower: Follower | None = None
         self._links = Links({}, frozenset())
         self._surroundings = NOTHING
+        self.lookout = Lookout()
         # Interfaces that changed while the table could not be written.
         self._links_failed, self._links_due = False, frozenset[int]()
         self.changes = 0
@@ -120,8 +123,9 @@ class Core:
         self._writer.settle(now=self.clock.now())
 
     def first_links(self, links: Links) -> None:
-        """Says which interfaces are segments, before the ruleset is there."""
+        """Says which interfaces are segments, and what stands on them, before the ruleset is there."""
         self._put_links(links)
+        self._surroundings = self._around()
 
     def load(self) -> None:
         """Loads the ruleset; from here on the gateway enforces. Raises KernelError."""
@@ -151,6 +155,9 @@ class Core:
         """Follows interfaces that came, went or changed their index. Where the table cannot be written, `check`
         tries it again."""
         links = links._replace(touched=links.touched | self._links_due)
+        self._links = links
+        # First of all: what stands on a segment lets its packets pass until then.
+        self.look_around()
         try:
             committed = self._put_links(links)
         except TableError as error:
@@ -161,12 +168,24 @@ class Core:
         self._links_failed, self._links_due = False, frozenset()
         self._enforcement.enforce(committed)
 
+    def look_around(self) -> None:
+        """Finds the tunnels that end here and the devices on top of segments, and loads the ruleset again if they
+        are others. FOU, L2TP and WireGuard announce nothing, so it is called again and again."""
+        self.surround(self._around())
+
+    def _around(self) -> Surroundings:
+        return self.lookout.look(self._links.devices, self.config, self._surroundings)
+
     def surround(self, surroundings: Surroundings) -> None:
         """Loads the ruleset again if what stands around it has changed. Cached verdicts stay. What the kernel
         refuses is repaired by `check`."""
         if surroundings == self._surroundings:
             return
+        new = surroundings.stacked - self._surroundings.stacked
         self._surroundings = surroundings
+        if new:
+            with contextlib.suppress(KernelError):  # without a ruleset there is nothing to add to
+                self.keeper.add(ruleset.stacked_alone(self.config, self.preset, surroundings))
         try:
             self.keeper.load(self._want())
         except (KernelError, OSError):
@@ -184,6 +203,8 @@ class Core:
         """Puts the ruleset back where somebody has changed it."""
         if self._links_failed:
             self.links_changed(self._links)
+        else:
+            self.look_around()
         before = self.keeper.repairs
         self._enforcement.check(self.generation)
         if self.keeper.repairs != before:
@@ -274,11 +295,13 @@ class Core:
         before = self.config, self.preset
         try:
             self._take(config, preset)
+            self._surroundings = self._around()
             self.keeper.check(self._want())
             # Another preset may flip no more than another inventory.
             settled = self._writer.settle(now=self.clock.now(), may_flip=preset.digest == before[1].digest)
         except (KernelError, TableError, HeldError):
             self._take(*before)
+            self._surroundings = self._around()
             raise
         try:
             linked = self._put_links(self._links)
@@ -314,7 +337,9 @@ class Core:
         """Packets refused beyond a segment's rate, by segment."""
         names = self._links.names
         with contextlib.suppress(OSError):
-            return {names.get(index, str(index)): packets for index, packets in self._counted.limited().items()}
+            return {
+                shown(names.get(index, str(index))): packets for index, packets in self._counted.limited().items()
+            }
         return {}
 
     def screen(self) -> dict[str, int]:
@@ -449,7 +474,7 @@ class Core:
         if found is None:
             return None
         link, entry = found
-        return Owner(link.name, "" if entry is None else self._subscription(entry.subscription))
+        return Owner(shown(link.name), "" if entry is None else self._subscription(entry.subscription))
 
     def _subscription(self, number: int) -> str:
         known = self._subscriptions.get(number)

@@ -9,6 +9,7 @@ from portward import config as configuration
 from portward.config import Config, OnAgentDown
 from portward.errors import InputError, KernelError, PortwardError
 from portward.gateway import keeper, ruleset, xtables
+from portward.gateway.around import found
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.model import Mode
@@ -47,7 +48,8 @@ def wanted(path: Path) -> str:
     config = configuration.load(path)
     state = ruleset.State(0, synced=False)
     native = xtables.has_native_queue(Nft())
-    return ruleset.wanted(config, presets.load(config.preset, named_in=path), native=native, state=state).text
+    preset = presets.load(config.preset, named_in=path)
+    return ruleset.wanted(config, preset, native=native, state=state, surroundings=found(config)).text
 
 
 def baseline(path: Path) -> str:
@@ -65,7 +67,7 @@ def baseline(path: Path) -> str:
         config = configuration.load(path)
         preset = presets.load(config.preset, named_in=path)
         state = ruleset.State(0, synced=False)
-        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state))
+        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state, surroundings=found(config)))
     except PortwardError as error:
         if keeper.loaded(netlink):  # an agent was quicker
             return "portward's ruleset is loaded already: nothing is changed"

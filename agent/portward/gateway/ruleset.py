@@ -14,9 +14,9 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple, TypeAlias
 from zlib import crc32
 
-from portward.config import Config, OnAgentDown, Verdicts
+from portward.config import Config, Encrypted, OnAgentDown, Verdicts
 from portward.documents import network_text
-from portward.gateway import mark
+from portward.gateway import mark, tunnels
 from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.model import Mode, Network
 from portward.policy.preset import Preset
@@ -56,14 +56,17 @@ Verdict: TypeAlias = mark.Class | Rated
 COUNTED_SETS: Final[dict[Verdict, str]] = dict([*LEARNED_SETS.items(), *RATED_SETS.items()])
 COUNTERS: Final = (
     "internal", "missed", "answered", "answered_stale", "unlearned", "limited", "limited_all", "stale",
-    "unjudged", "unjudged_open", "headers", "unknown", "throttled", "held",
+    "unjudged", "unjudged_open", "headers", "unknown", "throttled", "held", "tunnels", "stacked",
 )  # fmt: skip
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
 # The committed rate of a segment may come at once for so many seconds.
 _COMMITTED_BURST: Final = 4
-# The base chains, with hook (prerouting) and priority: side by side, so that no chain of others is between them.
-_HOOKS: Final = {"screen": (0, -302), "learn": (0, -301)}
+# The base chains, with hook (prerouting 0, input 1, forward 2) and priority. `screen` and `learn` stand side by
+# side, so that no chain of others is between them.
+_HOOKS: Final = {"screen": (0, -302), "learn": (0, -301), "tunnels": (1, -302), "stacked": (2, -302)}
+# Files of the ruleset that are loaded only in some surroundings, each with its chains.
+_STACKED: Final = ("stacked.nft", ("stacked", "from_stacked", "stacked_mail"))
 _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
 
@@ -105,12 +108,28 @@ def wanted(
     """The ruleset for a configuration on a kernel with (`native`) or without nft_queue, in these surroundings."""
     text = _with_literals(rules("nftables", "portward.nft").read_text(), config)
     definitions = _definitions(text)
-    text = _with_values(text, _values(config, preset, state) | {"DEFINITIONS": str(definitions)})
+    values = _values(config, preset, state) | _tunnels(config, surroundings)
+    text = _with_values(text, values | {"DEFINITIONS": str(definitions)})
+    if surroundings.stacked:
+        text += _stacked(surroundings)
     statements = tuple(_statements(config))
     text += "".join(_probes(config.queue.workers))
     if native:
         text += "".join(map(_native, statements))
     return Wanted(text, definitions, statements, native)
+
+
+def stacked_alone(config: Config, preset: Preset, surroundings: Surroundings) -> str:
+    """The chains for devices above segments alone, which the kernel takes sooner than the whole ruleset."""
+    return (
+        f"define PORTS = {_set(preset.ports)}\ndefine SEGMENTS = {_interfaces(config.segments)}\n"
+        f"{_stacked(surroundings)}"
+    )
+
+
+def _stacked(surroundings: Surroundings) -> str:
+    name, _ = _STACKED
+    return _with_values(rules("nftables", name).read_text(), {"STACKED": _indexes(surroundings.stacked)})
 
 
 def observed(config: Config) -> tuple[str, ...]:
@@ -136,7 +155,12 @@ def replacement(
     rates = {f"{RATES}{family}" for family in "46"}
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
-    lines += [f"delete chain {FAMILY_TABLE} {name}" for name, at in have_hooks.items() if _HOOKS.get(name) != at]
+    hooks = {name: at for name, at in _HOOKS.items() if f"chain {name} {{" in want.text}
+    lines += [f"delete chain {FAMILY_TABLE} {name}" for name, at in have_hooks.items() if hooks.get(name) != at]
+    base, *others = _STACKED[1]
+    if base in have_hooks and base not in hooks:
+        # Made first, so that the removal does not fail if another process has removed one.
+        lines += [f"{verb} chain {FAMILY_TABLE} {name}" for name in others for verb in ("add", "delete")]
     lines += [f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced") if name in have]
     lines += [f"delete set {FAMILY_TABLE} {name}" for name in RETIRED_SETS if name in have]
     if not same_definitions:
@@ -162,6 +186,22 @@ def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
         "CURRENT_EPOCH": f"{mark.epoch_of(state.generation) << mark.EPOCH_SHIFT:#010x}",
         "SYNCED": str(state.generation if state.synced else state.generation ^ 1),
     }
+
+
+def _tunnels(config: Config, surroundings: Surroundings) -> dict[str, str]:
+    """The protocols and UDP ports of tunnels that end here, which `chain tunnels` drops if they come from
+    segments."""
+    protocols = tunnels.PROTOCOLS
+    ports = tunnels.DEFAULT_PORTS | surroundings.tunnel_ports | frozenset(config.tunnels.ports)
+    if config.tunnels.encrypted is Encrypted.DROP:
+        protocols |= tunnels.ENCRYPTED_PROTOCOLS
+        ports |= tunnels.ENCRYPTED_PORTS | surroundings.encrypted_ports
+    return {"TUNNELS": _set(sorted(protocols)), "TUNNEL_PORTS": _set(sorted(ports))}
+
+
+def _indexes(found: Iterable[int]) -> str:
+    """Interface indexes as nft takes them whatever the interfaces are called: see `learned.Source`."""
+    return _set(f'"{index:016d}"' for index in sorted(found))
 
 
 def _with_values(text: str, values: dict[str, str]) -> str:
