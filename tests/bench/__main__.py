@@ -31,6 +31,7 @@ from bench import (  # the path above must be there first
     rates,
     remembered,
     revoke,
+    stacked,
     stale,
     unknown,
 )
@@ -58,6 +59,7 @@ _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "neighbours": neighbours.measure,
     "rates": rates.measure,
     "revoke": revoke.measure,
+    "stacked": stacked.measure,
     "stale": stale.measure,
 }
 _SHORT: Final[dict[str, Callable[[Path], Measured]]] = {
