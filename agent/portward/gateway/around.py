@@ -26,8 +26,9 @@ class Lookout:
         """The surroundings with these devices. What is not found out here stays as it was `before`, also the ports
         of FOU, L2TP and WireGuard while the kernel does not say them."""
         warnings = stacking.warnings(devices, config)
+        known = frozenset(self.warnings)
         for line in warnings:
-            if line not in self.warnings:
+            if line not in known:
                 _log.error("%s", line)
         self.warnings = warnings
         stacked = stacking.enforced(stacking.stacked(devices, config.segment), config)

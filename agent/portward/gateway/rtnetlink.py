@@ -125,6 +125,8 @@ def _event(kind: int, body: bytes) -> _Event | None:
     if family != socket.AF_UNSPEC:
         return None
     found = attributes(body, _LINK.size)
+    if _NAME not in found:  # a wireless driver's own news
+        return None
     info = attributes(found.get(_INFO, b""))
     driver = _text(info.get(_INFO_KIND, b""))
     # A number of another namespace names no interface here.

@@ -70,9 +70,13 @@ def _warning(one: Stacked, config: Config) -> str:
 
 def _bridged(devices: list[Device], config: Config) -> Iterator[str]:
     """Bridges that can forward frames between a segment and an uplink: these never reach the ruleset."""
-    kinds = {device.ifindex: device for device in devices if device.kind in (_BRIDGE, _OPEN_VSWITCH)}
-    for bridge in kinds.values():
-        ports = [device for device in devices if device.master == bridge.ifindex]
+    members: dict[int, list[Device]] = {}
+    for device in devices:
+        members.setdefault(device.master, []).append(device)
+    for bridge in devices:
+        if bridge.kind not in (_BRIDGE, _OPEN_VSWITCH):
+            continue
+        ports = members.get(bridge.ifindex, [])
         segments = sorted(shown(port.name) for port in ports if config.segment(port.name))
         uplinks = sorted(shown(port.name) for port in ports if config.uplink(port.name))
         if segments and uplinks:

@@ -61,6 +61,12 @@ def test_what_a_bridge_says_of_a_port_is_no_end_of_it() -> None:
     assert taken(17, link(7, b"vni1")).deleted
 
 
+def test_a_message_without_a_name_says_nothing() -> None:
+    """A wireless driver sends such ones."""
+    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 1, 7, 0, 0) + attribute(11, b"news")
+    assert taken(16, body) is None
+
+
 @pytest.mark.parametrize(
     ("kind", "number_", "ports"),
     [
