@@ -139,7 +139,7 @@ def _made(what: str, lines: list[str]) -> Iterator[bool]:
             said = done.stderr.strip()
             break
     if said:
-        absent = re.search(r"Unknown device type|not supported|No such file|Invalid argument", said) is not None
+        absent = re.search(r"Unknown device type|support|No such file|Invalid argument", said) is not None
         row(what, f"{_ABSENT}: {said[:80]}", good=absent)
     try:
         yield not said
