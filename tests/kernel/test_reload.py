@@ -20,6 +20,7 @@ from portward.gateway import mark, ruleset, xtables
 from portward.gateway.keeper import closed, loaded
 from portward.gateway.links import Links
 from portward.gateway.nft import Nft
+from portward.gateway.surroundings import NOTHING
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Subscription
@@ -59,7 +60,33 @@ def core(tmp_path: Path) -> Iterator[Core]:
 
 def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Core) -> None:
     """Others would be made anew at each load, and what waits in queues be dropped."""
+    always = {name: at for name, at in ruleset._HOOKS.items() if name != "stacked"}
+    assert core._netlink.hooks(ruleset.TABLE) == always
+    for _ in range(2):
+        core.surround(NOTHING._replace(stacked=frozenset((1,))))
+        assert core._netlink.hooks(ruleset.TABLE) == ruleset._HOOKS
+        assert core.keeper.intact()
+        core.surround(NOTHING)
+        assert core._netlink.hooks(ruleset.TABLE) == always
+        assert core.keeper.intact()
+    assert core.keeper.repairs == 0
+
+
+def test_chains_that_act_at_once_are_there_while_the_whole_ruleset_is_not_taken(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device above a segment is closed first; what fails after that is tried again."""
+    monkeypatch.setattr(core.keeper, "_load_once", once(KernelError("busy"), core.keeper._load_once))
+    monkeypatch.setattr(core, "_enforcement", Refusing())
+    core.surround(NOTHING._replace(stacked=frozenset((1,))))
     assert core._netlink.hooks(ruleset.TABLE) == ruleset._HOOKS
+
+
+class Refusing:
+    """What cannot repair anything."""
+
+    def repair(self, _: int) -> None:
+        """Does nothing."""
 
 
 def in_step(core: Core) -> bool:
