@@ -303,7 +303,8 @@ def flaws(record: Record) -> Iterator[tuple[str, str]]:
     if isinstance(record, Attachment):
         if not _is_interface(record.segment):
             problem = (
-                f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, '/', ':' or '*'"
+                f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, "
+                "'/', ':', '%' or '*'"
             )
             yield "segment", problem
         if getattr(record.address.network_address, "scope_id", None):
