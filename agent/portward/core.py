@@ -23,6 +23,7 @@ from portward.config import Config
 from portward.dataplane import Dataplane
 from portward.errors import KernelError
 from portward.gateway import mark, ruleset, xtables
+from portward.gateway.around import Lookout
 from portward.gateway.counts import Counts, Owner
 from portward.gateway.elements import KernelElements
 from portward.gateway.keeper import Keeper
@@ -35,6 +36,7 @@ from portward.gateway.rates import Rates
 from portward.gateway.ruleset import Rated
 from portward.gateway.surroundings import Surroundings
 from portward.intake import First, Intake, OnKernel, answers
+from portward.interfaces import shown
 from portward.policy.preset import Preset
 from portward.selfcheck import SAMPLE, SelfCheck
 from portward.table.follower import Held
@@ -154,8 +156,9 @@ class Core:
     # --- kernel thread ---
 
     def links_seen(self, links: Links) -> None:
-        """Takes note of interfaces as they are now, at once and however busy the policy thread is. Kernel
-        thread."""
+        """Takes note of interfaces as they are now, however busy the policy thread is, and loads the ruleset again
+        if other tunnels end here or other devices stand on top of segments: what stands there lets the segment's
+        packets pass until then. Kernel thread."""
         self._dataplane.links_seen(links)
 
     def unsettle(self, indexes: frozenset[int], number: int) -> None:
@@ -221,7 +224,9 @@ class Core:
         """Packets refused beyond a segment's rate, by segment. Counting thread."""
         names = self._intake.links.names
         with contextlib.suppress(OSError):
-            return {names.get(index, str(index)): packets for index, packets in self._counted.limited().items()}
+            return {
+                shown(names.get(index, str(index))): packets for index, packets in self._counted.limited().items()
+            }
         return {}
 
     def screen(self) -> dict[str, int]:
@@ -277,6 +282,11 @@ class Core:
     def guarded(self) -> bool:
         """Whether the forward guard belongs to the ruleset in the kernel."""
         return self._dataplane.guarded
+
+    @property
+    def lookout(self) -> Lookout:
+        """The devices that take the packets of segments, as they were last found."""
+        return self._dataplane.lookout
 
     @property
     def others(self) -> Others:
@@ -367,7 +377,7 @@ class Core:
         if found is None:
             return None
         link, entry = found
-        return Owner(link.name, "" if entry is None else self._subscription(entry.subscription))
+        return Owner(shown(link.name), "" if entry is None else self._subscription(entry.subscription))
 
     def _subscription(self, number: int) -> str:
         # The table's numbers of subscriptions can be given anew by a change.

@@ -19,7 +19,8 @@ from typing import Final
 
 from portward.config import Config
 from portward.errors import KernelError
-from portward.gateway import mark, ruleset
+from portward.gateway import around, mark, ruleset
+from portward.gateway.around import Lookout
 from portward.gateway.elements import KernelElements
 from portward.gateway.enforcement import Enforcement
 from portward.gateway.judge import judge
@@ -77,6 +78,7 @@ class Dataplane:
         self._rates = Rates(elements)
         self.enforcement = Enforcement(self.keeper, self.learned, self.want, count, self._rates, self.rate)
         self._surroundings = NOTHING
+        self.lookout = Lookout()
         # What others have in the kernel decides whether the forward guard is loaded.
         self.watch = Watch(netlink)
         self._links = Links({}, frozenset())
@@ -99,7 +101,7 @@ class Dataplane:
         committed since. From here on the gateway enforces. Raises KernelError."""
         self.enforcement.links = links
         self._take_links(seen)
-        self._surroundings = self._surroundings._replace(guard=self.watch.look())
+        self._surroundings = self._around()._replace(guard=self.watch.look())
         if self.enforcement.start(committed.generation):
             _log.info("the kernel remembered verdicts of another policy: they are forgotten")
         self.enforced = committed.revision
@@ -139,11 +141,16 @@ class Dataplane:
     def _surround(self, surroundings: Surroundings) -> None:
         if surroundings == self._surroundings:
             return
+        new = surroundings.stacked - self._surroundings.stacked
         self._surroundings = surroundings
         if self._early is not None:  # `load` takes it in
             return
+        intact = self.enforcement.intact()
+        if new:
+            with contextlib.suppress(KernelError):  # without a ruleset there is nothing to add to
+                self.keeper.add(ruleset.stacked_alone(self.config, self.preset, surroundings))
         # To load would put a ruleset back that another program has changed, uncounted, and keep what it cached.
-        if not self.enforcement.intact():
+        if not intact:
             self._put_back()
             return
         try:
@@ -154,6 +161,12 @@ class Dataplane:
     def links_seen(self, links: Links) -> None:
         """See `Core.links_seen`."""
         self._take_links(links)
+        self._surround(self._around())
+        self._look_again()
+
+    def _around(self) -> Surroundings:
+        """The surroundings with the tunnels that end here now, and with the devices on top of segments."""
+        return self.lookout.look(self._links.devices, self.config, self._surroundings)
 
     def _take_links(self, links: Links) -> None:
         self._links = links
@@ -181,7 +194,9 @@ class Dataplane:
 
     def would_take(self, config: Config, preset: Preset) -> None:
         """Asks the kernel if it would load the ruleset of another configuration; raises KernelError."""
-        self.keeper.check(self._wanted(config, preset, self._kernel_generation()))
+        stacked = around.stacked(self._links.devices, config)
+        surroundings = self._surroundings._replace(stacked=stacked)
+        self.keeper.check(self._wanted(config, preset, self._kernel_generation(), surroundings))
 
     def adopt(
         self, config: Config, preset: Preset, changes: list[tuple[Committed, dict[str, int] | None]]
@@ -190,6 +205,7 @@ class Dataplane:
         refuses its ruleset; then `check` tries it until it works."""
         self.config, self.preset = config, preset
         self._take_links(self._links)
+        self._surroundings = self._around()
         for _, links in changes:
             if links is not None:
                 self.enforcement.links = links
@@ -211,8 +227,8 @@ class Dataplane:
         if self.behind or not self.enforcement.intact():
             self._put_back()
         # Not before: see `_surround`. And by now the keeper has noted the kernel's number, so what others change
-        # from here on shows.
-        self.watch_others()
+        # from here on shows. FOU, L2TP, WireGuard and legacy iptables announce nothing.
+        self._surround(self._around()._replace(guard=self.watch.look()))
         self._look_again()
 
     def _put_back(self) -> None:
@@ -373,12 +389,14 @@ class Dataplane:
 
     def want(self, generation: int) -> ruleset.Wanted:
         """The ruleset that should be loaded, for the table at this generation."""
-        return self._wanted(self.config, self.preset, generation)
+        return self._wanted(self.config, self.preset, generation, self._surroundings)
 
-    def _wanted(self, config: Config, preset: Preset, generation: int) -> ruleset.Wanted:
+    def _wanted(
+        self, config: Config, preset: Preset, generation: int, surroundings: Surroundings
+    ) -> ruleset.Wanted:
         state = ruleset.State(
             generation,
             synced=self.learned.synced() == generation,
             unsettled=frozenset(self.enforcement.unsettled),
         )
-        return ruleset.wanted(config, preset, native=self.native, state=state, surroundings=self._surroundings)
+        return ruleset.wanted(config, preset, native=self.native, state=state, surroundings=surroundings)

@@ -71,6 +71,9 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("subscriptions", "subscriptions", False, (), "Subscriptions in the policy table."),
     ("observing", "observing", False, (), "1 where the whole gateway only observes."),
     ("segments", "segments", False, (), "Interfaces that are segments now."),
+    ("stacked_devices", "stacked_devices", False, (),
+     "Pairs of a segment and a device that takes its packets unjudged (a bridge, a macvlan, a VLAN on it), and "
+     "bridges between a segment and an uplink. Each one is a mistake in the network's setup: `status` names it."),
 )  # fmt: skip
 
 

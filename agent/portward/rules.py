@@ -12,10 +12,10 @@ from portward import config as configuration
 from portward.config import Config, OnAgentDown
 from portward.errors import InputError, KernelError, PortwardError
 from portward.gateway import keeper, namespacelock, others, ruleset, xtables
+from portward.gateway.around import found
 from portward.gateway.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.surroundings import Surroundings
 from portward.model import Mode
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
@@ -25,7 +25,6 @@ _ALREADY: Final = "portward's ruleset is loaded already: nothing is changed"
 # The line of the configuration that names the preset.
 _PRESET: Final = re.compile(r"(?m)^preset\s*=\s*[\"']([^\"'\n]*)[\"']")
 _LEAST_PORTS: Final = (25,)
-_UNWATCHED: Final = Surroundings(guard=True)
 
 
 def loaded() -> str:
@@ -63,7 +62,7 @@ def wanted(path: Path) -> str:
     config = configuration.load(path)
     preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
     native = xtables.has_native_queue(Nft())
-    surroundings = Surroundings(guard=others.seen(NfNetlink()).guard)
+    surroundings = found(config)._replace(guard=others.seen(NfNetlink()).guard)
     return ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings).text
 
 
@@ -99,7 +98,8 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
         preset = presets.load(config.preset, named_in=path)
         state = ruleset.State(0, synced=False)
         # With the guard: nobody watches here whether others translate packets.
-        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state, surroundings=_UNWATCHED))
+        surroundings = found(config)._replace(guard=True)
+        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state, surroundings=surroundings))
     except PortwardError as error:
         ports = _ports(path)
         keeper.close(nft, ports)

@@ -41,3 +41,4 @@ class Snapshot:
     subscriptions: float = 0
     observing: float = 0
     segments: float = 0
+    stacked_devices: float = 0

@@ -34,6 +34,7 @@ from bench import (  # the path above must be there first
     rates,
     remembered,
     revoke,
+    stacked,
     stale,
     start_denied,
     unknown,
@@ -65,6 +66,7 @@ _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "prefixes": prefixes.measure,
     "rates": rates.measure,
     "revoke": revoke.measure,
+    "stacked": stacked.measure,
     "stale": stale.measure,
     "start_denied": start_denied.measure,
 }

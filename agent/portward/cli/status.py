@@ -155,6 +155,9 @@ def _lines(told: dict[str, Any]) -> list[str]:
             f"HELD      revision {held['revision']} would flip the verdict of {held['flipped']} of "
             f"{held['subscriptions']} subscriptions: `portward apply --confirm` lets it through",
         )
+    found[:0] = [f"STACKED   {line}" for line in told.get("stacked", ())]
+    if dropped := told.get("tunnels_dropped"):
+        found.append(f"tunnels   {dropped} packets from segments to tunnels that end here: dropped")
     if told["ruleset_error"]:
         found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
     if told["reload_failed"]:

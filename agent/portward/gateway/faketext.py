@@ -21,6 +21,7 @@ _COMMAND: Final = re.compile(
 )
 _BLOCK: Final = re.compile(r"table inet (\S+) \{(.*)\}", re.DOTALL)
 _THING: Final = re.compile(r"(chain|set|map|counter|limit) (\S+) ?(?:\{(.*)\})?", re.DOTALL)
+_NUMBER: Final = re.compile(r'0x[0-9a-f]+|\d+|"\d{16}"')
 _UNITS_MS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
 
@@ -108,7 +109,12 @@ def keys(text: str) -> Iterator[bytes]:
     """Elements in braces as keys: numbers as the kernel keeps them, all else as it is written."""
     for item in text.strip().removeprefix("{").removesuffix("}").split(","):
         if word := item.strip():
-            yield struct.pack("=I", int(word, 0)) if re.fullmatch(r"0x[0-9a-f]+|\d+", word) else word.encode()
+            yield struct.pack("=I", _number(word)) if _NUMBER.fullmatch(word) else word.encode()
+
+
+def _number(word: str) -> int:
+    """A number; an interface's index in quotes has zeros before it, see `ruleset`."""
+    return int(word, 16) if word.startswith("0x") else int(word.strip('"'))
 
 
 def _expanded(text: str) -> str:

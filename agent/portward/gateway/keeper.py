@@ -59,6 +59,10 @@ class Keeper:
                 return
         raise KernelError("the ruleset changes faster than it can be loaded: somebody else writes it all the time")
 
+    def add(self, text: str) -> None:
+        """Adds chains to what is loaded, so that they act at once; `load` must follow. Raises KernelError."""
+        self._nft.load(text)
+
     def check(self, want: Wanted) -> None:
         """Asks the kernel whether it would take `want` in place of what is loaded; raises KernelError."""
         self._nft.check(self._replacement(want))

@@ -14,9 +14,9 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple, TypeAlias
 from zlib import crc32
 
-from portward.config import Config, OnAgentDown, Verdicts
+from portward.config import Config, Encrypted, OnAgentDown, Verdicts
 from portward.documents import network_text
-from portward.gateway import mark
+from portward.gateway import mark, tunnels
 from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.model import Mode, Network
 from portward.policy.preset import Preset
@@ -59,17 +59,23 @@ COUNTED_SETS: Final[dict[Verdict, str]] = dict([*LEARNED_SETS.items(), *RATED_SE
 COUNTERS: Final = (
     "internal", "missed", "answered", "answered_stale", "unlearned", "limited", "limited_all", "stale",
     "unmarked", "unjudged", "unjudged_open", "headers", "unknown", "unsettled", "throttled", "held", "translated",
+    "tunnels", "stacked",
 )  # fmt: skip
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
 # The committed rate of a segment may come at once for so many seconds.
 _COMMITTED_BURST: Final = 4
-# Hook (prerouting) and priority of the base chains, in the order in which they must be registered: the kernel puts
-# a newcomer before the chains of equal priority, so `screen` comes first and no chain of others between the two.
+# Hook (prerouting 0, input 1, forward 2) and priority of the base chains. These two in the order in which they
+# must be registered: the kernel puts a newcomer before the chains of equal priority, so `screen` comes first and
+# no chain of others between the two.
 HOOKS: Final = {"learn": (0, -302), "screen": (0, -302)}
-# The base chain in forward, loaded only if `Surroundings.guard`.
+TUNNELS_HOOKS: Final = {"tunnels": (1, -302)}
+# Loaded only if `Surroundings.guard`.
 GUARD_HOOKS: Final = {"guard": (2, 2**31 - 1)}
 _GUARD_LINES: Final = re.compile(r"(?ms)^ *# guard$\n(.*?)^ *# end of guard$\n")
+# Loaded only if `Surroundings.stacked`: the base chain of the file, and its other chains.
+STACKED_HOOKS: Final = {"stacked": (2, -302)}
+_STACKED: Final = ("stacked.nft", ("from_stacked", "stacked_mail"))
 _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
 
@@ -101,7 +107,7 @@ class Wanted(NamedTuple):
     statements: tuple[QueueStatement, ...]
     native: bool
     # The base chains with hook and priority, in the order in which they are registered.
-    hooks: Mapping[str, tuple[int, int]] = HOOKS
+    hooks: Mapping[str, tuple[int, int]] = HOOKS | TUNNELS_HOOKS
 
 
 def wanted(
@@ -116,16 +122,33 @@ def wanted(
     text = _with_guard(rules("nftables", "portward.nft").read_text(), wanted=surroundings.guard)
     text = _with_literals(text, config, guard=surroundings.guard)
     definitions = _definitions(text)
-    text = _with_values(text, _values(config, preset, state) | {"DEFINITIONS": str(definitions)})
+    values = _values(config, preset, state) | _tunnels(config, surroundings)
+    text = _with_values(text, values | {"DEFINITIONS": str(definitions)})
+    if surroundings.stacked:
+        text += _stacked(surroundings)
     statements = tuple(_statements(config))
     text += "".join(_probes(config.queue.workers))
     if native:
         text += "".join(map(_native, statements))
     if state.unsettled:
-        indexes = ", ".join(map(str, sorted(state.unsettled)))
-        text += f"add element {FAMILY_TABLE} {UNSETTLED} {{ {indexes} }}\n"
-    hooks = HOOKS | (GUARD_HOOKS if surroundings.guard else {})
+        text += f"add element {FAMILY_TABLE} {UNSETTLED} {_indexes(state.unsettled)}\n"
+    hooks = HOOKS | TUNNELS_HOOKS
+    hooks |= GUARD_HOOKS if surroundings.guard else {}
+    hooks |= STACKED_HOOKS if surroundings.stacked else {}
     return Wanted(text, definitions, statements, native, hooks)
+
+
+def stacked_alone(config: Config, preset: Preset, surroundings: Surroundings) -> str:
+    """The chains for devices above segments alone, which the kernel takes sooner than the whole ruleset."""
+    return (
+        f"define PORTS = {_set(preset.ports)}\ndefine SEGMENTS = {_interfaces(config.segments)}\n"
+        f"{_stacked(surroundings)}"
+    )
+
+
+def _stacked(surroundings: Surroundings) -> str:
+    name, _ = _STACKED
+    return _with_values(rules("nftables", name).read_text(), {"STACKED": _indexes(surroundings.stacked)})
 
 
 def observed(config: Config) -> tuple[str, ...]:
@@ -152,6 +175,9 @@ def replacement(
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
     lines += [f"delete chain {FAMILY_TABLE} {name}" for name in _misplaced(have_hooks, want.hooks)]
+    if STACKED_HOOKS.keys() & have_hooks.keys() - want.hooks.keys():
+        # Made first, so that the removal does not fail if another process has removed one.
+        lines += [f"{verb} chain {FAMILY_TABLE} {name}" for name in _STACKED[1] for verb in ("add", "delete")]
     lines += [
         f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced", UNSETTLED) if name in have
     ]
@@ -191,6 +217,23 @@ def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
         "CURRENT_EPOCH": f"{mark.epoch_of(state.generation) << mark.EPOCH_SHIFT:#010x}",
         "SYNCED": str(state.generation if state.synced else state.generation ^ 1),
     }
+
+
+def _tunnels(config: Config, surroundings: Surroundings) -> dict[str, str]:
+    """The protocols and UDP ports of tunnels that end here, which `chain tunnels` drops if they come from
+    segments."""
+    protocols = tunnels.PROTOCOLS
+    ports = tunnels.DEFAULT_PORTS | surroundings.tunnel_ports | frozenset(config.tunnels.ports)
+    if config.tunnels.encrypted is Encrypted.DROP:
+        protocols |= tunnels.ENCRYPTED_PROTOCOLS
+        ports |= tunnels.ENCRYPTED_PORTS | surroundings.encrypted_ports
+    return {"TUNNELS": _set(sorted(protocols)), "TUNNEL_PORTS": _set(sorted(ports))}
+
+
+def _indexes(found: Iterable[int]) -> str:
+    """Interface indexes as nft takes them whatever the interfaces are called: it takes a number for an interface of
+    that name before it takes it for an index. 16 digits are too long for a name, and in quotes they stay 16."""
+    return _set(f'"{index:016d}"' for index in sorted(found))
 
 
 def _with_values(text: str, values: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ import re
 import msgspec
 import pytest
 
-from portward.config import Config, OnAgentDown, Queue, Verdicts
+from portward.config import Config, Encrypted, OnAgentDown, Queue, Tunnels, Verdicts
 from portward.gateway.ruleset import QueueStatement, State, Wanted, replacement, wanted
 from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.model import Mode
@@ -175,6 +175,7 @@ def test_the_text_registers_learn_before_screen() -> None:
     assert re.findall(r"(?m)^  chain (\w+) \{\n    type filter hook (.*?);.*$", text) == [
         ("learn", "prerouting priority raw - 2"),
         ("screen", "prerouting priority raw - 2"),
+        ("tunnels", "input priority raw - 2"),
     ]
 
 
@@ -241,3 +242,35 @@ def test_definitions_differ_where_a_learned_set_does() -> None:
     base = wanted(CONFIG, AZURE, native=False, state=STATE)
     assert same.definitions == base.definitions
     assert other.definitions != base.definitions
+
+
+def test_tunnels_are_those_of_the_defaults_the_host_and_the_configuration() -> None:
+    around = Surroundings(frozenset((7777, 4789)), frozenset((51820,)))
+    config = msgspec.structs.replace(CONFIG, tunnels=Tunnels(ports=(9000,)))
+    assert "define TUNNEL_PORTS = { 4789, 6081, 7777, 8472, 9000 }\n" in text_of(config, around)
+    config = msgspec.structs.replace(CONFIG, tunnels=Tunnels(encrypted=Encrypted.DROP))
+    text = text_of(config, around)
+    assert "define TUNNEL_PORTS = { 4500, 4789, 6081, 7777, 8472, 51820 }\n" in text
+    assert "define TUNNELS = { 4, 41, 47, 50, 51, 97, 108, 115, 137 }\n" in text
+
+
+def test_the_forward_chain_is_there_only_while_something_stands_on_a_segment() -> None:
+    assert "hook forward" not in text_of(CONFIG, Surroundings())
+    text = text_of(CONFIG, Surroundings(stacked=frozenset((12, 7))))
+    assert "hook forward" in text
+    # Sixteen digits in quotes are no name of an interface, whatever names there are.
+    assert 'define STACKED = { "0000000000000007", "0000000000000012" }\n' in text
+
+
+def test_the_forward_chain_goes_when_nothing_stands_on_a_segment_any_more() -> None:
+    hooks = HOOKS | {"tunnels": (1, -302), "stacked": (2, -302)}
+    for stacked, gone in ((frozenset((7,)), False), (frozenset(), True)):
+        want = wanted(CONFIG, AZURE, native=False, state=STATE, surroundings=Surroundings(stacked=stacked))
+        before = replacement(want, (), hooks, same_definitions=True).split(want.text)[0]
+        assert ("delete chain inet portward stacked\n" in before) is gone
+        assert "delete chain inet portward tunnels" not in before
+
+
+def text_of(config: Config, surroundings: Surroundings) -> str:
+    """The ruleset in these surroundings."""
+    return wanted(config, AZURE, native=False, state=STATE, surroundings=surroundings).text

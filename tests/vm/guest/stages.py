@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from vm.guest import connect, watcher
+from vm.guest import connect, devices, watcher
 from vm.guest.keys import hold_hooks
 from vm.guest.machine import CONFIG, booted, configure, row, sh, slower, until
 from vm.guest.told import tell
@@ -83,6 +83,7 @@ def _first() -> None:
     _hardening()
     _journal()
     _reload()
+    _devices()
     _beside_nftables()
     _translated()
     _breaks()
@@ -147,6 +148,13 @@ def _reload() -> None:
     row("a bad one is refused, and told as an error", _journal_of(3).splitlines()[-1][:150], good=_pid() == before)
     configure()
     sh("systemctl reload portward")
+
+
+def _devices() -> None:
+    tell(stage="tunnels that end here, and devices on top of segments")
+    devices.tunnels()
+    devices.stacked()
+    _nothing_came_out("while devices came and went")
 
 
 def _beside_nftables() -> None:
