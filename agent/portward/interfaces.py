@@ -57,9 +57,11 @@ def is_pattern(pattern: str) -> bool:
 
 
 def matches(patterns: tuple[str, ...], interface: str) -> bool:
-    """Whether an interface name is one of the patterns, as the kernel decides it for the ruleset."""
+    """Whether an interface name is one of the patterns, as the kernel decides it for the ruleset: by bytes, of which
+    a character may have several."""
+    name = encoded(interface)
     return any(
-        interface.startswith(pattern[:-1]) if pattern.endswith("*") else interface == pattern
+        name.startswith(encoded(pattern[:-1])) if pattern.endswith("*") else name == encoded(pattern)
         for pattern in patterns
     )
 

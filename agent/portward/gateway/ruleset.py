@@ -231,8 +231,8 @@ def _tunnels(config: Config, surroundings: Surroundings) -> dict[str, str]:
 
 
 def _indexes(found: Iterable[int]) -> str:
-    """Interface indexes as nft takes them whatever the interfaces are called: it takes a number for an interface of
-    that name before it takes it for an index. 16 digits are too long for a name, and in quotes they stay 16."""
+    """Interface indexes as nft takes them whatever the interfaces are called. It takes a number for an interface
+    of that name before it takes it for an index; 16 digits are too long for a name, and in quotes they stay 16."""
     return _set(f'"{index:016d}"' for index in sorted(found))
 
 
