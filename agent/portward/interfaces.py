@@ -57,8 +57,8 @@ def is_pattern(pattern: str) -> bool:
 
 
 def matches(patterns: tuple[str, ...], interface: str) -> bool:
-    """Whether an interface name is one of the patterns, as the kernel decides it for the ruleset: by bytes, of which
-    a character may have several."""
+    """Whether an interface name is one of the patterns, as the kernel decides it for the ruleset: by bytes, of
+    which a character may have several."""
     name = encoded(interface)
     return any(
         name.startswith(encoded(pattern[:-1])) if pattern.endswith("*") else name == encoded(pattern)
