@@ -335,3 +335,21 @@ def test_a_gateway_that_boots_has_the_guard(make_gateway: MakeGateway) -> None:
     with others(gateway, text):
         assert gateway.passes(FABRIKAM, FABRIKAM.address6, to=to, port=587), "what is not translated passes"
         assert not comes_out(gateway, FABRIKAM, FABRIKAM.address6, to, port)
+
+
+def test_the_guard_refuses_what_comes_from_an_unsettled_interface(gateway: Gateway) -> None:
+    """The policy table still takes the interface for another one: no verdict that a worker finds there counts."""
+    text, to, port = TRICKS["an-internal-address"]
+    source = source_of(CONTOSO, to, next(_numbers))
+    gateway.source(CONTOSO, source, ALLOWED)
+    with namespaces.inside(gateway.lab.gateway):
+        index = socket.if_nametoindex(CONTOSO.segment)
+    element = f'element inet {TABLE} unsettled {{ "{index:016d}" }}\n'
+    with others(gateway, text):
+        until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 1, "the guard is loaded")
+        namespaces.load(gateway.lab.gateway, f"add {element}")
+        try:
+            assert not comes_out(gateway, CONTOSO, source, to, port)
+        finally:
+            namespaces.load(gateway.lab.gateway, f"delete {element}")
+        assert comes_out(gateway, CONTOSO, source, to, port)
