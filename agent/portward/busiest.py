@@ -12,6 +12,7 @@ from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.ruleset import COUNTED_SETS, Verdict
+from portward.interfaces import shown
 from portward.table.reader import Reader
 
 
@@ -55,7 +56,7 @@ class Busiest:
         found = self._reader.owner(element.source.link, element.source.address)
         segment, owner = str(element.source.link), ""
         if found is not None:
-            segment = found[0].name
+            segment = shown(found[0].name)
             account = None if found[1] is None else self._reader.account(found[1].subscription)
             if account is not None:
                 owner = (account.subscription.name if account.subscription else "") or str(account.id)

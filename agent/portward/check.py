@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import shutil
-import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from portward import config as configuration
 from portward.clock import utc_now
-from portward.config import Config
+from portward.config import Config, Encrypted
 from portward.documents import mistake
 from portward.errors import KernelError
-from portward.gateway import keeper, namespacelock, ruleset, xtables
+from portward.gateway import around, keeper, namespacelock, others, rtnetlink, ruleset, stacking, tunnels, xtables
+from portward.gateway.links import Device
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.interfaces import shown
 from portward.policy import preset as presets
 from portward.runtime import running
 from portward.store import open_store
 from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
 from portward.table.invariants import verify
+
+# So many devices of each kind are named, the others are counted.
+_NAMED: Final = 3
 
 
 def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
@@ -33,24 +38,31 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
         raise mistake(path, f"{str(config.table)!r} is no folder", "table")
     preset = presets.load(config.preset, named_in=path)
     yield f"preset {preset.name}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
-    names = [name for _, name in socket.if_nameindex()]
+    devices = rtnetlink.devices()
     for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks)):
         for pattern in patterns:
-            found = [name for name in names if configuration.matches((pattern,), name)]
+            found = [shown(device.name) for device in devices if configuration.matches((pattern,), device.name)]
             yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
+    yield from (f"WARNING: {line}" for line in stacking.warnings(devices, config))
+    yield from _tunnels(config, devices)
     netlink = NfNetlink()
     keeper.loaded(netlink)  # libnftables would write to stderr itself where the kernel may not be asked
     nft = Nft()
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)
+    translating = others.seen(netlink)
+    surroundings = around.found(config)._replace(guard=translating.guard)
     try:
-        nft.check(ruleset.wanted(config, preset, native=native, state=state).text)
+        want = ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings)
+        nft.check(want.text)
     except KernelError as error:
         raise KernelError(f"the kernel does not take the ruleset: {error}") from None
     if not native:
         xtables.require(netlink)
     yield from _lock(config, netlink)
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
+    for line in translating.why:
+        yield f"{line}: what is forwarded is judged again (forward guard)"
     if not with_store:
         return
     # It is the verbs' to run, not the agent's, which begins without it and sees less of the file system.
@@ -100,3 +112,29 @@ def _lock(config: Config, netlink: NfNetlink) -> Iterator[str]:
         raise taken
     if taken is not None:
         yield f"the agent runs here with this table, as process {own}"
+
+
+def _tunnels(config: Config, devices: Sequence[Device]) -> Iterator[str]:
+    """Which tunnels end here, and what the host's own firewall must do about them."""
+    ends = tunnels.ending_here(devices)
+    try:
+        ports = tunnels.find(devices)
+    except OSError as error:
+        ports = tunnels.Ports(tunnels.of_devices(devices))
+        yield f"tunnels of FOU, L2TP and WireGuard: the kernel does not say: {error.strerror}"
+    if not (ends or ports.open or ports.encrypted):
+        return
+    kinds: dict[str, list[str]] = {}
+    for device in ends:
+        kinds.setdefault(device.kind, []).append(shown(device.name))
+    named = [
+        f"{kind} {', '.join(names[:_NAMED])}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        for kind, names in sorted(kinds.items())
+    ]
+    numbers = ", ".join(map(str, sorted(ports.open | ports.encrypted))) or "none"
+    yield f"tunnels that end here: {'; '.join(named) or 'no device'}; UDP ports {numbers}"
+    yield (
+        "from segments nobody reaches them"
+        + (", but IPsec and WireGuard" if config.tunnels.encrypted is Encrypted.PASS else "")
+        + "; from the uplinks THIS HOST'S OWN FIREWALL must close them: what comes in there is not judged"
+    )

@@ -15,12 +15,12 @@ import msgspec
 from msgspec import Meta
 
 from portward.documents import mistake, read_toml
+from portward.interfaces import is_pattern
+from portward.interfaces import matches as matches  # noqa: PLC0414 # the readers of a configuration ask here
 from portward.model import Mode
 
 DEFAULT_PATH: Final = Path("/etc/portward/portward.toml")
 
-# What the kernel takes as an interface name (dev_valid_name in net/core/dev.c), then one wildcard at the end.
-_INTERFACE: Final = re.compile(r"[^\s/:*\"]{1,15}|[^\s/:*\"]{0,14}\*")
 # The URL of a store that there is a backend for; its path.
 STORE: Final = re.compile(r"sqlite:(.+)", re.DOTALL)
 # Queue numbers have 16 bits.
@@ -83,6 +83,22 @@ class Verdicts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     unknown_sources: Size = 16_384
 
 
+class Encrypted(StrEnum):
+    """What becomes of encrypted tunnels from segments to this host: let through, or dropped."""
+
+    PASS = "pass"  # noqa: S105 # no password
+    DROP = "drop"
+
+
+class Tunnels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[tunnels]`: packets from segments to tunnels that end on this host. Those of protocols without a proof of
+    the sender are always dropped; `ports` are further UDP ports of such tunnels, `encrypted` says what becomes of
+    IPsec and WireGuard."""
+
+    encrypted: Encrypted = Encrypted.PASS
+    ports: tuple[Annotated[int, Meta(ge=1, le=_LAST_PORT)], ...] = ()
+
+
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[metrics]`: where Prometheus scrapes (empty: nowhere), and whether by subscription too."""
 
@@ -111,12 +127,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_flip_share: Share = 0.1
     queue: Queue = Queue()
     verdicts: Verdicts = Verdicts()
+    tunnels: Tunnels = Tunnels()
     metrics: Metrics = Metrics()
     exemptions: Exemptions = Exemptions()
 
     def segment(self, interface: str) -> bool:
         """Whether an interface is a segment."""
         return matches(self.segments, interface)
+
+    def uplink(self, interface: str) -> bool:
+        """Whether an interface is an uplink."""
+        return matches(self.uplinks, interface)
 
     def observes(self, interface: str) -> bool:
         """Whether a segment is only observed, by `mode` or by `verdicts.observe`."""
@@ -128,14 +149,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if found is None or int(found["port"]) > _LAST_PORT:
             return None
         return found["host"].strip("[]"), int(found["port"])
-
-
-def matches(patterns: tuple[str, ...], interface: str) -> bool:
-    """Whether an interface name is one of the patterns (a name, or its beginning and `*`)."""
-    return any(
-        interface.startswith(pattern[:-1]) if pattern.endswith("*") else interface == pattern
-        for pattern in patterns
-    )
 
 
 def load(path: Path) -> Config:
@@ -155,10 +168,10 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
     )
     for steps, patterns in lists:
         for place, pattern in enumerate(patterns):
-            if not _INTERFACE.fullmatch(pattern):
+            if not is_pattern(pattern):
                 yield (
-                    f"{pattern!r} is no interface name: up to 15 characters without space, '/' or ':', "
-                    "a '*' only at its end",
+                    f"{pattern!r} is no interface name: up to 15 bytes without space, "
+                    "'/', ':', '%', '\"' or '\\', a '*' only at its end and not alone",
                     (*steps, place),
                 )
     for place, uplink in enumerate(config.uplinks):

@@ -23,6 +23,7 @@ from portward.config import Config
 from portward.dataplane import Dataplane
 from portward.errors import KernelError
 from portward.gateway import mark, ruleset, xtables
+from portward.gateway.around import Lookout
 from portward.gateway.counts import Counts, Owner
 from portward.gateway.elements import KernelElements
 from portward.gateway.keeper import Keeper
@@ -30,10 +31,12 @@ from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.links import Links
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.others import Others
 from portward.gateway.rates import Rates
 from portward.gateway.ruleset import Rated
 from portward.gateway.surroundings import Surroundings
 from portward.intake import First, Intake, OnKernel, answers
+from portward.interfaces import shown
 from portward.policy.preset import Preset
 from portward.selfcheck import SAMPLE, SelfCheck
 from portward.table.follower import Held
@@ -152,6 +155,12 @@ class Core:
 
     # --- kernel thread ---
 
+    def links_seen(self, links: Links) -> None:
+        """Takes note of interfaces as they are now, however busy the policy thread is, and loads the ruleset again
+        if other tunnels end here or other devices stand on top of segments: what stands there lets the segment's
+        packets pass until then. Kernel thread."""
+        self._dataplane.links_seen(links)
+
     def unsettle(self, indexes: frozenset[int], number: int) -> None:
         """Drops what interfaces with these indexes send until `links_changed` up to event `number` is carried out:
         the table still takes them for the interfaces that had the indexes before. Kernel thread."""
@@ -163,7 +172,8 @@ class Core:
         self._dataplane.surround(surroundings)
 
     def check(self) -> None:
-        """Puts the ruleset back if another process has changed it. Kernel thread."""
+        """Puts the ruleset back if another process has changed it, and looks what stands around it. Kernel
+        thread."""
         self._dataplane.check()
 
     def correct(self, suspects: list[Source]) -> None:
@@ -185,7 +195,8 @@ class Core:
         """Whether `check` has nothing to do. It is asked on the thread that waits, so that the kernel thread is
         woken for a reason only."""
         with contextlib.suppress(OSError, KernelError):
-            return not (self.broken or self._dataplane.behind) and self.keeper.at_rest(self._watching)
+            due = self.broken or self._dataplane.behind or self._dataplane.unwatched
+            return not due and self.keeper.at_rest(self._watching)
         return False
 
     @property
@@ -213,7 +224,9 @@ class Core:
         """Packets refused beyond a segment's rate, by segment. Counting thread."""
         names = self._intake.links.names
         with contextlib.suppress(OSError):
-            return {names.get(index, str(index)): packets for index, packets in self._counted.limited().items()}
+            return {
+                shown(names.get(index, str(index))): packets for index, packets in self._counted.limited().items()
+            }
         return {}
 
     def screen(self) -> dict[str, int]:
@@ -264,6 +277,21 @@ class Core:
     def broken(self) -> str:
         """Why the kernel does not have the ruleset that it should have; empty if it has."""
         return self._dataplane.broken
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the forward guard belongs to the ruleset in the kernel."""
+        return self._dataplane.guarded
+
+    @property
+    def lookout(self) -> Lookout:
+        """The devices that take the packets of segments, as they were last found."""
+        return self._dataplane.lookout
+
+    @property
+    def others(self) -> Others:
+        """What others have in the kernel that can turn a packet into another one, as it was last found."""
+        return self._dataplane.watch.found
 
     @property
     def work(self) -> Work | None:
@@ -365,7 +393,7 @@ class Core:
         if found is None:
             return None
         link, entry = found
-        return Owner(link.name, "" if entry is None else self._subscription(entry.subscription))
+        return Owner(shown(link.name), "" if entry is None else self._subscription(entry.subscription))
 
     def _subscription(self, number: int) -> str:
         # The table's numbers of subscriptions can be given anew by a change.

@@ -139,7 +139,7 @@ class Daemon:
             stack.push_async_callback(worker.stop)
             await worker.prepare()
         opening = asyncio.ensure_future(self._kernel_step(lambda: Core(self._config, preset, self._on_kernel)))
-        # The libraries behind these two take longer to load than all else of the daemon. Meanwhile the workers'
+        # The library behind the metrics takes longer to load than all else of the daemon. Meanwhile the workers'
         # processes load theirs, and the core asks the kernel.
         from portward import metrics  # noqa: PLC0415 # as said above
         from portward.gateway import rtnetlink  # noqa: PLC0415 # as said above
@@ -218,6 +218,7 @@ class Daemon:
             for job in (
                 self._follow_store(reading),
                 feed.follow(links),
+                feed.see(),
                 feed.write(),
                 feed.guard(),
                 self._follow_config(),

@@ -19,14 +19,18 @@ from typing import Final
 
 from portward.config import Config
 from portward.errors import KernelError
-from portward.gateway import ruleset
+from portward.gateway import around, mark, ruleset
+from portward.gateway.around import Lookout
 from portward.gateway.elements import KernelElements
 from portward.gateway.enforcement import Enforcement
 from portward.gateway.judge import judge
 from portward.gateway.keeper import Keeper
 from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.lessons import Lessons
+from portward.gateway.links import Links, only_ports
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.others import Watch
 from portward.gateway.rates import Bucket, Rates
 from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.gateway.tally import Outcome
@@ -37,6 +41,9 @@ from portward.table.reader import Reader
 from portward.table.writer import Committed
 from portward.underway import UnderWay
 
+# Verdicts of the forward guard that are cached in one step, at most 20 steps a second: a flood of new sources
+# fills neither the sets of denied sources (262,144 in 60 s) nor those of unknown ones (16,384 in 10 s).
+_TAUGHT: Final = 64
 # Differences of one kind that are logged one by one.
 _TOLD: Final = 10
 
@@ -71,6 +78,13 @@ class Dataplane:
         self._rates = Rates(elements)
         self.enforcement = Enforcement(self.keeper, self.learned, self.want, count, self._rates, self.rate)
         self._surroundings = NOTHING
+        self.lookout = Lookout()
+        # What others have in the kernel decides whether the forward guard is loaded.
+        self.watch = Watch(netlink)
+        self._links = Links({}, frozenset())
+        # VRFs with one segment as a port: index of the VRF → index of the port.
+        self._ports: dict[int, int] = {}
+        self._lessons = Lessons()
         # Changes that were committed before the ruleset was loaded.
         self._early: list[tuple[Committed, dict[str, int] | None, int]] | None = []
         # The newest revision of the store that the kernel acts on: everything older is forgotten.
@@ -81,16 +95,20 @@ class Dataplane:
         """Why the kernel does not have the ruleset that it should have; empty if it has."""
         return self.enforcement.broken
 
-    def load(self, committed: Committed, links: dict[str, int]) -> None:
+    def load(self, committed: Committed, links: dict[str, int], seen: Links) -> None:
         """Loads the ruleset for the table as it was after `committed`, with `links` (segment → interface index),
-        then carries out what was committed since. From here on the gateway enforces. Raises KernelError."""
+        and for what stands around it, among it the interfaces as they were `seen`; then carries out what was
+        committed since. From here on the gateway enforces. Raises KernelError."""
         self.enforcement.links = links
+        self._take_links(seen)
+        self._surroundings = self._around()._replace(guard=self.watch.look())
         if self.enforcement.start(committed.generation):
             _log.info("the kernel remembered verdicts of another policy: they are forgotten")
         self.enforced = committed.revision
         early, self._early = self._early or [], None
         for change in early:
             self._carry_out(*change)
+        self._look_again()
 
     def enforce(self, committed: Committed, links: dict[str, int] | None, settled: int) -> None:
         """Carries out a change of the table. With `links` the interfaces have changed, and interfaces that were
@@ -108,6 +126,7 @@ class Dataplane:
             self.enforcement.settle(settled)
         if not self.broken:
             self.enforced = committed.revision
+        self._look_again()
 
     def unsettle(self, indexes: frozenset[int], number: int) -> None:
         """Drops what interfaces with these indexes send, unless `enforce` has settled event `number` already: each
@@ -116,17 +135,68 @@ class Dataplane:
 
     def surround(self, surroundings: Surroundings) -> None:
         """See `Core.surround`."""
+        self._surround(surroundings)
+        self._look_again()
+
+    def _surround(self, surroundings: Surroundings) -> None:
         if surroundings == self._surroundings:
             return
+        new = surroundings.stacked - self._surroundings.stacked
         self._surroundings = surroundings
+        if self._early is not None:  # `load` takes it in
+            return
+        intact = self.enforcement.intact()
+        if new:
+            with contextlib.suppress(KernelError):  # without a ruleset there is nothing to add to
+                self.keeper.add(ruleset.stacked_alone(self.config, self.preset, surroundings))
+        # To load would put a ruleset back that another program has changed, uncounted, and keep what it cached.
+        if not intact:
+            self._put_back()
+            return
         try:
             self.keeper.load(self.want(self._kernel_generation()))
         except (KernelError, OSError):
             self._repair()
 
+    def links_seen(self, links: Links) -> None:
+        """See `Core.links_seen`."""
+        self._take_links(links)
+        self._surround(self._around())
+        self._look_again()
+
+    def _around(self) -> Surroundings:
+        """The surroundings with the tunnels that end here now, and with the devices on top of segments."""
+        return self.lookout.look(self._links.devices, self.config, self._surroundings)
+
+    def _take_links(self, links: Links) -> None:
+        self._links = links
+        segments = [index for index, name in links.names.items() if self.config.segment(name)]
+        self._ports = only_ports(links, segments)
+
+    def watch_others(self) -> None:
+        """Loads or removes the forward guard if others began or ended to translate packets."""
+        self._surround(self._surroundings._replace(guard=self.watch.look()))
+
+    def _look_again(self) -> None:
+        """What others loaded while a ruleset of ours was loaded does not show in the keeper's numbers."""
+        if self.unwatched:
+            self.watch_others()
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the forward guard belongs to the ruleset in the kernel. May be asked on any thread."""
+        return self._surroundings.guard and not self.broken
+
+    @property
+    def unwatched(self) -> bool:
+        """Whether a ruleset of ours was loaded since others were last looked at. May be asked on any thread."""
+        return self.watch.looked <= self.keeper.loaded_at
+
     def would_take(self, config: Config, preset: Preset) -> None:
         """Asks the kernel if it would load the ruleset of another configuration; raises KernelError."""
-        self.keeper.check(self._wanted(config, preset, self._kernel_generation()))
+        stacked = around.stacked(self._links.devices, config)
+        surroundings = self._surroundings._replace(stacked=stacked)
+        self.keeper.check(self._wanted(config, preset, self._kernel_generation(), surroundings))
 
     def adopt(
         self, config: Config, preset: Preset, changes: list[tuple[Committed, dict[str, int] | None]]
@@ -134,6 +204,8 @@ class Dataplane:
         """Puts another configuration in force, whose `changes` of the table are committed. False if the kernel
         refuses its ruleset; then `check` tries it until it works."""
         self.config, self.preset = config, preset
+        self._take_links(self._links)
+        self._surroundings = self._around()
         for _, links in changes:
             if links is not None:
                 self.enforcement.links = links
@@ -146,14 +218,23 @@ class Dataplane:
             return False
         for committed, links in changes:
             self._carry_out(committed, links, 0)
+        self._look_again()
         return True
 
     def check(self) -> None:
         """Puts the ruleset back if another process has changed it, and forgets everything if a change of the table
         was not carried out."""
-        before = self.keeper.repairs
         if self.behind or not self.enforcement.intact():
-            self._repair()
+            self._put_back()
+        # Not before: see `_surround`. And by now the keeper has noted the kernel's number, so what others change
+        # from here on shows. FOU, L2TP, WireGuard and legacy iptables announce nothing.
+        self._surround(self._around()._replace(guard=self.watch.look()))
+        self._look_again()
+
+    def _put_back(self) -> None:
+        """Repairs, and reports it if the ruleset was not the one that was loaded."""
+        before = self.keeper.repairs
+        self._repair()
         if self.keeper.repairs != before:
             self._selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
 
@@ -223,11 +304,39 @@ class Dataplane:
                 )
 
     def asked(self, sources: Iterable[Source]) -> None:
-        """Lets sources send within their rate limit that a worker has met, so the kernel has none for them."""
-        sources = list(sources)
+        """Takes in sources that a worker has met and that the kernel cannot learn from a mark: those with a rate
+        limit, and those that the forward guard asked about."""
+        # The sets know the port, not the VRF that the guard's question names.
+        sources = [source._replace(link=self._ports.get(source.link, source.link)) for source in sources]
         with contextlib.suppress(OSError):
             self._rates.doubt(sources)
         self.rate(sources)
+        if self.guarded:
+            self._teach(sources)
+
+    def _teach(self, sources: list[Source]) -> None:
+        """Writes the verdicts of these sources into the kernel. A change that is committed after the lookup is
+        carried out after the write, and forgets what it changes. What the kernel refuses, because a set is full,
+        and what is beyond the segment's part, is asked again by the source's next packet."""
+        known = {
+            source: found
+            for source in sources[:_TAUGHT]
+            if (found := self._verdict(source)) is not None
+            and self._lessons.take(source.link, self.config.verdicts)
+        }
+        with contextlib.suppress(KernelError):
+            self.learned.teach(known)
+
+    def _verdict(self, source: Source) -> mark.Class | None:
+        """What the table says of a source, for the kernel to cache; None: nothing, or it has a rate limit."""
+        # Behind an unsettled interface the table finds the verdict of whoever had it before.
+        if source.link in self.enforcement.unsettled:
+            return None
+        finding = self._reader.lookup(source.link, source.address)
+        if finding is None:
+            return None
+        verdict, outcome = judge(finding)
+        return None if outcome is Outcome.DEFERRED else verdict
 
     def rate(self, sources: Iterable[Source]) -> None:
         """Lets those of these sources whose exemption carries a rate limit send within it. If the kernel refuses,
@@ -280,12 +389,14 @@ class Dataplane:
 
     def want(self, generation: int) -> ruleset.Wanted:
         """The ruleset that should be loaded, for the table at this generation."""
-        return self._wanted(self.config, self.preset, generation)
+        return self._wanted(self.config, self.preset, generation, self._surroundings)
 
-    def _wanted(self, config: Config, preset: Preset, generation: int) -> ruleset.Wanted:
+    def _wanted(
+        self, config: Config, preset: Preset, generation: int, surroundings: Surroundings
+    ) -> ruleset.Wanted:
         state = ruleset.State(
             generation,
             synced=self.learned.synced() == generation,
             unsettled=frozenset(self.enforcement.unsettled),
         )
-        return ruleset.wanted(config, preset, native=self.native, state=state, surroundings=self._surroundings)
+        return ruleset.wanted(config, preset, native=self.native, state=state, surroundings=surroundings)

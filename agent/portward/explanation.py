@@ -6,7 +6,6 @@ also tells whether the verdict is remembered now.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from datetime import datetime
 from ipaddress import ip_address
@@ -21,9 +20,11 @@ from portward.documents import network_text
 from portward.errors import InputError, PortwardError
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned, Source
+from portward.gateway.links import index_of
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import COUNTED_SETS, RATED_SETS, RATES, TABLE, Rated
+from portward.interfaces import shown
 from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
 from portward.policy import preset as presets
 from portward.policy.decide import decide, rule_in_words
@@ -89,7 +90,7 @@ def lines(found: Explanation) -> Iterator[str]:
     """The explanation in a few lines for people."""
     to = f" to {found.destination}" if found.destination else ""
     observed = " (observed only: the packet passes)" if found.observed and found.verdict != "allow" else ""
-    yield f"{found.segment} {found.address}{to}: {found.verdict.upper()}{observed}"
+    yield f"{shown(found.segment)} {found.address}{to}: {found.verdict.upper()}{observed}"
     yield f"  why       {found.reason_in_words} ({found.reason})"
     if found.subscription:
         name = f"{found.name}, " if found.name else ""
@@ -196,10 +197,9 @@ def _explanation(
 
 def _kernel(segment: str, source: Address) -> str:
     """What the kernel does with the source's next packet, in words."""
-    try:
-        index = socket.if_nametoindex(segment)
-    except OSError:
-        return f"there is no interface {segment} here now"
+    index = index_of(segment)
+    if index is None:
+        return f"there is no interface {shown(segment)} here now"
     try:
         netlink = NfNetlink()
         if not netlink.sets(TABLE):

@@ -19,7 +19,7 @@ from portward.clock import Clock
 from portward.config import Config, Refusal
 from portward.dataplane import Dataplane
 from portward.errors import KernelError, StoreError
-from portward.gateway.links import Links
+from portward.gateway.links import Links, only_ports
 from portward.model import Mode
 from portward.policy.preset import Preset
 from portward.store import open_store
@@ -47,10 +47,11 @@ def answers(config: Config) -> Answers:
 
 
 class First(NamedTuple):
-    """What the ruleset is first loaded for: the table's state, and segment → interface index."""
+    """What the ruleset is first loaded for: the table's state, segment → interface index, and all interfaces."""
 
     committed: Committed
     links: dict[str, int]
+    seen: Links
 
 
 class Intake:
@@ -114,7 +115,7 @@ class Intake:
     def first_links(self, links: Links) -> First:
         """See `Core.first_links`."""
         with self._under_way.working("writing the interfaces"):
-            return First(self._put_links(links), self._by_name())
+            return First(self._put_links(links), self._by_name(), links)
 
     # --- and then, again and again ---
 
@@ -283,7 +284,11 @@ class Intake:
 
     def _put_links(self, links: Links) -> Committed:
         self.links = links
-        want = {index: (name, self._config.observes(name)) for index, name in self.segments().items()}
+        segments = self.segments()
+        want = {index: (name, self._config.observes(name)) for index, name in segments.items()}
+        # A worker that the forward guard asks is given the VRF's index.
+        ports = only_ports(links, segments)
+        want |= {master: want[port] for master, port in ports.items() if master not in want}
         return self._writer.put_links(want, touched=links.touched, now=self._clock.now())
 
     def _by_name(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, TypeAlias
 
 from portward.core import Core
-from portward.gateway.links import Links
+from portward.gateway.links import Links, only_ports
 
 # How long an idle table may take for a change of interfaces before the kernel thread steps in, in seconds: it
 # takes some milliseconds, most of them to sync the disk.
@@ -24,14 +24,13 @@ Step: TypeAlias = Callable[[Callable[[], bool | None]], Awaitable[bool | None]]
 
 
 class LinkFeed:
-    """Follows interfaces. `follow`, `write` and `guard` are jobs that run side by side and never end."""
+    """Follows interfaces. `follow`, `see`, `write` and `guard` are jobs that run side by side and never end."""
 
     def __init__(self, core: Core, policy: Step, kernel: Step, first: Links) -> None:
         """`policy` and `kernel` run a step on their thread. `first` is what the table has taken in already."""
         self._core, self._policy, self._kernel = core, policy, kernel
-        self._names = first.names
-        self._due = Links(first.names, frozenset())
-        self._changed, self._wrote = asyncio.Event(), asyncio.Event()
+        self._seen = self._due = first
+        self._new, self._changed, self._wrote = asyncio.Event(), asyncio.Event(), asyncio.Event()
         # Events are numbered. All up to `_written` are in the table.
         self._number = self._written = 0
         self._uncertain: set[int] = set()
@@ -41,14 +40,20 @@ class LinkFeed:
         """Notes each change as it comes, however long the table takes for the one before."""
         async for change in links:
             self._number += 1
-            self._uncertain |= {
-                index for index in change.touched if self._core.config.segment(self._names.get(index, ""))
-            }
-            self._names = change.names
-            self._due = Links(change.names, self._due.touched | change.touched)
+            self._uncertain |= in_doubt(self._seen, change, self._core.config.segment)
+            self._seen = change
+            self._due = change._replace(touched=self._due.touched | change.touched)
+            self._new.set()
             self._changed.set()
             if self._uncertain:
                 self._doubt.set()
+
+    async def see(self) -> None:
+        """Lets the kernel thread know of each change, whatever the table does."""
+        while True:
+            await self._new.wait()
+            self._new.clear()
+            await self._kernel(lambda links=self._seen: self._core.links_seen(links))  # type: ignore[misc]
 
     async def write(self) -> None:
         """Brings into the table what has changed, all that came meanwhile at once."""
@@ -56,7 +61,7 @@ class LinkFeed:
             await self._changed.wait()
             self._changed.clear()
             due, number = self._due, self._number
-            self._due = Links(due.names, frozenset())
+            self._due = due._replace(touched=frozenset())
             if await self._policy(lambda due=due, number=number: self._core.links_changed(due, number)):  # type: ignore[misc]
                 self._written = number
                 self._wrote.set()
@@ -84,3 +89,14 @@ class LinkFeed:
                         await self._wrote.wait()
                         self._wrote.clear()
         return self._written >= number
+
+
+def in_doubt(before: Links, after: Links, is_segment: Callable[[str], bool]) -> set[int]:
+    """The indexes whose verdicts in the table are another interface's now: of segments, and of VRFs whose one port
+    is another one (the table has the port's entries for the VRF, too)."""
+    reused = {index for index in after.touched if is_segment(before.names.get(index, ""))}
+    had, has = (
+        only_ports(links, [index for index, name in links.names.items() if is_segment(name)])
+        for links in (before, after)
+    )
+    return reused | {master for master, port in had.items() if has.get(master) != port or port in reused}

@@ -50,6 +50,10 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
      "Seconds since every worker last answered a query of the self-check under the policy in the kernel."),
     ("ruleset_broken", "ruleset_broken", False, (),
      "1 where the kernel refuses the ruleset that should be there: port 25 may be open."),
+    ("guard_loaded", "guard_loaded", False, (),
+     "1 while the forward guard is loaded, which judges again what others may have translated (see `status`)."),
+    ("chains_between", "chains_between", False, (),
+     "Chains of others at the priority of portward's own in prerouting: because of them the guard is loaded."),
     ("policy_changes", "policy_changes", True, (), "Changes of policy taken into the table."),
     ("policy_held", "policy_held", False, (),
      "1 where a change would flip more than max_flip_share of all subscriptions and waits for confirmation."),
@@ -70,6 +74,9 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("subscriptions", "subscriptions", False, (), "Subscriptions in the policy table."),
     ("observing", "observing", False, (), "1 where the whole gateway only observes."),
     ("segments", "segments", False, (), "Interfaces that are segments now."),
+    ("stacked_devices", "stacked_devices", False, (),
+     "Pairs of a segment and a device that takes its packets unjudged (a bridge, a macvlan, a VLAN on it), and "
+     "bridges between a segment and an uplink. Each one is a mistake in the network's setup: `status` names it."),
 )  # fmt: skip
 
 

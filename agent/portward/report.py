@@ -15,6 +15,7 @@ from portward.gateway.queues import states
 from portward.gateway.ruleset import Rated, Verdict
 from portward.gateway.tally import Event, Outcome
 from portward.gateway.workers import Worker
+from portward.interfaces import shown
 from portward.model import Mode
 from portward.runtime import STATUS_FORMAT
 from portward.snapshot import Snapshot
@@ -78,6 +79,8 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         divergence={(kind.value,): count for kind, count in core.selfcheck.divergences.items()},
         self_check_age=_since(core.selfcheck.answered),
         ruleset_broken=bool(core.broken),
+        guard_loaded=core.guarded,
+        chains_between=len(core.others.beside),
         reload_failed=reload_failed,
         store_age=_age(core),
         enforced_revision=core.enforced,
@@ -85,6 +88,7 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         subscriptions=subscriptions,
         observing=core.config.mode is Mode.OBSERVE,
         segments=len(core.segments()),
+        stacked_devices=len(core.lookout.warnings),
     )
 
 
@@ -120,7 +124,12 @@ def status(
         "attachments": numbers.attachments,
         "subscriptions": numbers.subscriptions,
         "segments": [
-            {"name": name, "index": index, "observed": core.config.observes(name), "packets": seen[name]}
+            {
+                "name": shown(name),
+                "index": index,
+                "observed": core.config.observes(name),
+                "packets": seen[shown(name)],
+            }
             for index, name in sorted(core.segments().items(), key=lambda item: item[1])
         ],
         "workers": [
@@ -137,6 +146,9 @@ def status(
             "divergences": {kind.value: count for kind, count in core.selfcheck.divergences.items()},
             "last_difference": core.selfcheck.last_difference,
         },
+        "guard": {"loaded": core.guarded, "why": core.others.why},
+        "stacked": core.lookout.warnings,
+        "tunnels_dropped": int(numbers.screen.get(("tunnels",), 0)),
         "ruleset_error": core.broken,
         "ruleset_repairs": numbers.ruleset_repairs,
         "reload_failed": bool(numbers.reload_failed),

@@ -3,13 +3,16 @@ enforcing."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 from typing import Final
 
 from portward import config as configuration
 from portward.config import Config, OnAgentDown
-from portward.errors import KernelError, PortwardError
-from portward.gateway import keeper, namespacelock, ruleset, xtables
+from portward.errors import InputError, KernelError, PortwardError
+from portward.gateway import keeper, namespacelock, others, ruleset, xtables
+from portward.gateway.around import found
 from portward.gateway.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
@@ -18,6 +21,10 @@ from portward.policy import preset as presets
 from portward.policy.preset import Preset
 
 _ALREADY: Final = "portward's ruleset is loaded already: nothing is changed"
+
+# The line of the configuration that names the preset.
+_PRESET: Final = re.compile(r"(?m)^preset\s*=\s*[\"']([^\"'\n]*)[\"']")
+_LEAST_PORTS: Final = (25,)
 
 
 def loaded() -> str:
@@ -41,7 +48,10 @@ def without_agent(config: Config) -> str:
             passed = config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE
             return f"known verdicts stay in the kernel, unknown sources are {'passed' if passed else 'dropped'}"
         if keeper.closed(netlink):
-            return f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} stands where no ruleset is"
+            return (
+                f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} stands where no ruleset is "
+                "(`portward rules show` names all its ports)"
+            )
     except KernelError as error:
         return f"what the kernel enforces is not known: {error}"
     return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"
@@ -50,20 +60,22 @@ def without_agent(config: Config) -> str:
 def wanted(path: Path) -> str:
     """The ruleset that `portward run` would load here with the configuration at `path`."""
     config = configuration.load(path)
-    state = ruleset.State(0, synced=False)
+    preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
     native = xtables.has_native_queue(Nft())
-    return ruleset.wanted(config, presets.load(config.preset, named_in=path), native=native, state=state).text
+    surroundings = found(config)._replace(guard=others.seen(NfNetlink()).guard)
+    return ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings).text
 
 
 def baseline(path: Path) -> str:
-    """Sees to it that port 25 is closed before there is an agent, and says what it did. It needs neither store nor
-    policy table.
+    """Sees to it that the judged ports are closed before there is an agent, and says what it did. It needs neither
+    store nor policy table.
 
     If portward's ruleset is loaded nothing is changed: an agent has put it there, and may run. Else the ruleset of
     the configuration at `path` is loaded, without a worker behind its queue; if that cannot be had, no packet to
-    port 25 is forwarded any more, and PortwardError says why. A crash between any two steps leaves what was there
-    before, or a closed port. Raises NamespaceTakenError, and changes nothing, if another process has the namespace
-    and its ruleset is not there yet."""
+    the ports of its preset is forwarded any more (if these cannot be read either: to port 25), and PortwardError
+    says why. A crash between any two steps leaves what was there before, or a closed port. Raises
+    NamespaceTakenError, and changes nothing, if another process has the namespace and its ruleset is not there
+    yet."""
     netlink = NfNetlink()
     if keeper.loaded(netlink):
         return _ALREADY
@@ -85,12 +97,25 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
         config = configuration.load(path)
         preset = presets.load(config.preset, named_in=path)
         state = ruleset.State(0, synced=False)
-        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state))
+        # With the guard: nobody watches here whether others translate packets.
+        surroundings = found(config)._replace(guard=True)
+        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state, surroundings=surroundings))
     except PortwardError as error:
-        keeper.close(nft)
-        raise PortwardError(f"no packet to port 25 is forwarded until this is mended: {error}") from error
+        ports = _ports(path)
+        keeper.close(nft, ports)
+        closed = f"{'port' if len(ports) == 1 else 'ports'} {', '.join(map(str, ports))}"
+        raise PortwardError(f"no packet to {closed} is forwarded until this is mended: {error}") from error
     keeper.lift(nft, netlink)
     return _told(config, preset)
+
+
+def _ports(path: Path) -> tuple[int, ...]:
+    """The ports of the preset that the configuration at `path` names, also if nothing else of it can be read; port
+    25 if the preset cannot be read."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, InputError):
+        if named := _PRESET.findall(path.read_text()):
+            return presets.load(named[-1]).ports
+    return _LEAST_PORTS
 
 
 def _told(config: Config, preset: Preset) -> str:

@@ -27,6 +27,8 @@ class Snapshot:
     divergence: Mapping[Labels, float] = field(default_factory=dict)
     self_check_age: float = 0
     ruleset_broken: float = 0
+    guard_loaded: float = 0
+    chains_between: float = 0
     policy_changes: float = 0
     policy_held: float = 0
     history_replaced: float = 0
@@ -40,3 +42,4 @@ class Snapshot:
     subscriptions: float = 0
     observing: float = 0
     segments: float = 0
+    stacked_devices: float = 0

@@ -15,6 +15,7 @@ import pytest
 
 from faults.inject import points as inject
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway, source_records
+from kernel.wire import same, seen, segment
 from portward.errors import KernelError
 from portward.gateway.elements import KernelElements
 from portward.gateway.keeper import Keeper
@@ -150,6 +151,82 @@ def test_a_configuration_that_cannot_be_read_closes_port_25_for_all(booted: Gate
     assert tables(booted) == ["portward"]
     assert booted.passes(CONTOSO, "10.0.0.6")
     assert not booted.passes(FABRIKAM, "10.0.0.6")
+
+
+# Three ports are judged by DigitalOcean's preset, and by Azure's only 25.
+PORTS = {"digitalocean": (25, 465, 587), "azure-2020": (25,)}
+
+
+def closed_ports(gateway: Gateway) -> tuple[int, ...]:
+    """Which of the mail ports a packet of a tenant cannot reach."""
+    return tuple(port for port in (25, 465, 587) if not reaches(gateway, port))
+
+
+def reaches(gateway: Gateway, port: int) -> bool:
+    """Whether a packet to this port comes out; one to port 2525 is sent behind it."""
+    packet = segment(FABRIKAM.address6, port=port)
+    marker = segment(FABRIKAM.address6, port=2525)
+    with seen(gateway.lab.internet) as view:
+        for one in (packet, marker):
+            gateway.senders[FABRIKAM].send(one)
+        found = view.first(lambda other: same(packet)(other) or same(marker)(other))
+    assert found is not None
+    return same(packet)(found)
+
+
+@pytest.mark.parametrize("preset", PORTS)
+def test_the_ports_of_the_preset_are_closed_if_nothing_else_can_be_read(booted: Gateway, preset: str) -> None:
+    booted.agent.config.write_text(f'segments = 3\npreset = "{preset}"\n')
+    done = booted.agent.portward("rules", "baseline")
+    assert done.returncode == 1
+    ports = ", ".join(map(str, PORTS[preset]))
+    assert f"no packet to port{'s' if ',' in ports else ''} {ports} is forwarded" in done.stderr
+    assert closed_ports(booted) == PORTS[preset]
+
+
+@pytest.mark.parametrize("preset", PORTS)
+@pytest.mark.parametrize("table", ["portward", "portward_closed"])
+def test_nftables_service_closes_the_ports_that_were_judged(
+    booted: Gateway, nftables: Callable[[str], None], preset: str, table: str
+) -> None:
+    booted.agent.configure(preset=preset)
+    if table == "portward_closed":
+        booted.agent.config.write_text(f'segments = 3\npreset = "{preset}"\n')
+    booted.agent.portward("rules", "baseline")
+    assert tables(booted) == [table]
+    for _ in range(2):
+        nftables("start")
+        assert tables(booted) == ["portward_closed"]
+        assert closed_ports(booted) == PORTS[preset]
+
+
+@pytest.mark.parametrize(
+    ("line", "ports"),
+    [
+        ('preset = "digitalocean"', (25, 465, 587)),
+        ("preset = 'hetzner' # mail", (25, 465)),
+        ('preset = "/nowhere/preset.toml"', (25,)),
+        ('preset = "$(reboot)"', (25,)),
+        ("", (25,)),
+    ],
+)
+def test_without_portwards_own_program_the_ports_of_the_preset_are_closed(
+    booted: Gateway, tmp_path: Path, line: str, ports: tuple[int, ...]
+) -> None:
+    script = (Path(__file__).resolve().parents[2] / "systemd/baseline").read_text()
+    for path, ours in (
+        ("timeout 60 /usr/bin/portward", "false"),
+        ("/etc/portward/portward.toml", str(tmp_path / "portward.toml")),
+        ("/usr/lib/portward/closed.nft", str(rules("nftables", "closed.nft"))),
+        ("/usr/lib/portward/lib/python3*/site-packages/portward/rules/policy", str(rules("policy"))),
+    ):
+        assert path in script
+        script = script.replace(path, ours)
+    (tmp_path / "portward.toml").write_text(f"segments = 3\n{line}\n")
+    done = namespaces.run(booted.lab.gateway, ["sh", "-c", script])
+    assert done.returncode == 1
+    assert tables(booted) == ["portward_closed"]
+    assert closed_ports(booted) == ports
 
 
 def test_a_preset_that_is_missing_closes_too(booted: Gateway) -> None:

@@ -83,7 +83,8 @@ class Side:
         sets = self.netlink.sets(TABLE)
         return {
             "sets": sets,
-            "hooks": self.netlink.hooks(TABLE) if sets else {},
+            "hooks": list(self.netlink.hooks(TABLE).items()) if sets else [],
+            "chains": sorted(self.netlink.chains()),
             "rows": {name: sorted(row[0] for row in self.elements.rows(name)) for name in sets if "4" in name},
             "rates": sorted((e.key, e.object) for e in self.elements.elements("rates4"))
             if "rates4" in sets

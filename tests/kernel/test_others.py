@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from kernel.conftest import ALLOWED, DENIED, Gateway
+from portward.gateway.mark import Class
 from portward.gateway.namespacelock import LOCK_TABLE
+from portward.gateway.nfnetlink import NfNetlink
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
@@ -93,6 +96,92 @@ def test_who_sets_marks_changes_no_verdict(gateway: Gateway, mark: str, place: s
             assert not gateway.passes(FABRIKAM, address)
     finally:
         namespaces.load(gateway.lab.gateway, "delete table inet other")
+
+
+# What a chain between screen and learn could do to the mark: take the verdict away, write a constant or a verdict
+# under the epoch in force, set, clear and turn bits.
+BETWEEN: dict[str, str | Class] = {
+    "none": "0",
+    "one": "1",
+    "kube-proxy": "0x4001",
+    "passed": "0xfff9",
+    "allow": Class.ALLOW,
+    "deny": Class.DENY,
+    "observed": Class.OBSERVED,
+    "miss-open": Class.MISS_OPEN,
+    "bits-set": "meta mark | 0x4001",
+    "bits-cleared": "meta mark & 0xffff0000",
+    "bits-turned": "meta mark ^ 0x5",
+}
+_AT = ("-303", "-302", "-301")
+
+
+@pytest.mark.parametrize("when", ["before", "after", "repaired"])
+def test_no_chain_of_others_comes_between(make_gateway: MakeGateway, when: str) -> None:
+    """Chains at portward's own priority and beside it, loaded before its ruleset, after it, and again after a
+    repair, which makes its chains the newest: the kernel puts the newest of equal priority first."""
+    gateway = make_gateway()
+    gateway.source(CONTOSO, "10.0.30.0/24", ALLOWED)
+    gateway.source(FABRIKAM, "10.0.30.0/24", DENIED)
+    for number, (name, value) in enumerate(BETWEEN.items()):
+        epoch = int(re.findall(r"elements = \{ (0x[0-9a-f]+)", gateway.listing("epoch"))[0], 16)
+        mark = hex(epoch | value) if isinstance(value, Class) else value
+        address = f"10.0.30.{number}"
+        text = other(
+            *(f'prerouting priority {at}; iifname "vni*" tcp dport 25 meta mark set {mark}' for at in _AT)
+        )
+        if when == "before":
+            text += "delete table inet portward\n"
+        repairs = gateway.agent.metrics()["portward_ruleset_repairs_total"]
+        namespaces.load(gateway.lab.gateway, text)
+        if when == "repaired":
+            namespaces.load(gateway.lab.gateway, "delete table inet portward\n")
+        try:
+            if when != "after":
+                until(
+                    lambda repairs=repairs: gateway.agent.metrics()["portward_ruleset_repairs_total"] > repairs,  # type: ignore[misc]
+                    "the ruleset is back",
+                )
+            until(lambda: gateway.agent.metrics()["portward_chains_between"] == 1, "the chain at -302 is named")
+            for flags in ("S", "S", "A"):
+                assert gateway.passes(CONTOSO, address, flags), name
+                assert not gateway.passes(FABRIKAM, address, flags), name
+        finally:
+            namespaces.load(gateway.lab.gateway, "delete table inet other")
+    until(lambda: gateway.agent.metrics()["portward_chains_between"] == 0, "none is left")
+    assert "table inet other, chain c1, stands at portward's own priority (-302" in gateway.agent.log.read_text()
+
+
+@pytest.mark.parametrize("value", ["0", "1", "0x4001", "meta mark & 0xffff00ff"])
+def test_without_a_mark_of_screen_or_a_worker_nothing_passes(make_gateway: MakeGateway, value: str) -> None:
+    """Were a chain between all the same: here one is put there by hand, while the agent is stopped."""
+    gateway = make_gateway()
+    assert gateway.agent.process is not None
+    gateway.agent.process.send_signal(signal.SIGSTOP)
+    text = gateway.agent.portward("rules", "show", "--wanted").stdout
+    text = text.replace("define CURRENT_EPOCH = 0x00000000", "define CURRENT_EPOCH = 0x00000008")
+    # screen stands earlier than it should, and another chain right behind it.
+    text = text.replace("chain screen {\n    type filter hook prerouting priority raw - 2;",
+                        "chain screen {\n    type filter hook prerouting priority raw - 4;")  # fmt: skip
+    between = f'prerouting priority raw - 3; iifname "vni*" tcp dport 25 meta mark set {value}'
+    namespaces.load(gateway.lab.gateway, f"delete table inet portward\n{text}\n{other(between)}")
+    namespaces.load(
+        gateway.lab.gateway,
+        "".join(
+            f'add element inet portward {name} {{ "{tenant.segment}" . 10.0.31.1 }}\n'
+            for tenant, name in ((CONTOSO, "allow4"), (FABRIKAM, "observed4"))
+        ),
+    )
+    try:
+        for tenant in (CONTOSO, FABRIKAM):
+            for address in ("10.0.31.1", "10.0.31.2"):  # cached as one that passes, and not
+                for flags in ("S", "A"):
+                    assert not gateway.passes(tenant, address, flags)
+            assert gateway.passes(tenant, "10.0.31.1", port=587)
+        with namespaces.inside(gateway.lab.gateway):
+            assert NfNetlink().counters("portward")["unmarked"] > 0
+    finally:
+        gateway.agent.process.send_signal(signal.SIGCONT)
 
 
 def test_connection_marks_that_are_saved_and_restored_change_no_verdict(gateway: Gateway) -> None:

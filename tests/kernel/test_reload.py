@@ -22,7 +22,7 @@ from portward.gateway import mark, ruleset, xtables
 from portward.gateway.elements import Add, KernelElements
 from portward.gateway.keeper import closed, loaded
 from portward.gateway.learned import Source
-from portward.gateway.links import Links
+from portward.gateway.links import Device, Links
 from portward.gateway.nft import Nft
 from portward.intake import OnKernel
 from portward.lab import namespaces
@@ -71,7 +71,59 @@ def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once) -> Iterator[Core]:
 
 def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Core) -> None:
     """Others would be made anew at each load, and what waits in queues be dropped."""
-    assert core._netlink.hooks(ruleset.TABLE) == ruleset._HOOKS
+    in_order = [*ruleset.HOOKS.items()]
+    # The lab translates addresses, so the guard is there.
+    always = {*in_order, *ruleset.TUNNELS_HOOKS.items(), *ruleset.GUARD_HOOKS.items()}
+
+    def found() -> list[tuple[str, tuple[int, int]]]:
+        return list(core._netlink.hooks(ruleset.TABLE).items())
+
+    assert found()[:2] == in_order
+    assert set(found()) == always
+    now = core._dataplane._surroundings
+    for _ in range(2):
+        core.surround(now._replace(stacked=frozenset((1,))))
+        assert found()[:2] == in_order
+        assert set(found()) == always | ruleset.STACKED_HOOKS.items()
+        assert core.keeper.intact()
+        core.surround(now)
+        assert found()[:2] == in_order
+        assert set(found()) == always
+        assert core.keeper.intact()
+    assert core.keeper.repairs == 0
+
+
+def test_chains_that_act_at_once_are_there_while_the_whole_ruleset_is_not_taken(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device above a segment is closed first; what fails after that is tried again."""
+    monkeypatch.setattr(core.keeper, "_load_once", once(KernelError("busy"), core.keeper._load_once))
+    monkeypatch.setattr(core._dataplane.enforcement, "repair", lambda _: None)
+    core.surround(core._dataplane._surroundings._replace(stacked=frozenset((1,))))
+    assert core._netlink.hooks(ruleset.TABLE)["stacked"] == ruleset.STACKED_HOOKS["stacked"]
+
+
+_VRF = 900
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number: int) -> None:
+    """In forward, where the guard asks, a queued packet names the VRF alone."""
+    port = socket.if_nametoindex(CONTOSO.segment)
+    devices = (
+        Device(_VRF, "vrf", "vrf"),
+        Device(port, CONTOSO.segment, master=_VRF),
+        Device(901, "vni9", master=_VRF if number == 2 else 0),
+    )
+    links = Links({device.ifindex: device.name for device in devices}, frozenset(), devices)
+    core.links_seen(links)
+    core.links_changed(links)
+    address = ip_address("10.0.0.4").packed
+    assert (core._dataplane._reader.lookup(_VRF, address) is not None) is (number == 1)
+    core.asked([Source(_VRF, address)])
+    held = core._dataplane.learned.held(Source(port, address))
+    assert (held is not None and held.verdict is mark.Class.ALLOW) is (number == 1)
+    assert core._dataplane.learned.held(Source(_VRF, address)) is None, "the sets know ports"
 
 
 def in_step(core: Core) -> bool:

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from scapy.layers.inet import IP, TCP
-from scapy.layers.inet6 import IPv6
+from scapy.layers.inet import IP, TCP, fragment
+from scapy.layers.inet6 import IPv6, fragment6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
@@ -137,6 +137,12 @@ def segment(source: str, flags: str = "S", *, port: int = 25, to: str | None = N
     if ":" in source:
         return IPv6(src=source, dst=to or MAIL6) / tcp
     return IP(src=source, dst=to or MAIL4) / tcp
+
+
+def in_fragments(packet: Packet, length: int) -> list[Packet]:
+    """The fragments of a packet, each of at most so many bytes (IPv4: of its payload)."""
+    parts: list[Packet] = fragment6(packet, length) if IPv6 in packet else fragment(packet, length)  # type: ignore[no-untyped-call]
+    return parts
 
 
 def same(packet: Packet) -> Callable[[Packet], bool]:

@@ -10,7 +10,8 @@ import pytest
 
 from portward import check
 from portward.errors import InputError
-from portward.gateway import xtables
+from portward.gateway import others, rtnetlink, tunnels, xtables
+from portward.gateway.links import Device
 
 LEAST = 'segments = ["vni*"]\nuplinks = ["up0"]\n'
 
@@ -22,22 +23,66 @@ def test_a_file_where_the_tables_folder_should_be_is_told_with_its_line(tmp_path
         list(check.check(path))
 
 
+class Kernel:
+    """Takes everything, and nobody has its lock."""
+
+    def owned_table(self, _: str) -> None:
+        """None."""
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_, **__: True
+
+
+def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
+    """A host with these interfaces, whose kernel takes everything."""
+    monkeypatch.setattr(check, "Nft", Kernel)
+    monkeypatch.setattr(check, "NfNetlink", Kernel)
+    monkeypatch.setattr(xtables, "has_native_queue", lambda _: True)
+    monkeypatch.setattr(others, "seen", lambda _: others.NOBODY)
+    monkeypatch.setattr(rtnetlink, "devices", lambda: devices)
+    monkeypatch.setattr(
+        tunnels,
+        "find",
+        lambda found: tunnels.Ports(tunnels.of_devices(found), frozenset((51820,) if found else ())),
+    )
+
+
+def said(tmp_path: Path) -> list[str]:
+    """What `check --without-store` says."""
+    path = tmp_path / "portward.toml"
+    path.write_text(LEAST)
+    return list(check.check(path, with_store=False))
+
+
+def test_it_names_tunnels_that_end_here_and_whose_matter_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Device(number, f"vni{number}", "vxlan", ports=frozenset((4789,))) for number in range(1, 6)]
+    on_a_host(monkeypatch, *found, Device(9, "gre1", "gre"))
+    lines = said(tmp_path)
+    assert "tunnels that end here: gre gre1; vxlan vni1, vni2, vni3 and 2 more; UDP ports 4789, 51820" in lines
+    assert any("THIS HOST'S OWN FIREWALL must close them" in line for line in lines)
+
+
+def test_it_warns_of_a_device_that_takes_a_segments_packets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_host(monkeypatch, Device(1, "vni1"), Device(2, "mv0", "macvlan", lower=1))
+    assert any(
+        line.startswith("WARNING: macvlan mv0 takes the packets of segment vni1") for line in said(tmp_path)
+    )
+
+
+def test_it_shows_names_that_are_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_host(monkeypatch, Device(1, "vni\udcff\x1b"))
+    assert r"segments 'vni*': vni\xff\x1b" in said(tmp_path)
+
+
 @pytest.mark.parametrize(("with_store", "told"), [(True, True), (False, False)])
 def test_a_program_that_cannot_be_run_is_told_and_keeps_no_agent_from_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: bool, told: bool
 ) -> None:
-    class Kernel:
-        """Takes everything, and nobody has its lock."""
-
-        def owned_table(self, _: str) -> None:
-            """None."""
-
-        def __getattr__(self, _: str) -> Any:
-            return lambda *_, **__: True
-
-    monkeypatch.setattr(check, "Nft", Kernel)
-    monkeypatch.setattr(check, "NfNetlink", Kernel)
-    monkeypatch.setattr(xtables, "has_native_queue", lambda _: True)
+    on_a_host(monkeypatch)
     path = tmp_path / "portward.toml"
     path.write_text(f'{LEAST}[exemptions]\ncheck = ["{path}", "--quick"]\n')
     lines = list(itertools.islice(check.check(path, with_store=with_store), 6))

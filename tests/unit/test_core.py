@@ -21,7 +21,7 @@ from portward.gateway import mark
 from portward.gateway.elements import KernelElements
 from portward.gateway.fake import FakeKernel
 from portward.gateway.learned import Learned, Source
-from portward.gateway.links import Links
+from portward.gateway.links import Device, Links
 from portward.gateway.mark import Class
 from portward.gateway.rates import Bucket, Rates
 from portward.gateway.ruleset import LEARNED_SETS, TABLE
@@ -334,6 +334,70 @@ def test_surroundings_that_the_kernel_refuses_are_tried_again(started: Ground) -
     assert started.core.broken
     started.core.check()
     assert started.core.broken == ""
+
+
+TRANSLATING = "table inet theirs {\n chain dnat { type nat hook prerouting priority dstnat; policy accept; }\n}\n"
+BRIDGED = LINKS._replace(devices=(Device(3, "vni1", master=8), Device(8, "br0", "bridge")))
+BESIDE = {"guard", "stacked"}
+
+
+def beside(ground: Ground) -> set[str]:
+    """Which chains are loaded that only some surroundings need."""
+    return (
+        BESIDE
+        & ground.kernel.tables[TABLE].chains.keys()
+        & {name for name, chain in ground.kernel.tables[TABLE].chains.items() if chain.base is not None}
+    )
+
+
+def test_what_stands_around_at_the_start_is_in_the_first_load(ground: Ground) -> None:
+    ground.kernel.load(TRANSLATING)
+    ground.core.first_policy()
+    ground.core.first_links(BRIDGED)
+    ground.kernel.journal.clear()
+    ground.core.load()
+    first = str(ground.kernel.journal[0].done)
+    assert all(f"  chain {name} {{" in first for name in BESIDE)
+    assert ground.core.at_rest()
+
+
+def test_a_change_of_one_part_of_the_surroundings_leaves_the_others(started: Ground) -> None:
+    core = started.core
+    core.links_seen(BRIDGED)
+    assert beside(started) == {"stacked"}
+    started.kernel.load(TRANSLATING)
+    assert not core.at_rest()
+    core.check()
+    assert beside(started) == BESIDE
+    core.links_seen(LINKS)
+    assert beside(started) == {"guard"}
+    core.links_seen(BRIDGED)
+    started.kernel.load("delete table inet theirs")
+    core.check()
+    assert beside(started) == {"stacked"}
+    assert set(started.cached()) == {ALLOWED, DENIED}
+    assert core.keeper.repairs == 0
+
+
+def test_a_ruleset_that_was_taken_is_put_back_and_counted_also_if_the_surroundings_change(started: Ground) -> None:
+    started.kernel.load("flush ruleset")
+    started.core.links_seen(BRIDGED)
+    assert beside(started) == {"stacked"}
+    assert started.core.keeper.repairs == 1
+    assert started.core.selfcheck.divergences[Kind.RULESET] == 1
+
+
+def test_the_guards_question_is_answered_unless_the_interface_is_unsettled(started: Ground) -> None:
+    """The table would give the verdict of the interface that had the index before."""
+    started.kernel.load(TRANSLATING)
+    started.core.check()
+    assert started.core.guarded
+    started.core.unsettle(frozenset({3}), 7)
+    started.core.asked([ALLOWED, DENIED])
+    assert set(started.cached()) == {DENIED}
+    started.core.links_changed(LINKS, 7)
+    started.core.asked([ALLOWED])
+    assert started.cached() == {ALLOWED: Class.ALLOW, DENIED: Class.DENY}
 
 
 # --- the ruleset ---

@@ -125,7 +125,7 @@ class Running(Ground):
 
         def ask(_: object, place: int, port: int) -> None:
             assert (place, port) == (0, 25)
-            if self.worker.answers:
+            if self.worker.answers and TABLE in self.kernel.tables:  # without rules no query gets to a worker
                 self.worker.tally.event(Event.PROBED)
                 self.kernel.tables[TABLE].counters["answered"] += 1
 

@@ -40,7 +40,7 @@ LAYERS = (
     ("metrics", "snapshot", "runtime", "notify", "config", "sample", "selfcheck", "clock"),
     ("documents",),
     ("codes",),
-    ("model", "resources", "language"),
+    ("model", "resources", "language", "interfaces"),
     ("errors", "__init__"),
 )
 
@@ -50,7 +50,6 @@ HOMES = {
     "sqlite3": {"store.sqlite"},
     "inotify_simple": {"store.bell"},
     "netfilterqueue": {"gateway.single"},
-    "pyroute2": {"gateway.rtnetlink"},
     "prometheus_client": {"metrics"},
     "aiosmtpd": {"lab.mail"},
     "yaml": {"store.document"},

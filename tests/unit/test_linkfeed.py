@@ -12,8 +12,8 @@ import pytest
 
 from portward.config import Config
 from portward.core import Core
-from portward.gateway.links import Links
-from portward.linkfeed import LinkFeed
+from portward.gateway.links import Device, Links
+from portward.linkfeed import LinkFeed, in_doubt
 from portward.underway import Work
 
 FIRST = Links({1: "lo", 7: "vni7001", 8: "vni7002"}, frozenset())
@@ -30,7 +30,10 @@ class Gateway:
         self.work: Work | None = None
         self.fails = 0
         config = Config(segments=("vni*",), uplinks=("up0",), store="sqlite:/x", table=cast("Any", None))
-        core = SimpleNamespace(config=config, links_changed=self._write, unsettle=self._drop, work=None)
+        self.seen: list[Links] = []
+        core = SimpleNamespace(
+            config=config, links_changed=self._write, unsettle=self._drop, links_seen=self.seen.append, work=None
+        )
         self._core = core
         self.feed = LinkFeed(cast("Core", core), self._policy, self._kernel, FIRST)
 
@@ -61,7 +64,7 @@ class Gateway:
         """Runs the jobs until the script has come to its end."""
         jobs = [
             asyncio.create_task(job)
-            for job in (self.feed.follow(self._links()), self.feed.write(), self.feed.guard())
+            for job in (self.feed.follow(self._links()), self.feed.see(), self.feed.write(), self.feed.guard())
         ]
         await script()
         for job in jobs:
@@ -150,3 +153,47 @@ def test_a_table_that_refuses_a_change_has_the_kernel_drop() -> None:
         await gateway.run(script)
 
     asyncio.run(scenario())
+
+
+def test_what_stands_on_a_segment_gets_to_the_kernel_while_the_table_is_busy() -> None:
+    async def scenario() -> None:
+        gateway = Gateway()
+        gateway.busy()
+        bridged = FIRST._replace(devices=(Device(7, "vni7001", master=9), Device(9, "br0", "bridge")))
+
+        async def script() -> None:
+            gateway.events.put_nowait(bridged)
+            await until(lambda: gateway.seen == [bridged])
+            assert gateway.written == []
+            gateway.free.set()
+            await until(lambda: bool(gateway.written))
+            assert gateway.written == [(bridged, 1)], "and to the table, with the devices"
+
+        await gateway.run(script)
+
+    asyncio.run(scenario())
+
+
+def in_vrf(*ports: int, touched: frozenset[int] = frozenset()) -> Links:
+    """Segments 7 and 8, of which some are ports of the VRF 20."""
+    devices = (Device(20, "blue", "vrf"), *(Device(n, f"vni700{n}", master=20 * (n in ports)) for n in (7, 8)))
+    return Links({device.ifindex: device.name for device in devices}, touched, devices)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "doubt"),
+    [
+        (in_vrf(), in_vrf(7), set()),
+        (in_vrf(7), in_vrf(7), set()),
+        (in_vrf(7), in_vrf(8), {20}),
+        (in_vrf(7), in_vrf(7, 8), {20}),
+        (in_vrf(7), in_vrf(), {20}),
+        (in_vrf(7), in_vrf(7, touched=frozenset({7})), {7, 20}),
+        (in_vrf(7, 8), in_vrf(8), set()),
+        (in_vrf(7), in_vrf(7, touched=frozenset({99})), set()),
+    ],
+    ids=["first", "same", "other", "second", "left", "reused", "one-left", "no-segment"],
+)
+def test_a_vrf_whose_one_port_is_another_one_is_in_doubt(before: Links, after: Links, doubt: set[int]) -> None:
+    """The table has the port's entries for the VRF too, since the forward guard's questions name the VRF."""
+    assert in_doubt(before, after, lambda name: name.startswith("vni")) == doubt

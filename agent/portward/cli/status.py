@@ -131,6 +131,11 @@ def _lines(told: dict[str, Any]) -> list[str]:
         "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
     ]
     found.append(_self_check(told["self_check"]))
+    guard = told.get("guard")
+    if guard and guard["loaded"]:
+        found.append(f"guard     loaded, what is forwarded is judged again: {'; '.join(guard['why'])}")
+    elif guard:
+        found.append("guard     not loaded: nobody else translates packets here")
     for segment in told["segments"]:
         seen = (
             f"{segment['packets']} packets to the judged ports"
@@ -146,6 +151,9 @@ def _lines(told: dict[str, Any]) -> list[str]:
         found.insert(0, f"this is {age:.0f} s old: the agent does not report")
     if held := told["held"]:
         found[:0] = _held(held)
+    found[:0] = [f"STACKED   {line}" for line in told.get("stacked", ())]
+    if dropped := told.get("tunnels_dropped"):
+        found.append(f"tunnels   {dropped} packets from segments to tunnels that end here: dropped")
     if told["ruleset_error"]:
         found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
     if told["reload_failed"]:
@@ -177,8 +185,7 @@ def _held(held: dict[str, Any]) -> Iterator[str]:
 
 
 def _store(told: dict[str, Any]) -> str:
-    """What follows the store's URL: whether the agent is in step. An older agent does not write all of it."""
-    waits = f"; {told['store_waits']}" if told.get("store_waits") else ""
+o    waits = f"; {told['store_waits']}" if told.get("store_waits") else ""
     if told["store_error"]:
         return f": {told['store_error']}{waits}"
     work = told.get("working")

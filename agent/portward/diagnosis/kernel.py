@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from ipaddress import ip_address
@@ -13,6 +12,7 @@ from msgspec.structs import replace
 from portward.diagnosis.facts import Drops, Kernel, Machine
 from portward.errors import PortwardError
 from portward.gateway.learned import Source
+from portward.gateway.links import index_of
 from portward.gateway.mark import Class
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.ruleset import LEARNED_SETS, RATED_SETS, TABLE, Rated
@@ -122,7 +122,4 @@ def _drops(packets: dict[str, int], sources: int) -> Drops:
 @lru_cache(maxsize=1024)
 def _index(segment: str) -> int | None:
     """The interface's index; this process asks within a moment, so once is enough."""
-    try:
-        return socket.if_nametoindex(segment)
-    except OSError:
-        return None
+    return index_of(segment)

@@ -57,7 +57,7 @@ class _Waiting:
     """A packet of ours as `Judge.handle` takes it."""
 
     def __init__(self, packet: Packet, id_: int, verdicts: Verdicts) -> None:
-        self.indev = packet.indev
+        self.indev, self.hook = packet.indev, packet.hook
         self._packet, self._id, self._verdicts, self._mark = packet, id_, verdicts, packet.mark
 
     def get_mark(self) -> int:

@@ -27,10 +27,11 @@ from portward.gateway import faketext
 from portward.gateway.elements import Add, AddLimit, Change, Delete, DeleteLimit, Draw, Flush
 from portward.gateway.faketables import Draft, Entry, FakeSet, FakeTable, refuse
 from portward.gateway.faketext import SyntaxFault
-from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nfnetlink import Chain, Expression, NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.setdump import Row, SetElement, attributes_of
 
+_INET: Final = 1  # NFPROTO_INET
 _OWNER: Final = 2  # NFT_TABLE_F_OWNER
 
 
@@ -240,7 +241,19 @@ class FakeNetlink(NfNetlink):
         """See `NfNetlink`."""
         found = self._table(table)
         chains = {} if found is None else found.chains
-        return {name: chain.hook for name, chain in chains.items() if chain.hook is not None}
+        return {name: chain.base[1:] for name, chain in chains.items() if chain.base is not None}
+
+    def chains(self) -> Iterator[Chain]:
+        """See `NfNetlink`."""
+        for table in [*self._kernel.tables]:
+            found = self._table(table)
+            for name, chain in {} if found is None else found.chains.items():
+                if chain.base is not None:
+                    yield Chain(_INET, table, name, *chain.base)
+
+    def expressions(self, holding: tuple[bytes, ...]) -> Iterator[Expression]:
+        """None, since rules are opaque here."""
+        yield from ()
 
     def counters(self, table: str) -> dict[str, int]:
         """See `NfNetlink`."""
@@ -274,7 +287,7 @@ class FakeNetlink(NfNetlink):
             return None
         what = [
             found.flags,
-            sorted((name, chain.hook, chain.rules) for name, chain in found.chains.items()),
+            sorted((name, chain.base, chain.rules) for name, chain in found.chains.items()),
             sorted((name, set_.definition) for name, set_ in found.sets.items()),
             [(name, sorted(found.sets[name].elements)) for name in fixed_sets],
         ]

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 from portward.gateway import faketext
 from portward.gateway.elements import Add, AddLimit, Change, Delete, DeleteLimit, Draw, Flush
-from portward.gateway.faketext import Command
+from portward.gateway.faketext import Base, Command
 
 
 def refuse(number: int) -> NoReturn:
@@ -43,9 +43,9 @@ class FakeSet:
 
 @dataclass
 class FakeChain:
-    """A chain: hook and priority if it is a base chain, and its rules."""
+    """A chain: type, hook and priority if it is a base chain, and its rules."""
 
-    hook: tuple[int, int] | None = None
+    base: Base | None = None
     rules: list[str] = field(default_factory=list)
 
 
@@ -122,12 +122,12 @@ class Draft:
         del self.tables[name]
         self.touched = True
 
-    def add_chain(self, table: str, chain: str, hook: tuple[int, int] | None = None) -> None:
-        """Makes a chain, or finds it with the same hook."""
+    def add_chain(self, table: str, chain: str, base: Base | None = None) -> None:
+        """Makes a chain, or finds it with the same type, hook and priority."""
         chains = self.table(table).chains
-        if hook is not None and chain in chains and chains[chain].hook != hook:
+        if base is not None and chain in chains and chains[chain].base != base:
             refuse(errno.EOPNOTSUPP)
-        chains.setdefault(chain, FakeChain(hook))
+        chains.setdefault(chain, FakeChain(base))
         self.touched = True  # a chain that is there counts as updated
 
     def add_rule(self, table: str, chain: str, rule: str) -> None:
@@ -219,7 +219,7 @@ class Draft:
             chain.rules.clear()
 
     def _add_chain(self, command: Command) -> None:
-        self.add_chain(command.table, command.name, faketext.hook(command.body))
+        self.add_chain(command.table, command.name, faketext.base(command.body))
         for rule in faketext.rules_of(command.body):
             self.add_rule(command.table, command.name, rule)
 

@@ -14,13 +14,14 @@ from typing import Final, NamedTuple
 
 _HOOKS: Final = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 _PRIORITIES: Final = {"raw": -300, "mangle": -150, "dstnat": -100, "filter": 0, "security": 50, "srcnat": 100}
-_HOOK: Final = re.compile(r"type \w+ hook (\w+)(?: device \S+)? priority ([a-z]*) ?([+-]? ?\d*)")
+_HOOK: Final = re.compile(r"type (\w+) hook (\w+)(?: device \S+)? priority ([a-z]*) ?([+-]? ?\d*)")
 _COMMAND: Final = re.compile(
     r"(add|create|delete|flush|insert) (table|chain|set|map|rule|element|counter|limit) inet (\S+) ?(.*)",
     re.DOTALL,
 )
 _BLOCK: Final = re.compile(r"table inet (\S+) \{(.*)\}", re.DOTALL)
 _THING: Final = re.compile(r"(chain|set|map|counter|limit) (\S+) ?(?:\{(.*)\})?", re.DOTALL)
+_NUMBER: Final = re.compile(r'0x[0-9a-f]+|\d+|"\d{16}"')
 _UNITS_MS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
 
@@ -71,13 +72,21 @@ def _commands(text: str) -> Iterator[Command]:
             raise SyntaxFault(f"syntax error, unexpected {statement.split(maxsplit=1)[0]}")
 
 
-def hook(body: str) -> tuple[int, int] | None:
-    """Hook and priority of a chain's body; None for a regular chain."""
+class Base(NamedTuple):
+    """What makes a chain a base chain: its type, hook (NF_INET_…) and priority."""
+
+    type: str
+    hook: int
+    priority: int
+
+
+def base(body: str) -> Base | None:
+    """What a chain's body says of its hook; None for a regular chain."""
     found = _HOOK.search(body)
     if found is None:
         return None
-    offset = found[3].replace(" ", "")
-    return _HOOKS[found[1]], _PRIORITIES.get(found[2], 0) + int(offset or 0)
+    offset = found[4].replace(" ", "")
+    return Base(found[1], _HOOKS[found[2]], _PRIORITIES.get(found[3], 0) + int(offset or 0))
 
 
 @lru_cache
@@ -100,7 +109,12 @@ def keys(text: str) -> Iterator[bytes]:
     """Elements in braces as keys: numbers as the kernel keeps them, all else as it is written."""
     for item in text.strip().removeprefix("{").removesuffix("}").split(","):
         if word := item.strip():
-            yield struct.pack("=I", int(word, 0)) if re.fullmatch(r"0x[0-9a-f]+|\d+", word) else word.encode()
+            yield struct.pack("=I", _number(word)) if _NUMBER.fullmatch(word) else word.encode()
+
+
+def _number(word: str) -> int:
+    """A number; an interface's index in quotes has zeros before it, see `ruleset`."""
+    return int(word, 16) if word.startswith("0x") else int(word.strip('"'))
 
 
 def _expanded(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from portward.codes import REASON_NUMBER
 from portward.gateway import mark
+from portward.gateway.messages import PREROUTING
 from portward.gateway.packet import parse
 from portward.gateway.reset import Resetter
 from portward.gateway.tally import Event, Outcome, Tally
@@ -28,6 +29,10 @@ class Queued(Protocol):
     @property
     def indev(self) -> int:
         """Index of the interface that it came from; 0: from none."""
+
+    @property
+    def hook(self) -> int:
+        """Where it was queued: messages.PREROUTING, or messages.FORWARD by the guard."""
 
     def get_mark(self) -> int:
         """The whole mark."""
@@ -66,7 +71,7 @@ def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
 
 class Judge:
     """Gives verdicts on packets; `lookup` and `head` are a `Reader`'s, `ask` is told of sources (interface index,
-    address) whose limit the kernel does not know yet."""
+    address) whose limit or verdict the kernel does not know and cannot learn from a mark."""
 
     def __init__(
         self,
@@ -92,6 +97,9 @@ class Judge:
                 _log.exception("a packet could not be judged and was dropped; such packets are counted")
 
     def _judge(self, packet: Queued) -> None:
+        if packet.hook != PREROUTING:
+            self._judge_forwarded(packet)
+            return
         if packet.get_mark() & mark.OWN == mark.PROBE:
             self._answer(packet)
             return
@@ -120,6 +128,27 @@ class Judge:
             return
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(finding.generation)))
         packet.accept()
+
+    def _judge_forwarded(self, packet: Queued) -> None:
+        """Accepts or drops a packet that others may have translated. Its mark belongs to others and stays, so the
+        kernel learns nothing from it: the daemon is asked to write the verdict. No reset is sent: it would come
+        from an address to which the sender never wrote."""
+        segment = parse(packet.get_payload())
+        finding = None if segment is None else self._lookup(packet.indev, segment.source)
+        if segment is None or finding is None:
+            self._tally.event(Event.MALFORMED if segment is None else Event.NO_SEGMENT)
+            packet.drop()
+            return
+        if finding.damaged:
+            self._tally.event(Event.DAMAGED)
+        verdict, outcome = judge(finding)
+        outcome = Outcome.DROPPED if outcome is Outcome.RESET else outcome
+        self._tally.verdict(REASON_NUMBER[finding.reason], outcome, attempt=segment.attempt)
+        self._ask(packet.indev, segment.source)
+        if verdict in mark.PASSING and outcome is not Outcome.DEFERRED:
+            packet.accept()
+        else:
+            packet.drop()
 
     def _answer(self, packet: Queued) -> None:
         """Answers the self-check: with the epoch of the policy that this process sees."""

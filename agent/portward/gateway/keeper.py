@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from portward.errors import KernelError
@@ -25,6 +26,7 @@ from portward.resources import rules
 _LOOK_EVERY: Final = 10.0
 _LOAD_TRIES: Final = 5
 CLOSED: Final = "portward_closed"  # the table of rules/nftables/closed.nft
+_CLOSED_PORTS: Final = re.compile(r"(?m)^define PORTWARD_CLOSED = .*$")
 NOT_LOADED: Final = "no ruleset of portward is loaded here: nothing is enforced (start `portward run`)"
 
 _log = logging.getLogger("portward.ruleset")
@@ -56,6 +58,10 @@ class Keeper:
                 self.loaded_at = time.monotonic()
                 return
         raise KernelError("the ruleset changes faster than it can be loaded: somebody else writes it all the time")
+
+    def add(self, text: str) -> None:
+        """Adds chains to what is loaded, so that they act at once; `load` must follow. Raises KernelError."""
+        self._nft.load(text)
 
     def check(self, want: Wanted) -> None:
         """Asks the kernel whether it would take `want` in place of what is loaded; raises KernelError."""
@@ -131,7 +137,7 @@ def loaded(netlink: NfNetlink) -> bool:
 
 
 def closed(netlink: NfNetlink) -> bool:
-    """Whether no packet to port 25 is forwarded at all in this namespace, see `close`; raises KernelError where
+    """Whether no packet to some ports is forwarded at all in this namespace, see `close`; raises KernelError where
     the kernel may not be asked."""
     with _asking():
         return netlink.fingerprint(CLOSED, ()) is not None
@@ -152,9 +158,13 @@ def begin(nft: Nft, want: Wanted) -> None:
     nft.load(f"create table {FAMILY_TABLE}\n{want.text}")
 
 
-def close(nft: Nft) -> None:
-    """Drops every forwarded packet to port 25, in a table of its own; raises KernelError."""
-    nft.load(rules("nftables", "closed.nft").read_text())
+def close(nft: Nft, ports: Iterable[int]) -> None:
+    """Drops every forwarded packet to these ports, in a table of its own; raises KernelError."""
+    text = rules("nftables", "closed.nft").read_text()
+    text, count = _CLOSED_PORTS.subn(f"define PORTWARD_CLOSED = {{ {', '.join(map(str, ports))} }}", text)
+    if count != 1:
+        raise ValueError(f"closed.nft defines PORTWARD_CLOSED {count} times")
+    nft.load(text)
 
 
 def lift(nft: Nft, netlink: NfNetlink) -> bool:

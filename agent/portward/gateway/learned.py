@@ -8,7 +8,7 @@ itself. What must be forgotten earlier goes in two steps, in this order: `move_e
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from itertools import product
 from typing import Final, NamedTuple
@@ -115,8 +115,19 @@ class Learned:
         If the process dies right after it, what is cached may be old until it expires or the agent starts again:
         `synced` still names the older generation, so the next start forgets everything.
         """
-        epoch = mark.epoch_of(generation) << mark.EPOCH_SHIFT
-        self._elements.commit([Flush("epoch"), Add("epoch", [_INDEX.pack(epoch)])])
+        epoch, before = mark.epoch_of(generation) << mark.EPOCH_SHIFT, self._number("epoch")
+        changes: list[Change] = [Flush("epoch"), Add("epoch", [_INDEX.pack(epoch)])]
+        if before is not None:  # its verdicts may still be on their way: `learn` acts on them once
+            changes.append(Add("recent", [_INDEX.pack(before)]))
+        self._elements.commit(changes)
+
+    def teach(self, verdicts: Mapping[Source, mark.Class]) -> None:
+        """Caches these verdicts, as if packets had brought them; raises KernelError, and then none is cached. Only
+        the kernel thread may call it, with verdicts of the policy that the kernel stands at."""
+        keys: dict[str, list[bytes]] = {}
+        for source, verdict in verdicts.items():
+            keys.setdefault(LEARNED_SETS[verdict] + source.family, []).append(source.key)
+        self._elements.commit([Add(set_, found) for set_, found in keys.items()])
 
     def forget(self, sources: Iterable[Source], generation: int, more: Sequence[Change] = ()) -> None:
         """Step two for single sources: they are asked about anew, and what is still cached agrees with

@@ -1,8 +1,9 @@
 """The bits of the packet mark that portward owns, and what they say.
 
-portward owns the low 16 bits, and only between its two prerouting chains (priority raw − 2 and raw − 1):
-the screen clears them on every packet of a segment that it does not drop, the worker writes them with its
-verdict, the learning chain clears them again. All other bits belong to somebody else (policy routing,
+portward owns the low 16 bits, and only between its two prerouting chains (both at priority raw − 2, with no chain
+of others between them): the screen writes PASSED or a miss on every packet of a segment to a judged port that it
+does not drop, the worker writes its verdict, the learning chain clears the bits again. What comes to the learning
+chain without one of these is dropped. All other bits belong to somebody else (policy routing,
 kube-proxy, fwmarks of VPNs) and are kept, by the worker too. The low half was taken since the well-known
 users of marks take high bits (kube-proxy 0x4000 and 0x8000 are set later, at mangle and nat, and so do
 not meet ours).
@@ -45,6 +46,8 @@ MISS: Final = EPOCH | Class.MISS
 # A query of the self-check; its answer is class MISS with the epoch that the worker sees.
 PROBE: Final = EPOCH
 MISS_OPEN: Final = EPOCH | Class.MISS_OPEN
+# The screen lets the packet pass and no worker is asked. No worker writes it, since its epoch is never in force.
+PASSED: Final = EPOCH | Class.ALLOW
 
 
 def epoch_of(generation: int) -> int:

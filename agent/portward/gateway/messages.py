@@ -41,19 +41,24 @@ _BIND, _COPY_PACKET = 1, 2
 _F_GSO: Final = 1 << 2
 
 DROP, ACCEPT = 0, 1
+# enum nf_inet_hooks, and its place in struct nfqnl_msg_packet_hdr: id (4 bytes), protocol (2), hook (1).
+PREROUTING, FORWARD = 0, 2
+_HOOK_BYTE: Final = 6
 
 _BODY: Final = HEADER.size + NFGEN.size
 
 
 class Packet(NamedTuple):
     """A packet that waits for its verdict. `id` None: the message does not tell which one it is. What a message
-    leaves out is 0, None or empty; `link_address` has 8 bytes, of which an Ethernet address takes the first 6."""
+    leaves out is 0, None or empty; `link_address` has 8 bytes, of which an Ethernet address takes the first 6;
+    `hook` is where the packet was queued, PREROUTING or FORWARD."""
 
     id: int | None
     indev: int
     mark: int
     link_address: bytes | None
     payload: bytes
+    hook: int = 0
 
 
 class Refused(NamedTuple):
@@ -84,6 +89,7 @@ def _packet(message: bytes) -> Packet:
         int.from_bytes(found.get(_MARK, b"")[:4], "big"),
         address[4:12] if address else None,  # struct nfqnl_msg_packet_hw: length, padding, 8 bytes of address
         found.get(_PAYLOAD, b""),
+        header[_HOOK_BYTE] if len(header) > _HOOK_BYTE else PREROUTING,
     )
 
 
@@ -154,6 +160,9 @@ def shape_of(datagram: bytes) -> Shape | None:
     if layout is None or kinds[:3] != [_PACKET_HDR, _INDEV, _MARK] or kinds[-1] != _PAYLOAD:
         return None
     if len(set(kinds)) != len(kinds) or [end - start for _, start, end in attributes[:3]] != [7, 4, 4]:
+        return None
+    # The hook is among the constants of a shape: what was queued elsewhere is of none, since its mark is not ours.
+    if datagram[attributes[0][1] + _HOOK_BYTE] != PREROUTING:
         return None
     # The length of the message; its header, that of the first attribute; id; the rest of it, the next header;
     # index; the next header; the mark, half of it ours.

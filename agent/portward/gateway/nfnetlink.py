@@ -14,7 +14,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from typing import Final
+from typing import Final, NamedTuple
 
 from portward.errors import KernelError
 from portward.gateway import setdump
@@ -36,10 +36,12 @@ from portward.gateway.netlink import (
 from portward.gateway.setdump import Row, SetElement, attributes_of
 
 _SUBSYS_NFTABLES: Final = 10
-_NFPROTO_INET: Final = 1
+_NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
 _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 4, 7, 10, 13, 16, 19
 _OBJECT_COUNTER, _OBJECT_LIMIT = 1, 4
 _BATCH_BEGIN, _BATCH_END = 16, 17
+# A base chain has one of these types; other chains have none.
+_CHAIN_TYPES: Final = (b"filter\0", b"nat\0", b"route\0")
 _DUMP_INTERRUPTED = 0x10
 _OWNER_FLAG: Final = 2  # NFT_TABLE_F_OWNER
 _DUMP_TRIES: Final = 20
@@ -49,6 +51,27 @@ _SO_SNDBUFFORCE, _SOL_NETLINK, _NETLINK_CAP_ACK = 32, 270, 10
 _U32 = struct.Struct(">I")
 _I32 = struct.Struct(">i")
 _U64 = struct.Struct(">Q")
+
+
+class Chain(NamedTuple):
+    """A base chain of any table: address family (NFPROTO_…), type as nft calls it, hook and priority."""
+
+    family: int
+    table: str
+    name: str
+    type: str
+    hook: int
+    priority: int
+
+
+class Expression(NamedTuple):
+    """One expression of a rule of any table: its name and its attributes."""
+
+    family: int
+    table: str
+    chain: str
+    name: str
+    attributes: dict[int, bytes]
 
 
 class NfNetlink:
@@ -113,6 +136,32 @@ class NfNetlink:
                 hook = dict(attributes_of(attributes[4]))
                 found[attributes[3].rstrip(b"\0").decode()] = (*_U32.unpack(hook[1]), *_I32.unpack(hook[2]))
         return found
+
+    def chains(self) -> Iterator[Chain]:
+        """The base chains of all tables of all families."""
+        for family, attributes in self._of_all_families(_GET_CHAIN, _CHAIN_TYPES):
+            if 4 in attributes:
+                hook = dict(attributes_of(attributes[4]))
+                table, name, type_ = (_name(attributes.get(kind, b"")) for kind in (1, 3, 7))
+                number, priority = int.from_bytes(hook.get(1, b""), "big"), *_I32.unpack(hook.get(2, bytes(4)))
+                yield Chain(family, table, name, type_, number, priority)
+
+    def expressions(self, holding: tuple[bytes, ...]) -> Iterator[Expression]:
+        """The expressions of all rules of all families, rule by rule, that hold any of these bytes."""
+        for family, attributes in self._of_all_families(_GET_RULE, holding):
+            table, chain = _name(attributes.get(1, b"")), _name(attributes.get(2, b""))
+            for _, item in attributes_of(attributes.get(4, b"")):
+                found = dict(attributes_of(item))
+                yield Expression(
+                    family, table, chain, _name(found.get(1, b"")), dict(attributes_of(found.get(2, b"")))
+                )
+
+    def _of_all_families(self, message: int, holding: tuple[bytes, ...]) -> Iterator[tuple[int, dict[int, bytes]]]:
+        """Address family and attributes of each reply to a dump of all families that holds any of these bytes. A
+        host can have tens of thousands of chains and rules: to take one apart costs 20 times as much as this."""
+        for reply in self._request(message, b"", NLM_F_DUMP, _NFPROTO_UNSPEC, skip=0):
+            if any(part in reply for part in holding):
+                yield reply[0], dict(attributes_of(reply, NFGEN.size))
 
     def counters(self, table: str) -> dict[str, int]:
         """The named counters of an inet table: name → packets."""
@@ -233,20 +282,23 @@ class NfNetlink:
                         raise OSError(refused, os.strerror(refused))
                     return
 
-    def _request(self, message: int, body: bytes, flags: int) -> Iterator[bytes]:
-        """Sends one request; yields the attributes of each reply message. Raises OSError with the kernel's errno,
-        and EINTR if transactions of others interrupt a dump again and again."""
+    def _request(
+        self, message: int, body: bytes, flags: int, family: int = _NFPROTO_INET, *, skip: int = NFGEN.size
+    ) -> Iterator[bytes]:
+        """Sends one request; yields each reply message without its first `skip` bytes, so its attributes if
+        nothing else is said. Raises OSError with the kernel's errno, and EINTR if transactions of others interrupt
+        a dump again and again."""
         for _ in range(_DUMP_TRIES):
-            replies = self._reply(message, body, flags)
+            replies = self._reply(message, body, flags, family, skip)
             if replies is not None:
                 yield from replies
                 return
         raise OSError(errno.EINTR, "the rulesets change faster than they can be read")
 
-    def _reply(self, message: int, body: bytes, flags: int) -> list[bytes] | None:
-        """The attributes of each reply message; None if a transaction interrupted the dump, so that it mixes what
-        was before and after."""
-        payload = NFGEN.pack(_NFPROTO_INET, 0, 0) + body
+    def _reply(self, message: int, body: bytes, flags: int, family: int, skip: int) -> list[bytes] | None:
+        """Each reply message without its first `skip` bytes; None if a transaction interrupted the dump, so that
+        it mixes what was before and after."""
+        payload = NFGEN.pack(family, 0, 0) + body
         self._socket.send(self._message(_SUBSYS_NFTABLES << 8 | message, NLM_F_REQUEST | flags, payload))
         many = bool(flags & (NLM_F_DUMP | NLM_F_ACK))
         replies: list[bytes] = []
@@ -263,7 +315,7 @@ class NfNetlink:
                     return replies
                 if kind == NLMSG_DONE:
                     return None if interrupted else replies
-                replies.append(content[4:])
+                replies.append(content[skip:])
                 if not many:
                     return replies
 
@@ -287,6 +339,11 @@ def _comment(userdata: bytes) -> str:
             return userdata[2 : 2 + length].rstrip(b"\0").decode(errors="replace")
         userdata = userdata[2 + length :]
     return ""
+
+
+def _name(value: bytes) -> str:
+    """A name as an attribute holds it."""
+    return value.rstrip(b"\0").decode(errors="replace")
 
 
 def _nests_of(reply: bytes) -> Iterator[bytes]:

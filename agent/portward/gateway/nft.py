@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from portward.errors import KernelError
+from portward.interfaces import encoded
 
 # From nftables/libnftables.h: leave the elements of sets out of listings.
 _OUTPUT_TERSE = 1 << 11
@@ -60,12 +61,12 @@ class Nft:
         return context
 
     def _run(self, context: Any, text: str) -> str:
-        failed = self._lib.nft_run_cmd_from_buffer(context, text.encode())
+        failed = self._lib.nft_run_cmd_from_buffer(context, encoded(text))
         errors: bytes = self._lib.nft_ctx_get_error_buffer(context)
         output: bytes = self._lib.nft_ctx_get_output_buffer(context)
         if failed:
-            raise KernelError(f"nft: {_first_error(errors.decode())}")
-        return output.decode()
+            raise KernelError(f"nft: {_first_error(_text(errors))}")
+        return _text(output)
 
     def load(self, ruleset: str) -> None:
         """Commits a whole ruleset as one transaction; raises KernelError, and then nothing has changed."""
@@ -102,6 +103,11 @@ class Nft:
             return self._run(context, text)
         finally:
             self._lib.nft_ctx_free(context)
+
+
+def _text(said: bytes) -> str:
+    # nft quotes the names of interfaces, which need not be UTF-8.
+    return said.decode(errors="backslashreplace")
 
 
 def _first_error(errors: str) -> str:

@@ -35,7 +35,7 @@ class Resetter:
         try:
             name = socket.if_indextoname(index)
             self._socket.sendto(reply, (name, _ETH_P[reply[0] >> 4], 0, 0, link_address))
-        except OSError:
+        except (OSError, UnicodeError):  # the second for a name that is not UTF-8
             return False
         return True
 

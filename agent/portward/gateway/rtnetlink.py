@@ -1,4 +1,4 @@
-"""Interfaces as they come, go and change their index, followed over rtnetlink.
+"""Interfaces as they come, go, change their index, and are put on top of each other, followed over rtnetlink.
 
 An interface index can be used again by another tenant's interface, so a link that was deleted or renamed is
 reported as touched even when everything looks as before by the time it is reported.
@@ -7,94 +7,162 @@ reported as touched even when everything looks as before by the time it is repor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator
-from typing import Final
+import socket
+import struct
+from collections.abc import AsyncGenerator, Iterator
+from typing import Final, NamedTuple
 
-from pyroute2 import AsyncIPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.rtnl import RTMGRP_LINK
+from portward.gateway.conversation import BUFFER, Conversation, attributes, messages
+from portward.gateway.links import Device, Links
+from portward.gateway.tunnels import ports_of
+from portward.interfaces import decoded
 
-from portward.gateway.links import Links
-
+_NETLINK_ROUTE: Final = 0
+_GROUP_LINK: Final = 1  # RTMGRP_LINK
+_NEW_LINK, _DEL_LINK, _GET_LINK = 16, 17, 18
+# linux/if_link.h
+_NAME, _LOWER, _MASTER, _INFO, _LOWER_NAMESPACE = 3, 5, 10, 18, 37
+_INFO_KIND, _INFO_DATA = 1, 2
+# Both ends of these name the other one as what they stand on; packets that one sends come in at the other.
+_PAIRS: Final = ("veth", "netkit", "vxcan")
+# struct ifinfomsg: family, type of hardware, index, flags, change.
+_LINK: Final = struct.Struct("=BxHiII")
+_INDEX: Final = struct.Struct("=I")
+# Some thousand interfaces that come at once are not more than this.
+_RECEIVE_BYTES: Final = 8 << 20
+_SO_RCVBUFFORCE: Final = 33
 # Between a broken conversation with the kernel and the next, in seconds.
 _PAUSE: Final = 0.1
 
 _log = logging.getLogger("portward.links")
 
 
+class _Event(NamedTuple):
+    deleted: bool
+    device: Device
+
+
+def devices() -> tuple[Device, ...]:
+    """The interfaces that are there now, in this thread's network namespace. Raises OSError."""
+    with Conversation(_NETLINK_ROUTE) as kernel:
+        found = kernel.dump(_GET_LINK, _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
+    return tuple(event.device for kind, body in found if (event := _event(kind, body)) is not None)
+
+
 async def follow() -> AsyncGenerator[Links, None]:
     """Yields the interfaces there are, then again after each change; the first one touches nothing.
 
-    Where the kernel dropped messages (it does so to slow readers), everything is read anew and every index
-    known before counts as touched. Raises OSError where rtnetlink cannot be used at all.
-    """
-    known: dict[int, str] = {}
+    If the kernel dropped messages (it does so to slow readers), everything is read anew and every index known
+    before counts as touched. Raises OSError if rtnetlink cannot be used at all."""
+    known: dict[int, Device] = {}
     first = True
     while True:
         try:
             async for links in _follow_once(known, first=first):
-                first, known = False, links.names
+                first, known = False, {device.ifindex: device for device in links.devices}
                 yield links
-        except (NetlinkError, OSError, ValueError) as error:
+        except (OSError, ValueError, struct.error) as error:
             if first:
                 raise
             _log.warning("interfaces are read anew: %s", error)
         await asyncio.sleep(_PAUSE)
 
 
-async def _follow_once(before: dict[int, str], *, first: bool) -> AsyncGenerator[Links, None]:
-    async with AsyncIPRoute() as events:
+async def _follow_once(before: dict[int, Device], *, first: bool) -> AsyncGenerator[Links, None]:
+    with _events() as events:
         # Events first, then the list: what changes in between is seen in both.
-        await events.bind(groups=RTMGRP_LINK)
-        names = await _names()
-        yield Links(dict(names), frozenset() if first else frozenset(before))
-        queue: asyncio.Queue[tuple[str, int, str]] = asyncio.Queue()
-        reading = asyncio.create_task(_read(events, queue))
-        try:
-            while True:
-                yield await _next(names, queue, reading)
-        finally:
-            reading.cancel()
+        known = {device.ifindex: device for device in devices()}
+        yield _links(known, frozenset() if first else frozenset(before))
+        while True:
+            yield await _next(known, events)
 
 
-async def _names() -> dict[int, str]:
-    async with AsyncIPRoute() as route:
-        return {int(link["index"]): str(link.get("ifname")) async for link in await route.get_links()}
+def _events() -> socket.socket:
+    events = socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_ROUTE
+    )
+    with contextlib.suppress(PermissionError):  # it takes CAP_NET_ADMIN; without it events are lost earlier
+        events.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
+    events.bind((0, _GROUP_LINK))
+    return events
 
 
-async def _read(events: AsyncIPRoute, queue: asyncio.Queue[tuple[str, int, str]]) -> None:
-    while True:
-        async for message in events.get():
-            if message.get("event") in ("RTM_NEWLINK", "RTM_DELLINK"):
-                queue.put_nowait((message["event"], int(message["index"]), str(message.get("ifname"))))
-
-
-async def _next(
-    names: dict[int, str], queue: asyncio.Queue[tuple[str, int, str]], reading: asyncio.Task[None]
-) -> Links:
-    """Waits for a change, takes all that have come by then into `names`, and says what they touched."""
+async def _next(known: dict[int, Device], events: socket.socket) -> Links:
+    """Waits for a change, takes all that have come by then into `known`, and says what they touched."""
+    loop = asyncio.get_running_loop()
     touched: set[int] = set()
-    before = dict(names)
-    while names == before and not touched:
-        waiting = asyncio.create_task(queue.get())
-        await asyncio.wait({waiting, reading}, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            waiting.cancel()
-            reading.result()  # raises what ended the reading
-        event = waiting.result()
-        while event is not None:
-            _take(event, names, touched)
-            event = queue.get_nowait() if not queue.empty() else None  # type: ignore[assignment] # the end
-    return Links(dict(names), frozenset(touched))
+    before = dict(known)
+    while known == before and not touched:
+        data = await loop.sock_recv(events, BUFFER)
+        for event in _all_of(data, events):
+            _take(event, known, touched)
+    return _links(known, frozenset(touched))
 
 
-def _take(event: tuple[str, int, str], names: dict[int, str], touched: set[int]) -> None:
-    kind, index, name = event
-    if kind == "RTM_DELLINK":
-        if names.pop(index, None) is not None:
-            touched.add(index)
-    else:
-        if names.get(index, name) != name:
-            touched.add(index)
-        names[index] = name
+def _all_of(data: bytes, events: socket.socket) -> Iterator[_Event]:
+    """The events in `data`, and those that wait behind it."""
+    while True:
+        for kind, _, _, body in messages(data):
+            if (event := _event(kind, body)) is not None:
+                yield event
+        try:
+            data = events.recv(BUFFER)
+        except BlockingIOError:
+            return
+
+
+def _event(kind: int, body: bytes) -> _Event | None:
+    """What a message says of an interface; None for what says nothing of one.
+
+    A bridge announces its ports by messages of its own family: one that a port has left says RTM_DELLINK, and the
+    interface is still there.
+    """
+    if kind not in (_NEW_LINK, _DEL_LINK):
+        return None
+    family, _, index, _, _ = _LINK.unpack_from(body)
+    if family != socket.AF_UNSPEC:
+        return None
+    found = attributes(body, _LINK.size)
+    if _NAME not in found:  # a wireless driver's own news
+        return None
+    info = attributes(found.get(_INFO, b""))
+    driver = _text(info.get(_INFO_KIND, b""))
+    # A number of another namespace names no interface here.
+    lower = 0 if _LOWER_NAMESPACE in found or driver in _PAIRS else _index(found.get(_LOWER))
+    return _Event(
+        kind == _DEL_LINK,
+        Device(
+            index,
+            _text(found.get(_NAME, b"")),
+            driver,
+            _index(found.get(_MASTER)),
+            0 if lower == index else lower,
+            ports_of(driver, attributes(info.get(_INFO_DATA, b""))),
+        ),
+    )
+
+
+def _take(event: _Event, known: dict[int, Device], touched: set[int]) -> None:
+    device = event.device
+    before = known.get(device.ifindex)
+    if event.deleted:
+        if known.pop(device.ifindex, None) is not None:
+            touched.add(device.ifindex)
+        return
+    if before is not None and before.name != device.name:
+        touched.add(device.ifindex)
+    known[device.ifindex] = device
+
+
+def _links(known: dict[int, Device], touched: frozenset[int]) -> Links:
+    return Links({index: device.name for index, device in known.items()}, touched, tuple(known.values()))
+
+
+def _text(value: bytes) -> str:
+    return decoded(value.split(b"\0", 1)[0])
+
+
+def _index(value: bytes | None) -> int:
+    return 0 if value is None else int(_INDEX.unpack_from(value)[0])

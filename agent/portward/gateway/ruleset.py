@@ -14,9 +14,9 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple, TypeAlias
 from zlib import crc32
 
-from portward.config import Config, OnAgentDown, Verdicts
+from portward.config import Config, Encrypted, OnAgentDown, Verdicts
 from portward.documents import network_text
-from portward.gateway import mark
+from portward.gateway import mark, tunnels
 from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.model import Mode, Network
 from portward.policy.preset import Preset
@@ -58,14 +58,24 @@ Verdict: TypeAlias = mark.Class | Rated
 COUNTED_SETS: Final[dict[Verdict, str]] = dict([*LEARNED_SETS.items(), *RATED_SETS.items()])
 COUNTERS: Final = (
     "internal", "missed", "answered", "answered_stale", "unlearned", "limited", "limited_all", "stale",
-    "unjudged", "unjudged_open", "headers", "unknown", "unsettled", "throttled", "held",
+    "unmarked", "unjudged", "unjudged_open", "headers", "unknown", "unsettled", "throttled", "held", "translated",
+    "tunnels", "stacked",
 )  # fmt: skip
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
 # The committed rate of a segment may come at once for so many seconds.
 _COMMITTED_BURST: Final = 4
-# The base chains, with hook (prerouting) and priority: side by side, so that no chain of others is between them.
-_HOOKS: Final = {"screen": (0, -302), "learn": (0, -301)}
+# Hook (prerouting 0, input 1, forward 2) and priority of the base chains. These two in the order in which they
+# must be registered: the kernel puts a newcomer before the chains of equal priority, so `screen` comes first and
+# no chain of others between the two.
+HOOKS: Final = {"learn": (0, -302), "screen": (0, -302)}
+TUNNELS_HOOKS: Final = {"tunnels": (1, -302)}
+# Loaded only if `Surroundings.guard`.
+GUARD_HOOKS: Final = {"guard": (2, 2**31 - 1)}
+_GUARD_LINES: Final = re.compile(r"(?ms)^ *# guard$\n(.*?)^ *# end of guard$\n")
+# Loaded only if `Surroundings.stacked`: the base chain of the file, and its other chains.
+STACKED_HOOKS: Final = {"stacked": (2, -302)}
+_STACKED: Final = ("stacked.nft", ("from_stacked", "stacked_mail"))
 _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
 
@@ -96,6 +106,8 @@ class Wanted(NamedTuple):
     definitions: int  # checksum of the definitions of the learned sets: where it differs, they are made anew
     statements: tuple[QueueStatement, ...]
     native: bool
+    # The base chains with hook and priority, in the order in which they are registered.
+    hooks: Mapping[str, tuple[int, int]] = HOOKS | TUNNELS_HOOKS
 
 
 def wanted(
@@ -107,17 +119,36 @@ def wanted(
     surroundings: Surroundings = NOTHING,
 ) -> Wanted:
     """The ruleset for a configuration on a kernel with (`native`) or without nft_queue, in these surroundings."""
-    text = _with_literals(rules("nftables", "portward.nft").read_text(), config)
+    text = _with_guard(rules("nftables", "portward.nft").read_text(), wanted=surroundings.guard)
+    text = _with_literals(text, config, guard=surroundings.guard)
     definitions = _definitions(text)
-    text = _with_values(text, _values(config, preset, state) | {"DEFINITIONS": str(definitions)})
+    values = _values(config, preset, state) | _tunnels(config, surroundings)
+    text = _with_values(text, values | {"DEFINITIONS": str(definitions)})
+    if surroundings.stacked:
+        text += _stacked(surroundings)
     statements = tuple(_statements(config))
     text += "".join(_probes(config.queue.workers))
     if native:
         text += "".join(map(_native, statements))
     if state.unsettled:
-        indexes = ", ".join(map(str, sorted(state.unsettled)))
-        text += f"add element {FAMILY_TABLE} {UNSETTLED} {{ {indexes} }}\n"
-    return Wanted(text, definitions, statements, native)
+        text += f"add element {FAMILY_TABLE} {UNSETTLED} {_indexes(state.unsettled)}\n"
+    hooks = HOOKS | TUNNELS_HOOKS
+    hooks |= GUARD_HOOKS if surroundings.guard else {}
+    hooks |= STACKED_HOOKS if surroundings.stacked else {}
+    return Wanted(text, definitions, statements, native, hooks)
+
+
+def stacked_alone(config: Config, preset: Preset, surroundings: Surroundings) -> str:
+    """The chains for devices above segments alone, which the kernel takes sooner than the whole ruleset."""
+    return (
+        f"define PORTS = {_set(preset.ports)}\ndefine SEGMENTS = {_interfaces(config.segments)}\n"
+        f"{_stacked(surroundings)}"
+    )
+
+
+def _stacked(surroundings: Surroundings) -> str:
+    name, _ = _STACKED
+    return _with_values(rules("nftables", name).read_text(), {"STACKED": _indexes(surroundings.stacked)})
 
 
 def observed(config: Config) -> tuple[str, ...]:
@@ -134,16 +165,19 @@ def replacement(
 ) -> str:
     """One transaction that puts `want` in place of what is loaded, and keeps what the kernel remembers.
 
-    `have_sets` are the sets of the table now, `have_hooks` its base chains. These stay where they stand as they
-    should: removing a hook drops every packet that waits in any queue of the namespace. What fills while it is
-    loaded is made anew only where its definition differs.
+    `have_sets` are the sets of the table now, `have_hooks` its base chains, in the order in which they were made.
+    These stay if they stand as they should: removing a hook drops every packet that waits in any queue of the
+    namespace. What fills while it is loaded is made anew only where its definition differs.
     """
     have = set(have_sets)
     learned = {f"{name}{family}" for name in COUNTED_SETS.values() for family in "46"}
     rates = {f"{RATES}{family}" for family in "46"}
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
-    lines += [f"delete chain {FAMILY_TABLE} {name}" for name, at in have_hooks.items() if _HOOKS.get(name) != at]
+    lines += [f"delete chain {FAMILY_TABLE} {name}" for name in _misplaced(have_hooks, want.hooks)]
+    if STACKED_HOOKS.keys() & have_hooks.keys() - want.hooks.keys():
+        # Made first, so that the removal does not fail if another process has removed one.
+        lines += [f"{verb} chain {FAMILY_TABLE} {name}" for name in _STACKED[1] for verb in ("add", "delete")]
     lines += [
         f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced", UNSETTLED) if name in have
     ]
@@ -152,6 +186,18 @@ def replacement(
         lines += [f"delete set {FAMILY_TABLE} {name}" for name in sorted(learned & have)]
         lines += [f"delete map {FAMILY_TABLE} {name}" for name in sorted(rates & have)]
     return "\n".join(lines) + "\n" + want.text
+
+
+def _misplaced(have: Mapping[str, tuple[int, int]], want: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The base chains that must go: those at another place, and both of HOOKS if these are not in their order."""
+    pair = [(name, at) for name, at in have.items() if name in HOOKS]
+    kept = want if pair == list(HOOKS.items()) else {name: at for name, at in want.items() if name not in HOOKS}
+    return [name for name, at in have.items() if kept.get(name) != at]
+
+
+def _with_guard(text: str, *, wanted: bool) -> str:
+    """Keeps the blocks of the forward guard, or takes them out."""
+    return _GUARD_LINES.sub(r"\1" if wanted else "", text)
 
 
 def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
@@ -173,6 +219,23 @@ def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
     }
 
 
+def _tunnels(config: Config, surroundings: Surroundings) -> dict[str, str]:
+    """The protocols and UDP ports of tunnels that end here, which `chain tunnels` drops if they come from
+    segments."""
+    protocols = tunnels.PROTOCOLS
+    ports = tunnels.DEFAULT_PORTS | surroundings.tunnel_ports | frozenset(config.tunnels.ports)
+    if config.tunnels.encrypted is Encrypted.DROP:
+        protocols |= tunnels.ENCRYPTED_PROTOCOLS
+        ports |= tunnels.ENCRYPTED_PORTS | surroundings.encrypted_ports
+    return {"TUNNELS": _set(sorted(protocols)), "TUNNEL_PORTS": _set(sorted(ports))}
+
+
+def _indexes(found: Iterable[int]) -> str:
+    """Interface indexes as nft takes them whatever the interfaces are called. It takes a number for an interface
+    of that name before it takes it for an index; 16 digits are too long for a name, and in quotes they stay 16."""
+    return _set(f'"{index:016d}"' for index in sorted(found))
+
+
 def _with_values(text: str, values: dict[str, str]) -> str:
     """Writes each `define NAME = …` of the values section anew."""
     head, rest = text.split("# values\n")
@@ -184,9 +247,10 @@ def _with_values(text: str, values: dict[str, str]) -> str:
     return f"{head}# values\n{section}# end of values\n{tail}"
 
 
-def _with_literals(text: str, config: Config) -> str:
+def _with_literals(text: str, config: Config, *, guard: bool) -> str:
     """Writes the numbers for which nft 1.0.6 takes no variable."""
     verdicts, queue = config.verdicts, config.queue
+    asking = 2 if guard else 1  # `judge` and `guarded_source` have the same limits
     for pattern, value, times in (
         (r"(?<= set allow[46] )(.*timeout )\d+s", f"{verdicts.allow_seconds}s", 2),
         (r"(?<= set deny[46] )(.*timeout )\d+s", f"{verdicts.deny_seconds}s", 2),
@@ -194,14 +258,14 @@ def _with_literals(text: str, config: Config) -> str:
         (r"(?<= set unknown[46] )(.*timeout )\d+s", f"{verdicts.unknown_seconds}s", 2),
         (r"( set (?:allow|deny|observed|refused)[46] .* size )\d+", str(verdicts.sources), 8),
         (r"( set unknown[46] .* size )\d+", str(verdicts.unknown_sources), 2),
-        (r"(iif limit rate over )\d+(?=/second)", str(queue.segment_rate), 1),
-        (rf"(iif limit rate over {queue.segment_rate}/second burst )\d+", str(queue.segment_burst), 1),
-        (r"(iif limit rate )\d+(?=/second)", str(queue.segment_committed), 1),
-        (r"(iif limit rate \d+/second burst )\d+", str(_COMMITTED_BURST * queue.segment_committed), 1),
+        (r"(iif limit rate over )\d+(?=/second)", str(queue.segment_rate), asking),
+        (rf"(iif limit rate over {queue.segment_rate}/second burst )\d+", str(queue.segment_burst), asking),
+        (r"(iif limit rate )\d+(?=/second)", str(queue.segment_committed), asking),
+        (r"(iif limit rate \d+/second burst )\d+", str(_COMMITTED_BURST * queue.segment_committed), asking),
         (r"(iif limit rate over )\d+(?=/minute)", str(_per_minute(verdicts)), 3),
         (r"(iif limit rate over \d+/minute burst )\d+", str(verdicts.segment_sources), 3),
-        (r"(\n    limit rate over )\d+", str(queue.rate), 1),
-        (rf"(\n    limit rate over {queue.rate}/second burst )\d+", str(queue.burst), 1),
+        (r"(\n    limit rate over )\d+", str(queue.rate), asking),
+        (rf"(\n    limit rate over {queue.rate}/second burst )\d+", str(queue.burst), asking),
     ):
         text, count = re.subn(pattern, rf"\g<1>{value}", text)
         if count != times:

@@ -12,13 +12,14 @@ from typing import Final, NamedTuple
 class Surroundings(NamedTuple):
     """What the ruleset must take into account besides configuration and preset.
 
-    `tunnel_ports` are the UDP ports on which this host terminates tunnels. `stacked` are the names of interfaces
-    that take packets of a segment before portward sees the segment's name (a bridge that the segment is a port of,
-    a macvlan on top of it). `guard` says whether the forward chain is needed that judges what others translated.
-    """
+    `tunnel_ports` are the UDP ports at which tunnels end on this host, `encrypted_ports` those of WireGuard.
+    `stacked` are the indexes of interfaces that take packets of an enforced segment before portward sees the
+    segment's name (a bridge that the segment is a port of, a macvlan on top of it). `guard` says whether the
+    forward chain is needed that judges what others translated."""
 
     tunnel_ports: frozenset[int] = frozenset()
-    stacked: frozenset[str] = frozenset()
+    encrypted_ports: frozenset[int] = frozenset()
+    stacked: frozenset[int] = frozenset()
     guard: bool = False
 
 

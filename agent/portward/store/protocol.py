@@ -33,6 +33,7 @@ import msgspec
 
 from portward.documents import brief, dec_hook, enc_hook, explained, field_name, network_text
 from portward.errors import StoreError, printable
+from portward.interfaces import is_segment_name
 from portward.model import Address, Attachment, Exemption, ExemptionState, Record, Subscription
 
 Progress: TypeAlias = Callable[[int], None]
@@ -50,8 +51,6 @@ INSTANTS: Final[dict[type[Record], tuple[str, ...]]] = {
 
 # What the kernel takes as an interface name (dev_valid_name in net/core/dev.c), without the wildcard of the
 # configuration: an attachment is in one segment. The length is in bytes.
-_INTERFACE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:*\0]+")
-_LONGEST_INTERFACE: Final = 15
 _LONGEST_KEY: Final = 200
 # Times are kept as microseconds since 1970, of which 0 stands for none; a day's room for zones.
 FIRST: Final = datetime(1970, 1, 2, tzinfo=UTC)
@@ -312,7 +311,8 @@ def flaws(record: Record) -> Iterator[tuple[str, str]]:
     if isinstance(record, Attachment):
         if not _is_interface(record.segment):
             problem = (
-                f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, '/', ':' or '*'"
+                f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, "
+                "'/', ':', '%' or '*'"
             )
             yield "segment", problem
         if getattr(record.address.network_address, "scope_id", None):
@@ -321,8 +321,7 @@ def flaws(record: Record) -> Iterator[tuple[str, str]]:
 
 def is_interface(name: str) -> bool:
     """Whether an attachment can be in a segment of that name."""
-    fits = name.isprintable() and len(name.encode()) <= _LONGEST_INTERFACE
-    return fits and _INTERFACE.fullmatch(name) is not None
+    return is_segment_name(name)
 
 
 # A gateway's segments: each is in many attachments.

@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from portward.interfaces import decoded, encoded, shown
 from portward.table import layout
 from portward.table.account import Account, grant_end
 from portward.table.database import (
@@ -125,8 +126,8 @@ class Walk:
             except layout.DamagedError as error:
                 yield f"interface {index}: {error}"
                 continue
-            if self._transaction.get(layout.number(link.segment), db=self._parts[b"names"]) != link.name.encode():
-                yield f"interface {index} leads to another segment than {link.name}"
+            if self._transaction.get(layout.number(link.segment), db=self._parts[b"names"]) != encoded(link.name):
+                yield f"interface {index} leads to another segment than {shown(link.name)}"
 
     def _account_findings(self) -> Iterator[str]:
         ids = Rows(self._transaction, self._parts[b"ids"])
@@ -212,4 +213,4 @@ def _where(place: bytes) -> str:
 
 
 def _text(name: bytes) -> str:
-    return name.decode(errors="backslashreplace")
+    return shown(decoded(name))

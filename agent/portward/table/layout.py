@@ -42,6 +42,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NamedTuple
 
 from portward.codes import REASON_BITS, REASON_NUMBER, REASON_OF
+from portward.interfaces import decoded, encoded
 from portward.model import Network, Reason
 
 FORMAT: Final = 3
@@ -151,16 +152,16 @@ class Link(NamedTuple):
 
     def pack(self) -> bytes:
         """The link as bytes."""
-        return _LINK.pack(self.segment, self.observed) + self.name.encode()
+        return _LINK.pack(self.segment, self.observed) + encoded(self.name)
 
     @classmethod
     def unpack(cls, data: bytes) -> Link:
         """The link that `pack` wrote; raises DamagedError."""
         try:
             segment, observed = _LINK.unpack_from(data)
-            return cls(segment, bool(observed), data[_LINK.size :].decode())
-        except (struct.error, UnicodeDecodeError):
+        except struct.error:
             raise DamagedError(f"a link cannot be read: {data.hex()}") from None
+        return cls(segment, bool(observed), decoded(data[_LINK.size :]))
 
 
 class Entry(NamedTuple):

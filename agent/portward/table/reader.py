@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
 
+from portward.interfaces import decoded, encoded
 from portward.model import Address, Attachment, Exemption, Network, Reason, Record, Subscription, Workload
 from portward.table import layout
 from portward.table.account import Account
@@ -156,7 +157,7 @@ class Reader:
         with self._snapshot_of() as transaction:
             if transaction is not self._viewed:
                 self._follow(transaction)
-            number = transaction.get(segment.encode(), db=self._parts[b"segments"])
+            number = transaction.get(encoded(segment), db=self._parts[b"segments"])
             if number is None:
                 return None
             found = self._entry(transaction, int.from_bytes(number, "big"), address.packed)
@@ -192,7 +193,7 @@ class Reader:
     def accounts_named(self, name: str) -> list[Account]:
         """The accounts of all subscriptions with exactly this name. Looks at every account: a second for a
         million."""
-        wanted = name.encode()
+        wanted = encoded(name)
         with self._snapshot_of() as transaction, transaction.cursor(self._parts[b"accounts"]) as cursor:
             near = (self._account_in(data) for data in cursor.iternext(keys=False) if wanted in data)
             return [found for found in near if found and found.subscription and found.subscription.name == name]
@@ -301,7 +302,7 @@ class Reader:
         name = transaction.get(layout.number(segment), db=self._parts[b"names"])
         if row is None or name is None:
             raise TableError(f"the policy table is damaged: {prefix} in segment {segment} has no entry")
-        return Attached(name.decode(), prefix, _whole(row))
+        return Attached(decoded(name), prefix, _whole(row))
 
     def _begin(self) -> Transaction:
         try:
@@ -337,7 +338,7 @@ class Reader:
 
     def _is_segment(self, transaction: Transaction, link: layout.Link) -> bool:
         """Whether the segment with the link's number has the link's name. It is asked once for each commit."""
-        return transaction.get(layout.number(link.segment), db=self._parts[b"names"]) == link.name.encode()
+        return transaction.get(layout.number(link.segment), db=self._parts[b"names"]) == encoded(link.name)
 
     def _link_of(self, data: bytes) -> layout.Link | None:
         """None if the bytes are damaged: as without a segment, every packet is dropped."""

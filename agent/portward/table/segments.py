@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from portward.interfaces import decoded, encoded, shown
 from portward.table import layout
 from portward.table.damage import Damage
 from portward.table.database import Part, TableError, Transaction
@@ -26,16 +27,16 @@ class Segments:
         name = self._transaction.get(layout.number(number), db=self._parts[b"names"])
         if name is None:
             raise TableError(f"no segment has the number {number}")
-        return name.decode(errors="backslashreplace")
+        return decoded(name)
 
     def _known(self, name: str) -> int | None:
         """The number that a segment has; None without one, or if it is another segment's."""
-        known = self._transaction.get(name.encode(), db=self._parts[b"segments"])
+        known = self._transaction.get(encoded(name), db=self._parts[b"segments"])
         if known is None:
             return None
-        if self._transaction.get(known, db=self._parts[b"names"]) != name.encode():
+        if self._transaction.get(known, db=self._parts[b"names"]) != encoded(name):
             self._damage.found(
-                f"segment {name} has a number that is not its own; it gets a new one, without sources"
+                f"segment {shown(name)} has a number that is not its own; it gets a new one, without sources"
             )
             return None
         return int.from_bytes(known, "big")
@@ -47,6 +48,6 @@ class Segments:
             number += 1
         if number > layout.LAST_SEGMENT:
             raise TableError("the policy table has no number left for another segment")
-        self._transaction.put(name.encode(), layout.number(number), db=self._parts[b"segments"])
-        self._transaction.put(layout.number(number), name.encode(), db=self._parts[b"names"])
+        self._transaction.put(encoded(name), layout.number(number), db=self._parts[b"segments"])
+        self._transaction.put(layout.number(number), encoded(name), db=self._parts[b"names"])
         return number

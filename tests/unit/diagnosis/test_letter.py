@@ -46,6 +46,18 @@ ENGLISH_TEXTS = english_texts()
 
 @pytest.mark.parametrize("name", presets.bundled())
 @BOTH
+def test_a_relay_is_recommended_if_its_port_is_not_judged_and_only_then(name: str, say: Language) -> None:
+    preset = presets.load(name)
+    recommended = say("Send your mail through an authenticated relay on port 587: that is never limited.")
+    found = set()
+    for offer, state in itertools.product([offer.ids[0] for offer in preset.offers] + ["another-offer"], State):
+        known = facts(preset, subscription(offer), exemption(state), attachment(started=AFTER))
+        found.add(recommended in diagnosis(preset, known, say).customer)
+    assert (True in found) is (587 not in preset.ports)
+
+
+@pytest.mark.parametrize("name", presets.bundled())
+@BOTH
 def test_every_case_has_a_text_without_internal_words_and_in_one_language(name: str, say: Language) -> None:
     preset = presets.load(name)
     offers = [offer.ids[0] for offer in preset.offers] + ["another-offer"]

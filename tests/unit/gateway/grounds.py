@@ -158,6 +158,8 @@ def _word(change: Change | str) -> str:
 
 
 def _keys(set_: str, keys: Iterable[bytes]) -> str:
-    if set_ in ("epoch", "synced", "definitions"):
-        return " ".join(str(struct.unpack("=I", key)[0] >> (3 if set_ == "epoch" else 0)) for key in keys)
+    if set_ in ("epoch", "recent", "synced", "definitions"):
+        return " ".join(
+            str(struct.unpack("=I", key)[0] >> (3 if set_ in ("epoch", "recent") else 0)) for key in keys
+        )
     return " ".join(str(Source.of(key)) for key in keys)

@@ -82,7 +82,7 @@ def judges(tables: dict[str, FakeTable]) -> bool:
 def test_a_host_is_forgotten_after_the_epoch_has_moved_and_synced_is_written_with_it(plane: Plane) -> None:
     plane.enforce(committed(2, "10.0.0.4/32"))
     assert words(plane.kernel.journal) == [
-        "flush epoch, add epoch 2",
+        "flush epoch, add epoch 2, add recent 1",
         "forget 3 . 10.0.0.4, flush synced, add synced 2",
     ]
     assert [element.source for element in plane.counted] == [HOST], "counted a last time"
@@ -92,7 +92,7 @@ def test_a_prefix_is_read_and_taken_out_of_the_sets_that_hold_it(plane: Plane) -
     plane.learn(Class.DENY, source("10.0.0.5"))
     plane.enforce(committed(2, "10.0.0.0/24"))
     assert words(plane.kernel.journal) == [
-        "flush epoch, add epoch 2",
+        "flush epoch, add epoch 2, add recent 1",
         "delete allow4 3 . 10.0.0.4",
         "delete deny4 3 . 10.0.0.5",
         "flush synced, add synced 2",
@@ -102,7 +102,7 @@ def test_a_prefix_is_read_and_taken_out_of_the_sets_that_hold_it(plane: Plane) -
 def test_everything_is_flushed(plane: Plane) -> None:
     plane.enforce(committed(2, everything=True))
     assert words(plane.kernel.journal) == [
-        "flush epoch, add epoch 2",
+        "flush epoch, add epoch 2, add recent 1",
         "forget everything, flush synced, add synced 2",
     ]
 
@@ -121,7 +121,7 @@ def test_what_a_change_reaches_is_forgotten_and_nothing_else(plane: Plane, kind:
 def test_the_epoch_is_first_and_what_says_in_sync_is_last(plane: Plane, kind: str) -> None:
     plane.enforce(CHANGES[kind][1](2))
     first, *_, last = words(plane.kernel.journal)
-    assert first == "flush epoch, add epoch 2"
+    assert first == "flush epoch, add epoch 2, add recent 1"
     assert last.endswith("flush synced, add synced 2")
     assert sum("synced" in line for line in words(plane.kernel.journal)) == 1
 
@@ -150,7 +150,7 @@ def test_a_source_with_a_limit_loses_it_and_gets_the_new_one_at_once(plane: Plan
     plane.kernel.journal.clear()
     plane.enforce(committed(2, "10.0.0.4/32"))
     assert words(plane.kernel.journal) == [
-        "flush epoch, add epoch 2",
+        "flush epoch, add epoch 2, add recent 1",
         "forget 3 . 10.0.0.4, delete rates4 3 . 10.0.0.4, flush synced, add synced 2",
         "limit s5-99-2 99/minute burst 2, draw rates4 3 . 10.0.0.4: s5-99-2",
     ]
@@ -243,7 +243,7 @@ def test_while_the_kernel_refuses_everything_it_is_said_and_tried_until_it_works
 
 
 def test_a_reading_that_fails_ends_in_everything_forgotten(plane: Plane) -> None:
-    plane.kernel.unreadable(errno.EINTR)
+    plane.kernel.unreadable(errno.EINTR, 2)  # of the epoch before, and of the first set
     plane.enforce(committed(2, "10.0.0.0/24"))
     assert not plane.cached()
     assert plane.learned.synced() == 2

@@ -12,6 +12,7 @@ from scapy.layers.inet import IP, TCP, UDP
 from portward.gateway import mark
 from portward.gateway.batch import BatchJudge
 from portward.gateway.judge import Judge, judge
+from portward.gateway.messages import FORWARD, PREROUTING
 from portward.gateway.nfqueue import SLOT
 from portward.gateway.reset import Resetter
 from portward.gateway.tally import Event, Outcome, Tally
@@ -27,8 +28,8 @@ class QueuedPacket:
 
     indev = 3
 
-    def __init__(self, payload: bytes = SYN, before: int = 0) -> None:
-        self._payload, self.mark, self.said = payload, before, list[str]()
+    def __init__(self, payload: bytes = SYN, before: int = 0, hook: int = PREROUTING) -> None:
+        self._payload, self.mark, self.hook, self.said = payload, before, hook, list[str]()
 
     def get_payload(self) -> bytes:
         return self._payload
@@ -55,10 +56,15 @@ class Answers:
 
     def __init__(self, *, sent: bool = True) -> None:
         self.sent, self.to = sent, list[tuple[int, bytes | None]]()
+        self.sources: list[tuple[int, bytes]] = []
 
     def answer(self, packet: bytes, tcp: int, index: int, link_address: bytes | None) -> bool:
         self.to.append((index, link_address))
         return self.sent
+
+    def asked(self, index: int, address: bytes) -> None:
+        """Takes the sources that the daemon is asked about."""
+        self.sources.append((index, address))
 
 
 class Table:
@@ -85,7 +91,7 @@ class Batched:
         self.judge = BatchJudge(0, table, careful, tally)  # type: ignore[arg-type] # as much of a Reader as it uses
 
     def handle(self, packet: QueuedPacket) -> None:
-        datagram = message(packet.get_payload(), index=packet.indev, mark_=packet.mark)
+        datagram = message(packet.get_payload(), index=packet.indev, mark_=packet.mark, hook=packet.hook)
         given = bytes(self.judge.answer(bytearray(datagram.ljust(SLOT)), [(len(datagram),)]))
         while given:
             verdict, id_, mark_ = struct.unpack_from(">II4xI", given, 24)
@@ -102,7 +108,8 @@ def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | No
     """A judge over a look-up."""
     tally = Tally(Tally.create())
     resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
-    return Judge(lookup, lambda: None, tally, resetter, lambda index, address: None), tally
+    asked: Callable[[int, bytes], None] = getattr(answers, "asked", lambda index, address: None)
+    return Judge(lookup, lambda: None, tally, resetter, asked), tally
 
 
 def batched(
@@ -214,3 +221,44 @@ def test_a_source_whose_entry_is_damaged_is_denied_and_counted_each_time(make: W
     assert packet.mark & mark.CLASS == mark.Class.UNKNOWN
     assert tally.events()[Event.DAMAGED] == 1
     assert list(tally.verdicts()) == [(Reason.DENIED_UNKNOWN_SOURCE, Outcome.DROPPED, 1, 1)]
+
+
+# Also marks that others have set to what ours would say in prerouting.
+MARKS = [0, 0x4000, mark.MISS, mark.MISS_OPEN, mark.PROBE, mark.PASSED, 0x00AB0009]
+
+
+@pytest.mark.parametrize("before", MARKS)
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Finding(Reason.ALLOWED_OFFER, False, False, 8192), "accept"),
+        (Finding(Reason.DENIED_REVOKED, True, False, 8192), "accept"),
+        (Finding(Reason.DENIED_REVOKED, False, False, 8192), "drop"),
+        (Finding(Reason.DENIED_REVOKED, False, True, 8192), "drop"),
+        (Finding(Reason.DENIED_UNKNOWN_SOURCE, False, False, 8192), "drop"),
+        (Finding(Reason.ALLOWED_EXEMPT, False, False, 8192, limited=True), "drop"),
+    ],
+    ids=["allowed", "observed", "denied", "refused", "unknown", "limited"],
+)
+def test_in_forward_a_worker_accepts_or_drops_and_leaves_the_mark(
+    make: Worker, found: Finding, said: str, before: int
+) -> None:
+    """There the mark is that of others, nothing learns from it, and a reset would come from the wrong address."""
+    answers, packet = Answers(), QueuedPacket(before=before, hook=FORWARD)
+    judge_, _ = make(lambda index, source: found, answers)
+    # What a batch judge learns of a message in prerouting must not be taken for one in forward.
+    judge_.handle(QueuedPacket(before=mark.MISS))
+    before_that = len(answers.to), len(answers.sources)
+    judge_.handle(packet)
+    assert (packet.said, packet.mark) == ([said], before)
+    assert len(answers.to) == before_that[0], "no reset"
+    assert answers.sources[before_that[1] :] == [(3, b"\x0a\0\0\x04")], "the daemon is asked to cache it"
+
+
+@pytest.mark.parametrize(("payload", "event"), [(SYN, Event.NO_SEGMENT), (b"x" * 40, Event.MALFORMED)])
+def test_in_forward_what_cannot_be_looked_up_is_dropped(make: Worker, payload: bytes, event: Event) -> None:
+    packet = QueuedPacket(payload, hook=FORWARD)
+    found, tally = make(lambda index, source: None)
+    found.handle(packet)
+    assert packet.said == ["drop"]
+    assert tally.events()[event] == 1

@@ -10,7 +10,7 @@ import pytest
 
 from portward.config import Verdicts
 from portward.errors import KernelError
-from portward.gateway import keeper
+from portward.gateway import keeper, ruleset
 from portward.gateway.fake import FakeKernel, ProcessDied
 from portward.gateway.mark import Class
 from portward.gateway.ruleset import FIXED_SETS, TABLE
@@ -95,7 +95,7 @@ def test_sets_and_chains_of_an_older_ruleset_are_replaced() -> None:
     found = Plane(kernel)
     found.start()
     assert "segments" not in found.netlink.sets(TABLE)
-    assert found.netlink.hooks(TABLE) == {"screen": (0, -302), "learn": (0, -301)}
+    assert list(found.netlink.hooks(TABLE).items()) == list((ruleset.HOOKS | ruleset.TUNNELS_HOOKS).items())
     assert kernel.tables[TABLE].sets["allow4"].size == 262_144
 
 
@@ -211,7 +211,7 @@ def test_a_baseline_begins_only_where_no_ruleset_is(plane: Plane) -> None:
 
 def test_a_closed_port_is_lifted_in_the_transaction_after_the_ruleset() -> None:
     found = Plane(FakeKernel())
-    keeper.close(found.nft)
+    keeper.close(found.nft, (25,))
     assert keeper.closed(found.netlink)
     found.kernel.journal.clear()
     found.start()
@@ -221,7 +221,7 @@ def test_a_closed_port_is_lifted_in_the_transaction_after_the_ruleset() -> None:
 
 def test_a_closed_port_stays_while_the_ruleset_is_refused() -> None:
     found = Plane(FakeKernel())
-    keeper.close(found.nft)
+    keeper.close(found.nft, (25,))
     found.kernel.refuse(errno.ENOMEM)
     with pytest.raises(KernelError):
         found.start()
@@ -230,7 +230,7 @@ def test_a_closed_port_stays_while_the_ruleset_is_refused() -> None:
 
 def test_remove_takes_both_tables_and_leaves_those_of_others(plane: Plane) -> None:
     plane.kernel.load("add table inet theirs")
-    keeper.close(plane.nft)
+    keeper.close(plane.nft, (25,))
     assert keeper.remove(plane.nft, plane.netlink)
     assert set(plane.kernel.tables) == {"theirs"}
     assert not keeper.remove(plane.nft, plane.netlink)

@@ -16,7 +16,7 @@ from portward.resources import rules
 DEFINES = dict(re.findall(r"(?m)^define (\w+) = (\S+)$", rules("nftables", "portward.nft").read_text()))
 
 
-@pytest.mark.parametrize("name", ["OWN", "KEEP", "CLASS", "EPOCH", "MISS", "MISS_OPEN"])
+@pytest.mark.parametrize("name", ["OWN", "KEEP", "CLASS", "EPOCH", "MISS", "MISS_OPEN", "PASSED"])
 def test_the_ruleset_has_the_same_bits(name: str) -> None:
     assert int(DEFINES[name], 16) == getattr(mark, name)
 
@@ -60,4 +60,9 @@ def test_the_ruleset_has_the_same_query_and_answer() -> None:
 
 def test_no_verdict_and_no_miss_is_a_query() -> None:
     stamps = {mark.stamp(0, verdict, epoch) for verdict in mark.Class for epoch in range(mark.EPOCHS)}
-    assert mark.PROBE not in stamps | {mark.MISS, mark.MISS_OPEN}
+    assert mark.PROBE not in stamps | {mark.MISS, mark.MISS_OPEN, mark.PASSED}
+
+
+def test_no_verdict_is_what_the_screen_lets_pass() -> None:
+    stamps = {mark.stamp(0, verdict, epoch) for verdict in mark.Class for epoch in range(mark.EPOCHS)}
+    assert mark.PASSED not in stamps | {mark.MISS, mark.MISS_OPEN}

@@ -14,6 +14,8 @@ from portward.gateway import mark
 from portward.gateway.messages import (
     ACCEPT,
     DROP,
+    FORWARD,
+    PREROUTING,
     Packet,
     Refused,
     Verdicts,
@@ -52,12 +54,13 @@ def message(
     mark_: int = MISS,
     between: tuple[tuple[int, bytes], ...] = BETWEEN["checksum"],
     family: int | None = None,
+    hook: int = PREROUTING,
 ) -> bytes:
     """What the kernel sends of a packet: no mark where it is 0, no padding behind the payload."""
     if family is None:
         family = 10 if payload[:1] and payload[0] >> 4 == 6 else 2
     body = struct.pack(">BBH", family, 0, 0)
-    body += attribute(1, struct.pack(">IHB", id_, 0x0800, 0)) + attribute(5, index.to_bytes(4, "big"))
+    body += attribute(1, struct.pack(">IHB", id_, 0x0800, hook)) + attribute(5, index.to_bytes(4, "big"))
     body += attribute(3, mark_.to_bytes(4, "big")) if mark_ else b""
     body += b"".join(attribute(kind, value) for kind, value in between)
     body += attribute(10, payload)[: 4 + len(payload)]
@@ -70,6 +73,17 @@ def test_a_packet_is_read_whatever_comes_with_it(between: tuple[tuple[int, bytes
     address = b"\x02\0\0\0\0\x01\0\0" if HARDWARE in between else None
     found = list(read(message(between=between, mark_=mark_)))
     assert found == [Packet(7, 3, mark_, address, SYN)]
+
+
+def test_what_was_queued_in_forward_is_of_no_shape() -> None:
+    """Its mark is not ours, also if it looks like a miss."""
+    forwarded = message(hook=FORWARD)
+    assert list(read(forwarded)) == [Packet(7, 3, MISS, HARDWARE[1][4:], SYN, FORWARD)]
+    assert shape_of(forwarded) is None
+    shape = shape_of(message())
+    assert shape is not None
+    assert shape.asks(shape.unpack(message(), 0), len(forwarded))
+    assert not shape.asks(shape.unpack(forwarded, 0), len(forwarded))
 
 
 def test_every_packet_of_a_datagram_is_read() -> None:

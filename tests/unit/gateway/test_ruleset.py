@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 import msgspec
+import pytest
 
-from portward.config import Config, OnAgentDown, Queue, Verdicts
-from portward.gateway.ruleset import QueueStatement, State, replacement, wanted
+from portward.config import Config, Encrypted, OnAgentDown, Queue, Tunnels, Verdicts
+from portward.gateway.ruleset import QueueStatement, State, Wanted, replacement, wanted
+from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.model import Mode
 from portward.policy import preset as presets
 from portward.resources import rules
@@ -136,16 +139,84 @@ def test_each_worker_has_a_queue_and_is_asked_by_a_source_port_of_its_own() -> N
     ]
 
 
-HOOKS = {"screen": (0, -302), "learn": (0, -301)}
+# In the order in which they are made: of equal priority, the newest comes first.
+HOOKS = {"learn": (0, -302), "screen": (0, -302)}
 
 
 def test_base_chains_that_stand_elsewhere_are_made_anew() -> None:
     want = wanted(CONFIG, AZURE, native=False, state=STATE)
-    hooks = {"screen": (0, -302), "learn": (0, -299), "theirs": (0, -301)}
+    hooks = {**HOOKS, "theirs": (0, -301)}
+    assert removed(want, hooks) == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        {"screen": (0, -302), "learn": (0, -302)},
+        {"screen": (0, -302), "learn": (0, -301)},
+        {"learn": (0, -302), "screen": (0, -301)},
+        {"screen": (0, -302)},
+    ],
+    ids=["other-order", "older-release", "other-priority", "one-is-missing"],
+)
+def test_screen_and_learn_are_made_anew_together(hooks: dict[str, tuple[int, int]]) -> None:
+    """Alone, the newer one would come before the other, or leave room for a chain of others between them."""
+    assert removed(wanted(CONFIG, AZURE, native=False, state=STATE), hooks) == list(hooks)
+
+
+def removed(want: Wanted, hooks: dict[str, tuple[int, int]]) -> list[str]:
+    """The chains that a replacement deletes."""
     before = replacement(want, (), hooks, same_definitions=True).split(want.text)[0]
-    assert "delete chain inet portward learn\n" in before
-    assert "delete chain inet portward theirs\n" in before
-    assert "screen" not in before
+    return re.findall(r"(?m)^delete chain inet portward (\w+)$", before)
+
+
+def test_the_text_registers_learn_before_screen() -> None:
+    text = wanted(CONFIG, AZURE, native=False, state=STATE).text
+    assert re.findall(r"(?m)^  chain (\w+) \{\n    type filter hook (.*?);.*$", text) == [
+        ("learn", "prerouting priority raw - 2"),
+        ("screen", "prerouting priority raw - 2"),
+        ("tunnels", "input priority raw - 2"),
+    ]
+
+
+GUARDED = Surroundings(guard=True)
+
+
+def test_the_guard_stands_in_the_text_only_if_it_is_needed() -> None:
+    without = wanted(CONFIG, AZURE, native=False, state=STATE)
+    guarded = wanted(CONFIG, AZURE, native=False, state=STATE, surroundings=GUARDED)
+    assert "hook forward" not in without.text
+    assert "guarded" not in without.text
+    assert "hook forward priority 2147483647" in guarded.text
+    assert removed(without, {**HOOKS, "guard": (2, 2**31 - 1)}) == ["guard"]
+    assert removed(guarded, {**HOOKS, "guard": (2, 2**31 - 1)}) == []
+    assert guarded.definitions == without.definitions, "what is cached stays"
+
+
+def test_a_limit_is_counted_once() -> None:
+    """With the guard, by the guard."""
+
+    def limits(surroundings: Surroundings) -> list[str]:
+        """The first rule of each chain that a source with a limit comes to."""
+        text = wanted(CONFIG, AZURE, native=False, state=STATE, surroundings=surroundings).text
+        return re.findall(r"(?m)^  chain (?:guarded_)?rated \{\n(?:    #.*\n)*    (.*)$", text)
+
+    counted = "tcp flags & (syn | ack) != syn goto within_rate"
+    assert limits(NOTHING) == [counted]
+    assert limits(GUARDED) == ["accept", counted]
+
+
+def test_the_guard_has_the_limits_of_the_screen() -> None:
+    config = msgspec.structs.replace(
+        CONFIG, queue=Queue(segment_rate=7, segment_burst=8, segment_committed=3, rate=9, burst=10)
+    )
+    text = wanted(config, AZURE, native=False, state=STATE, surroundings=GUARDED).text
+    for limit in (
+        "iif limit rate over 7/second burst 8 packets",
+        "iif limit rate 3/second burst 12 packets",
+        "\n    limit rate over 9/second burst 10 packets",
+    ):
+        assert text.count(limit) == 2
 
 
 def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> None:
@@ -171,3 +242,35 @@ def test_definitions_differ_where_a_learned_set_does() -> None:
     base = wanted(CONFIG, AZURE, native=False, state=STATE)
     assert same.definitions == base.definitions
     assert other.definitions != base.definitions
+
+
+def test_tunnels_are_those_of_the_defaults_the_host_and_the_configuration() -> None:
+    around = Surroundings(frozenset((7777, 4789)), frozenset((51820,)))
+    config = msgspec.structs.replace(CONFIG, tunnels=Tunnels(ports=(9000,)))
+    assert "define TUNNEL_PORTS = { 4789, 6081, 7777, 8472, 9000 }\n" in text_of(config, around)
+    config = msgspec.structs.replace(CONFIG, tunnels=Tunnels(encrypted=Encrypted.DROP))
+    text = text_of(config, around)
+    assert "define TUNNEL_PORTS = { 4500, 4789, 6081, 7777, 8472, 51820 }\n" in text
+    assert "define TUNNELS = { 4, 41, 47, 50, 51, 97, 108, 115, 137 }\n" in text
+
+
+def test_the_forward_chain_is_there_only_while_something_stands_on_a_segment() -> None:
+    assert "hook forward" not in text_of(CONFIG, Surroundings())
+    text = text_of(CONFIG, Surroundings(stacked=frozenset((12, 7))))
+    assert "hook forward" in text
+    # Sixteen digits in quotes are no name of an interface, whatever names there are.
+    assert 'define STACKED = { "0000000000000007", "0000000000000012" }\n' in text
+
+
+def test_the_forward_chain_goes_when_nothing_stands_on_a_segment_any_more() -> None:
+    hooks = HOOKS | {"tunnels": (1, -302), "stacked": (2, -302)}
+    for stacked, gone in ((frozenset((7,)), False), (frozenset(), True)):
+        want = wanted(CONFIG, AZURE, native=False, state=STATE, surroundings=Surroundings(stacked=stacked))
+        before = replacement(want, (), hooks, same_definitions=True).split(want.text)[0]
+        assert ("delete chain inet portward stacked\n" in before) is gone
+        assert "delete chain inet portward tunnels" not in before
+
+
+def text_of(config: Config, surroundings: Surroundings) -> str:
+    """The ruleset in these surroundings."""
+    return wanted(config, AZURE, native=False, state=STATE, surroundings=surroundings).text

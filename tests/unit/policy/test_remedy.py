@@ -7,6 +7,7 @@ from uuid import UUID
 
 import pytest
 
+from portward.language import ENGLISH, language
 from portward.model import Reason, Subscription
 from portward.policy import preset as presets
 from portward.policy.remedy import reason_in_words, remedy
@@ -52,6 +53,16 @@ def test_who_may_not_send_is_promised_nothing(reason: Reason) -> None:
 def test_the_relay_is_named_where_its_port_is_free_and_nowhere_else(reason: Reason) -> None:
     assert "relay on port 587" in remedy(AZURE, reason, of("csp"))
     assert "587" not in remedy(presets.load("scaleway"), reason, of("account"))
+
+
+@pytest.mark.parametrize("name", presets.bundled())
+@pytest.mark.parametrize("reason", DENIED)
+def test_no_preset_promises_a_port_that_it_judges(name: str, reason: Reason) -> None:
+    preset = presets.load(name)
+    for id_ in ("no-such-offer", *(id_ for offer in preset.offers for id_ in offer.ids)):
+        for say in (ENGLISH, language("fr")):
+            promised = say("Send through an authenticated relay on port 587, which is never limited")
+            assert 587 not in preset.ports or promised not in remedy(preset, reason, of(id_), say)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from vm.guest import connect, watcher
+from vm.guest import connect, devices, watcher
 from vm.guest.keys import hold_hooks
 from vm.guest.machine import CONFIG, booted, configure, row, sh, slower, until
 from vm.guest.told import tell
@@ -83,7 +83,9 @@ def _first() -> None:
     _hardening()
     _journal()
     _reload()
+    _devices()
     _beside_nftables()
+    _translated()
     _breaks()
     _nothing_came_out("in this boot")
     tell(stage="the store becomes unreachable, and the machine boots again")
@@ -148,6 +150,13 @@ def _reload() -> None:
     sh("systemctl reload portward")
 
 
+def _devices() -> None:
+    tell(stage="tunnels that end here, and devices on top of segments")
+    devices.tunnels()
+    devices.stacked()
+    _nothing_came_out("while devices came and went")
+
+
 def _beside_nftables() -> None:
     """Debian's own unit, whose file begins with `flush ruleset`, while a blocked tenant sends without a pause."""
     tell(stage="nftables.service")
@@ -170,6 +179,19 @@ def _beside_nftables() -> None:
     _nothing_came_out("while nftables.service came and went")
     sh("systemctl enable --now nftables")  # and so each shutdown from here on flushes the rules
     until(lambda: _ours() == ["portward"], "the agent's ruleset", seconds=60)
+
+
+def _translated() -> None:
+    """Another program translates addresses: the guard judges again what is forwarded, also what a VRF forwards."""
+    tell(stage="translation by others")
+    sh("nft 'add table ip vm; add chain ip vm c { type nat hook prerouting priority -100; }'")
+    took = until(lambda: _metric("portward_guard_loaded") == "portward_guard_loaded 1.0", "the forward guard")
+    row("the forward guard is loaded", f"{took:.1f} s", good=True)
+    for segment in ALLOWED:
+        row(f"the allowed tenant of {segment} connects", _connects(segment), good=_connects(segment) is not None)
+    _nothing_came_out("while the guard is loaded")
+    sh("nft delete table ip vm")
+    until(lambda: _metric("portward_guard_loaded") == "portward_guard_loaded 0.0", "the guard is gone")
 
 
 def _baseline_is_done() -> bool:

@@ -1,0 +1,58 @@
+"""Finding the surroundings of the ruleset: once for verbs without an agent, again and again for the agent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from portward.config import Config
+from portward.gateway import rtnetlink, stacking, tunnels
+from portward.gateway.links import Device
+from portward.gateway.surroundings import NOTHING, Surroundings
+
+_log: Final = logging.getLogger("portward")
+
+
+class Lookout:
+    """What the agent sees around it, in the network namespace of the thread that asks. `warnings` are the lines on
+    devices that take the packets of segments, as they were last found; each is logged once while it holds."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self._error = ""
+
+    def look(self, devices: Sequence[Device], config: Config, before: Surroundings) -> Surroundings:
+        """The surroundings with these devices. What is not found out here stays as it was `before`, also the ports
+        of FOU, L2TP and WireGuard while the kernel does not say them."""
+        warnings = stacking.warnings(devices, config)
+        known = frozenset(self.warnings)
+        for line in warnings:
+            if line not in known:
+                _log.error("%s", line)
+        self.warnings = warnings
+        found = before._replace(stacked=stacked(devices, config))
+        try:
+            ports = tunnels.find(devices)
+        except OSError as error:
+            if str(error) != self._error:
+                _log.error("the kernel does not say which tunnels of FOU, L2TP and WireGuard end here: %s", error)
+            self._error = str(error)
+            return found._replace(tunnel_ports=before.tunnel_ports | tunnels.of_devices(devices))
+        self._error = ""
+        return found._replace(tunnel_ports=ports.open, encrypted_ports=ports.encrypted)
+
+
+def stacked(devices: Sequence[Device], config: Config) -> frozenset[int]:
+    """The indexes of those of these devices whose packets must be stopped."""
+    return stacking.enforced(stacking.stacked(devices, config.segment), config)
+
+
+def found(config: Config) -> Surroundings:
+    """What stands around portward in this thread's network namespace now. Without an answer of generic netlink the
+    UDP ports of tunnels are those of devices alone; without one of rtnetlink nothing is found."""
+    try:
+        return Lookout().look(rtnetlink.devices(), config, NOTHING)
+    except OSError as error:
+        _log.error("the kernel does not say which interfaces there are: %s", error)
+        return NOTHING

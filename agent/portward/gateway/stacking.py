@@ -1,0 +1,112 @@
+"""Devices that take a segment's packets before portward sees them under the segment's name. Pure.
+
+A packet that comes in on a port of a bridge, or is meant for a macvlan, has that device as its input interface
+when it reaches the ruleset, so it matches no segment. A VRF is no such device: the ruleset sees the packet with
+the port's name first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, NamedTuple
+
+from portward.config import Config
+from portward.gateway.links import VRF, Device
+from portward.interfaces import shown
+
+_BRIDGE: Final = "bridge"
+# Its ports have one device as their master (ovs-system), and packets come out of any other one of this kind.
+_OPEN_VSWITCH: Final = "openvswitch"
+
+
+class Stacked(NamedTuple):
+    """A device that takes packets of a segment."""
+
+    device: Device
+    segment: Device
+
+
+def stacked(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> list[Stacked]:
+    """Each device that takes packets of a segment, with each such segment. One that is itself a segment is judged
+    under its own name and is left out; what stands on it is found from there."""
+    devices = sorted(devices)
+    above = _above(devices)
+    return [
+        Stacked(device, segment)
+        for segment in devices
+        if is_segment(segment.name)
+        for device in sorted(_reached(segment, above))
+        if not is_segment(device.name)
+    ]
+
+
+def enforced(found: Iterable[Stacked], config: Config) -> frozenset[int]:
+    """The indexes of those devices whose packets must be stopped: all but those of observed segments alone."""
+    return frozenset(one.device.ifindex for one in found if not config.observes(one.segment.name))
+
+
+def warnings(devices: Iterable[Device], config: Config) -> list[str]:
+    """What an operator must know of these devices, a line each."""
+    devices = list(devices)
+    found = stacked(devices, config.segment)
+    return [*_bridged(devices, config), *(_warning(one, config) for one in found)]
+
+
+def _warning(one: Stacked, config: Config) -> str:
+    name, segment = shown(one.device.name), shown(one.segment.name)
+    begin = f"{one.device.kind} {name} takes the packets of segment {segment}"
+    if config.observes(one.segment.name):
+        return f"{begin}, which is only observed: they pass, and are not counted"
+    if config.uplink(one.device.name):
+        return (
+            f"{begin} and is an uplink: nothing that comes from it may reach a judged port beyond the segments, "
+            f"until {segment} is taken off it"
+        )
+    return (
+        f"{begin}: nothing that comes from it may reach a judged port, whoever sends it, until {segment} is taken "
+        f"off it or {name} is one of `segments`"
+    )
+
+
+def _bridged(devices: list[Device], config: Config) -> Iterator[str]:
+    """Bridges that can forward frames between a segment and an uplink: these never reach the ruleset."""
+    members: dict[int, list[Device]] = {}
+    for device in devices:
+        members.setdefault(device.master, []).append(device)
+    for bridge in devices:
+        if bridge.kind not in (_BRIDGE, _OPEN_VSWITCH):
+            continue
+        ports = members.get(bridge.ifindex, [])
+        segments = sorted(shown(port.name) for port in ports if config.segment(port.name))
+        uplinks = sorted(shown(port.name) for port in ports if config.uplink(port.name))
+        if segments and uplinks:
+            yield (
+                f"bridge {shown(bridge.name)} forwards frames between segment {', '.join(segments)} and uplink "
+                f"{', '.join(uplinks)} past this host's IP stack: PORT 25 IS OPEN THERE"
+            )
+
+
+def _above(devices: list[Device]) -> dict[int, set[Device]]:
+    """For each index the devices that take its packets, each with the next step only."""
+    known = {device.ifindex: device for device in devices}
+    switches = {device for device in devices if device.kind == _OPEN_VSWITCH}
+    above: dict[int, set[Device]] = {}
+    for device in devices:
+        if device.lower and device.kind != VRF:
+            above.setdefault(device.lower, set()).add(device)
+        master = known.get(device.master)
+        if master is not None and master.kind != VRF:
+            above.setdefault(device.ifindex, set()).add(master)
+            if master.kind == _OPEN_VSWITCH:
+                above[device.ifindex] |= switches
+    return above
+
+
+def _reached(segment: Device, above: dict[int, set[Device]]) -> set[Device]:
+    """All devices above a segment."""
+    found: set[Device] = set()
+    ahead = [segment]
+    while ahead:
+        new = above.get(ahead.pop().ifindex, set()) - found - {segment}
+        found |= new
+        ahead += new
+    return found

@@ -1,0 +1,236 @@
+"""Devices that take a segment's packets: nothing of theirs passes silently."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from ipaddress import ip_network
+from uuid import uuid4
+
+import pytest
+from scapy.layers.inet import IP, TCP, IPOption_LSRR
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet, Raw
+
+from kernel.conftest import ALLOWED, Gateway, source_records
+from kernel.wire import Seen, in_fragments, link_address, same, segment
+from portward.lab import namespaces
+from portward.lab.agent import until
+from portward.lab.topology import CONTOSO, MAIL4, MAIL6, Tenant
+from portward.model import Attachment
+
+SEGMENT = Tenant("stacked", 7001)
+FROM4, FROM6 = "10.77.0.9", "2001:db8:7001::9"
+# What takes the segment's packets, from the device that must be put up to the one that they come out of.
+ABOVE = {
+    "bridge": ["link add top type bridge", "link set vni7001 master top"],
+    "macvlan": ["link add top link vni7001 type macvlan mode bridge"],
+    "macvlan-on-bridge": [
+        "link add under type bridge",
+        "link set vni7001 master under",
+        "link set under up",
+        "link add top link under type macvlan mode bridge",
+    ],
+}
+PACKETS: dict[str, Callable[[], list[Packet]]] = {
+    "v4": lambda: [segment(FROM4)],
+    "v6": lambda: [segment(FROM6)],
+    "v4-options": lambda: [IP(src=FROM4, dst=MAIL4, options=b"\1" * 8) / TCP(dport=25, seq=next(_NUMBERS))],
+    "v4-fragments": lambda: in_fragments(segment(FROM4) / Raw(bytes(200)), 40),
+    "v4-source-route": lambda: [
+        IP(src=FROM4, dst="10.99.0.1", options=[IPOption_LSRR(routers=[MAIL4])])
+        / TCP(dport=25, seq=next(_NUMBERS))
+    ],
+    "v6-options": lambda: [IPv6(src=FROM6, dst=MAIL6) / IPv6ExtHdrDestOpt() / TCP(dport=25, seq=next(_NUMBERS))],
+    "v6-without-ports": lambda: [
+        IPv6(src=FROM6, dst=MAIL6) / IPv6ExtHdrFragment(id=7, nh=60, m=1) / Raw(bytes((6, 0, 1, 4, 0, 0, 0, 0)))
+    ],
+}
+_NUMBERS: Iterator[int] = iter(range(0x70000000, 0x7FFFFFFF, 0x1000))
+
+
+class Stack:
+    """A segment whose other end is in a namespace of its own, and what is put above it."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.home = f"{gateway.lab.name}-stack"
+        namespaces.make(self.home)
+        namespaces.sysctl(
+            gateway.lab.gateway,
+            "net.ipv4.conf.all.accept_source_route=1",
+            "net.ipv4.conf.default.accept_source_route=1",
+        )
+        namespaces.batch(gateway.lab.gateway, ["route replace 10.99.0.0/24 via 198.51.100.2"])
+        namespaces.ip("-n", gateway.lab.gateway, "link", "add", SEGMENT.segment, "type", "veth",
+                      "peer", "name", "eth0", "netns", self.home)  # fmt: skip
+        namespaces.batch(gateway.lab.gateway, [f"link set {SEGMENT.segment} up"])
+        namespaces.batch(self.home, ["link set eth0 up"])
+
+    def put(self, kind: str, *, told: str = "STACKED") -> None:
+        """Puts the device `top` above the segment and waits until the agent says so."""
+        namespaces.batch(self.gateway.lab.gateway, [*ABOVE[kind], "link set top up"])
+        until(lambda: told in self.status(), f"`status` says {told}")
+
+    def status(self) -> str:
+        """What `portward status` says."""
+        return self.gateway.agent.portward("status").stdout
+
+    def passes(self, *packets: Packet, at: str = "top", where: str | None = None) -> bool:
+        """Whether the packets, sent to the address of the device `at`, reach the Internet side (or `where`)."""
+        gateway = self.gateway.lab.gateway
+        last = segment(FROM6, port=587)
+        view = Seen(where or self.gateway.lab.internet)
+        with namespaces.inside(self.home):
+            out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        is_it = same(packets[0]) if TCP in packets[0] else _of_fragments
+        is_last, found = same(last), False
+
+        def either(other: Packet) -> bool:
+            nonlocal found
+            found = found or is_it(other)
+            return is_last(other)
+
+        with closing(view), closing(out):
+            out.bind(("eth0", 0))
+            for packet in (*packets, last):
+                out.send(bytes(Ether(dst=link_address(gateway, at)) / packet))
+            if where is not None:
+                return view.first(is_it, seconds=1) is not None
+            assert view.first(either) is not None, "the packet to port 587 did not arrive"
+        return found
+
+    def stopped(self) -> int:
+        """Packets that were stopped because a device takes the segment's packets."""
+        argv = ["nft", "list", "counter", "inet", "portward", "stacked"]
+        found = re.search(r"packets (\d+)", namespaces.run(self.gateway.lab.gateway, argv).stdout)
+        assert found is not None
+        return int(found[1])
+
+    def close(self) -> None:
+        """Takes all of it away."""
+        for name in ("top", "under", SEGMENT.segment):
+            namespaces.run(self.gateway.lab.gateway, ["ip", "link", "del", name])
+        namespaces.remove(self.home)
+        until(lambda: "STACKED" not in self.status(), "nothing stands on a segment")
+
+
+def _of_fragments(packet: Packet) -> bool:
+    """What fragments of the segment's sources become, put together or not."""
+    if IP in packet:
+        return bool(packet[IP].src == FROM4)
+    return IPv6ExtHdrFragment in packet and bool(packet[IPv6].src == FROM6)
+
+
+@pytest.fixture
+def stack(gateway: Gateway) -> Iterator[Stack]:
+    found = Stack(gateway)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("kind", ABOVE)
+@pytest.mark.parametrize("what", PACKETS)
+def test_nothing_passes_to_port_25_out_of_a_device_above_a_segment(stack: Stack, kind: str, what: str) -> None:
+    stack.put(kind)
+    before = stack.stopped()
+    assert not stack.passes(*PACKETS[what]())
+    assert stack.stopped() > before
+
+
+def test_other_ports_and_inner_destinations_pass(stack: Stack) -> None:
+    stack.put("bridge")
+    before = stack.stopped()
+    assert stack.passes(segment(FROM4, port=587))
+    inner = segment(FROM4, to="10.99.0.1")
+    assert stack.passes(inner)
+    assert stack.stopped() == before
+
+
+def test_mail_into_a_segment_passes(stack: Stack) -> None:
+    """As from the Internet, if it comes in through such a device."""
+    stack.put("bridge")
+    mail = segment(FROM6, to=CONTOSO.address6)
+    assert stack.passes(mail, where=stack.gateway.lab.home(CONTOSO))
+
+
+def test_a_device_above_that_is_a_segment_itself_is_judged(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway(segments=["vni*", "top"])
+    stack = Stack(gateway)
+    try:
+        namespaces.batch(gateway.lab.gateway, [*ABOVE["bridge"], "link set top up"])
+        until(lambda: "top:" in stack.status(), "followed")
+        assert "STACKED" not in stack.status()
+        assert not stack.passes(segment(FROM4))
+        id_ = uuid4()
+        subscription, _ = source_records(SEGMENT, "10.77.0.0/16", ALLOWED, id_)
+        network = ip_network("10.77.0.0/16")
+        gateway.agent.apply(subscription, Attachment(segment="top", address=network, subscription=id_))
+        until(lambda: stack.passes(segment("10.77.0.8")), "the allowed source passes")
+    finally:
+        stack.close()
+
+
+def test_what_is_taken_off_is_judged_again(stack: Stack) -> None:
+    stack.put("bridge")
+    stack.gateway.agent.apply(*source_records(SEGMENT, "10.78.0.0/16", ALLOWED, uuid4()))
+    assert not stack.passes(segment("10.78.0.1"))
+    namespaces.batch(stack.gateway.lab.gateway, [f"link set {SEGMENT.segment} nomaster"])
+    until(lambda: "STACKED" not in stack.status(), "nothing stands on it")
+    assert "chain stacked" not in namespaces.run(stack.gateway.lab.gateway, ["nft", "list", "ruleset"]).stdout
+    until(lambda: stack.passes(segment("10.78.0.2"), at=SEGMENT.segment), "the allowed source passes")
+    assert not stack.passes(segment(FROM4), at=SEGMENT.segment)
+
+
+def test_log_metric_and_check_name_it(stack: Stack) -> None:
+    stack.put("macvlan")
+    said = "macvlan top takes the packets of segment vni7001"
+    assert stack.status().startswith(f"STACKED   {said}")
+    assert said in stack.gateway.agent.log.read_text()
+    until(lambda: stack.gateway.agent.metrics()["portward_stacked_devices"] == 1, "the metric")
+    done = stack.gateway.agent.portward("check")
+    assert done.returncode == 0, done.stderr
+    assert f"WARNING: {said}" in done.stdout
+
+
+def test_a_bridge_between_segment_and_uplink_is_named_as_open(stack: Stack) -> None:
+    """Its frames never reach the IP stack: it cannot be closed here, and must not be silent."""
+    namespaces.ip("-n", stack.gateway.lab.gateway, "link", "add", "up0x", "type", "veth", "peer", "name", "up0y")
+    stack.gateway.agent.configure(uplinks=["up0*"])
+    stack.gateway.agent.reload()
+    try:
+        namespaces.batch(stack.gateway.lab.gateway, [*ABOVE["bridge"], "link set up0x master top"])
+        until(lambda: "PORT 25 IS OPEN THERE" in stack.status(), "said")
+        assert "bridge top forwards frames between segment vni7001 and uplink up0x" in stack.status()
+    finally:
+        namespaces.batch(stack.gateway.lab.gateway, ["link del up0x"])
+        stack.gateway.agent.configure(uplinks=["up0"])
+        stack.gateway.agent.reload()
+
+
+def test_a_port_that_leaves_a_bridge_is_still_there(stack: Stack) -> None:
+    """The bridge announces it as deleted, in messages of its own family."""
+    stack.put("bridge")
+    namespaces.batch(stack.gateway.lab.gateway, [f"link set {SEGMENT.segment} nomaster"])
+    until(lambda: "STACKED" not in stack.status(), "nothing stands on it")
+    assert f"{SEGMENT.segment}:" in stack.status()
+
+
+def test_the_baseline_finds_them_too(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway()
+    gateway.agent.stop()
+    stack = Stack(gateway)
+    try:
+        namespaces.batch(gateway.lab.gateway, [*ABOVE["bridge"], "link set top up"])
+        namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "portward"])
+        assert stack.passes(segment(FROM4)), "without rules the way is open"
+        done = gateway.agent.portward("rules", "baseline")
+        assert done.returncode == 0, done.stderr
+        assert not stack.passes(segment(FROM4))
+    finally:
+        for name in ("top", SEGMENT.segment):
+            namespaces.run(gateway.lab.gateway, ["ip", "link", "del", name])
+        namespaces.remove(stack.home)

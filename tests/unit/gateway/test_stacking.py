@@ -1,0 +1,112 @@
+"""Which devices take a segment's packets, from what rtnetlink says of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from portward.config import Config, Verdicts
+from portward.gateway.links import Device
+from portward.gateway.stacking import enforced, stacked, warnings
+from portward.model import Mode
+
+CONFIG = Config(segments=("vni*",), uplinks=("up*",))
+VNI = Device(1, "vni1")
+
+
+def above(*devices: Device, config: Config = CONFIG) -> set[str]:
+    """The names of the devices that take the packets of vni1."""
+    return {one.device.name for one in stacked(devices, config.segment) if one.segment.name == "vni1"}
+
+
+@pytest.mark.parametrize("kind", ["bridge", "bond", "team", "openvswitch", "batadv", "hsr"])
+def test_the_master_of_a_segment_takes_its_packets(kind: str) -> None:
+    assert above(VNI._replace(master=2), Device(2, "top", kind)) == {"top"}
+
+
+@pytest.mark.parametrize("kind", ["vlan", "macvlan", "macvtap", "ipvlan", "ipvtap", "macsec", "xfrm"])
+def test_a_device_on_a_segment_takes_its_packets(kind: str) -> None:
+    assert above(VNI, Device(2, "top", kind, lower=1)) == {"top"}
+
+
+def test_a_vrf_is_none() -> None:
+    assert above(VNI._replace(master=2), Device(2, "blue", "vrf")) == set()
+
+
+def test_one_stands_on_the_other() -> None:
+    found = above(
+        VNI._replace(master=2), Device(2, "bond0", "bond", master=3), Device(3, "br0", "bridge"),
+        Device(4, "br0.7", "vlan", lower=3), Device(5, "other", "bridge"), Device(6, "eth9", master=5),
+    )  # fmt: skip
+    assert found == {"bond0", "br0", "br0.7"}
+
+
+def test_a_bridge_in_a_vrf_is_one_and_the_vrf_is_not() -> None:
+    assert above(VNI._replace(master=2), Device(2, "br0", "bridge", master=3), Device(3, "blue", "vrf")) == {"br0"}
+
+
+def test_every_port_of_open_vswitch_is_one() -> None:
+    """Which port a packet leaves by is in flows that rtnetlink does not show."""
+    found = above(
+        VNI._replace(master=2), Device(2, "ovs-system", "openvswitch"), Device(3, "br-int", "openvswitch")
+    )
+    assert found == {"ovs-system", "br-int"}
+
+
+def test_a_device_that_is_a_segment_itself_is_judged_and_what_stands_on_it_is_not() -> None:
+    config = Config(segments=("vni*", "br0"), uplinks=("up0",))
+    devices = (VNI._replace(master=2), Device(2, "br0", "bridge"), Device(3, "mv0", "macvlan", lower=2))
+    found = stacked(devices, config.segment)
+    assert {one.device.name for one in found} == {"mv0"}
+    assert {one.segment.name for one in found} == {"vni1", "br0"}
+
+
+def test_a_circle_ends() -> None:
+    assert above(
+        VNI._replace(lower=2), Device(2, "a", "macvlan", lower=1, master=3), Device(3, "b", "bridge")
+    ) == {
+        "a",
+        "b",
+    }
+
+
+def test_of_observed_segments_nothing_is_stopped() -> None:
+    found = stacked((VNI, Device(2, "top", "macvlan", lower=1)), CONFIG.segment)
+    assert enforced(found, CONFIG) == {2}
+    for config in (
+        Config(segments=("vni*",), uplinks=("up0",), mode=Mode.OBSERVE),
+        Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(observe=("vni1",))),
+    ):
+        assert enforced(found, config) == frozenset()
+        assert "only observed" in warnings((VNI, Device(2, "top", "macvlan", lower=1)), config)[0]
+
+
+def test_the_warnings_name_both_and_what_to_do() -> None:
+    assert warnings((VNI, Device(2, "t\udcff", "macvlan", lower=1)), CONFIG) == [
+        r"macvlan t\xff takes the packets of segment vni1: nothing that comes from it may reach a judged port, "
+        r"whoever sends it, until vni1 is taken off it or t\xff is one of `segments`"
+    ]
+
+
+def test_an_uplink_above_a_segment_is_said_to_be_one() -> None:
+    said = warnings((VNI._replace(master=2), Device(2, "up0", "bridge")), CONFIG)
+    assert len(said) == 1
+    assert "bridge up0 takes the packets of segment vni1 and is an uplink" in said[0]
+
+
+@pytest.mark.parametrize("segments", [("vni*",), ("vni*", "br0")], ids=["bridge", "bridge is a segment"])
+def test_a_bridge_from_a_segment_to_an_uplink_is_open(segments: tuple[str, ...]) -> None:
+    devices = (VNI._replace(master=3), Device(2, "up0", master=3), Device(3, "br0", "bridge"))
+    said = warnings(devices, Config(segments=segments, uplinks=("up0",)))
+    assert "bridge br0 forwards frames between segment vni1 and uplink up0" in said[0]
+    assert "PORT 25 IS OPEN THERE" in said[0]
+
+
+def test_where_nothing_stands_on_a_segment_nothing_is_said() -> None:
+    devices = (
+        VNI,
+        Device(2, "up0"),
+        Device(3, "br0", "bridge"),
+        Device(4, "eth1", master=3),
+        Device(5, "v", "vlan", 0, 2),
+    )
+    assert warnings(devices, CONFIG) == []
