@@ -185,7 +185,8 @@ def _held(held: dict[str, Any]) -> Iterator[str]:
 
 
 def _store(told: dict[str, Any]) -> str:
-o    waits = f"; {told['store_waits']}" if told.get("store_waits") else ""
+    """What follows the store's URL: whether the agent is in step. An older agent does not write all of it."""
+    waits = f"; {told['store_waits']}" if told.get("store_waits") else ""
     if told["store_error"]:
         return f": {told['store_error']}{waits}"
     work = told.get("working")

@@ -284,7 +284,7 @@ class Reader:
 
     def _entry_at(self, transaction: Transaction, attachment: Attachment) -> layout.Entry | None:
         """The entry of the very prefix of an attachment."""
-        segment = transaction.get(attachment.segment.encode(), db=self._parts[b"segments"])
+        segment = transaction.get(encoded(attachment.segment), db=self._parts[b"segments"])
         if segment is None:
             return None
         place = layout.place(int.from_bytes(segment, "big"), attachment.address)
