@@ -281,12 +281,13 @@ def test_rules_changed_by_somebody_else_are_put_back(agent: Agent, damage: list[
 
     before = without_learned(ruleset(lab))
     if damage[:3] == ["nft", "flush", "ruleset"]:
+        # As a reload of nftables.service does: without the lab's own translation the guard would rightly go.
         saved = lab.run(lab.gateway, "nft", "list", "table", "inet", "lab").stdout
-    assert lab.run(lab.gateway, *damage).returncode == 0
+        namespaces.load(lab.gateway, f"flush ruleset\n{saved}")
+    else:
+        assert lab.run(lab.gateway, *damage).returncode == 0
     until(lambda: without_learned(ruleset(lab)) == before, "the rules are back", seconds=3)
     until(lambda: agent.metrics()["portward_ruleset_repairs_total"] >= 1, "the repair is counted")
-    if damage[:3] == ["nft", "flush", "ruleset"]:
-        namespaces.load(lab.gateway, saved)
 
 
 def without_learned(text: str) -> str:

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from portward.errors import KernelError
+from portward.gateway.keeper import CLOSED
+from portward.gateway.namespacelock import LOCK_TABLE
 from portward.gateway.nfnetlink import Chain, Expression
 from portward.gateway.others import look, seen
+from portward.gateway.ruleset import TABLE
 
 _PREROUTING, _POSTROUTING = 0, 4
 _INET, _IP, _BRIDGE = 1, 2, 7
@@ -51,8 +54,8 @@ def target(name: str) -> Expression:
 
 
 def test_where_nobody_else_is_no_guard_is_needed() -> None:
-    own = Chain(_INET, "portward", "screen", "filter", _PREROUTING, -302)
-    assert not found([own]).guard
+    own = [Chain(_INET, table, "screen", "filter", _PREROUTING, -302) for table in (TABLE, CLOSED, LOCK_TABLE)]
+    assert not found(own).guard
 
 
 @pytest.mark.parametrize("family", [_INET, _IP, 10])
