@@ -173,6 +173,6 @@ def _word(change: Change | str) -> str:
 
 
 def _keys(set_: str, keys: Iterable[bytes]) -> str:
-    if set_ in ("epoch", "synced", "enforced", "gated", "definitions"):
+    if set_ in ("epoch", "synced", "enforced", "gated", "unsettled", "definitions"):
         return " ".join(str(struct.unpack("=I", key)[0] >> (3 if set_ == "epoch" else 0)) for key in keys)
     return " ".join(str(Source.of(key)) for key in keys)
