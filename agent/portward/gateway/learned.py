@@ -17,7 +17,7 @@ from portward.gateway import mark
 from portward.gateway.elements import Add, Change, Delete, Elements, Flush, RefusedError
 from portward.gateway.gate import WORTH_A_GATE, Gate
 from portward.gateway.prefixes import Prefixes
-from portward.gateway.ruleset import COUNTED_SETS, ENFORCED, LEARNED_SETS, RATES, UNSETTLED, Verdict
+from portward.gateway.ruleset import COUNTED_SETS, ENFORCED, GATED, LEARNED_SETS, RATES, UNSETTLED, Verdict
 from portward.gateway.setdump import Row
 from portward.gateway.sweep import Sweep
 
@@ -188,7 +188,8 @@ class Learned:
         """
         families = prefixes.families()
         passing, stopping = product(_PASSING_SETS, families), list(product(_STOPPING_SETS, families))
-        if closes and self._reads(families) > WORTH_A_GATE:
+        gated = closes and self._reads(families) > WORTH_A_GATE
+        if gated:
             self._gate.shut(prefixes.links, None if opens else generation, first)
         elif first:
             self._elements.commit(first)
@@ -204,11 +205,21 @@ class Learned:
         if opens:
             for name, family in stopping:
                 sweep.clear(name, family)
-        self._elements.commit([*self._gate.lifted(), *_synced(generation)])
+        self._elements.commit([*(self._gate.lifted() if gated else ()), *_synced(generation)])
         if not opens:
             for name, family in stopping:
                 sweep.clear(name, family)
         return found
+
+    def forget_behind_gate(self) -> None:
+        """If a gate stands, forgets every verdict that lets packets pass, so that a reload, which removes it,
+        lets no revoked source pass. Does nothing if the table is not loaded. Raises OSError or KernelError."""
+        try:
+            gated = self._elements.rows(GATED)
+        except FileNotFoundError:
+            return
+        if gated:
+            self._elements.commit([Flush(name + family) for name, family in product(_PASSING_SETS, "46")])
 
     def _reads(self, families: str) -> int:
         """How many elements there were, at the last reading, in the sets that let packets pass."""

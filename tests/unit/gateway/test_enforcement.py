@@ -266,6 +266,23 @@ def test_a_search_that_fails_behind_the_gate_ends_in_a_repair_without_it(much: P
     assert not much.kernel.tables[TABLE].sets["enforced"].elements
 
 
+@pytest.mark.parametrize("size", [0, 8_193], ids=["small", "large"])
+def test_a_gate_that_a_failed_change_has_left_stays_until_everything_is_forgotten(much: Plane, size: int) -> None:
+    """Another change comes before the repair succeeds, and must not let the sources of the first one pass."""
+    much.kernel.meanwhile(lambda: much.kernel.unreadable(errno.EIO), after=1)
+    much.kernel.refuse(errno.ENOMEM, after=2)
+    much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
+    assert (bool(much.enforcement.broken), stale(much.kernel.tables, {HOST})) == (True, {HOST})
+    assert is_gated(much.kernel.tables, LINK)
+    much.learned.sizes["allow4"] = size
+    much.kernel.history.clear()
+    much.enforce(committed(3, "10.9.9.0/24")._replace(opens=False))
+    much.check()
+    assert all(is_gated(tables, LINK) for tables in much.kernel.history if stale(tables, {HOST}))
+    assert (is_gated(much.kernel.tables, LINK), much.enforcement.broken) == (False, "")
+    assert (much.learned.synced(), stale(much.kernel.tables, {HOST})) == (3, set())
+
+
 # --- a start ---
 
 
@@ -498,16 +515,19 @@ def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_noth
     else:
         assert not stale(plane.kernel.tables, reached)
         plane.kernel.die(None)
+    again = Plane(plane.kernel, generation=2)
+    if plane.learned.epoch() == 2:
+        assert not plane.learn(Class.ALLOW, *reached, generation=1)
+    again.start()
+    in_force = False
     for tables in plane.kernel.history[work is _repairs :]:
         assert judges(tables)
         said = [name for name in ("synced", "enforced") if NEW in tables[TABLE].sets[name].elements]
+        in_force |= "enforced" in said
         if left := stale(tables, reached):
             assert "synced" not in said
+            assert not in_force or all(is_gated(tables, one.link) for one in left), "not even during a reload"
             assert not said or all(is_gated(tables, one.link) for one in left)
-    if plane.learned.epoch() == 2:
-        assert not plane.learn(Class.ALLOW, *reached, generation=1)
-    again = Plane(plane.kernel, generation=2)
-    again.start()
     assert judges(plane.kernel.tables)
     assert not stale(plane.kernel.tables, reached)
     assert not is_gated(plane.kernel.tables, LINK)
