@@ -136,4 +136,4 @@ class Enforced:
                 self._behind = Behind(head.held, *count_in_table(self._reader, self._store, revision))
                 if self._behind.waits:
                     raise PortwardError(f"written as revision {revision}, and {self._behind}")
-        return self._learned.synced() == head.generation
+        return self._learned.enforces(head.generation)

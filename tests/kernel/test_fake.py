@@ -20,8 +20,10 @@ from portward.gateway.elements import (
     Change,
     Delete,
     DeleteLimit,
+    DeleteRule,
     Draw,
     Flush,
+    InsertRule,
     KernelElements,
     RefusedError,
 )
@@ -169,6 +171,31 @@ def test_an_element_that_has_expired_is_not_there_any_more(sides: tuple[Side, Si
         == "ENFILE"
     )
     same(sides, lambda side: side.elements.commit([Add("allow4", KEYS[:2]), Delete("allow4", KEYS[:2])]))
+
+
+def test_a_rule_goes_to_the_head_of_its_chain_and_away_by_its_handle(sides: tuple[Side, Side]) -> None:
+    for side in sides:
+        side.nft.load(SMALL.replace("chain judge", "set gated { typeof iif; }\n  chain judge"))
+    before = [side.netlink.fingerprint(TABLE, ("epoch",)) for side in sides]
+    gate = InsertRule("screen", "gated", "judge")
+    same(sides, lambda side: side.elements.commit([Add("gated", [KEYS[0][:4]]), gate]))
+    for side in sides:
+        rules = side.nft.listing("inet portward").partition("chain screen {")[2].split("}")[0]
+        (first, *_) = [line.strip() for line in rules.splitlines() if line.strip() and "type filter" not in line]
+        assert first == "iif @gated goto judge"
+    assert same(sides, lambda side: len(side.elements.rules_on("screen", "gated"))) == (1, 0)
+    assert same(sides, lambda side: side.elements.rules_on("screen", "deny4") != []) == (True, 0)
+    assert same(sides, lambda side: side.elements.rules_on("judge", "gated")) == ([], 0)
+    for wrong in (InsertRule("absent", "gated", "judge"), InsertRule("screen", "absent", "judge")):
+        assert same(sides, lambda side, wrong=wrong: side.elements.commit([wrong])) == ("ENOENT", 0)  # type: ignore[misc]
+
+    def away(side: Side) -> None:
+        handles = side.elements.rules_on("screen", "gated")
+        side.elements.commit([*(DeleteRule("screen", handle) for handle in handles), Flush("gated")])
+
+    same(sides, away)
+    assert [side.netlink.fingerprint(TABLE, ("epoch",)) for side in sides] == before
+    assert same(sides, lambda side: side.elements.commit([DeleteRule("screen", 1 << 40)])) == ("ENOENT", 0)
 
 
 TEXTS = [

@@ -1,7 +1,7 @@
-"""The elements of portward's own sets: what is read of them and what is changed, between the cache and the kernel.
+"""The elements of portward's own sets: what is read and what is changed, between the cache and the kernel.
 
-`Elements` is all that cached verdicts and rate limits need of the kernel. `KernelElements` is the kernel; a test
-puts something else in its place.
+`Elements` is all that cached verdicts, rate limits and the gate need of the kernel. `KernelElements` is the
+kernel; a test puts something else in its place.
 
 Two facts of the kernel that every caller must know:
 - `commit` is one transaction. A `Delete` of a key that is not in the set fails it, and so does an `Add` to a full
@@ -27,7 +27,9 @@ from portward.gateway.ruleset import TABLE
 from portward.gateway.setdump import Row, SetElement
 
 # linux/netfilter/nf_tables.h
+_NEW_RULE, _DELETE_RULE = 6, 8
 _NEW_ELEMENTS, _DELETE_ELEMENTS, _NEW_OBJECT, _DELETE_OBJECT = 12, 14, 18, 20
+_META_IIF, _REGISTER, _GOTO = 4, 1, -4
 _OBJECT_LIMIT: Final = 4
 _SECONDS_OF_A_MINUTE: Final = 60
 # An attribute's length has 16 bits. This many bytes of elements stay in one message.
@@ -77,7 +79,22 @@ class Draw(NamedTuple):
     limits: Mapping[bytes, str]
 
 
-Change: TypeAlias = Add | Delete | Flush | AddLimit | DeleteLimit | Draw
+class InsertRule(NamedTuple):
+    """Puts the rule `iif @set goto target` at the head of a chain."""
+
+    chain: str
+    set: str
+    target: str
+
+
+class DeleteRule(NamedTuple):
+    """Takes the rule with this handle out of a chain; one that is not there fails the transaction with ENOENT."""
+
+    chain: str
+    handle: int
+
+
+Change: TypeAlias = Add | Delete | Flush | AddLimit | DeleteLimit | Draw | InsertRule | DeleteRule
 
 
 class RefusedError(KernelError):
@@ -104,6 +121,9 @@ class Elements(Protocol):
 
     def limits(self) -> list[str]:
         """The names of the limits; none without the table. Raises OSError."""
+
+    def rules_on(self, chain: str, set_: str) -> list[int]:
+        """The handles of the rules in a chain that look a set up. Raises OSError, also if the chain is missing."""
 
     def commit(self, changes: Iterable[Change]) -> None:
         """Makes these changes, in this order, in one transaction; raises RefusedError, and then nothing has
@@ -134,6 +154,10 @@ class KernelElements:
     def limits(self) -> list[str]:
         """See `Elements`."""
         return self._netlink.limits(TABLE)
+
+    def rules_on(self, chain: str, set_: str) -> list[int]:
+        """See `Elements`."""
+        return self._netlink.rules_on(TABLE, chain, set_)
 
     def commit(self, changes: Iterable[Change]) -> None:
         """See `Elements`."""
@@ -168,10 +192,30 @@ def messages(change: Change) -> Iterator[tuple[int, bytes]]:
                     nest(1, nest(1, attribute(1, key)) + attribute(9, string(limits[key]))) for key in part
                 )
                 yield _NEW_ELEMENTS, _of(map_) + nest(3, drawn)
+        case InsertRule(chain, set_, target):
+            yield _NEW_RULE, _of(chain) + nest(4, _goto(set_, target))
+        case DeleteRule(chain, handle):
+            yield _DELETE_RULE, _of(chain) + attribute(3, struct.pack(">Q", handle))
 
 
-def _of(set_: str) -> bytes:
-    return attribute(1, string(TABLE)) + attribute(2, string(set_))
+def _of(name: str) -> bytes:
+    """The table, and the name of the set or chain in it."""
+    return attribute(1, string(TABLE)) + attribute(2, string(name))
+
+
+def _goto(set_: str, target: str) -> bytes:
+    """The expressions of `iif @set goto target`: meta, lookup and immediate, as nft writes them."""
+    register = struct.pack(">I", _REGISTER)
+    verdict = attribute(1, struct.pack(">i", _GOTO)) + attribute(2, string(target))
+    return (
+        _expression("meta", attribute(1, register) + attribute(2, struct.pack(">I", _META_IIF)))
+        + _expression("lookup", attribute(1, string(set_)) + attribute(2, register))
+        + _expression("immediate", attribute(1, struct.pack(">I", 0)) + nest(2, nest(2, verdict)))
+    )
+
+
+def _expression(name: str, data: bytes) -> bytes:
+    return nest(1, attribute(1, string(name)) + nest(2, data))
 
 
 def _limit(name: str) -> bytes:

@@ -1,8 +1,8 @@
 """A committed change of the policy table → the kernel: the epoch first, then what must be forgotten.
 
-Until `enforce` returns, the kernel may still act on verdicts of the older policy. If the process dies
-between its steps, `synced` in the kernel names an older generation than the table has, and the next start
-forgets everything.
+Until `enforce` returns, the kernel may still act on verdicts of the older policy. If there is much to search,
+the gate (module `gate`) stops them before. If the process dies between the steps, `synced` in the kernel names an
+older generation than the table has, and the next start loads the ruleset, without a gate, and forgets everything.
 """
 
 from __future__ import annotations
@@ -85,8 +85,11 @@ class Enforcement:
         except (KernelError, OSError):
             self.repair(committed.generation)
 
-    def forget(self, sources: Iterable[Source], generation: int) -> None:
-        """Makes the kernel forget these sources, verdict and limit; raises KernelError or OSError."""
+    def forget(
+        self, sources: Iterable[Source], generation: int, *, opens: bool = True, closes: bool = True
+    ) -> None:
+        """Makes the kernel forget these sources, verdict and limit; `opens` and `closes` as `Committed` has them.
+        Raises KernelError or OSError."""
         sources = list(sources)
         if len(sources) <= _UNREAD:
             self._learned.forget(sources, generation, self._rates.forgetting(sources))
@@ -94,7 +97,8 @@ class Enforcement:
             prefixes = Prefixes()
             for source in sources:
                 prefixes.add_source(source.key)
-            self._learned.forget_within(prefixes, generation, self._rates.forgetting(sources))
+            rates = self._rates.forgetting(sources)
+            self._learned.forget_within(prefixes, generation, rates, opens=opens, closes=closes)
         self._rates.forgotten(sources)
 
     def _forget_changed(self, committed: Committed) -> None:
@@ -104,7 +108,7 @@ class Enforcement:
         if not len(prefixes):
             if len(sources) <= COUNTED:
                 self._count([held for source in sources if (held := self._learned.held(source))])
-            self.forget(sources, committed.generation)
+            self.forget(sources, committed.generation, opens=committed.opens, closes=committed.closes)
             self._rate(sources)
             return
         for source in sources:
@@ -116,6 +120,7 @@ class Enforcement:
             self._rates.forgetting(rated),
             self._count,
             opens=committed.opens or bool(committed.links),
+            closes=committed.closes or bool(committed.links),
         )
         self._rates.forgotten(rated)
         self._rate({*sources, *rated, *islice(found, _RATED)})

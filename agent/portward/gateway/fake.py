@@ -16,6 +16,7 @@ Each committed transaction stands in `journal`. A test puts faults in beforehand
 from __future__ import annotations
 
 import errno
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -24,8 +25,18 @@ from typing import Final, NamedTuple, TypeAlias
 
 from portward.errors import KernelError
 from portward.gateway import faketext
-from portward.gateway.elements import Add, AddLimit, Change, Delete, DeleteLimit, Draw, Flush
-from portward.gateway.faketables import Draft, Entry, FakeSet, FakeTable, refuse
+from portward.gateway.elements import (
+    Add,
+    AddLimit,
+    Change,
+    Delete,
+    DeleteLimit,
+    DeleteRule,
+    Draw,
+    Flush,
+    InsertRule,
+)
+from portward.gateway.faketables import Draft, Entry, FakeSet, FakeTable, handle, refuse
 from portward.gateway.faketext import SyntaxFault
 from portward.gateway.nfnetlink import Chain, Expression, NfNetlink
 from portward.gateway.nft import Nft
@@ -255,6 +266,13 @@ class FakeNetlink(NfNetlink):
         """None, since rules are opaque here."""
         yield from ()
 
+    def rules_on(self, table: str, chain: str, set_: str) -> list[int]:
+        """See `NfNetlink`."""
+        found = self._table(table)
+        if found is None or chain not in found.chains:
+            refuse(errno.ENOENT)
+        return [handle(rule) for rule in found.chains[chain].rules if re.search(rf"@{set_}\b", rule)]
+
     def counters(self, table: str) -> dict[str, int]:
         """See `NfNetlink`."""
         found = self._table(table)
@@ -314,10 +332,10 @@ class FakeNetlink(NfNetlink):
                 draft.delete_table(table)
             case 3:  # NFT_MSG_NEWCHAIN: table, handle, name
                 draft.add_chain(table, _text(attributes[3]))
-            case 6:  # NFT_MSG_NEWRULE: table, chain, handle, expressions
+            case 6 if b"NFQUEUE" in attributes[4]:  # NFT_MSG_NEWRULE: table, chain, handle, expressions
                 if not self._kernel.xtables:
                     refuse(errno.ENOENT)
-                draft.add_rule(table, _text(attributes[2]), f"xtables {attributes[4].hex()}")
+                draft.insert_rule(table, _text(attributes[2]), f"xtables {attributes[4].hex()}")
             case _:
                 change = _change(kind, attributes)
                 draft.change(table, change)
@@ -333,7 +351,7 @@ def _read(messages: Iterable[tuple[int, bytes]]) -> Iterator[Change | str]:
     names = {0: "add table", 2: "delete table", 3: "add chain", 6: "add rule"}
     for kind, body in messages:
         attributes = dict(attributes_of(body))
-        if kind in names:
+        if kind in names and (kind != 6 or b"NFQUEUE" in attributes[4]):
             yield f"{names[kind]} {_text(attributes[1])}"
         else:
             yield _change(kind, attributes)
@@ -343,6 +361,12 @@ def _change(kind: int, attributes: dict[int, bytes]) -> Change:
     """The change that a message about elements or objects makes; the reverse of `elements.messages`."""
     name = _text(attributes[2])
     match kind:
+        case 6:  # NFT_MSG_NEWRULE: table, chain, handle, the expressions meta, lookup and immediate
+            _, lookup, immediate = (dict(attributes_of(one)) for _, one in attributes_of(attributes[4]))
+            set_, verdict = dict(attributes_of(lookup[2]))[1], dict(attributes_of(immediate[2]))[2]
+            return InsertRule(name, _text(set_), _text(dict(attributes_of(dict(attributes_of(verdict))[2]))[2]))
+        case 8:  # NFT_MSG_DELRULE: table, chain, handle
+            return DeleteRule(name, int.from_bytes(attributes[3], "big"))
         case 12:  # NFT_MSG_NEWSETELEM: table, set, elements
             found = list(_elements(attributes[3]))
             if any(limit for _, limit in found):

@@ -12,15 +12,31 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import NamedTuple, NoReturn
+from zlib import crc32
 
 from portward.gateway import faketext
-from portward.gateway.elements import Add, AddLimit, Change, Delete, DeleteLimit, Draw, Flush
+from portward.gateway.elements import (
+    Add,
+    AddLimit,
+    Change,
+    Delete,
+    DeleteLimit,
+    DeleteRule,
+    Draw,
+    Flush,
+    InsertRule,
+)
 from portward.gateway.faketext import Base, Command
 
 
 def refuse(number: int) -> NoReturn:
     """Raises OSError with this errno."""
     raise OSError(number, os.strerror(number))
+
+
+def handle(rule: str) -> int:
+    """The handle of a rule, which equal rules share here."""
+    return crc32(rule.encode())
 
 
 class Entry(NamedTuple):
@@ -137,6 +153,27 @@ class Draft:
         self.table(table).chains[chain].rules.append(rule)
         self.touched = True
 
+    def insert_rule(self, table: str, chain: str, rule: str) -> None:
+        """Puts a rule at a chain's head."""
+        self.add_rule(table, chain, rule)
+        rules = self.table(table).chains[chain].rules
+        rules.insert(0, rules.pop())
+
+    def _insert_goto(self, table: str, rule: InsertRule) -> None:
+        found = self.table(table)
+        if rule.chain not in found.chains or rule.set not in found.sets or rule.target not in found.chains:
+            refuse(errno.ENOENT)
+        self.insert_rule(table, rule.chain, f"iif @{rule.set} goto {rule.target}")
+
+    def _delete_rule(self, table: str, rule: DeleteRule) -> None:
+        chains = self.table(table).chains
+        rules = chains[rule.chain].rules if rule.chain in chains else []
+        found = next((one for one in rules if handle(one) == rule.handle), None)
+        if found is None:
+            refuse(errno.ENOENT)
+        rules.remove(found)
+        self.touched = True
+
     def change(self, table: str, change: Change) -> None:
         """One change of elements or limits."""
         match change:
@@ -161,6 +198,10 @@ class Draft:
                 limits_.setdefault(name, (per_minute, burst))
             case DeleteLimit(name):
                 self._delete_limit(self.table(table), name)
+            case InsertRule():
+                self._insert_goto(table, change)
+            case DeleteRule():
+                self._delete_rule(table, change)
 
     def _add(self, set_: FakeSet, key: bytes, limit: str) -> None:
         before = set_.elements.get(key)
@@ -243,9 +284,7 @@ class Draft:
         self.add_rule(command.table, command.name, command.body)
 
     def _insert_rule(self, command: Command) -> None:
-        self.add_rule(command.table, command.name, command.body)
-        rules = self.table(command.table).chains[command.name].rules
-        rules.insert(0, rules.pop())
+        self.insert_rule(command.table, command.name, command.body)
 
     def _add_set(self, command: Command) -> None:
         sets, wanted = self.table(command.table).sets, faketext.set_definition(command.body)

@@ -77,6 +77,7 @@ class Keeper:
         first = self._fingerprint is None and not loaded(self._netlink)
         # Whatever others did until here is replaced; what they do from here on shows.
         self._settle()
+        self._learned.forget_behind_gate()
         try:
             self._nft.load(self._replacement(want))
             if not want.native:

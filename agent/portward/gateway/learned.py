@@ -15,8 +15,9 @@ from typing import Final, NamedTuple
 
 from portward.gateway import mark
 from portward.gateway.elements import Add, Change, Delete, Elements, Flush, RefusedError
+from portward.gateway.gate import WORTH_A_GATE, Gate
 from portward.gateway.prefixes import Prefixes
-from portward.gateway.ruleset import COUNTED_SETS, LEARNED_SETS, RATES, UNSETTLED, Verdict
+from portward.gateway.ruleset import COUNTED_SETS, ENFORCED, GATED, LEARNED_SETS, RATES, UNSETTLED, Verdict
 from portward.gateway.setdump import Row
 from portward.gateway.sweep import Sweep
 
@@ -73,6 +74,7 @@ class Learned:
 
     def __init__(self, elements: Elements) -> None:
         self._elements = elements
+        self._gate = Gate(elements)
         # Set → elements at the last reading. Another thread may bring newer figures in.
         self.sizes: dict[str, int] = {}
 
@@ -104,6 +106,12 @@ class Learned:
     def synced(self) -> int | None:
         """The generation of the policy table that everything cached agrees with; None: not known."""
         return self._number("synced")
+
+    def enforces(self, generation: int) -> bool:
+        """Whether no cached verdict of an older generation of the policy table has any effect: none is left, or
+        those that are left are behind the gate."""
+        # The gate's first: if it goes between the two readings, `synced` is written with that.
+        return generation in (self._number(ENFORCED), self.synced())
 
     def definitions(self) -> int | None:
         """The checksum of the definitions of the loaded sets; None: not known."""
@@ -176,18 +184,25 @@ class Learned:
         last: Callable[[list[Element]], None] = lambda elements: None,
         *,
         opens: bool = True,
+        closes: bool = True,
     ) -> set[Source]:
         """Step two for prefixes: the same as `forget` for all sources that lie in them, at a cost that does not
         grow with the number of prefixes. Gives the sources found in sets that let packets pass.
 
         `first` is done before everything else. `last` takes the elements of a set that are to be deleted, if they
-        are few. `opens`: the change may let packets pass, so verdicts that stop them may be wrong, too.
+        are few. `opens`: the change may let packets pass, so verdicts that stop them may be wrong, too. `closes`:
+        it may stop packets, so the gate stands before the interfaces meanwhile if there is much to read.
 
         The sets that let packets pass come first, and are read until a reading finds nothing to delete. The others
         follow: before `synced` is written if they may be wrong, else after it. A set that cannot be read well, or
         of which nearly everything would go, is flushed: that costs others a question each, and opens nothing.
         """
-        if first:
+        families = prefixes.families()
+        passing, stopping = product(_PASSING_SETS, families), list(product(_STOPPING_SETS, families))
+        gated = closes and self._reads(families) > WORTH_A_GATE
+        if gated:
+            self._gate.shut(prefixes.links, None if opens else generation, first)
+        elif first:
             self._elements.commit(first)
 
         def count(set_: str, rows: list[Row]) -> None:
@@ -195,19 +210,31 @@ class Learned:
                 last([_element(_VERDICTS[set_[:-1]], row) for row in rows])
 
         sweep = Sweep(self._elements, self.sizes, prefixes, count)
-        families = prefixes.families()
-        for name, family in product(_PASSING_SETS, families):
+        for name, family in passing:
             sweep.clear(name, family)
-        passing = {Source.of(key) for keys in sweep.found.values() for key in keys}
-        stopping = list(product(_STOPPING_SETS, families))
+        found = {Source.of(key) for keys in sweep.found.values() for key in keys}
         if opens:
             for name, family in stopping:
                 sweep.clear(name, family)
-        self._elements.commit(_synced(generation))
+        self._elements.commit([*(self._gate.lifted() if gated else ()), *_synced(generation)])
         if not opens:
             for name, family in stopping:
                 sweep.clear(name, family)
-        return passing
+        return found
+
+    def forget_behind_gate(self) -> None:
+        """If a gate stands, forgets every verdict that lets packets pass, so that a reload, which removes it,
+        lets no revoked source pass. Does nothing if the table is not loaded. Raises OSError or KernelError."""
+        try:
+            gated = self._elements.rows(GATED)
+        except FileNotFoundError:
+            return
+        if gated:
+            self._elements.commit([Flush(name + family) for name, family in product(_PASSING_SETS, "46")])
+
+    def _reads(self, families: str) -> int:
+        """How many elements there were, at the last reading, in the sets that let packets pass."""
+        return sum(self.sizes.get(name + family, 0) for name, family in product(_PASSING_SETS, families))
 
     def forget_everything(self, generation: int) -> None:
         """Step two if everything may have changed."""

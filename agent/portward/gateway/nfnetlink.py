@@ -23,7 +23,6 @@ from portward.gateway.netlink import (
     NETLINK_NETFILTER,
     NFGEN,
     NLM_F_ACK,
-    NLM_F_APPEND,
     NLM_F_CREATE,
     NLM_F_DUMP,
     NLM_F_REQUEST,
@@ -163,6 +162,19 @@ class NfNetlink:
             if any(part in reply for part in holding):
                 yield reply[0], dict(attributes_of(reply, NFGEN.size))
 
+    def rules_on(self, table: str, chain: str, set_: str) -> list[int]:
+        """The handles of the rules in a chain of an inet table that look a set up, in their order. Raises OSError,
+        also if the table or the chain is missing."""
+        body = attribute(1, string(table)) + attribute(2, string(chain))
+        lookup = attribute(1, string(set_))  # NFTA_LOOKUP_SET
+        return [
+            int.from_bytes(attributes[3], "big")
+            for attributes in map(dict, map(attributes_of, self._request(_GET_RULE, body, NLM_F_DUMP)))
+            if attributes.get(1) == string(table)
+            and attributes.get(2) == string(chain)
+            and lookup in attributes.get(4, b"")
+        ]
+
     def counters(self, table: str) -> dict[str, int]:
         """The named counters of an inet table: name → packets."""
         found = self._objects(table, _OBJECT_COUNTER)
@@ -241,14 +253,14 @@ class NfNetlink:
 
     def commit(self, messages: Iterable[tuple[int, bytes]], *, dry_run: bool = False) -> None:
         """Makes changes (message type, attributes; at least one) to inet tables in one transaction, or with
-        `dry_run` only asks whether the kernel would. Raises OSError with the kernel's errno, and then nothing has
-        changed."""
+        `dry_run` only asks whether the kernel would. A new rule goes to the head of its chain. Raises OSError with
+        the kernel's errno, and then nothing has changed."""
         begin = self._sequence + 1
         batch = [self._message(_BATCH_BEGIN, NLM_F_REQUEST, NFGEN.pack(0, 0, _SUBSYS_NFTABLES))]
         changes = list(messages)
         for number, (message, body) in enumerate(changes, 1):
             # What is refused is answered in any case, so it is enough to ask for the answer to the last.
-            flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_APPEND | (NLM_F_ACK if number == len(changes) else 0)
+            flags = NLM_F_REQUEST | NLM_F_CREATE | (NLM_F_ACK if number == len(changes) else 0)
             payload = NFGEN.pack(_NFPROTO_INET, 0, 0) + body
             batch.append(self._message(_SUBSYS_NFTABLES << 8 | message, flags, payload))
         last = self._sequence

@@ -26,6 +26,7 @@ class Prefixes:
         self._bytes: dict[str, dict[int, set[bytes]]] = {"4": {}, "6": {}}
         self._shifts: dict[str, dict[int, set[int]]] = {"4": {}, "6": {}}
         self._count = 0
+        self.links: set[int] = set()  # the indexes of the interfaces
 
     def __len__(self) -> int:
         """How many were added."""
@@ -37,6 +38,7 @@ class Prefixes:
         length = network.prefixlen
         number = int(network.network_address)
         self._count += 1
+        self.links.add(link)
         if length % 8:
             shift = bits - length
             start = int.from_bytes(_INDEX.pack(link), "big") << length | number >> shift
@@ -48,12 +50,14 @@ class Prefixes:
     def add_link(self, link: int) -> None:
         """Adds everything behind an interface, of both families."""
         self._count += 1
+        self.links.add(link)
         for lengths in self._bytes.values():
             lengths.setdefault(_INDEX_BYTES, set()).add(_INDEX.pack(link))
 
     def add_source(self, key: bytes) -> None:
         """Adds one address behind an interface, as a key."""
         self._count += 1
+        self.links.add(_INDEX.unpack_from(key)[0])
         self._bytes["4" if len(key) == _INDEX_BYTES + 4 else "6"].setdefault(len(key), set()).add(key)
 
     def families(self) -> str:

@@ -52,6 +52,9 @@ LEARNED_SETS: Final[dict[mark.Class, str]] = {
 RATES: Final = "rates"
 # Interfaces that the policy table still takes for others: what they send is dropped.
 UNSETTLED: Final = "unsettled"
+# Interfaces behind the gate, and the generation that the gate enforces; see `gate`.
+GATED: Final = "gated"
+ENFORCED: Final = "enforced"
 RATED_SETS: Final = {Rated.WITHIN: "rated", Rated.BEYOND: "throttled"}
 # What each element of these sets counts.
 Verdict: TypeAlias = mark.Class | Rated
@@ -179,7 +182,9 @@ def replacement(
         # Made first, so that the removal does not fail if another process has removed one.
         lines += [f"{verb} chain {FAMILY_TABLE} {name}" for name in _STACKED[1] for verb in ("add", "delete")]
     lines += [
-        f"flush set {FAMILY_TABLE} {name}" for name in (*FIXED_SETS, "epoch", "synced", UNSETTLED) if name in have
+        f"flush set {FAMILY_TABLE} {name}"
+        for name in (*FIXED_SETS, "epoch", "synced", ENFORCED, UNSETTLED, GATED)
+        if name in have
     ]
     lines += [f"delete set {FAMILY_TABLE} {name}" for name in RETIRED_SETS if name in have]
     if not same_definitions:

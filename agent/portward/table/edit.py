@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 class Edit:
     """A write transaction at work. `changed` and `everything` say afterwards which verdicts are new, and `opens`
-    whether any of them may let packets pass that were stopped before."""
+    whether any of them may let packets pass that were stopped before, `closes` the reverse."""
 
     def __init__(
         self, transaction: Transaction, parts: dict[bytes, Part], rule: Rule, now: datetime, damage: Damage
@@ -49,6 +49,7 @@ class Edit:
         self.changed: list[Place] = []
         self.everything = False
         self.opens = False
+        self.closes = False
         self._segments = Segments(transaction, parts, damage)
         self._entries = {size: Rows(transaction, parts[name]) for size, name in layout.ENTRIES.items()}
         self._holdings = {size: Rows(transaction, parts[name]) for size, name in layout.HOLDINGS.items()}
@@ -319,7 +320,7 @@ class Edit:
         self._count_length(place, -1)
         self._dirty.add(before.subscription)
         self._look_again(before.subscription, before.started)
-        self.opens = True  # a wider prefix holds there now, and may allow
+        self.opens = self.closes = True  # a wider prefix holds there now, and may allow or deny
         self._note(place)
 
     def _places(self, number: int) -> Iterator[bytes]:
@@ -371,15 +372,21 @@ class Edit:
         relimited = outcome.number in self._relimited
         if row == old:
             if relimited:
-                self.opens |= _passes(entry)
+                self._turn(before, entry)
                 self._note(place)
             return
         if old is not None:
             rows.remove(old)
         rows.put(row)
         if before is None or _meaning(before) != _meaning(entry) or relimited:
-            self.opens |= _passes(entry)
+            self._turn(before, entry)
             self._note(place)
+
+    def _turn(self, before: layout.Entry | None, after: layout.Entry) -> None:
+        """Records what the change of an entry may do. Before a new one, that of a wider prefix held, and may have
+        let packets pass."""
+        self.opens |= _passes(after)
+        self.closes |= before is None or _passes(before)
 
     def _look_again(self, number: int, at: int) -> None:
         """Has the row of this time and subscription looked at when all entries are written."""

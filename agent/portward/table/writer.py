@@ -45,7 +45,8 @@ class Committed(NamedTuple):
     """What a transaction has changed: prefixes, interface indexes, or everything.
 
     `generation` is that of the table now; it is a new one where any verdict is. If `opens` is False, every prefix
-    in `changed` is stopped now, so verdicts cached there that stop packets are not wrong.
+    in `changed` is stopped now, so verdicts cached there that stop packets are not wrong. If `closes` is False,
+    every prefix in `changed` was stopped before, so no verdict cached there lets packets pass.
     """
 
     revision: int
@@ -54,6 +55,7 @@ class Committed(NamedTuple):
     links: frozenset[int] = frozenset()
     everything: bool = False
     opens: bool = True
+    closes: bool = True
 
     @property
     def new(self) -> bool:
@@ -338,6 +340,7 @@ class Writer:
             frozenset(links or ()),
             edit.everything,
             edit.opens,
+            edit.closes,
         )
 
     def _check_flips(self, edit: Edit) -> None:

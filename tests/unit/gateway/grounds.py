@@ -9,7 +9,18 @@ from typing import Final
 
 from portward.config import Config
 from portward.gateway import mark, ruleset
-from portward.gateway.elements import Add, AddLimit, Change, Delete, DeleteLimit, Draw, Flush, KernelElements
+from portward.gateway.elements import (
+    Add,
+    AddLimit,
+    Change,
+    Delete,
+    DeleteLimit,
+    DeleteRule,
+    Draw,
+    Flush,
+    InsertRule,
+    KernelElements,
+)
 from portward.gateway.enforcement import Enforcement
 from portward.gateway.fake import FakeKernel, Transaction
 from portward.gateway.keeper import Keeper
@@ -155,10 +166,14 @@ def _word(change: Change | str) -> str:
             return f"delete limit {name}"
         case Draw(map_, limits):
             return f"draw {map_} " + " ".join(f"{Source.of(key)}: {name}" for key, name in limits.items())
+        case InsertRule(chain, set_, target):
+            return f"insert {chain} iif @{set_} goto {target}"
+        case DeleteRule(chain):
+            return f"delete a rule of {chain}"
 
 
 def _keys(set_: str, keys: Iterable[bytes]) -> str:
-    if set_ in ("epoch", "recent", "synced", "definitions"):
+    if set_ in ("epoch", "recent", "synced", "enforced", "gated", "unsettled", "definitions"):
         return " ".join(
             str(struct.unpack("=I", key)[0] >> (3 if set_ in ("epoch", "recent") else 0)) for key in keys
         )

@@ -14,8 +14,10 @@ from portward.gateway.elements import (
     Change,
     Delete,
     DeleteLimit,
+    DeleteRule,
     Draw,
     Flush,
+    InsertRule,
     KernelElements,
     RefusedError,
     messages,
@@ -63,6 +65,16 @@ def test_the_keys_of_a_map_name_their_limits() -> None:
         assert (kind, len(body) < 1 << 16) == (12, True)
         found.update({element.key: element.object for element in elements(dict(attributes_of(body))[3])})
     assert found == limits
+
+
+def test_a_rule_names_the_set_and_where_it_leads() -> None:
+    ((kind, body),) = messages(InsertRule("screen", "gated", "gate"))
+    attributes = dict(attributes_of(body))
+    assert (kind, attributes[1], attributes[2]) == (6, string("portward"), string("screen"))
+    names = [dict(attributes_of(one))[1] for _, one in attributes_of(attributes[4])]
+    assert names == [string("meta"), string("lookup"), string("immediate")]
+    ((kind, body),) = messages(DeleteRule("screen", 77))
+    assert (kind, dict(attributes_of(body))[3]) == (8, struct.pack(">Q", 77))
 
 
 class Netlink:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from portward.gateway import learned as cache
 from portward.gateway.fake import FakeKernel, ProcessDied
 from portward.gateway.faketables import FakeTable
 from portward.gateway.learned import Source
@@ -37,6 +38,7 @@ CHANGES: dict[str, tuple[set[Source], Callable[[int], Committed]]] = {
         lambda generation: committed(generation, everything=True),
     ),
 }
+NEW = (2).to_bytes(4, "little")  # generation 2 as an element
 ALL = [HOST, HOST6, OTHER, ELSEWHERE]
 
 
@@ -55,6 +57,21 @@ def plane(kernel: FakeKernel) -> Plane:
     kernel.journal.clear()
     kernel.history.clear()
     return found
+
+
+@pytest.fixture(params=["no gate", "gate", "gate for what also opens"])
+def opens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether changes may let packets pass, too. Some find that a gate pays however little is cached."""
+    if request.param != "no gate":
+        monkeypatch.setattr(cache, "WORTH_A_GATE", -1)
+    return bool(request.param != "gate")
+
+
+def is_gated(tables: dict[str, FakeTable], link: int) -> bool:
+    """Whether no cached verdict lets packets from this interface pass."""
+    table = tables[TABLE]
+    gated = link.to_bytes(4, "little") in table.sets["gated"].elements
+    return gated and table.chains["screen"].rules[0] == "iif @gated goto gate"
 
 
 def stale(tables: dict[str, FakeTable], sources: set[Source]) -> set[Source]:
@@ -108,9 +125,9 @@ def test_everything_is_flushed(plane: Plane) -> None:
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_what_a_change_reaches_is_forgotten_and_nothing_else(plane: Plane, kind: str) -> None:
+def test_what_a_change_reaches_is_forgotten_and_nothing_else(plane: Plane, kind: str, opens: bool) -> None:
     reached, change = CHANGES[kind]
-    plane.enforce(change(2))
+    plane.enforce(change(2)._replace(opens=opens))
     assert set(plane.cached()) == set(ALL) - reached
     assert (plane.learned.epoch(), plane.learned.synced()) == (2, 2)
     assert (plane.enforcement.generation, plane.keeper.repairs) == (2, 0)
@@ -164,6 +181,108 @@ def test_a_wide_change_takes_the_limits_it_reaches(plane: Plane, kind: str) -> N
     assert not list(plane.rates.sources())
 
 
+# --- the gate ---
+
+
+GATE = "flush gated, flush enforced, add gated 3, insert screen iif @gated goto gate"
+LIFT = "delete a rule of screen, flush gated, flush enforced, flush synced, add synced 2"
+
+
+@pytest.fixture
+def much(plane: Plane) -> Plane:
+    """The same gateway after a reading has shown that much is cached."""
+    plane.learned.sizes["allow4"] = 8_193
+    return plane
+
+
+def test_a_large_revocation_is_in_force_before_the_sets_are_read(much: Plane) -> None:
+    much.learn(Class.DENY, source("10.0.0.5"))
+    much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
+    assert words(much.kernel.journal) == [
+        "flush epoch, add epoch 2",
+        f"{GATE}, add enforced 2",
+        "delete allow4 3 . 10.0.0.4",
+        LIFT,
+        "delete deny4 3 . 10.0.0.5",
+    ]
+    assert much.check(), "our own transactions are not taken for another program's"
+
+
+def test_of_a_change_that_also_opens_only_the_end_of_the_search_says_that_it_is_in_force(much: Plane) -> None:
+    """A cached denial still stops whom it lets pass."""
+    much.learn(Class.DENY, source("10.0.0.5"))
+    much.enforce(committed(2, "10.0.0.0/24"))
+    assert words(much.kernel.journal)[1:] == [
+        GATE,
+        "delete allow4 3 . 10.0.0.4",
+        "delete deny4 3 . 10.0.0.5",
+        LIFT,
+    ]
+
+
+def test_many_revoked_hosts_and_a_lost_interface_have_a_gate_too(much: Plane) -> None:
+    hosts = [f"10.0.{n >> 8}.{n & 255}/32" for n in range(5_000)]
+    much.enforce(committed(2, *hosts)._replace(opens=False))
+    assert words(much.kernel.journal)[1] == f"{GATE}, add enforced 2"
+    much.learned.sizes["allow4"] = 8_193
+    much.kernel.journal.clear()
+    much.enforcement.unsettle([3], 1)
+    assert GATE in words(much.kernel.journal)
+    assert not is_gated(much.kernel.tables, LINK)
+
+
+@pytest.mark.parametrize(
+    ("size", "closes"), [(8_192, True), (8_193, False)], ids=["little is cached", "nothing is stopped"]
+)
+def test_a_change_that_needs_no_gate_has_none(plane: Plane, size: int, closes: bool) -> None:
+    plane.learned.sizes["allow4"] = size
+    plane.enforce(committed(2, "10.0.0.0/24")._replace(closes=closes))
+    assert not any("gate" in line for line in words(plane.kernel.journal))
+
+
+def test_the_rate_limits_of_revoked_sources_go_with_the_gate(much: Plane) -> None:
+    much.rates.add({HOST: BUCKET})
+    much.kernel.journal.clear()
+    much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
+    assert words(much.kernel.journal)[1] == f"delete rates4 3 . 10.0.0.4, {GATE}, add enforced 2"
+
+
+def test_the_kernel_says_that_a_change_is_in_force_from_the_gate_on(much: Plane) -> None:
+    said = []
+    for after in range(4):
+        much.kernel.meanwhile(
+            lambda: said.append((much.learned.enforces(2), much.learned.synced() == 2)), after=after
+        )
+    much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
+    assert said == [(False, False), (False, False), (True, False), (True, False)]
+    assert (much.learned.enforces(2), much.learned.enforces(1)) == (True, False)
+
+
+def test_a_search_that_fails_behind_the_gate_ends_in_a_repair_without_it(much: Plane) -> None:
+    much.kernel.meanwhile(lambda: much.kernel.unreadable(errno.EIO), after=1)
+    much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
+    assert (much.cached(), much.keeper.repairs, much.learned.synced()) == ({}, 1, 2)
+    assert not is_gated(much.kernel.tables, LINK)
+    assert not much.kernel.tables[TABLE].sets["enforced"].elements
+
+
+@pytest.mark.parametrize("size", [0, 8_193], ids=["small", "large"])
+def test_a_gate_that_a_failed_change_has_left_stays_until_everything_is_forgotten(much: Plane, size: int) -> None:
+    """Another change comes before the repair succeeds, and must not let the sources of the first one pass."""
+    much.kernel.meanwhile(lambda: much.kernel.unreadable(errno.EIO), after=1)
+    much.kernel.refuse(errno.ENOMEM, after=2)
+    much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
+    assert (bool(much.enforcement.broken), stale(much.kernel.tables, {HOST})) == (True, {HOST})
+    assert is_gated(much.kernel.tables, LINK)
+    much.learned.sizes["allow4"] = size
+    much.kernel.history.clear()
+    much.enforce(committed(3, "10.9.9.0/24")._replace(opens=False))
+    much.check()
+    assert all(is_gated(tables, LINK) for tables in much.kernel.history if stale(tables, {HOST}))
+    assert (is_gated(much.kernel.tables, LINK), much.enforcement.broken) == (False, "")
+    assert (much.learned.synced(), stale(much.kernel.tables, {HOST})) == (3, set())
+
+
 # --- a start ---
 
 
@@ -213,22 +332,29 @@ def test_a_start_that_is_refused_keeps_an_older_ruleset(plane: Plane) -> None:
 @pytest.mark.parametrize("step", range(4))
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EPERM, errno.ENOENT], ids=errno.errorcode.get)
 def test_whichever_transaction_is_refused_nothing_stale_is_left(
-    plane: Plane, kind: str, step: int, number: int
+    plane: Plane, kind: str, step: int, number: int, opens: bool
 ) -> None:
     reached, change = CHANGES[kind]
     plane.kernel.refuse(number, after=step)
-    plane.enforce(change(2))
+    plane.enforce(change(2)._replace(opens=opens))
     assert not stale(plane.kernel.tables, reached)
+    assert not is_gated(plane.kernel.tables, LINK)
     assert (plane.learned.epoch(), plane.learned.synced()) == (2, 2)
     assert (plane.enforcement.broken, plane.enforcement.generation) == ("", 2)
     assert plane.check()
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_while_the_kernel_refuses_everything_it_is_said_and_tried_until_it_works(plane: Plane, kind: str) -> None:
+@pytest.mark.parametrize("after", [0, 2], ids=["at once", "after the gate"])
+def test_while_the_kernel_refuses_everything_it_is_said_and_tried_until_it_works(
+    plane: Plane, kind: str, after: int, opens: bool
+) -> None:
     reached, change = CHANGES[kind]
-    plane.kernel.refuse(errno.ENOMEM, times=20)
-    plane.enforce(change(2))
+    plane.kernel.refuse(errno.ENOMEM, after=after, times=20)
+    plane.enforce(change(2)._replace(opens=opens))
+    if not plane.enforcement.broken:
+        assert len(plane.kernel.journal) == after, "there were no more transactions"
+        return
     assert "Cannot allocate memory" in plane.enforcement.broken
     assert plane.enforcement.generation == 1, "the kernel is behind, and that is known"
     tries = 0
@@ -239,6 +365,7 @@ def test_while_the_kernel_refuses_everything_it_is_said_and_tried_until_it_works
             break
     assert not stale(plane.kernel.tables, reached)
     assert (plane.learned.synced(), plane.enforcement.generation, plane.enforcement.broken) == (2, 2, "")
+    assert not is_gated(plane.kernel.tables, LINK)
     assert plane.check()
 
 
@@ -317,29 +444,29 @@ def test_a_reading_that_misses_elements_is_followed_by_another(plane: Plane) -> 
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("moment", range(5))
 def test_a_verdict_of_the_older_policy_that_comes_in_between_is_not_left(
-    plane: Plane, kind: str, moment: int
+    plane: Plane, kind: str, moment: int, opens: bool
 ) -> None:
     """A worker judged before the change, and its packet comes back before any of the transactions."""
     reached, change = CHANGES[kind]
     plane.kernel.meanwhile(lambda: plane.learn(Class.ALLOW, *reached, generation=1), after=moment)
-    plane.enforce(change(2))
+    plane.enforce(change(2)._replace(opens=opens))
     plane.learn(Class.ALLOW, *reached, generation=1)
     assert not stale(plane.kernel.tables, reached)
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-@pytest.mark.parametrize("moment", range(3))
+@pytest.mark.parametrize("moment", range(4))
 @pytest.mark.parametrize(
     "text", ["flush ruleset", "delete table inet portward", "flush chain inet portward screen"]
 )
 def test_what_another_program_takes_away_in_between_is_put_back(
-    plane: Plane, kind: str, moment: int, text: str
+    plane: Plane, kind: str, moment: int, text: str, opens: bool
 ) -> None:
     reached, change = CHANGES[kind]
     plane.kernel.meanwhile(lambda: plane.kernel.load(text), after=moment)
-    plane.enforce(change(2))
+    plane.enforce(change(2)._replace(opens=opens))
     plane.check()
     assert judges(plane.kernel.tables)
     assert not stale(plane.kernel.tables, reached)
@@ -371,32 +498,38 @@ def _starts(plane: Plane, change: Committed) -> None:
 
 @pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("work", [_enforces, _enforces_on_full_sets, _repairs, _starts])
-@pytest.mark.parametrize("dies", range(1, 8))
+@pytest.mark.parametrize("dies", range(1, 9))
 def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_nothing_stale(
-    plane: Plane, kind: str, work: Callable[[Plane, Committed], Any], dies: int
+    plane: Plane, kind: str, work: Callable[[Plane, Committed], Any], dies: int, opens: bool
 ) -> None:
     """The policy table holds the new generation when the work begins. At each moment: the ruleset judges; no
-    verdict of the older policy is stored once the epoch has moved; and while anything stale is cached, the kernel
-    does not say that it agrees with the table."""
+    verdict of the older policy is stored once the epoch has moved; while anything stale is cached, the kernel does
+    not say that it agrees with the table, and it says that the new policy is in force only if the gate keeps what
+    is stale from acting."""
     reached, change = CHANGES[kind]
     plane.kernel.die(dies + (work is _repairs))  # another program's transaction comes first there
     try:
-        work(plane, change(2))
+        work(plane, change(2)._replace(opens=opens))
     except ProcessDied:
         pass
     else:
         assert not stale(plane.kernel.tables, reached)
         plane.kernel.die(None)
-    for tables in plane.kernel.history[work is _repairs :]:
-        assert judges(tables)
-        said = tables[TABLE].sets["synced"].elements
-        if stale(tables, reached):
-            assert (2).to_bytes(4, "little") not in said
+    again = Plane(plane.kernel, generation=2)
     if plane.learned.epoch() == 2:
         assert not plane.learn(Class.ALLOW, *reached, generation=1)
-    again = Plane(plane.kernel, generation=2)
     again.start()
+    in_force = False
+    for tables in plane.kernel.history[work is _repairs :]:
+        assert judges(tables)
+        said = [name for name in ("synced", "enforced") if NEW in tables[TABLE].sets[name].elements]
+        in_force |= "enforced" in said
+        if left := stale(tables, reached):
+            assert "synced" not in said
+            assert not in_force or all(is_gated(tables, one.link) for one in left), "not even during a reload"
+            assert not said or all(is_gated(tables, one.link) for one in left)
     assert judges(plane.kernel.tables)
     assert not stale(plane.kernel.tables, reached)
+    assert not is_gated(plane.kernel.tables, LINK)
     assert (again.learned.epoch(), again.learned.synced()) == (2, 2)
     assert again.check()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from portward.gateway import sweep as sweeping
-from portward.gateway.elements import Add, Change, Delete, Flush, RefusedError
+from portward.gateway.elements import Add, Change, Delete, DeleteRule, Flush, InsertRule, RefusedError
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.mark import Class
 from portward.gateway.prefixes import Prefixes
@@ -41,7 +41,8 @@ class Sets:
         self.sets: dict[str, dict[bytes, int]] = {
             name + family: {} for name in COUNTED_SETS.values() for family in "46"
         }
-        self.sets |= {"epoch": {}, "synced": {}, "rates4": {}, "rates6": {}}
+        self.sets |= {"epoch": {}, "synced": {}, "rates4": {}, "rates6": {}, "gated": {}, "enforced": {}}
+        self.rules: list[InsertRule] = []
         self.readings: list[str] = []
         self.transactions: list[list[Change]] = []
         self.full: set[str] = set()
@@ -65,6 +66,9 @@ class Sets:
     def limits(self) -> list[str]:
         return []
 
+    def rules_on(self, chain: str, set_: str) -> list[int]:
+        return [place for place, rule in enumerate(self.rules) if (rule.chain, rule.set) == (chain, set_)]
+
     def commit(self, changes: Iterable[Change]) -> None:
         changes = list(changes)
         self.before_commit(changes)
@@ -82,6 +86,10 @@ class Sets:
                         del sets[set_][gone]
                 case Flush(set_):
                     sets[set_] = {}
+                case InsertRule():
+                    self.rules.insert(0, change)
+                case DeleteRule(_, handle):
+                    del self.rules[handle]
         self.sets = sets
         self.transactions.append(changes)
 

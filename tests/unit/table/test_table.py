@@ -540,6 +540,20 @@ def test_a_view_shows_one_commit_and_ends(writer: Writer) -> None:
     assert reason(writer, "10.0.0.4").allows, "no view is left open"
 
 
+def test_a_change_says_whether_it_may_stop_packets(writer: Writer) -> None:
+    """If it does not, no cached verdict lets packets pass that must not."""
+    load(writer, [subscription(1), attachment("10.0.0.0/24", 1), attachment("10.0.0.4", 1)])
+    revoked = writer.apply([subscription(1, "csp")], [], revision=2, now=NOW)
+    assert (bool(revoked.changed), revoked.closes) == (True, True)
+    allowed = writer.apply([subscription(1)], [], revision=3, now=NOW)
+    assert (bool(allowed.changed), allowed.closes) == (True, False)
+    # The /24 around it, which is allowed, held there until now.
+    narrower = writer.apply([subscription(2, "csp"), attachment("10.0.0.5", 2)], [], revision=4, now=NOW)
+    assert (bool(narrower.changed), narrower.closes) == (True, True)
+    gone = writer.apply([], [attachment("10.0.0.5", 2)], revision=5, now=NOW)
+    assert (bool(gone.changed), gone.closes) == (True, True)
+
+
 def test_a_change_says_whether_it_may_let_packets_pass(writer: Writer) -> None:
     """If it does not, cached denials are still right, and it is in force before they are forgotten."""
     load(writer, [subscription(1), attachment("10.0.0.0/24", 1), attachment("10.0.0.4", 1)])
