@@ -124,7 +124,8 @@ class Dataplane:
         self.enforcement.enforce(committed)
         if links is not None:
             self.enforcement.settle(settled)
-        if not self.broken:
+        # Else an earlier change is still to be carried out, or a repair has gone further.
+        if not self.broken and self.enforcement.generation == committed.generation:
             self.enforced = committed.revision
         self._look_again()
 

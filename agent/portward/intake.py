@@ -8,8 +8,10 @@ waiting.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol, TypeVar
@@ -27,7 +29,7 @@ from portward.store.flips import HeldError
 from portward.store.protocol import Store
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower, Held
-from portward.table.writer import Answers, Committed, Writer
+from portward.table.writer import Answers, Committed, Writer, merged
 from portward.underway import UnderWay
 
 _log = logging.getLogger("portward")
@@ -54,6 +56,14 @@ class First(NamedTuple):
     seen: Links
 
 
+class _Pending(NamedTuple):
+    """A change on its way to the kernel thread: see `Dataplane.enforce`."""
+
+    committed: Committed
+    links: dict[str, int] | None
+    settled: int
+
+
 class Intake:
     """Brings the policy table up to date, and hands each change over to the kernel thread."""
 
@@ -70,6 +80,8 @@ class Intake:
         self._config, self._writer, self._clock, self._dataplane = config, writer, clock, dataplane
         self._under_way, self._on_kernel = under_way, on_kernel
         self._bulk = Bulk()
+        # Changes that the kernel thread has not begun to carry out.
+        self._pending: deque[_Pending] = deque()
         self._store: Store | None = None
         self._follower: Follower | None = None
         self.links = Links({}, frozenset())
@@ -264,18 +276,29 @@ class Intake:
 
     def _hand_over(self, committed: Committed, links: dict[str, int] | None = None, settled: int = 0) -> None:
         """Has the kernel thread carry a change out; does not wait for it."""
-
-        def carry_out() -> None:
-            try:
-                self._dataplane.enforce(committed, links, settled)
-            except Exception:
-                # No memory, or a fault of portward's own. `Dataplane.check` finds the kernel behind the table.
-                _log.exception("revision %d is not enforced yet: the ruleset is loaded anew", committed.revision)
-            finally:
-                self._under_way.carried_out()
-
         self._under_way.handed_over()
-        self._on_kernel(carry_out)
+        self._pending.append(_Pending(committed, links, settled))
+        self._on_kernel(self._carry_out)
+
+    def _carry_out(self) -> None:
+        """Carries out all changes that wait, as one, on the kernel thread. Changes may be committed faster than
+        the kernel takes each, and neither a revocation nor a repair is to wait behind a row of them."""
+        waiting: list[_Pending] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                waiting.append(self._pending.popleft())
+        if not waiting:  # an earlier call has taken it along
+            return
+        committed = merged([one.committed for one in waiting])
+        links = next((one.links for one in reversed(waiting) if one.links is not None), None)
+        try:
+            self._dataplane.enforce(committed, links, max(one.settled for one in waiting))
+        except Exception:
+            # No memory, or a fault of portward's own. `Dataplane.check` finds the kernel behind the table.
+            _log.exception("revision %d is not enforced yet: the ruleset is loaded anew", committed.revision)
+        finally:
+            for _ in waiting:
+                self._under_way.carried_out()
 
     def _take(self, config: Config, preset: Preset) -> None:
         self._config = config

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import UTC, date, datetime, timedelta
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -555,3 +557,66 @@ def test_a_reload_that_the_kernel_refuses_half_way_is_in_force_in_the_end(starte
     assert started.core.broken == ""
     assert ALLOWED not in started.cached()
     assert started.in_step()
+
+
+class Later:
+    """The kernel thread, which comes to its work when it is told to."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], object]] = []
+
+    def __call__(self, work: Callable[[], object]) -> Future[Any]:
+        self.work.append(work)
+        return Future()
+
+    def catch_up(self) -> None:
+        """Does all that waits."""
+        while self.work:
+            self.work.pop(0)()
+
+
+@pytest.fixture
+def late(started: Ground) -> tuple[Ground, Later]:
+    """A core whose changes wait for the kernel thread."""
+    later = Later()
+    started.core._intake._on_kernel = later
+    return started, later
+
+
+def test_changes_that_wait_for_the_kernel_thread_are_carried_out_together(late: tuple[Ground, Later]) -> None:
+    """So neither a revocation nor a repair waits behind a long row of them."""
+    ground, later = late
+    before = len(ground.kernel.journal)
+    for name in range(20):
+        ground.put(attachment("vni2", f"10.0.{name + 1}.4", MAY))
+        assert ground.core.sync()
+    ground.remove(RECORDS[2])
+    assert ground.core.sync()
+    later.catch_up()
+    assert ground.in_step()
+    assert ground.core.enforced == ground.core.revision
+    assert set(ground.cached()) == {DENIED}
+    assert len(ground.kernel.journal) - before < 10
+
+
+def test_a_fault_in_carrying_one_change_out_is_not_forgotten_by_the_next(
+    late: tuple[Ground, Later], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first change revokes a source; the second one is of another. The first fails on the kernel thread."""
+    ground, later = late
+    ground.remove(RECORDS[2])
+    assert ground.core.sync()
+    with monkeypatch.context() as patched:
+        patched.setattr(Learned, "forget_within", _no_memory)
+        later.catch_up()
+    assert not ground.in_step()
+    ground.put(attachment("vni2", "10.0.9.4", MAY))
+    assert ground.core.sync()
+    later.catch_up()
+    assert ground.in_step()
+    assert ALLOWED not in ground.cached()
+    assert ground.core.enforced == ground.core.revision
+
+
+def _no_memory(*_: object, **__: object) -> None:
+    raise MemoryError

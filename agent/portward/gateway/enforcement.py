@@ -72,12 +72,17 @@ class Enforcement:
     def enforce(self, committed: Committed) -> None:
         """Carries a change out. Where the kernel does not take it, the ruleset is loaded anew and everything
         forgotten, now or, where that fails too, at the next repair. Does nothing if a repair has brought the
-        kernel to this generation or a later one meanwhile: then everything older is forgotten."""
+        kernel to this generation or a later one meanwhile: then everything older is forgotten.
+
+        If a change before this one was not carried out, nobody knows what it reaches: everything is forgotten."""
         if not committed.new or not self._is_newer(committed.generation):
+            return
+        if self.broken:
+            self.repair(committed.generation)
             return
         try:
             self._learned.move_epoch(committed.generation)
-            if committed.everything:
+            if committed.everything or not self._follows(committed):
                 self._forget_everything(committed.generation)
             else:
                 self._forget_changed(committed)
@@ -185,6 +190,10 @@ class Enforcement:
         rated = self._rates.within(prefixes)
         self._learned.forget_within(prefixes, self.generation or 0, self._rates.forgetting(rated))
         self._rates.forgotten(rated)
+
+    def _follows(self, committed: Committed) -> bool:
+        """Whether the kernel stands at the generation from which a change began, or within the change."""
+        return self.generation is None or (committed.generation - self.generation) % 2**32 <= committed.steps
 
     def _is_newer(self, generation: int) -> bool:
         """Whether a generation comes after the kernel's. They wrap around at 2**32."""

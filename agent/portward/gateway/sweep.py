@@ -57,7 +57,10 @@ class Sweep:
         """Takes what lies in the prefixes out of a set (its name, and the digit of its family). Raises OSError,
         and KernelError if the kernel refuses even to flush the set."""
         set_ = name + family
-        for _ in range(_READINGS if self._sizes.get(set_, 0) <= self._readable else 0):
+        for _ in range(_READINGS):
+            # Also after a reading: before the first one the size may be unknown.
+            if self._sizes.get(set_, 0) > self._readable:
+                break
             before = self._began.get(set_)
             rows, deletions = self._read(set_, family)
             if deletions == [Flush(set_)]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from secrets import randbits
@@ -31,7 +31,7 @@ from portward.table.database import (
     open_for_writing,
 )
 from portward.table.denials import Group, groups, weigh
-from portward.table.edit import Edit, Place
+from portward.table.edit import MANY_CHANGES, Edit, Place
 from portward.table.load import Loadable
 from portward.table.reader import Reader
 from portward.table.rows import Rows
@@ -46,7 +46,8 @@ class Committed(NamedTuple):
 
     `generation` is that of the table now; it is a new one where any verdict is. If `opens` is False, every prefix
     in `changed` is stopped now, so verdicts cached there that stop packets are not wrong. If `closes` is False,
-    every prefix in `changed` was stopped before, so no verdict cached there lets packets pass.
+    every prefix in `changed` was stopped before, so no verdict cached there lets packets pass. `steps` is how many
+    generations it is of: changes can be carried out together, see `merged`.
     """
 
     revision: int
@@ -56,11 +57,29 @@ class Committed(NamedTuple):
     everything: bool = False
     opens: bool = True
     closes: bool = True
+    steps: int = 1
 
     @property
     def new(self) -> bool:
         """True where any remembered verdict may be out of date."""
         return bool(self.changed or self.links or self.everything)
+
+
+def merged(commits: Sequence[Committed]) -> Committed:
+    """Commits that follow each other, as one change. At least one."""
+    new = [one for one in commits if one.new]
+    changed = tuple(dict.fromkeys(place for one in new for place in one.changed))
+    everything = any(one.everything for one in new) or len(changed) > MANY_CHANGES
+    return Committed(
+        commits[-1].revision,
+        commits[-1].generation,
+        () if everything else changed,
+        frozenset().union(*(one.links for one in new)),
+        everything,
+        opens=any(one.opens for one in new),
+        closes=any(one.closes for one in new),
+        steps=sum(one.steps for one in new),
+    )
 
 
 class GrownError(TableError):

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from portward.gateway import learned as cache
+from portward.gateway import ruleset
 from portward.gateway.fake import FakeKernel, ProcessDied
 from portward.gateway.faketables import FakeTable
 from portward.gateway.learned import Source
 from portward.gateway.mark import PASSING, Class
 from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import LEARNED_SETS, TABLE
-from portward.table.writer import Committed
-from unit.gateway.grounds import LINK, Plane, committed, source, words
+from portward.table.writer import Committed, merged
+from unit.gateway.grounds import LINK, PRESET, Plane, committed, source, words
 
 HOST, OTHER, HOST6 = source("10.0.0.4"), source("10.9.9.9"), source("2001:db8::4")
 ELSEWHERE = source("10.0.0.4", link=8)
@@ -199,7 +200,7 @@ def test_a_large_revocation_is_in_force_before_the_sets_are_read(much: Plane) ->
     much.learn(Class.DENY, source("10.0.0.5"))
     much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
     assert words(much.kernel.journal) == [
-        "flush epoch, add epoch 2",
+        "flush epoch, add epoch 2, add recent 1",
         f"{GATE}, add enforced 2",
         "delete allow4 3 . 10.0.0.4",
         LIFT,
@@ -533,3 +534,41 @@ def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_noth
     assert not is_gated(plane.kernel.tables, LINK)
     assert (again.learned.epoch(), again.learned.synced()) == (2, 2)
     assert again.check()
+
+
+# --- changes that were lost on their way ---
+
+
+def test_a_change_behind_one_that_was_lost_forgets_everything(plane: Plane) -> None:
+    """What the lost one reaches is not known, and `synced` must not say that nothing older is cached."""
+    plane.enforce(committed(3, "10.0.0.4"))
+    assert plane.cached() == {}
+    assert plane.learned.synced() == 3
+
+
+def test_changes_carried_out_together_forget_only_what_they_reach(plane: Plane) -> None:
+    plane.enforce(merged([committed(2, "10.0.0.4"), committed(3, "2001:db8::/64")]))
+    assert set(plane.cached()) == {OTHER, ELSEWHERE}
+    assert plane.learned.synced() == 3
+
+
+def test_a_change_while_the_ruleset_is_broken_says_nothing_of_the_one_before(plane: Plane) -> None:
+    plane.kernel.refuse(errno.ENOMEM, times=3)
+    plane.enforce(committed(2, "10.9.9.9"))
+    assert plane.enforcement.broken
+    plane.enforce(committed(3, "10.0.0.4"))
+    assert plane.enforcement.broken or plane.cached() == {}
+    plane.enforcement.repair(3)
+    assert not plane.enforcement.broken
+    assert plane.cached() == {}
+    assert plane.learned.synced() == 3
+
+
+@pytest.mark.parametrize("generation", [6, 7])
+def test_a_start_that_died_before_it_forgot_is_not_taken_for_one_that_is_in_step(
+    plane: Plane, generation: int
+) -> None:
+    """`synced` names neither the generation that was loaded nor a later one, which the table may have by then."""
+    state = ruleset.State(generation, synced=False)
+    plane.keeper.load(ruleset.wanted(plane.config, PRESET, native=plane.kernel.native, state=state))
+    assert plane.learned.synced() == generation - 1

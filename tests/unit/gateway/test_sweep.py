@@ -285,3 +285,14 @@ def test_single_sources_go_also_from_full_sets(kernel: Sets, count: int) -> None
     assert set(kernel.sets["allow6"]) == {stay}
     assert not kernel.sets["deny6"]
     assert Learned(kernel).synced() == GENERATION
+
+
+def test_a_set_that_turns_out_to_be_huge_is_read_once_and_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size is not known before the first reading, after a start for instance; each reading takes seconds."""
+    monkeypatch.setattr(sweeping, "_READABLE", 10)
+    monkeypatch.setattr(sweeping, "_ONE_MESSAGE", 5)
+    sets = Sets()
+    sets.fill("allow6", *(key(number, "2001:db8:2::") for number in range(11)))
+    Learned(sets).forget_within(prefixes(), GENERATION)
+    assert sets.readings.count("allow6") == 1
+    assert sets.sets["allow6"] == {}
