@@ -3,9 +3,27 @@ again after a backup was restored and written on."""
 
 from __future__ import annotations
 
+from datetime import datetime
+from typing import Final
+
 from portward.store.protocol import CONFIRMED, Store, named, readable
 from portward.table import layout
 from portward.table.reader import Reader
+
+# What the hash in the head of a table begins with while another history is held: no hash of a log (SHA-256) looks
+# like this. The last 8 bytes say when the hold was noted, in microseconds since 1970.
+_OTHER_HISTORY: Final = b"\xff" * 24
+
+
+def hash_of_other_history(noted: datetime) -> bytes:
+    """The hash for the head of a table that holds back another history than its own, since `noted`. No log has it,
+    so the table is in no history until everything was read anew."""
+    return _OTHER_HISTORY + layout.microseconds(noted).to_bytes(8, "big")
+
+
+def other_history_since(head: layout.Head) -> int | None:
+    """When it was noted that another history is held, in microseconds since 1970; None if none is."""
+    return int.from_bytes(head.hash[24:], "big") if head.hash.startswith(_OTHER_HISTORY) else None
 
 
 def hash_at(store: Store, revision: int) -> bytes:
