@@ -155,9 +155,12 @@ class Follower:
     def _is_as_worked_out(self) -> bool:
         """Whether the held change would be the same again, later revisions aside."""
         waiting, head = self._waiting, self._writer.head()
-        if waiting is None or head is None:
+        if waiting is None or head is None or head.held != waiting.held.revision:
             return False
-        same = (waiting.held.share, waiting.preset, waiting.base) == (
+        # A backup that was made between the two may still have what the change was worked out from, and not what
+        # the table was told since. A history that is held as a whole is the store's if its denials are.
+        own = ahead_of(head, self._store) > 0 if waiting.held.whole else same_history(head, self._store)
+        same = own and (waiting.held.share, waiting.preset, waiting.base) == (
             self._writer.max_flip_share, self._writer.digest, Point(head.revision, head.hash),
         )  # fmt: skip
         return same and waiting.upto.hash == hash_at(self._store, waiting.upto.revision)

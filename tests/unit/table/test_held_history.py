@@ -90,6 +90,28 @@ def test_a_history_that_is_held_is_worked_out_and_counted_once(
     assert head_of(gateway).ahead == 2
 
 
+def test_a_backup_without_the_newest_early_denials_is_another_history(gateway: Gateway) -> None:
+    """It has what the held change was worked out from, and not all that the table was told since. What is written
+    to it then is enforced and can be confirmed."""
+    gateway.write(*MISTAKE)
+    gateway.write(subscription(97, standing=Standing.DISABLED))
+    backup(gateway.folder / "portward.db", gateway.folder / "backup.db")
+    gateway.write(subscription(98, standing=Standing.DISABLED))
+    assert gateway.ahead() == 4
+    restore(gateway, gateway.folder / "backup.db")
+    assert gateway.follower.held is not None
+    assert gateway.follower.held.whole
+    gateway.write(revoked())
+    assert not gateway.allows("10.0.1.1")
+    gateway.write(subscription(41, standing=Standing.DISABLED))
+    assert not gateway.allows("10.0.9.129")
+    assert gateway.allows("10.0.0.1")
+    gateway.write(confirmation(gateway.store.revision() + 1))
+    assert (gateway.held(), gateway.follower.in_step) == (0, True)
+    assert not gateway.allows("10.0.0.1")
+    assert not gateway.allows("10.0.1.1")
+
+
 def test_a_hold_that_could_not_be_noted_is_noted_by_the_next_step(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
