@@ -33,7 +33,10 @@ def hash_at(store: Store, revision: int) -> bytes:
 
 def same_history(head: layout.Head, store: Store) -> bool:
     """Whether the store's log still has every entry that the table was written from; raises StoreError."""
-    if head.store != store.identity() or head.hash != hash_at(store, head.revision):
+    # A store that ends before has no hash there, and the table has none of a revision whose entry lost it.
+    if head.store != store.identity() or head.revision > store.revision():
+        return False
+    if head.hash != hash_at(store, head.revision):
         return False
     return not head.ahead or bool(ahead_of(head, store))
 
@@ -41,7 +44,9 @@ def same_history(head: layout.Head, store: Store) -> bool:
 def ahead_of(head: layout.Head, store: Store) -> int:
     """The revision up to which denials were taken in ahead of a held change; 0 if none were, or if the store's log
     has another entry there. Raises StoreError."""
-    return head.ahead if head.ahead and head.ahead_hash == hash_at(store, head.ahead) else 0
+    if not 0 < head.ahead <= store.revision():
+        return 0
+    return head.ahead if head.ahead_hash == hash_at(store, head.ahead) else 0
 
 
 def is_in_table(reader: Reader, key: str, body: str | None) -> bool:

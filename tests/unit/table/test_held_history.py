@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -127,3 +128,20 @@ def test_a_hold_that_could_not_be_noted_is_noted_by_the_next_step(
     assert (gateway.held(), head_of(gateway).held) == (2, 2)
     gateway.write(revoked())
     assert not gateway.allows("10.0.1.1")
+
+
+def test_a_store_that_ends_before_the_table_is_another_history(tmp_path: Path) -> None:
+    """Also if the log had lost the hash of the revision that the table stands at."""
+    with closing(Gateway(tmp_path, 1.0)) as gateway:
+        gateway.write(*CUSTOMERS)
+        gateway.write(subscription(1, standing=Standing.DISABLED))
+        backup(tmp_path / "portward.db", tmp_path / "backup.db")
+        gateway.write(subscription(1))
+        with closing(sqlite3.connect(tmp_path / "portward.db")) as connection, connection:
+            connection.execute("DROP TRIGGER revision_stays")
+            connection.execute("UPDATE revision SET hash = x'00' WHERE number = 3")
+        gateway.follow()
+        assert gateway.allows("10.0.0.1")
+        restore(gateway, tmp_path / "backup.db")
+        assert not gateway.allows("10.0.0.1")
+        assert (head_of(gateway).revision, gateway.follower.in_step) == (2, True)
