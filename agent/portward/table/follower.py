@@ -359,7 +359,10 @@ class Follower:
         ahead: what is older must not come back in its place."""
         ahead = ahead_of(head, self._store)
         later = [change for change in every if revision < change.revision <= ahead and change.key in newest]
-        return {change.key for change in later if is_in_table(self._reader, change.key, change.after)}
+        # Of what cannot be read it is not known: it stays denied until the later revision itself is taken in.
+        return {
+            change.key for change in later if is_in_table(self._reader, change.key, change.after, damaged=True)
+        }
 
     def _quickly(self, records: Iterable[tuple[str, str]]) -> Iterator[Loadable]:
         """The records that can be read, in their order; attachments as bytes where that can be done."""

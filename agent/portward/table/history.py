@@ -49,10 +49,16 @@ def ahead_of(head: layout.Head, store: Store) -> int:
     return head.ahead if head.ahead_hash == hash_at(store, head.ahead) else 0
 
 
-def is_in_table(reader: Reader, key: str, body: str | None) -> bool:
-    """Whether the table holds under a key what a change of the store has left there; None: nothing."""
+def is_in_table(reader: Reader, key: str, body: str | None, *, damaged: bool = False) -> bool:
+    """Whether the table holds under a key what a change of the store has left there; None: nothing. `damaged` is
+    the answer if the table holds something there that cannot be read."""
     record = named(key) if body is None else readable(key, body)
-    return record is not None and reader.record_like(record) == (None if body is None else record)
+    if record is None:
+        return False
+    try:
+        return reader.record_like(record) == (None if body is None else record)
+    except layout.DamagedError:
+        return damaged
 
 
 def count_in_table(reader: Reader, store: Store, revision: int) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from portward.table.follower import Follower
 from portward.table.layout import Head
 from portward.table.writer import Writer
 from unit.store.samples import put
-from unit.table.test_behind import CUSTOMERS, DAY, MISTAKE, NOW, OTHERS, Gateway, revoked
+from unit.table.test_behind import CUSTOMERS, DAY, MISTAKE, OTHERS, Gateway, revoked
 from unit.table.test_history import backup
-from unit.table.test_table import AZURE, ENFORCE, attachment, reason, subscription
+from unit.table.test_table import AZURE, ENFORCE, NOW, attachment, reason, subscription
 
 # A prefix that may send, and one inside it that may not.
 WIDE, INSIDE = attachment("10.0.9.0/24", 41), attachment("10.0.9.0/25", 98)
