@@ -57,6 +57,8 @@ class Edit:
         self._accounts: dict[int, Account] = {}
         self._outcomes: dict[int, ByWorkload] = {}
         self._lengths: dict[bytes, dict[int, int]] = {}
+        # Number → UUID, of subscriptions whose account cannot be read.
+        self._uuids: dict[int, UUID] = {}
         self._dirty: set[int] = set()
         # No row of `expiries` is for an earlier time, or is to be: what lies before has been decided.
         self._earliest = self._now if (due := self._expiries.first()) is None else min(self._now, _time_of(due))
@@ -144,10 +146,23 @@ class Edit:
         return layout.place(self._segments.number(attachment.segment), attachment.address)
 
     def owner_of(self, attachment: Attachment) -> UUID | None:
-        """The subscription that holds the very prefix of an attachment."""
+        """The subscription that holds the very prefix of an attachment, also if its account cannot be read; None:
+        nobody holds it."""
         entry = self._entry(self.place_of(attachment))
-        account = None if entry is None else self._account(entry.subscription)
-        return None if account is None else account.id
+        if entry is None:
+            return None
+        account = self._account(entry.subscription)
+        return self._listed(entry.subscription) if account is None else account.id
+
+    def _listed(self, number: int) -> UUID:
+        """The subscription that is listed with this number. If none is, a UUID that no subscription has."""
+        found = self._uuids.get(number)
+        if found is None:
+            # Looks at every subscription. Only after a damage, and once for each number.
+            end = layout.number(number)
+            id_ = next((row[:16] for row in self._ids if row[16:] == end), b"\xff" * 12 + end)
+            found = self._uuids[number] = UUID(bytes=id_)
+        return found
 
     def places_of(self, id_: UUID) -> Iterator[bytes]:
         """The places of all entries of the subscription with this UUID."""

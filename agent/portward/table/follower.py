@@ -35,7 +35,14 @@ from portward.store.protocol import (
     named,
     readable,
 )
-from portward.table.history import ahead_of, hash_at, is_in_table, same_history
+from portward.table.history import (
+    ahead_of,
+    hash_at,
+    hash_of_other_history,
+    is_in_table,
+    other_history_since,
+    same_history,
+)
 from portward.table.layout import Head
 from portward.table.load import Loadable
 from portward.table.writer import Committed, GrownError, Point, Writer
@@ -87,8 +94,8 @@ class Follower:
         # Of the subscriptions that the held change flips, those that later revisions are about.
         self._hit: set[int] = set()
         self._confirmed = False
-        # The table's head of which it was said already that the store has another history.
-        self._other: Head | None = None
+        # What of the table's head it was said already that the store has another history.
+        self._other: tuple[int, bytes, bytes] | None = None
 
     @property
     def held(self) -> Held | None:
@@ -148,9 +155,12 @@ class Follower:
     def _is_as_worked_out(self) -> bool:
         """Whether the held change would be the same again, later revisions aside."""
         waiting, head = self._waiting, self._writer.head()
-        if waiting is None or head is None:
+        if waiting is None or head is None or head.held != waiting.held.revision:
             return False
-        same = (waiting.held.share, waiting.preset, waiting.base) == (
+        # A backup that was made between the two may still have what the change was worked out from, and not what
+        # the table was told since. A history that is held as a whole is the store's if its denials are.
+        own = ahead_of(head, self._store) > 0 if waiting.held.whole else same_history(head, self._store)
+        same = own and (waiting.held.share, waiting.preset, waiting.base) == (
             self._writer.max_flip_share, self._writer.digest, Point(head.revision, head.hash),
         )  # fmt: skip
         return same and waiting.upto.hash == hash_at(self._store, waiting.upto.revision)
@@ -162,13 +172,20 @@ class Follower:
         return waiting is None or self._confirmed or len(self._hit) >= max(1, waiting.excess)
 
     def _hold(self, waiting: Waiting, before: Waiting | None, now: datetime) -> None:
-        self._waiting, self._confirmed = waiting, False
-        self._hit.clear()
         held, head = waiting.held, self._writer.head()
         ahead = 0 if head is None else ahead_of(head, self._store)
-        if head is None or head.held != held.revision or ahead < held.revision:
+        # Denials of the lost history may be in the table, and `ahead` is now of the store's: without its own hash,
+        # the table would be taken for one of the store's history as soon as that has the table's revision.
+        lost = head is None or (held.whole and other_history_since(head) is None)
+        if head is None or lost or head.held != held.revision or ahead < held.revision:
             ahead = max(ahead, held.revision)
-            self._writer.hold(held.revision, Point(ahead, hash_at(self._store, ahead)), now=now)
+            hash_ = hash_of_other_history(now) if held.whole else None
+            self._writer.hold(held.revision, Point(ahead, hash_at(self._store, ahead)), now=now, hash_=hash_)
+            head = self._writer.head()
+        # Only now: if the table cannot be written, the change is worked out again, and the hold noted then.
+        base = waiting.base if head is None else Point(head.revision, head.hash)
+        self._waiting, self._confirmed = waiting._replace(base=base), False
+        self._hit.clear()
         if before is not None and before.held == held:
             return
         whole = "all that the store holds up to " if held.whole else ""
@@ -269,8 +286,9 @@ class Follower:
         )
 
     def _say_other(self, head: Head) -> None:
-        at = head._replace(held=0, ahead=0, ahead_hash=b"", generation=0)
-        if self._other == at:
+        at = (head.revision, head.hash, head.store)
+        held_already = other_history_since(head) is not None and ahead_of(head, self._store) > 0
+        if self._other == at or held_already:
             return
         self._other = at
         self.histories += 1
@@ -341,7 +359,10 @@ class Follower:
         ahead: what is older must not come back in its place."""
         ahead = ahead_of(head, self._store)
         later = [change for change in every if revision < change.revision <= ahead and change.key in newest]
-        return {change.key for change in later if is_in_table(self._reader, change.key, change.after)}
+        # Of what cannot be read it is not known: it stays denied until the later revision itself is taken in.
+        return {
+            change.key for change in later if is_in_table(self._reader, change.key, change.after, damaged=True)
+        }
 
     def _quickly(self, records: Iterable[tuple[str, str]]) -> Iterator[Loadable]:
         """The records that can be read, in their order; attachments as bytes where that can be done."""

@@ -3,9 +3,27 @@ again after a backup was restored and written on."""
 
 from __future__ import annotations
 
+from datetime import datetime
+from typing import Final
+
 from portward.store.protocol import CONFIRMED, Store, named, readable
 from portward.table import layout
 from portward.table.reader import Reader
+
+# What the hash in the head of a table begins with while another history is held: no hash of a log (SHA-256) looks
+# like this. The last 8 bytes say when the hold was noted, in microseconds since 1970.
+_OTHER_HISTORY: Final = b"\xff" * 24
+
+
+def hash_of_other_history(noted: datetime) -> bytes:
+    """The hash for the head of a table that holds back another history than its own, since `noted`. No log has it,
+    so the table is in no history until everything was read anew."""
+    return _OTHER_HISTORY + layout.microseconds(noted).to_bytes(8, "big")
+
+
+def other_history_since(head: layout.Head) -> int | None:
+    """When it was noted that another history is held, in microseconds since 1970; None if none is."""
+    return int.from_bytes(head.hash[24:], "big") if head.hash.startswith(_OTHER_HISTORY) else None
 
 
 def hash_at(store: Store, revision: int) -> bytes:
@@ -15,7 +33,10 @@ def hash_at(store: Store, revision: int) -> bytes:
 
 def same_history(head: layout.Head, store: Store) -> bool:
     """Whether the store's log still has every entry that the table was written from; raises StoreError."""
-    if head.store != store.identity() or head.hash != hash_at(store, head.revision):
+    # A store that ends before has no hash there, and the table has none of a revision whose entry lost it.
+    if head.store != store.identity() or head.revision > store.revision():
+        return False
+    if head.hash != hash_at(store, head.revision):
         return False
     return not head.ahead or bool(ahead_of(head, store))
 
@@ -23,13 +44,21 @@ def same_history(head: layout.Head, store: Store) -> bool:
 def ahead_of(head: layout.Head, store: Store) -> int:
     """The revision up to which denials were taken in ahead of a held change; 0 if none were, or if the store's log
     has another entry there. Raises StoreError."""
-    return head.ahead if head.ahead and head.ahead_hash == hash_at(store, head.ahead) else 0
+    if not 0 < head.ahead <= store.revision():
+        return 0
+    return head.ahead if head.ahead_hash == hash_at(store, head.ahead) else 0
 
 
-def is_in_table(reader: Reader, key: str, body: str | None) -> bool:
-    """Whether the table holds under a key what a change of the store has left there; None: nothing."""
+def is_in_table(reader: Reader, key: str, body: str | None, *, damaged: bool = False) -> bool:
+    """Whether the table holds under a key what a change of the store has left there; None: nothing. `damaged` is
+    the answer if the table holds something there that cannot be read."""
     record = named(key) if body is None else readable(key, body)
-    return record is not None and reader.record_like(record) == (None if body is None else record)
+    if record is None:
+        return False
+    try:
+        return reader.record_like(record) == (None if body is None else record)
+    except layout.DamagedError:
+        return damaged
 
 
 def count_in_table(reader: Reader, store: Store, revision: int) -> tuple[int, int]:

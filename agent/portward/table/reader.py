@@ -220,28 +220,22 @@ class Reader:
                     return self._number(transaction, record.id)
                 case Exemption():
                     return self._number(transaction, record.subscription)
-            entry = self._entry_at(transaction, record)
-            return None if entry is None else entry.subscription
+            row = self._row_at(transaction, record)
+            return None if row is None else self._closed_if_damaged(row).subscription
 
     def record_like(self, record: Record) -> Record | None:
-        """The record that the table holds under the key of this one."""
+        """The record that the table holds under the key of this one; None: nothing. Raises DamagedError if there
+        is something that cannot be read, so that it is not known what it was."""
         with self._snapshot_of() as transaction:
             if isinstance(record, Attachment):
-                entry = self._entry_at(transaction, record)
-                account = None if entry is None else self._account(transaction, entry.subscription)
-                if entry is None or account is None:
-                    return None
-                workload = Workload.PAAS if entry.paas else Workload.VM
-                return Attachment(
-                    segment=record.segment, address=record.address, subscription=account.id, workload=workload,
-                    started=layout.instant(entry.started),
-                )  # fmt: skip
+                row = self._row_at(transaction, record)
+                return None if row is None else self._attachment_in(transaction, row, record)
             number = self._number(
                 transaction, record.id if isinstance(record, Subscription) else record.subscription
             )
-            account = None if number is None else self._account(transaction, number)
-            if account is None:
+            if number is None:
                 return None
+            account = self._whole_account(transaction, number)
             return account.subscription if isinstance(record, Subscription) else account.exemption
 
     def counts(self) -> tuple[int, int]:
@@ -282,14 +276,24 @@ class Reader:
         with self._begin() as transaction:
             yield transaction
 
-    def _entry_at(self, transaction: Transaction, attachment: Attachment) -> layout.Entry | None:
-        """The entry of the very prefix of an attachment."""
+    def _row_at(self, transaction: Transaction, attachment: Attachment) -> bytes | None:
+        """The row of the entry of the very prefix of an attachment."""
         segment = transaction.get(encoded(attachment.segment), db=self._parts[b"segments"])
         if segment is None:
             return None
         place = layout.place(int.from_bytes(segment, "big"), attachment.address)
-        row = Rows(transaction, self._parts[layout.ENTRIES[layout.address_bytes(place)]]).find(place)
-        return None if row is None else layout.Entry.of(row)
+        return Rows(transaction, self._parts[layout.ENTRIES[layout.address_bytes(place)]]).find(place)
+
+    def _attachment_in(self, transaction: Transaction, row: bytes, like: Attachment) -> Attachment:
+        """The attachment in a row, under the key of `like`; raises DamagedError."""
+        entry = layout.Entry.of(row)
+        return Attachment(
+            segment=like.segment,
+            address=like.address,
+            subscription=self._whole_account(transaction, entry.subscription).id,
+            workload=Workload.PAAS if entry.paas else Workload.VM,
+            started=layout.instant(entry.started),
+        )
 
     def _number(self, transaction: Transaction, id_: UUID) -> int | None:
         """The table's number of a subscription."""
@@ -389,6 +393,13 @@ class Reader:
     def _account(self, transaction: Transaction, subscription: int) -> Account | None:
         data = transaction.get(layout.number(subscription), db=self._parts[b"accounts"])
         return None if data is None else self._account_in(data)
+
+    def _whole_account(self, transaction: Transaction, subscription: int) -> Account:
+        """The account with this number; raises DamagedError if there is none, or none that can be read."""
+        account = self._account(transaction, subscription)
+        if account is None:
+            raise layout.DamagedError(f"no account that can be read has the number {subscription}")
+        return account
 
     def _account_in(self, data: bytes) -> Account | None:
         try:

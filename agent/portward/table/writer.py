@@ -237,10 +237,12 @@ class Writer:
             lambda edit: edit.replace(records), now, fields=fields, whole=True, check=check, anew=True
         )
 
-    def hold(self, revision: int, ahead: Point, *, now: datetime) -> None:
+    def hold(self, revision: int, ahead: Point, *, now: datetime, hash_: bytes | None = None) -> None:
         """Notes that `revision` of the store is held, and that denials behind it are in force up to `ahead`.
-        Raises TableError."""
-        fields = {"held": revision, "ahead": ahead.revision, "ahead_hash": ahead.hash}
+        `hash_` takes the place of the hash of the table's own revision. Raises TableError."""
+        fields: dict[str, Any] = {"held": revision, "ahead": ahead.revision, "ahead_hash": ahead.hash}
+        if hash_ is not None:
+            fields["hash"] = hash_
         self._commit(lambda edit: None, now, fields=fields)
 
     def tighten(

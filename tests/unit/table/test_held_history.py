@@ -1,0 +1,147 @@
+"""A held change and the store's history: a backup that is restored while one is held, and what follows."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from portward.model import Reason, Standing
+from portward.store.protocol import Put, confirmation
+from portward.table.database import TableError
+from portward.table.follower import Follower
+from portward.table.layout import Head
+from portward.table.writer import Writer
+from unit.store.samples import put
+from unit.table.test_behind import CUSTOMERS, DAY, MISTAKE, OTHERS, Gateway, revoked
+from unit.table.test_history import backup
+from unit.table.test_table import AZURE, ENFORCE, NOW, attachment, reason, subscription
+
+# A prefix that may send, and one inside it that may not.
+WIDE, INSIDE = attachment("10.0.9.0/24", 41), attachment("10.0.9.0/25", 98)
+TAKEN_BACK = [put(subscription(number)) for number in range(1, 41)]
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Gateway]:
+    """One that stands at revision 1."""
+    with closing(Gateway(tmp_path)) as found:
+        found.write(*CUSTOMERS, *OTHERS, subscription(41), WIDE, INSIDE)
+        yield found
+
+
+def head_of(gateway: Gateway) -> Head:
+    head = gateway.writer.head()
+    assert head is not None
+    return head
+
+
+def restore(gateway: Gateway, source: Path) -> None:
+    """As `sqlite3 .restore` does, beside a running agent."""
+    backup(source, gateway.folder / "portward.db")
+    gateway.follow()
+
+
+def as_loaded_at_once(gateway: Gateway, source: str) -> Reason:
+    """The reason for a source in a table that is read from the store anew."""
+    with closing(Writer(gateway.folder / "fresh", AZURE, ENFORCE)) as fresh:
+        fresh.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
+        Follower(gateway.store, fresh).step(NOW)
+        return reason(fresh, source)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_denials_of_a_lost_history_stay_until_everything_is_read_anew(gateway: Gateway, restarted: bool) -> None:
+    """The lost revision 3 had removed both prefixes, early. The restored history puts only the wide one again, so
+    the table must not be taken for one of that history: it has no denied prefix inside."""
+    gateway.write(*MISTAKE)
+    backup(gateway.folder / "portward.db", gateway.folder / "backup.db")
+    gateway.write(Put("attachments/vni1/10.0.9.0/24", None), Put("attachments/vni1/10.0.9.0/25", None), revoked())
+    assert gateway.ahead() == 3
+    assert not gateway.allows("10.0.1.1")
+    if restarted:
+        gateway.restart()
+    restore(gateway, gateway.folder / "backup.db")
+    assert gateway.follower.held is not None
+    assert gateway.follower.held.whole
+    gateway.write(*TAKEN_BACK, put(attachment("10.0.9.0/24", 41, started=NOW - DAY)))
+    assert gateway.held() == 0
+    assert gateway.follower.in_step
+    assert not gateway.allows("10.0.9.1")
+    assert gateway.allows("10.0.9.129")
+    assert gateway.allows("10.0.1.1"), "the lost revocation is not in the store"
+    for source in ("10.0.9.1", "10.0.9.129", "10.0.1.1"):
+        assert reason(gateway.writer, source) is as_loaded_at_once(gateway, source)
+
+
+def test_a_history_that_is_held_is_worked_out_and_counted_once(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup(gateway.folder / "portward.db", gateway.folder / "backup.db")
+    gateway.write(*MISTAKE, confirmation(2))
+    restore(gateway, gateway.folder / "backup.db")
+    assert gateway.held() == 1
+    monkeypatch.setattr(gateway.writer, "replace", None)  # it would raise
+    gateway.write(subscription(97, standing=Standing.DISABLED))
+    gateway.follow()
+    assert (gateway.held(), gateway.follower.histories) == (1, 1)
+    assert head_of(gateway).ahead == 2
+
+
+def test_a_backup_without_the_newest_early_denials_is_another_history(gateway: Gateway) -> None:
+    """It has what the held change was worked out from, and not all that the table was told since. What is written
+    to it then is enforced and can be confirmed."""
+    gateway.write(*MISTAKE)
+    gateway.write(subscription(97, standing=Standing.DISABLED))
+    backup(gateway.folder / "portward.db", gateway.folder / "backup.db")
+    gateway.write(subscription(98, standing=Standing.DISABLED))
+    assert gateway.ahead() == 4
+    restore(gateway, gateway.folder / "backup.db")
+    assert gateway.follower.held is not None
+    assert gateway.follower.held.whole
+    gateway.write(revoked())
+    assert not gateway.allows("10.0.1.1")
+    gateway.write(subscription(41, standing=Standing.DISABLED))
+    assert not gateway.allows("10.0.9.129")
+    assert gateway.allows("10.0.0.1")
+    gateway.write(confirmation(gateway.store.revision() + 1))
+    assert (gateway.held(), gateway.follower.in_step) == (0, True)
+    assert not gateway.allows("10.0.0.1")
+    assert not gateway.allows("10.0.1.1")
+
+
+def test_a_hold_that_could_not_be_noted_is_noted_by_the_next_step(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise TableError("No space left on device")
+
+    with monkeypatch.context() as once:
+        once.setattr(gateway.writer, "hold", full)
+        with pytest.raises(TableError):
+            gateway.write(*MISTAKE)
+        assert gateway.held() == 0
+    gateway.follow()
+    assert (gateway.held(), head_of(gateway).held) == (2, 2)
+    gateway.write(revoked())
+    assert not gateway.allows("10.0.1.1")
+
+
+def test_a_store_that_ends_before_the_table_is_another_history(tmp_path: Path) -> None:
+    """Also if the log had lost the hash of the revision that the table stands at."""
+    with closing(Gateway(tmp_path, 1.0)) as gateway:
+        gateway.write(*CUSTOMERS)
+        gateway.write(subscription(1, standing=Standing.DISABLED))
+        backup(tmp_path / "portward.db", tmp_path / "backup.db")
+        gateway.write(subscription(1))
+        with closing(sqlite3.connect(tmp_path / "portward.db")) as connection, connection:
+            connection.execute("DROP TRIGGER revision_stays")
+            connection.execute("UPDATE revision SET hash = x'00' WHERE number = 3")
+        gateway.follow()
+        assert gateway.allows("10.0.0.1")
+        restore(gateway, tmp_path / "backup.db")
+        assert not gateway.allows("10.0.0.1")
+        assert (head_of(gateway).revision, gateway.follower.in_step) == (2, True)
