@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -187,3 +188,60 @@ def test_a_map_that_a_child_has_made_larger_is_taken_over(store: SqliteStore, tm
         assert finding.reason.allows
     finally:
         writer.close()
+
+
+class Slow:
+    """The LMDB environment of a process that waits to write: another process does `meanwhile` before."""
+
+    def __init__(self, environment: Any, meanwhile: Callable[[], object]) -> None:
+        self._environment, self._meanwhile = environment, [meanwhile]
+
+    def begin(self, *, write: bool = False) -> Any:
+        """Begins a transaction; what another process does comes before the first one that writes."""
+        if write and self._meanwhile:
+            self._meanwhile.pop()()
+        return self._environment.begin(write=write)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._environment, name)
+
+
+def test_a_commit_of_another_process_just_before_ones_own_is_kept(
+    store: SqliteStore, writer: Writer, tmp_path: Path
+) -> None:
+    """A bulk change whose daemon was killed may still commit, once the next daemon has opened the table."""
+    Follower(store, writer).step(NOW)
+    before = writer.head()
+    assert before is not None
+    write(store, subscription(1, Standing.DISABLED))
+    writer._environment = cast("Any", Slow(writer._environment, lambda: Bulk().run(job(tmp_path))))
+    settled = writer.settle(now=NOW)
+    after = writer.head()
+    assert after is not None
+    assert (after.revision, after.generation) == (2, (before.generation + 1) % 2**32)
+    assert (settled.revision, settled.generation) == (after.revision, after.generation)
+
+
+def test_a_change_that_was_worked_out_from_an_older_table_is_not_taken_in(
+    store: SqliteStore, writer: Writer, tmp_path: Path
+) -> None:
+    """It would bring back what a later revision has changed, which another process took in meanwhile."""
+    Follower(store, writer).step(NOW)
+    write(store, subscription(1, Standing.PAST_DUE))
+
+    def meanwhile() -> None:
+        other = SqliteStore(tmp_path / "portward.db")
+        write(other, subscription(1, Standing.DISABLED))
+        other.close()
+        Bulk().run(job(tmp_path))
+
+    follower = Follower(store, writer)
+    writer._environment = cast("Any", Slow(writer._environment, meanwhile))
+    with pytest.raises(TableError, match="another process has changed the policy table"):
+        follower.step(NOW)
+    head, account = writer.head(), writer.reader().account_of(UUID(int=1))
+    assert head is not None
+    assert account is not None
+    assert (head.revision, account.subscription) == (3, subscription(1, Standing.DISABLED))
+    assert follower.step(NOW) is None, "nothing is left to be done"
+    assert follower.in_step
