@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
@@ -12,7 +14,8 @@ from uuid import UUID
 
 import pytest
 
-from portward.bulk import Bulk, Job
+from portward import bulk as module
+from portward.bulk import Bulk, Job, Outcome
 from portward.errors import StoreError
 from portward.model import Attachment, Record, Standing, Subscription
 from portward.policy import preset as presets
@@ -21,7 +24,7 @@ from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower
-from portward.table.writer import Answers, Writer
+from portward.table.writer import Answers, Committed, Writer
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ANSWERS = Answers(observe=False, reject=False)
@@ -245,3 +248,34 @@ def test_a_change_that_was_worked_out_from_an_older_table_is_not_taken_in(
     assert (head.revision, account.subscription) == (3, subscription(1, Standing.DISABLED))
     assert follower.step(NOW) is None, "nothing is left to be done"
     assert follower.in_step
+
+
+def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Has `code` (Python) run in place of the child of a bulk change."""
+    monkeypatch.setattr(module, "PYTHON", (sys.executable, "-I", "-c", code, "--"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_child_that_is_killed_while_it_writes_its_outcome_is_an_error_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    whole = pickle.dumps(Outcome(Committed(5, 6, tuple(range(30_000))), refused=3))
+    (tmp_path / "outcome").write_bytes(whole[: int(len(whole) * share)])
+    child(
+        monkeypatch,
+        "import os, sys; sys.stdin.buffer.read(1);"
+        f"sys.stdout.buffer.write(open({str(tmp_path / 'outcome')!r}, 'rb').read());"
+        "sys.stdout.flush(); os.kill(os.getpid(), 9)",
+    )
+    with pytest.raises(TableError, match=r"the process of a bulk change ended \(-9\)"):
+        Bulk().run(job(tmp_path))
+
+
+def test_a_child_that_ends_before_it_has_read_its_job_is_an_error_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child(monkeypatch, "raise SystemExit(3)")
+    # More than a pipe holds.
+    large = job(tmp_path)._replace(store="x" * (1 << 20))
+    with pytest.raises(TableError, match=r"the process of a bulk change ended \(3\)"):
+        Bulk().run(large)
