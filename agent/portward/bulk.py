@@ -81,16 +81,11 @@ class Bulk:
             except OSError as error:
                 raise TableError(f"{job.table}: no process for a bulk change: {error.strerror}") from error
             self._process = process
-        assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018 # asked for above
-        with process:
-            # Its standard input stays open: it ends when this one does.
-            process.stdin.write(pickle.dumps(job))
-            process.stdin.flush()
-            data = process.stdout.read()
-        if not data:
-            raise TableError(f"{job.table}: the process of a bulk change ended ({process.returncode})")
-        outcome = pickle.loads(data)  # noqa: S301 # from our own child
-        assert isinstance(outcome, Outcome)  # noqa: S101 # as `main` writes it
+        try:
+            outcome = _told(process, job)
+        except (pickle.UnpicklingError, EOFError, BrokenPipeError) as error:
+            # It was killed, perhaps while it wrote its outcome. If it has committed, the kernel is found behind.
+            raise TableError(f"{job.table}: the process of a bulk change ended ({process.returncode})") from error
         return _checked(outcome, job)
 
     @property
@@ -104,6 +99,20 @@ class Bulk:
             self._stopped = True
             if self._process is not None:
                 self._process.kill()
+
+
+def _told(process: subprocess.Popen[bytes], job: Job) -> Outcome:
+    """Gives the child its job, and waits for its outcome and its end. Raises BrokenPipeError, EOFError or
+    UnpicklingError if it ended before it had read or written all."""
+    assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018 # asked for in `run`
+    with process:
+        # Its standard input stays open: it ends when this one does.
+        process.stdin.write(pickle.dumps(job))
+        process.stdin.flush()
+        data = process.stdout.read()
+    outcome = pickle.loads(data)  # noqa: S301 # from our own child
+    assert isinstance(outcome, Outcome)  # noqa: S101 # as `main` writes it
+    return outcome
 
 
 def _checked(outcome: Outcome, job: Job) -> Outcome:

@@ -259,6 +259,7 @@ class Daemon:
         await reading
         tried: datetime | None = None
         due: datetime | None = None
+        again = time.monotonic()
         while True:
             # What could not be settled is tried again each second, and not all the time.
             pause = _POLL_SECONDS if due in (None, tried) else (due - self._core.clock.now()).total_seconds()
@@ -266,11 +267,15 @@ class Daemon:
             changed = True
             while changed:
                 changed, due = await self._policy_step(lambda: (self._core.sync(), self._core.next_expiry()))
-            if due is not None and due <= self._core.clock.now():
-                await self._policy_step(self._core.settle)
-                tried = due
-            if self._core.links_due:
-                await self._policy_step(self._core.retry_links)
+                # Also between two changes: a store that always has another one must not keep grants from ending.
+                retry = not changed or time.monotonic() >= again
+                if due is not None and due <= self._core.clock.now() and (retry or due != tried):
+                    await self._policy_step(self._core.settle)
+                    tried = due
+                if retry:
+                    again = time.monotonic() + _POLL_SECONDS
+                    if self._core.links_due:
+                        await self._policy_step(self._core.retry_links)
 
     async def _follow_config(self) -> None:
         while True:

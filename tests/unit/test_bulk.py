@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
 
-from portward.bulk import Bulk, Job
+from portward import bulk as module
+from portward.bulk import Bulk, Job, Outcome
 from portward.errors import StoreError
 from portward.model import Attachment, Record, Standing, Subscription
 from portward.policy import preset as presets
@@ -20,7 +24,7 @@ from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower
-from portward.table.writer import Answers, Writer
+from portward.table.writer import Answers, Committed, Writer
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ANSWERS = Answers(observe=False, reject=False)
@@ -187,3 +191,91 @@ def test_a_map_that_a_child_has_made_larger_is_taken_over(store: SqliteStore, tm
         assert finding.reason.allows
     finally:
         writer.close()
+
+
+class Slow:
+    """The LMDB environment of a process that waits to write: another process does `meanwhile` before."""
+
+    def __init__(self, environment: Any, meanwhile: Callable[[], object]) -> None:
+        self._environment, self._meanwhile = environment, [meanwhile]
+
+    def begin(self, *, write: bool = False) -> Any:
+        """Begins a transaction; what another process does comes before the first one that writes."""
+        if write and self._meanwhile:
+            self._meanwhile.pop()()
+        return self._environment.begin(write=write)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._environment, name)
+
+
+def test_a_commit_of_another_process_just_before_ones_own_is_kept(
+    store: SqliteStore, writer: Writer, tmp_path: Path
+) -> None:
+    """A bulk change whose daemon was killed may still commit, once the next daemon has opened the table."""
+    Follower(store, writer).step(NOW)
+    before = writer.head()
+    assert before is not None
+    write(store, subscription(1, Standing.DISABLED))
+    writer._environment = cast("Any", Slow(writer._environment, lambda: Bulk().run(job(tmp_path))))
+    settled = writer.settle(now=NOW)
+    after = writer.head()
+    assert after is not None
+    assert (after.revision, after.generation) == (2, (before.generation + 1) % 2**32)
+    assert (settled.revision, settled.generation) == (after.revision, after.generation)
+
+
+def test_a_change_that_was_worked_out_from_an_older_table_is_not_taken_in(
+    store: SqliteStore, writer: Writer, tmp_path: Path
+) -> None:
+    """It would bring back what a later revision has changed, which another process took in meanwhile."""
+    Follower(store, writer).step(NOW)
+    write(store, subscription(1, Standing.PAST_DUE))
+
+    def meanwhile() -> None:
+        other = SqliteStore(tmp_path / "portward.db")
+        write(other, subscription(1, Standing.DISABLED))
+        other.close()
+        Bulk().run(job(tmp_path))
+
+    follower = Follower(store, writer)
+    writer._environment = cast("Any", Slow(writer._environment, meanwhile))
+    with pytest.raises(TableError, match="another process has changed the policy table"):
+        follower.step(NOW)
+    head, account = writer.head(), writer.reader().account_of(UUID(int=1))
+    assert head is not None
+    assert account is not None
+    assert (head.revision, account.subscription) == (3, subscription(1, Standing.DISABLED))
+    assert follower.step(NOW) is None, "nothing is left to be done"
+    assert follower.in_step
+
+
+def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Has `code` (Python) run in place of the child of a bulk change."""
+    monkeypatch.setattr(module, "PYTHON", (sys.executable, "-I", "-c", code, "--"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_child_that_is_killed_while_it_writes_its_outcome_is_an_error_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    whole = pickle.dumps(Outcome(Committed(5, 6, tuple(range(30_000))), refused=3))
+    (tmp_path / "outcome").write_bytes(whole[: int(len(whole) * share)])
+    child(
+        monkeypatch,
+        "import os, sys; sys.stdin.buffer.read(1);"
+        f"sys.stdout.buffer.write(open({str(tmp_path / 'outcome')!r}, 'rb').read());"
+        "sys.stdout.flush(); os.kill(os.getpid(), 9)",
+    )
+    with pytest.raises(TableError, match=r"the process of a bulk change ended \(-9\)"):
+        Bulk().run(job(tmp_path))
+
+
+def test_a_child_that_ends_before_it_has_read_its_job_is_an_error_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child(monkeypatch, "raise SystemExit(3)")
+    # More than a pipe holds.
+    large = job(tmp_path)._replace(store="x" * (1 << 20))
+    with pytest.raises(TableError, match=r"the process of a bulk change ended \(3\)"):
+        Bulk().run(large)

@@ -11,15 +11,18 @@ import errno
 import logging
 import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from portward import answering, daemon
 from portward import config as configuration
+from portward.clock import Clock
 from portward.daemon import Daemon, missing
 from portward.errors import KernelError, PortwardError
 from portward.gateway import namespacelock
@@ -32,6 +35,7 @@ from portward.runtime import read_status
 from unit.test_core import LINKS, MAY, Ground, subscription
 
 SECONDS = 20.0
+CHANGES = 100
 
 
 class FakeWorker(Worker):
@@ -362,3 +366,64 @@ def test_interfaces_that_are_not_there_are_named(running: Running) -> None:
     links = Links({9: "up0"}, frozenset())
     assert missing(running.config, links) == ["segments: no interface 'vni*' is there now"]
     assert missing(running.config, LINKS) == []
+
+
+class Churning:
+    """A core whose store always has something new, with a grant that has ended and interfaces that are not
+    written; it notes what is done."""
+
+    def __init__(self, enough: asyncio.Event) -> None:
+        self.clock, self.done, self._enough = Clock(None), Counter[str](), enough
+        self.ended = self.clock.now()
+        self.links_due = True
+
+    def bell(self) -> None:
+        """There is none."""
+
+    def sync(self) -> bool:
+        """Takes a change in."""
+        self.done["sync"] += 1
+        if self.done["sync"] == CHANGES:
+            self._enough.set()
+        return True
+
+    def next_expiry(self) -> datetime:
+        """The end of the grant, which cannot be written."""
+        return self.ended
+
+    def settle(self) -> None:
+        """Fails."""
+        self.done["settle"] += 1
+
+    def retry_links(self) -> None:
+        """Fails as well."""
+        self.done["retry_links"] += 1
+
+
+def test_a_store_that_always_has_another_change_keeps_no_grant_from_ending(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor interfaces from being written. What fails is tried again after a pause, and not after each change."""
+    monkeypatch.setattr(daemon, "_POLL_SECONDS", 3600.0)
+    monkeypatch.setattr(daemon, "_readable", lambda *_: asyncio.sleep(0))  # the bell has rung
+
+    async def follow() -> Counter[str]:
+        enough = asyncio.Event()
+        followed = Daemon(running.path, running.config)
+        followed._core = core = cast("Any", Churning(enough))
+
+        async def step(work: Callable[[], Any]) -> Any:
+            await asyncio.sleep(0)
+            return work()
+
+        monkeypatch.setattr(followed, "_policy_step", step)
+        reading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        reading.set_result(None)
+        following = asyncio.create_task(followed._follow_store(reading))
+        async with asyncio.timeout(SECONDS):
+            await enough.wait()
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        return cast("Counter[str]", core.done)
+
+    assert asyncio.run(follow()) == {"sync": CHANGES, "settle": 1, "retry_links": 1}

@@ -173,17 +173,20 @@ class Follower:
 
     def _hold(self, waiting: Waiting, before: Waiting | None, now: datetime) -> None:
         held, head = waiting.held, self._writer.head()
-        ahead = 0 if head is None else ahead_of(head, self._store)
+        if head is None or Point(head.revision, head.hash) != waiting.base:
+            return  # another process has moved the table on: the next step works it out again
+        ahead = ahead_of(head, self._store)
         # Denials of the lost history may be in the table, and `ahead` is now of the store's: without its own hash,
         # the table would be taken for one of the store's history as soon as that has the table's revision.
-        lost = head is None or (held.whole and other_history_since(head) is None)
-        if head is None or lost or head.held != held.revision or ahead < held.revision:
+        lost = held.whole and other_history_since(head) is None
+        if lost or head.held != held.revision or ahead < held.revision:
             ahead = max(ahead, held.revision)
             hash_ = hash_of_other_history(now) if held.whole else None
-            self._writer.hold(held.revision, Point(ahead, hash_at(self._store, ahead)), now=now, hash_=hash_)
-            head = self._writer.head()
+            point = Point(ahead, hash_at(self._store, ahead))
+            self._writer.hold(held.revision, point, now=now, hash_=hash_, since=head)
         # Only now: if the table cannot be written, the change is worked out again, and the hold noted then.
-        base = waiting.base if head is None else Point(head.revision, head.hash)
+        noted = self._writer.head() or head
+        base = Point(noted.revision, noted.hash)
         self._waiting, self._confirmed = waiting._replace(base=base), False
         self._hit.clear()
         if before is not None and before.held == held:
@@ -206,12 +209,14 @@ class Follower:
             if up_to_confirmation and _confirmed_in(batch) >= head.held:
                 self._confirmed = True
                 return None
-            committed = self._tighten(number, batch, head.held, now)
+            committed = self._tighten(number, batch, head, now)
             if committed.new:
                 return committed
+            head = head._replace(ahead=number, ahead_hash=hash_at(self._store, number))
         return None
 
-    def _tighten(self, number: int, batch: list[Change], held: int, now: datetime) -> Committed:
+    def _tighten(self, number: int, batch: list[Change], since: Head, now: datetime) -> Committed:
+        held = since.held
         put, removed = _records(batch)
         if (waiting := self._waiting) is not None:
             about = {self._reader.number_of(record) for record in (*put, *removed)}
@@ -219,7 +224,7 @@ class Follower:
         ahead = Point(number, hash_at(self._store, number))
         alone = any(confirmed_alone(change.after) == number for change in batch if change.key == CONFIRMED)
         try:
-            committed = self._writer.tighten(put, removed, ahead=ahead, now=now, confirmed=alone)
+            committed = self._writer.tighten(put, removed, ahead=ahead, now=now, confirmed=alone, since=since)
         except HeldError as error:
             _log.error("revision %d %s: it waits behind the held revision %d", number, error, held)
             head = self._writer.head()
@@ -352,7 +357,9 @@ class Follower:
         gone = (named(change.key) for change in newest.values() if change.after is None)
         removed = [record for record in gone if record is not None]
         hash_ = hash_at(self._store, revision)
-        return self._writer.apply(list(put), removed, revision=revision, hash_=hash_, now=now, confirmed=sure)
+        return self._writer.apply(
+            list(put), removed, revision=revision, hash_=hash_, now=now, confirmed=sure, since=head
+        )
 
     def _early_keys(self, newest: dict[str, Change], every: list[Change], revision: int, head: Head) -> set[str]:
         """The keys of which the table holds what a revision after `revision` left them with, which was taken in

@@ -150,8 +150,14 @@ class Writer:
     def head(self) -> layout.Head | None:
         """What the table agrees with; None where it holds no policy yet, or one of another format."""
         with self._reading() as transaction:
-            data = transaction.get(layout.HEAD)
-            return None if data is None else layout.Head.unpack(data)
+            return _head_in(transaction)
+
+    def _writing(self) -> Transaction:
+        try:
+            return self._environment.begin(write=True)
+        except MapResizedError:
+            self._environment.set_mapsize(0)
+            return self._environment.begin(write=True)
 
     def _reading(self) -> Transaction:
         try:
@@ -199,22 +205,22 @@ class Writer:
         now: datetime,
         hash_: bytes = layout.NO_HASH,
         confirmed: bool = False,
+        since: layout.Head | None = None,
     ) -> Committed:
         """Takes a change of policy in; the table then stands at `revision` of its store, whose log has `hash_`
-        there. Raises TableError, and HeldError."""
+        there. `since`: the head that the change was worked out from. Raises HeldError, and TableError, also if
+        another process has changed the table since then."""
         put, removed = tuple(put), tuple(removed)
-        head = self.head()
-        behind = head is not None and head.ahead > revision
         fields: dict[str, Any] = {"revision": revision, "hash": hash_, "held": 0}
-        if not behind:
-            fields |= {"ahead": 0, "ahead_hash": layout.NO_HASH}
 
-        def work(edit: Edit) -> None:
+        def work(edit: Edit, head: layout.Head | None) -> None:
             edit.apply(put, removed)
-            if not behind:
+            if head is None or head.ahead <= revision:
+                fields.update(ahead=0, ahead_hash=layout.NO_HASH)
                 edit.end_early()
 
-        return self._commit(work, now, fields=fields, check=None if confirmed else self._check_change)
+        check = None if confirmed else self._check_change
+        return self._commit(work, now, fields=fields, check=check, since=since)
 
     def replace(
         self,
@@ -234,16 +240,25 @@ class Writer:
         fields |= {"held": 0, "ahead": 0, "ahead_hash": layout.NO_HASH}
         check = None if confirmed else self._check_change
         return self._commit(
-            lambda edit: edit.replace(records), now, fields=fields, whole=True, check=check, anew=True
+            lambda edit, head: edit.replace(records), now, fields=fields, whole=True, check=check, anew=True
         )
 
-    def hold(self, revision: int, ahead: Point, *, now: datetime, hash_: bytes | None = None) -> None:
+    def hold(
+        self,
+        revision: int,
+        ahead: Point,
+        *,
+        now: datetime,
+        hash_: bytes | None = None,
+        since: layout.Head | None = None,
+    ) -> None:
         """Notes that `revision` of the store is held, and that denials behind it are in force up to `ahead`.
-        `hash_` takes the place of the hash of the table's own revision. Raises TableError."""
+        `hash_` takes the place of the hash of the table's own revision; `since` as for `apply`. Raises
+        TableError."""
         fields: dict[str, Any] = {"held": revision, "ahead": ahead.revision, "ahead_hash": ahead.hash}
         if hash_ is not None:
             fields["hash"] = hash_
-        self._commit(lambda edit: None, now, fields=fields)
+        self._commit(lambda edit, head: None, now, fields=fields, since=since)
 
     def tighten(
         self,
@@ -253,15 +268,16 @@ class Writer:
         ahead: Point,
         now: datetime,
         confirmed: bool = False,
+        since: layout.Head | None = None,
     ) -> Committed:
         """Takes in what a revision behind the held one makes stricter, and nothing that frees a source. The
         table's own revision stays. If it would refuse too many subscriptions, nothing goes in unless it is
-        `confirmed`, and HeldError is raised once `ahead` is noted. Raises TableError."""
+        `confirmed`, and HeldError is raised once `ahead` is noted. `since` as for `apply`. Raises TableError."""
         put, removed = tuple(put), tuple(removed)
         held: HeldError | None = None
         chosen: list[Group] | None = None
 
-        def work(edit: Edit) -> None:
+        def work(edit: Edit, head: layout.Head | None) -> None:
             nonlocal chosen
             if chosen is None:
                 chosen = groups(put, removed, edit.owner_of)
@@ -276,7 +292,7 @@ class Writer:
         while True:
             try:
                 fields = {"ahead": ahead.revision, "ahead_hash": ahead.hash}
-                committed = self._commit(work, now, fields=fields, check=check)
+                committed = self._commit(work, now, fields=fields, check=check, since=since)
             except _FreerError as error:
                 chosen = error.kept
             except HeldError as error:
@@ -290,9 +306,8 @@ class Writer:
         """Decides again what has changed by itself: grants that have ended, and, where preset or answers are
         not those that the table was decided under, everything. Raises TableError, and HeldError where `may_flip`
         is not given."""
-        head = self.head()
 
-        def work(edit: Edit) -> None:
+        def work(edit: Edit, head: layout.Head | None) -> None:
             ended = edit.expired(layout.microseconds(now))
             if head is None or head.preset != self.digest:
                 edit.settle_everything()
@@ -308,7 +323,7 @@ class Writer:
         `touched` meanwhile belonged to another interface, and count as changed in any case."""
         moved: set[int] = set()
 
-        def work(edit: Edit) -> None:
+        def work(edit: Edit, head: layout.Head | None) -> None:
             moved.clear()
             moved.update(edit.put_links(want, touched))
 
@@ -316,7 +331,7 @@ class Writer:
 
     def _commit(
         self,
-        work: Callable[[Edit], None],
+        work: Callable[[Edit, layout.Head | None], None],
         now: datetime,
         *,
         fields: Mapping[str, Any] | None = None,
@@ -324,10 +339,12 @@ class Writer:
         whole: bool = False,
         check: Callable[[Edit], None] | None = None,
         anew: bool = False,
+        since: layout.Head | None = None,
     ) -> Committed:
-        """`fields` go into the head. `whole`: afterwards every entry agrees with this preset, these answers and
-        this time. `check` raises after `work` what keeps the table as it was. `anew`: nothing that another version
-        wrote stays in the file, and `work` can be done only once."""
+        """`work` is given the head before it, and `fields` go into it. `whole`: afterwards every entry agrees
+        with this preset, these answers and this time. `check` raises after `work` what keeps the table as it was.
+        `anew`: nothing that another version wrote stays in the file, and `work` can be done only once. `since` as
+        for `apply`."""
 
         def ruling(subscription: Subscription | None, exemption: Exemption | None, workload: Workload) -> Ruling:
             return rule(self.preset, subscription, exemption, workload, now=now)
@@ -335,13 +352,15 @@ class Writer:
         # Workers that were killed leave their places behind, and there are only so many.
         self._environment.reader_check()
         while True:
-            before = self.head()
             try:
-                with self._environment.begin(write=True) as transaction:
+                with self._writing() as transaction:
+                    # Read here: another process may have written while this one waited for its turn.
+                    before = _head_in(transaction)
+                    self._require(since, before)
                     if anew:
                         drop_other_formats(self._environment, transaction)
                     edit = Edit(transaction, self._parts, ruling, now, self.damage)
-                    work(edit)
+                    work(edit, before)
                     if check is not None:
                         check(edit)
                     new = bool(edit.changed or edit.everything or links)
@@ -363,6 +382,12 @@ class Writer:
             edit.opens,
             edit.closes,
         )
+
+    def _require(self, since: layout.Head | None, before: layout.Head | None) -> None:
+        """Raises TableError if another process has taken a revision in, or held one, after `since`. Interfaces and
+        grants that ended may have moved the generation: that changes nothing of what a revision means."""
+        if since is not None and (before is None or _standing(since) != _standing(before)):
+            raise TableError(f"{self._folder}: another process has changed the policy table meanwhile")
 
     def _check_flips(self, edit: Edit) -> None:
         """Raises HeldError, and with it the transaction ends and leaves the table as it is."""
@@ -417,3 +442,14 @@ class Writer:
         if self._map_size > _LARGEST_MAP:
             raise TableError(f"{self._folder}: the policy table is full at {self._map_size // 2} bytes")
         self._environment.set_mapsize(self._map_size)
+
+
+def _head_in(transaction: Transaction) -> layout.Head | None:
+    """The head that a transaction sees; None if there is none, or one of another format."""
+    data = transaction.get(layout.HEAD)
+    return None if data is None else layout.Head.unpack(data)
+
+
+def _standing(head: layout.Head) -> tuple[object, ...]:
+    """Where a table stands in the history of its store."""
+    return head.store, head.revision, head.hash, head.held, head.ahead, head.ahead_hash
