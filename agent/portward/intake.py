@@ -245,9 +245,13 @@ class Intake:
             self._follower.reopened(self._store)
         assert self._follower is not None  # noqa: S101 # made with the store
         self._store.drain()
+        committed, bulk = None, False
         try:
             committed = self._follower.step(self._clock.now())
         except BulkError:
+            bulk = True
+        # Not while the error is handled: its frames keep what was read so far, and the store's snapshot with it.
+        if bulk:
             committed = self._take_in_bulk(self._follower)
         self.store_read, self.store_error = time.monotonic(), ""
         if committed is not None:

@@ -344,7 +344,7 @@ def test_it_writes_nothing_and_works_while_others_have_the_store_open(log: Path)
             }
             audit()
             assert {file: file.read_bytes() for file in files} == files
-        records.close()  # type: ignore[attr-defined] # a generator
+        records.close()
 
 
 def test_an_error_is_one_line_and_its_exit_code(log: Path) -> None:

@@ -23,6 +23,7 @@ from portward.store.flips import HeldError
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.database import TableError
+from portward.table.edit import Place
 from portward.table.follower import BulkError, Follower
 from portward.table.writer import Answers, Committed, Writer
 
@@ -259,7 +260,8 @@ def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 def test_a_child_that_is_killed_while_it_writes_its_outcome_is_an_error_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    whole = pickle.dumps(Outcome(Committed(5, 6, tuple(range(30_000))), refused=3))
+    places = tuple(Place("vni1", ip_network(f"10.{number >> 8}.{number & 255}.0/24")) for number in range(3_000))
+    whole = pickle.dumps(Outcome(Committed(5, 6, places), refused=3))
     (tmp_path / "outcome").write_bytes(whole[: int(len(whole) * share)])
     child(
         monkeypatch,

@@ -21,7 +21,7 @@ of the log, which only grows; each entry has a hash and carries that of the one 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
 from functools import lru_cache
@@ -147,7 +147,7 @@ class Store(Protocol):
     def get(self, key: str) -> str | None:
         """The record under a key."""
 
-    def read_all(self) -> tuple[int, Iterator[tuple[str, str]]]:
+    def read_all(self) -> tuple[int, Generator[tuple[str, str], None, None]]:
         """A revision, and all records (key, JSON) as they stood at it, attachments last: whoever decides
         them needs the others first. Nothing else may be asked of the store before the iterator has come to its
         end."""
@@ -158,7 +158,7 @@ class Store(Protocol):
     def history(self, key: str) -> Iterator[Change]:
         """All changes of one record, in order."""
 
-    def changes(self, since: int) -> Iterator[Change]:
+    def changes(self, since: int) -> Generator[Change, None, None]:
         """What changed after revision `since`, in order, whole revisions only."""
 
     def waits(self) -> str:

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -183,7 +183,7 @@ class SqliteStore:
             row = self._connection.execute("SELECT body FROM record WHERE key = ?", (key,)).fetchone()
         return None if row is None else _text(row[0])
 
-    def read_all(self) -> tuple[int, Iterator[tuple[str, str]]]:
+    def read_all(self) -> tuple[int, Generator[tuple[str, str], None, None]]:
         """See `Store`."""
         with self._errors():
             self._expect_same_file()
@@ -208,11 +208,11 @@ class SqliteStore:
         """See `Store`. Reads through the whole log."""
         return self._changes("WHERE key = ?", key)
 
-    def changes(self, since: int) -> Iterator[Change]:
+    def changes(self, since: int) -> Generator[Change, None, None]:
         """See `Store`. One statement, so one state of the database."""
         return self._changes("WHERE revision > ?", since)
 
-    def _changes(self, where: str, value: int | str) -> Iterator[Change]:
+    def _changes(self, where: str, value: int | str) -> Generator[Change, None, None]:
         with self._errors():
             rows = self._connection.execute(  # `where` is one of two constants
                 "SELECT revision, at, actor, key, before, after FROM change JOIN revision ON number = revision "  # noqa: S608
@@ -539,7 +539,7 @@ class SqliteStore:
             raise StoreError(f"{self._name}: {newest} is no revision that can be; restore it from a backup")
         return newest
 
-    def _records(self, reading: int) -> Iterator[tuple[str, str]]:
+    def _records(self, reading: int) -> Generator[tuple[str, str], None, None]:
         last: object = None
         try:
             with self._errors():

@@ -57,6 +57,8 @@ class Edit:
         self._accounts: dict[int, Account] = {}
         self._outcomes: dict[int, ByWorkload] = {}
         self._lengths: dict[bytes, dict[int, int]] = {}
+        # As `lengths` are written, the longest first: if they are damaged, reading them counts all entries.
+        self._covering_lengths: dict[bytes, list[int]] = {}
         # Number → UUID, of subscriptions whose account cannot be read.
         self._uuids: dict[int, UUID] = {}
         self._dirty: set[int] = set()
@@ -199,9 +201,11 @@ class Edit:
         """The entry with the most specific prefix that covers a place. Lengths as they stand after `apply`."""
         segment, longest = layout.segment_and_length(place)
         size = layout.address_bytes(place)
-        lengths = self._read_lengths(layout.family_key(segment, size), segment, size)
+        key = layout.family_key(segment, size)
+        if key not in self._covering_lengths:
+            self._covering_lengths[key] = sorted(self._read_lengths(key, segment, size), reverse=True)
         address = int.from_bytes(place[4:], "big")
-        for length in sorted(lengths, reverse=True):
+        for length in self._covering_lengths[key]:
             rest = size * 8 - length
             if length <= longest:
                 start = layout.prefix_of(segment, length) + (address >> rest << rest).to_bytes(size, "big")
@@ -486,6 +490,7 @@ class Edit:
         for key, counts in self._lengths.items():
             self._transaction.put(key, layout.pack_lengths(counts), db=self._parts[b"lengths"])
         self._lengths.clear()
+        self._covering_lengths.clear()
 
 
 def _time_of(due: bytes) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from datetime import datetime
 from itertools import groupby, islice
 from typing import Final, NamedTuple, TypeVar
@@ -35,6 +36,7 @@ from portward.store.protocol import (
     named,
     readable,
 )
+from portward.table import layout
 from portward.table.history import (
     ahead_of,
     hash_at,
@@ -69,14 +71,14 @@ class Held(NamedTuple):
 
 class Waiting(NamedTuple):
     """A held change as it was worked out, with all that the store held behind it: under which circumstances, which
-    subscriptions (the table's numbers, sorted) would have flipped, and how many fewer would be let through."""
+    subscriptions (the table's numbers, sorted) would have flipped, and how many of how many."""
 
     held: Held
     upto: Point
     base: Point
     preset: bytes
     turned: Sequence[int]
-    excess: int
+    flips: Flips
 
 
 class Follower:
@@ -166,10 +168,14 @@ class Follower:
         return same and waiting.upto.hash == hash_at(self._store, waiting.upto.revision)
 
     def _may_have_changed(self) -> bool:
-        """Whether later revisions may let the held change through: by a confirmation, or since they are about
-        enough of the subscriptions that it flips. A revision takes no more back than it is about."""
+        """Whether later revisions may let the held change through: by a confirmation, since they are about enough
+        of the subscriptions that it flips, or since there are more subscriptions now, so that more may flip. A
+        revision takes no more back than it is about."""
         waiting = self._waiting
-        return waiting is None or self._confirmed or len(self._hit) >= max(1, waiting.excess)
+        if waiting is None or self._confirmed:
+            return True
+        now = waiting.flips._replace(subscriptions=self._reader.counts()[1])
+        return len(self._hit) >= now.excess(waiting.held.share)
 
     def _hold(self, waiting: Waiting, before: Waiting | None, now: datetime) -> None:
         held, head = waiting.held, self._writer.head()
@@ -204,15 +210,16 @@ class Follower:
         ahead = 0 if head is None or not head.held else ahead_of(head, self._store)
         if head is None or not ahead or ahead >= revision:
             return None
-        for number, behind in groupby(self._store.changes(ahead), key=lambda change: change.revision):
-            batch = self._within(behind)
-            if up_to_confirmation and _confirmed_in(batch) >= head.held:
-                self._confirmed = True
-                return None
-            committed = self._tighten(number, batch, head, now)
-            if committed.new:
-                return committed
-            head = head._replace(ahead=number, ahead_hash=hash_at(self._store, number))
+        with closing(self._store.changes(ahead)) as changes:
+            for number, behind in groupby(changes, key=lambda change: change.revision):
+                batch = self._within(behind)
+                if up_to_confirmation and _confirmed_in(batch) >= head.held:
+                    self._confirmed = True
+                    return None
+                committed = self._tighten(number, batch, head, now)
+                if committed.new:
+                    return committed
+                head = head._replace(ahead=number, ahead_hash=hash_at(self._store, number))
         return None
 
     def _tighten(self, number: int, batch: list[Change], since: Head, now: datetime) -> Committed:
@@ -244,15 +251,17 @@ class Follower:
         self.in_step = False  # also while it takes long
         if head is None or not same:
             return self._take_all(head, now)
-        every = self._within(self._store.changes(head.revision))
+        with closing(self._store.changes(head.revision)) as new:
+            every = self._within(new)
         changes = _by_itself(every)
         try:
             return self._apply(changes, every, head, now)
         except HeldError as error:
-            held = error
+            # Not the error itself: it would keep this frame, and with it all changes.
+            of_all, turned = error.flips, error.turned
         # What came before the change that flips too many is none of its fault; one revision in each step.
         first = [change for change in changes if change.revision == changes[0].revision]
-        flips = held.flips
+        flips = of_all
         if known is not None and known.held.revision == first[0].revision:
             flips = known.held.flips
         elif len(first) < len(changes):
@@ -260,12 +269,11 @@ class Follower:
                 return self._apply(first, every, head, now)
             except HeldError as error:
                 flips = error.flips
-        return self._waits(Held(first[0].revision, flips, self._writer.max_flip_share), held, revision, head)
+        held = Held(first[0].revision, flips, self._writer.max_flip_share)
+        return self._waits(held, of_all, turned, revision, head)
 
     def _take_all(self, head: Head | None, now: datetime) -> Committed | Waiting:
         """Reads everything anew: there is no table yet, or the store's history is not the table's."""
-        if head is not None and head.store != _NO_STORE:
-            self._say_other(head)
         revision = self._store.revision()
         while True:
             try:
@@ -278,16 +286,16 @@ class Follower:
                 # It stays the same change for those who confirm it, however much is written behind it.
                 number = head.held if ahead_of(head, self._store) else revision
                 held = Held(number, error.flips, self._writer.max_flip_share, whole=True)
-                return self._waits(held, error, revision, head)
+                return self._waits(held, error.flips, error.turned, revision, head)
 
-    def _waits(self, held: Held, error: HeldError, revision: int, head: Head) -> Waiting:
+    def _waits(self, held: Held, flips: Flips, turned: Sequence[int], revision: int, head: Head) -> Waiting:
         return Waiting(
             held,
             Point(revision, hash_at(self._store, revision)),
             Point(head.revision, head.hash),
             self._writer.digest,
-            error.turned,
-            error.flips.excess(held.share),
+            turned,
+            flips,
         )
 
     def _say_other(self, head: Head) -> None:
@@ -307,13 +315,18 @@ class Follower:
 
     def _replace(self, head: Head | None, now: datetime) -> Committed:
         identity, revision = self._store.identity(), self._store.revision()
-        hash_, sure = hash_at(self._store, revision), self._is_confirmed(head)
-        _, records = self._store.read_all()
-        if self._limit is not None:
-            records = iter(self._within(records))
-        return self._writer.replace(
-            self._quickly(records), revision=revision, hash_=hash_, store=identity, now=now, confirmed=sure
-        )
+        # Without a head it is not known what the table was read from. To hold the store back for it would be an
+        # error at each start.
+        sure = head is None or self._is_confirmed(head)
+        hash_ = hash_at(self._store, revision)
+        with closing(self._store.read_all()[1]) as read:
+            records = read if self._limit is None else iter(self._within(read))
+            # Only now: what is too much is left to a follower without a limit, which says it.
+            if head is not None and head.store != _NO_STORE:
+                self._say_other(head)
+            return self._writer.replace(
+                self._quickly(records), revision=revision, hash_=hash_, store=identity, now=now, confirmed=sure
+            )
 
     def _within(self, items: Iterable[_T]) -> list[_T]:
         """The items, all of them; raises BulkError if they are more than may be taken in."""
@@ -324,16 +337,32 @@ class Follower:
             raise BulkError
         return found
 
-    def _is_confirmed(self, head: Head | None) -> bool:
+    def _is_confirmed(self, head: Head) -> bool:
         """Whether a history that is not the table's was confirmed."""
         upto = min(confirmed(self._store.get(CONFIRMED)), self._store.revision())
         # A backup may hold a confirmation of its own time: only one that came after what is held counts.
-        restored = head is not None and head.store == self._store.identity()
-        if head is not None and restored and (not ahead_of(head, self._store) or upto <= head.held):
+        restored = head.store == self._store.identity()
+        if restored and (not ahead_of(head, self._store) or upto <= head.held or self._is_older(upto, head)):
             return False
         # Each later change flips one subscription at most.
         later = sum(1 for _ in self._store.changes(upto)) if upto else 0
         return upto > 0 and not Flips(later, self._reader.counts()[1]).too_many(self._writer.max_flip_share)
+
+    def _is_older(self, revision: int, head: Head) -> bool:
+        """Whether a revision was written before it was noted that another history is held. If another backup was
+        restored since, its number does not say so; the clocks of writer and agent do."""
+        noted = other_history_since(head)
+        if noted is None:
+            return False
+        with closing(self._store.changes(revision - 1)) as changes:
+            at = next(changes).at
+        if layout.microseconds(at) >= noted:
+            return False
+        _log.warning(
+            "revision %d, of %s, confirms nothing: it was written before the store's history was held, at %s; "
+            "`portward apply --confirm` writes a new confirmation", revision, at, layout.instant(noted),
+        )  # fmt: skip
+        return True
 
     def _apply(self, changes: list[Change], every: list[Change], head: Head, now: datetime) -> Committed | None:
         """Takes the first of these changes in. `every` are all that came since, also those that wait."""

@@ -298,9 +298,12 @@ class Writer:
             except HeldError as error:
                 chosen, held = [], error
             else:
-                if held is not None:
+                if held is None:
+                    return committed
+                try:
                     raise held
-                return committed
+                finally:
+                    del held  # else the error keeps this frame, which keeps the error
 
     def settle(self, *, now: datetime, may_flip: bool = True) -> Committed:
         """Decides again what has changed by itself: grants that have ended, and, where preset or answers are

@@ -120,3 +120,23 @@ def test_a_damaged_account_is_whole_again_after_the_confirmation(gateway: Gatewa
     assert gateway.follower.in_step
     assert gateway.allows("10.0.2.1")
     assert not gateway.allows("10.0.1.1")
+
+
+def test_damaged_prefix_lengths_are_counted_once_for_a_revision(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting goes over all entries of a segment. It is done for the table before, and for the table after."""
+    gateway.write(*(attachment(f"10.0.2.{number}", SPAMMER, started=NOW - 3 * DAY) for number in range(1, 30)))
+    with gateway.writer._environment.begin(write=True) as transaction:
+        transaction.put(layout.family_key(1, 4), b"xx", db=gateway.writer._parts[b"lengths"])
+    counted: list[bytes] = []
+    starting = Rows.starting
+
+    def noting(rows: Rows, start: bytes) -> Iterator[bytes]:
+        counted.append(start)
+        return starting(rows, start)
+
+    monkeypatch.setattr(Rows, "starting", noting)
+    gateway.write(revoked())
+    assert not gateway.allows("10.0.1.1")
+    assert 0 < counted.count(layout.prefix_of(1, 32)) <= 2

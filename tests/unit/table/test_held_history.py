@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ import pytest
 from portward.model import Reason, Standing
 from portward.store.protocol import Put, confirmation
 from portward.table.database import TableError
-from portward.table.follower import Follower
-from portward.table.layout import Head
+from portward.table.follower import BulkError, Follower
+from portward.table.layout import HEAD, Head
 from portward.table.writer import Writer
-from unit.store.samples import put
-from unit.table.test_behind import CUSTOMERS, DAY, MISTAKE, OTHERS, Gateway, revoked
+from unit.store.samples import put, write
+from unit.table.test_behind import CUSTOMERS, DAY, MISTAKE, OTHERS, SPAMMER, Gateway, revoked
 from unit.table.test_history import backup
 from unit.table.test_table import AZURE, ENFORCE, NOW, attachment, reason, subscription
 
@@ -145,3 +146,86 @@ def test_a_store_that_ends_before_the_table_is_another_history(tmp_path: Path) -
         restore(gateway, tmp_path / "backup.db")
         assert not gateway.allows("10.0.0.1")
         assert (head_of(gateway).revision, gateway.follower.in_step) == (2, True)
+
+
+def test_a_confirmation_inside_another_backup_confirms_nothing(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two backups are restored one after the other. Revision 3 of the newer one is behind what is held, by its
+    number, and confirmed what it did in its own time."""
+    store, folder = gateway.store, gateway.folder
+
+    def write_at(hour: int, *changes: Put) -> None:
+        at = datetime(2026, 6, 1, hour, tzinfo=UTC)
+        store.write(changes, expected=store.revision(), actor="ada", at=at)
+        while gateway.follower.step(at) is not None:
+            pass
+
+    def restore_at(hour: int, source: Path) -> None:
+        backup(source, folder / "portward.db")
+        while gateway.follower.step(datetime(2026, 6, 1, hour, tzinfo=UTC)) is not None:
+            pass
+
+    backup(folder / "portward.db", folder / "old.db")
+    write_at(13, *MISTAKE, confirmation(2))
+    write_at(14, *TAKEN_BACK, confirmation(3))
+    backup(folder / "portward.db", folder / "newer.db")
+    write_at(15, *MISTAKE, confirmation(4))
+    assert not gateway.allows("10.0.0.5")
+    restore_at(16, folder / "old.db")
+    assert gateway.held() == 1
+    restore_at(17, folder / "newer.db")
+    assert gateway.held() == 1
+    assert not gateway.allows("10.0.0.5")
+    assert "revision 3, of 2026-06-01 14:00:00+00:00, confirms nothing" in caplog.text
+    gateway.restart()
+    restore_at(17, folder / "newer.db")
+    assert not gateway.allows("10.0.0.5")
+    write_at(18, confirmation(4))
+    assert (gateway.held(), gateway.follower.in_step) == (0, True)
+    assert gateway.allows("10.0.0.5")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_more_subscriptions_let_more_of_them_flip(tmp_path: Path, restarted: bool) -> None:
+    """Twelve of 43 flip, and then twelve of 143: a running agent and one that is started agree."""
+    with closing(Gateway(tmp_path)) as gateway:
+        gateway.write(*CUSTOMERS, *OTHERS)
+        gateway.write(*MISTAKE[:12])
+        assert gateway.held() == 2
+        if restarted:
+            gateway.restart()
+        gateway.write(*(subscription(number) for number in range(1000, 1050)))
+        assert gateway.held() == 2, "ten of 93 may"
+        gateway.write(*(subscription(number) for number in range(1050, 1100)))
+        assert gateway.held() == 0
+        assert not gateway.allows("10.0.0.1")
+
+
+@pytest.mark.parametrize("data", [b"", bytes(200)], ids=["cut off", "another length"])
+def test_a_table_without_a_head_that_can_be_read_does_not_hold_the_store_back(
+    gateway: Gateway, data: bytes
+) -> None:
+    """The agent could not start otherwise."""
+    gateway.writer.close()
+    write(gateway.store, *MISTAKE)
+    gateway.start()
+    with gateway.writer._environment.begin(write=True) as transaction:
+        transaction.put(HEAD, data or head_of(gateway).pack()[:-1])
+    gateway.follow()
+    assert (gateway.held(), gateway.follower.in_step) == (0, True)
+    assert not gateway.allows("10.0.0.1")
+
+
+def test_another_history_is_counted_by_the_follower_that_reads_it(gateway: Gateway) -> None:
+    """One with a limit leaves it to one without."""
+    backup(gateway.folder / "portward.db", gateway.folder / "backup.db")
+    gateway.write(subscription(SPAMMER, standing=Standing.DISABLED))
+    backup(gateway.folder / "backup.db", gateway.folder / "portward.db")
+    limited = Follower(gateway.store, gateway.writer, 10)
+    with pytest.raises(BulkError):
+        limited.step(NOW)
+    child = Follower(gateway.store, gateway.writer)
+    child.step(NOW)
+    limited.take_over(child.waiting, refused=child.refused, histories=child.histories, in_step=child.in_step)
+    assert (limited.step(NOW), limited.histories) == (None, 1)
