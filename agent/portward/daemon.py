@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -112,7 +112,8 @@ class Daemon:
             await self._policy_step(lambda: self._core.first_links(first))
             # While the workers load their libraries.
             reading = asyncio.ensure_future(self._policy_step(self._first_sync))
-            await asyncio.gather(*(worker.start() for worker in self._workers))
+            if await self._stopped_before(asyncio.gather(*(worker.start() for worker in self._workers))):
+                return
             await self._kernel_step(self._core.load)
             await self._wait_for_store(reading)
             self._tell_ready(first)
@@ -135,8 +136,8 @@ class Daemon:
             put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
         preset = presets.load(self._config.preset, named_in=self._path)
         self._workers = workers.make(self._config.queue, self._config.table, self._ask_rate)
+        stack.push_async_callback(workers.stop, self._workers)
         for worker in self._workers:
-            stack.push_async_callback(worker.stop)
             await worker.prepare()
         opening = asyncio.ensure_future(self._kernel_step(lambda: Core(self._config, preset, self._on_kernel)))
         # The library behind the metrics takes longer to load than all else of the daemon. Meanwhile the workers'
@@ -171,7 +172,7 @@ class Daemon:
         else:
             await self._kernel_step(self._core.close)
 
-    async def _stopped_before(self, work: Coroutine[None, None, None]) -> bool:
+    async def _stopped_before(self, work: Awaitable[object]) -> bool:
         """Waits for `work`, or for a signal to stop; True if that came first."""
         working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -179,7 +180,8 @@ class Daemon:
         if working.done():
             working.result()
             return False
-        # What the stop makes it raise is nobody's to handle.
+        # It waits for no process any more. A step that a thread is at goes on; what it raises then is ignored.
+        working.cancel()
         working.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return True
 

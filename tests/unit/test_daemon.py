@@ -211,6 +211,17 @@ def test_a_start_takes_the_lock_first_and_loads_the_ruleset_when_the_queues_are_
     assert set(running.kernel.tables) == {TABLE}, "the ruleset stays, the lock goes"
 
 
+def test_a_stop_waits_for_no_worker_that_does_not_start(running: Running) -> None:
+    async def start() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+    running.worker.start = start  # type: ignore[method-assign]
+    running.run()
+    assert running.said == ["worker prepared", "worker stopped"]
+    assert not running.kernel.tables, "neither rules nor the lock"
+
+
 def test_a_second_agent_is_refused_before_it_writes_anything(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

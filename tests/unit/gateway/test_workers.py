@@ -13,6 +13,7 @@ import pytest
 
 from portward.config import QueueReader
 from portward.errors import InputError, KernelError
+from portward.gateway import workers as module
 from portward.gateway.learned import Source
 from portward.gateway.workers import STAY, Worker, stay_seconds
 
@@ -109,3 +110,53 @@ def test_a_worker_that_cannot_be_started_is_tried_after_pauses_that_grow_to_two_
     assert worker.restarts >= 2
     assert not worker.ready
     os.close(worker._block)
+
+
+class Hanging:
+    """A process that ends only when it is killed."""
+
+    def __init__(self, killed: list[int], queue: int) -> None:
+        self.returncode: int | None = None
+        self._killed, self._queue, self._over = killed, queue, asyncio.Event()
+
+    async def wait(self) -> int:
+        """Until it is killed."""
+        await self._over.wait()
+        return 9
+
+    def kill(self) -> None:
+        """Ends it."""
+        self._killed.append(self._queue)
+        self.returncode = 9
+        self._over.set()
+
+
+def test_workers_that_hang_are_ended_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lifelines are cut before the first process is waited for, and no process waits for another's end."""
+    killed: list[int] = []
+    waiting: list[float | None] = []
+
+    async def wait_for(waited: Any, seconds: float | None) -> None:
+        waited.close()
+        waiting.append(seconds)
+        async with asyncio.timeout(20):
+            while len(waiting) < 4:  # until the others wait too
+                await asyncio.sleep(0)
+        assert not killed
+        assert [worker._lifeline for worker in workers] == [-1] * 4
+        await asyncio.sleep(0)  # the others look too
+        raise TimeoutError
+
+    async def stop() -> None:
+        for worker in workers:
+            worker.process = cast("Any", Hanging(killed, worker.queue))
+            theirs, worker._lifeline = os.pipe()
+            os.close(theirs)
+        await module.stop(workers)
+
+    workers = [Worker(number, 16, QueueReader.BATCH, tmp_path, lambda source: None) for number in range(4)]
+    monkeypatch.setattr("portward.gateway.workers.asyncio.wait_for", wait_for)
+    asyncio.run(stop())
+    assert sorted(killed) == [0, 1, 2, 3]
+    for worker in workers:
+        os.close(worker._block)
