@@ -51,13 +51,13 @@ class Churn:
         self._preset = presets.load("azure-2020")
         self._netlink = NfNetlink()
         self._nft = Nft(self._netlink.generation)
-        elements = KernelElements(self._netlink, self._nft.committing)
-        self.learned = Learned(elements)
+        self.elements = KernelElements(self._netlink, self._nft.committing)
+        self.learned = Learned(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
         self.enforcement = Enforcement(
             Keeper(self._nft, self._netlink, self.learned), self.learned, self._want, lambda elements: None,
-            Rates(elements), lambda sources: None,
+            Rates(self.elements), lambda sources: None,
         )  # fmt: skip
         index = socket.if_nametoindex(CONTOSO.segment)
         self._source = Source(index, ip_address(address).packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from kernel.churn import Churn, churned
 from kernel.conftest import lab_name
 from portward.config import QueueReader
+from portward.gateway.elements import Add
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 from portward.table.writer import Committed
 
@@ -34,11 +36,9 @@ def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path, r
 
     def both_epochs(churn: Churn, committed: Committed) -> None:
         # Every epoch is current: as if verdicts carried none.
-        churn._nft.load(
-            "add element inet portward epoch { "
-            + ", ".join(f"{(committed.generation - back) % 8191 << 3:#x}" for back in range(3))
-            + " }"
-        )
+        # By netlink: while nft works for some milliseconds, the verdicts in flight would arrive.
+        epochs = [(committed.generation - back) % 8191 << 3 for back in range(3)]
+        churn.elements.commit([Add("epoch", [struct.pack("=I", epoch) for epoch in epochs])])
         forget_only(churn, committed)
 
     # How often a change meets a verdict in flight depends on the machine: some rounds, until one does.
