@@ -15,6 +15,7 @@ from pathlib import Path
 from bench import inventory
 from bench.figures import Figure, percentile
 from kernel.conftest import Gateway, running_gateway
+from portward.gateway.netlink import attribute, string
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.ruleset import FIXED_SETS, TABLE
 from portward.lab import namespaces
@@ -65,8 +66,8 @@ def _flush(netlink: NfNetlink) -> float:
     """Milliseconds from the flush to the ruleset as it was."""
     before, generation = netlink.fingerprint(TABLE, FIXED_SETS), netlink.generation()
     began = time.monotonic()
-    # What `nft flush ruleset` sends for each family: to delete a table, without a name. Ours are inet.
-    netlink.commit([(_DELETE_TABLE, b"")])
+    # What `nft flush ruleset` does to this table. The lab's own table stays, since the guard goes with it.
+    netlink.commit([(_DELETE_TABLE, attribute(1, string(TABLE)))])
     if netlink.generation() == generation:
         raise RuntimeError("the flush did nothing")
     while netlink.fingerprint(TABLE, FIXED_SETS) != before:
