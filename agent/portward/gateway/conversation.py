@@ -8,17 +8,15 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
 from typing import Final
 
 from portward.gateway.netlink import (
-    ATTRIBUTE,
     HEADER,
     NLM_F_DUMP,
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
-    TYPE_MASK,
+    messages_of,
 )
 
 # The kernel gives as much in one message of a dump as fits here, and no event is as long.
@@ -60,7 +58,7 @@ class Conversation:
         found: list[tuple[int, bytes]] = []
         interrupted = False
         while True:
-            for kind_in, flags, sequence, body in messages(self._socket.recv(BUFFER)):
+            for kind_in, flags, sequence, body in messages_of(self._socket.recv(BUFFER)):
                 if sequence != self._sequence:
                     continue
                 interrupted |= bool(flags & _DUMP_INTERRUPTED)
@@ -71,26 +69,3 @@ class Conversation:
                         raise OSError(code, os.strerror(code))
                     return None if interrupted else found
                 found.append((kind_in, body))
-
-
-def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """The messages of a datagram: type, flags, sequence number, body."""
-    start = 0
-    while start + HEADER.size <= len(data):
-        length, kind, flags, sequence, _ = HEADER.unpack_from(data, start)
-        if length < HEADER.size:
-            return
-        yield kind, flags, sequence, data[start + HEADER.size : start + length]
-        start += (length + 3) & ~3
-
-
-def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
-    """The attributes of a message or of a nest, by type. Of two of one type the last one stays."""
-    found = {}
-    while start + ATTRIBUTE.size <= len(data):
-        length, kind = ATTRIBUTE.unpack_from(data, start)
-        if length < ATTRIBUTE.size:
-            break
-        found[kind & TYPE_MASK] = data[start + ATTRIBUTE.size : start + length]
-        start += (length + 3) & ~3
-    return found

@@ -38,9 +38,10 @@ from portward.gateway.elements import (
 )
 from portward.gateway.faketables import Draft, Entry, FakeSet, FakeTable, handle, refuse
 from portward.gateway.faketext import SyntaxFault
+from portward.gateway.netlink import attributes_of
 from portward.gateway.nfnetlink import Chain, Expression, NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.setdump import Row, SetElement, attributes_of
+from portward.gateway.setdump import Row, SetElement
 
 _INET: Final = 1  # NFPROTO_INET
 _OWNER: Final = 2  # NFT_TABLE_F_OWNER

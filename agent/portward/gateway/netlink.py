@@ -1,4 +1,4 @@
-"""How messages to the kernel's netfilter subsystems are written: headers and attributes as bytes. Pure.
+"""How netlink messages are written and read: headers and attributes as bytes. Pure.
 
 Headers are in the host's byte order, but for the last field of nfgenmsg; what attributes hold is their owner's
 matter (linux/netlink.h, linux/netfilter/nfnetlink.h).
@@ -7,6 +7,7 @@ matter (linux/netlink.h, linux/netfilter/nfnetlink.h).
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 NETLINK_NETFILTER: Final = 12
@@ -36,3 +37,25 @@ def nest(kind: int, attributes: bytes) -> bytes:
 def string(value: str) -> bytes:
     """A name as an attribute's value."""
     return value.encode() + b"\0"
+
+
+def messages_of(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """The messages of a datagram: type, flags, sequence number, body. Ends at the first one that cannot be."""
+    start = 0
+    while start + HEADER.size <= len(data):
+        length, kind, flags, sequence, _ = HEADER.unpack_from(data, start)
+        if length < HEADER.size:
+            return
+        yield kind, flags, sequence, data[start + HEADER.size : start + length]
+        start += (length + 3) & ~3
+
+
+def attributes_of(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The attributes of a message or of a nest: (type, value). Ends at the first one that cannot be."""
+    end = len(data)
+    while start + ATTRIBUTE.size <= end:
+        length, kind = ATTRIBUTE.unpack_from(data, start)
+        if length < ATTRIBUTE.size:
+            return
+        yield kind & TYPE_MASK, data[start + ATTRIBUTE.size : start + length]
+        start += (length + 3) & ~3

@@ -29,10 +29,12 @@ from portward.gateway.netlink import (
     NLMSG_DONE,
     NLMSG_ERROR,
     attribute,
+    attributes_of,
+    messages_of,
     nest,
     string,
 )
-from portward.gateway.setdump import Row, SetElement, attributes_of
+from portward.gateway.setdump import Row, SetElement
 
 _SUBSYS_NFTABLES: Final = 10
 _NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
@@ -284,7 +286,7 @@ class NfNetlink:
         """Waits for the kernel's answer to a transaction; raises OSError for the first message that it refused."""
         refused = 0
         while True:
-            for kind, _, sequence, content in _messages(self._socket.recv(1 << 17)):
+            for kind, _, sequence, content in messages_of(self._socket.recv(1 << 17)):
                 if kind != NLMSG_ERROR or sequence < begin:
                     continue
                 refused = refused or -struct.unpack_from("=i", content)[0]
@@ -316,7 +318,7 @@ class NfNetlink:
         replies: list[bytes] = []
         interrupted = False
         while True:
-            for kind, flags_in, sequence, content in _messages(self._socket.recv(1 << 17)):
+            for kind, flags_in, sequence, content in messages_of(self._socket.recv(1 << 17)):
                 if sequence != self._sequence:
                     continue
                 interrupted |= bool(flags_in & _DUMP_INTERRUPTED)
@@ -330,17 +332,6 @@ class NfNetlink:
                 replies.append(content[skip:])
                 if not many:
                     return replies
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """The netlink messages of a datagram: type, flags, sequence, content."""
-    start = 0
-    while start + 16 <= len(data):
-        length, kind, flags, sequence, _ = HEADER.unpack_from(data, start)
-        if length < 16:
-            return
-        yield kind, flags, sequence, data[start + 16 : start + length]
-        start += (length + 3) & ~3
 
 
 def _comment(userdata: bytes) -> str:

@@ -14,8 +14,9 @@ import struct
 from collections.abc import AsyncGenerator, Iterator
 from typing import Final, NamedTuple
 
-from portward.gateway.conversation import BUFFER, Conversation, attributes, messages
+from portward.gateway.conversation import BUFFER, Conversation
 from portward.gateway.links import Device, Links
+from portward.gateway.netlink import attributes_of, messages_of
 from portward.gateway.tunnels import ports_of
 from portward.interfaces import decoded
 
@@ -104,7 +105,7 @@ async def _next(known: dict[int, Device], events: socket.socket) -> Links:
 def _all_of(data: bytes, events: socket.socket) -> Iterator[_Event]:
     """The events in `data`, and those that wait behind it."""
     while True:
-        for kind, _, _, body in messages(data):
+        for kind, _, _, body in messages_of(data):
             if (event := _event(kind, body)) is not None:
                 yield event
         try:
@@ -124,10 +125,10 @@ def _event(kind: int, body: bytes) -> _Event | None:
     family, _, index, _, _ = _LINK.unpack_from(body)
     if family != socket.AF_UNSPEC:
         return None
-    found = attributes(body, _LINK.size)
+    found = dict(attributes_of(body, _LINK.size))
     if _NAME not in found:  # a wireless driver's own news
         return None
-    info = attributes(found.get(_INFO, b""))
+    info = dict(attributes_of(found.get(_INFO, b"")))
     driver = _text(info.get(_INFO_KIND, b""))
     # A number of another namespace names no interface here.
     lower = 0 if _LOWER_NAMESPACE in found or driver in _PAIRS else _index(found.get(_LOWER))
@@ -139,7 +140,7 @@ def _event(kind: int, body: bytes) -> _Event | None:
             driver,
             _index(found.get(_MASTER)),
             0 if lower == index else lower,
-            ports_of(driver, attributes(info.get(_INFO_DATA, b""))),
+            ports_of(driver, dict(attributes_of(info.get(_INFO_DATA, b"")))),
         ),
     )
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final, NamedTuple, TypeAlias
 
-from portward.gateway.netlink import ATTRIBUTE, TYPE_MASK
+from portward.gateway.netlink import ATTRIBUTE, TYPE_MASK, attributes_of
 
 _U64: Final = struct.Struct(">Q")
 # Attributes of an element (NFTA_SET_ELEM_…), of an expression (NFTA_EXPR_DATA) and of a counter (NFTA_COUNTER_…).
@@ -46,17 +46,6 @@ class _Layout(NamedTuple):
     fields: struct.Struct
     counted: bool
     expiring: bool
-
-
-def attributes_of(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The attributes of a message or of a nest: (type, value). Ends at the first one that cannot be."""
-    end = len(data)
-    while start + 4 <= end:
-        length, kind = ATTRIBUTE.unpack_from(data, start)
-        if length < 4:
-            return
-        yield kind & TYPE_MASK, data[start + 4 : start + length]
-        start += (length + 3) & ~3
 
 
 def rows(nest: bytes) -> list[Row]:

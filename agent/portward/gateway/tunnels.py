@@ -11,9 +11,9 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
-from portward.gateway.conversation import Conversation, attributes
+from portward.gateway.conversation import Conversation
 from portward.gateway.links import Device
-from portward.gateway.netlink import attribute
+from portward.gateway.netlink import attribute, attributes_of
 
 # What IANA and Linux give a tunnel that names no port: VXLAN, GENEVE, VXLAN on Linux.
 DEFAULT_PORTS: Final = frozenset((4789, 6081, 8472))
@@ -94,7 +94,7 @@ def _families(kernel: Conversation) -> dict[str, int]:
     """The families of generic netlink that are loaded: name → message type."""
     found = {}
     for _, body in kernel.dump(_CONTROL, _GENERIC.pack(_GET_FAMILY, 1, 0)):
-        values = attributes(body, _GENERIC.size)
+        values = dict(attributes_of(body, _GENERIC.size))
         name = values.get(_FAMILY_NAME, b"").rstrip(b"\0").decode(errors="replace")
         found[name] = int(_HOST.unpack_from(values[_FAMILY_ID])[0])
     return found
@@ -105,6 +105,6 @@ def _numbers(
 ) -> Iterator[int]:
     """The ports that a dump gives in the attribute `number`."""
     for _, body in kernel.dump(family, _GENERIC.pack(command, 1, 0) + which):
-        value = attributes(body, _GENERIC.size).get(number, b"")
+        value = dict(attributes_of(body, _GENERIC.size)).get(number, b"")
         if len(value) == order.size and (port := int(order.unpack(value)[0])):
             yield port

@@ -22,8 +22,8 @@ from portward.gateway.elements import (
     RefusedError,
     messages,
 )
-from portward.gateway.netlink import string
-from portward.gateway.setdump import attributes_of, elements
+from portward.gateway.netlink import attributes_of, string
+from portward.gateway.setdump import elements
 
 
 @pytest.mark.parametrize(("change", "kind"), [(Add, 12), (Delete, 14)])

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from portward.gateway import rtnetlink, tunnels
-from portward.gateway.conversation import attributes
 from portward.gateway.links import Device
-from portward.gateway.netlink import attribute, nest
+from portward.gateway.netlink import attribute, attributes_of, nest
 
 
 def link(
@@ -123,7 +122,7 @@ class Kernel:
             case 31, 4:  # one over IP has no port
                 return [(31, head + attribute(26, struct.pack("=H", 1701))), (31, head + attribute(9, bytes(4)))]
             case 32, 0:
-                assert attributes(payload, 4) == {1: struct.pack("=I", 9)}
+                assert dict(attributes_of(payload, 4)) == {1: struct.pack("=I", 9)}
                 return [(32, head + attribute(6, struct.pack("=H", 51820)))]
         raise AssertionError(f"{kind} {command} is not asked")
 
