@@ -71,6 +71,16 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
     return environment
 
 
+def begun(environment: Environment, *, write: bool = False) -> Transaction:
+    """A transaction on the table. Takes the map's size over first if another process has made it larger: the
+    daemon, or its process of a bulk change. Raises lmdb's errors."""
+    try:
+        return environment.begin(write=write)
+    except MapResizedError:
+        environment.set_mapsize(0)
+        return environment.begin(write=write)
+
+
 def open_for_writing(folder: Path, map_size: int) -> tuple[Environment, dict[bytes, Part]]:
     """The table in `folder` and its parts; raises TableError.
 

@@ -19,10 +19,10 @@ from portward.table.account import Account
 from portward.table.damage import Damage
 from portward.table.database import (
     Environment,
-    MapResizedError,
     Part,
     TableError,
     Transaction,
+    begun,
     open_database,
     open_parts,
 )
@@ -309,12 +309,7 @@ class Reader:
         return Attached(decoded(name), prefix, _whole(row))
 
     def _begin(self) -> Transaction:
-        try:
-            return self._environment.begin()
-        except MapResizedError:
-            # The writer has made the map larger: take its size over.
-            self._environment.set_mapsize(0)
-            return self._environment.begin()
+        return begun(self._environment)
 
     def _follow(self, transaction: Transaction) -> None:
         """Forgets what was read under an older commit than the one that `transaction` sees."""

@@ -24,9 +24,9 @@ from portward.table.database import (
     MAP_SIZE,
     DatabaseError,
     MapFullError,
-    MapResizedError,
     TableError,
     Transaction,
+    begun,
     drop_other_formats,
     open_for_writing,
 )
@@ -149,28 +149,13 @@ class Writer:
 
     def head(self) -> layout.Head | None:
         """What the table agrees with; None where it holds no policy yet, or one of another format."""
-        with self._reading() as transaction:
+        with begun(self._environment) as transaction:
             return _head_in(transaction)
-
-    def _writing(self) -> Transaction:
-        try:
-            return self._environment.begin(write=True)
-        except MapResizedError:
-            self._environment.set_mapsize(0)
-            return self._environment.begin(write=True)
-
-    def _reading(self) -> Transaction:
-        try:
-            return self._environment.begin()
-        except MapResizedError:
-            # The process of a bulk change has made the map larger: take its size over.
-            self._environment.set_mapsize(0)
-            return self._environment.begin()
 
     @property
     def of_other_format(self) -> bool:
         """True if the file holds the table of another version of portward, which is not looked at."""
-        with self._reading() as transaction:
+        with begun(self._environment) as transaction:
             data = transaction.get(layout.HEAD)
         return data is not None and layout.Head.unpack(data) is None
 
@@ -181,13 +166,13 @@ class Writer:
 
     def next_expiry(self) -> datetime | None:
         """When something next changes by itself: a grant ends, or a start comes that was recorded ahead."""
-        with self._reading() as transaction:
+        with begun(self._environment) as transaction:
             first = Rows(transaction, self._parts[b"expiries"]).first()
             return None if first is None else layout.moment(int.from_bytes(first[:8], "big"))
 
     def attachments(self) -> int:
         """How many attachments the table holds."""
-        with self._reading() as transaction:
+        with begun(self._environment) as transaction:
             return sum(transaction.stat(self._parts[name])["entries"] for name in layout.ENTRIES.values())
 
     def is_decided_otherwise(self) -> bool:
@@ -356,7 +341,7 @@ class Writer:
         self._environment.reader_check()
         while True:
             try:
-                with self._writing() as transaction:
+                with begun(self._environment, write=True) as transaction:
                     # Read here: another process may have written while this one waited for its turn.
                     before = _head_in(transaction)
                     self._require(since, before)
@@ -394,14 +379,14 @@ class Writer:
 
     def _check_flips(self, edit: Edit) -> None:
         """Raises HeldError, and with it the transaction ends and leaves the table as it is."""
-        with self._reading() as before:
+        with begun(self._environment) as before:
             closed, opened = edit.turned(before)
             self._limit(closed | opened, before)
 
     def _check_change(self, edit: Edit) -> None:
         """As `_check_flips`, for a change of the store. What was denied ahead of it counts as well, unless the
         change takes that back: otherwise early denials could make a held change small enough to pass."""
-        with self._reading() as before:
+        with begun(self._environment) as before:
             closed, opened = edit.turned(before)
             early = {int.from_bytes(row, "big") for row in Rows(before, self._parts[b"early"])}
             self._limit(closed | (opened ^ early), before)
@@ -409,7 +394,7 @@ class Writer:
     def _check_stricter(self, edit: Edit, chosen: list[Group], *, confirmed: bool) -> None:
         """Raises _FreerError with the groups that may stay if any makes a source freer, and HeldError if too many
         subscriptions would be refused."""
-        with self._reading() as before:
+        with begun(self._environment) as before:
             old = edit.before(before)
             weighed = [weigh(old, edit, group) for group in chosen]
             if any(found.freer for found in weighed):
