@@ -142,10 +142,13 @@ class Dataplane:
     def _surround(self, surroundings: Surroundings) -> None:
         if surroundings == self._surroundings:
             return
-        new = surroundings.stacked - self._surroundings.stacked
-        self._surroundings = surroundings
+        before, self._surroundings = self._surroundings, surroundings
         if self._early is not None:  # `load` takes it in
             return
+        if surroundings == before._replace(known=surroundings.known):
+            self._know(before.known)
+            return
+        new = surroundings.stacked - before.stacked
         intact = self.enforcement.intact()
         if new:
             with contextlib.suppress(KernelError):  # without a ruleset there is nothing to add to
@@ -157,6 +160,13 @@ class Dataplane:
         try:
             self.keeper.load(self.want(self._kernel_generation()))
         except (KernelError, OSError):
+            self._repair()
+
+    def _know(self, before: frozenset[int]) -> None:
+        """Writes the set of known interfaces alone: containers come and go, and each would load the ruleset."""
+        try:
+            self.keeper.add(ruleset.known_changes(before, self._surroundings.known))
+        except KernelError:  # another program has changed the set, or there is no ruleset
             self._repair()
 
     def links_seen(self, links: Links) -> None:
@@ -195,8 +205,10 @@ class Dataplane:
 
     def would_take(self, config: Config, preset: Preset) -> None:
         """Asks the kernel if it would load the ruleset of another configuration; raises KernelError."""
-        stacked = around.stacked(self._links.devices, config)
-        surroundings = self._surroundings._replace(stacked=stacked)
+        devices = self._links.devices
+        surroundings = self._surroundings._replace(
+            stacked=around.stacked(devices, config), known=around.known(devices, config)
+        )
         self.keeper.check(self._wanted(config, preset, self._kernel_generation(), surroundings))
 
     def adopt(

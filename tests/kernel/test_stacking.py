@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from ipaddress import ip_network
 from uuid import uuid4
 
@@ -103,9 +105,35 @@ class Stack:
             assert view.first(either) is not None, "the packet to port 587 did not arrive"
         return found
 
-    def stopped(self) -> int:
-        """Packets that were stopped because a device takes the segment's packets."""
-        argv = ["nft", "list", "counter", "inet", "portward", "stacked"]
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Meanwhile the agent sees nothing; its workers run on."""
+        process = self.gateway.agent.process
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+    def until_seen(self) -> None:
+        """Waits until the agent has seen all interfaces: it sees them in the order in which they came."""
+        home = self.gateway.lab.gateway
+        namespaces.ip("-n", home, "link", "add", "marker", "type", "ifb")
+        index = json.loads(namespaces.run(home, ["ip", "-j", "link", "show", "marker"]).stdout)[0]["ifindex"]
+        listing = ["nft", "-j", "list", "set", "inet", "portward", "known_interfaces"]
+
+        def known() -> bool:
+            return re.search(rf'"marker"|\b{index}\b', namespaces.run(home, listing).stdout) is not None
+
+        until(known, "the agent has seen the interface that came last")
+        namespaces.ip("-n", home, "link", "del", "marker")
+
+    def stopped(self, *counters: str) -> int:
+        """Packets that were counted in these counters; by default those that a device above a segment sent."""
+        return sum(map(self._counter, counters or ("stacked",)))
+
+    def _counter(self, name: str) -> int:
+        argv = ["nft", "list", "counter", "inet", "portward", name]
         found = re.search(r"packets (\d+)", namespaces.run(self.gateway.lab.gateway, argv).stdout)
         assert found is not None
         return int(found[1])
@@ -139,6 +167,47 @@ def test_nothing_passes_to_port_25_out_of_a_device_above_a_segment(stack: Stack,
     before = stack.stopped()
     assert not stack.passes(*PACKETS[what]())
     assert stack.stopped() > before
+
+
+@pytest.mark.parametrize("kind", ABOVE)
+@pytest.mark.parametrize("what", PACKETS)
+def test_nothing_passes_before_the_agent_has_seen_the_device(stack: Stack, kind: str, what: str) -> None:
+    before = stack.stopped("unknown_interface", "headers")
+    with stack.unseen():
+        namespaces.batch(stack.gateway.lab.gateway, [*ABOVE[kind], "link set top up"])
+        assert not stack.passes(*PACKETS[what]())
+        assert stack.stopped("unknown_interface", "headers") > before
+        assert stack.passes(segment(FROM4, port=587))
+        assert stack.passes(segment(FROM4, to="10.99.0.1")), "an internal destination"
+
+
+def test_nothing_passes_when_a_segment_becomes_the_first_port_of_a_bridge_that_was_there(stack: Stack) -> None:
+    namespaces.batch(stack.gateway.lab.gateway, ["link add top type bridge", "link set top up"])
+    stack.until_seen()
+    with stack.unseen():
+        namespaces.batch(stack.gateway.lab.gateway, [f"link set {SEGMENT.segment} master top"])
+        assert not stack.passes(segment(FROM4))
+        assert stack.passes(segment(FROM4, port=587))
+
+
+def test_mail_from_another_interface_passes_once_the_agent_has_seen_it(stack: Stack) -> None:
+    """Which is no segment and no uplink, like a network of the provider's own: nothing of it is judged."""
+    home = stack.gateway.lab.gateway
+    namespaces.batch(home, [f"link set {SEGMENT.segment} name other7"])
+    until(lambda: stack.passes(segment(FROM4), at="other7"), "it passes")
+    namespaces.batch(home, [f"link set other7 name {SEGMENT.segment}"])
+    until(lambda: not stack.passes(segment(FROM4), at=SEGMENT.segment), "it is a segment again")
+
+
+def test_while_everything_is_only_observed_nothing_is_dropped(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway(mode="observe")
+    stack = Stack(gateway)
+    try:
+        with stack.unseen():
+            namespaces.batch(gateway.lab.gateway, [*ABOVE["macvlan"], "link set top up"])
+            assert stack.passes(segment(FROM4))
+    finally:
+        stack.close()
 
 
 def test_other_ports_and_inner_destinations_pass(stack: Stack) -> None:

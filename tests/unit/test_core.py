@@ -381,6 +381,40 @@ def test_a_change_of_one_part_of_the_surroundings_leaves_the_others(started: Gro
     assert core.keeper.repairs == 0
 
 
+def known(ground: Ground) -> set[int]:
+    """The indexes of the interfaces from which mail is let through."""
+    elements = ground.kernel.tables[TABLE].sets["known_interfaces"].elements
+    return {int.from_bytes(key[:4], "little") for key in elements}
+
+
+def test_an_interface_that_comes_or_goes_is_written_alone(started: Ground) -> None:
+    """Without a load of the whole ruleset: a host may start a thousand containers."""
+    one, two = (LINKS._replace(devices=(Device(7, "one"), *more)) for more in ((), (Device(9, "two"),)))
+    started.core.links_seen(two)
+    assert known(started) == {7, 9}
+    started.kernel.journal.clear()
+    started.core.links_seen(one)
+    assert known(started) == {7}
+    (step,) = started.kernel.journal
+    assert str(step.done).count("element inet portward") == 1
+    assert started.core.at_rest()
+
+
+def test_a_load_writes_the_known_interfaces_again(started: Ground) -> None:
+    started.core.links_seen(LINKS._replace(devices=(Device(7, "one"),)))
+    started.kernel.load("flush ruleset")
+    started.core.check()
+    assert known(started) == {7}
+
+
+def test_known_interfaces_that_another_program_has_removed_are_put_back(started: Ground) -> None:
+    started.core.links_seen(LINKS._replace(devices=(Device(7, "one"), Device(9, "two"))))
+    started.kernel.load("flush set inet portward known_interfaces")
+    started.core.links_seen(LINKS._replace(devices=(Device(7, "one"),)))
+    assert known(started) == {7}
+    assert started.core.broken == ""
+
+
 def test_a_ruleset_that_was_taken_is_put_back_and_counted_also_if_the_surroundings_change(started: Ground) -> None:
     started.kernel.load("flush ruleset")
     started.core.links_seen(BRIDGED)

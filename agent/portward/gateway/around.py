@@ -26,12 +26,12 @@ class Lookout:
         """The surroundings with these devices. What is not found out here stays as it was `before`, also the ports
         of FOU, L2TP and WireGuard while the kernel does not say them."""
         warnings = stacking.warnings(devices, config)
-        known = frozenset(self.warnings)
+        logged = frozenset(self.warnings)
         for line in warnings:
-            if line not in known:
+            if line not in logged:
                 _log.error("%s", line)
         self.warnings = warnings
-        found = before._replace(stacked=stacked(devices, config))
+        found = before._replace(stacked=stacked(devices, config), known=known(devices, config))
         try:
             ports = tunnels.find(devices)
         except OSError as error:
@@ -46,6 +46,11 @@ class Lookout:
 def stacked(devices: Sequence[Device], config: Config) -> frozenset[int]:
     """The indexes of those of these devices whose packets must be stopped."""
     return stacking.enforced(stacking.stacked(devices, config.segment), config)
+
+
+def known(devices: Sequence[Device], config: Config) -> frozenset[int]:
+    """The indexes of those of these devices, other than segments, that are classified."""
+    return stacking.known(devices, config.segment)
 
 
 def found(config: Config) -> Surroundings:

@@ -60,7 +60,8 @@ class Keeper:
         raise KernelError("the ruleset changes faster than it can be loaded: somebody else writes it all the time")
 
     def add(self, text: str) -> None:
-        """Adds chains to what is loaded, so that they act at once; `load` must follow. Raises KernelError."""
+        """Carries out commands for nft on what is loaded, so that they act at once. Chains that are added this way
+        show as another program's change until `load` follows. Raises KernelError."""
         self._nft.load(text)
 
     def check(self, want: Wanted) -> None:

@@ -52,6 +52,8 @@ LEARNED_SETS: Final[dict[mark.Class, str]] = {
 RATES: Final = "rates"
 # Interfaces that the policy table still takes for others: what they send is dropped.
 UNSETTLED: Final = "unsettled"
+# Interfaces beside segments and uplinks that the agent has seen: what comes from others to a judged port is dropped.
+KNOWN_INTERFACES: Final = "known_interfaces"
 # Interfaces behind the gate, and the generation that the gate enforces; see `gate`.
 GATED: Final = "gated"
 ENFORCED: Final = "enforced"
@@ -59,11 +61,6 @@ RATED_SETS: Final = {Rated.WITHIN: "rated", Rated.BEYOND: "throttled"}
 # What each element of these sets counts.
 Verdict: TypeAlias = mark.Class | Rated
 COUNTED_SETS: Final[dict[Verdict, str]] = dict([*LEARNED_SETS.items(), *RATED_SETS.items()])
-COUNTERS: Final = (
-    "internal", "missed", "answered", "answered_stale", "unlearned", "limited", "limited_all", "stale",
-    "unmarked", "unjudged", "unjudged_open", "headers", "unknown", "unsettled", "throttled", "held", "translated",
-    "tunnels", "stacked",
-)  # fmt: skip
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
 # The committed rate of a segment may come at once for so many seconds.
@@ -75,7 +72,9 @@ HOOKS: Final = {"learn": (0, -302), "screen": (0, -302)}
 TUNNELS_HOOKS: Final = {"tunnels": (1, -302)}
 # Loaded only if `Surroundings.guard`.
 GUARD_HOOKS: Final = {"guard": (2, 2**31 - 1)}
-_GUARD_LINES: Final = re.compile(r"(?ms)^ *# guard$\n(.*?)^ *# end of guard$\n")
+# Lines that stand in the file between these words, and are loaded only if they are needed.
+_GUARD: Final = "guard"
+_KNOWN: Final = "known interfaces"
 # Loaded only if `Surroundings.stacked`: the base chain of the file, and its other chains.
 STACKED_HOOKS: Final = {"stacked": (2, -302)}
 _STACKED: Final = ("stacked.nft", ("from_stacked", "stacked_mail"))
@@ -122,7 +121,9 @@ def wanted(
     surroundings: Surroundings = NOTHING,
 ) -> Wanted:
     """The ruleset for a configuration on a kernel with (`native`) or without nft_queue, in these surroundings."""
-    text = _with_guard(rules("nftables", "portward.nft").read_text(), wanted=surroundings.guard)
+    text = _with_lines(rules("nftables", "portward.nft").read_text(), _GUARD, wanted=surroundings.guard)
+    # While all segments are only observed nothing is refused, whatever it comes from.
+    text = _with_lines(text, _KNOWN, wanted=config.mode is not Mode.OBSERVE)
     text = _with_literals(text, config, guard=surroundings.guard)
     definitions = _definitions(text)
     values = _values(config, preset, state) | _tunnels(config, surroundings)
@@ -133,6 +134,8 @@ def wanted(
     text += "".join(_probes(config.queue.workers))
     if native:
         text += "".join(map(_native, statements))
+    if surroundings.known:
+        text += f"add element {FAMILY_TABLE} {KNOWN_INTERFACES} {_indexes(surroundings.known)}\n"
     if state.unsettled:
         text += f"add element {FAMILY_TABLE} {UNSETTLED} {_indexes(state.unsettled)}\n"
     hooks = HOOKS | TUNNELS_HOOKS
@@ -183,7 +186,7 @@ def replacement(
         lines += [f"{verb} chain {FAMILY_TABLE} {name}" for name in _STACKED[1] for verb in ("add", "delete")]
     lines += [
         f"flush set {FAMILY_TABLE} {name}"
-        for name in (*FIXED_SETS, "epoch", "synced", ENFORCED, UNSETTLED, GATED)
+        for name in (*FIXED_SETS, "epoch", "synced", ENFORCED, UNSETTLED, KNOWN_INTERFACES, GATED)
         if name in have
     ]
     lines += [f"delete set {FAMILY_TABLE} {name}" for name in RETIRED_SETS if name in have]
@@ -200,9 +203,19 @@ def _misplaced(have: Mapping[str, tuple[int, int]], want: Mapping[str, tuple[int
     return [name for name, at in have.items() if kept.get(name) != at]
 
 
-def _with_guard(text: str, *, wanted: bool) -> str:
-    """Keeps the blocks of the forward guard, or takes them out."""
-    return _GUARD_LINES.sub(r"\1" if wanted else "", text)
+def known_changes(before: frozenset[int], now: frozenset[int]) -> str:
+    """The commands for nft that bring the set of known interfaces from one state to another. Indexes that another
+    program has removed make them fail as a whole."""
+    return "".join(
+        f"{verb} element {FAMILY_TABLE} {KNOWN_INTERFACES} {_indexes(indexes)}\n"
+        for verb, indexes in (("delete", before - now), ("add", now - before))
+        if indexes
+    )
+
+
+def _with_lines(text: str, name: str, *, wanted: bool) -> str:
+    """Keeps the lines between `# NAME` and `# end of NAME`, or takes them out."""
+    return re.sub(rf"(?ms)^ *# {name}$\n(.*?)^ *# end of {name}$\n", r"\1" if wanted else "", text)
 
 
 def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
@@ -215,6 +228,7 @@ def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
         "SEGMENTS": _interfaces(config.segments),
         "OBSERVED_SEGMENTS": _interfaces(observed(config)),
         "OPEN_SEGMENTS": _interfaces(opens),
+        "NOT_JUDGED": _interfaces(("lo", *config.uplinks)),
         "INTERNAL4": _set(map(network_text, _apart(v4))),
         "INTERNAL6": _set(map(network_text, _apart(v6))),
         "OCTETS4": _set(_first_octets(v4)),

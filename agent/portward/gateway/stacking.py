@@ -14,6 +14,8 @@ from portward.gateway.links import VRF, Device
 from portward.interfaces import shown
 
 _BRIDGE: Final = "bridge"
+# Kinds whose devices give out the packets of their ports.
+_WITH_PORTS: Final = frozenset((_BRIDGE, "bond", "team", "batadv", "hsr"))
 # Its ports have one device as their master (ovs-system), and packets come out of any other one of this kind.
 _OPEN_VSWITCH: Final = "openvswitch"
 
@@ -42,6 +44,22 @@ def stacked(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> lis
 def enforced(found: Iterable[Stacked], config: Config) -> frozenset[int]:
     """The indexes of those devices whose packets must be stopped: all but those of observed segments alone."""
     return frozenset(one.device.ifindex for one in found if not config.observes(one.segment.name))
+
+
+def known(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> frozenset[int]:
+    """The indexes of the interfaces, other than segments, of which it is clear whether they give out a segment's
+    packets. Not clear is a device that still has no port: the first one may be a segment, and by the time that
+    this shows, packets have come out."""
+    devices = list(devices)
+    masters = {device.master for device in devices}
+    switched = any(device.kind == _OPEN_VSWITCH and device.ifindex in masters for device in devices)
+    empty = {
+        device.ifindex
+        for device in devices
+        if (device.kind in _WITH_PORTS and device.ifindex not in masters)
+        or (device.kind == _OPEN_VSWITCH and not switched)
+    }
+    return frozenset(device.ifindex for device in devices if not is_segment(device.name)) - empty
 
 
 def warnings(devices: Iterable[Device], config: Config) -> list[str]:

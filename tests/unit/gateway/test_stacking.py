@@ -6,7 +6,7 @@ import pytest
 
 from portward.config import Config, Verdicts
 from portward.gateway.links import Device
-from portward.gateway.stacking import enforced, stacked, warnings
+from portward.gateway.stacking import enforced, known, stacked, warnings
 from portward.model import Mode
 
 CONFIG = Config(segments=("vni*",), uplinks=("up*",))
@@ -110,3 +110,22 @@ def test_where_nothing_stands_on_a_segment_nothing_is_said() -> None:
         Device(5, "v", "vlan", 0, 2),
     )
     assert warnings(devices, CONFIG) == []
+
+
+@pytest.mark.parametrize("kind", ["bridge", "bond", "team", "batadv", "hsr", "openvswitch"])
+def test_a_device_without_a_port_is_not_known_yet(kind: str) -> None:
+    """Its first port may be a segment."""
+    top, port = Device(2, "top", kind), Device(3, "eth7", master=2)
+    assert known((VNI, top, port._replace(master=0)), CONFIG.segment) == {3}
+    assert known((VNI, top, port), CONFIG.segment) == {2, 3}
+    assert known((VNI._replace(master=2), top), CONFIG.segment) == {2}, "its packets are stopped, see `enforced`"
+
+
+def test_a_vrf_without_a_port_is_known() -> None:
+    assert known((VNI, Device(2, "blue", "vrf")), CONFIG.segment) == {2}
+
+
+def test_ports_of_open_vswitch_are_known_with_its_first_port() -> None:
+    switch = (Device(2, "ovs-system", "openvswitch"), Device(3, "br-int", "openvswitch"))
+    assert known((*switch, VNI), CONFIG.segment) == set()
+    assert known((*switch, Device(4, "eth7", master=2)), CONFIG.segment) == {2, 3, 4}
