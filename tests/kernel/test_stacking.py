@@ -109,6 +109,7 @@ class Stack:
     def unseen(self) -> Iterator[None]:
         """Meanwhile the agent sees nothing; its workers run on."""
         process = self.gateway.agent.process
+        assert process is not None
         process.send_signal(signal.SIGSTOP)
         try:
             yield

@@ -52,7 +52,7 @@ LEARNED_SETS: Final[dict[mark.Class, str]] = {
 RATES: Final = "rates"
 # Interfaces that the policy table still takes for others: what they send is dropped.
 UNSETTLED: Final = "unsettled"
-# Interfaces beside segments and uplinks that the agent has seen: what comes from others to a judged port is dropped.
+# Interfaces, beside segments and uplinks, from which packets to judged ports pass: the agent has classified them.
 KNOWN_INTERFACES: Final = "known_interfaces"
 # Interfaces behind the gate, and the generation that the gate enforces; see `gate`.
 GATED: Final = "gated"
