@@ -16,8 +16,8 @@ class Surroundings(NamedTuple):
     `stacked` are the indexes of interfaces that take packets of an enforced segment before portward sees the
     segment's name (a bridge that the segment is a port of, a macvlan on top of it). `known` are the indexes of all
     interfaces beside the segments that are classified: mail from an interface that is neither a segment nor an
-    uplink nor one of these is dropped, because a device that was put on a segment a moment ago is one. `guard` says
-    whether the forward chain is needed that judges what others translated."""
+    uplink nor one of these is dropped, because a device that was put on a segment a moment ago is one. `guard`
+    says whether the forward chain is needed that judges what others translated."""
 
     tunnel_ports: frozenset[int] = frozenset()
     encrypted_ports: frozenset[int] = frozenset()
