@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class Faults:
 
     def environment(self) -> dict[str, str]:
         """What brings the harness into the agent."""
-        return {"PYTHONPATH": os.fspath(INJECT), "PORTWARD_FAULTS": os.fspath(self.folder)}
+        path = os.pathsep.join(filter(None, (os.fspath(INJECT), os.environ.get("PYTHONPATH", ""))))
+        return {"PYTHONPATH": path, "PORTWARD_FAULTS": os.fspath(self.folder)}
 
     def happen(self, where: str, action: str, made: Callable[[], object] = lambda: None) -> None:
         """Waits until a thread of the daemon has met `action` at `where`, which it reaches after `made`."""
@@ -86,10 +88,22 @@ def claimed_once_it_is_gone(agent: Agent) -> int:
             except NamespaceTakenError:
                 assert folder is not None, "the namespace is taken, and the table is not"
                 refusals += 1
+                time.sleep(0.001)
             else:
                 # The kernel frees the lock a moment before the parent hears of the end.
+                assert not with_descriptors(agent.process.pid), "a thread has not ended"
                 agent.process.wait(2)
                 return refusals
+
+
+def with_descriptors(process: int) -> list[str]:
+    """The threads of a process that still have its files and sockets: those that have not ended."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += [thread.name] if any((thread / "fd").iterdir()) else []
+    return found
 
 
 def test_no_other_agent_begins_while_the_kernel_thread_of_one_that_failed_may_write(
