@@ -5,7 +5,8 @@
     counting thread  what the kernel has counted
 
 These are the steps of `Core`. The asyncio loop beside them only waits: for sockets, processes, signals and time.
-Stopping (SIGTERM) leaves ruleset and cached verdicts in the kernel: nothing opens.
+Stopping (SIGTERM) leaves ruleset and cached verdicts in the kernel: nothing opens. The locks of table folder and
+network namespace are held as long as a thread may write: if one does not end in time, until the process is gone.
 """
 
 from __future__ import annotations
@@ -13,19 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from portward import config as configuration
-from portward import report
+from portward import ending, report
 from portward.answering import Answering
 from portward.config import Config
 from portward.core import Core
@@ -39,10 +38,12 @@ from portward.gateway.workers import Worker
 from portward.linkfeed import LinkFeed
 from portward.notify import log_formatter, notify
 from portward.policy import preset as presets
+from portward.policy.preset import Preset
 from portward.runtime import Runtime
 from portward.snapshot import Snapshot
 from portward.store.flips import HeldError
 from portward.table.database import put_aside
+from portward.threads import Threads
 from portward.ticks import until_tick
 
 # What is done again and again is done at the same moments: a process that wakes finds its caches cold, and what it
@@ -62,8 +63,8 @@ _SWITCH_SECONDS: Final = 0.0005
 # How long READY may wait for what the store changed while no agent ran, in seconds. A store that is locked or a
 # bulk change must not keep a gateway from starting; it enforces the last known policy until then.
 _FIRST_READING: Final = 1.0
-# How long a stop waits for the threads, in seconds. What takes longer (a bulk change) is abandoned with the
-# process: LMDB and SQLite keep the state before, and the kernel does not hear of it.
+# How long a stop waits for the jobs, and then for the threads, in seconds. What takes longer (a bulk change, a
+# kernel that is busy) is abandoned with the process: SQLite, LMDB and nftables keep the state before.
 _STOP_SECONDS: Final = 1.0
 # After this many seconds at one step the policy thread is reported in the log, then each time it has doubled.
 _SLOW_SECONDS: Final = 10.0
@@ -71,7 +72,6 @@ _SLOW_SECONDS: Final = 10.0
 _FIXED: Final = ("store", "table", "queue", "metrics")
 
 _log = logging.getLogger("portward")
-_T = TypeVar("_T")
 
 
 class Daemon:
@@ -80,18 +80,21 @@ class Daemon:
     def __init__(self, path: Path, config: Config) -> None:
         """`path` is where `config` was read, and is read again on SIGHUP."""
         self._path, self._config = path, config
-        self._policy = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
-        self._kernel = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kernel")
-        self._counting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="counting")
+        self._threads = Threads()
+        self._policy_step, self._kernel_step = self._threads.policy, self._threads.kernel
+        self._count_step = self._threads.counting
         self._stopping = asyncio.Event()
         self._reload = asyncio.Event()
         self._snapshot = Snapshot()
         self._reload_failed = False
         self._slow = _SLOW_SECONDS
-        # Whether a thread did not end in time, and the process must end without it.
+        # Whether a thread may still be at work: then the process must end without waiting for it.
         self.abandoned = False
+        # The locks that keep other agents away.
+        self._locks = contextlib.ExitStack()
         self._started = datetime.now(UTC)
         self._core: Core
+        self._opened = False
         self._workers: list[Worker] = []
         # Sources whose limit the kernel does not know, as workers have met them.
         self._unrated: dict[Source, None] = {}
@@ -99,78 +102,102 @@ class Daemon:
 
     async def run(self) -> None:
         """Runs until SIGTERM or SIGINT. Raises PortwardError where the gateway cannot begin; then nothing has
-        been loaded."""
+        been loaded. If `abandoned` then, the locks are still held."""
         # First of all: a signal that comes while the gateway starts must not end it half-way.
         self._catch_signals()
         async with contextlib.AsyncExitStack() as stack:
-            for threads in (self._policy, self._kernel, self._counting):
-                stack.callback(threads.shutdown, wait=False)
-            links = await self._open(stack)
-            if await self._stopped_before(self._policy_step(self._core.first_policy)):
+            # What ends the gateway, last things first. All of it stands here before anything begins, so an error
+            # or a signal at any step ends it in this order.
+            stack.callback(self._threads.close)
+            stack.callback(self._release)
+            stack.push_async_callback(lambda: workers.stop(self._workers))
+            stack.push_async_callback(self._close)
+            # Until `_close` has seen all threads end: an error on the way there leaves it so.
+            self.abandoned = True
+            starting = asyncio.ensure_future(self._start(stack))
+            if await self._stopped_before(starting):
                 return
-            first = await anext(links)
-            await self._policy_step(lambda: self._core.first_links(first))
-            # While the workers load their libraries.
-            reading = asyncio.ensure_future(self._policy_step(self._first_sync))
-            if await self._stopped_before(asyncio.gather(*(worker.start() for worker in self._workers))):
-                return
-            await self._kernel_step(self._core.load)
-            await self._wait_for_store(reading)
-            self._tell_ready(first)
-            await self._serve(links, first, reading)
+            await self._serve(*starting.result())
         _log.info("stopped; ruleset and remembered verdicts stay in force")
+
+    @property
+    def lingers(self) -> bool:
+        """Whether Python's own end of the process would wait for a thread, or end workers that are to stay."""
+        return self.abandoned or any(worker.stays for worker in self._workers)
+
+    async def _start(
+        self, stack: contextlib.AsyncExitStack
+    ) -> tuple[AsyncIterator[Links], Links, asyncio.Future[None]]:
+        """Brings the gateway up. Gives the interfaces to follow, those that the table has, and the first reading
+        of the store, which may still go on."""
+        links = await self._open(stack)
+        await self._policy_step(self._core.first_policy)
+        first = await anext(links)
+        await self._policy_step(lambda: self._core.first_links(first))
+        # While the workers load their libraries.
+        reading = asyncio.ensure_future(self._policy_step(self._first_sync))
+        await asyncio.gather(*(worker.start() for worker in self._workers))
+        await self._kernel_step(self._core.load)
+        await self._wait_for_store(reading)
+        self._tell_ready(first)
+        return links, first, reading
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> AsyncIterator[Links]:
         """Takes all that another process could have: the locks of table folder and network namespace, the kernel's
         queues, the metrics address. Gives the interfaces to follow."""
         runtime = Runtime(self._config.table)
-        stack.callback(runtime.close)
+        self._locks.callback(runtime.close)
         self._runtime = runtime
         if runtime.crashed:
             _log.error("portward crashed the last time: %s", runtime.crashed)
         # Before anything is written: a second agent here would take this one's rules away, and this one would put
         # them back, for ever.
-        lock = await self._kernel_step(NamespaceLock)
-        stack.callback(lock.close)
+        await self._kernel_step(lambda: self._locks.callback(NamespaceLock().close))
         if runtime.table_cut_off:
             put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
         preset = presets.load(self._config.preset, named_in=self._path)
         self._workers = workers.make(self._config.queue, self._config.table, self._ask_rate)
-        stack.push_async_callback(workers.stop, self._workers)
         for worker in self._workers:
             await worker.prepare()
-        opening = asyncio.ensure_future(self._kernel_step(lambda: Core(self._config, preset, self._on_kernel)))
+        opening = asyncio.ensure_future(self._kernel_step(lambda: self._open_core(preset)))
         # The library behind the metrics takes longer to load than all else of the daemon. Meanwhile the workers'
         # processes load theirs, and the core asks the kernel.
         from portward import metrics  # noqa: PLC0415 # as said above
         from portward.gateway import rtnetlink  # noqa: PLC0415 # as said above
 
-        self._core = await opening
-        stack.push_async_callback(self._close)
+        await opening
         if (address := self._config.metrics_address()) is not None:
             server = metrics.Server(*address, self._newest)
             stack.callback(server.close)
         return await stack.enter_async_context(contextlib.aclosing(rtnetlink.follow()))
 
+    def _open_core(self, preset: Preset) -> None:
+        """Kernel thread: there `_close_core` finds it, also if nothing waits for it any more."""
+        self._core = Core(self._config, preset, self._threads.on_kernel)
+        self._opened = True
+
+    def _close_core(self) -> None:
+        if self._opened:
+            self._core.close()
+
     async def _close(self) -> None:
-        self._core.stop()
-        # What is at work must end before what it uses is closed.
+        """Ends the threads, and closes what they use once none of them is at work."""
         nothing: Callable[[], None] = lambda: None  # noqa: E731 # typed
-        ending = [
-            asyncio.ensure_future(step)
-            for step in (
-                self._policy_step(self._core.close_store),
-                self._kernel_step(nothing),
-                self._count_step(nothing),
-            )
-        ]
-        _, late = await asyncio.wait(ending, timeout=_STOP_SECONDS)
-        self.abandoned = bool(late)
-        if late:
-            work = self._core.work
+        if self._opened:
+            self._core.stop()
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await self._threads.end(self._core.close_store if self._opened else nothing, self._close_core)
+        except TimeoutError:
+            work = self._core.work if self._opened else None
             _log.info("stopped in the midst of %s", "a step" if work is None else work.what)
         else:
-            await self._kernel_step(self._core.close)
+            self.abandoned = False
+
+    def _release(self) -> None:
+        """Lets other agents in. Not while a thread may write: the kernel ends both locks with the process."""
+        if not self.abandoned:
+            self._locks.close()
 
     async def _stopped_before(self, work: Awaitable[object]) -> bool:
         """Waits for `work`, or for a signal to stop; True if that came first."""
@@ -180,9 +207,8 @@ class Daemon:
         if working.done():
             working.result()
             return False
-        # It waits for no process any more. A step that a thread is at goes on; what it raises then is ignored.
-        working.cancel()
-        working.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        # It waits for no process any more. A step that a thread is at goes on; what `work` raises is ignored.
+        await ending.cancelled({working}, _STOP_SECONDS)
         return True
 
     def _first_sync(self) -> None:
@@ -233,29 +259,13 @@ class Daemon:
             )
         ]
         stopping = asyncio.create_task(self._stopping.wait())
-        done, _ = await asyncio.wait({stopping, *jobs}, return_when=asyncio.FIRST_COMPLETED)
-        notify("STOPPING=1")
-        for job in (stopping, *jobs):
-            job.cancel()
-        await asyncio.gather(stopping, *jobs, return_exceptions=True)
+        try:
+            done, _ = await asyncio.wait({stopping, *jobs}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            notify("STOPPING=1")
+            await ending.cancelled({stopping, *jobs}, _STOP_SECONDS)
         for job in done - {stopping}:
             job.result()  # a job never ends by itself: this raises what ended it
-
-    async def _policy_step(self, work: Callable[[], _T]) -> _T:
-        """Runs a step on the thread that alone writes the policy table."""
-        return await asyncio.get_running_loop().run_in_executor(self._policy, work)
-
-    async def _kernel_step(self, work: Callable[[], _T]) -> _T:
-        """Runs a step on the thread that alone writes the kernel."""
-        return await asyncio.get_running_loop().run_in_executor(self._kernel, work)
-
-    def _on_kernel(self, work: Callable[[], _T]) -> Future[_T]:
-        """The same for the policy thread, which need not wait."""
-        return self._kernel.submit(work)
-
-    async def _count_step(self, work: Callable[[], _T]) -> _T:
-        """Runs a step on the thread that only reads and counts."""
-        return await asyncio.get_running_loop().run_in_executor(self._counting, work)
 
     async def _follow_store(self, reading: asyncio.Future[None]) -> None:
         await reading
@@ -428,16 +438,13 @@ def run(path: Path) -> None:
     config = configuration.load(path)
     # Four threads share one interpreter: a change of policy must not wait 5 ms, Python's default, for a count.
     sys.setswitchinterval(_SWITCH_SECONDS)
-    abandoned = asyncio.run(_run(path, config))
-    if abandoned or workers.stay_seconds():
-        # Python would wait for a thread that is at work. And what asyncio has started it also ends when it is
-        # collected: the workers are to stay.
-        logging.shutdown()
-        os._exit(0)
-
-
-async def _run(path: Path, config: Config) -> bool:
-    """Runs the daemon; gives whether a thread of it is still at work."""
+    # It must live as long as the process: with it would go what it holds, among that the locks.
     daemon = Daemon(path, config)
-    await daemon.run()
-    return daemon.abandoned
+    try:
+        asyncio.run(daemon.run())
+    except BaseException as error:
+        if daemon.lingers:
+            ending.end(error)
+        raise
+    if daemon.lingers:
+        ending.end(None)

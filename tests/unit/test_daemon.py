@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime
@@ -23,6 +24,7 @@ import pytest
 from portward import answering, daemon
 from portward import config as configuration
 from portward.clock import Clock
+from portward.core import Core
 from portward.daemon import Daemon, missing
 from portward.errors import KernelError, PortwardError
 from portward.gateway import namespacelock
@@ -32,6 +34,7 @@ from portward.gateway.ruleset import TABLE
 from portward.gateway.tally import Event
 from portward.gateway.workers import Worker
 from portward.runtime import read_status
+from portward.runtime import running as process_of
 from unit.test_core import LINKS, MAY, Ground, subscription
 
 SECONDS = 20.0
@@ -117,6 +120,7 @@ class Running(Ground):
         }  # fmt: skip
         self.configure()
         self.links: asyncio.Queue[Links]
+        self.daemon: Daemon
         self.worker = FakeWorker(self)
         self.notices = Notices()
         self._patch(monkeypatch)
@@ -153,7 +157,8 @@ class Running(Ground):
 
         async def both() -> None:
             self.links = asyncio.Queue()
-            running = asyncio.create_task(Daemon(self.path, configuration.load(self.path)).run())
+            self.daemon = Daemon(self.path, configuration.load(self.path))
+            running = asyncio.create_task(self.daemon.run())
             if work is not None:
                 try:
                     await self.until(lambda: running.done() or "READY=1" in self.said, "it is ready")
@@ -438,3 +443,194 @@ def test_a_store_that_always_has_another_change_keeps_no_grant_from_ending(
         return cast("Counter[str]", core.done)
 
     assert asyncio.run(follow()) == {"sync": CHANGES, "settle": 1, "retry_links": 1}
+
+
+class Held:
+    """A step of the core that does not end until the test lets it."""
+
+    def __init__(self) -> None:
+        self.entered, self.free = threading.Event(), threading.Event()
+
+    def __call__(self, *_: object) -> None:
+        self.entered.set()
+        assert self.free.wait(SECONDS), "the test lets it go"
+
+
+# A step of each thread, as `Core` names it, and what makes the daemon take it.
+STEPS = {"policy": "links_changed", "kernel": "check", "counting": "screen"}
+
+
+@pytest.fixture
+def held(running: Running) -> Iterator[Held]:
+    """A step that ends with the test, and with it the locks of a daemon that was abandoned."""
+    found = Held()
+    yield found
+    found.free.set()
+    for thread in vars(running.daemon._threads).values():
+        thread.shutdown()
+    running.daemon._locks.close()
+
+
+async def take(running: Running, held: Held, thread: str) -> None:
+    """Makes the daemon take a step that is held."""
+    if thread == "policy":
+        running.links.put_nowait(Links({4: "vni2", 9: "up0"}, frozenset({3})))
+    elif thread == "kernel":
+        running.kernel.load("flush ruleset")
+        running.notices.wake()
+    await running.until(held.entered.is_set, f"the {thread} thread is at the step")
+
+
+def locked(running: Running) -> tuple[bool, bool]:
+    """Whether the namespace, and the table folder, are closed to another agent."""
+    return LOCK_TABLE in running.kernel.tables, process_of(running.config.table) is not None
+
+
+class FaultError(Exception):
+    """A fault of portward's own."""
+
+
+def fail(*_: object) -> None:
+    """Fails as nothing expects it."""
+    raise FaultError
+
+
+@pytest.mark.parametrize("thread", STEPS)
+@pytest.mark.parametrize("failed", [True, False], ids=["a job failed", "SIGTERM"])
+def test_the_locks_stay_if_a_thread_is_still_at_work(
+    running: Running, held: Held, monkeypatch: pytest.MonkeyPatch, thread: str, failed: bool
+) -> None:
+    """It may write kernel and table until the process is gone, so no other agent may begin before."""
+    monkeypatch.setattr(Core, STEPS[thread], held)
+    fault = asyncio.Event()
+
+    async def watch() -> None:
+        await fault.wait()
+        raise FaultError
+
+    running.worker.watch = watch  # type: ignore[method-assign]
+
+    async def work() -> None:
+        await take(running, held, thread)
+        if failed:
+            fault.set()
+            await running.until(lambda: "STOPPING=1" in running.said, "it ends")
+
+    with pytest.raises(FaultError) if failed else contextlib.nullcontext():
+        running.run(work)
+    assert not held.free.is_set()
+    assert running.daemon.abandoned
+    assert locked(running) == (True, True)
+    assert "worker stopped" in running.said
+
+
+@pytest.mark.parametrize("thread", STEPS)
+def test_a_step_that_ends_in_time_ends_before_the_locks(
+    running: Running, held: Held, monkeypatch: pytest.MonkeyPatch, thread: str
+) -> None:
+    found: list[tuple[bool, bool]] = []
+
+    def step(*arguments: object) -> None:
+        held(*arguments)
+        found.append(locked(running))
+
+    monkeypatch.setattr(Core, STEPS[thread], step)
+    monkeypatch.setattr(Core, "stop", lambda _: held.free.set())
+    running.run(lambda: take(running, held, thread))
+    assert set(found) == {(True, True)}
+    assert not running.daemon.abandoned
+    assert locked(running) == (False, False)
+
+
+def test_a_stop_does_not_wait_for_what_the_last_step_of_a_change_hands_to_the_kernel_thread(
+    running: Running, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = threading.Event()
+
+    def links_changed(core: Core, *_: object) -> bool:
+        held.entered.set()
+        assert stopping.wait(SECONDS)
+        core._intake._on_kernel(held)
+        return True
+
+    monkeypatch.setattr(Core, "links_changed", links_changed)
+    monkeypatch.setattr(Core, "stop", lambda _: stopping.set())
+    running.run(lambda: take(running, held, "policy"))
+    assert running.daemon.abandoned
+    assert locked(running) == (True, True)
+
+
+@pytest.mark.parametrize("step", ["__init__", "first_policy", "first_links", "_first_sync", "load"])
+def test_a_stop_waits_for_no_step_of_a_start(
+    running: Running, held: Held, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr(daemon, "_FIRST_READING", 2 * SECONDS)
+    monkeypatch.setattr(Daemon if step == "_first_sync" else Core, step, held)
+
+    async def stop() -> None:
+        running.links = asyncio.Queue()
+        running.daemon = Daemon(running.path, configuration.load(running.path))
+        ending = asyncio.create_task(running.daemon.run())
+        await running.until(held.entered.is_set, "the start is at the step")
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(SECONDS / 2):
+            await ending
+
+    asyncio.run(stop())
+    assert not held.free.is_set()
+    assert running.daemon.abandoned
+    assert locked(running) == (True, True)
+    assert "READY=1" not in running.said
+
+
+def test_a_start_that_fails_beside_a_thread_leaves_the_locks(
+    running: Running, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Daemon, "_first_sync", held)
+
+    async def start() -> None:
+        await running.until(held.entered.is_set, "the policy thread is at the step")
+        raise KernelError("queue 0 cannot be bound")
+
+    running.worker.start = start  # type: ignore[method-assign]
+    with pytest.raises(KernelError, match="queue 0"):
+        running.run()
+    assert running.daemon.abandoned
+    assert locked(running) == (True, True)
+
+
+def test_an_error_while_it_ends_leaves_the_locks(
+    running: Running, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Core, "check", held)
+    monkeypatch.setattr(Core, "stop", fail)
+    with pytest.raises(FaultError):
+        running.run(lambda: take(running, held, "kernel"))
+    assert running.daemon.abandoned
+    assert locked(running) == (True, True)
+
+
+def test_a_job_that_does_not_end_keeps_no_stop_waiting(running: Running) -> None:
+    """Nor does it write the kernel when another agent may."""
+    late: list[Exception] = []
+
+    async def watch() -> None:
+        while not late:
+            try:
+                await asyncio.sleep(SECONDS)
+            except asyncio.CancelledError:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await running.until(lambda: "worker stopped" in running.said, "the workers have ended")
+                try:
+                    await running.daemon._kernel_step(lambda: None)
+                except RuntimeError as error:
+                    late.append(error)
+
+    async def nothing() -> None:
+        """Ready is enough."""
+
+    running.worker.watch = watch  # type: ignore[method-assign]
+    running.run(nothing)
+    assert late
+    assert not running.daemon.abandoned
+    assert locked(running) == (False, False)

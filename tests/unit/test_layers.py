@@ -14,7 +14,7 @@ LAYERS = (
     ("cli", "__main__"),
     ("lab",),
     ("daemon",),
-    ("report", "answering", "linkfeed", "ticks"),
+    ("report", "answering", "linkfeed", "threads", "ending", "ticks"),
     (
         "core",
         "intake",

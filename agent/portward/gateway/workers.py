@@ -64,6 +64,11 @@ class Worker:
         """Whether the process is there."""
         return self.process is not None and self.process.returncode is None
 
+    @property
+    def stays(self) -> bool:
+        """Whether the process outlives the daemon."""
+        return self._stay > 0
+
     async def prepare(self) -> None:
         """Starts the process, which loads its program and then waits for `start`; raises OSError."""
         theirs, self._lifeline = os.pipe()
@@ -90,7 +95,9 @@ class Worker:
             os.write(self._lifeline, b"\n")
         assert self.process.stdout is not None  # noqa: S101 # asked for in `prepare`
         try:
-            line = await asyncio.wait_for(self.process.stdout.readline(), _START_SECONDS)
+            # Not `wait_for`: it forgets a cancellation that comes together with the line.
+            async with asyncio.timeout(_START_SECONDS):
+                line = await self.process.stdout.readline()
         except TimeoutError:
             line = b""
         if line.decode().strip() != READY:
@@ -139,7 +146,8 @@ class Worker:
         if self._stay or self.process is None or self.process.returncode is not None:
             return
         try:
-            await asyncio.wait_for(self.process.wait(), _STOP_SECONDS)
+            async with asyncio.timeout(_STOP_SECONDS):
+                await self.process.wait()
         except TimeoutError:
             self.kill()
             await self.process.wait()

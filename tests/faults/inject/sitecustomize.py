@@ -1,7 +1,9 @@
 """Python imports this at its start where PYTHONPATH names this folder. portward's processes then look into the
 folder PORTWARD_FAULTS while they run:
 
-    armed     `process|where|before or after|nth|action`: the process takes the file away and ends itself there
+    armed     `process|where|before or after|nth|action`: the process takes the file away and ends itself there by
+              a signal; or, with `memory`, has no memory; or, with `hold`, stays there until `held` is written to
+    held      a named pipe
     shift     seconds by which the wall clock of the daemon is wrong
     rules/    ruleset files that it takes instead of the shipped ones
 """
@@ -25,7 +27,7 @@ sys.path.insert(0, os.fspath(Path(__file__).parent))
 from points import POINTS, Point, find  # type: ignore[import-not-found] # the path above must be there first
 
 _FOLDER = Path(os.environ["PORTWARD_FAULTS"])
-_ARMED, _HIT, _SHIFT, _RULES = (_FOLDER / name for name in ("armed", "hit", "shift", "rules"))
+_ARMED, _HIT, _HELD, _SHIFT, _RULES = (_FOLDER / name for name in ("armed", "hit", "held", "shift", "rules"))
 _LOCK = threading.Lock()
 _passed: dict[str, int] = {}
 
@@ -57,6 +59,9 @@ def _pass(where: str, side: str) -> None:
         return
     if action == "memory":
         raise MemoryError
+    if action == "hold":
+        _HELD.read_bytes()
+        return
     os.kill(os.getpid(), getattr(signal, action))
 
 

@@ -1,0 +1,61 @@
+"""The three threads of the daemon: policy, kernel, counting. Each runs one step at a time, in the order of the
+calls.
+
+The event loop waits for their steps. To cancel such a wait does not end a step that has begun. So before a lock is
+given up that the steps need, `end` must have returned; what they use is closed by its last steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+class Threads:
+    """The threads; each begins with its first step."""
+
+    def __init__(self) -> None:
+        self._policy, self._kernel, self._counting = (
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix=name) for name in ("policy", "kernel", "counting")
+        )
+
+    async def policy(self, work: Callable[[], _T]) -> _T:
+        """Runs a step on the thread that alone writes the policy table."""
+        return await asyncio.get_running_loop().run_in_executor(self._policy, work)
+
+    async def kernel(self, work: Callable[[], _T]) -> _T:
+        """Runs a step on the thread that alone writes the kernel."""
+        return await asyncio.get_running_loop().run_in_executor(self._kernel, work)
+
+    def on_kernel(self, work: Callable[[], _T]) -> Future[_T]:
+        """The same for the policy thread, which need not wait."""
+        return self._kernel.submit(work)
+
+    async def counting(self, work: Callable[[], _T]) -> _T:
+        """Runs a step on the thread that only reads and counts."""
+        return await asyncio.get_running_loop().run_in_executor(self._counting, work)
+
+    async def end(self, policy: Callable[[], None], kernel: Callable[[], None]) -> None:
+        """Runs a last step on the policy thread, then one on the kernel thread when no thread does anything else.
+        Returns when all three have ended. Raises what a last step raised; then, and if this is cancelled, a thread
+        may still be at work, and a last step that has not begun never does."""
+        nothing: Callable[[], None] = lambda: None  # noqa: E731 # typed
+        await asyncio.gather(_last(self._policy, policy), _last(self._counting, nothing))
+        # Not before: a step of the policy thread hands steps to the kernel thread.
+        await _last(self._kernel, kernel)
+
+    def close(self) -> None:
+        """Lets no thread begin another step that it was not given before; waits for none. Idempotent."""
+        for thread in (self._policy, self._kernel, self._counting):
+            thread.shutdown(wait=False)
+
+
+async def _last(thread: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+    """Runs a step behind all others of a thread, which from here on takes no other."""
+    ended = asyncio.get_running_loop().run_in_executor(thread, work)
+    thread.shutdown(wait=False)
+    await ended
