@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -23,9 +24,11 @@ from kernel.test_translation import TRICKS, comes_out, others
 from kernel.wire import Sender, same, seen, segment
 from portward.core import Core
 from portward.gateway import mark
+from portward.gateway.learned import Source
 from portward.gateway.links import Links
 from portward.gateway.messages import ACCEPT, FORWARD, PREROUTING, Packet, Verdicts, read
 from portward.gateway.nfqueue import SLOT, Queue
+from portward.gateway.rates import Bucket
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, MAIL4, Lab, Tenant
@@ -220,3 +223,17 @@ def test_what_waits_from_an_interface_that_goes_is_dropped_by_the_kernel(ground:
     late = ground.verdict(hook, waiting.packet)
     namespaces.ip("-n", ground.lab.gateway, "link", "del", CONTOSO.segment)
     assert not waiting.accepted(ground.lab, late)
+
+
+@pytest.mark.parametrize("hook", [FORWARD])
+@pytest.mark.parametrize("cached", ["nothing", "allow", "observed", "rate limit", "deny"])
+def test_what_is_cached_for_the_new_owner_passes_the_guard(ground: Ground, cached: str) -> None:
+    waiting, dataplane = ground.waiting(FORWARD), ground.core._dataplane
+    source = Source(socket.if_nametoindex(CONTOSO.segment), ip_address("10.0.0.4").packed)
+    dataplane.learned.renew([source.link])
+    if cached == "rate limit":
+        dataplane._rates.add({source: Bucket(5, 10, 2)})
+    elif cached != "nothing":
+        dataplane.learned.teach({source: mark.Class[cached.upper()]})
+    passes = cached in ("allow", "observed", "rate limit")
+    assert waiting.accepted(ground.lab, waiting.packet.mark) is passes
