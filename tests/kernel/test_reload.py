@@ -26,6 +26,7 @@ from portward.gateway.links import Device, Links
 from portward.gateway.nft import Nft
 from portward.intake import OnKernel
 from portward.lab import namespaces
+from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Standing, Subscription
 from portward.policy import preset as presets
@@ -45,8 +46,8 @@ def core(tmp_path: Path) -> Iterator[Core]:
 
 
 @contextmanager
-def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once) -> Iterator[Core]:
-    """The same, with a kernel thread of its own."""
+def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once, lab: Lab | None = None) -> Iterator[Core]:
+    """The same, with a kernel thread or in a lab of its own."""
     store = SqliteStore(tmp_path / "portward.db", create=True)
     records = (
         Subscription(id=_OWNER, offer="enterprise-agreement", created=date(2022, 6, 30)),
@@ -58,7 +59,7 @@ def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once) -> Iterator[Core]:
     config = Config(
         segments=("vni*",), uplinks=("up0",), store=f"sqlite:{tmp_path}/portward.db", table=tmp_path / "table"
     )
-    with Lab(lab_name(), (CONTOSO,)) as lab, namespaces.inside(lab.gateway):
+    with lab or Lab(lab_name(), (CONTOSO,)) as place, namespaces.inside(place.gateway):
         core = Core(config, presets.load("azure-2020"), on_kernel)
         try:
             core.first_policy()
@@ -124,6 +125,20 @@ def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number
     held = core._dataplane.learned.held(Source(port, address))
     assert (held is not None and held.verdict is mark.Class.ALLOW) is (number == 1)
     assert core._dataplane.learned.held(Source(_VRF, address)) is None, "the sets know ports"
+
+
+def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long_again(core: Core) -> None:
+    learned = core._dataplane.learned
+
+    def left() -> int:
+        """Milliseconds."""
+        ((_, _, expires_ms),) = learned._elements.rows(ruleset.RENEWED)
+        return expires_ms
+
+    learned.renew([5])
+    until(lambda: left() < 9_800, "some time has passed")
+    learned.renew([5])
+    assert left() > 9_800
 
 
 def in_step(core: Core) -> bool:

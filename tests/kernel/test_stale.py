@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,11 @@ def test_no_stale_verdict_is_remembered(tmp_path: Path, address: str, reader: Qu
 def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path, reader: QueueReader) -> None:
     """That the test above can fail: the same without step one of a change."""
 
+    def left_out(generation: int, links: Iterable[int] = ()) -> None:
+        """The step."""
+
     def forget_only(churn: Churn, committed: Committed) -> None:
-        churn.learned.move_epoch = lambda generation: None  # type: ignore[method-assign] # the step left out
+        churn.learned.move_epoch = left_out  # type: ignore[method-assign]
         churn.learned.forget(churn.enforcement._sources(committed), committed.generation)
 
     def both_epochs(churn: Churn, committed: Committed) -> None:

@@ -75,13 +75,17 @@ class Enforcement:
         kernel to this generation or a later one meanwhile: then everything older is forgotten.
 
         If a change before this one was not carried out, nobody knows what it reaches: everything is forgotten."""
-        if not committed.new or not self._is_newer(committed.generation):
+        if not committed.new:
+            return
+        if not self._is_newer(committed.generation):
+            self._renew(committed.links)
             return
         if self.broken:
             self.repair(committed.generation)
+            self._renew(committed.links)
             return
         try:
-            self._learned.move_epoch(committed.generation)
+            self._learned.move_epoch(committed.generation, committed.links)
             if committed.everything or not self._follows(committed):
                 self._forget_everything(committed.generation)
             else:
@@ -89,6 +93,13 @@ class Enforcement:
             self.generation = committed.generation
         except (KernelError, OSError):
             self.repair(committed.generation)
+            self._renew(committed.links)
+
+    def _renew(self, links: Iterable[int]) -> None:
+        """The part of a change of interfaces that a repair does not do. If the kernel refuses it, the ruleset is
+        not there, and with its chains went the packets that waited for a verdict."""
+        with contextlib.suppress(KernelError, OSError):
+            self._learned.renew(links)
 
     def forget(
         self, sources: Iterable[Source], generation: int, *, opens: bool = True, closes: bool = True

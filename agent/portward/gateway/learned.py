@@ -17,7 +17,16 @@ from portward.gateway import mark
 from portward.gateway.elements import Add, Change, Delete, Elements, Flush, RefusedError
 from portward.gateway.gate import WORTH_A_GATE, Gate
 from portward.gateway.prefixes import Prefixes
-from portward.gateway.ruleset import COUNTED_SETS, ENFORCED, GATED, LEARNED_SETS, RATES, UNSETTLED, Verdict
+from portward.gateway.ruleset import (
+    COUNTED_SETS,
+    ENFORCED,
+    GATED,
+    LEARNED_SETS,
+    RATES,
+    RENEWED,
+    UNSETTLED,
+    Verdict,
+)
 from portward.gateway.setdump import Row
 from portward.gateway.sweep import Sweep
 
@@ -117,8 +126,8 @@ class Learned:
         """The checksum of the definitions of the loaded sets; None: not known."""
         return self._number("definitions")
 
-    def move_epoch(self, generation: int) -> None:
-        """Step one of a change: from here on only verdicts of this generation are cached.
+    def move_epoch(self, generation: int, links: Iterable[int] = ()) -> None:
+        """Step one of a change: from here on only verdicts of this generation are cached; `links` as for `renew`.
 
         If the process dies right after it, what is cached may be old until it expires or the agent starts again:
         `synced` still names the older generation, so the next start forgets everything.
@@ -127,7 +136,12 @@ class Learned:
         changes: list[Change] = [Flush("epoch"), Add("epoch", [_INDEX.pack(epoch)])]
         if before is not None:  # its verdicts may still be on their way: `learn` acts on them once
             changes.append(Add("recent", [_INDEX.pack(before)]))
-        self._elements.commit(changes)
+        self._elements.commit([*changes, *_renewed(links)])
+
+    def renew(self, links: Iterable[int]) -> None:
+        """The owners of these interfaces have changed. For ten seconds from here on no verdict on their packets
+        counts that was found under an older epoch, or for the forward guard. Raises KernelError."""
+        self._elements.commit(_renewed(links))
 
     def teach(self, verdicts: Mapping[Source, mark.Class]) -> None:
         """Caches these verdicts, as if packets had brought them; raises KernelError, and then none is cached. Only
@@ -247,9 +261,11 @@ class Learned:
         return rows
 
     def unsettle(self, indexes: Iterable[int]) -> None:
-        """From here on nothing from these interfaces is asked about or learned, but dropped; raises
-        KernelError."""
-        self._elements.commit([Add(UNSETTLED, [_INDEX.pack(index) for index in indexes])])
+        """From here on nothing from these interfaces is asked about or learned, but dropped, also what waits for
+        a worker now; raises KernelError."""
+        indexes = list(indexes)
+        unsettled = Add(UNSETTLED, [_INDEX.pack(index) for index in indexes])
+        self._elements.commit([unsettled, *_renewed(indexes)])
 
     def settle(self, indexes: Iterable[int]) -> None:
         """Ends `unsettle` for these interfaces; raises KernelError."""
@@ -273,6 +289,12 @@ def _hosts(sources: Iterable[Source]) -> Prefixes:
     for source in sources:
         prefixes.add_source(source.key)
     return prefixes
+
+
+def _renewed(links: Iterable[int]) -> list[Change]:
+    keys = [_INDEX.pack(index) for index in sorted(links)]
+    # An `Add` of what is there would not start its time anew.
+    return [Add(RENEWED, keys), Delete(RENEWED, keys), Add(RENEWED, keys)] if keys else []
 
 
 def _synced(generation: int) -> list[Change]:

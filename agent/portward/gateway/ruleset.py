@@ -54,6 +54,8 @@ RATES: Final = "rates"
 UNSETTLED: Final = "unsettled"
 # Interfaces, beside segments and uplinks, from which packets to judged ports pass: the agent has classified them.
 KNOWN_INTERFACES: Final = "known_interfaces"
+# Interfaces whose owner has changed in the last seconds: verdicts found before do not count.
+RENEWED: Final = "renewed"
 # Interfaces behind the gate, and the generation that the gate enforces; see `gate`.
 GATED: Final = "gated"
 ENFORCED: Final = "enforced"
@@ -70,8 +72,8 @@ _COMMITTED_BURST: Final = 4
 # no chain of others between the two.
 HOOKS: Final = {"learn": (0, -302), "screen": (0, -302)}
 TUNNELS_HOOKS: Final = {"tunnels": (1, -302)}
-# Loaded only if `Surroundings.guard`.
-GUARD_HOOKS: Final = {"guard": (2, 2**31 - 1)}
+# Loaded only if `Surroundings.guard`; in this order, too.
+GUARD_HOOKS: Final = {"settled": (2, 2**31 - 1), "guard": (2, 2**31 - 1)}
 # Lines that stand in the file between these words, and are loaded only if they are needed.
 _GUARD: Final = "guard"
 _KNOWN: Final = "known interfaces"
@@ -197,9 +199,11 @@ def replacement(
 
 
 def _misplaced(have: Mapping[str, tuple[int, int]], want: Mapping[str, tuple[int, int]]) -> list[str]:
-    """The base chains that must go: those at another place, and both of HOOKS if these are not in their order."""
-    pair = [(name, at) for name, at in have.items() if name in HOOKS]
-    kept = want if pair == list(HOOKS.items()) else {name: at for name, at in want.items() if name not in HOOKS}
+    """The base chains that must go: those at another place, and both of a pair that is not in its order."""
+    kept = dict(want)
+    for pair in (HOOKS, GUARD_HOOKS):
+        if [(name, at) for name, at in have.items() if name in pair] != list(pair.items()):
+            kept = {name: at for name, at in kept.items() if name not in pair}
     return [name for name, at in have.items() if kept.get(name) != at]
 
 

@@ -173,7 +173,7 @@ def _word(change: Change | str) -> str:
 
 
 def _keys(set_: str, keys: Iterable[bytes]) -> str:
-    if set_ in ("epoch", "recent", "synced", "enforced", "gated", "unsettled", "definitions"):
+    if set_ in ("epoch", "recent", "synced", "enforced", "gated", "unsettled", "renewed", "definitions"):
         return " ".join(
             str(struct.unpack("=I", key)[0] >> (3 if set_ in ("epoch", "recent") else 0)) for key in keys
         )

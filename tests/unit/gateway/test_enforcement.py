@@ -12,6 +12,7 @@ import pytest
 
 from portward.gateway import learned as cache
 from portward.gateway import ruleset
+from portward.gateway.elements import Add, Delete
 from portward.gateway.fake import FakeKernel, ProcessDied
 from portward.gateway.faketables import FakeTable
 from portward.gateway.learned import Source
@@ -117,6 +118,24 @@ def test_a_prefix_is_read_and_taken_out_of_the_sets_that_hold_it(plane: Plane) -
     ]
 
 
+def test_a_change_of_interfaces_is_written_with_the_epoch(plane: Plane) -> None:
+    """So that no verdict that was found before it counts after it."""
+    plane.enforce(committed(2, links=[LINK]))
+    key = LINK.to_bytes(4, "little")
+    assert words(plane.kernel.journal)[0].startswith("flush epoch, add epoch 2, add recent 1, ")
+    # Also deleted, since to add what is there would not start its time anew.
+    again = (Add("renewed", [key]), Delete("renewed", [key]), Add("renewed", [key]))
+    assert plane.kernel.journal[0].done[-3:] == again
+
+
+def test_a_change_of_interfaces_that_a_repair_has_overtaken_is_written_all_the_same(plane: Plane) -> None:
+    """The repair has moved the epoch, but what the forward guard accepts carries none."""
+    plane.enforcement.repair(2)
+    assert not plane.kernel.tables[TABLE].sets["renewed"].elements
+    plane.enforce(committed(2, links=[LINK]))
+    assert set(plane.kernel.tables[TABLE].sets["renewed"].elements) == {LINK.to_bytes(4, "little")}
+
+
 def test_everything_is_flushed(plane: Plane) -> None:
     plane.enforce(committed(2, everything=True))
     assert words(plane.kernel.journal) == [
@@ -139,7 +158,8 @@ def test_what_a_change_reaches_is_forgotten_and_nothing_else(plane: Plane, kind:
 def test_the_epoch_is_first_and_what_says_in_sync_is_last(plane: Plane, kind: str) -> None:
     plane.enforce(CHANGES[kind][1](2))
     first, *_, last = words(plane.kernel.journal)
-    assert first == "flush epoch, add epoch 2, add recent 1"
+    links = f", add renewed {LINK}, delete renewed {LINK}" if kind == "links" else ""
+    assert first == f"flush epoch, add epoch 2, add recent 1{links}"
     assert last.endswith("flush synced, add synced 2")
     assert sum("synced" in line for line in words(plane.kernel.journal)) == 1
 

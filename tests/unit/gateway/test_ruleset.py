@@ -180,6 +180,7 @@ def test_the_text_registers_learn_before_screen() -> None:
 
 
 GUARDED = Surroundings(guard=True)
+GUARD_HOOKS = {"settled": (2, 2**31 - 1), "guard": (2, 2**31 - 1)}
 
 
 def test_the_guard_stands_in_the_text_only_if_it_is_needed() -> None:
@@ -188,9 +189,18 @@ def test_the_guard_stands_in_the_text_only_if_it_is_needed() -> None:
     assert "hook forward" not in without.text
     assert "guarded" not in without.text
     assert "hook forward priority 2147483647" in guarded.text
-    assert removed(without, {**HOOKS, "guard": (2, 2**31 - 1)}) == ["guard"]
-    assert removed(guarded, {**HOOKS, "guard": (2, 2**31 - 1)}) == []
+    assert removed(without, {**HOOKS, **GUARD_HOOKS}) == ["settled", "guard"]
+    assert removed(guarded, {**HOOKS, **GUARD_HOOKS}) == []
+    last = r"(?m)^  chain (\w+) \{\n    type filter hook forward priority 2147483647"
+    assert re.findall(last, guarded.text) == ["settled", "guard"]
     assert guarded.definitions == without.definitions, "what is cached stays"
+
+
+@pytest.mark.parametrize("names", [["guard"], ["settled"], ["guard", "settled"]], ids=" and ".join)
+def test_the_guard_and_what_looks_at_its_answers_are_made_anew_together(names: list[str]) -> None:
+    """Alone, the newer one would come before the other. An older release had the guard alone."""
+    guarded = wanted(CONFIG, AZURE, native=False, state=STATE, surroundings=GUARDED)
+    assert removed(guarded, HOOKS | dict.fromkeys(names, (2, 2**31 - 1))) == names
 
 
 def test_a_limit_is_counted_once() -> None:

@@ -1,0 +1,239 @@
+"""Packets that wait in a queue while their interface becomes another one's: none gets through by the old one's
+verdict."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
+
+import pytest
+from scapy.packet import Packet as Sent
+
+from kernel.busy import busy_table
+from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
+from kernel.test_reload import enforcing
+from kernel.test_translation import TRICKS, comes_out, others
+from kernel.wire import Sender, same, seen, segment
+from portward.core import Core
+from portward.gateway import mark
+from portward.gateway.learned import Source
+from portward.gateway.links import Links
+from portward.gateway.messages import ACCEPT, FORWARD, PREROUTING, Packet, Verdicts, read
+from portward.gateway.nfqueue import SLOT, Queue
+from portward.gateway.rates import Bucket
+from portward.lab import namespaces
+from portward.lab.agent import until
+from portward.lab.topology import CONTOSO, MAIL4, Lab, Tenant
+
+_NEW = Tenant("renamed", 7003)
+_OWNER = UUID(int=7003)
+# Hook → where the tenant writes to, so that the packet waits there.
+_TO = {PREROUTING: MAIL4, FORWARD: TRICKS["an-internal-address"][1]}
+
+
+# --- with the whole agent, whose table is busy ---
+
+
+@contextmanager
+def stopped(gateway: Gateway) -> Iterator[None]:
+    """The gateway's worker takes no packet. Must be over before the self-check ends it, in two seconds."""
+    process = _worker(gateway)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+def _worker(gateway: Gateway) -> int:
+    """The process that reads the gateway's queue."""
+    name = gateway.lab.gateway
+    for process in namespaces.run(name, ["ip", "netns", "pids", name]).stdout.split():
+        if b"portward.gateway.worker" in Path(f"/proc/{process}/cmdline").read_bytes():
+            return int(process)
+    raise AssertionError("no worker")
+
+
+def waiting(gateway: Gateway) -> int:
+    """How many packets wait in the queue."""
+    rows = namespaces.run(gateway.lab.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
+    return int(rows.split()[2])
+
+
+def rename(lab: Lab, name: str, new: str) -> None:
+    """Renames an interface of the gateway. Linux 6.2 and later do that while it is up; if it goes down, the kernel
+    drops what waits from it."""
+    namespaces.ip("-n", lab.gateway, "link", "set", name, "name", new)
+
+
+def unsettled(gateway: Gateway) -> bool:
+    """Whether an interface is one that the table still takes for another one."""
+    return "elements" in gateway.listing("unsettled")
+
+
+@pytest.mark.parametrize("hook", _TO)
+@pytest.mark.parametrize("renamed", [False, True], ids=["as-it-was", "renamed"])
+def test_what_waits_while_its_interface_is_renamed_does_not_get_through(
+    make_gateway: Callable[..., Gateway], hook: int, renamed: bool
+) -> None:
+    """The table is busy, so the worker finds the verdict of the tenant that had the interface before."""
+    gateway = make_gateway()
+    gateway.agent.apply(*source_records(_NEW, "10.0.7.1", DENIED, _OWNER))
+    gateway.source(CONTOSO, "10.0.7.1", ALLOWED)
+    packet = segment("10.0.7.1", to=_TO[hook])
+    with (
+        others(gateway, TRICKS["an-internal-address"][0]),
+        busy_table(gateway.agent.folder / "table"),
+        seen(gateway.lab.internet) as view,
+    ):
+        until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 1, "the guard is loaded")
+        with stopped(gateway):
+            gateway.senders[CONTOSO].send(packet)
+            until(lambda: waiting(gateway) == 1, "the packet waits")
+            if renamed:
+                rename(gateway.lab, CONTOSO.segment, _NEW.segment)
+                until(lambda: unsettled(gateway), "the interface is unsettled")
+        assert (view.first(same(packet), seconds=1.0) is not None) is not renamed
+
+
+def test_the_new_owner_of_an_interface_need_not_wait_until_late_verdicts_are_out_of_the_way(
+    make_gateway: Callable[..., Gateway],
+) -> None:
+    """Its first translated packet is dropped, and a later one finds the cached verdict."""
+    gateway = make_gateway()
+    gateway.agent.apply(*source_records(_NEW, "10.0.7.1", ALLOWED, _OWNER))
+    gateway.source(CONTOSO, "10.0.7.1", DENIED)
+    text, to, port = TRICKS["an-internal-address"]
+    with others(gateway, text):
+        until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 1, "the guard is loaded")
+        assert not comes_out(gateway, CONTOSO, "10.0.7.1", to, port)
+        rename(gateway.lab, CONTOSO.segment, _NEW.segment)
+        until(lambda: comes_out(gateway, CONTOSO, "10.0.7.1", to, port), "it sends", seconds=5)
+        assert "elements" in gateway.listing("renewed"), "the time is not over yet"
+
+
+# --- with a worker of the test's own, which has found its verdict before the interface changes ---
+
+
+class Waiting(NamedTuple):
+    """A packet from the tenant that waits in the queue, and the queue."""
+
+    queue: Queue
+    packet: Packet
+    sent: Sent
+
+    def accepted(self, lab: Lab, mark_: int) -> bool:
+        """Accepts the packet with this mark; whether it comes out."""
+        verdicts = Verdicts(0, 1)
+        assert self.packet.id is not None
+        with seen(lab.internet) as view:
+            verdicts.give(ACCEPT, self.packet.id, mark_)
+            self.queue.send(verdicts.take())
+            return view.first(same(self.sent), seconds=0.5) is not None
+
+
+class Ground(NamedTuple):
+    """The steps of a gateway, without a worker."""
+
+    core: Core
+    lab: Lab
+    queue: Queue
+
+    def waiting(self, hook: int) -> Waiting:
+        """Sends a packet to where it waits in this hook."""
+        sent = segment("10.0.0.4", to=_TO[hook])
+        sender = Sender(self.lab, CONTOSO)
+        try:
+            sender.send(sent)
+        finally:
+            sender.close()
+        assert select.select([self.queue], [], [], 3)[0], "the packet waits"
+        ((length,),) = self.queue.receive()
+        (packet,) = read(bytes(self.queue.buffer[:SLOT][:length]))
+        assert isinstance(packet, Packet)
+        assert packet.hook == hook
+        return Waiting(self.queue, packet, sent)
+
+    def verdict(self, hook: int, packet: Packet) -> int:
+        """The mark with which a worker accepts the packet now."""
+        epoch = mark.epoch_of(self.core.generation)
+        return packet.mark if hook == FORWARD else mark.stamp(packet.mark, mark.Class.ALLOW, epoch)
+
+
+@pytest.fixture
+def ground(tmp_path: Path, hook: int) -> Iterator[Ground]:
+    """With the guard for packets that wait there alone: it would ask again about those of `screen`."""
+    lab = Lab(lab_name(), (CONTOSO,))
+    with enforcing(tmp_path, lab=lab) as core:
+        namespaces.load(lab.gateway, "delete table inet lab")
+        if hook == FORWARD:
+            namespaces.batch(lab.gateway, ["route replace 10.96.0.0/16 via 198.51.100.2"])
+            namespaces.load(lab.gateway, TRICKS["an-internal-address"][0])
+        core.check()
+        assert core.guarded is (hook == FORWARD)
+        queue = Queue(0, 16, 1)
+        yield Ground(core, lab, queue)
+        queue.close()
+
+
+def become(ground: Ground, name: str) -> int:
+    """The tenant's interface gets this name, and table and kernel know it; gives its index."""
+    old = CONTOSO.segment
+    index = socket.if_nametoindex(old)
+    rename(ground.lab, old, name)
+    links = Links({index: name}, frozenset({index}))
+    ground.core.unsettle(frozenset({index}), 1)
+    ground.core.links_changed(links, 1)
+    assert not ground.core._dataplane.enforcement.unsettled
+    return index
+
+
+@pytest.mark.parametrize("hook", _TO)
+def test_a_verdict_found_before_the_table_knew_the_new_name_lets_nothing_pass(ground: Ground, hook: int) -> None:
+    waiting = ground.waiting(hook)
+    late = ground.verdict(hook, waiting.packet)
+    become(ground, _NEW.segment)
+    assert not waiting.accepted(ground.lab, late)
+
+
+@pytest.mark.parametrize("hook", _TO)
+def test_a_verdict_on_an_interface_that_stays_lets_the_packet_pass_also_after_a_change(
+    ground: Ground, hook: int
+) -> None:
+    """Another interface's change is none of its business."""
+    waiting = ground.waiting(hook)
+    late = ground.verdict(hook, waiting.packet)
+    index = socket.if_nametoindex(CONTOSO.segment)
+    ground.core.links_changed(Links({index: CONTOSO.segment, 901: "vni9"}, frozenset()), 1)
+    assert waiting.accepted(ground.lab, late)
+
+
+@pytest.mark.parametrize("hook", _TO)
+def test_what_waits_from_an_interface_that_goes_is_dropped_by_the_kernel(ground: Ground, hook: int) -> None:
+    """So an index that is used again brings no such packet with it."""
+    waiting = ground.waiting(hook)
+    late = ground.verdict(hook, waiting.packet)
+    namespaces.ip("-n", ground.lab.gateway, "link", "del", CONTOSO.segment)
+    assert not waiting.accepted(ground.lab, late)
+
+
+@pytest.mark.parametrize("hook", [FORWARD])
+@pytest.mark.parametrize("cached", ["nothing", "allow", "observed", "rate limit", "deny"])
+def test_what_is_cached_for_the_new_owner_passes_the_guard(ground: Ground, cached: str) -> None:
+    waiting, dataplane = ground.waiting(FORWARD), ground.core._dataplane
+    source = Source(socket.if_nametoindex(CONTOSO.segment), ip_address("10.0.0.4").packed)
+    dataplane.learned.renew([source.link])
+    if cached == "rate limit":
+        dataplane._rates.add({source: Bucket(5, 10, 2)})
+    elif cached != "nothing":
+        dataplane.learned.teach({source: mark.Class[cached.upper()]})
+    passes = cached in ("allow", "observed", "rate limit")
+    assert waiting.accepted(ground.lab, waiting.packet.mark) is passes
