@@ -32,6 +32,7 @@ from portward.policy import preset as presets
 from portward.store import open_store
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
+from portward.table.database import FILE
 from portward.table.follower import Follower
 from portward.table.reader import Reader
 from portward.table.writer import Answers, Writer
@@ -152,7 +153,7 @@ def _load(path: Path, folder: Path, size: int) -> dict[str, Any]:
     if follower.step(utc_now()) is None or writer.reader().counts()[0] != size:
         raise RuntimeError(f"not {size} attachments were loaded")
     load_s = time.monotonic() - began
-    info, page = writer._environment.info(), writer._environment.stat()["psize"]
+    used = (folder / FILE).stat().st_size
     segments = {1 + number: (f"vni{1001 + number}", False) for number in range(-(-size // inventory.PER_SEGMENT))}
     writer.put_links(segments, touched=frozenset(), now=utc_now())
     changes = []
@@ -168,7 +169,7 @@ def _load(path: Path, folder: Path, size: int) -> dict[str, Any]:
         changes.append((time.monotonic() - began) * 1000)
     return {
         "load_s": load_s,
-        "bytes": (info["last_pgno"] + 1) * page / size,
+        "bytes": used / size,
         "change_ms": (statistics.median(changes), min(changes), max(changes)),
         "daemon_mb": _private_mb(),
     }

@@ -14,10 +14,7 @@ def busy_table(folder: Path) -> Iterator[None]:
     """Holds the write lock of the table in `folder`: whoever wants to change it waits."""
     environment = open_database(folder, write=True)
     try:
-        transaction = environment.begin(write=True)
-        try:
+        with environment.begin(write=True):
             yield
-        finally:
-            transaction.abort()
     finally:
         environment.close()

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from threading import Condition, Lock, get_ident
 from typing import Final, TypeAlias
 
 import lmdb
@@ -18,13 +21,15 @@ from portward.errors import PortwardError
 from portward.table import layout
 
 # Address space, not disk: the file grows as it fills. 4 GiB hold some 60 million attachments; a table
-# that outgrows it is opened again at twice the size.
+# that outgrows its map gets one of twice the size.
 MAP_SIZE: Final = 4 << 30
 MAX_READERS: Final = 512
 # Parts of another format, which are opened to be dropped.
 _OTHER_PARTS: Final = 32
+# How often a transaction is tried if the map is too small for what another process has committed. Each time, that
+# process has made the file twice as large: eight times lead from MAP_SIZE to the largest map of a `Writer`.
+_TRIES: Final = 8
 
-Environment: TypeAlias = lmdb.Environment
 Transaction: TypeAlias = "lmdb.Transaction[bytes]"
 Cursor: TypeAlias = "lmdb.Cursor[bytes]"
 Part: TypeAlias = "lmdb._Database"
@@ -46,6 +51,171 @@ class OtherFormatError(TableError):
     """The policy table was written by another version of portward."""
 
 
+class _Gate:
+    """Keeps a change of the map's size and the transactions of all threads apart.
+
+    The change waits until no thread has a transaction open. While it waits, a thread without one may not begin
+    one: threads that read all the time would keep the change out. A thread that has one open may begin another one
+    in it: the change waits for that thread, so the two would wait for each other.
+    """
+
+    def __init__(self) -> None:
+        # Thread → how many transactions it has open. Each thread writes its own item only.
+        self._open: dict[int, int] = {}
+        self._moved = Condition(Lock())
+        # How many threads wait to change the size, and how often it was changed.
+        self._waiting = self._changes = 0
+
+    def enter(self) -> int:
+        """To be called before a transaction begins. Gives how often the size was changed before."""
+        thread, opened = get_ident(), self._open
+        before = opened.get(thread, 0)
+        # Without the lock, which costs a fifth of a microsecond. This thread writes its item and then looks for
+        # one that waits, `change` does both the other way round: so one of them sees the other.
+        opened[thread] = before + 1
+        if self._waiting and not before:
+            self._let_change(thread)
+        return self._changes
+
+    def leave(self) -> bool:
+        """To be called on the same thread when the transaction has ended. True if this thread has another one."""
+        thread, opened = get_ident(), self._open
+        left = opened[thread] - 1
+        if left:
+            opened[thread] = left
+            return True
+        del opened[thread]
+        if self._waiting:
+            with self._moved:
+                self._moved.notify_all()
+        return False
+
+    def change(self, work: Callable[[], None], since: int | None = None) -> None:
+        """Runs `work`, which changes the size, while no thread has a transaction open. Does not run it if the size
+        was changed after `enter` gave `since`. The calling thread must have no transaction open."""
+        with self._moved:
+            self._waiting += 1
+            try:
+                self._moved.wait_for(lambda: not self._open or self._is_changed(since))
+                if not self._is_changed(since):
+                    work()
+                    self._changes += 1
+            finally:
+                self._waiting -= 1
+                self._moved.notify_all()
+
+    def _let_change(self, thread: int) -> None:
+        """Lets those go first that wait to change the size."""
+        with self._moved:
+            del self._open[thread]
+            self._moved.notify_all()
+            self._moved.wait_for(lambda: not self._waiting)
+            self._open[thread] = 1
+
+    def _is_changed(self, since: int | None) -> bool:
+        return since is not None and since != self._changes
+
+
+class _Begun:
+    """A transaction for a `with` statement: committed at its end, or aborted if an exception ends it."""
+
+    __slots__ = ("_environment", "_transaction", "_write")
+
+    def __init__(self, environment: Environment, *, write: bool) -> None:
+        self._environment, self._write = environment, write
+
+    def __enter__(self) -> Transaction:
+        environment, tries = self._environment, _TRIES
+        while True:
+            changes = environment._gate.enter()
+            try:
+                self._transaction = environment._lmdb.begin(write=self._write)
+                return self._transaction
+            except BaseException as error:
+                nested, tries = environment._gate.leave(), tries - 1
+                if nested or not tries or not isinstance(error, MapResizedError):
+                    raise
+            environment._take_size_over(changes)
+
+    def __exit__(self, *raised: object) -> None:
+        try:
+            self._transaction.__exit__(*raised)
+        finally:
+            self._environment._gate.leave()
+
+
+class Environment:
+    """The file of the table, as this process has it open. Any thread may use it, and several at once.
+
+    LMDB maps the whole file. To change the size of the map it replaces the map, and every transaction that the
+    process has open fails from then on. So both go through one gate, and only this class calls LMDB's environment.
+
+    A change of size waits for the longest transaction of another thread. In the daemon that is one lookup, because
+    what walks through the table (`portward check`, `diagnose`) is a process of its own. The daemon's long
+    transactions are changes of policy, and nothing waits for them: the thread that writes makes the map larger
+    after its transaction, and while it writes, no other process can commit what needs a larger map.
+    """
+
+    def __init__(self, opened: lmdb.Environment) -> None:
+        self._lmdb, self._gate = opened, _Gate()
+
+    def begin(self, *, write: bool = False) -> AbstractContextManager[Transaction, None]:
+        """A transaction, for a `with` statement on one thread. A thread may begin one within another one.
+
+        Takes the map's size over first if another process has made the file larger: the daemon, or its process of
+        a bulk change. Entering raises lmdb's errors; MapResizedError only if this thread has a transaction open.
+        """
+        return _Begun(self, write=write)
+
+    def open_part(self, name: bytes, *, create: bool, rows: bool) -> Part:
+        """The part of the file with this name, of `rows` or of keys with values. Not within a transaction. Raises
+        lmdb's errors."""
+        while True:
+            self._gate.enter()
+            try:
+                return self._lmdb.open_db(name, dupsort=rows, dupfixed=rows, create=create)
+            except MapResizedError:
+                pass
+            finally:
+                self._gate.leave()
+            with self.begin():  # takes the size over
+                pass
+
+    def drop_part(self, name: bytes, transaction: Transaction) -> None:
+        """Takes out a part with all that it holds."""
+        transaction.drop(self._lmdb.open_db(name, txn=transaction, create=False), delete=True)
+
+    def grow(self, largest: int) -> None:
+        """Makes the map twice as large, once no other thread has a transaction open. The calling thread must have
+        none. Raises TableError if the map would be larger than `largest` bytes."""
+
+        def grown() -> None:
+            # Not twice what this process has opened it with: another process may have made it larger.
+            size = self._lmdb.info()["map_size"]
+            if 2 * size > largest:
+                raise TableError(f"{self.path()}: the policy table is full at {size} bytes")
+            self._lmdb.set_mapsize(2 * size)
+
+        self._gate.change(grown)
+
+    def path(self) -> str:
+        """The folder of the file."""
+        return self._lmdb.path()
+
+    def reader_check(self) -> None:
+        """Frees the slots of readers that were killed: there are only so many, and they keep old pages alive."""
+        self._lmdb.reader_check()
+
+    def close(self) -> None:
+        """Closes the file, once no thread uses it."""
+        self._lmdb.close()
+
+    def _take_size_over(self, since: int) -> None:
+        """Makes the map as large as another process has made its own. Not if another thread has done so after
+        `enter` gave `since`: it may have begun a change of policy meanwhile, which would be waited for."""
+        self._gate.change(lambda: self._lmdb.set_mapsize(0), since)
+
+
 def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Environment:
     """Opens the table in `folder`. A writer makes folder and file where missing; raises TableError."""
     if not write and not (folder / FILE).exists():
@@ -53,7 +223,7 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
     try:
         if write:
             folder.mkdir(parents=True, exist_ok=True)
-        environment = lmdb.open(
+        opened = lmdb.open(
             os.fspath(folder),
             map_size=map_size,
             max_dbs=len(layout.PARTS) + _OTHER_PARTS,
@@ -65,20 +235,10 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
         )
     except (lmdb.Error, OSError) as error:
         raise TableError(f"{folder}: the policy table cannot be opened: {error}") from error
+    environment = Environment(opened)
     if write:
-        # Slots of readers that were killed would keep old pages alive.
         environment.reader_check()
     return environment
-
-
-def begun(environment: Environment, *, write: bool = False) -> Transaction:
-    """A transaction on the table. Takes the map's size over first if another process has made it larger: the
-    daemon, or its process of a bulk change. Raises lmdb's errors."""
-    try:
-        return environment.begin(write=write)
-    except MapResizedError:
-        environment.set_mapsize(0)
-        return environment.begin(write=write)
 
 
 def open_for_writing(folder: Path, map_size: int) -> tuple[Environment, dict[bytes, Part]]:
@@ -117,9 +277,7 @@ def open_parts(environment: Environment, *, write: bool) -> dict[bytes, Part]:
     """The named parts of the table; raises TableError where a reader finds none yet."""
     try:
         return {
-            part: environment.open_db(
-                layout.stored_name(part), dupsort=part in layout.ROWS, dupfixed=part in layout.ROWS, create=write
-            )
+            part: environment.open_part(layout.stored_name(part), create=write, rows=part in layout.ROWS)
             for part in layout.PARTS
         }
     except lmdb.Error as error:
@@ -147,4 +305,4 @@ def drop_other_formats(environment: Environment, transaction: Transaction) -> No
     with transaction.cursor() as cursor:
         others = [key for key in cursor.iternext(values=False) if key not in ours]
     for name in others:
-        transaction.drop(environment.open_db(name, txn=transaction, create=False), delete=True)
+        environment.drop_part(name, transaction)

@@ -7,7 +7,7 @@ to are read together, so a verdict is never stamped with a policy that it was no
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -22,7 +22,6 @@ from portward.table.database import (
     Part,
     TableError,
     Transaction,
-    begun,
     open_database,
     open_parts,
 )
@@ -90,7 +89,7 @@ class Reader:
 
     @contextmanager
     def view(self) -> Iterator[int]:
-        """Within, `lookup` and `head` all read the same commit; gives a number that another commit does not have.
+        """Within, all methods read the same commit; gives a number that another commit does not have.
 
         For many look-ups at once. Never to be held while waiting for anything: the longer it lasts, the older is
         what it gives, and the pages that it sees cannot be used again. Raises lmdb's errors.
@@ -148,7 +147,7 @@ class Reader:
 
     def links(self) -> dict[int, layout.Link]:
         """Interface index → the segment behind it, as the daemon last wrote it."""
-        with self._begin() as transaction, transaction.cursor(self._parts[b"links"]) as cursor:
+        with self._snapshot_of() as transaction, transaction.cursor(self._parts[b"links"]) as cursor:
             links = {int.from_bytes(key, "big"): self._link_of(value) for key, value in cursor}
             return {index: link for index, link in links.items() if link is not None}
 
@@ -172,7 +171,7 @@ class Reader:
     def owner(self, index: int, source: bytes) -> tuple[layout.Link, layout.Entry | None] | None:
         """The segment behind an interface, and the entry of a source in it, as denied if its code has no meaning;
         None: no such segment."""
-        with self._begin() as transaction:
+        with self._snapshot_of() as transaction:
             link = self._link(transaction, index)
             if link is None:
                 return None
@@ -181,7 +180,7 @@ class Reader:
 
     def account(self, subscription: int) -> Account | None:
         """The account with the table's number `subscription`; None if there is none, or none that can be read."""
-        with self._begin() as transaction:
+        with self._snapshot_of() as transaction:
             return self._account(transaction, subscription)
 
     def account_of(self, id_: UUID) -> Account | None:
@@ -240,7 +239,7 @@ class Reader:
 
     def counts(self) -> tuple[int, int]:
         """How many attachments and subscriptions the table holds."""
-        with self._begin() as transaction:
+        with self._snapshot_of() as transaction:
             return (
                 sum(transaction.stat(self._parts[name])["entries"] for name in layout.ENTRIES.values()),
                 transaction.stat(self._parts[b"ids"])["entries"],
@@ -308,8 +307,8 @@ class Reader:
             raise TableError(f"the policy table is damaged: {prefix} in segment {segment} has no entry")
         return Attached(decoded(name), prefix, _whole(row))
 
-    def _begin(self) -> Transaction:
-        return begun(self._environment)
+    def _begin(self) -> AbstractContextManager[Transaction]:
+        return self._environment.begin()
 
     def _follow(self, transaction: Transaction) -> None:
         """Forgets what was read under an older commit than the one that `transaction` sees."""

@@ -26,7 +26,6 @@ from portward.table.database import (
     MapFullError,
     TableError,
     Transaction,
-    begun,
     drop_other_formats,
     open_for_writing,
 )
@@ -122,7 +121,7 @@ class Writer:
     ) -> None:
         """Opens or makes the table in `folder`, anew where it is damaged; raises TableError. A change that would
         flip more than `max_flip_share` (0 to 1) of all subscriptions is held, unless it is confirmed."""
-        self._folder, self.preset, self.answers, self._map_size = folder, preset, answers, map_size
+        self._folder, self.preset, self.answers = folder, preset, answers
         self.max_flip_share = max_flip_share
         self._environment, self._parts = open_for_writing(folder, map_size)
         # Rows that cannot be read, found by this writer and its readers.
@@ -149,13 +148,13 @@ class Writer:
 
     def head(self) -> layout.Head | None:
         """What the table agrees with; None where it holds no policy yet, or one of another format."""
-        with begun(self._environment) as transaction:
+        with self._environment.begin() as transaction:
             return _head_in(transaction)
 
     @property
     def of_other_format(self) -> bool:
         """True if the file holds the table of another version of portward, which is not looked at."""
-        with begun(self._environment) as transaction:
+        with self._environment.begin() as transaction:
             data = transaction.get(layout.HEAD)
         return data is not None and layout.Head.unpack(data) is None
 
@@ -166,13 +165,13 @@ class Writer:
 
     def next_expiry(self) -> datetime | None:
         """When something next changes by itself: a grant ends, or a start comes that was recorded ahead."""
-        with begun(self._environment) as transaction:
+        with self._environment.begin() as transaction:
             first = Rows(transaction, self._parts[b"expiries"]).first()
             return None if first is None else layout.moment(int.from_bytes(first[:8], "big"))
 
     def attachments(self) -> int:
         """How many attachments the table holds."""
-        with begun(self._environment) as transaction:
+        with self._environment.begin() as transaction:
             return sum(transaction.stat(self._parts[name])["entries"] for name in layout.ENTRIES.values())
 
     def is_decided_otherwise(self) -> bool:
@@ -341,7 +340,7 @@ class Writer:
         self._environment.reader_check()
         while True:
             try:
-                with begun(self._environment, write=True) as transaction:
+                with self._environment.begin(write=True) as transaction:
                     # Read here: another process may have written while this one waited for its turn.
                     before = _head_in(transaction)
                     self._require(since, before)
@@ -356,7 +355,7 @@ class Writer:
                     transaction.put(layout.HEAD, head.pack())
                 break
             except MapFullError:
-                self._grow()
+                self._environment.grow(_LARGEST_MAP)
                 if anew:
                     raise GrownError(f"{self._folder}: the policy table was full, and is larger now") from None
             except DatabaseError as error:
@@ -379,14 +378,14 @@ class Writer:
 
     def _check_flips(self, edit: Edit) -> None:
         """Raises HeldError, and with it the transaction ends and leaves the table as it is."""
-        with begun(self._environment) as before:
+        with self._environment.begin() as before:
             closed, opened = edit.turned(before)
             self._limit(closed | opened, before)
 
     def _check_change(self, edit: Edit) -> None:
         """As `_check_flips`, for a change of the store. What was denied ahead of it counts as well, unless the
         change takes that back: otherwise early denials could make a held change small enough to pass."""
-        with begun(self._environment) as before:
+        with self._environment.begin() as before:
             closed, opened = edit.turned(before)
             early = {int.from_bytes(row, "big") for row in Rows(before, self._parts[b"early"])}
             self._limit(closed | (opened ^ early), before)
@@ -394,7 +393,7 @@ class Writer:
     def _check_stricter(self, edit: Edit, chosen: list[Group], *, confirmed: bool) -> None:
         """Raises _FreerError with the groups that may stay if any makes a source freer, and HeldError if too many
         subscriptions would be refused."""
-        with begun(self._environment) as before:
+        with self._environment.begin() as before:
             old = edit.before(before)
             weighed = [weigh(old, edit, group) for group in chosen]
             if any(found.freer for found in weighed):
@@ -424,12 +423,6 @@ class Writer:
                 preset=self.digest,
             )
         return head
-
-    def _grow(self) -> None:
-        self._map_size *= 2
-        if self._map_size > _LARGEST_MAP:
-            raise TableError(f"{self._folder}: the policy table is full at {self._map_size // 2} bytes")
-        self._environment.set_mapsize(self._map_size)
 
 
 def _head_in(transaction: Transaction) -> layout.Head | None:

@@ -67,11 +67,11 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
 
 def change(writer: Writer, part: bytes, key: bytes, old: bytes | None, new: bytes | None) -> None:
     """Another value in place of one in the file."""
-    with writer._environment.begin(write=True, db=writer._parts[part]) as transaction:
+    with writer._environment.begin(write=True) as transaction:
         if old is not None:
-            transaction.delete(key, old)
+            transaction.delete(key, old, db=writer._parts[part])
         if new is not None:
-            transaction.put(key, new)
+            transaction.put(key, new, db=writer._parts[part])
 
 
 def rows(writer: Writer, part: bytes) -> list[tuple[bytes, bytes]]:
