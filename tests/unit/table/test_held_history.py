@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from portward.model import Reason, Standing
 from portward.store.protocol import Put, confirmation
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower
+from portward.table.history import held_history
 from portward.table.layout import HEAD, Head
 from portward.table.writer import Writer
 from unit.store.samples import put, write
@@ -44,6 +45,11 @@ def restore(gateway: Gateway, source: Path) -> None:
     """As `sqlite3 .restore` does, beside a running agent."""
     backup(source, gateway.folder / "portward.db")
     gateway.follow()
+
+
+def confirmed_here(gateway: Gateway) -> Put:
+    """What `portward apply --confirm` writes on this gateway."""
+    return confirmation(gateway.store.revision() + 1, hold=held_history(head_of(gateway)))
 
 
 def as_loaded_at_once(gateway: Gateway, source: str) -> Reason:
@@ -108,7 +114,7 @@ def test_a_backup_without_the_newest_early_denials_is_another_history(gateway: G
     gateway.write(subscription(41, standing=Standing.DISABLED))
     assert not gateway.allows("10.0.9.129")
     assert gateway.allows("10.0.0.1")
-    gateway.write(confirmation(gateway.store.revision() + 1))
+    gateway.write(confirmed_here(gateway))
     assert (gateway.held(), gateway.follower.in_step) == (0, True)
     assert not gateway.allows("10.0.0.1")
     assert not gateway.allows("10.0.1.1")
@@ -148,16 +154,18 @@ def test_a_store_that_ends_before_the_table_is_another_history(tmp_path: Path) -
         assert (head_of(gateway).revision, gateway.follower.in_step) == (2, True)
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 10_000])
 def test_a_confirmation_inside_another_backup_confirms_nothing(
-    gateway: Gateway, caplog: pytest.LogCaptureFixture
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, ahead: int
 ) -> None:
     """Two backups are restored one after the other. Revision 3 of the newer one is behind what is held, by its
-    number, and confirmed what it did in its own time."""
+    number, and confirmed what it did in its own time. It may be dated after the hold: its writer's clock
+    was so many hours `ahead`."""
     store, folder = gateway.store, gateway.folder
 
     def write_at(hour: int, *changes: Put) -> None:
         at = datetime(2026, 6, 1, hour, tzinfo=UTC)
-        store.write(changes, expected=store.revision(), actor="ada", at=at)
+        store.write(changes, expected=store.revision(), actor="ada", at=at + timedelta(hours=ahead))
         while gateway.follower.step(at) is not None:
             pass
 
@@ -177,12 +185,35 @@ def test_a_confirmation_inside_another_backup_confirms_nothing(
     restore_at(17, folder / "newer.db")
     assert gateway.held() == 1
     assert not gateway.allows("10.0.0.5")
-    assert "revision 3, of 2026-06-01 14:00:00+00:00, confirms nothing" in caplog.text
+    assert "revision 3 confirms nothing here" in caplog.text
     gateway.restart()
     restore_at(17, folder / "newer.db")
     assert not gateway.allows("10.0.0.5")
     write_at(18, confirmation(4))
+    assert gateway.held() == 1, "it names nothing, as one that a backup holds"
+    write_at(19, confirmed_here(gateway))
     assert (gateway.held(), gateway.follower.in_step) == (0, True)
+    assert gateway.allows("10.0.0.5")
+
+
+def test_a_confirmation_of_an_earlier_hold_confirms_no_later_one(gateway: Gateway) -> None:
+    """The backup holds a confirmation that named what the gateway held then."""
+    store, folder = gateway.folder / "portward.db", gateway.folder
+    backup(store, folder / "old.db")
+    gateway.write(*MISTAKE, confirmation(2))
+    restore(gateway, folder / "old.db")
+    gateway.write(confirmed_here(gateway))
+    assert (gateway.held(), gateway.allows("10.0.0.5")) == (0, True)
+    backup(store, folder / "confirmed.db")
+    gateway.write(*MISTAKE, confirmation(3))
+    assert not gateway.allows("10.0.0.5")
+    for source in ("confirmed.db", "old.db", "confirmed.db"):
+        restore(gateway, folder / source)
+        assert not gateway.allows("10.0.0.5")
+    gateway.restart()
+    gateway.follow()
+    assert not gateway.allows("10.0.0.5")
+    gateway.write(confirmed_here(gateway))
     assert gateway.allows("10.0.0.5")
 
 
