@@ -274,6 +274,11 @@ class Follower:
 
     def _take_all(self, head: Head | None, now: datetime) -> Committed | Waiting:
         """Reads everything anew: there is no table yet, or the store's history is not the table's."""
+        if head is None and (old := self._writer.attachments()):
+            # Damaged. With a new head, the next step compares the store with what is left, and may hold it.
+            if self._limit is not None and old > self._limit:
+                raise BulkError
+            return self._writer.recover(store=self._store.identity(), hash_=hash_of_other_history(), now=now)
         revision = self._store.revision()
         while True:
             try:
@@ -281,8 +286,7 @@ class Follower:
             except GrownError:
                 continue  # read again: there may be too many to keep
             except HeldError as error:
-                if head is None:
-                    raise
+                assert head is not None  # noqa: S101 # a table without a head has nothing that could flip
                 # It stays the same change for those who confirm it, however much is written behind it.
                 number = head.held if ahead_of(head, self._store) else revision
                 held = Held(number, error.flips, self._writer.max_flip_share, whole=True)
@@ -300,7 +304,8 @@ class Follower:
 
     def _say_other(self, head: Head) -> None:
         at = (head.revision, head.hash, head.store)
-        held_already = held_history(head) is not None and ahead_of(head, self._store) > 0
+        # A table that got a new head holds nothing yet: it was damaged, whatever the store's history is.
+        held_already = held_history(head) is not None and (not head.held or ahead_of(head, self._store) > 0)
         if self._other == at or held_already:
             return
         self._other = at
@@ -315,8 +320,6 @@ class Follower:
 
     def _replace(self, head: Head | None, now: datetime) -> Committed:
         identity, revision = self._store.identity(), self._store.revision()
-        # Without a head it is not known what the table was read from. To hold the store back for it would be an
-        # error at each start.
         sure = head is None or self._is_confirmed(head)
         hash_ = hash_at(self._store, revision)
         with closing(self._store.read_all()[1]) as read:

@@ -8,6 +8,7 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from portward.model import Reason, Standing
@@ -233,16 +234,86 @@ def test_more_subscriptions_let_more_of_them_flip(tmp_path: Path, restarted: boo
         assert not gateway.allows("10.0.0.1")
 
 
-@pytest.mark.parametrize("data", [b"", bytes(200)], ids=["cut off", "another length"])
-def test_a_table_without_a_head_that_can_be_read_does_not_hold_the_store_back(
-    gateway: Gateway, data: bytes
-) -> None:
-    """The agent could not start otherwise."""
-    gateway.writer.close()
-    write(gateway.store, *MISTAKE)
-    gateway.start()
+def damage_head(gateway: Gateway, data: bytes | None) -> None:
+    """Leaves these bytes in place of the table's head; None: as if its end were cut off."""
     with gateway.writer._environment.begin(write=True) as transaction:
-        transaction.put(HEAD, data or head_of(gateway).pack()[:-1])
+        transaction.put(HEAD, head_of(gateway).pack()[:-1] if data is None else data)
+
+
+HEADS = pytest.mark.parametrize(
+    "data", [None, bytes(200), b"\x63" * 148], ids=["cut off", "another length", "another format"]
+)
+
+
+@HEADS
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_mistake_in_the_store_is_held_also_if_the_tables_head_is_damaged(
+    gateway: Gateway, data: bytes | None, restarted: bool
+) -> None:
+    """The records that can be read are what the store is compared with, and what stays in force."""
+    generation = head_of(gateway).generation
+    write(gateway.store, *MISTAKE)
+    damage_head(gateway, data)
+    if restarted:
+        gateway.restart()
+    first = gateway.follower.step(NOW)
+    assert first is not None
+    assert first.everything, "what a kernel has cached is of another generation"
+    assert first.generation != generation
+    gateway.follow()
+    assert gateway.held() == 2
+    assert gateway.allows("10.0.0.1")
+    gateway.write(revoked())
+    assert not gateway.allows("10.0.1.1"), "denials go ahead of it"
+    gateway.restart()
+    gateway.follow()
+    assert (gateway.held(), gateway.allows("10.0.0.1")) == (2, True)
+    assert gateway.follower.histories == 0
+    gateway.write(confirmed_here(gateway))
+    assert (gateway.held(), gateway.follower.in_step) == (0, True)
+    assert not gateway.allows("10.0.0.1")
+
+
+@HEADS
+def test_a_table_with_a_damaged_head_follows_a_store_that_flips_few(
+    gateway: Gateway, data: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(gateway.store, *MISTAKE[:9])
+    damage_head(gateway, data)
+    gateway.follow()
+    assert (gateway.held(), gateway.follower.in_step, head_of(gateway).revision) == (0, True, 2)
+    assert not gateway.allows("10.0.0.1")
+    assert gateway.allows("10.0.0.10")
+    assert "the policy table is damaged: its head cannot be read" in caplog.text
+    for source in ("10.0.0.1", "10.0.0.10", "10.0.1.1", "10.0.9.1"):
+        assert reason(gateway.writer, source) is as_loaded_at_once(gateway, source)
+
+
+def test_records_under_a_damaged_head_are_decided_by_the_preset_in_force(gateway: Gateway) -> None:
+    """Nobody knows by which one they were decided."""
+    write(gateway.store, *MISTAKE)
+    damage_head(gateway, None)
+    gateway.writer.preset = msgspec.structs.replace(AZURE, offers=())
+    gateway.follow()
+    assert not gateway.allows("10.0.0.1")
+    assert not gateway.writer.is_decided_otherwise()
+    assert gateway.held() == 0, "under this preset the mistake flips nobody"
+
+
+def test_a_damaged_head_of_a_large_table_is_left_to_a_child(gateway: Gateway) -> None:
+    damage_head(gateway, None)
+    with pytest.raises(BulkError):
+        Follower(gateway.store, gateway.writer, 10).step(NOW)
+    assert gateway.writer.head() is None
+
+
+def test_a_table_of_which_nothing_is_left_is_a_first_load(gateway: Gateway) -> None:
+    """There is nothing to compare the store with."""
+    write(gateway.store, *MISTAKE)
+    gateway.writer.close()
+    (gateway.folder / "table" / "data.mdb").write_bytes(b"damaged" * 10_000)
+    gateway.start()
+    gateway.writer.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
     gateway.follow()
     assert (gateway.held(), gateway.follower.in_step) == (0, True)
     assert not gateway.allows("10.0.0.1")
