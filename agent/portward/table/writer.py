@@ -136,7 +136,8 @@ class Writer:
     def _tell_other_format(self) -> None:
         with self._environment.begin() as transaction:
             data = transaction.get(layout.HEAD)
-        if data is not None and (form := layout.format_of(data)) != layout.FORMAT:
+        # With entries of this format it is not another version's, but damaged.
+        if data is not None and (form := layout.format_of(data)) != layout.FORMAT and not self.attachments():
             version = "a newer" if form > layout.FORMAT else "an older"
             _log.warning(
                 "%s: the policy table is of format %d, which %s portward wrote; it is not used, and the store is "
