@@ -92,6 +92,8 @@ class Histories(RuleBasedStateMachine):
         # While another history is held: its entries as the agent last saw them, and what confirmed it since then.
         self.seen: tuple[int, ...] = ()
         self.live: set[int] = set()
+        # Customers that were denied ahead of a held change.
+        self.denied: set[int] = set()
         self.store = opened(self.path)
         self._start()
         self.writer.put_links({1: ("vni1", False)}, touched=frozenset(), now=self.now)
@@ -249,7 +251,7 @@ class Histories(RuleBasedStateMachine):
             assert list(Walk(transaction, self.writer._parts, self.now).findings()) == []
 
     def _step(self, *, child: bool) -> bool:
-        before, held = self._states(), self.follower.held
+        before, noted = self._states(), self.writer.head()
         limit = SHARE * self.writer.reader().counts()[1]
         same = self.stands is not None and self.log.begins_with(self.stands) and self.log.begins_with(self.early)
         if not same and not (self.stands is None and self.log.begins_with(self.seen)):
@@ -270,12 +272,18 @@ class Histories(RuleBasedStateMachine):
             confirmed = not self.log.confirming.isdisjoint(taken)
         else:
             confirmed = not self.live.isdisjoint(self.log.entries)
-        assert len(turned) <= limit or confirmed, f"{turned} flip, and nobody has confirmed it"
-        if held is not None and self.follower.held is not None:
-            assert _passing(after) <= _passing(before), "nothing opens while a change is held"
+        opened = {number for number in turned if after.get(number)}
+        # What was denied ahead of a held change has flipped nothing if it may send again after it.
+        flipped = turned - opened | opened - self.denied
+        assert len(flipped) <= limit or confirmed, f"{flipped} flip, and nobody has confirmed it"
+        if noted is not None and noted.held and head.held:
+            assert not opened, "nothing opens while a change is held"
+            self.denied |= turned
         if held_history(head) is None:
             self.stands, self.early = self.log.entries[: head.revision], self.log.entries[: head.ahead]
             self.seen, self.live = (), set()
+            if not head.held and not head.ahead:
+                self.denied = set()
         return committed is not None
 
     def _passing(self) -> set[int]:
