@@ -12,7 +12,7 @@ from portward.errors import PortwardError
 from portward.runtime import running
 from portward.store import open_store
 from portward.store.protocol import Store
-from portward.table.history import ahead_of, count_in_table
+from portward.table.history import ahead_of, count_in_table, held_history
 from portward.table.layout import Head
 from portward.table.reader import Reader
 
@@ -46,6 +46,17 @@ class Behind(NamedTuple):
     def machine(self) -> dict[str, object]:
         """The same for JSON."""
         return {"held": self.held, "enforced": self.enforced, "records": self.records}
+
+
+def held_here(config: Config) -> bytes | None:
+    """The name of what the gateway here holds because the store has another history than its policy, for a
+    confirmation; None if it holds no such thing, or if that cannot be found out."""
+    try:
+        with closing(Reader.open(config.table)) as reader:
+            head = reader.head()
+    except PortwardError:
+        return None
+    return None if head is None else held_history(head)
 
 
 def behind_held(config: Config, revision: int) -> Behind | None:

@@ -3,7 +3,8 @@
 Python runs one thread of a process at a time, and a change of a million attachments holds the others up: freeing
 its records alone takes 0.4 s, a pass of the garbage collector over them a second. So what is more than `LIMIT`
 changes is made by a child process, which opens store and table, writes one transaction and reports what it has
-changed. It ends with the daemon. If it is killed, LMDB keeps the table as it was.
+changed. It ends with the daemon. If it is killed, LMDB keeps the table as it was before or after the transaction:
+only the table says which, not how the child ended.
 
 The job and its outcome are pickled: both processes are the same program, and nothing else writes to these pipes.
 """
@@ -70,8 +71,8 @@ class Bulk:
         self._stopped = False
 
     def run(self, job: Job) -> Outcome:
-        """Runs a job and gives its outcome; raises StoreError, TableError or HeldError, and then the table is as
-        it was."""
+        """Runs a job and gives its outcome. Raises StoreError or HeldError, and then the table is as it was, or
+        TableError: then the child may have committed before it ended, and has ended now."""
         with self._lock:
             if self._stopped:
                 raise TableError(f"{job.table}: the agent is stopping")
@@ -84,7 +85,7 @@ class Bulk:
         try:
             outcome = _told(process, job)
         except (pickle.UnpicklingError, EOFError, BrokenPipeError) as error:
-            # It was killed, perhaps while it wrote its outcome. If it has committed, the kernel is found behind.
+            # It was killed, perhaps while it wrote its outcome.
             raise TableError(f"{job.table}: the process of a bulk change ended ({process.returncode})") from error
         return _checked(outcome, job)
 

@@ -29,6 +29,7 @@ from portward.store.flips import HeldError
 from portward.store.protocol import Store
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower, Held
+from portward.table.layout import Head
 from portward.table.writer import Answers, Committed, Writer, merged
 from portward.underway import UnderWay
 
@@ -259,19 +260,44 @@ class Intake:
         return committed
 
     def _take_in_bulk(self, follower: Follower) -> Committed | None:
-        outcome = self._bulk.run(self._job(store=self._config.store))
+        before = self._writer.head()
+        try:
+            outcome = self._bulk.run(self._job(store=self._config.store))
+        except TableError:
+            committed = self._committed_since(before)
+            if committed is None:
+                raise
+            return committed
         follower.take_over(
             outcome.waiting, refused=outcome.refused, histories=outcome.histories, in_step=outcome.in_step
         )
         return outcome.committed
 
     def _decide_again(self, *, may_flip: bool) -> Committed:
-        """Decides what the configuration changes, and what has ended; raises TableError or HeldError."""
-        if not self._writer.is_decided_otherwise() or self._writer.attachments() <= LIMIT:
-            return self._writer.settle(now=self._clock.now(), may_flip=may_flip)
-        committed = self._bulk.run(self._job(may_flip=may_flip)).committed
+        """Decides what the configuration changes, and what has ended; raises TableError or HeldError, and then
+        nothing was decided under the configuration."""
+        before = self._writer.head()
+        try:
+            if not self._writer.is_decided_otherwise() or self._writer.attachments() <= LIMIT:
+                return self._writer.settle(now=self._clock.now(), may_flip=may_flip)
+            committed = self._bulk.run(self._job(may_flip=may_flip)).committed
+        except TableError:
+            committed = self._committed_since(before)
+            if committed is None or self._writer.is_decided_otherwise():
+                raise
         assert committed is not None  # noqa: S101 # or `run` has raised
         return committed
+
+    def _committed_since(self, before: Head | None) -> Committed | None:
+        """What was committed after the head `before`; None if nothing was. Only the table says it: a child can be
+        killed between its commit and its outcome."""
+        head = self._writer.head()
+        if head is None or (before is not None and head.generation == before.generation):
+            return None
+        _log.warning(
+            "a bulk change ended by an error after its commit: it is in force, at revision %d", head.revision
+        )
+        return Committed(head.revision, head.generation, everything=True)
 
     def _job(self, *, store: str | None = None, may_flip: bool = True) -> Job:
         writer = self._writer

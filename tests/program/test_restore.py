@@ -21,6 +21,7 @@ from portward.table.reader import Reader
 
 CUSTOMER = UUID(int=7)
 GRANTED = datetime.now(UTC) - timedelta(days=2)
+EARLY = date(2022, 1, 1)
 PARTS = ("portward.db-wal", "portward.db-shm")
 
 
@@ -47,6 +48,13 @@ def reason(agent: Agent) -> Reason:
         holding = reader.holding(CONTOSO.segment, ip_address("10.0.1.1"))
     assert holding is not None
     return holding.entry.reason
+
+
+def holds(agent: Agent, source: str) -> Reason | None:
+    """What workers find for a source; None if no attachment covers it."""
+    with closing(Reader.open(agent.folder / "table")) as reader:
+        holding = reader.holding(CONTOSO.segment, ip_address(source))
+    return None if holding is None else holding.entry.reason
 
 
 def status(agent: Agent) -> dict[str, object]:
@@ -136,6 +144,32 @@ def test_a_backup_is_restored_and_nothing_of_the_lost_history_stays(
     assert again.returncode == 0, again.stderr
     assert reason(agent) is Reason.DENIED_REVOKED
     assert head(agent).startswith("3:")
+
+
+def test_a_restore_that_flips_too_many_waits_for_a_confirmation_on_this_gateway(agent: Agent) -> None:
+    """The backup holds a confirmation of its own time."""
+    backup = agent.folder / "backup.db"
+    customers = [Subscription(id=UUID(int=n), offer="enterprise-agreement", created=EARLY) for n in range(20, 40)]
+    machines = [
+        Attachment(segment=CONTOSO.segment, address=ip_network(f"10.0.1.{n}"), subscription=UUID(int=n))
+        for n in range(20, 40)
+    ]
+    agent.apply(*customers, confirm=True)
+    sql(store(agent), f".backup {backup}")
+    agent.start()
+    agent.apply(*machines)
+    assert holds(agent, "10.0.1.20") is not None
+    live(agent, backup)
+    until(lambda: status(agent)["held"] is not None, "it is held")
+    plain = agent.portward("status").stdout
+    assert "`portward apply --confirm` lets it through" in plain
+    assert holds(agent, "10.0.1.20") is not None, "the policy before the restore"
+    confirmed = agent.portward("apply", "--confirm")
+    assert confirmed.returncode == 0, confirmed.stderr
+    until(lambda: status(agent)["held"] is None and bool(status(agent)["in_step"]), "it is in force")
+    assert holds(agent, "10.0.1.20") is None
+    said = agent.portward("audit").stdout
+    assert "confirmed everything up to revision 2, in place of another history" in said
 
 
 def test_a_plain_copy_beside_the_newer_log_of_writes_restores_nothing(granted: Agent) -> None:

@@ -4,8 +4,13 @@ kernel do not do what they should."""
 from __future__ import annotations
 
 import errno
+import shutil
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from datetime import UTC, date, datetime, timedelta
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -15,6 +20,7 @@ from uuid import UUID
 import msgspec
 import pytest
 
+from portward import bulk
 from portward import core as module
 from portward.config import Config, Verdicts
 from portward.core import Core
@@ -34,6 +40,8 @@ from portward.selfcheck import Kind
 from portward.store.flips import HeldError
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
+from portward.table.database import TableError
+from portward.table.layout import HEAD
 
 LINKS = Links({3: "vni1", 4: "vni2", 9: "up0"}, frozenset())
 MAY, MAY_NOT = UUID(int=1), UUID(int=2)
@@ -112,6 +120,13 @@ class Ground:
         store = SqliteStore(self.folder / "portward.db")
         store.write(batch, expected=store.revision(), actor="test", at=datetime.now(UTC))
         store.close()
+
+    def another_store(self) -> None:
+        """Puts another store with the same records in the place of this one."""
+        for file in self.folder.glob("portward.db*"):
+            file.unlink()
+        SqliteStore(self.folder / "portward.db", create=True).close()
+        self.put(*RECORDS)
 
     def learn(self, *sources: Source) -> None:
         """The kernel caches that these sources may send, or may not, as the policy table says."""
@@ -199,6 +214,29 @@ def test_a_kernel_that_refuses_the_ruleset_ends_the_start(ground: Ground) -> Non
     with pytest.raises(KernelError, match="Cannot allocate memory"):
         ground.core.load()
     assert not ground.kernel.tables
+
+
+def test_a_start_on_a_table_with_a_damaged_head_holds_a_mistake_in_the_store(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts with the policy that can be read, and holds what would flip too many."""
+    monkeypatch.setattr("portward.store.flips._FEW", 0)
+    ground.start()
+    ground.learn(ALLOWED)
+    with ground.core._writer._environment.begin(write=True) as transaction:
+        transaction.put(HEAD, b"")
+    ground.core.close_store()
+    ground.remove(RECORDS[2])
+    ground.restart()
+    while ground.core.sync():
+        pass
+    held = ground.core.held
+    assert held is not None
+    assert (held.revision, held.flips.flipped) == (2, 1)
+    finding = ground.core._writer.reader().lookup(ALLOWED.link, ALLOWED.address)
+    assert finding is not None
+    assert finding.reason.allows
+    assert ground.in_step()
 
 
 def test_a_grant_that_ended_while_no_agent_ran_ends_with_the_start(ground: Ground) -> None:
@@ -591,6 +629,157 @@ def test_a_reload_that_the_kernel_refuses_half_way_is_in_force_in_the_end(starte
     assert started.core.broken == ""
     assert ALLOWED not in started.cached()
     assert started.in_step()
+
+
+# --- what a child process does ---
+
+
+def small(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the core of a gateway leave what is more than one change to a child, after a restart."""
+    monkeypatch.setattr("portward.intake.LIMIT", 1)
+    ground.restart()
+
+
+def killed_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has each child killed after its work, before its outcome was read."""
+    told = bulk._told
+
+    def cut_off(process: subprocess.Popen[bytes], job: bulk.Job) -> bulk.Outcome:
+        told(process, job)
+        raise EOFError
+
+    monkeypatch.setattr(bulk, "_told", cut_off)
+
+
+def killed_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has each child killed before its work."""
+    code = "import os, sys; sys.stdin.buffer.read(1); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(bulk, "PYTHON", (sys.executable, "-I", "-c", code, "--"))
+
+
+def decided_by(ground: Ground) -> str:
+    """The digest of the preset that the table was decided under."""
+    head = ground.core._writer.head()
+    assert head is not None
+    return head.preset.hex()
+
+
+def test_a_reload_whose_child_is_killed_after_its_commit_is_in_force(
+    started: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is decided under the other preset: to go on under the old one would enforce one and report the
+    other."""
+    small(started, monkeypatch)
+    killed_late(monkeypatch)
+    started.core.reload(started.config, presets.load("aws"))
+    assert (started.core.preset.name, decided_by(started)) == ("aws", presets.load("aws").digest)
+    assert not started.core._writer.is_decided_otherwise()
+    assert ALLOWED not in started.cached()
+    assert started.in_step()
+
+
+def test_answers_whose_child_is_killed_after_its_commit_are_in_force(
+    started: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(started, monkeypatch)
+    killed_late(monkeypatch)
+    config = msgspec.structs.replace(started.config, mode=Mode.OBSERVE)
+    started.core.reload(config, presets.load("azure-2020"))
+    assert started.core.config.mode is Mode.OBSERVE
+    assert not started.core._writer.is_decided_otherwise()
+    assert DENIED not in started.cached()
+    assert started.in_step()
+
+
+def test_a_reload_whose_child_is_killed_before_its_commit_changes_nothing(
+    started: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(started, monkeypatch)
+    before, generation = started.kernel.state(), started.core.generation
+    with monkeypatch.context() as once:
+        killed_early(once)
+        with pytest.raises(TableError, match="the process of a bulk change ended"):
+            started.core.reload(started.config, presets.load("aws"))
+    assert (started.core.preset.name, decided_by(started)) == ("azure-2020", presets.load("azure-2020").digest)
+    assert (started.core.generation, started.kernel.state()) == (generation, before)
+    started.core.reload(started.config, presets.load("aws"))
+    assert (started.core.preset.name, decided_by(started)) == ("aws", presets.load("aws").digest)
+
+
+def test_a_bulk_change_whose_child_is_killed_after_its_commit_is_enforced(
+    started: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(started, monkeypatch)
+    killed_late(monkeypatch)
+    started.remove(RECORDS[2])
+    started.put(attachment("vni2", "10.0.5.4", MAY), attachment("vni2", "10.0.6.4", MAY))
+    assert started.core.sync()
+    assert (started.core.enforced, started.core.store_error) == (3, "")
+    assert ALLOWED not in started.cached()
+    assert started.in_step()
+    assert not started.core.sync(), "nothing is left to be done"
+    assert started.core.in_step
+
+
+def test_a_bulk_change_whose_child_is_killed_before_its_commit_is_made_again(
+    started: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(started, monkeypatch)
+    started.put(attachment("vni2", "10.0.5.4", MAY), attachment("vni2", "10.0.6.4", MAY))
+    with monkeypatch.context() as once:
+        killed_early(once)
+        assert not started.core.sync()
+        assert "the process of a bulk change ended" in started.core.store_error
+        assert started.core.revision == 1
+    assert started.core.sync()
+    assert (started.core.enforced, started.core.store_error) == (2, "")
+
+
+def truncates(path: Path) -> bool:
+    """Whether SQLite can empty the log of writes of a store now: nobody reads an older state of it."""
+    with closing(sqlite3.connect(path, timeout=0)) as connection:
+        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    return not busy
+
+
+SNAPSHOTS: dict[str, Callable[[Ground], None]] = {
+    "first load": lambda ground: shutil.rmtree(ground.config.table),
+    "changes": lambda ground: None,
+    "another history": lambda ground: ground.another_store(),
+}
+
+
+@pytest.mark.parametrize("case", SNAPSHOTS)
+def test_no_snapshot_of_the_store_is_kept_while_a_child_reads_it(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """SQLite's log of writes would grow for as long as a bulk change takes, and with it every reading of the
+    store: what was read of it before the limit was met is half-read."""
+    monkeypatch.setattr("portward.intake.LIMIT", 2)
+    ground.start()
+    ground.put(*(attachment("vni2", f"10.0.{number}.4", MAY) for number in range(5, 10)))
+    ground.core.close_store()
+    ground.core.close()
+    SNAPSHOTS[case](ground)
+    ground.core = ground.made()
+    found: list[bool] = []
+    run = bulk.Bulk.run
+
+    def looked(self: bulk.Bulk, job: bulk.Job) -> bulk.Outcome:
+        path = ground.folder / "portward.db"
+        ground.put(attachment("vni2", f"10.1.{len(found)}.4", MAY))
+        with closing(sqlite3.connect(path)) as other:
+            half_way = other.execute("SELECT 1 FROM change")
+            assert half_way.fetchone()
+            assert not truncates(path), "a reader that stops half-way keeps it"
+            half_way.close()
+        found.append(truncates(path))
+        return run(self, job)
+
+    monkeypatch.setattr(bulk.Bulk, "run", looked)
+    ground.start()
+    ground.core.sync()
+    assert found == [True]
 
 
 class Later:

@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from portward import config as configuration
-from portward.behind import behind_held
+from portward.behind import behind_held, held_here
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.clock import utc_now
@@ -81,7 +81,7 @@ def apply(
     if not files:
         if not confirm or dry_run or prune:
             raise InputError("missing: name an inventory, or - for standard input", field="FILE")
-        _confirm(settings.store, who, json=json)
+        _confirm(settings, who, json=json)
         return
     preset = presets.load(settings.preset, named_in=config)
     with _progress() as step:
@@ -89,7 +89,7 @@ def apply(
         held = None if confirm else _too_many(settings, preset, plan)
         if held is not None and not dry_run:
             raise PortwardError(f"nothing was written: this {held}; --dry-run shows it, --confirm applies it")
-        revision = plan.revision if dry_run else _write(settings.store, plan, who, step, confirm=confirm)
+        revision = plan.revision if dry_run else _write(settings, plan, who, step, confirm=confirm)
     behind = behind_held(settings, revision) if revision != plan.revision and not confirm else None
     if json:
         told = _machine(plan, revision, held, dry_run=dry_run)
@@ -144,11 +144,13 @@ def _too_many(settings: configuration.Config, preset: Preset, plan: _Plan) -> He
     return None
 
 
-def _confirm(url: str, who: str, *, json: bool) -> None:
-    """Confirms everything that the store holds, for agents that hold a part of it."""
-    with contextlib.closing(open_store(url)) as store:
+def _confirm(settings: configuration.Config, who: str, *, json: bool) -> None:
+    """Confirms everything that the store holds, for agents that hold a part of it. All of it, as another history,
+    is confirmed for the agent here alone."""
+    with contextlib.closing(open_store(settings.store)) as store:
         newest = store.revision()
-        store.write([confirmation(newest + 1)], expected=newest, actor=who, at=utc_now())
+        confirming = confirmation(newest + 1, hold=held_here(settings))
+        store.write([confirming], expected=newest, actor=who, at=utc_now())
     if json:
         typer.echo(msgspec.json.encode({"revision": newest + 1, "confirmed": newest}).decode())
     else:
@@ -159,14 +161,14 @@ def _confirmed(revision: int) -> str:
     return f"confirmed everything up to revision {revision}, as revision {revision + 1}"
 
 
-def _write(url: str, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int:
+def _write(settings: configuration.Config, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int:
     """Brings the difference into the store, and gives the revision; makes the store where it is missing."""
     puts = plan.change.puts()
     if confirm:  # also where nothing changes: the agents may hold what is there already
-        puts.append(confirmation(plan.revision + 1))
+        puts.append(confirmation(plan.revision + 1, hold=held_here(settings)))
     if not puts:
         return plan.revision
-    with contextlib.closing(open_store(url, create=True)) as store:
+    with contextlib.closing(open_store(settings.store, create=True)) as store:
         progress = step("writing", len(puts))
         return store.write(puts, expected=plan.revision, actor=who, at=utc_now(), progress=progress)
 

@@ -14,7 +14,17 @@ from portward.documents import nearest, network_text
 from portward.model import Attachment, Exemption, Record, Subscription
 from portward.policy.preset import Preset
 from portward.store.inventory import Inventory
-from portward.store.protocol import CONFIRMED, UNREADABLE, Put, confirmed_alone, decode, readable, told_key
+from portward.store.protocol import (
+    CONFIRMED,
+    UNREADABLE,
+    Put,
+    confirmed,
+    confirmed_alone,
+    confirmed_hold,
+    decode,
+    readable,
+    told_key,
+)
 
 # Key → the record under it, as JSON.
 Find: TypeAlias = Callable[[str], str | None]
@@ -103,7 +113,10 @@ def described_change(key: str, before: str | None, after: str | None, find: Find
     owners = _Owners(find)
     if key == CONFIRMED and after is not None:
         alone = confirmed_alone(after)
-        return f"! confirmed revision {alone}" if alone else f"! confirmed everything up to revision {after}"
+        if alone:
+            return f"! confirmed revision {alone}"
+        instead = ", in place of another history" if confirmed_hold(after) else ""
+        return f"! confirmed everything up to revision {confirmed(after) or after}{instead}"
     if before is not None and after is not None:
         record = readable(key, after)
         called = told_key(key) if record is None else _changed(record, owners)

@@ -13,7 +13,9 @@ two keys. No segment holds a `/`, so what follows the second one is the prefix, 
 The exemption of a subscription is one record, its latest state; what it was before stands in the change log.
 
 Beside the records there may be one more key, `confirmed`: the number of the revision up to which somebody has
-confirmed that many subscriptions may flip, or, after the word `alone`, of the one revision that is.
+confirmed that many subscriptions may flip, or, after the word `alone`, of the one revision that is. If a gateway
+holds another history of the store than its own (a restored backup), the word `replaces` and the name of that hold
+follow the number, in hex: no backup can hold a confirmation that names it.
 Each accepted batch of changes is one revision; revisions rise by one. Revision and changes together are an entry
 of the log, which only grows; each entry has a hash and carries that of the one before (`chain`).
 """
@@ -59,6 +61,9 @@ LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 CONFIRMED: Final = "confirmed"
 _ALONE: Final = "alone "
+# Bytes of the name of a hold.
+HOLD_BYTES: Final = 24
+_CONFIRMED: Final = re.compile(rf"([0-9]{{1,19}})(?: replaces ([0-9a-f]{{{2 * HOLD_BYTES}}}))?")
 
 
 class NoStoreError(StoreError):
@@ -328,9 +333,12 @@ def is_interface(name: str) -> bool:
 _is_interface: Final = lru_cache(maxsize=65_536)(is_interface)
 
 
-def confirmation(revision: int, *, alone: bool = False) -> Put:
-    """What, written as part of this revision, confirms it and all before it, or it `alone`."""
-    return Put(CONFIRMED, f"{_ALONE}{revision}" if alone else str(revision))
+def confirmation(revision: int, *, alone: bool = False, hold: bytes | None = None) -> Put:
+    """What, written as part of this revision, confirms it and all before it, or it `alone`. `hold` is the name (24
+    bytes) of what a gateway holds because the store has another history."""
+    if alone:
+        return Put(CONFIRMED, f"{_ALONE}{revision}")
+    return Put(CONFIRMED, str(revision) if hold is None else f"{revision} replaces {hold.hex()}")
 
 
 def confirmed_alone(body: str | None) -> int:
@@ -340,7 +348,14 @@ def confirmed_alone(body: str | None) -> int:
 
 def confirmed(body: str | None) -> int:
     """The revision up to which everything is confirmed; 0 where nothing is, or no number stands there."""
-    return int(body) if body is not None and re.fullmatch(r"[0-9]{1,19}", body) else 0
+    found = _CONFIRMED.fullmatch(body or "")
+    return int(found[1]) if found else 0
+
+
+def confirmed_hold(body: str | None) -> bytes | None:
+    """The name of the hold that is confirmed; None where none is named."""
+    found = _CONFIRMED.fullmatch(body or "")
+    return bytes.fromhex(found[2]) if found and found[2] else None
 
 
 def find(

@@ -32,17 +32,17 @@ from portward.store.protocol import (
     Store,
     confirmed,
     confirmed_alone,
+    confirmed_hold,
     decode,
     named,
     readable,
 )
-from portward.table import layout
 from portward.table.history import (
     ahead_of,
     hash_at,
     hash_of_other_history,
+    held_history,
     is_in_table,
-    other_history_since,
     same_history,
 )
 from portward.table.layout import Head
@@ -184,10 +184,10 @@ class Follower:
         ahead = ahead_of(head, self._store)
         # Denials of the lost history may be in the table, and `ahead` is now of the store's: without its own hash,
         # the table would be taken for one of the store's history as soon as that has the table's revision.
-        lost = held.whole and other_history_since(head) is None
+        lost = held.whole and held_history(head) is None
         if lost or head.held != held.revision or ahead < held.revision:
             ahead = max(ahead, held.revision)
-            hash_ = hash_of_other_history(now) if held.whole else None
+            hash_ = hash_of_other_history() if held.whole else None
             point = Point(ahead, hash_at(self._store, ahead))
             self._writer.hold(held.revision, point, now=now, hash_=hash_, since=head)
         # Only now: if the table cannot be written, the change is worked out again, and the hold noted then.
@@ -274,6 +274,11 @@ class Follower:
 
     def _take_all(self, head: Head | None, now: datetime) -> Committed | Waiting:
         """Reads everything anew: there is no table yet, or the store's history is not the table's."""
+        if head is None and (old := self._writer.attachments()):
+            # Damaged. With a new head, the next step compares the store with what is left, and may hold it.
+            if self._limit is not None and old > self._limit:
+                raise BulkError
+            return self._writer.recover(store=self._store.identity(), hash_=hash_of_other_history(), now=now)
         revision = self._store.revision()
         while True:
             try:
@@ -281,8 +286,7 @@ class Follower:
             except GrownError:
                 continue  # read again: there may be too many to keep
             except HeldError as error:
-                if head is None:
-                    raise
+                assert head is not None  # noqa: S101 # a table without a head has nothing that could flip
                 # It stays the same change for those who confirm it, however much is written behind it.
                 number = head.held if ahead_of(head, self._store) else revision
                 held = Held(number, error.flips, self._writer.max_flip_share, whole=True)
@@ -300,7 +304,8 @@ class Follower:
 
     def _say_other(self, head: Head) -> None:
         at = (head.revision, head.hash, head.store)
-        held_already = other_history_since(head) is not None and ahead_of(head, self._store) > 0
+        # A table that got a new head holds nothing yet: it was damaged, whatever the store's history is.
+        held_already = held_history(head) is not None and (not head.held or ahead_of(head, self._store) > 0)
         if self._other == at or held_already:
             return
         self._other = at
@@ -315,8 +320,6 @@ class Follower:
 
     def _replace(self, head: Head | None, now: datetime) -> Committed:
         identity, revision = self._store.identity(), self._store.revision()
-        # Without a head it is not known what the table was read from. To hold the store back for it would be an
-        # error at each start.
         sure = head is None or self._is_confirmed(head)
         hash_ = hash_at(self._store, revision)
         with closing(self._store.read_all()[1]) as read:
@@ -338,31 +341,24 @@ class Follower:
         return found
 
     def _is_confirmed(self, head: Head) -> bool:
-        """Whether a history that is not the table's was confirmed."""
-        upto = min(confirmed(self._store.get(CONFIRMED)), self._store.revision())
-        # A backup may hold a confirmation of its own time: only one that came after what is held counts.
-        restored = head.store == self._store.identity()
-        if restored and (not ahead_of(head, self._store) or upto <= head.held or self._is_older(upto, head)):
+        """Whether it was confirmed that this history takes the place of the table's."""
+        body = self._store.get(CONFIRMED)
+        upto = min(confirmed(body), self._store.revision())
+        # A backup may hold confirmations of its own time, and neither its numbers nor its clocks tell them apart
+        # from a new one. Only the name of the hold does: it was made when the table began to hold this.
+        hold = held_history(head)
+        if not upto or hold is None or not ahead_of(head, self._store):
+            return False
+        if confirmed_hold(body) != hold:
+            if upto > head.held:
+                _log.warning(
+                    "revision %d confirms nothing here: it does not name what this gateway holds; `portward apply "
+                    "--confirm` writes a confirmation that does, with this agent's configuration", upto,
+                )  # fmt: skip
             return False
         # Each later change flips one subscription at most.
-        later = sum(1 for _ in self._store.changes(upto)) if upto else 0
-        return upto > 0 and not Flips(later, self._reader.counts()[1]).too_many(self._writer.max_flip_share)
-
-    def _is_older(self, revision: int, head: Head) -> bool:
-        """Whether a revision was written before it was noted that another history is held. If another backup was
-        restored since, its number does not say so; the clocks of writer and agent do."""
-        noted = other_history_since(head)
-        if noted is None:
-            return False
-        with closing(self._store.changes(revision - 1)) as changes:
-            at = next(changes).at
-        if layout.microseconds(at) >= noted:
-            return False
-        _log.warning(
-            "revision %d, of %s, confirms nothing: it was written before the store's history was held, at %s; "
-            "`portward apply --confirm` writes a new confirmation", revision, at, layout.instant(noted),
-        )  # fmt: skip
-        return True
+        later = sum(1 for _ in self._store.changes(upto))
+        return not Flips(later, self._reader.counts()[1]).too_many(self._writer.max_flip_share)
 
     def _apply(self, changes: list[Change], every: list[Change], head: Head, now: datetime) -> Committed | None:
         """Takes the first of these changes in. `every` are all that came since, also those that wait."""

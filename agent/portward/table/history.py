@@ -3,27 +3,28 @@ again after a backup was restored and written on."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from secrets import token_bytes
 from typing import Final
 
-from portward.store.protocol import CONFIRMED, Store, named, readable
+from portward.store.protocol import CONFIRMED, HASH_BYTES, HOLD_BYTES, Store, named, readable
 from portward.table import layout
 from portward.table.reader import Reader
 
 # What the hash in the head of a table begins with while another history is held: no hash of a log (SHA-256) looks
-# like this. The last 8 bytes say when the hold was noted, in microseconds since 1970.
-_OTHER_HISTORY: Final = b"\xff" * 24
+# like this. The other 24 bytes are the name of the hold.
+_OTHER_HISTORY: Final = b"\xff" * (HASH_BYTES - HOLD_BYTES)
 
 
-def hash_of_other_history(noted: datetime) -> bytes:
-    """The hash for the head of a table that holds back another history than its own, since `noted`. No log has it,
-    so the table is in no history until everything was read anew."""
-    return _OTHER_HISTORY + layout.microseconds(noted).to_bytes(8, "big")
+def hash_of_other_history() -> bytes:
+    """The hash for the head of a table that holds back another history than its own. No log has it, so the table
+    is in no history until everything was read anew. It carries a name that no other hold has (random bytes), so a
+    confirmation that names it was written while it was held, whatever the clocks say."""
+    return _OTHER_HISTORY + token_bytes(HOLD_BYTES)
 
 
-def other_history_since(head: layout.Head) -> int | None:
-    """When it was noted that another history is held, in microseconds since 1970; None if none is."""
-    return int.from_bytes(head.hash[24:], "big") if head.hash.startswith(_OTHER_HISTORY) else None
+def held_history(head: layout.Head) -> bytes | None:
+    """The name of the hold (24 bytes) if another history than the table's is held; None if none is."""
+    return head.hash[len(_OTHER_HISTORY) :] if head.hash.startswith(_OTHER_HISTORY) else None
 
 
 def hash_at(store: Store, revision: int) -> bytes:

@@ -135,7 +135,8 @@ class Writer:
     def _tell_other_format(self) -> None:
         with self._environment.begin() as transaction:
             data = transaction.get(layout.HEAD)
-        if data is not None and (form := layout.format_of(data)) != layout.FORMAT:
+        # With entries of this format it is not another version's, but damaged.
+        if data is not None and (form := layout.format_of(data)) != layout.FORMAT and not self.attachments():
             version = "a newer" if form > layout.FORMAT else "an older"
             _log.warning(
                 "%s: the policy table is of format %d, which %s portward wrote; it is not used, and the store is "
@@ -179,6 +180,18 @@ class Writer:
         `settle` decides everything again."""
         head = self.head()
         return head is None or head.preset != self.digest or Answers(head.observe, head.reject) != self.answers
+
+    def recover(self, *, store: bytes, hash_: bytes, now: datetime) -> Committed:
+        """Gives a table whose head cannot be read a new one: the store's id is `store` (16 bytes), and `hash_` one
+        that no log has. What can be read of its records stays in force, decided anew. Raises TableError."""
+
+        def work(edit: Edit, head: layout.Head | None) -> None:
+            # Preset and answers by which they were decided stood in the head.
+            edit.settle_everything()
+            edit.everything = True
+
+        self.damage.found("its head cannot be read; the records that can be read stay in force")
+        return self._commit(work, now, fields={"store": store, "hash": hash_}, whole=True)
 
     def apply(
         self,

@@ -17,6 +17,7 @@ from portward.model import Exemption, ExemptionState, Mode, Record, Standing
 from portward.store.flips import Flips, HeldError, flips
 from portward.store.protocol import CONFIRMED, Put, confirmation, encode, key_of
 from portward.table.follower import Follower
+from portward.table.history import held_history
 from portward.table.writer import Writer
 from unit.store.samples import opened, put, write
 from unit.table.test_table import AZURE, ENFORCE, NOW, attachment, reason, subscription
@@ -176,6 +177,11 @@ def test_another_store_is_held_too(gateway: Gateway, tmp_path: Path) -> None:
     assert follower.held.flips == Flips(COUNT, COUNT)
     assert reason(gateway.writer, "10.0.0.4").allows
     write(other, confirmation(2))
+    follower.step(NOW)
+    assert reason(gateway.writer, "10.0.0.4").allows, "another store may have been confirmed for another gateway"
+    head = gateway.writer.head()
+    assert head is not None
+    write(other, confirmation(3, hold=held_history(head)))
     follower.step(NOW)
     assert not reason(gateway.writer, "10.0.0.4").allows
     other.close()

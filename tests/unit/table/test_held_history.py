@@ -5,15 +5,17 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from portward.model import Reason, Standing
 from portward.store.protocol import Put, confirmation
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower
+from portward.table.history import held_history
 from portward.table.layout import HEAD, Head
 from portward.table.writer import Writer
 from unit.store.samples import put, write
@@ -44,6 +46,11 @@ def restore(gateway: Gateway, source: Path) -> None:
     """As `sqlite3 .restore` does, beside a running agent."""
     backup(source, gateway.folder / "portward.db")
     gateway.follow()
+
+
+def confirmed_here(gateway: Gateway) -> Put:
+    """What `portward apply --confirm` writes on this gateway."""
+    return confirmation(gateway.store.revision() + 1, hold=held_history(head_of(gateway)))
 
 
 def as_loaded_at_once(gateway: Gateway, source: str) -> Reason:
@@ -108,7 +115,7 @@ def test_a_backup_without_the_newest_early_denials_is_another_history(gateway: G
     gateway.write(subscription(41, standing=Standing.DISABLED))
     assert not gateway.allows("10.0.9.129")
     assert gateway.allows("10.0.0.1")
-    gateway.write(confirmation(gateway.store.revision() + 1))
+    gateway.write(confirmed_here(gateway))
     assert (gateway.held(), gateway.follower.in_step) == (0, True)
     assert not gateway.allows("10.0.0.1")
     assert not gateway.allows("10.0.1.1")
@@ -148,16 +155,18 @@ def test_a_store_that_ends_before_the_table_is_another_history(tmp_path: Path) -
         assert (head_of(gateway).revision, gateway.follower.in_step) == (2, True)
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 10_000])
 def test_a_confirmation_inside_another_backup_confirms_nothing(
-    gateway: Gateway, caplog: pytest.LogCaptureFixture
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, ahead: int
 ) -> None:
     """Two backups are restored one after the other. Revision 3 of the newer one is behind what is held, by its
-    number, and confirmed what it did in its own time."""
+    number, and confirmed what it did in its own time. It may be dated after the hold: its writer's clock
+    was so many hours `ahead`."""
     store, folder = gateway.store, gateway.folder
 
     def write_at(hour: int, *changes: Put) -> None:
         at = datetime(2026, 6, 1, hour, tzinfo=UTC)
-        store.write(changes, expected=store.revision(), actor="ada", at=at)
+        store.write(changes, expected=store.revision(), actor="ada", at=at + timedelta(hours=ahead))
         while gateway.follower.step(at) is not None:
             pass
 
@@ -177,12 +186,35 @@ def test_a_confirmation_inside_another_backup_confirms_nothing(
     restore_at(17, folder / "newer.db")
     assert gateway.held() == 1
     assert not gateway.allows("10.0.0.5")
-    assert "revision 3, of 2026-06-01 14:00:00+00:00, confirms nothing" in caplog.text
+    assert "revision 3 confirms nothing here" in caplog.text
     gateway.restart()
     restore_at(17, folder / "newer.db")
     assert not gateway.allows("10.0.0.5")
     write_at(18, confirmation(4))
+    assert gateway.held() == 1, "it names nothing, as one that a backup holds"
+    write_at(19, confirmed_here(gateway))
     assert (gateway.held(), gateway.follower.in_step) == (0, True)
+    assert gateway.allows("10.0.0.5")
+
+
+def test_a_confirmation_of_an_earlier_hold_confirms_no_later_one(gateway: Gateway) -> None:
+    """The backup holds a confirmation that named what the gateway held then."""
+    store, folder = gateway.folder / "portward.db", gateway.folder
+    backup(store, folder / "old.db")
+    gateway.write(*MISTAKE, confirmation(2))
+    restore(gateway, folder / "old.db")
+    gateway.write(confirmed_here(gateway))
+    assert (gateway.held(), gateway.allows("10.0.0.5")) == (0, True)
+    backup(store, folder / "confirmed.db")
+    gateway.write(*MISTAKE, confirmation(3))
+    assert not gateway.allows("10.0.0.5")
+    for source in ("confirmed.db", "old.db", "confirmed.db"):
+        restore(gateway, folder / source)
+        assert not gateway.allows("10.0.0.5")
+    gateway.restart()
+    gateway.follow()
+    assert not gateway.allows("10.0.0.5")
+    gateway.write(confirmed_here(gateway))
     assert gateway.allows("10.0.0.5")
 
 
@@ -202,16 +234,86 @@ def test_more_subscriptions_let_more_of_them_flip(tmp_path: Path, restarted: boo
         assert not gateway.allows("10.0.0.1")
 
 
-@pytest.mark.parametrize("data", [b"", bytes(200)], ids=["cut off", "another length"])
-def test_a_table_without_a_head_that_can_be_read_does_not_hold_the_store_back(
-    gateway: Gateway, data: bytes
-) -> None:
-    """The agent could not start otherwise."""
-    gateway.writer.close()
-    write(gateway.store, *MISTAKE)
-    gateway.start()
+def damage_head(gateway: Gateway, data: bytes | None) -> None:
+    """Leaves these bytes in place of the table's head; None: as if its end were cut off."""
     with gateway.writer._environment.begin(write=True) as transaction:
-        transaction.put(HEAD, data or head_of(gateway).pack()[:-1])
+        transaction.put(HEAD, head_of(gateway).pack()[:-1] if data is None else data)
+
+
+HEADS = pytest.mark.parametrize(
+    "data", [None, bytes(200), b"\x63" * 148], ids=["cut off", "another length", "another format"]
+)
+
+
+@HEADS
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_mistake_in_the_store_is_held_also_if_the_tables_head_is_damaged(
+    gateway: Gateway, data: bytes | None, restarted: bool
+) -> None:
+    """The records that can be read are what the store is compared with, and what stays in force."""
+    generation = head_of(gateway).generation
+    write(gateway.store, *MISTAKE)
+    damage_head(gateway, data)
+    if restarted:
+        gateway.restart()
+    first = gateway.follower.step(NOW)
+    assert first is not None
+    assert first.everything, "what a kernel has cached is of another generation"
+    assert first.generation != generation
+    gateway.follow()
+    assert gateway.held() == 2
+    assert gateway.allows("10.0.0.1")
+    gateway.write(revoked())
+    assert not gateway.allows("10.0.1.1"), "denials go ahead of it"
+    gateway.restart()
+    gateway.follow()
+    assert (gateway.held(), gateway.allows("10.0.0.1")) == (2, True)
+    assert gateway.follower.histories == 0
+    gateway.write(confirmed_here(gateway))
+    assert (gateway.held(), gateway.follower.in_step) == (0, True)
+    assert not gateway.allows("10.0.0.1")
+
+
+@HEADS
+def test_a_table_with_a_damaged_head_follows_a_store_that_flips_few(
+    gateway: Gateway, data: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(gateway.store, *MISTAKE[:9])
+    damage_head(gateway, data)
+    gateway.follow()
+    assert (gateway.held(), gateway.follower.in_step, head_of(gateway).revision) == (0, True, 2)
+    assert not gateway.allows("10.0.0.1")
+    assert gateway.allows("10.0.0.10")
+    assert "the policy table is damaged: its head cannot be read" in caplog.text
+    for source in ("10.0.0.1", "10.0.0.10", "10.0.1.1", "10.0.9.1"):
+        assert reason(gateway.writer, source) is as_loaded_at_once(gateway, source)
+
+
+def test_records_under_a_damaged_head_are_decided_by_the_preset_in_force(gateway: Gateway) -> None:
+    """Nobody knows by which one they were decided."""
+    write(gateway.store, *MISTAKE)
+    damage_head(gateway, None)
+    gateway.writer.preset = msgspec.structs.replace(AZURE, offers=())
+    gateway.follow()
+    assert not gateway.allows("10.0.0.1")
+    assert not gateway.writer.is_decided_otherwise()
+    assert gateway.held() == 0, "under this preset the mistake flips nobody"
+
+
+def test_a_damaged_head_of_a_large_table_is_left_to_a_child(gateway: Gateway) -> None:
+    damage_head(gateway, None)
+    with pytest.raises(BulkError):
+        Follower(gateway.store, gateway.writer, 10).step(NOW)
+    assert gateway.writer.head() is None
+
+
+def test_a_table_of_which_nothing_is_left_is_a_first_load(gateway: Gateway) -> None:
+    """There is nothing to compare the store with."""
+    write(gateway.store, *MISTAKE)
+    gateway.writer.close()
+    (gateway.folder / "table" / "data.mdb").write_bytes(b"damaged" * 10_000)
+    gateway.start()
+    gateway.writer.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
     gateway.follow()
     assert (gateway.held(), gateway.follower.in_step) == (0, True)
     assert not gateway.allows("10.0.0.1")

@@ -16,9 +16,10 @@ import pytest
 
 from portward.errors import StoreError
 from portward.model import Exemption, ExemptionState, Reason, Standing
-from portward.store.protocol import confirmation
+from portward.store.protocol import Put, confirmation
 from portward.store.sqlite import SqliteStore
 from portward.table.follower import Follower
+from portward.table.history import held_history
 from portward.table.writer import Writer
 from unit.store.samples import opened, put, write
 from unit.store.test_chain import format_1
@@ -95,6 +96,13 @@ def backup(source: Path, target: Path) -> None:
     """What `sqlite3 SOURCE ".backup TARGET"` does, and `.restore` the other way round."""
     with closing(sqlite3.connect(source)) as have, closing(sqlite3.connect(target)) as into:
         have.backup(into)
+
+
+def confirmed_here(gateway: Gateway, revision: int) -> Put:
+    """What `portward apply --confirm` writes on this gateway as this revision."""
+    head = gateway.writer.head()
+    assert head is not None
+    return confirmation(revision, hold=held_history(head))
 
 
 def in_place(gateway: Gateway, source: Path) -> None:
@@ -212,7 +220,7 @@ def test_a_restored_backup_that_flips_too_many_is_held_and_says_so(
     assert (held.revision, held.whole, held.flips.flipped) == (3, True, 38)
     assert "all that the store holds up to revision 3 would flip the verdict of 38" in caplog.text
     assert not gateway.follower.in_step
-    write(gateway.store, confirmation(4))
+    write(gateway.store, confirmed_here(gateway, 4))
     gateway.follow()
     assert gateway.follower.held is None
     assert reason(gateway.writer, "10.0.1.7") is Reason.DENIED_UNKNOWN_SOURCE
@@ -230,10 +238,13 @@ def test_a_confirmation_in_the_backup_does_not_confirm_the_restored_history(
     assert gateway.follower.held is not None
     assert reason(gateway.writer, "10.0.1.7").allows
     write(gateway.store, confirmation(3))
+    gateway.follow()
+    assert gateway.follower.held is not None, "it does not name what is held"
+    write(gateway.store, confirmed_here(gateway, 4))
     write(gateway.store, put(msgspec.structs.replace(CUSTOMER, name="written right after it")))
     gateway.follow()
     assert gateway.follower.held is None
-    assert gateway.revision() == 4
+    assert gateway.revision() == 5
 
 
 def test_denials_of_a_lost_history_are_taken_back(gateway: Gateway, tmp_path: Path) -> None:
