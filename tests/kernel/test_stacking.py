@@ -191,6 +191,20 @@ def test_nothing_passes_when_a_segment_becomes_the_first_port_of_a_bridge_that_w
         assert stack.passes(segment(FROM4, port=587))
 
 
+def test_nothing_passes_when_a_segment_becomes_the_first_port_below_a_device_that_was_there(stack: Stack) -> None:
+    """Also what stands on a bridge without a port gives out what comes in at the bridge's first one."""
+    home = stack.gateway.lab.gateway
+    # With br_netfilter the packet meets the ruleset under the bridge's name, too. `-e`: most hosts are without it.
+    namespaces.run(home, ["sysctl", "-qew", *(f"net.bridge.bridge-nf-call-ip{v}tables=0" for v in ("", "6"))])
+    under = ["link add under type bridge", "link set under up"]
+    namespaces.batch(home, [*under, "link add top link under type macvlan mode bridge", "link set top up"])
+    stack.until_seen()
+    with stack.unseen():
+        namespaces.batch(home, [f"link set {SEGMENT.segment} master under"])
+        assert not stack.passes(segment(FROM4))
+        assert stack.passes(segment(FROM4, port=587))
+
+
 def test_mail_from_another_interface_passes_once_the_agent_has_seen_it(stack: Stack) -> None:
     """Which is no segment and no uplink, like a network of the provider's own: nothing of it is judged."""
     home = stack.gateway.lab.gateway

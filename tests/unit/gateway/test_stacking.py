@@ -121,6 +121,22 @@ def test_a_device_without_a_port_is_not_known_yet(kind: str) -> None:
     assert known((VNI._replace(master=2), top), CONFIG.segment) == {2}, "its packets are stopped, see `enforced`"
 
 
+def test_what_stands_on_a_device_without_a_port_is_not_known_yet() -> None:
+    """A VLAN on a bridge: with the bridge's first port, a segment, the segment's packets come out of it."""
+    bridge, vlan = Device(2, "br0", "bridge"), Device(3, "br0.10", "vlan", lower=2)
+    macvlan, port = Device(4, "top", "macvlan", lower=3), Device(5, "eth7", master=2)
+    assert known((macvlan, vlan, bridge), CONFIG.segment) == set()
+    assert known((macvlan, vlan, bridge, port), CONFIG.segment) == {2, 3, 4, 5}
+    assert known((macvlan, vlan, bridge, VNI._replace(master=2)), CONFIG.segment) == {2, 3, 4}
+
+
+def test_a_device_whose_ports_all_are_without_a_port_is_not_known_yet() -> None:
+    bridge, bond = Device(2, "br0", "bridge"), Device(3, "bond0", "bond", master=2)
+    assert known((bridge, bond), CONFIG.segment) == set()
+    assert known((bridge, bond, Device(4, "eth7", master=2)), CONFIG.segment) == {2, 4}
+    assert known((bridge, bond, Device(4, "eth7", master=3)), CONFIG.segment) == {2, 3, 4}
+
+
 def test_a_vrf_without_a_port_is_known() -> None:
     assert known((VNI, Device(2, "blue", "vrf")), CONFIG.segment) == {2}
 
