@@ -214,6 +214,19 @@ def test_mail_from_another_interface_passes_once_the_agent_has_seen_it(stack: St
     until(lambda: not stack.passes(segment(FROM4), at=SEGMENT.segment), "it is a segment again")
 
 
+def test_mail_from_another_interface_passes_again_after_the_set_was_flushed(stack: Stack) -> None:
+    home = stack.gateway.lab.gateway
+    try:
+        namespaces.batch(home, [f"link set {SEGMENT.segment} name other7"])
+        until(lambda: stack.passes(segment(FROM4), at="other7"), "it passes")
+        with stack.unseen():
+            namespaces.run(home, ["nft", "flush", "set", "inet", "portward", "known_interfaces"])
+            assert not stack.passes(segment(FROM4), at="other7")
+        until(lambda: stack.passes(segment(FROM4), at="other7"), "it passes again")
+    finally:
+        namespaces.batch(home, [f"link set other7 name {SEGMENT.segment}"])
+
+
 def test_while_everything_is_only_observed_nothing_is_dropped(make_gateway: Callable[..., Gateway]) -> None:
     gateway = make_gateway(mode="observe")
     stack = Stack(gateway)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from errno import ENOENT
 from ipaddress import ip_address
 from itertools import product
 from typing import Final, NamedTuple
@@ -17,7 +18,16 @@ from portward.gateway import mark
 from portward.gateway.elements import Add, Change, Delete, Elements, Flush, RefusedError
 from portward.gateway.gate import WORTH_A_GATE, Gate
 from portward.gateway.prefixes import Prefixes
-from portward.gateway.ruleset import COUNTED_SETS, ENFORCED, GATED, LEARNED_SETS, RATES, UNSETTLED, Verdict
+from portward.gateway.ruleset import (
+    COUNTED_SETS,
+    ENFORCED,
+    GATED,
+    KNOWN_INTERFACES,
+    LEARNED_SETS,
+    RATES,
+    UNSETTLED,
+    Verdict,
+)
 from portward.gateway.setdump import Row
 from portward.gateway.sweep import Sweep
 
@@ -254,6 +264,19 @@ class Learned:
     def settle(self, indexes: Iterable[int]) -> None:
         """Ends `unsettle` for these interfaces; raises KernelError."""
         self._elements.commit([Delete(UNSETTLED, [_INDEX.pack(index) for index in indexes])])
+
+    def know(self, indexes: frozenset[int]) -> bool:
+        """Brings the set of known interfaces to these indexes; False if that was all it held. Raises KernelError,
+        also without the set."""
+        try:
+            had = {_INDEX.unpack(key)[0] for key, _, _ in self._elements.rows(KNOWN_INTERFACES)}
+        except OSError as error:
+            raise RefusedError(error.errno or ENOENT) from error
+        if had == indexes:
+            return False
+        gone, new = ([_INDEX.pack(index) for index in sorted(part)] for part in (had - indexes, indexes - had))
+        self._elements.commit([Delete(KNOWN_INTERFACES, gone), Add(KNOWN_INTERFACES, new)])
+        return True
 
     def _number(self, name: str) -> int | None:
         try:
