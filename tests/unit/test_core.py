@@ -432,6 +432,20 @@ def test_known_interfaces_that_another_program_has_changed_are_put_back_though_n
     assert ALLOWED in started.cached(), "nothing else was touched"
 
 
+def test_a_bridge_that_loses_its_ports_is_unknown_before_its_chain_is_gone(started: Ground) -> None:
+    """Else what comes out of it passes if a segment becomes its port again in between."""
+    bridge = next(device for device in BRIDGED.devices if device.kind == "bridge")
+    started.core.links_seen(BRIDGED)
+    assert bridge.ifindex in known(started)
+    started.kernel.history.clear()
+    started.core.links_seen(LINKS._replace(devices=tuple(one._replace(master=0) for one in BRIDGED.devices)))
+    assert beside(started) == set()
+    key = bridge.ifindex.to_bytes(4, "little")
+    for tables in started.kernel.history:
+        table = tables[TABLE]
+        assert "stacked" in table.chains or key not in table.sets["known_interfaces"].elements
+
+
 def test_known_interfaces_stay_known_while_the_ruleset_is_loaded(started: Ground) -> None:
     started.core.links_seen(LINKS._replace(devices=(Device(7, "one"),)))
     started.kernel.history.clear()

@@ -89,6 +89,9 @@ class Keeper:
         # Whatever others did until here is replaced; what they do from here on shows.
         self._settle()
         self._learned.forget_behind_gate()
+        # Before chain `stacked` is gone, which may have stopped what comes from them. At a start there is no set.
+        with contextlib.suppress(KernelError):
+            self._learned.know_no_other(want.known)
         try:
             self._nft.load(self._replacement(want))
             if not want.native:

@@ -268,15 +268,22 @@ class Learned:
     def know(self, indexes: frozenset[int]) -> bool:
         """Brings the set of known interfaces to these indexes; False if that was all it held. Raises KernelError,
         also without the set."""
-        try:
-            had = {_INDEX.unpack(key)[0] for key, _, _ in self._elements.rows(KNOWN_INTERFACES)}
-        except OSError as error:
-            raise RefusedError(error.errno or ENOENT) from error
+        had = self._known()
         if had == indexes:
             return False
         gone, new = ([_INDEX.pack(index) for index in sorted(part)] for part in (had - indexes, indexes - had))
         self._elements.commit([Delete(KNOWN_INTERFACES, gone), Add(KNOWN_INTERFACES, new)])
         return True
+
+    def know_no_other(self, indexes: frozenset[int]) -> None:
+        """Takes out of the set of known interfaces all but these; raises KernelError, also without the set."""
+        self.know(self._known() & indexes)
+
+    def _known(self) -> frozenset[int]:
+        try:
+            return frozenset(_INDEX.unpack(key)[0] for key, _, _ in self._elements.rows(KNOWN_INTERFACES))
+        except OSError as error:
+            raise RefusedError(error.errno or ENOENT) from error
 
     def _number(self, name: str) -> int | None:
         try:

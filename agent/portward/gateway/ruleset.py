@@ -133,7 +133,7 @@ def wanted(
     """The ruleset for a configuration on a kernel with (`native`) or without nft_queue, in these surroundings."""
     text = _with_lines(rules("nftables", "portward.nft").read_text(), _GUARD, wanted=surroundings.guard)
     # While all segments are only observed nothing is refused, whatever it comes from.
-    text = _with_lines(text, _KNOWN, wanted=config.mode is not Mode.OBSERVE)
+    text = _with_lines(text, _KNOWN, wanted=not _observes_all(config))
     text = _with_literals(text, config, guard=surroundings.guard)
     definitions = _definitions(text)
     values = _values(config, preset, state) | _tunnels(config, surroundings)
@@ -168,6 +168,14 @@ def _stacked(surroundings: Surroundings) -> str:
 def observed(config: Config) -> tuple[str, ...]:
     """The segment patterns that are only observed."""
     return config.segments if config.mode is Mode.OBSERVE else config.verdicts.observe
+
+
+def _observes_all(config: Config) -> bool:
+    """Whether every interface that one of the segment patterns can match is only observed."""
+    return all(
+        any(seen == one or (seen.endswith("*") and one.startswith(seen[:-1])) for seen in observed(config))
+        for one in config.segments
+    )
 
 
 def replacement(
