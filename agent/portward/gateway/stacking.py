@@ -122,6 +122,8 @@ def _above(devices: list[Device]) -> dict[int, set[Device]]:
         master = known.get(device.master)
         if master is not None and master.kind != VRF:
             above.setdefault(device.ifindex, set()).add(master)
+            if device.peer in known:  # what a bridge sends out of one end of a pair comes in at the other
+                above.setdefault(master.ifindex, set()).add(known[device.peer])
             if master.kind == _OPEN_VSWITCH:
                 above[device.ifindex] |= switches
     return above

@@ -145,3 +145,13 @@ def test_ports_of_open_vswitch_are_known_with_its_first_port() -> None:
     switch = (Device(2, "ovs-system", "openvswitch"), Device(3, "br-int", "openvswitch"))
     assert known((*switch, VNI), CONFIG.segment) == set()
     assert known((*switch, Device(4, "eth7", master=2)), CONFIG.segment) == {2, 3, 4}
+
+
+def test_the_other_end_of_a_pair_takes_what_the_bridge_of_a_segment_sends_into_one_end() -> None:
+    bridge, near = Device(2, "br0", "bridge"), Device(3, "near", "veth", master=2, peer=4)
+    far = Device(4, "far", "veth", peer=3)
+    found = {one.device.name for one in stacked((VNI._replace(master=2), bridge, near, far), CONFIG.segment)}
+    assert found == {"br0", "far"}
+    assert stacked((VNI, bridge, near, far), CONFIG.segment) == []
+    apart = (VNI._replace(master=2), bridge, near._replace(peer=0), far)
+    assert {one.device.name for one in stacked(apart, CONFIG.segment)} == {"br0"}, "in another namespace"
