@@ -54,7 +54,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     surroundings = around.found(config)._replace(guard=translating.guard)
     try:
         want = ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings)
-        nft.check(want.text)
+        nft.check(want.whole)
     except KernelError as error:
         raise KernelError(f"the kernel does not take the ruleset: {error}") from None
     if not native:

@@ -146,7 +146,7 @@ class Dataplane:
         if self._early is not None:  # `load` takes it in
             return
         if surroundings == before._replace(known=surroundings.known):
-            self._know(before.known)
+            self._know()
             return
         new = surroundings.stacked - before.stacked
         intact = self.enforcement.intact()
@@ -162,12 +162,14 @@ class Dataplane:
         except (KernelError, OSError):
             self._repair()
 
-    def _know(self, before: frozenset[int]) -> None:
-        """Writes the set of known interfaces alone: containers come and go, and each would load the ruleset."""
+    def _know(self) -> bool:
+        """Writes the set of known interfaces alone: containers come and go, and each would load the ruleset. False
+        if the kernel had it already."""
         try:
-            self.keeper.add(ruleset.known_changes(before, self._surroundings.known))
-        except KernelError:  # another program has changed the set, or there is no ruleset
-            self._repair()
+            return self.learned.know(self._surroundings.known)
+        except KernelError:  # there is no ruleset
+            self._put_back()
+            return True
 
     def links_seen(self, links: Links) -> None:
         """See `Core.links_seen`."""
@@ -242,6 +244,9 @@ class Dataplane:
         # Not before: see `_surround`. And by now the keeper has noted the kernel's number, so what others change
         # from here on shows. FOU, L2TP, WireGuard and legacy iptables announce nothing.
         self._surround(self._around()._replace(guard=self.watch.look()))
+        # The keeper does not look into this set. What is missing there costs others their mail.
+        if not self.broken and self._know():
+            _log.warning("the set of known interfaces was changed by another program: it is put back")
         self._look_again()
 
     def _put_back(self) -> None:

@@ -63,7 +63,7 @@ def wanted(path: Path) -> str:
     preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
     native = xtables.has_native_queue(Nft())
     surroundings = found(config)._replace(guard=others.seen(NfNetlink()).guard)
-    return ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings).text
+    return ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings).whole
 
 
 def baseline(path: Path) -> str:

@@ -36,6 +36,14 @@ ABOVE = {
         "link set under up",
         "link add top link under type macvlan mode bridge",
     ],
+    "pair-on-bridge": [
+        "link add under type bridge",
+        "link add top type veth peer name near",
+        "link set near master under",
+        "link set vni7001 master under",
+        "link set under up",
+        "link set near up",
+    ],
 }
 PACKETS: dict[str, Callable[[], list[Packet]]] = {
     "v4": lambda: [segment(FROM4)],
@@ -66,6 +74,9 @@ class Stack:
             "net.ipv4.conf.all.accept_source_route=1",
             "net.ipv4.conf.default.accept_source_route=1",
         )
+        # With br_netfilter packets meet the ruleset under the bridge's name, too. `-e`: most hosts are without it.
+        off = [f"net.bridge.bridge-nf-call-ip{version}tables=0" for version in ("", "6")]
+        namespaces.run(gateway.lab.gateway, ["sysctl", "-qew", *off])
         namespaces.batch(gateway.lab.gateway, ["route replace 10.99.0.0/24 via 198.51.100.2"])
         namespaces.ip("-n", gateway.lab.gateway, "link", "add", SEGMENT.segment, "type", "veth",
                       "peer", "name", "eth0", "netns", self.home)  # fmt: skip
@@ -191,6 +202,18 @@ def test_nothing_passes_when_a_segment_becomes_the_first_port_of_a_bridge_that_w
         assert stack.passes(segment(FROM4, port=587))
 
 
+def test_nothing_passes_when_a_segment_becomes_the_first_port_below_a_device_that_was_there(stack: Stack) -> None:
+    """Also what stands on a bridge without a port gives out what comes in at the bridge's first one."""
+    home = stack.gateway.lab.gateway
+    under = ["link add under type bridge", "link set under up"]
+    namespaces.batch(home, [*under, "link add top link under type macvlan mode bridge", "link set top up"])
+    stack.until_seen()
+    with stack.unseen():
+        namespaces.batch(home, [f"link set {SEGMENT.segment} master under"])
+        assert not stack.passes(segment(FROM4))
+        assert stack.passes(segment(FROM4, port=587))
+
+
 def test_mail_from_another_interface_passes_once_the_agent_has_seen_it(stack: Stack) -> None:
     """Which is no segment and no uplink, like a network of the provider's own: nothing of it is judged."""
     home = stack.gateway.lab.gateway
@@ -198,6 +221,19 @@ def test_mail_from_another_interface_passes_once_the_agent_has_seen_it(stack: St
     until(lambda: stack.passes(segment(FROM4), at="other7"), "it passes")
     namespaces.batch(home, [f"link set other7 name {SEGMENT.segment}"])
     until(lambda: not stack.passes(segment(FROM4), at=SEGMENT.segment), "it is a segment again")
+
+
+def test_mail_from_another_interface_passes_again_after_the_set_was_flushed(stack: Stack) -> None:
+    home = stack.gateway.lab.gateway
+    try:
+        namespaces.batch(home, [f"link set {SEGMENT.segment} name other7"])
+        until(lambda: stack.passes(segment(FROM4), at="other7"), "it passes")
+        with stack.unseen():
+            namespaces.run(home, ["nft", "flush", "set", "inet", "portward", "known_interfaces"])
+            assert not stack.passes(segment(FROM4), at="other7")
+        until(lambda: stack.passes(segment(FROM4), at="other7"), "it passes again")
+    finally:
+        namespaces.batch(home, [f"link set other7 name {SEGMENT.segment}"])
 
 
 def test_while_everything_is_only_observed_nothing_is_dropped(make_gateway: Callable[..., Gateway]) -> None:

@@ -49,9 +49,10 @@ class Keeper:
         `intact` is False, so that it is tried again."""
         for _ in range(_LOAD_TRIES):
             self._load_once(want)
+            complete = self._is_known(want)
             self._fingerprint = self._netlink.fingerprint(TABLE, FIXED_SETS)
             # What was read must be what was loaded: nobody else was there in between.
-            if not self._disturbed() and self._fingerprint is not None:
+            if complete and not self._disturbed() and self._fingerprint is not None:
                 # In a transaction after the one that made it needless. A process that dies in between leaves both,
                 # and the next one lifts it.
                 lift(self._nft, self._netlink)
@@ -59,9 +60,18 @@ class Keeper:
                 return
         raise KernelError("the ruleset changes faster than it can be loaded: somebody else writes it all the time")
 
+    def _is_known(self, want: Wanted) -> bool:
+        """Writes the known interfaces. A process that dies before leaves those that were known before, and the
+        next one writes them. False if another process has taken the table away."""
+        try:
+            self._learned.know(want.known)
+        except KernelError as error:
+            _log.warning("the known interfaces are written again: %s", error)
+            return False
+        return True
+
     def add(self, text: str) -> None:
-        """Carries out commands for nft on what is loaded, so that they act at once. Chains that are added this way
-        show as another program's change until `load` follows. Raises KernelError."""
+        """Adds chains to what is loaded, so that they act at once; `load` must follow. Raises KernelError."""
         self._nft.load(text)
 
     def check(self, want: Wanted) -> None:
@@ -79,6 +89,9 @@ class Keeper:
         # Whatever others did until here is replaced; what they do from here on shows.
         self._settle()
         self._learned.forget_behind_gate()
+        # Before chain `stacked` is gone, which may have stopped what comes from them. At a start there is no set.
+        with contextlib.suppress(KernelError):
+            self._learned.know_no_other(want.known)
         try:
             self._nft.load(self._replacement(want))
             if not want.native:
@@ -157,7 +170,7 @@ def begin(nft: Nft, want: Wanted) -> None:
     """Loads `want` where portward's table is not there yet, without the xtables target: until an agent comes,
     whoever the kernel does not remember is dropped as unjudged, and it remembers nobody. Raises KernelError,
     also where the table is there (an agent may load it at this very moment), and then nothing has changed."""
-    nft.load(f"create table {FAMILY_TABLE}\n{want.text}")
+    nft.load(f"create table {FAMILY_TABLE}\n{want.whole}")
 
 
 def close(nft: Nft, ports: Iterable[int]) -> None:

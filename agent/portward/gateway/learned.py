@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from errno import ENOENT
 from ipaddress import ip_address
 from itertools import product
 from typing import Final, NamedTuple
@@ -21,6 +22,7 @@ from portward.gateway.ruleset import (
     COUNTED_SETS,
     ENFORCED,
     GATED,
+    KNOWN_INTERFACES,
     LEARNED_SETS,
     RATES,
     RENEWED,
@@ -270,6 +272,26 @@ class Learned:
     def settle(self, indexes: Iterable[int]) -> None:
         """Ends `unsettle` for these interfaces; raises KernelError."""
         self._elements.commit([Delete(UNSETTLED, [_INDEX.pack(index) for index in indexes])])
+
+    def know(self, indexes: frozenset[int]) -> bool:
+        """Brings the set of known interfaces to these indexes; False if that was all it held. Raises KernelError,
+        also without the set."""
+        had = self._known()
+        if had == indexes:
+            return False
+        gone, new = ([_INDEX.pack(index) for index in sorted(part)] for part in (had - indexes, indexes - had))
+        self._elements.commit([Delete(KNOWN_INTERFACES, gone), Add(KNOWN_INTERFACES, new)])
+        return True
+
+    def know_no_other(self, indexes: frozenset[int]) -> None:
+        """Takes out of the set of known interfaces all but these; raises KernelError, also without the set."""
+        self.know(self._known() & indexes)
+
+    def _known(self) -> frozenset[int]:
+        try:
+            return frozenset(_INDEX.unpack(key)[0] for key, _, _ in self._elements.rows(KNOWN_INTERFACES))
+        except OSError as error:
+            raise RefusedError(error.errno or ENOENT) from error
 
     def _number(self, name: str) -> int | None:
         try:

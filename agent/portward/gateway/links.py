@@ -17,8 +17,8 @@ class Device(NamedTuple):
 
     `kind` is the driver's name in rtnetlink (`bridge`, `vxlan`), empty for hardware. `master` is the index of the
     bridge, bond or VRF that it is a port of, `lower` the index of the interface that it stands on (a VLAN's, a
-    macvlan's); both 0 if there is none in this namespace. `ports` are the UDP ports at which it takes tunnelled
-    packets.
+    macvlan's), `peer` that of the other end of its pair (a veth's); each 0 if there is none in this namespace.
+    `ports` are the UDP ports at which it takes tunnelled packets.
     """
 
     ifindex: int
@@ -27,6 +27,7 @@ class Device(NamedTuple):
     master: int = 0
     lower: int = 0
     ports: frozenset[int] = frozenset()
+    peer: int = 0
 
 
 class Links(NamedTuple):

@@ -131,7 +131,8 @@ def _event(kind: int, body: bytes) -> _Event | None:
     info = dict(attributes_of(found.get(_INFO, b"")))
     driver = _text(info.get(_INFO_KIND, b""))
     # A number of another namespace names no interface here.
-    lower = 0 if _LOWER_NAMESPACE in found or driver in _PAIRS else _index(found.get(_LOWER))
+    other = 0 if _LOWER_NAMESPACE in found else _index(found.get(_LOWER))
+    lower, peer = (0, other) if driver in _PAIRS else (other, 0)
     return _Event(
         kind == _DEL_LINK,
         Device(
@@ -141,6 +142,7 @@ def _event(kind: int, body: bytes) -> _Event | None:
             _index(found.get(_MASTER)),
             0 if lower == index else lower,
             ports_of(driver, dict(attributes_of(info.get(_INFO_DATA, b"")))),
+            peer,
         ),
     )
 

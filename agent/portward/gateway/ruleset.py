@@ -112,6 +112,16 @@ class Wanted(NamedTuple):
     native: bool
     # The base chains with hook and priority, in the order in which they are registered.
     hooks: Mapping[str, tuple[int, int]] = HOOKS | TUNNELS_HOOKS
+    # The indexes of interfaces for the set KNOWN_INTERFACES. Not in `text`: nft looks each of them up among all
+    # interfaces, which takes longer than everything else from some thousand on.
+    known: frozenset[int] = frozenset()
+
+    @property
+    def whole(self) -> str:
+        """`text` with the known interfaces, for a table that is not there yet."""
+        if not self.known:
+            return self.text
+        return f"{self.text}add element {FAMILY_TABLE} {KNOWN_INTERFACES} {_indexes(self.known)}\n"
 
 
 def wanted(
@@ -125,7 +135,7 @@ def wanted(
     """The ruleset for a configuration on a kernel with (`native`) or without nft_queue, in these surroundings."""
     text = _with_lines(rules("nftables", "portward.nft").read_text(), _GUARD, wanted=surroundings.guard)
     # While all segments are only observed nothing is refused, whatever it comes from.
-    text = _with_lines(text, _KNOWN, wanted=config.mode is not Mode.OBSERVE)
+    text = _with_lines(text, _KNOWN, wanted=not _observes_all(config))
     text = _with_literals(text, config, guard=surroundings.guard)
     definitions = _definitions(text)
     values = _values(config, preset, state) | _tunnels(config, surroundings)
@@ -136,14 +146,12 @@ def wanted(
     text += "".join(_probes(config.queue.workers))
     if native:
         text += "".join(map(_native, statements))
-    if surroundings.known:
-        text += f"add element {FAMILY_TABLE} {KNOWN_INTERFACES} {_indexes(surroundings.known)}\n"
     if state.unsettled:
         text += f"add element {FAMILY_TABLE} {UNSETTLED} {_indexes(state.unsettled)}\n"
     hooks = HOOKS | TUNNELS_HOOKS
     hooks |= GUARD_HOOKS if surroundings.guard else {}
     hooks |= STACKED_HOOKS if surroundings.stacked else {}
-    return Wanted(text, definitions, statements, native, hooks)
+    return Wanted(text, definitions, statements, native, hooks, surroundings.known)
 
 
 def stacked_alone(config: Config, preset: Preset, surroundings: Surroundings) -> str:
@@ -164,6 +172,14 @@ def observed(config: Config) -> tuple[str, ...]:
     return config.segments if config.mode is Mode.OBSERVE else config.verdicts.observe
 
 
+def _observes_all(config: Config) -> bool:
+    """Whether every interface that one of the segment patterns can match is only observed."""
+    return all(
+        any(seen == one or (seen.endswith("*") and one.startswith(seen[:-1])) for seen in observed(config))
+        for one in config.segments
+    )
+
+
 def replacement(
     want: Wanted,
     have_sets: Iterable[str],
@@ -175,7 +191,8 @@ def replacement(
 
     `have_sets` are the sets of the table now, `have_hooks` its base chains, in the order in which they were made.
     These stay if they stand as they should: removing a hook drops every packet that waits in any queue of the
-    namespace. What fills while it is loaded is made anew only where its definition differs.
+    namespace. The set of known interfaces stays too, and `Learned.know` brings it to `want.known` afterwards. What
+    fills while it is loaded is made anew only where its definition differs.
     """
     have = set(have_sets)
     learned = {f"{name}{family}" for name in COUNTED_SETS.values() for family in "46"}
@@ -188,7 +205,7 @@ def replacement(
         lines += [f"{verb} chain {FAMILY_TABLE} {name}" for name in _STACKED[1] for verb in ("add", "delete")]
     lines += [
         f"flush set {FAMILY_TABLE} {name}"
-        for name in (*FIXED_SETS, "epoch", "synced", ENFORCED, UNSETTLED, KNOWN_INTERFACES, GATED)
+        for name in (*FIXED_SETS, "epoch", "synced", ENFORCED, UNSETTLED, GATED)
         if name in have
     ]
     lines += [f"delete set {FAMILY_TABLE} {name}" for name in RETIRED_SETS if name in have]
@@ -205,16 +222,6 @@ def _misplaced(have: Mapping[str, tuple[int, int]], want: Mapping[str, tuple[int
         if [(name, at) for name, at in have.items() if name in pair] != list(pair.items()):
             kept = {name: at for name, at in kept.items() if name not in pair}
     return [name for name, at in have.items() if kept.get(name) != at]
-
-
-def known_changes(before: frozenset[int], now: frozenset[int]) -> str:
-    """The commands for nft that bring the set of known interfaces from one state to another. Indexes that another
-    program has removed make them fail as a whole."""
-    return "".join(
-        f"{verb} element {FAMILY_TABLE} {KNOWN_INTERFACES} {_indexes(indexes)}\n"
-        for verb, indexes in (("delete", before - now), ("add", now - before))
-        if indexes
-    )
 
 
 def _with_lines(text: str, name: str, *, wanted: bool) -> str:

@@ -6,7 +6,7 @@ the port's name first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Final, NamedTuple
 
 from portward.config import Config
@@ -15,7 +15,7 @@ from portward.interfaces import shown
 
 _BRIDGE: Final = "bridge"
 # Kinds whose devices give out the packets of their ports.
-_WITH_PORTS: Final = frozenset((_BRIDGE, "bond", "team", "batadv", "hsr"))
+_WITH_PORTS: Final = frozenset((_BRIDGE, "bond", "team", "batadv"))
 # Its ports have one device as their master (ovs-system), and packets come out of any other one of this kind.
 _OPEN_VSWITCH: Final = "openvswitch"
 
@@ -49,17 +49,25 @@ def enforced(found: Iterable[Stacked], config: Config) -> frozenset[int]:
 def known(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> frozenset[int]:
     """The indexes of the interfaces, other than segments, of which it is clear whether they give out a segment's
     packets. Not clear is a device that still has no port: the first one may be a segment, and by the time that
-    this shows, packets have come out."""
+    this shows, packets have come out. Neither is what stands on such a device (a VLAN), or has no other ports."""
     devices = list(devices)
-    masters = {device.master for device in devices}
-    switched = any(device.kind == _OPEN_VSWITCH and device.ifindex in masters for device in devices)
-    empty = {
-        device.ifindex
-        for device in devices
-        if (device.kind in _WITH_PORTS and device.ifindex not in masters)
-        or (device.kind == _OPEN_VSWITCH and not switched)
-    }
-    return frozenset(device.ifindex for device in devices if not is_segment(device.name)) - empty
+    found = frozenset(device.ifindex for device in devices if not is_segment(device.name))
+    clear, before = found, None
+    while clear != before:
+        before = clear
+        masters = {device.master for device in devices if device.ifindex in clear or is_segment(device.name)}
+        switched = any(device.kind == _OPEN_VSWITCH and device.ifindex in masters for device in devices)
+        clear -= {device.ifindex for device in devices if _is_empty(device, masters, switched=switched)}
+        unclear = found - clear
+        clear -= {device.ifindex for device in devices if device.lower in unclear}
+    return clear
+
+
+def _is_empty(device: Device, masters: Set[int], *, switched: bool) -> bool:
+    """Whether a device whose packets come out of its ports has none; `masters` have one."""
+    if device.kind == _OPEN_VSWITCH:
+        return not switched
+    return device.kind in _WITH_PORTS and device.ifindex not in masters
 
 
 def warnings(devices: Iterable[Device], config: Config) -> list[str]:
@@ -114,6 +122,8 @@ def _above(devices: list[Device]) -> dict[int, set[Device]]:
         master = known.get(device.master)
         if master is not None and master.kind != VRF:
             above.setdefault(device.ifindex, set()).add(master)
+            if device.peer in known:  # what a bridge sends out of one end of a pair comes in at the other
+                above.setdefault(master.ifindex, set()).add(known[device.peer])
             if master.kind == _OPEN_VSWITCH:
                 above[device.ifindex] |= switches
     return above

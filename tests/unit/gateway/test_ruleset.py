@@ -284,3 +284,15 @@ def test_the_forward_chain_goes_when_nothing_stands_on_a_segment_any_more() -> N
 def text_of(config: Config, surroundings: Surroundings) -> str:
     """The ruleset in these surroundings."""
     return wanted(config, AZURE, native=False, state=STATE, surroundings=surroundings).text
+
+
+@pytest.mark.parametrize(
+    ("observe", "stands"),
+    [(("vni*",), False), (("v*",), False), (("vni1",), True), ((), True)],
+)
+def test_mail_from_unknown_interfaces_is_dropped_only_while_a_segment_is_enforced(
+    observe: tuple[str, ...], *, stands: bool
+) -> None:
+    config = Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(observe=observe))
+    text = wanted(config, presets.load("azure-2020"), native=True, state=State(1, synced=True)).text
+    assert ("goto unknown_interface" in text) is stands

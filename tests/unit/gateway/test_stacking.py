@@ -112,13 +112,29 @@ def test_where_nothing_stands_on_a_segment_nothing_is_said() -> None:
     assert warnings(devices, CONFIG) == []
 
 
-@pytest.mark.parametrize("kind", ["bridge", "bond", "team", "batadv", "hsr", "openvswitch"])
+@pytest.mark.parametrize("kind", ["bridge", "bond", "team", "batadv", "openvswitch"])
 def test_a_device_without_a_port_is_not_known_yet(kind: str) -> None:
     """Its first port may be a segment."""
     top, port = Device(2, "top", kind), Device(3, "eth7", master=2)
     assert known((VNI, top, port._replace(master=0)), CONFIG.segment) == {3}
     assert known((VNI, top, port), CONFIG.segment) == {2, 3}
     assert known((VNI._replace(master=2), top), CONFIG.segment) == {2}, "its packets are stopped, see `enforced`"
+
+
+def test_what_stands_on_a_device_without_a_port_is_not_known_yet() -> None:
+    """A VLAN on a bridge: with the bridge's first port, a segment, the segment's packets come out of it."""
+    bridge, vlan = Device(2, "br0", "bridge"), Device(3, "br0.10", "vlan", lower=2)
+    macvlan, port = Device(4, "top", "macvlan", lower=3), Device(5, "eth7", master=2)
+    assert known((macvlan, vlan, bridge), CONFIG.segment) == set()
+    assert known((macvlan, vlan, bridge, port), CONFIG.segment) == {2, 3, 4, 5}
+    assert known((macvlan, vlan, bridge, VNI._replace(master=2)), CONFIG.segment) == {2, 3, 4}
+
+
+def test_a_device_whose_ports_all_are_without_a_port_is_not_known_yet() -> None:
+    bridge, bond = Device(2, "br0", "bridge"), Device(3, "bond0", "bond", master=2)
+    assert known((bridge, bond), CONFIG.segment) == set()
+    assert known((bridge, bond, Device(4, "eth7", master=2)), CONFIG.segment) == {2, 4}
+    assert known((bridge, bond, Device(4, "eth7", master=3)), CONFIG.segment) == {2, 3, 4}
 
 
 def test_a_vrf_without_a_port_is_known() -> None:
@@ -129,3 +145,13 @@ def test_ports_of_open_vswitch_are_known_with_its_first_port() -> None:
     switch = (Device(2, "ovs-system", "openvswitch"), Device(3, "br-int", "openvswitch"))
     assert known((*switch, VNI), CONFIG.segment) == set()
     assert known((*switch, Device(4, "eth7", master=2)), CONFIG.segment) == {2, 3, 4}
+
+
+def test_the_other_end_of_a_pair_takes_what_the_bridge_of_a_segment_sends_into_one_end() -> None:
+    bridge, near = Device(2, "br0", "bridge"), Device(3, "near", "veth", master=2, peer=4)
+    far = Device(4, "far", "veth", peer=3)
+    found = {one.device.name for one in stacked((VNI._replace(master=2), bridge, near, far), CONFIG.segment)}
+    assert found == {"br0", "far"}
+    assert stacked((VNI, bridge, near, far), CONFIG.segment) == []
+    apart = (VNI._replace(master=2), bridge, near._replace(peer=0), far)
+    assert {one.device.name for one in stacked(apart, CONFIG.segment)} == {"br0"}, "in another namespace"
