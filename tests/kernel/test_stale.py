@@ -1,19 +1,27 @@
-"""No verdict that was found under an older policy is remembered, however slow the worker is."""
+"""No verdict that was found under an older policy is remembered, however slow the worker is, and none that was
+found under a newer one is lost."""
 
 from __future__ import annotations
 
+import re
+import signal
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from kernel.churn import Churn, churned
-from kernel.conftest import lab_name
+from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
+from portward.clock import utc_now
 from portward.config import QueueReader
 from portward.gateway.elements import Add
+from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
-from portward.table.writer import Committed
+from portward.policy import preset as presets
+from portward.table.writer import Answers, Committed, Writer
 
 
 @pytest.mark.parametrize("reader", QueueReader)
@@ -52,3 +60,41 @@ def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path, r
         if stale:
             return
     pytest.fail("no stale verdict was seen in 4,000 changes without an epoch: the test above shows nothing")
+
+
+def test_a_verdict_from_a_table_that_is_ahead_of_the_kernel_acts(make_gateway: Callable[..., Gateway]) -> None:
+    """The table is committed some milliseconds before the kernel's epoch moves. What a worker answers in between
+    was dropped, so an allowed sender waited a second for its next try."""
+    gateway = make_gateway()
+    gateway.source(CONTOSO, "10.66.0.0/16", ALLOWED)
+    gateway.source(CONTOSO, "10.67.0.0/16", DENIED)
+    assert gateway.agent.process is not None
+    gateway.agent.process.send_signal(signal.SIGSTOP)  # else the kernel follows at once
+    try:
+        for number in range(3):
+            ahead(gateway, number)
+            assert gateway.passes(CONTOSO, f"10.66.0.{number + 1}")
+            assert not gateway.passes(CONTOSO, f"10.67.0.{number + 1}")
+        assert "10.66.0" not in gateway.listing("allow4"), "not cached: the epoch is not the kernel's"
+        assert (counter(gateway, "stale"), counter(gateway, "unmarked")) == (6, 0)
+    finally:
+        gateway.agent.process.send_signal(signal.SIGCONT)
+
+
+def counter(gateway: Gateway, name: str) -> int:
+    """The packets that a counter of the ruleset has counted."""
+    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "portward", name]).stdout
+    found = re.search(r"packets (\d+)", listing)
+    assert found is not None
+    return int(found[1])
+
+
+def ahead(gateway: Gateway, number: int) -> None:
+    """Commits a change to the agent's policy table that the kernel does not hear of."""
+    table, preset = gateway.agent.folder / "table", presets.load("azure-2020")
+    with closing(Writer(table, preset, Answers(observe=False, reject=False))) as writer:
+        head = writer.head()
+        assert head is not None
+        records = source_records(FABRIKAM, f"10.68.0.{number}", ALLOWED, uuid4())
+        done = writer.apply(records, [], revision=head.revision, now=utc_now(), hash_=head.hash)
+        assert done.generation == head.generation + 1

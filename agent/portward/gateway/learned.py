@@ -134,11 +134,11 @@ class Learned:
         If the process dies right after it, what is cached may be old until it expires or the agent starts again:
         `synced` still names the older generation, so the next start forgets everything.
         """
-        epoch, before = mark.epoch_of(generation) << mark.EPOCH_SHIFT, self._number("epoch")
-        changes: list[Change] = [Flush("epoch"), Add("epoch", [_INDEX.pack(epoch)])]
+        epoch, before = mark.epoch_of(generation), self.epoch()
+        changes: list[Change] = [Flush("epoch"), Add("epoch", _marks([epoch]))]
         if before is not None:  # its verdicts may still be on their way: `learn` acts on them once
-            changes.append(Add("recent", [_INDEX.pack(before)]))
-        self._elements.commit([*changes, *_renewed(links)])
+            changes.append(Add("recent", _marks([before])))
+        self._elements.commit([*changes, *_coming(before, epoch), *_renewed(links)])
 
     def renew(self, links: Iterable[int]) -> None:
         """The owners of these interfaces have changed. For ten seconds from here on no verdict on their packets
@@ -317,6 +317,24 @@ def _renewed(links: Iterable[int]) -> list[Change]:
     keys = [_INDEX.pack(index) for index in sorted(links)]
     # An `Add` of what is there would not start its time anew.
     return [Add(RENEWED, keys), Delete(RENEWED, keys), Add(RENEWED, keys)] if keys else []
+
+
+def _coming(before: int | None, epoch: int) -> list[Change]:
+    """What brings the set of the epochs that follow from an epoch to another one: verdicts of the table that come
+    before the kernel's step are acted on."""
+    steps = mark.AHEAD + 1 if before is None else (epoch - before) % mark.EPOCHS
+    if steps > mark.AHEAD:
+        return [Flush("coming"), Add("coming", _marks(mark.coming(epoch)))]
+    if not steps or before is None:
+        return []
+    gone = _marks(mark.coming(before, steps))
+    new = _marks(mark.coming((before + mark.AHEAD) % mark.EPOCHS, steps))
+    # Added before it is deleted: to delete what another program has removed would be refused.
+    return [Add("coming", [*gone, *new]), Delete("coming", gone)]
+
+
+def _marks(epochs: Iterable[int]) -> list[bytes]:
+    return [_INDEX.pack(epoch << mark.EPOCH_SHIFT) for epoch in epochs]
 
 
 def _synced(generation: int) -> list[Change]:

@@ -26,6 +26,10 @@ EPOCH: Final = 0x0000FFF8
 EPOCH_SHIFT: Final = 3
 # Epoch 8191 (all ones) is never used, so that a miss is no verdict of any epoch.
 EPOCHS: Final = 8191
+# How many generations the policy table may be ahead of the kernel: some 240 changes a second are committed one by
+# one, and the kernel thread seldom takes 100 ms over one of them. Verdicts from further ahead are dropped, and the
+# sender tries again. Not more than needed, because each is a value that another program's mark may have by chance.
+AHEAD: Final = 24
 
 
 class Class(IntEnum):
@@ -53,6 +57,11 @@ PASSED: Final = EPOCH | Class.ALLOW
 def epoch_of(generation: int) -> int:
     """The epoch (0 … 8190) of a generation of the policy table."""
     return generation % EPOCHS
+
+
+def coming(epoch: int, number: int = AHEAD) -> list[int]:
+    """The epochs that follow an epoch."""
+    return [(epoch + step) % EPOCHS for step in range(1, number + 1)]
 
 
 def stamp(mark: int, verdict: Class, epoch: int) -> int:

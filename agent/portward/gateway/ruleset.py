@@ -146,6 +146,7 @@ def wanted(
     text += "".join(_probes(config.queue.workers))
     if native:
         text += "".join(map(_native, statements))
+    text += f"add element {FAMILY_TABLE} coming {_coming(state.generation)}\n"
     if state.unsettled:
         text += f"add element {FAMILY_TABLE} {UNSETTLED} {_indexes(state.unsettled)}\n"
     hooks = HOOKS | TUNNELS_HOOKS
@@ -205,7 +206,7 @@ def replacement(
         lines += [f"{verb} chain {FAMILY_TABLE} {name}" for name in _STACKED[1] for verb in ("add", "delete")]
     lines += [
         f"flush set {FAMILY_TABLE} {name}"
-        for name in (*FIXED_SETS, "epoch", "synced", ENFORCED, UNSETTLED, GATED)
+        for name in (*FIXED_SETS, "epoch", "coming", "synced", ENFORCED, UNSETTLED, GATED)
         if name in have
     ]
     lines += [f"delete set {FAMILY_TABLE} {name}" for name in RETIRED_SETS if name in have]
@@ -259,6 +260,11 @@ def _tunnels(config: Config, surroundings: Surroundings) -> dict[str, str]:
         protocols |= tunnels.ENCRYPTED_PROTOCOLS
         ports |= tunnels.ENCRYPTED_PORTS | surroundings.encrypted_ports
     return {"TUNNELS": _set(sorted(protocols)), "TUNNEL_PORTS": _set(sorted(ports))}
+
+
+def _coming(generation: int) -> str:
+    epochs = mark.coming(mark.epoch_of(generation))
+    return _set(f"{epoch << mark.EPOCH_SHIFT:#010x}" for epoch in epochs)
 
 
 def _indexes(found: Iterable[int]) -> str:

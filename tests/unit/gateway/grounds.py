@@ -123,7 +123,7 @@ class Plane:
 
 def words(journal: Iterable[Transaction]) -> list[str]:
     """The transactions in words, one line each. Changes of the same kind to all sets of cached verdicts are one:
-    `forget 3 . 10.0.0.4`, `forget everything`."""
+    `forget 3 . 10.0.0.4`, `forget everything`. Those of the set of coming epochs are left out."""
     return [_line(transaction.done) for transaction in journal]
 
 
@@ -131,7 +131,7 @@ def _line(done: str | tuple[Change | str, ...]) -> str:
     if isinstance(done, str):
         first = done.strip().partition("\n")[0]
         return "load the ruleset" if "chain screen" in done else first
-    parts = list(dict.fromkeys(_word(change) for change in done))
+    parts = list(dict.fromkeys(_word(one) for one in done if getattr(one, "set", None) != "coming"))
     for family in "46":
         for start in [part.removeprefix(f"add allow{family} ") for part in parts if f"add allow{family} " in part]:
             whole = [
@@ -173,8 +173,8 @@ def _word(change: Change | str) -> str:
 
 
 def _keys(set_: str, keys: Iterable[bytes]) -> str:
-    if set_ in ("epoch", "recent", "synced", "enforced", "gated", "unsettled", "renewed", "definitions"):
+    if set_ in ("epoch", "recent", "coming", "synced", "enforced", "gated", "unsettled", "renewed", "definitions"):
         return " ".join(
-            str(struct.unpack("=I", key)[0] >> (3 if set_ in ("epoch", "recent") else 0)) for key in keys
+            str(struct.unpack("=I", key)[0] >> (3 if set_ in ("epoch", "recent", "coming") else 0)) for key in keys
         )
     return " ".join(str(Source.of(key)) for key in keys)

@@ -62,6 +62,22 @@ def test_the_epoch_is_that_of_the_generation(plane: Plane, generation: int) -> N
     assert not plane.keeper.epoch_is(generation + 1)
 
 
+@pytest.mark.parametrize("start", [1, 7900, 8189, 8190])
+def test_the_epochs_that_follow_are_known_after_each_step(plane: Plane, start: int) -> None:
+    """Also around the end of the numbers, after a leap, and if another program has taken some away."""
+    generation = start
+    for step in (0, 1, 1, 2, 23, 24, 25, 5_000, 1):
+        generation += step
+        if step == 2:
+            plane.kernel.load("flush set inet portward coming")
+            plane.learned.move_epoch(generation + 4_000)
+        plane.learned.move_epoch(generation)
+        found = {
+            int.from_bytes(key, "little") >> 3 for key in plane.kernel.tables["portward"].sets["coming"].elements
+        }
+        assert found == {(generation + ahead) % 8191 for ahead in range(1, 25)}
+
+
 def test_packets_over_a_segments_rate_are_read_by_interface(plane: Plane) -> None:
     plane.kernel.learn("limited_segments", (3).to_bytes(4, "little"), packets=9)
     assert plane.learned.limited() == {3: 9}

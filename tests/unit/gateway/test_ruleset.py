@@ -30,9 +30,9 @@ def changed(config: Config, preset: str = "azure-2020", state: State = STATE) ->
 
 
 def added(config: Config, *, native: bool) -> list[str]:
-    """The lines after the shipped file."""
+    """The lines after the shipped file, but for the epochs that follow."""
     text = wanted(config, AZURE, native=native, state=STATE).text
-    return [line for line in text.splitlines() if line.startswith("add ")]
+    return [line for line in text.splitlines() if line.startswith("add ") and " coming " not in line]
 
 
 def test_the_defaults_are_those_of_the_shipped_file() -> None:
