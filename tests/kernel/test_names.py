@@ -23,6 +23,7 @@ from portward.config import Config
 from portward.gateway import rtnetlink, ruleset
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.surroundings import Surroundings
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO
@@ -69,6 +70,8 @@ class Ports:
         )
         with namespaces.inside(self.home):
             self.nft, self.netlink = Nft(), NfNetlink()
+            # Else what comes from no segment would be dropped, too.
+            self._surroundings = Surroundings(known=frozenset(one.ifindex for one in rtnetlink.devices()))
             self._out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
 
     def stopped(self, pattern: str) -> set[bytes]:
@@ -78,10 +81,11 @@ class Ports:
             _AZURE,
             native=False,
             state=ruleset.State(0, synced=True),
+            surroundings=self._surroundings,
         )
         # Each text has a context of its own, which speaks to the namespace in which it is made.
         with namespaces.inside(self.home):
-            for text in ("add table inet portward", "delete table inet portward", want.text):
+            for text in ("add table inet portward", "delete table inet portward", want.whole):
                 self.nft.load(f"{text}\n")
             self.nft.load("flush set inet behind passed\n")
         for place in range(len(NAMES)):
