@@ -43,7 +43,8 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
         for pattern in patterns:
             found = [shown(device.name) for device in devices if configuration.matches((pattern,), device.name)]
             yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
-    yield from (f"WARNING: {line}" for line in stacking.warnings(devices, config))
+    warnings = stacking.warnings(devices, config)
+    yield from (f"WARNING: {line}" for line in warnings)
     yield from _tunnels(config, devices)
     netlink = NfNetlink()
     keeper.loaded(netlink)  # libnftables would write to stderr itself where the kernel may not be asked
@@ -51,7 +52,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)
     translating = others.seen(netlink)
-    surroundings = around.found(config)._replace(guard=translating.guard)
+    surroundings = around.found(config, printed=warnings)._replace(guard=translating.guard)
     try:
         want = ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings)
         nft.check(want.whole)

@@ -65,12 +65,14 @@ def test_it_names_tunnels_that_end_here_and_whose_matter_they_are(
 
 
 def test_it_warns_of_a_device_that_takes_a_segments_packets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Once: what is logged would be printed on the terminal as well."""
     on_a_host(monkeypatch, Device(1, "vni1"), Device(2, "mv0", "macvlan", lower=1))
     assert any(
         line.startswith("WARNING: macvlan mv0 takes the packets of segment vni1") for line in said(tmp_path)
     )
+    assert not caplog.records
 
 
 def test_it_shows_names_that_are_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,11 +53,14 @@ def known(devices: Sequence[Device], config: Config) -> frozenset[int]:
     return stacking.known(devices, config.segment)
 
 
-def found(config: Config) -> Surroundings:
+def found(config: Config, *, printed: Sequence[str] = ()) -> Surroundings:
     """What stands around portward in this thread's network namespace now. Without an answer of generic netlink the
-    UDP ports of tunnels are those of devices alone; without one of rtnetlink nothing is found."""
+    UDP ports of tunnels are those of devices alone; without one of rtnetlink nothing is found. `printed`: warnings
+    on devices that the caller has reported, so that they are not logged as well."""
+    lookout = Lookout()
+    lookout.warnings = list(printed)
     try:
-        return Lookout().look(rtnetlink.devices(), config, NOTHING)
+        return lookout.look(rtnetlink.devices(), config, NOTHING)
     except OSError as error:
         _log.error("the kernel does not say which interfaces there are: %s", error)
         return NOTHING
