@@ -28,9 +28,13 @@ _log = logging.getLogger("portward")
 class Answering:
     """Whether the workers answer, and under which policy."""
 
-    def __init__(self, core: Core, workers: list[Worker], count_step: CountStep) -> None:
-        """`count_step` runs a step on the thread that only reads and counts."""
+    def __init__(
+        self, core: Core, workers: list[Worker], count_step: CountStep, stuck: Callable[[], list[str]]
+    ) -> None:
+        """`count_step` runs a step on the thread that only reads and counts. `stuck` gives a sentence for each
+        thread that does not get further."""
         self._core, self._workers, self._count_step = core, workers, count_step
+        self._stuck, self._reported = stuck, False
         self._strange = 0
         # Answers that the kernel had counted when the last round ended, under its policy and under another one.
         self._answered = 0, 0
@@ -38,7 +42,8 @@ class Answering:
 
     async def ask(self) -> None:
         """Asks each worker a question through the kernel, again and again; one that does not answer is ended, and
-        `watch` starts it anew. Only where all have answered is the service manager's watchdog fed."""
+        `watch` starts it anew. The service manager's watchdog is fed only if all have answered and no thread is
+        stuck; this job runs on the event loop, so it is not fed either while that hangs."""
         prober = Prober()
         try:
             while True:
@@ -110,7 +115,7 @@ class Answering:
         elif stale != self._answered[1]:
             self._strange += 1
         self._answered = answered, stale
-        if self._strange < _STRANGE and watchdog_seconds() is not None:
+        if self._strange < _STRANGE and self._all_get_on() and watchdog_seconds() is not None:
             notify("WATCHDOG=1")
         if self._strange == _STRANGE:
             self._core.selfcheck.differs(
@@ -118,6 +123,16 @@ class Answering:
                 "workers answer, but not under the policy in the kernel: is the policy table another file? "
                 "restart portward",
             )
+
+    def _all_get_on(self) -> bool:
+        """Whether every thread makes progress; logs once which do not, and once that all do again."""
+        stuck = self._stuck()
+        if stuck and not self._reported:
+            _log.critical("%s: the service manager's watchdog is not fed until this ends", "; ".join(stuck))
+        elif self._reported and not stuck:
+            _log.warning("all threads get on again")
+        self._reported = bool(stuck)
+        return not stuck
 
     @property
     def _pause(self) -> float:

@@ -14,13 +14,16 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import select
 import subprocess
 import sys
 import threading
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from portward import heartbeat
 from portward.errors import StoreError
 from portward.notify import log_formatter
 from portward.policy.preset import Preset
@@ -33,6 +36,12 @@ from portward.table.writer import Answers, Committed, Writer
 
 # Up to this many changes are made by the policy thread itself: starting the child takes 0.2 s.
 LIMIT: Final = 20_000
+
+# How often the child is looked at while it works, in seconds.
+_LOOK_S: Final = 1.0
+# A million changes take 30 s on an idle machine. What takes 60 times that is taken for a hang.
+_LONGEST_S: Final = 1_800.0
+_PIECE_BYTES: Final = 1 << 20
 
 
 class Job(NamedTuple):
@@ -110,10 +119,36 @@ def _told(process: subprocess.Popen[bytes], job: Job) -> Outcome:
         # Its standard input stays open: it ends when this one does.
         process.stdin.write(pickle.dumps(job))
         process.stdin.flush()
-        data = process.stdout.read()
+        data = _read(process)
     outcome = pickle.loads(data)  # noqa: S301 # from our own child
     assert isinstance(outcome, Outcome)  # noqa: S101 # as `main` writes it
     return outcome
+
+
+def _read(process: subprocess.Popen[bytes]) -> bytes:
+    """All that the child writes. This thread beats each time that the child has used processor time since the last
+    look, for `_LONGEST_S` seconds at most: so a child that waits for ever, or computes for ever, shows."""
+    assert process.stdout is not None  # noqa: S101 # asked for in `run`
+    began, used, pieces = time.monotonic(), -1, list[bytes]()
+    while True:
+        if select.select([process.stdout], [], [], _LOOK_S)[0]:
+            pieces.append(piece := os.read(process.stdout.fileno(), _PIECE_BYTES))
+            if not piece:
+                return b"".join(pieces)
+        now = _processor_ticks(process.pid)
+        if now > used and time.monotonic() - began < _LONGEST_S:
+            heartbeat.beat()
+        used = now
+
+
+def _processor_ticks(process: int) -> int:
+    """The processor time that a process has used, in clock ticks; 0 if it has ended."""
+    try:
+        # After the name in brackets, which may hold anything: proc(5), utime and stime are fields 14 and 15.
+        fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
 
 
 def _checked(outcome: Outcome, job: Job) -> Outcome:

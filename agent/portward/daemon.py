@@ -236,8 +236,13 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload.set)
 
     def _newest(self) -> Snapshot:
-        """The snapshot of the last second, with the revision that is enforced now."""
-        return replace(self._snapshot, enforced_revision=self._core.enforced)
+        """The snapshot of the last second, with what must be right also if the thread that makes it is stuck."""
+        lanes = self._threads.heartbeat.lanes
+        return replace(
+            self._snapshot,
+            enforced_revision=self._core.enforced,
+            step_seconds={(lane.name,): lane.silent_for() for lane in lanes},
+        )
 
     async def _serve(self, links: AsyncIterator[Links], first: Links, reading: asyncio.Future[None]) -> None:
         feed = LinkFeed(self._core, self._policy_step, self._kernel_step, first)
@@ -251,7 +256,7 @@ class Daemon:
                 feed.guard(),
                 self._follow_config(),
                 self._keep_ruleset(),
-                Answering(self._core, self._workers, self._count_step).ask(),
+                Answering(self._core, self._workers, self._count_step, self._threads.heartbeat.stuck).ask(),
                 self._count(),
                 self._rate(),
                 self._write_status(),

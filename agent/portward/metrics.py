@@ -77,6 +77,9 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("stacked_devices", "stacked_devices", False, (),
      "Pairs of a segment and a device that takes its packets unjudged (a bridge, a macvlan, a VLAN on it), and "
      "bridges between a segment and an uplink. Each one is a mistake in the network's setup: `status` names it."),
+    ("step_seconds", "thread_step_seconds", False, ("thread",),
+     "Seconds that the thread (policy, kernel, counting) has been at one step without getting further; 0 while "
+     "it is idle. The watchdog is not fed while this is beyond 60 (policy) or 30 (the others)."),
 )  # fmt: skip
 
 

@@ -43,3 +43,4 @@ class Snapshot:
     observing: float = 0
     segments: float = 0
     stacked_devices: float = 0
+    step_seconds: Mapping[Labels, float] = field(default_factory=dict)

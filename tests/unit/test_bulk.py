@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -281,3 +282,27 @@ def test_a_child_that_ends_before_it_has_read_its_job_is_an_error_of_the_table(
     large = job(tmp_path)._replace(store="x" * (1 << 20))
     with pytest.raises(TableError, match=r"the process of a bulk change ended \(3\)"):
         Bulk().run(large)
+
+
+@pytest.mark.parametrize(("program", "beats"), [("while 1: pass", True), ("import time; time.sleep(60)", False)])
+def test_only_a_child_that_gets_on_keeps_the_policy_thread_from_being_stuck(
+    monkeypatch: pytest.MonkeyPatch, program: str, beats: bool
+) -> None:
+    looks: list[bool] = []
+    started: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(module, "_LOOK_S", 0.1)
+    monkeypatch.setattr("portward.heartbeat.beat", lambda: looks.append(True))
+    real = module._processor_ticks
+
+    def ticks(process: int) -> int:
+        looks.append(False)
+        if looks.count(False) > 20:
+            started[0].kill()
+        return real(process)
+
+    monkeypatch.setattr(module, "_processor_ticks", ticks)
+    with subprocess.Popen([sys.executable, "-S", "-c", program], stdout=subprocess.PIPE) as child:
+        started.append(child)
+        assert module._read(child) == b""
+    # Its start uses processor time too.
+    assert (True in looks[-15:]) is beats

@@ -358,6 +358,39 @@ def test_a_worker_that_does_not_answer_is_ended_and_started_again(
     assert "worker killed" in running.said
 
 
+@pytest.mark.parametrize("lane", ["policy", "kernel", "counting"])
+def test_the_watchdog_is_not_fed_while_a_thread_hangs(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lane: str
+) -> None:
+    """The workers answer all the while, by the table as it was left."""
+    monkeypatch.setenv("WATCHDOG_USEC", "200000")
+    monkeypatch.setattr("portward.heartbeat.QUICK_S", 0.3)
+    monkeypatch.setattr("portward.heartbeat.SLOW_S", 0.3)
+    fed: list[str] = []
+    monkeypatch.setattr(answering, "notify", lambda *words: fed.extend(words))
+
+    async def work() -> None:
+        await running.until(lambda: "WATCHDOG=1" in fed, "it is fed")
+        free = threading.Event()
+        threads = running.daemon._threads
+        hanging = asyncio.ensure_future(getattr(threads, lane)(free.wait))
+        try:
+            await running.until(lambda: bool(threads.heartbeat.stuck()), "the thread is stuck")
+            await asyncio.sleep(0.2)  # a round that had begun before
+            fed.clear()
+            await asyncio.sleep(0.5)
+            assert fed == []
+            assert running.daemon._newest().step_seconds[lane,] > 0.3
+        finally:
+            free.set()
+        await hanging
+        await running.until(lambda: "WATCHDOG=1" in fed, "it is fed again")
+
+    running.run(work)
+    if lane != "counting":  # then the round itself waits
+        assert f"the {lane} thread has been at one step" in caplog.text
+
+
 def _answered(running: Running) -> Any:
     """When every worker last answered, as the status says."""
     status = read_status(running.config.table)
@@ -466,7 +499,7 @@ def held(running: Running) -> Iterator[Held]:
     found = Held()
     yield found
     found.free.set()
-    for thread in vars(running.daemon._threads).values():
+    for thread in running.daemon._threads.all:
         thread.shutdown()
     running.daemon._locks.close()
 

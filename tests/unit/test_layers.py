@@ -37,7 +37,7 @@ LAYERS = (
     ("fraud",),
     ("exemptions",),
     ("policy",),
-    ("metrics", "snapshot", "runtime", "notify", "config", "sample", "selfcheck", "clock"),
+    ("metrics", "snapshot", "runtime", "notify", "config", "sample", "selfcheck", "clock", "heartbeat"),
     ("documents",),
     ("codes",),
     ("model", "resources", "language", "interfaces"),

@@ -68,6 +68,6 @@ def test_a_last_step_behind_one_that_does_not_end_is_never_run() -> None:
 
     threads = asyncio.run(run())
     free.set()
-    for thread in vars(threads).values():
+    for thread in threads.all:
         thread.shutdown()
     assert done == []

@@ -13,6 +13,7 @@ from uuid import UUID
 
 import msgspec
 
+from portward.heartbeat import beat
 from portward.model import Attachment, Exemption, Network, Reason, Record, Subscription, Workload
 from portward.table import layout
 from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload, grant_end
@@ -366,6 +367,7 @@ class Edit:
 
     def _settle_entry(self, place: bytes, number: int) -> None:
         """Decides the entry of a place that the subscription with this number holds."""
+        beat()  # a change of many entries takes long, and is no hang
         before = self._entry(place)
         if before is not None and before.subscription == number:
             self._write_entry(place, before, self._outcome(number)[before.paas], before.started)
