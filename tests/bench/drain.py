@@ -3,28 +3,21 @@
 A generator that shares two cores with two workers would show nothing, so there is none: the queues are filled
 while their readers are stopped, the generator ends, and the time runs from the moment that the readers go on
 until all is answered. The same number of packets each time, of sources of nobody drawn at random; for two workers
-half of them in each queue. A worker has one core, two workers have both. What is looked at meanwhile is a
-counter, every millisecond.
+half of them in each queue. A worker has one core, two workers have both.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import statistics
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from bench import flood
 from bench.figures import Figure
-from bench.queueing import FLOOD_CPU, READER_CPU, Gateway
-from portward.lab.agent import until
+from bench.queueing import DRAINED, DRAINED_LENGTH, FLOOD_CPU, READER_CPU, Gateway
 
-# As many as the socket of a reader holds: it has 8 MiB for messages, and the kernel grants twice that.
-_PACKETS = 16_000
-_LENGTH = 20_000
+_PACKETS, _LENGTH = DRAINED, DRAINED_LENGTH
 
 
 def measure(folder: Path, rounds: int = 15) -> list[Figure]:
@@ -42,7 +35,7 @@ def measure(folder: Path, rounds: int = 15) -> list[Figure]:
         readers = {"one": {0: pids[0]}, "two": {0: pids[0], 1: pids[1]}, "c_loop": {2: pids[2]}}
         for _ in range(rounds):
             for name, by_queue in readers.items():
-                seconds[name].append(_drain(gateway, generator, frames, by_queue))
+                seconds[name].append(gateway.drain(generator, frames, by_queue).wall_s)
     rates = {name: _PACKETS / statistics.median(found) for name, found in seconds.items()}
     print("drained: " + ", ".join(f"{name} {rate:,.0f}/s" for name, rate in rates.items()))
     return [
@@ -55,27 +48,3 @@ def _ratio(name: str, theirs: list[float], ours: list[float], goal: str) -> Figu
     ratios = [slow / fast for slow, fast in zip(theirs, ours, strict=True)]
     unit = f"{_PACKETS / statistics.median(ours):,.0f} packets/s"
     return Figure(name, statistics.median(ratios), min(ratios), max(ratios), unit, goal)
-
-
-def _drain(gateway: Gateway, generator: Path, frames: Path, readers: dict[int, int]) -> float:
-    """Seconds in which the readers, by queue, answer what was queued for them; raises RuntimeError where the
-    kernel has dropped any of it."""
-    gateway.queue_to(*readers)
-    before = sum(gateway.answered().values())
-    for pid in readers.values():
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        flood.run(gateway.tenant, generator, frames, dev="eth0", cpu=FLOOD_CPU, count=_PACKETS)
-        if (waiting := sum(gateway.waiting(queue) for queue in readers)) != _PACKETS:
-            raise RuntimeError(f"{waiting} of {_PACKETS} packets wait")
-    finally:
-        began = time.perf_counter()
-        for pid in readers.values():
-            os.kill(pid, signal.SIGCONT)
-    while sum(gateway.answered().values()) - before < _PACKETS:
-        if time.perf_counter() - began > 10:
-            raise TimeoutError("the queues are not empty after 10 s")
-        time.sleep(0.001)
-    seconds = time.perf_counter() - began
-    until(lambda: not any(gateway.waiting(queue) for queue in readers), "nothing waits")
-    return seconds

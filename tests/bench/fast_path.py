@@ -29,9 +29,8 @@ _FORWARD = _HOOK.format("forward", "filter")
 _ROUNDS = 400
 
 
-def measure(folder: Path, rounds: int = _ROUNDS) -> list[Figure]:
+def measure(folder: Path, rounds: int = _ROUNDS) -> Iterator[Figure]:
     """The ratios of points `remembered_deny_…`, `remembered_allow_…` and `bystander_…`."""
-    figures = []
     with ExitStack() as stack:
         ours = stack.enter_context(portward(folder))
         by_hand = {name: stack.enter_context(Lane(ruleset)) for name, ruleset in _rulesets().items()}
@@ -47,25 +46,20 @@ def measure(folder: Path, rounds: int = _ROUNDS) -> list[Figure]:
                 "at the door", "static", f"set{family}", f"forward set{family}", offer=DENIED, family=family
             )
             goals = (">= 0.87", ">= 0.96", ">= 1.25") if family == 4 else ("", "", "")
-            figures += [
-                ratio(f"static_drop_vs_generator{suffix}", rates, "static", "at the door"),
-                ratio(f"remembered_deny_vs_static{suffix}", rates, "portward", "static", goals[0]),
-                ratio(f"remembered_deny_vs_set{suffix}", rates, "portward", f"set{family}", goals[1]),
-                ratio(
-                    f"remembered_deny_vs_forward_set{suffix}", rates, "portward", f"forward set{family}", goals[2]
-                ),
-            ]
+            yield ratio(f"static_drop_vs_generator{suffix}", rates, "static", "at the door")
+            yield ratio(f"remembered_deny_vs_static{suffix}", rates, "portward", "static", goals[0])
+            yield ratio(f"remembered_deny_vs_set{suffix}", rates, "portward", f"set{family}", goals[1])
+            yield ratio(
+                f"remembered_deny_vs_forward_set{suffix}", rates, "portward", f"forward set{family}", goals[2]
+            )
             rates = race("empty", "static accept", f"one lookup{family}", offer=ALLOWED, family=family)
             goal = ">= 0.88" if family == 4 else ""
-            figures.append(ratio(f"remembered_allow_vs_empty{suffix}", rates, "portward", "empty", goal))
-            figures.append(ratio(f"static_accept_vs_empty{suffix}", rates, "static accept", "empty"))
-            figures.append(ratio(f"one_lookup_vs_empty{suffix}", rates, f"one lookup{family}", "empty"))
+            yield ratio(f"remembered_allow_vs_empty{suffix}", rates, "portward", "empty", goal)
+            yield ratio(f"static_accept_vs_empty{suffix}", rates, "static accept", "empty")
+            yield ratio(f"one_lookup_vs_empty{suffix}", rates, f"one lookup{family}", "empty")
             rates = race("empty", "never matches", offer=ALLOWED, port=443, family=family)
-            figures.append(
-                ratio(f"bystander_vs_static_rule{suffix}", rates, "portward", "never matches", ">= 0.97")
-            )
-            figures.append(ratio(f"bystander_vs_empty{suffix}", rates, "portward", "empty"))
-    return figures
+            yield ratio(f"bystander_vs_static_rule{suffix}", rates, "portward", "never matches", ">= 0.97")
+            yield ratio(f"bystander_vs_empty{suffix}", rates, "portward", "empty")
 
 
 def sources(offer: str, count: int, family: int = 4) -> Iterator[bytes]:

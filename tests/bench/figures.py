@@ -1,4 +1,5 @@
-"""What a measurement gives: figures with their goals, and curves; how they are printed and kept."""
+"""What a measurement gives: figures with their goals, curves, and what could not be measured; how they are printed
+and kept."""
 
 from __future__ import annotations
 
@@ -43,24 +44,39 @@ class Curve(NamedTuple):
     linear: bool = False
 
 
+class Missing(NamedTuple):
+    """What a part could not measure: its name, the reason, and how many figures and curves it gave before."""
+
+    part: str
+    reason: str
+    after: int = 0
+
+    def __str__(self) -> str:
+        rest = "the rest of it was " if self.after else ""
+        return f"{self.part}: {rest}not measured: {self.reason}"
+
+
 def percentile(values: list[float], share: float) -> float:
     """The value below which this share of the values lies (nearest rank)."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def tell(figures: Iterable[Figure]) -> None:
-    """Prints the figures as a table."""
+def tell(figures: Iterable[Figure], missing: Iterable[Missing] = ()) -> None:
+    """Prints the figures as a table, and below it what is missing, with the reason."""
     table = Table(title="portward, measured", title_justify="left")
     for title in ("figure", "value", "from", "to", "unit", "goal", ""):
-        table.add_column(title, justify="left" if title in ("figure", "unit", "goal") else "right")
+        left = title in ("figure", "unit", "goal")
+        table.add_column(title, justify="left" if left else "right", no_wrap=title == "figure")
     for figure in figures:
         numbers = (f"{number:.4g}" for number in (figure.value, figure.low, figure.high))
         verdict = ("ok" if figure.good else "MISSED") if figure.goal else ""
         table.add_row(figure.name, *numbers, figure.unit, figure.goal, verdict)
     console = Console()
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 130)
     console.print(table)
+    for part in missing:
+        console.print(str(part), markup=False, highlight=False)
 
 
 def keep(figures: Iterable[Figure], path: Path) -> None:

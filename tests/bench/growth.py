@@ -42,37 +42,35 @@ _CHANGES, _LOOKUPS, _VIEW = 40, 64_000, 64
 _STARTED: Final = "2026-01-10T08:00:00Z"
 
 
-def measure(folder: Path, sizes: dict[str, int] = SIZES) -> list[Figure | Curve]:
+def measure(folder: Path, sizes: dict[str, int] = SIZES) -> Iterator[Figure | Curve]:
     """`load_s_…`, `table_bytes_per_attachment…`, `lookup_ns_…`, `change_ms_…` and memory by size, and curves."""
     # The processes that load and look up are this file too: they are not to hold what only a start needs.
     from bench import start
 
     store, rows, before = folder / "portward.db", {}, 0
-    figures: list[Figure | Curve] = []
     for name, size in sizes.items():
         _grow(store, before, size)
         before, table = size, folder / f"table-{name}"
-        rows[name] = _in_process("load", store, table, size) | _in_process("look", store, table, size)
+        row = _in_process("load", store, table, size) | _in_process("look", store, table, size)
+        yield from _of_one_size(name, row)
         started = start.measure(folder, name, table)
-        rows[name]["start_s"] = [started.value, started.low, started.high]
-        figures.append(started)
+        yield started
+        rows[name] = row | {"start_s": [started.value, started.low, started.high]}
         print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
-    for name, row in rows.items():
-        figures += [
-            _figure(f"load_s_{name}", row["load_s"], "s, SQLite to table", "<= 8" if name == "1m" else ""),
-            _figure(f"table_bytes_per_attachment_{name}", row["bytes"], "bytes"),
-            _figure(f"lookup_ns_{name}", row["lookup_ns"], "ns in a view of 64, from Python"),
-            _figure(f"change_ms_{name}", row["change_ms"], "ms, store's commit → table's commit"),
-            _figure(f"daemon_private_mb_{name}", row["daemon_mb"], "MB after a load"),
-            _figure(f"worker_private_mb_{name}", row["worker_mb"], "MB", "<= 80"),
-        ]
     if {"1k", "1m", "5m"} <= rows.keys():
-        figures += [
-            _figure("table_bytes_per_attachment", rows["1m"]["bytes"], "bytes, at a million", "<= 48"),
-            _figure("lookup_5m_vs_1k", _grown(rows, "lookup_ns"), "times as long", "<= 3"),
-            _figure("change_5m_vs_1k", _grown(rows, "change_ms"), "times as long", "<= 3"),
-        ]
-    return [*figures, *_curves(sizes, rows)]
+        yield _figure("table_bytes_per_attachment", rows["1m"]["bytes"], "bytes, at a million", "<= 48")
+        yield _figure("lookup_5m_vs_1k", _grown(rows, "lookup_ns"), "times as long", "<= 3")
+        yield _figure("change_5m_vs_1k", _grown(rows, "change_ms"), "times as long", "<= 3")
+    yield from _curves(sizes, rows)
+
+
+def _of_one_size(name: str, row: dict[str, Any]) -> Iterator[Figure]:
+    yield _figure(f"load_s_{name}", row["load_s"], "s, SQLite to table", "<= 8" if name == "1m" else "")
+    yield _figure(f"table_bytes_per_attachment_{name}", row["bytes"], "bytes")
+    yield _figure(f"lookup_ns_{name}", row["lookup_ns"], "ns in a view of 64, from Python")
+    yield _figure(f"change_ms_{name}", row["change_ms"], "ms, store's commit → table's commit")
+    yield _figure(f"daemon_private_mb_{name}", row["daemon_mb"], "MB after a load")
+    yield _figure(f"worker_private_mb_{name}", row["worker_mb"], "MB", "<= 80")
 
 
 def _figure(name: str, value: float | list[float], unit: str, goal: str = "") -> Figure:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import socket
 import statistics
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -37,11 +38,10 @@ _STAMP = 14 + 20 + 20  # behind Ethernet, IPv4 and TCP headers
 _TIME = struct.Struct("@qq")
 
 
-def measure(folder: Path) -> list[Figure]:
+def measure(folder: Path) -> Iterator[Figure]:
     """`first_syn_p50_us_at_1k` and its like: 50th, 99th and 99.9th percentile at 1k, 10k and 50k misses a
     second."""
     program = flood.build(folder)
-    figures: list[Figure] = []
     with running_gateway(folder, queue=_QUEUE, verdicts={"segment_sources": 131_072}) as gateway:
         gateway.agent.apply(*source_records(CONTOSO, "10.64.0.0/10", ALLOWED, uuid4()))
         namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
@@ -54,8 +54,7 @@ def measure(folder: Path) -> list[Figure]:
             frames = flood.write(folder / name, flood.from_sources(frame, sources))
             delays = _run(gateway, program, frames, rate, count)
             cut = [delays[start : start + packets] for start in range(0, len(delays), packets)]
-            figures += _figures(name, cut, f"{count - len(delays)} of {count} lost")
-    return figures
+            yield from _figures(name, cut, f"{count - len(delays)} of {count} lost")
 
 
 def _run(gateway: Gateway, program: Path, frames: Path, rate: int, count: int) -> list[float]:

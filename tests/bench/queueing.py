@@ -11,13 +11,16 @@ dropped right behind the queue too, and nothing that comes after a verdict is me
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from ipaddress import ip_network
 from pathlib import Path
+from typing import NamedTuple
 from uuid import UUID
 
 from scapy.layers.inet import IP, TCP
@@ -31,6 +34,7 @@ from portward.gateway import mark
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.tally import Tally
 from portward.lab import namespaces
+from portward.lab.agent import until
 from portward.lab.topology import MAIL4
 from portward.model import Attachment, Record, Subscription
 from portward.policy import preset as presets
@@ -40,12 +44,25 @@ SEGMENT = "vni1"
 # Each core has one thing to do: the flood with the kernel's way up to the queue, and the reader.
 FLOOD_CPU, READER_CPU = 1, 0
 LENGTH = 4096
+# What `drain` queues: as many as the socket of a reader holds, which has 8 MiB for messages, and the kernel grants
+# twice that.
+DRAINED = 16_000
+DRAINED_LENGTH = 20_000
 # A thousand hosts, and a prefix whose addresses may send: a source of neither is looked up by two lengths.
 HOSTS = tuple(bytes([10, 0, number >> 8, number & 0xFF]) for number in range(1000))
 PREFIX = "10.64.0.0/10"
 # Every third address of these: more gaps between attachments than the batch reader remembers.
 SCATTERED = range(172 << 24 | 16 << 16, 172 << 24 | 17 << 16)
 _CLASSES = ("allow", "deny", "refused", "miss", "unknown", "observed")
+
+
+class Drained(NamedTuple):
+    """How long readers took for full queues, in seconds: on the clock, and of processor time, theirs and the
+    kernel's for them. `answered`: packets by the class of their verdict."""
+
+    wall_s: float
+    processor_s: float
+    answered: dict[str, int]
 
 
 class Gateway(Standing):
@@ -107,6 +124,33 @@ class Gateway(Standing):
         rows = [[int(column) for column in line.split()] for line in told.splitlines()]
         return sum(row[2] for row in rows if row[0] == queue)
 
+    def drain(self, generator: Path, frames: Path, readers: dict[int, int]) -> Drained:
+        """Fills the queues while their readers (queue → process id) are stopped, and measures from the moment that
+        they go on until all is answered: so it does not matter how fast the generator is. Raises RuntimeError if
+        the kernel has dropped any packet."""
+        self.queue_to(*readers)
+        before = self.answered()
+        for pid in readers.values():
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            flood.run(self.tenant, generator, frames, dev="eth0", cpu=FLOOD_CPU, count=DRAINED)
+            if (waiting := sum(self.waiting(queue) for queue in readers)) != DRAINED:
+                raise RuntimeError(f"{waiting} of {DRAINED} packets wait")
+            used = sum(map(_processor_s, readers.values()))
+        finally:
+            began = time.perf_counter()
+            for pid in readers.values():
+                os.kill(pid, signal.SIGCONT)
+        goal = sum(before.values()) + DRAINED
+        until(lambda: sum(self.answered().values()) >= goal, "the queues are empty", every_s=0.001)
+        wall_s = time.perf_counter() - began
+        until(lambda: not any(self.waiting(queue) for queue in readers), "nothing waits")
+        # The kernel adds a process's time up when it leaves the processor.
+        until(lambda: all(map(_sleeps, readers.values())), "the readers wait for packets")
+        after = self.answered()
+        answered = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+        return Drained(wall_s, sum(map(_processor_s, readers.values())) - used, answered)
+
     def frames(self, name: str, sources: Sequence[bytes]) -> Path:
         """A file for `flood`: a SYN from each of the sources."""
         return flood.write(self.folder / name, flood.from_sources(self.frame, sources))
@@ -144,6 +188,15 @@ class Gateway(Standing):
         finally:
             for descriptor in (tally, theirs, ours):
                 os.close(descriptor)
+
+
+def _processor_s(pid: int) -> float:
+    """Processor time of a process so far."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def _sleeps(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 def _rules() -> Iterator[str]:

@@ -159,10 +159,11 @@ class Agent:
         return lines[-1] if lines else "it said nothing"
 
 
-def until(true: Callable[[], bool], what: str, *, seconds: float = 10.0) -> None:
-    """Waits until `true` is; raises TimeoutError that names `what` after so many seconds."""
+def until(true: Callable[[], object], what: str, *, seconds: float = 60.0, every_s: float = 0.01) -> None:
+    """Polls `true` until what it returns is true; raises TimeoutError that names `what` after this many seconds.
+    The deadline is generous: it costs nothing when things work, and other programs may keep the machine busy."""
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.01)
+        time.sleep(every_s)
