@@ -162,10 +162,10 @@ class Ground(NamedTuple):
         assert packet.hook == hook
         return Waiting(self.queue, packet, sent)
 
-    def verdict(self, hook: int, packet: Packet) -> int:
-        """The mark with which a worker accepts the packet now."""
+    def verdict(self, hook: int, packet: Packet, verdict: mark.Class = mark.Class.ALLOW) -> int:
+        """The mark with which a worker accepts the packet now; in forward it writes none."""
         epoch = mark.epoch_of(self.core.generation)
-        return packet.mark if hook == FORWARD else mark.stamp(packet.mark, mark.Class.ALLOW, epoch)
+        return packet.mark if hook == FORWARD else mark.stamp(packet.mark, verdict, epoch)
 
 
 @pytest.fixture
@@ -202,6 +202,39 @@ def test_a_verdict_found_before_the_table_knew_the_new_name_lets_nothing_pass(gr
     late = ground.verdict(hook, waiting.packet)
     become(ground, _NEW.segment)
     assert not waiting.accepted(ground.lab, late)
+
+
+@pytest.mark.parametrize("hook", [PREROUTING])
+@pytest.mark.parametrize("late", [False, True], ids=["found-before", "found-after"])
+@pytest.mark.parametrize("verdict", [mark.Class.DENY, mark.Class.REFUSED, mark.Class.UNKNOWN])
+def test_a_verdict_that_stops_a_packet_does_so_when_its_interface_is_no_segment_any_more(
+    ground: Ground, verdict: mark.Class, late: bool
+) -> None:
+    waiting = ground.waiting(PREROUTING)
+    found = ground.verdict(PREROUTING, waiting.packet, verdict)
+    become(ground, "office0")
+    if late:
+        found = ground.verdict(PREROUTING, waiting.packet, verdict)
+    assert not waiting.accepted(ground.lab, found)
+
+
+@pytest.mark.parametrize("hook", [PREROUTING])
+def test_without_a_verdict_nothing_passes_when_its_interface_is_no_segment_any_more(ground: Ground) -> None:
+    waiting = ground.waiting(PREROUTING)
+    become(ground, "office0")
+    assert not waiting.accepted(ground.lab, waiting.packet.mark)
+
+
+@pytest.mark.parametrize("hook", [PREROUTING])
+@pytest.mark.parametrize("verdict", [mark.Class.ALLOW, mark.Class.OBSERVED, mark.Class.DENY])
+def test_what_stops_nothing_passes_when_its_interface_is_no_segment_any_more(
+    ground: Ground, verdict: mark.Class
+) -> None:
+    """Another program's mark is no verdict, and has some epoch that is not ours."""
+    waiting = ground.waiting(PREROUTING)
+    become(ground, "office0")
+    other = ground.core.generation + (4000 if verdict is mark.Class.DENY else 0)
+    assert waiting.accepted(ground.lab, mark.stamp(0, verdict, mark.epoch_of(other)))
 
 
 @pytest.mark.parametrize("hook", _TO)
