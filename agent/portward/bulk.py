@@ -7,6 +7,7 @@ changed. It ends with the daemon. If it is killed, LMDB keeps the table as it wa
 only the table says which, not how the child ended.
 
 The job and its outcome are pickled: both processes are the same program, and nothing else writes to these pipes.
+The outcome has a pipe of its own, because a library may print at any time; what it prints goes to the log.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import threading
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import IO, BinaryIO, Final, NamedTuple
 
 from portward import heartbeat
 from portward.errors import StoreError
@@ -36,6 +37,11 @@ from portward.table.writer import Answers, Committed, Writer
 
 # Up to this many changes are made by the policy thread itself: starting the child takes 0.2 s.
 LIMIT: Final = 20_000
+_STDERR: Final = 2
+# What pickle raises for bytes that are no pickle, or not the whole of one.
+_UNREADABLE: Final = (
+    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
+)  # fmt: skip
 
 # How often the child is looked at while it works, in seconds.
 _LOOK_S: Final = 1.0
@@ -85,15 +91,14 @@ class Bulk:
         with self._lock:
             if self._stopped:
                 raise TableError(f"{job.table}: the agent is stopping")
-            argv = [*PYTHON, "-m", "portward.bulk"]
             try:
-                process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                process, outcomes = _started()
             except OSError as error:
                 raise TableError(f"{job.table}: no process for a bulk change: {error.strerror}") from error
             self._process = process
         try:
-            outcome = _told(process, job)
-        except (pickle.UnpicklingError, EOFError, BrokenPipeError) as error:
+            outcome = _told(process, outcomes, job)
+        except (*_UNREADABLE, BrokenPipeError) as error:
             # It was killed, perhaps while it wrote its outcome.
             raise TableError(f"{job.table}: the process of a bulk change ended ({process.returncode})") from error
         return _checked(outcome, job)
@@ -111,28 +116,44 @@ class Bulk:
                 self._process.kill()
 
 
-def _told(process: subprocess.Popen[bytes], job: Job) -> Outcome:
-    """Gives the child its job, and waits for its outcome and its end. Raises BrokenPipeError, EOFError or
-    UnpicklingError if it ended before it had read or written all."""
-    assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018 # asked for in `run`
-    with process:
+def _started() -> tuple[subprocess.Popen[bytes], BinaryIO]:
+    """A child, and the end of the pipe at which its outcome arrives; raises OSError."""
+    ours, theirs = os.pipe()
+    argv = [*PYTHON, "-m", "portward.bulk", str(theirs)]
+    try:
+        # What the child prints goes where it logs.
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=_STDERR, pass_fds=(theirs,))
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    return process, os.fdopen(ours, "rb")
+
+
+def _told(process: subprocess.Popen[bytes], outcomes: BinaryIO, job: Job) -> Outcome:
+    """Gives the child its job, and waits for its outcome and its end. Raises BrokenPipeError, or one of
+    _UNREADABLE, if it ended before it had read or written all."""
+    assert process.stdin is not None  # noqa: S101 # asked for in `_started`
+    with outcomes, process:
         # Its standard input stays open: it ends when this one does.
         process.stdin.write(pickle.dumps(job))
         process.stdin.flush()
-        data = _read(process)
+        data = _read(process, outcomes)
     outcome = pickle.loads(data)  # noqa: S301 # from our own child
-    assert isinstance(outcome, Outcome)  # noqa: S101 # as `main` writes it
+    if not isinstance(outcome, Outcome):
+        raise pickle.UnpicklingError(f"not an outcome: {type(outcome).__name__}")
     return outcome
 
 
-def _read(process: subprocess.Popen[bytes]) -> bytes:
-    """All that the child writes. This thread beats each time that the child has used processor time since the last
-    look, for `_LONGEST_S` seconds at most: so a child that waits for ever, or computes for ever, shows."""
-    assert process.stdout is not None  # noqa: S101 # asked for in `run`
+def _read(process: subprocess.Popen[bytes], outcomes: IO[bytes]) -> bytes:
+    """All that the child writes to this pipe. This thread beats each time that the child has used processor time
+    since the last look, for `_LONGEST_S` seconds at most: so a child that waits for ever, or computes for ever,
+    shows."""
     began, used, pieces = time.monotonic(), -1, list[bytes]()
     while True:
-        if select.select([process.stdout], [], [], _LOOK_S)[0]:
-            pieces.append(piece := os.read(process.stdout.fileno(), _PIECE_BYTES))
+        if select.select([outcomes], [], [], _LOOK_S)[0]:
+            pieces.append(piece := os.read(outcomes.fileno(), _PIECE_BYTES))
             if not piece:
                 return b"".join(pieces)
         now = _processor_ticks(process.pid)
@@ -189,15 +210,15 @@ def _end_with_the_daemon() -> None:
 
 
 def main() -> None:
-    """Reads a job from standard input, does it, and writes its outcome to standard output."""
+    """Reads a job from standard input, does it, and writes its outcome to the descriptor in the first argument."""
     out = logging.StreamHandler(sys.stderr)
     out.setFormatter(log_formatter())
     logging.basicConfig(level=logging.INFO, handlers=[out])
     job = pickle.load(sys.stdin.buffer)  # noqa: S301 # from the daemon that started this process
     threading.Thread(target=_end_with_the_daemon, daemon=True).start()
     outcome = _outcome(job)
-    sys.stdout.buffer.write(pickle.dumps(outcome))
-    sys.stdout.buffer.flush()
+    with os.fdopen(int(sys.argv[1]), "wb") as outcomes:
+        outcomes.write(pickle.dumps(outcome))
     # Without freeing a million records first.
     os._exit(0)
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
-from typing import Final
+import time
+from typing import BinaryIO, Final
 
 import msgspec
 
@@ -70,16 +72,45 @@ def _request(case: Case, asked: Application, by: str) -> bytes:
 
 
 def _run(command: tuple[str, ...], seconds: float, request: bytes) -> tuple[int, bytes]:
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
+    """Exit code and output; of an output that is too long only so much that it shows. Raises TimeoutExpired,
+    OSError or ValueError."""
+    with _file(request) as given, subprocess.Popen(
+        command, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:  # fmt: skip
         try:
-            out, _ = process.communicate(request, timeout=seconds)
+            deadline = time.monotonic() + seconds
+            out = _output(process, deadline)
+            code = 0 if len(out) > _LONGEST else process.wait(max(0.0, deadline - time.monotonic()))
+        except TimeoutError as error:
+            raise subprocess.TimeoutExpired(command, seconds) from error
         finally:
             # What it has started ends with it: a child that keeps the pipe open must not hold anybody up.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, out
+    return code, out
+
+
+def _file(data: bytes) -> BinaryIO:
+    """A file in memory with this content: a command that does not read it does not hold up who writes it."""
+    file = os.fdopen(os.memfd_create("portward-request"), "w+b")
+    file.write(data)
+    file.seek(0)
+    return file
+
+
+def _output(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """What a command prints until it closes its output, or until that is too long; raises TimeoutError at the
+    deadline, by the monotonic clock."""
+    assert process.stdout is not None  # noqa: S101 # asked for in `_run`
+    out = b""
+    while len(out) <= _LONGEST:
+        if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise TimeoutError
+        data = os.read(process.stdout.fileno(), _LONGEST)
+        if not data:
+            break
+        out += data
+    return out
 
 
 def _refer(why: str) -> Finding:

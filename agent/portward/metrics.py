@@ -25,8 +25,8 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("attempts", "judged_attempts", True, ("reason", "outcome"),
      "Connection attempts (SYN) among the judged packets."),
     ("worker_events", "worker_events", True, ("event",),
-     "What workers met besides verdicts: packets dropped since they could not be read, placed or judged, and "
-     "resets that could not be sent."),
+     "What workers met besides verdicts: packets dropped since they could not be read, placed or judged, "
+     "resets that could not be sent, and lines of foreign output that the daemon skipped (foreign_line)."),
     ("worker_restarts", "worker_restarts", True, (), "Worker processes that ended and were started again."),
     ("segment_packets", "packets", True, ("segment", "verdict"),
      "Packets to the judged ports that were acted on by a remembered verdict or made the kernel remember it. "

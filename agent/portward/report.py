@@ -49,6 +49,7 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
             judged[reason.value, _OUTCOMES[outcome]] += packets
             attempts[reason.value, _OUTCOMES[outcome]] += tries
         events.update({(event.name.lower(),): count for event, count in worker.tally.events().items()})
+    events["foreign_line",] = sum(worker.foreign_lines for worker in workers)
     numbers = {worker.queue for worker in workers}
     queues = [state for state in states() if state.number in numbers]
     attachments, subscriptions = core.sizes()

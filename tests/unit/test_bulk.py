@@ -267,8 +267,8 @@ def test_a_child_that_is_killed_while_it_writes_its_outcome_is_an_error_of_the_t
     child(
         monkeypatch,
         "import os, sys; sys.stdin.buffer.read(1);"
-        f"sys.stdout.buffer.write(open({str(tmp_path / 'outcome')!r}, 'rb').read());"
-        "sys.stdout.flush(); os.kill(os.getpid(), 9)",
+        f"os.write(int(sys.argv[-1]), open({str(tmp_path / 'outcome')!r}, 'rb').read());"
+        "os.kill(os.getpid(), 9)",
     )
     with pytest.raises(TableError, match=r"the process of a bulk change ended \(-9\)"):
         Bulk().run(job(tmp_path))
@@ -303,6 +303,47 @@ def test_only_a_child_that_gets_on_keeps_the_policy_thread_from_being_stuck(
     monkeypatch.setattr(module, "_processor_ticks", ticks)
     with subprocess.Popen([sys.executable, "-S", "-c", program], stdout=subprocess.PIPE) as child:
         started.append(child)
-        assert module._read(child) == b""
+        assert child.stdout is not None
+        assert module._read(child, child.stdout) == b""
     # Its start uses processor time too.
     assert (True in looks[-15:]) is beats
+
+
+NOISE = "import sys; sys.stdout.write('half a line'); sys.stdout.buffer.write(b'\\xff\\x80.\\n' * 50_000);"
+
+
+def test_what_a_library_prints_is_no_outcome(
+    store: SqliteStore, writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and while the child works."""
+    child(
+        monkeypatch,
+        f"{NOISE} sys.stdout.flush(); import portward.bulk as module; done = module._done;"
+        "module._done = lambda job: (print('in between', flush=True), done(job))[1]; sys.argv[1] = sys.argv[-1];"
+        "module.main()",
+    )
+    outcome = Bulk().run(job(tmp_path))
+    assert outcome.committed is not None
+    assert outcome.committed.revision == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"warning: something\n",
+        b"\xff" * 100,
+        b"cnowhere\nThing\n.",
+        b"I1\n.",
+        b"N.",
+        b"0.",
+        b"i\n",
+        b"(lp0\n",
+    ],
+)
+def test_bytes_that_are_no_outcome_are_an_error_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    child(monkeypatch, f"import os, sys; sys.stdin.buffer.read(1); os.write(int(sys.argv[-1]), {data!r})")
+    with pytest.raises(TableError, match=r"the process of a bulk change ended \(-?\d+\)"):
+        Bulk().run(job(tmp_path))

@@ -14,7 +14,7 @@ from contextlib import closing
 from datetime import UTC, date, datetime, timedelta
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import UUID
 
 import msgspec
@@ -684,8 +684,8 @@ def killed_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has each child killed after its work, before its outcome was read."""
     told = bulk._told
 
-    def cut_off(process: subprocess.Popen[bytes], job: bulk.Job) -> bulk.Outcome:
-        told(process, job)
+    def cut_off(process: subprocess.Popen[bytes], outcomes: BinaryIO, job: bulk.Job) -> bulk.Outcome:
+        told(process, outcomes, job)
         raise EOFError
 
     monkeypatch.setattr(bulk, "_told", cut_off)

@@ -36,18 +36,18 @@ ASKED = Application(
     Details(volume=900, authentication=(Authentication.SPF, Authentication.DKIM)),
     until=datetime(2027, 1, 1, tzinfo=UTC),
 )
-Check = Callable[[str], Finding]
+Check = Callable[..., Finding]
 
 
 @pytest.fixture
 def check(tmp_path: Path) -> Check:
     """Asks a shell script."""
 
-    def asked(script: str) -> Finding:
+    def asked(script: str, application: Application = ASKED) -> Finding:
         command = tmp_path / "check"
         command.write_text(f"#!/bin/sh\n{script}\n")
         command.chmod(stat.S_IRWXU)
-        return fraud.check((os.fspath(command), "--first"), 2.0, CASE, ASKED, "bob")
+        return fraud.check((os.fspath(command), "--first"), 2.0, CASE, application, "bob")
 
     return asked
 
@@ -100,6 +100,20 @@ def test_what_is_no_answer_refers(check: Check, script: str, told: str) -> None:
 
 def test_who_does_not_read_may_answer_all_the_same(check: Check) -> None:
     assert check(ANSWER) == Finding(FraudCheck.PASS)
+
+
+def test_endless_output_is_ended_before_it_fills_the_memory(check: Check, tmp_path: Path) -> None:
+    """`yes` prints gigabytes in the time that a check may take."""
+    found = check(f"""cat > /dev/null; echo $$ > {tmp_path}/pid; exec yes '{{"result": "pass"}}'""")
+    assert found.result is FraudCheck.REFER
+    assert "longer than" in found.note, "not for the time that it took"
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: not _runs(pid), "it ends")
+
+
+def test_a_large_request_to_a_command_that_does_not_read_holds_nobody_up(check: Check) -> None:
+    """More than a pipe takes."""
+    assert check(ANSWER, ASKED._replace(justification="x" * (1 << 20))) == Finding(FraudCheck.PASS)
 
 
 def test_who_takes_too_long_refers_and_is_ended(check: Check, tmp_path: Path) -> None:

@@ -96,20 +96,21 @@ async def _next(known: dict[int, Device], events: socket.socket) -> Links:
     touched: set[int] = set()
     before = dict(known)
     while known == before and not touched:
-        data = await loop.sock_recv(events, BUFFER)
-        for event in _all_of(data, events):
+        data, sender = await loop.sock_recvfrom(events, BUFFER)
+        for event in _all_of(data, sender, events):
             _take(event, known, touched)
     return _links(known, frozenset(touched))
 
 
-def _all_of(data: bytes, events: socket.socket) -> Iterator[_Event]:
-    """The events in `data`, and those that wait behind it."""
+def _all_of(data: bytes, sender: tuple[int, int], events: socket.socket) -> Iterator[_Event]:
+    """The events in `data`, and those that wait behind it. `sender` is an address of netlink: port and groups.
+    What does not come from port 0, the kernel, says nothing: another process with CAP_NET_ADMIN has sent it."""
     while True:
-        for kind, _, _, body in messages_of(data):
+        for kind, _, _, body in messages_of(data) if sender[0] == 0 else ():
             if (event := _event(kind, body)) is not None:
                 yield event
         try:
-            data = events.recv(BUFFER)
+            data, sender = events.recvfrom(BUFFER)
         except BlockingIOError:
             return
 

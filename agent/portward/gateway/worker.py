@@ -4,9 +4,9 @@
         [--stay SECONDS]
 
 It shares nothing with the daemon but the policy table and a block of counters. It opens the table when a byte on
-the lifeline says that the policy is there, prints `ready` when its queue is bound and from then on a line for each
-packet of a source whose limit the kernel does not know. It ends when the daemon does, or so many seconds later, or
-when the next daemon's worker takes its place.
+the lifeline says that the policy is there, writes `ready` to its stdout when its queue is bound and from then on a
+line for each packet of a source whose limit the kernel does not know. It ends when the daemon does, or so many
+seconds later, or when the next daemon's worker takes its place.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +40,7 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 def main() -> int:
     """The worker process; prints one line on stderr and gives 1 where it cannot begin."""
     arguments = _arguments()
+    messages = _keep_stdout()
     logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
     if not arguments.stay:
         _die_with_parent()
@@ -50,16 +52,17 @@ def main() -> int:
     try:
         reader = Reader.open(arguments.table)
         tally = Tally(arguments.tally)
-        judge = Judge(reader.lookup, reader.head, tally, Resetter(), _ask)
+        judge = Judge(reader.lookup, reader.head, tally, Resetter(), partial(_ask, messages))
+        ready = partial(_ready, messages)
         claimed = claim(arguments.table, arguments.queue)
         if arguments.reader is QueueReader.BATCH:
             batches = BatchJudge(arguments.queue, reader, judge, tally)
             stay = Stay(arguments.stay, claimed)
-            batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, _ready, stay)
+            batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, ready, stay)
         else:
             from portward.gateway import single  # noqa: PLC0415 # its library is loaded only where it is wanted
 
-            single.serve(arguments.queue, arguments.length, judge.handle, arguments.lifeline, _ready)
+            single.serve(arguments.queue, arguments.length, judge.handle, arguments.lifeline, ready)
     except PortwardError as error:
         print(error, file=sys.stderr)
         return 1
@@ -69,17 +72,27 @@ def main() -> int:
     return 0
 
 
-def _ready() -> None:
-    print(READY, flush=True)
+def _keep_stdout() -> int:
+    """Gives a descriptor of stdout for messages to the daemon, and leads what a library prints to stderr: between
+    two messages it would make both unreadable."""
+    messages = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return messages
+
+
+def _ready(messages: int) -> None:
+    # A line of its own, also if half a line was printed before `_keep_stdout`.
+    os.write(messages, f"\n{READY}\n".encode())
     # From here on a daemon that does not read must not hold the worker up.
-    os.set_blocking(sys.stdout.fileno(), False)
+    os.set_blocking(messages, False)
+    os.set_blocking(sys.stderr.fileno(), False)
 
 
-def _ask(index: int, address: bytes) -> None:
+def _ask(messages: int, index: int, address: bytes) -> None:
     """Tells the daemon of a source whose limit the kernel does not know. Where it does not get through, the
     source's next packet asks again."""
     with suppress(BlockingIOError, BrokenPipeError):
-        os.write(sys.stdout.fileno(), b"%d %s\n" % (index, address.hex().encode()))
+        os.write(messages, b"%d %s\n" % (index, address.hex().encode()))
 
 
 def _die_with_parent() -> None:

@@ -10,12 +10,15 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
+from typing import Final
 
 from portward.config import Queue, QueueReader
 from portward.errors import InputError, KernelError
 from portward.gateway.learned import Source
+from portward.gateway.output import Limited, lines_of
 from portward.gateway.tally import Tally
 from portward.gateway.worker import READY
 from portward.resources import PYTHON
@@ -27,6 +30,10 @@ _START_SECONDS = 10.0
 _STOP_SECONDS = 3.0
 # A worker that dies at once is started again after a pause that grows to this.
 _LONGEST_PAUSE = 2.0
+# A source that a worker asks about: index of the interface, address of 4 or 16 bytes. The kernel's indexes are
+# positive and have 31 bits.
+_ASKED: Final = re.compile(rb"([1-9][0-9]{0,9}) ((?:[0-9a-f]{8}|[0-9a-f]{32}))")
+_LARGEST_INDEX: Final = 2**31 - 1
 
 _log = logging.getLogger("portward.worker")
 
@@ -58,6 +65,9 @@ class Worker:
         self._lifeline = -1
         self._said: asyncio.Task[str] | None = None
         self._listening: asyncio.Task[None] | None = None
+        # Lines on the process's stdout that are no message of ours: other programs' output.
+        self.foreign_lines = 0
+        self._foreign = Limited(_log)
 
     @property
     def running(self) -> bool:
@@ -94,19 +104,25 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # it has ended: what it said follows
             os.write(self._lifeline, b"\n")
         assert self.process.stdout is not None  # noqa: S101 # asked for in `prepare`
-        try:
-            # Not `wait_for`: it forgets a cancellation that comes together with the line.
-            async with asyncio.timeout(_START_SECONDS):
-                line = await self.process.stdout.readline()
-        except TimeoutError:
-            line = b""
-        if line.decode().strip() != READY:
+        lines = lines_of(self.process.stdout)
+        if not await self._is_ready(lines):
             self.kill()
             last = await self._said
             await self.process.wait()
             raise KernelError(last or f"the worker of queue {self.queue} did not start")
         self.ready = True
-        self._listening = asyncio.create_task(self._listen(self.process.stdout))
+        self._listening = asyncio.create_task(self._listen(lines))
+
+    async def _is_ready(self, lines: AsyncIterator[bytes]) -> bool:
+        """Waits until the process says that its queue is bound; False if it ends or takes too long."""
+        with contextlib.suppress(TimeoutError):
+            # Not `wait_for`: it forgets a cancellation that comes together with the line.
+            async with asyncio.timeout(_START_SECONDS):
+                async for line in lines:
+                    if line == READY.encode():
+                        return True
+                    self._skip(line)
+        return False
 
     async def watch(self) -> None:
         """Starts the process again whenever it ends; never returns."""
@@ -128,16 +144,22 @@ class Worker:
                     pause = min(pause * 2, _LONGEST_PAUSE)
             pause = 0.05
 
-    async def _listen(self, lines: asyncio.StreamReader) -> None:
+    async def _listen(self, lines: AsyncIterator[bytes]) -> None:
         """Takes the sources that the process asks about, until it ends."""
         async for line in lines:
-            try:
-                index, _, address = line.decode().strip().partition(" ")
-                source = Source(int(index), bytes.fromhex(address))
-            except ValueError:  # a worker of another version, started after an upgrade
-                _log.warning("worker of queue %d: a line that is not understood: %r", self.queue, line)
-                continue
-            self._asked(source)
+            source = _source(line)
+            if source is None:
+                self._skip(line)
+            else:
+                self._asked(source)
+
+    def _skip(self, line: bytes) -> None:
+        """Counts a line that is no message of ours: a library printed it, or a worker of another version. An empty
+        one stands before `READY`."""
+        if not line:
+            return
+        self.foreign_lines += 1
+        self._foreign.line(logging.WARNING, f"worker of queue {self.queue}: not understood, and skipped: ", line)
 
     async def stop(self) -> None:
         """Ends the process: by its lifeline, and by force after some seconds. One that stays is left alone with
@@ -192,11 +214,18 @@ def stay_seconds() -> float:
     return seconds
 
 
+def _source(line: bytes) -> Source | None:
+    """The source that a line asks about; None if it is no such line."""
+    found = _ASKED.fullmatch(line)
+    if found is None or int(found[1]) > _LARGEST_INDEX:
+        return None
+    return Source(int(found[1]), bytes.fromhex(found[2].decode()))
+
+
 async def _forward(process: asyncio.subprocess.Process) -> str:
     """Writes what a worker says on its stderr into the log; gives the last line."""
-    last = ""
+    last, limited = "", Limited(_log)
     assert process.stderr is not None  # noqa: S101 # asked for in `prepare`
-    async for line in process.stderr:
-        last = line.decode(errors="replace").rstrip()
-        _log.info("worker: %s", last)
+    async for line in lines_of(process.stderr):
+        last = limited.line(logging.INFO, "worker: ", line)
     return last

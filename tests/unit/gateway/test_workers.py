@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from portward.config import QueueReader
 from portward.errors import InputError, KernelError
 from portward.gateway import workers as module
 from portward.gateway.learned import Source
+from portward.gateway.output import lines_of
 from portward.gateway.workers import STAY, Worker, stay_seconds
 
 START = """
@@ -58,19 +60,132 @@ def test_what_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch
         stay_seconds()
 
 
-def test_a_line_that_is_not_understood_ends_no_listening() -> None:
-    """A worker of another version may write other lines; sources with a limit are still asked about."""
+FOREIGN = {
+    "another version": b"limit 10.0.0.1\n",
+    "an empty line before": b"\nprinted\n",
+    "no hexadecimal number": b"5 0a00000g\n",
+    "digits of another script": "\u0665 0a000001\n".encode(),
+    "an address of three bytes": b"5 0a0000\n",
+    "an address of spaces": b"5 0a 00 00 01\n",
+    "no interface": b"0 0a000001\n",
+    "negative": b"-5 0a000001\n",
+    "an index beyond the kernel's": b"2147483648 0a000001\n",
+    "an index of thousands of digits": b"9" * 5_000 + b" 0a000001\n",
+    "a library's print": b"DeprecationWarning: something is going to change\n",
+    "not UTF-8": b"\xff\xfe\x80\n",
+    "binary": bytes(range(11, 256)) + b"\0\0\n",
+    "carriage returns": b"progress 10 %\rprogress 20 %\r\n",
+    "longer than asyncio's limit": b"x" * 300_000 + b"\n",
+    "half a line before ours": b"half 5 0a000001\n",
+}
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Worker]]:
+    """Makes workers without a process; what they ask about goes into a list."""
+    made: list[Worker] = []
+
+    def one(asked: Callable[[Source], None] = print) -> Worker:
+        made.append(Worker(0, 16, QueueReader.BATCH, Path("table"), asked))
+        return made[-1]
+
+    yield one
+    for worker in made:
+        os.close(worker._block)
+
+
+@pytest.mark.parametrize("line", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_output_is_skipped_and_counted(
+    make: Callable[..., Worker], line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What comes before it and after it is still asked about."""
     asked: list[Source] = []
+    worker = make(asked.append)
 
     async def listen() -> None:
-        worker = Worker(0, 16, QueueReader.BATCH, Path("table"), asked.append)
-        lines = asyncio.StreamReader()
-        lines.feed_data(b"5 0a00000g\nlimit 10.0.0.1\n\n\xff\n5 0a000001\n")
-        lines.feed_eof()
-        await worker._listen(lines)
+        stream = asyncio.StreamReader()
+        stream.feed_data(b"5 0a000001\n" + line + b"7 " + b"00" * 15 + b"01\n")
+        stream.feed_eof()
+        await worker._listen(lines_of(stream))
 
     asyncio.run(listen())
-    assert asked == [Source(5, bytes([10, 0, 0, 1]))]
+    assert asked == [Source(5, bytes([10, 0, 0, 1])), Source(7, bytes(15) + b"\1")]
+    assert worker.foreign_lines == 1
+    (record,) = caplog.records
+    assert record.getMessage().startswith("worker of queue 0: not understood, and skipped: ")
+    assert record.getMessage().isprintable()
+    assert len(record.getMessage()) < 20_000
+
+
+def printing(script: str) -> tuple[str, ...]:
+    """A command for a process that runs this script (Python) in place of a worker."""
+    return sys.executable, "-I", "-c", f"import os, sys, time\n{script}", "--"
+
+
+async def started(worker: Worker) -> None:
+    """Prepares and starts a worker."""
+    await worker.prepare()
+    await worker.start()
+
+
+@pytest.mark.parametrize("line", FOREIGN.values(), ids=FOREIGN)
+def test_a_worker_starts_whatever_is_printed_before_it_is_ready(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: bytes
+) -> None:
+    (tmp_path / "line").write_bytes(line)
+    script = f"os.write(1, open({os.fspath(tmp_path / 'line')!r}, 'rb').read()); os.write(1, b'ready\\n')"
+    monkeypatch.setattr(module, "PYTHON", printing(f"{script}\ntime.sleep(60)"))
+    worker = make()
+
+    async def begin() -> None:
+        await started(worker)
+        worker.kill()
+        assert worker.process is not None
+        await worker.process.wait()
+
+    asyncio.run(begin())
+    assert worker.foreign_lines == 1
+
+
+def test_a_worker_that_prints_without_an_end_on_stderr_does_not_stand_still(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe that nobody reads holds 64 KiB; then who writes waits."""
+    monkeypatch.setattr(module, "PYTHON", printing("os.write(2, b'x' * 1_000_000); os.write(1, b'ready\\n')"))
+    worker = make()
+
+    async def begin() -> None:
+        await started(worker)
+        assert worker.process is not None
+        assert await worker.process.wait() == 0
+
+    asyncio.run(begin())
+
+
+def test_what_a_library_prints_in_a_worker_does_not_reach_the_daemon(tmp_path: Path) -> None:
+    """It goes to stderr, the log; a message that follows half a line of it is still read."""
+    code = (
+        "import os, sys; from portward.gateway import worker; messages = worker._keep_stdout();"
+        "print('half a line', end='', flush=True); os.write(1, b'from C');"
+        "worker._ready(messages); worker._ask(messages, 5, bytes([10, 0, 0, 1]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    assert found.stdout == b"\nready\n5 0a000001\n"
+    assert found.stderr == b"half a linefrom C"
+
+
+def test_a_worker_whose_messages_nobody_reads_goes_on(tmp_path: Path) -> None:
+    """Also when it logs."""
+    code = (
+        "import os, sys, logging; from portward.gateway import worker; messages = worker._keep_stdout();"
+        "logging.basicConfig(stream=sys.stderr); worker._ready(messages);"
+        "[worker._ask(messages, 5, bytes(4)) for _ in range(20_000)];"
+        "[logging.warning('x' * 100) for _ in range(2_000)]; open(sys.argv[1], 'w').close()"
+    )
+    argv = [sys.executable, "-c", code, os.fspath(tmp_path / "done")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.wait(60)
+    assert (tmp_path / "done").exists()
 
 
 class Ended:
