@@ -7,6 +7,8 @@ its traceback.
 
 from __future__ import annotations
 
+from portward.characters import shown
+
 
 class PortwardError(Exception):
     """A failure with a text for the operator; `exit_code` is 1: refused, or not found."""
@@ -46,7 +48,5 @@ class KernelError(PortwardError):
 
 
 def printable(text: str) -> str:
-    """A text with everything that is not a printable character written as an escape, as `repr` does."""
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    """A text that others wrote as one line of it is shown (see `characters`)."""
+    return shown(text)

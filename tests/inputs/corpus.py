@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+from portward.characters import unshown
 from portward.cli import main
 
 HERE = Path(__file__).parent
@@ -59,5 +60,5 @@ def one_line(text: str) -> str:
     """The one line of printable characters that a text is."""
     line = text.removesuffix("\n")
     assert line, "nothing was told"
-    assert line.isprintable(), f"a terminal would obey: {line!r}"
+    assert unshown(line) is None, f"a terminal would obey: {line!r}"
     return line

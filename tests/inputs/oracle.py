@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from portward import config as configuration
+from portward.characters import unshown
 from portward.documents import enc_hook
 from portward.errors import InputError
 from portward.policy import preset as presets
@@ -66,7 +67,7 @@ class Oracle:
         have = inventory.records
         made = Difference(dict(have), {}, ())
         for line in described({}, inventory, made):
-            assert line.isprintable()
+            assert unshown(line) is None
         for ending, write in (("yaml", yaml_text), ("json", json_text)):
             again = path.with_name(f"export.{ending}")
             again.write_text("".join(write(have)))
@@ -94,7 +95,7 @@ class Oracle:
 
 def _is_a_line(text: str, start: str) -> None:
     assert text.startswith(start)
-    assert text.isprintable()
+    assert unshown(text) is None
     assert len(text) < _LONGEST
 
 

@@ -42,6 +42,7 @@ LAYERS = (
     ("codes",),
     ("model", "resources", "language", "interfaces"),
     ("errors", "__init__"),
+    ("characters",),
 )
 
 # Library → the modules that may import it. Standard ones where a single place is wanted.

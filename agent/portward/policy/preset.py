@@ -16,6 +16,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from portward.characters import unshown
 from portward.documents import brief, enc_hook, mistake, nearest, read_toml
 from portward.errors import InputError
 from portward.model import Network
@@ -139,7 +140,7 @@ def _check_once(path: Path, values: tuple[object, ...], field: str) -> None:
 
 def _check_printable(path: Path, text: str, *steps: str | int) -> None:
     """Every text of a preset is shown by some verb, and a terminal obeys what is not printable."""
-    if not text.isprintable():
+    if unshown(text) is not None or (steps[-1] == "ids" and not text.isprintable()):  # ids are compared
         raise mistake(path, f"{brief(text)} holds what cannot be printed: leave it out", *steps)
 
 

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from msgspec.structs import replace
 
+from portward.characters import unshown
 from portward.documents import Steps, brief, network_text
 from portward.errors import InputError
 from portward.model import Attachment, Exemption, ExemptionState, Network, Record, Subscription
@@ -96,28 +97,37 @@ def mistakes(record: Record) -> Iterator[tuple[str, str]]:
                 yield "offer", "an offer needs an id, like pay-as-you-go"
             if record.offer != record.offer.strip():
                 yield "offer", f"{brief(record.offer)} begins or ends with white space: an id does not"
-            yield from _unprintable(name=record.name, offer=record.offer)
+            yield from _unshown(name=record.name)
+            yield from _invisible(offer=record.offer)
         case Attachment():
             yield from _mapped(record.address)
         case Exemption():
             yield from _exemption_mistakes(record)
+            yield from _unshown(by=record.by)
             # What somebody wrote to justify it may have several lines.
-            lines = {
-                name: getattr(record, name).replace("\n", "").replace("\t", "")
-                for name in ("justification", "reason", "fraud_note")
-            }
-            yield from _unprintable(by=record.by, **lines)
+            yield from _unshown(
+                lines=True, justification=record.justification, reason=record.reason, fraud_note=record.fraud_note
+            )
             if record.details is not None:
-                yield from _unprintable(
+                yield from _unshown(
                     details=f"{record.details.mail_software}{record.details.reverse_dns}",
                 )
 
 
-def _unprintable(**texts: str) -> Iterator[tuple[str, str]]:
+def _unshown(*, lines: bool = False, **texts: str) -> Iterator[tuple[str, str]]:
     for field, text in texts.items():
-        if not text.isprintable():
-            sign = next(sign for sign in text if not sign.isprintable())
-            yield field, f"{brief(text)} holds U+{ord(sign):04X}, which cannot be printed: leave it out"
+        yield from _named(field, text, unshown(text, lines=lines))
+
+
+def _invisible(**ids: str) -> Iterator[tuple[str, str]]:
+    """Ids are compared, so what cannot be seen in them is a mistake; in a name it is a letter's part."""
+    for field, text in ids.items():
+        yield from _named(field, text, next((sign for sign in text if not sign.isprintable()), None))
+
+
+def _named(field: str, text: str, sign: str | None) -> Iterator[tuple[str, str]]:
+    if sign is not None:
+        yield field, f"{brief(text)} holds U+{ord(sign):04X}, which cannot be printed: leave it out"
 
 
 def _mapped(network: Network) -> Iterator[tuple[str, str]]:

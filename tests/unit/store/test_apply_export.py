@@ -160,6 +160,52 @@ def test_the_log_names_the_login_or_who_was_named(
     assert by_revision == {1: "lin", 2: "ada", 3: "pipeline 7"}
 
 
+@pytest.mark.parametrize(
+    ("set_", "found"),
+    [
+        ("eve\nrevision 9  2026-01-01T00:00:00Z  alice", "eve\\nrevision 9  2026-01-01T00:00:00Z  alice"),
+        ("\x1b[2Kalice\r", "\\x1b[2Kalice\\r"),
+        ("ali\u202ece", "ali\\u202ece"),
+        ("al\udcffice", "al\\xffice"),
+        ("J\udcc3\udcbcrgen", "Jürgen"),
+        ("x" * 5_000, "x" * 100),
+    ],
+    ids=["lines", "escape", "bidi", "byte", "read-by-another-locale", "long"],
+)
+def test_a_login_from_the_environment_forges_no_line_of_the_log(
+    run: Run, path: Path, monkeypatch: pytest.MonkeyPatch, set_: str, found: str
+) -> None:
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    monkeypatch.setenv("LOGNAME", set_)
+    run("apply", "inventory.yaml")
+    assert {change.actor for change in log(path)} == {found}
+
+
+@pytest.mark.parametrize("variables", [{"LOGNAME": "", "USER": "kim"}, {"LOGNAME": " ", "USERNAME": "kim"}])
+def test_an_empty_login_is_not_taken(
+    run: Run, path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name in ("SUDO_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    run("apply", "inventory.yaml")
+    assert {change.actor for change in log(path)} == {"kim"}
+
+
+@pytest.mark.parametrize(
+    "name", ["می\u200cخواهم", "क्\u200dष", "山田\u3000太郎", "Société\u00a0Générale", "👩\u200d💻"]
+)
+def test_a_customers_name_as_it_is_written_goes_in_and_comes_out(run: Run, files: Path, name: str) -> None:
+    (files / "inventory.yaml").write_text(EXAMPLE.replace("fabrikam", name))
+    run("apply", "inventory.yaml")
+    for form in ((), ("--json",)):
+        exported = run("export", *form).stdout
+        (files / "again.yaml").write_text(exported)
+        assert "nothing to change" in run("apply", "--prune", "again.yaml").stdout
+    assert name in run("audit").stdout
+
+
 @pytest.mark.parametrize("name", ["", " ", "a\nb"])
 def test_a_name_that_would_spoil_the_log_is_refused(run: Run, path: Path, name: str) -> None:
     with pytest.raises(InputError, match="--as"):
