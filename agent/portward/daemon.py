@@ -44,7 +44,7 @@ from portward.snapshot import Snapshot
 from portward.store.flips import HeldError
 from portward.table.database import put_aside
 from portward.threads import Threads
-from portward.ticks import until_tick
+from portward.ticks import readable, until_tick
 
 # What is done again and again is done at the same moments: a process that wakes finds its caches cold, and what it
 # does then costs several times as much as when it is awake already.
@@ -128,8 +128,8 @@ class Daemon:
     async def _start(
         self, stack: contextlib.AsyncExitStack
     ) -> tuple[AsyncIterator[Links], Links, asyncio.Future[None]]:
-        """Brings the gateway up. Gives the interfaces to follow, those that the table has, and the first reading
-        of the store, which may still go on."""
+        """Loads the ruleset: from then on it has to be kept, and interfaces followed. Gives those to follow, those
+        that the table has, and the first reading of the store, which may still go on."""
         links = await self._open(stack)
         await self._policy_step(self._core.first_policy)
         first = await anext(links)
@@ -138,8 +138,6 @@ class Daemon:
         reading = asyncio.ensure_future(self._policy_step(self._first_sync))
         await asyncio.gather(*(worker.start() for worker in self._workers))
         await self._kernel_step(self._core.load)
-        await self._wait_for_store(reading)
-        self._tell_ready(first)
         return links, first, reading
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> AsyncIterator[Links]:
@@ -217,8 +215,9 @@ class Daemon:
         while self._core.sync() and time.monotonic() < until:
             pass
 
-    async def _wait_for_store(self, reading: asyncio.Future[None]) -> None:
-        """Returns once what `reading` takes in is enforced, or after `_FIRST_READING` seconds."""
+    async def _become_ready(self, reading: asyncio.Future[None], first: Links) -> None:
+        """Says READY once what `reading` takes in is enforced, or after `_FIRST_READING` seconds. Returns when
+        `reading` has ended."""
         await asyncio.wait({reading}, timeout=_FIRST_READING)
         if reading.done():
             # Behind the changes that it has handed over.
@@ -228,6 +227,8 @@ class Daemon:
                 "the store has not been read within %g s: the policy of the last run is in force until it is",
                 _FIRST_READING,
             )
+        self._tell_ready(first)
+        await reading
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -249,7 +250,7 @@ class Daemon:
         jobs = [
             asyncio.create_task(job)
             for job in (
-                self._follow_store(reading),
+                self._follow_store(asyncio.ensure_future(self._become_ready(reading, first))),
                 feed.follow(links),
                 feed.see(),
                 feed.write(),
@@ -272,15 +273,15 @@ class Daemon:
         for job in done - {stopping}:
             job.result()  # a job never ends by itself: this raises what ended it
 
-    async def _follow_store(self, reading: asyncio.Future[None]) -> None:
-        await reading
+    async def _follow_store(self, ready: Awaitable[None]) -> None:
+        await ready
         tried: datetime | None = None
         due: datetime | None = None
         again = time.monotonic()
         while True:
             # What could not be settled is tried again each second, and not all the time.
             pause = _POLL_SECONDS if due in (None, tried) else (due - self._core.clock.now()).total_seconds()
-            await _readable(self._core.bell(), min(max(pause, 0.01), until_tick(_POLL_SECONDS)))
+            await readable(self._core.bell(), min(max(pause, 0.01), until_tick(_POLL_SECONDS)))
             changed = True
             while changed:
                 changed, due = await self._policy_step(lambda: (self._core.sync(), self._core.next_expiry()))
@@ -327,7 +328,7 @@ class Daemon:
         can be lost."""
         with contextlib.closing(Notices()) as notices:
             while True:
-                await _readable(notices.fileno(), until_tick(_CHECK_SECONDS))
+                await readable(notices.fileno(), until_tick(_CHECK_SECONDS))
                 notices.drain()
                 if not self._core.at_rest():
                     await self._kernel_step(self._core.check)
@@ -396,32 +397,6 @@ class Daemon:
         for warning in missing(self._config, links):
             _log.warning("%s", warning)
         notify("READY=1", f"STATUS={len(segments)} segments")
-
-
-async def _readable(descriptor: int | None, seconds: float) -> None:
-    """Waits until a descriptor can be read, or for so many seconds.
-
-    It is let go of as soon as it can: until it is drained the loop would turn around it all the time, and keep the
-    threads that work waiting.
-    """
-    loop = asyncio.get_running_loop()
-    woken: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if descriptor is not None:
-            loop.remove_reader(descriptor)
-        if not woken.done():
-            woken.set_result(None)
-
-    if descriptor is not None:
-        loop.add_reader(descriptor, wake)
-    timer = loop.call_later(seconds, wake)
-    try:
-        await woken
-    finally:
-        timer.cancel()
-        if descriptor is not None:
-            loop.remove_reader(descriptor)
 
 
 def missing(config: Config, links: Links) -> list[str]:

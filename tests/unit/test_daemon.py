@@ -454,7 +454,7 @@ def test_a_store_that_always_has_another_change_keeps_no_grant_from_ending(
 ) -> None:
     """Nor interfaces from being written. What fails is tried again after a pause, and not after each change."""
     monkeypatch.setattr(daemon, "_POLL_SECONDS", 3600.0)
-    monkeypatch.setattr(daemon, "_readable", lambda *_: asyncio.sleep(0))  # the bell has rung
+    monkeypatch.setattr(daemon, "readable", lambda *_: asyncio.sleep(0))  # the bell has rung
 
     async def follow() -> Counter[str]:
         enough = asyncio.Event()
@@ -614,6 +614,33 @@ def test_a_stop_waits_for_no_step_of_a_start(
     assert running.daemon.abandoned
     assert locked(running) == (True, True)
     assert "READY=1" not in running.said
+
+
+def test_rules_are_kept_and_interfaces_followed_while_a_start_waits_for_the_store(
+    running: Running, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "_FIRST_READING", 2 * SECONDS)
+    monkeypatch.setattr(Daemon, "_first_sync", held)
+
+    async def work() -> None:
+        running.links = asyncio.Queue()
+        running.daemon = Daemon(running.path, configuration.load(running.path))
+        ending = asyncio.create_task(running.daemon.run())
+        await running.until(lambda: held.entered.is_set() and enforced(running), "the rules are loaded")
+        running.kernel.load("flush ruleset")
+        await running.until(lambda: enforced(running), "the rules are back")
+        running.links.put_nowait(Links({4: "vni2", 9: "up0"}, frozenset({3})))
+        await running.until(
+            lambda: bool(running.kernel.tables[TABLE].sets["unsettled"].elements), "the interface is unsettled"
+        )
+        assert "READY=1" not in running.said
+        held.free.set()
+        await running.until(lambda: "READY=1" in running.said, "it is ready")
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(SECONDS):
+            await ending
+
+    asyncio.run(work())
 
 
 def test_a_start_that_fails_beside_a_thread_leaves_the_locks(
