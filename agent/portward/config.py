@@ -57,7 +57,8 @@ class QueueReader(StrEnum):
 
 
 class Queue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[queue]`: the way of unremembered sources to the workers. Rates are in packets a second."""
+    """`[queue]`: the way of unremembered sources to the workers. Rates are in packets a second; those of resets
+    are what rejected sources are answered beyond their first packet."""
 
     first: Annotated[int, Meta(ge=0, le=65_535)] = 0
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
@@ -68,6 +69,9 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     segment_committed: Rate = 50
     rate: Rate = 20_000
     burst: Rate = 4_000
+    source_resets: Rate = 50
+    segment_resets: Rate = 500
+    resets: Rate = 1_000
 
 
 class Verdicts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

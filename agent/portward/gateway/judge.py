@@ -54,8 +54,8 @@ class Queued(Protocol):
 
 
 def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
-    """What the kernel is told for a finding, and how it is counted. What is DEFERRED is dropped, and not told: the
-    kernel is to learn the limit first."""
+    """What the kernel is told for a finding, and how it is counted. What is DEFERRED is dropped, and not cached:
+    the daemon has to write the limit first."""
     if finding.reason.allows:
         if finding.limited and not finding.observed:
             return mark.Class.ALLOW, Outcome.DEFERRED
@@ -100,7 +100,8 @@ class Judge:
         if packet.hook != PREROUTING:
             self._judge_forwarded(packet)
             return
-        if packet.get_mark() & mark.OWN == mark.PROBE:
+        own = packet.get_mark() & mark.OWN
+        if own == mark.PROBE:
             self._answer(packet)
             return
         payload = packet.get_payload()
@@ -117,15 +118,22 @@ class Judge:
         if finding.damaged:
             self._tally.event(Event.DAMAGED)
         verdict, outcome = judge(finding)
+        if own == mark.AGAIN and outcome is not Outcome.RESET:
+            # The policy has changed since the kernel counted the packet as rejected, and is about to forget the
+            # source. To let the packet pass would count it again; the sender tries once more.
+            packet.drop()
+            return
         if outcome is Outcome.RESET and not self._resetter.answer(
             payload, segment.tcp, packet.indev, _link_address(packet)
         ):
             self._tally.event(Event.RESET_FAILED)
         self._tally.verdict(REASON_NUMBER[finding.reason], outcome, attempt=segment.attempt)
-        if outcome is Outcome.DEFERRED:
-            self._ask(packet.indev, segment.source)
+        if own == mark.AGAIN:  # cached and counted already: `learn` has nothing to do
             packet.drop()
             return
+        if outcome is Outcome.DEFERRED:
+            self._ask(packet.indev, segment.source)
+            verdict = mark.Class.MISS  # `learn` counts the packet for its source, and drops it
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(finding.generation)))
         packet.accept()
 

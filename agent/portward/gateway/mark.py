@@ -38,7 +38,7 @@ class Class(IntEnum):
     ALLOW = 1
     DENY = 2
     REFUSED = 3  # the worker has sent the RST itself
-    MISS = 4  # asked; dropped where nobody answers
+    MISS = 4  # asked; dropped where nobody answers. With an epoch: answered, but the limit is to be written first
     UNKNOWN = 5
     OBSERVED = 6  # would be denied, but is only observed: passes
     MISS_OPEN = 7  # asked; passes where nobody answers (observed segments, on_agent_down = "open")
@@ -52,6 +52,8 @@ PROBE: Final = EPOCH
 MISS_OPEN: Final = EPOCH | Class.MISS_OPEN
 # The screen lets the packet pass and no worker is asked. No worker writes it, since its epoch is never in force.
 PASSED: Final = EPOCH | Class.ALLOW
+# A source that is cached as rejected has sent once more: the packet is counted, and a reset is asked for.
+AGAIN: Final = EPOCH | Class.REFUSED
 
 
 def epoch_of(generation: int) -> int:

@@ -30,6 +30,13 @@ class Rated(Enum):
     BEYOND = auto()
 
 
+class Unjudged(Enum):
+    """Packets of a segment to a judged port that no verdict was found for, or none came back for."""
+
+    DROPPED = auto()
+    PASSED = auto()
+
+
 TABLE: Final = "portward"
 FAMILY_TABLE: Final = "inet portward"
 
@@ -59,10 +66,20 @@ RENEWED: Final = "renewed"
 # Interfaces behind the gate, and the generation that the gate enforces; see `gate`.
 GATED: Final = "gated"
 ENFORCED: Final = "enforced"
+# Packets acted on by a verdict that is not cached, by source and mark; by segment and mark beyond its size.
+UNCACHED: Final = "uncached"
+UNCACHED_SEGMENTS: Final = "uncached_segments"
 RATED_SETS: Final = {Rated.WITHIN: "rated", Rated.BEYOND: "throttled"}
 # What each element of these sets counts.
-Verdict: TypeAlias = mark.Class | Rated
+Verdict: TypeAlias = mark.Class | Rated | Unjudged
 COUNTED_SETS: Final[dict[Verdict, str]] = dict([*LEARNED_SETS.items(), *RATED_SETS.items()])
+
+# What is counted by segment alone, since no subscription or no verdict stands behind it.
+SEGMENT_SETS: Final[dict[Verdict, str]] = {
+    mark.Class.UNKNOWN: "unknown_segments",
+    Unjudged.DROPPED: "unjudged_drops",
+    Unjudged.PASSED: "unjudged_passes",
+}
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
 # The committed rate of a segment may come at once for so many seconds.
@@ -198,7 +215,9 @@ def replacement(
     have = set(have_sets)
     learned = {f"{name}{family}" for name in COUNTED_SETS.values() for family in "46"}
     rates = {f"{RATES}{family}" for family in "46"}
+    learned |= {f"{UNCACHED}{family}" for family in "46"} | {UNCACHED_SEGMENTS, *SEGMENT_SETS.values()}
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
+    learned |= {"reset_rate4", "reset_rate6", "reset_segments"}
     lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
     lines += [f"delete chain {FAMILY_TABLE} {name}" for name in _misplaced(have_hooks, want.hooks)]
     if STACKED_HOOKS.keys() & have_hooks.keys() - want.hooks.keys():
@@ -295,14 +314,21 @@ def _with_literals(text: str, config: Config, *, guard: bool) -> str:
         (r"(?<= set unknown[46] )(.*timeout )\d+s", f"{verdicts.unknown_seconds}s", 2),
         (r"( set (?:allow|deny|observed|refused)[46] .* size )\d+", str(verdicts.sources), 8),
         (r"( set unknown[46] .* size )\d+", str(verdicts.unknown_sources), 2),
-        (r"(iif limit rate over )\d+(?=/second)", str(queue.segment_rate), asking),
-        (rf"(iif limit rate over {queue.segment_rate}/second burst )\d+", str(queue.segment_burst), asking),
+        (r"(?<= set refused[46] )(.*timeout )\d+s", f"{verdicts.deny_seconds}s", 2),
+        (r"(@miss_rate \{ iif limit rate over )\d+", str(queue.segment_rate), asking),
+        (r"(@miss_rate .* burst )\d+", str(queue.segment_burst), asking),
+        (r"(saddr limit rate over )\d+", str(queue.source_resets), 2),
+        (r"(saddr limit .* burst )\d+", str(queue.source_resets), 2),
+        (r"(@reset_segments \{ iif limit rate over )\d+", str(queue.segment_resets), 1),
+        (r"(@reset_segments .* burst )\d+", str(queue.segment_resets), 1),
+        (r"(\n    limit rate over )\d+(?=.* name held)", str(queue.resets), 1),
+        (r"(\n    limit rate over .* burst )\d+(?=.* name held)", str(queue.resets), 1),
         (r"(iif limit rate )\d+(?=/second)", str(queue.segment_committed), asking),
         (r"(iif limit rate \d+/second burst )\d+", str(_COMMITTED_BURST * queue.segment_committed), asking),
-        (r"(iif limit rate over )\d+(?=/minute)", str(_per_minute(verdicts)), 3),
-        (r"(iif limit rate over \d+/minute burst )\d+", str(verdicts.segment_sources), 3),
-        (r"(\n    limit rate over )\d+", str(queue.rate), asking),
-        (rf"(\n    limit rate over {queue.rate}/second burst )\d+", str(queue.burst), asking),
+        (r"(iif limit rate over )\d+(?=/minute)", str(_per_minute(verdicts)), 4),
+        (r"(iif limit rate over \d+/minute burst )\d+", str(verdicts.segment_sources), 4),
+        (r"(\n    limit rate over )\d+(?=.* name limited_all)", str(queue.rate), asking),
+        (r"(\n    limit rate over .* burst )\d+(?=.* name limited_all)", str(queue.burst), asking),
     ):
         text, count = re.subn(pattern, rf"\g<1>{value}", text)
         if count != times:

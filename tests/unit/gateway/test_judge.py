@@ -262,3 +262,33 @@ def test_in_forward_what_cannot_be_looked_up_is_dropped(make: Worker, payload: b
     found.handle(packet)
     assert packet.said == ["drop"]
     assert tally.events()[event] == 1
+
+
+def test_a_rejected_source_that_sends_again_is_answered_and_not_learned_again(make: Worker) -> None:
+    """The kernel has counted the packet; to learn the source once more would count it twice."""
+    answers = Answers()
+    found, tally = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+    packet = QueuedPacket(before=mark.AGAIN)
+    found.handle(packet)
+    assert (packet.said, answers.to) == (["drop"], [(3, b"\x02\0\0\0\0\x01")])
+    assert list(tally.verdicts()) == [(Reason.DENIED_REVOKED, Outcome.RESET, 1, 1)]
+
+
+def test_a_packet_that_was_counted_as_rejected_never_passes(make: Worker) -> None:
+    """Also if the policy has changed since, and the kernel is about to forget the source."""
+    answers = Answers()
+    found, tally = make(lambda index, source: finding(Reason.ALLOWED_OFFER), answers)
+    packet = QueuedPacket(before=mark.AGAIN)
+    found.handle(packet)
+    assert (packet.said, answers.to, list(tally.verdicts())) == (["drop"], [], [])
+
+
+def test_a_source_whose_limit_is_to_come_goes_back_to_be_counted_and_dropped(make: Worker) -> None:
+    answers = Answers()
+    found, tally = make(lambda index, source: finding(Reason.ALLOWED_EXEMPT)._replace(limited=True), answers)
+    packet = QueuedPacket(before=mark.MISS)
+    found.handle(packet)
+    assert (packet.said, packet.mark & mark.CLASS) == (["accept"], mark.Class.MISS)
+    assert packet.mark != mark.MISS, "an epoch says that a worker has seen it"
+    assert answers.sources == [(3, b"\x0a\0\0\x04")]
+    assert list(tally.verdicts()) == [(Reason.ALLOWED_EXEMPT, Outcome.DEFERRED, 1, 1)]

@@ -16,7 +16,7 @@ from portward.resources import rules
 DEFINES = dict(re.findall(r"(?m)^define (\w+) = (\S+)$", rules("nftables", "portward.nft").read_text()))
 
 
-@pytest.mark.parametrize("name", ["OWN", "KEEP", "CLASS", "EPOCH", "MISS", "MISS_OPEN", "PASSED"])
+@pytest.mark.parametrize("name", ["OWN", "KEEP", "CLASS", "EPOCH", "MISS", "MISS_OPEN", "PASSED", "AGAIN"])
 def test_the_ruleset_has_the_same_bits(name: str) -> None:
     assert int(DEFINES[name], 16) == getattr(mark, name)
 

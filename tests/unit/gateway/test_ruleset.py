@@ -43,7 +43,16 @@ def test_values_stand_where_they_belong() -> None:
     config = Config(
         segments=("vni*", "tap1"),
         uplinks=("up0",),
-        queue=Queue(segment_rate=7, segment_burst=8, segment_committed=3, rate=9, burst=10),
+        queue=Queue(
+            segment_rate=7,
+            segment_burst=8,
+            segment_committed=3,
+            rate=9,
+            burst=10,
+            source_resets=14,
+            segment_resets=15,
+            resets=16,
+        ),
         verdicts=Verdicts(
             observe=("tap1",),
             allow_seconds=10,
@@ -65,8 +74,8 @@ def test_values_stand_where_they_belong() -> None:
         "set deny6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
         "set observed4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
         "set observed6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
-        "set refused4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 1s; size 1024; counter; }",
-        "set refused6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 1s; size 1024; counter; }",
+        "set refused4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
+        "set refused6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 12s; size 1024; counter; }",
         "set unknown4 { typeof iif . ip saddr; flags dynamic,timeout; timeout 13s; size 16384; }",
         "set unknown6 { typeof iif . ip6 saddr; flags dynamic,timeout; timeout 13s; size 16384; }",
         "update @miss_rate { iif limit rate over 7/second burst 8 packets } "
@@ -74,8 +83,14 @@ def test_values_stand_where_they_belong() -> None:
         "update @committed_rate { iif limit rate 3/second burst 12 packets } goto ask",
         "limit rate over 9/second burst 10 packets counter name limited_all goto refuse",
         *(
+            f"update @reset_rate{source} limit rate over 14/second burst 14 packets }} counter name held drop"
+            for source in ("4 { iif . ip saddr", "6 { iif . ip6 saddr")
+        ),
+        "update @reset_segments { iif limit rate over 15/second burst 15 packets } counter name held drop",
+        "limit rate over 16/second burst 16 packets counter name held drop",
+        *(
             f"update @share {{ iif limit rate over 500/minute burst 100 packets }} counter name unlearned {after}"
-            for after in ("goto pass", "drop", "goto pass")
+            for after in ("goto pass_uncached", "goto drop_uncached", "goto pass_uncached", "goto drop_uncached")
         ),
     ]
 
