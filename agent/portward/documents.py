@@ -126,18 +126,29 @@ def explained(message: str, type_: Any, document: Any) -> tuple[str, Steps]:
     if missing := re.match(r"Object missing required field `(.+)`", problem):
         return "is missing", (*steps, missing[1])
     if problem.startswith("Invalid enum value"):
-        value = _value_at(document, steps)
-        return f"{brief(value)} is none of its values; {nearest(str(value), _enum_values(type_, steps))}", steps
+        value, known = _value_at(document, steps), _enum_values(type_, steps)
+        near = _near(str(value), known)
+        hint = f"; {near}" if near else ""
+        return f"{brief(value)} is not a valid value ({', '.join(known)}){hint}{_written(str(value))}", steps
     return _in_words(problem, _value_at(document, steps)), steps
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """What was likely meant: the nearest of the known words, all of them where none is near."""
     known = list(known)
+    near = _near(word, known)
+    return f"{near}{_written(word)}" if near else f"known here: {', '.join(known)}{_written(word)}"
+
+
+def _near(word: str, known: list[str]) -> str:
+    """The question after the nearest of the known words; empty if none is near."""
     near = difflib.get_close_matches(word[:_LONGEST_WORD], known, n=1)
-    # Letters of other scripts look the same.
-    written = "" if word.isascii() else f" (written here: {word[:_LONGEST_WORD]!a})"
-    return (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}") + written
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def _written(word: str) -> str:
+    """How a word is written that is not ASCII: letters of other scripts look the same."""
+    return "" if word.isascii() else f" (written here: {word[:_LONGEST_WORD]!a})"
 
 
 def field_name(steps: Steps) -> str | None:

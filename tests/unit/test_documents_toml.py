@@ -88,10 +88,10 @@ REFUSED = {
     'name = "x"\nmain = { colour = "red",\tsize = "1" }': (2, "main.size", "expected a whole number, got '1'"),
     'name = "x"\nmain = 3': (2, "main", "expected a table, got 3"),
     'name = "x"\n[main]\ncolour = "grey"': (
-        3, "main.colour", "'grey' is none of its values; did you mean 'green'?",
+        3, "main.colour", "'grey' is not a valid value (red, green); did you mean 'green'?",
     ),
     'name = "x"\n[[parts]]\n[[parts]]\n# so\ncolour = "blue"': (
-        5, "parts[1].colour", "'blue' is none of its values; known here: red, green",
+        5, "parts[1].colour", "'blue' is not a valid value (red, green)",
     ),
     'name = "x"\nparts = [\n  {size = 2},\n  {size = 3, sise = 4},\n]': (
         4, "parts[1].sise", "unknown key; did you mean 'size'?",

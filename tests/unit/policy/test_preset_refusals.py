@@ -62,7 +62,7 @@ REFUSED = {
     "unknown path": ('"review"', '"reviews"', 19, "offers[1].exemption", "did you mean 'review'?"),
     "unknown path, none near": (
         '"review"', '"maybe"', 19, "offers[1].exemption",
-        "'maybe' is none of its values; known here: not-needed, self-service, review, never",
+        "'maybe' is not a valid value (not-needed, self-service, review, never)",
     ),
     "offer twice": (
         '["bronze"]', '["bronze", "gold"]', 17, "offers[1].ids", "offer 'gold' stands in offers[0] too",

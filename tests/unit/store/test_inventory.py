@@ -131,7 +131,8 @@ def test_an_address_has_one_key(tmp_path: Path, written: str, kept: str) -> None
          ":5: subscriptions[0].created: expected a date like 2017-11-15, got 'yesterday'"),
         ("    created: 2021-03-02\n", "", ":2: subscriptions[0].created: is missing"),
         ("standing: good", "standing: god",
-         ":10: subscriptions[1].standing: 'god' is none of its values; did you mean 'good'?"),
+         ":10: subscriptions[1].standing: 'god' is not a valid value (good, past-due, disabled); did you mean"
+         " 'good'?"),
         ("started: 2026-01-10T08:00:00Z", "started: 2026-01-10T08:00:00",
          ":16: attachments[0].started: a time needs its zone: '2026-01-10T08:00:00' and a Z at its end for UTC"),
         ("started: 2026-01-10T08:00:00Z", "started: 2026-01-10",
@@ -179,7 +180,7 @@ def test_a_mistake_in_yaml_is_told_with_its_place(tmp_path: Path, was: str, beco
         (
             '"vm"',
             '"container"',
-            ":10: attachments[0].workload: 'container' is none of its values; known here: vm, paas",
+            ":10: attachments[0].workload: 'container' is not a valid value (vm, paas)",
         ),
         ('"10.0.0.4"', '"10.0.0.4/8"', ":8: attachments[0].address: '10.0.0.4/8' has bits beyond its prefix"),
         ('"10.0.0.4"', "104", ":8: attachments[0].address: expected an address or a prefix in quotes, got 104"),
