@@ -20,6 +20,7 @@ from portward.interfaces import matches as matches  # noqa: PLC0414 # the reader
 from portward.model import Mode
 
 DEFAULT_PATH: Final = Path("/etc/portward/portward.toml")
+DEFAULT_TABLE: Final = Path("/var/cache/portward")
 
 # The URL of a store that there is a backend for; its path.
 STORE: Final = re.compile(r"sqlite:(.+)", re.DOTALL)
@@ -124,7 +125,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     segments: Annotated[tuple[str, ...], Meta(min_length=1)]
     uplinks: Annotated[tuple[str, ...], Meta(min_length=1)]
     store: str = "sqlite:/var/lib/portward/portward.db"
-    table: Path = Path("/var/cache/portward")
+    table: Path = DEFAULT_TABLE
     preset: str = "azure-2020"
     mode: Mode = Mode.ENFORCE
     on_agent_down: OnAgentDown = OnAgentDown.CLOSED

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from portward import config as configuration
-from portward import ending, report
+from portward import ending, report, settings
 from portward.answering import Answering
 from portward.config import Config
 from portward.core import Core
@@ -138,6 +138,7 @@ class Daemon:
         reading = asyncio.ensure_future(self._policy_step(self._first_sync))
         await asyncio.gather(*(worker.start() for worker in self._workers))
         await self._kernel_step(self._core.load)
+        settings.leave(self._path, self._core.config, self._core.preset)
         return links, first, reading
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> AsyncIterator[Links]:
@@ -322,6 +323,7 @@ class Daemon:
                 f"{self._path}: preset {preset.name} {error}; where that is meant, raise max_flip_share with it"
             ) from None
         self._config = config
+        settings.leave(self._path, self._core.config, self._core.preset)
 
     async def _keep_ruleset(self) -> None:
         """Looks at the ruleset when the kernel says that one was changed, and in any case again and again: notices

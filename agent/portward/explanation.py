@@ -12,8 +12,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
-from portward import config as configuration
 from portward.clock import as_agent
 from portward.config import Config, Refusal
 from portward.documents import network_text
@@ -26,11 +26,11 @@ from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import COUNTED_SETS, RATED_SETS, RATES, TABLE, Rated
 from portward.interfaces import shown
 from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
-from portward.policy import preset as presets
 from portward.policy.decide import decide, rule_in_words
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_in_words, remedy
 from portward.runtime import running
+from portward.settings import settings
 from portward.store import open_store
 from portward.store.protocol import find
 from portward.table import layout
@@ -69,21 +69,22 @@ class Explanation(msgspec.Struct, frozen=True):
     kernel: str
     remedy: str
     limit: RateLimit | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def explain(path: Path, segment: str, address: str, to: str | None) -> Explanation:
     """Explains the source `address` in `segment`, for packets to `to` or anywhere on the Internet. Raises
     InputError for what is no address, PortwardError where neither table nor store can be read."""
-    config = configuration.load(path)
+    config, preset, remarks = settings(path)
     source = _address("ADDRESS", address)
     destination = None if to is None else _address("--to", to)
     if not config.segment(segment):
         raise InputError(
             f"{segment!r} is none of the segments of {path}: {', '.join(config.segments)}", field="SEGMENT"
         )
-    preset = presets.load(config.preset, named_in=path)
     known = _from_table(config, preset, segment, source) or _from_store(config, segment, source)
-    return _explanation(config, preset, known, segment, source, destination)
+    found = _explanation(config, preset, known, segment, source, destination)
+    return replace(found, remarks=remarks)
 
 
 def lines(found: Explanation) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark
 
 
 def diagnose(
@@ -42,7 +42,9 @@ def diagnose(
     if json:
         typer.echo(msgspec.json.encode(found, enc_hook=enc_hook).decode())
     elif customer:
+        remark(found.remarks, err=True)
         typer.echo(found.customer)
     else:
+        remark(found.remarks)
         for line in answer.lines(preset, found, say, listed=None if everything else answer.LISTED):
             typer.echo(line)

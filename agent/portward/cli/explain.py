@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark
 
 
 def explain(
@@ -29,5 +29,6 @@ def explain(
     if json:
         typer.echo(msgspec.json.encode(found).decode())
     else:
+        remark(found.remarks)
         for line in explanation.lines(found):
             typer.echo(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -17,4 +18,11 @@ JsonLinesOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON, for a machine: an object on each line.")
 ]
 
-__all__ = ["DEFAULT_PATH", "ConfigOption", "JsonLinesOption", "JsonOption"]
+
+def remark(lines: Iterable[str], *, err: bool = False) -> None:
+    """Prints what a reader must know before anything else."""
+    for line in lines:
+        typer.echo(f"WARNING   {line}", err=err)
+
+
+__all__ = ["DEFAULT_PATH", "ConfigOption", "JsonLinesOption", "JsonOption", "remark"]

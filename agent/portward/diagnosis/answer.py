@@ -85,13 +85,14 @@ class Told(msgspec.Struct, frozen=True):
 
 class Diagnosis(msgspec.Struct, frozen=True):
     """What `--json` prints. `exemption_state` is the exemption's at the time of the facts; `customer` is the text
-    for the customer, in `language`."""
+    for the customer, in `language`; `remarks` what the reader must know first (see `settings`)."""
 
     facts: Facts
     exemption_state: State
     matters: tuple[Told, ...]
     language: str
     customer: str
+    remarks: tuple[str, ...] = ()
 
 
 def diagnosis(preset: Preset, facts: Facts, say: Language) -> Diagnosis:

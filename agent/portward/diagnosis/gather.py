@@ -12,7 +12,6 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from portward import config as configuration
 from portward.config import Config, Refusal
 from portward.diagnosis import counted, kernel
 from portward.diagnosis.answer import Diagnosis, diagnosis
@@ -22,9 +21,9 @@ from portward.documents import brief
 from portward.errors import InputError, PortwardError
 from portward.language import Language
 from portward.model import Address, Mode, Network
-from portward.policy import preset as presets
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
+from portward.settings import settings
 from portward.store.belongings import Belongings, uuid_of
 
 # How many subscriptions of the same name are told.
@@ -35,14 +34,13 @@ def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[
     """The diagnosis of the subscription `who` (UUID or name), or of the owner of the source `address` in the
     segment `who`, and the preset by which it is judged. Raises InputError for what is no address or segment,
     PortwardError where nothing is found, or a name is that of several."""
-    config = configuration.load(path)
-    preset = presets.load(config.preset, named_in=path)
+    config, preset, remarks = settings(path)
     source = None if address is None else _source(config, path, who, address)
     with closing(accounts(config, preset)) as place:
         facts = _of_account(config, preset, place, who) if source is None else (
             _of_source(config, preset, place, who, source)
         )  # fmt: skip
-    return preset, diagnosis(preset, facts, say)
+    return preset, replace(diagnosis(preset, facts, say), remarks=remarks)
 
 
 def judged(

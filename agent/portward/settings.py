@@ -1,0 +1,122 @@
+"""What the agent that runs here has in force, for verbs that say what is so.
+
+A mistake in portward.toml is a mistake for the next start or reload. The agent that runs goes on with what it has
+read before. So it leaves that beside its policy table (`in-force.json`), and `status`, `explain`, `diagnose` and
+`top` go by it as long as the agent runs. They say first if the file has a mistake, or says something else by now.
+Without an agent the file itself counts, with its mistakes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from portward import config as configuration
+from portward.config import Config
+from portward.documents import dec_hook, enc_hook
+from portward.errors import InputError
+from portward.policy import preset as presets
+from portward.policy.preset import Preset
+from portward.runtime import running
+
+_FILE: Final = "in-force.json"
+# Raised if a key goes or gets another meaning; another one is not read.
+_FORMAT: Final = 1
+# The line that names the table folder, in a file that cannot be read as TOML.
+_TABLE: Final = re.compile(r"(?m)^table\s*=\s*[\"']([^\"'\n]*)[\"']")
+_LARGEST_BYTES: Final = 16 * 1024 * 1024
+
+_log = logging.getLogger("portward")
+
+
+class Settings(NamedTuple):
+    """The configuration and the preset that count here now. `remarks`: what a reader must know before anything
+    else, a sentence each."""
+
+    config: Config
+    preset: Preset
+    remarks: tuple[str, ...] = ()
+
+
+class _InForce(msgspec.Struct, frozen=True):
+    """What the file holds; `path` is where the agent has read it."""
+
+    path: str
+    config: Config
+    preset: Preset
+    format: int = _FORMAT
+
+
+def leave(path: Path, config: Config, preset: Preset) -> None:
+    """Writes down what the agent has read at `path` and put in force, beside its table. If that fails it is only
+    logged: then verbs go by the file."""
+    document = _InForce(str(path.absolute()), config, preset)
+    new = config.table / f"{_FILE}.new"
+    try:
+        new.write_bytes(msgspec.json.encode(document, enc_hook=_encoded))
+        new.replace(config.table / _FILE)
+    except OSError as error:
+        _log.warning("what is in force cannot be written down beside the table: %s", error.strerror)
+        # What an earlier reload left there is not in force any more.
+        with contextlib.suppress(OSError):
+            (config.table / _FILE).unlink()
+
+
+def settings(path: Path) -> Settings:
+    """What counts here now for the configuration at `path`: what the running agent has in force; without one the
+    file. Raises InputError for a mistake in the file, if no agent runs that has it in force."""
+    try:
+        config = configuration.load(path)
+        preset = presets.load(config.preset, named_in=path)
+    except InputError as error:
+        found = _in_force(_folder(path), path)
+        if found is None:
+            raise
+        return Settings(
+            found.config, found.preset, (f"{error}: the agent runs with the configuration that it read before",)
+        )
+    found = _in_force(config.table, path)
+    if found is None:
+        return Settings(config, preset)
+    return Settings(found.config, found.preset, _differences(path, config, preset, found))
+
+
+def _differences(path: Path, config: Config, preset: Preset, found: _InForce) -> tuple[str, ...]:
+    keys = [key for key in Config.__struct_fields__ if getattr(config, key) != getattr(found.config, key)]
+    if not keys and preset.digest != found.preset.digest:
+        keys = [f"the preset {config.preset!r}"]
+    if not keys:
+        return ()
+    return (
+        f"{path}: changed since the agent read it ({', '.join(keys)}), and not in force: `systemctl reload "
+        "portward` takes it in, or says what needs a restart",
+    )
+
+
+def _in_force(folder: Path, path: Path) -> _InForce | None:
+    """What the running agent of this table has read at `path`; None if none runs there, or it does not say."""
+    if running(folder) is None:
+        return None
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        with (folder / _FILE).open("rb") as file:
+            found = msgspec.json.decode(file.read(_LARGEST_BYTES), type=_InForce, dec_hook=dec_hook)
+        if found.format == _FORMAT and found.path == str(path.absolute()):
+            return found
+    return None
+
+
+def _folder(path: Path) -> Path:
+    """The table folder that a configuration with a mistake names, if that line can be read; else the default."""
+    with contextlib.suppress(OSError):
+        if named := _TABLE.findall(path.read_text(errors="replace")):
+            return Path(named[-1])
+    return configuration.DEFAULT_TABLE
+
+
+def _encoded(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else enc_hook(value)
