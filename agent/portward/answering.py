@@ -91,6 +91,8 @@ class Answering:
     def _judge_worker(self, worker: Worker, *, silent: bool) -> None:
         """Ends a worker that does not answer. Where a new one does not either, it is seldom to blame: something
         keeps packets from its queue, so each further try waits twice as long."""
+        # Without a question there was no answer either.
+        worker.answers = not silent and not self._unasked
         if not silent:
             worker.silences = 0
             return

@@ -127,6 +127,11 @@ class Dataplane:
         # Else an earlier change is still to be carried out, or a repair has gone further.
         if not self.broken and self.enforcement.generation == committed.generation:
             self.enforced = committed.revision
+        elif self.broken and committed.revision != self.enforced:
+            _log.error(
+                "revision %d is NOT enforced, the kernel acts on revision %d: %s",
+                committed.revision, self.enforced, self.broken,
+            )  # fmt: skip
         self._look_again()
 
     def unsettle(self, indexes: frozenset[int], number: int) -> None:
@@ -251,9 +256,8 @@ class Dataplane:
 
     def _put_back(self) -> None:
         """Repairs, and reports it if the ruleset was not the one that was loaded."""
-        before = self.keeper.repairs
         self._repair()
-        if self.keeper.repairs != before:
+        if not self.broken:  # else the log says so already
             self._selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
 
     @property

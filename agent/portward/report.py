@@ -71,6 +71,7 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         },
         queue_waiting={(str(state.number),): state.waiting for state in queues},
         ruleset_repairs=core.keeper.repairs,
+        ruleset_repair_tries=core.keeper.repair_tries,
         policy_changes=core.changes,
         policy_held=core.held is not None,
         history_replaced=core.histories,
@@ -85,6 +86,7 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         reload_failed=reload_failed,
         store_age=_age(core),
         enforced_revision=core.enforced,
+        table_revision=core.revision,
         attachments=attachments,
         subscriptions=subscriptions,
         observing=core.config.mode is Mode.OBSERVE,
@@ -111,6 +113,7 @@ def status(
         "preset": core.preset.name,
         "queue_path": "nft queue" if core.native else "xtables NFQUEUE",
         "revision": core.revision,
+        "enforced_revision": core.enforced,
         "generation": core.generation,
         "store": core.config.store,
         "store_error": core.store_error,
@@ -138,6 +141,7 @@ def status(
                 "queue": worker.queue,
                 "pid": worker.process.pid if worker.process else None,
                 "running": worker.running,
+                **worker.standing()._asdict(),
                 "restarts": worker.restarts,
             }
             for worker in workers

@@ -24,6 +24,7 @@ class Snapshot:
     queue_dropped: Mapping[Labels, float] = field(default_factory=dict)
     queue_waiting: Mapping[Labels, float] = field(default_factory=dict)
     ruleset_repairs: float = 0
+    ruleset_repair_tries: float = 0
     divergence: Mapping[Labels, float] = field(default_factory=dict)
     self_check_age: float = 0
     ruleset_broken: float = 0
@@ -38,6 +39,7 @@ class Snapshot:
     reload_failed: float = 0
     store_age: float = 0
     enforced_revision: float = 0
+    table_revision: float = 0
     attachments: float = 0
     subscriptions: float = 0
     observing: float = 0

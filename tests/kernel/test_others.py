@@ -49,8 +49,10 @@ def test_while_the_ruleset_is_refused_a_port_closed_by_hand_stays_closed(
         until(lambda: gateway.agent.metrics()["portward_ruleset_broken"] == 1, "the kernel refuses the ruleset")
         assert gateway.passes(FABRIKAM, "10.0.0.5"), "nothing judges"
         namespaces.load(gateway.lab.gateway, rules("nftables", "closed.nft").read_text())
-        tries = gateway.agent.metrics()["portward_ruleset_repairs_total"]
-        until(lambda: gateway.agent.metrics()["portward_ruleset_repairs_total"] > tries + 2, "it was tried again")
+        before = gateway.agent.metrics()
+        tries, repairs = "portward_ruleset_repair_tries_total", "portward_ruleset_repairs_total"
+        until(lambda: gateway.agent.metrics()[tries] > before[tries] + 2, "it was tried again")
+        assert gateway.agent.metrics()[repairs] == before[repairs], "in vain is no repair"
         assert "portward_closed" in tables(gateway)
         assert not gateway.passes(FABRIKAM, "10.0.0.5")
         assert not gateway.passes(CONTOSO, "10.0.0.5")

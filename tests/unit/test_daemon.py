@@ -23,6 +23,7 @@ import pytest
 
 from portward import answering, daemon
 from portward import config as configuration
+from portward.cli.status import _lines
 from portward.clock import Clock
 from portward.core import Core
 from portward.daemon import Daemon, missing
@@ -46,7 +47,7 @@ class FakeWorker(Worker):
 
     def __init__(self, ground: Running) -> None:
         super().__init__(0, 16, configuration.QueueReader.BATCH, ground.config.table, lambda source: None)
-        self._ground, self.answers = ground, True
+        self._ground = ground
 
     @property
     def running(self) -> bool:
@@ -77,7 +78,7 @@ class FakeWorker(Worker):
     def kill(self) -> None:
         """Ends it by force."""
         self._ground.said.append("worker killed")
-        self.ready = False
+        self.ready = self.answers = False
 
 
 class Notices:
@@ -122,6 +123,8 @@ class Running(Ground):
         self.links: asyncio.Queue[Links]
         self.daemon: Daemon
         self.worker = FakeWorker(self)
+        # Whether the worker answers nothing.
+        self.silent = False
         self.notices = Notices()
         self._patch(monkeypatch)
 
@@ -133,7 +136,7 @@ class Running(Ground):
 
         def ask(_: object, place: int, port: int) -> None:
             assert (place, port) == (0, 25)
-            if self.worker.answers and TABLE in self.kernel.tables:  # without rules no query gets to a worker
+            if not self.silent and TABLE in self.kernel.tables:  # without rules no query gets to a worker
                 self.worker.tally.event(Event.PROBED)
                 self.kernel.tables[TABLE].counters["answered"] += 1
 
@@ -348,9 +351,9 @@ def test_a_worker_that_does_not_answer_is_ended_and_started_again(
 
     async def work() -> None:
         await running.until(lambda: _answered(running) is not None, "it has answered")
-        running.worker.answers = False
+        running.silent = True
         await running.until(lambda: running.worker.restarts > 0, "it is started again")
-        running.worker.answers = True
+        running.silent = False
         before = _answered(running)
         await running.until(lambda: _answered(running) not in (None, before), "and answers")
 
@@ -395,6 +398,62 @@ def _answered(running: Running) -> Any:
     """When every worker last answered, as the status says."""
     status = read_status(running.config.table)
     return None if status is None else status["self_check"]["at"]
+
+
+def test_a_worker_that_is_tried_again_does_not_run(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one that has bound its queue and has answered nothing."""
+
+    def states() -> list[str]:
+        found = read_status(running.config.table) or {"workers": []}
+        return [worker["state"] for worker in found["workers"]]
+
+    async def work() -> None:
+        await running.until(lambda: states() == ["answers"], "it answers")
+        lines = _lines(read_status(running.config.table) or {})
+        assert any("worker 0 runs" in line for line in lines)
+        monkeypatch.setattr(answering, "PATIENCE", 0.05)
+        free = asyncio.Event()
+
+        async def start() -> None:
+            running.worker.trouble = "queue 0 cannot be bound: another process has it"
+            await free.wait()
+            running.worker.ready, running.worker.trouble = True, ""
+
+        running.worker.start = start  # type: ignore[method-assign]
+        running.silent = True
+        await running.until(lambda: states() == ["trying"], "it is tried again")
+        line = next(line for line in _lines(read_status(running.config.table) or {}) if "worker 0" in line)
+        assert "worker 0 IS DOWN for " in line
+        assert "queue 0 cannot be bound: another process has it" in line
+        free.set()
+        await running.until(lambda: states() == ["unanswered"], "it has bound its queue, and does not answer")
+        running.silent = False
+
+    running.run(work)
+
+
+def test_a_revision_that_the_kernel_refuses_is_not_enforced_and_the_status_says_so(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> dict[str, Any]:
+        return read_status(running.config.table) or {}
+
+    async def work() -> None:
+        await running.until(lambda: told().get("enforced_revision") == 1, "the first one is enforced")
+        running.kernel.permitted = False
+        running.put(subscription(MAY, "pay-as-you-go"))
+        await running.until(lambda: told()["revision"] == 2 and told()["ruleset_error"], "the kernel refuses it")
+        assert running.daemon._newest().enforced_revision == 1
+        assert told()["enforced_revision"] == 1
+        lines = _lines(told())
+        assert any(
+            "revision 2 in the table, NOT enforced yet: the kernel acts on revision 1" in line for line in lines
+        )
+        assert "revision 2 is NOT enforced" in caplog.text
+        running.kernel.permitted = True
+        await running.until(lambda: told()["enforced_revision"] == 2, "it takes it")
+
+    running.run(work)
 
 
 def test_the_status_says_what_is_enforced_and_goes_with_the_daemon(running: Running) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 import msgspec
 import typer
 
-from portward import config as configuration
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward import settings
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark
+from portward.config import Config
 from portward.errors import PortwardError
 from portward.runtime import hidden, read_status, running
 
@@ -41,10 +42,12 @@ def status(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
 
     Example: portward status --json
     """
-    told = _status(config)
+    found = settings.settings(config)
+    told = _status(found.config)
     if json:
-        typer.echo(msgspec.json.encode(told).decode())
+        typer.echo(msgspec.json.encode(told | {"remarks": found.remarks}).decode())
         return
+    remark(found.remarks)
     for line in _lines(told):
         typer.echo(line)
 
@@ -64,7 +67,9 @@ def top(
     """
     from portward.busiest import Busiest  # noqa: PLC0415 # only this verb needs it
 
-    busiest = Busiest(configuration.load(config))
+    found = settings.settings(config)
+    remark(found.remarks)
+    busiest = Busiest(found.config)
     with _screen() as show:
         show(busiest.read(time.monotonic()), first=True)
         readings = 0
@@ -96,18 +101,17 @@ def _screen() -> Iterator[Show]:
     console.print()
 
 
-def _status(config: Any) -> dict[str, Any]:
-    settings = configuration.load(config)
-    if hidden(settings.table):
-        raise PortwardError(f"table {settings.table}: only root and the agent's own user may see its status")
-    pid = running(settings.table)
+def _status(config: Config) -> dict[str, Any]:
+    if hidden(config.table):
+        raise PortwardError(f"table {config.table}: only root and the agent's own user may see its status")
+    pid = running(config.table)
     if pid is None:
         from portward import rules  # noqa: PLC0415 # a running agent is not looked up in the kernel
 
         raise PortwardError(
-            f"no agent runs on table {settings.table}: {rules.without_agent(settings)} (start `portward run`)"
+            f"no agent runs on table {config.table}: {rules.without_agent(config)} (start `portward run`)"
         )
-    told = read_status(settings.table)
+    told = read_status(config.table)
     if told is None:
         raise PortwardError(f"agent {pid} is starting: no status yet")
     return told
@@ -119,15 +123,10 @@ def _lines(told: dict[str, Any]) -> list[str]:
     found = [
         f"portward {told['version']}, process {told['pid']}, up {_span((at - started).total_seconds())}, "
         f"mode {told['mode']}, preset {told['preset']}",
-        f"policy    revision {told['revision']}, {told['attachments']:.0f} attachments of "
-        f"{told['subscriptions']:.0f} subscriptions",
+        f"policy    revision {told['revision']}{_behind(told)}, "
+        f"{_count(told['attachments'], 'attachment')} of {_count(told['subscriptions'], 'subscription')}",
         f"store     {told['store']}{_store(told)}",
-        f"queue     {told['queue_path']}; "
-        + ", ".join(
-            f"worker {worker['queue']} {'runs' if worker['running'] else 'IS DOWN'}"
-            + (f" ({worker['restarts']} restarts)" if worker["restarts"] else "")
-            for worker in told["workers"]
-        ),
+        f"queue     {told['queue_path']}; " + ", ".join(map(_worker, told["workers"])),
         "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
     ]
     found.append(_self_check(told["self_check"]))
@@ -138,7 +137,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         found.append("guard     not loaded: nobody else translates packets here")
     for segment in told["segments"]:
         seen = (
-            f"{segment['packets']} packets to the judged ports"
+            f"{_count(segment['packets'], 'packet')} to the judged ports"
             if segment["packets"]
             else (
                 "no packet to the judged ports has passed here yet: does its traffic cross this host's own stack?"
@@ -153,21 +152,55 @@ def _lines(told: dict[str, Any]) -> list[str]:
         found[:0] = _held(held)
     found[:0] = [f"STACKED   {line}" for line in told.get("stacked", ())]
     if dropped := told.get("tunnels_dropped"):
-        found.append(f"tunnels   {dropped} packets from segments to tunnels that end here: dropped")
+        found.append(f"tunnels   {_count(dropped, 'packet')} from segments to tunnels that end here: dropped")
     if told["ruleset_error"]:
         found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
     if told["reload_failed"]:
         found.append("config    the last reload was refused: the configuration before is in force (see the log)")
     # An agent of an older version does not write these.
     if damaged := told.get("table_rows_damaged"):
-        found.append(f"table     {damaged:.0f} DAMAGED ROWS, whose sources are denied: see `portward check`")
+        rows = _count(damaged, "DAMAGED ROW", "DAMAGED ROWS")
+        found.append(f"table     {rows}, whose sources are denied: see `portward check`")
     if replaced := told.get("history_replaced"):
         found.append(
-            f"history   {replaced:.0f} times the store had another history (a restored backup?), and was read anew"
+            f"history   {_times(replaced)} the store had another history (a restored backup?), and was read anew"
         )
     if told["ruleset_repairs"]:
-        found.append(f"ruleset   put back {told['ruleset_repairs']:.0f} times after somebody changed it")
+        found.append(
+            f"ruleset   put back {_times(told['ruleset_repairs'])}: another program had changed it, or the kernel "
+            "had refused a change"
+        )
     return found
+
+
+def _behind(told: dict[str, Any]) -> str:
+    """What is to be said if the kernel acts on another revision than the table. An older agent does not say."""
+    enforced = told.get("enforced_revision", told["revision"])
+    if enforced == told["revision"]:
+        return ""
+    return f" in the table, NOT enforced yet: the kernel acts on revision {enforced}"
+
+
+def _worker(worker: dict[str, Any]) -> str:
+    """What a worker does. An agent of an older version says only whether its process is there."""
+    state = worker.get("state", "answers" if worker["running"] else "trying")
+    since = _span(worker.get("seconds", 0))
+    words = {
+        "answers": "runs",
+        "unanswered": f"has bound its queue and HAS NOT ANSWERED for {since}",
+        "starting": f"is starting, for {since}",
+        "trying": f"IS DOWN for {since}, and is started again: {worker.get('why', '')}".rstrip(": "),
+    }
+    restarts = f" ({_count(worker['restarts'], 'restart')})" if worker["restarts"] else ""
+    return f"worker {worker['queue']} {words[state]}{restarts}"
+
+
+def _count(number: float, one: str, many: str = "") -> str:
+    return f"{number:.0f} {one if number == 1 else many or one + 's'}"
+
+
+def _times(number: float) -> str:
+    return "once" if number == 1 else f"{number:.0f} times"
 
 
 def _held(held: dict[str, Any]) -> Iterator[str]:
@@ -213,7 +246,9 @@ def _self_check(told: dict[str, Any]) -> str:
         else f"every worker answered {_span(_since(datetime.fromisoformat(at)))} ago"
     )
     last = (
-        f"; {number} differences so far, the last {told['last_difference']}" if number else ", no difference found"
+        f"; {_count(number, 'difference')} so far, the last {told['last_difference']}"
+        if number
+        else ", no difference found"
     )
     return f"check     {when}{last}"
 

@@ -39,7 +39,7 @@ class Keeper:
         self._nft, self._netlink, self._learned = nft, netlink, learned
         self._fingerprint: bytes | None = None
         self._looked = time.monotonic()
-        self.repairs = 0
+        self.repairs = self.repair_tries = 0
         self.loaded_at = 0.0  # when a ruleset was last put in place, by the monotonic clock
 
     def load(self, want: Wanted) -> None:
@@ -129,10 +129,10 @@ class Keeper:
         )
 
     def repair(self, want: Wanted) -> None:
-        """Loads the ruleset again and counts it; raises KernelError."""
-        self.repairs += 1
-        _log.warning("the ruleset was changed by somebody else: it is put back")
+        """Loads the ruleset again and counts it once it is there; raises KernelError."""
+        self.repair_tries += 1
         self.load(want)
+        self.repairs += 1
 
     def epoch_is(self, generation: int) -> bool:
         """Whether verdicts of this generation of the policy table are those that are remembered."""

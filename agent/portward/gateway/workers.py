@@ -11,9 +11,10 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from portward.config import Queue, QueueReader
 from portward.errors import InputError, KernelError
@@ -36,6 +37,16 @@ _ASKED: Final = re.compile(rb"([1-9][0-9]{0,9}) ((?:[0-9a-f]{8}|[0-9a-f]{32}))")
 _LARGEST_INDEX: Final = 2**31 - 1
 
 _log = logging.getLogger("portward.worker")
+
+
+class Standing(NamedTuple):
+    """What a worker does, for the status: `answers`, `unanswered` (its queue is bound, and it has answered no
+    question since), `starting`, `trying` (it ended, and is started again). `seconds` is for how long it has done
+    so, `why` is why it has to be started again."""
+
+    state: str
+    seconds: float
+    why: str = ""
 
 
 class Worker:
@@ -62,6 +73,12 @@ class Worker:
         self.silences = 0
         # Whether the process has said that its queue is bound.
         self.ready = False
+        # Whether it has answered the last question since then.
+        self.answers = False
+        # Why it has to be started again, if it has.
+        self.trouble = ""
+        # What it does, and since when by the monotonic clock: see `standing`.
+        self._noted = "", 0.0
         self._lifeline = -1
         self._said: asyncio.Task[str] | None = None
         self._listening: asyncio.Task[None] | None = None
@@ -73,6 +90,16 @@ class Worker:
     def running(self) -> bool:
         """Whether the process is there."""
         return self.process is not None and self.process.returncode is None
+
+    def standing(self) -> Standing:
+        """What the worker does now."""
+        state = "trying" if self.trouble else "starting"
+        if self.ready:
+            state = "answers" if self.answers else "unanswered"
+        now = time.monotonic()
+        if state != self._noted[0]:
+            self._noted = state, now
+        return Standing(state, now - self._noted[1], "" if self.ready else self.trouble)
 
     @property
     def stays(self) -> bool:
@@ -110,7 +137,7 @@ class Worker:
             last = await self._said
             await self.process.wait()
             raise KernelError(last or f"the worker of queue {self.queue} did not start")
-        self.ready = True
+        self.ready, self.trouble = True, ""
         self._listening = asyncio.create_task(self._listen(lines))
 
     async def _is_ready(self, lines: AsyncIterator[bytes]) -> bool:
@@ -130,7 +157,8 @@ class Worker:
         while True:
             assert self.process is not None  # noqa: S101 # watched after its start only
             code = await self.process.wait()
-            self.ready = False
+            self.ready = self.answers = False
+            self.trouble = f"its process ended ({code})"
             self._close_lifeline()
             self.restarts += 1
             _log.error("the worker of queue %d ended (%s): it is started again", self.queue, code)
@@ -139,6 +167,7 @@ class Worker:
                     await self.start()
                     break
                 except (KernelError, OSError) as error:  # OSError: no more processes, memory or descriptors
+                    self.trouble = str(error)
                     _log.error("the worker of queue %d cannot be started: %s", self.queue, error)
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
@@ -176,7 +205,7 @@ class Worker:
 
     def kill(self) -> None:
         """Ends the process by force."""
-        self.ready = False
+        self.ready = self.answers = False
         self._close_lifeline()
         with contextlib.suppress(ProcessLookupError):
             if self.process is not None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -51,6 +52,23 @@ def test_workers_stay_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stay_seconds() == 0
     monkeypatch.setenv(STAY, "60")
     assert stay_seconds() == 60
+
+
+def test_a_worker_runs_only_once_it_has_bound_its_queue_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    worker = Worker(0, 16, QueueReader.BATCH, Path("table"), lambda source: None)
+    assert worker.standing() == ("starting", 0.0, "")
+    now[0] += 3
+    assert worker.standing() == ("starting", 3.0, "")
+    worker.ready = True
+    assert worker.standing() == ("unanswered", 0.0, "")
+    worker.answers = True
+    assert worker.standing() == ("answers", 0.0, "")
+    worker.kill()
+    worker.trouble = "queue 0 cannot be bound"
+    assert worker.standing() == ("trying", 0.0, "queue 0 cannot be bound")
+    os.close(worker._block)
 
 
 @pytest.mark.parametrize("text", ["60s", "", "-1", "inf", "nan", "3601"])

@@ -96,7 +96,7 @@ def test_the_status_of_an_older_agent_can_be_told(tmp_path: Path) -> None:
         "queue     nft queue; worker 0 runs (2 restarts)",
         "kernel    remembers 30 allow, 9 deny",
         "segment   vni1001: 12 packets to the judged ports",
-        "ruleset   put back 1 times after somebody changed it",
+        "ruleset   put back once: another program had changed it, or the kernel had refused a change",
     ):
         assert line in lines
 
