@@ -38,8 +38,9 @@ $(VENV)/bench-ready: $(VENV)/ready requirements-bench.txt
 demo: setup ## Send real mail through a gateway in network namespaces (root)
 	$(BIN)/portward lab demo
 
+# One process for each core. The tests of a file stay in one process, because they share a lab.
 test: setup ## Run all tests: unit, kernel, whole program (root)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # What the virtual machine takes beyond that.
 VM_PACKAGES := qemu-system-x86 debootstrap e2fsprogs lintian
