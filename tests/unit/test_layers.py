@@ -41,9 +41,11 @@ LAYERS = (
     ("exemptions",),
     ("policy",),
     ("metrics", "snapshot", "runtime", "notify", "config", "sample", "selfcheck", "clock", "heartbeat"),
+    ("validity",),
     ("documents",),
     ("codes",),
     ("model", "resources", "language", "interfaces"),
+    ("limits",),
     ("errors", "__init__"),
     ("characters",),
 )

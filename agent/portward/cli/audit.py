@@ -14,6 +14,7 @@ from portward import config as configuration
 from portward.audit import Wanted
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.errors import InputError, printable
+from portward.limits import LAST_REVISION
 from portward.store import open_store
 from portward.store.chain import Check, parse_mark
 
@@ -24,11 +25,20 @@ _LAST: Final = 20
 
 def audit(
     since: Annotated[
-        int | None, typer.Option("--since", metavar="REVISION", min=0, help="Print the entries after this one.")
+        int | None,
+        typer.Option(
+            "--since", metavar="REVISION", min=0, max=LAST_REVISION, help="Print the entries after this one."
+        ),
     ] = None,
     last: Annotated[
         int | None,
-        typer.Option("--last", metavar="N", min=1, help=f"Print the last N entries; {_LAST} if not given."),
+        typer.Option(
+            "--last",
+            metavar="N",
+            min=1,
+            max=LAST_REVISION,
+            help=f"Print the last N entries; {_LAST} if not given.",
+        ),
     ] = None,
     key: Annotated[
         str | None,

@@ -14,7 +14,7 @@ import msgspec
 import typer
 
 from portward import config as configuration
-from portward import exemptions
+from portward import exemptions, limits
 from portward.behind import Behind, behind_held
 from portward.casework import Casework, Done, Row
 from portward.cli.actor import ActorOption, acting
@@ -58,12 +58,18 @@ WaitOption: TypeAlias = Annotated[
 RateOption: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        "--rate", metavar="N", min=1, max=1_000_000, help="New connections a minute, of the whole subscription."
+        "--rate",
+        metavar="N",
+        min=1,
+        max=limits.MOST_PER_MINUTE,
+        help="New connections a minute, of the whole subscription.",
     ),
 ]
 BurstOption: TypeAlias = Annotated[
     int | None,
-    typer.Option("--burst", metavar="N", min=1, max=100_000, help=f"How many of them at once, else {_BURST}."),
+    typer.Option(
+        "--burst", metavar="N", min=1, max=limits.MOST_AT_ONCE, help=f"How many of them at once, else {_BURST}."
+    ),
 ]
 ClockOption: TypeAlias = Annotated[
     bool, typer.Option("--trust-clock", help="Also where the store's newest change lies after this host's time.")
@@ -75,7 +81,9 @@ def request(
     id_: IdArgument,
     justification: Annotated[str, typer.Option(metavar="TEXT", help="Why mail cannot go through a relay.")] = "",
     mail_software: Annotated[str, typer.Option(metavar="TEXT", help="What sends the mail.")] = "",
-    volume: Annotated[int | None, typer.Option(metavar="N", min=1, help="Messages a day.")] = None,
+    volume: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=limits.MOST_MESSAGES, help="Messages a day.")
+    ] = None,
     reverse_dns: Annotated[str, typer.Option(metavar="NAME", help="The name that the address points to.")] = "",
     authentication: Annotated[
         list[Authentication] | None,

@@ -9,6 +9,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from portward.config import DEFAULT_PATH
+from portward.limits import LONGEST_INTERVAL, SHORTEST_INTERVAL
 
 ConfigOption: TypeAlias = Annotated[
     Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration.", readable=False)
@@ -25,4 +26,11 @@ def remark(lines: Iterable[str], *, err: bool = False) -> None:
         typer.echo(f"WARNING   {line}", err=err)
 
 
-__all__ = ["DEFAULT_PATH", "ConfigOption", "JsonLinesOption", "JsonOption", "remark"]
+def seconds(value: float) -> float:
+    """The value of an option, if it is a number of seconds that one can wait for; `min` and `max` let NaN pass."""
+    if SHORTEST_INTERVAL <= value <= LONGEST_INTERVAL:
+        return value
+    raise typer.BadParameter(f"{value:g} is not in the range {SHORTEST_INTERVAL:g}<=x<={LONGEST_INTERVAL:g}")
+
+
+__all__ = ["DEFAULT_PATH", "ConfigOption", "JsonLinesOption", "JsonOption", "remark", "seconds"]

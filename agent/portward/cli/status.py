@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from portward import settings
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark, seconds
 from portward.config import Config
 from portward.errors import PortwardError
 from portward.runtime import hidden, read_status, running
@@ -54,7 +54,8 @@ def status(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
 
 def top(
     interval: Annotated[
-        float, typer.Option("--interval", metavar="SECONDS", min=0.2, help="Seconds between readings.")
+        float,
+        typer.Option("--interval", metavar="SECONDS", callback=seconds, help="Seconds between readings."),
     ] = 1.0,
     count: Annotated[int, typer.Option("--count", metavar="N", min=0, help="Readings, 0 for ever.")] = 0,
     config: ConfigOption = DEFAULT_PATH,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, date, datetime
 
 from portward.errors import InputError
+from portward.limits import time_problem
 
 
 def instant(text: str | None, field: str) -> datetime | None:
@@ -12,6 +13,14 @@ def instant(text: str | None, field: str) -> datetime | None:
     Raises InputError that names the field."""
     if text is None:
         return None
+    found = _read(text, field)
+    # Before it is turned into UTC, in which a time may lie beyond all that Python can hold.
+    if (problem := time_problem(found)) is not None:
+        raise InputError(problem, field=field)
+    return found.astimezone(UTC)
+
+
+def _read(text: str, field: str) -> datetime:
     try:
         day = date.fromisoformat(text)
         return datetime(day.year, day.month, day.day, tzinfo=UTC)
@@ -25,4 +34,4 @@ def instant(text: str | None, field: str) -> datetime | None:
         ) from None
     if found.tzinfo is None:
         raise InputError(f"{text!r} has no time zone: {text}Z is the time in UTC", field=field)
-    return found.astimezone(UTC)
+    return found

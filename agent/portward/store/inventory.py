@@ -18,7 +18,8 @@ from portward.documents import Steps, brief, network_text
 from portward.errors import InputError
 from portward.model import Attachment, Exemption, ExemptionState, Network, Record, Subscription
 from portward.store.document import Document, read_document
-from portward.store.protocol import INSTANTS, Progress, encode, flaws, key_of
+from portward.store.protocol import Progress, encode, key_of
+from portward.validity import INSTANTS, flaws
 
 
 class Inventory:

@@ -15,8 +15,10 @@ from typing import Final
 
 import msgspec
 
+from portward.limits import FIRST_TIME, LAST_TIME
 from portward.model import Attachment, Instant, Workload
-from portward.store.protocol import FIRST, LAST, UNREADABLE, is_interface
+from portward.store.protocol import UNREADABLE
+from portward.validity import is_interface
 
 
 class Packed(msgspec.Struct, frozen=True, gc=False):
@@ -43,9 +45,9 @@ class _Written(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True
 
 _read = msgspec.json.Decoder(_Written).decode
 _PAAS: Final = Workload.PAAS
-_EPOCH: Final = FIRST - timedelta(days=1)
+_EPOCH: Final = FIRST_TIME - timedelta(days=1)
 _MICROSECOND: Final = timedelta(microseconds=1)
-_EARLIEST, _LATEST = ((at - _EPOCH) // _MICROSECOND for at in (FIRST, LAST))
+_EARLIEST, _LATEST = ((at - _EPOCH) // _MICROSECOND for at in (FIRST_TIME, LAST_TIME))
 _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _is_length = re.compile(r"0|[1-9][0-9]{0,2}").fullmatch
 

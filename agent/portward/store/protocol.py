@@ -25,8 +25,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from datetime import UTC, date, datetime
-from functools import lru_cache
+from datetime import date, datetime
 from ipaddress import ip_network
 from typing import Final, NamedTuple, Protocol, TypeAlias
 from uuid import UUID
@@ -35,8 +34,8 @@ import msgspec
 
 from portward.documents import brief, dec_hook, enc_hook, explained, field_name, network_text
 from portward.errors import StoreError, printable
-from portward.interfaces import is_segment_name
 from portward.model import Address, Attachment, Exemption, ExemptionState, Record, Subscription
+from portward.validity import flaws
 
 Progress: TypeAlias = Callable[[int], None]
 
@@ -45,19 +44,9 @@ KINDS: Final[dict[str, type[Record]]] = {
     "attachments": Attachment,
     "exemptions": Exemption,
 }
-INSTANTS: Final[dict[type[Record], tuple[str, ...]]] = {
-    Subscription: (),
-    Attachment: ("started",),
-    Exemption: ("requested", "decided", "until"),
-}
 
-# What the kernel takes as an interface name (dev_valid_name in net/core/dev.c), without the wildcard of the
-# configuration: an attachment is in one segment. The length is in bytes.
+# A longer key is cut off in messages.
 _LONGEST_KEY: Final = 200
-# Times are kept as microseconds since 1970, of which 0 stands for none; a day's room for zones.
-FIRST: Final = datetime(1970, 1, 2, tzinfo=UTC)
-LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
-
 
 CONFIRMED: Final = "confirmed"
 _ALONE: Final = "alone "
@@ -305,32 +294,6 @@ def named(key: str) -> Record | None:
     except ValueError:
         return None
     return record if key_of(record) == key and not any(flaws(record)) else None
-
-
-def flaws(record: Record) -> Iterator[tuple[str, str]]:
-    """What in a record of the right types no gateway can hold: (field, what would be right)."""
-    for name in INSTANTS[type(record)]:
-        at = getattr(record, name)
-        if at is not None and not FIRST <= at <= LAST:
-            yield name, f"{at.isoformat()} is out of range: from {FIRST:%Y-%m-%d} to {LAST:%Y-%m-%d}"
-    if isinstance(record, Attachment):
-        if not _is_interface(record.segment):
-            problem = (
-                f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, "
-                "'/', ':', '%' or '*'"
-            )
-            yield "segment", problem
-        if getattr(record.address.network_address, "scope_id", None):
-            yield "address", "an address needs no zone: the segment says which one"
-
-
-def is_interface(name: str) -> bool:
-    """Whether an attachment can be in a segment of that name."""
-    return is_segment_name(name)
-
-
-# A gateway's segments: each is in many attachments.
-_is_interface: Final = lru_cache(maxsize=65_536)(is_interface)
 
 
 def confirmation(revision: int, *, alone: bool = False, hold: bytes | None = None) -> Put:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from inputs.corpus import Case, cases
 from inputs.rows import row, write_rows
 from portward.documents import network_text
+from portward.limits import FIRST_TIME, LAST_TIME
 from portward.model import Attachment, Network, Workload
 from portward.store.packed import Packed, Packer, packed
-from portward.store.protocol import FIRST, LAST, RecordError, attachment_key, decode, encode, key_of
+from portward.store.protocol import RecordError, attachment_key, decode, encode, key_of
 from unit.store.samples import CONTOSO, MACHINE, PREFIX, held, opened
 
 RECORDS = cases("records")
@@ -139,7 +140,7 @@ def test_the_corpus(case: Case, tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("at", [FIRST, LAST, datetime(2026, 1, 10, 8, 0, 0, 1, tzinfo=UTC)])
+@pytest.mark.parametrize("at", [FIRST_TIME, LAST_TIME, datetime(2026, 1, 10, 8, 0, 0, 1, tzinfo=UTC)])
 def test_the_first_and_the_last_instant(at: datetime) -> None:
     assert same(key_of(MACHINE), encode(msgspec.structs.replace(MACHINE, started=at)))
 

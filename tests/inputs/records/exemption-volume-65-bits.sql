@@ -1,0 +1,1 @@
+INSERT INTO bad VALUES ('exemptions/11111111-0000-4000-8000-000000000002', '{"subscription":"11111111-0000-4000-8000-000000000002","state":"granted","decided":"2026-01-09T12:00:00Z","details":{"volume":18446744073709551616}}');
