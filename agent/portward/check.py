@@ -17,6 +17,7 @@ from portward.gateway.links import Device
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.interfaces import shown
+from portward.metricsserver import try_to_listen
 from portward.policy import preset as presets
 from portward.runtime import running
 from portward.store import open_store
@@ -62,6 +63,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
         xtables.require(netlink)
     yield from _lock(config, netlink)
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
+    yield from _metrics(config)
     for line in translating.why:
         yield f"{line}: what is forwarded is judged again (forward guard)"
     if not with_store:
@@ -113,6 +115,15 @@ def _lock(config: Config, netlink: NfNetlink) -> Iterator[str]:
         raise taken
     if taken is not None:
         yield f"the agent runs here with this table, as process {own}"
+
+
+def _metrics(config: Config) -> Iterator[str]:
+    """Whether the metrics can be scraped at their address. That decides about nothing else."""
+    if running(config.table) is None and (problem := try_to_listen(config.metrics_endpoints())):
+        yield (
+            f"WARNING: metrics.address {problem}: `portward run` enforces all the same, and tries again until it "
+            "can be had"
+        )
 
 
 def _tunnels(config: Config, devices: Sequence[Device]) -> Iterator[str]:

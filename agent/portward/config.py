@@ -14,7 +14,9 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from portward import endpoint
 from portward.documents import mistake, read_toml
+from portward.endpoint import Endpoint
 from portward.interfaces import is_pattern
 from portward.interfaces import matches as matches  # noqa: PLC0414 # the readers of a configuration ask here
 from portward.model import Mode
@@ -27,7 +29,6 @@ STORE: Final = re.compile(r"sqlite:(.+)", re.DOTALL)
 # Queue numbers have 16 bits.
 _QUEUES: Final = 65_536
 _LAST_PORT: Final = 65_535
-_ADDRESS: Final = re.compile(r"(?P<host>[^:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
 Seconds = Annotated[int, Meta(ge=1, le=86_400)]
 Rate = Annotated[int, Meta(ge=1, le=10_000_000)]
@@ -148,12 +149,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Whether a segment is only observed, by `mode` or by `verdicts.observe`."""
         return self.mode is Mode.OBSERVE or matches(self.verdicts.observe, interface)
 
-    def metrics_address(self) -> tuple[str, int] | None:
-        """Host and port of the metrics, None where they are switched off."""
-        found = _ADDRESS.fullmatch(self.metrics.address)
-        if found is None or int(found["port"]) > _LAST_PORT:
-            return None
-        return found["host"].strip("[]"), int(found["port"])
+    def metrics_endpoints(self) -> tuple[Endpoint, ...]:
+        """Where the metrics are served; empty if they are switched off. Raises ValueError for what is no
+        address."""
+        return endpoint.parse(self.metrics.address) if self.metrics.address else ()
 
 
 def load(path: Path) -> Config:
@@ -185,8 +184,10 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
     for place, pattern in enumerate(config.verdicts.observe):
         if not any(_overlap(pattern, segment) for segment in config.segments):
             yield f"{pattern!r} is none of the segments", ("verdicts", "observe", place)
-    if config.metrics.address and config.metrics_address() is None:
-        yield f"{config.metrics.address!r} is no HOST:PORT like 127.0.0.1:9125", ("metrics", "address")
+    try:
+        config.metrics_endpoints()
+    except ValueError as error:
+        yield str(error), ("metrics", "address")
     if not STORE.fullmatch(config.store):
         yield f"{config.store!r} is no store that this version knows: sqlite:PATH", ("store",)
     if not config.table.is_absolute():  # a service has another folder than who writes this, and `check` than both

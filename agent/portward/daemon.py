@@ -36,6 +36,7 @@ from portward.gateway.namespacelock import NamespaceLock
 from portward.gateway.notices import Notices
 from portward.gateway.workers import Worker
 from portward.linkfeed import LinkFeed
+from portward.metricsserver import MetricsServer
 from portward.notify import log_formatter, notify
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
@@ -94,6 +95,7 @@ class Daemon:
         self._locks = contextlib.ExitStack()
         self._started = datetime.now(UTC)
         self._core: Core
+        self._metrics: MetricsServer
         self._opened = False
         self._workers: list[Worker] = []
         # Sources whose limit the kernel does not know, as workers have met them.
@@ -139,11 +141,14 @@ class Daemon:
         await asyncio.gather(*(worker.start() for worker in self._workers))
         await self._kernel_step(self._core.load)
         settings.leave(self._path, self._core.config, self._core.preset)
+        # Not before the gateway enforces, which depends on no address.
+        stack.callback(self._metrics.close)
+        self._metrics.start()
         return links, first, reading
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> AsyncIterator[Links]:
         """Takes all that another process could have: the locks of table folder and network namespace, the kernel's
-        queues, the metrics address. Gives the interfaces to follow."""
+        queues. Gives the interfaces to follow."""
         runtime = Runtime(self._config.table)
         self._locks.callback(runtime.close)
         self._runtime = runtime
@@ -165,9 +170,7 @@ class Daemon:
         from portward.gateway import rtnetlink  # noqa: PLC0415 # as said above
 
         await opening
-        if (address := self._config.metrics_address()) is not None:
-            server = metrics.Server(*address, self._newest)
-            stack.callback(server.close)
+        self._metrics = MetricsServer(self._config.metrics_endpoints(), metrics.answering(self._newest))
         return await stack.enter_async_context(contextlib.aclosing(rtnetlink.follow()))
 
     def _open_core(self, preset: Preset) -> None:
@@ -370,10 +373,13 @@ class Daemon:
 
     def _report(self) -> None:
         self._report_slow()
-        self._snapshot = report.snapshot(self._core, self._workers, reload_failed=self._reload_failed)
-        told = report.status(
-            self._core, self._workers, self._snapshot, config=str(self._path), started=self._started
+        self._snapshot = report.snapshot(
+            self._core, self._workers, self._metrics, reload_failed=self._reload_failed
         )
+        told = report.status(
+            self._core, self._workers, self._snapshot, self._metrics,
+            config=str(self._path), started=self._started,
+        )  # fmt: skip
         with contextlib.suppress(OSError):  # a full disk must not stop enforcement; `status` says how old it is
             self._runtime.write_status(told)
 

@@ -6,16 +6,15 @@ waits for the kernel or holds a packet up.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from portward import __version__
-from portward.errors import PortwardError
+from portward.scrape import Answer, Request
 from portward.snapshot import Labels, Snapshot
 
 # (field of Snapshot, name without prefix and `_total`, counter?, labels, help)
@@ -79,6 +78,11 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("subscriptions", "subscriptions", False, (), "Subscriptions in the policy table."),
     ("observing", "observing", False, (), "1 where the whole gateway only observes."),
     ("segments", "segments", False, (), "Interfaces that are segments now."),
+    ("metrics_refused", "metrics_connections_refused", True, ("cause",),
+     "Connections to the metrics that ended without metrics: idle ones that gave way to new ones (crowded), those "
+     "that took too long (slow), those that spoke no HTTP (malformed), and times without a descriptor."),
+    ("metrics_retries", "metrics_listen_retries", True, (),
+     "Failed tries to listen at metrics.address; each is tried again."),
     ("stacked_devices", "stacked_devices", False, (),
      "Pairs of a segment and a device that takes its packets unjudged (a bridge, a macvlan, a VLAN on it), and "
      "bridges between a segment and an uplink. Each one is a mistake in the network's setup: `status` names it."),
@@ -114,21 +118,24 @@ def _filled(
     return family
 
 
-class Server:
-    """The HTTP server of the metrics, in a thread of its own."""
+def answering(newest: Callable[[], Snapshot]) -> Callable[[Request], Answer]:
+    """What answers a scrape with the metrics of the newest snapshot, in the format that the request prefers."""
+    registry = CollectorRegistry()
+    registry.register(Exporter(newest))
+    application = make_wsgi_app(registry)
 
-    def __init__(self, host: str, port: int, newest: Callable[[], Snapshot]) -> None:
-        """Raises PortwardError where the address cannot be had."""
-        registry = CollectorRegistry()
-        registry.register(Exporter(newest))
-        try:
-            self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as error:
-            raise PortwardError(f"metrics.address {host}:{port}: {error.strerror or error}") from error
+    def answer(request: Request) -> Answer:
+        said: list[Answer] = []
+        environment = {
+            "REQUEST_METHOD": "GET", "PATH_INFO": "/metrics", "QUERY_STRING": request.query,
+            "HTTP_ACCEPT": request.accept, "HTTP_ACCEPT_ENCODING": request.accept_encoding,
+        }  # fmt: skip
 
-    def close(self) -> None:
-        """Frees the address."""
-        self._server.shutdown()
-        self._server.server_close()
-        assert isinstance(self._thread, threading.Thread)  # noqa: S101 # tells the type checker
-        self._thread.join()
+        def begin(status: str, headers: list[tuple[str, str]], *_: object) -> Callable[[bytes], object]:
+            said.append(Answer(status, tuple(headers), b""))
+            return lambda _: None
+
+        body = b"".join(application(environment, begin))
+        return said[-1]._replace(body=body)
+
+    return answer

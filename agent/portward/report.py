@@ -16,6 +16,7 @@ from portward.gateway.ruleset import Rated, Verdict
 from portward.gateway.tally import Event, Outcome
 from portward.gateway.workers import Worker
 from portward.interfaces import shown
+from portward.metricsserver import MetricsServer
 from portward.model import Mode
 from portward.runtime import STATUS_FORMAT
 from portward.snapshot import Snapshot
@@ -39,7 +40,7 @@ _OUTCOMES: Final = {
 }
 
 
-def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snapshot:
+def snapshot(core: Core, workers: list[Worker], server: MetricsServer, *, reload_failed: bool) -> Snapshot:
     """The numbers of this moment. To be called on the thread that counts."""
     judged: Counter[tuple[str, ...]] = Counter()
     attempts: Counter[tuple[str, ...]] = Counter()
@@ -92,11 +93,13 @@ def snapshot(core: Core, workers: list[Worker], *, reload_failed: bool) -> Snaps
         observing=core.config.mode is Mode.OBSERVE,
         segments=len(core.segments()),
         stacked_devices=len(core.lookout.warnings),
+        metrics_refused={(cause,): number for cause, number in server.refused.items()},
+        metrics_retries=server.retries,
     )
 
 
 def status(
-    core: Core, workers: list[Worker], numbers: Snapshot, *, config: str, started: datetime
+    core: Core, workers: list[Worker], numbers: Snapshot, server: MetricsServer, *, config: str, started: datetime
 ) -> dict[str, Any]:
     """The status, for msgspec's JSON: times in UTC, `store_age` in seconds."""
     seen: Counter[str] = Counter()
@@ -157,6 +160,7 @@ def status(
         "ruleset_error": core.broken,
         "ruleset_repairs": numbers.ruleset_repairs,
         "reload_failed": bool(numbers.reload_failed),
+        "metrics_error": server.problem,
         "remembered": {labels[0]: int(number) for labels, number in numbers.remembered.items()},
     }
 

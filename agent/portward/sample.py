@@ -60,7 +60,7 @@ _WHAT: Final = {
     "tunnels.encrypted": 'IPsec and WireGuard, which prove who sends: "pass", or "drop"',
     "tunnels.ports": "UDP ports of further tunnels, which portward cannot find: a program's, or a namespace's",
     "metrics": "For Prometheus.",
-    "metrics.address": 'HOST:PORT to be scraped at, "" for none; for other hosts see IPAddressAllow= in the unit',
+    "metrics.address": 'ADDRESS:PORT, ":PORT" for all addresses, "" for none; other hosts take IPAddressAllow=',
     "metrics.subscriptions": "also count by subscription",
     "exemptions": "What is asked before a person decides a request for review.",
     "exemptions.check": "a program with its arguments that looks at each of them, see README; none: no check",

@@ -46,3 +46,5 @@ class Snapshot:
     segments: float = 0
     stacked_devices: float = 0
     step_seconds: Mapping[Labels, float] = field(default_factory=dict)
+    metrics_refused: Mapping[Labels, float] = field(default_factory=dict)
+    metrics_retries: float = 0

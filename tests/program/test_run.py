@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,14 +68,6 @@ def test_check_without_cap_net_admin_says_so_too(agent: Agent) -> None:
     result = namespaces.run(agent.lab.gateway, [*argv, str(agent.config)])
     assert result.returncode == 1
     assert result.stderr == "portward: asking the kernel for its rules takes root or CAP_NET_ADMIN\n"
-
-
-def test_an_address_in_use_is_named(agent: Agent) -> None:
-    agent.apply(*records())
-    with namespaces.inside(agent.lab.gateway):
-        taken = socket.create_server(("127.0.0.1", 9125))
-    with taken:
-        assert "127.0.0.1:9125: Address already in use" in refused(agent)
 
 
 def test_a_queue_that_is_taken_is_named(agent: Agent, tmp_path: Path) -> None:

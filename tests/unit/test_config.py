@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from portward import config as configuration
 from portward.config import Config, OnAgentDown, Refusal, matches
+from portward.endpoint import Endpoint
 from portward.errors import InputError
 from portward.model import Mode
 
@@ -29,12 +31,13 @@ def test_only_segments_and_uplinks_must_be_given(tmp_path: Path) -> None:
     assert found.mode is Mode.ENFORCE
     assert found.on_agent_down is OnAgentDown.CLOSED
     assert found.verdicts.refuse_with is Refusal.DROP
-    assert found.metrics_address() == ("127.0.0.1", 9125)
+    assert found.metrics_endpoints() == (Endpoint(socket.AF_INET, "127.0.0.1", 9125),)
 
 
 def test_an_ipv6_address_and_none_for_the_metrics(tmp_path: Path) -> None:
-    assert read(tmp_path, LEAST + '[metrics]\naddress = "[::1]:9125"\n').metrics_address() == ("::1", 9125)
-    assert read(tmp_path, LEAST + '[metrics]\naddress = ""\n').metrics_address() is None
+    found = read(tmp_path, LEAST + '[metrics]\naddress = "[::1]:9125"\n')
+    assert found.metrics_endpoints() == (Endpoint(socket.AF_INET6, "::1", 9125),)
+    assert read(tmp_path, LEAST + '[metrics]\naddress = ""\n').metrics_endpoints() == ()
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,7 @@ def test_an_ipv6_address_and_none_for_the_metrics(tmp_path: Path) -> None:
         ("segments = ['vni1']\nuplinks = ['vni*']\n", 2, "uplinks[0]", "also a segment"),
         (LEAST + "[verdicts]\nobserve = ['tap0']\n", 4, "verdicts.observe[0]", "none of the segments"),
         (LEAST + "[metrics]\naddress = '127.0.0.1:65536'\n", 4, "metrics.address", "HOST:PORT"),
+        (LEAST + "[metrics]\naddress = 'gateway.example:9125'\n", 4, "metrics.address", "no name is looked up"),
         (LEAST + "store = 5\n", 3, "store", "text"),
         (LEAST + "store = 'etcd://localhost'\n", 3, "store", "sqlite:PATH"),
         (LEAST + "store = 'sqlite:'\n", 3, "store", "sqlite:PATH"),

@@ -159,6 +159,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
     if told["reload_failed"]:
         found.append("config    the last reload was refused: the configuration before is in force (see the log)")
     # An agent of an older version does not write these.
+    if problem := told.get("metrics_error"):
+        found.append(f"metrics   CANNOT BE SCRAPED at {problem}: it is tried again")
     if damaged := told.get("table_rows_damaged"):
         rows = _count(damaged, "DAMAGED ROW", "DAMAGED ROWS")
         found.append(f"table     {rows}, whose sources are denied: see `portward check`")

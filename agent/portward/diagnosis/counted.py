@@ -26,10 +26,10 @@ def since_start(config: Config, id_: UUID) -> tuple[Metrics, SinceStart | None]:
     status = None if running(config.table) is None else read_status(config.table)
     if status is None:
         return Metrics.NO_AGENT, None
-    address = config.metrics_address()
-    if address is None or not config.metrics.subscriptions:
+    served = config.metrics_endpoints()
+    if not served or not config.metrics.subscriptions:
         return Metrics.OFF, None
-    text = _read(*address)
+    text = _read(served[0].reachable, served[0].port)
     if text is None:
         return Metrics.UNREACHABLE, None
     counts = counts_of(text, id_)

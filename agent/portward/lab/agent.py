@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -60,16 +60,23 @@ class Agent:
         self._settings = {**base, **self._settings, **settings}
         self.config.write_bytes(msgspec.toml.encode(self._settings))
 
-    def start(self, *, wait: bool = True, detached: bool = False, seconds: float = _START_SECONDS) -> None:
+    def start(
+        self,
+        *,
+        wait: bool = True,
+        detached: bool = False,
+        seconds: float = _START_SECONDS,
+        within: Sequence[str] = (),
+    ) -> None:
         """Starts the daemon and, with `wait`, returns when it says that it is ready; raises PortwardError with
-        what it said else."""
+        what it said else. `within`: a program, with its arguments, that becomes the daemon's command."""
         self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         path = self.folder / "notify.sock"
         path.unlink(missing_ok=True)
         self._notified.bind(os.fspath(path))
         with self.log.open("ab") as log:
             self.process = namespaces.start(
-                self.lab.gateway, [*PROGRAM, "run", "--config", os.fspath(self.config)],
+                self.lab.gateway, [*within, *PROGRAM, "run", "--config", os.fspath(self.config)],
                 stderr=log, stdout=log, environment={"NOTIFY_SOCKET": os.fspath(path)}, detached=detached,
             )  # fmt: skip
         if wait:

@@ -1,0 +1,77 @@
+"""File descriptors for an emergency.
+
+A process that is out of descriptors cannot do what repairs a gateway: libnftables calls exit() if it gets no
+socket, and a worker that ended cannot be started again. So each part of the agent that must work then keeps a
+`Reserve`: it holds descriptors that it does not need, and gives them back for as long as they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+from typing import Final
+
+# With fewer the agent runs too, but nothing is left for what nobody has thought of.
+ENOUGH: Final = 1024
+
+
+def raise_limit() -> int:
+    """Raises the soft limit of this process to its hard one, as far as that is allowed. Gives the number of
+    descriptors that the process may have now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # a sandbox forbids it: the soft limit stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return soft
+
+
+class Reserve:
+    """Descriptors that one part of the agent can have whenever it needs them. For one thread at a time.
+
+    Each is an open file of its own, not a copy of one: so it also counts where the whole machine is out of files
+    (ENFILE), which root alone may exceed.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Opens `size` descriptors, or as many as there are: see `missing`."""
+        self._size = size
+        self._held: list[int] = []
+        self.refill()
+
+    @property
+    def missing(self) -> int:
+        """How many descriptors this reserve lacks."""
+        return self._size - len(self._held)
+
+    def refill(self) -> None:
+        """Takes what is missing, as far as there are descriptors. Never raises."""
+        with contextlib.suppress(OSError):
+            while self.missing:
+                self._held.append(os.eventfd(0, os.EFD_CLOEXEC))
+
+    def release(self) -> None:
+        """Gives all descriptors back. Idempotent."""
+        while self._held:
+            # It leaves the list first: no descriptor is closed twice, whatever happens here.
+            os.close(self._held.pop())
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Within this block the reserve's descriptors are free for others; afterwards it takes them again."""
+        self.release()
+        try:
+            yield
+        finally:
+            self.refill()
+
+
+def available(number: int) -> bool:
+    """Whether this process could open so many descriptors now. Needs no memory that is worth counting, and leaves
+    none of them open."""
+    probe = Reserve(number)
+    enough = not probe.missing
+    probe.release()
+    return enough

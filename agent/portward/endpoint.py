@@ -1,0 +1,62 @@
+"""Where a server listens, as text → addresses that a socket takes. Pure.
+
+A name is never looked up. A resolver that does not answer would hold the start of the agent up for ten seconds
+and more, on the very network that the gateway serves. So what is written is an address, `:PORT` for all addresses
+of the host, or `localhost`, which RFC 6761 defines without a resolver.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final, NamedTuple
+
+_WRITTEN: Final = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*):(?P<port>[0-9]{1,5})")
+_LAST_PORT: Final = 65_535
+_ANY4, _ANY6 = "0.0.0.0", "::"  # noqa: S104 # listens there only if it is configured
+_SPECIAL: Final = {"": (_ANY4, _ANY6), "localhost": ("127.0.0.1", "::1")}
+# To reach a server that listens on all addresses from the same host.
+_LOOPBACK: Final = {_ANY4: "127.0.0.1", _ANY6: "::1"}
+
+
+class Endpoint(NamedTuple):
+    """A TCP address: `family` is socket.AF_INET or AF_INET6, `host` the address as text."""
+
+    family: int
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.host}:{self.port}"
+
+    @property
+    def reachable(self) -> str:
+        """The address by which a program on this host reaches a server that listens here."""
+        return _LOOPBACK.get(self.host, self.host)
+
+
+def parse(text: str) -> tuple[Endpoint, ...]:
+    """The addresses that `text` stands for, at least one; raises ValueError that says what would be right."""
+    written = _WRITTEN.fullmatch(text)
+    if written is None or not 0 < int(written["port"]) <= _LAST_PORT:
+        raise ValueError(f"{text!r} is no HOST:PORT like 127.0.0.1:9125")
+    host, port = written["host"], int(written["port"])
+    try:
+        return tuple(_endpoint(one, port) for one in _SPECIAL.get(host.lower(), (host,)))
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+
+
+def _endpoint(host: str, port: int) -> Endpoint:
+    try:
+        address = IPv6Address(host.strip("[]")) if host.startswith("[") or ":" in host else IPv4Address(host)
+    except ValueError:
+        raise ValueError(
+            f"{host!r} is no address, and no name is looked up: 127.0.0.1:9125, [::1]:9125, localhost:9125, or "
+            ":9125 for all addresses of this host would be right"
+        ) from None
+    if address.is_multicast or "%" in host or (address.is_link_local and address.version == 6):
+        # A link-local address is one of an interface, and `bind` would take the interface's index with it.
+        raise ValueError(f"no server can listen on {address}: an address of this host would be right")
+    return Endpoint(socket.AF_INET6 if address.version == 6 else socket.AF_INET, str(address), port)

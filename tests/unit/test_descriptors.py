@@ -1,0 +1,89 @@
+"""A reserve of descriptors: there when it is needed, and each closed once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from portward.descriptors import Reserve, available, raise_limit
+
+
+def count() -> int:
+    """How many descriptors this process has."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture(autouse=True)
+def _limit() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@contextlib.contextmanager
+def none_left() -> Iterator[None]:
+    """This process has all the descriptors that it may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count() + 64, hard))
+    taken = []
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.eventfd(0))
+    try:
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+def test_what_is_lent_can_be_had_and_comes_back() -> None:
+    before = count()
+    reserve = Reserve(4)
+    with none_left():
+        assert not available(1)
+        with reserve.lent():
+            assert available(4)
+            assert not available(5)
+        assert not available(1)
+        assert reserve.missing == 0
+    reserve.release()
+    assert count() == before
+
+
+def test_what_somebody_else_has_taken_is_taken_back_later() -> None:
+    reserve = Reserve(2)
+    with none_left():
+        with reserve.lent():
+            stranger = os.eventfd(0)
+        assert reserve.missing == 1
+        os.close(stranger)
+        reserve.refill()
+        assert reserve.missing == 0
+    reserve.release()
+
+
+def test_no_descriptor_is_closed_twice() -> None:
+    reserve = Reserve(2)
+    reserve.release()
+    strangers = [os.eventfd(0) for _ in range(2)]
+    reserve.release()
+    for stranger in strangers:
+        os.close(stranger)  # raises if the reserve has closed it
+
+
+def test_asking_whether_descriptors_are_there_takes_none() -> None:
+    before = count()
+    assert available(8)
+    assert count() == before
+
+
+def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count() + 64, hard))
+    assert raise_limit() == hard
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
