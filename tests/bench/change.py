@@ -68,7 +68,7 @@ class Stream:
             struct.pack_into(">I", self._frame, self._place, number)
             self.sent[number] = time.monotonic()
             self._sender._socket.send(self._frame)
-            time.sleep(self._every)
+            time.sleep(self._every)  # pause: the pace of the sender
 
     def _receive(self) -> None:
         while self._going:
@@ -131,7 +131,7 @@ def _change(gateway: Gateway, stream: Stream, id_: str, number: int) -> float:
     mark = len(stream.arrived)
     if not deny:
         until(lambda: any(stream.sent[n] > committed for n in stream.arrived[mark:]), "packets pass", seconds=2)
-        time.sleep(_SETTLED)
+        time.sleep(_SETTLED)  # pause: packets that are on their way arrive
         return min(stream.sent[n] for n in stream.arrived[mark:] if stream.sent[n] > committed) - committed
     quiet = time.monotonic()
     seen = len(stream.arrived)
@@ -140,6 +140,6 @@ def _change(gateway: Gateway, stream: Stream, id_: str, number: int) -> float:
             seen, quiet = len(stream.arrived), time.monotonic()
         if time.monotonic() - committed > 2:
             raise TimeoutError("the denied source still sends after 2 s")
-        time.sleep(0.001)
+        time.sleep(0.001)  # pause: of a poll
     late = [stream.sent[n] for n in stream.arrived[mark:] if stream.sent[n] > committed]
     return max(late, default=committed) - committed

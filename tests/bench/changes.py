@@ -49,7 +49,7 @@ class Bench:
         while self._learned.synced() in (before, None):
             if time.monotonic() > committed + _PATIENCE:
                 raise TimeoutError("the change is not enforced")
-            time.sleep(0.0002)
+            time.sleep(0.0002)  # pause: of a poll
         return committed - began, time.monotonic() - committed
 
     def close(self) -> None:

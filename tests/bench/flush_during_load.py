@@ -73,7 +73,7 @@ def _flush(netlink: NfNetlink) -> float:
     while netlink.fingerprint(TABLE, FIXED_SETS) != before:
         if time.monotonic() > began + _PATIENCE:
             raise TimeoutError("the ruleset does not come back")
-        time.sleep(0.0005)
+        time.sleep(0.0005)  # pause: of a poll
     took = time.monotonic() - began
-    time.sleep(_BETWEEN)
+    time.sleep(_BETWEEN)  # pause: the pace of the flushes
     return took * 1000

@@ -57,7 +57,7 @@ def _loaded_after(lane: Lane) -> Figure:
             while not GUARD_HOOKS.keys() <= netlink.hooks(TABLE).keys():
                 if time.perf_counter() > loaded + 5:
                     raise TimeoutError("the guard was not loaded within 5 s")
-                time.sleep(0.0005)
+                time.sleep(0.0005)  # pause: of a poll
             found.append((time.perf_counter() - loaded) * 1000)
             nft.load("delete table ip other\n")
             until(lambda: not GUARD_HOOKS.keys() & netlink.hooks(TABLE).keys(), "the guard is gone")

@@ -25,7 +25,7 @@ def measure(folder: Path, seconds: float = 40.0) -> list[Figure]:
         agent = Agent(lab, folder, segments=["vni1001", "vni1002"])
         apply_file(agent, folder / "inventory.json")
         agent.start(seconds=60)
-        time.sleep(_SETTLED)
+        time.sleep(_SETTLED)  # pause: the work of the start is over
         parts = [cpu_percent(agent, seconds / 4) for _ in range(4)]
         agent.stop()
     share = sum(parts) / len(parts)
@@ -35,7 +35,7 @@ def measure(folder: Path, seconds: float = 40.0) -> list[Figure]:
 def cpu_percent(agent: Agent, seconds: float) -> float:
     """What daemon and workers take of a core within so many seconds, in percent, by the scheduler's own count."""
     began, before = time.monotonic(), _busy(agent)
-    time.sleep(seconds)
+    time.sleep(seconds)  # pause: how long it is watched
     return 100 * (_busy(agent) - before) / (time.monotonic() - began)
 
 

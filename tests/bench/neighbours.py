@@ -57,7 +57,7 @@ def measure(folder: Path, seconds: float = 20.0) -> list[Figure]:
 
 def _flooded(gateway: Gateway, folder: Path, seconds: float, *, cores: int, name: str) -> list[Figure]:
     with _floods(gateway.lab, folder, cores):
-        time.sleep(2)
+        time.sleep(2)  # pause: the floods have filled what they can fill
         before, began = gateway.agent.metrics(), time.monotonic()
         times, tried = _connect(gateway.lab, seconds, first=cores * 100_000)
         print(f"flooded {name}: {tried} connections, {_rates(gateway, before, time.monotonic() - began)}")
@@ -89,7 +89,7 @@ def _connect(lab: Lab, seconds: float, first: int) -> tuple[list[float], int]:
                 with suppress(OSError):
                     client.connect((MAIL6, 25))
                     times.append((time.perf_counter() - began) * 1000)
-            time.sleep(0.01)
+            time.sleep(0.01)  # pause: the pace of the connections
     return times, tried
 
 

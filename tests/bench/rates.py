@@ -125,7 +125,7 @@ def _run(gateway: Gateway, customers: list[_Customer]) -> tuple[list[int], list[
                     due[place] += 1 / customer.per_second
                     last = now
             take()
-        time.sleep(0.2)
+        time.sleep(0.2)  # pause: packets that are on their way arrive
         take()
     finally:
         sender.close()

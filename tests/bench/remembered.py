@@ -126,7 +126,7 @@ def measure(folder: Path, sizes: dict[str, int] = SIZES) -> list[Figure | Curve]
 
 
 def _remembered(agent: Agent) -> float:
-    time.sleep(0.2)
+    time.sleep(0.2)  # pause: the pace of the scrapes
     found = agent.metrics()
     return sum(found.get(f'{_REMEMBERED}{{verdict="{word}"}}', 0) for word in ("allow", "deny"))
 
@@ -140,4 +140,4 @@ def _scrapes(lab: Lab) -> Iterator[float]:
             with opener.open("http://127.0.0.1:9125/metrics", timeout=60) as reply:
                 reply.read()
             yield (time.monotonic() - began) * 1000
-            time.sleep(0.2)
+            time.sleep(0.2)  # pause: the pace of the scrapes

@@ -85,9 +85,9 @@ def _one_by_one(gateway: Gateway, revocations: int) -> tuple[list[float], int]:
             with _transfer(gateway):
                 told = _revoke(gateway, str(_ONE))
                 returned = time.monotonic()
-                time.sleep(_ON_ITS_WAY)
+                time.sleep(_ON_ITS_WAY)  # pause: packets that are on their way arrive
                 mark = len(stream.arrived)
-                time.sleep(_AFTERWARDS)
+                time.sleep(_AFTERWARDS)  # pause: so long what is denied is sent
             times.append(told["enforced_after_ms"])
             # Of the stream by when it was sent; of the transfer, whatever arrives once nothing is on its way.
             leaked += sum(stream.sent.get(number, 0) > returned for number in stream.arrived)

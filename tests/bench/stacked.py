@@ -64,4 +64,4 @@ def _wait(kernel: NfNetlink, *, there: bool) -> None:
     while ("stacked" in kernel.hooks(TABLE)) is not there:
         if time.monotonic() > deadline:
             raise TimeoutError("the agent does not follow")
-        time.sleep(0.0002)
+        time.sleep(0.0002)  # pause: of a poll

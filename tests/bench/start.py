@@ -45,7 +45,7 @@ def _first_verdict(lab: Lab, agent: Agent, source: str) -> float:
     def send() -> None:
         while going:
             sender.send(packet)
-            time.sleep(0.002)
+            time.sleep(0.002)  # pause: the pace of the sender
 
     with seen(lab.internet) as view:
         thread = threading.Thread(target=send)

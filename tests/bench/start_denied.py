@@ -41,7 +41,7 @@ def measure(folder: Path, starts: int = 20) -> list[Figure]:
                 gateway.agent.start()
                 returned = time.monotonic()
                 ready.append(returned - began)
-                time.sleep(_AFTERWARDS)
+                time.sleep(_AFTERWARDS)  # pause: so long what is denied is sent
                 leaked += sum(stream.sent.get(number, 0) > returned for number in stream.arrived)
                 if stream.sent[max(stream.sent)] < returned:
                     raise RuntimeError("nothing was sent after READY")

@@ -189,7 +189,7 @@ def _kill_daemon(ground: Ground) -> None:
 
 def _while_changing(ground: Ground, act: Callable[[Ground], None]) -> None:
     with ground.changing():
-        time.sleep(0.3 + ground.random.random() * 0.5)
+        time.sleep(0.3 + ground.random.random() * 0.5)  # pause: at any moment between changes
         act(ground)
 
 
@@ -227,7 +227,7 @@ def _provoke(ground: Ground, point: Point) -> None:
         ground.nft(f"insert rule {FAMILY_TABLE} refuse drop")
     elif point.when == "links":
         namespaces.ip("-n", ground.lab.gateway, "link", "add", "vni1999", "type", "bridge")
-        time.sleep(0.1)
+        time.sleep(0.1)  # pause: the agent may see it or not
         namespaces.ip("-n", ground.lab.gateway, "link", "del", "vni1999")
     with contextlib.suppress(TimeoutError):
         until(ground.hit, "passed", seconds=3)
@@ -273,7 +273,7 @@ def _out_of_memory(ground: Ground) -> str:
             with contextlib.suppress(OSError):
                 group.rmdir()
                 break
-            time.sleep(0.1)
+            time.sleep(0.1)  # pause: of a poll
 
 
 def _stopped_worker(ground: Ground) -> str:
@@ -511,13 +511,13 @@ def _removal(ground: Ground, name: str, act: Callable[[], None]) -> Outcome:
     def removed() -> str:
         nonlocal back
         # At any moment between two looks of the daemon.
-        time.sleep(ground.random.random() * 0.25)
+        time.sleep(ground.random.random() * 0.25)  # pause: at any moment
         repairs = ground.repairs()
         act()
         start, damaged = time.monotonic(), ground.loaded()
         if ground.repairs() == repairs:  # else it was put back while it was looked at
-            until(lambda: ground.repairs() > repairs, "the daemon puts it back", seconds=5)
-            until(lambda: ground.loaded() != damaged, "it is back", seconds=5)
+            until(lambda: ground.repairs() > repairs, "the daemon puts it back")
+            until(lambda: ground.loaded() != damaged, "it is back")
         back = time.monotonic() - start
         return f"back after {back * 1000:.0f} ms"
 
@@ -578,7 +578,7 @@ def _made_anew(ground: Ground, tenant: Tenant, *, same_index: bool) -> None:
     under = ip_address(f"192.0.2.{4 * place}")
     index = ground.index(tenant)
     namespaces.ip("-n", gateway, "link", "del", tenant.segment)
-    time.sleep(ground.random.random() * 0.05)
+    time.sleep(ground.random.random() * 0.05)  # pause: at any moment
     number = f"index {index} " if same_index else ""
     namespaces.batch(
         gateway,
@@ -600,7 +600,7 @@ def _made_anew(ground: Ground, tenant: Tenant, *, same_index: bool) -> None:
 def _uplink(ground: Ground) -> None:
     gateway, there = ground.lab.gateway, ground.lab.internet
     namespaces.ip("-n", gateway, "link", "set", "up0", "down")
-    time.sleep(0.1)
+    time.sleep(0.1)  # pause: so long the link is down
     namespaces.ip("-n", gateway, "link", "set", "up0", "up")
     namespaces.batch(
         gateway,
@@ -640,7 +640,7 @@ def _back(ground: Ground) -> str:
         _expect(ground, source, True, "a grant of three seconds")
         ground.shift(-3600)
         while datetime.now(UTC) < until_ + timedelta(seconds=1.2):
-            time.sleep(0.1)
+            time.sleep(0.1)  # pause: of a poll
         _expect(ground, source, False, "it has ended, though by its clock there is an hour left")
         ground.shift(0)
         _expect(ground, source, False, "the clock is right again, and it has ended")
@@ -675,9 +675,9 @@ def _passes(ground: Ground, source: str) -> bool:
     probes = [frames.syn(ip_address(source).packed) for _ in range(3)]
     for probe in probes:
         frames.send(probe.frame)
-        time.sleep(0.05)
+        time.sleep(0.05)  # pause: the pace of the sender
     return probes[-1].sequence in ground.traffic.seen
 
 
 def _expect(ground: Ground, source: str, want: bool, what: str) -> None:
-    until(lambda: _passes(ground, source) == want, what, seconds=5)
+    until(lambda: _passes(ground, source) == want, what)

@@ -142,7 +142,7 @@ class Agents:
             assert self.agent.process is not None
             self.agent.process.wait()
             if self._keep:
-                time.sleep(_RESTART_SECONDS)
+                time.sleep(_RESTART_SECONDS)  # pause: as a service manager makes it
                 self._launch()
         if self.agent.process is not None and self.agent.process.poll() is None and not self._keep:
             # Started again while `stop` was called.
@@ -406,13 +406,13 @@ class Ground:
         for tenant, address, want, probe, frames in probes:
             if want:
                 # A packet can be lost on the way for other reasons: an allowed one may be sent again.
-                deadline = time.monotonic() + 3
+                deadline = time.monotonic() + 30
                 while not (passed := probe.sequence in self.traffic.seen) and time.monotonic() < deadline:
                     frames.send(probe.frame)
-                    time.sleep(0.02)
+                    time.sleep(0.02)  # pause: of a poll
                 if not passed:
                     found.append(f"a packet of {tenant.segment} {address} did not come out, applied was allow")
-        time.sleep(0.1)
+        time.sleep(0.1)  # pause: so long what is denied could come out
         for tenant, address, want, probe, _ in probes:
             if want is False and probe.sequence in self.traffic.seen:
                 found.append(f"a packet of {tenant.segment} {address} came out, applied was deny")

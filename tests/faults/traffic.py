@@ -182,8 +182,8 @@ class Traffic:
             end = time.monotonic()
             # What was begun before the end has its answer by then, and what came out was seen.
             while self._oldest <= end and self.failure is None:
-                time.sleep(0.01)
-            time.sleep(0.1)
+                time.sleep(0.01)  # pause: of a poll
+            time.sleep(0.1)  # pause: what came out is seen
             if self.failure is not None:
                 raise self.failure
             tries = [attempt for attempt in self.attempts if start <= attempt.at <= end]
@@ -231,7 +231,7 @@ class Traffic:
             self.frames.send(self.frames.syn(sources[1], OTHER).frame)
             for subject in self.subjects if number % 4 == 0 else ():
                 self.allowed_frames.send(self.allowed_frames.syn(subject).frame)
-            time.sleep(SEND_EVERY)
+            time.sleep(SEND_EVERY)  # pause: the pace of the sender
 
     def _watch(self) -> None:
         public = socket.inet_aton(FABRIKAM.public)

@@ -84,7 +84,7 @@ def fuzz(field: Ground, packets: int, seed: int) -> str:
         assert since.missed + since.probed == since.queued + since.unjudged, f"{since}"
         assert since.unjudged <= packets // 1000, f"{since.unjudged} packets went past the queue"
         assert field.leaked() == (0, 0), f"{field.leaked()} came out"
-        assert field.greeting(CONTOSO, field.source(CONTOSO, 4), seconds=5) == BANNER
+        assert field.greeting(CONTOSO, field.source(CONTOSO, 4)) == BANNER
         growth = _memory(field) - memory
         assert growth <= _GROWTH, f"the workers have grown by {growth} bytes"
     except BaseException:
@@ -122,11 +122,11 @@ def _counted(field: Ground) -> Counted:
 def _settled(field: Ground) -> Counted:
     """Waits until nothing is on its way and the metrics, which are a second old, have it all."""
     found = _counted(field)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while found.waiting or found.queued != found.handled:
         if time.monotonic() > deadline:
             return found
-        time.sleep(0.1)
+        time.sleep(0.1)  # pause: of a poll
         found = _counted(field)
     return found
 

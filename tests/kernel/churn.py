@@ -87,7 +87,7 @@ class Churn:
                     self._revision += 1
                     offer = _offer("enterprise-agreement" if number % 2 else "pay-as-you-go")
                     enforce(self.writer.apply([offer], [], revision=self._revision, now=utc_now()))
-                    time.sleep(random.random() * PAUSE)
+                    time.sleep(random.random() * PAUSE)  # pause: changes come at random
                     held = self.learned.held(self._source)
                     remembered += held is not None
                     stale += held is not None and held.verdict is not wanted
@@ -111,7 +111,7 @@ class Churn:
 
         def send() -> None:
             sender.send(frame)
-            time.sleep(0.0003)
+            time.sleep(0.0003)  # pause: the pace of the sender
 
         with closing(sender), meanwhile(send):
             yield

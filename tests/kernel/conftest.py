@@ -55,9 +55,12 @@ class Gateway:
         """One of portward's sets in the kernel, as nft lists it."""
         return namespaces.run(self.lab.gateway, ["nft", "list", "set", "inet", "portward", set_]).stdout
 
-    def passes(self, tenant: Tenant, source: str, flags: str = "S", **options: Any) -> bool:
+    def passes(
+        self, tenant: Tenant, source: str, flags: str = "S", *, patience_s: float = 20.0, **options: Any
+    ) -> bool:
         """Whether a packet from `source` reaches the Internet side. A packet that an open port answers for sure
-        follows it, so that "not seen" is known without waiting for long."""
+        follows it, so that "not seen" is known without waiting for long. For a packet that a worker has not
+        answered it waits `patience_s`, in seconds."""
         packet = segment(source, flags, **options)
         view = Seen(self.lab.internet)
         try:
@@ -74,7 +77,7 @@ class Gateway:
 
             assert view.first(either) is not None, "the packet to port 587 did not arrive"
             # The marker may overtake what went through the queue: a judged packet takes a moment more.
-            return found or view.first(is_it, seconds=0.3) is not None
+            return found or view.late(is_it, self.lab.gateway, patience_s=patience_s) is not None
         finally:
             view.close()
 

@@ -53,7 +53,7 @@ def test_a_damaged_row_costs_its_source_and_no_start(make_gateway) -> None:  # t
     damage(gateway, "10.0.0.9")
     gateway.agent.start()
     # The verdict that the kernel cached before is found to be another than the table's.
-    until(lambda: not gateway.passes(CONTOSO, "10.0.0.9"), "the damaged source denied", seconds=20)
+    until(lambda: not gateway.passes(CONTOSO, "10.0.0.9"), "the damaged source denied")
     assert gateway.passes(CONTOSO, "10.0.0.10")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
     until(lambda: gateway.agent.metrics()["portward_table_rows_damaged_total"] >= 1, "the damage counted")
@@ -69,7 +69,7 @@ def test_a_damaged_row_costs_its_source_and_no_start(make_gateway) -> None:  # t
     gateway.source(CONTOSO, "10.0.0.11", ALLOWED)
     assert gateway.passes(CONTOSO, "10.0.0.11"), "changes go on"
     _attach_again(gateway, "10.0.0.9", owner)
-    until(lambda: gateway.passes(CONTOSO, "10.0.0.9"), "the row written anew", seconds=20)
+    until(lambda: gateway.passes(CONTOSO, "10.0.0.9"), "the row written anew")
 
 
 def _attach_again(gateway: Gateway, address: str, owner: UUID) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from ipaddress import ip_address
 
 import pytest
@@ -21,6 +22,8 @@ from scapy.packet import Packet, Raw
 from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway
 from kernel.wire import same, seen, segment
 from portward.config import QueueReader
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.ruleset import TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6
@@ -99,13 +102,20 @@ def test_a_prefix_that_changes_is_forgotten_host_by_host(gateway: Gateway) -> No
 
 def test_internal_destinations_pass_without_being_judged(gateway: Gateway) -> None:
     namespaces.batch(gateway.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
-    before = gateway.agent.metrics()['portward_screen_packets_total{rule="internal"}']
+    before = internal(gateway)
     assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1")
     assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1"), "also once the source is known to be denied"
+    assert internal(gateway) == before + 2
     until(
         lambda: gateway.agent.metrics()['portward_screen_packets_total{rule="internal"}'] == before + 2,
-        "two internal packets counted",
+        "the metric agrees with the kernel",
     )
+
+
+def internal(gateway: Gateway) -> int:
+    """Packets to internal destinations so far, as the kernel counts them: the metric is refreshed each second."""
+    with namespaces.inside(gateway.lab.gateway), closing(NfNetlink()) as netlink:
+        return netlink.counters(TABLE)["internal"]
 
 
 def test_destinations_beside_the_internal_ones_are_judged(gateway: Gateway) -> None:
@@ -310,7 +320,8 @@ def test_one_segment_over_its_rate_does_not_use_up_the_others(make_gateway) -> N
     assert gateway.passes(CONTOSO, "10.0.0.4")
     name = 'portward_limited_packets_total{segment="vni1002"}'
     until(lambda: gateway.agent.metrics().get(name, 0) >= 100, "the flood counted as limited")
-    assert gateway.agent.metrics().get('portward_limited_packets_total{segment="vni1001"}', 0) == 0
+    other = 'portward_limited_packets_total{segment="vni1001"}'
+    assert gateway.agent.metrics().get(other, 0) == 0  # once: of the same refresh or a later one
 
 
 def test_all_segments_together_have_a_rate_too(make_gateway) -> None:  # type: ignore[no-untyped-def]
@@ -319,7 +330,8 @@ def test_all_segments_together_have_a_rate_too(make_gateway) -> None:  # type: i
         gateway.senders[(CONTOSO, FABRIKAM)[number % 2]].send(segment(f"10.7.0.{number}"))
     name = 'portward_screen_packets_total{rule="limited_all"}'
     until(lambda: gateway.agent.metrics()[name] >= 100, "the flood counted as limited")
-    assert gateway.agent.metrics()['portward_screen_packets_total{rule="limited"}'] == 0
+    other = 'portward_screen_packets_total{rule="limited"}'
+    assert gateway.agent.metrics()[other] == 0  # once: of the same refresh or a later one
 
 
 def test_a_limit_that_others_have_used_up_leaves_each_segment_its_committed_rate(make_gateway) -> None:  # type: ignore[no-untyped-def]

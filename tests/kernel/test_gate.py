@@ -180,7 +180,9 @@ class Gated:
                 )
                 return not missing
 
-            view.first(last, seconds=0.5)
+            view.first(last, seconds=0.2)
+            if missing:
+                view.late(last, self.lab.gateway)
         return len(packets) - len(missing)
 
     def missed(self) -> int:

@@ -50,7 +50,7 @@ class Port:
         try:
             out.bind(("eth0", 0))
             out.send(bytes(Ether(dst=link_address(self._gateway.lab.gateway, name)) / packet))
-            return view.first(same(packet), seconds=0.5) is not None
+            return view.late(same(packet), self._gateway.lab.gateway) is not None
         finally:
             out.close()
             view.close()

@@ -36,7 +36,7 @@ def answered(gateway: Gateway) -> float:
 def test_workers_are_asked_through_the_kernel_all_the_time(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway(queue={"workers": 2})
     before = answered(gateway)
-    until(lambda: answered(gateway) >= before + 4, "two rounds of queries to two workers, answered", seconds=15)
+    until(lambda: answered(gateway) >= before + 4, "two rounds of queries to two workers, answered")
     events = gateway.agent.metrics()
     assert events['portward_worker_events_total{event="probed"}'] >= 4
     assert events["portward_self_check_age_seconds"] < 10
@@ -51,9 +51,9 @@ def test_a_worker_that_stands_still_is_replaced(make_gateway) -> None:  # type: 
     stopped = status(gateway)["workers"][0]["pid"]
     os.kill(stopped, signal.SIGSTOP)
     assert not gateway.passes(CONTOSO, "10.0.0.9"), "nobody judges it"
-    until(lambda: divergences(gateway, "worker") == 1, "the silent worker found", seconds=15)
-    until(lambda: status(gateway)["workers"][0]["pid"] not in (stopped, None), "another worker", seconds=15)
-    until(lambda: gateway.passes(CONTOSO, "10.0.0.9"), "the allowed source", seconds=15)
+    until(lambda: divergences(gateway, "worker") == 1, "the silent worker found")
+    until(lambda: status(gateway)["workers"][0]["pid"] not in (stopped, None), "another worker")
+    until(lambda: gateway.passes(CONTOSO, "10.0.0.9"), "the allowed source")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
 
 
@@ -63,12 +63,12 @@ def test_a_worker_that_is_only_starting_is_not_taken_for_silent(make_gateway) ->
     for _ in range(4):
         before = status(gateway)["workers"][0]["pid"]
         # Right before the next query, which finds no queue then.
-        time.sleep(2 - (time.monotonic() + 0.07) % 2)
+        time.sleep(2 - (time.monotonic() + 0.07) % 2)  # pause: queries go out at even seconds
         os.kill(before, signal.SIGKILL)
         until(lambda before=before: status(gateway)["workers"][0]["pid"] != before, "another worker")  # type: ignore[misc]
-        time.sleep(2.2)  # as long as the self-check is patient
+        time.sleep(2.2)  # pause: as long as the self-check is patient
+    until(lambda: status(gateway)["workers"][0]["restarts"] == 4, "each restart is in the status")
     assert divergences(gateway, "worker") == 0
-    assert status(gateway)["workers"][0]["restarts"] == 4
 
 
 def test_a_query_that_went_with_the_rules_of_others_ends_no_worker(make_gateway) -> None:  # type: ignore[no-untyped-def]
@@ -77,10 +77,10 @@ def test_a_query_that_went_with_the_rules_of_others_ends_no_worker(make_gateway)
     before = status(gateway)["workers"][0]["pid"]
     for milliseconds in range(0, 16, 2):
         # Right before the next query, which finds no rules then.
-        time.sleep(2 - (time.monotonic() + milliseconds / 1000) % 2)
+        time.sleep(2 - (time.monotonic() + milliseconds / 1000) % 2)  # pause: as above
         namespaces.load(gateway.lab.gateway, "flush ruleset")
-        time.sleep(2.2)  # as long as the self-check is patient
-    assert divergences(gateway, "ruleset") == 8
+        time.sleep(2.2)  # pause: as long as the self-check is patient
+    until(lambda: divergences(gateway, "ruleset") == 8, "each flush is counted")
     assert divergences(gateway, "worker") == 0
     assert status(gateway)["workers"][0]["pid"] == before
 
@@ -99,14 +99,14 @@ def test_the_watchdog_is_fed_only_while_workers_answer(make_gateway, monkeypatch
     monkeypatch.setenv("WATCHDOG_USEC", "2000000")
     gateway = make_gateway()
     until(lambda: answered(gateway) >= 1, "the first answer")
-    assert fed(gateway, 3) >= 2
+    until(lambda: fed(gateway, 3) >= 2, "the watchdog is fed")
     rule = 'type filter hook prerouting priority -400; iifname "lo" ip saddr 127.80.87.25 drop;'
     namespaces.load(gateway.lab.gateway, f"table inet others {{ chain before {{ {rule} }}; }}")
-    until(lambda: divergences(gateway, "worker") >= 1, "no worker can be reached", seconds=15)
+    until(lambda: divergences(gateway, "worker") >= 1, "no worker can be reached")
     fed(gateway, 0.2)  # what was sent before
     assert fed(gateway, 3) == 0
     namespaces.load(gateway.lab.gateway, "delete table inet others")
-    until(lambda: fed(gateway, 1) > 0, "answers again", seconds=15)
+    until(lambda: fed(gateway, 1) > 0, "answers again")
 
 
 def test_a_verdict_that_somebody_slipped_into_a_set_is_taken_out(make_gateway) -> None:  # type: ignore[no-untyped-def]
@@ -117,7 +117,7 @@ def test_a_verdict_that_somebody_slipped_into_a_set_is_taken_out(make_gateway) -
         ["nft", "add element inet portward allow4 { vni1002 . 10.0.0.4 timeout 10m }"],
     )
     assert added.returncode == 0, added.stderr
-    until(lambda: divergences(gateway, "remembered") == 1, "the wrong verdict found", seconds=15)
+    until(lambda: divergences(gateway, "remembered") == 1, "the wrong verdict found")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
     last = status(gateway)["self_check"]["last_difference"]
     assert re.fullmatch(r"[-0-9]{10}T[:0-9]{8}Z \w+: .*10\.0\.0\.4 behind interface.*", last)

@@ -118,7 +118,7 @@ def comes_out(gateway: Gateway, tenant: Tenant, source: str, to: str, port: int,
             return is_marker(other)
 
         assert view.first(either) is not None, "the packet to port 587 did not arrive"
-        late = None if found else view.first(is_it, seconds=0.3)
+        late = None if found else view.late(is_it, gateway.lab.gateway)
         return found or (late is not None and late["TCP"].dport == 25)
 
 
@@ -272,7 +272,7 @@ def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(
 ) -> None:
     gateway = make_gateway()
     loaded = "portward_guard_loaded"
-    assert gateway.agent.metrics()[loaded] == 1, "the lab translates sources"
+    until(lambda: gateway.agent.metrics()[loaded] == 1, "the lab translates sources")
     status = gateway.agent.portward("status").stdout
     assert "guard     loaded" in status
     assert "table inet lab, chain translate, translates addresses" in status
@@ -300,7 +300,7 @@ def test_legacy_iptables_is_seen_without_a_notice(make_gateway: MakeGateway) -> 
     rule = ["PREROUTING", "-p", "tcp", "-d", VIP4, "-j", "DNAT", "--to-destination", f"{MAIL4}:25"]
     done = namespaces.run(gateway.lab.gateway, ["iptables-legacy", "-t", "nat", "-A", *rule])
     assert done.returncode == 0, done.stderr
-    until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 1, "it is seen", seconds=15)
+    until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 1, "it is seen")
     assert "legacy iptables has a table nat" in gateway.agent.portward("status").stdout
 
 

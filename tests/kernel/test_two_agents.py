@@ -104,7 +104,7 @@ def _start_together(pair: Pair, traffic: Traffic, start: int) -> None:
     agents = pair.first, pair.second
     for agent in agents:
         agent.start(wait=False)
-    until(lambda: len(ended(agents)) == 1, "one of them gives up", seconds=20)
+    until(lambda: len(ended(agents)) == 1, "one of them gives up")
     (loser,) = ended(agents)
     (winner,) = set(agents) - {loser}
     assert loser.stop() == 1

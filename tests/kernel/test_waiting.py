@@ -17,6 +17,7 @@ from uuid import UUID
 import pytest
 from scapy.packet import Packet as Sent
 
+from kernel import wire
 from kernel.busy import busy_table
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
 from kernel.test_reload import enforcing
@@ -64,8 +65,7 @@ def _worker(gateway: Gateway) -> int:
 
 def waiting(gateway: Gateway) -> int:
     """How many packets wait in the queue."""
-    rows = namespaces.run(gateway.lab.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
-    return int(rows.split()[2])
+    return wire.waiting(gateway.lab.gateway)
 
 
 def rename(lab: Lab, name: str, new: str) -> None:
@@ -101,7 +101,7 @@ def test_what_waits_while_its_interface_is_renamed_does_not_get_through(
             if renamed:
                 rename(gateway.lab, CONTOSO.segment, _NEW.segment)
                 until(lambda: unsettled(gateway), "the interface is unsettled")
-        assert (view.first(same(packet), seconds=1.0) is not None) is not renamed
+        assert (view.late(same(packet), gateway.lab.gateway) is not None) is not renamed
 
 
 def test_the_new_owner_of_an_interface_need_not_wait_until_late_verdicts_are_out_of_the_way(
@@ -116,7 +116,7 @@ def test_the_new_owner_of_an_interface_need_not_wait_until_late_verdicts_are_out
         until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 1, "the guard is loaded")
         assert not comes_out(gateway, CONTOSO, "10.0.7.1", to, port)
         rename(gateway.lab, CONTOSO.segment, _NEW.segment)
-        until(lambda: comes_out(gateway, CONTOSO, "10.0.7.1", to, port), "it sends", seconds=5)
+        until(lambda: comes_out(gateway, CONTOSO, "10.0.7.1", to, port), "it sends")
         assert "elements" in gateway.listing("renewed"), "the time is not over yet"
 
 
@@ -137,7 +137,7 @@ class Waiting(NamedTuple):
         with seen(lab.internet) as view:
             verdicts.give(ACCEPT, self.packet.id, mark_)
             self.queue.send(verdicts.take())
-            return view.first(same(self.sent), seconds=0.5) is not None
+            return view.late(same(self.sent), lab.gateway) is not None
 
 
 class Ground(NamedTuple):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from scapy.layers.inet import IP, TCP, fragment
 from scapy.layers.inet6 import IPv6, fragment6
@@ -66,8 +67,8 @@ class Seen:
             if address[2] != socket.PACKET_OUTGOING:
                 yield Ether(data)
 
-    def first(self, wanted: Callable[[Packet], bool], seconds: float = 3.0) -> Packet | None:
-        """The first packet that is wanted; None where none comes in time."""
+    def first(self, wanted: Callable[[Packet], bool], seconds: float = 30.0) -> Packet | None:
+        """The first packet that is wanted; None if none comes in time. The default is for what must come."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for packet in self.packets():
@@ -75,9 +76,24 @@ class Seen:
                     return packet
         return None
 
+    def late(self, wanted: Callable[[Packet], bool], gateway: str, *, patience_s: float = 20.0) -> Packet | None:
+        """As `first`, for a packet that has been sent and may wait for a worker on this gateway: first waits until
+        no queue holds a packet, for `patience_s` at most. So a busy machine is not taken for a denial."""
+        deadline = time.monotonic() + patience_s
+        while waiting(gateway) and time.monotonic() < deadline:
+            time.sleep(0.002)  # pause: of a poll
+        return self.first(wanted, seconds=0.3)
+
     def close(self) -> None:
         """Closes the socket."""
         self._socket.close()
+
+
+def waiting(namespace: str) -> int:
+    """How many packets wait for a worker's verdict in a namespace, all queues together."""
+    with namespaces.inside(namespace):
+        rows = Path("/proc/thread-self/net/netfilter/nfnetlink_queue").read_text().splitlines()
+    return sum(int(row.split()[2]) for row in rows)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def claimed_once_it_is_gone(agent: Agent) -> int:
             except NamespaceTakenError:
                 assert folder is not None, "the namespace is taken, and the table is not"
                 refusals += 1
-                time.sleep(0.001)
+                time.sleep(0.001)  # pause: of a poll
             else:
                 # The kernel frees the lock a moment before the parent hears of the end.
                 assert not with_descriptors(agent.process.pid), "a thread has not ended"

@@ -277,7 +277,7 @@ def test_rules_changed_by_somebody_else_are_put_back(agent: Agent, damage: list[
         namespaces.load(lab.gateway, f"flush ruleset\n{saved}")
     else:
         assert lab.run(lab.gateway, *damage).returncode == 0
-    until(lambda: without_learned(ruleset(lab)) == before, "the rules are back", seconds=3)
+    until(lambda: without_learned(ruleset(lab)) == before, "the rules are back")
     until(lambda: agent.metrics()["portward_ruleset_repairs_total"] >= 1, "the repair is counted")
 
 

@@ -38,7 +38,7 @@ from portward.runtime import read_status
 from portward.runtime import running as process_of
 from unit.test_core import LINKS, MAY, Ground, subscription
 
-SECONDS = 20.0
+SECONDS = 60.0
 CHANGES = 100
 
 
@@ -66,7 +66,7 @@ class FakeWorker(Worker):
     async def watch(self) -> None:
         """Starts it again after it was ended."""
         while True:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # pause: of a poll
             if not self.ready:
                 self.restarts += 1
                 await self.start()
@@ -181,7 +181,7 @@ class Running(Ground):
         try:
             async with asyncio.timeout(SECONDS):
                 while not true():
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.01)  # pause: of a poll
         except TimeoutError:
             raise AssertionError(f"not within {SECONDS:.0f} s: {what}") from None
 
@@ -379,9 +379,9 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
         hanging = asyncio.ensure_future(getattr(threads, lane)(free.wait))
         try:
             await running.until(lambda: bool(threads.heartbeat.stuck()), "the thread is stuck")
-            await asyncio.sleep(0.2)  # a round that had begun before
+            await asyncio.sleep(0.2)  # pause: a round that had begun before
             fed.clear()
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.5)  # pause: so long it could be fed
             assert fed == []
             assert running.daemon._newest().step_seconds[lane,] > 0.3
         finally:
@@ -736,7 +736,7 @@ def test_a_job_that_does_not_end_keeps_no_stop_waiting(running: Running) -> None
     async def watch() -> None:
         while not late:
             try:
-                await asyncio.sleep(SECONDS)
+                await asyncio.sleep(SECONDS)  # pause: a job without an end
             except asyncio.CancelledError:
                 with contextlib.suppress(asyncio.CancelledError):
                     await running.until(lambda: "worker stopped" in running.said, "the workers have ended")

@@ -74,9 +74,9 @@ class Gateway:
 
 async def until(true: Callable[[], bool]) -> None:
     """Waits until it is; the test's own time limit ends it."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not true():
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # pause: of a poll
 
 
 def test_a_table_that_is_busy_takes_all_changes_at_once_and_the_kernel_drops_until_then() -> None:

@@ -103,7 +103,7 @@ class Machine:
                     raise EmulatorError("qemu is in a breakpoint that is gone")
                 if silent > silence:
                     raise TimeoutError(f"the machine told nothing for {silence:.0f} s")
-                time.sleep(_PAUSE)
+                time.sleep(_PAUSE)  # pause: of a poll
 
     def last_words(self) -> list[str]:
         """The console's last lines, and above them what the kernel first complained of, where it did: for each CPU

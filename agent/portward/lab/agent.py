@@ -24,7 +24,7 @@ from portward.resources import PYTHON
 from portward.store.protocol import key_of
 
 PROGRAM: Final = (*PYTHON, "-m", "portward")
-_START_SECONDS: Final = 20.0
+_START_SECONDS: Final = 60.0  # seconds; generous, as in `until`
 _METRICS: Final = "127.0.0.1:9125"
 
 
@@ -141,7 +141,7 @@ class Agent:
         """All metrics, scraped from the gateway's own loopback."""
         with namespaces.inside(self.lab.gateway):
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"http://{_METRICS}/metrics", timeout=5) as reply:
+            with opener.open(f"http://{_METRICS}/metrics", timeout=30) as reply:
                 lines = reply.read().decode().splitlines()
         rows = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in rows}

@@ -173,8 +173,8 @@ class Ground:
         self.send(CONTOSO, segment(source, "R", sport=4999))
         until(lambda: self._receiver.element("receiver", "came", key) is not None, "the last packet came out")
 
-    def greeting(self, tenant: Tenant, source: str, seconds: float = 0.7) -> bytes:
-        """What the listener says to a real client at this source; empty where it says nothing."""
+    def greeting(self, tenant: Tenant, source: str, seconds: float = 30.0) -> bytes:
+        """What the listener says to a real client at this source; empty if it says nothing for so many seconds."""
         version = ip_address(source).version
         with namespaces.inside(self.lab.home(tenant)):
             client = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)

@@ -27,6 +27,8 @@ from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
 
 _MPTCP = 262  # linux/in.h: IPPROTO_MPTCP
 _OWN_BITS = 1 << 16
+# Seconds that a client waits: for what must come, and for what would come at once.
+_PATIENCE_S = {True: 30.0, False: 0.7}
 _NEXT_HOP = "198.51.100.2"  # the Internet side, where the listener is too
 
 
@@ -68,7 +70,7 @@ def test_a_real_peer_that_connects_from_port_25(field: Ground, tenant: Tenant, g
         with peer:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            peer.settimeout(0.7)
+            peer.settimeout(_PATIENCE_S[greeted])
             peer.bind(("2001:db8:ffff::2", 25))
             connected = True
             try:
@@ -81,11 +83,11 @@ def test_a_real_peer_that_connects_from_port_25(field: Ground, tenant: Tenant, g
 # --- clients as they are written ---
 
 
-def client(kind: str, source: str) -> socket.socket:
+def client(kind: str, source: str, *, greeted: bool) -> socket.socket:
     """A real client's socket."""
     family = socket.AF_INET if ip_address(source).version == 4 else socket.AF_INET6
     found = socket.socket(family, socket.SOCK_STREAM, _MPTCP if kind == "mptcp" else 0)
-    found.settimeout(0.7)
+    found.settimeout(_PATIENCE_S[greeted])
     if kind == "from-port-25":
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     found.bind((source, 25 if kind == "from-port-25" else 0))
@@ -101,7 +103,7 @@ def test_a_real_client_is_greeted_only_where_it_may_send(
     with namespaces.inside(field.lab.home(tenant)):
         if kind == "fast-open":
             namespaces.sysctl(field.lab.home(tenant), "net.ipv4.tcp_fastopen=5")  # data without a cookie too
-        one = client(kind, source)
+        one = client(kind, source, greeted=bool(greeting))
     with one, suppress(OSError):
         if kind == "fast-open":
             one.sendto(b"EHLO spam.example\r\n", socket.MSG_FASTOPEN, (MAIL4, 25))
@@ -279,7 +281,7 @@ def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: i
 
         def pour() -> None:
             field.send(CONTOSO, next(packets))
-            time.sleep(0.0002)
+            time.sleep(0.0002)  # pause: the pace of the sender
 
         with meanwhile(pour):
             for _ in range(3):
@@ -287,9 +289,8 @@ def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: i
                 before = field.allowed()
                 until(lambda before=before: field.allowed() > before + 20, "comes out")  # type: ignore[misc]
                 field.agent.apply(*source_records(CONTOSO, source, DENIED, id_))
-                time.sleep(0.02)  # what was past the gateway when the denial came into force
-                before = field.allowed()
-                time.sleep(0.15)
+                before = field.quiet()  # what was past the gateway when the denial came into force has arrived
+                time.sleep(0.15)  # pause: so long what is denied is sent
                 assert field.allowed() == before
 
 
@@ -319,5 +320,5 @@ def test_an_interface_made_again_with_the_same_index_remembers_nothing_of_the_te
         unknown, allowed = field.counter("unknown"), field.allowed()
         field.send(CONTOSO, *(syn(source, MAIL6, flags) for flags in ("S", "A", "PA")))
         until(lambda: field.counter("unknown") > unknown, "nobody's")
-        time.sleep(0.2)
+        time.sleep(0.2)  # pause: so long a packet could still come out
         assert field.allowed() == allowed

@@ -50,7 +50,7 @@ def test_a_source_that_is_not_its_own_carries_nothing_out(field: Ground, name: s
 
     before, allowed = stopped(), field.quiet()
     field.send(FABRIKAM, header / TCP(sport=4000, dport=25, flags=flags))
-    until(lambda: stopped() > before, f"stopped by {reason}", seconds=3)
+    until(lambda: stopped() > before, f"stopped by {reason}")
     field.settled()
     assert field.leaked() == (0, 0)
     assert field.allowed() == allowed + 1, "what was sent last, and nothing else"

@@ -272,7 +272,7 @@ def test_workers_that_hang_are_ended_side_by_side(tmp_path: Path, monkeypatch: p
     async def wait_for(waited: Any, seconds: float | None) -> None:
         waited.close()
         waiting.append(seconds)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(waiting) < 4:  # until the others wait too
                 await asyncio.sleep(0)
         assert not killed

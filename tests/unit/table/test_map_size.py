@@ -41,7 +41,7 @@ def until(true: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline, what
-        time.sleep(0.001)
+        time.sleep(0.001)  # pause: of a poll
 
 
 def started(work: Callable[[], object]) -> threading.Thread:

@@ -47,7 +47,7 @@ def until(true: Callable[[], bool], what: str, *, seconds: float = 30) -> float:
     while not true():
         if time.monotonic() > began + seconds:
             raise TimeoutError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.05)
+        time.sleep(0.05)  # pause: of a poll
     return time.monotonic() - began
 
 

@@ -42,7 +42,7 @@ def main() -> None:
         for source, port in sources:
             with contextlib.suppress(OSError):  # the link is down
                 out.send(frame(mac, own, source, MAIL6 if ":" in source else MAIL4, port, number))
-        time.sleep(every)
+        time.sleep(every)  # pause: the pace of the sender
 
 
 def _socket(interface: str) -> socket.socket:
@@ -51,7 +51,7 @@ def _socket(interface: str) -> socket.socket:
             out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
             out.bind((interface, 0))
             return out
-        time.sleep(0.05)
+        time.sleep(0.05)  # pause: of a poll
 
 
 def frame(mac: bytes, own: bytes, source: str, destination: str, port: int, number: int) -> bytes:

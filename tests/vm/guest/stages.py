@@ -266,7 +266,7 @@ def _without_store() -> None:
     os.sync()
     tell(note="power cut")
     Path("/proc/sysrq-trigger").write_text("b")
-    time.sleep(60)
+    time.sleep(60)  # pause: the machine ends meanwhile
 
 
 def _broken() -> None:
@@ -301,7 +301,7 @@ def _removal() -> None:
     tell(stage="remove and purge")
     said = sh("dpkg -r portward")
     row("remove says what stays", "", good="its ruleset stays in the kernel" in said)
-    time.sleep(3)
+    time.sleep(3)  # pause: so long something could come out
     _nothing_came_out("after the removal")
     tell(leaks=True)
     said = sh("dpkg -P portward")
@@ -330,7 +330,7 @@ def _measured(what: str) -> Iterator[None]:
     yield
     _wait_active()
     end = time.monotonic()
-    time.sleep(4)  # so that what waits is opened
+    time.sleep(4)  # pause: so that what waits is opened
     waits = connect.read(began, end)
     worst = max((wait for wait in waits if wait is not None), default=None)
     lost = waits.count(None)
@@ -348,7 +348,7 @@ def _mail() -> Iterator[None]:
         ["ip", "netns", "exec", "red", sys.executable, "-B", "-m", "vm.guest.transfer", "vni1001"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    time.sleep(2)
+    time.sleep(2)  # pause: the transfer is in its middle
     yield
     ENOUGH.touch()
     said = sending.communicate(timeout=60 * slower())[0].split()
@@ -413,7 +413,7 @@ def _daemon(namespace: str, module: str, *words: str) -> subprocess.Popen[bytes]
 def _off() -> None:
     tell(end=True)
     sh("systemctl poweroff --force --force")
-    time.sleep(60)
+    time.sleep(60)  # pause: the machine ends meanwhile
 
 
 def _reboot() -> None:
@@ -422,7 +422,7 @@ def _reboot() -> None:
     folder.mkdir(exist_ok=True)
     (folder / "vm.conf").write_text("[Manager]\nDefaultTimeoutStopSec=3s\n")
     sh("systemctl daemon-reload; systemctl reboot")
-    time.sleep(60)
+    time.sleep(60)  # pause: the machine ends meanwhile
 
 
 BOOTS = (_bare, _first, _without_store, _broken)

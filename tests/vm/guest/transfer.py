@@ -28,7 +28,7 @@ def main() -> None:
         line = f"line {time.monotonic()}\r\n".encode()
         session.send(line)
         size += len(line)
-        time.sleep(0.1)
+        time.sleep(0.1)  # pause: the pace of the sender
     session.send(b".\r\n")
     print(session.getreply()[0], size, flush=True)
 

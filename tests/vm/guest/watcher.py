@@ -84,7 +84,7 @@ def newer(seconds: float = 60.0) -> dict[str, float]:
     while (found := read())["at"] <= began or found["others"] <= before:
         if time.monotonic() > began + seconds:
             raise TimeoutError(f"not within {seconds:.0f} s: packets of blocked tenants to another port are seen")
-        time.sleep(0.1)
+        time.sleep(0.1)  # pause: of a poll
     return found
 
 

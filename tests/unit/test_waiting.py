@@ -1,0 +1,90 @@
+"""Tests wait for the thing itself, with a deadline: a pause of a guessed length fails on a busy machine, and what
+is refreshed each second is read too early sooner or later."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# The comment that a pause needs on its own line: what it is for. A pause is right if it *is* the thing (a pace,
+# the time in which something wrong could happen), or stands in the loop of a poll.
+PAUSE = "# pause: "
+# The comment on the line of an assertion that reads metrics without polling: why once is enough.
+ONCE = "# once: "
+# How the agent's numbers are read; each is refreshed once a second.
+READS = {"metrics"}
+
+
+def is_pause(call: ast.Call) -> bool:
+    """`time.sleep` or `asyncio.sleep`, unless it only lets others run (0)."""
+    match call:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="time" | "asyncio"), attr="sleep"), args=[length]):
+            return not (isinstance(length, ast.Constant) and length.value == 0)
+        case ast.Call(func=ast.Name(id="sleep")):
+            return True
+    return False
+
+
+def reads_once(statement: ast.Assert) -> bool:
+    """Whether an assertion itself asks the agent for its metrics."""
+    return any(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in READS
+        for node in ast.walk(statement)
+    )
+
+
+def faults(text: str) -> Iterator[tuple[int, str]]:
+    """Line and fault of each pause without a reason, and of each metric that an assertion reads once."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and is_pause(node) and PAUSE not in lines[node.lineno - 1]:
+            yield node.lineno, f"a pause without a reason: poll (`until`), or say what it is for ({PAUSE}…)"
+        elif (
+            isinstance(node, ast.Assert)
+            and reads_once(node)
+            and not any(ONCE in line for line in lines[node.lineno - 1 : node.end_lineno])
+        ):
+            yield node.lineno, f"metrics are refreshed each second: poll (`until`), or say why not ({ONCE}…)"
+
+
+def sources() -> list[str]:
+    """Every Python file of the tests, below tests/."""
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", sources())
+def test_no_test_waits_a_guessed_time_or_reads_once_what_is_refreshed(name: str) -> None:
+    found = [f"tests/{name}:{line}: {fault}" for line, fault in faults((ROOT / name).read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("import time\ntime.sleep(0.2)", 2),
+        ("from time import sleep\nsleep(1)", 2),
+        ("import asyncio\nasync def f():\n    await asyncio.sleep(seconds)", 3),
+        ("assert gateway.agent.metrics()['x'] == 1", 1),
+        ("assert agent.metrics().get(\n    'x', 0\n) == 1", 1),
+    ],
+)
+def test_what_is_forbidden_is_found(text: str, line: int) -> None:
+    assert [found for found, _ in faults(text)] == [line]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import time\ntime.sleep(0.2)  # pause: the pace of the sender",
+        "import asyncio\nasync def f():\n    await asyncio.sleep(0)",
+        "until(lambda: agent.metrics()['x'] == 1, 'counted')",
+        "assert agent.metrics()['x'] == 0  # once: of the refresh that was waited for",
+        "program = 'import time; time.sleep(60)'",
+    ],
+)
+def test_what_is_allowed_is_not_found(text: str) -> None:
+    assert not list(faults(text))
