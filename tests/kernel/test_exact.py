@@ -101,7 +101,7 @@ def test_every_connection_of_a_rejected_source_is_refused_and_counted(make_gatew
         tries = []
         for number in range(60):
             tries.append(connect(gateway, FABRIKAM, family))
-            time.sleep(max(0.0, 0.05 - tries[-1][1]) if number % 2 else 0.0)
+            time.sleep(max(0.0, 0.05 - tries[-1][1]) if number % 2 else 0.0)  # pause: the pace of the connections
         assert Counter(came for came, _ in tries) == {"refused": 60}
         sent = wire.sources().total()
         assert sent >= 60

@@ -52,7 +52,8 @@ def test_while_the_ruleset_is_refused_a_port_closed_by_hand_stays_closed(
         before = gateway.agent.metrics()
         tries, repairs = "portward_ruleset_repair_tries_total", "portward_ruleset_repairs_total"
         until(lambda: gateway.agent.metrics()[tries] > before[tries] + 2, "it was tried again")
-        assert gateway.agent.metrics()[repairs] == before[repairs], "in vain is no repair"
+        # Of the same refresh as the tries, or of a later one.
+        assert gateway.agent.metrics()[repairs] == before[repairs], "in vain is no repair"  # once: see above
         assert "portward_closed" in tables(gateway)
         assert not gateway.passes(FABRIKAM, "10.0.0.5")
         assert not gateway.passes(CONTOSO, "10.0.0.5")

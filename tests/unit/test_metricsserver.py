@@ -38,7 +38,7 @@ def until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SECONDS
     while not true():
         assert time.monotonic() < deadline
-        time.sleep(0.005)
+        time.sleep(0.005)  # pause: of a poll
 
 
 def descriptors() -> int:
@@ -177,7 +177,7 @@ def test_a_busy_scraper_leaves_half_of_the_time(ground: Ground) -> None:
     """The thread rests for as long as an answer took to make: two more take five times that at least."""
 
     def slow(_: Request) -> Answer:
-        time.sleep(0.1)
+        time.sleep(0.1)  # pause: how slow the answer is
         return ANSWER
 
     ground.answer = slow
