@@ -6,8 +6,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
+from typing import Final
+
+from portward.characters import shown
+
+# A number of 64 bits has up to 20 digits; a watchdog of 30,000 years is none.
+_MICROSECONDS: Final = re.compile(r"[0-9]{1,18}")
 
 
 def notify(*words: str) -> None:
@@ -20,15 +27,29 @@ def notify(*words: str) -> None:
         out.setblocking(False)
         with contextlib.suppress(OSError):
             # A leading @ stands for the abstract namespace.
-            out.sendto("\n".join(words).encode(), "\0" + address[1:] if address[0] == "@" else address)
+            out.sendto(
+                "\n".join(words).encode("utf-8", "backslashreplace"),
+                "\0" + address[1:] if address[0] == "@" else address,
+            )
 
 
-class _Journal(logging.Formatter):
+class _Lines(logging.Formatter):
+    """A line for each message, however many lines a text of others in it has; below it those of a traceback."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 # logging's name
+        record.message = shown(record.message)
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(shown(line) for line in super().format(record).split("\n"))
+
+
+class _Journal(_Lines):
     """Each line begins with its priority, which the journal keeps as a field."""
 
     def format(self, record: logging.LogRecord) -> str:
         priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
 
 
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
@@ -40,10 +61,13 @@ def log_formatter() -> logging.Formatter:
         status = os.fstat(sys.stderr.fileno())
         if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
             return _Journal("%(message)s")
-    return logging.Formatter("%(levelname)s %(message)s")
+    return _Lines("%(levelname)s %(message)s")
 
 
 def watchdog_seconds() -> float | None:
-    """How often the service manager wants to hear from us, in seconds; None: not at all."""
-    microseconds = os.environ.get("WATCHDOG_USEC")
-    return int(microseconds) / 1_000_000 if microseconds else None
+    """How often the service manager wants to hear from us, in seconds; None: not at all, or what it says is no
+    number of microseconds, as sd_watchdog_enabled(3) has it."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    if not _MICROSECONDS.fullmatch(microseconds) or not int(microseconds):
+        return None
+    return int(microseconds) / 1_000_000

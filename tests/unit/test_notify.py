@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from portward.notify import log_formatter, notify
+from portward.notify import log_formatter, notify, watchdog_seconds
 
 
 def test_words_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,26 @@ def test_the_journal_is_told_each_lines_priority(
         status = os.fstat(out.fileno())
         monkeypatch.setattr(sys, "stderr", out)
         monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
-        record = logging.LogRecord("portward", level, "", 0, "one\ntwo", None, None)
-        assert log_formatter().format(record) == f"<{priority}>one\n<{priority}>two"
+        record = logging.LogRecord("portward", level, "", 0, "one\n<0>\x1b[2Jtwo", None, None)
+        assert log_formatter().format(record) == rf"<{priority}>one\n<0>\x1b[2Jtwo", "others forge no line"
+        record.exc_text = "Traceback\n  \x9bthree"
+        assert log_formatter().format(record).splitlines()[1:] == [
+            f"<{priority}>Traceback",
+            rf"<{priority}>  \x9bthree",
+        ]
         monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino + 1}")
-        assert log_formatter().format(record).endswith(" one\ntwo"), "somebody else reads it"
+        assert log_formatter().format(record).splitlines()[0].endswith(r" one\n<0>\x1b[2Jtwo"), (
+            "somebody else reads it"
+        )
+
+
+@pytest.mark.parametrize("text", ["", "abc", "-5", "0", "\udcff", "٣٠", "9" * 5_000, " 1000000", "1e6"])
+def test_a_watchdog_of_no_number_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", text)
+    assert watchdog_seconds() is None
+
+
+@pytest.mark.parametrize("address", ["\udcff", "@\udcff\udcfe", "x" * 5_000, "@", "\n/no/such", "@" + "y" * 500])
+def test_a_manager_that_cannot_be_ends_nobody(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    notify("READY=1", "STATUS=\udcff")

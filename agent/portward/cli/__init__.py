@@ -6,48 +6,89 @@ stderr.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 from pathlib import Path
 from typing import Final
 
+from portward.cli import streams
 from portward.errors import PortwardError
 
 # Where standard output goes to has no room, or does not take what is written.
-_NOT_TAKEN: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_NOT_TAKEN: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
 
 def main() -> None:
     """The program; turns a PortwardError into one line and its exit code."""
-    try:
-        if (config := _of_service(sys.argv[1:])) is not None:
-            from portward import daemon  # noqa: PLC0415 # a start waits for no other verb's libraries
-
-            daemon.run(config)
-        else:
-            from portward.cli import usage  # noqa: PLC0415 # as above
-
-            code = usage.run()
-            sys.stdout.flush()
-            sys.exit(code)
-    except PortwardError as error:
-        _end(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # Somebody reads only the beginning (| head): no reason for a traceback.
-        sys.stderr.close()
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in _NOT_TAKEN:
-            raise
-        sys.stdout = None  # what is still to be written would fail again
-        _end(f"standard output: {error.strerror}", 1)
-
-
-def _end(problem: str, code: int) -> None:
-    print(f"portward: {problem}", file=sys.stderr)
+    streams.prepare()
+    code, problem = _outcome()
+    if problem:
+        _complain(problem)
+    _finish()
     sys.exit(code)
+
+
+def _outcome() -> tuple[int, str]:
+    """Runs what the command line says. Gives the exit code, and a problem in words if there is one."""
+    try:
+        code = _run()
+        streams.flush()
+    except PortwardError as error:
+        return error.exit_code, _after_writing(str(error))
+    except KeyboardInterrupt:
+        return 130, ""
+    except streams.OutputError as error:
+        return _unprinted(error.reason)
+    except OSError as error:  # of a library that prints, rich or typer
+        if not isinstance(error, BrokenPipeError) and error.errno not in _NOT_TAKEN:
+            raise
+        return _unprinted(error)
+    return code, ""
+
+
+def _run() -> int:
+    if (config := _of_service(sys.argv[1:])) is not None:
+        from portward import daemon  # noqa: PLC0415 # a start waits for no other verb's libraries
+
+        daemon.run(config)
+        return 0
+    from portward.cli import usage  # noqa: PLC0415 # as above
+
+    return usage.run()
+
+
+def _unprinted(error: OSError) -> tuple[int, str]:
+    """What to make of output that could not be printed. A reader that has left (| head) is no failure of a verb
+    that has done its work, nor a reason for any words."""
+    if isinstance(error, BrokenPipeError):
+        return (1 if streams.written() is None else 0), ""
+    return 1, _after_writing(f"standard output: {error.strerror}")
+
+
+def _after_writing(problem: str) -> str:
+    """The problem, and the revision that was written all the same: else it looks as if nothing was done."""
+    revision = streams.written()
+    if revision is None or f"revision {revision}" in problem:
+        return problem
+    return f"{problem}; the store was changed, as revision {revision}"
+
+
+def _complain(problem: str) -> None:
+    # Standard error may be gone too: then the exit code says it.
+    with contextlib.suppress(streams.OutputError):
+        streams.say(f"portward: {problem}", err=True)
+
+
+def _finish() -> None:
+    """Drops what cannot be written: Python's own end would try again, and complain in words of its own."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            setattr(sys, name, None)
 
 
 def _of_service(words: list[str]) -> Path | None:

@@ -6,7 +6,6 @@ from contextlib import closing
 from ipaddress import ip_address
 from typing import Annotated
 
-import msgspec
 import typer
 
 from portward import config as configuration
@@ -15,9 +14,10 @@ from portward.casework import Casework
 from portward.cli.actor import ActorOption, acting
 from portward.cli.exemption import ClockOption
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
 from portward.clock import utc_now
-from portward.documents import enc_hook, network_text
+from portward.documents import network_text
 from portward.errors import InputError
 from portward.policy import preset as presets
 from portward.policy.remedy import reason_in_words
@@ -64,18 +64,19 @@ def started(
             trust_clock=trust_clock,
         )
         found = desk.started(segment, source, instant(at, "--at"))
+        wrote(found.written.revision)
     behind = behind_held(settings, found.written.revision)
     if json:
         told = {"revision": found.written.revision, "attachment": found.attachment, "reason": found.reason}
         told |= {} if behind is None else {"behind": behind.machine()}
-        typer.echo(msgspec.json.encode(told, enc_hook=enc_hook).decode())
+        say_json(told)
         return
     place = network_text(found.attachment.address)
-    typer.echo(
+    say(
         f"{segment} {place}: started {found.attachment.started:%Y-%m-%d %H:%M:%SZ}, "
         f"as revision {found.written.revision}"
     )
     verdict = "may send" if found.reason.allows else "may NOT send"
-    typer.echo(f"  it {verdict}: {reason_in_words(found.reason)} ({found.reason})")
+    say(f"  it {verdict}: {reason_in_words(found.reason)} ({found.reason})")
     if behind is not None:
-        typer.echo(f"  {behind}")
+        say(f"  {behind}")

@@ -6,14 +6,14 @@ import contextlib
 from itertools import islice
 from typing import Annotated, Final
 
-import msgspec
 import typer
 
 from portward import audit as audits
 from portward import config as configuration
 from portward.audit import Wanted
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
-from portward.errors import InputError, printable
+from portward.cli.streams import say, say_json
+from portward.errors import InputError
 from portward.limits import LAST_REVISION
 from portward.store import open_store
 from portward.store.chain import Check, parse_mark
@@ -81,17 +81,17 @@ def audit(
         check = Check(store, mark)
         if json:
             told = audits.machine(store, wanted, check, _FINDINGS)
-            typer.echo(msgspec.json.encode(told).decode())
+            say_json(told)
             found = told["findings_total"]
         else:
             if wanted is not None:
                 line = None
                 for line in audits.lines(store, audits.shown(store, wanted)):
-                    typer.echo(line)
+                    say(line)
                 if line is None:
-                    typer.echo(audits.nothing(store, wanted))
+                    say(audits.nothing(store, wanted))
             found = _print_findings(check)
-            typer.echo(audits.verdict(check, found))
+            say(audits.verdict(check, found))
     if found:
         raise typer.Exit(1)
 
@@ -100,9 +100,9 @@ def _print_findings(check: Check) -> int:
     """Prints what is found, and gives how much it is."""
     walk, printed = check.findings(), 0
     for finding in islice(walk, _FINDINGS):
-        typer.echo(f"portward: {printable(finding.text)}", err=True)
+        say(f"portward: {finding.text}", err=True)
         printed += 1
     more = sum(1 for _ in walk)
     if more:
-        typer.echo(f"portward: … and {more} more", err=True)
+        say(f"portward: … and {more} more", err=True)
     return printed + more

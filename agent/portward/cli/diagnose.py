@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-import msgspec
 import typer
 
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark
+from portward.cli.streams import say, say_json, say_text
+from portward.cli.words import text
 
 
 def diagnose(
@@ -35,16 +36,17 @@ def diagnose(
     """
     from portward import language  # noqa: PLC0415 # only this verb needs all of it
     from portward.diagnosis import answer, gather  # noqa: PLC0415 # as above
-    from portward.documents import enc_hook  # noqa: PLC0415 # as above
 
-    say = language.chosen(lang, os.environ)
-    preset, found = gather.diagnose(config, who, address, say)
+    if address is None:
+        who = text(who, "SUBSCRIPTION")
+    words = language.chosen(lang, os.environ)
+    preset, found = gather.diagnose(config, who, address, words)
     if json:
-        typer.echo(msgspec.json.encode(found, enc_hook=enc_hook).decode())
+        say_json(found)
     elif customer:
         remark(found.remarks, err=True)
-        typer.echo(found.customer)
+        say_text(found.customer)
     else:
         remark(found.remarks)
-        for line in answer.lines(preset, found, say, listed=None if everything else answer.LISTED):
-            typer.echo(line)
+        for line in answer.lines(preset, found, words, listed=None if everything else answer.LISTED):
+            say(line)

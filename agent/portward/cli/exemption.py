@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 from uuid import UUID
 
-import msgspec
 import typer
 
 from portward import config as configuration
@@ -19,10 +18,11 @@ from portward.behind import Behind, behind_held
 from portward.casework import Casework, Done, Row
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption
+from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
 from portward.clock import utc_now
 from portward.config import Config
-from portward.documents import enc_hook, nearest, read_text
+from portward.documents import nearest, read_text
 from portward.enforced import Enforced
 from portward.errors import InputError, PortwardError, printable
 from portward.exemptions import Application, Finding, State
@@ -110,7 +110,7 @@ def request(
     asked = Application(justification, None if details == Details() else details, instant(until, "--until"))
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
         done = desk.request(_id(id_), asked)
-    _tell_done(done, preset, behind_held(settings, done.written.revision), json=json)
+    _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
     if done.exemption.state is ExemptionState.REJECTED:
         raise typer.Exit(1)
 
@@ -144,7 +144,7 @@ def grant(
         check = Finding(FraudCheck.PASS, printable(fraud_check))
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
         done = desk.grant(_id(id_), check=check, until=instant(until, "--until"), limit=limit)
-    _tell_done(done, preset, behind_held(settings, done.written.revision), json=json)
+    _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
 
 
 @app.command()
@@ -162,7 +162,7 @@ def reject(
     """
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
         done = desk.reject(_id(id_), reason)
-    _tell_done(done, preset, behind_held(settings, done.written.revision), json=json)
+    _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
 
 
 @app.command()
@@ -185,7 +185,7 @@ def limit(
     wanted = _limit(rate, burst)
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
         done = desk.limit(_id(id_), wanted)
-    _tell_done(done, preset, behind_held(settings, done.written.revision), json=json)
+    _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
 
 
 @app.command()
@@ -227,25 +227,25 @@ def revoke(
         began = time.monotonic()
         if id_ is not None:
             done = desk.revoke(_id(id_), reason)
-            took = _wait(agent, done.written.revision, began)
+            took = _wait(agent, wrote(done.written.revision), began)
             behind = behind_held(settings, done.written.revision) if agent is None else agent.behind()
             _tell_done(done, preset, behind, json=json, took=took)
             return
         ids = _listed(file) if file is not None else _granted(desk, offer or "")
         _confirm(len(ids), confirm)
         began = time.monotonic()
-        revision = desk.revoke_all(ids, reason).revision if ids else desk.store.revision()
+        revision = wrote(desk.revoke_all(ids, reason).revision) if ids else desk.store.revision()
         took = _wait(agent, revision, began)
         behind = behind_held(settings, revision) if agent is None else agent.behind()
     if json:
         told = {"revoked": len(ids), "revision": revision, "enforced_after_ms": _ms(took)}
-        _print(told | _behind(behind))
+        say_json(told | _behind(behind))
     elif not ids:
-        typer.echo(f"nothing to revoke, the store stays at revision {revision}")
+        say(f"nothing to revoke, the store stays at revision {revision}")
     else:
-        typer.echo(f"revoked {_exemptions(len(ids))}, as revision {revision}{_enforced(took)}")
+        say(f"revoked {_exemptions(len(ids))}, as revision {revision}{_enforced(took)}")
         if behind is not None:
-            typer.echo(f"  {behind}")
+            say(f"  {behind}")
 
 
 @app.command("list")
@@ -276,10 +276,10 @@ def list_(
             ):
                 continue
             if json:
-                _print(_machine(row))
+                say_json(_machine(row))
             else:
                 told = exemptions.told(row.state, row.exemption)
-                typer.echo(f"{row.subscription}  {_owner(row):<40}  {told}")
+                say(f"{row.subscription}  {_owner(row):<40}  {told}")
 
 
 @app.command()
@@ -291,12 +291,12 @@ def show(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAU
     with _desk(config, None) as (desk, _, preset):
         row = desk.row(_id(id_), utc_now())
     if json:
-        _print(_machine(row))
+        say_json(_machine(row))
         return
-    typer.echo(f"{row.subscription}  {_owner(row)}")
+    say(f"{row.subscription}  {_owner(row)}")
     for line in _lines(row.exemption):
-        typer.echo(f"  {line}")
-    typer.echo(f"  next      {_next(row.state, row.exemption, preset)}")
+        say(f"  {line}")
+    say(f"  next      {_next(row.state, row.exemption, preset)}")
 
 
 @app.command()
@@ -311,12 +311,12 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
         record = readable(change.key, change.after)
         state = record.state.value if isinstance(record, Exemption) else "taken out of the store"
         if json:
-            _print({"revision": change.revision, "at": change.at, "actor": change.actor, "exemption": record})
+            say_json({"revision": change.revision, "at": change.at, "actor": change.actor, "exemption": record})
             continue
-        typer.echo(f"{change.at:%Y-%m-%d %H:%M:%SZ}  revision {change.revision}  {change.actor}: {state}")
+        say(f"{change.at:%Y-%m-%d %H:%M:%SZ}  revision {change.revision}  {change.actor}: {state}")
         if isinstance(record, Exemption):
             for line in _lines(record)[1:]:
-                typer.echo(f"    {line}")
+                say(f"    {line}")
 
 
 @contextmanager
@@ -408,26 +408,26 @@ def _tell_done(
     exemption = done.exemption
     state = exemptions.state_of(exemption, done.written.at)
     if json:
-        _print(
+        say_json(
             {"revision": done.written.revision, "state": state, "exemption": exemption}
             | ({} if took is None else {"enforced_after_ms": _ms(took)})
             | _behind(behind)
         )
         return
     name = f" ({done.subscription.name})" if done.subscription.name else ""
-    typer.echo(
+    say(
         f"exemption of {done.subscription.id}{name}: {exemptions.told(state, exemption)}, "
         f"as revision {done.written.revision}{_enforced(took)}"
     )
     if behind is not None:
-        typer.echo(f"  {behind}")
+        say(f"  {behind}")
     if exemption.reason:
-        typer.echo(f"  reason    {exemption.reason}")
+        say(f"  reason    {_in_a_line(exemption.reason)}")
     if exemption.fraud_check is not None:
-        typer.echo(f"  checked   {_checked(exemption)}")
+        say(f"  checked   {_in_a_line(_checked(exemption))}")
     if exemption.limit is not None:
-        typer.echo(f"  limit     {exemption.limit}")
-    typer.echo(f"  next      {_next(state, exemption, preset)}")
+        say(f"  limit     {exemption.limit}")
+    say(f"  next      {_next(state, exemption, preset)}")
 
 
 def _lines(exemption: Exemption) -> list[str]:
@@ -449,7 +449,12 @@ def _lines(exemption: Exemption) -> list[str]:
         ("until", _time(exemption.until)),
         ("limit", "" if exemption.limit is None else str(exemption.limit)),
     ]
-    return [f"{name:<10}{' '.join(text.split())}" for name, text in told if text]
+    return [f"{name:<10}{_in_a_line(text)}" for name, text in told if text]
+
+
+def _in_a_line(text: str) -> str:
+    """What somebody wrote, which may have several lines."""
+    return " ".join(text.split())
 
 
 def _next(state: State, exemption: Exemption, preset: Preset) -> str:
@@ -506,10 +511,6 @@ def _behind(behind: Behind | None) -> dict[str, Any]:
 
 def _ms(took: float | None) -> float | None:
     return None if took is None else round(took * 1000, 3)
-
-
-def _print(told: dict[str, Any]) -> None:
-    typer.echo(msgspec.json.encode(told, enc_hook=enc_hook).decode())
 
 
 def _time(at: datetime | None) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 import typer
 
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark
+from portward.cli.streams import say, say_json
 
 
 def explain(
@@ -27,8 +27,8 @@ def explain(
 
     found = explanation.explain(config, segment, address, to)
     if json:
-        typer.echo(msgspec.json.encode(found).decode())
+        say_json(found)
     else:
         remark(found.remarks)
         for line in explanation.lines(found):
-            typer.echo(line)
+            say(line)

@@ -15,6 +15,7 @@ from portward import config as configuration
 from portward.behind import behind_held, held_here
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.streams import put, say, say_json, wrote
 from portward.clock import utc_now
 from portward.errors import InputError, PortwardError
 from portward.policy import preset as presets
@@ -94,14 +95,14 @@ def apply(
     if json:
         told = _machine(plan, revision, held, dry_run=dry_run)
         told |= {} if behind is None else {"behind": behind.machine()}
-        typer.echo(msgspec.json.encode(told).decode())
+        say_json(told)
         return
     for line in _lines(plan, revision, dry_run=dry_run):
-        typer.echo(line)
+        say(line)
     if behind is not None:
-        typer.echo(str(behind))
+        say(str(behind))
     if held is not None:
-        typer.echo(f"it {held}: to be applied with --confirm only")
+        say(f"it {held}: to be applied with --confirm only")
 
 
 def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
@@ -111,7 +112,7 @@ def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
     """
     have, _ = _stored(configuration.load(config).store)
     for piece in json_text(have) if json else yaml_text(have):
-        sys.stdout.write(piece)
+        put(piece)
 
 
 def _plan(settings: configuration.Config, preset: Preset, files: list[str], step: Step, *, prune: bool) -> _Plan:
@@ -150,11 +151,11 @@ def _confirm(settings: configuration.Config, who: str, *, json: bool) -> None:
     with contextlib.closing(open_store(settings.store)) as store:
         newest = store.revision()
         confirming = confirmation(newest + 1, hold=held_here(settings))
-        store.write([confirming], expected=newest, actor=who, at=utc_now())
+        wrote(store.write([confirming], expected=newest, actor=who, at=utc_now()))
     if json:
-        typer.echo(msgspec.json.encode({"revision": newest + 1, "confirmed": newest}).decode())
+        say_json({"revision": newest + 1, "confirmed": newest})
     else:
-        typer.echo(_confirmed(newest))
+        say(_confirmed(newest))
 
 
 def _confirmed(revision: int) -> str:
@@ -170,7 +171,7 @@ def _write(settings: configuration.Config, plan: _Plan, who: str, step: Step, *,
         return plan.revision
     with contextlib.closing(open_store(settings.store, create=True)) as store:
         progress = step("writing", len(puts))
-        return store.write(puts, expected=plan.revision, actor=who, at=utc_now(), progress=progress)
+        return wrote(store.write(puts, expected=plan.revision, actor=who, at=utc_now(), progress=progress))
 
 
 def _machine(plan: _Plan, revision: int, held: HeldError | None, *, dry_run: bool) -> dict[str, object]:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from portward.cli.streams import say
 from portward.lab.topology import DEFAULT_NAME
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ def up(name: NameOption = DEFAULT_NAME) -> None:
     from portward.lab import standing  # noqa: PLC0415 # only this verb needs it
 
     for line in standing.up(name):
-        typer.echo(line)
+        say(line)
 
 
 @app.command()
@@ -36,7 +37,7 @@ def down(name: NameOption = DEFAULT_NAME) -> None:
     """
     from portward.lab import standing  # noqa: PLC0415 # only this verb needs it
 
-    typer.echo(standing.down(name))
+    say(standing.down(name))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from portward.cli.streams import say
 from portward.config import DEFAULT_PATH
 from portward.limits import LONGEST_INTERVAL, SHORTEST_INTERVAL
 
@@ -23,7 +24,7 @@ JsonLinesOption: TypeAlias = Annotated[
 def remark(lines: Iterable[str], *, err: bool = False) -> None:
     """Prints what a reader must know before anything else."""
     for line in lines:
-        typer.echo(f"WARNING   {line}", err=err)
+        say(f"WARNING   {line}", err=err)
 
 
 def seconds(value: float) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 import typer
 
 from portward.cli.options import JsonOption
-from portward.documents import enc_hook, network_text
+from portward.cli.streams import say, say_json
+from portward.documents import network_text
 from portward.policy import preset as presets
 from portward.policy.preset import Offer, Preset
 
@@ -34,11 +34,11 @@ def list_(json: JsonOption = False) -> None:
             }
             for preset in found
         ]
-        typer.echo(msgspec.json.encode(rows).decode())
+        say_json(rows)
         return
     for preset in found:
         default = " (default)" if preset.name == presets.DEFAULT else ""
-        typer.echo(f"{preset.name:<14}{preset.title}, ports {_numbers(preset)}{default}")
+        say(f"{preset.name:<14}{preset.title}, ports {_numbers(preset)}{default}")
 
 
 @app.command()
@@ -52,15 +52,15 @@ def show(
     """
     preset = presets.load(name)
     if json:
-        typer.echo(msgspec.json.encode(preset, enc_hook=enc_hook).decode())
+        say_json(preset)
         return
-    typer.echo(f"{preset.name}: {preset.title}")
-    typer.echo(f"  source    {preset.source} ({preset.source_date})")
-    typer.echo(f"  ports     {_numbers(preset)}")
-    typer.echo(f"  internal  {', '.join(map(network_text, preset.internal))}")
-    typer.echo(f"  restart   {preset.restart or 'not needed for an exemption to count'}")
+    say(f"{preset.name}: {preset.title}")
+    say(f"  source    {preset.source} ({preset.source_date})")
+    say(f"  ports     {_numbers(preset)}")
+    say(f"  internal  {', '.join(map(network_text, preset.internal))}")
+    say(f"  restart   {preset.restart or 'not needed for an exemption to count'}")
     paas = "blocked, whatever the offer" if preset.paas_blocked else "as any other workload"
-    typer.echo(f"  paas      {paas}")
+    say(f"  paas      {paas}")
     for offer in preset.offers:
         _print_offer(", ".join(offer.ids), offer)
     if preset.otherwise is not None:
@@ -68,16 +68,16 @@ def show(
 
 
 def _print_offer(ids: str, offer: Offer) -> None:
-    typer.echo(f"  offer     {ids}")
-    typer.echo(f"              {offer.title}")
+    say(f"  offer     {ids}")
+    say(f"              {offer.title}")
     if offer.exemption is presets.ExemptionPath.NOT_NEEDED:
-        typer.echo("              allowed")
+        say("              allowed")
         return
     before = f"allowed if created before {offer.created_before}, else " if offer.created_before else ""
     needs = f" (takes {', '.join(offer.requires)})" if offer.requires else ""
-    typer.echo(f"              {before}blocked; exemption: {offer.exemption}{needs}")
+    say(f"              {before}blocked; exemption: {offer.exemption}{needs}")
     if offer.asks:
-        typer.echo(f"              a request has to tell, beside its reason: {', '.join(offer.asks)}")
+        say(f"              a request has to tell, beside its reason: {', '.join(offer.asks)}")
 
 
 def _numbers(preset: Preset) -> str:

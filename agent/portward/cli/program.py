@@ -18,6 +18,8 @@ from portward.cli import (
     run,
     status,
 )
+from portward.cli.streams import say
+from portward.cli.words import every_verb
 
 app = typer.Typer(
     name="portward",
@@ -41,11 +43,12 @@ app.add_typer(attachment.app, name="attachment")
 app.add_typer(rules.app, name="rules")
 app.add_typer(policy.app, name="policy")
 app.add_typer(lab.app, name="lab")
+every_verb(app)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"portward {__version__}")
+        say(f"portward {__version__}")
         raise typer.Exit
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from portward.cli.options import DEFAULT_PATH, ConfigOption
+from portward.cli.streams import put, say
 
 app = typer.Typer(help="What is loaded in the kernel.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -24,7 +25,7 @@ def show(
     """
     from portward import rules  # noqa: PLC0415 # only this verb needs nft
 
-    print(rules.wanted(config) if wanted else rules.loaded(), end="")
+    put(rules.wanted(config) if wanted else rules.loaded())
 
 
 @app.command()
@@ -39,7 +40,7 @@ def baseline(config: ConfigOption = DEFAULT_PATH) -> None:
     """
     from portward import rules  # noqa: PLC0415 # as above
 
-    print(rules.baseline(config))
+    say(rules.baseline(config))
 
 
 @app.command()
@@ -58,4 +59,4 @@ def remove(
 
     if not yes:
         typer.confirm("Every tenant may then send on port 25. Stop enforcing?", abort=True)
-    print(rules.remove())
+    say(rules.remove())

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 
-import msgspec
 import typer
 
-from portward import settings
+from portward import characters, settings
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark, seconds
+from portward.cli.streams import say, say_json, say_text
 from portward.config import Config
 from portward.errors import PortwardError
 from portward.runtime import hidden, read_status, running
@@ -45,11 +45,11 @@ def status(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
     found = settings.settings(config)
     told = _status(found.config)
     if json:
-        typer.echo(msgspec.json.encode(told | {"remarks": found.remarks}).decode())
+        say_json(told | {"remarks": found.remarks})
         return
     remark(found.remarks)
     for line in _lines(told):
-        typer.echo(line)
+        say(line)
 
 
 def top(
@@ -90,7 +90,7 @@ def _screen() -> Iterator[Show]:
 
     console = Console()
     if not console.is_terminal:
-        yield lambda rows, *, first: None if first else typer.echo("\n".join(_top_lines(rows)))
+        yield lambda rows, *, first: None if first else say_text("\n".join(_top_lines(rows)))
         return
     with Live(console=console, auto_refresh=False, transient=False) as live:
 
@@ -259,7 +259,8 @@ def _self_check(told: dict[str, Any]) -> str:
 def _top_lines(rows: list[Row]) -> list[str]:
     cells = [("segment", "source", "verdict", "packets/s", "packets", "subscription")]
     cells += [
-        (row.segment, row.source, row.verdict, f"{row.rate:.1f}", str(row.packets), row.owner) for row in rows
+        (row.segment, row.source, row.verdict, f"{row.rate:.1f}", str(row.packets), characters.shown(row.owner))
+        for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [

@@ -9,6 +9,8 @@ from typing import Any, Final
 import typer
 
 from portward.cli.program import app
+from portward.cli.streams import say
+from portward.cli.words import drop_unreadable_variables
 from portward.errors import InputError, PortwardError
 
 # typer's words → field and problem, as `portward.errors` has them.
@@ -32,10 +34,11 @@ _WORDS: Final = tuple(
 
 def run() -> int:
     """Runs the verb that the command line names, and gives the exit code; raises PortwardError."""
+    drop_unreadable_variables()
     try:
         code = app(prog_name="portward", standalone_mode=False)
     except typer.Abort:
-        typer.echo()  # the question's line
+        say("")  # ends the question's line
         raise PortwardError("stopped at the question: nothing was changed") from None
     except typer.TyperException as error:
         raised: Any = error

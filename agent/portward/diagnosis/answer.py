@@ -177,9 +177,9 @@ def _exemption(state: State, exemption: Exemption | None, say: Language) -> Iter
         words.append(say("until {when}", when=say.time(exemption.until)))
     yield ", ".join(words)
     if exemption.reason:
-        yield say("reason: {reason}", reason=say(exemption.reason))
+        yield say("reason: {reason}", reason=" ".join(say(exemption.reason).split()))
     if exemption.fraud_check:
-        note = f", {say.quoted(exemption.fraud_note)}" if exemption.fraud_note else ""
+        note = f", {say.quoted(' '.join(exemption.fraud_note.split()))}" if exemption.fraud_note else ""
         yield say("anti-fraud check: {result}{note}", result=say(_CHECKS[exemption.fraud_check]), note=note)
     if exemption.limit:
         yield say(

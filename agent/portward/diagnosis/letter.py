@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Final
 
+from portward.characters import shown
 from portward.diagnosis.advice import Matter, Step, Way
 from portward.diagnosis.facts import Asked as AskedSource
 from portward.diagnosis.facts import Facts, Machine
@@ -125,7 +126,7 @@ def _opening(preset: Preset, facts: Facts, say: Language) -> str:
             address=facts.asked.address,
             ports=ports,
         )
-    name = facts.subscription.name if facts.subscription and facts.subscription.name else str(facts.id)
+    name = shown(facts.subscription.name) if facts.subscription and facts.subscription.name else str(facts.id)
     return say(
         "You have asked us why your subscription {name} cannot send mail straight to the Internet ({ports}). "
         "This is what we have found.",
@@ -213,7 +214,7 @@ class _Told:
             own = exemption.by == SELF_SERVICE
             yield say(
                 "The reason: {reason}.",
-                reason=say(exemption.reason) if own else say.quoted(exemption.reason),
+                reason=say(exemption.reason) if own else say.quoted(" ".join(exemption.reason.split())),
             )
 
     def _limit(self) -> Iterator[str]:

@@ -304,6 +304,8 @@ def read_document(name: str) -> Document:
     InputError."""
     if name == "-":
         title = "standard input"
+        if sys.stdin is None:
+            raise InputError("is closed", file=title)
         text = text_of(sys.stdin.buffer, title, _LARGEST)
     else:
         title, text = name, read_text(Path(name), _LARGEST, pipe=True)

@@ -35,7 +35,7 @@ import msgspec
 from portward.documents import brief, dec_hook, enc_hook, explained, field_name, network_text
 from portward.errors import StoreError, printable
 from portward.model import Address, Attachment, Exemption, ExemptionState, Record, Subscription
-from portward.validity import flaws
+from portward.validity import flaws, is_interface
 
 Progress: TypeAlias = Callable[[int], None]
 
@@ -341,6 +341,8 @@ def find(
 
 
 def _most_specific(store: Store, segment: str, address: Address) -> Attachment | None:
+    if not is_interface(segment):  # bytes that are not UTF-8 cannot be in a key
+        return None
     for length in range(address.max_prefixlen, -1, -1):
         network = ip_network((address, length), strict=False)
         record = _read(store, attachment_key(segment, network_text(network)))
