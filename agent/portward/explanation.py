@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
+from portward import effect, host
 from portward.clock import as_agent
 from portward.config import Config, Refusal
 from portward.documents import network_text
+from portward.effect import Effect, Now, Policy
 from portward.errors import InputError, PortwardError
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned, Source
@@ -24,6 +27,7 @@ from portward.gateway.links import index_of
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import COUNTED_SETS, RATED_SETS, RATES, TABLE, Rated
+from portward.host import Ruleset
 from portward.interfaces import shown
 from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
 from portward.policy.decide import decide, rule_in_words
@@ -49,8 +53,9 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """An answer to "why can't I send mail?". `kernel` is what the kernel does with the source now, or why that
-    is not known; `decided_from` is `table` or `store`."""
+    """An answer to "why can't I send mail?": what the policy says, in `now` what happens on this host now and why,
+    in `remarks` what the reader must know first. `kernel` is what the kernel has cached for the source, or why
+    that is not known; `decided_from` is `table` or `store`."""
 
     segment: str
     address: str
@@ -69,6 +74,7 @@ class Explanation(msgspec.Struct, frozen=True):
     kernel: str
     remedy: str
     limit: RateLimit | None = None
+    now: Now | None = None
     remarks: tuple[str, ...] = ()
 
 
@@ -84,7 +90,23 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
         )
     known = _from_table(config, preset, segment, source) or _from_store(config, segment, source)
     found = _explanation(config, preset, known, segment, source, destination)
-    return replace(found, remarks=remarks)
+    here = _now(config, found, source)
+    return replace(found, now=here, remedy=_remedy(found, here), remarks=(*remarks, *_behind(config)))
+
+
+def _remedy(found: Explanation, here: Now) -> str:
+    """What the customer can do, as far as it is the customer's."""
+    if not here.as_policy and here.effect in (Effect.DROPPED, Effect.REJECTED):
+        return "Nothing: the policy allows it, and it is this gateway that drops it. See `portward status`."
+    if not here.as_policy:
+        return f"{found.remedy} At this moment the packets pass all the same, since this gateway lets them."
+    return found.remedy
+
+
+def _behind(config: Config) -> Iterator[str]:
+    """What the agent here has not taken in yet."""
+    if running(config.table) is not None and (why := host.behind_store(config)):
+        yield f"{why}, which this gateway has not taken in: see `portward status`"
 
 
 def lines(found: Explanation) -> Iterator[str]:
@@ -92,6 +114,9 @@ def lines(found: Explanation) -> Iterator[str]:
     to = f" to {found.destination}" if found.destination else ""
     observed = " (observed only: the packet passes)" if found.observed and found.verdict != "allow" else ""
     yield f"{shown(found.segment)} {found.address}{to}: {found.verdict.upper()}{observed}"
+    if found.now is not None:
+        as_policy = "" if found.now.as_policy else ", which is NOT what the policy says"
+        yield f"  now       {_EFFECTS[found.now.effect]}{as_policy}: {found.now.why}"
     yield f"  why       {found.reason_in_words} ({found.reason})"
     if found.subscription:
         name = f"{found.name}, " if found.name else ""
@@ -106,6 +131,15 @@ def lines(found: Explanation) -> Iterator[str]:
     yield f"  from      the {found.decided_from}, revision {found.revision}"
     yield f"  kernel    {found.kernel}"
     yield f"  customer  {found.remedy}"
+
+
+_EFFECTS: Final = {
+    Effect.PASSES: "PASSES here",
+    Effect.LIMITED: "PASSES here WITHIN A LIMIT",
+    Effect.DROPPED: "DROPPED here",
+    Effect.REJECTED: "REJECTED here",
+    Effect.UNKNOWN: "NOT KNOWN what happens here",
+}
 
 
 def _address(field: str, text: str) -> Address:
@@ -167,6 +201,7 @@ def _explanation(
         destination=destination,
     )
     subscription = known.subscription
+    limit = known.exemption.limit if known.exemption and decision.reason is Reason.ALLOWED_EXEMPT else None
     reject = config.verdicts.refuse_with is Refusal.REJECT and subscription is not None
     refusal = "reject" if reject else "deny"
     return Explanation(
@@ -191,8 +226,28 @@ def _explanation(
         decided_from=known.source,
         observed=config.observes(segment) or (subscription is not None and subscription.mode is Mode.OBSERVE),
         kernel=_kernel(segment, source),
-        remedy=remedy(preset, decision.reason, subscription),
-        limit=known.exemption.limit if known.exemption and decision.reason is Reason.ALLOWED_EXEMPT else None,
+        remedy=remedy(preset, decision.reason, subscription, limited=limit is not None),
+        limit=limit,
+    )
+
+
+def _now(config: Config, found: Explanation, source: Address) -> Now:
+    """What happens to the source's next packet on this host."""
+    here = host.look(config)
+    try:
+        cached = host.cached(found.segment, source)
+    except (OSError, PortwardError):
+        here, cached = replace(here, ruleset=Ruleset.NOT_PERMITTED), None
+    return effect.now(
+        here,
+        cached,
+        Policy(
+            verdict=found.verdict,
+            observed=found.observed,
+            observed_segment=config.observes(found.segment),
+            limited=found.limit is not None,
+            internal=found.reason == Reason.ALLOWED_INTERNAL,
+        ),
     )
 
 
@@ -212,8 +267,9 @@ def _kernel(segment: str, source: Address) -> str:
     except (OSError, PortwardError):
         return "not known: asking the kernel needs root or CAP_NET_ADMIN"
     if held is None:
-        return "does not remember this source: its next packet asks a worker"
-    return f"remembers {COUNTED_SETS[held.verdict]!r} for {held.expires:.0f} s more, {held.packets} packets so far"
+        return "has cached nothing for this source"
+    packets = f"{held.packets} packet{'' if held.packets == 1 else 's'}"
+    return f"has cached {COUNTED_SETS[held.verdict]!r} for {held.expires:.0f} s more, {packets} so far"
 
 
 def _within(netlink: NfNetlink, source: Source, name: str) -> str:

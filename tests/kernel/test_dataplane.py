@@ -256,7 +256,7 @@ def test_port_25_of_another_protocol_is_let_pass_also_where_the_source_is_rememb
 ) -> None:
     gateway.source(FABRIKAM, source, DENIED)
     assert not gateway.passes(FABRIKAM, source)
-    assert "remembers 'deny'" in gateway.agent.explain(FABRIKAM.segment, source)["kernel"]
+    assert "has cached 'deny'" in gateway.agent.explain(FABRIKAM.segment, source)["kernel"]
     before = denied(gateway, source)
     header = IPv6(src=source, dst=MAIL6) if ":" in source else IP(src=source, dst=MAIL4)
     with seen(gateway.lab.internet) as view:

@@ -179,7 +179,7 @@ def test_a_segment_whose_name_is_not_text_is_closed_and_told(gateway: Gateway) -
         until(lambda: gateway.agent.metrics()["portward_segments"] >= 3, "counted")
         found = gateway.agent.portward("explain", name, "10.0.0.4").stdout
         assert f"{shown} 10.0.0.4: DENY" in found
-        assert "does not remember this source" in found
+        assert "has cached nothing for this source" in found
     finally:
         _ip(gateway.lab.gateway, "del", name)
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # The daemon writes its status each second: an older one is told as old.
 _STALE_SECONDS = 5.0
+# So long after it has bound its queue a worker may not have been asked yet.
+_UNASKED_S: Final = 5.0
 # A step of the policy thread that takes longer is shown.
 _LONG_SECONDS: Final = 1.0
 # The columns of `top` that hold numbers.
@@ -190,7 +192,8 @@ def _worker(worker: dict[str, Any]) -> str:
     since = _span(worker.get("seconds", 0))
     words = {
         "answers": "runs",
-        "unanswered": f"has bound its queue and HAS NOT ANSWERED for {since}",
+        "unanswered": "has bound its queue"
+        + (f" and HAS NOT ANSWERED for {since}" if worker.get("seconds", 0) >= _UNASKED_S else ", not asked yet"),
         "starting": f"is starting, for {since}",
         "trying": f"IS DOWN for {since}, and is started again: {worker.get('why', '')}".rstrip(": "),
     }

@@ -32,8 +32,20 @@ def reason_in_words(reason: Reason, say: Language = ENGLISH) -> str:
     return say(_WORDS[reason])
 
 
-def remedy(preset: Preset, reason: Reason, subscription: Subscription | None, say: Language = ENGLISH) -> str:
-    """What the customer can do next, in one or two sentences."""
+def remedy(
+    preset: Preset,
+    reason: Reason,
+    subscription: Subscription | None,
+    say: Language = ENGLISH,
+    *,
+    limited: bool = False,
+) -> str:
+    """What the customer can do next, in one or two sentences. `limited`: an exemption carries a rate limit."""
+    if reason.allows and limited:
+        return say(
+            "New connections beyond the limit are dropped: spread the mail over more time, or ask for a higher "
+            "limit. The receiving provider may still refuse the mail."
+        )
     if reason.allows:
         return say("Nothing is blocked here. The receiving provider may still refuse the mail.")
     relay = say(_RELAY if relay_is_free(preset) else _API)

@@ -1,0 +1,156 @@
+"""What happens to a source's next packet to the Internet on this host, and why. Pure.
+
+The policy says what should happen. That is not always what happens: no agent may run, the ruleset may be missing,
+or a verdict of before may be cached. Both are said, each by itself.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from portward.gateway import mark
+from portward.gateway.mark import Class
+from portward.gateway.ruleset import COUNTED_SETS
+from portward.host import Agent, Cached, Host, Ruleset, Workers
+
+
+class Effect(StrEnum):
+    """What becomes of the packet. LIMITED: new connections pass within the limit of the subscription."""
+
+    PASSES = "passes"
+    LIMITED = "limited"
+    DROPPED = "dropped"
+    REJECTED = "rejected"
+    UNKNOWN = "unknown"
+
+
+class Here(StrEnum):
+    """What this host does to sources that it has no cached verdict for."""
+
+    JUDGES = "judges"
+    OPEN = "open"  # whoever sends, it passes
+    CLOSED = "closed"  # whoever sends, it is dropped
+    NOBODY_ANSWERS = "nobody-answers"  # dropped
+    NOBODY_ANSWERS_OPEN = "nobody-answers-open"  # passes
+    UNKNOWN = "unknown"
+
+
+class Now(msgspec.Struct, frozen=True):
+    """What happens now and why. `as_policy`: that is what the policy says."""
+
+    effect: Effect
+    why: str
+    as_policy: bool = True
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """What the policy says: the verdict (`allow`, `deny`, `reject`), whether it is only observed (the kernel knows
+    that of a segment, and not of a subscription), the limit, whether the destination is internal."""
+
+    verdict: str
+    observed: bool = False
+    observed_segment: bool = False
+    limited: bool = False
+    internal: bool = False
+
+
+def here(host: Host, *, observed_segment: bool = False) -> Here:
+    """What this host does to sources without a cached verdict."""
+    if host.ruleset is Ruleset.NOT_PERMITTED:
+        return Here.UNKNOWN
+    if host.ruleset is Ruleset.CLOSED:
+        return Here.CLOSED
+    if host.ruleset is Ruleset.NONE:
+        return Here.OPEN
+    if host.agent is Agent.ELSEWHERE:
+        return Here.UNKNOWN
+    if host.workers in (Workers.ANSWER, Workers.PART):
+        return Here.JUDGES
+    if host.workers is Workers.NONE and (host.opens or observed_segment):
+        return Here.NOBODY_ANSWERS_OPEN
+    return Here.NOBODY_ANSWERS
+
+
+def now(host: Host, found: Cached | None, policy: Policy) -> Now:
+    """What happens to the next packet of a source; `found` is what the kernel has cached for it, None if its
+    segment is no interface here now."""
+    made = _now(host, found, policy)
+    passes = policy.verdict == "allow" or policy.observed
+    if made.effect is Effect.UNKNOWN:
+        return made
+    as_policy = (made.effect in (Effect.PASSES, Effect.LIMITED)) is passes
+    return msgspec.structs.replace(made, as_policy=as_policy)
+
+
+def _now(host: Host, found: Cached | None, policy: Policy) -> Now:
+    place = here(host, observed_segment=policy.observed_segment)
+    match place:
+        case Here.UNKNOWN if host.agent is Agent.ELSEWHERE:
+            return Now(Effect.UNKNOWN, f"{host.elsewhere}, with another table folder")
+        case Here.UNKNOWN:
+            return Now(Effect.UNKNOWN, "asking the kernel needs root or CAP_NET_ADMIN")
+        case Here.CLOSED:
+            return Now(Effect.DROPPED, _CLOSED)
+        case Here.OPEN:
+            error = f" ({host.ruleset_error})" if host.ruleset_error else ""
+            return Now(Effect.PASSES, f"{_OPEN}{error}; {_AGENTS[host.agent]}")
+    if found is None:
+        return Now(Effect.UNKNOWN, "its segment is no interface of this host now, so nothing of it comes here")
+    if policy.internal:
+        return Now(Effect.PASSES, "the destination is internal: no verdict is needed")
+    if found.limit:
+        return Now(
+            Effect.LIMITED,
+            f"new connections of its subscription pass within the limit ({found.limit}), those beyond are dropped;"
+            f" dropped lately of this source: {found.packets}",
+        )
+    if found.verdict is not None:
+        return _by_cache(host, found, found.verdict)
+    return _by_worker(host, place, policy)
+
+
+def _by_cache(host: Host, found: Cached, verdict: Class) -> Now:
+    effect = Effect.REJECTED if verdict is Class.REFUSED else Effect.DROPPED
+    if verdict in mark.PASSING:
+        effect = Effect.PASSES
+    why = f"the kernel has cached {COUNTED_SETS[verdict]!r} for {found.expires:.0f} s more"
+    return Now(effect, why if host.agent is Agent.RUNS else f"{why}; {_AGENTS[host.agent]}")
+
+
+def _by_worker(host: Host, place: Here, policy: Policy) -> Now:
+    if place is Here.NOBODY_ANSWERS:
+        return Now(Effect.DROPPED, f"nothing is cached for it, and {_nobody(host)}")
+    if place is Here.NOBODY_ANSWERS_OPEN:
+        because = 'on_agent_down = "open"' if host.opens else "the segment is only observed"
+        return Now(Effect.PASSES, f"nothing is cached for it, and {_nobody(host)}: it passes because {because}")
+    words = "nothing is cached for it: its next packet asks a worker"
+    if host.workers is Workers.PART:
+        words += ". NOT ALL QUEUES ARE ANSWERED: what falls into the others is dropped, see `portward status`"
+    if host.agent is not Agent.RUNS:
+        words += f" (by the policy table as it was left: {_AGENTS[host.agent]})"
+    if policy.verdict == "allow" and policy.limited:
+        return Now(Effect.LIMITED, f"{words}, and then the limit counts")
+    if policy.verdict == "allow" or policy.observed:
+        return Now(Effect.PASSES, words)
+    return Now(Effect.REJECTED if policy.verdict == "reject" else Effect.DROPPED, words)
+
+
+def _nobody(host: Host) -> str:
+    return f"{_AGENTS[host.agent]}, so no worker answers"
+
+
+_CLOSED = (
+    "table inet portward_closed is loaded: no packet to the ports that it names is forwarded, whoever sends it "
+    "(see `portward rules show`)"
+)
+_OPEN = "no ruleset of portward is loaded here: NOTHING IS ENFORCED and every source may send"
+_AGENTS = {
+    Agent.RUNS: "an agent runs",
+    Agent.STARTING: "the agent is starting",
+    Agent.SILENT: "the agent runs and does not report",
+    Agent.NONE: "no agent runs here",
+    Agent.ELSEWHERE: "another agent enforces here",
+    Agent.HIDDEN: "whether an agent runs is not known (only root and the agent's user may see that)",
+}

@@ -1,0 +1,190 @@
+"""What this host does now: whether an agent runs, what the kernel has loaded and has cached for a source, who
+answers the queues. Facts alone; `effect` says what comes of them."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from enum import StrEnum
+from typing import Any, Final
+
+import msgspec
+
+from portward.clock import utc_now
+from portward.config import Config, OnAgentDown
+from portward.errors import KernelError, PortwardError
+from portward.gateway import keeper, namespacelock
+from portward.gateway.elements import KernelElements
+from portward.gateway.learned import Learned, Source
+from portward.gateway.links import index_of
+from portward.gateway.mark import Class
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.queues import states
+from portward.gateway.rates import Bucket
+from portward.gateway.ruleset import RATED_SETS, RATES, TABLE, Rated
+from portward.model import Address, Mode
+from portward.runtime import hidden, read_status, running
+from portward.store import open_store
+from portward.table.history import same_history
+from portward.table.reader import Reader
+
+# The agent writes its status each second: an older one says that it hangs.
+_STALE_S: Final = 5.0
+# A worker is asked every two seconds and has two to answer. For so long after it has bound its queue it may not
+# have been asked yet.
+_UNASKED_S: Final = 5.0
+
+
+class Agent(StrEnum):
+    """Whether an agent works on this table. ELSEWHERE: one with another table folder enforces in this network
+    namespace. SILENT: one runs, and has not reported for some seconds."""
+
+    RUNS = "runs"
+    STARTING = "starting"
+    SILENT = "silent"
+    NONE = "none"
+    ELSEWHERE = "elsewhere"
+    HIDDEN = "hidden"
+
+
+class Ruleset(StrEnum):
+    """What of portward the kernel has loaded. CLOSED: the table that forwards nothing to the judged ports."""
+
+    LOADED = "loaded"
+    CLOSED = "closed"
+    NONE = "none"
+    NOT_PERMITTED = "not-permitted"
+
+
+class Workers(StrEnum):
+    """Who answers the queues: every one is answered, some are, none is. DEAF: none is answered, although processes
+    have bound them, so what waits there is dropped."""
+
+    ANSWER = "answer"
+    PART = "part"
+    DEAF = "deaf"
+    NONE = "none"
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """This host now. `opens`: unknown sources of every segment pass while nobody answers; `elsewhere` is who
+    enforces here instead; `ruleset_error` is why the kernel has no ruleset, as the agent says."""
+
+    agent: Agent = Agent.RUNS
+    ruleset: Ruleset = Ruleset.LOADED
+    workers: Workers = Workers.ANSWER
+    opens: bool = False
+    ruleset_error: str = ""
+    elsewhere: str = ""
+
+
+class Cached(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel has cached for a source: a verdict for `expires` seconds more, or the rate limit of its
+    subscription; `packets` so far (with a limit: those dropped beyond it lately)."""
+
+    verdict: Class | None = None
+    expires: float = 0.0
+    packets: int = 0
+    limit: str = ""
+
+
+def look(config: Config) -> Host:
+    """This host now, for the configuration in force."""
+    agent, status = _agent(config)
+    loaded, elsewhere = _ruleset(config)
+    if elsewhere and agent is not Agent.HIDDEN:
+        agent = Agent.ELSEWHERE
+    return Host(
+        agent=agent,
+        ruleset=loaded,
+        workers=_workers(config, agent, status),
+        opens=config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE,
+        ruleset_error=str(status.get("ruleset_error", "")),
+        elsewhere=elsewhere,
+    )
+
+
+def cached(segment: str, address: Address) -> Cached | None:
+    """What the kernel has cached for a source; None if the segment is no interface here now. Raises PortwardError
+    or OSError if the kernel may not be asked."""
+    index = index_of(segment)
+    if index is None:
+        return None
+    source = Source(index, address.packed)
+    with closing(NfNetlink()) as netlink:
+        if not netlink.sets(TABLE):
+            return Cached()
+        limit = netlink.element(TABLE, RATES + source.family, source.key)
+        if limit is not None:
+            bucket = Bucket.named(limit.object)
+            words = limit.object if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
+            beyond = netlink.element(TABLE, RATED_SETS[Rated.BEYOND] + source.family, source.key)
+            return Cached(limit=words, packets=0 if beyond is None else beyond.packets)
+        held = Learned(KernelElements(netlink)).held(source)
+    if held is None or not isinstance(held.verdict, Class):
+        return Cached()
+    return Cached(verdict=held.verdict, expires=held.expires, packets=held.packets)
+
+
+def behind_store(config: Config) -> str:
+    """What the store holds that the running agent's table has not taken in, in words; empty if it is in step, or
+    if that cannot be found out."""
+    try:
+        with closing(Reader.open(config.table)) as reader, closing(open_store(config.store)) as store:
+            head = reader.head()
+            newest = store.revision()
+            if head is None or (head.revision == newest and same_history(head, store)):
+                return ""
+            if head.revision >= newest or not same_history(head, store):
+                return f"the store has another history, at revision {newest} (a restored backup?)"
+    except PortwardError:
+        return ""
+    return f"the store is at revision {newest}"
+
+
+def _agent(config: Config) -> tuple[Agent, dict[str, Any]]:
+    if hidden(config.table):
+        return Agent.HIDDEN, {}
+    if running(config.table) is None:
+        return Agent.NONE, {}
+    status = read_status(config.table)
+    if status is None:
+        return Agent.STARTING, {}
+    at = msgspec.convert(status["at"], type=type(utc_now()))
+    age = (utc_now() - at).total_seconds()
+    return (Agent.SILENT if age > _STALE_S else Agent.RUNS), status
+
+
+def _ruleset(config: Config) -> tuple[Ruleset, str]:
+    """What is loaded; and who enforces here instead of an agent on this table, empty if nobody does."""
+    try:
+        with closing(NfNetlink()) as netlink:
+            taken = None if running(config.table) is not None else namespacelock.holder(netlink)
+            elsewhere = "" if taken is None else str(taken)
+            if keeper.closed(netlink):
+                return Ruleset.CLOSED, elsewhere
+            return (Ruleset.LOADED if keeper.loaded(netlink) else Ruleset.NONE), elsewhere
+    except (KernelError, OSError):
+        return Ruleset.NOT_PERMITTED, ""
+
+
+def _workers(config: Config, agent: Agent, status: dict[str, Any]) -> Workers:
+    """Who answers. A running agent asks its workers again and again and says so; without one it shows only whether
+    a process has bound the queue."""
+    queues = range(config.queue.first, config.queue.first + config.queue.workers)
+    bound = {state.number for state in states()} & set(queues)
+    answering = len(bound)
+    if agent is Agent.RUNS:
+        answering = sum(map(_answers, status["workers"]))
+    if answering == len(queues):
+        return Workers.ANSWER
+    if answering:
+        return Workers.PART
+    return Workers.DEAF if bound else Workers.NONE
+
+
+def _answers(worker: dict[str, Any]) -> bool:
+    """Whether a worker answers, as the status says. An older version says only that its process is there."""
+    if "state" not in worker:
+        return bool(worker["running"])
+    unasked = worker["state"] == "unanswered" and worker["seconds"] < _UNASKED_S
+    return bool(worker["state"] == "answers" or unasked)

@@ -1,0 +1,127 @@
+"""What `explain` says of now is what becomes of a real packet, whatever state the gateway is in."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kernel.conftest import Gateway
+from portward.lab import namespaces
+from portward.lab.agent import until
+from portward.lab.topology import CONTOSO, FABRIKAM
+
+MAY, MAY_NOT = (CONTOSO, "10.0.0.4"), (FABRIKAM, "10.0.0.4")
+PASSES, DROPPED = ("passes", True), ("dropped", False)
+MakeGateway = Callable[..., Gateway]
+
+
+def agrees(gateway: Gateway, who: Any, effect: tuple[str, bool], *words: str, as_policy: bool = True) -> None:
+    """`explain` says so, and so it is."""
+    tenant, address = who
+    found = gateway.agent.explain(tenant.segment, address)["now"]
+    assert (found["effect"], found["as_policy"]) == (effect[0], as_policy), found
+    for word in words:
+        assert word in found["why"]
+    assert gateway.passes(tenant, address) is effect[1], found
+
+
+def forget(gateway: Gateway) -> None:
+    """Makes the kernel forget every cached verdict."""
+    for name in ("allow4", "deny4", "unknown4", "observe4"):
+        gateway.lab.run(gateway.lab.gateway, "nft", "flush", "set", "inet", "portward", name)
+
+
+def flush(gateway: Gateway) -> None:
+    """Takes portward's rules away."""
+    gateway.lab.run(gateway.lab.gateway, "nft", "delete", "table", "inet", "portward")
+
+
+def test_while_the_agent_runs(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    agrees(gateway, MAY, PASSES, "nothing is cached for it: its next packet asks a worker")
+    agrees(gateway, MAY, PASSES, "the kernel has cached 'allow' for")
+    agrees(gateway, MAY_NOT, DROPPED, "its next packet asks a worker")
+    agrees(gateway, MAY_NOT, DROPPED, "the kernel has cached 'deny' for")
+    found = gateway.agent.explain(FABRIKAM.segment, "10.0.0.4", "--to", "10.1.2.3")["now"]
+    assert (found["effect"], found["as_policy"]) == ("passes", True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"on_agent_down": "open"}, {"mode": "observe"}])
+def test_while_no_agent_runs(make_gateway: MakeGateway, settings: dict[str, Any]) -> None:
+    gateway = make_gateway(**settings)
+    assert gateway.passes(*MAY)
+    assert gateway.agent.stop() == 0
+    agrees(gateway, MAY, PASSES, "the kernel has cached 'allow'", "no agent runs here")
+    forget(gateway)
+    if settings:
+        as_policy = "mode" in settings
+        agrees(gateway, MAY, PASSES, "no agent runs here, so no worker answers: it passes because")
+        agrees(gateway, MAY_NOT, PASSES, as_policy=as_policy)
+    else:
+        agrees(gateway, MAY, DROPPED, "no agent runs here, so no worker answers", as_policy=False)
+        agrees(gateway, MAY_NOT, DROPPED)
+        printed = gateway.agent.portward("explain", CONTOSO.segment, "10.0.0.4").stdout
+        assert (
+            "10.0.0.4: ALLOW\n  now       DROPPED here, which is NOT what the policy says: nothing is" in printed
+        )
+        assert "customer  Nothing: the policy allows it, and it is this gateway that drops it" in printed
+
+
+def test_while_nothing_or_everything_is_closed(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    assert gateway.agent.stop() == 0
+    flush(gateway)
+    agrees(gateway, MAY_NOT, PASSES, "NOTHING IS ENFORCED", "no agent runs here", as_policy=False)
+    agrees(gateway, MAY, PASSES, "NOTHING IS ENFORCED")
+    assert gateway.agent.portward("rules", "baseline").returncode == 0
+    agrees(gateway, MAY, DROPPED, "no agent runs here", as_policy=False)
+    flush(gateway)
+    kept = gateway.agent.config.read_text()
+    gateway.agent.config.write_text("segments = [\n")
+    assert gateway.agent.portward("rules", "baseline").returncode == 1
+    gateway.agent.config.write_text(kept)
+    agrees(gateway, MAY, DROPPED, "table inet portward_closed is loaded", as_policy=False)
+
+
+def test_while_the_agent_does_not_answer(make_gateway: MakeGateway) -> None:
+    """A worker that is stopped has its queue bound, so what waits for it does not pass, whatever is configured."""
+    gateway = make_gateway(on_agent_down="open")
+    assert gateway.agent.process is not None
+    parent = str(gateway.agent.process.pid)
+    pid = gateway.lab.run(gateway.lab.gateway, "pgrep", "-P", parent).stdout.split()[0]
+    gateway.agent.process.send_signal(signal.SIGSTOP)
+    namespaces.run(gateway.lab.gateway, ["kill", "-STOP", pid])
+    try:
+        until(
+            lambda: "does not report" in gateway.agent.explain(CONTOSO.segment, "10.0.0.4")["now"]["why"],
+            "the agent is seen as silent",
+        )
+        assert not gateway.passes(*MAY)
+    finally:
+        namespaces.run(gateway.lab.gateway, ["kill", "-CONT", pid])
+        gateway.agent.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("verb", ["explain", "diagnose", "status", "top"])
+def test_a_mistake_in_the_configuration_blinds_no_verb(gateway: Gateway, verb: str) -> None:
+    kept = gateway.agent.config.read_text()
+    arguments = {
+        "explain": ("explain", FABRIKAM.segment, "10.0.0.4"),
+        "diagnose": ("diagnose", FABRIKAM.segment, "10.0.0.4"),
+        "status": ("status",),
+        "top": ("top", "--count", "1", "--interval", "0.2"),
+    }
+    gateway.agent.config.write_text(kept + 'mode = "watch"\n')
+    line = len(gateway.agent.config.read_text().splitlines())
+    try:
+        result = gateway.agent.portward(*arguments[verb])
+    finally:
+        gateway.agent.config.write_text(kept)
+    assert result.returncode == 0, result.stderr
+    first = result.stdout.splitlines()[0]
+    assert first.startswith(f"WARNING   {gateway.agent.config}:{line}: mode: 'watch' is not a valid value")
+    assert first.endswith("the agent runs with the configuration that it read before")
+    assert len(result.stdout.splitlines()) > 1

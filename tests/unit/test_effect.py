@@ -1,0 +1,89 @@
+"""What becomes of a source's next packet, from the state of the host, the cache and the policy."""
+
+from __future__ import annotations
+
+import pytest
+
+from portward.effect import Effect, Here, Policy, here, now
+from portward.gateway.mark import Class
+from portward.host import Agent, Cached, Host, Ruleset, Workers
+
+ALLOW, DENY, REJECT = Policy(verdict="allow"), Policy(verdict="deny"), Policy(verdict="reject")
+OBSERVED = Policy(verdict="deny", observed=True, observed_segment=True)
+# Observed by subscription: no worker, no knowledge of it.
+OBSERVED_CUSTOMER = Policy(verdict="deny", observed=True)
+LIMITED = Policy(verdict="allow", limited=True)
+NOTHING = Cached()
+DOWN = Host(agent=Agent.NONE, workers=Workers.NONE)
+DOWN_OPEN = Host(agent=Agent.NONE, workers=Workers.NONE, opens=True)
+DEAF = Host(workers=Workers.DEAF, opens=True)
+BARE = Host(ruleset=Ruleset.NONE, ruleset_error="Operation not permitted")
+CLOSED = Host(agent=Agent.NONE, ruleset=Ruleset.CLOSED, workers=Workers.NONE, opens=True)
+
+
+def cached(verdict: Class) -> Cached:
+    """A cached verdict."""
+    return Cached(verdict=verdict, expires=30.4, packets=2)
+
+
+@pytest.mark.parametrize(
+    ("host", "found", "policy", "effect", "as_policy"),
+    [
+        (Host(), NOTHING, ALLOW, Effect.PASSES, True),
+        (Host(), NOTHING, DENY, Effect.DROPPED, True),
+        (Host(), NOTHING, REJECT, Effect.REJECTED, True),
+        (Host(), NOTHING, OBSERVED, Effect.PASSES, True),
+        (Host(), NOTHING, OBSERVED_CUSTOMER, Effect.PASSES, True),
+        (Host(), NOTHING, LIMITED, Effect.LIMITED, True),
+        (Host(), Cached(limit="10 a minute, 5 at once"), LIMITED, Effect.LIMITED, True),
+        (Host(), cached(Class.ALLOW), ALLOW, Effect.PASSES, True),
+        (Host(), cached(Class.ALLOW), DENY, Effect.PASSES, False),
+        (Host(), cached(Class.OBSERVED), OBSERVED, Effect.PASSES, True),
+        (Host(), cached(Class.DENY), ALLOW, Effect.DROPPED, False),
+        (Host(), cached(Class.REFUSED), REJECT, Effect.REJECTED, True),
+        (Host(), cached(Class.UNKNOWN), DENY, Effect.DROPPED, True),
+        (Host(workers=Workers.PART), NOTHING, ALLOW, Effect.PASSES, True),
+        (DOWN, NOTHING, ALLOW, Effect.DROPPED, False),
+        (DOWN, NOTHING, DENY, Effect.DROPPED, True),
+        (DOWN, cached(Class.ALLOW), ALLOW, Effect.PASSES, True),
+        (DOWN, NOTHING, OBSERVED, Effect.PASSES, True),
+        (DOWN, NOTHING, OBSERVED_CUSTOMER, Effect.DROPPED, False),
+        (DOWN_OPEN, NOTHING, DENY, Effect.PASSES, False),
+        (DOWN_OPEN, cached(Class.DENY), DENY, Effect.DROPPED, True),
+        (DEAF, NOTHING, ALLOW, Effect.DROPPED, False),
+        (BARE, NOTHING, DENY, Effect.PASSES, False),
+        (BARE, None, DENY, Effect.PASSES, False),
+        (CLOSED, NOTHING, ALLOW, Effect.DROPPED, False),
+        (DOWN, NOTHING, Policy(verdict="allow", internal=True), Effect.PASSES, True),
+        (Host(), None, ALLOW, Effect.UNKNOWN, True),
+        (Host(ruleset=Ruleset.NOT_PERMITTED), NOTHING, ALLOW, Effect.UNKNOWN, True),
+        (Host(agent=Agent.ELSEWHERE, elsewhere="process 7"), NOTHING, ALLOW, Effect.UNKNOWN, True),
+    ],
+)
+def test_the_effect_follows_from_host_cache_and_policy(
+    host: Host, found: Cached | None, policy: Policy, effect: Effect, as_policy: bool
+) -> None:
+    made = now(host, found, policy)
+    assert (made.effect, made.as_policy) == (effect, as_policy)
+    assert made.why
+
+
+@pytest.mark.parametrize("agent", list(Agent))
+@pytest.mark.parametrize("loaded", list(Ruleset))
+@pytest.mark.parametrize("workers", list(Workers))
+@pytest.mark.parametrize("opens", [True, False])
+def test_every_state_of_a_host_has_an_answer(agent: Agent, loaded: Ruleset, workers: Workers, opens: bool) -> None:
+    host = Host(agent=agent, ruleset=loaded, workers=workers, opens=opens)
+    assert here(host) in Here
+    for policy in (ALLOW, DENY, OBSERVED, LIMITED):
+        for found in (None, NOTHING, cached(Class.ALLOW)):
+            assert now(host, found, policy).why
+
+
+def test_why_names_what_is_missing() -> None:
+    assert "no agent runs here, so no worker answers" in now(DOWN, NOTHING, ALLOW).why
+    assert "Operation not permitted" in now(BARE, NOTHING, DENY).why
+    assert "NOT ALL QUEUES ARE ANSWERED" in now(Host(workers=Workers.PART), NOTHING, ALLOW).why
+    assert "'allow' for 30 s more" in now(Host(), cached(Class.ALLOW), ALLOW).why
+    left = Host(agent=Agent.NONE, workers=Workers.ANSWER)
+    assert "by the policy table as it was left: no agent runs here" in now(left, NOTHING, ALLOW).why
