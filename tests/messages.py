@@ -35,10 +35,16 @@ _KEYWORDS: Final = {
 _WIDTH: Final = 100
 
 
+def sources() -> list[Path]:
+    """The files whose texts a reader may get in another language. Those of the command line have none: their `say`
+    prints."""
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if PACKAGE / "cli" not in path.parents]
+
+
 def collected() -> Catalog:
     """All texts, with the files that they stand in."""
     catalogue = Catalog(project="portward", charset="utf-8", fuzzy=False)
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sources():
         place = path.relative_to(ROOT).as_posix()
         for _, message, comments, context in extract_from_file("python", path, keywords=_KEYWORDS):
             catalogue.add(message, locations=[(place, 0)], auto_comments=comments, context=context)

@@ -121,7 +121,7 @@ def test_what_is_compiled_is_what_is_written(path: Any) -> None:
 def test_no_text_escapes_the_collection() -> None:
     """Also what stands within an f-string, which Babel does not look into."""
     known = {one for text in TEXTS if text.id for one in both(text.id)}
-    for path in sorted(messages.PACKAGE.rglob("*.py")):
+    for path in messages.sources():
         for node in ast.walk(ast.parse(path.read_text())):
             for given in node.args if isinstance(node, ast.Call) and says(node.func) else []:
                 if isinstance(given, ast.Constant) and isinstance(given.value, str):
