@@ -163,6 +163,10 @@ class Enforcement:
             return
         for index in settled:
             del self.unsettled[index]
+        if self.broken:
+            # The kernel may still stand at the epoch before, under which verdicts of the owner before count. The
+            # repair writes the set together with the epoch.
+            return
         try:
             self._learned.settle(settled)
         except (KernelError, OSError):

@@ -265,8 +265,9 @@ def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
         "OCTETS4": _set(_first_octets(v4)),
         "OCTETS6": _set(_first_octets(v6)),
         "CURRENT_EPOCH": f"{mark.epoch_of(state.generation) << mark.EPOCH_SHIFT:#010x}",
-        # Never a later generation: the table may reach it before everything older is forgotten.
-        "SYNCED": str(state.generation if state.synced else (state.generation - 1) % 2**32),
+        # Else a generation that is far from all that the table was at, or may reach before everything older is
+        # forgotten: whoever waits for one of these must not find it here.
+        "SYNCED": str(state.generation if state.synced else (state.generation + 2**31) % 2**32),
     }
 
 

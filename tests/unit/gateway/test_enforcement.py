@@ -136,6 +136,51 @@ def test_a_change_of_interfaces_that_a_repair_has_overtaken_is_written_all_the_s
     assert set(plane.kernel.tables[TABLE].sets["renewed"].elements) == {LINK.to_bytes(4, "little")}
 
 
+def unsettled(plane: Plane) -> set[bytes]:
+    """The interfaces whose packets are dropped."""
+    return set(plane.kernel.tables[TABLE].sets["unsettled"].elements)
+
+
+def test_an_interface_is_unsettled_and_renewed_before_anything_is_read(plane: Plane) -> None:
+    plane.enforcement.unsettle([LINK], 1)
+    assert words(plane.kernel.journal)[0] == "add unsettled 3, add renewed 3, delete renewed 3"
+    plane.enforcement.settle(1)
+    assert not unsettled(plane)
+
+
+def test_an_interface_that_the_table_has_taken_in_meanwhile_is_not_unsettled(plane: Plane) -> None:
+    """Nothing would ever settle it."""
+    plane.enforcement.settle(2)
+    plane.enforcement.unsettle([LINK], 2)
+    assert not unsettled(plane)
+    plane.enforcement.unsettle([LINK], 3)
+    assert unsettled(plane)
+
+
+def test_an_interface_stays_unsettled_while_the_kernel_stands_at_the_owner_before(plane: Plane) -> None:
+    """The verdicts found for that one are under the epoch in force."""
+    plane.enforcement.unsettle([LINK], 1)
+    plane.kernel.refuse(errno.ENOMEM, times=2)
+    plane.enforce(committed(2, links=[LINK]))
+    plane.enforcement.settle(1)
+    assert plane.learned.epoch() == 1
+    assert unsettled(plane)
+    assert not plane.check()
+    assert plane.learned.epoch() == 2
+    assert not unsettled(plane)
+
+
+def test_a_repair_that_has_not_forgotten_yet_says_of_no_change_that_it_is_in_force(plane: Plane) -> None:
+    """Not of the last one, and not of the one before, which the repair takes along."""
+    plane.learn(Class.ALLOW, HOST)
+    plane.kernel.die(1)
+    with pytest.raises(ProcessDied):
+        plane.enforcement.repair(3)
+    plane.kernel.die(None)
+    assert HOST in plane.cached()
+    assert [generation for generation in range(1, 10) if plane.learned.enforces(generation)] == []
+
+
 def test_everything_is_flushed(plane: Plane) -> None:
     plane.enforce(committed(2, everything=True))
     assert words(plane.kernel.journal) == [
@@ -588,7 +633,10 @@ def test_a_change_while_the_ruleset_is_broken_says_nothing_of_the_one_before(pla
 def test_a_start_that_died_before_it_forgot_is_not_taken_for_one_that_is_in_step(
     plane: Plane, generation: int
 ) -> None:
-    """`synced` names neither the generation that was loaded nor a later one, which the table may have by then."""
+    """`synced` names neither the generation that was loaded nor one near it: the table may have that one by then,
+    or a verb wait for it."""
     state = ruleset.State(generation, synced=False)
     plane.keeper.load(ruleset.wanted(plane.config, PRESET, native=plane.kernel.native, state=state))
-    assert plane.learned.synced() == generation - 1
+    synced = plane.learned.synced()
+    assert synced is not None
+    assert abs(synced - generation) == 2**31
