@@ -18,6 +18,7 @@ from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.interfaces import shown
 from portward.metricsserver import try_to_listen
+from portward.paths import is_path
 from portward.policy import preset as presets
 from portward.runtime import running
 from portward.store import open_store
@@ -38,7 +39,8 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     if config.table.exists() and not config.table.is_dir():
         raise mistake(path, f"{str(config.table)!r} is no folder", "table")
     preset = presets.load(config.preset, named_in=path)
-    yield f"preset {preset.name}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
+    origin = f" ({config.preset})" if is_path(config.preset) else ""
+    yield f"preset {preset.name}{origin}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
     devices = rtnetlink.devices()
     for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks)):
         for pattern in patterns:
@@ -69,12 +71,22 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     if not with_store:
         return
     # It is the verbs' to run, not the agent's, which begins without it and sees less of the file system.
-    if (command := config.exemptions.check) and shutil.which(command[0]) is None:
-        yield f"exemptions.check: {command[0]} cannot be run here: each request for review waits for a person"
+    yield from _fraud_check(config)
     yield from _table(config.table)
     store = open_store(config.store)
     yield f"store {config.store}: revision {store.revision()}"
     store.close()
+
+
+def _fraud_check(config: Config) -> Iterator[str]:
+    """Whether the anti-fraud program can be run, and which it is."""
+    if not config.exemptions.check:
+        return
+    program = config.exemptions.check[0]
+    if (found := shutil.which(program)) is None:
+        yield f"exemptions.check: {program} cannot be run here: each request for review waits for a person"
+    else:
+        yield f"exemptions.check: {found}"
 
 
 def _table(folder: Path) -> Iterator[str]:

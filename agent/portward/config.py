@@ -1,10 +1,12 @@
 """portward.toml → one frozen value. Every key, its default and its bounds stand here and nowhere else.
 
-Only `segments` and `uplinks` have no default. A key that is not listed here is refused.
+Only `segments` and `uplinks` have no default. A key that is not listed here is refused. Paths are relative to the
+folder of the file (see `paths`).
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from enum import StrEnum
@@ -13,8 +15,9 @@ from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
-from portward import endpoint
+from portward import endpoint, paths
 from portward.documents import mistake, read_toml
 from portward.endpoint import Endpoint
 from portward.interfaces import is_pattern
@@ -156,11 +159,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def load(path: Path) -> Config:
-    """Reads portward.toml; raises InputError with file, line, field and what would be right."""
+    """Reads portward.toml, and gives it with all paths absolute; raises InputError with file, line, field and what
+    would be right."""
     config = read_toml(path, Config)
     for problem, steps in _problems(config):
         raise mistake(path, problem, *steps)
-    return config
+    return located(config, path)
+
+
+def located(config: Config, file: Path) -> Config:
+    """The configuration with the paths in it as `paths` has it."""
+    check = config.exemptions.check
+    command = (paths.program(check[0], file), *(os.fsdecode(word.encode()) for word in check[1:])) if check else ()
+    return replace(
+        config,
+        store=STORE.sub(lambda found: f"sqlite:{paths.from_file(found[1], file)}", config.store),
+        table=Path(paths.from_file(str(config.table), file)),
+        preset=paths.from_file(config.preset, file) if paths.is_path(config.preset) else config.preset,
+        exemptions=replace(config.exemptions, check=command),
+    )
 
 
 def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
@@ -190,8 +207,8 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
         yield str(error), ("metrics", "address")
     if not STORE.fullmatch(config.store):
         yield f"{config.store!r} is no store that this version knows: sqlite:PATH", ("store",)
-    if not config.table.is_absolute():  # a service has another folder than who writes this, and `check` than both
-        yield f"{str(config.table)!r} is no whole path: it begins with a '/'", ("table",)
+    if config.table == Path():  # so is ""
+        yield "names no folder of its own", ("table",)
     if config.exemptions.check and not config.exemptions.check[0]:
         yield "names no program: its path comes first, then its arguments", ("exemptions", "check", 0)
     if config.queue.first + config.queue.workers > _QUEUES:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Final, TypeAlias, TypeVar, Union, get_args, ge
 
 import msgspec
 
+from portward.addresses import unmapped
 from portward.errors import InputError
 from portward.model import Network
 
@@ -92,9 +93,11 @@ def network(value: Any) -> Network:
     if not isinstance(value, str):
         raise ValueError(f"expected an address or a prefix in quotes, got {brief(value)}")
     try:
-        return ip_network(value)
+        found = ip_network(value)
     except ValueError:
-        pass
+        found = None
+    if found is not None:
+        return unmapped(found)
     try:
         right = ip_network(value, strict=False)
     except ValueError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from portward import effect, host
+from portward.addresses import asked
 from portward.clock import as_agent
 from portward.config import Config, Refusal
 from portward.documents import network_text
@@ -82,8 +82,8 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
     """Explains the source `address` in `segment`, for packets to `to` or anywhere on the Internet. Raises
     InputError for what is no address, PortwardError where neither table nor store can be read."""
     config, preset, remarks = settings(path)
-    source = _address("ADDRESS", address)
-    destination = None if to is None else _address("--to", to)
+    source = asked(address, "ADDRESS")
+    destination = None if to is None else asked(to, "--to")
     if not config.segment(segment):
         raise InputError(
             f"{segment!r} is none of the segments of {path}: {', '.join(config.segments)}", field="SEGMENT"
@@ -140,13 +140,6 @@ _EFFECTS: Final = {
     Effect.REJECTED: "REJECTED here",
     Effect.UNKNOWN: "NOT KNOWN what happens here",
 }
-
-
-def _address(field: str, text: str) -> Address:
-    try:
-        return ip_address(text)
-    except ValueError:
-        raise InputError(f"{text!r} is no IPv4 or IPv6 address", field=field) from None
 
 
 def _from_table(config: Config, preset: Preset, segment: str, address: Address) -> Known | None:

@@ -17,6 +17,7 @@ from portward.gateway.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.model import Mode
+from portward.paths import from_file, is_path
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
 
@@ -113,8 +114,9 @@ def _ports(path: Path) -> tuple[int, ...]:
     """The ports of the preset that the configuration at `path` names, also if nothing else of it can be read; port
     25 if the preset cannot be read."""
     with contextlib.suppress(OSError, UnicodeDecodeError, InputError):
-        if named := _PRESET.findall(path.read_text()):
-            return presets.load(named[-1]).ports
+        if named := _PRESET.findall(path.read_text("utf-8")):
+            name = named[-1]
+            return presets.load(from_file(name, path) if is_path(name) else name).ports
     return _LEAST_PORTS
 
 

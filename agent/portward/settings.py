@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from portward import config as configuration
+from portward import paths
 from portward.config import Config
 from portward.documents import dec_hook, enc_hook
 from portward.errors import InputError
@@ -55,7 +56,7 @@ class _InForce(msgspec.Struct, frozen=True):
 def leave(path: Path, config: Config, preset: Preset) -> None:
     """Writes down what the agent has read at `path` and put in force, beside its table. If that fails it is only
     logged: then verbs go by the file."""
-    document = _InForce(str(path.absolute()), config, preset)
+    document = _InForce(paths.to_text(str(path.absolute())), _in_text(config), preset)
     new = config.table / f"{_FILE}.new"
     try:
         new.write_bytes(msgspec.json.encode(document, enc_hook=_encoded))
@@ -105,17 +106,29 @@ def _in_force(folder: Path, path: Path) -> _InForce | None:
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         with (folder / _FILE).open("rb") as file:
             found = msgspec.json.decode(file.read(_LARGEST_BYTES), type=_InForce, dec_hook=dec_hook)
-        if found.format == _FORMAT and found.path == str(path.absolute()):
-            return found
+        if found.format == _FORMAT and found.path == paths.to_text(str(path.absolute())):
+            return msgspec.structs.replace(found, config=configuration.located(found.config, path))
     return None
 
 
 def _folder(path: Path) -> Path:
     """The table folder that a configuration with a mistake names, if that line can be read; else the default."""
     with contextlib.suppress(OSError):
-        if named := _TABLE.findall(path.read_text(errors="replace")):
-            return Path(named[-1])
+        if named := _TABLE.findall(path.read_text("utf-8", "replace")):
+            return Path(paths.from_file(named[-1], path))
     return configuration.DEFAULT_TABLE
+
+
+def _in_text(config: Config) -> Config:
+    """The configuration as an agent and a verb of different locales write it alike."""
+    replace, check = msgspec.structs.replace, config.exemptions.check
+    return replace(
+        config,
+        store=paths.to_text(config.store),
+        table=Path(paths.to_text(str(config.table))),
+        preset=paths.to_text(config.preset),
+        exemptions=replace(config.exemptions, check=tuple(map(paths.to_text, check))),
+    )
 
 
 def _encoded(value: Any) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import closing
-from ipaddress import ip_address
 from typing import Annotated
 
 import typer
 
 from portward import config as configuration
+from portward.addresses import asked
 from portward.behind import behind_held
 from portward.casework import Casework
 from portward.cli.actor import ActorOption, acting
@@ -18,7 +18,6 @@ from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
 from portward.clock import utc_now
 from portward.documents import network_text
-from portward.errors import InputError
 from portward.policy import preset as presets
 from portward.policy.remedy import reason_in_words
 from portward.store import open_store
@@ -49,10 +48,7 @@ def started(
 
     Example: portward attachment started vni1002 10.0.0.4 --at 2026-01-10T08:00:00Z
     """
-    try:
-        source = ip_address(address)
-    except ValueError:
-        raise InputError(f"{address!r} is no IPv4 or IPv6 address", field="ADDRESS") from None
+    source = asked(address, "ADDRESS")
     settings = configuration.load(config)
     with closing(open_store(settings.store)) as store:
         desk = Casework(

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
 
+from portward.addresses import asked
 from portward.config import Config, Refusal
 from portward.diagnosis import counted, kernel
 from portward.diagnosis.answer import Diagnosis, diagnosis
@@ -71,10 +71,7 @@ def judged(
 
 
 def _source(config: Config, path: Path, segment: str, address: str) -> Address:
-    try:
-        source = ip_address(address)
-    except ValueError:
-        raise InputError(f"{brief(address)} is no IPv4 or IPv6 address", field="ADDRESS") from None
+    source = asked(address, "ADDRESS")
     if not config.segment(segment):
         raise InputError(
             f"{brief(segment)} is none of the segments of {path}: {', '.join(config.segments)}", field="SEGMENT"

@@ -20,6 +20,7 @@ from portward.characters import unshown
 from portward.documents import brief, enc_hook, mistake, nearest, read_toml
 from portward.errors import InputError
 from portward.model import Network
+from portward.paths import is_path
 from portward.resources import rules
 
 DEFAULT: Final = "azure-2020"
@@ -108,7 +109,7 @@ def load(name: str, *, named_in: Path | None = None) -> Preset:
     Raises InputError with file, line and field of what is wrong, or with the names that there are; `named_in` is
     the configuration whose `preset` says the name.
     """
-    if "/" in name or name.endswith(".toml"):
+    if is_path(name):
         return _read(Path(name))
     if name not in bundled():
         hint = nearest(name, bundled())

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from ipaddress import IPv4Network, IPv6Network
 from uuid import UUID
 
 from msgspec.structs import replace
 
 from portward.characters import unshown
-from portward.documents import Steps, brief, network_text
+from portward.documents import Steps, brief
 from portward.errors import InputError
-from portward.model import Attachment, Exemption, ExemptionState, Network, Record, Subscription
+from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
 from portward.store.document import Document, read_document
 from portward.store.protocol import Progress, encode, key_of
 from portward.validity import INSTANTS, flaws
@@ -100,8 +99,6 @@ def mistakes(record: Record) -> Iterator[tuple[str, str]]:
                 yield "offer", f"{brief(record.offer)} begins or ends with white space: an id does not"
             yield from _unshown(name=record.name)
             yield from _invisible(offer=record.offer)
-        case Attachment():
-            yield from _mapped(record.address)
         case Exemption():
             yield from _exemption_mistakes(record)
             yield from _unshown(by=record.by)
@@ -129,15 +126,6 @@ def _invisible(**ids: str) -> Iterator[tuple[str, str]]:
 def _named(field: str, text: str, sign: str | None) -> Iterator[tuple[str, str]]:
     if sign is not None:
         yield field, f"{brief(text)} holds U+{ord(sign):04X}, which cannot be printed: leave it out"
-
-
-def _mapped(network: Network) -> Iterator[tuple[str, str]]:
-    """No packet has such a source (RFC 4038, 4.2), so what was meant is IPv4."""
-    if isinstance(network, IPv6Network) and network.prefixlen >= 96:
-        mapped = network.network_address.ipv4_mapped
-        if mapped is not None:
-            right = network_text(IPv4Network((mapped, network.prefixlen - 96)))
-            yield "address", f"{network_text(network)} is an IPv4 address within IPv6: {right} would be right"
 
 
 def _exemption_mistakes(record: Exemption) -> Iterator[tuple[str, str]]:

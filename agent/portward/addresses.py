@@ -1,0 +1,58 @@
+"""Addresses as people write them, for every verb the same.
+
+`::ffff:10.0.0.4` is how a program with an IPv6 socket logs 10.0.0.4 (RFC 4291, 2.5.5.2), and no packet has such a
+source (RFC 4038, 4.2). So it means 10.0.0.4 wherever a person or another tool writes it. A prefix of such
+addresses is refused: whether it means IPv4 can only be guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+
+from portward.errors import InputError
+from portward.model import Address, Network
+
+# ::ffff:0:0/96
+_MAPPED_BITS = 96
+# What is quoted of a text in a message, in characters.
+_LONGEST = 100
+_LEADING_ZERO = re.compile(r"^(?=[0-9.]+$)(?:.*\.)?0[0-9]")
+
+
+def asked(text: str, field: str) -> Address:
+    """The address that `text` means; raises InputError that names `field` and says what would be right."""
+    try:
+        address = ip_address(text)
+    except ValueError:
+        raise InputError(f"{text[:_LONGEST]!r} is no IPv4 or IPv6 address{_hint(text)}", field=field) from None
+    if isinstance(address, IPv6Address):
+        if address.scope_id is not None:
+            problem = f"{text[:_LONGEST]!r} has a zone: leave it out, the segment says which one"
+            raise InputError(problem, field=field)
+        return address.ipv4_mapped or address
+    return address
+
+
+def unmapped(network: Network) -> Network:
+    """The network, an IPv4 address within IPv6 as the IPv4 address; raises ValueError for a prefix of such."""
+    if not isinstance(network, IPv6Network) or network.prefixlen < _MAPPED_BITS:
+        return network
+    mapped = network.network_address.ipv4_mapped
+    if mapped is None:
+        return network
+    right = IPv4Network((mapped, network.prefixlen - _MAPPED_BITS))
+    if network.prefixlen < network.max_prefixlen:
+        raise ValueError(f"{network} is an IPv4 prefix within IPv6: {right} would be right")
+    return right
+
+
+def _hint(text: str) -> str:
+    """What the writer may not see. `010` is 8 for some programs and 10 for others, so it is not guessed."""
+    bare = text.strip().strip("[]")
+    if _LEADING_ZERO.search(bare):
+        return ": no number in it may begin with a 0"
+    try:
+        return "" if bare == text else f": {ip_address(bare)} would be right"
+    except ValueError:
+        return ""
