@@ -8,7 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,6 @@ from portward.errors import PortwardError
 from unit.store.samples import CONTOSO, EXAMPLE, FABRIKAM
 
 TEXT = "“é→\u202f☃” \U0001f4bb"
-
-
-@pytest.fixture(autouse=True)
-def nothing_written() -> Iterator[None]:
-    """This process may have written before."""
-    streams._written.clear()
-    yield
-    streams._written.clear()
 
 
 @pytest.fixture

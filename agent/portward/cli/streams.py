@@ -38,6 +38,7 @@ def prepare() -> None:
     """Makes standard output and error take every character. Called once, before anything is opened: a closed
     stream's number is given to /dev/null, because else the next file that is opened (the store) gets it, and
     whatever a library prints is written into that."""
+    _written.clear()
     for number in range(_STREAMS):
         try:
             os.fstat(number)
