@@ -32,7 +32,10 @@ def refused(result: Result, case: Case, told: str) -> None:
     """The one line on stderr, and the exit code of bad input."""
     assert result.code == 2
     line = one_line(result.stderr)
-    assert line.removeprefix("portward: ").replace(str(case.path), "FILE") == told
+    assert (
+        line.removeprefix("portward: ").replace(str(case.path), "FILE").replace(str(case.path.parent), "FOLDER")
+        == told
+    )
 
 
 @pytest.mark.parametrize("case", [case for case in CONFIGS if case.told], ids=name)
