@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias
 
 from portward.core import Core
+from portward.faults import Faults, Step
 from portward.gateway.probe import Prober
 from portward.gateway.workers import Worker
 from portward.notify import notify, watchdog_seconds
@@ -29,11 +30,16 @@ class Answering:
     """Whether the workers answer, and under which policy."""
 
     def __init__(
-        self, core: Core, workers: list[Worker], count_step: CountStep, stuck: Callable[[], list[str]]
+        self,
+        core: Core,
+        workers: list[Worker],
+        count_step: CountStep,
+        stuck: Callable[[], list[str]],
+        faults: Faults,
     ) -> None:
         """`count_step` runs a step on the thread that only reads and counts. `stuck` gives a sentence for each
-        thread that does not get further."""
-        self._core, self._workers, self._count_step = core, workers, count_step
+        thread that does not get further. A round that fails (`faults`) feeds no watchdog."""
+        self._faults, self._core, self._workers, self._count_step = faults, core, workers, count_step
         self._stuck, self._reported = stuck, False
         self._strange = 0
         # Answers that the kernel had counted when the last round ended, under its policy and under another one.
@@ -47,18 +53,24 @@ class Answering:
         prober = Prober()
         try:
             while True:
-                asked = [worker for worker in self._workers if worker.ready]
-                began = time.monotonic()
-                silent = await self._silent(prober, asked)
-                if silent and self._core.keeper.loaded_at > began:
-                    continue  # the query may have gone with the rules that somebody took away
-                for worker in asked:
-                    self._judge_worker(worker, silent=worker in silent)
-                if not silent and len(asked) == len(self._workers):
-                    self._take_answers(await self._count_step(self._core.screen))
-                await asyncio.sleep(_ASK_AGAIN if silent else until_tick(self._pause))
+                await asyncio.sleep(
+                    await self._faults.run(Step.SELF_CHECK, lambda: self._round(prober), _ASK_AGAIN)
+                )
         finally:
             prober.close()
+
+    async def _round(self, prober: Prober) -> float:
+        """Asks each worker; gives the seconds until the next round."""
+        asked = [worker for worker in self._workers if worker.ready]
+        began = time.monotonic()
+        silent = await self._silent(prober, asked)
+        if silent and self._core.keeper.loaded_at > began:
+            return 0.0  # the query may have gone with the rules that somebody took away
+        for worker in asked:
+            self._judge_worker(worker, silent=worker in silent)
+        if not silent and len(asked) == len(self._workers):
+            self._take_answers(await self._count_step(self._core.screen))
+        return _ASK_AGAIN if silent else until_tick(self._pause)
 
     async def _silent(self, prober: Prober, asked: list[Worker]) -> list[Worker]:
         """Those of the workers that handle nothing within the time of patience. Under a flood the query may find

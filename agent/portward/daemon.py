@@ -29,17 +29,18 @@ from portward.answering import Answering
 from portward.config import Config
 from portward.core import Core
 from portward.errors import PortwardError
+from portward.faults import Faults, Step
 from portward.gateway import workers
-from portward.gateway.learned import Source
 from portward.gateway.links import Links
 from portward.gateway.namespacelock import NamespaceLock
 from portward.gateway.notices import Notices
 from portward.gateway.workers import Worker
-from portward.linkfeed import LinkFeed
+from portward.linkfeed import LinkFeed, followed
 from portward.metricsserver import MetricsServer
 from portward.notify import log_formatter, notify
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
+from portward.rounds import Met, Rounds
 from portward.runtime import Runtime
 from portward.snapshot import Snapshot
 from portward.store.flips import HeldError
@@ -52,12 +53,6 @@ from portward.ticks import readable, until_tick
 _CHECK_SECONDS: Final = 0.5
 _STATUS_SECONDS: Final = 1.0
 _CHECK_PAUSE: Final = 0.01
-_COUNT_SECONDS: Final = 5.0
-# To read half a million counters takes seconds: they are read less often then, for a quarter of a core at most.
-_COUNT_REST: Final = 3.0
-# So many sources with a limit are taken in at once, and then there is a pause, in seconds: each costs some 10 µs.
-_UNRATED: Final = 256
-_RATE_PAUSE: Final = 0.05
 # The store's bell wakes at once; the poll is for a store that changed without it, or came back.
 _POLL_SECONDS: Final = 1.0
 _SWITCH_SECONDS: Final = 0.0005
@@ -98,9 +93,8 @@ class Daemon:
         self._metrics: MetricsServer
         self._opened = False
         self._workers: list[Worker] = []
-        # Sources whose limit the kernel does not know, as workers have met them.
-        self._unrated: dict[Source, None] = {}
-        self._asked = asyncio.Event()
+        self._met = Met()
+        self._faults = Faults()
 
     async def run(self) -> None:
         """Runs until SIGTERM or SIGINT. Raises PortwardError where the gateway cannot begin; then nothing has
@@ -137,7 +131,9 @@ class Daemon:
         first = await anext(links)
         await self._policy_step(lambda: self._core.first_links(first))
         # While the workers load their libraries.
-        reading = asyncio.ensure_future(self._policy_step(self._first_sync))
+        reading = asyncio.ensure_future(
+            self._faults.run(Step.STORE, lambda: self._policy_step(self._first_sync), None)
+        )
         await asyncio.gather(*(worker.start() for worker in self._workers))
         await self._kernel_step(self._core.load)
         settings.leave(self._path, self._core.config, self._core.preset)
@@ -160,7 +156,7 @@ class Daemon:
         if runtime.table_cut_off:
             put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
         preset = presets.load(self._config.preset, named_in=self._path)
-        self._workers = workers.make(self._config.queue, self._config.table, self._ask_rate)
+        self._workers = workers.make(self._config.queue, self._config.table, self._met.ask)
         for worker in self._workers:
             await worker.prepare()
         opening = asyncio.ensure_future(self._kernel_step(lambda: self._open_core(preset)))
@@ -171,6 +167,7 @@ class Daemon:
 
         await opening
         self._metrics = MetricsServer(self._config.metrics_endpoints(), metrics.answering(self._newest))
+        self._follow_links = rtnetlink.follow
         return await stack.enter_async_context(contextlib.aclosing(rtnetlink.follow()))
 
     def _open_core(self, preset: Preset) -> None:
@@ -246,26 +243,31 @@ class Daemon:
         return replace(
             self._snapshot,
             enforced_revision=self._core.enforced,
+            step_failures={(step.value,): times for step, times in self._faults.failures.items()},
             step_seconds={(lane.name,): lane.silent_for() for lane in lanes},
         )
 
     async def _serve(self, links: AsyncIterator[Links], first: Links, reading: asyncio.Future[None]) -> None:
-        feed = LinkFeed(self._core, self._policy_step, self._kernel_step, first)
+        feed = LinkFeed(self._core, self._threads, self._faults, first)
+        rounds = Rounds(self._core, self._threads, self._faults, self._met)
+        answering = Answering(
+            self._core, self._workers, self._count_step, self._threads.heartbeat.stuck, self._faults
+        )
         jobs = [
             asyncio.create_task(job)
             for job in (
                 self._follow_store(asyncio.ensure_future(self._become_ready(reading, first))),
-                feed.follow(links),
+                feed.follow(followed(links, self._follow_links, self._faults)),
                 feed.see(),
                 feed.write(),
                 feed.guard(),
                 self._follow_config(),
                 self._keep_ruleset(),
-                Answering(self._core, self._workers, self._count_step, self._threads.heartbeat.stuck).ask(),
-                self._count(),
-                self._rate(),
+                answering.ask(),
+                rounds.count(),
+                rounds.rate(),
                 self._write_status(),
-                *(worker.watch() for worker in self._workers),
+                *(self._faults.keep(Step.WORKER, worker.watch) for worker in self._workers),
             )
         ]
         stopping = asyncio.create_task(self._stopping.wait())
@@ -281,23 +283,32 @@ class Daemon:
         await ready
         tried: datetime | None = None
         due: datetime | None = None
-        again = time.monotonic()
+        again, run = time.monotonic(), self._faults.run
         while True:
             # What could not be settled is tried again each second, and not all the time.
             pause = _POLL_SECONDS if due in (None, tried) else (due - self._core.clock.now()).total_seconds()
-            await readable(self._core.bell(), min(max(pause, 0.01), until_tick(_POLL_SECONDS)))
+            # Nothing silences the bell while the step waits.
+            bell = None if self._faults.waits(Step.STORE) else self._core.bell()
+            await readable(bell, min(max(pause, 0.01), until_tick(_POLL_SECONDS)))
             changed = True
             while changed:
-                changed, due = await self._policy_step(lambda: (self._core.sync(), self._core.next_expiry()))
+                changed, due = await self._sync()
                 # Also between two changes: a store that always has another one must not keep grants from ending.
                 retry = not changed or time.monotonic() >= again
                 if due is not None and due <= self._core.clock.now() and (retry or due != tried):
-                    await self._policy_step(self._core.settle)
+                    await run(Step.SETTLE, lambda: self._policy_step(self._core.settle), None)
                     tried = due
                 if retry:
                     again = time.monotonic() + _POLL_SECONDS
                     if self._core.links_due:
-                        await self._policy_step(self._core.retry_links)
+                        await run(Step.LINKS, lambda: self._policy_step(self._core.retry_links), None)
+
+    async def _sync(self) -> tuple[bool, datetime | None]:
+        """Takes in what the store has: whether there was anything, and when the next grant ends. That is asked for
+        also if the store's step fails: no failure there keeps a grant from ending."""
+        both = lambda: (self._core.sync(), self._core.next_expiry())  # noqa: E731 # one step of the thread
+        found = await self._faults.run(Step.STORE, lambda: self._policy_step(both), None)
+        return found or (False, await self._policy_step(self._core.next_expiry))
 
     async def _follow_config(self) -> None:
         while True:
@@ -310,7 +321,13 @@ class Daemon:
                 _log.info("%s: read again and in force", self._path)
             except PortwardError as error:
                 self._reload_failed = True
+                self._faults.worked(Step.RELOAD)
                 _log.error("the configuration before stays in force: %s", error)
+            except Exception as error:
+                self._reload_failed = True
+                self._faults.failed(Step.RELOAD, error)
+            else:
+                self._faults.worked(Step.RELOAD)
             notify("READY=1")
 
     async def _take(self, config: Config) -> None:
@@ -335,40 +352,18 @@ class Daemon:
             while True:
                 await readable(notices.fileno(), until_tick(_CHECK_SECONDS))
                 notices.drain()
-                if not self._core.at_rest():
-                    await self._kernel_step(self._core.check)
-                    # Somebody who writes rules all the time must not keep the core from everything else.
-                    await asyncio.sleep(_CHECK_PAUSE)
+                await self._faults.run(Step.RULESET, self._check, None)
 
-    async def _count(self) -> None:
-        while True:
-            began = time.monotonic()
-            await self._count_step(self._core.count)
-            if suspects := await self._count_step(self._core.suspects):
-                await self._kernel_step(lambda suspects=suspects: self._core.correct(suspects))  # type: ignore[misc]
-            await self._kernel_step(self._core.keep_rates)
-            took = time.monotonic() - began
-            await asyncio.sleep(max(until_tick(_COUNT_SECONDS), _COUNT_REST * took))
-
-    def _ask_rate(self, source: Source) -> None:
-        if len(self._unrated) < _UNRATED:
-            self._unrated[source] = None
-            self._asked.set()
-
-    async def _rate(self) -> None:
-        """Brings the limits of sources that workers have met into the kernel, some hundred of them at a time: who
-        has a large prefix can make up as many as he likes."""
-        while True:
-            await self._asked.wait()
-            batch = list(self._unrated)
-            self._unrated.clear()
-            self._asked.clear()
-            await self._kernel_step(lambda batch=batch: self._core.asked(batch))  # type: ignore[misc]
-            await asyncio.sleep(_RATE_PAUSE)
+    async def _check(self) -> None:
+        # After a check that failed half-way, the numbers that `at_rest` compares say nothing.
+        if self._faults.failing(Step.RULESET) or not self._core.at_rest():
+            await self._kernel_step(self._core.check)
+            # Somebody who writes rules all the time must not keep the core from everything else.
+            await asyncio.sleep(_CHECK_PAUSE)
 
     async def _write_status(self) -> None:
         while True:
-            await self._count_step(self._report)
+            await self._faults.run(Step.STATUS, lambda: self._count_step(self._report), None)
             await asyncio.sleep(until_tick(_STATUS_SECONDS))
 
     def _report(self) -> None:
@@ -380,6 +375,7 @@ class Daemon:
             self._core, self._workers, self._snapshot, self._metrics,
             config=str(self._path), started=self._started,
         )  # fmt: skip
+        told["failing"] = self._faults.told()
         with contextlib.suppress(OSError):  # a full disk must not stop enforcement; `status` says how old it is
             self._runtime.write_status(told)
 

@@ -232,7 +232,7 @@ class Dataplane:
         try:
             self.keeper.load(self.want(changes[-1][0].generation if changes else self._kernel_generation()))
             self._rates.read()
-        except (KernelError, OSError) as error:
+        except Exception as error:  # the table is decided anew already: the ruleset must follow
             _log.error("the configuration is in force in part, and is tried again: %s", error)
             self._repair()
             return False

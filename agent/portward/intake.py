@@ -20,12 +20,11 @@ from portward.bulk import LIMIT, Bulk, Job
 from portward.clock import Clock
 from portward.config import Config, Refusal
 from portward.dataplane import Dataplane
-from portward.errors import KernelError, StoreError
+from portward.errors import StoreError
 from portward.gateway.links import Links, only_ports
 from portward.model import Mode
 from portward.policy.preset import Preset
 from portward.store import open_store
-from portward.store.flips import HeldError
 from portward.store.protocol import Store
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower, Held
@@ -144,6 +143,12 @@ class Intake:
                 self.store_error = str(error)
                 self.close()
                 return False
+            except Exception as error:
+                # It may have left a reading half-way; the table is as it was before the transaction, or after it.
+                self.store_errors += 1
+                self.store_error = f"{type(error).__name__}: {error}"
+                self.close()
+                raise
             if committed is not None:
                 self._hand_over(committed)
             return committed is not None
@@ -154,10 +159,13 @@ class Intake:
         with self._under_way.working("writing the interfaces"):
             try:
                 committed = self._put_links(links)
-            except TableError as error:
+            except Exception as error:
+                # Whatever it is, `retry_links` tries it again.
                 if not self.links_failed:
                     _log.error("new interfaces are not judged yet, all their packets are dropped: %s", error)
                 self.links_failed, self._links_due, self._links_number = True, links.touched, number
+                if not isinstance(error, TableError):
+                    raise
                 return False
             self.links_failed, self._links_due = False, frozenset()
             self._hand_over(committed, self._by_name(), number)
@@ -187,13 +195,13 @@ class Intake:
                 # Another preset may flip no more than another inventory.
                 same = preset.digest == before[1].digest
                 settled = self._decide_again(may_flip=same)
-            except (KernelError, TableError, HeldError):
+            except Exception:
                 self._take(*before)
                 raise
             changes: list[tuple[Committed, dict[str, int] | None]] = [(settled, None)]
             try:
                 changes.append((self._put_links(self.links), self._by_name()))
-            except TableError as error:
+            except Exception as error:  # the table is decided anew already: the rest must follow
                 _log.error("the configuration is in force in part, and is tried again: %s", error)
                 self.links_failed = True
             self._on_kernel(lambda: self._dataplane.adopt(config, preset, changes)).result()

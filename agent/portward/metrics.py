@@ -67,6 +67,8 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("table_rows_damaged", "table_rows_damaged", True, (),
      "Rows of the policy table that cannot be read, each counted once; the sources concerned are denied."),
     ("store_errors", "store_errors", True, (), "Failed readings of the store; the last known policy stays."),
+    ("step_failures", "step_failures", True, ("step",),
+     "Errors that nobody expects, by the step of the daemon that they stopped: it is tried again; see the log."),
     ("reload_failed", "reload_failed", False, (),
      "1 where the last reload of the configuration was refused and the older one is in force."),
     ("store_age", "store_age_seconds", False, (), "Seconds since the store was last read."),

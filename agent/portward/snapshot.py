@@ -36,6 +36,7 @@ class Snapshot:
     records_refused: float = 0
     table_rows_damaged: float = 0
     store_errors: float = 0
+    step_failures: Mapping[Labels, float] = field(default_factory=dict)
     reload_failed: float = 0
     store_age: float = 0
     enforced_revision: float = 0

@@ -36,6 +36,7 @@ from portward.gateway.tally import Event
 from portward.gateway.workers import Worker
 from portward.runtime import read_status
 from portward.runtime import running as process_of
+from portward.table.database import TableError
 from unit.test_core import LINKS, MAY, Ground, subscription
 
 SECONDS = 60.0
@@ -578,8 +579,8 @@ def locked(running: Running) -> tuple[bool, bool]:
     return LOCK_TABLE in running.kernel.tables, process_of(running.config.table) is not None
 
 
-class FaultError(Exception):
-    """A fault of portward's own."""
+class FaultError(TableError):
+    """The policy table cannot be read: of all that a step can raise, this ends the agent at once."""
 
 
 def fail(*_: object) -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from portward.config import Config
 from portward.core import Core
+from portward.faults import Faults
 from portward.gateway.links import Device, Links
 from portward.linkfeed import LinkFeed, in_doubt
+from portward.threads import Threads
 from portward.underway import Work
 
 FIRST = Links({1: "lo", 7: "vni7001", 8: "vni7002"}, frozenset())
@@ -35,7 +37,9 @@ class Gateway:
             config=config, links_changed=self._write, unsettle=self._drop, links_seen=self.seen.append, work=None
         )
         self._core = core
-        self.feed = LinkFeed(cast("Core", core), self._policy, self._kernel, FIRST)
+        threads = SimpleNamespace(policy=self._policy, kernel=self._kernel)
+        self.faults = Faults()
+        self.feed = LinkFeed(cast("Core", core), cast("Threads", threads), self.faults, FIRST)
 
     def _write(self, links: Links, number: int) -> bool:
         self.written.append((links, number))

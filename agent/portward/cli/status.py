@@ -158,6 +158,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         found.append(f"tunnels   {_count(dropped, 'packet')} from segments to tunnels that end here: dropped")
     if told["ruleset_error"]:
         found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
+    found[:0] = [_failing(one) for one in told.get("failing", ())]
     if told["reload_failed"]:
         found.append("config    the last reload was refused: the configuration before is in force (see the log)")
     # An agent of an older version does not write these.
@@ -207,6 +208,14 @@ def _count(number: float, one: str, many: str = "") -> str:
 
 def _times(number: float) -> str:
     return "once" if number == 1 else f"{number:.0f} times"
+
+
+def _failing(one: dict[str, Any]) -> str:
+    """A step of the agent that fails by an error that nobody expects."""
+    return (
+        f"FAILING   step {one['step']}: {one['error']}, {one['times']} times in a row, for "
+        f"{_span(one['seconds'])}: it is tried again, see the log"
+    )
 
 
 def _held(held: dict[str, Any]) -> Iterator[str]:

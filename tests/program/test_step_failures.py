@@ -1,0 +1,105 @@
+"""The real agent, in which steps raise what nobody expects: it goes on, says so, and recovers by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from portward.lab.agent import Agent, until
+from portward.lab.demo import attachments, records
+from portward.lab.topology import CONTOSO
+from portward.model import Attachment
+
+# Becomes the daemon's program: steps that are named in a file raise.
+STARTER = """\
+import sys
+from pathlib import Path
+from portward.core import Core
+
+armed = Path(sys.argv[1])
+
+def failing(name, step):
+    def wrapped(*arguments):
+        if name in armed.read_text().split():
+            raise OverflowError(f"{name} was made to fail")
+        return step(*arguments)
+    return wrapped
+
+for name in ("sync", "count", "suspects", "keep_rates", "screen", "links_changed", "settle", "check"):
+    setattr(Core, name, failing(name, getattr(Core, name)))
+sys.argv = ["portward", *sys.argv[sys.argv.index("run"):]]
+from portward.cli import main
+main()
+"""
+
+
+def started(agent: Agent, folder: Path) -> Path:
+    """Starts it; gives the file that names what is to fail."""
+    armed, starter = folder / "armed", folder / "starter.py"
+    armed.write_text("")
+    starter.write_text(STARTER)
+    agent.start(within=[sys.executable, os.fspath(starter), os.fspath(armed)])
+    return armed
+
+
+def failures(agent: Agent, step: str) -> float:
+    return agent.metrics().get(f'portward_step_failures_total{{step="{step}"}}', 0)
+
+
+def failing(agent: Agent) -> dict[str, Any]:
+    """The steps that fail now, by `status`."""
+    result = agent.portward("status", "--json")
+    return {one["step"]: one for one in json.loads(result.stdout)["failing"]} if result.returncode == 0 else {}
+
+
+def test_steps_that_fail_are_survived_counted_shown_and_recover(agent: Agent, tmp_path: Path) -> None:
+    agent.apply(*records())
+    armed = started(agent, tmp_path)
+    assert agent.process is not None
+    pid = agent.process.pid
+    assert failures(agent, "store") == 0
+    armed.write_text("sync count suspects keep_rates screen links_changed")
+    mine = next(one for one in attachments(CONTOSO) if isinstance(one, Attachment))
+    more = replace(mine, address=ip_network("10.9.9.9"))
+    before = agent.revision()
+    agent.portward("exemption", "list")
+    steps = ("store", "count", "compare", "rates", "status", "self-check")
+    # What makes status is among what fails, so only the metrics' own numbers tell.
+    until(lambda: all(failures(agent, step) for step in steps), "each step has failed")
+    armed.write_text("sync")
+    until(lambda: failing(agent).keys() == {"store"}, "all others work again", seconds=120)
+    told = failing(agent)["store"]
+    assert told["error"].startswith("OverflowError: sync was made to fail (")
+    assert "FAILING   step store: OverflowError" in agent.portward("status").stdout
+    assert agent.revision() == before
+    armed.write_text("")
+    agent.apply(more)
+    until(lambda: failing(agent) == {}, "it works again")
+    assert agent.revision() > before
+    assert agent.process.poll() is None
+    assert agent.process.pid == pid
+    log = agent.log.read_text()
+    assert "step store works again" in log
+    assert log.count("Traceback (most recent call last)") <= 2 * len(steps), (
+        "once for each error, not for each try"
+    )
+
+
+def test_a_ruleset_that_nobody_can_look_at_ends_the_agent(agent: Agent, tmp_path: Path) -> None:
+    agent.apply(*records())
+    armed = started(agent, tmp_path)
+    assert agent.process is not None
+    armed.write_text("check")
+    agent.lab.run(agent.lab.gateway, "nft", "flush", "chain", "inet", "portward", "screen")
+    until(lambda: agent.process is not None and agent.process.poll() is not None, "the agent ends")
+    assert agent.process.poll() == 1
+    assert "step ruleset failed 5 times in a row: the agent ends" in agent.log.read_text()
+    armed.write_text("")
+    agent.start()
+    assert "@" in agent.lab.run(agent.lab.gateway, "nft", "list", "chain", "inet", "portward", "screen").stdout
