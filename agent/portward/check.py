@@ -24,6 +24,7 @@ from portward.runtime import running
 from portward.store import open_store
 from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
 from portward.table.invariants import verify
+from portward.words import counted
 
 # So many devices of each kind are named, the others are counted.
 _NAMED: Final = 3
@@ -106,8 +107,9 @@ def _table(folder: Path) -> Iterator[str]:
     except TableError as error:
         raise TableError(f"{error}; {remedy}") from None
     yield (
-        f"table {folder}: {found.attachments} attachments of {found.subscriptions} subscriptions, "
-        f"{found.broken or 'no'} damaged rows"
+        f"table {folder}: {counted(found.attachments, 'attachment')} of "
+        f"{counted(found.subscriptions, 'subscription')}, "
+        f"{counted(found.broken, 'damaged row') if found.broken else 'no damaged rows'}"
     )
     for finding in found.told:
         yield f"  {finding}"

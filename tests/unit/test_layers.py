@@ -58,7 +58,7 @@ LAYERS = (
     ("documents",),
     ("addresses",),
     ("codes",),
-    ("model", "resources", "descriptors", "endpoint", "language", "interfaces"),
+    ("model", "resources", "descriptors", "endpoint", "language", "interfaces", "words"),
     ("limits",),
     ("errors", "__init__"),
     ("characters",),

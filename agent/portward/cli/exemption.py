@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 from uuid import UUID
@@ -17,6 +16,7 @@ from portward import exemptions, limits
 from portward.behind import Behind, behind_held
 from portward.casework import Casework, Done, Row
 from portward.cli.actor import ActorOption, acting
+from portward.cli.exemption_text import checked, in_a_line, lines, next_step
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption
 from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
@@ -30,7 +30,9 @@ from portward.model import Authentication, Details, Exemption, ExemptionState, F
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
 from portward.store import open_store
+from portward.store.belongings import belongings
 from portward.store.protocol import Store, readable
+from portward.words import counted
 
 app = typer.Typer(
     help="Exemptions: asked for, granted or rejected, revoked.", no_args_is_help=True, rich_markup_mode=None
@@ -40,6 +42,9 @@ _WAIT_SECONDS: Final = 10.0
 # A list of a million ids, in bytes, with comments.
 _LARGEST_LIST: Final = 64 * 1024 * 1024
 _STATES: Final = ", ".join(State)
+_LIMIT_COUNTS: Final = "nothing: it counts at once, for the machines that the exemption counts for already"
+# How many subscriptions of one name are named.
+_NAMED: Final = 5
 _BURST: Final = RateLimit(per_minute=1).burst
 
 IdArgument: TypeAlias = Annotated[
@@ -109,7 +114,7 @@ def request(
     )
     asked = Application(justification, None if details == Details() else details, instant(until, "--until"))
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.request(_id(id_), asked)
+        done = desk.request(_id(id_, desk.store), asked)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
     if done.exemption.state is ExemptionState.REJECTED:
         raise typer.Exit(1)
@@ -143,7 +148,7 @@ def grant(
             raise InputError("says nothing: how was it checked, and by whom?", field="--fraud-check")
         check = Finding(FraudCheck.PASS, printable(fraud_check))
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.grant(_id(id_), check=check, until=instant(until, "--until"), limit=limit)
+        done = desk.grant(_id(id_, desk.store), check=check, until=instant(until, "--until"), limit=limit)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
 
 
@@ -161,7 +166,7 @@ def reject(
     Example: portward exemption reject 11111111-0000-4000-8000-000000000003 --reason "a relay will do"
     """
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.reject(_id(id_), reason)
+        done = desk.reject(_id(id_, desk.store), reason)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
 
 
@@ -184,8 +189,9 @@ def limit(
         raise InputError("say either --rate or --none", field="--rate")
     wanted = _limit(rate, burst)
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.limit(_id(id_), wanted)
-    _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
+        done = desk.limit(_id(id_, desk.store), wanted)
+    behind = behind_held(settings, wrote(done.written.revision))
+    _tell_done(done, preset, behind, json=json, following=_LIMIT_COUNTS)
 
 
 @app.command()
@@ -226,7 +232,7 @@ def revoke(
         _known_offer(preset, offer)
         began = time.monotonic()
         if id_ is not None:
-            done = desk.revoke(_id(id_), reason)
+            done = desk.revoke(_id(id_, desk.store), reason)
             took = _wait(agent, wrote(done.written.revision), began)
             behind = behind_held(settings, done.written.revision) if agent is None else agent.behind()
             _tell_done(done, preset, behind, json=json, took=took)
@@ -289,14 +295,14 @@ def show(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAU
     Example: portward exemption show 11111111-0000-4000-8000-000000000002
     """
     with _desk(config, None) as (desk, _, preset):
-        row = desk.row(_id(id_), utc_now())
+        row = desk.row(_id(id_, desk.store), utc_now())
     if json:
         say_json(_machine(row))
         return
     say(f"{row.subscription}  {_owner(row)}")
-    for line in _lines(row.exemption):
+    for line in lines(row.exemption):
         say(f"  {line}")
-    say(f"  next      {_next(row.state, row.exemption, preset)}")
+    say(f"  next      {next_step(row.state, row.exemption, preset)}")
 
 
 @app.command()
@@ -306,7 +312,7 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
     Example: portward exemption history 11111111-0000-4000-8000-000000000002
     """
     with _desk(config, None) as (desk, _, _):
-        changes = desk.history(_id(id_))
+        changes = desk.history(_id(id_, desk.store))
     for change in changes:
         record = readable(change.key, change.after)
         state = record.state.value if isinstance(record, Exemption) else "taken out of the store"
@@ -315,7 +321,7 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
             continue
         say(f"{change.at:%Y-%m-%d %H:%M:%SZ}  revision {change.revision}  {change.actor}: {state}")
         if isinstance(record, Exemption):
-            for line in _lines(record)[1:]:
+            for line in lines(record)[1:]:
                 say(f"    {line}")
 
 
@@ -347,15 +353,24 @@ def _wait(agent: Enforced | None, revision: int, began: float) -> float | None:
     return time.monotonic() - began
 
 
-def _id(text: str) -> UUID:
+def _id(text: str, store: Store) -> UUID:
+    """The id that is meant. A name is refused with the ids of those who have it: names change, and several
+    subscriptions may have the same."""
     try:
         return UUID(text)
     except ValueError:
+        ids = [str(one.id) for one in belongings(store, text)[1]] if text.strip() else []
+    if not ids:
         raise InputError(
-            f"{text!r} is no subscription's id like 11111111-0000-4000-8000-000000000001; where it is a name, "
-            "`portward diagnose` says whose id that is",
+            f"{text!r} is no subscription's id like 11111111-0000-4000-8000-000000000001, and no subscription in "
+            "the store has exactly this name",
             field="SUBSCRIPTION",
-        ) from None
+        )
+    few = ", ".join(sorted(ids)[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+    raise InputError(
+        f"{text!r} is the name of {counted(len(ids), 'subscription')}; write the id instead: {few}",
+        field="SUBSCRIPTION",
+    )
 
 
 def _listed(file: Path) -> list[UUID]:
@@ -403,8 +418,15 @@ def _confirm(count: int, confirmed: int | None) -> None:
 
 
 def _tell_done(
-    done: Done, preset: Preset, behind: Behind | None, *, json: bool, took: float | None = None
+    done: Done,
+    preset: Preset,
+    behind: Behind | None,
+    *,
+    json: bool,
+    took: float | None = None,
+    following: str = "",
 ) -> None:
+    """Prints what was done. `following` is the next step, if it is not the one of the exemption's state."""
     exemption = done.exemption
     state = exemptions.state_of(exemption, done.written.at)
     if json:
@@ -422,65 +444,16 @@ def _tell_done(
     if behind is not None:
         say(f"  {behind}")
     if exemption.reason:
-        say(f"  reason    {_in_a_line(exemption.reason)}")
+        say(f"  reason    {in_a_line(exemption.reason)}")
     if exemption.fraud_check is not None:
-        say(f"  checked   {_in_a_line(_checked(exemption))}")
-    if exemption.limit is not None:
+        say(f"  checked   {in_a_line(checked(exemption))}")
+    if exemption.limit is not None and state is State.GRANTED:
         say(f"  limit     {exemption.limit}")
-    say(f"  next      {_next(state, exemption, preset)}")
-
-
-def _lines(exemption: Exemption) -> list[str]:
-    """What is on record, a line for each field that says something."""
-    details = exemption.details or Details()
-    told = [
-        ("state", exemption.state.value),
-        ("requested", _time(exemption.requested)),
-        ("why", exemption.justification),
-        ("software", details.mail_software),
-        ("volume", f"{details.volume} messages a day" if details.volume else ""),
-        ("rdns", details.reverse_dns),
-        ("domain", ", ".join(item.value.upper() for item in details.authentication)),
-        ("terms", "accepted" if details.terms_accepted else ""),
-        ("checked", _checked(exemption)),
-        ("decided", _time(exemption.decided)),
-        ("by", exemption.by),
-        ("reason", exemption.reason),
-        ("until", _time(exemption.until)),
-        ("limit", "" if exemption.limit is None else str(exemption.limit)),
-    ]
-    return [f"{name:<10}{_in_a_line(text)}" for name, text in told if text]
-
-
-def _in_a_line(text: str) -> str:
-    """What somebody wrote, which may have several lines."""
-    return " ".join(text.split())
-
-
-def _next(state: State, exemption: Exemption, preset: Preset) -> str:
-    """What comes next, for whom who works on the case."""
-    id_ = exemption.subscription
-    match state:
-        case State.REQUESTED:
-            check = "" if exemption.fraud_check is FraudCheck.PASS else " --fraud-check TEXT"
-            return f"decide: `portward exemption grant {id_}{check}`, or `reject {id_} --reason TEXT`"
-        case State.GRANTED if preset.restart:
-            return f"for it to count, {preset.restart}; `portward attachment started` records that"
-        case State.GRANTED:
-            return "nothing: it counts at once"
-        case _:
-            return f"a new request is possible: `portward exemption request {id_}`"
-
-
-def _checked(exemption: Exemption) -> str:
-    if exemption.fraud_check is None:
-        return ""
-    note = f": {exemption.fraud_note}" if exemption.fraud_note else ""
-    return f"{exemption.fraud_check.value}{note}"
+    say(f"  next      {following or next_step(state, exemption, preset)}")
 
 
 def _exemptions(count: int) -> str:
-    return f"{count} exemption{'' if count == 1 else 's'}"
+    return counted(count, "exemption")
 
 
 def _owner(row: Row) -> str:
@@ -511,7 +484,3 @@ def _behind(behind: Behind | None) -> dict[str, Any]:
 
 def _ms(took: float | None) -> float | None:
     return None if took is None else round(took * 1000, 3)
-
-
-def _time(at: datetime | None) -> str:
-    return "" if at is None else at.strftime("%Y-%m-%d %H:%M:%SZ")

@@ -16,6 +16,7 @@ from portward.cli.streams import say, say_json, say_text
 from portward.config import Config
 from portward.errors import PortwardError
 from portward.runtime import hidden, read_status, running
+from portward.words import counted, times
 
 if TYPE_CHECKING:
     from portward.busiest import Row
@@ -127,7 +128,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         f"portward {told['version']}, process {told['pid']}, up {_span((at - started).total_seconds())}, "
         f"mode {told['mode']}, preset {told['preset']}",
         f"policy    revision {told['revision']}{_behind(told)}, "
-        f"{_count(told['attachments'], 'attachment')} of {_count(told['subscriptions'], 'subscription')}",
+        f"{counted(told['attachments'], 'attachment')} of {counted(told['subscriptions'], 'subscription')}",
         f"store     {told['store']}{_store(told)}",
         f"queue     {told['queue_path']}; " + ", ".join(map(_worker, told["workers"])),
         "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
@@ -140,7 +141,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         found.append("guard     not loaded: nobody else translates packets here")
     for segment in told["segments"]:
         seen = (
-            f"{_count(segment['packets'], 'packet')} to the judged ports"
+            f"{counted(segment['packets'], 'packet')} to the judged ports"
             if segment["packets"]
             else (
                 "no packet to the judged ports has passed here yet: does its traffic cross this host's own stack?"
@@ -155,7 +156,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         found[:0] = _held(held)
     found[:0] = [f"STACKED   {line}" for line in told.get("stacked", ())]
     if dropped := told.get("tunnels_dropped"):
-        found.append(f"tunnels   {_count(dropped, 'packet')} from segments to tunnels that end here: dropped")
+        found.append(f"tunnels   {counted(dropped, 'packet')} from segments to tunnels that end here: dropped")
     if told["ruleset_error"]:
         found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
     found[:0] = [_failing(one) for one in told.get("failing", ())]
@@ -165,15 +166,15 @@ def _lines(told: dict[str, Any]) -> list[str]:
     if problem := told.get("metrics_error"):
         found.append(f"metrics   CANNOT BE SCRAPED at {problem}: it is tried again")
     if damaged := told.get("table_rows_damaged"):
-        rows = _count(damaged, "DAMAGED ROW", "DAMAGED ROWS")
+        rows = counted(damaged, "DAMAGED ROW", "DAMAGED ROWS")
         found.append(f"table     {rows}, whose sources are denied: see `portward check`")
     if replaced := told.get("history_replaced"):
         found.append(
-            f"history   {_times(replaced)} the store had another history (a restored backup?), and was read anew"
+            f"history   {times(replaced)} the store had another history (a restored backup?), and was read anew"
         )
     if told["ruleset_repairs"]:
         found.append(
-            f"ruleset   put back {_times(told['ruleset_repairs'])}: another program had changed it, or the kernel "
+            f"ruleset   put back {times(told['ruleset_repairs'])}: another program had changed it, or the kernel "
             "had refused a change"
         )
     return found
@@ -198,22 +199,14 @@ def _worker(worker: dict[str, Any]) -> str:
         "starting": f"is starting, for {since}",
         "trying": f"IS DOWN for {since}, and is started again: {worker.get('why', '')}".rstrip(": "),
     }
-    restarts = f" ({_count(worker['restarts'], 'restart')})" if worker["restarts"] else ""
+    restarts = f" ({counted(worker['restarts'], 'restart')})" if worker["restarts"] else ""
     return f"worker {worker['queue']} {words[state]}{restarts}"
-
-
-def _count(number: float, one: str, many: str = "") -> str:
-    return f"{number:.0f} {one if number == 1 else many or one + 's'}"
-
-
-def _times(number: float) -> str:
-    return "once" if number == 1 else f"{number:.0f} times"
 
 
 def _failing(one: dict[str, Any]) -> str:
     """A step of the agent that fails by an error that nobody expects."""
     return (
-        f"FAILING   step {one['step']}: {one['error']}, {one['times']} times in a row, for "
+        f"FAILING   step {one['step']}: {one['error']}, {times(one['times'])} in a row, for "
         f"{_span(one['seconds'])}: it is tried again, see the log"
     )
 
@@ -223,7 +216,7 @@ def _held(held: dict[str, Any]) -> Iterator[str]:
     whole = "the store has another history (a restored backup?), and all of it up to " if held.get("whole") else ""
     yield (
         f"HELD      {whole}revision {held['revision']} would flip the verdict of {held['flipped']} of "
-        f"{held['subscriptions']} subscriptions: `portward apply --confirm` lets it through"
+        f"{counted(held['subscriptions'], 'subscription')}: `portward apply --confirm` lets it through"
     )
     if held.get("ahead", 0) > held["revision"]:
         yield (
@@ -261,7 +254,7 @@ def _self_check(told: dict[str, Any]) -> str:
         else f"every worker answered {_span(_since(datetime.fromisoformat(at)))} ago"
     )
     last = (
-        f"; {_count(number, 'difference')} so far, the last {told['last_difference']}"
+        f"; {counted(number, 'difference')} so far, the last {told['last_difference']}"
         if number
         else ", no difference found"
     )

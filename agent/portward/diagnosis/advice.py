@@ -37,6 +37,7 @@ class Step(StrEnum):
     VIRTUAL_MACHINE = "virtual-machine"
     OTHER_SUBSCRIPTION = "other-subscription"
     TELL_SUBSCRIPTION = "tell-subscription"
+    GATEWAY = "gateway"
 
 
 Way: TypeAlias = tuple[Step, ...]
@@ -103,6 +104,8 @@ def _matter(preset: Preset, facts: Facts, reason: Reason) -> Matter:
 
 
 def _ways(preset: Preset, facts: Facts, reason: Reason, machines: tuple[Machine, ...]) -> tuple[Way, ...]:
+    if reason.allows and facts.shuts:
+        return ((Step.GATEWAY,),)
     relay: Way = (Step.RELAY if relay_is_free(preset) else Step.API,)
     match reason:
         case Reason.DENIED_UNKNOWN_SOURCE:

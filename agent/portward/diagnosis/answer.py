@@ -12,6 +12,7 @@ from portward.diagnosis.advice import Step, Way, in_order, matters
 from portward.diagnosis.facts import Drops, Facts, Kernel, Machine, Metrics, Place
 from portward.diagnosis.letter import letter
 from portward.documents import network_text
+from portward.effect import Here
 from portward.exemptions import State
 from portward.language import Language, marked, marked_many
 from portward.model import Exemption, FraudCheck, Mode, Reason, Standing, Subscription, Workload
@@ -56,6 +57,7 @@ _STEPS: Final = {
     Step.VIRTUAL_MACHINE: marked("send from a virtual machine"),
     Step.OTHER_SUBSCRIPTION: marked("another kind of subscription"),
     Step.TELL_SUBSCRIPTION: marked("find out whose it is, and add the missing record"),
+    Step.GATEWAY: marked("provider: this gateway drops what the policy allows, see `portward status`"),
 }
 _PACKETS: Final = (
     marked_many("{n} packet refused", "{n} packets refused"),
@@ -66,6 +68,20 @@ _KERNEL: Final = {
     Kernel.NO_INTERFACE: marked("not known: no segment of these machines is an interface of this host now"),
     Kernel.NO_RULESET: marked("nothing is enforced here: no ruleset of portward is loaded"),
     Kernel.NOT_PERMITTED: marked("not known: asking the kernel needs root or CAP_NET_ADMIN"),
+}
+_HERE: Final = {
+    Here.JUDGES: marked("this gateway judges by the policy"),
+    Here.OPEN: marked("NOTHING IS ENFORCED on this gateway, every source may send: see `portward status`"),
+    Here.CLOSED: marked(
+        "this gateway forwards nothing to these ports, whoever sends it: see `portward rules show`"
+    ),
+    Here.NOBODY_ANSWERS: marked(
+        "NO AGENT ANSWERS on this gateway: sources without a cached verdict are dropped, allowed or not"
+    ),
+    Here.NOBODY_ANSWERS_OPEN: marked(
+        "NO AGENT ANSWERS on this gateway: sources without a cached verdict pass, allowed or not"
+    ),
+    Here.UNKNOWN: marked("not known: asking the kernel needs root, or another agent enforces on this gateway"),
 }
 _METRICS: Final = {
     Metrics.NO_AGENT: marked("what was dropped before that is not known: no agent runs here"),
@@ -145,6 +161,8 @@ def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> It
         yield from _machines(facts, say, listed)
     if facts.subscription is None:
         yield say("record"), remedy(preset, Reason.DENIED_UNKNOWN_SOURCE, None, say)
+    if facts.here is not None:
+        yield say("now"), say(_HERE[facts.here])
     for number, text in enumerate(_dropped(facts, say)):
         yield say("dropped") if number == 0 else "", text
     yield say("from"), _source(facts, say)
@@ -181,7 +199,7 @@ def _exemption(state: State, exemption: Exemption | None, say: Language) -> Iter
     if exemption.fraud_check:
         note = f", {say.quoted(' '.join(exemption.fraud_note.split()))}" if exemption.fraud_note else ""
         yield say("anti-fraud check: {result}{note}", result=say(_CHECKS[exemption.fraud_check]), note=note)
-    if exemption.limit:
+    if exemption.limit and state is State.GRANTED:
         yield say(
             "limit: {n} new connections a minute, {burst} at once",
             n=say.number(exemption.limit.per_minute),

@@ -8,6 +8,7 @@ from uuid import UUID
 
 import msgspec
 
+from portward.effect import Here
 from portward.exemptions import State, state_of
 from portward.model import Exemption, Network, Reason, Subscription, Workload
 from portward.policy.decide import rule
@@ -90,8 +91,10 @@ class Asked(msgspec.Struct, frozen=True):
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a diagnosis is made from. `asked` is the source that was asked about, and then its machine, if
-    any, comes first in `machines`. `subscription` is None for a source of nobody, and where the records lack it:
-    then `id` says whose it should be. `remembered` is how long the kernel counts what it drops, in seconds."""
+    any, comes first in `machines`. `here` is what this host does to sources without a cached verdict; None if no
+    machine's segment is an interface of it. `subscription` is None for a source of nobody, and where the records
+    lack it: then `id` says whose it should be. `remembered` is for how many seconds the kernel counts what it
+    drops."""
 
     at: datetime
     place: Place
@@ -107,6 +110,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     remembered: int = 60
     resets: bool = False
     nobody: Drops | None = None
+    here: Here | None = None
     metrics: Metrics = Metrics.NO_AGENT
     since_start: SinceStart | None = None
 
@@ -114,6 +118,16 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     def state(self) -> State:
         """Where the exemption stands."""
         return state_of(self.exemption, self.at)
+
+    @property
+    def opens(self) -> bool:
+        """Whether this host lets pass what the policy does not allow."""
+        return self.here in (Here.OPEN, Here.NOBODY_ANSWERS_OPEN)
+
+    @property
+    def shuts(self) -> bool:
+        """Whether this host drops what the policy allows, unless a verdict of before is cached."""
+        return self.here in (Here.CLOSED, Here.NOBODY_ANSWERS)
 
     @property
     def drops(self) -> Drops | None:

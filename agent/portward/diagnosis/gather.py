@@ -4,13 +4,14 @@ kernel dropped lately; what the agent has counted since its start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
 
+from portward import effect, host
 from portward.addresses import asked
 from portward.config import Config, Refusal
 from portward.diagnosis import counted, kernel
@@ -18,7 +19,9 @@ from portward.diagnosis.answer import Diagnosis, diagnosis
 from portward.diagnosis.facts import Asked, Facts, Machine
 from portward.diagnosis.places import Accounts, Matched, accounts
 from portward.documents import brief
+from portward.effect import Here
 from portward.errors import InputError, PortwardError
+from portward.gateway.links import index_of
 from portward.language import Language
 from portward.model import Address, Mode, Network
 from portward.policy.decide import decide
@@ -92,7 +95,8 @@ def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, ad
         if held:
             return replace(_facts(config, preset, place, held[0], matched), asked=asked)
     drops, answer = kernel.of_nobody(segment, address)
-    return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer)
+    here = _here(config, [segment])
+    return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer, here=here)
 
 
 def _facts(
@@ -113,9 +117,17 @@ def _facts(
         exemption=held.exemption,
         machines=machines,
         kernel=answer,
+        here=_here(config, [machine.segment for machine in machines]),
         metrics=metrics,
         since_start=since_start,
     )
+
+
+def _here(config: Config, segments: Iterable[str]) -> Here | None:
+    """What this host does to sources without a cached verdict; None if none of these segments is here."""
+    if not any(index_of(segment) for segment in set(segments)):
+        return None
+    return effect.here(host.look(config))
 
 
 def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:

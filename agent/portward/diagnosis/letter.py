@@ -69,6 +69,8 @@ _MATTERS: Final = {
         "blocked."
     ),
 }
+_WITHIN_LIMIT: Final = marked("An exemption was granted{when}, and connections to {ports} pass within its limit.")
+_MAY: Final = marked("By our policy you may open connections to {ports}.")
 _TURNED_DOWN: Final = (Reason.DENIED_REJECTED, Reason.DENIED_REVOKED)
 _ENDED: Final = marked("Connections to {ports} are blocked, as the exemption ended{when}.")
 _NO_DATE: Final = marked(
@@ -168,10 +170,25 @@ class _Told:
             )
         yield from self._decision()
         yield from self._limit()
+        yield from self._now()
         if self._matter.observed:
             yield self._say(
                 "For the time being these connections pass all the same, since the rule is only observed for you; "
                 "what follows counts once it is enforced."
+            )
+
+    def _now(self) -> Iterator[str]:
+        """What happens at this moment, if it is not what the policy says."""
+        allowed = self._matter.reason.allows
+        if self._facts.shuts and allowed:
+            yield self._say(
+                "At this moment they may be dropped all the same. That is a fault on our side, and nothing "
+                "that you have done; we are working on it."
+            )
+        elif self._facts.opens and not allowed and not self._matter.observed:
+            yield self._say(
+                "At this moment these connections may pass all the same, since our block is not in force; what "
+                "follows counts once it is."
             )
 
     def what_can_be_done(self) -> Iterator[str]:
@@ -194,6 +211,10 @@ class _Told:
             at = exemption.requested if exemption else None
         elif reason is Reason.DENIED_NOT_EXEMPT and self._facts.state is State.EXPIRED:
             text, at = _ENDED, exemption.until if exemption else None
+        elif reason.allows and self._facts.shuts:
+            text = _MAY
+        elif reason is Reason.ALLOWED_EXEMPT and exemption is not None and exemption.limit is not None:
+            text = _WITHIN_LIMIT
         ports = ports_in_words(self._preset, self._say)
         return self._say(text, ports=ports, title=self._title(), when=self._on(at))
 
@@ -291,6 +312,8 @@ class _Told:
             case Step.OTHER_SUBSCRIPTION:
                 yield say("Use another kind of subscription for your mail.")
                 yield from self._others()
+            case Step.GATEWAY:
+                yield say("You need not do anything: please try again later.")
             case Step.TELL_SUBSCRIPTION if self._facts.asked:
                 yield say(
                     "Please tell us the name or the number of the subscription that this machine belongs to."

@@ -18,6 +18,7 @@ from portward.model import Attachment, Exemption, Mode, Record, Subscription
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
 from portward.store.protocol import Put, readable
+from portward.words import counted
 
 # So few are never held: in a small store one change of one customer is a large share.
 _FEW: Final = 10
@@ -43,8 +44,8 @@ class Flips(NamedTuple):
     def told(self, share: float) -> str:
         """In words, with the limit."""
         return (
-            f"would flip the verdict of {self.flipped} of {self.subscriptions} subscriptions, more than "
-            f"max_flip_share = {share:g} lets pass"
+            f"would flip the verdict of {self.flipped} of {counted(self.subscriptions, 'subscription')}, more "
+            f"than max_flip_share = {share:g} lets pass"
         )
 
 

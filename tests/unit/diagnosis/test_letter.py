@@ -11,6 +11,7 @@ import pytest
 import messages
 from portward.diagnosis.answer import LISTED, diagnosis, lines
 from portward.diagnosis.facts import Asked, Drops, Kernel
+from portward.effect import Here
 from portward.exemptions import ANTI_FRAUD, SELF_SERVICE, Application, Case, request
 from portward.language import ENGLISH, FOLDER, Language, language
 from portward.model import Mode, RateLimit, Reason, Standing, Workload
@@ -240,3 +241,59 @@ def msgspec_replace(value: Any, **fields: Any) -> Any:
     from msgspec.structs import replace
 
     return replace(value, **fields)
+
+
+# --- what this gateway does now ---
+
+ALLOWED, DENIED = "enterprise-agreement", "pay-as-you-go"
+
+
+def told(say: Language, offer: str, here: Here | None) -> tuple[str, str]:
+    """The lines for the support engineer, and the customer's text."""
+    known = facts(AZURE, subscription(offer), None, attachment(), here=here)
+    made = diagnosis(AZURE, known, say)
+    return "\n".join(lines(AZURE, made, say)), made.customer
+
+
+@BOTH
+@pytest.mark.parametrize("here", [Here.OPEN, Here.NOBODY_ANSWERS_OPEN])
+def test_a_denied_customer_is_not_said_to_be_blocked_while_the_gateway_is_open(say: Language, here: Here) -> None:
+    passing = say(
+        "At this moment these connections may pass all the same, since our block is not in force; what follows "
+        "counts once it is."
+    )
+    engineer, text = told(say, DENIED, here)
+    assert passing in text
+    assert f"  {say('now')} " in engineer
+    assert passing not in told(say, ALLOWED, here)[1]
+    assert passing not in told(say, DENIED, Here.JUDGES)[1]
+    assert passing not in told(say, DENIED, None)[1], "this host does not see the customer's packets"
+
+
+@BOTH
+@pytest.mark.parametrize("here", [Here.CLOSED, Here.NOBODY_ANSWERS])
+def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, here: Here) -> None:
+    engineer, text = told(say, ALLOWED, here)
+    assert (
+        say("Nothing is blocked here: connections to {ports} pass.", ports=say("port {ports}", ports=25))
+        not in text
+    )
+    assert say("You need not do anything: please try again later.") in text
+    assert say("provider: this gateway drops what the policy allows, see `portward status`") in engineer
+    assert say("You need not do anything: please try again later.") not in told(say, DENIED, here)[1]
+
+
+@BOTH
+def test_a_limit_is_part_of_what_passes(say: Language) -> None:
+    granted = {"limit": RateLimit(per_minute=777), "by": "ada"}
+    text = customer(say, DENIED, State.GRANTED, attachment(started=AFTER), **granted)
+    assert "{" not in text
+    assert "777" in text
+    assert (
+        say("Nothing is blocked here: an exemption was granted{when}, and connections to {ports} pass.")[:12]
+        not in text
+    )
+    known = facts(
+        AZURE, subscription(DENIED), exemption(State.REVOKED, limit=RateLimit(per_minute=777)), attachment()
+    )
+    assert "777" not in "\n".join(lines(AZURE, diagnosis(AZURE, known, say), say))

@@ -114,6 +114,9 @@ def test_a_limit_can_be_given_and_taken_away(run: Run, path: Path) -> None:
     before = stored(path, PAYG.id)
     told = run("limit", PAYG.id, "--rate", 120, "--burst", 9).stdout
     assert "limit     120 new connections a minute, 9 at once" in told
+    assert "restart" not in told
+    assert "stop the virtual machine" not in told, "it counts at once"
+    assert "next      nothing: it counts at once" in told
     assert stored(path, PAYG.id) == replace(before, limit=RateLimit(per_minute=120, burst=9))
     run("limit", PAYG.id, "--none")
     assert stored(path, PAYG.id) == before
@@ -240,6 +243,18 @@ def test_a_list_can_be_narrowed(run: Run) -> None:
     assert "tailspin (azure-sponsorship)" in run("list").stdout
 
 
+def test_a_revoked_exemption_is_shown_without_its_limit(run: Run, path: Path) -> None:
+    """Nothing is let through any more that it could hold for. The record keeps it."""
+    run("request", PAYG.id)
+    run("limit", PAYG.id, "--rate", 120)
+    assert "limit     120" in run("show", PAYG.id).stdout
+    assert "limit" not in run("revoke", PAYG.id, "--reason", "spam").stdout
+    assert "limit" not in run("show", PAYG.id).stdout
+    assert stored(path, PAYG.id).limit == RateLimit(per_minute=120)
+    history = run("history", PAYG.id).stdout
+    assert history.count("limit     120") == 1, "what was is told as it was"
+
+
 def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> None:
     ended = datetime(2026, 2, 1, tzinfo=UTC)
     with closing(opened(path)) as store:
@@ -259,8 +274,16 @@ def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> Non
     [
         (
             ("show", "fabrikam"),
-            "SUBSCRIPTION: 'fabrikam' is no subscription's id like 11111111-0000-4000-8000-000000000001; "
-            "where it is a name, `portward diagnose` says whose id that is",
+            f"SUBSCRIPTION: 'fabrikam' is the name of 1 subscription; write the id instead: {PAYG.id}",
+        ),
+        (
+            ("revoke", "fabrikam", "--reason", "x"),
+            f"SUBSCRIPTION: 'fabrikam' is the name of 1 subscription; write the id instead: {PAYG.id}",
+        ),
+        (
+            ("show", "fabrikan"),
+            "SUBSCRIPTION: 'fabrikan' is no subscription's id like 11111111-0000-4000-8000-000000000001, and no "
+            "subscription in the store has exactly this name",
         ),
         (("show", PAYG.id), "nobody has asked for an exemption of"),
         (("show", "11111111-0000-4000-8000-0000000000ff"), "no subscription 11111111-0000-4000-8000-0000000000ff"),
