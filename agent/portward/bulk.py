@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Final, NamedTuple
 
 from portward import heartbeat
+from portward.descriptors import Reserve
 from portward.errors import StoreError
 from portward.notify import log_formatter
 from portward.policy.preset import Preset
@@ -84,6 +85,8 @@ class Bulk:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
+        # To start a process with three pipes takes six, for a moment.
+        self._reserve = Reserve(6)
 
     def run(self, job: Job) -> Outcome:
         """Runs a job and gives its outcome. Raises StoreError or HeldError, and then the table is as it was, or
@@ -92,7 +95,8 @@ class Bulk:
             if self._stopped:
                 raise TableError(f"{job.table}: the agent is stopping")
             try:
-                process, outcomes = _started()
+                with self._reserve.lent():
+                    process, outcomes = _started()
             except OSError as error:
                 raise TableError(f"{job.table}: no process for a bulk change: {error.strerror}") from error
             self._process = process

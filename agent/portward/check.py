@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from portward import config as configuration
+from portward import descriptors
 from portward.clock import utc_now
 from portward.config import Config, Encrypted
 from portward.documents import mistake
@@ -17,7 +19,7 @@ from portward.gateway.links import Device
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.interfaces import shown
-from portward.metricsserver import try_to_listen
+from portward.listeners import try_to_listen
 from portward.paths import is_path
 from portward.policy import preset as presets
 from portward.runtime import running
@@ -67,6 +69,8 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     yield from _lock(config, netlink)
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
     yield from _metrics(config)
+    if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[1]) < descriptors.ENOUGH:
+        yield f"WARNING: {descriptors.few(limit)}"
     for line in translating.why:
         yield f"{line}: what is forwarded is judged again (forward guard)"
     if not with_store:

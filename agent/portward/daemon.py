@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from portward import config as configuration
-from portward import ending, report, settings
+from portward import descriptors, ending, report, settings
 from portward.answering import Answering
 from portward.config import Config
 from portward.core import Core
@@ -166,6 +166,7 @@ class Daemon:
         from portward.gateway import rtnetlink  # noqa: PLC0415 # as said above
 
         await opening
+        await self._count_step(lambda: None)  # no thread begins later, when there may be none
         self._metrics = MetricsServer(self._config.metrics_endpoints(), metrics.answering(self._newest))
         self._follow_links = rtnetlink.follow
         return await stack.enter_async_context(contextlib.aclosing(rtnetlink.follow()))
@@ -422,6 +423,11 @@ def run(path: Path) -> None:
     config = configuration.load(path)
     # Four threads share one interpreter: a change of policy must not wait 5 ms, Python's default, for a count.
     sys.setswitchinterval(_SWITCH_SECONDS)
+    if (limit := descriptors.raise_limit()) < descriptors.ENOUGH:
+        _log.warning("%s", descriptors.few(limit))
+    if sys.version_info < (3, 12):
+        # A worker's end is awaited without a thread, as later versions do: there may be none to be had.
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
     # It must live as long as the process: with it would go what it holds, among that the locks.
     daemon = Daemon(path, config)
     try:

@@ -8,6 +8,7 @@ socket, and a worker that ended cannot be started again. So each part of the age
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ from typing import Final
 
 # With fewer the agent runs too, but nothing is left for what nobody has thought of.
 ENOUGH: Final = 1024
+
+
+def limit() -> int:
+    """The number of descriptors that this process may have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def raise_limit() -> int:
@@ -26,6 +32,14 @@ def raise_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
     return soft
+
+
+def few(number: int) -> str:
+    """A line that says that there are few descriptors."""
+    return (
+        f"this process may have {number} file descriptors: {ENOUGH} or more would be right (LimitNOFILE=, "
+        "`ulimit -Hn`)"
+    )
 
 
 class Reserve:
@@ -46,16 +60,22 @@ class Reserve:
         """How many descriptors this reserve lacks."""
         return self._size - len(self._held)
 
-    def refill(self) -> None:
-        """Takes what is missing, as far as there are descriptors. Never raises."""
+    def refill(self, used: int = 0) -> None:
+        """Takes what is missing, as far as there are descriptors; `used` of them the owner uses now. Never
+        raises."""
         with contextlib.suppress(OSError):
-            while self.missing:
+            while self.missing > used:
                 self._held.append(os.eventfd(0, os.EFD_CLOEXEC))
 
     def release(self) -> None:
         """Gives all descriptors back. Idempotent."""
         while self._held:
             # It leaves the list first: no descriptor is closed twice, whatever happens here.
+            os.close(self._held.pop())
+
+    def give_one(self) -> None:
+        """Gives one descriptor back, if there is one."""
+        if self._held:
             os.close(self._held.pop())
 
     @contextlib.contextmanager
@@ -66,6 +86,18 @@ class Reserve:
             yield
         finally:
             self.refill()
+
+    @contextlib.contextmanager
+    def ensured(self, number: int) -> Iterator[None]:
+        """As `lent`; raises OSError (EMFILE) if fewer than `number` descriptors are free even so. For code of
+        others that ends the process then."""
+        with self.lent():
+            if not available(number):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            yield
+
+    def __del__(self) -> None:
+        self.release()
 
 
 def available(number: int) -> bool:

@@ -20,6 +20,7 @@ from portward.bulk import LIMIT, Bulk, Job
 from portward.clock import Clock
 from portward.config import Config, Refusal
 from portward.dataplane import Dataplane
+from portward.descriptors import Reserve
 from portward.errors import StoreError
 from portward.gateway.links import Links, only_ports
 from portward.model import Mode
@@ -80,6 +81,8 @@ class Intake:
         self._config, self._writer, self._clock, self._dataplane = config, writer, clock, dataplane
         self._under_way, self._on_kernel = under_way, on_kernel
         self._bulk = Bulk()
+        # For the store's three files and its bell.
+        self._reserve = Reserve(6)
         # Changes that the kernel thread has not begun to carry out.
         self._pending: deque[_Pending] = deque()
         self._store: Store | None = None
@@ -248,7 +251,8 @@ class Intake:
 
     def _take_in(self) -> Committed | None:
         if self._store is None:
-            self._store = open_store(self._config.store, agent=True)
+            with self._reserve.lent():
+                self._store = open_store(self._config.store, agent=True)
             if self._follower is None:
                 self._follower = Follower(self._store, self._writer, LIMIT)
             self._follower.reopened(self._store)

@@ -1,8 +1,9 @@
 """The HTTP server of the metrics: one thread, and a bound for everything that a client can take.
 
 It runs in the agent, so whatever clients do, the agent must go on enforcing. What is bounded:
-- descriptors: at most `MAX_CONNECTIONS` connections. The oldest one that has not asked for anything gives way to a
-  new one, so idle connections neither use up the agent's descriptors nor keep a scrape waiting;
+- descriptors: at most `MAX_CONNECTIONS` connections, in descriptors that are held for them. The oldest one that
+  has not asked for anything gives way to a new one, so idle connections neither use up the agent's descriptors nor
+  keep a scrape waiting;
 - time: `HEAD_SECONDS` for a request, `STALL_SECONDS` without progress and `ANSWER_SECONDS` in all for an answer;
 - memory: `scrape.MAX_HEAD_BYTES` of a request, and `MAX_ANSWERS` answers at a time;
 - processor: after an answer was made the thread rests for as long as that took, so scrapes cost at most half a
@@ -25,17 +26,20 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from portward import scrape
+from portward import descriptors, scrape
 from portward.descriptors import Reserve
 from portward.endpoint import Endpoint
+from portward.listeners import listening, unreachable
 from portward.scrape import Answer, BadRequestError, Request
 
 MAX_CONNECTIONS: Final = 32
 HEAD_SECONDS: Final = 5.0
+# Connections never have more than this part of the agent's descriptors.
+_LIMIT_PARTS: Final = 8
 # An answer makes progress, or its connection ends. A request waits no longer than Prometheus does, 10 s.
 STALL_SECONDS: Final = 5.0
 WAIT_SECONDS: Final = 10.0
@@ -51,16 +55,12 @@ _LINGER_SECONDS: Final = 1.0
 _RETRY_SECONDS, _LONGEST_RETRY = 1.0, 30.0
 # Without descriptors or memory for a connection: between two tries.
 _PAUSE_SECONDS: Final = 0.5
-_BACKLOG: Final = 1_024
 # New connections in a row before the others have their turn.
 _ACCEPTED: Final = 64
 _READ_BYTES: Final = 4_096
 _END_SECONDS: Final = 0.5
 _LOG_SECONDS: Final = 60.0
 _SCARCE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-# `localhost` and `:PORT` name an address of each family; a host may lack one of them.
-_NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-
 _log = logging.getLogger("portward.metrics")
 
 
@@ -120,6 +120,7 @@ class MetricsServer:
         self._thread: threading.Thread | None = None
         self._selector: selectors.BaseSelector
         self._reserve: Reserve
+        self._share = 0
         self._wake = -1
 
     def start(self) -> None:
@@ -130,8 +131,9 @@ class MetricsServer:
         with contextlib.ExitStack() as opened:
             try:
                 self._selector = opened.enter_context(selectors.DefaultSelector())
-                # For a client that connects when the agent has no descriptor left.
-                self._reserve = Reserve(1)
+                # Connections take these descriptors and no others: none of what else the agent needs.
+                self._share = max(1, min(MAX_CONNECTIONS, descriptors.limit() // _LIMIT_PARTS))
+                self._reserve = Reserve(self._share)
                 opened.callback(self._reserve.release)
                 self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 opened.callback(os.close, self._wake)
@@ -241,23 +243,18 @@ class MetricsServer:
         Without a descriptor the kernel does not say it: it fails before it looks."""
         assert listener.socket is not None  # noqa: S101 # it is registered
         while True:
+            self._reserve.give_one()
             try:
                 return listener.socket.accept()[0]
             except OSError as error:
+                self._reserve.refill(len(self._connections))
                 # Else nobody waits, or the client has left.
                 if not waits or error.errno not in _SCARCE:
                     return None
-            if not self._make_room():
+            if not self._give_way():
                 self.refused["descriptors"] += 1
                 self._pause(listener)
                 return None
-
-    def _make_room(self) -> bool:
-        """Frees a descriptor for a new connection; False if there is none."""
-        if not self._reserve.missing:
-            self._reserve.release()
-            return True
-        return self._give_way()
 
     def _pause(self, listener: _Listener) -> None:
         """Without a descriptor the listener would wake the thread over and over."""
@@ -266,7 +263,7 @@ class MetricsServer:
         listener.paused, listener.retry_at = True, time.monotonic() + _PAUSE_SECONDS
 
     def _take(self, accepted: socket.socket) -> None:
-        if len(self._connections) >= MAX_CONNECTIONS and not self._give_way():
+        if len(self._connections) >= self._share and not self._give_way():
             self.refused["crowded"] += 1
             accepted.close()
             return
@@ -302,7 +299,7 @@ class MetricsServer:
         self._watch(connection, 0)
         del self._connections[connection.socket.fileno()]
         connection.socket.close()
-        self._reserve.refill()
+        self._reserve.refill(len(self._connections))
 
     def _serve(self, connection: _Connection) -> None:
         try:
@@ -418,40 +415,3 @@ class MetricsServer:
 
 def _since(connection: _Connection) -> float:
     return connection.since
-
-
-def unreachable(errors: Mapping[Endpoint, OSError | None]) -> str:
-    """Why a server does not listen at each of its addresses; empty if it does. `errors` has None for each one at
-    which it listens. Of several, those of a family that the host lacks do not count."""
-    listens = None in errors.values()
-    for endpoint, error in errors.items():
-        if error is not None and not (listens and error.errno in _NO_SUCH_FAMILY):
-            return f"{endpoint}: {error.strerror}"
-    return ""
-
-
-def try_to_listen(endpoints: Sequence[Endpoint]) -> str:
-    """Why a server could not listen at these addresses now, as `unreachable` says it."""
-    errors: dict[Endpoint, OSError | None] = dict.fromkeys(endpoints)
-    for endpoint in endpoints:
-        try:
-            listening(endpoint, alone=len(endpoints) == 1).close()
-        except OSError as error:
-            errors[endpoint] = error
-    return unreachable(errors)
-
-
-def listening(endpoint: Endpoint, *, alone: bool) -> socket.socket:
-    """A socket that listens at `endpoint`; raises OSError. `alone`: the only one of its configuration; then `[::]`
-    also takes IPv4."""
-    opened = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if endpoint.family == socket.AF_INET6:
-            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not alone)
-        opened.bind((endpoint.host, endpoint.port))
-        opened.listen(_BACKLOG)
-    except OSError:
-        opened.close()
-        raise
-    return opened

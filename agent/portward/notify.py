@@ -4,6 +4,7 @@ journal takes it, by sd-daemon(3)."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -23,14 +24,21 @@ def notify(*words: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
-        out.setblocking(False)
-        with contextlib.suppress(OSError):
-            # A leading @ stands for the abstract namespace.
-            out.sendto(
-                "\n".join(words).encode("utf-8", "backslashreplace"),
-                "\0" + address[1:] if address[0] == "@" else address,
-            )
+    with contextlib.suppress(OSError):
+        # A leading @ stands for the abstract namespace.
+        _socket().sendto(
+            "\n".join(words).encode("utf-8", "backslashreplace"),
+            "\0" + address[1:] if address[0] == "@" else address,
+        )
+
+
+@functools.cache
+def _socket() -> socket.socket:
+    """The socket of this process, kept from the first word on: without a descriptor for a new one the watchdog
+    would end an agent that enforces."""
+    out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    out.setblocking(False)
+    return out
 
 
 class _Lines(logging.Formatter):

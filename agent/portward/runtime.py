@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from portward.descriptors import Reserve
 from portward.errors import PortwardError
 
 _LOCK: Final = "daemon.lock"
@@ -51,6 +52,8 @@ class Runtime:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         self.crashed = self._listen_for_crashes()
+        # For the new status.
+        self._reserve = Reserve(1)
 
     def _listen_for_crashes(self) -> str:
         """From now on a crash is written down; gives what is written there."""
@@ -80,12 +83,14 @@ class Runtime:
     def write_status(self, status: dict[str, Any]) -> None:
         """Replaces the status; raises OSError."""
         new = self._folder / f"{_STATUS}.new"
-        new.write_bytes(msgspec.json.encode(status))
+        with self._reserve.lent():
+            new.write_bytes(msgspec.json.encode(status))
         new.replace(self._folder / _STATUS)
 
     def close(self) -> None:
         """Gives the lock back and takes the status away."""
         (self._folder / _STATUS).unlink(missing_ok=True)
+        self._reserve.release()
         os.close(self._lock)
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from portward.descriptors import Reserve, available, raise_limit
-
-
-def count() -> int:
-    """How many descriptors this process has."""
-    return len(list(Path("/proc/self/fd").iterdir()))
+from unit.scarce import count, no_descriptors
 
 
 @pytest.fixture(autouse=True)
@@ -25,26 +19,10 @@ def _limit() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-@contextlib.contextmanager
-def none_left() -> Iterator[None]:
-    """This process has all the descriptors that it may have."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count() + 64, hard))
-    taken = []
-    with contextlib.suppress(OSError):
-        while True:
-            taken.append(os.eventfd(0))
-    try:
-        yield
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
-
-
 def test_what_is_lent_can_be_had_and_comes_back() -> None:
     before = count()
     reserve = Reserve(4)
-    with none_left():
+    with no_descriptors():
         assert not available(1)
         with reserve.lent():
             assert available(4)
@@ -57,7 +35,7 @@ def test_what_is_lent_can_be_had_and_comes_back() -> None:
 
 def test_what_somebody_else_has_taken_is_taken_back_later() -> None:
     reserve = Reserve(2)
-    with none_left():
+    with no_descriptors():
         with reserve.lent():
             stranger = os.eventfd(0)
         assert reserve.missing == 1
@@ -87,3 +65,31 @@ def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (count() + 64, hard))
     assert raise_limit() == hard
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+
+
+def test_code_of_others_is_not_called_without_descriptors() -> None:
+    reserve = Reserve(2)
+    with no_descriptors():
+        with reserve.ensured(2):
+            assert available(2)
+        with pytest.raises(OSError, match="Too many open files"), reserve.ensured(3):
+            raise AssertionError("it must not get here")
+        assert reserve.missing == 0
+    reserve.release()
+
+
+def test_what_the_owner_uses_is_not_held_as_well() -> None:
+    reserve = Reserve(3)
+    reserve.give_one()
+    used = os.eventfd(0)
+    reserve.refill(1)
+    assert reserve.missing == 1
+    os.close(used)
+    reserve.refill()
+    assert reserve.missing == 0
+
+
+def test_a_reserve_that_nobody_has_any_more_holds_nothing() -> None:
+    before = count()
+    Reserve(4)
+    assert count() == before

@@ -43,6 +43,7 @@ LAYERS = (
     (
         "metrics",
         "metricsserver",
+        "listeners",
         "snapshot",
         "scrape",
         "runtime",

@@ -10,15 +10,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from portward import metrics, metricsserver
+from portward import listeners, metrics, metricsserver
 from portward.endpoint import Endpoint, parse
 from portward.metricsserver import MAX_ANSWERS, MAX_CONNECTIONS, MetricsServer
 from portward.scrape import Answer, Request
 from portward.snapshot import Snapshot
+from unit.scarce import count, no_descriptors
 
 SECONDS = 20.0
 ANSWER = Answer("200 OK", (("Content-Type", "text/plain"),), b"up 1\n")
@@ -39,11 +39,6 @@ def until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.005)  # pause: of a poll
-
-
-def descriptors() -> int:
-    """How many descriptors this process has."""
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 class Ground:
@@ -109,12 +104,12 @@ def test_the_metrics_come_in_the_format_that_is_asked_for() -> None:
 
 
 def test_idle_connections_give_way_and_a_scrape_is_answered(ground: Ground) -> None:
-    before = descriptors()
+    before = count()
     idle = [ground.connect() for _ in range(300)]
     assert ground.ask().endswith(b"up 1\n")
     until(lambda: ground.server.refused["crowded"] >= 300 - MAX_CONNECTIONS)
     assert ground.held() <= MAX_CONNECTIONS
-    assert descriptors() - before <= len(idle) + MAX_CONNECTIONS
+    assert count() - before <= len(idle) + MAX_CONNECTIONS
     assert ground.ask().endswith(b"up 1\n")
 
 
@@ -238,7 +233,7 @@ def test_an_address_that_is_taken_is_tried_again(
 
 def test_of_localhost_one_family_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free().port
-    real = metricsserver.listening
+    real = listeners.listening
 
     def without_ipv6(endpoint: Endpoint, *, alone: bool) -> socket.socket:
         if endpoint.family == socket.AF_INET6:
@@ -250,57 +245,29 @@ def test_of_localhost_one_family_is_enough(monkeypatch: pytest.MonkeyPatch) -> N
     server.start()
     assert server.problem == ""
     server.close()
-    assert "::1" in metricsserver.try_to_listen(parse(f"[::1]:{port}"))
+    monkeypatch.setattr(listeners, "listening", without_ipv6)
+    assert "::1" in listeners.try_to_listen(parse(f"[::1]:{port}"))
+    assert listeners.try_to_listen(parse(f"localhost:{port}")) == ""
 
 
 def test_a_scrape_is_answered_though_no_descriptor_is_left(ground: Ground) -> None:
-    clients = [socket.socket() for _ in range(3)]
+    clients = [socket.socket() for _ in range(2 * MAX_CONNECTIONS)]
     with contextlib.ExitStack() as stack:
         for client in clients:
             stack.enter_context(client)
-        taken = _take_all()
-        try:
+        with no_descriptors():
             for client in clients:
                 client.connect((ground.endpoint.host, ground.endpoint.port))
             clients[-1].settimeout(SECONDS)
             clients[-1].sendall(SCRAPE)
             said = clients[-1].recv(4096)
-        finally:
-            for descriptor in taken:
-                os.close(descriptor)
         assert said.startswith(b"HTTP/1.1 200")
-
-
-def _take_all() -> list[int]:
-    """All descriptors that this process may still have, under a limit that makes it few."""
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 64, hard))
-    taken = []
-    with contextlib.suppress(OSError):
-        while True:
-            taken.append(os.eventfd(0))
-    return taken
-
-
-@pytest.fixture(autouse=True)
-def _limit() -> Iterator[None]:
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_no_descriptor_at_the_start_costs_only_the_metrics(caplog: pytest.LogCaptureFixture) -> None:
     ground = Ground()
-    taken = _take_all()
-    try:
+    with no_descriptors():
         ground.server.start()
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
     assert "Too many open files" in ground.server.problem
     ground.server.close()
 
@@ -309,17 +276,17 @@ def test_no_thread_at_the_start_costs_only_the_metrics(monkeypatch: pytest.Monke
     def no_thread(_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    before = descriptors()
+    before = count()
     ground = Ground()
     monkeypatch.setattr("threading.Thread.start", no_thread)
     ground.server.start()
     assert ground.server.problem == "can't start new thread"
     ground.server.close()
-    assert descriptors() == before
+    assert count() == before
 
 
 def test_its_end_frees_address_and_descriptors_and_nothing_else() -> None:
-    before = descriptors()
+    before = count()
     ground = Ground()
     ground.server.start()
     for _ in range(40):
@@ -327,7 +294,7 @@ def test_its_end_frees_address_and_descriptors_and_nothing_else() -> None:
     ground.ask()
     ground.server.close()
     ground.clients.close()
-    until(lambda: descriptors() == before)
+    until(lambda: count() == before)
     stranger = os.eventfd(0)
     ground.server.close()
     os.close(stranger)  # raises if the server has closed it

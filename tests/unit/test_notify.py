@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from portward.notify import log_formatter, notify, watchdog_seconds
+from unit.scarce import no_descriptors
 
 
 def test_words_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +21,19 @@ def test_words_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         manager.bind(os.fspath(path))
         notify("READY=1", "STATUS=2 segments")
         assert manager.recv(100) == b"READY=1\nSTATUS=2 segments"
+
+
+def test_words_arrive_though_no_descriptor_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the watchdog would end an agent that enforces."""
+    path = tmp_path / "notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", os.fspath(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(os.fspath(path))
+        notify("READY=1")
+        with no_descriptors():
+            notify("WATCHDOG=1")
+        assert manager.recv(100) == b"READY=1"
+        assert manager.recv(100) == b"WATCHDOG=1"
 
 
 def test_a_manager_that_is_gone_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

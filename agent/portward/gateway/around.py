@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from portward.config import Config
+from portward.descriptors import Reserve
 from portward.gateway import rtnetlink, stacking, tunnels
 from portward.gateway.links import Device
 from portward.gateway.surroundings import NOTHING, Surroundings
@@ -20,6 +21,7 @@ class Lookout:
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self._reserve = Reserve(2)
         self._error = ""
 
     def look(self, devices: Sequence[Device], config: Config, before: Surroundings) -> Surroundings:
@@ -33,7 +35,8 @@ class Lookout:
         self.warnings = warnings
         found = before._replace(stacked=stacked(devices, config), known=known(devices, config))
         try:
-            ports = tunnels.find(devices)
+            with self._reserve.lent():
+                ports = tunnels.find(devices)
         except OSError as error:
             if str(error) != self._error:
                 _log.error("the kernel does not say which tunnels of FOU, L2TP and WireGuard end here: %s", error)

@@ -7,16 +7,27 @@ one transaction: all of it or none. What changes all the time, the elements of s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeAlias
 
+from portward.descriptors import Reserve
 from portward.errors import KernelError
 from portward.interfaces import encoded
 
 # From nftables/libnftables.h: leave the elements of sets out of listings.
 _OUTPUT_TERSE = 1 << 11
+
+
+# A call opens a socket to nf_tables, one to rtnetlink for interfaces, and files of names, one at a time. More are
+# held, since other threads may take some of those that are given back.
+_NEEDED, _RESERVED = 3, 8
+
+_P = ParamSpec("_P")
+_Call: TypeAlias = "Callable[Concatenate[Nft, _P], str]"
 
 
 def _library() -> ctypes.CDLL:
@@ -42,6 +53,21 @@ def _library() -> ctypes.CDLL:
     return lib
 
 
+def _with_descriptors(call: _Call[_P]) -> _Call[_P]:
+    """Refuses a call of libnftables that would get no socket: it ends the process then, by exit()."""
+
+    @functools.wraps(call)
+    def ensured(self: Nft, /, *arguments: _P.args, **named: _P.kwargs) -> str:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.reserve.ensured(_NEEDED))
+            except OSError as error:
+                raise KernelError(f"no descriptor is left for nftables: {error.strerror}") from error
+            return call(self, *arguments, **named)
+
+    return ensured
+
+
 class Nft:
     """nftables in the network namespace of the thread that makes this object."""
 
@@ -50,6 +76,7 @@ class Nft:
         KernelError where libnftables is missing."""
         self._lib = _library()
         self._generation = generation
+        self.reserve = Reserve(_RESERVED)
         # The generation after our last transaction, and whether one of somebody else's came between ours.
         self.left_at: int | None = None
         self.disturbed = False
@@ -94,6 +121,7 @@ class Nft:
             self.disturbed = True
         self.left_at = after
 
+    @_with_descriptors
     def _once(self, text: str, *, dry_run: bool, flags: int = 0) -> str:
         # A context of its own: `define`s outlive the command in a context.
         context = self._context()

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from portward.descriptors import Reserve
 from portward.errors import KernelError
 from portward.gateway.namespacelock import LOCK_TABLE
 from portward.gateway.netlink import ATTRIBUTE
@@ -93,11 +94,14 @@ class Watch:
         """`netlink` belongs to the thread that calls `look`."""
         self._netlink = netlink
         self.found, self.looked = NOBODY, 0.0
+        # For the files of legacy iptables: what cannot be read counts as in use.
+        self._reserve = Reserve(2)
 
     def look(self) -> bool:
         """Looks again; whether the ruleset needs the forward guard."""
         self.looked = time.monotonic()
-        found = seen(self._netlink)
+        with self._reserve.lent():
+            found = seen(self._netlink)
         for line in found.why:
             if line not in self.found.why:
                 _log.warning("%s: what is forwarded is judged again (forward guard)", line)

@@ -14,6 +14,7 @@ import struct
 from collections.abc import AsyncGenerator, Iterator
 from typing import Final, NamedTuple
 
+from portward.descriptors import Reserve
 from portward.gateway.conversation import BUFFER, Conversation
 from portward.gateway.links import Device, Links
 from portward.gateway.netlink import attributes_of, messages_of
@@ -58,23 +59,31 @@ async def follow() -> AsyncGenerator[Links, None]:
     If the kernel dropped messages (it does so to slow readers), everything is read anew and every index known
     before counts as touched. Raises OSError if rtnetlink cannot be used at all."""
     known: dict[int, Device] = {}
-    first = True
+    first, said = True, ""
+    # While interfaces are not followed, an index may get another owner unseen.
+    reserve = Reserve(3)
     while True:
         try:
-            async for links in _follow_once(known, first=first):
-                first, known = False, {device.ifindex: device for device in links.devices}
+            async for links in _follow_once(known, reserve, first=first):
+                first, said = False, ""
+                known = {device.ifindex: device for device in links.devices}
                 yield links
         except (OSError, ValueError, struct.error) as error:
             if first:
                 raise
-            _log.warning("interfaces are read anew: %s", error)
+            if str(error) != said:
+                _log.warning("interfaces are read anew: %s", error)
+            said = str(error)
         await asyncio.sleep(_PAUSE)
 
 
-async def _follow_once(before: dict[int, Device], *, first: bool) -> AsyncGenerator[Links, None]:
-    with _events() as events:
+async def _follow_once(before: dict[int, Device], reserve: Reserve, *, first: bool) -> AsyncGenerator[Links, None]:
+    with reserve.lent():
+        opened = _events()
+    with opened as events:
         # Events first, then the list: what changes in between is seen in both.
-        known = {device.ifindex: device for device in devices()}
+        with reserve.lent():
+            known = {device.ifindex: device for device in devices()}
         yield _links(known, frozenset() if first else frozenset(before))
         while True:
             yield await _next(known, events)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from portward.config import Queue, QueueReader
+from portward.descriptors import Reserve
 from portward.errors import InputError, KernelError
 from portward.gateway.learned import Source
 from portward.gateway.output import Limited, lines_of
@@ -66,6 +67,8 @@ class Worker:
         self._asked, self._stay = asked, stay
         self.queue, self._length, self._reader, self._table = queue, length, reader, table
         self._block = Tally.create()
+        # To start a process takes nine, for a moment.
+        self._reserve = Reserve(12)
         self.tally = Tally(self._block)
         self.process: asyncio.subprocess.Process | None = None
         self.restarts = 0
@@ -107,7 +110,12 @@ class Worker:
         return self._stay > 0
 
     async def prepare(self) -> None:
-        """Starts the process, which loads its program and then waits for `start`; raises OSError."""
+        """Starts the process, which loads its program and then waits for `start`; raises OSError, or RuntimeError
+        if there is no thread that waits for its end."""
+        with self._reserve.lent():
+            await self._prepare()
+
+    async def _prepare(self) -> None:
         theirs, self._lifeline = os.pipe()
         try:
             self.process = await asyncio.create_subprocess_exec(
@@ -166,7 +174,8 @@ class Worker:
                 try:
                     await self.start()
                     break
-                except (KernelError, OSError) as error:  # OSError: no more processes, memory or descriptors
+                # OSError: no more processes, memory or descriptors. RuntimeError: no more threads.
+                except (KernelError, OSError, RuntimeError) as error:
                     self.trouble = str(error)
                     _log.error("the worker of queue %d cannot be started: %s", self.queue, error)
                     await asyncio.sleep(pause)

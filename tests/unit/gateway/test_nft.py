@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from portward.errors import KernelError
 from portward.gateway import nft as module
 from portward.gateway.fake import FakeKernel
 from portward.gateway.nft import Nft
+from unit.scarce import no_descriptors
 
 
 class Library:
@@ -165,3 +167,19 @@ def test_the_number_may_wrap_within_ours(kernel: FakeKernel) -> None:
     kernel.generation = 2**32 - 1
     nft.load(OURS)
     assert (nft.left_at, nft.disturbed) == (0, False)
+
+
+def test_without_descriptors_libnftables_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the process if it gets no socket."""
+    library = Library()
+    monkeypatch.setattr(module, "_library", lambda: library)
+    nft = Nft()
+    with no_descriptors():
+        nft.check("add table inet t\n")
+        nft.reserve.release()
+        taken = [os.eventfd(0) for _ in range(7)]
+        with pytest.raises(KernelError, match="no descriptor is left for nftables"):
+            nft.check("add table inet u\n")
+        for descriptor in taken:
+            os.close(descriptor)
+    assert [asked[0] for asked in library.asked] == ["add table inet t\n"]

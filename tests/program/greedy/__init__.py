@@ -1,0 +1,1 @@
+"""A program that takes all file descriptors of the agent, from within."""
