@@ -40,8 +40,8 @@ def test_workers_are_asked_through_the_kernel_all_the_time(make_gateway) -> None
     events = gateway.agent.metrics()
     assert events['portward_worker_events_total{event="probed"}'] >= 4
     assert events["portward_self_check_age_seconds"] < 10
-    assert sum(status(gateway)["self_check"]["divergences"].values()) == 0
-    assert "every worker answered" in gateway.agent.portward("status").stdout
+    assert sum(status(gateway)["self_check"]["divergences"].values()) == 0  # once: a difference would stay
+    until(lambda: "every worker answered" in gateway.agent.portward("status").stdout, "status says so")
 
 
 def test_a_worker_that_stands_still_is_replaced(make_gateway) -> None:  # type: ignore[no-untyped-def]
@@ -82,7 +82,7 @@ def test_a_query_that_went_with_the_rules_of_others_ends_no_worker(make_gateway)
         time.sleep(2.2)  # pause: as long as the self-check is patient
     until(lambda: divergences(gateway, "ruleset") == 8, "each flush is counted")
     assert divergences(gateway, "worker") == 0
-    assert status(gateway)["workers"][0]["pid"] == before
+    assert status(gateway)["workers"][0]["pid"] == before  # once: another worker would stay
 
 
 def fed(gateway: Gateway, seconds: float) -> int:

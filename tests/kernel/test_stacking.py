@@ -272,7 +272,7 @@ def test_a_device_above_that_is_a_segment_itself_is_judged(make_gateway: Callabl
     try:
         namespaces.batch(gateway.lab.gateway, [*ABOVE["bridge"], "link set top up"])
         until(lambda: "top:" in stack.status(), "followed")
-        assert "STACKED" not in stack.status()
+        assert "STACKED" not in stack.status()  # once: it was refreshed for `followed`
         assert not stack.passes(segment(FROM4))
         id_ = uuid4()
         subscription, _ = source_records(SEGMENT, "10.77.0.0/16", ALLOWED, id_)
@@ -297,7 +297,7 @@ def test_what_is_taken_off_is_judged_again(stack: Stack) -> None:
 def test_log_metric_and_check_name_it(stack: Stack) -> None:
     stack.put("macvlan")
     said = "macvlan top takes the packets of segment vni7001"
-    assert stack.status().startswith(f"STACKED   {said}")
+    until(lambda: stack.status().startswith(f"STACKED   {said}"), "status says so")
     assert said in stack.gateway.agent.log.read_text()
     until(lambda: stack.gateway.agent.metrics()["portward_stacked_devices"] == 1, "the metric")
     done = stack.gateway.agent.portward("check")
@@ -313,7 +313,10 @@ def test_a_bridge_between_segment_and_uplink_is_named_as_open(stack: Stack) -> N
     try:
         namespaces.batch(stack.gateway.lab.gateway, [*ABOVE["bridge"], "link set up0x master top"])
         until(lambda: "PORT 25 IS OPEN THERE" in stack.status(), "said")
-        assert "bridge top forwards frames between segment vni7001 and uplink up0x" in stack.status()
+        until(
+            lambda: "bridge top forwards frames between segment vni7001 and uplink up0x" in stack.status(),
+            "status says so",
+        )
     finally:
         namespaces.batch(stack.gateway.lab.gateway, ["link del up0x"])
         stack.gateway.agent.configure(uplinks=["up0"])
@@ -325,7 +328,7 @@ def test_a_port_that_leaves_a_bridge_is_still_there(stack: Stack) -> None:
     stack.put("bridge")
     namespaces.batch(stack.gateway.lab.gateway, [f"link set {SEGMENT.segment} nomaster"])
     until(lambda: "STACKED" not in stack.status(), "nothing stands on it")
-    assert f"{SEGMENT.segment}:" in stack.status()
+    until(lambda: f"{SEGMENT.segment}:" in stack.status(), "status says so")
 
 
 def test_the_baseline_finds_them_too(make_gateway: Callable[..., Gateway]) -> None:

@@ -280,7 +280,7 @@ def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(
     until(lambda: gateway.agent.metrics()[loaded] == 0, "nobody translates any more")
     assert "hook forward" not in gateway.agent.portward("rules", "show").stdout
     assert "hook forward" not in gateway.agent.portward("rules", "show", "--wanted").stdout
-    assert "not loaded" in gateway.agent.portward("status").stdout
+    until(lambda: "not loaded" in gateway.agent.portward("status").stdout, "status says so")
     text, to, port = TRICKS["a-port-in-forward"]
     with others(gateway, text):
         until(lambda: gateway.agent.metrics()[loaded] == 1, "a rule writes ports")
@@ -301,7 +301,7 @@ def test_legacy_iptables_is_seen_without_a_notice(make_gateway: MakeGateway) -> 
     done = namespaces.run(gateway.lab.gateway, ["iptables-legacy", "-t", "nat", "-A", *rule])
     assert done.returncode == 0, done.stderr
     until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 1, "it is seen")
-    assert "legacy iptables has a table nat" in gateway.agent.portward("status").stdout
+    until(lambda: "legacy iptables has a table nat" in gateway.agent.portward("status").stdout, "status says so")
 
 
 def test_the_guard_counts_no_packet_a_second_time(gateway: Gateway) -> None:

@@ -215,7 +215,10 @@ def test_the_metrics_count_them(neighbours: Gateway) -> None:
     until(
         lambda: float(neighbours.agent.metrics()['portward_screen_packets_total{rule="tunnels"}']) > 0, "counted"
     )
-    assert "from segments to tunnels that end here: dropped" in neighbours.agent.portward("status").stdout
+    until(
+        lambda: "from segments to tunnels that end here: dropped" in neighbours.agent.portward("status").stdout,
+        "status says so",
+    )
 
 
 @pytest.mark.parametrize(("family", "address"), [(4, "10.0.0.1"), (6, "2001:db8:1002::1")])

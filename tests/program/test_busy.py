@@ -136,7 +136,10 @@ def test_what_keeps_wal_from_being_put_back_is_in_the_status(agent: Agent) -> No
         other.execute("BEGIN")
         other.execute("SELECT * FROM record").fetchone()
         agent.start()
-        assert "journal mode is delete, and WAL cannot be put back now" in agent.portward("status").stdout
+        until(
+            lambda: "journal mode is delete, and WAL cannot be put back now" in agent.portward("status").stdout,
+            "status says so",
+        )
         other.execute("ROLLBACK")
 
 

@@ -99,10 +99,11 @@ def test_what_another_tool_writes_is_held_until_it_is_confirmed(agent: Agent) ->
     until(lambda: agent.metrics()["portward_policy_held"] == 1, "held")
     assert agent.revision() == 1
     assert allowed(agent)
-    assert agent.portward("status").stdout.startswith(
+    said = (
         "HELD      revision 2 would flip the verdict of 12 of 12 subscriptions: `portward apply --confirm` lets it"
         " through\n"
     )
+    until(lambda: agent.portward("status").stdout.startswith(said), "status says so")
     # A restart lets nothing through either.
     agent.stop()
     agent.start()

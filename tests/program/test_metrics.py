@@ -53,7 +53,12 @@ def test_an_address_in_use_keeps_no_gateway_from_enforcing(agent: Agent) -> None
         agent.start()
         assert "chain judge" in ruleset(agent.lab)
         until(lambda: problem(agent) == "127.0.0.1:9125: Address already in use", "status says so")
-        assert "CANNOT BE SCRAPED at 127.0.0.1:9125: Address already in use" in agent.portward("status").stdout
+        until(
+            lambda: (
+                "CANNOT BE SCRAPED at 127.0.0.1:9125: Address already in use" in agent.portward("status").stdout
+            ),
+            "status says so",
+        )
     until(lambda: problem(agent) == "", "the address is tried again")
     until(lambda: agent.metrics()["portward_metrics_listen_retries_total"] >= 1, "failed tries are counted")
     assert agent.log.read_text().count("Address already in use") == 1

@@ -133,7 +133,7 @@ def test_a_backup_is_restored_and_nothing_of_the_lost_history_stays(
         agent.start()
     until(lambda: reason(agent) is Reason.ALLOWED_EXEMPT, "the restored grant is in force")
     until(lambda: status(agent)["revision"] == 2 and bool(status(agent)["in_step"]), "in step")
-    assert status(agent)["history_replaced"] == 1
+    until(lambda: status(agent)["history_replaced"] == 1, "status says so")
     until(lambda: agent.metrics()["portward_store_history_replaced_total"] == 1, "another history is counted")
     assert (
         "the store has another history than the policy table, which was read at revision 3"

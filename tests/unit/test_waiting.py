@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # The comment that a pause needs on its own line: what it is for. A pause is right if it *is* the thing (a pace,
 # the time in which something wrong could happen), or stands in the loop of a poll.
 PAUSE = "# pause: "
-# The comment on the line of an assertion that reads metrics without polling: why once is enough.
+# The comment on the line of an assertion that reads them without polling: why once is enough.
 ONCE = "# once: "
-# How the agent's numbers are read; each is refreshed once a second.
-READS = {"metrics"}
+# How tests read what the agent refreshes once a second: its metrics, and `portward status`.
+READS = {"metrics", "status"}
 
 
 def is_pause(call: ast.Call) -> bool:
@@ -29,16 +29,26 @@ def is_pause(call: ast.Call) -> bool:
     return False
 
 
+def is_read(node: ast.AST) -> bool:
+    """Whether this asks the agent for what it refreshes; an exit code is none of that."""
+    match node:
+        case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)) if name in READS:
+            return True
+        case ast.Attribute(
+            attr="stdout" | "stderr",
+            value=ast.Call(func=ast.Attribute(attr="portward"), args=[ast.Constant(value="status"), *_]),
+        ):
+            return True
+    return False
+
+
 def reads_once(statement: ast.Assert) -> bool:
-    """Whether an assertion itself asks the agent for its metrics."""
-    return any(
-        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in READS
-        for node in ast.walk(statement)
-    )
+    """Whether an assertion itself asks for it."""
+    return any(map(is_read, ast.walk(statement)))
 
 
 def faults(text: str) -> Iterator[tuple[int, str]]:
-    """Line and fault of each pause without a reason, and of each metric that an assertion reads once."""
+    """Line and fault of each pause without a reason, and of each assertion that reads once."""
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and is_pause(node) and PAUSE not in lines[node.lineno - 1]:
@@ -48,7 +58,10 @@ def faults(text: str) -> Iterator[tuple[int, str]]:
             and reads_once(node)
             and not any(ONCE in line for line in lines[node.lineno - 1 : node.end_lineno])
         ):
-            yield node.lineno, f"metrics are refreshed each second: poll (`until`), or say why not ({ONCE}…)"
+            yield (
+                node.lineno,
+                f"what is refreshed each second is read once: poll (`until`), or say why not ({ONCE}…)",
+            )
 
 
 def sources() -> list[str]:
@@ -70,6 +83,8 @@ def test_no_test_waits_a_guessed_time_or_reads_once_what_is_refreshed(name: str)
         ("import asyncio\nasync def f():\n    await asyncio.sleep(seconds)", 3),
         ("assert gateway.agent.metrics()['x'] == 1", 1),
         ("assert agent.metrics().get(\n    'x', 0\n) == 1", 1),
+        ("assert 'held' in agent.portward('status').stdout", 1),
+        ("assert status(agent)['held'] is None", 1),
     ],
 )
 def test_what_is_forbidden_is_found(text: str, line: int) -> None:
@@ -83,6 +98,7 @@ def test_what_is_forbidden_is_found(text: str, line: int) -> None:
         "import asyncio\nasync def f():\n    await asyncio.sleep(0)",
         "until(lambda: agent.metrics()['x'] == 1, 'counted')",
         "assert agent.metrics()['x'] == 0  # once: of the refresh that was waited for",
+        "assert agent.portward('status').returncode == 1",
         "program = 'import time; time.sleep(60)'",
     ],
 )
