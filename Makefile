@@ -9,7 +9,7 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test test-vm soak lint messages bench bench-short deb install clean
+.PHONY: help setup packages demo test test-mail test-vm soak lint messages bench bench-short deb install clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,10 @@ demo: setup ## Send real mail through a gateway in network namespaces (root)
 # One process for each core. The tests of a file stay in one process, because they share a lab.
 test: setup ## Run all tests: unit, kernel, whole program (root)
 	$(BIN)/pytest -n auto --dist loadfile
+
+test-mail: setup ## Send mail with Postfix, Exim, swaks and Python, tcpdump beside it, some four minutes (root)
+	$(MAKE) packages PACKAGES="debootstrap"
+	$(BIN)/python -m tests.mail
 
 # What the virtual machine takes beyond that.
 VM_PACKAGES := qemu-system-x86 debootstrap e2fsprogs lintian

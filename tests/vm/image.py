@@ -113,15 +113,15 @@ def _make(scratch: Path) -> None:
     disk(root, made / "disk", _DISK_BYTES)
 
 
-def mirror() -> str:
-    """Where this machine's apt gets Debian from."""
+def mirror(suite: str = SUITE) -> str:
+    """Where this machine's apt gets a release of Debian from."""
     said = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", f"Codename: {SUITE}",
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", f"Codename: {suite}",
          "Origin: Debian"],
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     if not said:
-        raise RuntimeError(f"this machine's apt knows no mirror of Debian {SUITE}")
+        raise RuntimeError(f"this machine's apt knows no mirror of Debian {suite}")
     return said[0]
 
 

@@ -1,0 +1,60 @@
+"""`make test-mail`: real mail software as customers of a gateway, tcpdump beside it, and what each of them says.
+
+    python -m tests.mail [--cache FOLDER]
+
+Prints a line for each check, and the table of docs/mail.md. Exit code 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mail import acts, machines, report  # the path above must be there first
+from mail.roots import roots
+from mail.rows import STATES, Row, rows
+from portward.lab import namespaces
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    """Runs it; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mail", description=__doc__)
+    parser.add_argument("--cache", type=Path, default=ROOT / "build/mail", help="folder for the roots")
+    asked = parser.parse_args()
+    namespaces.require_root()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left standing
+    began = time.monotonic()
+    made = roots(asked.cache.resolve())
+    print(f"roots {', '.join(made)}: {time.monotonic() - began:.0f} s", flush=True)
+    checks = report.Checks()
+    with tempfile.TemporaryDirectory(prefix="portward-mail-") as folder, machines.memory() as memory:
+        sent = _run(Path(folder), made, memory, checks)
+    print(report.table(sent))
+    print(f"{checks.good} checks hold, {len(checks.bad)} do not; {time.monotonic() - began:.0f} s")
+    return 1 if checks.bad else 0
+
+
+def _run(folder: Path, made: dict[str, Path], memory: machines.Memory, checks: report.Checks) -> list[Row]:
+    """Both gateways side by side, because most of the time is waiting for time-outs."""
+
+    def one(refuse_with: str) -> list[Row]:
+        customers = rows(STATES[refuse_with])
+        acts.play(folder / refuse_with, made, memory, customers, refuse_with, checks)
+        return customers
+
+    with ThreadPoolExecutor() as pool:
+        return [row for found in pool.map(one, STATES) for row in found]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The rows of the test: a customer for each mail software and each thing that portward can do to it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from enum import StrEnum
+from ipaddress import ip_network
+from typing import Final
+from uuid import UUID
+
+from mail.clients import CLIENTS, Client, Fate, Said
+from portward.lab.topology import Tenant
+from portward.model import Attachment, Exemption, ExemptionState, Mode, RateLimit, Record, Subscription
+
+LIMIT: Final = RateLimit(per_minute=20, burst=2)
+_REQUESTED: Final = datetime(2026, 1, 9, 12, tzinfo=UTC)
+_RESTARTED: Final = datetime(2026, 1, 10, tzinfo=UTC)
+_BIG: Final = 3 << 20  # bytes of a mail that is on its way for longer than a revocation takes
+
+
+class State(StrEnum):
+    """What portward does to a customer."""
+
+    ALLOWED = "allowed"
+    DROPPED = "dropped"
+    REJECTED = "rejected"
+    LIMITED = "limited"
+    OBSERVED = "observed"
+    REVOKED = "revoked"
+
+
+# By what the gateway does with the packets of those who may not send (`refuse_with`).
+STATES: Final = {
+    "drop": (State.ALLOWED, State.DROPPED, State.LIMITED, State.OBSERVED, State.REVOKED),
+    "reject": (State.REJECTED, State.REVOKED),
+}
+EXPECTED: Final = {
+    State.ALLOWED: Fate.DELIVERED,
+    State.DROPPED: Fate.TIMED_OUT,
+    State.REJECTED: Fate.REFUSED,
+    State.LIMITED: Fate.DELIVERED,
+    State.OBSERVED: Fate.DELIVERED,
+}
+
+
+@dataclass
+class Row:
+    """A customer: its machine, a subscription for each address family, and what its software said."""
+
+    kind: type[Client]
+    state: State
+    tenant: Tenant
+    subscriptions: dict[int, UUID] = field(default_factory=lambda: {4: uuid.uuid4(), 6: uuid.uuid4()})
+    said: dict[int, list[Said]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.kind.NAME}, {self.state}"
+
+    def address(self, family: int) -> str:
+        """Its address of a family."""
+        return self.tenant.address4 if family == 4 else self.tenant.address6
+
+    def records(self) -> Iterator[Record]:
+        """Its part of the policy."""
+        for family, id_ in self.subscriptions.items():
+            offer = "enterprise-agreement" if self.state is State.ALLOWED else "pay-as-you-go"
+            mode = Mode.OBSERVE if self.state is State.OBSERVED else Mode.ENFORCE
+            yield Subscription(id=id_, offer=offer, created=date(2022, 6, 30), mode=mode)
+            if self.state in (State.LIMITED, State.REVOKED):
+                limit = LIMIT if self.state is State.LIMITED else None
+                yield _exemption(id_, ExemptionState.GRANTED, limit)
+            yield Attachment(
+                segment=self.tenant.segment, address=ip_network(self.address(family)), subscription=id_,
+                started=_RESTARTED,
+            )  # fmt: skip
+
+    def revocations(self) -> Iterator[Record]:
+        """What takes its permission away."""
+        for id_ in self.subscriptions.values():
+            yield _exemption(id_, ExemptionState.REVOKED, None)
+
+    def mails(self, mark: str) -> list[str]:
+        """What it sends: more than its limit lets through at once, or one mail that takes long."""
+        count = 4 if self.state is State.LIMITED else 1
+        size = _BIG if self.state is State.REVOKED else 2_000
+        return [mail(f"{mark}-{number}", size) for number in range(count)]
+
+
+def mail(mark: str, size: int) -> str:
+    """A mail of about `size` bytes; its last line holds the mark."""
+    line = "All work and no play makes Jack a dull boy, said the gateway.\n"
+    head = f"From: sender@tenant.example\nTo: rcpt@mail.example\nSubject: {mark}\n\n"
+    return f"{head}{line * (size // len(line))}end-{mark}\n"
+
+
+def _exemption(id_: UUID, state: ExemptionState, limit: RateLimit | None) -> Exemption:
+    return Exemption(subscription=id_, state=state, requested=_REQUESTED, decided=_REQUESTED, limit=limit)
+
+
+def rows(states: Sequence[State]) -> list[Row]:
+    """Each software in each of these states."""
+    pairs = [(kind, state) for state in states for kind in CLIENTS]
+    return [
+        Row(kind, state, Tenant(f"{state}-{number}", 1101 + number)) for number, (kind, state) in enumerate(pairs)
+    ]
