@@ -138,9 +138,9 @@ def test_a_job_that_fails_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def life() -> None:
         keeping = asyncio.create_task(faults.keep(Step.WORKER, job))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while began < 4 or faults.failing(Step.WORKER):
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.001)  # pause: of a poll
         keeping.cancel()
         await asyncio.wait({keeping})
         assert keeping.cancelled()
