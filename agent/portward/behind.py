@@ -12,7 +12,7 @@ from portward.errors import PortwardError
 from portward.runtime import running
 from portward.store import open_store
 from portward.store.protocol import Store
-from portward.table.history import ahead_of, count_in_table, held_history
+from portward.table.history import ahead_of, count_in_table, held_history, same_history
 from portward.table.layout import Head
 from portward.table.reader import Reader
 
@@ -57,6 +57,24 @@ def held_here(config: Config) -> bytes | None:
     except PortwardError:
         return None
     return None if head is None else held_history(head)
+
+
+def nothing_held(config: Config) -> bool:
+    """Whether the agent here has taken in all that the store holds, so that there is nothing to confirm. False if
+    no agent runs here, or if that cannot be found out: agents elsewhere may hold something."""
+    if running(config.table) is None:
+        return False
+    try:
+        with closing(Reader.open(config.table)) as reader, closing(open_store(config.store)) as store:
+            head = reader.head()
+            return (
+                head is not None
+                and not head.held
+                and head.revision == store.revision()
+                and same_history(head, store)
+            )
+    except PortwardError:
+        return False
 
 
 def behind_held(config: Config, revision: int) -> Behind | None:

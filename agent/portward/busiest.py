@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from portward.gateway import keeper
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.ruleset import COUNTED_SETS, Verdict
+from portward.gateway.rates import Rates
+from portward.gateway.ruleset import COUNTED_SETS, Rated, Verdict
 from portward.interfaces import shown
 from portward.table.reader import Reader
 
@@ -36,19 +38,28 @@ class Busiest:
         netlink = NfNetlink()
         if not keeper.loaded(netlink):
             raise KernelError(keeper.NOT_LOADED)
-        self._learned = Learned(KernelElements(netlink))
+        self._elements = KernelElements(netlink)
+        self._learned = Learned(self._elements)
         self._reader = Reader.open(config.table)
         self._before: dict[tuple[Verdict, Source], int] = {}
         self._at: float | None = None
 
     def read(self, now: float) -> list[Row]:
         """The sources, busiest first; `now` is a monotonic time in seconds. The first reading has no rates."""
-        elements = list(self._learned.elements())
+        elements = list(self._current())
         elapsed = None if self._at is None else max(now - self._at, 1e-3)
         rows = [self._row(element, elapsed) for element in elements]
         self._before = {(element.verdict, element.source): element.packets for element in elements}
         self._at = now
         return sorted(rows, key=lambda row: (-row.rate, -row.packets))
+
+    def _current(self) -> Iterator[Element]:
+        """The sources by the verdict that counts now. What was counted under a limit stays in the kernel for a
+        minute after the limit has gone, with a revocation say."""
+        limited = Rates.loaded(self._elements)
+        for element in self._learned.elements():
+            if not isinstance(element.verdict, Rated) or element.source in limited:
+                yield element
 
     def _row(self, element: Element, elapsed: float | None) -> Row:
         before = self._before.get((element.verdict, element.source), 0)

@@ -210,9 +210,14 @@ class Core:
         """Adds up what the kernel has counted since the last time; nothing if the ruleset is not there. Counting
         thread."""
         with contextlib.suppress(OSError):
-            self.counts.take_all(self._elements, time.monotonic)
+            limited = self._dataplane.rates_seen = Rates.loaded(self._counted_elements)
+            # What was counted under a limit stays for a minute after the limit has gone.
+            self.counts.take_all(
+                self._elements,
+                time.monotonic,
+                lambda element: not isinstance(element.verdict, Rated) or element.source in limited,
+            )
             self._dataplane.learned.sizes.update(self._counted.sizes)
-            self._dataplane.rates_seen = Rates.loaded(self._counted_elements)
 
     def suspects(self) -> list[Source]:
         """The sources, of a sample of those that `count` read last, whose cached verdict is not the table's now. A

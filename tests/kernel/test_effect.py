@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from kernel.conftest import Gateway
+from kernel.conftest import DENIED, Gateway
+from kernel.test_rates import customer, known
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
@@ -125,3 +127,46 @@ def test_a_mistake_in_the_configuration_blinds_no_verb(gateway: Gateway, verb: s
     assert first.startswith(f"WARNING   {gateway.agent.config}:{line}: mode: 'watch' is not a valid value")
     assert first.endswith("the agent runs with the configuration that it read before")
     assert len(result.stdout.splitlines()) > 1
+
+
+def test_in_step_is_said_of_this_moment(make_gateway: MakeGateway) -> None:
+    """The agent looks once a second at most, and says of that moment what it says."""
+    gateway = make_gateway()
+    id_ = gateway.source(FABRIKAM, "10.0.0.78", DENIED)
+    assert gateway.agent.process is not None
+    until(lambda: ", in step" in gateway.agent.portward("status").stdout, "it is in step")
+    gateway.agent.process.send_signal(signal.SIGSTOP)
+    try:
+        printed = gateway.agent.portward("exemption", "request", str(id_), "--json").stdout
+        revision = json.loads(printed)["revision"]
+        found = gateway.agent.portward("status").stdout
+        assert f", NOT in step: the store is at revision {revision}, not loaded yet" in found
+        remarks = gateway.agent.explain(FABRIKAM.segment, "10.0.0.4")["remarks"]
+        assert remarks == [
+            f"the store is at revision {revision}, which this gateway has not taken in: see `portward status`"
+        ]
+    finally:
+        gateway.agent.process.send_signal(signal.SIGCONT)
+    until(lambda: ", in step" in gateway.agent.portward("status").stdout, "it is in step again")
+
+
+def test_a_revoked_limit_is_gone_from_top_and_status_at_once(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    id_, records = customer(FABRIKAM, "10.0.0.77")
+    gateway.agent.apply(*records)
+    known(gateway, FABRIKAM, "10.0.0.77")
+    found = gateway.agent.explain(FABRIKAM.segment, "10.0.0.77")
+    assert (found["now"]["effect"], found["now"]["as_policy"]) == ("limited", True)
+    assert "Nothing is blocked" not in found["remedy"]
+    assert gateway.passes(FABRIKAM, "10.0.0.77")
+
+    def rows() -> list[str]:
+        lines = gateway.agent.portward("top", "--count", "1", "--interval", "0.2").stdout.splitlines()
+        return [line.split()[2] for line in lines if "10.0.0.77" in line]
+
+    until(lambda: rows() == ["rated"], "it is counted under its limit")
+    revoked = gateway.agent.portward("exemption", "revoke", str(id_), "--reason", "spam", "--wait")
+    assert revoked.returncode == 0, revoked.stderr
+    assert "10.0.0.77" in gateway.listing("rated4"), "its counter lives on"
+    assert "rated" not in rows()
+    until(lambda: "rated" not in gateway.agent.portward("status").stdout, "the status follows within its count")

@@ -13,6 +13,7 @@ import msgspec
 
 from portward.documents import enc_hook
 from portward.lab.agent import Agent, until
+from portward.lab.demo import records
 from portward.lab.topology import CONTOSO
 from portward.model import Attachment, Exemption, ExemptionState, Record, Standing, Subscription
 from portward.resources import rules
@@ -247,6 +248,33 @@ def test_nothing_to_apply_is_told(agent: Agent) -> None:
         assert (told.returncode, told.stderr) == (
             2, "portward: FILE: missing: name an inventory, or - for standard input\n",
         )  # fmt: skip
+
+
+def test_nothing_held_is_nothing_to_confirm(agent: Agent) -> None:
+    """Neither alone nor with a file that changes nothing: no revision is written."""
+    agent.apply(*records())
+    agent.start()
+    until(lambda: agent.revision() == 1, "it is enforced")
+    told = agent.portward("apply", "--confirm")
+    assert (told.returncode, told.stderr) == (0, "")
+    nothing = "nothing to confirm: the agent here holds nothing, the store stays at revision 1\n"
+    assert told.stdout == nothing
+    assert json.loads(agent.portward("apply", "--confirm", "--json").stdout) == {"revision": 1, "confirmed": None}
+    exported = agent.folder / "same.yaml"
+    exported.write_text(agent.portward("export").stdout)
+    assert agent.portward("apply", "--confirm", str(exported)).stdout.endswith(nothing)
+    assert agent.apply() == 1
+
+
+def test_a_mistyped_segment_is_warned_of(agent: Agent) -> None:
+    agent.apply(*records())
+    inventory = agent.folder / "typo.yaml"
+    inventory.write_text(agent.portward("export").stdout.replace("vni1002", "vni10022"))
+    told = agent.portward("apply", str(inventory))
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.splitlines()[0] == (
+        "WARNING   segment vni10022: this host has no such interface now; did you mean 'vni1002'?"
+    )
 
 
 def test_there_is_nothing_to_confirm_without_a_store(agent: Agent) -> None:

@@ -31,6 +31,7 @@ LAYERS = (
         "enforced",
         "audit",
         "settings",
+        "mistyped",
         "effect",
         "host",
     ),

@@ -12,7 +12,8 @@ import msgspec
 import typer
 
 from portward import config as configuration
-from portward.behind import behind_held, held_here
+from portward import mistyped
+from portward.behind import behind_held, held_here, nothing_held
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.cli.streams import put, say, say_json, wrote
@@ -91,14 +92,21 @@ def apply(
         if held is not None and not dry_run:
             raise PortwardError(f"nothing was written: this {held}; --dry-run shows it, --confirm applies it")
         revision = plan.revision if dry_run else _write(settings, plan, who, step, confirm=confirm)
+    named = mistyped.segments_of([*plan.change.added, *plan.change.changed])
+    warnings = list(mistyped.warnings(settings, named, mistyped.here())) if named else []
     behind = behind_held(settings, revision) if revision != plan.revision and not confirm else None
     if json:
         told = _machine(plan, revision, held, dry_run=dry_run)
         told |= {} if behind is None else {"behind": behind.machine()}
+        told |= {"warnings": warnings} if warnings else {}
         say_json(told)
         return
+    for line in warnings:
+        say(f"WARNING   {line}")
     for line in _lines(plan, revision, dry_run=dry_run):
         say(line)
+    if confirm and not dry_run and revision == plan.revision:
+        say(_nothing_held(revision))
     if behind is not None:
         say(str(behind))
     if held is not None:
@@ -150,12 +158,22 @@ def _confirm(settings: configuration.Config, who: str, *, json: bool) -> None:
     is confirmed for the agent here alone."""
     with contextlib.closing(open_store(settings.store)) as store:
         newest = store.revision()
+        if nothing_held(settings):
+            if json:
+                say_json({"revision": newest, "confirmed": None})
+            else:
+                say(_nothing_held(newest))
+            return
         confirming = confirmation(newest + 1, hold=held_here(settings))
         wrote(store.write([confirming], expected=newest, actor=who, at=utc_now()))
     if json:
         say_json({"revision": newest + 1, "confirmed": newest})
     else:
         say(_confirmed(newest))
+
+
+def _nothing_held(revision: int) -> str:
+    return f"nothing to confirm: the agent here holds nothing, the store stays at revision {revision}"
 
 
 def _confirmed(revision: int) -> str:
@@ -165,7 +183,8 @@ def _confirmed(revision: int) -> str:
 def _write(settings: configuration.Config, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int:
     """Brings the difference into the store, and gives the revision; makes the store where it is missing."""
     puts = plan.change.puts()
-    if confirm:  # also where nothing changes: the agents may hold what is there already
+    # Also if nothing changes: the agents may hold what is there already.
+    if confirm and (puts or not nothing_held(settings)):
         puts.append(confirmation(plan.revision + 1, hold=held_here(settings)))
     if not puts:
         return plan.revision

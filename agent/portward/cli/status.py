@@ -118,7 +118,18 @@ def _status(config: Config) -> dict[str, Any]:
     told = read_status(config.table)
     if told is None:
         raise PortwardError(f"agent {pid} is starting: no status yet")
-    return told
+    return told | _in_step(config, told)
+
+
+def _in_step(config: Config, told: dict[str, Any]) -> dict[str, Any]:
+    """Whether the table stands at what the store holds at this moment. The agent looks once a second, and while it
+    reads another history anew its word is older."""
+    if not told.get("in_step", True) or told["store_error"]:
+        return {}
+    from portward.host import behind_store  # noqa: PLC0415 # it loads what asks the kernel
+
+    why = behind_store(config)
+    return {"in_step": False, "newest": why} if why else {}
 
 
 def _lines(told: dict[str, Any]) -> list[str]:
@@ -237,7 +248,8 @@ def _store(told: dict[str, Any]) -> str:
         return f", in step{waits}"
     if told["held"]:
         return f", NOT in step: revision {told['held']['revision']} is held{waits}"
-    return f", NOT in step: its newest revision is not loaded yet{waits}"
+    newest = told.get("newest") or "its newest revision"
+    return f", NOT in step: {newest}, not loaded yet{waits}"
 
 
 def _since(moment: datetime) -> float:

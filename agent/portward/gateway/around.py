@@ -32,6 +32,9 @@ class Lookout:
         for line in warnings:
             if line not in logged:
                 _log.error("%s", line)
+        for line in self.warnings:
+            if line not in warnings:
+                _log.info("no more so: %s", line)
         self.warnings = warnings
         found = before._replace(stacked=stacked(devices, config), known=known(devices, config))
         try:

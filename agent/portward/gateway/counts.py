@@ -49,8 +49,14 @@ class Counts:
         self.subscriptions: Counter[tuple[str, Verdict]] = Counter()
         self.remembered: Counter[Verdict] = Counter()
 
-    def take_all(self, elements: Callable[[], Iterable[Element]], clock: Callable[[], float]) -> None:
-        """Takes a reading of all `elements`; `clock` gives a monotonic time in seconds.
+    def take_all(
+        self,
+        elements: Callable[[], Iterable[Element]],
+        clock: Callable[[], float],
+        counts_now: Callable[[Element], bool] = lambda _: True,
+    ) -> None:
+        """Takes a reading of all `elements`; `clock` gives a monotonic time in seconds. Those are remembered for
+        which `counts_now` is true: an element may outlive what it was made by.
 
         An element that was read here and forgotten before it is added up was added up by `take_last`; should its
         source have been learned again since, the next reading finds all that the new element counted.
@@ -63,7 +69,7 @@ class Counts:
             for element in found:
                 if (element.verdict, element.source) not in self._forgotten:
                     present[element.verdict, element.source] = self._take(element, now)
-            self.remembered = Counter(element.verdict for element in found)
+            self.remembered = Counter(element.verdict for element in found if counts_now(element))
             self._read = present
 
     def take_last(self, elements: Iterable[Element], now: float) -> None:
