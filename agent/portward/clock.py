@@ -11,10 +11,16 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
 from typing import Final
+
+import msgspec
 
 # Clocks that are kept in step, of one host or of two, differ by less.
 DRIFT: Final = timedelta(seconds=2)
+
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 _log = logging.getLogger("portward")
 
@@ -32,8 +38,36 @@ def as_agent(decided: datetime | None) -> datetime:
 
 
 def monotonic() -> float:
-    """Seconds since some moment, also while the host sleeps."""
+    """Seconds since the host was booted, also while it sleeps: nobody can set this clock. Every age is taken from
+    it, in each process of one boot. A time-out within one process takes `time.monotonic`, which stands while the
+    host sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def at(moment: float) -> datetime:
+    """When the monotonic clock stood at `moment`, by the wall clock as it is set now; in UTC."""
+    return utc_now() - timedelta(seconds=monotonic() - moment)
+
+
+class Stamp(msgspec.Struct, frozen=True):
+    """A moment of the monotonic clock that another process can read: `boot` is the kernel's id of this boot."""
+
+    boot: str
+    seconds: float
+
+    @classmethod
+    def now(cls) -> Stamp:
+        """This moment."""
+        return cls(_boot(), monotonic())
+
+    def age(self) -> float | None:
+        """Seconds since then; None if the host was booted since."""
+        return max(0.0, monotonic() - self.seconds) if self.boot == _boot() else None
+
+
+@cache
+def _boot() -> str:
+    return _BOOT_ID.read_text().strip()
 
 
 class Clock:

@@ -320,7 +320,7 @@ class Core:
 
     @property
     def store_read(self) -> float | None:
-        """When the store was last read, by the monotonic clock; None: not yet."""
+        """When the store was last read, by `clock.monotonic`; None: not yet."""
         return self._intake.store_read
 
     @property

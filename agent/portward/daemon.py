@@ -19,12 +19,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from portward import clock, descriptors, ending, report, settings
 from portward import config as configuration
-from portward import descriptors, ending, report, settings
 from portward.answering import Answering
 from portward.config import Config
 from portward.core import Core
@@ -88,7 +88,7 @@ class Daemon:
         self.abandoned = False
         # The locks that keep other agents away.
         self._locks = contextlib.ExitStack()
-        self._started = datetime.now(UTC)
+        self._began = clock.monotonic()
         self._core: Core
         self._metrics: MetricsServer
         self._opened = False
@@ -374,7 +374,7 @@ class Daemon:
         )
         told = report.status(
             self._core, self._workers, self._snapshot, self._metrics,
-            config=str(self._path), started=self._started,
+            config=str(self._path), began=self._began,
         )  # fmt: skip
         told["failing"] = self._faults.told()
         with contextlib.suppress(OSError):  # a full disk must not stop enforcement; `status` says how old it is

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import msgspec
 
-from portward.clock import utc_now
 from portward.config import Config, OnAgentDown
 from portward.errors import KernelError, PortwardError
 from portward.gateway import keeper, namespacelock
@@ -22,7 +21,7 @@ from portward.gateway.queues import states
 from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import RATED_SETS, RATES, TABLE, Rated
 from portward.model import Address, Mode
-from portward.runtime import hidden, read_status, running
+from portward.runtime import age_of, hidden, read_status, running
 from portward.store import open_store
 from portward.table.history import same_history
 from portward.table.reader import Reader
@@ -149,9 +148,7 @@ def _agent(config: Config) -> tuple[Agent, dict[str, Any]]:
     status = read_status(config.table)
     if status is None:
         return Agent.STARTING, {}
-    at = msgspec.convert(status["at"], type=type(utc_now()))
-    age = (utc_now() - at).total_seconds()
-    return (Agent.SILENT if age > _STALE_S else Agent.RUNS), status
+    return (Agent.SILENT if age_of(status) > _STALE_S else Agent.RUNS), status
 
 
 def _ruleset(config: Config) -> tuple[Ruleset, str]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol, TypeVar
 
+from portward import clock
 from portward.bulk import LIMIT, Bulk, Job
 from portward.clock import Clock
 from portward.config import Config, Refusal
@@ -92,7 +92,7 @@ class Intake:
         self.links_failed, self._links_due, self._links_number = False, frozenset[int](), 0
         self.changes = self.store_errors = 0
         self.store_error = ""
-        # When the store was last read, by the monotonic clock.
+        # When the store was last read, by `clock.monotonic`.
         self.store_read: float | None = None
 
     def close(self) -> None:
@@ -266,7 +266,7 @@ class Intake:
         # Not while the error is handled: its frames keep what was read so far, and the store's snapshot with it.
         if bulk:
             committed = self._take_in_bulk(self._follower)
-        self.store_read, self.store_error = time.monotonic(), ""
+        self.store_read, self.store_error = clock.monotonic(), ""
         if committed is not None:
             self.changes += 1
         return committed

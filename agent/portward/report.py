@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
-from datetime import UTC, datetime
 from typing import Any, Final
 
-from portward import __version__
+from portward import __version__, clock
 from portward.core import Core
 from portward.gateway.mark import Class
 from portward.gateway.queues import states
@@ -85,7 +83,7 @@ def snapshot(core: Core, workers: list[Worker], server: MetricsServer, *, reload
         guard_loaded=core.guarded,
         chains_between=len(core.others.beside),
         reload_failed=reload_failed,
-        store_age=_age(core),
+        store_age=_since(core.store_read),
         enforced_revision=core.enforced,
         table_revision=core.revision,
         attachments=attachments,
@@ -99,7 +97,7 @@ def snapshot(core: Core, workers: list[Worker], server: MetricsServer, *, reload
 
 
 def status(
-    core: Core, workers: list[Worker], numbers: Snapshot, server: MetricsServer, *, config: str, started: datetime
+    core: Core, workers: list[Worker], numbers: Snapshot, server: MetricsServer, *, config: str, began: float
 ) -> dict[str, Any]:
     """The status, for msgspec's JSON: times in UTC, `store_age` in seconds."""
     seen: Counter[str] = Counter()
@@ -109,8 +107,11 @@ def status(
         "format": STATUS_FORMAT,
         "version": __version__,
         "pid": os.getpid(),
-        "at": datetime.now(UTC),
-        "started": started,
+        # Times are for people, by the wall clock as it is set now; ages come from a clock that nobody can set.
+        "at": clock.utc_now(),
+        "started": clock.at(began),
+        "clock": clock.Stamp.now(),
+        "uptime": clock.monotonic() - began,
         "config": config,
         "mode": core.config.mode.value,
         "preset": core.preset.name,
@@ -150,7 +151,8 @@ def status(
             for worker in workers
         ],
         "self_check": {
-            "at": core.selfcheck.answered,
+            "at": None if core.selfcheck.answered is None else clock.at(core.selfcheck.answered),
+            "age": None if core.selfcheck.answered is None else _since(core.selfcheck.answered),
             "divergences": {kind.value: count for kind, count in core.selfcheck.divergences.items()},
             "last_difference": core.selfcheck.last_difference,
         },
@@ -183,9 +185,5 @@ def _by_verdict(numbers: Counter[tuple[str, Verdict]], drop: int = 0) -> dict[tu
     return dict(named)
 
 
-def _since(moment: datetime | None) -> float:
-    return float("inf") if moment is None else max(0.0, (datetime.now(UTC) - moment).total_seconds())
-
-
-def _age(core: Core) -> float:
-    return float("inf") if core.store_read is None else time.monotonic() - core.store_read
+def _since(moment: float | None) -> float:
+    return float("inf") if moment is None else clock.monotonic() - moment

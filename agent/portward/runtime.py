@@ -11,11 +11,13 @@ import faulthandler
 import fcntl
 import os
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from portward import clock
 from portward.descriptors import Reserve
 from portward.errors import PortwardError
 
@@ -107,6 +109,18 @@ def running(folder: Path) -> int | None:
     finally:
         os.close(descriptor)
     return None
+
+
+def age_of(status: dict[str, Any]) -> float:
+    """Seconds since a status was written, by a clock that nobody can set. An older agent's has only the time of
+    the wall clock; it counts as 0 s old if that lies in the future."""
+    found = status.get("clock")
+    if found is None:
+        written = datetime.fromisoformat(status["at"])
+        return max(0.0, (clock.utc_now() - written).total_seconds())
+    age = msgspec.convert(found, clock.Stamp).age()
+    # Of an earlier boot: older than all that this boot can say.
+    return clock.monotonic() if age is None else age
 
 
 def hidden(folder: Path) -> bool:

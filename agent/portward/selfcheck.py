@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
+
+from portward import clock
 
 # An answer that does not come in so many seconds, while nothing else is handled either, will not come.
 PATIENCE: Final = 2.0
@@ -33,9 +34,11 @@ class SelfCheck:
 
     def __init__(self) -> None:
         self.divergences: Counter[Kind] = Counter(dict.fromkeys(Kind, 0))
-        # When every worker last answered, in UTC; None: not yet.
-        self.answered: datetime | None = None
-        self.last_difference = self._what = ""
+        # When every worker last answered, by `clock.monotonic`; None: not yet.
+        self.answered: float | None = None
+        self._what = ""
+        # The last difference, and when it was found, by the same clock.
+        self._last: tuple[float, str] | None = None
 
     def differs(self, kind: Kind, what: str) -> None:
         """Counts and logs a difference; `what` says what was found and what is done about it. The same one again
@@ -44,8 +47,15 @@ class SelfCheck:
         if what != self._what:
             _log.error("%s", what)
         self._what = what
-        self.last_difference = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {kind}: {what}"
+        self._last = clock.monotonic(), f"{kind}: {what}"
 
     def well(self) -> None:
         """All workers have answered under the policy that the kernel has."""
-        self.answered = datetime.now(UTC)
+        self.answered = clock.monotonic()
+
+    @property
+    def last_difference(self) -> str:
+        """The last difference with its time, by the wall clock as it is set now; empty if there was none."""
+        if self._last is None:
+            return ""
+        return f"{clock.at(self._last[0]):%Y-%m-%dT%H:%M:%SZ} {self._last[1]}"

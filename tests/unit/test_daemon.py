@@ -351,12 +351,13 @@ def test_a_worker_that_does_not_answer_is_ended_and_started_again(
     monkeypatch.setattr(answering, "PATIENCE", 0.05)
 
     async def work() -> None:
-        await running.until(lambda: _answered(running) is not None, "it has answered")
+        await running.until(lambda: _answered(running) > 0, "it has answered")
         running.silent = True
         await running.until(lambda: running.worker.restarts > 0, "it is started again")
         running.silent = False
         before = _answered(running)
-        await running.until(lambda: _answered(running) not in (None, before), "and answers")
+        # The two clock readings of a status are some microseconds apart.
+        await running.until(lambda: _answered(running) > before + 0.05, "and answers")
 
     running.run(work)
     assert "worker killed" in running.said
@@ -395,10 +396,12 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
         assert f"the {lane} thread has been at one step" in caplog.text
 
 
-def _answered(running: Running) -> Any:
-    """When every worker last answered, as the status says."""
+def _answered(running: Running) -> float:
+    """When every worker last answered, as the status says, by the monotonic clock; 0 if none has."""
     status = read_status(running.config.table)
-    return None if status is None else status["self_check"]["at"]
+    if status is None or status["self_check"]["age"] is None:
+        return 0.0
+    return float(status["clock"]["seconds"] - status["self_check"]["age"])
 
 
 def test_a_worker_that_is_tried_again_does_not_run(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

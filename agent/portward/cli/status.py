@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 
 import typer
@@ -15,7 +15,7 @@ from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark,
 from portward.cli.streams import say, say_json, say_text
 from portward.config import Config
 from portward.errors import PortwardError
-from portward.runtime import hidden, read_status, running
+from portward.runtime import age_of, hidden, read_status, running
 from portward.words import counted, times
 
 if TYPE_CHECKING:
@@ -133,10 +133,9 @@ def _in_step(config: Config, told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(told: dict[str, Any]) -> list[str]:
-    at, started = datetime.fromisoformat(told["at"]), datetime.fromisoformat(told["started"])
-    age = _since(at)
+    age = age_of(told)
     found = [
-        f"portward {told['version']}, process {told['pid']}, up {_span((at - started).total_seconds())}, "
+        f"portward {told['version']}, process {told['pid']}, up {_span(_uptime(told))}, "
         f"mode {told['mode']}, preset {told['preset']}",
         f"policy    revision {told['revision']}{_behind(told)}, "
         f"{counted(told['attachments'], 'attachment')} of {counted(told['subscriptions'], 'subscription')}",
@@ -144,7 +143,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         f"queue     {told['queue_path']}; " + ", ".join(map(_worker, told["workers"])),
         "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
     ]
-    found.append(_self_check(told["self_check"]))
+    found.append(_self_check(told["self_check"], age))
     guard = told.get("guard")
     if guard and guard["loaded"]:
         found.append(f"guard     loaded, what is forwarded is judged again: {'; '.join(guard['why'])}")
@@ -252,18 +251,23 @@ def _store(told: dict[str, Any]) -> str:
     return f", NOT in step: {newest}, not loaded yet{waits}"
 
 
-def _since(moment: datetime) -> float:
-    """The seconds since then, by this host's clock."""
-    return (datetime.now(UTC) - moment).total_seconds()
+def _uptime(told: dict[str, Any]) -> float:
+    """For how many seconds the agent has been running; an older one says only times, by the wall clock."""
+    if "uptime" in told:
+        return float(told["uptime"])
+    at, started = datetime.fromisoformat(told["at"]), datetime.fromisoformat(told["started"])
+    return max(0.0, (at - started).total_seconds())
 
 
-def _self_check(told: dict[str, Any]) -> str:
-    """When all workers last answered, and the last difference that was found."""
-    at, number = told["at"], sum(told["divergences"].values())
+def _self_check(told: dict[str, Any], written: float) -> str:
+    """When all workers last answered, and the last difference that was found; `written` is the status's age."""
+    age, number = told.get("age"), sum(told["divergences"].values())
     when = (
         "no worker has answered yet"
-        if at is None
-        else f"every worker answered {_span(_since(datetime.fromisoformat(at)))} ago"
+        if told["at"] is None
+        else "every worker has answered"
+        if age is None  # an older agent
+        else f"every worker answered {_span(age + written)} ago"
     )
     last = (
         f"; {counted(number, 'difference')} so far, the last {told['last_difference']}"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
+from portward.clock import utc_now
 from portward.errors import ConflictError, StoreError
 from portward.store.bell import Listener, hang, ring
 from portward.store.chain import Sealing, origin_hash
@@ -425,7 +426,7 @@ class SqliteStore:
 
     def _begin_log(self, identity: bytes, *, sealed: int) -> bytes:
         """Writes the origin of the log's hashes, and gives its hash."""
-        at = datetime.now(UTC).isoformat()
+        at = utc_now().isoformat()
         found = origin_hash(identity, at, sealed)
         self._connection.execute("INSERT INTO origin VALUES (?, ?, ?)", (at, sealed, found))
         return found
