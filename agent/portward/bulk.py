@@ -62,16 +62,19 @@ class Job(NamedTuple):
     now: datetime
     store: str | None = None
     may_flip: bool = True
+    # The records that could not be read so far: `store.unreadable`.
+    unreadable: dict[str, str] | None = None
 
 
 class Outcome(NamedTuple):
     """What came of it: the change, if one was committed; the change that is held, if one is; how many records were
-    refused; how often the store had another history; whether the table is in step with the store; and in `error`
-    the kind and the words of what went wrong."""
+    refused, and which are unreadable now; how often the store had another history; whether the table is in step
+    with the store; and in `error` the kind and the words of what went wrong."""
 
     committed: Committed | None = None
     waiting: Waiting | None = None
     refused: int = 0
+    unreadable: dict[str, str] = {}  # noqa: RUF012 # nobody changes it
     histories: int = 0
     in_step: bool = False
     error: tuple[str, str] | None = None
@@ -192,9 +195,10 @@ def _done(job: Job) -> Outcome:
     writer = Writer(job.table, job.preset, job.answers, max_flip_share=job.max_flip_share)
     if job.store is None:
         return Outcome(writer.settle(now=job.now, may_flip=job.may_flip))
-    follower = Follower(open_store(job.store, agent=True), writer)
+    follower = Follower(open_store(job.store, agent=True), writer, unreadable=job.unreadable)
     committed = follower.step(job.now)
-    return Outcome(committed, follower.waiting, follower.refused, follower.histories, follower.in_step)
+    refused = follower.unreadable
+    return Outcome(committed, follower.waiting, refused.total, refused.now, follower.histories, follower.in_step)
 
 
 def _outcome(job: Job) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,7 @@ from portward import descriptors
 from portward.clock import utc_now
 from portward.config import Config, Encrypted
 from portward.documents import mistake
-from portward.errors import KernelError
+from portward.errors import KernelError, StoreError
 from portward.gateway import around, keeper, namespacelock, others, rtnetlink, ruleset, stacking, tunnels, xtables
 from portward.gateway.links import Device
 from portward.gateway.nfnetlink import NfNetlink
@@ -24,12 +25,14 @@ from portward.paths import is_path
 from portward.policy import preset as presets
 from portward.runtime import running
 from portward.store import open_store
+from portward.store.unreadable import unreadable
 from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
 from portward.table.invariants import verify
 from portward.words import counted
 
-# So many devices of each kind are named, the others are counted.
+# So many devices of each kind are named, the others are counted; and so many records of the store.
 _NAMED: Final = 3
+_NAMED_RECORDS: Final = 20
 
 
 def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
@@ -78,9 +81,24 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     # It is the verbs' to run, not the agent's, which begins without it and sees less of the file system.
     yield from _fraud_check(config)
     yield from _table(config.table)
-    store = open_store(config.store)
-    yield f"store {config.store}: revision {store.revision()}"
-    store.close()
+    yield from _store(config.store)
+
+
+def _store(url: str) -> Iterator[str]:
+    """Whether each record of the store can be read; raises StoreError if not, and says what to do."""
+    with closing(open_store(url)) as store:
+        yield f"store {url}: revision {store.revision()}"
+        number = 0
+        for number, error in enumerate(unreadable(store), 1):
+            if number <= _NAMED_RECORDS:
+                yield f"  {error}"
+    if number > _NAMED_RECORDS:
+        yield f"  and {number - _NAMED_RECORDS} more"
+    if number:
+        raise StoreError(
+            f"{counted(number, 'record')} of the store cannot be read: gateways that had the one before keep it, "
+            "others deny the sources; put each right by `portward apply`, or take it out"
+        )
 
 
 def _fraud_check(config: Config) -> Iterator[str]:

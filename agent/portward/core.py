@@ -334,6 +334,16 @@ class Core:
         return self._intake.refused
 
     @property
+    def unreadable(self) -> list[str]:
+        """What is wrong with records of the store that cannot be read now, a sentence for each."""
+        return list(dict(self._intake.unreadable).values())
+
+    @property
+    def damaged_rows(self) -> list[str]:
+        """The first rows of the policy table that were found damaged, a sentence for each."""
+        return list(self._writer.damage.first)
+
+    @property
     def damaged(self) -> int:
         """Rows of the policy table that could not be read."""
         return self._writer.damage.rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -214,7 +214,13 @@ class Intake:
     @property
     def refused(self) -> int:
         """Records of the store that could not be read."""
-        return 0 if self._follower is None else self._follower.refused
+        return 0 if self._follower is None else self._follower.unreadable.total
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """The records of the store that cannot be read now, of those that were read since the start: key → what is
+        wrong."""
+        return {} if self._follower is None else self._follower.unreadable.now
 
     @property
     def histories(self) -> int:
@@ -281,7 +287,11 @@ class Intake:
                 raise
             return committed
         follower.take_over(
-            outcome.waiting, refused=outcome.refused, histories=outcome.histories, in_step=outcome.in_step
+            outcome.waiting,
+            refused=outcome.refused,
+            unreadable=outcome.unreadable,
+            histories=outcome.histories,
+            in_step=outcome.in_step,
         )
         return outcome.committed
 
@@ -314,7 +324,16 @@ class Intake:
     def _job(self, *, store: str | None = None, may_flip: bool = True) -> Job:
         writer = self._writer
         share = writer.max_flip_share
-        return Job(self._config.table, writer.preset, writer.answers, share, self._clock.now(), store, may_flip)
+        return Job(
+            self._config.table,
+            writer.preset,
+            writer.answers,
+            share,
+            self._clock.now(),
+            store,
+            may_flip,
+            dict(self.unreadable),
+        )
 
     def _hand_over(self, committed: Committed, links: dict[str, int] | None = None, settled: int = 0) -> None:
         """Has the kernel thread carry a change out; does not wait for it."""

@@ -19,6 +19,8 @@ from portward.model import Mode
 from portward.runtime import STATUS_FORMAT
 from portward.snapshot import Snapshot
 
+# Records and rows that `status` names.
+_NAMED: Final = 5
 # How verdicts and outcomes are called in metrics and status.
 _VERDICTS: Final[dict[Verdict, str]] = {
     Class.ALLOW: "allow",
@@ -75,6 +77,7 @@ def snapshot(core: Core, workers: list[Worker], server: MetricsServer, *, reload
         policy_held=core.held is not None,
         history_replaced=core.histories,
         records_refused=core.refused,
+        records_unreadable=len(core.unreadable),
         table_rows_damaged=core.damaged,
         store_errors=core.store_errors,
         divergence={(kind.value,): count for kind, count in core.selfcheck.divergences.items()},
@@ -128,7 +131,9 @@ def status(
         "held": _held(core),
         "store_age": numbers.store_age,
         "records_refused": numbers.records_refused,
+        "records_unreadable": {"number": len(core.unreadable), "first": core.unreadable[:_NAMED]},
         "table_rows_damaged": numbers.table_rows_damaged,
+        "table_rows_damaged_first": core.damaged_rows[:_NAMED],
         "attachments": numbers.attachments,
         "subscriptions": numbers.subscriptions,
         "segments": [

@@ -34,6 +34,7 @@ class Snapshot:
     policy_held: float = 0
     history_replaced: float = 0
     records_refused: float = 0
+    records_unreadable: float = 0
     table_rows_damaged: float = 0
     store_errors: float = 0
     step_failures: Mapping[Labels, float] = field(default_factory=dict)

@@ -102,7 +102,10 @@ def test_a_child_takes_the_store_in(store: SqliteStore, writer: Writer, tmp_path
 
 def test_a_child_says_which_records_it_refused(store: SqliteStore, writer: Writer, tmp_path: Path) -> None:
     store.write([Put("attachments/vni1/10.9.9.9", "{")], expected=1, actor="test", at=NOW)
-    assert Bulk().run(job(tmp_path)).refused == 1
+    outcome = Bulk().run(job(tmp_path)._replace(unreadable={"attachments/vni1/10.8.8.8": "as before"}))
+    assert outcome.refused == 1
+    # It has read everything anew, so what was noted before is no more.
+    assert list(outcome.unreadable) == ["attachments/vni1/10.9.9.9"]
     assert writer.reader().counts() == (NUMBER, NUMBER)
 
 

@@ -178,6 +178,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
     if damaged := told.get("table_rows_damaged"):
         rows = counted(damaged, "DAMAGED ROW", "DAMAGED ROWS")
         found.append(f"table     {rows}, whose sources are denied: see `portward check`")
+        found += [f"          {one}" for one in told.get("table_rows_damaged_first", ())]
+    found += _unreadable(told.get("records_unreadable") or {"number": 0})
     if replaced := told.get("history_replaced"):
         found.append(
             f"history   {times(replaced)} the store had another history (a restored backup?), and was read anew"
@@ -188,6 +190,17 @@ def _lines(told: dict[str, Any]) -> list[str]:
             "had refused a change"
         )
     return found
+
+
+def _unreadable(records: dict[str, Any]) -> list[str]:
+    """The records of the store that cannot be read."""
+    if not records["number"]:
+        return []
+    return [
+        f"records   {counted(records['number'], 'RECORD', 'RECORDS')} OF THE STORE CANNOT BE READ: what was in "
+        "force before stays; without that, the sources are denied (`portward check` lists all)",
+        *(f"          {one}" for one in records["first"]),
+    ]
 
 
 def _behind(told: dict[str, Any]) -> str:

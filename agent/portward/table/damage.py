@@ -23,6 +23,8 @@ class Damage:
     def __init__(self) -> None:
         self.rows = 0
         self._known: set[str] = set()
+        # What was logged, for `status`.
+        self.first: list[str] = []
 
     def found(self, what: str) -> None:
         """Counts and logs a damaged row, once; `what` says which one, and what holds instead."""
@@ -32,4 +34,5 @@ class Damage:
         if len(self._known) < _KNOWN:
             self._known.add(what)
         if self.rows <= _LOGGED:
+            self.first.append(what)
             _log.error("the policy table is damaged: %s; `portward check` says what to do", what)

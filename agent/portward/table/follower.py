@@ -15,8 +15,7 @@ key stays in force; the rest of the change stands.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime
 from itertools import groupby, islice
@@ -28,15 +27,14 @@ from portward.store.packed import Packer
 from portward.store.protocol import (
     CONFIRMED,
     Change,
-    RecordError,
     Store,
     confirmed,
     confirmed_alone,
     confirmed_hold,
-    decode,
     named,
-    readable,
 )
+from portward.store.unreadable import Unreadable
+from portward.table.changes import by_itself, confirmed_in, confirms, is_among, records_of
 from portward.table.history import (
     ahead_of,
     hash_at,
@@ -83,14 +81,21 @@ class Waiting(NamedTuple):
 
 class Follower:
     """Brings a table up to the revision of a store. `held` is the change that waits for confirmation, if any;
-    `in_step` says whether the table stood at the store's newest revision after the last step; `refused` counts
-    records, and `histories` how often the store's history was not the table's."""
+    `in_step` says whether the table stood at the store's newest revision after the last step; `unreadable`
+    has the records that were refused, and `histories` how often the store's history was not the table's."""
 
-    def __init__(self, store: Store, writer: Writer, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        writer: Writer,
+        limit: int | None = None,
+        unreadable: Mapping[str, str] | None = None,
+    ) -> None:
         """A step that would take in more than `limit` changes or records raises BulkError instead; None: any
         number may be."""
         self._store, self._writer, self._reader, self._limit = store, writer, writer.reader(), limit
-        self.refused = self.histories = 0
+        self.histories = 0
+        self.unreadable = Unreadable(unreadable)
         self.in_step = False
         self._waiting: Waiting | None = None
         # Of the subscriptions that the held change flips, those that later revisions are about.
@@ -98,6 +103,11 @@ class Follower:
         self._confirmed = False
         # What of the table's head it was said already that the store has another history.
         self._other: tuple[int, bytes, bytes] | None = None
+
+    @property
+    def refused(self) -> int:
+        """How many records could not be read so far."""
+        return self.unreadable.total
 
     @property
     def held(self) -> Held | None:
@@ -113,12 +123,21 @@ class Follower:
         """The held change as it was worked out; None if none is held."""
         return self._waiting
 
-    def take_over(self, waiting: Waiting | None, *, refused: int, histories: int, in_step: bool) -> None:
+    def take_over(
+        self,
+        waiting: Waiting | None,
+        *,
+        refused: int,
+        unreadable: Mapping[str, str],
+        histories: int,
+        in_step: bool,
+    ) -> None:
         """Goes on from a step that a follower in another process has made, on the same table."""
         self._waiting, self.in_step = waiting, in_step
         self._confirmed = False
         self._hit.clear()
-        self.refused += refused
+        self.unreadable.total += refused
+        self.unreadable.now = dict(unreadable)
         self.histories += histories
 
     def step(self, now: datetime) -> Committed | None:
@@ -213,7 +232,7 @@ class Follower:
         with closing(self._store.changes(ahead)) as changes:
             for number, behind in groupby(changes, key=lambda change: change.revision):
                 batch = self._within(behind)
-                if up_to_confirmation and _confirmed_in(batch) >= head.held:
+                if up_to_confirmation and confirmed_in(batch) >= head.held:
                     self._confirmed = True
                     return None
                 committed = self._tighten(number, batch, head, now)
@@ -224,10 +243,10 @@ class Follower:
 
     def _tighten(self, number: int, batch: list[Change], since: Head, now: datetime) -> Committed:
         held = since.held
-        put, removed = _records(batch)
+        put, removed = records_of(batch)
         if (waiting := self._waiting) is not None:
             about = {self._reader.number_of(record) for record in (*put, *removed)}
-            self._hit.update(one for one in about if one is not None and _is_among(one, waiting.turned))
+            self._hit.update(one for one in about if one is not None and is_among(one, waiting.turned))
         ahead = Point(number, hash_at(self._store, number))
         alone = any(confirmed_alone(change.after) == number for change in batch if change.key == CONFIRMED)
         try:
@@ -253,7 +272,7 @@ class Follower:
             return self._take_all(head, now)
         with closing(self._store.changes(head.revision)) as new:
             every = self._within(new)
-        changes = _by_itself(every)
+        changes = by_itself(every)
         try:
             return self._apply(changes, every, head, now)
         except HeldError as error:
@@ -320,6 +339,7 @@ class Follower:
 
     def _replace(self, head: Head | None, now: datetime) -> Committed:
         identity, revision = self._store.identity(), self._store.revision()
+        self.unreadable.now.clear()
         sure = head is None or self._is_confirmed(head)
         hash_ = hash_at(self._store, revision)
         with closing(self._store.read_all()[1]) as read:
@@ -363,7 +383,7 @@ class Follower:
     def _apply(self, changes: list[Change], every: list[Change], head: Head, now: datetime) -> Committed | None:
         """Takes the first of these changes in. `every` are all that came since, also those that wait."""
         # What came after a confirmation is not confirmed by it: the next step takes it in.
-        upto = max((_confirmed(change) for change in changes if change.key == CONFIRMED), default=0)
+        upto = max((confirms(change) for change in changes if change.key == CONFIRMED), default=0)
         sure = upto > head.revision
         newest: dict[str, Change] = {}
         revision = 0
@@ -379,8 +399,7 @@ class Follower:
         put = self._readable((change.key, change.after) for change in newest.values() if change.after is not None)
         # By its key alone: what the store held there last may be a record that was refused, and then the table
         # holds the one before.
-        gone = (named(change.key) for change in newest.values() if change.after is None)
-        removed = [record for record in gone if record is not None]
+        removed = list(self._gone(change.key for change in newest.values() if change.after is None))
         hash_ = hash_at(self._store, revision)
         return self._writer.apply(
             list(put), removed, revision=revision, hash_=hash_, now=now, confirmed=sure, since=head
@@ -395,6 +414,12 @@ class Follower:
         return {
             change.key for change in later if is_in_table(self._reader, change.key, change.after, damaged=True)
         }
+
+    def _gone(self, keys: Iterable[str]) -> Iterator[Record]:
+        for key in keys:
+            self.unreadable.right(key)
+            if (record := named(key)) is not None:
+                yield record
 
     def _quickly(self, records: Iterable[tuple[str, str]]) -> Iterator[Loadable]:
         """The records that can be read, in their order; attachments as bytes where that can be done."""
@@ -411,45 +436,5 @@ class Follower:
         for key, body in records:
             if key == CONFIRMED:
                 continue
-            try:
-                yield decode(key, body)
-            except RecordError as error:
-                self.refused += 1
-                _log.error("record refused, the one before stays in force: %s", error)
-
-
-def _records(batch: list[Change]) -> tuple[list[Record], list[Record]]:
-    """What a revision puts and removes. A record that cannot be read is named and counted when its revision is
-    taken in."""
-    put = (readable(change.key, change.after) for change in batch if change.key != CONFIRMED)
-    removed = (named(change.key) for change in batch if change.after is None)
-    return [one for one in put if one is not None], [one for one in removed if one is not None]
-
-
-def _confirmed_in(batch: list[Change]) -> int:
-    """The revision up to which a revision confirms everything; 0 if it confirms none, or itself alone."""
-    return max((confirmed(change.after) for change in batch if change.key == CONFIRMED), default=0)
-
-
-def _is_among(number: int, turned: Sequence[int]) -> bool:
-    place = bisect_left(turned, number)
-    return place < len(turned) and turned[place] == number
-
-
-def _confirmed(change: Change) -> int:
-    """The revision that a confirmation confirms; none that came after itself."""
-    if confirmed_alone(change.after) == change.revision:
-        return change.revision
-    return min(confirmed(change.after), change.revision)
-
-
-def _by_itself(changes: list[Change]) -> list[Change]:
-    """Of these changes what may be taken in at once: a revision that is confirmed alone confirms nothing before
-    it, so what comes before it is a step of its own, and so is it."""
-    confirming = [change for change in changes if change.key == CONFIRMED]
-    of_all = max((min(confirmed(change.after), change.revision) for change in confirming), default=0)
-    for change in confirming:
-        if confirmed_alone(change.after) == change.revision > of_all:
-            before = [other for other in changes if other.revision < change.revision]
-            return before or [other for other in changes if other.revision == change.revision]
-    return changes
+            if (record := self.unreadable.read(key, body)) is not None:
+                yield record

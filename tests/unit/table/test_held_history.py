@@ -329,5 +329,11 @@ def test_another_history_is_counted_by_the_follower_that_reads_it(gateway: Gatew
         limited.step(NOW)
     child = Follower(gateway.store, gateway.writer)
     child.step(NOW)
-    limited.take_over(child.waiting, refused=child.refused, histories=child.histories, in_step=child.in_step)
+    limited.take_over(
+        child.waiting,
+        refused=child.refused,
+        unreadable=child.unreadable.now,
+        histories=child.histories,
+        in_step=child.in_step,
+    )
     assert (limited.step(NOW), limited.histories) == (None, 1)

@@ -260,7 +260,11 @@ class Histories(RuleBasedStateMachine):
             made = Follower(self.store, self.writer)
             committed = made.step(self.now)
             self.follower.take_over(
-                made.waiting, refused=made.refused, histories=made.histories, in_step=made.in_step
+                made.waiting,
+                refused=made.refused,
+                unreadable=made.unreadable.now,
+                histories=made.histories,
+                in_step=made.in_step,
             )
         else:
             committed = self.follower.step(self.now)

@@ -1,0 +1,47 @@
+"""What the changes of a store say: which records they put and remove, and what they confirm. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from portward.model import Record
+from portward.store.protocol import CONFIRMED, Change, confirmed, confirmed_alone, named, readable
+
+
+def records_of(batch: list[Change]) -> tuple[list[Record], list[Record]]:
+    """What a revision puts and removes. A record that cannot be read is named and counted when its revision is
+    taken in."""
+    put = (readable(change.key, change.after) for change in batch if change.key != CONFIRMED)
+    removed = (named(change.key) for change in batch if change.after is None)
+    return [one for one in put if one is not None], [one for one in removed if one is not None]
+
+
+def confirmed_in(batch: list[Change]) -> int:
+    """The revision up to which a revision confirms everything; 0 if it confirms none, or itself alone."""
+    return max((confirmed(change.after) for change in batch if change.key == CONFIRMED), default=0)
+
+
+def is_among(number: int, turned: Sequence[int]) -> bool:
+    """Whether a number is among sorted ones."""
+    place = bisect_left(turned, number)
+    return place < len(turned) and turned[place] == number
+
+
+def confirms(change: Change) -> int:
+    """The revision that a confirmation confirms; none that came after itself."""
+    if confirmed_alone(change.after) == change.revision:
+        return change.revision
+    return min(confirmed(change.after), change.revision)
+
+
+def by_itself(changes: list[Change]) -> list[Change]:
+    """Of these changes what may be taken in at once: a revision that is confirmed alone confirms nothing before
+    it, so what comes before it is a step of its own, and so is it."""
+    confirming = [change for change in changes if change.key == CONFIRMED]
+    of_all = max((min(confirmed(change.after), change.revision) for change in confirming), default=0)
+    for change in confirming:
+        if confirmed_alone(change.after) == change.revision > of_all:
+            before = [other for other in changes if other.revision < change.revision]
+            return before or [other for other in changes if other.revision == change.revision]
+    return changes

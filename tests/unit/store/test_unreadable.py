@@ -1,0 +1,72 @@
+"""Records that cannot be read are known by their keys for as long as they are like that, and no longer."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from portward import check
+from portward.errors import StoreError
+from portward.store.protocol import Put, key_of
+from portward.store.sqlite import SqliteStore
+from portward.store.unreadable import unreadable
+from portward.table.follower import Follower
+from portward.table.writer import Writer
+from unit.store.samples import ALL, FABRIKAM, GRANT, MACHINE, NOON, PREFIX, put, write
+from unit.table.test_table import AZURE, ENFORCE
+
+HUGE = f'{{"subscription":"{FABRIKAM.id}","state":"requested","details":{{"volume":{2**64}}}}}'
+BAD = (Put(key_of(GRANT), HUGE), Put(key_of(MACHINE), "\0"), Put(key_of(PREFIX), "{}"))
+
+
+def test_the_store_names_all_that_cannot_be_read(store: SqliteStore) -> None:
+    write(store, *map(put, ALL))
+    assert list(unreadable(store)) == []
+    write(store, *BAD)
+    found = [str(error) for error in unreadable(store)]
+    assert len(found) == len(BAD)
+    assert any(line.startswith(f"{key_of(GRANT)}: details.volume: expected a whole number") for line in found)
+
+
+def test_a_follower_knows_which_are_like_that_now(store: SqliteStore, tmp_path: Path) -> None:
+    with closing(Writer(tmp_path / "table", AZURE, ENFORCE)) as writer:
+        follower = Follower(store, writer)
+        write(store, *map(put, ALL))
+        follower.step(NOON)
+        assert follower.unreadable.now == {}
+        write(store, *BAD)
+        follower.step(NOON)
+        assert follower.unreadable.now.keys() == {one.key for one in BAD}
+        write(store, put(GRANT))
+        follower.step(NOON)
+        assert follower.unreadable.now.keys() == {key_of(MACHINE), key_of(PREFIX)}, "one was put right"
+        write(store, Put(key_of(MACHINE), None))
+        follower.step(NOON)
+        assert follower.unreadable.now.keys() == {key_of(PREFIX)}, "one was taken out"
+        assert follower.refused == len(BAD), "what was counted stays"
+
+
+def test_a_fresh_reading_of_everything_finds_them_again(store: SqliteStore, tmp_path: Path) -> None:
+    write(store, *map(put, ALL))
+    write(store, *BAD)
+    with closing(Writer(tmp_path / "table", AZURE, ENFORCE)) as writer:
+        follower = Follower(store, writer, unreadable={"attachments/vni1/10.0.0.1": "gone since"})
+        follower.step(NOON)
+        assert follower.unreadable.now.keys() == {one.key for one in BAD}
+        # Without a record before, what they are about is denied; the others are as ever.
+        assert writer.reader().counts() == (0, 2)
+
+
+def test_check_lists_them_and_says_what_to_do(store: SqliteStore, path: Path) -> None:
+    write(store, *map(put, ALL))
+    url = f"sqlite:{path}"
+    assert list(check._store(url)) == [f"store {url}: revision 1"]
+    write(store, *BAD)
+    lines = check._store(url)
+    told = [next(lines) for _ in range(1 + len(BAD))]
+    assert told[0] == f"store {url}: revision 2"
+    assert all(line.startswith("  ") for line in told[1:])
+    with pytest.raises(StoreError, match=r"^3 records of the store cannot be read: .* `portward apply`"):
+        next(lines)
