@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from portward import endpoint, paths
 from portward.documents import mistake, read_toml
 from portward.endpoint import Endpoint
+from portward.errors import together
 from portward.interfaces import is_pattern
 from portward.interfaces import matches as matches  # noqa: PLC0414 # the readers of a configuration ask here
 from portward.model import Mode
@@ -162,8 +163,8 @@ def load(path: Path) -> Config:
     """Reads portward.toml, and gives it with all paths absolute; raises InputError with file, line, field and what
     would be right."""
     config = read_toml(path, Config)
-    for problem, steps in _problems(config):
-        raise mistake(path, problem, *steps)
+    if found := [mistake(path, problem, *steps) for problem, steps in _problems(config)]:
+        raise together(found)
     return located(config, path)
 
 
@@ -195,12 +196,9 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
                     "'/', ':', '%', '\"' or '\\', a '*' only at its end and not alone",
                     (*steps, place),
                 )
-    for place, uplink in enumerate(config.uplinks):
-        if any(_overlap(uplink, segment) for segment in config.segments):
-            yield f"{uplink!r} is also a segment: mail that comes in would be judged", ("uplinks", place)
-    for place, pattern in enumerate(config.verdicts.observe):
-        if not any(_overlap(pattern, segment) for segment in config.segments):
-            yield f"{pattern!r} is none of the segments", ("verdicts", "observe", place)
+    # One that is wrong in itself would make others look wrong that are not.
+    if all(is_pattern(pattern) for _, patterns in lists for pattern in patterns):
+        yield from _overlaps(config)
     try:
         config.metrics_endpoints()
     except ValueError as error:
@@ -213,6 +211,16 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
         yield "names no program: its path comes first, then its arguments", ("exemptions", "check", 0)
     if config.queue.first + config.queue.workers > _QUEUES:
         yield f"the last queue must not be beyond {_QUEUES - 1}", ("queue", "workers")
+
+
+def _overlaps(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
+    """What is wrong with the lists of interfaces together."""
+    for place, uplink in enumerate(config.uplinks):
+        if any(_overlap(uplink, segment) for segment in config.segments):
+            yield f"{uplink!r} is also a segment: mail that comes in would be judged", ("uplinks", place)
+    for place, pattern in enumerate(config.verdicts.observe):
+        if not any(_overlap(pattern, segment) for segment in config.segments):
+            yield f"{pattern!r} is none of the segments", ("verdicts", "observe", place)
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -323,7 +323,8 @@ class Daemon:
             except PortwardError as error:
                 self._reload_failed = True
                 self._faults.worked(Step.RELOAD)
-                _log.error("the configuration before stays in force: %s", error)
+                for line in error.lines():
+                    _log.error("the configuration before stays in force: %s", line)
             except Exception as error:
                 self._reload_failed = True
                 self._faults.failed(Step.RELOAD, error)

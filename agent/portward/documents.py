@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import itertools
 import os
 import re
 import reprlib
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO, Final, TypeAlias, TypeVar, Union, get_args, ge
 import msgspec
 
 from portward.addresses import unmapped
-from portward.errors import InputError
+from portward.errors import InputError, together
 from portward.model import Network
 
 T = TypeVar("T")
@@ -38,6 +39,11 @@ _LARGEST: Final = 1024 * 1024
 _DEEPEST: Final = 16
 # What an operator still reads of a key or of a value that is quoted.
 _LONGEST_WORD, _LONGEST_VALUE, _LONGEST_PROBLEM = 60, 200, 400
+
+MISSING: Final = "is missing"
+_UNKNOWN: Final = "unknown key"
+# How many mistakes of one document are reported.
+_MOST_MISTAKES: Final = 20
 
 _STEP: Final = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 _AT_LINE: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
@@ -57,11 +63,41 @@ def read_toml(path: Path, type_: type[T]) -> T:
         line = _long_number(text)
         problem = "not TOML: " + (str(error) if line is None else "a number of more digits than can be read")
         raise InputError(problem, file=str(path), line=line) from None
-    try:
-        return msgspec.convert(document, type_, dec_hook=dec_hook)
-    except msgspec.ValidationError as error:
-        problem, steps = explained(str(error), type_, document)
-        raise InputError(problem, file=str(path), line=toml_line(text, steps), field=field_name(steps)) from None
+    return _converted(path, text, document, type_)
+
+
+def _converted(path: Path, text: str, document: Any, type_: type[T]) -> T:
+    """The document as a value; raises InputError with all mistakes, as far as one does not hide another."""
+    found: list[InputError] = []
+    left_out: set[Steps] = set()
+    while True:
+        try:
+            read = msgspec.convert(document, type_, dec_hook=dec_hook)
+            break
+        except msgspec.ValidationError as error:
+            problem, steps = explained(str(error), type_, document)
+        # What is missing may be there under a name that is unknown.
+        consequence = problem == MISSING and any(one.problem.startswith(_UNKNOWN) for one in found)
+        if steps not in left_out and not consequence:
+            line = toml_line(text, steps)
+            found.append(InputError(problem, file=str(path), line=line, field=field_name(steps)))
+        key = tuple(itertools.takewhile(lambda step: isinstance(step, str), steps))
+        if problem == MISSING or len(found) == _MOST_MISTAKES or not _leave_out(document, key):
+            break
+        left_out.add(key)
+    if found:
+        raise together(found)
+    return read
+
+
+def _leave_out(document: Any, key: Steps) -> bool:
+    """Takes a key with a mistake out of the document, so that the next mistake shows. False if it is not there."""
+    for step in key[:-1]:
+        document = document.get(step) if isinstance(document, dict) else None
+    if not key or not isinstance(document, dict) or key[-1] not in document:
+        return False
+    del document[key[-1]]
+    return True
 
 
 def mistake(path: Path, problem: str, *steps: str | int) -> InputError:
@@ -125,9 +161,9 @@ def explained(message: str, type_: Any, document: Any) -> tuple[str, Steps]:
         problem, path = message, ""
     steps = tuple(_steps(path.rstrip("`")))
     if unknown := re.match(r"Object contains unknown field `(.+)`", problem, re.DOTALL):
-        return f"unknown key; {nearest(unknown[1], fields_at(type_, steps))}", (*steps, unknown[1])
+        return f"{_UNKNOWN}; {nearest(unknown[1], fields_at(type_, steps))}", (*steps, unknown[1])
     if missing := re.match(r"Object missing required field `(.+)`", problem):
-        return "is missing", (*steps, missing[1])
+        return MISSING, (*steps, missing[1])
     if problem.startswith("Invalid enum value"):
         value, known = _value_at(document, steps), _enum_values(type_, steps)
         near = _near(str(value), known)

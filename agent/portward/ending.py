@@ -33,7 +33,8 @@ def end(error: BaseException | None) -> NoReturn:
             code = 0
         elif isinstance(error, PortwardError):
             code = error.exit_code
-            print(f"portward: {error}", file=sys.stderr)
+            for line in error.lines():
+                print(f"portward: {line}", file=sys.stderr)
         else:
             sys.excepthook(type(error), error, error.__traceback__)
         logging.shutdown()

@@ -7,6 +7,8 @@ its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from portward.characters import shown
 
 
@@ -20,6 +22,10 @@ class PortwardError(Exception):
         would obey the rest (escape sequences, line breaks, marks that turn the direction of writing)."""
         return printable(super().__str__())
 
+    def lines(self) -> list[str]:
+        """The text, and that of each further mistake that was found with it, a line each."""
+        return [str(self)]
+
 
 class InputError(PortwardError):
     """What an operator wrote is wrong: names file, line, field and what would be right. Exit code 2."""
@@ -31,8 +37,21 @@ class InputError(PortwardError):
     ) -> None:
         """`file` as the operator named it, `line` counted from 1, `field` as a path (`attachments[3].address`)."""
         self.problem, self.file, self.line, self.field = problem, file, line, field
+        # Further mistakes of the same documents.
+        self.others: tuple[InputError, ...] = ()
         place = f"{file}:{line}" if file and line else file
         super().__init__(": ".join(part for part in (place, field, problem) if part))
+
+    def lines(self) -> list[str]:
+        """See `PortwardError`."""
+        return [str(self), *map(str, self.others)]
+
+
+def together(mistakes: Sequence[InputError]) -> InputError:
+    """Several mistakes, at least one, as one error: that of the first."""
+    first = mistakes[0]
+    first.others = tuple(mistakes[1:])
+    return first
 
 
 class StoreError(PortwardError):

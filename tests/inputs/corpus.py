@@ -56,6 +56,14 @@ def portward(*arguments: str) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def first_line(text: str) -> str:
+    """The first of the lines that a text is, each of printable characters: one for each mistake."""
+    first, *others = text.removesuffix("\n").split("\n")
+    for line in others:
+        one_line(line)
+    return one_line(first)
+
+
 def one_line(text: str) -> str:
     """The one line of printable characters that a text is."""
     line = text.removesuffix("\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inputs.corpus import Case, Result, cases, one_line, portward
+from inputs.corpus import Case, Result, cases, first_line, portward
 from inputs.held import Held, hold
 from portward import config as configuration
 
@@ -29,9 +29,9 @@ def name(case: Case) -> str:
 
 
 def refused(result: Result, case: Case, told: str) -> None:
-    """The one line on stderr, and the exit code of bad input."""
+    """The first line on stderr, and the exit code of bad input."""
     assert result.code == 2
-    line = one_line(result.stderr)
+    line = first_line(result.stderr)
     assert (
         line.removeprefix("portward: ").replace(str(case.path), "FILE").replace(str(case.path.parent), "FOLDER")
         == told

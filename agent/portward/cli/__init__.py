@@ -30,12 +30,12 @@ def main() -> None:
 
 
 def _outcome() -> tuple[int, str]:
-    """Runs what the command line says. Gives the exit code, and a problem in words if there is one."""
+    """Runs what the command line says. Gives the exit code, and what is wrong, a line for each problem."""
     try:
         code = _run()
         streams.flush()
     except PortwardError as error:
-        return error.exit_code, _after_writing(str(error))
+        return error.exit_code, _after_writing("\n".join(error.lines()))
     except KeyboardInterrupt:
         return 130, ""
     except streams.OutputError as error:
@@ -77,7 +77,8 @@ def _after_writing(problem: str) -> str:
 def _complain(problem: str) -> None:
     # Standard error may be gone too: then the exit code says it.
     with contextlib.suppress(streams.OutputError):
-        streams.say(f"portward: {problem}", err=True)
+        for line in problem.splitlines():
+            streams.say(f"portward: {line}", err=True)
 
 
 def _finish() -> None:

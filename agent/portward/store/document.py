@@ -128,9 +128,19 @@ class Document(ABC):
 
     def records(self) -> Iterator[tuple[Steps, Record]]:
         """Each record and the steps to it; raises InputError at one that cannot be read."""
+        for steps, record in self.each():
+            if isinstance(record, InputError):
+                raise record
+            yield steps, record
+
+    def each(self) -> Iterator[tuple[Steps, Record | InputError]]:
+        """Each record, or why it cannot be read, and the steps to it."""
         for kind in KINDS:
             for place, item in enumerate(getattr(self._lists(), kind)):
-                yield (kind, place), self._record(kind, place, item)
+                try:
+                    yield (kind, place), self._record(kind, place, item)
+                except InputError as error:
+                    yield (kind, place), error
 
     def mistake(self, problem: str, *steps: str | int) -> InputError:
         """The error for a field of this document."""

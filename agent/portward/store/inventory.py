@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from typing import Final
 from uuid import UUID
 
 from msgspec.structs import replace
 
 from portward.characters import unshown
 from portward.documents import Steps, brief
-from portward.errors import InputError
+from portward.errors import InputError, together
 from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
 from portward.store.document import Document, read_document
 from portward.store.protocol import Progress, encode, key_of
 from portward.validity import INSTANTS, flaws
+
+# How many mistakes of an inventory are reported.
+_MOST_MISTAKES: Final = 20
 
 
 class Inventory:
@@ -26,7 +30,7 @@ class Inventory:
     the offers and subscriptions that they name, each with the key of the first record that does."""
 
     def __init__(self, documents: Sequence[Document], progress: Progress | None = None) -> None:
-        """Checks what a record and the records together can show; raises InputError at the first mistake.
+        """Checks what a record and the records together can show; raises InputError, with up to 20 mistakes.
         `progress` hears how many records were taken so far."""
         self._documents = documents
         self.records: dict[str, str] = {}
@@ -34,16 +38,28 @@ class Inventory:
         self.subscriptions: dict[UUID, str] = {}
         # The latest start of a machine, and the key of its record.
         self.latest_start: tuple[datetime, str] | None = None
+        found: list[InputError] = []
         for document in documents:
-            for steps, record in document.records():
-                for field, problem in mistakes(record):
-                    raise document.mistake(problem, *steps, field)
-                key = key_of(record)
-                if key in self.records:
-                    raise document.mistake(f"{key} stands in {self._first_place(key)} already", *steps)
-                self._take(key, record)
-                if progress is not None and len(self.records) % 10_000 == 0:
+            for steps, record in document.each():
+                wrong = record if isinstance(record, InputError) else self._mistake_of(document, steps, record)
+                if wrong is not None:
+                    found.append(wrong)
+                    if len(found) == _MOST_MISTAKES:
+                        raise together(found)
+                elif progress is not None and len(self.records) % 10_000 == 0:
                     progress(len(self.records))
+        if found:
+            raise together(found)
+
+    def _mistake_of(self, document: Document, steps: Steps, record: Record) -> InputError | None:
+        """Takes a record; gives its first mistake instead if it has one."""
+        for field, problem in mistakes(record):
+            return document.mistake(problem, *steps, field)
+        key = key_of(record)
+        if key in self.records:
+            return document.mistake(f"{key} stands in {self._first_place(key)} already", *steps)
+        self._take(key, record)
+        return None
 
     def mistake(self, key: str, problem: str, *fields: str) -> InputError:
         """The error for a field of the record under `key`."""
@@ -63,8 +79,8 @@ class Inventory:
 
     def _first(self, key: str) -> tuple[Document, Steps]:
         for document in self._documents:
-            for steps, record in document.records():
-                if key_of(record) == key:
+            for steps, record in document.each():
+                if not isinstance(record, InputError) and key_of(record) == key:
                     return document, steps
         raise KeyError(key)
 
