@@ -26,11 +26,12 @@ from portward.gateway import mark, ruleset, xtables
 from portward.gateway.around import Lookout
 from portward.gateway.counts import Counts, Owner
 from portward.gateway.elements import KernelElements
-from portward.gateway.keeper import Keeper
+from portward.gateway.keeper import Keeper, hearing
 from portward.gateway.learned import Element, Learned, Source
 from portward.gateway.links import Links
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.notices import Heard
 from portward.gateway.others import Others
 from portward.gateway.rates import Rates
 from portward.gateway.ruleset import Rated
@@ -60,7 +61,7 @@ class Core:
         """Opens kernel and table; changes nothing in the kernel. `on_kernel` runs work on the kernel thread.
         Runs on that thread itself. Raises KernelError or TableError."""
         self._netlink = NfNetlink()
-        self._nft = Nft(self._netlink.generation)
+        self._nft = Nft(self._netlink.generation, self._netlink.transact)
         self._ask_privilege()
         self.native = xtables.has_native_queue(self._nft)
         if not self.native:
@@ -70,6 +71,8 @@ class Core:
         self.clock = Clock(None if head is None else head.decided())
         self._counting = NfNetlink()
         self._watching = NfNetlink()
+        # For the kernel thread, which reads it when it looks: nothing wakes for it.
+        self._notices = hearing(self.own_ports) if self._nft.compiles else None
         self._counted_elements = KernelElements(self._counting)
         self._counted = Learned(self._counted_elements)
         self._counting_reader = self._writer.reader()
@@ -90,6 +93,7 @@ class Core:
             selfcheck=self.selfcheck,
             under_way=self._under_way,
             count=self._count_last,
+            notices=None if self._notices is None else self._notices.read,
         )
         self._intake = Intake(config, self._writer, self.clock, self._dataplane, self._under_way, on_kernel)
         self._first: First | None = None
@@ -108,6 +112,8 @@ class Core:
         self._netlink.close()
         self._counting.close()
         self._watching.close()
+        if self._notices is not None:
+            self._notices.close()
 
     # --- the start, in this order ---
 
@@ -191,12 +197,17 @@ class Core:
 
     # --- the thread that waits ---
 
-    def at_rest(self) -> bool:
-        """Whether `check` has nothing to do. It is asked on the thread that waits, so that the kernel thread is
-        woken for a reason only."""
+    def own_ports(self) -> tuple[int, ...]:
+        """The addresses of the sockets whose transactions are ours."""
+        return (self._netlink.port,) if self._nft.compiles else ()
+
+    def at_rest(self, heard: Heard | None = None) -> bool:
+        """Whether `check` has nothing to do, by what was `heard` since the last time. It is asked on the thread
+        that waits, so that the kernel thread is woken for a reason only. Without `heard` it is
+        asked on the kernel thread."""
         with contextlib.suppress(OSError, KernelError):
             due = self.broken or self._dataplane.behind or self._dataplane.unwatched
-            return not due and self.keeper.at_rest(self._watching)
+            return not due and self.keeper.at_rest(self._watching, heard)
         return False
 
     @property
@@ -385,7 +396,7 @@ class Core:
 
     def _ask_privilege(self) -> None:
         try:
-            self._nft.check(f"add table {ruleset.FAMILY_TABLE}\n")
+            self._nft.check("", f"add table {ruleset.FAMILY_TABLE}\n")
         except KernelError as error:
             raise KernelError(
                 f"the kernel takes no ruleset from this process (root or CAP_NET_ADMIN?): {error}"

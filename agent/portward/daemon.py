@@ -31,9 +31,9 @@ from portward.core import Core
 from portward.errors import PortwardError
 from portward.faults import Faults, Step
 from portward.gateway import workers
+from portward.gateway.keeper import hearing
 from portward.gateway.links import Links
 from portward.gateway.namespacelock import NamespaceLock
-from portward.gateway.notices import Notices
 from portward.gateway.workers import Worker
 from portward.linkfeed import LinkFeed, followed
 from portward.metricsserver import MetricsServer
@@ -47,12 +47,11 @@ from portward.store.flips import HeldError
 from portward.table.database import put_aside
 from portward.threads import Threads
 from portward.ticks import readable, until_tick
+from portward.vigil import Vigil
 
 # What is done again and again is done at the same moments: a process that wakes finds its caches cold, and what it
 # does then costs several times as much as when it is awake already.
-_CHECK_SECONDS: Final = 0.5
 _STATUS_SECONDS: Final = 1.0
-_CHECK_PAUSE: Final = 0.01
 # The store's bell wakes at once; the poll is for a store that changed without it, or came back.
 _POLL_SECONDS: Final = 1.0
 _SWITCH_SECONDS: Final = 0.0005
@@ -348,20 +347,10 @@ class Daemon:
         settings.leave(self._path, self._core.config, self._core.preset)
 
     async def _keep_ruleset(self) -> None:
-        """Looks at the ruleset when the kernel says that one was changed, and in any case again and again: notices
-        can be lost."""
-        with contextlib.closing(Notices()) as notices:
-            while True:
-                await readable(notices.fileno(), until_tick(_CHECK_SECONDS))
-                notices.drain()
-                await self._faults.run(Step.RULESET, self._check, None)
-
-    async def _check(self) -> None:
-        # After a check that failed half-way, the numbers that `at_rest` compares say nothing.
-        if self._faults.failing(Step.RULESET) or not self._core.at_rest():
-            await self._kernel_step(self._core.check)
-            # Somebody who writes rules all the time must not keep the core from everything else.
-            await asyncio.sleep(_CHECK_PAUSE)
+        """Looks at the ruleset when the kernel says that something of it was changed, and in any case again and
+        again."""
+        with contextlib.closing(hearing(self._core.own_ports)) as notices:
+            await Vigil(self._core, self._kernel_step, notices, self._faults).keep()
 
     async def _write_status(self) -> None:
         while True:

@@ -30,6 +30,7 @@ from portward.gateway.lessons import Lessons
 from portward.gateway.links import Links, only_ports
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.notices import Heard
 from portward.gateway.others import Watch
 from portward.gateway.rates import Bucket, Rates
 from portward.gateway.surroundings import NOTHING, Surroundings
@@ -65,15 +66,16 @@ class Dataplane:
         selfcheck: SelfCheck,
         under_way: UnderWay,
         count: Callable[[list[Element]], None],
+        notices: Callable[[], Heard] | None = None,
     ) -> None:
         """`config` and `preset` are those in force. `native`: the kernel has nft_queue. `reader` belongs to the
-        kernel thread alone. `count` takes elements that are about to be forgotten."""
+        kernel thread alone. `count` takes elements that are about to be forgotten. `notices` as for `Keeper`."""
         self.config, self.preset, self.native = config, preset, native
         self._nft, self._netlink, self._reader = nft, netlink, reader
         self._selfcheck, self._under_way = selfcheck, under_way
         elements = KernelElements(netlink, nft.committing)
         self.learned = Learned(elements)
-        self.keeper = Keeper(nft, netlink, self.learned)
+        self.keeper = Keeper(nft, netlink, self.learned, notices)
         self.rates_seen: dict[Source, Bucket] = {}
         self._rates = Rates(elements)
         self.enforcement = Enforcement(self.keeper, self.learned, self.want, count, self._rates, self.rate)

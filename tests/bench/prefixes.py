@@ -129,7 +129,7 @@ class Gateway:
         self.enforcement.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
         self.enforcement.start(1)
         # The daemon listens to changes, so the kernel writes a notice for each element.
-        self._notices = Notices()
+        self._notices = Notices(())
         self._generation = 1
 
     def times_ms(self, case: Case) -> tuple[float, float]:

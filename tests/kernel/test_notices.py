@@ -1,59 +1,152 @@
-"""The kernel's notices of changed rulesets arrive, however many there are."""
+"""The kernel's notices of changed rulesets say what matters, however many there are."""
 
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator
-from contextlib import closing
+import socket
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from kernel.conftest import lab_name
-from portward.gateway.notices import Notices
+from portward.gateway.keeper import CLOSED, hearing
+from portward.gateway.netlink import attribute, string
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.notices import LOST, NOTHING, Heard, Notices
+from portward.gateway.ruleset import TABLE
 from portward.lab import namespaces
 
+THEIRS = """
+table ip theirs {
+  set numbers { type inet_service; }
+  map names { type inet_service : verdict; }
+  chain one {
+    counter
+  }
+}
+"""
+OTHERS, GAINED, GONE = Heard(others=True), Heard(gained=True, others=True), Heard(gone=True, others=True)
+OURS = Heard(ours=True, others=True)
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture
 def namespace() -> Iterator[str]:
-    """An empty network namespace."""
+    """A network namespace with another program's table and ours."""
     name = lab_name()
     namespaces.make(name)
+    namespaces.load(
+        name, f"{THEIRS}table inet {TABLE} {{\n set allow4 {{ type ipv4_addr; }}\n chain screen {{ }}\n}}"
+    )
     yield name
     namespaces.remove(name)
 
 
 @pytest.fixture
-def notices(namespace: str) -> Iterator[Notices]:
+def own(namespace: str) -> Iterator[NfNetlink]:
+    """A socket of ours in that namespace."""
+    with namespaces.inside(namespace):
+        found = NfNetlink()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def notices(namespace: str, own: NfNetlink) -> Iterator[Notices]:
     """What hears of that namespace."""
     with namespaces.inside(namespace):
-        found = Notices()
-    with closing(found):
-        yield found
+        found = hearing(lambda: (own.port,), receive_bytes=0)
+    yield found
+    found.close()
 
 
-def heard(notices: Notices, seconds: float) -> bool:
-    """Whether there is a notice within so many seconds."""
-    return bool(select.select([notices], [], [], seconds)[0])
+def waiting(notices: Notices) -> bool:
+    """Whether there is a notice. The kernel sends it before the program that changed something goes on."""
+    return bool(select.select([notices], [], [], 0)[0])
 
 
-def nft(namespace: str, text: str) -> None:
-    """Changes the namespace's rules."""
+@pytest.mark.parametrize(
+    ("text", "heard"),
+    [
+        ("add element ip theirs numbers { 7 }", OTHERS),
+        ("add element ip theirs numbers { 7 }\ndelete element ip theirs numbers { 7 }", OTHERS),
+        ("add table ip more\nadd chain ip more one\nadd rule ip more one counter", OTHERS),
+        ("add set ip theirs more { type ipv4_addr; }", OTHERS),
+        (
+            "add chain ip theirs two\nadd rule ip theirs two drop\nadd element ip theirs names { 7 : goto two }",
+            OTHERS,
+        ),
+        ("add chain ip theirs hooked { type filter hook forward priority 0; }", GAINED),
+        ("add chain ip theirs nat { type nat hook prerouting priority -100; }", GAINED),
+        ("add rule ip theirs one tcp dport set 25", GAINED),
+        ("flush chain ip theirs one", GONE),
+        ("delete table ip theirs", GONE),
+        ("flush set ip theirs numbers", NOTHING),
+        (f"add table ip {TABLE}", OTHERS),
+        (f"add element inet {TABLE} allow4 {{ 10.0.0.1 }}", OURS),
+        (f"flush chain inet {TABLE} screen\nadd rule inet {TABLE} screen accept", OURS),
+        (f"add chain inet {TABLE} extra", OURS),
+        (f"add table inet {CLOSED}", OURS),
+        (f"add element ip theirs numbers {{ 7 }}\nadd element inet {TABLE} allow4 {{ 10.0.0.1 }}", OURS),
+    ],
+)
+def test_a_notice_says_what_was_changed(namespace: str, notices: Notices, text: str, heard: Heard) -> None:
+    assert not waiting(notices)
     namespaces.load(namespace, text)
+    assert notices.read() == heard
+    assert notices.read() == NOTHING
+    assert not waiting(notices)
 
 
-def test_a_change_is_heard_and_then_forgotten(namespace: str, notices: Notices) -> None:
-    assert not heard(notices, 0)
-    nft(namespace, "add table inet heard")
-    assert heard(notices, 5)
-    notices.drain()
-    assert not heard(notices, 0.2)
+def test_everything_that_is_flushed_is_heard_of(namespace: str, notices: Notices) -> None:
+    namespaces.load(namespace, "flush ruleset")
+    heard = notices.read()
+    assert heard.ours
+    assert heard.gone
 
 
-def test_more_changes_than_are_kept_are_one(namespace: str, notices: Notices) -> None:
-    nft(namespace, "table inet many {\n set numbers { type inet_service; }\n}")
-    for number in range(300):
-        nft(namespace, f"add element inet many numbers {{ {number} }}\nflush set inet many numbers")
-    notices.drain()
-    assert not heard(notices, 0.2)
-    nft(namespace, "delete table inet many")
-    assert heard(notices, 5)
+def test_our_own_transactions_are_not_heard_of(own: NfNetlink, notices: Notices) -> None:
+    own.commit([(0, attribute(1, string(TABLE))), (3, attribute(1, string(TABLE)) + attribute(3, string("more")))])
+    assert waiting(notices)
+    assert notices.read() == NOTHING
+
+
+def test_those_of_another_socket_of_this_process_are(namespace: str, notices: Notices) -> None:
+    with namespaces.inside(namespace):
+        other = NfNetlink()
+    other.commit([(3, attribute(1, string(TABLE)) + attribute(3, string("more")))])
+    other.close()
+    assert notices.read() == OURS
+
+
+def test_a_dry_run_is_not_heard_of(own: NfNetlink, notices: Notices) -> None:
+    own.commit([(0, attribute(1, string("probe")))], dry_run=True)
+    own.barrier()
+    assert not waiting(notices)
+
+
+@pytest.mark.parametrize("last", ["add element ip theirs numbers { 9 }", f"delete table inet {TABLE}"])
+def test_what_is_lost_may_be_anything(namespace: str, notices: Notices, last: str) -> None:
+    """The kernel keeps some hundred kilobytes for a socket that is not read."""
+    for _ in range(6):
+        text = "\n".join(f"add element ip theirs numbers {{ {number} }}" for number in range(20_000, 22_000))
+        namespaces.load(namespace, f"{text}\nflush set ip theirs numbers")
+    namespaces.load(namespace, last)
+    assert notices.read() == LOST
+    assert notices.read() == NOTHING
+    namespaces.load(namespace, "add table ip more")
+    assert notices.read() == OTHERS
+
+
+def test_only_the_kernel_is_believed(
+    namespace: str, notices: Notices, own: NfNetlink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = own._message(10 << 8 | 2, 0, b"\1\0\0\0" + attribute(1, string(TABLE)))
+    with namespaces.inside(namespace), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as forger:
+        forger.sendto(message, (0, 1 << 6))
+    assert notices.read() == NOTHING
+
+
+def test_a_message_that_does_not_begin_with_a_table_may_be_anything() -> None:
+    listening: Callable[[int, bytes], Heard] = Notices(())._message
+    assert listening(12, b"\1\0\0\0" + attribute(2, b"x\0")) == LOST
+    assert listening(12, b"\1\0\0\0") == LOST

@@ -31,6 +31,7 @@ from portward.errors import KernelError, PortwardError
 from portward.gateway import namespacelock
 from portward.gateway.links import Links
 from portward.gateway.namespacelock import LOCK_TABLE, NamespaceLock, NamespaceTakenError
+from portward.gateway.notices import Heard
 from portward.gateway.ruleset import TABLE
 from portward.gateway.tally import Event
 from portward.gateway.workers import Worker
@@ -93,10 +94,12 @@ class Notices:
         """What is watched."""
         return self._theirs
 
-    def drain(self) -> None:
+    def read(self) -> Heard:
         """Reads all."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._theirs, 4096)
+            return Heard(ours=True, others=True)
+        return Heard()
 
     def wake(self) -> None:
         """Says that rules were changed."""
@@ -148,7 +151,7 @@ class Running(Ground):
         monkeypatch.setattr("portward.gateway.probe.Prober.ask", ask)
         monkeypatch.setattr("portward.runtime.faulthandler.enable", lambda _: None)
         monkeypatch.setattr(namespacelock, "NfNetlink", self.kernel.netlink)
-        monkeypatch.setattr(daemon, "Notices", lambda: self.notices)
+        monkeypatch.setattr(daemon, "hearing", lambda *_, **__: self.notices)
         monkeypatch.setattr(daemon, "notify", lambda *words: self.said.extend(words))
 
     def configure(self, **settings: Any) -> None:

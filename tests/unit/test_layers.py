@@ -14,7 +14,7 @@ LAYERS = (
     ("cli", "__main__"),
     ("lab",),
     ("daemon",),
-    ("report", "answering", "linkfeed", "threads", "ending", "ticks", "faults", "rounds"),
+    ("report", "answering", "linkfeed", "threads", "ending", "ticks", "vigil", "faults", "rounds"),
     (
         "core",
         "intake",

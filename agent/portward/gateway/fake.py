@@ -84,8 +84,8 @@ class FakeKernel:
         """A socket to this kernel."""
         return FakeNetlink(self)
 
-    def nft(self, generation: Callable[[], int] | None = None) -> FakeNft:
-        """nftables on this kernel."""
+    def nft(self, generation: Callable[[], int] | None = None, _: object = None) -> FakeNft:
+        """nftables on this kernel, which takes texts as they are."""
         return FakeNft(self, generation or (lambda: self.generation))
 
     # --- faults ---
@@ -204,7 +204,8 @@ class FakeNft(Nft):
         self.left_at: int | None = None
         self.disturbed = False
 
-    def _once(self, text: str, *, dry_run: bool, flags: int = 0) -> str:
+    def _once(self, text: str, *, dry_run: bool, flags: int = 0, debug: int = 0) -> str:
+        assert not debug  # noqa: S101 # nothing is compiled
         try:
             if text.startswith("list table "):
                 return self._listed(text.removeprefix("list table inet "))

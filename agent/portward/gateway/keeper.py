@@ -1,8 +1,8 @@
 """The ruleset is loaded, and stays what was loaded.
 
-The kernel numbers the transactions of all rulesets of a namespace. Where the number has risen by more than
-our own transactions did, somebody else was there, and what is loaded is compared with what we left.
-"""
+The kernel announces each transaction on any ruleset of a namespace, with the tables that it changed. Where
+somebody else changed ours, what is loaded is compared with what we left. Without notices the number of
+transactions is compared: where it has risen by more than our own did, somebody else was there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
 from portward.errors import KernelError
@@ -18,7 +18,9 @@ from portward.gateway import mark, xtables
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.ruleset import FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, replacement
+from portward.gateway.notices import Heard, Notices
+from portward.gateway.others import WRITING
+from portward.gateway.ruleset import FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, head
 from portward.resources import rules
 
 # Seconds from a look to the next one without a reason: a transaction of somebody else between the two readings of
@@ -29,14 +31,29 @@ CLOSED: Final = "portward_closed"  # the table of rules/nftables/closed.nft
 _CLOSED_PORTS: Final = re.compile(r"(?m)^define PORTWARD_CLOSED = .*$")
 NOT_LOADED: Final = "no ruleset of portward is loaded here: nothing is enforced (start `portward run`)"
 
+# What a load of ours announces, or some thousand changes of others, is not more than this. The kernel takes the
+# memory when there are notices.
+_NOTICE_BYTES: Final = 4 << 20
+
 _log = logging.getLogger("portward.ruleset")
+
+
+def hearing(own: Callable[[], Collection[int]], *, receive_bytes: int = _NOTICE_BYTES) -> Notices:
+    """Hears of what others change in our tables, or change in theirs that may turn packets into others, in the
+    network namespace of the calling thread. Raises OSError."""
+    return Notices((TABLE, CLOSED), own, writing=WRITING, receive_bytes=receive_bytes)
 
 
 class Keeper:
     """Owner of the table `inet portward`."""
 
-    def __init__(self, nft: Nft, netlink: NfNetlink, learned: Learned) -> None:
+    def __init__(
+        self, nft: Nft, netlink: NfNetlink, learned: Learned, notices: Callable[[], Heard] | None = None
+    ) -> None:
+        """`notices` gives what others have changed since the last call (`Notices.read`). Without it each
+        transaction of others, whatever it is about, is a reason to look."""
         self._nft, self._netlink, self._learned = nft, netlink, learned
+        self._notices, self._touched = notices, False
         self._fingerprint: bytes | None = None
         self._looked = time.monotonic()
         self.repairs = self.repair_tries = 0
@@ -51,7 +68,8 @@ class Keeper:
             self._load_once(want)
             complete = self._is_known(want)
             self._fingerprint = self._netlink.fingerprint(TABLE, FIXED_SETS)
-            # What was read must be what was loaded: nobody else was there in between.
+            # What was read must be what was loaded: nobody else changed it in between.
+            self._await_notices()
             if complete and not self._disturbed() and self._fingerprint is not None:
                 # In a transaction after the one that made it needless. A process that dies in between leaves both,
                 # and the next one lifts it.
@@ -72,16 +90,16 @@ class Keeper:
 
     def add(self, text: str) -> None:
         """Adds chains to what is loaded, so that they act at once; `load` must follow. Raises KernelError."""
-        self._nft.load(text)
+        self._nft.add(text)
 
     def check(self, want: Wanted) -> None:
         """Asks the kernel whether it would take `want` in place of what is loaded; raises KernelError."""
-        self._nft.check(self._replacement(want))
+        self._nft.check_replacement(self._head(want), want)
 
-    def _replacement(self, want: Wanted) -> str:
+    def _head(self, want: Wanted) -> str:
         same = self._learned.definitions() == want.definitions
         hooks = self._netlink.hooks(TABLE)
-        return replacement(want, self._netlink.sets(TABLE), hooks, same_definitions=same)
+        return head(want, self._netlink.sets(TABLE), hooks, same_definitions=same)
 
     def _load_once(self, want: Wanted) -> None:
         # At a start, and not where somebody else has taken away what this process had loaded.
@@ -93,7 +111,7 @@ class Keeper:
         with contextlib.suppress(KernelError):
             self._learned.know_no_other(want.known)
         try:
-            self._nft.load(self._replacement(want))
+            self._nft.replace(self._head(want), want)
             if not want.native:
                 # A transaction of its own. Until it is there, and if the process dies right here, what the kernel
                 # does not remember is dropped as unjudged.
@@ -102,7 +120,7 @@ class Keeper:
         except KernelError:
             if first and loaded(self._netlink):
                 # Nothing of a ruleset stays behind where there was none; CLOSED does.
-                self._nft.load(f"delete table {FAMILY_TABLE}")
+                self._nft.delete(TABLE)
             self._nft.disturbed = True
             raise
 
@@ -113,20 +131,32 @@ class Keeper:
         if not self._disturbed() and now < self._looked + _LOOK_EVERY:
             return True
         self._looked = now
-        # Who closes the port (portward-baseline, nftables.service, a person) need not have touched our ruleset.
-        if self._netlink.fingerprint(TABLE, FIXED_SETS) != self._fingerprint or closed(self._netlink):
-            return False
-        self._settle()
+        # What others change from here on is a reason to look again.
+        self._touched = False
+        try:
+            # Who closes the port (portward-baseline, nftables.service, a person) need not have touched our
+            # ruleset.
+            if self._netlink.fingerprint(TABLE, FIXED_SETS) != self._fingerprint or closed(self._netlink):
+                return False
+        except InterruptedError:  # others change their rules faster than ours can be read: nobody knows yet
+            self._touched = True
+            return True
+        if self._notices is None:
+            self._settle()
+        else:
+            self._nft.disturbed = False
         return True
 
-    def at_rest(self, netlink: NfNetlink) -> bool:
-        """Whether `intact` would find nothing to look at; costs one message. It may be asked on another thread,
-        with a socket of that thread's own: a transaction of ours at work counts as one of somebody else's."""
-        return (
-            time.monotonic() < self._looked + _LOOK_EVERY
-            and not self._nft.disturbed
-            and netlink.generation() == self._nft.left_at
-        )
+    def at_rest(self, netlink: NfNetlink, heard: Heard | None = None) -> bool:
+        """Whether `intact` would find nothing to look at, by what the caller has `heard` since the last time. It
+        may be asked on another thread, with a socket of that thread's own: without notices it takes one message,
+        and a transaction of ours at work counts as one of somebody else's. Without `heard` the
+        keeper asks its own notices, on its own thread."""
+        if time.monotonic() >= self._looked + _LOOK_EVERY or self._nft.disturbed or self._touched:
+            return False
+        if self._notices is None:
+            return netlink.generation() == self._nft.left_at
+        return not (self._disturbed() if heard is None else heard.ours)
 
     def repair(self, want: Wanted) -> None:
         """Loads the ruleset again and counts it once it is there; raises KernelError."""
@@ -139,10 +169,23 @@ class Keeper:
         return self._learned.epoch() == mark.epoch_of(generation)
 
     def _disturbed(self) -> bool:
-        return self._nft.disturbed or self._netlink.generation() != self._nft.left_at
+        """Whether others may have changed what is ours since `_settle`, or since it was last looked at."""
+        if self._notices is None:
+            return self._nft.disturbed or self._netlink.generation() != self._nft.left_at
+        self._touched |= self._notices().ours
+        return self._touched
 
     def _settle(self) -> None:
         self._nft.disturbed, self._nft.left_at = False, self._netlink.generation()
+        if self._notices is not None:
+            self._notices()
+            self._touched = False
+
+    def _await_notices(self) -> None:
+        """Returns when the notices of all transactions are there that a reading before this can have seen. The
+        kernel sends them before it lets the next transaction begin, and this is one, which changes nothing."""
+        if self._notices is not None:
+            self._netlink.barrier()
 
 
 def loaded(netlink: NfNetlink) -> bool:
@@ -186,7 +229,7 @@ def lift(nft: Nft, netlink: NfNetlink) -> bool:
     """Ends what `close` did. True where there was something to end; raises KernelError."""
     found = closed(netlink)
     if found:
-        nft.load(f"delete table inet {CLOSED}")
+        nft.delete(CLOSED)
     return found
 
 
@@ -194,5 +237,5 @@ def remove(nft: Nft, netlink: NfNetlink) -> bool:
     """Stops enforcing: takes both tables out. True where there was one; raises KernelError."""
     found = loaded(netlink)
     if found:
-        nft.load(f"delete table {FAMILY_TABLE}")
+        nft.delete(TABLE)
     return lift(nft, netlink) or found

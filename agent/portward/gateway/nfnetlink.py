@@ -8,16 +8,19 @@ Integers in attributes are big-endian; an interface index in a key is in host or
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
 from portward.errors import KernelError
 from portward.gateway import setdump
+from portward.gateway.compiled import Message
 from portward.gateway.netlink import (
     HEADER,
     NETLINK_NETFILTER,
@@ -39,13 +42,21 @@ from portward.gateway.setdump import Row, SetElement
 _SUBSYS_NFTABLES: Final = 10
 _NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
 _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 4, 7, 10, 13, 16, 19
+_NEW_TABLE: Final = 0
 _OBJECT_COUNTER, _OBJECT_LIMIT = 1, 4
 _BATCH_BEGIN, _BATCH_END = 16, 17
 # A base chain has one of these types; other chains have none.
 _CHAIN_TYPES: Final = (b"filter\0", b"nat\0", b"route\0")
+# Messages that change something: what they are about, and the attribute that names it.
+_ABOUT: Final = {
+    0: ("table", 1), 2: ("table", 1), 3: ("chain", 3), 5: ("chain", 3), 6: ("a rule in chain", 2),
+    8: ("a rule in chain", 2), 9: ("set", 2), 11: ("set", 2), 12: ("an element of set", 2),
+    14: ("an element of set", 2), 18: ("object", 2), 20: ("object", 2),
+}  # fmt: skip
 _DUMP_INTERRUPTED = 0x10
 _OWNER_FLAG: Final = 2  # NFT_TABLE_F_OWNER
 _DUMP_TRIES: Final = 20
+_DUMP_SECONDS: Final = 0.5
 # asm-generic/socket.h and linux/netlink.h; Python does not name them.
 _SO_SNDBUFFORCE, _SOL_NETLINK, _NETLINK_CAP_ACK = 32, 270, 10
 
@@ -99,6 +110,12 @@ class NfNetlink:
         """Closes the socket."""
         self._socket.close()
 
+    @property
+    def port(self) -> int:
+        """The socket's address, by which the kernel's notices name whose transaction it was."""
+        port: int = self._socket.getsockname()[0]
+        return port
+
     def generation(self) -> int:
         """The number of ruleset transactions, by anyone, in this namespace so far (wraps at 2**32)."""
         for reply in self._request(_GET_GENERATION, b"", 0):
@@ -129,17 +146,39 @@ class NfNetlink:
         return {name for name in found if not name.startswith("__")}
 
     def hooks(self, table: str) -> dict[str, tuple[int, int]]:
-        """The base chains of an inet table, each with its hook and priority."""
+        """The base chains of an inet table, each with its hook and priority, in the order in which they were
+        made."""
         found = {}
-        for reply in self._request(_GET_CHAIN, attribute(1, string(table)), NLM_F_DUMP):
-            attributes = dict(attributes_of(reply))
-            if attributes.get(1) == string(table) and 4 in attributes:
-                hook = dict(attributes_of(attributes[4]))
-                found[attributes[3].rstrip(b"\0").decode()] = (*_U32.unpack(hook[1]), *_I32.unpack(hook[2]))
+        for name, chain, _ in self._own_chains(table):
+            if chain:
+                hook = dict(attributes_of(chain))
+                found[_name(name)] = (*_U32.unpack(hook[1]), *_I32.unpack(hook[2]))
         return found
 
+    def _own_chains(self, table: str) -> list[tuple[bytes, bytes, bytes]]:
+        """Name, hook and policy of each chain of an inet table, in the order in which they were made. The kernel
+        gives the chains of all inet tables, and 20,000 of others take so long that a transaction interrupts each
+        reading. A chain can be missed then, but not the same one in two readings: two that are equal are right.
+        Raises OSError."""
+        named = string(table)
+        before: dict[bytes, tuple[bytes, bytes, bytes]] | None = None
+        until = time.monotonic() + _DUMP_SECONDS
+        for _ in range(_DUMP_TRIES):
+            replies, whole = self._reply(_GET_CHAIN, b"", NLM_F_DUMP, _NFPROTO_INET, NFGEN.size)
+            found = {}
+            for attributes in (dict(attributes_of(reply)) for reply in replies if named in reply):
+                if attributes.get(1) == named:
+                    found[attributes[2]] = (attributes[3], attributes.get(4, b""), attributes.get(5, b""))
+            if whole or found == before:
+                return [found[handle] for handle in sorted(found)]
+            before = found
+            if time.monotonic() > until:
+                break
+        raise _interrupted()
+
     def chains(self) -> Iterator[Chain]:
-        """The base chains of all tables of all families."""
+        """The base chains of all tables of all families. Raises InterruptedError behind the last one if
+        transactions of others have interrupted each reading: then some may be missing."""
         for family, attributes in self._of_all_families(_GET_CHAIN, _CHAIN_TYPES):
             if 4 in attributes:
                 hook = dict(attributes_of(attributes[4]))
@@ -148,7 +187,8 @@ class NfNetlink:
                 yield Chain(family, table, name, type_, number, priority)
 
     def expressions(self, holding: tuple[bytes, ...]) -> Iterator[Expression]:
-        """The expressions of all rules of all families, rule by rule, that hold any of these bytes."""
+        """The expressions of all rules of all families, rule by rule, that hold any of these bytes. Raises as
+        `chains` does."""
         for family, attributes in self._of_all_families(_GET_RULE, holding):
             table, chain = _name(attributes.get(1, b"")), _name(attributes.get(2, b""))
             for _, item in attributes_of(attributes.get(4, b"")):
@@ -160,9 +200,12 @@ class NfNetlink:
     def _of_all_families(self, message: int, holding: tuple[bytes, ...]) -> Iterator[tuple[int, dict[int, bytes]]]:
         """Address family and attributes of each reply to a dump of all families that holds any of these bytes. A
         host can have tens of thousands of chains and rules: to take one apart costs 20 times as much as this."""
-        for reply in self._request(message, b"", NLM_F_DUMP, _NFPROTO_UNSPEC, skip=0):
+        replies, whole = self._replies(message, b"", NLM_F_DUMP, _NFPROTO_UNSPEC, 0)
+        for reply in replies:
             if any(part in reply for part in holding):
                 yield reply[0], dict(attributes_of(reply, NFGEN.size))
+        if not whole:
+            raise _interrupted()
 
     def rules_on(self, table: str, chain: str, set_: str) -> list[int]:
         """The handles of the rules in a chain of an inet table that look a set up, in their order. Raises OSError,
@@ -244,9 +287,11 @@ class NfNetlink:
         return digest.digest()
 
     def _digest_rules(self, digest: blake2b, table: str) -> None:
-        # Chains: table, name, hook and policy (attributes 1, 3, 4, 5). Rules: chain and expressions (2, 4).
-        # Sets: name, flags, key length, timeout (2, 3, 5, 11). The rest changes by itself (handles, use).
-        for message, wanted in ((_GET_CHAIN, (3, 4, 5)), (_GET_RULE, (2, 4)), (_GET_SET, (2, 3, 5, 11))):
+        # Chains: name, hook and policy. Rules: chain and expressions (attributes 2, 4). Sets: name, flags, key
+        # length, timeout (2, 3, 5, 11). The rest changes by itself (handles, use).
+        for chain in self._own_chains(table):
+            digest.update(b"".join(part or b"-" for part in chain))
+        for message, wanted in ((_GET_RULE, (2, 4)), (_GET_SET, (2, 3, 5, 11))):
             for reply in self._request(message, attribute(1, string(table)), NLM_F_DUMP):
                 attributes = dict(attributes_of(reply))
                 if attributes.get(1) == table.encode() + b"\0":
@@ -257,19 +302,29 @@ class NfNetlink:
         """Makes changes (message type, attributes; at least one) to inet tables in one transaction, or with
         `dry_run` only asks whether the kernel would. A new rule goes to the head of its chain. Raises OSError with
         the kernel's errno, and then nothing has changed."""
+        made = [Message(message, _NFPROTO_INET, NLM_F_CREATE, body) for message, body in messages]
+        self.transact(made, dry_run=dry_run)
+
+    def barrier(self) -> None:
+        """Returns once each transaction that was at work has ended, and its notices were sent."""
+        with contextlib.suppress(OSError):
+            self.commit([(_NEW_TABLE, attribute(1, string("portward_probe")))], dry_run=True)
+
+    def transact(self, messages: Iterable[Message], *, dry_run: bool = False) -> None:
+        """Makes changes (at least one) to any tables, like `commit`."""
         begin = self._sequence + 1
         batch = [self._message(_BATCH_BEGIN, NLM_F_REQUEST, NFGEN.pack(0, 0, _SUBSYS_NFTABLES))]
         changes = list(messages)
-        for number, (message, body) in enumerate(changes, 1):
+        for number, (kind, family, own_flags, body) in enumerate(changes, 1):
             # What is refused is answered in any case, so it is enough to ask for the answer to the last.
-            flags = NLM_F_REQUEST | NLM_F_CREATE | (NLM_F_ACK if number == len(changes) else 0)
-            payload = NFGEN.pack(_NFPROTO_INET, 0, 0) + body
-            batch.append(self._message(_SUBSYS_NFTABLES << 8 | message, flags, payload))
+            flags = NLM_F_REQUEST | own_flags | (NLM_F_ACK if number == len(changes) else 0)
+            payload = NFGEN.pack(family, 0, 0) + body
+            batch.append(self._message(_SUBSYS_NFTABLES << 8 | kind, flags, payload))
         last = self._sequence
         if not dry_run:  # what does not come to an end is taken back
             batch.append(self._message(_BATCH_END, NLM_F_REQUEST, NFGEN.pack(0, 0, _SUBSYS_NFTABLES)))
         self._send(b"".join(batch))
-        self._wait(begin, last)
+        self._wait(begin, last, changes)
 
     def _send(self, data: bytes) -> None:
         """Sends a transaction, which goes in one piece, however large; the default buffer takes some 200 kB."""
@@ -282,36 +337,48 @@ class NfNetlink:
         self._sequence += 1
         return HEADER.pack(16 + len(payload), kind, flags, self._sequence, 0) + payload
 
-    def _wait(self, begin: int, last: int) -> None:
+    def _wait(self, begin: int, last: int, messages: list[Message]) -> None:
         """Waits for the kernel's answer to a transaction; raises OSError for the first message that it refused."""
-        refused = 0
+        refused = place = 0
         while True:
             for kind, _, sequence, content in messages_of(self._socket.recv(1 << 17)):
                 if kind != NLMSG_ERROR or sequence < begin:
                     continue
-                refused = refused or -struct.unpack_from("=i", content)[0]
+                code = -struct.unpack_from("=i", content)[0]
+                if code and not refused:
+                    refused, place = code, sequence - begin
                 # An answer to the beginning is about the batch as a whole.
                 if sequence in (begin, last):
                     if refused:
-                        raise OSError(refused, os.strerror(refused))
+                        raise _refusal(refused, messages[place - 1] if place else None)
                     return
 
     def _request(
         self, message: int, body: bytes, flags: int, family: int = _NFPROTO_INET, *, skip: int = NFGEN.size
     ) -> Iterator[bytes]:
         """Sends one request; yields each reply message without its first `skip` bytes, so its attributes if
-        nothing else is said. Raises OSError with the kernel's errno, and EINTR if transactions of others interrupt
-        a dump again and again."""
-        for _ in range(_DUMP_TRIES):
-            replies = self._reply(message, body, flags, family, skip)
-            if replies is not None:
-                yield from replies
-                return
-        raise OSError(errno.EINTR, "the rulesets change faster than they can be read")
+        nothing else is said. Raises OSError with the kernel's errno."""
+        replies, whole = self._replies(message, body, flags, family, skip)
+        if not whole:
+            raise _interrupted()
+        yield from replies
 
-    def _reply(self, message: int, body: bytes, flags: int, family: int, skip: int) -> list[bytes] | None:
-        """Each reply message without its first `skip` bytes; None if a transaction interrupted the dump, so that
-        it mixes what was before and after."""
+    def _replies(self, message: int, body: bytes, flags: int, family: int, skip: int) -> tuple[list[bytes], bool]:
+        """The replies, and whether they are all there. A dump that a transaction of others interrupts is asked for
+        again, 20 times or for half a second."""
+        until, before = time.monotonic() + _DUMP_SECONDS, None
+        for _ in range(_DUMP_TRIES):
+            replies, whole = self._reply(message, body, flags, family, skip)
+            # What is missing in one reading is there in another: two that are equal lack nothing.
+            whole = whole or replies == before
+            if whole or time.monotonic() > until:
+                break
+            before = replies
+        return replies, whole
+
+    def _reply(self, message: int, body: bytes, flags: int, family: int, skip: int) -> tuple[list[bytes], bool]:
+        """Each reply message without its first `skip` bytes; False if a transaction interrupted the dump, so that
+        it mixes what was before and after, and may lack what was there all the time."""
         payload = NFGEN.pack(family, 0, 0) + body
         self._socket.send(self._message(_SUBSYS_NFTABLES << 8 | message, NLM_F_REQUEST | flags, payload))
         many = bool(flags & (NLM_F_DUMP | NLM_F_ACK))
@@ -326,12 +393,25 @@ class NfNetlink:
                     code = -struct.unpack_from("=i", content)[0]
                     if code:
                         raise OSError(code, os.strerror(code))
-                    return replies
+                    return replies, True
                 if kind == NLMSG_DONE:
-                    return None if interrupted else replies
+                    return replies, not interrupted
                 replies.append(content[skip:])
                 if not many:
-                    return replies
+                    return replies, True
+
+
+def _interrupted() -> OSError:
+    return InterruptedError(errno.EINTR, "the rulesets change faster than they can be read")
+
+
+def _refusal(code: int, message: Message | None) -> OSError:
+    """The kernel's refusal of a transaction; a note names the message that it refused."""
+    error = OSError(code, os.strerror(code))
+    if message is not None:
+        what, name = _ABOUT.get(message.kind, (f"message {message.kind}", 2))
+        error.add_note(f"{what} {_name(dict(attributes_of(message.body)).get(name, b''))}".rstrip())
+    return error
 
 
 def _comment(userdata: bytes) -> str:

@@ -10,16 +10,33 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec, TypeAlias
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeAlias
 
 from portward.descriptors import Reserve
 from portward.errors import KernelError
+from portward.gateway import compiled
+from portward.gateway.compiled import Message, UnreadableError
+from portward.gateway.elements import Add, messages
+from portward.gateway.ruleset import Wanted
 from portward.interfaces import encoded
 
-# From nftables/libnftables.h: leave the elements of sets out of listings.
+# From nftables/libnftables.h: leave the elements of sets out of listings; print the messages of a transaction.
 _OUTPUT_TERSE = 1 << 11
+_DEBUG_MNL = 1 << 4
+# Marks and interface indexes are kept in the host's byte order.
+_NUMBER: Final = struct.Struct("=I")
+# Compiled texts that are kept: a repair loads what was loaded before.
+_KEPT: Final = 4
+
+
+# The type of the message with which a transaction begins, as it is printed; a text with a mistake gives none.
+_MESSAGES: Final = b"| 00016 |"
+
+_log = logging.getLogger("portward.ruleset")
 
 
 # A call opens a socket to nf_tables, one to rtnetlink for interfaces, and files of names, one at a time. More are
@@ -45,6 +62,7 @@ def _library() -> ctypes.CDLL:
         None,
         [context, ctypes.c_uint],
     )
+    lib.nft_ctx_output_set_debug.restype, lib.nft_ctx_output_set_debug.argtypes = None, [context, ctypes.c_uint]
     for name in ("nft_ctx_buffer_output", "nft_ctx_buffer_error"):
         getattr(lib, name).restype, getattr(lib, name).argtypes = ctypes.c_int, [context]
     for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
@@ -68,14 +86,24 @@ def _with_descriptors(call: _Call[_P]) -> _Call[_P]:
     return ensured
 
 
+class Transact(Protocol):
+    """Sends a transaction to the kernel; raises OSError, and then nothing has changed (`NfNetlink.transact`)."""
+
+    def __call__(self, messages: list[Message], *, dry_run: bool = False) -> None: ...
+
+
 class Nft:
     """nftables in the network namespace of the thread that makes this object."""
 
-    def __init__(self, generation: Callable[[], int] = int) -> None:
-        """`generation` gives the kernel's number of ruleset transactions (`NfNetlink.generation`). Raises
-        KernelError where libnftables is missing."""
+    _transact: Transact | None = None
+
+    def __init__(self, generation: Callable[[], int] = int, transact: Transact | None = None) -> None:
+        """`generation` gives the kernel's number of ruleset transactions (`NfNetlink.generation`). With `transact`
+        libnftables only compiles what `replace`, `add`, `check` and `delete` are given, so it reads nothing of the
+        kernel's, see `compiled`. Raises KernelError where libnftables is missing."""
         self._lib = _library()
-        self._generation = generation
+        self._generation, self._transact = generation, transact
+        self._kept: dict[str, list[Message]] = {}
         self.reserve = Reserve(_RESERVED)
         # The generation after our last transaction, and whether one of somebody else's came between ours.
         self.left_at: int | None = None
@@ -87,11 +115,12 @@ class Nft:
         self._lib.nft_ctx_buffer_error(context)
         return context
 
-    def _run(self, context: Any, text: str) -> str:
+    def _run(self, context: Any, text: str, *, printed: bool = False) -> str:
+        """What libnftables prints. With `printed` it does not matter what the kernel says to it."""
         failed = self._lib.nft_run_cmd_from_buffer(context, encoded(text))
         errors: bytes = self._lib.nft_ctx_get_error_buffer(context)
         output: bytes = self._lib.nft_ctx_get_output_buffer(context)
-        if failed:
+        if failed and not (printed and _MESSAGES in output):
             raise KernelError(f"nft: {_first_error(_text(errors))}")
         return _text(output)
 
@@ -100,9 +129,71 @@ class Nft:
         with self.committing():
             self._once(ruleset, dry_run=False)
 
-    def check(self, ruleset: str) -> None:
-        """Asks the kernel whether it would take the ruleset, without changing anything; raises KernelError."""
-        self._once(ruleset, dry_run=True)
+    def check(self, ruleset: str, head: str = "") -> None:
+        """Asks the kernel whether it would take the ruleset, after the plain commands in `head`, without changing
+        anything; raises KernelError."""
+        if not self._sent(head, ruleset, dry_run=True):
+            self._once(head + ruleset, dry_run=True)
+
+    def check_replacement(self, head: str, want: Wanted) -> None:
+        """Asks the kernel whether `replace` would work, without changing anything; raises KernelError."""
+        if not self._sent(head, want.fixed, _elements(want), dry_run=True):
+            self._once(head + want.text, dry_run=True)
+
+    def replace(self, head: str, want: Wanted) -> None:
+        """Commits `want` after the plain commands in `head` as one transaction; raises KernelError, and then
+        nothing has changed."""
+        with self.committing():
+            if not self._sent(head, want.fixed, _elements(want)):
+                self._once(head + want.text, dry_run=False)
+
+    def add(self, ruleset: str) -> None:
+        """Commits a text that names nothing but what it defines itself; raises KernelError."""
+        with self.committing():
+            if not self._sent("", ruleset):
+                self._once(ruleset, dry_run=False)
+
+    def delete(self, table: str) -> None:
+        """Deletes a table of family inet; raises KernelError, also if there is none."""
+        with self.committing():
+            if not self._sent(f"delete table inet {table}\n", ""):
+                self._once(f"delete table inet {table}\n", dry_run=False)
+
+    def _sent(
+        self, head: str, text: str, more: list[tuple[int, bytes]] | None = None, *, dry_run: bool = False
+    ) -> bool:
+        """Sends the messages of the plain commands in `head`, of `text`, and `more`; False without `transact`,
+        or if this libnftables prints them in another way. Raises KernelError."""
+        if self._transact is None:
+            return False
+        try:
+            transaction = [*compiled.plain(head), *self._compiled(text), *map(compiled.inet, more or [])]
+        except UnreadableError as error:
+            _log.warning("rulesets are loaded by libnftables itself: %s", error)
+            self._transact = None
+            return False
+        try:
+            self._transact(transaction, dry_run=dry_run)
+        except OSError as error:
+            about = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            raise KernelError(f"nft: Error: Could not process rule: {error.strerror}{about}") from error
+        return True
+
+    def _compiled(self, text: str) -> list[Message]:
+        """The messages of a text. Raises KernelError for one that libnftables does not understand."""
+        if not text:
+            return []
+        if text not in self._kept:
+            printed = self._once(compiled.FETCH_NOTHING + text, dry_run=True, debug=_DEBUG_MNL)
+            self._kept[text] = compiled.messages(printed)
+            for old in list(self._kept)[:-_KEPT]:
+                del self._kept[old]
+        return self._kept[text]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether all transactions of this object are those of `transact`."""
+        return self._transact is not None
 
     def listing(self, table: str) -> str:
         """The table as nft prints it, without the elements of its sets; raises KernelError if there is none."""
@@ -122,15 +213,25 @@ class Nft:
         self.left_at = after
 
     @_with_descriptors
-    def _once(self, text: str, *, dry_run: bool, flags: int = 0) -> str:
+    def _once(self, text: str, *, dry_run: bool, flags: int = 0, debug: int = 0) -> str:
         # A context of its own: `define`s outlive the command in a context.
         context = self._context()
         try:
             self._lib.nft_ctx_set_dry_run(context, dry_run)
             self._lib.nft_ctx_output_set_flags(context, flags)
-            return self._run(context, text)
+            if debug:
+                self._lib.nft_ctx_output_set_debug(context, debug)
+            return self._run(context, text, printed=bool(debug))
         finally:
             self._lib.nft_ctx_free(context)
+
+
+def _elements(want: Wanted) -> list[tuple[int, bytes]]:
+    return [
+        message
+        for set_, numbers in want.numbers.items()
+        for message in messages(Add(set_, [_NUMBER.pack(number) for number in numbers]))
+    ]
 
 
 def _text(said: bytes) -> str:
@@ -142,4 +243,5 @@ def _first_error(errors: str) -> str:
     """The first line of what nft says, and the command that it points at."""
     lines = errors.strip().splitlines() or ["failed without a word"]
     told = lines[0].removeprefix("/dev/stdin:")
-    return f"{told}: {lines[1].strip()}" if len(lines) > 1 and lines[1].strip() else told
+    where = lines[1].strip().removeprefix(compiled.FETCH_NOTHING) if len(lines) > 1 else ""
+    return f"{told}: {where}" if where else told

@@ -10,11 +10,12 @@ Not found here: IPVS, and programs of tc and BPF. Found, but behind the guard: r
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from portward.descriptors import Reserve
 from portward.errors import KernelError
@@ -42,7 +43,9 @@ _DESTINATION: Final = 16
 _PORTS_END: Final = 4
 _TARGET_NAME: Final = 1
 # Bytes of which a rule that writes has at least one: names of expressions, and the header of a source register.
-_WRITING: Final = (b"nat\0", b"redir\0", b"tproxy\0", b"target\0", ATTRIBUTE.pack(8, _SOURCE_REGISTER))
+WRITING: Final = (b"nat\0", b"redir\0", b"tproxy\0", b"target\0", ATTRIBUTE.pack(8, _SOURCE_REGISTER))
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger("portward")
 
@@ -71,11 +74,29 @@ def look(netlink: NfNetlink, legacy: Iterable[Path] | None = None) -> Others:
     """What others have in the network namespace of the calling thread; raises OSError. The rules are read only if
     no chain says enough: a host with kube-proxy has tens of thousands of them, and chains for address translation.
     """
-    chains = [chain for chain in netlink.chains() if not _ours(chain)]
+    read, whole = _read(netlink.chains())
+    chains = [chain for chain in read if not _ours(chain)]
     translating = [*_nat(chains), *_legacy(_LEGACY if legacy is None else legacy)]
     if not translating:
-        translating = list(dict.fromkeys(_rewriting(netlink.expressions(_WRITING))))
-    return Others(tuple(translating), tuple(_beside(chains)))
+        expressions, all_rules = _read(netlink.expressions(WRITING))
+        translating, whole = list(dict.fromkeys(_rewriting(expressions))), whole and all_rules
+    found = Others(tuple(translating), tuple(_beside(chains)))
+    # What was found is there, whatever was missed.
+    if not whole and not found.guard:
+        raise InterruptedError(errno.EINTR, "the rulesets change faster than they can be read")
+    return found
+
+
+def _read(rows: Iterable[_T]) -> tuple[list[_T], bool]:
+    """The rows, and whether they are all that there are: others may change their rules faster than they can be
+    read."""
+    found: list[_T] = []
+    try:
+        for row in rows:
+            found.append(row)  # what was read before an error counts
+    except InterruptedError:
+        return found, False
+    return found, True
 
 
 def seen(netlink: NfNetlink) -> Others:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum, auto
 from ipaddress import IPv4Network, IPv6Network
+from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
 from zlib import crc32
 
@@ -97,6 +98,10 @@ _KNOWN: Final = "known interfaces"
 # Loaded only if `Surroundings.stacked`: the base chain of the file, and its other chains.
 STACKED_HOOKS: Final = {"stacked": (2, -302)}
 _STACKED: Final = ("stacked.nft", ("from_stacked", "stacked_mail"))
+# What the shipped file says of the state of the policy table.
+_ELEMENTS_OF_STATE: Final = re.compile(
+    r"(?m) elements = \{ \$(?:CURRENT_EPOCH|SYNCED) \}|^define (?:CURRENT_EPOCH|SYNCED) = .*\n"
+)
 _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
 
@@ -132,6 +137,10 @@ class Wanted(NamedTuple):
     # The indexes of interfaces for the set KNOWN_INTERFACES. Not in `text`: nft looks each of them up among all
     # interfaces, which takes longer than everything else from some thousand on.
     known: frozenset[int] = frozenset()
+    # The same as `text` in two parts: what does not depend on the state of the policy table, and the elements
+    # that do, by set. Loading the same `fixed` again costs less.
+    fixed: str = ""
+    numbers: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
     @property
     def whole(self) -> str:
@@ -163,20 +172,25 @@ def wanted(
     text += "".join(_probes(config.queue.workers))
     if native:
         text += "".join(map(_native, statements))
+    fixed = _ELEMENTS_OF_STATE.sub("", text)
     text += f"add element {FAMILY_TABLE} coming {_coming(state.generation)}\n"
     if state.unsettled:
         text += f"add element {FAMILY_TABLE} {UNSETTLED} {_indexes(state.unsettled)}\n"
     hooks = HOOKS | TUNNELS_HOOKS
     hooks |= GUARD_HOOKS if surroundings.guard else {}
     hooks |= STACKED_HOOKS if surroundings.stacked else {}
-    return Wanted(text, definitions, statements, native, hooks, surroundings.known)
+    return Wanted(text, definitions, statements, native, hooks, surroundings.known, fixed, _numbers(state))
 
 
 def stacked_alone(config: Config, preset: Preset, surroundings: Surroundings) -> str:
-    """The chains for devices above segments alone, which the kernel takes sooner than the whole ruleset."""
+    """The chains for devices above segments alone, which the kernel takes sooner than the whole ruleset, and
+    what they name of it."""
+    whole = rules("nftables", "portward.nft").read_text()
+    named = "".join(re.findall(r"(?m)^  (?:counter stacked|set internal[46]) .*\n", whole))
+    named = re.sub(r" elements = \S+", "", named)
     return (
         f"define PORTS = {_set(preset.ports)}\ndefine SEGMENTS = {_interfaces(config.segments)}\n"
-        f"{_stacked(surroundings)}"
+        f"table {FAMILY_TABLE} {{\n{named}}}\n{_stacked(surroundings)}"
     )
 
 
@@ -205,7 +219,19 @@ def replacement(
     *,
     same_definitions: bool,
 ) -> str:
-    """One transaction that puts `want` in place of what is loaded, and keeps what the kernel remembers.
+    """One transaction that puts `want` in place of what is loaded, and keeps what the kernel remembers."""
+    return head(want, have_sets, have_hooks, same_definitions=same_definitions) + want.text
+
+
+def head(
+    want: Wanted,
+    have_sets: Iterable[str],
+    have_hooks: Mapping[str, tuple[int, int]],
+    *,
+    same_definitions: bool,
+) -> str:
+    """The commands that make room for `want`, in the same transaction, and keep what the kernel remembers: each
+    line names nothing but a table, a chain or a set.
 
     `have_sets` are the sets of the table now, `have_hooks` its base chains, in the order in which they were made.
     These stay if they stand as they should: removing a hook drops every packet that waits in any queue of the
@@ -232,7 +258,7 @@ def replacement(
     if not same_definitions:
         lines += [f"delete set {FAMILY_TABLE} {name}" for name in sorted(learned & have)]
         lines += [f"delete map {FAMILY_TABLE} {name}" for name in sorted(rates & have)]
-    return "\n".join(lines) + "\n" + want.text
+    return "\n".join(lines) + "\n"
 
 
 def _misplaced(have: Mapping[str, tuple[int, int]], want: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -265,9 +291,7 @@ def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
         "OCTETS4": _set(_first_octets(v4)),
         "OCTETS6": _set(_first_octets(v6)),
         "CURRENT_EPOCH": f"{mark.epoch_of(state.generation) << mark.EPOCH_SHIFT:#010x}",
-        # Else a generation that is far from all that the table was at, or may reach before everything older is
-        # forgotten: whoever waits for one of these must not find it here.
-        "SYNCED": str(state.generation if state.synced else (state.generation + 2**31) % 2**32),
+        "SYNCED": str(_synced(state)),
     }
 
 
@@ -280,6 +304,23 @@ def _tunnels(config: Config, surroundings: Surroundings) -> dict[str, str]:
         protocols |= tunnels.ENCRYPTED_PROTOCOLS
         ports |= tunnels.ENCRYPTED_PORTS | surroundings.encrypted_ports
     return {"TUNNELS": _set(sorted(protocols)), "TUNNEL_PORTS": _set(sorted(ports))}
+
+
+def _numbers(state: State) -> dict[str, tuple[int, ...]]:
+    """The elements of sets that say how the policy table stands."""
+    epoch = mark.epoch_of(state.generation)
+    return {
+        "epoch": (epoch << mark.EPOCH_SHIFT,),
+        "synced": (_synced(state),),
+        "coming": tuple(one << mark.EPOCH_SHIFT for one in mark.coming(epoch)),
+        UNSETTLED: tuple(sorted(state.unsettled)),
+    }
+
+
+def _synced(state: State) -> int:
+    """Unless everything cached agrees with the table, a generation that is far from all that the table was at,
+    or may reach before everything older is forgotten: whoever waits for one of these must not find it here."""
+    return state.generation if state.synced else (state.generation + 2**31) % 2**32
 
 
 def _coming(generation: int) -> str:

@@ -1,0 +1,89 @@
+"""The job that keeps the ruleset as it was loaded: when there is a reason to look at it, and how often.
+
+A notice about our own tables is a reason to look at once. What other programs change in theirs is one only if it
+may turn packets into others, and a program that changes such things all the time must not keep us looking all
+the time. Whatever the notices say, the ruleset is looked at every ten seconds (`Keeper`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol, TypeAlias
+
+from portward.clock import monotonic
+from portward.core import Core
+from portward.faults import Faults, Step
+from portward.gateway.notices import NOTHING, Heard
+from portward.ticks import readable, until_tick
+
+_CHECK_SECONDS: Final = 0.5
+# Between two looks, in seconds: somebody who writes our rules all the time must not keep the core from
+# everything else.
+_PAUSE: Final = 0.01
+# After notices of others that are no reason to look, in seconds. What comes meanwhile is read at once: to wake
+# for each of 200 changes a second would cost 2 % of a core. A change of ours waits no longer than between two
+# looks.
+_OTHERS_PAUSE: Final = 0.01
+# A look for what others do takes longer the more they have. It is made again after so many times as long as it
+# took: if packets may not be judged again yet, and at most this many seconds later; and if only something has
+# gone.
+_SHARE, _LONGEST_PAUSE = 10, 0.5
+_GONE_SHARE, _GONE_PAUSE = 50, 1.0
+
+
+class Listening(Protocol):
+    """What hears of changes (`Notices`)."""
+
+    def fileno(self) -> int:
+        """A descriptor that can be read after a change."""
+
+    def read(self) -> Heard:
+        """What has changed since the last time."""
+
+
+# Runs work on the kernel thread.
+OnKernel: TypeAlias = Callable[[Callable[[], None]], Awaitable[None]]
+
+
+class Vigil:
+    """Calls `Core.check` on the kernel thread when there is a reason."""
+
+    def __init__(self, core: Core, kernel: OnKernel, notices: Listening, faults: Faults) -> None:
+        self._core, self._kernel, self._notices, self._faults = core, kernel, notices, faults
+        self._owed = NOTHING
+        # From when on a reason that is no change of ours counts, by the monotonic clock.
+        self._next = self._next_gone = 0.0
+
+    async def keep(self) -> None:
+        """Never ends."""
+        while True:
+            await readable(self._notices.fileno(), until_tick(_CHECK_SECONDS))
+            heard = self._notices.read()
+            self._owed |= heard
+            await self._faults.run(Step.RULESET, lambda heard=heard: self._step(heard), None)  # type: ignore[misc]
+            if heard.others:
+                await asyncio.sleep(_OTHERS_PAUSE)
+
+    async def _step(self, heard: Heard) -> None:
+        # After a look that failed half-way, what `at_rest` compares says nothing.
+        failed = self._faults.failing(Step.RULESET)
+        if failed or self._is_due(heard) or not self._core.at_rest(heard._replace(ours=False)):
+            await self._look()
+
+    def _is_due(self, heard: Heard) -> bool:
+        """Whether there is a reason to look now. What the kernel has dropped may be anything: it counts as a
+        change of ours, within the limit of the other reasons."""
+        now, owed = monotonic(), self._owed
+        if heard.ours and not heard.lost:
+            return True
+        urgent = owed.lost or (owed.gained and not self._core.guarded)
+        return (urgent and now >= self._next) or ((owed.gained or owed.gone) and now >= self._next_gone)
+
+    async def _look(self) -> None:
+        self._owed = NOTHING
+        began = monotonic()
+        await self._kernel(self._core.check)
+        now = monotonic()
+        self._next = now + min(max(_PAUSE, _SHARE * (now - began)), _LONGEST_PAUSE)
+        self._next_gone = now + max(_GONE_PAUSE, _GONE_SHARE * (now - began))
+        await asyncio.sleep(_PAUSE)

@@ -1,0 +1,326 @@
+"""A gateway on which other programs change their own nftables all the time: nothing waits for them to be still."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from kernel.conftest import ALLOWED, Gateway, lab_name, running_gateway
+from kernel.foreign import crowd, traffic
+from portward.config import Config
+from portward.errors import KernelError
+from portward.gateway import compiled, ruleset
+from portward.gateway.elements import KernelElements
+from portward.gateway.keeper import Keeper, hearing
+from portward.gateway.learned import Learned
+from portward.gateway.netlink import attribute, string
+from portward.gateway.nfnetlink import NfNetlink
+from portward.gateway.nft import Nft
+from portward.gateway.ruleset import FIXED_SETS, TABLE, State, Wanted
+from portward.gateway.surroundings import NOTHING
+from portward.lab import namespaces
+from portward.lab.agent import until
+from portward.lab.topology import CONTOSO, FABRIKAM
+from portward.policy import preset as presets
+
+CONFIG = Config(segments=("vni*", "tap?"), uplinks=("up0",))
+AZURE = presets.load("azure-2020")
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway with 200 changes a second by others, from before its start to its end."""
+    place = running_gateway(tmp_path_factory.mktemp("foreign"))
+    gateway = place.__enter__()
+    try:
+        gateway.agent.stop()
+        namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", TABLE])
+        with traffic(gateway.lab.gateway) as process:
+            gateway.agent.start()
+            yield gateway
+            assert process.poll() is None, "it changed something all the time"
+    finally:
+        place.__exit__()
+
+
+def test_the_agent_starts_and_enforces(crowded: Gateway) -> None:
+    assert crowded.passes(CONTOSO, "10.0.0.4")
+    assert not crowded.passes(FABRIKAM, "10.0.0.4")
+    assert crowded.agent.metrics()["portward_ruleset_broken"] == 0
+
+
+def test_new_sources_are_judged_and_a_revocation_is_enforced(crowded: Gateway) -> None:
+    for number in range(1, 6):
+        crowded.source(CONTOSO, f"10.0.7.{number}", ALLOWED)
+        assert crowded.passes(CONTOSO, f"10.0.7.{number}")
+        assert not crowded.passes(CONTOSO, f"10.0.8.{number}")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        f"delete table inet {TABLE}",
+        f"flush chain inet {TABLE} screen",
+        f"insert rule inet {TABLE} screen accept",
+        f"flush set inet {TABLE} internal4",
+        f"add table inet {TABLE} {{ flags dormant; }}",
+    ],
+)
+def test_damage_is_repaired_within_a_second(crowded: Gateway, damage: str) -> None:
+    with namespaces.inside(crowded.lab.gateway):
+        netlink = NfNetlink()
+    try:
+        before = netlink.fingerprint(TABLE, FIXED_SETS)
+        assert before is not None
+        repairs = crowded.agent.metrics()["portward_ruleset_repairs_total"]
+        namespaces.load(crowded.lab.gateway, damage)
+        until(lambda: unchanged(netlink, before), "the ruleset is back", seconds=1)
+        until(lambda: crowded.agent.metrics()["portward_ruleset_repairs_total"] == repairs + 1, "it is counted")
+        assert crowded.passes(CONTOSO, "10.0.0.4")
+        assert not crowded.passes(FABRIKAM, "10.0.0.4")
+    finally:
+        netlink.close()
+
+
+def unchanged(netlink: NfNetlink, before: bytes) -> bool:
+    """Whether the ruleset is as it was."""
+    return netlink.fingerprint(TABLE, FIXED_SETS) == before
+
+
+def test_nothing_is_repaired_that_nobody_has_damaged(crowded: Gateway) -> None:
+    before = crowded.agent.metrics()
+    # The next of the looks that are made without a reason, every ten seconds.
+    time.sleep(11)
+    after = crowded.agent.metrics()
+    assert after["portward_ruleset_repairs_total"] == before["portward_ruleset_repairs_total"]
+    assert (
+        after['portward_divergence_total{kind="ruleset"}'] == before['portward_divergence_total{kind="ruleset"}']
+    )
+
+
+def test_a_chain_that_translates_loads_the_guard(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as gateway:
+        place = gateway.lab.gateway
+        namespaces.run(place, ["nft", "delete", "table", "inet", "lab"])
+        until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 0, "no guard without a reason")
+        with traffic(place):
+            namespaces.load(place, "table ip nat { chain pre { type nat hook prerouting priority -100; }; }")
+            until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 1, "the guard")
+            namespaces.load(place, "delete table ip nat")
+            until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 0, "the guard goes", seconds=15)
+
+
+# --- the ruleset as libnftables compiles it ---
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    """An empty network namespace, in which the test's own thread is."""
+    name = lab_name()
+    namespaces.make(name)
+    with namespaces.inside(name):
+        yield name
+    namespaces.remove(name)
+
+
+def want(generation: int = 9, *, guard: bool = True, stacked: frozenset[int] = frozenset((1,))) -> Wanted:
+    """A ruleset with all its parts."""
+    state = State(generation, synced=True, unsettled=frozenset((77,)))
+    around = NOTHING._replace(guard=guard, stacked=stacked)
+    return ruleset.wanted(CONFIG, AZURE, native=False, state=state, surroundings=around)
+
+
+def listing(namespace: str) -> str:
+    """Everything in the namespace, as nft lists it."""
+    return namespaces.run(namespace, ["nft", "-s", "list", "ruleset"]).stdout
+
+
+def test_what_is_compiled_is_what_libnftables_loads(namespace: str) -> None:
+    netlink = NfNetlink()
+    direct, compiling = Nft(), Nft(netlink.generation, netlink.transact)
+    wanted = want()
+    direct.replace("", wanted)
+    expected, print_ = listing(namespace), netlink.fingerprint(TABLE, FIXED_SETS)
+    direct.load(f"delete table inet {TABLE}\n")
+    compiling.replace("", wanted)
+    assert compiling.compiles
+    assert listing(namespace) == expected
+    assert netlink.fingerprint(TABLE, FIXED_SETS) == print_
+    compiling.delete(TABLE)
+    assert listing(namespace) == ""
+    netlink.close()
+
+
+def test_tables_of_others_stay_when_ours_is_compiled(namespace: str) -> None:
+    """Also those of family arp, which the line that makes libnftables fetch nothing names."""
+    namespaces.load(namespace, "table arp theirs {\n chain a {\n }\n}\ntable ip theirs {\n chain b {\n }\n}\n")
+    before = listing(namespace)
+    netlink = NfNetlink()
+    nft = Nft(netlink.generation, netlink.transact)
+    nft.replace("", want())
+    nft.delete(TABLE)
+    assert listing(namespace) == before
+    netlink.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("table inet portward {\n chain a {\n  tcp dprt 25\n }\n}\n", "syntax error"),
+        ("table inet portward {\n chain a {\n  iif @nowhere drop\n }\n}\n", "No such file"),
+        ("table inet portward {\n chain a {\n  tcp dport 65536\n }\n}\n", "Service out of range"),
+    ],
+)
+def test_a_text_with_a_mistake_is_refused_and_changes_nothing(namespace: str, text: str, words: str) -> None:
+    netlink = NfNetlink()
+    nft = Nft(netlink.generation, netlink.transact)
+    with pytest.raises(KernelError, match=words):
+        nft.add(text)
+    assert listing(namespace) == ""
+    assert nft.compiles
+    netlink.close()
+
+
+def test_a_refusal_names_what_the_kernel_refuses(namespace: str) -> None:
+    netlink = NfNetlink()
+    nft = Nft(netlink.generation, netlink.transact)
+    namespaces.load(namespace, "table inet portward {\n set s { type ipv6_addr; }\n}\n")
+    with pytest.raises(KernelError, match=r"File exists \(set s\)"):
+        nft.add("table inet portward {\n set s { type ipv4_addr; }\n}\n")
+    netlink.close()
+
+
+def test_a_libnftables_that_prints_otherwise_loads_by_itself(
+    namespace: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A newer one may; it is slower beside others, and enforces as well."""
+    monkeypatch.setattr(compiled, "_ROW", compiled._COLOUR)
+    netlink = NfNetlink()
+    nft = Nft(netlink.generation, netlink.transact)
+    nft.replace("", want())
+    assert not nft.compiles
+    assert "chain screen" in listing(namespace)
+    assert "loaded by libnftables itself" in caplog.text
+    netlink.close()
+
+
+# --- the steps, under much more traffic and beside a large ruleset ---
+
+
+class Place:
+    """The owner of the ruleset in the calling thread's namespace."""
+
+    def __init__(self) -> None:
+        self.netlink = NfNetlink()
+        self.nft = Nft(self.netlink.generation, self.netlink.transact)
+        self.notices = hearing(lambda: (self.netlink.port,))
+        learned = Learned(KernelElements(self.netlink, self.nft.committing))
+        self.keeper = Keeper(self.nft, self.netlink, learned, self.notices.read)
+
+    def close(self) -> None:
+        """Closes the sockets."""
+        self.notices.close()
+        self.netlink.close()
+
+
+@pytest.fixture
+def place(namespace: str) -> Iterator[Place]:
+    """An owner in the empty namespace."""
+    found = Place()
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("rate", [200, 2_000])
+def test_a_load_is_done_at_the_first_try_and_stays(namespace: str, place: Place, rate: int) -> None:
+    with traffic(namespace, rate):
+        for generation in range(1, 21):
+            place.keeper.load(want(generation))
+            assert place.keeper.intact()
+    assert place.keeper.repairs == 0
+
+
+def test_a_chain_that_comes_right_behind_our_load_is_no_part_of_it(
+    namespace: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read after the load must be what was loaded, and not what another program made of it meanwhile."""
+    real, times = place.netlink.fingerprint, list[int]()
+
+    def late(table: str, sets: tuple[str, ...]) -> bytes | None:
+        if table == TABLE and not times:
+            times.append(1)
+            namespaces.load(namespace, f"insert rule inet {TABLE} screen accept")
+        return real(table, sets)
+
+    monkeypatch.setattr(place.netlink, "fingerprint", late)
+    with traffic(namespace):
+        place.keeper.load(want())
+    assert times
+    rules = namespaces.run(namespace, ["nft", "-s", "list", "chain", "inet", TABLE, "screen"]).stdout
+    assert "\t\taccept\n" not in rules
+    assert place.keeper.intact()
+
+
+def test_damage_shows_behind_any_number_of_changes_of_others(namespace: str, place: Place) -> None:
+    place.keeper.load(want())
+    with traffic(namespace):
+        assert place.keeper.intact()
+        namespaces.load(namespace, f"flush chain inet {TABLE} screen")
+        assert not place.keeper.intact()
+        place.keeper.repair(want())
+        assert place.keeper.intact()
+
+
+def test_a_reading_that_others_interrupt_is_no_damage(
+    namespace: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read again; damage shows all the same."""
+    place.keeper.load(want())
+    namespaces.load(namespace, f"add chain inet {TABLE} extra\ndelete chain inet {TABLE} extra")
+
+    def interrupted(*_: object) -> bytes:
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place.netlink, "fingerprint", interrupted)
+        assert place.keeper.intact()
+        assert not place.keeper.at_rest(place.netlink)
+    assert place.keeper.intact()
+    namespaces.load(namespace, f"flush chain inet {TABLE} screen")
+    assert not place.keeper.intact()
+
+
+@pytest.mark.parametrize("family", ["ip", "inet"])
+def test_a_large_ruleset_of_others_that_changes_keeps_no_load(namespace: str, place: Place, family: str) -> None:
+    """libnftables would read the 20,000 chains again after each change, for ever."""
+    crowd(namespace, 20_000, 100_000, family)
+    with traffic(namespace):
+        for generation in range(1, 4):
+            place.keeper.load(want(generation))
+            assert place.keeper.intact()
+        namespaces.load(namespace, f"add chain inet {TABLE} extra")
+        until(lambda: not place.keeper.intact(), "the damage shows")
+        place.keeper.repair(want())
+
+
+def test_the_devices_above_segments_are_closed_before_the_ruleset_is_loaded(namespace: str, place: Place) -> None:
+    place.keeper.load(want(stacked=frozenset()))
+    text = ruleset.stacked_alone(CONFIG, AZURE, NOTHING._replace(stacked=frozenset((1,))))
+    sets = namespaces.run(namespace, ["nft", "list", "set", "inet", TABLE, "internal4"]).stdout
+    with traffic(namespace):
+        place.keeper.add(text)
+    assert "stacked" in place.netlink.hooks(TABLE)
+    assert namespaces.run(namespace, ["nft", "list", "set", "inet", TABLE, "internal4"]).stdout == sets
+
+
+def test_a_set_of_ours_that_others_fill_is_heard_of(namespace: str, place: Place) -> None:
+    place.keeper.load(want())
+    body = attribute(1, string(TABLE)) + attribute(3, string(f"x{uuid4().hex}"))
+    other = NfNetlink()
+    other.commit([(3, body)])
+    other.close()
+    assert not place.keeper.intact()
