@@ -177,7 +177,9 @@ def _from_store(config: Config, segment: str, address: Address) -> Known:
         revision, attachment, subscription, exemption = find(store, segment, address)
     finally:
         store.close()
-    return Known("store (no agent runs here)", revision, attachment, subscription, exemption)
+    # An agent that runs and has no policy yet is reading the store.
+    why = "no agent runs here" if running(config.table) is None else "the agent has no policy yet"
+    return Known(f"store ({why})", revision, attachment, subscription, exemption)
 
 
 def _explanation(

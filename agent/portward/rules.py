@@ -16,6 +16,7 @@ from portward.gateway.around import found
 from portward.gateway.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
+from portward.gateway.queues import states
 from portward.model import Mode
 from portward.paths import from_file, is_path
 from portward.policy import preset as presets
@@ -45,14 +46,17 @@ def without_agent(config: Config) -> str:
         netlink = NfNetlink()
         if (taken := namespacelock.holder(netlink)) is not None:
             return f"{taken}, with another table folder"
-        if keeper.loaded(netlink):
-            passed = config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE
-            return f"known verdicts stay in the kernel, unknown sources are {'passed' if passed else 'dropped'}"
         if keeper.closed(netlink):
             return (
-                f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} stands where no ruleset is "
+                f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} is loaded "
                 "(`portward rules show` names all its ports)"
             )
+        if keeper.loaded(netlink):
+            first = config.queue.first
+            if {state.number for state in states()} & set(range(first, first + config.queue.workers)):
+                return "the workers that it left still answer, by the policy table as it was, for a minute at most"
+            passed = config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE
+            return f"known verdicts stay in the kernel, unknown sources are {'passed' if passed else 'dropped'}"
     except KernelError as error:
         return f"what the kernel enforces is not known: {error}"
     return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"

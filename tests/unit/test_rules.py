@@ -10,6 +10,7 @@ from portward import rules
 from portward.config import Config, OnAgentDown
 from portward.errors import KernelError
 from portward.gateway import keeper
+from portward.gateway.queues import QueueState
 from portward.model import Mode
 
 CONFIG = Config(segments=("vni*",), uplinks=("up0",))
@@ -60,6 +61,7 @@ def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
             "unknown sources are passed",
         ),
         (False, True, CONFIG, "no packet to port 25 is forwarded"),
+        (True, True, CONFIG, "no packet to port 25 is forwarded"),
         (False, False, CONFIG, "NOTHING IS ENFORCED and port 25 is open"),
     ],
 )
@@ -69,7 +71,16 @@ def test_without_an_agent_what_is_said_is_what_the_kernel_does(
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
     monkeypatch.setattr(keeper, "loaded", lambda _: loaded)
     monkeypatch.setattr(keeper, "closed", lambda _: closed)
+    monkeypatch.setattr(rules, "states", list)
     assert told in rules.without_agent(config)
+
+
+def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
+    monkeypatch.setattr(keeper, "loaded", lambda _: True)
+    monkeypatch.setattr(keeper, "closed", lambda _: False)
+    monkeypatch.setattr(rules, "states", lambda: [QueueState(0, 0, 0, 0)])
+    assert rules.without_agent(CONFIG).startswith("the workers that it left still answer")
 
 
 def test_without_an_agent_who_may_not_ask_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
     guard = told.get("guard")
     if guard and guard["loaded"]:
         found.append(f"guard     loaded, what is forwarded is judged again: {'; '.join(guard['why'])}")
+    elif guard and told["ruleset_error"]:
+        found.append("guard     not loaded: no ruleset is")
     elif guard:
         found.append("guard     not loaded: nobody else translates packets here")
     for segment in told["segments"]:
@@ -154,7 +156,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
             f"{counted(segment['packets'], 'packet')} to the judged ports"
             if segment["packets"]
             else (
-                "no packet to the judged ports has passed here yet: does its traffic cross this host's own stack?"
+                "no packet to the judged ports has passed here since the agent's start: does its traffic cross "
+                "this host's own stack?"
             )
         )
         found.append(f"segment   {segment['name']}{' (observed)' if segment['observed'] else ''}: {seen}")

@@ -291,7 +291,7 @@ def _source(facts: Facts, say: Language) -> str:
     if facts.place is Place.TABLE:
         told = say("the running agent's table, revision {n}, {when}", n=facts.revision, when=at)
     else:
-        told = say("the store (no agent runs here), revision {n}, {when}", n=facts.revision, when=at)
+        told = say("the store (no agent here has a policy), revision {n}, {when}", n=facts.revision, when=at)
     told += say(", preset {preset}", preset=facts.preset)
     if facts.other_preset:
         told += say(" as it is now, which the agent has not taken")

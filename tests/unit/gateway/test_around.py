@@ -35,12 +35,14 @@ def test_a_device_above_a_segment_is_logged_once_until_it_is_gone(
 ) -> None:
     answers(monkeypatch, Ports())
     lookout = Lookout()
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.INFO):
         for devices in (BRIDGED, BRIDGED, (), BRIDGED):
             found = lookout.look(devices, CONFIG, NOTHING)
             assert found.stacked == ({2} if devices else set())
             assert len(lookout.warnings) == bool(devices)
-    assert len(caplog.records) == 2
+    levels = [record.levelno for record in caplog.records]
+    assert levels == [logging.ERROR, logging.INFO, logging.ERROR], "that it is gone is logged too"
+    assert caplog.messages[1] == f"no more so: {caplog.messages[0]}"
 
 
 def test_ports_stay_while_the_kernel_does_not_say_them(monkeypatch: pytest.MonkeyPatch) -> None:
