@@ -12,7 +12,7 @@ from scapy.layers.inet import TCP
 from scapy.packet import Packet
 
 from kernel.conftest import Gateway
-from kernel.wire import Seen, segment
+from kernel.wire import Seen, segment, waiting
 from portward.lab import namespaces
 from portward.lab.topology import MAIL4, MAIL6, Tenant
 from portward.model import (
@@ -103,7 +103,7 @@ def arrived(gateway: Gateway, sent: dict[int, tuple[Tenant, Packet]]) -> set[int
         for tenant, packet in sent.values():
             gateway.senders[tenant].send(packet)
         quiet = time.monotonic()
-        while time.monotonic() - quiet < 1.0:
+        while time.monotonic() - quiet < 1.0 or waiting(gateway.lab.gateway):
             for packet in view.packets():
                 if TCP in packet and packet[TCP].seq in sent:
                     found.add(packet[TCP].seq)

@@ -39,7 +39,7 @@ def test_workers_are_asked_through_the_kernel_all_the_time(make_gateway) -> None
     until(lambda: answered(gateway) >= before + 4, "two rounds of queries to two workers, answered")
     events = gateway.agent.metrics()
     assert events['portward_worker_events_total{event="probed"}'] >= 4
-    assert events["portward_self_check_age_seconds"] < 10
+    assert events["portward_self_check_age_seconds"] < 60
     assert sum(status(gateway)["self_check"]["divergences"].values()) == 0  # once: a difference would stay
     until(lambda: "every worker answered" in gateway.agent.portward("status").stdout, "status says so")
 

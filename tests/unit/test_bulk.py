@@ -171,7 +171,7 @@ def test_a_stop_ends_a_child_and_leaves_the_table_as_it_was(
         thread = threading.Thread(target=run)
         thread.start()
         bulk.stop()
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
     assert len(ended) == 1
     after = writer.head()

@@ -119,7 +119,7 @@ def test_a_large_request_to_a_command_that_does_not_read_holds_nobody_up(check: 
 def test_who_takes_too_long_refers_and_is_ended(check: Check, tmp_path: Path) -> None:
     began = time.monotonic()
     found = check(f"echo $$ > {tmp_path}/pid; sleep 60 & echo $! > {tmp_path}/child; {ANSWER}; wait")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50, "it does not wait for the child"
     assert found.result is FraudCheck.REFER
     assert "within 2 s" in found.note
     for name in ("pid", "child"):

@@ -20,7 +20,7 @@ from portward.scrape import Answer, Request
 from portward.snapshot import Snapshot
 from unit.scarce import count, no_descriptors
 
-SECONDS = 20.0
+SECONDS = 60.0
 ANSWER = Answer("200 OK", (("Content-Type", "text/plain"),), b"up 1\n")
 SCRAPE = b"GET /metrics HTTP/1.1\r\n\r\n"
 # More than the sockets of both ends hold.

@@ -142,7 +142,7 @@ def test_the_time_is_that_of_a_faster_clock_by_which_the_agent_decided(tmp_path:
     assert head is not None
     assert abs(TableAccounts(reader, head, AZURE).at - ahead) < timedelta(seconds=1)
     slow = head._replace(decided_at=time.time() - 3600)
-    assert abs(TableAccounts(reader, slow, AZURE).at.timestamp() - time.time()) < 5
+    assert abs(TableAccounts(reader, slow, AZURE).at.timestamp() - time.time()) < 1800, "not an hour ago"
     reader.close()
 
 

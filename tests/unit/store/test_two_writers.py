@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -99,6 +98,4 @@ def test_a_writer_that_dies_in_the_middle_leaves_the_old_state(store: SqliteStor
     with closing(opened(path)) as reader:
         assert (reader.revision(), held(reader)) == (1, texts(CONTOSO))
         assert [change.revision for change in reader.changes(0)] == [1]
-        began = time.monotonic()
         assert write(reader, put(CONTOSO)._replace(body="{}")) == 2
-        assert time.monotonic() - began < 5
