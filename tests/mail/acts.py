@@ -41,6 +41,7 @@ def play(
         )
         checks.hold(f"{refuse_with}: nothing passes after a revocation", late)
         checks.hold(f"{refuse_with}: the counters equal tcpdump's", there.differences(rows))
+        checks.hold(f"{refuse_with}: each packet is counted under its verdict", there.misnamed(rows))
         if refuse_with == "reject":
             checks.hold("reject: 20 connections a second are refused at once", _refusals(there, steady[0]))
             checks.hold("reject: these too are counted", there.differences(rows))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from enum import StrEnum
 from ipaddress import ip_network
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
 
 from mail.clients import CLIENTS, Client, Fate, Said
@@ -36,6 +36,28 @@ class State(StrEnum):
 STATES: Final = {
     "drop": (State.ALLOWED, State.DROPPED, State.LIMITED, State.OBSERVED, State.REVOKED),
     "reject": (State.REJECTED, State.REVOKED),
+}
+
+
+class Verdicts(NamedTuple):
+    """Labels `verdict` of a subscription's counters: those that must be there, and others that may."""
+
+    always: Set[str]
+    sometimes: Set[str] = frozenset()
+
+    @property
+    def all(self) -> Set[str]:
+        """Both."""
+        return self.always | self.sometimes
+
+
+VERDICTS: Final = {
+    State.ALLOWED: Verdicts({"allow"}),
+    State.DROPPED: Verdicts({"deny"}),
+    State.REJECTED: Verdicts({"reject"}),
+    State.LIMITED: Verdicts({"rated"}, {"throttled", "deferred"}),
+    State.OBSERVED: Verdicts({"would_deny"}),
+    State.REVOKED: Verdicts({"allow"}, {"deny", "reject"}),
 }
 EXPECTED: Final = {
     State.ALLOWED: Fate.DELIVERED,

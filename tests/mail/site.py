@@ -13,7 +13,7 @@ from kernel.conftest import lab_name
 from mail.clients import SERVERS, Client
 from mail.ledger import Ledger
 from mail.machines import Machine, Memory
-from mail.rows import Row, State
+from mail.rows import VERDICTS, Row, State
 from mail.wire import Sender, Wire, wire
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
@@ -93,6 +93,14 @@ class Site:
                 f"{row}: tcpdump has {sum(packets.values())} packets, the counters of {segment} "
                 f"{self.ledger.by_verdict(segment)}"
             )
+
+    def misnamed(self, rows: Sequence[Row]) -> Iterator[str]:
+        """Each subscription whose packets are counted under another verdict than they got."""
+        for row in rows:
+            for family, id_ in row.subscriptions.items():
+                counted = self.ledger.by_verdict(str(id_))
+                if not (VERDICTS[row.state].always <= counted.keys() <= VERDICTS[row.state].all):
+                    yield f"{row}, IPv{family}: counted as {counted}"
 
     def unchanged(self) -> list[str]:
         """What the counters have more, by themselves, than before: while nobody sends, for as long as two of their
