@@ -164,7 +164,7 @@ class Gateway(Standing):
         ) as process:  # fmt: skip
             try:
                 assert process.stdout is not None
-                if process.stdout.readline() != b"ready\n":
+                if b"ready\n" not in process.stdout:  # a worker's comes behind an empty line
                     raise RuntimeError(f"{argv[0]} is not ready")
                 yield process.pid
             finally:

@@ -32,12 +32,16 @@ _CLASSES = {
     "scattered": {"allow", "unknown"},
 }
 _DRAW = random.Random(25)
+# A source of each kind, drawn anew.
 _TRAFFIC: dict[str, Callable[[], bytes]] = {
     "unknown": lambda: bytes([_DRAW.randrange(20, 120), *_DRAW.randbytes(3)]),
     "prefix": lambda: bytes([10, _DRAW.randrange(64, 128), *_DRAW.randbytes(2)]),
     "known": lambda: _DRAW.choice(HOSTS),
     "scattered": lambda: _DRAW.choice(SCATTERED).to_bytes(4, "big"),
 }
+
+
+KINDS = tuple(_TRAFFIC)
 
 
 def measure(folder: Path, rounds: int = 11) -> Iterator[Figure]:

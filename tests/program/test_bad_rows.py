@@ -38,7 +38,7 @@ def test_bad_rows_are_named_and_cost_nobody_else(agent: Agent) -> None:
         row("attachments/vni7/10.0.0.1", "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
     )
     until(lambda: told(agent)["number"] == 3, "all three are named")
-    assert agent.metrics()["portward_records_refused_total"] == 3
+    until(lambda: agent.metrics()["portward_records_refused_total"] == 3, "each is counted")
     until(lambda: agent.metrics()["portward_records_unreadable"] == 3, "the gauge says so")
     text = agent.portward("status").stdout
     assert "records   3 RECORDS OF THE STORE CANNOT BE READ" in text

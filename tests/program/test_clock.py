@@ -53,7 +53,7 @@ def test_a_clock_an_hour_ahead_and_back_makes_no_wrong_age(agent: Agent, tmp_pat
         shift(file, seconds)
         until(lambda seconds=seconds: abs(off(agent) - seconds) < 600, "the status is of the new time")  # type: ignore[misc]
         until(lambda: agent.metrics()["portward_self_check_age_seconds"] < 600, "the workers answer")
-        assert 0 <= agent.metrics()["portward_store_age_seconds"] < 600
+        assert 0 <= agent.metrics()["portward_store_age_seconds"] < 600  # once: it must hold at any moment
         text = agent.portward("status").stdout
         found = re.search(r", up ([^,]*), mode", text)
         assert found is not None
