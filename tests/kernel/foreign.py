@@ -78,7 +78,7 @@ def main() -> None:
         for source in sources:
             netlink.transact(next(source))
             done += 1
-            time.sleep(max(0.0, began + done / float(rate) - time.monotonic()))
+            time.sleep(max(0.0, began + done / float(rate) - time.monotonic()))  # pause: the pace of the changes
 
 
 @contextmanager
