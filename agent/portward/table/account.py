@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from operator import attrgetter
 from typing import Final, Literal, TypeAlias
 from uuid import UUID
 
 import msgspec
 
+from portward.limits import time_problem
 from portward.model import Exemption, ExemptionState, Mode, Reason, Subscription, Workload
 from portward.policy.decide import Ruling
 from portward.table import layout
@@ -38,11 +40,20 @@ class Account(msgspec.Struct, frozen=True, gc=False):
             _, id_, subscription, exemption = _decoder.decode(data)
         except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
             raise DamagedError(f"an account cannot be read: {error}") from None
+        if exemption is not None:
+            _check_times(exemption.requested, exemption.decided, exemption.until)
         return cls(
             id_,
             None if subscription is None else Subscription(id=id_, **msgspec.structs.asdict(subscription)),
             None if exemption is None else Exemption(subscription=id_, **msgspec.structs.asdict(exemption)),
         )
+
+
+def _check_times(*times: datetime | None) -> None:
+    """Raises DamagedError for a time that no boundary takes: a bit of the row has turned."""
+    for at in times:
+        if at is not None and (problem := time_problem(at)) is not None:
+            raise DamagedError(f"an account cannot be read: {problem}")
 
 
 # Raised with every change of the positions below. An account of another version is damaged: what one version does

@@ -43,6 +43,7 @@ from typing import Final, NamedTuple
 
 from portward.codes import REASON_BITS, REASON_NUMBER, REASON_OF
 from portward.interfaces import decoded, encoded
+from portward.limits import LAST_TIME
 from portward.model import Network, Reason
 
 FORMAT: Final = 3
@@ -138,7 +139,8 @@ class Head(NamedTuple):
         if len(data) != _HEAD.size:
             return None
         form, revision, generation, answers, decided_at, *rest = _HEAD.unpack(data)
-        if form != FORMAT or not 0 <= decided_at <= _LAST.timestamp():  # no time, after a damage
+        # Else it is no time, after a damage; the agent's clock goes on from it.
+        if form != FORMAT or not 0 <= decided_at <= LAST_TIME.timestamp():
             return None
         return cls(revision, generation, bool(answers & 1), bool(answers & 2), decided_at, *rest)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -296,7 +296,15 @@ def test_a_new_attachment_of_a_damaged_account_is_denied(writer: Writer) -> None
     assert reason(writer, MACHINES[2]).allows
 
 
-@pytest.mark.parametrize("at", [float("nan"), float("inf"), 1e300, -1.0])
+@pytest.mark.parametrize("at", [datetime(9999, 12, 31, 23, tzinfo=UTC), datetime(1969, 12, 31, tzinfo=UTC)])
+def test_an_account_with_a_time_that_no_boundary_takes_is_damaged(at: datetime) -> None:
+    grant = Exemption(subscription=UUID(int=1), state=ExemptionState.GRANTED, decided=NOW, until=at)
+    with pytest.raises(layout.DamagedError, match="is out of range"):
+        Account.unpack(Account(UUID(int=1), None, grant).pack())
+
+
+# The last one is a time, and the clock that goes on from it would soon be beyond the year 9999.
+@pytest.mark.parametrize("at", [float("nan"), float("inf"), 1e300, -1.0, 253402300799.0])
 def test_a_head_that_was_decided_at_no_time_is_no_policy(writer: Writer, at: float) -> None:
     """The clock begins with it at a start, which must not fail."""
     head = writer.head()
