@@ -6,7 +6,7 @@ PREFIX ?= /opt/portward
 
 # What portward runs on, what building NetfilterQueue takes, and what lab and tests send packets with.
 PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlink-dev \
-            python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base
+            python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base locales
 
 .DEFAULT_GOAL := help
 .PHONY: help setup packages demo test test-mail test-vm soak lint messages bench bench-short deb install clean

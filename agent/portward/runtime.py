@@ -62,9 +62,9 @@ class Runtime:
         path = self._folder / _CRASH
         before = ""
         with contextlib.suppress(OSError):
-            before = path.read_text(errors="replace").partition("\n")[0]
+            before = path.read_text("utf-8", "replace").partition("\n")[0]
         with contextlib.suppress(OSError):
-            self._crash = path.open("w")
+            self._crash = path.open("w", encoding="utf-8")
             faulthandler.enable(self._crash)
         return before
 

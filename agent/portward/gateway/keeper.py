@@ -218,7 +218,7 @@ def begin(nft: Nft, want: Wanted) -> None:
 
 def close(nft: Nft, ports: Iterable[int]) -> None:
     """Drops every forwarded packet to these ports, in a table of its own; raises KernelError."""
-    text = rules("nftables", "closed.nft").read_text()
+    text = rules("nftables", "closed.nft").read_text("utf-8")
     text, count = _CLOSED_PORTS.subn(f"define PORTWARD_CLOSED = {{ {', '.join(map(str, ports))} }}", text)
     if count != 1:
         raise ValueError(f"closed.nft defines PORTWARD_CLOSED {count} times")

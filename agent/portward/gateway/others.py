@@ -152,7 +152,7 @@ def _beside(chains: list[Chain]) -> Iterator[str]:
 def _legacy(files: Iterable[Path]) -> Iterator[str]:
     for file in files:
         try:
-            if "nat" in file.read_text().split():
+            if "nat" in file.read_text("utf-8").split():
                 yield f"legacy iptables has a table nat ({file.name})"
         except FileNotFoundError:
             continue

@@ -27,7 +27,7 @@ def states() -> list[QueueState]:
     """The queues of this network namespace that have a listener; none where the file cannot be read."""
     for file in _FILES:
         try:
-            rows = [[int(column) for column in line.split()] for line in file.read_text().splitlines()]
+            rows = [[int(column) for column in line.split()] for line in file.read_text("utf-8").splitlines()]
         except OSError:
             continue
         return [QueueState(row[0], row[2], row[5], row[6]) for row in rows]

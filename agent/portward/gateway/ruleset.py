@@ -159,7 +159,7 @@ def wanted(
     surroundings: Surroundings = NOTHING,
 ) -> Wanted:
     """The ruleset for a configuration on a kernel with (`native`) or without nft_queue, in these surroundings."""
-    text = _with_lines(rules("nftables", "portward.nft").read_text(), _GUARD, wanted=surroundings.guard)
+    text = _with_lines(rules("nftables", "portward.nft").read_text("utf-8"), _GUARD, wanted=surroundings.guard)
     # While all segments are only observed nothing is refused, whatever it comes from.
     text = _with_lines(text, _KNOWN, wanted=not _observes_all(config))
     text = _with_literals(text, config, guard=surroundings.guard)
@@ -196,7 +196,7 @@ def stacked_alone(config: Config, preset: Preset, surroundings: Surroundings) ->
 
 def _stacked(surroundings: Surroundings) -> str:
     name, _ = _STACKED
-    return _with_values(rules("nftables", name).read_text(), {"STACKED": _indexes(surroundings.stacked)})
+    return _with_values(rules("nftables", name).read_text("utf-8"), {"STACKED": _indexes(surroundings.stacked)})
 
 
 def observed(config: Config) -> tuple[str, ...]:

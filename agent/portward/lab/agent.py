@@ -44,6 +44,8 @@ class Agent:
         """`settings` go into portward.toml, tables as dicts."""
         self.lab, self.folder = lab, folder
         self.config, self.log = folder / "portward.toml", folder / "portward.log"
+        # Words that stand before the program and become it, as in `env LC_ALL=C portward run`.
+        self.before: tuple[str, ...] = ()
         self.process: subprocess.Popen[bytes] | None = None
         self._notified: socket.socket | None = None
         self._settings: dict[str, Any] = {}
@@ -76,7 +78,7 @@ class Agent:
         self._notified.bind(os.fspath(path))
         with self.log.open("ab") as log:
             self.process = namespaces.start(
-                self.lab.gateway, [*within, *PROGRAM, "run", "--config", os.fspath(self.config)],
+                self.lab.gateway, [*within, *self.before, *PROGRAM, "run", "--config", os.fspath(self.config)],
                 stderr=log, stdout=log, environment={"NOTIFY_SOCKET": os.fspath(path)}, detached=detached,
             )  # fmt: skip
         if wait:
@@ -106,7 +108,7 @@ class Agent:
 
     def portward(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
         """Runs a verb of portward on the gateway, with the same configuration."""
-        verb = [*PROGRAM, *arguments, "--config", os.fspath(self.config)]
+        verb = [*self.before, *PROGRAM, *arguments, "--config", os.fspath(self.config)]
         return namespaces.run(self.lab.gateway, verb, text=text)
 
     def apply(self, *records: Record, prune: bool = False, confirm: bool = False) -> int:
@@ -162,7 +164,7 @@ class Agent:
         raise PortwardError(f"portward was not ready within {seconds:.0f} s: {self._last_words()}")
 
     def _last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines()
+        lines = self.log.read_text("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
 

@@ -50,7 +50,9 @@ class Postbox:
 
     def messages(self) -> list[dict[str, Any]]:
         """All of them, oldest first."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        return (
+            [json.loads(line) for line in self.path.read_text("utf-8").splitlines()] if self.path.exists() else []
+        )
 
     def holds(self, id_: str) -> bool:
         """Whether the message with this id arrived."""
@@ -122,7 +124,7 @@ async def serve(path: Path) -> None:
             self._port = port
 
         async def handle_DATA(self, _: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 # aiosmtpd's
-            with path.open("a") as out:
+            with path.open("a", encoding="utf-8") as out:
                 content = (envelope.original_content or b"").decode(errors="replace")
                 out.write(
                     json.dumps({"peer": (session.peer or "?")[0], "port": self._port, "content": content}) + "\n"

@@ -46,7 +46,13 @@ def make(name: str) -> None:
 
 def remove(name: str) -> None:
     """Removes a namespace and everything in it; processes in it are ended first."""
-    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["ip", "netns", "pids", name],
+        capture_output=True,
+        encoding="utf-8",
+        errors="backslashreplace",
+        check=False,
+    )
     for pid in found.stdout.split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
@@ -79,7 +85,7 @@ def run(
     """Runs a program in a namespace to its end; raises subprocess.TimeoutExpired."""
     return subprocess.run(
         ["ip", "netns", "exec", namespace, *argv],
-        input=text, capture_output=True, text=True, timeout=timeout, check=False,
+        input=text, capture_output=True, encoding="utf-8", errors="backslashreplace", timeout=timeout, check=False,
     )  # fmt: skip
 
 
@@ -105,7 +111,7 @@ def start(
 def inside(namespace: str) -> Iterator[None]:
     """The calling thread is in the namespace: sockets that it opens live there, also later."""
     libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/thread-self/ns/net") as home, open(_FOLDER / namespace) as there:  # noqa: PTH123 # descriptors
+    with open("/proc/thread-self/ns/net", "rb") as home, open(_FOLDER / namespace, "rb") as there:  # noqa: PTH123 # descriptors
         _enter(libc, there.fileno())
         try:
             yield
@@ -120,7 +126,15 @@ def _enter(libc: ctypes.CDLL, descriptor: int) -> None:
 
 
 def _call(argv: list[str], text: str | None = None) -> None:
-    result = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    result = subprocess.run(
+        argv,
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        errors="backslashreplace",
+        timeout=_TIMEOUT,
+        check=False,
+    )
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines()
         raise KernelError(f"{' '.join(argv)}: {said[0] if said else f'exit {result.returncode}'}")

@@ -35,7 +35,7 @@ def up(name: str) -> Iterator[str]:
     except BaseException:
         lab.down()
         raise
-    (folder / "inventory.yaml").write_text(sample_inventory())
+    (folder / "inventory.yaml").write_text(sample_inventory(), "utf-8")
     yield f"The lab {name} stands. The agent runs on its gateway with {agent.config}; its log is {agent.log}."
     yield ""
     yield f"  on the gateway   ip netns exec {lab.gateway} bash"
