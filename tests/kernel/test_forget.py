@@ -3,6 +3,7 @@ expire."""
 
 from __future__ import annotations
 
+import errno
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.rates import Bucket, Rates
 from portward.lab import namespaces
+from portward.lab.agent import until
 from portward.policy import preset as presets
 from portward.table.edit import Place
 from portward.table.writer import Committed
@@ -69,8 +71,23 @@ class Forgetting:
         timeout = attribute(4, struct.pack(">Q", milliseconds))
         for start in range(0, len(keys), 1_000):
             part = b"".join(nest(1, nest(1, attribute(1, key)) + timeout) for key in keys[start : start + 1_000])
-            with self.nft.committing():
-                self.netlink.commit([(12, set_name + nest(3, part))])
+            self._commit([(12, set_name + nest(3, part))])
+
+    def _commit(self, messages: list[tuple[int, bytes]]) -> None:
+        """Tries again while the kernel has yet to make the set's hash table larger for others: it does
+        that later, and refuses further ones until then."""
+
+        def taken() -> bool:
+            try:
+                with self.nft.committing():
+                    self.netlink.commit(messages)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                return False
+            return True
+
+        until(taken, "the set takes elements")
 
 
 @pytest.fixture
