@@ -96,6 +96,8 @@ def _now(host: Host, found: Cached | None, policy: Policy) -> Now:
         case Here.OPEN:
             error = f" ({host.ruleset_error})" if host.ruleset_error else ""
             return Now(Effect.PASSES, f"{_OPEN}{error}; {_AGENTS[host.agent]}")
+    if host.stacked:
+        return Now(Effect.UNKNOWN, "; ".join(host.stacked))
     if found is None:
         return Now(Effect.UNKNOWN, "its segment is no interface of this host now, so nothing of it comes here")
     if policy.internal:

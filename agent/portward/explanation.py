@@ -228,7 +228,7 @@ def _explanation(
 
 def _now(config: Config, found: Explanation, source: Address) -> Now:
     """What happens to the source's next packet on this host."""
-    here = host.look(config)
+    here = replace(host.look(config), stacked=host.stacked(config, [found.segment]))
     try:
         cached = host.cached(found.segment, source)
     except (OSError, PortwardError):

@@ -3,6 +3,7 @@ answers the queues. Facts alone; `effect` says what comes of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import closing
 from enum import StrEnum
 from typing import Any, Final
@@ -11,7 +12,7 @@ import msgspec
 
 from portward.config import Config, OnAgentDown
 from portward.errors import KernelError, PortwardError
-from portward.gateway import keeper, namespacelock
+from portward.gateway import keeper, namespacelock, rtnetlink, stacking
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned, Source
 from portward.gateway.links import index_of
@@ -66,7 +67,8 @@ class Workers(StrEnum):
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """This host now. `opens`: unknown sources of every segment pass while nobody answers; `elsewhere` is who
-    enforces here instead; `ruleset_error` is why the kernel has no ruleset, as the agent says."""
+    enforces here instead; `ruleset_error` is why the kernel has no ruleset, as the agent says; `stacked` is
+    what takes the packets of the segments in question before they are judged."""
 
     agent: Agent = Agent.RUNS
     ruleset: Ruleset = Ruleset.LOADED
@@ -74,6 +76,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     opens: bool = False
     ruleset_error: str = ""
     elsewhere: str = ""
+    stacked: tuple[str, ...] = ()
 
 
 class Cached(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +141,14 @@ def behind_store(config: Config) -> str:
     except PortwardError:
         return ""
     return f"the store is at revision {newest}"
+
+
+def stacked(config: Config, segments: Iterable[str]) -> tuple[str, ...]:
+    """What takes the packets of these segments before they are judged; nothing if the kernel does not say."""
+    try:
+        return tuple(stacking.concerning(rtnetlink.devices(), config, set(segments)))
+    except OSError:
+        return ()
 
 
 def _agent(config: Config) -> tuple[Agent, dict[str, Any]]:

@@ -170,3 +170,18 @@ def test_a_revoked_limit_is_gone_from_top_and_status_at_once(make_gateway: MakeG
     assert "10.0.0.77" in gateway.listing("rated4"), "its counter lives on"
     assert "rated" not in rows()
     until(lambda: "rated" not in gateway.agent.portward("status").stdout, "the status follows within its count")
+
+
+def test_devices_on_a_segment_are_named(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    namespaces.batch(
+        gateway.lab.gateway,
+        ["link add br9 type bridge", f"link set {FABRIKAM.segment} master br9", "link set br9 up"],
+    )
+    begin = f"bridge br9 takes the packets of segment {FABRIKAM.segment}"
+    found = gateway.agent.explain(FABRIKAM.segment, "10.0.0.4")["now"]
+    assert found["effect"] == "unknown"
+    assert found["why"].startswith(begin)
+    assert gateway.agent.explain(CONTOSO.segment, "10.0.0.4")["now"]["effect"] == "passes"
+    printed = gateway.agent.portward("diagnose", FABRIKAM.segment, "10.0.0.4").stdout
+    assert any(line.strip().startswith("STACKED") and begin in line for line in printed.splitlines())

@@ -56,6 +56,7 @@ def cached(verdict: Class) -> Cached:
         (CLOSED, NOTHING, ALLOW, Effect.DROPPED, False),
         (DOWN, NOTHING, Policy(verdict="allow", internal=True), Effect.PASSES, True),
         (Host(), None, ALLOW, Effect.UNKNOWN, True),
+        (Host(stacked=("bridge br0 takes the packets",)), cached(Class.ALLOW), ALLOW, Effect.UNKNOWN, True),
         (Host(ruleset=Ruleset.NOT_PERMITTED), NOTHING, ALLOW, Effect.UNKNOWN, True),
         (Host(agent=Agent.ELSEWHERE, elsewhere="process 7"), NOTHING, ALLOW, Effect.UNKNOWN, True),
     ],

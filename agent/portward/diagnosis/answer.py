@@ -163,6 +163,7 @@ def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> It
         yield say("record"), remedy(preset, Reason.DENIED_UNKNOWN_SOURCE, None, say)
     if facts.here is not None:
         yield say("now"), say(_HERE[facts.here])
+    yield from (("STACKED", line) for line in facts.stacked)
     for number, text in enumerate(_dropped(facts, say)):
         yield say("dropped") if number == 0 else "", text
     yield say("from"), _source(facts, say)

@@ -90,11 +90,11 @@ class Asked(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a diagnosis is made from. `asked` is the source that was asked about, and then its machine, if
-    any, comes first in `machines`. `here` is what this host does to sources without a cached verdict; None if no
-    machine's segment is an interface of it. `subscription` is None for a source of nobody, and where the records
-    lack it: then `id` says whose it should be. `remembered` is for how many seconds the kernel counts what it
-    drops."""
+    """Everything a diagnosis is made from. `asked` is the source that was asked about, and then its machine,
+    if any, comes first in `machines`. `here` is what this host does to sources without a cached verdict; None
+    if no machine's segment is an interface of it; `stacked` is what takes packets of these segments before
+    they are judged. `subscription` is None for a source of nobody, and where the records lack it: then `id`
+    says whose it should be. `remembered` is for how many seconds the kernel counts what it drops."""
 
     at: datetime
     place: Place
@@ -111,6 +111,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     resets: bool = False
     nobody: Drops | None = None
     here: Here | None = None
+    stacked: tuple[str, ...] = ()
     metrics: Metrics = Metrics.NO_AGENT
     since_start: SinceStart | None = None
 

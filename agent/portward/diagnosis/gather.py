@@ -96,7 +96,14 @@ def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, ad
             return replace(_facts(config, preset, place, held[0], matched), asked=asked)
     drops, answer = kernel.of_nobody(segment, address)
     here = _here(config, [segment])
-    return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer, here=here)
+    return replace(
+        _bare(config, preset, place),
+        asked=asked,
+        nobody=drops,
+        kernel=answer,
+        here=here,
+        stacked=host.stacked(config, [segment]),
+    )
 
 
 def _facts(
@@ -118,6 +125,7 @@ def _facts(
         machines=machines,
         kernel=answer,
         here=_here(config, [machine.segment for machine in machines]),
+        stacked=host.stacked(config, [machine.segment for machine in machines]),
         metrics=metrics,
         since_start=since_start,
     )

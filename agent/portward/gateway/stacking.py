@@ -74,7 +74,15 @@ def warnings(devices: Iterable[Device], config: Config) -> list[str]:
     """What an operator must know of these devices, a line each."""
     devices = list(devices)
     found = stacked(devices, config.segment)
-    return [*_bridged(devices, config), *(_warning(one, config) for one in found)]
+    return [*(line for _, line in _bridged(devices, config)), *(_warning(one, config) for one in found)]
+
+
+def concerning(devices: Iterable[Device], config: Config, segments: Set[str]) -> list[str]:
+    """Those of the warnings that are about these segments."""
+    devices = list(devices)
+    bridged = [line for ports, line in _bridged(devices, config) if ports & segments]
+    above = (one for one in stacked(devices, config.segment) if one.segment.name in segments)
+    return [*bridged, *(_warning(one, config) for one in above)]
 
 
 def _warning(one: Stacked, config: Config) -> str:
@@ -93,8 +101,9 @@ def _warning(one: Stacked, config: Config) -> str:
     )
 
 
-def _bridged(devices: list[Device], config: Config) -> Iterator[str]:
-    """Bridges that can forward frames between a segment and an uplink: these never reach the ruleset."""
+def _bridged(devices: list[Device], config: Config) -> Iterator[tuple[Set[str], str]]:
+    """Bridges that can forward frames between a segment and an uplink, which never reach the ruleset: the names of
+    the segments, and the warning."""
     members: dict[int, list[Device]] = {}
     for device in devices:
         members.setdefault(device.master, []).append(device)
@@ -102,13 +111,15 @@ def _bridged(devices: list[Device], config: Config) -> Iterator[str]:
         if bridge.kind not in (_BRIDGE, _OPEN_VSWITCH):
             continue
         ports = members.get(bridge.ifindex, [])
-        segments = sorted(shown(port.name) for port in ports if config.segment(port.name))
+        names = {port.name for port in ports if config.segment(port.name)}
+        segments = sorted(map(shown, names))
         uplinks = sorted(shown(port.name) for port in ports if config.uplink(port.name))
         if segments and uplinks:
-            yield (
+            line = (
                 f"bridge {shown(bridge.name)} forwards frames between segment {', '.join(segments)} and uplink "
                 f"{', '.join(uplinks)} past this host's IP stack: PORT 25 IS OPEN THERE"
             )
+            yield names, line
 
 
 def _above(devices: list[Device]) -> dict[int, set[Device]]:
