@@ -11,8 +11,6 @@ Each public method says on which thread it runs. Each thread has a view of the t
 from __future__ import annotations
 
 import contextlib
-import random
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import datetime
@@ -20,26 +18,24 @@ from typing import TypeVar
 
 from portward.clock import Clock
 from portward.config import Config
+from portward.counting import Counting
 from portward.dataplane import Dataplane
 from portward.errors import KernelError
-from portward.gateway import mark, ruleset, xtables
+from portward.gateway import ruleset, xtables
 from portward.gateway.around import Lookout
-from portward.gateway.counts import Counts, Owner
-from portward.gateway.elements import KernelElements
-from portward.gateway.keeper import Keeper, hearing
-from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.counts import Due
+from portward.gateway.deletions import Deletions
+from portward.gateway.keeper import Keeper, hearing, loaded
+from portward.gateway.learned import Source
 from portward.gateway.links import Links
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.notices import Heard
 from portward.gateway.others import Others
-from portward.gateway.rates import Rates
-from portward.gateway.ruleset import Rated
 from portward.gateway.surroundings import Surroundings
 from portward.intake import First, Intake, OnKernel, answers
-from portward.interfaces import shown
 from portward.policy.preset import Preset
-from portward.selfcheck import SAMPLE, SelfCheck
+from portward.selfcheck import SelfCheck
 from portward.table.follower import Held
 from portward.table.writer import Writer
 from portward.underway import UnderWay, Work
@@ -69,19 +65,12 @@ class Core:
         self._writer = Writer(config.table, preset, answers(config), max_flip_share=config.max_flip_share)
         head = self._writer.head()
         self.clock = Clock(None if head is None else head.decided())
-        self._counting = NfNetlink()
         self._watching = NfNetlink()
         # For the kernel thread, which reads it when it looks: nothing wakes for it.
         self._notices = hearing(self.own_ports) if self._nft.compiles else None
-        self._counted_elements = KernelElements(self._counting)
-        self._counted = Learned(self._counted_elements)
-        self._counting_reader = self._writer.reader()
-        # Used within the lock of `counts` alone, by the two threads that take readings.
-        self._owners = self._writer.reader()
-        self.counts = Counts(self._owner)
+        deletions = Deletions()
+        self.counting = Counting(config.table, NfNetlink(), self._writer.reader(), deletions, lambda: self.changes)
         self.selfcheck = SelfCheck()
-        self._sample: list[Element] = []
-        self._subscriptions: tuple[int, dict[int, str]] = 0, {}
         self._under_way = UnderWay(lambda: self.generation)
         self._dataplane = Dataplane(
             config,
@@ -92,7 +81,7 @@ class Core:
             reader=self._writer.reader(),
             selfcheck=self.selfcheck,
             under_way=self._under_way,
-            count=self._count_last,
+            deletions=deletions,
             notices=None if self._notices is None else self._notices.read,
         )
         self._intake = Intake(config, self._writer, self.clock, self._dataplane, self._under_way, on_kernel)
@@ -110,7 +99,7 @@ class Core:
         """Closes table and sockets, once no thread uses them; ruleset and cached verdicts stay in the kernel."""
         self._writer.close()
         self._netlink.close()
-        self._counting.close()
+        self.counting.close()
         self._watching.close()
         if self._notices is not None:
             self._notices.close()
@@ -131,6 +120,8 @@ class Core:
         """Loads the ruleset; from here on the gateway enforces what `first_links` left and what was committed
         since. Kernel thread. Raises KernelError."""
         assert self._first is not None  # noqa: S101 # by `first_links`
+        if not loaded(self._netlink):
+            self.counting.counts.begin_anew()
         self._dataplane.load(*self._first)
 
     # --- and then, again and again: policy thread ---
@@ -187,6 +178,11 @@ class Core:
         thread."""
         self._dataplane.correct(suspects)
 
+    def end(self, due: Due) -> None:
+        """Deletes cached verdicts that are about to expire, so that all that they have counted is known. Kernel
+        thread."""
+        self._dataplane.end(due)
+
     def keep_rates(self) -> None:
         """Brings the rate limits in the kernel in line with the table. Kernel thread."""
         self._dataplane.keep_rates()
@@ -217,43 +213,27 @@ class Core:
 
     # --- counting thread ---
 
-    def count(self) -> None:
-        """Adds up what the kernel has counted since the last time; nothing if the ruleset is not there. Counting
-        thread."""
-        with contextlib.suppress(OSError):
-            limited = self._dataplane.rates_seen = Rates.loaded(self._counted_elements)
-            # What was counted under a limit stays for a minute after the limit has gone.
-            self.counts.take_all(
-                self._elements,
-                time.monotonic,
-                lambda element: not isinstance(element.verdict, Rated) or element.source in limited,
-            )
-            self._dataplane.learned.sizes.update(self._counted.sizes)
+    def count(self, pause: float) -> Due | None:
+        """Adds up what the kernel has counted since the last time; nothing if the ruleset is not there. The next
+        reading begins in `pause` seconds; gives what would expire until then, for `end`. Counting thread."""
+        return self.counting.count(self._dataplane, pause)
 
     def suspects(self) -> list[Source]:
         """The sources, of a sample of those that `count` read last, whose cached verdict is not the table's now. A
         change of policy under way makes suspects too: `correct` looks again. Counting thread."""
-        differs = self._dataplane.differs
-        return [element.source for element in self._sample if differs(self._counting_reader, element)]
+        return self.counting.look(self._dataplane)
 
     def limited(self) -> dict[str, int]:
         """Packets refused beyond a segment's rate, by segment. Counting thread."""
-        names = self._intake.links.names
-        with contextlib.suppress(OSError):
-            return {
-                shown(names.get(index, str(index))): packets for index, packets in self._counted.limited().items()
-            }
-        return {}
+        return self.counting.limited(self._intake.links.names)
 
     def screen(self) -> dict[str, int]:
         """The named counters of the ruleset. Counting thread."""
-        with contextlib.suppress(OSError):
-            return self._counting.counters(ruleset.TABLE)
-        return {}
+        return self.counting.screen()
 
     def sizes(self) -> tuple[int, int]:
         """Attachments and subscriptions in the table. Counting thread."""
-        return self._counting_reader.counts()
+        return self.counting.sizes()
 
     # --- what may be asked on any thread ---
 
@@ -401,33 +381,3 @@ class Core:
             raise KernelError(
                 f"the kernel takes no ruleset from this process (root or CAP_NET_ADMIN?): {error}"
             ) from None
-
-    def _elements(self) -> list[Element]:
-        found = list(self._counted.elements())
-        # A verdict that passes what it must not is the worse mistake, and there are fewer of them.
-        verdicts = [element for element in found if not isinstance(element.verdict, Rated)]
-        passing = [element for element in verdicts if element.verdict in mark.PASSING]
-        stopping = [element for element in verdicts if element.verdict not in mark.PASSING]
-        self._sample = [one for part in (passing, stopping) for one in random.sample(part, min(len(part), SAMPLE))]
-        return found
-
-    def _count_last(self, elements: list[Element]) -> None:
-        self.counts.take_last(elements, time.monotonic())
-
-    def _owner(self, source: Source) -> Owner | None:
-        found = self._owners.owner(source.link, source.address)
-        if found is None:
-            return None
-        link, entry = found
-        return Owner(shown(link.name), "" if entry is None else self._subscription(entry.subscription))
-
-    def _subscription(self, number: int) -> str:
-        # The table's numbers of subscriptions can be given anew by a change.
-        changes, names = self._subscriptions
-        if changes != self.changes:
-            self._subscriptions = self.changes, (names := {})
-        known = names.get(number)
-        if known is None:
-            account = self._owners.account(number)
-            known = names[number] = "" if account is None else str(account.id)
-        return known

@@ -21,6 +21,8 @@ from portward.config import Config
 from portward.errors import KernelError
 from portward.gateway import around, mark, ruleset
 from portward.gateway.around import Lookout
+from portward.gateway.counts import Due
+from portward.gateway.deletions import Deletions
 from portward.gateway.elements import KernelElements
 from portward.gateway.enforcement import Enforcement
 from portward.gateway.judge import judge
@@ -65,20 +67,21 @@ class Dataplane:
         reader: Reader,
         selfcheck: SelfCheck,
         under_way: UnderWay,
-        count: Callable[[list[Element]], None],
+        deletions: Deletions,
         notices: Callable[[], Heard] | None = None,
     ) -> None:
         """`config` and `preset` are those in force. `native`: the kernel has nft_queue. `reader` belongs to the
-        kernel thread alone. `count` takes elements that are about to be forgotten. `notices` as for `Keeper`."""
+        kernel thread alone. `deletions` takes what deleted elements had counted. `notices` as for
+        `Keeper`."""
         self.config, self.preset, self.native = config, preset, native
         self._nft, self._netlink, self._reader = nft, netlink, reader
         self._selfcheck, self._under_way = selfcheck, under_way
-        elements = KernelElements(netlink, nft.committing)
+        elements = KernelElements(netlink, nft.committing, deletions)
         self.learned = Learned(elements)
         self.keeper = Keeper(nft, netlink, self.learned, notices)
         self.rates_seen: dict[Source, Bucket] = {}
         self._rates = Rates(elements)
-        self.enforcement = Enforcement(self.keeper, self.learned, self.want, count, self._rates, self.rate)
+        self.enforcement = Enforcement(self.keeper, self.learned, self.want, self._rates, self.rate)
         self._surroundings = NOTHING
         self.lookout = Lookout()
         # What others have in the kernel decides whether the forward guard is loaded.
@@ -297,6 +300,13 @@ class Dataplane:
                     f"the kernel remembered {element.verdict.name.lower()} for {address} behind interface "
                     f"{element.source.link}, which is not the table's verdict: forgotten",
                 )
+
+    def end(self, due: Due) -> None:
+        """Deletes cached verdicts that are about to expire, so that all that they have counted is known. What the
+        kernel refuses expires by itself."""
+        if not self.broken:
+            with contextlib.suppress(OSError, KernelError):
+                self.learned.end(due)
 
     def keep_rates(self) -> None:
         """Brings the rate limits in the kernel in line with the table, and removes those that nobody needs."""

@@ -32,6 +32,9 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
      "Packets of an allowed source to internal destinations are among the allowed ones."),
     ("subscription_packets", "subscription_packets", True, ("subscription", "verdict"),
      "The same by subscription; the label is empty for sources of no known subscription."),
+    ("counters_age", "counters_age_seconds", False, (),
+     "Seconds since the kernel's counters were last read: packets since then are not counted by segment and "
+     "subscription yet."),
     ("remembered", "remembered_sources", False, ("verdict",), "Sources whose verdict the kernel holds now."),
     ("screen", "screen_packets", True, ("rule",),
      "Packets by named rule of the ruleset: passed to an internal destination, asked of a worker, over a limit, "

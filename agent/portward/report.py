@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from portward import __version__, clock
 from portward.core import Core
-from portward.gateway.mark import Class
+from portward.gateway.counts import NAMES
 from portward.gateway.queues import states
-from portward.gateway.ruleset import Rated, Verdict
 from portward.gateway.tally import Event, Outcome
 from portward.gateway.workers import Worker
 from portward.interfaces import shown
 from portward.metricsserver import MetricsServer
 from portward.model import Mode
 from portward.runtime import STATUS_FORMAT
-from portward.snapshot import Snapshot
+from portward.snapshot import Labels, Snapshot
 
 # Records and rows that `status` names.
 _NAMED: Final = 5
-# How verdicts and outcomes are called in metrics and status.
-_VERDICTS: Final[dict[Verdict, str]] = {
-    Class.ALLOW: "allow",
-    Class.DENY: "deny",
-    Class.REFUSED: "reject",
-    Class.OBSERVED: "would_deny",
-    Class.UNKNOWN: "unknown",
-    Rated.WITHIN: "rated",
-    Rated.BEYOND: "throttled",
-}
+# How outcomes are called in metrics and status.
 _OUTCOMES: Final = {
     Outcome.PASSED: "passed",
     Outcome.DROPPED: "dropped",
@@ -54,15 +46,16 @@ def snapshot(core: Core, workers: list[Worker], server: MetricsServer, *, reload
     numbers = {worker.queue for worker in workers}
     queues = [state for state in states() if state.number in numbers]
     attachments, subscriptions = core.sizes()
-    by_segment, by_subscription, remembered = core.counts.totals()
+    counts = core.counting.counts
     return Snapshot(
         judged=judged,
         attempts=attempts,
         worker_events=events,
         worker_restarts=sum(worker.restarts for worker in workers),
-        segment_packets=_by_verdict(by_segment),
-        subscription_packets=_by_verdict(by_subscription) if core.config.metrics.subscriptions else {},
-        remembered=_by_verdict(Counter({("", verdict): number for verdict, number in remembered.items()}), drop=1),
+        segment_packets=_plain(counts.segments),
+        subscription_packets=_plain(counts.subscriptions) if core.config.metrics.subscriptions else {},
+        counters_age=core.counting.age(),
+        remembered={(NAMES[verdict],): number for verdict, number in core.counting.remembered.items()},
         screen={(name,): packets for name, packets in sorted(core.screen().items())},
         limited={(name,): packets for name, packets in sorted(core.limited().items())},
         queue_dropped={
@@ -126,6 +119,8 @@ def status(
         "store_error": core.store_error,
         "store_waits": core.store_waits,
         "working": None if core.work is None else {"what": core.work.what, "seconds": core.work.seconds()},
+        "counted_since": datetime.fromtimestamp(core.counting.counts.since, UTC),
+        "counters_age": numbers.counters_age,
         "in_step": core.in_step,
         "history_replaced": numbers.history_replaced,
         "held": _held(core),
@@ -182,12 +177,9 @@ def _held(core: Core) -> dict[str, Any] | None:
     return {"revision": held.revision, **held.flips._asdict(), "whole": held.whole, "ahead": ahead}
 
 
-def _by_verdict(numbers: Counter[tuple[str, Verdict]], drop: int = 0) -> dict[tuple[str, ...], float]:
-    """Sums under the verdicts' names; the first `drop` labels are left out."""
-    named: Counter[tuple[str, ...]] = Counter()
-    for (label, verdict), number in numbers.items():
-        named[(label, _VERDICTS[verdict])[drop:]] += number
-    return dict(named)
+def _plain(sums: Mapping[tuple[str, str], int]) -> dict[Labels, float]:
+    """A copy that does not change while it is scraped."""
+    return dict[Labels, float](sums.items())
 
 
 def _since(moment: float | None) -> float:

@@ -14,9 +14,14 @@ from portward.gateway.learned import Source
 from portward.threads import Threads
 from portward.ticks import until_tick
 
-_COUNT_SECONDS: Final = 5.0
-# To read half a million counters takes seconds: they are read less often then, for a quarter of a core at most.
+_COUNT_SECONDS: Final = 1.0
+# Sets with many elements are read less often, for a twentieth of a core, but at least each five seconds …
+_COUNT_SHARE: Final = 19.0
+_COUNT_LONGEST: Final = 5.0
+# … unless that takes more than a quarter of a core: to read half a million counters takes seconds.
 _COUNT_REST: Final = 3.0
+# How often cached verdicts and rate limits are compared with the table.
+_COMPARE_SECONDS: Final = 5.0
 # So many sources with a limit are taken in at once, and then there is a pause, in seconds: each costs some 10 µs.
 _UNRATED: Final = 256
 _RATE_PAUSE: Final = 0.05
@@ -28,17 +33,28 @@ class Rounds:
     def __init__(self, core: Core, threads: Threads, faults: Faults, met: Met) -> None:
         """`met` are the sources whose limit the kernel does not know."""
         self._core, self._threads, self._faults, self._met = core, threads, faults, met
+        # Seconds from one reading of the counters to the next.
+        self._pause = _COUNT_SECONDS
 
     async def count(self) -> None:
         """Reads what the kernel has counted, and brings cached verdicts and rate limits in line with the table."""
         run, core, threads = self._faults.run, self._core, self._threads
+        compare_at = time.monotonic()
         while True:
             began = time.monotonic()
-            await run(Step.COUNT, lambda: threads.counting(core.count), None)
-            await run(Step.COMPARE, self._compare, None)
-            await run(Step.RATES, lambda: threads.kernel(core.keep_rates), None)
+            await run(Step.COUNT, self._count, None)
             took = time.monotonic() - began
-            await asyncio.sleep(max(until_tick(_COUNT_SECONDS), _COUNT_REST * took))
+            if began >= compare_at:
+                compare_at = began + _COMPARE_SECONDS - _COUNT_SECONDS / 2
+                await run(Step.COMPARE, self._compare, None)
+                await run(Step.RATES, lambda: threads.kernel(core.keep_rates), None)
+            self._pause = max(min(_COUNT_SHARE * took, _COUNT_LONGEST), _COUNT_REST * took, _COUNT_SECONDS)
+            await asyncio.sleep(max(until_tick(_COUNT_SECONDS), self._pause - _COUNT_SECONDS / 2))
+
+    async def _count(self) -> None:
+        due = await self._threads.counting(lambda: self._core.count(self._pause))
+        if due:
+            await self._threads.kernel(lambda: self._core.end(due))
 
     async def _compare(self) -> None:
         if suspects := await self._threads.counting(self._core.suspects):

@@ -16,6 +16,7 @@ class Snapshot:
     attempts: Mapping[Labels, float] = field(default_factory=dict)
     worker_events: Mapping[Labels, float] = field(default_factory=dict)
     worker_restarts: float = 0
+    counters_age: float = float("inf")
     segment_packets: Mapping[Labels, float] = field(default_factory=dict)
     subscription_packets: Mapping[Labels, float] = field(default_factory=dict)
     remembered: Mapping[Labels, float] = field(default_factory=dict)

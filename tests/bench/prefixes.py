@@ -123,7 +123,7 @@ class Gateway:
             return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
         self.enforcement = Enforcement(
-            Keeper(nft, self._netlink, self._learned), self._learned, want, lambda elements: None,
+            Keeper(nft, self._netlink, self._learned), self._learned, want,
             Rates(self.kernel), lambda sources: None,
         )  # fmt: skip
         self.enforcement.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}

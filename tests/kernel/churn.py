@@ -56,7 +56,7 @@ class Churn:
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
         self.enforcement = Enforcement(
-            Keeper(self._nft, self._netlink, self.learned), self.learned, self._want, lambda elements: None,
+            Keeper(self._nft, self._netlink, self.learned), self.learned, self._want,
             Rates(self.elements), lambda sources: None,
         )  # fmt: skip
         index = socket.if_nametoindex(CONTOSO.segment)

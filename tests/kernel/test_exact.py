@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections import Counter
@@ -11,11 +12,13 @@ from uuid import UUID
 
 import pytest
 
-from kernel.conftest import DENIED, Gateway
-from kernel.wire import segment
+from kernel.conftest import ALLOWED, DENIED, Gateway, source_records
+from kernel.test_rates import customer
+from kernel.wire import meanwhile, segment
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import FABRIKAM, MAIL4, MAIL6, Tenant
+from portward.model import Mode
 
 _ALL = 0x0003  # ETH_P_ALL
 _SOURCE4, _SOURCE6 = FABRIKAM.address4, FABRIKAM.address6
@@ -131,3 +134,128 @@ def test_a_flood_of_a_rejected_source_is_answered_within_its_budget_and_counted_
     )
     assert answered + metrics['portward_screen_packets_total{rule="held"}'] == sent
     assert answered <= 200, "beyond the budget nothing reaches a worker"
+
+
+class Exact:
+    """A gateway whose counts are held against the wire, source by source."""
+
+    def __init__(self, gateway: Gateway, wire: Wire) -> None:
+        self.gateway, self._wire = gateway, wire
+
+    def send(self, source: str, packets: int, flags: str = "S", pause: float = 0.002) -> None:
+        """Packets from a source of the segment, one after the other."""
+        for _ in range(packets):
+            self.gateway.senders[FABRIKAM].send(segment(source, flags))
+            time.sleep(pause)
+
+    def holds(self, sources: dict[str, UUID], *verdicts: str) -> None:
+        """Waits until the metrics have counted what the wire has carried: all of the segment, and of each of these
+        sources for its subscription, and then only with these verdicts."""
+        metrics = self.gateway
+
+        def same() -> bool:
+            carried = self._wire.sources()
+            return sum(counted(metrics, FABRIKAM).values()) == carried.total() and all(
+                sum(counted_for(metrics, id_).values()) == carried[source] for source, id_ in sources.items()
+            )
+
+        try:
+            until(same, "as many packets counted as the wire has carried", seconds=15)
+        except TimeoutError:
+            told = {source: counted_for(metrics, id_) for source, id_ in sources.items()}
+            raise AssertionError(f"{counted(metrics, FABRIKAM)}, {told} and not {self._wire.sources()}") from None
+        assert set(counted(metrics, FABRIKAM)) <= {*verdicts}
+
+
+@pytest.fixture
+def exact(make_gateway) -> Iterator[Exact]:  # type: ignore[no-untyped-def]
+    """A gateway, and what its second segment carries."""
+    gateway = make_gateway()
+    with on_the_wire(gateway, FABRIKAM) as wire:
+        yield Exact(gateway, wire)
+
+
+_ONE, _TWO, _SIX = "10.0.0.41", "10.0.0.42", "2001:db8:1002::43"
+
+
+def test_allowed_denied_observed_and_unknown_packets_are_counted_exactly(exact: Exact) -> None:
+    sources = {
+        _ONE: exact.gateway.source(FABRIKAM, _ONE, ALLOWED),
+        _TWO: exact.gateway.source(FABRIKAM, _TWO, DENIED),
+        _SIX: exact.gateway.source(FABRIKAM, _SIX, DENIED, Mode.OBSERVE),
+    }
+    for source in (*sources, "10.0.0.99"):
+        exact.send(source, 30)
+    exact.holds(sources, "allow", "deny", "would_deny", "unknown")
+    found = counted(exact.gateway, FABRIKAM)
+    assert {found[verdict] for verdict in ("allow", "deny", "would_deny", "unknown")} == {30}
+
+
+def test_a_revocation_in_the_midst_of_a_transfer_loses_no_packet(exact: Exact) -> None:
+    """The cached verdict is deleted between two readings: what it has counted until then must be known."""
+    id_ = exact.gateway.source(FABRIKAM, _ONE, ALLOWED)
+    with meanwhile(lambda: exact.send(_ONE, 1, "PA", pause=0.0005)):
+        for offer in (DENIED, ALLOWED, DENIED, ALLOWED):
+            exact.gateway.agent.apply(*source_records(FABRIKAM, _ONE, offer, id_))
+            time.sleep(0.3)
+    exact.holds({_ONE: id_}, "allow", "deny")
+    assert min(counted_for(exact.gateway, id_).values()) > 50, "both verdicts had a share"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_restart_counts_nothing_twice_and_leaves_nothing_out(exact: Exact, number: int) -> None:
+    """Not what the kernel has cached all the time, nor what came while no agent ran."""
+    gateway = exact.gateway
+    sources = {_ONE: gateway.source(FABRIKAM, _ONE, ALLOWED), _TWO: gateway.source(FABRIKAM, _TWO, DENIED)}
+    for source in sources:
+        exact.send(source, 100)
+    exact.holds(sources, "allow", "deny")
+    gateway.agent.stop(number)
+    for source in sources:
+        exact.send(source, 20)
+    gateway.agent.start()
+    exact.holds(sources, "allow", "deny")
+    for source in sources:
+        exact.send(source, 5)
+    exact.holds(sources, "allow", "deny")
+    assert counted(gateway, FABRIKAM) == {"allow": 125, "deny": 125}
+
+
+def test_verdicts_that_expire_lose_no_packet(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(verdicts={"allow_seconds": 4, "deny_seconds": 4})
+    with on_the_wire(gateway, FABRIKAM) as wire:
+        exact = Exact(gateway, wire)
+        sources = {_ONE: gateway.source(FABRIKAM, _ONE, ALLOWED), _TWO: gateway.source(FABRIKAM, _TWO, DENIED)}
+        for _ in range(5):
+            for source in sources:
+                exact.send(source, 200)
+        exact.holds(sources, "allow", "deny")
+
+
+def test_packets_beyond_a_segments_share_and_of_a_policy_before_are_counted(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(verdicts={"segment_sources": 16})
+    with on_the_wire(gateway, FABRIKAM) as wire:
+        exact = Exact(gateway, wire)
+        id_ = gateway.source(FABRIKAM, "10.0.7.0/24", DENIED)
+        for number in range(100):
+            exact.send(f"10.0.7.{number}", 1)
+        exact.holds({}, "deny")
+        assert sum(counted_for(gateway, id_).values()) == 100
+
+
+def test_a_packet_whose_limit_is_still_to_come_is_counted(exact: Exact) -> None:
+    id_, records = customer(FABRIKAM, "10.0.8.0/24")
+    exact.gateway.agent.apply(*records)
+    exact.send("10.0.8.1", 20)
+    exact.holds({"10.0.8.1": id_}, "deferred", "rated", "throttled")
+    assert counted_for(exact.gateway, id_)["deferred"] >= 1
+
+
+def test_packets_over_a_segments_rate_are_counted_by_segment(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(queue={"segment_rate": 5, "segment_burst": 5})
+    with on_the_wire(gateway, FABRIKAM) as wire:
+        exact = Exact(gateway, wire)
+        for number in range(100):
+            exact.send(f"10.7.0.{number}", 1, pause=0)
+        exact.holds({}, "unknown", "unjudged")
+        assert counted(gateway, FABRIKAM)["unjudged"] > 50

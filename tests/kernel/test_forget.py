@@ -48,9 +48,7 @@ class Forgetting:
             return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
         self.keeper = Keeper(self.nft, self.netlink, self.learned)
-        self.enforcement = Enforcement(
-            self.keeper, self.learned, want, lambda elements: None, self.rates, lambda sources: None
-        )
+        self.enforcement = Enforcement(self.keeper, self.learned, want, self.rates, lambda sources: None)
         self.enforcement.links = dict(_LINKS)
         self.enforcement.start(1)
         self.generation = 1

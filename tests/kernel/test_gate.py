@@ -96,9 +96,7 @@ class Gated:
         self.revision = 1
 
     def _enforcement(self) -> Enforcement:
-        made = Enforcement(
-            self.keeper, self.learned, self.want, lambda elements: None, Rates(self.elements), lambda sources: None
-        )
+        made = Enforcement(self.keeper, self.learned, self.want, Rates(self.elements), lambda sources: None)
         made.links = {tenant.segment: index for tenant, index in self.links.items()}
         return made
 

@@ -535,13 +535,13 @@ def test_a_ruleset_that_another_program_changed_is_put_back_and_counted(started:
 
 def test_a_cached_verdict_that_is_not_the_tables_is_found_and_forgotten(started: Ground) -> None:
     started.kernel.learn("allow4", DENIED.key)
-    started.core.count()
+    started.core.count(1.0)
     suspects = started.core.suspects()
     assert suspects == [DENIED]
     started.core.correct(suspects)
     assert set(started.cached()) == {ALLOWED}
     assert started.core.selfcheck.divergences[Kind.REMEMBERED] == 1
-    started.core.count()
+    started.core.count(1.0)
     assert started.core.suspects() == []
 
 
@@ -553,7 +553,7 @@ def test_a_suspect_that_is_right_by_now_is_left_alone(started: Ground) -> None:
 
 def test_without_a_ruleset_nothing_is_counted(started: Ground) -> None:
     started.kernel.load("flush ruleset")
-    started.core.count()
+    started.core.count(1.0)
     assert started.core.limited() == {}
     assert started.core.screen() == {}
 
@@ -604,7 +604,7 @@ def test_a_limit_that_is_not_the_tables_is_found_and_forgotten(limited: Ground) 
     limited.kernel.load("flush map inet portward rates4")
     wrong = Bucket(99, 1, 1)
     Rates(limited.elements).add({ALLOWED: wrong})
-    limited.core.count()
+    limited.core.count(1.0)
     limited.core.keep_rates()
     assert rates(limited) == {}
     assert limited.core.selfcheck.divergences[Kind.REMEMBERED] == 1

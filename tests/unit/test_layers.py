@@ -17,6 +17,8 @@ LAYERS = (
     ("report", "answering", "linkfeed", "threads", "ending", "ticks", "vigil", "faults", "rounds"),
     (
         "core",
+        "counting",
+        "countsfile",
         "intake",
         "bulk",
         "dataplane",

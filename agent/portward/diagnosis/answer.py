@@ -263,13 +263,13 @@ def _dropped(facts: Facts, say: Language) -> Iterator[str]:
     if drops is None and facts.machines:
         yield say(_KERNEL.get(facts.kernel, _KERNEL[Kernel.NO_INTERFACE]))
     elif drops is not None:
-        within = say("in the last {n} s", n=1 if facts.resets else facts.remembered)
+        within = say("in the last {n} s", n=facts.remembered)
         packets = list(_packets(drops, say))
         sources = say.many("of {n} source", "of {n} sources", drops.sources, n=say.number(drops.sources))
         yield f"{', '.join(packets)}, {sources}, {within}" if packets else say("nothing {within}", within=within)
     if facts.since_start is not None:
         yield say(
-            "since the agent's start on {when}: {refused} refused, {beyond} beyond the limit",
+            "counted by the agent since {when}: {refused} refused, {beyond} beyond the limit",
             when=say.time(facts.since_start.started),
             refused=say.number(facts.since_start.refused),
             beyond=say.number(facts.since_start.beyond_limit),

@@ -1,4 +1,4 @@
-"""What the running agent has counted for a subscription since its start, from its own metrics."""
+"""What the running agent and those before it have counted for a subscription, from its metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def since_start(config: Config, id_: UUID) -> tuple[Metrics, SinceStart | None]:
         return Metrics.UNREACHABLE, None
     counts = counts_of(text, id_)
     return Metrics.READ, SinceStart(
-        started=datetime.fromisoformat(status["started"]),
+        started=datetime.fromisoformat(status.get("counted_since", status["started"])),
         refused=sum(counts.get(verdict, 0) for verdict in _REFUSED),
         beyond_limit=counts.get(_BEYOND, 0),
     )

@@ -75,7 +75,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class SinceStart(msgspec.Struct, frozen=True):
-    """What the agent has counted for the subscription since it was started, in packets."""
+    """What the agent, and those before it, have counted for the subscription since `started`, in packets."""
 
     started: datetime
     refused: int
@@ -108,7 +108,6 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     asked: Asked | None = None
     kernel: Kernel = Kernel.ASKED
     remembered: int = 60
-    resets: bool = False
     nobody: Drops | None = None
     here: Here | None = None
     stacked: tuple[str, ...] = ()

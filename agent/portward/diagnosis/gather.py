@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from portward import effect, host
 from portward.addresses import asked
-from portward.config import Config, Refusal
+from portward.config import Config
 from portward.diagnosis import counted, kernel
 from portward.diagnosis.answer import Diagnosis, diagnosis
 from portward.diagnosis.facts import Asked, Facts, Machine
@@ -147,7 +147,6 @@ def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:
         preset=preset.name,
         other_preset=place.other_preset,
         remembered=config.verdicts.deny_seconds,
-        resets=config.verdicts.refuse_with is Refusal.REJECT,
     )
 
 

@@ -21,9 +21,10 @@ from errno import ENOENT
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from portward.errors import KernelError
+from portward.gateway.deletions import REPORTED, Deletions, Gone
 from portward.gateway.netlink import ATTRIBUTE, NESTED, attribute, nest, string
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.ruleset import TABLE
+from portward.gateway.ruleset import COUNTING_SETS, TABLE
 from portward.gateway.setdump import Row, SetElement
 
 # linux/netfilter/nf_tables.h
@@ -134,10 +135,14 @@ class KernelElements:
     """The elements in the kernel."""
 
     def __init__(
-        self, netlink: NfNetlink, committing: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        netlink: NfNetlink,
+        committing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        deletions: Deletions | None = None,
     ) -> None:
-        """`committing` brackets each transaction (`Nft.committing`); without it nobody counts them."""
-        self._netlink, self._committing = netlink, committing
+        """`committing` brackets each transaction (`Nft.committing`); without it nobody counts them. `deletions`
+        takes the elements with a counter that are deleted."""
+        self._netlink, self._committing, self._deletions = netlink, committing, deletions
 
     def rows(self, set_: str) -> list[Row]:
         """See `Elements`."""
@@ -161,14 +166,49 @@ class KernelElements:
 
     def commit(self, changes: Iterable[Change]) -> None:
         """See `Elements`."""
-        found = [message for change in changes for message in messages(change)]
+        parts = [(change, list(messages(change))) for change in changes]
+        found = [message for _, part in parts for message in part]
         if not found:
             return
+        deletions = self._deletions or Deletions()
+        plan = _Reports(((change, len(part)) for change, part in parts), deletions.sizes)
         try:
-            with self._committing():
-                self._netlink.commit(found)
+            with self._committing(), deletions.transaction() as gone:
+                self._netlink.expect(plan.number)
+                gone.extend(self._netlink.commit(found, reported=plan.places))
+                gone.extend(plan.unreported)
         except OSError as error:
             raise RefusedError(error.errno or ENOENT) from error
+
+
+class _Reports:
+    """Which messages of a transaction the kernel is asked to report: those that delete elements with a counter, up
+    to a number of elements."""
+
+    def __init__(self, changes: Iterable[tuple[Change, int]], sizes: Mapping[str, int]) -> None:
+        """The changes, each with how many messages it takes. `sizes` are the elements of each set at its last
+        reading."""
+        self.places: set[int] = set()
+        self.number = 0
+        # What is deleted without a report, and what flushes leave of what was read before: nothing.
+        self.unreported: list[Gone | bytes] = []
+        place = 0
+        for change, length in changes:
+            after = place + length
+            if isinstance(change, Delete | Flush) and change.set in COUNTING_SETS:
+                self._take(change, range(place, after), sizes)
+            place = after
+
+    def _take(self, change: Delete | Flush, places: range, sizes: Mapping[str, int]) -> None:
+        number = len(change.keys) if isinstance(change, Delete) else sizes.get(change.set, REPORTED)
+        fits = self.number + number <= REPORTED
+        if fits:
+            self.places.update(places)
+            self.number += number
+        if isinstance(change, Flush):
+            self.unreported.append(Gone(change.set, b"", None))
+        elif not fits:
+            self.unreported += [Gone(change.set, key, None) for key in change.keys]
 
 
 def messages(change: Change) -> Iterator[tuple[int, bytes]]:

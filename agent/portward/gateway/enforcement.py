@@ -15,7 +15,7 @@ from typing import Final
 
 from portward.errors import KernelError
 from portward.gateway.keeper import Keeper
-from portward.gateway.learned import COUNTED, Element, Learned, Source
+from portward.gateway.learned import Learned, Source
 from portward.gateway.prefixes import Prefixes
 from portward.gateway.rates import Rates
 from portward.gateway.ruleset import Wanted
@@ -40,13 +40,12 @@ class Enforcement:
         keeper: Keeper,
         learned: Learned,
         want: Callable[[int], Wanted],
-        count: Callable[[list[Element]], None],
         rates: Rates,
         rate: Callable[[Iterable[Source]], None],
     ) -> None:
-        """`want` gives the ruleset for a generation of the table; `count` takes elements that are about to be
-        forgotten; `rate` writes the limits of sources into the kernel."""
-        self._keeper, self._learned, self._want, self._count = keeper, learned, want, count
+        """`want` gives the ruleset for a generation of the table; `rate` writes the limits of sources into the
+        kernel."""
+        self._keeper, self._learned, self._want = keeper, learned, want
         self._rates, self._rate = rates, rate
         self.links: dict[str, int] = {}
         self.broken = ""
@@ -122,8 +121,6 @@ class Enforcement:
         a limit need not send twice then."""
         sources, prefixes = self._sources(committed), self._prefixes(committed)
         if not len(prefixes):
-            if len(sources) <= COUNTED:
-                self._count([held for source in sources if (held := self._learned.held(source))])
             self.forget(sources, committed.generation, opens=committed.opens, closes=committed.closes)
             self._rate(sources)
             return
@@ -134,7 +131,6 @@ class Enforcement:
             prefixes,
             committed.generation,
             self._rates.forgetting(rated),
-            self._count,
             opens=committed.opens or bool(committed.links),
             closes=committed.closes or bool(committed.links),
         )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from hashlib import blake2b
 from math import inf
 from typing import Final, NamedTuple, TypeAlias
@@ -38,7 +38,7 @@ from portward.gateway.elements import (
 )
 from portward.gateway.faketables import Draft, Entry, FakeSet, FakeTable, handle, refuse
 from portward.gateway.faketext import SyntaxFault
-from portward.gateway.netlink import attributes_of
+from portward.gateway.netlink import attribute, attributes_of, nest, string
 from portward.gateway.nfnetlink import Chain, Expression, NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.setdump import Row, SetElement
@@ -313,15 +313,23 @@ class FakeNetlink(NfNetlink):
         ]
         return blake2b(repr(what).encode(), digest_size=16).digest()
 
-    def commit(self, messages: Iterable[tuple[int, bytes]], *, dry_run: bool = False) -> None:
+    def expect(self, messages: int) -> None:
+        """See `NfNetlink`: here there is room for all."""
+
+    def commit(
+        self, messages: Iterable[tuple[int, bytes]], *, dry_run: bool = False, reported: Container[int] = ()
+    ) -> list[bytes]:
         """See `NfNetlink`."""
-        found = list(messages)
+        found, reports = list(messages), list[bytes]()
 
         def work(draft: Draft) -> None:
-            for kind, body in found:
+            for place, (kind, body) in enumerate(found):
+                if place in reported:
+                    reports.extend(_reports(draft, body))
                 self._do(draft, kind, body)
 
         self._kernel.transact(work, lambda: tuple(_read(found)), self, dry_run=dry_run)
+        return reports
 
     def _do(self, draft: Draft, kind: int, body: bytes) -> None:
         attributes = dict(attributes_of(body))
@@ -384,9 +392,20 @@ def _change(kind: int, attributes: dict[int, bytes]) -> Change:
     raise NotImplementedError(f"the fake knows no message {kind}")
 
 
-def _elements(nest: bytes) -> Iterator[tuple[bytes, str]]:
+def _reports(draft: Draft, body: bytes) -> Iterator[bytes]:
+    """What the kernel reports of the elements that a message deletes, as far as portward reads it."""
+    attributes = dict(attributes_of(body))
+    held = draft.set(_text(attributes[1]), _text(attributes[2])).elements
+    for key in [key for key, _ in _elements(attributes[3])] if 3 in attributes else [*held]:
+        if key in held:
+            counter = attribute(1, bytes(8)) + attribute(2, struct.pack(">Q", held[key].packets))
+            element = nest(1, attribute(1, key)) + nest(7, attribute(1, string("counter")) + nest(2, counter))
+            yield attribute(1, attributes[1]) + attribute(2, attributes[2]) + nest(3, nest(1, element))
+
+
+def _elements(nested: bytes) -> Iterator[tuple[bytes, str]]:
     """Key and object of each element in a message."""
-    for _, element in attributes_of(nest):
+    for _, element in attributes_of(nested):
         parts = dict(attributes_of(element))
         yield dict(attributes_of(parts[1]))[1], _text(parts.get(9, b""))
 

@@ -20,7 +20,7 @@ from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.notices import Heard, Notices
 from portward.gateway.others import WRITING
-from portward.gateway.ruleset import FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, head
+from portward.gateway.ruleset import COUNTING_SETS, FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, head
 from portward.resources import rules
 
 # Seconds from a look to the next one without a reason: a transaction of somebody else between the two readings of
@@ -107,6 +107,7 @@ class Keeper:
         # Whatever others did until here is replaced; what they do from here on shows.
         self._settle()
         self._learned.forget_behind_gate()
+        self._count_what_goes(want)
         # Before chain `stacked` is gone, which may have stopped what comes from them. At a start there is no set.
         with contextlib.suppress(KernelError):
             self._learned.know_no_other(want.known)
@@ -123,6 +124,13 @@ class Keeper:
                 self._nft.delete(TABLE)
             self._nft.disturbed = True
             raise
+
+    def _count_what_goes(self, want: Wanted) -> None:
+        """Deletes what is cached if the sets are about to be made anew, so that what they have counted is known.
+        The load forgets it all anyway."""
+        if self._learned.definitions() not in (None, want.definitions):
+            with contextlib.suppress(KernelError):  # the sets are there no more, or were never of this kind
+                self._learned.end_all(COUNTING_SETS & self._netlink.sets(TABLE))
 
     def intact(self) -> bool:
         """Whether what is loaded is what was loaded, and CLOSED is not; costs one message where nobody has changed

@@ -8,7 +8,7 @@ itself. What must be forgotten earlier goes in two steps, in this order: `move_e
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from errno import ENOENT
 from ipaddress import ip_address
 from itertools import product
@@ -36,12 +36,10 @@ _INDEX = struct.Struct("=I")
 _TRIES: Final = 3
 # Up to this many sources are looked for one by one in full sets; each takes a message for each set.
 _ONE_BY_ONE: Final = 500
-# Up to this many elements of a set are counted a last time before they are forgotten; it costs 50 µs each.
-COUNTED: Final = 64
 
 _PASSING_SETS: Final = tuple(name for verdict, name in LEARNED_SETS.items() if verdict in mark.PASSING)
 _STOPPING_SETS: Final = tuple(name for verdict, name in LEARNED_SETS.items() if verdict not in mark.PASSING)
-_VERDICTS: Final = {name: verdict for verdict, name in LEARNED_SETS.items()}
+_VERDICTS: Final = {name: verdict for verdict, name in COUNTED_SETS.items()}
 
 
 class Source(NamedTuple):
@@ -197,7 +195,6 @@ class Learned:
         prefixes: Prefixes,
         generation: int,
         first: Sequence[Change] = (),
-        last: Callable[[list[Element]], None] = lambda elements: None,
         *,
         opens: bool = True,
         closes: bool = True,
@@ -205,9 +202,9 @@ class Learned:
         """Step two for prefixes: the same as `forget` for all sources that lie in them, at a cost that does not
         grow with the number of prefixes. Gives the sources found in sets that let packets pass.
 
-        `first` is done before everything else. `last` takes the elements of a set that are to be deleted, if they
-        are few. `opens`: the change may let packets pass, so verdicts that stop them may be wrong, too. `closes`:
-        it may stop packets, so the gate stands before the interfaces meanwhile if there is much to read.
+        `first` is done before everything else. `opens`: the change may let packets pass, so verdicts that stop
+        them may be wrong, too. `closes`: it may stop packets, so the gate stands before the interfaces meanwhile
+        if there is much to read.
 
         The sets that let packets pass come first, and are read until a reading finds nothing to delete. The others
         follow: before `synced` is written if they may be wrong, else after it. A set that cannot be read well, or
@@ -221,11 +218,7 @@ class Learned:
         elif first:
             self._elements.commit(first)
 
-        def count(set_: str, rows: list[Row]) -> None:
-            if len(rows) <= COUNTED:
-                last([_element(_VERDICTS[set_[:-1]], row) for row in rows])
-
-        sweep = Sweep(self._elements, self.sizes, prefixes, count)
+        sweep = Sweep(self._elements, self.sizes, prefixes)
         for name, family in passing:
             sweep.clear(name, family)
         found = {Source.of(key) for keys in sweep.found.values() for key in keys}
@@ -237,6 +230,19 @@ class Learned:
             for name, family in stopping:
                 sweep.clear(name, family)
         return found
+
+    def end(self, due: Mapping[str, Sequence[bytes]]) -> None:
+        """Deletes elements (set → keys) that are about to expire, so that all that they have counted is known.
+        Raises KernelError, and then none is deleted: a set is full."""
+        # As in `forget`: one may have expired by now.
+        changes: list[Change] = []
+        for set_, keys in due.items():
+            changes += [Add(set_, keys), Delete(set_, keys)]
+        self._elements.commit(changes)
+
+    def end_all(self, sets: Iterable[str]) -> None:
+        """Deletes all elements of these sets, which are about to be made anew; raises KernelError."""
+        self._elements.commit([Flush(set_) for set_ in sets])
 
     def forget_behind_gate(self) -> None:
         """If a gate stands, forgets every verdict that lets packets pass, so that a reload, which removes it,
@@ -299,6 +305,11 @@ class Learned:
         except OSError:
             return None
         return _INDEX.unpack(keys[0])[0] if len(keys) == 1 else None
+
+
+def element_of(set_: str, row: Row) -> Element:
+    """The cached verdict that a row of this set is."""
+    return _element(_VERDICTS[set_[:-1]], row)
 
 
 def _element(verdict: Verdict, row: Row) -> Element:

@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
@@ -28,6 +28,7 @@ from portward.gateway.netlink import (
     NLM_F_ACK,
     NLM_F_CREATE,
     NLM_F_DUMP,
+    NLM_F_ECHO,
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
@@ -43,6 +44,7 @@ _SUBSYS_NFTABLES: Final = 10
 _NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
 _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 4, 7, 10, 13, 16, 19
 _NEW_TABLE: Final = 0
+_DELETE_ELEMENT: Final = 14
 _OBJECT_COUNTER, _OBJECT_LIMIT = 1, 4
 _BATCH_BEGIN, _BATCH_END = 16, 17
 # A base chain has one of these types; other chains have none.
@@ -58,7 +60,9 @@ _OWNER_FLAG: Final = 2  # NFT_TABLE_F_OWNER
 _DUMP_TRIES: Final = 20
 _DUMP_SECONDS: Final = 0.5
 # asm-generic/socket.h and linux/netlink.h; Python does not name them.
-_SO_SNDBUFFORCE, _SOL_NETLINK, _NETLINK_CAP_ACK = 32, 270, 10
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE, _SOL_NETLINK, _NETLINK_CAP_ACK = 32, 33, 270, 10
+# A report takes some 130 bytes, and the kernel counts the buffers that they lie in.
+_REPORT_BYTES: Final = 1_024
 
 _U32 = struct.Struct(">I")
 _I32 = struct.Struct(">i")
@@ -104,6 +108,7 @@ class NfNetlink:
         # An error names the message that was refused, without a copy of all of it.
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         self._sequence = 0
+        self._room = 1 << 20
         self._largest = 100_000  # bytes of a transaction that the send buffer takes for sure
 
     def close(self) -> None:
@@ -298,20 +303,35 @@ class NfNetlink:
                     for kind in wanted:
                         digest.update(attributes.get(kind, b"-"))
 
-    def commit(self, messages: Iterable[tuple[int, bytes]], *, dry_run: bool = False) -> None:
+    def commit(
+        self, messages: Iterable[tuple[int, bytes]], *, dry_run: bool = False, reported: Container[int] = ()
+    ) -> list[bytes]:
         """Makes changes (message type, attributes; at least one) to inet tables in one transaction, or with
         `dry_run` only asks whether the kernel would. A new rule goes to the head of its chain. Raises OSError with
-        the kernel's errno, and then nothing has changed."""
-        made = [Message(message, _NFPROTO_INET, NLM_F_CREATE, body) for message, body in messages]
-        self.transact(made, dry_run=dry_run)
+        the kernel's errno, and then nothing has changed.
+
+        Gives the attributes of what the kernel reports of the messages at the places `reported` (from 0): each
+        element that they delete, with its counter."""
+        made = [
+            Message(message, _NFPROTO_INET, NLM_F_CREATE | (NLM_F_ECHO if place in reported else 0), body)
+            for place, (message, body) in enumerate(messages)
+        ]
+        return self.transact(made, dry_run=dry_run)
+
+    def expect(self, messages: int) -> None:
+        """Makes room for so many reports of one transaction. What finds no room ends in ENOBUFS."""
+        wanted = messages * _REPORT_BYTES
+        if wanted > self._room:
+            self._room = wanted
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, wanted)
 
     def barrier(self) -> None:
         """Returns once each transaction that was at work has ended, and its notices were sent."""
         with contextlib.suppress(OSError):
             self.commit([(_NEW_TABLE, attribute(1, string("portward_probe")))], dry_run=True)
 
-    def transact(self, messages: Iterable[Message], *, dry_run: bool = False) -> None:
-        """Makes changes (at least one) to any tables, like `commit`."""
+    def transact(self, messages: Iterable[Message], *, dry_run: bool = False) -> list[bytes]:
+        """Makes changes (at least one) to any tables, like `commit`; gives what NLM_F_ECHO asks for."""
         begin = self._sequence + 1
         batch = [self._message(_BATCH_BEGIN, NLM_F_REQUEST, NFGEN.pack(0, 0, _SUBSYS_NFTABLES))]
         changes = list(messages)
@@ -324,7 +344,7 @@ class NfNetlink:
         if not dry_run:  # what does not come to an end is taken back
             batch.append(self._message(_BATCH_END, NLM_F_REQUEST, NFGEN.pack(0, 0, _SUBSYS_NFTABLES)))
         self._send(b"".join(batch))
-        self._wait(begin, last, changes)
+        return self._wait(begin, last, changes)
 
     def _send(self, data: bytes) -> None:
         """Sends a transaction, which goes in one piece, however large; the default buffer takes some 200 kB."""
@@ -337,11 +357,16 @@ class NfNetlink:
         self._sequence += 1
         return HEADER.pack(16 + len(payload), kind, flags, self._sequence, 0) + payload
 
-    def _wait(self, begin: int, last: int, messages: list[Message]) -> None:
-        """Waits for the kernel's answer to a transaction; raises OSError for the first message that it refused."""
+    def _wait(self, begin: int, last: int, messages: list[Message]) -> list[bytes]:
+        """Waits for the kernel's answer to a transaction, and gives what it reports before that; raises OSError
+        for the first message that it refused."""
         refused = place = 0
+        reports: list[bytes] = []
         while True:
             for kind, _, sequence, content in messages_of(self._socket.recv(1 << 17)):
+                # Linux 6.18 gives reports no sequence number.
+                if kind == _SUBSYS_NFTABLES << 8 | _DELETE_ELEMENT:
+                    reports.append(content[NFGEN.size :])
                 if kind != NLMSG_ERROR or sequence < begin:
                     continue
                 code = -struct.unpack_from("=i", content)[0]
@@ -351,7 +376,7 @@ class NfNetlink:
                 if sequence in (begin, last):
                     if refused:
                         raise _refusal(refused, messages[place - 1] if place else None)
-                    return
+                    return reports
 
     def _request(
         self, message: int, body: bytes, flags: int, family: int = _NFPROTO_INET, *, skip: int = NFGEN.size

@@ -89,7 +89,7 @@ def _with_descriptors(call: _Call[_P]) -> _Call[_P]:
 class Transact(Protocol):
     """Sends a transaction to the kernel; raises OSError, and then nothing has changed (`NfNetlink.transact`)."""
 
-    def __call__(self, messages: list[Message], *, dry_run: bool = False) -> None: ...
+    def __call__(self, messages: list[Message], *, dry_run: bool = False) -> object: ...
 
 
 class Nft:

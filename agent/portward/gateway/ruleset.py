@@ -81,6 +81,11 @@ SEGMENT_SETS: Final[dict[Verdict, str]] = {
     Unjudged.DROPPED: "unjudged_drops",
     Unjudged.PASSED: "unjudged_passes",
 }
+# All sets whose elements count packets that no other set counts.
+COUNTING_SETS: Final = frozenset(
+    {f"{name}{family}" for name in (*COUNTED_SETS.values(), UNCACHED) for family in "46"}
+    | {UNCACHED_SEGMENTS, *SEGMENT_SETS.values()}
+) - {f"{LEARNED_SETS[mark.Class.UNKNOWN]}{family}" for family in "46"}
 
 _NO_INTERFACE: Final = "no interface"  # a name that no interface can have
 # The committed rate of a segment may come at once for so many seconds.

@@ -9,7 +9,6 @@ collecting.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -44,11 +43,9 @@ class Sweep:
         elements: Elements,
         sizes: dict[str, int],
         prefixes: Prefixes,
-        last: Callable[[str, list[Row]], None],
     ) -> None:
-        """`sizes` are the elements of each set as last read, and is kept up to date. `last` takes each set's
-        elements before they are deleted."""
-        self._elements, self._sizes, self._prefixes, self._last = elements, sizes, prefixes, last
+        """`sizes` are the elements of each set as last read, and is kept up to date."""
+        self._elements, self._sizes, self._prefixes = elements, sizes, prefixes
         self._readable = _READABLE if len(prefixes) < _MANY_PREFIXES else _READABLE_FOR_MANY
         self._began: dict[str, float] = {}
         self.found: dict[str, set[bytes]] = {}
@@ -83,7 +80,6 @@ class Sweep:
             return rows, []
         before = self.found.setdefault(set_, set())
         going = [row for row in rows if row[0] in found]
-        self._last(set_, [row for row in going if row[0] not in before])
         before |= found
         if len(found) >= _WORTH_A_FLUSH and 10 * len(found) >= 9 * len(rows):
             return rows, [Flush(set_)]

@@ -9,6 +9,7 @@ from typing import Final
 
 from portward.config import Config
 from portward.gateway import mark, ruleset
+from portward.gateway.deletions import Deletions
 from portward.gateway.elements import (
     Add,
     AddLimit,
@@ -24,7 +25,7 @@ from portward.gateway.elements import (
 from portward.gateway.enforcement import Enforcement
 from portward.gateway.fake import FakeKernel, Transaction
 from portward.gateway.keeper import Keeper
-from portward.gateway.learned import Element, Learned, Source
+from portward.gateway.learned import Learned, Source
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.rates import Bucket, Rates
@@ -68,15 +69,13 @@ class Plane:
         self.kernel, self.generation, self.config = kernel, generation, config
         self.netlink = netlink or kernel.netlink()
         self.nft = nft or kernel.nft()
-        self.elements = KernelElements(self.netlink, self.nft.committing)
+        self.deletions = Deletions()
+        self.elements = KernelElements(self.netlink, self.nft.committing, self.deletions)
         self.learned = Learned(self.elements)
         self.keeper = Keeper(self.nft, self.netlink, self.learned)
         self.rates = Rates(self.elements)
-        self.counted: list[Element] = []
         self.limits: dict[Source, Bucket] = {}
-        self.enforcement = Enforcement(
-            self.keeper, self.learned, self.want, self.counted.extend, self.rates, self._rate
-        )
+        self.enforcement = Enforcement(self.keeper, self.learned, self.want, self.rates, self._rate)
         self.enforcement.links = {SEGMENT: LINK}
 
     def want(self, generation: int) -> ruleset.Wanted:

@@ -12,6 +12,7 @@ import pytest
 
 from portward.gateway import learned as cache
 from portward.gateway import ruleset
+from portward.gateway.deletions import Gone
 from portward.gateway.elements import Add, Delete
 from portward.gateway.fake import FakeKernel, ProcessDied
 from portward.gateway.faketables import FakeTable
@@ -99,12 +100,14 @@ def judges(tables: dict[str, FakeTable]) -> bool:
 
 
 def test_a_host_is_forgotten_after_the_epoch_has_moved_and_synced_is_written_with_it(plane: Plane) -> None:
+    plane.kernel.learn("allow4", HOST.key, packets=7)
     plane.enforce(committed(2, "10.0.0.4/32"))
     assert words(plane.kernel.journal) == [
         "flush epoch, add epoch 2, add recent 1",
         "forget 3 . 10.0.0.4, flush synced, add synced 2",
     ]
-    assert [element.source for element in plane.counted] == [HOST], "counted a last time"
+    gone = [one for one in plane.deletions.take() or [] if one.packets]
+    assert gone == [Gone("allow4", HOST.key, 7)], "the kernel says what it had counted"
 
 
 def test_a_prefix_is_read_and_taken_out_of_the_sets_that_hold_it(plane: Plane) -> None:

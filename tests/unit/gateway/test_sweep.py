@@ -11,8 +11,7 @@ import pytest
 
 from portward.gateway import sweep as sweeping
 from portward.gateway.elements import Add, Change, Delete, DeleteRule, Flush, InsertRule, RefusedError
-from portward.gateway.learned import Element, Learned, Source
-from portward.gateway.mark import Class
+from portward.gateway.learned import Learned, Source
 from portward.gateway.prefixes import Prefixes
 from portward.gateway.ruleset import COUNTED_SETS
 from portward.gateway.setdump import Row, SetElement
@@ -267,13 +266,6 @@ def test_a_set_too_large_to_be_read_in_time_is_flushed_unread(
     learned.forget_within(prefixes(*many), GENERATION)
     assert len(kernel.sets["allow6"]) == (0 if flushed else 99)
     assert ("allow6" in kernel.readings) is not flushed
-
-
-def test_few_elements_are_counted_once_before_they_go(kernel: Sets) -> None:
-    counted: list[Element] = []
-    kernel.fill("allow6", key(1), key(2))
-    Learned(kernel).forget_within(prefixes(), GENERATION, last=counted.extend)
-    assert sorted(counted) == [Element(Class.ALLOW, Source.of(key(number)), 1, 60.0) for number in (1, 2)]
 
 
 @pytest.mark.parametrize("count", [3, 600])

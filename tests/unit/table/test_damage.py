@@ -18,10 +18,11 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
-from portward.core import Core
+from portward.counting import Counting
 from portward.dataplane import Dataplane
-from portward.gateway.learned import Element, Source
-from portward.gateway.mark import Class
+from portward.gateway.deletions import Deletions
+from portward.gateway.fake import FakeKernel
+from portward.gateway.learned import Source
 from portward.model import Attachment, Exemption, ExemptionState, Reason, Record, Standing
 from portward.table import layout
 from portward.table.account import Account
@@ -114,19 +115,15 @@ def test_a_code_without_a_meaning_denies_its_source(writer: Writer, tmp_path: Pa
     assert f"the code of the entry for {MACHINES[1]}/32 in segment 1 has no meaning" in verified.told[0]
 
 
-def test_a_cached_verdict_of_a_damaged_entry_is_found_and_forgotten(writer: Writer) -> None:
+def test_a_cached_verdict_of_a_damaged_entry_is_found_and_forgotten(writer: Writer, tmp_path: Path) -> None:
     """The comparison of cached verdicts with the table goes on over such an entry."""
     with_code(writer, MACHINES[1], 31)
-    core = Core.__new__(Core)
-    core._counting_reader = writer.reader()
-    core._owners = writer.reader()
-    core._intake = cast("Any", SimpleNamespace(changes=0))
-    core._dataplane = cast("Any", SimpleNamespace(differs=Dataplane.differs))
-    core._subscriptions = 0, {}
+    netlink = FakeKernel().netlink()
+    counting = Counting(tmp_path, netlink, writer.reader(), Deletions(), lambda: 0)
     sources = [Source(1, ip_address(MACHINES[number]).packed) for number in (1, 2)]
-    core._sample = [Element(Class.ALLOW, source, 5, 60.0) for source in sources]
-    assert core.suspects() == [sources[0]]
-    owner = core._owner(sources[0])
+    counting._sample = [("allow4", (source.key, 5, 60_000)) for source in sources]
+    assert counting.look(cast("Any", SimpleNamespace(differs=Dataplane.differs))) == [sources[0]]
+    owner = counting._owner(sources[0])
     assert owner is not None
     assert owner.subscription == str(UUID(int=1))
     assert writer.damage.rows == 1
