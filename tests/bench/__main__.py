@@ -24,6 +24,7 @@ from bench import (  # the path above must be there first
     counted,
     crowd,
     drain,
+    exhausted,
     fast_path,
     flush_during_load,
     growth,
@@ -62,6 +63,7 @@ _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
 # What is promised elsewhere and takes its time.
 _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "counted": counted.measure,
+    "exhausted": exhausted.measure,
     "flush_during_load": flush_during_load.measure,
     "guard": guard.measure,
     "held": held.measure,
