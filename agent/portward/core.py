@@ -20,6 +20,7 @@ from portward.clock import Clock
 from portward.config import Config
 from portward.counting import Counting
 from portward.dataplane import Dataplane
+from portward.descriptors import Reserve
 from portward.errors import KernelError
 from portward.gateway import ruleset, xtables
 from portward.gateway.around import Lookout
@@ -59,6 +60,9 @@ class Core:
         self._netlink = NfNetlink()
         self._nft = Nft(self._netlink.generation, self._netlink.transact)
         self._ask_privilege()
+        ruleset.read()
+        # For what a repair opens that nobody has thought of.
+        self._reserve = Reserve(4)
         self.native = xtables.has_native_queue(self._nft)
         if not self.native:
             xtables.require(self._netlink)
@@ -171,7 +175,8 @@ class Core:
     def check(self) -> None:
         """Puts the ruleset back if another process has changed it, and looks what stands around it. Kernel
         thread."""
-        self._dataplane.check()
+        with self._reserve.lent():
+            self._dataplane.check()
 
     def correct(self, suspects: list[Source]) -> None:
         """Makes the kernel forget those of these sources whose cached verdict is not the table's. Kernel

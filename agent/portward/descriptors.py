@@ -53,6 +53,7 @@ class Reserve:
         """Opens `size` descriptors, or as many as there are: see `missing`."""
         self._size = size
         self._held: list[int] = []
+        self._blocks = 0
         self.refill()
 
     @property
@@ -80,12 +81,16 @@ class Reserve:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Within this block the reserve's descriptors are free for others; afterwards it takes them again."""
+        """Within this block the reserve's descriptors are free for others; afterwards it takes them again. Such
+        blocks may stand in each other."""
+        self._blocks += 1
         self.release()
         try:
             yield
         finally:
-            self.refill()
+            self._blocks -= 1
+            if not self._blocks:
+                self.refill()
 
     @contextlib.contextmanager
     def ensured(self, number: int) -> Iterator[None]:

@@ -5,6 +5,7 @@ The shipped `rules/` folder is inside the installed package, or beside `agent/` 
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Final
@@ -20,3 +21,9 @@ def rules(*parts: str) -> Path:
     installed = _PACKAGE / "rules"
     root = installed if installed.is_dir() else _PACKAGE.parent.parent / "rules"
     return root.joinpath(*parts)
+
+
+@functools.cache
+def text(*parts: str) -> str:
+    """A shipped file, read once: a ruleset must be put back also if no descriptor is left for its file."""
+    return rules(*parts).read_text("utf-8")

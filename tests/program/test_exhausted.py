@@ -25,6 +25,8 @@ from program.test_run import ruleset
 
 IDLE = 2_000
 LIMIT = 256
+# The first repair may find a descriptor that happens to be free.
+ROUNDS = 3
 
 
 @contextlib.contextmanager
@@ -75,13 +77,14 @@ def survives(agent: Agent) -> None:
     """A revocation, a worker's end, a flushed ruleset, a scrape, a change of interfaces, and SIGTERM."""
     agent.apply(revoked(), confirm=True)
     assert str(agent.explain(CONTOSO.segment, CONTOSO.address4)["reason"]).startswith("denied")
-    worker = status(agent)["workers"][0]["pid"]
-    os.kill(worker, signal.SIGKILL)
-    until(lambda: agent.metrics()["portward_worker_restarts_total"] >= 1, "the worker's end is seen")
-    until(lambda: status(agent)["workers"][0]["pid"] not in (worker, None), "there is another worker")
-    until(lambda: status(agent)["workers"][0]["running"], "it runs")
-    namespaces.load(agent.lab.gateway, "flush ruleset")
-    until(lambda: "chain judge" in ruleset(agent.lab), "the ruleset is back")
+    for ends in range(1, ROUNDS + 1):
+        worker = status(agent)["workers"][0]["pid"]
+        os.kill(worker, signal.SIGKILL)
+        until(lambda ends=ends: agent.metrics()["portward_worker_restarts_total"] >= ends, "its end is seen")  # type: ignore[misc]
+        until(lambda worker=worker: status(agent)["workers"][0]["pid"] not in (worker, None), "another is there")  # type: ignore[misc]
+        until(lambda: status(agent)["workers"][0]["running"], "it runs")
+        namespaces.load(agent.lab.gateway, "flush ruleset")
+        until(lambda: "chain judge" in ruleset(agent.lab), "the ruleset is back")
     namespaces.batch(agent.lab.gateway, ["link add vni7777 type veth peer name peer7777"])
     try:
         until(lambda: any(one["name"] == "vni7777" for one in status(agent)["segments"]), "a new segment is seen")

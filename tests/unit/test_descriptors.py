@@ -33,6 +33,16 @@ def test_what_is_lent_can_be_had_and_comes_back() -> None:
     assert count() == before
 
 
+def test_blocks_may_stand_in_each_other() -> None:
+    reserve = Reserve(2)
+    with no_descriptors(), reserve.lent():
+        with reserve.lent():
+            assert available(2)
+        assert available(2)
+    assert reserve.missing == 0
+    reserve.release()
+
+
 def test_what_somebody_else_has_taken_is_taken_back_later() -> None:
     reserve = Reserve(2)
     with no_descriptors():

@@ -15,13 +15,13 @@ from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
 from zlib import crc32
 
+from portward import resources
 from portward.config import Config, Encrypted, OnAgentDown, Verdicts
 from portward.documents import network_text
 from portward.gateway import mark, tunnels
 from portward.gateway.surroundings import NOTHING, Surroundings
 from portward.model import Mode, Network
 from portward.policy.preset import Preset
-from portward.resources import rules
 
 
 class Rated(Enum):
@@ -164,7 +164,7 @@ def wanted(
     surroundings: Surroundings = NOTHING,
 ) -> Wanted:
     """The ruleset for a configuration on a kernel with (`native`) or without nft_queue, in these surroundings."""
-    text = _with_lines(rules("nftables", "portward.nft").read_text("utf-8"), _GUARD, wanted=surroundings.guard)
+    text = _with_lines(resources.text("nftables", "portward.nft"), _GUARD, wanted=surroundings.guard)
     # While all segments are only observed nothing is refused, whatever it comes from.
     text = _with_lines(text, _KNOWN, wanted=not _observes_all(config))
     text = _with_literals(text, config, guard=surroundings.guard)
@@ -187,10 +187,16 @@ def wanted(
     return Wanted(text, definitions, statements, native, hooks, surroundings.known, fixed, _numbers(state))
 
 
+def read() -> None:
+    """Reads the shipped files, which are kept from then on."""
+    for name in ("portward.nft", _STACKED[0]):
+        resources.text("nftables", name)
+
+
 def stacked_alone(config: Config, preset: Preset, surroundings: Surroundings) -> str:
     """The chains for devices above segments alone, which the kernel takes sooner than the whole ruleset, and
     what they name of it."""
-    whole = rules("nftables", "portward.nft").read_text()
+    whole = resources.text("nftables", "portward.nft")
     named = "".join(re.findall(r"(?m)^  (?:counter stacked|set internal[46]) .*\n", whole))
     named = re.sub(r" elements = \S+", "", named)
     return (
@@ -201,7 +207,7 @@ def stacked_alone(config: Config, preset: Preset, surroundings: Surroundings) ->
 
 def _stacked(surroundings: Surroundings) -> str:
     name, _ = _STACKED
-    return _with_values(rules("nftables", name).read_text("utf-8"), {"STACKED": _indexes(surroundings.stacked)})
+    return _with_values(resources.text("nftables", name), {"STACKED": _indexes(surroundings.stacked)})
 
 
 def observed(config: Config) -> tuple[str, ...]:
