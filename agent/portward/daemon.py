@@ -115,11 +115,6 @@ class Daemon:
             await self._serve(*starting.result())
         _log.info("stopped; ruleset and remembered verdicts stay in force")
 
-    @property
-    def lingers(self) -> bool:
-        """Whether Python's own end of the process would wait for a thread, or end workers that are to stay."""
-        return self.abandoned or any(worker.stays for worker in self._workers)
-
     async def _start(
         self, stack: contextlib.AsyncExitStack
     ) -> tuple[AsyncIterator[Links], Links, asyncio.Future[None]]:
@@ -423,8 +418,8 @@ def run(path: Path) -> None:
     try:
         asyncio.run(daemon.run())
     except BaseException as error:
-        if daemon.lingers:
+        if daemon.abandoned:
             ending.end(error)
         raise
-    if daemon.lingers:
+    if daemon.abandoned:
         ending.end(None)

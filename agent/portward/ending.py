@@ -24,8 +24,7 @@ def end(error: BaseException | None) -> NoReturn:
     """Ends the process at once, and with it the threads that are at work. Prints `error` as the program does, and
     gives its exit code; 0 if there is none.
 
-    Python's own end would wait for those threads. It also collects what asyncio has started, and asyncio kills a
-    process that it collects: a worker that is to stay.
+    Python's own end would wait for those threads.
     """
     code = 1
     try:

@@ -19,6 +19,8 @@ from typing import Final, NamedTuple
 from portward.config import Queue, QueueReader
 from portward.descriptors import Reserve
 from portward.errors import InputError, KernelError
+from portward.gateway import children
+from portward.gateway.children import Child
 from portward.gateway.learned import Source
 from portward.gateway.output import Limited, lines_of
 from portward.gateway.tally import Tally
@@ -70,7 +72,7 @@ class Worker:
         # To start a process takes nine, for a moment.
         self._reserve = Reserve(12)
         self.tally = Tally(self._block)
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: Child | None = None
         self.restarts = 0
         # How often in a row nothing was handled from this queue, by one process or by several.
         self.silences = 0
@@ -104,27 +106,21 @@ class Worker:
             self._noted = state, now
         return Standing(state, now - self._noted[1], "" if self.ready else self.trouble)
 
-    @property
-    def stays(self) -> bool:
-        """Whether the process outlives the daemon."""
-        return self._stay > 0
-
     async def prepare(self) -> None:
-        """Starts the process, which loads its program and then waits for `start`; raises OSError, or RuntimeError
-        if there is no thread that waits for its end."""
+        """Starts the process, which loads its program and then waits for `start`; raises OSError."""
         with self._reserve.lent():
             await self._prepare()
 
     async def _prepare(self) -> None:
         theirs, self._lifeline = os.pipe()
         try:
-            self.process = await asyncio.create_subprocess_exec(
+            argv = (
                 *PYTHON, "-m", "portward.gateway.worker",
                 "--queue", str(self.queue), "--length", str(self._length), "--reader", self._reader,
                 "--table", os.fspath(self._table), "--tally", str(self._block), "--lifeline", str(theirs),
                 "--stay", str(self._stay),
-                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, pass_fds=(self._block, theirs),
             )  # fmt: skip
+            self.process = await children.start(argv, pass_fds=(self._block, theirs))
         finally:
             os.close(theirs)
         self._said = asyncio.create_task(_forward(self.process))
@@ -138,7 +134,6 @@ class Worker:
         assert self.process is not None and self._said is not None  # noqa: S101, PT018 # by `prepare`
         with contextlib.suppress(BrokenPipeError):  # it has ended: what it said follows
             os.write(self._lifeline, b"\n")
-        assert self.process.stdout is not None  # noqa: S101 # asked for in `prepare`
         lines = lines_of(self.process.stdout)
         if not await self._is_ready(lines):
             self.kill()
@@ -174,8 +169,7 @@ class Worker:
                 try:
                     await self.start()
                     break
-                # OSError: no more processes, memory or descriptors. RuntimeError: no more threads.
-                except (KernelError, OSError, RuntimeError) as error:
+                except (KernelError, OSError) as error:  # OSError: no more processes, memory or descriptors
                     self.trouble = str(error)
                     _log.error("the worker of queue %d cannot be started: %s", self.queue, error)
                     await asyncio.sleep(pause)
@@ -203,7 +197,10 @@ class Worker:
         """Ends the process: by its lifeline, and by force after some seconds. One that stays is left alone with
         its queue. Idempotent."""
         self._close_lifeline()
-        if self._stay or self.process is None or self.process.returncode is not None:
+        if self.process is None or self.process.returncode is not None:
+            return
+        if self._stay:
+            self.process.leave()
             return
         try:
             async with asyncio.timeout(_STOP_SECONDS):
@@ -216,9 +213,8 @@ class Worker:
         """Ends the process by force."""
         self.ready = self.answers = False
         self._close_lifeline()
-        with contextlib.suppress(ProcessLookupError):
-            if self.process is not None:
-                self.process.kill()
+        if self.process is not None:
+            self.process.kill()
 
     def _close_lifeline(self) -> None:
         if self._lifeline >= 0:
@@ -260,10 +256,9 @@ def _source(line: bytes) -> Source | None:
     return Source(int(found[1]), bytes.fromhex(found[2].decode()))
 
 
-async def _forward(process: asyncio.subprocess.Process) -> str:
+async def _forward(process: Child) -> str:
     """Writes what a worker says on its stderr into the log; gives the last line."""
     last, limited = "", Limited(_log)
-    assert process.stderr is not None  # noqa: S101 # asked for in `prepare`
     async for line in lines_of(process.stderr):
         last = limited.line(logging.INFO, "worker: ", line)
     return last

@@ -216,9 +216,7 @@ class Ended:
         return 1
 
 
-@pytest.mark.parametrize(
-    "error", [KernelError("no queue"), OSError("no more processes"), RuntimeError("no thread")]
-)
+@pytest.mark.parametrize("error", [KernelError("no queue"), OSError("no more processes")])
 def test_a_worker_that_cannot_be_started_is_tried_after_pauses_that_grow_to_two_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
