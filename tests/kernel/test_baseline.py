@@ -350,7 +350,7 @@ def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
     agent.start()
     if where == "Keeper.load":
         agent.stop()
-    (agent.folder / "armed").write_text(f"daemon|portward.gateway.keeper:{where}|before|1|memory")
+    (agent.folder / "armed").write_text(f"daemon|portward.gateway.keeper:{where}|before|1|table")
     if where == "Keeper.load":
         agent.start(wait=False)
     assert agent.process is not None

@@ -28,7 +28,7 @@ _REPAIR, _STATUS = "portward.gateway.keeper:Keeper.repair", "portward.runtime:Ru
 
 
 class Faults:
-    """The harness that an agent runs with: it holds one of its threads, or takes its memory."""
+    """The harness that an agent runs with: it holds one of its threads, or makes it fail."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -112,13 +112,13 @@ def test_no_other_agent_begins_while_the_kernel_thread_of_one_that_failed_may_wr
     agent.apply(*records())
     agent.start()
     hold_the_kernel_thread(agent, faults)
-    faults.happen(_STATUS, "memory")
+    faults.happen(_STATUS, "table")
     assert claimed_once_it_is_gone(agent) > 0
     assert agent.process is not None
     assert agent.process.returncode == 1
     log = agent.log.read_text()
     assert "stopped in the midst of a step" in log
-    assert log.rstrip().endswith("MemoryError")
+    assert log.rstrip().endswith("portward: the policy table cannot be read")
     agent.start()
     assert running(agent.folder / "table") == agent.process.pid
 
@@ -144,10 +144,10 @@ def test_workers_that_are_to_stay_outlive_an_agent_that_fails(
     agent.apply(*records())
     agent.start()
     worker = json.loads(until_status(agent))["workers"][0]["pid"]
-    faults.happen(_STATUS, "memory")
+    faults.happen(_STATUS, "table")
     assert agent.process is not None
     assert agent.process.wait(60) == 1
-    assert agent.log.read_text().rstrip().endswith("MemoryError")
+    assert agent.log.read_text().rstrip().endswith("portward: the policy table cannot be read")
     # Its own end waits for no child, so a signal to the worker was sent before.
     assert Path(f"/proc/{worker}").exists()
     monkeypatch.delenv(STAY)

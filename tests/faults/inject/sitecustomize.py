@@ -2,7 +2,8 @@
 folder PORTWARD_FAULTS while they run:
 
     armed     `process|where|before or after|nth|action`: the process takes the file away and ends itself there by
-              a signal; or, with `memory`, has no memory; or, with `hold`, stays there until `held` is written to
+              a signal; or, with `memory`, has no memory; or, with `table`, cannot read the policy table, which
+              ends an agent; or, with `hold`, stays there until `held` is written to
     held      a named pipe
     shift     seconds by which the wall clock of the daemon is wrong
     rules/    ruleset files that it takes instead of the shipped ones
@@ -59,6 +60,8 @@ def _pass(where: str, side: str) -> None:
         return
     if action == "memory":
         raise MemoryError
+    if action == "table":
+        raise importlib.import_module("portward.table.database").TableError("the policy table cannot be read")
     if action == "hold":
         _HELD.read_bytes()
         return
