@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from portward.characters import unshown
 from portward.cli import main, streams
 from portward.errors import PortwardError
+from portward.store.protocol import encode
 from unit.store.samples import CONTOSO, EXAMPLE, FABRIKAM
 
 TEXT = "“é→\u202f☃” \U0001f4bb"
@@ -170,6 +173,21 @@ FOREIGN = [
 ]  # fmt: skip
 
 
+def test_an_interrupt_after_writing_says_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    config = folder(tmp_path)
+    monkeypatch.setattr("portward.cli.inventory.behind_held", interrupted)
+    inventory = str(tmp_path / "inventory.yaml")
+    monkeypatch.setattr(sys, "argv", ["portward", "apply", inventory, "--config", str(config)])
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert capsys.readouterr().err == "portward: interrupted; the store was changed, as revision 1\n"
+
+
 @pytest.mark.parametrize(("arguments", "told"), FOREIGN, ids=[told for _, told in FOREIGN])
 def test_bytes_that_are_not_utf_8_are_named(
     tmp_path: Path,
@@ -210,3 +228,32 @@ def test_a_row_of_another_tool_forges_no_line_of_a_history(tmp_path: Path) -> No
     lines = result.stdout.decode().splitlines()
     assert r"eve\n2027-01-01 00:00:00Z  revision 9  alice\x1b[1A\u202e: " in lines[0]
     assert not any(line.startswith("2027") for line in lines)
+
+
+FORGED = "fabri\nkam\n\nDear customer,\x1b[2J\u202e you may send"
+
+
+def test_a_row_of_another_tool_forges_nothing_in_a_diagnosis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in the answer nor in the letter, whose lines are as many as for a name of one line."""
+    config = folder(tmp_path)
+
+    def lines(name: str, *more: str) -> list[str]:
+        record = encode(replace(FABRIKAM, name=name))
+        with sqlite3.connect(tmp_path / "portward.db") as store:
+            store.execute("UPDATE record SET body = ? WHERE key = ?", (record, f"subscriptions/{FABRIKAM.id}"))
+        store.close()
+        words = ["portward", *more, "--config", str(config)]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        return capsys.readouterr().out.split("\n")
+
+    portward("apply", str(tmp_path / "inventory.yaml"), "--config", str(config), stdout=subprocess.DEVNULL)
+    diagnose = ("diagnose", str(FABRIKAM.id), "--lang", "en")
+    for more in (diagnose, (*diagnose, "--customer"), ("explain", "vni1002", "10.0.0.4"), ("exemption", "list")):
+        plain, forged = lines("fabrikam", *more), lines(FORGED, *more)
+        assert len(plain) == len(forged), more
+        assert all(unshown(line) is None for line in forged), more
+        assert not any(line.startswith("Dear customer") for line in forged)

@@ -56,6 +56,13 @@ def test_a_pipe_gets_every_reading_whole_in_plain_lines(config: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_customers_name_of_another_tool_makes_no_row(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kernel, "read", lambda *_: [Row("vni1", "10.0.0.4", "deny", 1.0, 2, "x\nvni2  y\x1b[2J")])
+    lines = top(config, "--count", "1").stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[1].endswith(r"x\nvni2  y\x1b[2J")
+
+
 def test_a_narrow_terminal_cuts_lines_off_at_its_edge(config: Path) -> None:
     result = top(config, "--count", "1", COLUMNS="60", LINES="25", FORCE_COLOR="1", TERM="xterm")
     assert f"vni1002  {LONG}  deny" in result.stdout

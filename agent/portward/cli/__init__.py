@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import sys
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,8 @@ from portward.errors import PortwardError
 
 # Where standard output goes to has no room, or does not take what is written.
 _NOT_TAKEN: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+# 128 and the number of SIGINT, as shells have it.
+_INTERRUPTED: Final = 130
 
 
 def main() -> None:
@@ -37,14 +40,15 @@ def _outcome() -> tuple[int, str]:
     except PortwardError as error:
         return error.exit_code, _after_writing("\n".join(error.lines()))
     except KeyboardInterrupt:
-        return 130, ""
+        code = _INTERRUPTED
     except streams.OutputError as error:
         return _unprinted(error.reason)
     except OSError as error:  # of a library that prints, rich or typer
         if not isinstance(error, BrokenPipeError) and error.errno not in _NOT_TAKEN:
             raise
         return _unprinted(error)
-    return code, ""
+    # typer makes an exit code of an interrupt within a verb.
+    return code, _after_writing("interrupted") if code == _INTERRUPTED and streams.written() is not None else ""
 
 
 def _run() -> int:
@@ -69,7 +73,7 @@ def _unprinted(error: OSError) -> tuple[int, str]:
 def _after_writing(problem: str) -> str:
     """The problem, and the revision that was written all the same: else it looks as if nothing was done."""
     revision = streams.written()
-    if revision is None or f"revision {revision}" in problem:
+    if revision is None or re.search(rf"\brevision {revision}\b", problem):
         return problem
     return f"{problem}; the store was changed, as revision {revision}"
 
