@@ -248,21 +248,24 @@ class Daemon:
         answering = Answering(
             self._core, self._workers, self._count_step, self._threads.heartbeat.stuck, self._faults
         )
+        ready = asyncio.ensure_future(self._become_ready(reading, first))
+        changes = followed(links, self._follow_links, self._faults)
+        # What fails in a job outside of its steps counts as the one that must not stand still.
         jobs = [
-            asyncio.create_task(job)
-            for job in (
-                self._follow_store(asyncio.ensure_future(self._become_ready(reading, first))),
-                feed.follow(followed(links, self._follow_links, self._faults)),
-                feed.see(),
-                feed.write(),
-                feed.guard(),
-                self._follow_config(),
-                self._keep_ruleset(),
-                answering.ask(),
-                rounds.count(),
-                rounds.rate(),
-                self._write_status(),
-                *(self._faults.keep(Step.WORKER, worker.watch) for worker in self._workers),
+            asyncio.create_task(self._faults.keep(step, job))
+            for step, job in (
+                (Step.SETTLE, lambda: self._follow_store(ready)),
+                (Step.OWNERS, lambda: feed.follow(changes)),
+                (Step.DEVICES, feed.see),
+                (Step.LINKS, feed.write),
+                (Step.OWNERS, feed.guard),
+                (Step.RELOAD, self._follow_config),
+                (Step.RULESET, self._keep_ruleset),
+                (Step.SELF_CHECK, answering.ask),
+                (Step.COUNT, rounds.count),
+                (Step.LIMITS, rounds.rate),
+                (Step.STATUS, self._write_status),
+                *((Step.WORKER, worker.watch) for worker in self._workers),
             )
         ]
         stopping = asyncio.create_task(self._stopping.wait())

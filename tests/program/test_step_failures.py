@@ -31,7 +31,7 @@ def failing(name, step):
         return step(*arguments)
     return wrapped
 
-for name in ("sync", "count", "suspects", "keep_rates", "screen", "links_changed", "settle", "check"):
+for name in ("sync", "count", "suspects", "keep_rates", "screen", "links_changed", "settle", "check", "bell"):
     setattr(Core, name, failing(name, getattr(Core, name)))
 sys.argv = ["portward", *sys.argv[sys.argv.index("run"):]]
 from portward.cli import main
@@ -103,3 +103,19 @@ def test_a_ruleset_that_nobody_can_look_at_ends_the_agent(agent: Agent, tmp_path
     armed.write_text("")
     agent.start()
     assert "@" in agent.lab.run(agent.lab.gateway, "nft", "list", "chain", "inet", "portward", "screen").stdout
+
+
+def test_a_job_that_fails_outside_its_steps_begins_anew(agent: Agent, tmp_path: Path) -> None:
+    """To ask for the bell of the store is no step of a thread."""
+    agent.apply(*records())
+    armed = started(agent, tmp_path)
+    assert agent.process is not None
+    armed.write_text("bell")
+    until(lambda: failures(agent, "settle") >= 1, "the job has failed")
+    armed.write_text("")
+    until(lambda: failing(agent) == {}, "it works again")
+    mine = next(one for one in attachments(CONTOSO) if isinstance(one, Attachment))
+    before = agent.revision()
+    agent.apply(replace(mine, address=ip_network("10.9.9.8")))
+    assert agent.revision() > before
+    assert agent.process.poll() is None
