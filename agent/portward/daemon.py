@@ -365,6 +365,7 @@ class Daemon:
             config=str(self._path), began=self._began,
         )  # fmt: skip
         told["failing"] = self._faults.told()
+        told["stuck"] = self._threads.heartbeat.stuck()
         with contextlib.suppress(OSError):  # a full disk must not stop enforcement; `status` says how old it is
             self._runtime.write_status(told)
 

@@ -389,6 +389,8 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
             await asyncio.sleep(0.5)  # pause: so long it could be fed
             assert fed == []
             assert running.daemon._newest().step_seconds[lane,] > 0.3
+            if lane != "counting":  # it writes the status; without it that says how old it is
+                await running.until(lambda: _says_stuck(running, lane), "the status says so")
         finally:
             free.set()
         await hanging
@@ -760,3 +762,10 @@ def test_a_job_that_does_not_end_keeps_no_stop_waiting(running: Running) -> None
     assert late
     assert not running.daemon.abandoned
     assert locked(running) == (False, False)
+
+
+def _says_stuck(running: Running, lane: str) -> bool:
+    """Whether the status begins with the thread that hangs."""
+    return _lines(read_status(running.config.table) or {})[0].startswith(
+        f"STUCK     the {lane} thread has been at"
+    )

@@ -173,6 +173,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
     if told["ruleset_error"]:
         found.insert(0, f"THE RULESET IS NOT IN FORCE, port 25 may be open: {told['ruleset_error']}")
     found[:0] = [_failing(one) for one in told.get("failing", ())]
+    found[:0] = [f"STUCK     {line}" for line in told.get("stuck", ())]
     if told["reload_failed"]:
         found.append("config    the last reload was refused: the configuration before is in force (see the log)")
     # An agent of an older version does not write these.
