@@ -120,6 +120,12 @@ class Core:
         """Says which interfaces are segments, before the ruleset is there. Policy thread."""
         self._first = self._intake.first_links(links)
 
+    def prepare(self) -> None:
+        """Compiles the ruleset that `load` is going to load, while the workers load their libraries; changes
+        nothing. Kernel thread."""
+        assert self._first is not None  # noqa: S101 # by `first_links`
+        self._dataplane.prepare(self._first[-1])
+
     def load(self) -> None:
         """Loads the ruleset; from here on the gateway enforces what `first_links` left and what was committed
         since. Kernel thread. Raises KernelError."""

@@ -34,6 +34,7 @@ from portward.gateway import workers
 from portward.gateway.keeper import hearing
 from portward.gateway.links import Links
 from portward.gateway.namespacelock import NamespaceLock
+from portward.gateway.notices import Deaf
 from portward.gateway.workers import Worker
 from portward.linkfeed import LinkFeed, followed
 from portward.metricsserver import MetricsServer
@@ -128,7 +129,7 @@ class Daemon:
         reading = asyncio.ensure_future(
             self._faults.run(Step.STORE, lambda: self._policy_step(self._first_sync), None)
         )
-        await asyncio.gather(*(worker.start() for worker in self._workers))
+        await asyncio.gather(self._kernel_step(self._core.prepare), *(worker.start() for worker in self._workers))
         await self._kernel_step(self._core.load)
         settings.leave(self._path, self._core.config, self._core.preset)
         # Not before the gateway enforces, which depends on no address.
@@ -347,8 +348,11 @@ class Daemon:
     async def _keep_ruleset(self) -> None:
         """Looks at the ruleset when the kernel says that something of it was changed, and in any case again and
         again."""
-        with contextlib.closing(hearing(self._core.own_ports)) as notices:
-            await Vigil(self._core, self._kernel_step, notices, self._faults).keep()
+        with (
+            contextlib.closing(hearing(self._core.own_ports)) as ours,
+            contextlib.closing(hearing(self._core.own_ports, deaf=Deaf.TO_ELEMENTS)) as others,
+        ):
+            await Vigil(self._core, self._kernel_step, (ours, others), self._faults).keep()
 
     async def _write_status(self) -> None:
         while True:

@@ -100,6 +100,14 @@ class Dataplane:
         """Why the kernel does not have the ruleset that it should have; empty if it has."""
         return self.enforcement.broken
 
+    def prepare(self, seen: Links) -> None:
+        """Compiles the ruleset that `load` is expected to load for interfaces as they were `seen`. What goes
+        wrong shows when it is loaded."""
+        self._take_links(seen)
+        surroundings = self._around()._replace(guard=self.watch.look())
+        with contextlib.suppress(KernelError, OSError):
+            self._nft.prepare(self._wanted(self.config, self.preset, 0, surroundings))
+
     def load(self, committed: Committed, links: dict[str, int], seen: Links) -> None:
         """Loads the ruleset for the table as it was after `committed`, with `links` (segment → interface index),
         and for what stands around it, among it the interfaces as they were `seen`; then carries out what was

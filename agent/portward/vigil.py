@@ -7,6 +7,8 @@ the time. Whatever the notices say, the ruleset is looked at every ten seconds (
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import select
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol, TypeAlias
 
@@ -48,34 +50,43 @@ OnKernel: TypeAlias = Callable[[Callable[[], None]], Awaitable[None]]
 class Vigil:
     """Calls `Core.check` on the kernel thread when there is a reason."""
 
-    def __init__(self, core: Core, kernel: OnKernel, notices: Listening, faults: Faults) -> None:
-        self._core, self._kernel, self._notices, self._faults = core, kernel, notices, faults
+    def __init__(self, core: Core, kernel: OnKernel, notices: tuple[Listening, Listening], faults: Faults) -> None:
+        """`notices`: what hears of changes of our tables, and what hears of chains and rules of others, too."""
+        self._core, self._kernel, self._faults = core, kernel, faults
+        self._ours, self._others = notices
         self._owed = NOTHING
         # From when on a reason that is no change of ours counts, by the monotonic clock.
         self._next = self._next_gone = 0.0
 
     async def keep(self) -> None:
         """Never ends."""
-        while True:
-            await readable(self._notices.fileno(), until_tick(_CHECK_SECONDS))
-            heard = self._notices.read()
-            self._owed |= heard
-            await self._faults.run(Step.RULESET, lambda heard=heard: self._step(heard), None)  # type: ignore[misc]
-            if heard.others:
-                await asyncio.sleep(_OTHERS_PAUSE)
+        with contextlib.closing(select.epoll()) as both:
+            both.register(self._ours.fileno(), select.EPOLLIN)
+            both.register(self._others.fileno(), 0)
+            while True:
+                # While the guard is loaded, no chain of others is urgent: they are read at each tick.
+                both.modify(self._others.fileno(), 0 if self._core.guarded else select.EPOLLIN)
+                await readable(both.fileno(), until_tick(_CHECK_SECONDS))
+                await self._take()
 
-    async def _step(self, heard: Heard) -> None:
+    async def _take(self) -> None:
+        ours, others = self._ours.read(), self._others.read()
+        # What hears of ours alone knows better whether that was lost.
+        self._owed |= ours | others._replace(ours=False, lost=False)
+        await self._faults.run(Step.RULESET, lambda: self._step(certain=ours.ours and not ours.lost), None)
+        if others.others:
+            await asyncio.sleep(_OTHERS_PAUSE)
+
+    async def _step(self, *, certain: bool) -> None:
         # After a look that failed half-way, what `at_rest` compares says nothing.
         failed = self._faults.failing(Step.RULESET)
-        if failed or self._is_due(heard) or not self._core.at_rest(heard._replace(ours=False)):
+        if failed or certain or self._is_due() or not self._core.at_rest(NOTHING):
             await self._look()
 
-    def _is_due(self, heard: Heard) -> bool:
+    def _is_due(self) -> bool:
         """Whether there is a reason to look now. What the kernel has dropped may be anything: it counts as a
         change of ours, within the limit of the other reasons."""
         now, owed = monotonic(), self._owed
-        if heard.ours and not heard.lost:
-            return True
         urgent = owed.lost or (owed.gained and not self._core.guarded)
         return (urgent and now >= self._next) or ((owed.gained or owed.gone) and now >= self._next_gone)
 

@@ -30,7 +30,7 @@ def measure(folder: Path, name: str, table: Path) -> Figure:
         agent.stop()
         starts = []
         for number in range(_STARTS):
-            starts.append(_first_verdict(lab, agent, inventory.place(number * 100)[1]))
+            starts.append(first_verdict(lab, agent, inventory.place(number * 100)[1]))
             agent.stop()
     return Figure(
         f"start_to_first_verdict_s_{name}", statistics.median(starts), min(starts), max(starts),
@@ -38,7 +38,7 @@ def measure(folder: Path, name: str, table: Path) -> Figure:
     )  # fmt: skip
 
 
-def _first_verdict(lab: Lab, agent: Agent, source: str) -> float:
+def first_verdict(lab: Lab, agent: Agent, source: str) -> float:
     """Seconds from the start of the program to the first packet that a worker lets pass."""
     packet, sender, going = segment(source), Sender(lab, CONTOSO), True
 

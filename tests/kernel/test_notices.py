@@ -12,7 +12,7 @@ from kernel.conftest import lab_name
 from portward.gateway.keeper import CLOSED, hearing
 from portward.gateway.netlink import attribute, string
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.notices import LOST, NOTHING, Heard, Notices
+from portward.gateway.notices import LOST, NOTHING, Deaf, Heard, Notices
 from portward.gateway.ruleset import TABLE
 from portward.lab import namespaces
 
@@ -54,7 +54,7 @@ def own(namespace: str) -> Iterator[NfNetlink]:
 def notices(namespace: str, own: NfNetlink) -> Iterator[Notices]:
     """What hears of that namespace."""
     with namespaces.inside(namespace):
-        found = hearing(lambda: (own.port,), receive_bytes=0)
+        found = hearing(lambda: (own.port,), receive_bytes=0, deaf=Deaf.TO_NOTHING)
     yield found
     found.close()
 
@@ -64,31 +64,65 @@ def waiting(notices: Notices) -> bool:
     return bool(select.select([notices], [], [], 0)[0])
 
 
-@pytest.mark.parametrize(
-    ("text", "heard"),
-    [
-        ("add element ip theirs numbers { 7 }", OTHERS),
-        ("add element ip theirs numbers { 7 }\ndelete element ip theirs numbers { 7 }", OTHERS),
-        ("add table ip more\nadd chain ip more one\nadd rule ip more one counter", OTHERS),
-        ("add set ip theirs more { type ipv4_addr; }", OTHERS),
-        (
-            "add chain ip theirs two\nadd rule ip theirs two drop\nadd element ip theirs names { 7 : goto two }",
-            OTHERS,
-        ),
-        ("add chain ip theirs hooked { type filter hook forward priority 0; }", GAINED),
-        ("add chain ip theirs nat { type nat hook prerouting priority -100; }", GAINED),
-        ("add rule ip theirs one tcp dport set 25", GAINED),
-        ("flush chain ip theirs one", GONE),
-        ("delete table ip theirs", GONE),
-        ("flush set ip theirs numbers", NOTHING),
-        (f"add table ip {TABLE}", OTHERS),
-        (f"add element inet {TABLE} allow4 {{ 10.0.0.1 }}", OURS),
-        (f"flush chain inet {TABLE} screen\nadd rule inet {TABLE} screen accept", OURS),
-        (f"add chain inet {TABLE} extra", OURS),
-        (f"add table inet {CLOSED}", OURS),
-        (f"add element ip theirs numbers {{ 7 }}\nadd element inet {TABLE} allow4 {{ 10.0.0.1 }}", OURS),
-    ],
-)
+CHANGES = [
+    ("add element ip theirs numbers { 7 }", OTHERS),
+    ("add element ip theirs numbers { 7 }\ndelete element ip theirs numbers { 7 }", OTHERS),
+    ("add table ip more\nadd chain ip more one\nadd rule ip more one counter", OTHERS),
+    ("add set ip theirs more { type ipv4_addr; }", OTHERS),
+    (
+        "add chain ip theirs two\nadd rule ip theirs two drop\nadd element ip theirs names { 7 : goto two }",
+        OTHERS,
+    ),
+    ("add chain ip theirs hooked { type filter hook forward priority 0; }", GAINED),
+    ("add chain ip theirs nat { type nat hook prerouting priority -100; }", GAINED),
+    ("add rule ip theirs one tcp dport set 25", GAINED),
+    ("flush chain ip theirs one", GONE),
+    ("delete table ip theirs", GONE),
+    ("flush set ip theirs numbers", NOTHING),
+    (f"add table ip {TABLE}", OTHERS),
+    (f"add element inet {TABLE} allow4 {{ 10.0.0.1 }}", OURS),
+    (f"flush chain inet {TABLE} screen\nadd rule inet {TABLE} screen accept", OURS),
+    (f"add chain inet {TABLE} extra", OURS),
+    (f"add table inet {CLOSED}", OURS),
+    (f"add element ip theirs numbers {{ 7 }}\nadd element inet {TABLE} allow4 {{ 10.0.0.1 }}", OURS),
+]
+
+
+@pytest.mark.parametrize(("text", "heard"), CHANGES)
+@pytest.mark.parametrize("deaf", [Deaf.TO_ELEMENTS, Deaf.TO_OTHERS])
+def test_what_others_do_among_themselves_is_not_even_queued(
+    namespace: str, own: NfNetlink, deaf: Deaf, text: str, heard: Heard
+) -> None:
+    """What matters is, wherever it stands in a transaction."""
+    with namespaces.inside(namespace):
+        notices = hearing(lambda: (own.port,), deaf=deaf)
+    namespaces.load(namespace, text)
+    chains = "chain" in text or "rule" in text or "table" in text
+    expected = heard.ours or (deaf is Deaf.TO_ELEMENTS and chains)
+    assert waiting(notices) == expected
+    found = notices.read()
+    assert found.ours == heard.ours
+    if deaf is Deaf.TO_ELEMENTS:
+        assert (found.gained, found.gone) == (heard.gained, heard.gone)
+    notices.close()
+
+
+@pytest.mark.parametrize("deaf", [Deaf.TO_ELEMENTS, Deaf.TO_OTHERS])
+@pytest.mark.parametrize("before", [0, 1, 5, 15, 16, 17, 60])
+def test_ours_is_heard_of_behind_any_number_of_changes_of_others(
+    namespace: str, own: NfNetlink, deaf: Deaf, before: int
+) -> None:
+    with namespaces.inside(namespace):
+        notices = hearing(lambda: (own.port,), deaf=deaf)
+    text = "".join(f"add element ip theirs numbers {{ {number} }}\n" for number in range(before))
+    namespaces.load(namespace, f"{text}add element inet {TABLE} allow4 {{ 10.0.0.1 }}\n")
+    assert notices.read().ours
+    namespaces.load(namespace, f"{text}flush set ip theirs numbers\n")
+    assert not notices.read().ours
+    notices.close()
+
+
+@pytest.mark.parametrize(("text", "heard"), CHANGES)
 def test_a_notice_says_what_was_changed(namespace: str, notices: Notices, text: str, heard: Heard) -> None:
     assert not waiting(notices)
     namespaces.load(namespace, text)

@@ -151,7 +151,7 @@ class Running(Ground):
         monkeypatch.setattr("portward.gateway.probe.Prober.ask", ask)
         monkeypatch.setattr("portward.runtime.faulthandler.enable", lambda _: None)
         monkeypatch.setattr(namespacelock, "NfNetlink", self.kernel.netlink)
-        monkeypatch.setattr(daemon, "hearing", lambda *_, **__: self.notices)
+        monkeypatch.setattr(daemon, "hearing", lambda _, deaf=None: self.notices if deaf is None else Notices())
         monkeypatch.setattr(daemon, "notify", lambda *words: self.said.extend(words))
 
     def configure(self, **settings: Any) -> None:

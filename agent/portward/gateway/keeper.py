@@ -18,7 +18,7 @@ from portward.gateway import mark, xtables
 from portward.gateway.learned import Learned
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
-from portward.gateway.notices import Heard, Notices
+from portward.gateway.notices import Deaf, Heard, Notices
 from portward.gateway.others import WRITING
 from portward.gateway.ruleset import COUNTING_SETS, FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, head
 from portward.resources import rules
@@ -38,10 +38,12 @@ _NOTICE_BYTES: Final = 4 << 20
 _log = logging.getLogger("portward.ruleset")
 
 
-def hearing(own: Callable[[], Collection[int]], *, receive_bytes: int = _NOTICE_BYTES) -> Notices:
+def hearing(
+    own: Callable[[], Collection[int]], *, receive_bytes: int = _NOTICE_BYTES, deaf: Deaf = Deaf.TO_OTHERS
+) -> Notices:
     """Hears of what others change in our tables, or change in theirs that may turn packets into others, in the
     network namespace of the calling thread. Raises OSError."""
-    return Notices((TABLE, CLOSED), own, writing=WRITING, receive_bytes=receive_bytes)
+    return Notices((TABLE, CLOSED), own, writing=WRITING, receive_bytes=receive_bytes, deaf=deaf)
 
 
 class Keeper:

@@ -140,6 +140,12 @@ class Nft:
         if not self._sent(head, want.fixed, _elements(want), dry_run=True):
             self._once(head + want.text, dry_run=True)
 
+    def prepare(self, want: Wanted) -> None:
+        """Makes the next `replace` with the same `want.fixed` cost less; raises KernelError."""
+        if self._transact is not None:
+            with contextlib.suppress(UnreadableError):
+                self._compiled(want.fixed)
+
     def replace(self, head: str, want: Wanted) -> None:
         """Commits `want` after the plain commands in `head` as one transaction; raises KernelError, and then
         nothing has changed."""

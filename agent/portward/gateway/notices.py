@@ -6,11 +6,14 @@ address of the socket whose transaction it was, so neither needs a look at the r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Callable, Collection
+from enum import Enum, auto
 from typing import Final, NamedTuple
 
+from portward.gateway import noticefilter
 from portward.gateway.netlink import HEADER, NETLINK_NETFILTER, attributes_of, messages_of, string
 
 _NFNLGRP_NFTABLES: Final = 7  # linux/netfilter/nfnetlink.h
@@ -23,6 +26,16 @@ _DELETE_TABLE, _DELETE_CHAIN, _DELETE_RULE = 2, 5, 8
 _NFGEN_SIZE: Final = 4
 _INET: Final = 1  # NFPROTO_INET
 _CHAIN_HOOK: Final = 4
+
+
+class Deaf(Enum):
+    """What the kernel does not even queue: nothing; what others do with sets, elements and objects of their own;
+    all that they do in tables of their own. For the last two, ours are those whose name begins with
+    `portward`."""
+
+    TO_NOTHING = auto()
+    TO_ELEMENTS = auto()
+    TO_OTHERS = auto()
 
 
 class Heard(NamedTuple):
@@ -56,6 +69,7 @@ class Notices:
         *,
         writing: Collection[bytes] = (),
         receive_bytes: int = 0,
+        deaf: Deaf = Deaf.TO_NOTHING,
     ) -> None:
         """`tables` of family inet are those that matter; transactions by sockets with the addresses `own` do not
         count. `writing`: a rule with any of these bytes may write into packets. `receive_bytes`: how much the
@@ -67,6 +81,11 @@ class Notices:
         )
         if receive_bytes:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_bytes)
+        # Before the first notice can come.
+        if deaf is not Deaf.TO_NOTHING:
+            # Without it the agent only wakes more often.
+            with contextlib.suppress(OSError):
+                noticefilter.attach(self._socket, everything=deaf is Deaf.TO_OTHERS)
         self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
 
     def fileno(self) -> int:
