@@ -62,8 +62,8 @@ _STEPS: Final = {
 _PACKETS: Final = (
     marked_many("{n} packet refused", "{n} packets refused"),
     marked_many("{n} connection dropped beyond the limit", "{n} connections dropped beyond the limit"),
-    marked_many("{n} packet passed as observed", "{n} packets passed as observed"),
 )
+_OBSERVED: Final = marked_many("{n} packet passed as observed", "{n} packets passed as observed")
 _KERNEL: Final = {
     Kernel.NO_INTERFACE: marked("not known: no segment of these machines is an interface of this host now"),
     Kernel.NO_RULESET: marked("nothing is enforced here: no ruleset of portward is loaded"),
@@ -166,6 +166,8 @@ def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> It
     yield from (("STACKED", line) for line in facts.stacked)
     for number, text in enumerate(_dropped(facts, say)):
         yield say("dropped") if number == 0 else "", text
+    for text in _passed(facts, say):
+        yield say("not dropped"), text
     yield say("from"), _source(facts, say)
 
 
@@ -249,9 +251,23 @@ def _machine(machine: Machine, kernel: Kernel, say: Language) -> str:
 
 
 def _packets(drops: Drops, say: Language) -> Iterator[str]:
-    for number, texts in zip((drops.refused, drops.beyond_limit, drops.observed), _PACKETS, strict=True):
+    yield from _blocked(drops, say)
+    if drops.observed:
+        yield say.many(*_OBSERVED, drops.observed, n=say.number(drops.observed))
+
+
+def _blocked(drops: Drops, say: Language) -> Iterator[str]:
+    for number, texts in zip((drops.refused, drops.beyond_limit), _PACKETS, strict=True):
         if number:
             yield say.many(*texts, number, n=say.number(number))
+
+
+def _passed(facts: Facts, say: Language) -> Iterator[str]:
+    """What the policy denies, and only passed since it is observed."""
+    drops = facts.drops
+    if drops is not None and drops.observed:
+        packets = say.many(*_OBSERVED, drops.observed, n=say.number(drops.observed))
+        yield f"{packets}, {say('in the last {n} s', n=facts.remembered)}"
 
 
 def _dropped(facts: Facts, say: Language) -> Iterator[str]:
@@ -264,13 +280,14 @@ def _dropped(facts: Facts, say: Language) -> Iterator[str]:
         yield say(_KERNEL.get(facts.kernel, _KERNEL[Kernel.NO_INTERFACE]))
     elif drops is not None:
         within = say("in the last {n} s", n=facts.remembered)
-        packets = list(_packets(drops, say))
+        packets = list(_blocked(drops, say))
         sources = say.many("of {n} source", "of {n} sources", drops.sources, n=say.number(drops.sources))
         yield f"{', '.join(packets)}, {sources}, {within}" if packets else say("nothing {within}", within=within)
     if facts.since_start is not None:
         yield say(
-            "counted by the agent since {when}: {refused} refused, {beyond} beyond the limit",
+            "counted by the agent since {when}, up to {age} s ago: {refused} refused, {beyond} beyond the limit",
             when=say.time(facts.since_start.started),
+            age=say.number(facts.since_start.age),
             refused=say.number(facts.since_start.refused),
             beyond=say.number(facts.since_start.beyond_limit),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import math
 import re
 from datetime import datetime
 from typing import Final
@@ -17,6 +18,9 @@ _BYTES: Final = 32 << 20
 _SECONDS: Final = 2.0
 # As the agent writes them: no letter of a UUID or a verdict is escaped.
 _SAMPLE: Final = r'(?m)^portward_subscription_packets_total\{{subscription="{id}",verdict="([a-z_]+)"\}} (\S+)$'
+_AGE: Final = re.compile(r"(?m)^portward_counters_age_seconds (\S+)$")
+# An agent of another version does not say it, and read its counters every five seconds.
+_UNKNOWN_AGE: Final = 6
 _REFUSED: Final = ("deny", "reject")
 _BEYOND: Final = "throttled"
 
@@ -35,6 +39,7 @@ def since_start(config: Config, id_: UUID) -> tuple[Metrics, SinceStart | None]:
     counts = counts_of(text, id_)
     return Metrics.READ, SinceStart(
         started=datetime.fromisoformat(status.get("counted_since", status["started"])),
+        age=age_of(text),
         refused=sum(counts.get(verdict, 0) for verdict in _REFUSED),
         beyond_limit=counts.get(_BEYOND, 0),
     )
@@ -43,6 +48,14 @@ def since_start(config: Config, id_: UUID) -> tuple[Metrics, SinceStart | None]:
 def counts_of(text: str, id_: UUID) -> dict[str, int]:
     """Verdict → packets of a subscription, in the text of a scrape."""
     return {verdict: int(float(number)) for verdict, number in re.findall(_SAMPLE.format(id=id_), text)}
+
+
+def age_of(text: str) -> int:
+    """How many seconds ago the counters in a scrape may have been read, rounded up: a scrape shows what the agent
+    knew up to a second before it."""
+    found = _AGE.search(text)
+    age = float(found[1]) if found else math.inf
+    return math.ceil(age) + 1 if math.isfinite(age) else _UNKNOWN_AGE
 
 
 def _read(host: str, port: int) -> str | None:

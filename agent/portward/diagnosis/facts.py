@@ -75,9 +75,11 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class SinceStart(msgspec.Struct, frozen=True):
-    """What the agent, and those before it, have counted for the subscription since `started`, in packets."""
+    """What the agent, and those before it, have counted for the subscription since `started`, in packets. Those of
+    the last `age` seconds may be missing."""
 
     started: datetime
+    age: int
     refused: int
     beyond_limit: int
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import NamedTuple
 from uuid import UUID
 
@@ -63,7 +64,8 @@ class Attached(NamedTuple):
 
 
 class Reader:
-    """A read-only view of the policy table; follows every commit of the daemon by itself."""
+    """A read-only view of the policy table; follows every commit of the daemon by itself. It belongs to the thread
+    that uses it first: on another one it raises RuntimeError."""
 
     def __init__(self, environment: Environment, parts: dict[bytes, Part], damage: Damage | None = None) -> None:
         """A view of a table that this process has open; LMDB lets a process open a file only once. `damage` takes
@@ -76,6 +78,8 @@ class Reader:
         self._steps: dict[tuple[int, int], tuple[tuple[bytes, int], ...]] = {}
         self._findings: dict[tuple[bool, layout.CodeMeaning | None], Finding] = {}
         self._viewed: Transaction | None = None
+        # The only thread that may use it: the first one that does.
+        self._thread: int | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Reader:
@@ -308,6 +312,12 @@ class Reader:
         return Attached(decoded(name), prefix, _whole(row))
 
     def _begin(self) -> AbstractContextManager[Transaction]:
+        # What was read under one commit is kept for the next lookup, so two threads would mix two commits.
+        thread = get_ident()
+        if self._thread != thread:
+            if self._thread is not None:
+                raise RuntimeError("a Reader of the policy table belongs to the thread that used it first")
+            self._thread = thread
         return self._environment.begin()
 
     def _follow(self, transaction: Transaction) -> None:

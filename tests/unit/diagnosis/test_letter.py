@@ -171,6 +171,18 @@ def test_who_is_only_observed_is_told_that_it_passes_still() -> None:
     assert told.matters[0].observed
 
 
+def test_what_only_passed_as_observed_is_not_listed_as_dropped() -> None:
+    owner = subscription("csp", mode=Mode.OBSERVE)
+    known = facts(AZURE, owner, None, attachment(), observed=True)
+    machine = msgspec_replace(known.machines[0], drops=Drops(observed=7, sources=1))
+    known = msgspec_replace(known, machines=(machine,))
+    told = [line.strip() for line in lines(AZURE, diagnosis(AZURE, known, ENGLISH), ENGLISH)]
+    (passed,) = [line for line in told if "7 packets passed as observed, in the last" in line]
+    assert passed.startswith("not dropped")
+    (dropped,) = [line for line in told if line.startswith("dropped")]
+    assert "nothing in the last" in dropped
+
+
 def test_the_source_that_was_asked_about_comes_first_and_marked() -> None:
     known = facts(
         AZURE, subscription("csp"), exemption(State.GRANTED), attachment("10.0.2.0/24", AFTER), attachment(),
