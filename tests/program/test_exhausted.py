@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 from portward.lab import namespaces
-from portward.lab.agent import Agent, until
+from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.demo import records
 from portward.lab.topology import CONTOSO
 from portward.model import Standing, Subscription
@@ -96,9 +96,21 @@ def survives(agent: Agent) -> None:
 
 def test_idle_connections_cost_nothing(agent: Agent) -> None:
     agent.apply(*records())
-    agent.start(within=("prlimit", f"--nofile={LIMIT}:{LIMIT}"))
+    agent.start(within=("prlimit", f"--nofile=100:{LIMIT}"))
+    assert f"may have {LIMIT} file descriptors" in agent.log.read_text(), "the soft limit is raised"
     with idle_connections(agent, IDLE):
         survives(agent)
+
+
+def test_check_warns_of_few_descriptors(agent: Agent) -> None:
+    agent.apply(*records())
+    checked = namespaces.run(
+        agent.lab.gateway,
+        ["prlimit", f"--nofile={LIMIT}:{LIMIT}", *PROGRAM, "check", "--config", str(agent.config)],
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert f"WARNING: this process may have {LIMIT} file descriptors" in checked.stdout
+    assert "file descriptors" not in agent.portward("check").stdout
 
 
 def test_an_agent_without_a_free_descriptor_goes_on(greedy_agent: Agent) -> None:
