@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fcntl
 import os
 import time
 from datetime import datetime
@@ -17,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from portward import clock
+from portward import clock, locks
 from portward.descriptors import Reserve
 from portward.errors import PortwardError
 
@@ -48,7 +47,7 @@ class Runtime:
         except OSError as error:
             raise PortwardError(f"table {folder}: {error.strerror}") from error
         if not self._locked():
-            other = os.read(self._lock, 32).decode().strip()
+            other = _owner(self._lock)
             os.close(self._lock)
             raise PortwardError(f"table {folder}: portward runs already, as process {other}")
         os.ftruncate(self._lock, 0)
@@ -76,8 +75,7 @@ class Runtime:
     def _locked(self) -> bool:
         """Takes the lock; some tries, since `running` holds it for a moment to find out."""
         for _ in range(_TRIES):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if locks.taken(self._lock):
                 return True
             time.sleep(_PAUSE)
         return False
@@ -97,18 +95,21 @@ class Runtime:
 
 
 def running(folder: Path) -> int | None:
-    """The process id of the daemon that works on this table; None where none runs."""
+    """The process id of the daemon that works on this table, 0 if that is not known; None where none runs."""
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(os.read(descriptor, 32).decode().strip() or 0)
+        return None if locks.taken(descriptor, shared=True) else _owner(descriptor)
     finally:
         os.close(descriptor)
-    return None
+
+
+def _owner(descriptor: int) -> int:
+    """The process that has the lock; what it says itself if this user may not look into it, 0 if it says nothing.
+    Only for people: nothing is sent to it."""
+    return locks.holder(descriptor) or locks.written(descriptor) or 0
 
 
 def age_of(status: dict[str, Any]) -> float:

@@ -50,6 +50,7 @@ LAYERS = (
         "snapshot",
         "scrape",
         "runtime",
+        "locks",
         "notify",
         "config",
         "paths",

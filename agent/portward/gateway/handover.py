@@ -3,14 +3,15 @@
 A worker whose agent has ended may stay for some seconds (`Stay`). It answers by the policy table as its agent
 left it, which is what the kernel remembers too, and changes nothing. The next agent's worker claims the queue by a
 locked file beside the table (`claim`) once it has loaded all that it needs: it asks the one that stays to leave,
-and ends it by force where it does not. So nobody keeps a queue for ever, not even a process that was stopped.
+and ends it by force where it does not. So nobody keeps a queue for ever, not even a process that was stopped. Who
+gets a signal is the one that the kernel names as the holder of the lock (`locks`); the number in the file is for
+people, and is written by who holds the lock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import signal
 import time
@@ -18,11 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
+from portward import locks
+
 # How often one that stays looks whether it is to leave, in seconds: no longer does a queue stand still.
 GLANCE: Final = 0.02
 # How long one that was asked to leave may take, and one that was ended by force.
 _PATIENCE: Final = 0.5
 _PAUSE: Final = 0.002
+# How often a claim begins anew with a new file.
+_TRIES: Final = 3
 _WIDTH: Final = 10  # of a process id: it takes the place of the one before, and needs no more room
 
 _T = TypeVar("_T")
@@ -58,22 +63,47 @@ class Stay:
 
 def claim(folder: Path, queue: int) -> int:
     """Takes the place of the worker of this queue for as long as this process lives; whoever had it is gone then,
-    or going. Gives the descriptor of the lock, -1 where a full disk has no room for it: then the queue is free, or
-    cannot be bound until the other one has left."""
-    try:
-        descriptor = os.open(folder / f"worker-{queue}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError:
-        return -1
+    or going. Gives the descriptor of the lock, -1 if there is none to be had (a full disk, somebody else's lock):
+    then the queue is free, or cannot be bound until the other one has left."""
+    path = folder / f"worker-{queue}"
+    for _ in range(_TRIES):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError:
+            return -1
+        if _cleared(descriptor):
+            if _same(path, descriptor):
+                with contextlib.suppress(OSError):  # the disk is full, and nobody was here before
+                    os.pwrite(descriptor, f"{os.getpid():<{_WIDTH}}\n".encode(), 0)
+                return descriptor
+        elif _same(path, descriptor):
+            # It cannot be ended, or is no worker at all. One that stays leaves when its file is gone.
+            with contextlib.suppress(OSError):
+                path.unlink()
+        os.close(descriptor)
+    return -1
+
+
+def _cleared(descriptor: int) -> bool:
+    """Takes the lock; first asks the holder to leave, then ends it. False if it is held all the same."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if _locked(descriptor):
-            break
-        _tell_holder(descriptor, number)
+        if locks.taken(descriptor):
+            return True
+        if not locks.send(descriptor, number):
+            continue
         deadline = time.monotonic() + _PATIENCE
-        while not _locked(descriptor) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if locks.taken(descriptor):
+                return True
             time.sleep(_PAUSE)
-    with contextlib.suppress(OSError):  # the disk is full, and nobody was here before
-        os.pwrite(descriptor, f"{os.getpid():<{_WIDTH}}\n".encode(), 0)
-    return descriptor
+    return locks.taken(descriptor)
+
+
+def _same(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at `path`: another claimer may have put a new one in its place."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    return False
 
 
 def bound(bind: Callable[[], _T]) -> _T:
@@ -86,22 +116,3 @@ def bound(bind: Callable[[], _T]) -> _T:
             if error.errno != errno.EPERM or time.monotonic() > deadline:
                 raise
         time.sleep(_PAUSE)
-
-
-def _locked(descriptor: int) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-def _tell_holder(descriptor: int, number: int) -> None:
-    """Sends a signal to the process that has the lock. The descriptor of the process is there before the lock is
-    looked at again: while the lock is held, the process has not ended, and its number is nobody else's."""
-    with contextlib.suppress(OSError, ValueError):
-        process = os.pidfd_open(int(os.pread(descriptor, _WIDTH, 0)))
-        try:
-            if not _locked(descriptor):
-                signal.pidfd_send_signal(process, number)
-        finally:
-            os.close(process)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from portward import locks
 from portward.gateway import handover
 from portward.gateway.handover import Stay, bound, claim
 from portward.lab.agent import until
@@ -64,7 +65,7 @@ def test_the_holder_is_asked_to_leave_and_then_ended(
     holder = hold(kind)
     descriptor = claim(tmp_path, 3)
     assert holder.wait(60) == -ended_by
-    assert handover._locked(descriptor)
+    assert locks.holder(descriptor) == os.getpid()
     assert int((tmp_path / "worker-3").read_text()) == os.getpid()
     os.close(descriptor)
 
@@ -85,6 +86,62 @@ def test_a_number_that_is_left_in_the_file_is_nobodys(tmp_path: Path) -> None:
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_number_of_another_process_is_not_taken_for_the_holders(tmp_path: Path, hold: Hold) -> None:
+    """While the lock is held, too: an agent that could not take it may have written there."""
+    holder = hold("polite")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        (tmp_path / "worker-3").write_text(f"{other.pid:<10}\n")
+        os.close(claim(tmp_path, 3))
+        assert holder.wait(60) == -signal.SIGTERM
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_nothing_is_written_without_the_lock(tmp_path: Path, hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A holder that can neither be asked nor ended keeps its file, which is replaced: so it leaves if it is a
+    worker, and the next claimer does not take its number for ours, or ours for its."""
+    holder = hold("polite")
+    before = os.open(tmp_path / "worker-3", os.O_RDONLY)
+    monkeypatch.setattr(signal, "pidfd_send_signal", refused)
+    descriptor = claim(tmp_path, 3)
+    assert holder.poll() is None
+    assert int(os.pread(before, 10, 0)) == holder.pid == locks.holder(before)
+    assert os.fstat(before).st_nlink == 0
+    assert int((tmp_path / "worker-3").read_text()) == os.getpid() == locks.holder(descriptor)
+    os.close(before)
+    os.close(descriptor)
+
+
+def refused(process: int, number: int) -> None:
+    """What the kernel says of another user's process."""
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_a_lock_that_anybody_holds_keeps_no_worker_from_its_queue(tmp_path: Path) -> None:
+    """It is no worker, and this user may not see which process it is."""
+    script = (
+        "import fcntl, os, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
+        "os.setuid(65534) if os.geteuid() == 0 else None; print('held', flush=True); time.sleep(60)"
+    )
+    argv = [sys.executable, "-c", script, str(tmp_path / "worker-3")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as stranger:
+        assert stranger.stdout is not None
+        assert stranger.stdout.readline() == b"held\n"
+        descriptor = claim(tmp_path, 3)
+        assert locks.holder(descriptor) == os.getpid()
+        os.close(descriptor)
+        stranger.kill()
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "worker-3").symlink_to(tmp_path / "other")
+    assert claim(tmp_path, 3) == -1
+    assert not (tmp_path / "other").exists()
 
 
 def test_without_room_for_the_lock_the_queue_is_tried_all_the_same(tmp_path: Path) -> None:
