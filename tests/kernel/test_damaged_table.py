@@ -60,7 +60,7 @@ def test_a_damaged_row_costs_its_source_and_no_start(make_gateway) -> None:  # t
     until(lambda: gateway.agent.metrics()['portward_worker_events_total{event="damaged"}'] >= 1, "a worker met it")
     until(lambda: status(gateway)["table_rows_damaged_first"], "status names a row")
     until(lambda: bool(status(gateway)["table_rows_damaged"]), "the damage in the status")
-    until(lambda: "DAMAGED ROWS" in gateway.agent.portward("status").stdout, "status says so")
+    until(lambda: "DAMAGED ROW" in gateway.agent.portward("status").stdout, "status says so")
     told = gateway.agent.portward("check")
     assert told.returncode == 1
     assert "the code of the entry for 10.0.0.9/32" in told.stdout
