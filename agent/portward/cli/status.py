@@ -141,7 +141,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
         f"{counted(told['attachments'], 'attachment')} of {counted(told['subscriptions'], 'subscription')}",
         f"store     {told['store']}{_store(told)}",
         f"queue     {told['queue_path']}; " + ", ".join(map(_worker, told["workers"])),
-        "kernel    remembers " + (", ".join(f"{n} {name}" for name, n in told["remembered"].items()) or "nobody"),
+        "kernel    remembers "
+        + (", ".join(f"{n} {name}" for name, n in told["remembered"].items() if n) or "nobody"),
     ]
     found.append(_self_check(told["self_check"], age))
     guard = told.get("guard")
