@@ -79,6 +79,6 @@ def _figures(kind: str, rates: dict[str, list[float]]) -> list[Figure]:
     for reader, goal in (("batch", "" if kind == "scattered" else ">= 0.9"), ("netfilterqueue", "")):
         ratios = [ours / theirs for ours, theirs in zip(rates[reader], rates["c_loop"], strict=True)]
         name = f"{kind}_vs_c_loop" if reader == "batch" else f"{kind}_{reader}_vs_c_loop"
-        unit = f"of the C loop, {statistics.median(rates[reader]):,.0f} packets in a s of processor"
+        unit = f"of the C loop, {statistics.median(rates[reader]):,.0f} packets per CPU second"
         found.append(Figure(name, statistics.median(ratios), min(ratios), max(ratios), unit, goal))
     return found

@@ -82,7 +82,7 @@ def connect(gateway: Gateway, tenant: Tenant, family: int) -> tuple[str, float]:
     """Tries to connect to the Internet side: what came of it, and the seconds until it was known."""
     with namespaces.inside(gateway.lab.home(tenant)):
         client = socket.socket(family, socket.SOCK_STREAM)
-    client.settimeout(1.0)
+    client.settimeout(10.0)
     began = time.monotonic()
     try:
         client.connect((MAIL4 if family == socket.AF_INET else MAIL6, 25))
