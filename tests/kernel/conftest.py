@@ -23,6 +23,7 @@ from portward.model import Attachment, Mode, Record, Subscription
 
 ALLOWED, DENIED = "enterprise-agreement", "pay-as-you-go"
 _names = itertools.count()
+LABS = "pwt"  # how the names of all labs of tests begin; the process id and an x follow
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -94,7 +95,7 @@ def source_records(
 
 def lab_name() -> str:
     """A name for a lab that no other test run has."""
-    return f"pwt{os.getpid()}x{next(_names)}"
+    return f"{LABS}{os.getpid()}x{next(_names)}"
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def the_machine_is_left_alone() -> Iterator[None]:
     yield
     after = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
     assert after == before
-    left = namespaces.names(f"pwt{os.getpid()}x")
+    left = namespaces.names(f"{LABS}{os.getpid()}x")
     for name in left:
         namespaces.remove(name)
     assert not left

@@ -8,6 +8,8 @@ Prints a line for each check, and the table of docs/mail.md. Exit code 1 if a ch
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import signal
 import sys
 import tempfile
@@ -18,9 +20,11 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kernel.conftest import LABS
 from mail import acts, machines, report  # the path above must be there first
 from mail.roots import roots
 from mail.rows import STATES, Row, rows
+from portward.errors import PortwardError
 from portward.lab import namespaces
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -53,7 +57,14 @@ def _run(folder: Path, made: dict[str, Path], memory: machines.Memory, checks: r
         return customers
 
     with ThreadPoolExecutor() as pool:
-        return [row for found in pool.map(one, STATES) for row in found]
+        try:
+            return [row for found in pool.map(one, STATES) for row in found]
+        except BaseException:
+            # Everything that the threads wait for, some of it for minutes, ends with its namespace.
+            for name in namespaces.names(f"{LABS}{os.getpid()}x"):
+                with contextlib.suppress(PortwardError):
+                    namespaces.remove(name)
+            raise
 
 
 if __name__ == "__main__":
