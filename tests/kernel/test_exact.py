@@ -146,7 +146,7 @@ class Exact:
         """Packets from a source of the segment, one after the other."""
         for _ in range(packets):
             self.gateway.senders[FABRIKAM].send(segment(source, flags))
-            time.sleep(pause)
+            time.sleep(pause)  # pause: the pace of the sender
 
     def holds(self, sources: dict[str, UUID], *verdicts: str) -> None:
         """Waits until the metrics have counted what the wire has carried: all of the segment, and of each of these
@@ -197,7 +197,7 @@ def test_a_revocation_in_the_midst_of_a_transfer_loses_no_packet(exact: Exact) -
     with meanwhile(lambda: exact.send(_ONE, 1, "PA", pause=0.0005)):
         for offer in (DENIED, ALLOWED, DENIED, ALLOWED):
             exact.gateway.agent.apply(*source_records(FABRIKAM, _ONE, offer, id_))
-            time.sleep(0.3)
+            time.sleep(0.3)  # pause: so long each policy is in force
     exact.holds({_ONE: id_}, "allow", "deny")
     assert min(counted_for(exact.gateway, id_).values()) > 50, "both verdicts had a share"
 
