@@ -55,7 +55,7 @@ def _round(lab: Lab, agent: Agent, number: int) -> Iterator[tuple[str, list[floa
     until(lambda: _is_up(agent), "it answers")
     yield "first_verdict_ms", [_verdict_ms(lab, next(source)) for _ in range(_EACH)]
     yield "repair_ms", [_repair_ms(lab) for _ in range(_EACH)]
-    time.sleep(1)
+    time.sleep(1)  # pause: the work of the repairs is over
     yield "cpu_percent", [cpu_percent(agent, _SECONDS / _EACH) for _ in range(_EACH)]
     agent.stop()
 
@@ -98,7 +98,7 @@ def _repair_ms(lab: Lab) -> float:
         return 1000 * (time.monotonic() - began)
     finally:
         netlink.close()
-        time.sleep(0.2)
+        time.sleep(0.2)  # pause: the pace of the repairs
 
 
 def _known(read: Callable[[], bytes | None]) -> bytes | None:

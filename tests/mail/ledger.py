@@ -14,7 +14,8 @@ _COUNTED: Final = re.compile(
 
 class Ledger:
     """Packets by segment or subscription, and verdict: the sum of what each scrape has more than the one before. A
-    counter that is lower than before has begun anew."""
+    counter that is lower than before has begun anew; one that a scrape does not have is compared when it is back,
+    as Prometheus does."""
 
     def __init__(self) -> None:
         self.packets: Counter[tuple[str, str]] = Counter()
@@ -28,7 +29,7 @@ class Ledger:
         for key, value in now.items():
             before = self._last.get(key, 0)
             self.packets[key] += int(value - before if value >= before else value)
-        self._last = now
+        self._last |= now
 
     def of(self, owner: str) -> int:
         """All packets of a segment or subscription."""

@@ -105,8 +105,11 @@ def test_a_counter_that_goes_on_after_a_restart_is_not_counted_twice() -> None:
     assert (ledger.of("vni1"), ledger.of("x")) == (5, 2)
 
 
-def test_a_counter_that_is_missing_and_comes_back_has_begun_anew() -> None:
+@pytest.mark.parametrize(("back", "packets"), [((1, 1), (4, 3)), ((5, 2), (5, 2))], ids=["anew", "goes on"])
+def test_a_counter_that_a_scrape_does_not_have_is_compared_when_it_is_back(
+    back: tuple[int, int], packets: tuple[int, int]
+) -> None:
     ledger = Ledger()
-    for metrics in (scrape(3, 2), {}, scrape(1, 1)):
+    for metrics in (scrape(3, 2), {}, scrape(*back)):
         ledger.scraped(metrics)
-    assert (ledger.of("vni1"), ledger.of("x")) == (4, 3)
+    assert (ledger.of("vni1"), ledger.of("x")) == packets
