@@ -30,7 +30,9 @@ def measure(folder: Path) -> list[Figure]:
                     began = time.monotonic()
                     came, took = connect(gateway, FABRIKAM, family)
                     soon += came == "refused" and took <= _SOON_S
-                    time.sleep(max(0.0, 1 / _PER_SECOND - (time.monotonic() - began)))
+                    time.sleep(
+                        max(0.0, 1 / _PER_SECOND - (time.monotonic() - began))
+                    )  # pause: the pace of the connections
                 shares.append(100 * soon / _PER_SECOND)
             share = sum(shares) / len(shares)
             what = f"% of {_PER_SECOND * _SECONDS} connections within 50 ms"
