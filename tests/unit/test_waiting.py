@@ -50,18 +50,15 @@ def reads_once(statement: ast.Assert) -> bool:
 def faults(text: str) -> Iterator[tuple[int, str]]:
     """Line and fault of each pause without a reason, and of each assertion that reads once."""
     lines = text.splitlines()
+
+    def has(reason: str, node: ast.Call | ast.Assert) -> bool:
+        return any(reason in line for line in lines[node.lineno - 1 : node.end_lineno])
+
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Call) and is_pause(node) and PAUSE not in lines[node.lineno - 1]:
+        if isinstance(node, ast.Call) and is_pause(node) and not has(PAUSE, node):
             yield node.lineno, f"a pause without a reason: poll (`until`), or say what it is for ({PAUSE}…)"
-        elif (
-            isinstance(node, ast.Assert)
-            and reads_once(node)
-            and not any(ONCE in line for line in lines[node.lineno - 1 : node.end_lineno])
-        ):
-            yield (
-                node.lineno,
-                f"what is refreshed each second is read once: poll (`until`), or say why not ({ONCE}…)",
-            )
+        elif isinstance(node, ast.Assert) and reads_once(node) and not has(ONCE, node):
+            yield node.lineno, f"what is refreshed each second is read once: poll, or say why not ({ONCE}…)"
 
 
 def sources() -> list[str]:
