@@ -57,7 +57,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     yield from _tunnels(config, devices)
     netlink = NfNetlink()
     keeper.loaded(netlink)  # libnftables would write to stderr itself where the kernel may not be asked
-    nft = Nft()
+    nft = Nft(netlink.generation, netlink.transact)
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)
     translating = others.seen(netlink)

@@ -66,8 +66,9 @@ def wanted(path: Path) -> str:
     """The ruleset that `portward run` would load here with the configuration at `path`."""
     config = configuration.load(path)
     preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
-    native = xtables.has_native_queue(Nft())
-    surroundings = found(config)._replace(guard=others.seen(NfNetlink()).guard)
+    netlink = NfNetlink()
+    native = xtables.has_native_queue(Nft(netlink.generation, netlink.transact))
+    surroundings = found(config)._replace(guard=others.seen(netlink).guard)
     return ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings).whole
 
 
@@ -97,7 +98,7 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
     """`baseline`, with the lock of the namespace held."""
     if keeper.loaded(netlink):  # an agent was quicker, and has ended
         return _ALREADY
-    nft = Nft()
+    nft = Nft(netlink.generation, netlink.transact)
     try:
         config = configuration.load(path)
         preset = presets.load(config.preset, named_in=path)
@@ -143,7 +144,7 @@ def remove() -> str:
         raise PortwardError("no ruleset of portward is loaded here: nothing was enforced")
     try:
         with NamespaceLock():
-            keeper.remove(Nft(), netlink)
+            keeper.remove(Nft(netlink.generation, netlink.transact), netlink)
     except NamespaceTakenError as error:
         if error.process is None:
             raise

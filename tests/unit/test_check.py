@@ -35,7 +35,7 @@ class Kernel:
 
 def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
     """A host with these interfaces, whose kernel takes everything."""
-    monkeypatch.setattr(check, "Nft", Kernel)
+    monkeypatch.setattr(check, "Nft", lambda *_: Kernel())
     monkeypatch.setattr(check, "NfNetlink", Kernel)
     monkeypatch.setattr(xtables, "has_native_queue", lambda _: True)
     monkeypatch.setattr(others, "seen", lambda _: others.NOBODY)

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from portward.gateway.netlink import ATTRIBUTE, NLM_F_APPEND, NLM_F_CREATE, attribute, string
+from portward.gateway.netlink import ATTRIBUTE, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, attribute, string
 
 # Makes libnftables fetch nothing. Nothing is flushed: it is used in dry runs, and its message is left out.
 # Lines keep their numbers in errors.
@@ -99,6 +99,7 @@ def _words(printed: str) -> Iterator[bytes]:
 # Commands that need no libnftables: the verb and what it is about → message type. `flush table` deletes its rules.
 _PLAIN: Final = {
     ("add", "table"): 0,
+    ("create", "table"): 0,
     ("delete", "table"): 2,
     ("add", "chain"): 3,
     ("delete", "chain"): 5,
@@ -108,6 +109,7 @@ _PLAIN: Final = {
     ("flush", "set"): 14,
 }
 _NFPROTO_INET: Final = 1
+_FLAGS: Final = {"add": NLM_F_CREATE, "create": NLM_F_CREATE | NLM_F_EXCL}
 # The attribute that names a chain; of sets and elements it is 2.
 _CHAIN_NAME: Final = {3: 3, 5: 3}
 
@@ -130,5 +132,5 @@ def plain(text: str) -> list[Message]:
         body = attribute(1, string(table)) + b"".join(
             attribute(_CHAIN_NAME.get(kind, 2), string(n)) for n in names
         )
-        found.append(Message(kind, _NFPROTO_INET, NLM_F_CREATE if verb == "add" else 0, body))
+        found.append(Message(kind, _NFPROTO_INET, _FLAGS.get(verb, 0), body))
     return found

@@ -20,7 +20,7 @@ from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.notices import Deaf, Heard, Notices
 from portward.gateway.others import WRITING
-from portward.gateway.ruleset import COUNTING_SETS, FAMILY_TABLE, FIXED_SETS, TABLE, Wanted, head
+from portward.gateway.ruleset import COUNTING_SETS, FIXED_SETS, TABLE, Wanted, head
 from portward.resources import rules
 
 # Seconds from a look to the next one without a reason: a transaction of somebody else between the two readings of
@@ -223,7 +223,7 @@ def begin(nft: Nft, want: Wanted) -> None:
     """Loads `want` where portward's table is not there yet, without the xtables target: until an agent comes,
     whoever the kernel does not remember is dropped as unjudged, and it remembers nobody. Raises KernelError,
     also where the table is there (an agent may load it at this very moment), and then nothing has changed."""
-    nft.load(f"create table {FAMILY_TABLE}\n{want.whole}")
+    nft.create(TABLE, want.whole)
 
 
 def close(nft: Nft, ports: Iterable[int]) -> None:
@@ -232,7 +232,7 @@ def close(nft: Nft, ports: Iterable[int]) -> None:
     text, count = _CLOSED_PORTS.subn(f"define PORTWARD_CLOSED = {{ {', '.join(map(str, ports))} }}", text)
     if count != 1:
         raise ValueError(f"closed.nft defines PORTWARD_CLOSED {count} times")
-    nft.load(text)
+    nft.add(text)
 
 
 def lift(nft: Nft, netlink: NfNetlink) -> bool:

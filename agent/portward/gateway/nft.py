@@ -159,6 +159,14 @@ class Nft:
             if not self._sent("", ruleset):
                 self._once(ruleset, dry_run=False)
 
+    def create(self, table: str, ruleset: str) -> None:
+        """Commits a text that names nothing but what it defines itself, unless there is this table of family inet
+        already; raises KernelError."""
+        head = f"create table inet {table}\n"
+        with self.committing():
+            if not self._sent(head, ruleset):
+                self._once(head + ruleset, dry_run=False)
+
     def delete(self, table: str) -> None:
         """Deletes a table of family inet; raises KernelError, also if there is none."""
         with self.committing():
