@@ -257,3 +257,11 @@ def test_a_row_of_another_tool_forges_nothing_in_a_diagnosis(
         assert len(plain) == len(forged), more
         assert all(unshown(line) is None for line in forged), more
         assert not any(line.startswith("Dear customer") for line in forged)
+
+
+def test_a_file_in_place_of_standard_output_can_be_read(stream: Callable[[str], io.BytesIO]) -> None:
+    """Also what other programs have put there."""
+    data = stream("utf-8")
+    data.write(b"\xff\x80.\n")
+    data.seek(0)
+    assert sys.stdout.read() == "��.\n"
