@@ -127,7 +127,7 @@ def _is_utf_8(stream: TextIO | None) -> bool:
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
-    """codecs' hook for what an encoding lacks. A stream may also be read with it, if it is a file that the caller of
+    """codecs' hook for what an encoding lacks. A stream may also be read with it, if it is a file that a caller of
     `main` has put in place of standard output."""
     if not isinstance(error, UnicodeEncodeError):
         replaced, end = codecs.replace_errors(error)
