@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from uuid import UUID
 
 import pytest
@@ -219,6 +220,35 @@ def test_a_restart_counts_nothing_twice_and_leaves_nothing_out(exact: Exact, num
         exact.send(source, 5)
     exact.holds(sources, "allow", "deny")
     assert counted(gateway, FABRIKAM) == {"allow": 125, "deny": 125}
+
+
+def test_a_restart_is_no_rise_for_prometheus(exact: Exact) -> None:
+    """By the rule of `increase()`: a number that is smaller than before began anew at nothing."""
+    gateway = exact.gateway
+    id_ = gateway.source(FABRIKAM, _ONE, DENIED)
+    exact.send(_ONE, 100)
+    exact.holds({_ONE: id_}, "deny")
+    # Of these 100 the kernel has nothing any more.
+    for offer in (ALLOWED, DENIED):
+        gateway.agent.apply(*source_records(FABRIKAM, _ONE, offer, id_))
+    exact.send(_ONE, 50)
+    exact.holds({_ONE: id_}, "deny")
+    scraped = [150]
+    gateway.agent.stop()
+    gateway.agent.start()
+    exact.send(_ONE, 7)
+
+    def settled() -> bool:
+        name = f'portward_packets_total{{segment="{FABRIKAM.segment}",verdict="deny"}}'
+        with suppress(OSError):  # it is not up yet
+            metrics = gateway.agent.metrics()
+            if name in metrics:
+                scraped.append(int(metrics[name]))
+        return scraped[-1] % 50 == 7
+
+    until(settled, "all packets counted")
+    rises = [now - before if now >= before else now for before, now in itertools.pairwise(scraped)]
+    assert sum(rises) == 7
 
 
 def test_verdicts_that_expire_lose_no_packet(make_gateway) -> None:  # type: ignore[no-untyped-def]
