@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from portward import config as configuration
-from portward import descriptors
+from portward import descriptors, ownership
 from portward.clock import utc_now
 from portward.config import Config, Encrypted
 from portward.documents import mistake
-from portward.errors import KernelError, StoreError
+from portward.errors import KernelError, PortwardError, StoreError
 from portward.gateway import around, keeper, namespacelock, others, rtnetlink, ruleset, stacking, tunnels, xtables
 from portward.gateway.links import Device
 from portward.gateway.nfnetlink import NfNetlink
@@ -44,6 +44,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
     if config.table.exists() and not config.table.is_dir():
         raise mistake(path, f"{str(config.table)!r} is no folder", "table")
+    yield from _ownership(config.table)
     preset = presets.load(config.preset, named_in=path)
     origin = f" ({config.preset})" if is_path(config.preset) else ""
     yield f"preset {preset.name}{origin}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
@@ -99,6 +100,19 @@ def _store(url: str) -> Iterator[str]:
             f"{counted(number, 'record')} of the store cannot be read: gateways that had the one before keep it, "
             "others deny the sources; put each right by `portward apply`, or take it out"
         )
+
+
+def _ownership(folder: Path) -> Iterator[str]:
+    """Whether the table's folder and files are the agent's alone; raises PortwardError if the agent would refuse
+    them."""
+    try:
+        found = ownership.look(folder)
+    except OSError as error:
+        raise PortwardError(f"table {folder}: {error.strerror}") from None
+    if found.refused:
+        raise PortwardError("\n".join(found.refused))
+    for place, mode in found.open:
+        yield f"table {folder}: others may open {place}; `portward run` makes it {mode:04o}"
 
 
 def _fraud_check(config: Config) -> Iterator[str]:

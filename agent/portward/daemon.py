@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -414,6 +415,8 @@ def run(path: Path) -> None:
     out.setFormatter(log_formatter())
     logging.basicConfig(level=logging.INFO, handlers=[out])
     config = configuration.load(path)
+    # What is made beside the table is for the agent's user alone.
+    os.umask(0o077)
     # Four threads share one interpreter: a change of policy must not wait 5 ms, Python's default, for a count.
     sys.setswitchinterval(_SWITCH_SECONDS)
     if (limit := descriptors.raise_limit()) < descriptors.ENOUGH:

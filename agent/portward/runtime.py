@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from portward import clock, locks
+from portward import clock, locks, ownership
 from portward.descriptors import Reserve
 from portward.errors import PortwardError
 
@@ -39,11 +39,11 @@ class Runtime:
 
     def __init__(self, folder: Path) -> None:
         """Takes the lock, making the folder where it is missing; raises PortwardError where another daemon
-        has it, and names that one's process id."""
+        has it, and names that one's process id, or where others may change what is in the folder."""
         self._folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            ownership.make(folder)
+            self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise PortwardError(f"table {folder}: {error.strerror}") from error
         if not self._locked():
@@ -63,6 +63,7 @@ class Runtime:
         with contextlib.suppress(OSError):
             before = path.read_text("utf-8", "replace").partition("\n")[0]
         with contextlib.suppress(OSError):
+            ownership.write(path, b"")
             self._crash = path.open("w", encoding="utf-8")
             faulthandler.enable(self._crash)
         return before
@@ -84,12 +85,15 @@ class Runtime:
         """Replaces the status; raises OSError."""
         new = self._folder / f"{_STATUS}.new"
         with self._reserve.lent():
-            new.write_bytes(msgspec.json.encode(status))
+            ownership.write(new, msgspec.json.encode(status))
         new.replace(self._folder / _STATUS)
+        # What LMDB and the workers have made since.
+        ownership.hand_over(self._folder)
 
     def close(self) -> None:
         """Gives the lock back and takes the status away."""
         (self._folder / _STATUS).unlink(missing_ok=True)
+        ownership.hand_over(self._folder)
         self._reserve.release()
         os.close(self._lock)
 

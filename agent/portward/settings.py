@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from portward import config as configuration
-from portward import paths
+from portward import ownership, paths
 from portward.config import Config
 from portward.documents import dec_hook, enc_hook
 from portward.errors import InputError
@@ -59,7 +59,7 @@ def leave(path: Path, config: Config, preset: Preset) -> None:
     document = _InForce(paths.to_text(str(path.absolute())), _in_text(config), preset)
     new = config.table / f"{_FILE}.new"
     try:
-        new.write_bytes(msgspec.json.encode(document, enc_hook=_encoded))
+        ownership.write(new, msgspec.json.encode(document, enc_hook=_encoded))
         new.replace(config.table / _FILE)
     except OSError as error:
         _log.warning("what is in force cannot be written down beside the table: %s", error.strerror)

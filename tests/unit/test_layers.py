@@ -51,6 +51,7 @@ LAYERS = (
         "scrape",
         "runtime",
         "locks",
+        "ownership",
         "notify",
         "config",
         "paths",

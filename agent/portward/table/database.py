@@ -17,6 +17,7 @@ from typing import Final, TypeAlias
 
 import lmdb
 
+from portward import ownership
 from portward.errors import PortwardError
 from portward.table import layout
 
@@ -222,9 +223,12 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
         raise TableError(f"{folder}: there is no policy table here; `portward run` makes it")
     try:
         if write:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=ownership.FOLDER_MODE, parents=True, exist_ok=True)
+        # LMDB makes it for readers too: if root reads, the agent must be able to open it.
+        ownership.create(folder / LOCK_FILE)
         opened = lmdb.open(
             os.fspath(folder),
+            mode=ownership.FILE_MODE,
             map_size=map_size,
             max_dbs=len(layout.PARTS) + _OTHER_PARTS,
             max_readers=MAX_READERS,
