@@ -45,10 +45,14 @@ def play(
         if refuse_with == "reject":
             checks.hold("reject: 20 connections a second are refused at once", _refusals(there, steady[0]))
             checks.hold("reject: these too are counted", there.differences(rows))
-        there.restart()
-        checks.hold(f"{refuse_with}: a restart counts nothing", there.unchanged())
         first = {row.tenant.vni: dict(row.said) for row in steady}
         quick = [row for row in steady if row.state is not State.DROPPED]
+        # Verdicts of the first mails have expired; with these, cached elements stand that a new agent could count
+        # once more.
+        there.send(quick, "again")
+        checks.hold(f"{refuse_with}: the counters equal tcpdump's before the restart", there.differences(rows))
+        there.restart()
+        checks.hold(f"{refuse_with}: a restart counts nothing", there.unchanged())
         there.send(quick, "second")
         checks.hold(f"{refuse_with}: the same fates after the restart", _wrong_fates(quick))
         checks.hold(f"{refuse_with}: the counters equal tcpdump's after the restart", there.differences(rows))
