@@ -43,7 +43,9 @@ def unmapped(network: Network) -> Network:
         return network
     right = IPv4Network((mapped, network.prefixlen - _MAPPED_BITS))
     if network.prefixlen < network.max_prefixlen:
-        raise ValueError(f"{network} is an IPv4 prefix within IPv6: {right} would be right")
+        # Not the network as text: Python writes such an address in another way since 3.13.
+        written = f"::ffff:{mapped}/{network.prefixlen}"
+        raise ValueError(f"{written} is an IPv4 prefix within IPv6: {right} would be right")
     return right
 
 

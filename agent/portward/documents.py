@@ -375,8 +375,8 @@ def read_text(path: Path, largest: int, *, pipe: bool = False) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise InputError(error.strerror or str(error), file=str(path)) from None
-    except ValueError as error:  # a NUL byte in the name
-        raise InputError(str(error), file=str(path)) from None
+    except ValueError:
+        raise InputError("no file has a NUL in its name", file=str(path)) from None
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISFIFO(mode) and pipe:
