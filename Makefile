@@ -9,7 +9,7 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base locales
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test test-mail test-vm soak lint messages bench bench-short deb install clean
+.PHONY: help setup packages demo test test-trixie test-mail test-vm soak lint messages bench bench-short deb install clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -45,6 +45,13 @@ test: setup ## Run all tests: unit, kernel, whole program (root)
 test-mail: setup ## Send mail with Postfix, Exim, swaks and Python, tcpdump beside it, some four minutes (root)
 	$(MAKE) packages PACKAGES="debootstrap"
 	$(BIN)/python -m tests.mail
+
+# For a part of them: make test-trixie TESTS="tests/unit/gateway tests/program".
+TESTS := -n auto --dist loadfile
+
+test-trixie: setup ## Run the tests on Debian 13, with Python 3.13, in a root of its own (root)
+	$(MAKE) packages PACKAGES="debootstrap"
+	$(BIN)/python -m tests.trixie $(TESTS)
 
 # What the virtual machine takes beyond that.
 VM_PACKAGES := qemu-system-x86 debootstrap e2fsprogs lintian
