@@ -7,6 +7,7 @@ agent runs, nor by a restart. One that is set forward ends grants early, and no 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -50,7 +51,8 @@ def at(moment: float) -> datetime:
 
 
 class Stamp(msgspec.Struct, frozen=True):
-    """A moment of the monotonic clock that another process can read: `boot` is the kernel's id of this boot."""
+    """A moment of the monotonic clock that another process can read: `boot` is the kernel's id of this boot, empty
+    if the process that made it may not read that."""
 
     boot: str
     seconds: float
@@ -58,16 +60,22 @@ class Stamp(msgspec.Struct, frozen=True):
     @classmethod
     def now(cls) -> Stamp:
         """This moment."""
-        return cls(_boot(), monotonic())
+        return cls(boot(), monotonic())
 
     def age(self) -> float | None:
-        """Seconds since then; None if the host was booted since."""
-        return max(0.0, monotonic() - self.seconds) if self.boot == _boot() else None
+        """Seconds since then; None if the host was booted since, as far as both sides know the boot."""
+        here = boot()
+        if self.boot and here and self.boot != here:
+            return None
+        return max(0.0, monotonic() - self.seconds)
 
 
 @cache
-def _boot() -> str:
-    return _BOOT_ID.read_text().strip()
+def boot() -> str:
+    """The kernel's id of this boot; empty under the unit, whose /proc holds processes alone (ProcSubset=pid)."""
+    with contextlib.suppress(OSError):
+        return _BOOT_ID.read_text().strip()
+    return ""
 
 
 class Clock:

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import msgspec
 
+from portward import clock
 from portward.countsfile import CountsFile
 from portward.dataplane import Dataplane
 from portward.gateway import mark, ruleset
@@ -33,7 +34,6 @@ from portward.selfcheck import SAMPLE
 from portward.table.reader import Reader
 
 _NETWORK: Final = Path("/proc/thread-self/ns/net")
-_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 # Seconds between two looks for numbers of customers and interfaces that are gone.
 _PRUNE_S: Final = 60.0
 
@@ -70,7 +70,7 @@ class Counting:
         self._netlink.close()
 
     def _go_on(self) -> None:
-        self.counts.since = time.time()
+        self.counts.since = clock.utc_now().timestamp()
         data = self._file.load()
         if data is not None:
             try:
@@ -189,7 +189,4 @@ def _some(rows: dict[str, list[Row]], names: list[str]) -> list[tuple[str, Row]]
 
 def _this_kernel() -> str:
     """What no other boot or network namespace has, as far as this process may read it."""
-    boot = ""
-    with contextlib.suppress(OSError):
-        boot = _BOOT.read_text().strip()
-    return f"{boot} {_NETWORK.stat().st_ino}"
+    return f"{clock.boot()} {_NETWORK.stat().st_ino}"

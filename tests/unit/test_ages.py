@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -113,3 +115,21 @@ def test_the_real_stamp_is_of_this_boot_and_grows() -> None:
     assert second is not None
     assert 0 <= first <= second
     assert msgspec.convert(msgspec.to_builtins(stamp), clock.Stamp) == stamp
+
+
+# As the unit runs it: of /proc it sees only processes.
+HARDENED = "mount -t proc -o hidepid=invisible,subset=pid proc /proc && exec "
+STAMP = "from portward.clock import Stamp; made = Stamp.now(); print(made.boot == '', made.age() < 60)"
+
+
+def test_an_agent_that_may_not_read_the_boots_id_makes_stamps_all_the_same() -> None:
+    """Without it `status` is never written."""
+    asked = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f'{HARDENED} "$@"', "sh", sys.executable, "-c", STAMP],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (asked.stdout, asked.stderr) == ("True True\n", "")
+
+
+def test_a_stamp_without_a_boot_is_of_this_one(host: Host) -> None:
+    assert clock.Stamp("", 4_990.0).age() == 10.0
