@@ -144,6 +144,7 @@ class Daemon:
         runtime = Runtime(self._config.table)
         self._locks.callback(runtime.close)
         self._runtime = runtime
+        settings.forget(self._config.table)
         if runtime.crashed:
             _log.error("portward crashed the last time: %s", runtime.crashed)
         # Before anything is written: a second agent here would take this one's rules away, and this one would put

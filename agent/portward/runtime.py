@@ -50,6 +50,9 @@ class Runtime:
             other = _owner(self._lock)
             os.close(self._lock)
             raise PortwardError(f"table {folder}: portward runs already, as process {other}")
+        # Of a process that was killed, or of an earlier boot: from here on a reader would take it for this one's.
+        with contextlib.suppress(OSError):
+            (folder / _STATUS).unlink()
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         self.crashed = self._listen_for_crashes()

@@ -68,6 +68,12 @@ def leave(path: Path, config: Config, preset: Preset) -> None:
             (config.table / _FILE).unlink()
 
 
+def forget(folder: Path) -> None:
+    """Takes away what an agent before had in force: the one that starts has nothing in force yet."""
+    with contextlib.suppress(OSError):
+        (folder / _FILE).unlink()
+
+
 def settings(path: Path) -> Settings:
     """What counts here now for the configuration at `path`: what the running agent has in force; without one the
     file. Raises InputError for a mistake in the file, if no agent runs that has it in force."""
@@ -94,8 +100,8 @@ def _differences(path: Path, config: Config, preset: Preset, found: _InForce) ->
     if not keys:
         return ()
     return (
-        f"{path}: changed since the agent read it ({', '.join(keys)}), and not in force: `systemctl reload "
-        "portward` takes it in, or says what needs a restart",
+        f"{path}: not what the agent has in force ({', '.join(keys)}): `systemctl reload portward` takes it in, "
+        "or the log says why not",
     )
 
 

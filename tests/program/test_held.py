@@ -143,8 +143,13 @@ def test_a_preset_that_turns_all_of_them_is_not_taken_by_a_reload(agent: Agent, 
     said = agent.log.read_text()
     assert "preset azure-2020 would flip the verdict of 12 of 12 subscriptions" in said
     assert "where that is meant, raise max_flip_share with it" in said
+    # What is in force counts, and the file is said to name another preset.
     told = agent.explain(CONTOSO.segment, "10.0.1.1")
-    assert told["decided_from"].endswith("as it is now, which the agent has not taken")
+    assert (told["verdict"], told["decided_from"]) == ("allow", "table")
+    assert told["remarks"][0].endswith(
+        "portward.toml: not what the agent has in force (preset): `systemctl reload portward` takes it in, or "
+        "the log says why not"
+    )
     agent.configure(max_flip_share=1)
     agent.reload()
     until(lambda: agent.metrics()["portward_reload_failed"] == 0, "taken")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from portward.runtime import Runtime, hidden
+from portward.runtime import Runtime, hidden, read_status
 
 CRASH = """
 import ctypes, os, signal, sys
@@ -62,3 +62,15 @@ def test_who_may_not_see_whether_a_daemon_runs_is_not_told_that_none_does() -> N
         told = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=False)
         runtime.close()
     assert told.stdout == "True\n", told.stderr
+
+
+def test_what_a_killed_daemon_reported_is_not_taken_for_the_next_ones(tmp_path: Path) -> None:
+    killed = (
+        "import os, signal, sys; from pathlib import Path; from portward.runtime import Runtime; "
+        "Runtime(Path(sys.argv[1])).write_status({'format': 1, 'pid': 7}); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False)
+    assert read_status(tmp_path) == {"format": 1, "pid": 7}
+    runtime = Runtime(tmp_path)
+    assert read_status(tmp_path) is None
+    runtime.close()

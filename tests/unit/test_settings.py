@@ -14,7 +14,7 @@ from portward.config import Config
 from portward.errors import InputError
 from portward.policy import preset as presets
 from portward.runtime import Runtime
-from portward.settings import Settings, leave, settings
+from portward.settings import Settings, forget, leave, settings
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_what_was_changed_and_not_taken_in_is_said(path: Path, agent: Config) ->
     write(path, preset="google", queue={"workers": 4})
     found = settings(path)
     assert (found.config, found.preset.name) == (agent, "aws")
-    assert f"{path}: changed since the agent read it (preset, queue), and not in force" in found.remarks[0]
+    assert found.remarks[0].startswith(f"{path}: not what the agent has in force (preset, queue): ")
 
 
 def test_a_mistake_without_an_agent_is_an_error(path: Path) -> None:
@@ -110,3 +110,10 @@ def test_the_agent_of_another_configuration_does_not_count(path: Path, agent: Co
     other.write_text('mode = "watch"\n' + path.read_text())
     with pytest.raises(InputError):
         settings(other)
+
+
+def test_what_an_agent_before_left_does_not_count_while_another_starts(path: Path, agent: Config) -> None:
+    write(path, preset="google")
+    assert settings(path).preset.name == "aws"
+    forget(agent.table)
+    assert settings(path) == Settings(configuration.load(path), presets.load("google"))
