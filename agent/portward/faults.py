@@ -57,7 +57,7 @@ class Step(StrEnum):
     STATUS = "status"  # status and metrics
     SELF_CHECK = "self-check"  # queries to the workers
     WORKER = "worker"  # watching worker processes
-    RELOAD = "reload"  # another configuration
+    RELOAD = "reload"  # another configuration; tried when an operator asks for it, and at no other time
 
 
 _VITAL: Final = frozenset({Step.SETTLE, Step.DEVICES, Step.OWNERS, Step.RULESET})
@@ -146,9 +146,10 @@ class Faults:
         if step in _VITAL and found.times >= VITAL_TRIES:
             _log.critical("step %s failed %d times in a row: the agent ends", step, found.times)
             raise error
+        again = "at the next one" if step is Step.RELOAD else f"after {pause:g} s"
         _log.error(
-            "step %s failed, and is tried again after %g s; the rest goes on: %s",
-            step, pause, told, exc_info=error if new else None,
+            "step %s failed, and is tried again %s; the rest goes on: %s",
+            step, again, told, exc_info=error if new else None,
         )  # fmt: skip
 
     def worked(self, step: Step) -> None:

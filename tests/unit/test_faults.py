@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from portward.cli.status import _failing
 from portward.clock import Clock
 from portward.config import Config
 from portward.dataplane import Dataplane
@@ -247,3 +248,12 @@ def test_interfaces_that_failed_by_any_error_are_due_again(
         policy.intake.retry_links()
         assert not policy.intake.links_failed
         assert [link.name for link in policy.writer.reader().links().values()] == ["vni7"]
+
+
+def test_a_reload_that_failed_is_said_to_wait_for_the_next_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing tries it again by itself."""
+    faults = Faults(Time())
+    faults.failed(Step.RELOAD, OverflowError("too large"))
+    assert "step reload failed, and is tried again at the next one" in caplog.text
+    (told,) = faults.told()
+    assert "`systemctl reload portward` tries it again, see the log" in _failing(told)

@@ -233,9 +233,10 @@ def _worker(worker: dict[str, Any]) -> str:
 
 def _failing(one: dict[str, Any]) -> str:
     """A step of the agent that fails by an error that nobody expects."""
+    again = "`systemctl reload portward` tries it again" if one["step"] == "reload" else "it is tried again"
     return (
         f"FAILING   step {one['step']}: {one['error']}, {times(one['times'])} in a row, for "
-        f"{_span(one['seconds'])}: it is tried again, see the log"
+        f"{_span(one['seconds'])}: {again}, see the log"
     )
 
 
