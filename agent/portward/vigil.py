@@ -15,7 +15,7 @@ from typing import Final, Protocol, TypeAlias
 from portward.clock import monotonic
 from portward.core import Core
 from portward.faults import Faults, Step
-from portward.gateway.notices import NOTHING, Heard
+from portward.gateway.notices import LOST, NOTHING, Heard
 from portward.ticks import readable, until_tick
 
 _CHECK_SECONDS: Final = 0.5
@@ -60,6 +60,8 @@ class Vigil:
 
     async def keep(self) -> None:
         """Never ends."""
+        # What was changed between the load and these notices was heard by nobody.
+        self._owed = LOST
         with contextlib.closing(select.epoll()) as both:
             both.register(self._ours.fileno(), select.EPOLLIN)
             both.register(self._others.fileno(), 0)

@@ -173,3 +173,19 @@ def test_a_look_that_fails_is_made_again_without_a_notice(
         assert gateway.take() == 0
     gateway.now += 1.1
     assert gateway.take() == 1
+
+
+def test_what_was_changed_before_anybody_listened_is_looked_at_first(gateway: Gateway) -> None:
+    """Another program may write our rules right behind the load, before the first notice can be heard."""
+
+    async def first_look() -> None:
+        keeping = asyncio.create_task(gateway.vigil.keep())
+        async with asyncio.timeout(60):
+            while not gateway.looks:
+                await asyncio.sleep(0.01)  # pause: of a poll
+        keeping.cancel()
+        await asyncio.wait({keeping})
+
+    asyncio.run(first_look())
+    assert gateway.looks == 1
+    assert gateway.take() == 0, "once is enough"

@@ -124,7 +124,7 @@ class Keeper:
             if first and loaded(self._netlink):
                 # Nothing of a ruleset stays behind where there was none; CLOSED does.
                 self._nft.delete(TABLE)
-            self._nft.disturbed = True
+            self._nft.disturbed = self._touched = True
             raise
 
     def _count_what_goes(self, want: Wanted) -> None:
@@ -153,8 +153,6 @@ class Keeper:
             return True
         if self._notices is None:
             self._settle()
-        else:
-            self._nft.disturbed = False
         return True
 
     def at_rest(self, netlink: NfNetlink, heard: Heard | None = None) -> bool:
@@ -162,10 +160,11 @@ class Keeper:
         may be asked on another thread, with a socket of that thread's own: without notices it takes one message,
         and a transaction of ours at work counts as one of somebody else's. Without `heard` the
         keeper asks its own notices, on its own thread."""
-        if time.monotonic() >= self._looked + _LOOK_EVERY or self._nft.disturbed or self._touched:
+        if time.monotonic() >= self._looked + _LOOK_EVERY or self._touched:
             return False
         if self._notices is None:
-            return netlink.generation() == self._nft.left_at
+            return not self._nft.disturbed and netlink.generation() == self._nft.left_at
+        # The number of transactions rises with each one of others, and says nothing that the notices do not.
         return not (self._disturbed() if heard is None else heard.ours)
 
     def repair(self, want: Wanted) -> None:

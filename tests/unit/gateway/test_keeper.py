@@ -11,8 +11,11 @@ import pytest
 from portward.config import Verdicts
 from portward.errors import KernelError
 from portward.gateway import keeper, ruleset
+from portward.gateway.enforcement import Enforcement
 from portward.gateway.fake import FakeKernel, ProcessDied
+from portward.gateway.keeper import Keeper
 from portward.gateway.mark import Class
+from portward.gateway.notices import NOTHING, Heard
 from portward.gateway.ruleset import FIXED_SETS, TABLE
 from unit.gateway.grounds import CONFIG, Plane, source, words
 
@@ -194,6 +197,52 @@ def test_a_ruleset_that_the_kernel_would_not_take_is_refused_before_anything_cha
     assert plane.kernel.tables[TABLE].chains["screen"].rules
     assert plane.keeper.intact(), "the ruleset before is there, whole"
     assert words(plane.kernel.journal) == []
+
+
+# --- with notices ---
+
+
+class Hearing:
+    """What others have changed, as a test says it."""
+
+    def __init__(self, plane: Plane) -> None:
+        self.heard = NOTHING
+        plane.keeper = Keeper(plane.nft, plane.netlink, plane.learned, self.read)
+        plane.enforcement = Enforcement(plane.keeper, plane.learned, plane.want, plane.rates, lambda _: None)
+        plane.start()
+
+    def read(self) -> Heard:
+        """What was said since the last time."""
+        found, self.heard = self.heard, NOTHING
+        return found
+
+
+def test_with_notices_changes_of_others_between_ours_are_no_reason_to_look(plane: Plane) -> None:
+    """The number of transactions rises by those of others as well: beside a program that changes its rules all the
+    time, each of ours would lead to looks for the next ten seconds."""
+    Hearing(plane)
+    plane.kernel.load("table inet theirs { }")
+    plane.learned.move_epoch(1)
+    assert plane.keeper.at_rest(plane.netlink, NOTHING)
+    assert plane.keeper.at_rest(plane.netlink)
+
+
+def test_with_notices_a_load_that_the_kernel_refused_is_a_reason_to_look(plane: Plane) -> None:
+    Hearing(plane)
+    plane.kernel.refuse(errno.ENOMEM)
+    with pytest.raises(KernelError):
+        plane.keeper.load(plane.want(plane.generation))
+    assert not plane.keeper.at_rest(plane.netlink, NOTHING)
+    assert plane.keeper.intact(), "nothing has changed"
+    assert plane.keeper.at_rest(plane.netlink, NOTHING)
+
+
+def test_with_notices_what_others_write_into_ours_is_seen(plane: Plane) -> None:
+    hearing = Hearing(plane)
+    plane.kernel.load("flush chain inet portward verdict")
+    hearing.heard = Heard(ours=True, others=True)
+    assert not plane.keeper.at_rest(plane.netlink, hearing.heard)
+    assert not plane.keeper.intact()
 
 
 # --- without an agent ---

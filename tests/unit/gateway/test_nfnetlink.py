@@ -82,10 +82,20 @@ def test_a_dump_that_a_transaction_interrupted_is_read_again_as_a_whole(where: i
 
 
 def test_a_dump_that_is_interrupted_each_time_is_an_error() -> None:
-    netlink, _ = asking([[listed([b"o" * 8], _MULTI | _INTERRUPTED)], [done()]])
+    """Each reading has something else."""
+    netlink, _ = asking(
+        *([[listed([bytes([number]) * 8], _MULTI | _INTERRUPTED)], [done()]] for number in range(40))
+    )
     with pytest.raises(OSError, match="faster than they can be read") as raised:
         netlink.rows("t", "s")
     assert raised.value.errno == errno.EINTR
+
+
+def test_two_interrupted_dumps_in_a_row_that_are_equal_lack_nothing() -> None:
+    answers = [[[listed([key * 8], _MULTI | _INTERRUPTED)], [done()]] for key in (b"a", b"b", b"b")]
+    netlink, kernel = asking(*answers)
+    assert [key for key, _, _ in netlink.rows("t", "s")] == [b"b" * 8]
+    assert len(kernel.sent) == 3
 
 
 def test_what_answers_an_older_request_is_not_taken_for_this_one() -> None:
