@@ -107,13 +107,11 @@ class Judge:
         payload = packet.get_payload()
         segment = parse(payload)
         if segment is None:
-            self._tally.event(Event.MALFORMED)
-            packet.drop()
+            self._refuse(packet, own, Event.MALFORMED)
             return
         finding = self._lookup(packet.indev, segment.source)
         if finding is None:
-            self._tally.event(Event.NO_SEGMENT)
-            packet.drop()
+            self._refuse(packet, own, Event.NO_SEGMENT)
             return
         if finding.damaged:
             self._tally.event(Event.DAMAGED)
@@ -135,6 +133,16 @@ class Judge:
             self._ask(packet.indev, segment.source)
             verdict = mark.Class.MISS  # `learn` counts the packet for its source, and drops it
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(finding.generation)))
+        packet.accept()
+
+    def _refuse(self, packet: Queued, own: int, event: Event) -> None:
+        """Gives up on a packet that has no verdict. `learn` drops what comes with the mark of a miss and counts it
+        for its segment; a packet with AGAIN is counted already."""
+        self._tally.event(event)
+        if own == mark.AGAIN:
+            packet.drop()
+            return
+        packet.set_mark((packet.get_mark() & mark.KEEP) | mark.MISS)
         packet.accept()
 
     def _judge_forwarded(self, packet: Queued) -> None:
