@@ -12,13 +12,14 @@ from contextlib import contextmanager, suppress
 from uuid import UUID
 
 import pytest
+from scapy.layers.inet import TCP
 
 from kernel.conftest import ALLOWED, DENIED, Gateway, source_records
 from kernel.test_rates import customer
-from kernel.wire import meanwhile, segment
+from kernel.wire import meanwhile, seen, segment
 from portward.lab import namespaces
 from portward.lab.agent import until
-from portward.lab.topology import FABRIKAM, MAIL4, MAIL6, Tenant
+from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
 from portward.model import Mode
 
 _ALL = 0x0003  # ETH_P_ALL
@@ -135,6 +136,30 @@ def test_a_flood_of_a_rejected_source_is_answered_within_its_budget_and_counted_
     )
     assert answered + metrics['portward_screen_packets_total{rule="held"}'] == sent
     assert answered <= 200, "beyond the budget nothing reaches a worker"
+
+
+def test_a_flood_of_rejected_sources_takes_no_answer_from_another_segment(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    """Some segments can use up the limit that all share."""
+    gateway = make_gateway(verdicts={"refuse_with": "reject"}, queue={"resets": 2})
+    gateway.source(FABRIKAM, _SOURCE4, DENIED)
+    gateway.source(CONTOSO, "10.0.0.41", DENIED)
+    tries = [segment("10.0.0.41", sport=5000 + number) for number in range(20)]
+    with (
+        seen(gateway.lab.home(CONTOSO)) as view,
+        meanwhile(lambda: gateway.senders[FABRIKAM].send(segment(_SOURCE4))),
+    ):
+        until(lambda: gateway.agent.metrics()['portward_screen_packets_total{rule="held"}'] > 100, "a flood")
+        for packet in tries:
+            gateway.senders[CONTOSO].send(packet)
+        answered: set[int] = set()
+
+        def all_answered() -> bool:
+            answered.update(
+                packet[TCP].dport for packet in view.packets() if TCP in packet and "R" in packet[TCP].flags
+            )
+            return len(answered) == len(tries)
+
+        until(all_answered, "an answer to each", seconds=15)
 
 
 class Exact:

@@ -376,8 +376,9 @@ def _with_literals(text: str, config: Config, *, guard: bool) -> str:
         (r"(@reset_segments .* burst )\d+", str(queue.segment_resets), 1),
         (r"(\n    limit rate over )\d+(?=.* name held)", str(queue.resets), 1),
         (r"(\n    limit rate over .* burst )\d+(?=.* name held)", str(queue.resets), 1),
-        (r"(iif limit rate )\d+(?=/second)", str(queue.segment_committed), asking),
-        (r"(iif limit rate \d+/second burst )\d+", str(_COMMITTED_BURST * queue.segment_committed), asking),
+        # Beside them `refused` draws on the same bucket.
+        (r"(iif limit rate )\d+(?=/second)", str(queue.segment_committed), asking + 1),
+        (r"(iif limit rate \d+/second burst )\d+", str(_COMMITTED_BURST * queue.segment_committed), asking + 1),
         (r"(iif limit rate over )\d+(?=/minute)", str(_per_minute(verdicts)), 4),
         (r"(iif limit rate over \d+/minute burst )\d+", str(verdicts.segment_sources), 4),
         (r"(\n    limit rate over )\d+(?=.* name limited_all)", str(queue.rate), asking),

@@ -87,6 +87,7 @@ def test_values_stand_where_they_belong() -> None:
             for source in ("4 { iif . ip saddr", "6 { iif . ip6 saddr")
         ),
         "update @reset_segments { iif limit rate over 15/second burst 15 packets } counter name held drop",
+        "update @committed_rate { iif limit rate 3/second burst 12 packets } goto again",
         "limit rate over 16/second burst 16 packets counter name held drop",
         *(
             f"update @share {{ iif limit rate over 500/minute burst 100 packets }} counter name unlearned {after}"
@@ -236,12 +237,12 @@ def test_the_guard_has_the_limits_of_the_screen() -> None:
         CONFIG, queue=Queue(segment_rate=7, segment_burst=8, segment_committed=3, rate=9, burst=10)
     )
     text = wanted(config, AZURE, native=False, state=STATE, surroundings=GUARDED).text
-    for limit in (
-        "iif limit rate over 7/second burst 8 packets",
-        "iif limit rate 3/second burst 12 packets",
-        "\n    limit rate over 9/second burst 10 packets",
+    for limit, times in (
+        ("iif limit rate over 7/second burst 8 packets", 2),
+        ("iif limit rate 3/second burst 12 packets", 3),  # `refused` draws on it, too
+        ("\n    limit rate over 9/second burst 10 packets", 2),
     ):
-        assert text.count(limit) == 2
+        assert text.count(limit) == times
 
 
 def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> None:
