@@ -298,6 +298,35 @@ def test_packets_beyond_a_segments_share_and_of_a_policy_before_are_counted(make
         assert sum(counted_for(gateway, id_).values()) == 100
 
 
+def test_packets_that_find_a_full_set_are_counted(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    gateway = make_gateway(verdicts={"sources": 16})
+    with on_the_wire(gateway, FABRIKAM) as wire:
+        exact = Exact(gateway, wire)
+        denied = gateway.source(FABRIKAM, "10.0.7.0/24", DENIED)
+        allowed = gateway.source(FABRIKAM, "2001:db8:1002:7::/64", ALLOWED)
+        for number in range(1, 100):
+            exact.send(f"10.0.7.{number}", 1)
+            exact.send(f"2001:db8:1002:7::{number}", 1)
+        exact.holds({}, "allow", "deny")
+        assert (counted_for(gateway, denied), counted_for(gateway, allowed)) == ({"deny": 99}, {"allow": 99})
+
+
+def test_a_source_that_is_not_cached_takes_one_place_whatever_the_policy_was(make_gateway) -> None:  # type: ignore[no-untyped-def]
+    """Else each change of policy makes another element of it, until there is room for nobody."""
+    gateway = make_gateway(verdicts={"sources": 16})
+    with on_the_wire(gateway, FABRIKAM) as wire:
+        exact = Exact(gateway, wire)
+        id_ = gateway.source(FABRIKAM, "10.0.7.0/24", DENIED)
+        for number in range(40):
+            exact.send(f"10.0.7.{number}", 1)
+        for _ in range(5):
+            gateway.source(FABRIKAM, "10.0.9.1", ALLOWED)
+            exact.send("10.0.7.40", 3)
+        exact.holds({}, "deny")
+        assert counted_for(gateway, id_) == {"deny": 55}
+        assert gateway.listing("uncached4").count(" . 10.0.7.40 . ") == 1
+
+
 def test_a_packet_whose_limit_is_still_to_come_is_counted(exact: Exact) -> None:
     id_, records = customer(FABRIKAM, "10.0.8.0/24")
     exact.gateway.agent.apply(*records)
