@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import pytest
 
@@ -83,10 +83,14 @@ class Netlink:
     def __init__(self, refusal: int = 0) -> None:
         self.refusal, self.taken = refusal, 0
 
-    def commit(self, messages: Iterable[tuple[int, bytes]]) -> None:
+    def expect(self, messages: int) -> None:
+        """Makes room for reports."""
+
+    def commit(self, messages: Iterable[tuple[int, bytes]], *, reported: Container[int]) -> list[bytes]:
         self.taken += 1
         if self.refusal:
             raise OSError(self.refusal, "no")
+        return []
 
 
 def test_a_refusal_carries_the_kernels_errno() -> None:
