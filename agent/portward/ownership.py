@@ -121,7 +121,8 @@ def _folder_refused(folder: Path, status: os.stat_result) -> Iterator[str]:
     if status.st_uid != os.geteuid() != 0:
         yield (
             f"table {folder}: the folder is {_name(status.st_uid)}'s, and this process is "
-            f"{_name(os.geteuid())}'s: `chown -R {_name(os.geteuid())}: {_quoted(folder)}`"
+            f"{_name(os.geteuid())}'s: run it as {_name(status.st_uid)}, or, if {_name(os.geteuid())} is the "
+            f"agent's user, `chown -R {_name(os.geteuid())}: {_quoted(folder)}`"
         )
     # In one with the sticky bit, as a tmpfs has it, nobody can have replaced what is ours.
     if status.st_mode & stat.S_IWOTH and not (status.st_mode & stat.S_ISVTX and _alone(folder)):
