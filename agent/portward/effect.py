@@ -129,7 +129,9 @@ def _by_worker(host: Host, place: Here, policy: Policy) -> Now:
         return Now(Effect.PASSES, f"nothing is cached for it, and {_nobody(host)}: it passes because {because}")
     words = "nothing is cached for it: its next packet asks a worker"
     if host.workers is Workers.PART:
-        words += ". NOT ALL QUEUES ARE ANSWERED: what falls into the others is dropped, see `portward status`"
+        opens = host.opens or policy.observed_segment
+        rest = "is dropped, or passes if nobody has bound its queue" if opens else "is dropped"
+        words += f". NOT ALL QUEUES ARE ANSWERED: what falls into the others {rest}, see `portward status`"
     if host.agent is not Agent.RUNS:
         words += f" (by the policy table as it was left: {_AGENTS[host.agent]})"
     if policy.verdict == "allow" and policy.limited:

@@ -85,6 +85,8 @@ def test_why_names_what_is_missing() -> None:
     assert "no agent runs here, so no worker answers" in now(DOWN, NOTHING, ALLOW).why
     assert "Operation not permitted" in now(BARE, NOTHING, DENY).why
     assert "NOT ALL QUEUES ARE ANSWERED" in now(Host(workers=Workers.PART), NOTHING, ALLOW).why
+    open_ = now(Host(workers=Workers.PART, opens=True), NOTHING, ALLOW).why
+    assert "into the others is dropped, or passes if nobody has bound its queue, see" in open_
     assert "'allow' for 30 s more" in now(Host(), cached(Class.ALLOW), ALLOW).why
     left = Host(agent=Agent.NONE, workers=Workers.ANSWER)
     assert "by the policy table as it was left: no agent runs here" in now(left, NOTHING, ALLOW).why

@@ -26,14 +26,16 @@ _BEYOND: Final = "throttled"
 
 
 def since_start(config: Config, id_: UUID) -> tuple[Metrics, SinceStart | None]:
-    """The counts of the subscription, and whether they are known. It takes `_SECONDS` at most to find out."""
+    """The counts of the subscription, and whether they are known. No step of finding out takes more than
+    `_SECONDS`."""
     status = None if running(config.table) is None else read_status(config.table)
     if status is None:
         return Metrics.NO_AGENT, None
     served = config.metrics_endpoints()
     if not served or not config.metrics.subscriptions:
         return Metrics.OFF, None
-    text = _read(served[0].reachable, served[0].port)
+    # What answers there if the agent could not have the address is another program, perhaps another agent.
+    text = None if status.get("metrics_error") else _read(served[0].reachable, served[0].port)
     if text is None:
         return Metrics.UNREACHABLE, None
     counts = counts_of(text, id_)

@@ -133,9 +133,10 @@ def _facts(
 
 def _here(config: Config, segments: Iterable[str]) -> Here | None:
     """What this host does to sources without a cached verdict; None if none of these segments is here."""
-    if not any(index_of(segment) for segment in set(segments)):
+    present = [segment for segment in set(segments) if index_of(segment)]
+    if not present:
         return None
-    return effect.here(host.look(config))
+    return effect.here(host.look(config), observed_segment=all(map(config.observes, present)))
 
 
 def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:
