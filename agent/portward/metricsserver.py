@@ -210,12 +210,12 @@ class MetricsServer:
             if listener.socket is None:
                 self._open(listener, now)
             elif listener.paused:
-                listener.paused = False
                 self._selector.register(listener.socket, selectors.EVENT_READ, listener)
+                listener.paused = False
 
     def _open(self, listener: _Listener, now: float) -> None:
         try:
-            opened = listening(listener.endpoint, alone=len(self._listeners) == 1)
+            opened = self._watched(listener)
         except OSError as error:
             self.retries += 1
             # Once for each cause: a second agent may have the address for days.
@@ -227,7 +227,16 @@ class MetricsServer:
         if listener.error is not None:
             _log.info("metrics.address %s: metrics can be scraped now", listener.endpoint)
         listener.socket, listener.error, listener.pause = opened, None, _RETRY_SECONDS
-        self._selector.register(opened, selectors.EVENT_READ, listener)
+
+    def _watched(self, listener: _Listener) -> socket.socket:
+        """A socket that listens, and that the selector waits for; raises OSError, and then there is none."""
+        opened = listening(listener.endpoint, alone=len(self._listeners) == 1)
+        try:
+            self._selector.register(opened, selectors.EVENT_READ, listener)
+        except OSError:
+            opened.close()
+            raise
+        return opened
 
     # --- connections ---
 

@@ -7,9 +7,11 @@ import errno
 import http.client
 import logging
 import os
+import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -318,3 +320,27 @@ def test_a_fault_of_its_own_costs_the_connections_and_not_the_server(
     ground.connect()
     until(lambda: not faults)
     assert ground.ask().endswith(b"up 1\n")
+
+
+def test_a_listener_that_cannot_be_waited_for_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has no memory for epoll, say. One that listens and never accepts would say that all is well."""
+
+    class Scarce(selectors.DefaultSelector):
+        failed = False
+
+        def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+            if isinstance(data, metricsserver._Listener) and not Scarce.failed:
+                Scarce.failed = True
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().register(fileobj, events, data)
+
+    monkeypatch.setattr(metricsserver, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(selectors, "DefaultSelector", Scarce)
+    other = Ground()
+    other.server.start()
+    try:
+        until(lambda: not other.server.problem)
+        assert other.ask().endswith(b"up 1\n")
+        assert other.server.retries == 1
+    finally:
+        other.server.close()
