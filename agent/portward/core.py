@@ -205,8 +205,9 @@ class Core:
     # --- the thread that waits ---
 
     def own_ports(self) -> tuple[int, ...]:
-        """The addresses of the sockets whose transactions are ours."""
-        return (self._netlink.port,) if self._nft.compiles else ()
+        """The addresses of the sockets whose transactions are ours. What libnftables loads by itself, without
+        `Nft.compiles`, counts as another program's, and leads to a look."""
+        return (self._netlink.port,)
 
     def at_rest(self, heard: Heard | None = None) -> bool:
         """Whether `check` has nothing to do, by what was `heard` since the last time. It is asked on the thread

@@ -324,3 +324,20 @@ def test_a_set_of_ours_that_others_fill_is_heard_of(namespace: str, place: Place
     other.commit([(3, body)])
     other.close()
     assert not place.keeper.intact()
+
+
+def test_a_libnftables_that_prints_otherwise_for_one_text_alone_enforces_as_well(
+    place: Place, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its transactions come from a socket of its own, so notices take them for another program's."""
+    place.keeper.load(want())
+    monkeypatch.setattr(compiled, "_ROW", compiled._COLOUR)
+    place.keeper.load(want(stacked=frozenset()))
+    assert not place.nft.compiles
+    assert place.keeper.intact()
+    assert place.keeper.at_rest(place.netlink)
+    namespaces.load(namespace, f"flush chain inet {TABLE} screen")
+    assert not place.keeper.at_rest(place.netlink)
+    assert not place.keeper.intact()
+    place.keeper.repair(want(stacked=frozenset()))
+    assert place.keeper.intact()

@@ -151,7 +151,7 @@ class Keeper:
         except InterruptedError:  # others change their rules faster than ours can be read: nobody knows yet
             self._touched = True
             return True
-        if self._notices is None:
+        if self._hears is None:
             self._settle()
         return True
 
@@ -162,7 +162,7 @@ class Keeper:
         keeper asks its own notices, on its own thread."""
         if time.monotonic() >= self._looked + _LOOK_EVERY or self._touched:
             return False
-        if self._notices is None:
+        if self._hears is None:
             return not self._nft.disturbed and netlink.generation() == self._nft.left_at
         # The number of transactions rises with each one of others, and says nothing that the notices do not.
         return not (self._disturbed() if heard is None else heard.ours)
@@ -177,23 +177,29 @@ class Keeper:
         """Whether verdicts of this generation of the policy table are those that are remembered."""
         return self._learned.epoch() == mark.epoch_of(generation)
 
+    @property
+    def _hears(self) -> Callable[[], Heard] | None:
+        """What hears of others. None if it does not know them from us: what libnftables loads by itself comes from
+        a socket of its own."""
+        return self._notices if self._nft.compiles else None
+
     def _disturbed(self) -> bool:
         """Whether others may have changed what is ours since `_settle`, or since it was last looked at."""
-        if self._notices is None:
+        if self._hears is None:
             return self._nft.disturbed or self._netlink.generation() != self._nft.left_at
-        self._touched |= self._notices().ours
+        self._touched |= self._hears().ours
         return self._touched
 
     def _settle(self) -> None:
         self._nft.disturbed, self._nft.left_at = False, self._netlink.generation()
-        if self._notices is not None:
-            self._notices()
-            self._touched = False
+        if self._hears is not None:
+            self._hears()
+        self._touched = False
 
     def _await_notices(self) -> None:
         """Returns when the notices of all transactions are there that a reading before this can have seen. The
         kernel sends them before it lets the next transaction begin, and this is one, which changes nothing."""
-        if self._notices is not None:
+        if self._hears is not None:
             self._netlink.barrier()
 
 

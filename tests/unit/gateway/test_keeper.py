@@ -12,7 +12,7 @@ from portward.config import Verdicts
 from portward.errors import KernelError
 from portward.gateway import keeper, ruleset
 from portward.gateway.enforcement import Enforcement
-from portward.gateway.fake import FakeKernel, ProcessDied
+from portward.gateway.fake import FakeKernel, FakeNft, ProcessDied
 from portward.gateway.keeper import Keeper
 from portward.gateway.mark import Class
 from portward.gateway.notices import NOTHING, Heard
@@ -202,11 +202,18 @@ def test_a_ruleset_that_the_kernel_would_not_take_is_refused_before_anything_cha
 # --- with notices ---
 
 
+class Compiling(FakeNft):
+    """All transactions come from a socket of ours."""
+
+    compiles = True
+
+
 class Hearing:
     """What others have changed, as a test says it."""
 
     def __init__(self, plane: Plane) -> None:
         self.heard = NOTHING
+        plane.nft = Compiling(plane.kernel, lambda: plane.kernel.generation)
         plane.keeper = Keeper(plane.nft, plane.netlink, plane.learned, self.read)
         plane.enforcement = Enforcement(plane.keeper, plane.learned, plane.want, plane.rates, lambda _: None)
         plane.start()
