@@ -158,8 +158,11 @@ def _read(process: subprocess.Popen[bytes], outcomes: IO[bytes]) -> bytes:
     since the last look, for `_LONGEST_S` seconds at most: so a child that waits for ever, or computes for ever,
     shows."""
     began, used, pieces = time.monotonic(), -1, list[bytes]()
+    # Not `select`, which refuses a descriptor from 1024 on: an agent with 64 workers has more than that.
+    waiting = select.poll()
+    waiting.register(outcomes, select.POLLIN)
     while True:
-        if select.select([outcomes], [], [], _LOOK_S)[0]:
+        if waiting.poll(1000 * _LOOK_S):
             pieces.append(piece := os.read(outcomes.fileno(), _PIECE_BYTES))
             if not piece:
                 return b"".join(pieces)

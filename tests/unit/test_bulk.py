@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
+import resource
 import subprocess
 import sys
 import threading
@@ -98,6 +101,22 @@ def test_a_child_takes_the_store_in(store: SqliteStore, writer: Writer, tmp_path
     assert outcome.committed.everything
     assert writer.reader().counts() == (NUMBER, NUMBER)
     assert Follower(store, writer, 0).step(NOW) is None, "nothing is left to be done"
+
+
+def test_a_child_is_heard_by_an_agent_with_many_descriptors(
+    store: SqliteStore, writer: Writer, tmp_path: Path
+) -> None:
+    """An agent with 64 workers has more than 1,024, which is the most that select() takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2_048:
+        pytest.skip(f"this process may have {hard} descriptors")
+    with contextlib.ExitStack() as open_:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        open_.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1_024):
+            open_.callback(os.close, os.eventfd(0))
+        outcome = Bulk().run(job(tmp_path))
+    assert outcome.committed is not None
 
 
 def test_a_child_says_which_records_it_refused(store: SqliteStore, writer: Writer, tmp_path: Path) -> None:
