@@ -20,6 +20,8 @@ from portward.ticks import until_tick
 _ASK_AGAIN: Final = 0.5
 # Rounds in a row without an answer under the kernel's policy until that is logged.
 _STRANGE: Final = 3
+# The counters of answers: under the kernel's policy, and under another one.
+_ANSWERS: Final = ("answered", "answered_stale")
 
 CountStep: TypeAlias = Callable[[Callable[[], dict[str, int]]], Awaitable[dict[str, int]]]
 
@@ -45,6 +47,8 @@ class Answering:
         # Answers that the kernel had counted when the last round ended, under its policy and under another one.
         self._answered = 0, 0
         self._unasked = False
+        # The counting thread's answer that is still awaited.
+        self._counted: asyncio.Future[dict[str, int]] | None = None
 
     async def ask(self) -> None:
         """Asks each worker a question through the kernel, again and again; one that does not answer is ended, and
@@ -69,8 +73,19 @@ class Answering:
         for worker in asked:
             self._judge_worker(worker, silent=worker in silent)
         if not silent and len(asked) == len(self._workers):
-            self._take_answers(await self._count_step(self._core.screen))
+            self._take_answers(await self._screen())
         return _ASK_AGAIN if silent else until_tick(self._pause)
+
+    async def _screen(self) -> dict[str, int] | None:
+        """The named counters; None if the counting thread has not given them within the time of patience. Nothing
+        else waits for it: whether it is stuck is for its heartbeat to say."""
+        counted = self._counted or asyncio.ensure_future(self._count_step(self._core.screen))
+        self._counted = counted
+        await asyncio.wait({counted}, timeout=PATIENCE)
+        if not counted.done():
+            return None
+        self._counted = None
+        return counted.result()
 
     async def _silent(self, prober: Prober, asked: list[Worker]) -> list[Worker]:
         """Those of the workers that handle nothing within the time of patience. Under a flood the query may find
@@ -118,11 +133,12 @@ class Answering:
             )
         self._core.selfcheck.differs(Kind.WORKER, what)
 
-    def _take_answers(self, screen: dict[str, int]) -> None:
+    def _take_answers(self, screen: dict[str, int] | None) -> None:
         """Feeds the watchdog where no worker was silent. Answers under another policy than the kernel's are met
         while a change is on its way, so only the third round in a row counts. Where neither kind came, the query
         waits behind a flood, or was dropped by a full queue: `portward_self_check_age_seconds` rises."""
-        answered, stale = screen.get("answered", 0), screen.get("answered_stale", 0)
+        screen = screen or {}
+        answered, stale = (screen.get(name, last) for name, last in zip(_ANSWERS, self._answered, strict=True))
         if answered != self._answered[0]:
             self._strange = 0
             self._core.selfcheck.well()
