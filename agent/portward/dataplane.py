@@ -134,9 +134,16 @@ class Dataplane:
     def _carry_out(self, committed: Committed, links: dict[str, int] | None, settled: int) -> None:
         if links is not None:
             self.enforcement.links = links
-        self.enforcement.enforce(committed)
-        if links is not None:
-            self.enforcement.settle(settled)
+        try:
+            self.enforcement.enforce(committed)
+        except Exception as error:
+            # How far it got is not known: the next repair begins anew.
+            self.enforcement.broken = self.enforcement.broken or f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            # Also then, or these interfaces would be dropped for ever.
+            if links is not None:
+                self.enforcement.settle(settled)
         # Else an earlier change is still to be carried out, or a repair has gone further.
         if not self.broken and self.enforcement.generation == committed.generation:
             self.enforced = committed.revision

@@ -358,6 +358,31 @@ def test_interfaces_that_change_take_their_cached_verdicts_with_them(
     assert started.in_step()
 
 
+def test_a_fault_while_interfaces_change_drops_none_of_them_for_ever(
+    started: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = started.core
+    core.unsettle(frozenset({4}), 1)
+    with monkeypatch.context() as patch:
+
+        def fails(*_: object) -> None:
+            raise MemoryError
+
+        patch.setattr(Learned, "move_epoch", fails)
+        core.links_changed(Links({3: "vni1", 4: "vni3", 9: "up0"}, frozenset({4})), 1)
+    assert core.broken == "MemoryError: "
+    assert unsettled(started) == {4}, "until everything older is forgotten"
+    core.check()
+    assert not core.broken
+    assert unsettled(started) == set()
+    assert started.in_step()
+
+
+def unsettled(ground: Ground) -> set[int]:
+    """The interfaces whose packets are dropped, because the policy table takes them for others."""
+    return {int.from_bytes(row[0], sys.byteorder) for row in ground.kernel.netlink().rows(TABLE, "unsettled")}
+
+
 def test_other_surroundings_load_the_ruleset_and_keep_what_is_cached(started: Ground) -> None:
     written = len(started.kernel.journal)
     started.core.surround(NOTHING)
