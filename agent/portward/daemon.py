@@ -82,7 +82,7 @@ class Daemon:
         self._count_step = self._threads.counting
         self._stopping = asyncio.Event()
         self._reload = asyncio.Event()
-        self._snapshot = Snapshot()
+        self._snapshot, self._snapshot_at = Snapshot(), clock.monotonic()
         self._reload_failed = False
         self._slow = _SLOW_SECONDS
         # Whether a thread may still be at work: then the process must end without waiting for it.
@@ -240,6 +240,7 @@ class Daemon:
         lanes = self._threads.heartbeat.lanes
         return replace(
             self._snapshot,
+            counters_age=self._snapshot.counters_age + clock.monotonic() - self._snapshot_at,
             enforced_revision=self._core.enforced,
             step_failures={(step.value,): times for step, times in self._faults.failures.items()},
             step_seconds={(lane.name,): lane.silent_for() for lane in lanes},
@@ -366,6 +367,7 @@ class Daemon:
         self._snapshot = report.snapshot(
             self._core, self._workers, self._metrics, reload_failed=self._reload_failed
         )
+        self._snapshot_at = clock.monotonic()
         told = report.status(
             self._core, self._workers, self._snapshot, self._metrics,
             config=str(self._path), began=self._began,

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import threading
@@ -379,6 +380,7 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
 
     async def work() -> None:
         await running.until(lambda: "WATCHDOG=1" in fed, "it is fed")
+        await running.until(lambda: math.isfinite(running.daemon._newest().counters_age), "it has counted")
         free = threading.Event()
         threads = running.daemon._threads
         hanging = asyncio.ensure_future(getattr(threads, lane)(free.wait))
@@ -389,6 +391,8 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
             await asyncio.sleep(0.5)  # pause: so long it could be fed
             assert fed == []
             assert running.daemon._newest().step_seconds[lane,] > 0.3
+            if lane == "counting":
+                assert running.daemon._newest().counters_age > 0.3
             if lane != "counting":  # it writes the status; without it that says how old it is
                 await running.until(lambda: _says_stuck(running, lane), "the status says so")
         finally:

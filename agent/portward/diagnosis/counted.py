@@ -53,11 +53,10 @@ def counts_of(text: str, id_: UUID) -> dict[str, int]:
 
 
 def age_of(text: str) -> int:
-    """How many seconds ago the counters in a scrape may have been read, rounded up: a scrape shows what the agent
-    knew up to a second before it."""
+    """How many seconds ago the counters in a scrape were read, rounded up."""
     found = _AGE.search(text)
     age = float(found[1]) if found else math.inf
-    return math.ceil(age) + 1 if math.isfinite(age) else _UNKNOWN_AGE
+    return math.ceil(age) if math.isfinite(age) else _UNKNOWN_AGE
 
 
 def _read(host: str, port: int) -> str | None:
