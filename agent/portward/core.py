@@ -99,6 +99,10 @@ class Core:
         """Closes the store. Policy thread."""
         self._intake.close()
 
+    def close_counts(self) -> None:
+        """Saves what is counted, with what was deleted since the last reading. Counting thread."""
+        self.counting.end()
+
     def close(self) -> None:
         """Closes table and sockets, once no thread uses them; ruleset and cached verdicts stay in the kernel."""
         self._writer.close()

@@ -69,6 +69,15 @@ class Counting:
         """Closes the socket. Once the thread has ended."""
         self._netlink.close()
 
+    def end(self) -> None:
+        """Counts and saves what was deleted since the last reading, once nothing is deleted any more: the kernel
+        says it only once, and the next agent would not know of it."""
+        try:
+            self.counts.take_deleted()
+            self._save()
+        except Exception:  # nothing of this may keep the agent from ending in order
+            _log.exception("what was deleted last is not counted")
+
     def _go_on(self) -> None:
         self.counts.since = clock.utc_now().timestamp()
         data = self._file.load()
@@ -140,6 +149,7 @@ class Counting:
             if str(error) != self._unsaved:
                 _log.warning("the counters cannot be saved, and a restart will miss some packets: %s", error)
             self._unsaved = str(error)
+            self.counts.changed = True  # it is tried again, also if nothing is counted meanwhile
 
     def age(self) -> float:
         """Seconds since the kernel's counters were last read."""

@@ -184,7 +184,10 @@ class Daemon:
             self._core.stop()
         try:
             async with asyncio.timeout(_STOP_SECONDS):
-                await self._threads.end(self._core.close_store if self._opened else nothing, self._close_core)
+                policy, counting = nothing, nothing
+                if self._opened:
+                    policy, counting = self._core.close_store, self._core.close_counts
+                await self._threads.end(policy, counting, self._close_core)
         except TimeoutError:
             work = self._core.work if self._opened else None
             _log.info("stopped in the midst of %s", "a step" if work is None else work.what)

@@ -42,13 +42,18 @@ class Threads:
         """Runs a step on the thread that only reads and counts."""
         return await _run(self._counting, self.heartbeat.counting, work)
 
-    async def end(self, policy: Callable[[], None], kernel: Callable[[], None]) -> None:
-        """Runs a last step on the policy thread, then one on the kernel thread when no thread does anything else.
-        Returns when all three have ended. Raises what a last step raised; then, and if this is cancelled, a thread
-        may still be at work, and a last step that has not begun never does."""
+    async def end(
+        self, policy: Callable[[], None], counting: Callable[[], None], kernel: Callable[[], None]
+    ) -> None:
+        """Runs a last step on the policy thread, then one on the counting thread when the kernel thread is
+        idle, then one on the kernel thread. Returns when all three have ended. Raises what a last step
+        raised; then, and if this is cancelled, a thread may still be at work, and a last step that has not begun
+        never does."""
         nothing: Callable[[], None] = lambda: None  # noqa: E731 # typed
-        await asyncio.gather(_last(self._policy, policy), _last(self._counting, nothing))
+        await _last(self._policy, policy)
         # Not before: a step of the policy thread hands steps to the kernel thread.
+        await asyncio.get_running_loop().run_in_executor(self._kernel, nothing)
+        await _last(self._counting, counting)
         await _last(self._kernel, kernel)
 
     @property

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from portward.counting import Counting
 from portward.countsfile import CountsFile
+from portward.gateway.deletions import Deletions
+from portward.gateway.fake import FakeKernel
 
 
 def test_without_a_file_there_is_nothing(tmp_path: Path) -> None:
@@ -37,3 +41,14 @@ def test_a_process_that_died_while_it_wrote_leaves_what_was_there_before(tmp_pat
 def test_nobody_else_reads_it(tmp_path: Path) -> None:
     CountsFile(tmp_path).save(b"x")
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_what_could_not_be_saved_is_saved_later_though_nothing_more_was_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "table"
+    counting = Counting(folder, FakeKernel().netlink(), cast("Any", None), Deletions(), lambda: 0)
+    counting.counts.changed = True
+    counting.end()
+    assert CountsFile(folder).load() is None
+    folder.mkdir()
+    counting.end()
+    assert CountsFile(folder).load() is not None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 
 import pytest
 
 from portward.threads import Threads
+
+NAMES = ("policy", "counting", "kernel")
 
 
 def test_the_kernel_thread_ends_after_what_the_policy_thread_has_handed_to_it() -> None:
@@ -25,18 +28,18 @@ def test_the_kernel_thread_ends_after_what_the_policy_thread_has_handed_to_it() 
         change_made = asyncio.ensure_future(threads.policy(change))
         await asyncio.to_thread(begun.wait)
         asyncio.get_running_loop().call_soon(ending.set)
-        await threads.end(lambda: done.append("policy ends"), lambda: done.append("kernel ends"))
+        await threads.end(*(partial(done.append, f"{name} ends") for name in NAMES))
         await change_made
 
     asyncio.run(run())
-    assert sorted(done) == ["carried out", "kernel ends", "policy ends"]
-    assert done[-1] == "kernel ends"
+    assert sorted(done[:2]) == ["carried out", "policy ends"]
+    assert done[2:] == ["counting ends", "kernel ends"], "it counts what the kernel thread has deleted last"
 
 
 def test_no_step_begins_after_the_last_ones() -> None:
     async def run() -> None:
         threads = Threads()
-        await threads.end(lambda: None, lambda: None)
+        await threads.end(lambda: None, lambda: None, lambda: None)
         for step in (threads.policy, threads.kernel, threads.counting):
             with pytest.raises(RuntimeError):
                 await step(lambda: None)
@@ -62,7 +65,7 @@ def test_a_last_step_behind_one_that_does_not_end_is_never_run() -> None:
             await asyncio.to_thread(begun.acquire)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
-                await threads.end(lambda: done.append("policy ends"), lambda: done.append("kernel ends"))
+                await threads.end(*(partial(done.append, f"{name} ends") for name in NAMES))
         threads.close()
         return threads
 

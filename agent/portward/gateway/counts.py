@@ -139,6 +139,10 @@ class Counts:
         self._end(meanwhile)
         return _some(due)
 
+    def take_deleted(self) -> None:
+        """Counts what was deleted since the last reading, without another one."""
+        self._end(self._deletions.take() or ())
+
     def _take(self, name: str, rows: list[Row], left_out: set[bytes]) -> None:
         readings, now = self._readings[name], self._now
         present: dict[bytes, tuple[int, float]] = {}
@@ -231,6 +235,9 @@ class Counts:
     def prune(self, now: float, segment: Callable[[str], bool], subscription: Callable[[str], bool]) -> None:
         """Lets go of the numbers of segments and subscriptions that are gone, by these, and that nothing was
         counted for since `GRACE_S`."""
+        # Each interface that comes has another index: only those of elements that are left are of use.
+        left = {_INDEX.unpack_from(key)[0] for part in self._readings.values() for key in part}
+        self._names = {index: name for index, name in self._names.items() if index in left}
         for (of_segment, name), last in [*self._last.items()]:
             if now - last < GRACE_S or not name or (segment if of_segment else subscription)(name):
                 continue

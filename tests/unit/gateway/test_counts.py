@@ -272,6 +272,28 @@ def test_numbers_of_who_is_gone_go_after_the_grace_period(world: World) -> None:
     assert dict(world.counts.segments) == {}
 
 
+def test_interfaces_that_are_gone_leave_nothing(world: World) -> None:
+    """Each one that comes has another index."""
+    counts = Counts(lambda source: Owner("vni1001", "contoso"), world.deletions)
+    for index in range(1, 100):
+        world.sets["deny4"] = [(Source(index, SOURCE.address).key, 1, 1_000)]
+        counts.take_all(world.rows, 2.0 * index, pause=1.0)
+    counts.prune(200, lambda name: True, lambda name: True)
+    assert list(counts._names) == [99], "of its element something may still be to count"
+
+
+def test_what_was_deleted_last_is_known_to_the_next_agent(world: World) -> None:
+    """Both what it had counted, and that what is there then is another element."""
+    world.read(5, 0)
+    world.delete(8)
+    world.counts.take_deleted()
+    assert world.total == 8
+    after = World()
+    after.counts.go_on(world.counts.kept("this"), "this", 1)
+    after.read(6, 1)
+    assert after.total == 8 + 6
+
+
 def test_numbers_of_who_is_there_stay_however_long_nothing_was_counted(world: World) -> None:
     world.read(5, 0)
     world.counts.prune(100 * GRACE_S, lambda name: True, lambda name: True)
