@@ -71,8 +71,7 @@ class Dataplane:
         notices: Callable[[], Heard] | None = None,
     ) -> None:
         """`config` and `preset` are those in force. `native`: the kernel has nft_queue. `reader` belongs to the
-        kernel thread alone. `deletions` takes what deleted elements had counted. `notices` as for
-        `Keeper`."""
+        kernel thread alone. `deletions` takes what deleted elements had counted; `notices` as for `Keeper`."""
         self.config, self.preset, self.native = config, preset, native
         self._nft, self._netlink, self._reader = nft, netlink, reader
         self._selfcheck, self._under_way = selfcheck, under_way

@@ -68,7 +68,8 @@ _FAMILIES: Final[tuple[tuple[str, str, bool, Labels, str], ...]] = (
     ("records_refused", "records_refused", True, (),
      "Records of the store that could not be read; the record in force before stays."),
     ("records_unreadable", "records_unreadable", False, (),
-     "Records of the store, of those read since the start, that cannot be read now: `status` names them."),
+     "Records of the store, of those read since the start, that cannot be read now, up to 1,000: `status` names "
+     "the first."),
     ("table_rows_damaged", "table_rows_damaged", True, (),
      "Rows of the policy table that cannot be read, each counted once; the sources concerned are denied."),
     ("store_errors", "store_errors", True, (), "Failed readings of the store; the last known policy stays."),

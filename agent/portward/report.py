@@ -19,6 +19,7 @@ from portward.metricsserver import MetricsServer
 from portward.model import Mode
 from portward.runtime import STATUS_FORMAT
 from portward.snapshot import Labels, Snapshot
+from portward.store.unreadable import KNOWN
 
 # Records and rows that `status` names.
 _NAMED: Final = 5
@@ -126,7 +127,7 @@ def status(
         "held": _held(core),
         "store_age": numbers.store_age,
         "records_refused": numbers.records_refused,
-        "records_unreadable": {"number": len(core.unreadable), "first": core.unreadable[:_NAMED]},
+        "records_unreadable": _unreadable(core.unreadable),
         "table_rows_damaged": numbers.table_rows_damaged,
         "table_rows_damaged_first": core.damaged_rows[:_NAMED],
         "attachments": numbers.attachments,
@@ -165,6 +166,11 @@ def status(
         "metrics_error": server.problem,
         "remembered": {labels[0]: int(number) for labels, number in numbers.remembered.items()},
     }
+
+
+def _unreadable(records: list[str]) -> dict[str, Any]:
+    """The records that cannot be read. `more`: perhaps there are more than this number, which are not known."""
+    return {"number": len(records), "more": len(records) >= KNOWN, "first": records[:_NAMED]}
 
 
 def _held(core: Core) -> dict[str, Any] | None:

@@ -201,8 +201,11 @@ def _unreadable(records: dict[str, Any]) -> list[str]:
     """The records of the store that cannot be read."""
     if not records["number"]:
         return []
+    number = counted(records["number"], "RECORD", "RECORDS")
+    if records.get("more"):
+        number = f"AT LEAST {number}"
     return [
-        f"records   {counted(records['number'], 'RECORD', 'RECORDS')} OF THE STORE CANNOT BE READ: what was in "
+        f"records   {number} OF THE STORE CANNOT BE READ: what was in "
         "force before stays; without that, the sources are denied (`portward check` lists all)",
         *(f"          {one}" for one in records["first"]),
     ]

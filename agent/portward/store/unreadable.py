@@ -14,8 +14,8 @@ from portward.model import Record
 from portward.store.packed import Packer
 from portward.store.protocol import CONFIRMED, RecordError, Store, decode
 
-# So many are known by their keys; beyond that they are only counted.
-_KNOWN: Final = 1_000
+# So many are known by their keys; beyond that only their readings are counted.
+KNOWN: Final = 1_000
 
 _log = logging.getLogger("portward.store")
 
@@ -35,7 +35,7 @@ class Unreadable:
             record = decode(key, body)
         except RecordError as error:
             self.total += 1
-            if len(self.now) < _KNOWN or key in self.now:
+            if len(self.now) < KNOWN or key in self.now:
                 self.now[key] = str(error)
             _log.error("record refused, the one before stays in force: %s", error)
             return None

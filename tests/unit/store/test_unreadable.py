@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from portward import check
+from portward import check, report
+from portward.cli import status
 from portward.errors import StoreError
 from portward.store.protocol import Put, key_of
 from portward.store.sqlite import SqliteStore
-from portward.store.unreadable import unreadable
+from portward.store.unreadable import KNOWN, unreadable
 from portward.table.follower import Follower
 from portward.table.writer import Writer
 from unit.store.samples import ALL, FABRIKAM, GRANT, MACHINE, NOON, PREFIX, put, write
@@ -70,3 +71,16 @@ def test_check_lists_them_and_says_what_to_do(store: SqliteStore, path: Path) ->
     assert all(line.startswith("  ") for line in told[1:])
     with pytest.raises(StoreError, match=r"^3 records of the store cannot be read: .* `portward apply`"):
         next(lines)
+
+
+def test_more_than_are_known_are_not_said_to_be_all(store: SqliteStore, tmp_path: Path) -> None:
+    write(
+        store, *(Put(f"attachments/vni1/10.0.{number >> 8}.{number & 255}", "{}") for number in range(KNOWN + 1))
+    )
+    with closing(Writer(tmp_path / "table", AZURE, ENFORCE)) as writer:
+        follower = Follower(store, writer)
+        follower.step(NOON)
+        assert follower.refused == KNOWN + 1
+        found = report._unreadable(list(follower.unreadable.now.values()))
+    assert status._unreadable(found)[0].startswith("records   AT LEAST 1000 RECORDS OF THE STORE CANNOT BE READ")
+    assert status._unreadable(report._unreadable(["one"]))[0].startswith("records   1 RECORD OF")
