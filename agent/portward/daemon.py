@@ -82,6 +82,7 @@ class Daemon:
         self._count_step = self._threads.counting
         self._stopping = asyncio.Event()
         self._reload = asyncio.Event()
+        # The numbers of the last second, and when they were made, by `clock.monotonic`.
         self._snapshot, self._snapshot_at = Snapshot(), clock.monotonic()
         self._reload_failed = False
         self._slow = _SLOW_SECONDS
@@ -242,9 +243,7 @@ class Daemon:
         """The snapshot of the last second, with what must be right also if the thread that makes it is stuck."""
         lanes = self._threads.heartbeat.lanes
         return replace(
-            self._snapshot,
-            counters_age=self._snapshot.counters_age + clock.monotonic() - self._snapshot_at,
-            enforced_revision=self._core.enforced,
+            report.refreshed(self._snapshot, self._core, self._snapshot_at),
             step_failures={(step.value,): times for step, times in self._faults.failures.items()},
             step_seconds={(lane.name,): lane.silent_for() for lane in lanes},
         )
@@ -367,10 +366,11 @@ class Daemon:
 
     def _report(self) -> None:
         self._report_slow()
+        began = clock.monotonic()
         self._snapshot = report.snapshot(
             self._core, self._workers, self._metrics, reload_failed=self._reload_failed
         )
-        self._snapshot_at = clock.monotonic()
+        self._snapshot_at = began
         told = report.status(
             self._core, self._workers, self._snapshot, self._metrics,
             config=str(self._path), began=self._began,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -90,6 +91,18 @@ def snapshot(core: Core, workers: list[Worker], server: MetricsServer, *, reload
         stacked_devices=len(core.lookout.warnings),
         metrics_refused={(cause,): number for cause, number in server.refused.items()},
         metrics_retries=server.retries,
+    )
+
+
+def refreshed(numbers: Snapshot, core: Core, made: float) -> Snapshot:
+    """The numbers, with those brought up to this moment that must be right also if the thread that makes them is
+    stuck. `made` is when they were made, by `clock.monotonic`. Any thread."""
+    return replace(
+        numbers,
+        enforced_revision=core.enforced,
+        store_age=_since(core.store_read),
+        self_check_age=_since(core.selfcheck.answered),
+        counters_age=numbers.counters_age + clock.monotonic() - made,
     )
 
 

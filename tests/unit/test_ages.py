@@ -8,15 +8,17 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
-from portward import clock
+from portward import clock, report
 from portward.cli.status import _lines
 from portward.runtime import age_of, read_status
 from portward.selfcheck import Kind, SelfCheck
+from portward.snapshot import Snapshot
 
 AGENT = Path(clock.__file__).parent
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -133,3 +135,15 @@ def test_an_agent_that_may_not_read_the_boots_id_makes_stamps_all_the_same() -> 
 
 def test_a_stamp_without_a_boot_is_of_this_one(host: Host) -> None:
     assert clock.Stamp("", 4_990.0).age() == 10.0
+
+
+def test_ages_in_the_metrics_go_on_while_the_thread_that_makes_the_numbers_is_stuck(host: Host) -> None:
+    """Else they stand still at the very moment at which they are looked at."""
+    core = SimpleNamespace(
+        enforced=7, store_read=host.seconds - 1, selfcheck=SimpleNamespace(answered=host.seconds - 2)
+    )
+    made = host.seconds
+    host.passes(50)
+    found = report.refreshed(Snapshot(counters_age=3.0), cast(Any, core), made)
+    assert (found.store_age, found.self_check_age, found.counters_age) == (51.0, 52.0, 53.0)
+    assert found.enforced_revision == 7
