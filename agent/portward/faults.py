@@ -115,13 +115,14 @@ class Faults:
 
     async def keep(self, step: Step, job: Callable[[], Awaitable[None]]) -> None:
         """Runs a job that never ends; one that fails begins anew after its pause. It counts as working again once
-        it has run for as long as that pause was."""
+        it has run for as long as that pause was, unless its own step has failed meanwhile."""
         while True:
             running = asyncio.ensure_future(job())
             try:
                 if self.failing(step):
+                    before = self.failures[step]
                     await asyncio.wait({running}, timeout=self._pause(step))
-                    if not running.done():
+                    if not running.done() and self.failures[step] == before:
                         self.worked(step)
                 await running
                 return

@@ -150,6 +150,32 @@ def test_a_job_that_fails_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert faults.failures[Step.WORKER] == 3
 
 
+def test_a_job_whose_step_fails_meanwhile_does_not_count_as_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("portward.faults.FIRST_PAUSE_S", 0.01)
+    faults, began = Faults(), 0
+    waited = asyncio.Event()
+
+    async def job() -> None:
+        nonlocal began
+        began += 1
+        if began == 1:
+            raise OverflowError("outside of a step")
+        await faults.run(Step.COUNT, fails, "", anyway=True)
+        await asyncio.sleep(0.1)  # pause: ten times as long as the job must run to count as working
+        waited.set()
+        await asyncio.Event().wait()
+
+    async def life() -> None:
+        keeping = asyncio.create_task(faults.keep(Step.COUNT, job))
+        async with asyncio.timeout(60):
+            await waited.wait()
+        assert faults.failing(Step.COUNT)
+        keeping.cancel()
+        await asyncio.wait({keeping})
+
+    asyncio.run(life())
+
+
 def test_interfaces_are_read_anew_after_an_error_and_none_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portward.faults.FIRST_PAUSE_S", 0.001)
 
