@@ -149,7 +149,8 @@ class Counts:
         for key, packets, expires_ms in rows:
             if key in left_out:
                 continue
-            before = readings.get(key)
+            # A longer reading may give an element twice, too.
+            before = present.get(key) or readings.get(key)
             # An element that should have ended since is another one, made anew; so is one that counts less.
             if before is not None and packets >= before[0] and now < before[1] + _SLACK:
                 risen = packets - before[0]

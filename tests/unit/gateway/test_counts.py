@@ -75,6 +75,14 @@ def test_an_element_that_counts_less_is_a_new_one(world: World) -> None:
     assert world.total == 7
 
 
+def test_an_element_that_a_reading_gives_twice_is_counted_once(world: World) -> None:
+    """The kernel goes on by position, and what it has moved meanwhile comes again."""
+    world.read(5, 0)
+    world.sets["deny4"] = [(KEY, 8, 59_000), (KEY, 9, 59_000)]
+    world.counts.take_all(world.rows, 1, pause=1.0)
+    assert world.total == 9
+
+
 def test_an_element_that_outlived_its_time_is_a_new_one(world: World) -> None:
     world.read(5, 0, expires=3)
     world.read(9, 10, expires=58)
