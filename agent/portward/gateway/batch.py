@@ -143,6 +143,8 @@ class BatchJudge:
         # What holds for one snapshot: the answer to each finding, and the answers to sources.
         self._snapshot = -1
         self._answers: dict[Finding, _Answer] = {}
+        # The same for rejected sources while their segment's budget of resets is spent.
+        self._unanswered: dict[Finding, _Answer] = {}
         self._known = _Known()
         self._told: set[str] = set()
 
@@ -155,6 +157,7 @@ class BatchJudge:
                 if snapshot != self._snapshot:
                     self._snapshot = snapshot
                     self._answers.clear()
+                    self._unanswered.clear()
                     self._known.clear()
                 self._judge(buffer, waiting)
         except Exception:
@@ -167,7 +170,7 @@ class BatchJudge:
 
     def _count(self) -> None:
         try:
-            for answer in self._answers.values():
+            for answer in (*self._answers.values(), *self._unanswered.values()):
                 if answer.packets:
                     packets, attempts = answer.packets, answer.attempts
                     answer.packets = answer.attempts = 0
@@ -222,6 +225,9 @@ class BatchJudge:
         answer = self._answers.get(finding)
         if answer is None:
             verdict, outcome = judge(finding)
+            if outcome is Outcome.RESET and not self._careful.firsts.left(int.from_bytes(index, "big")):
+                # Not kept for the source: there may be an answer in the next second.
+                return self._unanswered.setdefault(finding, _Answer(finding, verdict, Outcome.DROPPED))
             if outcome in (Outcome.RESET, Outcome.DEFERRED):
                 raise _Uncommon
             answer = self._answers[finding] = _Answer(finding, verdict, outcome)

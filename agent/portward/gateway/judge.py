@@ -14,7 +14,7 @@ from portward.codes import REASON_NUMBER
 from portward.gateway import mark
 from portward.gateway.messages import PREROUTING
 from portward.gateway.packet import parse
-from portward.gateway.reset import Resetter
+from portward.gateway.reset import Budget, Resetter
 from portward.gateway.tally import Event, Outcome, Tally
 from portward.model import Reason
 from portward.table.layout import Head
@@ -83,6 +83,8 @@ class Judge:
     ) -> None:
         self._lookup, self._head, self._tally, self._resetter = lookup, head, tally, resetter
         self._ask = ask
+        # The kernel has a budget only for what it has cached.
+        self.firsts = Budget()
         self._failed = False
 
     def handle(self, packet: Queued) -> None:
@@ -121,6 +123,8 @@ class Judge:
             # source. To let the packet pass would count it again; the sender tries once more.
             packet.drop()
             return
+        if outcome is Outcome.RESET and own != mark.AGAIN and not self.firsts.take(packet.indev):
+            outcome = Outcome.DROPPED  # cached as rejected all the same: its next packet is answered
         if outcome is Outcome.RESET and not self._resetter.answer(
             payload, segment.tcp, packet.indev, _link_address(packet)
         ):

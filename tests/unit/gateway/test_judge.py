@@ -14,7 +14,7 @@ from portward.gateway.batch import BatchJudge
 from portward.gateway.judge import Judge, judge
 from portward.gateway.messages import FORWARD, PREROUTING
 from portward.gateway.nfqueue import SLOT
-from portward.gateway.reset import Resetter
+from portward.gateway.reset import FIRST_RESETS, Resetter
 from portward.gateway.tally import Event, Outcome, Tally
 from portward.model import Reason
 from portward.table.reader import Finding
@@ -294,6 +294,42 @@ def test_a_packet_that_was_counted_as_rejected_never_passes(make: Worker) -> Non
     packet = QueuedPacket(before=mark.AGAIN)
     found.handle(packet)
     assert (packet.said, answers.to, list(tally.verdicts())) == (["drop"], [], [])
+
+
+class NeighbourPacket(QueuedPacket):
+    """A packet of another segment."""
+
+    indev = 4
+
+
+def test_a_flood_of_new_rejected_sources_is_answered_within_the_budget_of_its_segment(
+    make: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them are cached as rejected."""
+    now = [1_000.0]
+    monkeypatch.setattr("portward.gateway.reset.time.monotonic", lambda: now[0])
+    answers = Answers()
+    found, tally = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+
+    def flood(kind: type[QueuedPacket], number: int) -> int:
+        before = len(answers.to)
+        for _ in range(number):
+            packet = kind(before=mark.MISS)
+            found.handle(packet)
+            assert (packet.said, packet.mark & mark.CLASS) == (["accept"], mark.Class.REFUSED)
+        return len(answers.to) - before
+
+    assert flood(QueuedPacket, FIRST_RESETS + 100) == FIRST_RESETS
+    assert flood(NeighbourPacket, 20) == 20
+    again = QueuedPacket(before=mark.AGAIN)
+    found.handle(again)
+    assert (again.said, len(answers.to)) == (["drop"], FIRST_RESETS + 21), "the kernel has a budget for these"
+    now[0] += 1
+    assert flood(QueuedPacket, 20) == 20
+    assert {outcome: packets for _, outcome, packets, _ in tally.verdicts()} == {
+        Outcome.RESET: FIRST_RESETS + 41,
+        Outcome.DROPPED: 100,
+    }
 
 
 def test_a_source_whose_limit_is_to_come_goes_back_to_be_counted_and_dropped(make: Worker) -> None:
