@@ -50,6 +50,10 @@ class Enforced:
                 f"the agent here does not stand at what {config.store} holds, see `portward status`; nothing was "
                 "written"
             )
+        # Those of the agent that runs: the file may name others by now, which count from the next start on.
+        workers = (read_status(config.table) or {}).get("workers", ())
+        first, number = config.queue.first, config.queue.workers
+        self._queues = [worker["queue"] for worker in workers] or list(range(first, first + number))
         self._port = presets.load(config.preset).ports[0]
         self._netlink = NfNetlink()
         self._learned = Learned(KernelElements(self._netlink))
@@ -77,7 +81,7 @@ class Enforced:
                     f"written as revision {revision}, and NOT enforced here after {seconds:g} s{held}"
                 )
             time.sleep(_PAUSE)
-        for place in range(self._config.queue.workers):
+        for place in range(len(self._queues)):
             self._settle(place, revision, deadline, seconds)
 
     def behind(self) -> Behind | None:
@@ -89,7 +93,7 @@ class Enforced:
         """Returns once the worker at `place` has answered a question that was put from now on. The agent asks each
         worker too, one question at a time, and answers are counted together: so one more is put than it may have
         under way, all to this worker."""
-        questions = self._config.queue.workers + 1
+        questions = len(self._queues) + 1
         while time.monotonic() < deadline:
             before = self._answered()
             for _ in range(questions):
@@ -99,10 +103,9 @@ class Enforced:
                 if self._answered() - before >= questions:
                     return
                 time.sleep(_PAUSE)
-        queue = self._config.queue.first + place
         raise PortwardError(
-            f"revision {revision} is enforced here, but the worker of queue {queue} has not answered within "
-            f"{seconds:g} s: a packet that it judged before may still come out"
+            f"revision {revision} is enforced here, but the worker of queue {self._queues[place]} has not "
+            f"answered within {seconds:g} s: a packet that it judged before may still come out"
         )
 
     def _ask(self, place: int) -> None:

@@ -50,6 +50,19 @@ def test_when_it_returns_nothing_passes_any_more(gateway: Gateway) -> None:
             assert not gateway.passes(FABRIKAM, source, flags)
 
 
+def test_it_waits_for_the_workers_that_the_agent_has_and_not_for_those_of_the_file(gateway: Gateway) -> None:
+    """Another number of workers counts from the agent's next start on."""
+    id_ = exempt(gateway, "10.0.2.50")
+    kept = gateway.agent.config.read_text()
+    gateway.agent.config.write_text(f"{kept}\n[queue]\nworkers = 3\n")
+    try:
+        result = gateway.agent.portward("exemption", "revoke", str(id_), "--reason", "spam", "--wait")
+    finally:
+        gateway.agent.config.write_text(kept)
+    assert result.returncode == 0, result.stderr
+    assert not gateway.passes(FABRIKAM, "10.0.2.50")
+
+
 def test_it_waits_for_packets_that_workers_hold(gateway: Gateway) -> None:
     """A worker that was stopped may have judged a packet already, by the policy before."""
     id_ = exempt(gateway, "10.0.2.100")
