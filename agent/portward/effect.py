@@ -133,7 +133,10 @@ def _by_worker(host: Host, place: Here, policy: Policy) -> Now:
         rest = "is dropped, or passes if nobody has bound its queue" if opens else "is dropped"
         words += f". NOT ALL QUEUES ARE ANSWERED: what falls into the others {rest}, see `portward status`"
     if host.agent is not Agent.RUNS:
-        words += f" (by the policy table as it was left: {_AGENTS[host.agent]})"
+        words += (
+            f" (by the policy table as it was left: {_AGENTS[host.agent]}; whether the worker answers is not "
+            "known, because nobody asks it)"
+        )
     if policy.verdict == "allow" and policy.limited:
         return Now(Effect.LIMITED, f"{words}, and then the limit counts")
     if policy.verdict == "allow" or policy.observed:

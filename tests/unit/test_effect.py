@@ -90,3 +90,8 @@ def test_why_names_what_is_missing() -> None:
     assert "'allow' for 30 s more" in now(Host(), cached(Class.ALLOW), ALLOW).why
     left = Host(agent=Agent.NONE, workers=Workers.ANSWER)
     assert "by the policy table as it was left: no agent runs here" in now(left, NOTHING, ALLOW).why
+    # A process that has bound a queue and hangs drops what waits there, and only an agent finds that out.
+    unasked = "whether the worker answers is not known, because nobody asks it"
+    assert unasked in now(left, NOTHING, ALLOW).why
+    assert unasked in now(Host(agent=Agent.SILENT), NOTHING, ALLOW).why
+    assert unasked not in now(Host(), NOTHING, ALLOW).why
