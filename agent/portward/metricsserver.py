@@ -6,8 +6,8 @@ It runs in the agent, so whatever clients do, the agent must go on enforcing. Wh
   keep a scrape waiting;
 - time: `HEAD_SECONDS` for a request, `STALL_SECONDS` without progress and `ANSWER_SECONDS` in all for an answer;
 - memory: `scrape.MAX_HEAD_BYTES` of a request, and `MAX_ANSWERS` answers at a time;
-- processor: after an answer was made the thread rests for as long as that took, so scrapes cost at most half a
-  core.
+- processor: after an answer was made no other one is made for as long as that took, and after all other work the
+  thread sleeps for as long as that took (`_rest`), so each costs at most half a core.
 
 The addresses need not be there: each is tried again until it can be had (`problem` says what is wrong meanwhile).
 
@@ -59,6 +59,8 @@ _PAUSE_SECONDS: Final = 0.5
 _ACCEPTED: Final = 64
 _READ_BYTES: Final = 4_096
 _END_SECONDS: Final = 0.5
+# Processor time after which the thread looks whether it has slept as long.
+_WORK_SECONDS: Final = 0.01
 _LOG_SECONDS: Final = 60.0
 _SCARCE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _log = logging.getLogger("portward.metrics")
@@ -113,6 +115,8 @@ class MetricsServer:
         self._listeners = [_Listener(endpoint) for endpoint in endpoints]
         self._connections: dict[int, _Connection] = {}
         self._rest_until = self._log_again = 0.0
+        # Processor time of the thread, without answers, and the time, when it last had slept enough.
+        self._worked = self._rested = 0.0
         self.refused: Counter[str] = Counter(dict.fromkeys(("crowded", "slow", "malformed", "descriptors"), 0))
         self.retries = 0
         self._failed = ""
@@ -173,6 +177,7 @@ class MetricsServer:
         while not self._closing:
             try:
                 self._turn()
+                self._rest()
             except Exception:
                 # No memory, or a fault of portward's own: it costs the connections, and nothing else.
                 _log.exception("the metrics server begins anew")
@@ -190,6 +195,17 @@ class MetricsServer:
         self._expire()
         self._answer_next()
         self._listen()
+
+    def _rest(self) -> None:
+        """Sleeps if the thread has worked for longer than it has slept: clients can connect, or send what nobody
+        asked for, as fast as they like."""
+        worked = time.thread_time() - self._worked
+        if worked < _WORK_SECONDS:
+            return
+        slept = time.monotonic() - self._rested - worked
+        if slept < worked:
+            time.sleep(min(worked - slept, _PAUSE_SECONDS))
+        self._worked, self._rested = time.thread_time(), time.monotonic()
 
     def _patience(self) -> float | None:
         """Seconds until something is due; None: nothing is."""
@@ -370,8 +386,10 @@ class MetricsServer:
             self._drop(min(sending, key=_since), "slow")
         connection = min(waiting, key=_since)
         assert connection.request is not None  # noqa: S101 # it waits
+        worked = time.thread_time()
         made = self._made(connection.request)
         self._rest_until = 2 * time.monotonic() - now
+        self._worked += time.thread_time() - worked
         self._begin(connection, made)
 
     def _next_answer(self) -> float:

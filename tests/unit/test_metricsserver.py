@@ -11,6 +11,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -344,3 +345,28 @@ def test_a_listener_that_cannot_be_waited_for_is_opened_again(monkeypatch: pytes
         assert other.server.retries == 1
     finally:
         other.server.close()
+
+
+def test_who_keeps_the_thread_busy_has_half_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By connecting, or by sending what nobody asked for, as fast as can be."""
+    work, pauses = 0.0, list[float]()
+    now = 1_000.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        pauses.append(seconds)
+        now += seconds
+
+    clocks = SimpleNamespace(thread_time=lambda: work, monotonic=lambda: now, sleep=sleep)
+    monkeypatch.setattr(metricsserver, "time", clocks)
+    server = MetricsServer([], lambda _: ANSWER)
+    for _ in range(1_000):
+        work, now = work + 0.001, now + 0.001
+        server._rest()
+    assert sum(pauses) == pytest.approx(work, rel=0.05)
+    assert max(pauses) < metricsserver._END_SECONDS
+    pauses.clear()
+    for _ in range(1_000):
+        work, now = work + 0.001, now + 0.003
+        server._rest()
+    assert len(pauses) <= 1, "it has slept by itself, but for the end of what was before"
