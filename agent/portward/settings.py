@@ -84,9 +84,9 @@ def settings(path: Path) -> Settings:
         found = _in_force(_folder(path), path)
         if found is None:
             raise
-        return Settings(
-            found.config, found.preset, (f"{error}: the agent runs with the configuration that it read before",)
-        )
+        *others, last = error.lines()
+        last += ": the agent runs with the configuration that it read before"
+        return Settings(found.config, found.preset, (*others, last))
     found = _in_force(config.table, path)
     if found is None:
         return Settings(config, preset)

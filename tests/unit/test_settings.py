@@ -72,6 +72,16 @@ def test_a_mistake_in_the_file_is_said_and_what_is_in_force_counts(
     assert remark.endswith("the agent runs with the configuration that it read before")
 
 
+def test_all_mistakes_of_the_file_are_said(path: Path, agent: Config) -> None:
+    path.write_text('mode = "watch"\nsegmets = 3\n' + path.read_text())
+    first, second = settings(path).remarks
+    assert first.startswith(f"{path}:1: mode: 'watch' is not a valid value")
+    assert second == (
+        f"{path}:2: segmets: unknown key; did you mean 'segments'?: the agent runs with the configuration that it "
+        "read before"
+    )
+
+
 def test_a_file_that_is_gone_is_a_mistake_too(path: Path, agent: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then its table cannot be named either: it is looked for where it is by default."""
     path.unlink()
