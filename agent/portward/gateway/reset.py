@@ -19,7 +19,7 @@ _TCP = struct.Struct(">HHIIBBHHH")
 
 
 # First packets of rejected sources that a worker answers for a segment in a second, as many as `segment_resets` is
-# by default for the packets after them. A reset takes 22 µs, 20 times as long as a verdict, and who has a rejected
+# by default for the packets after them. A reset takes several times as long as a verdict, and who has a rejected
 # /64 can make every packet a first one.
 FIRST_RESETS: Final = 500
 
