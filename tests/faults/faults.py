@@ -512,11 +512,11 @@ def _removal(ground: Ground, name: str, act: Callable[[], None]) -> Outcome:
         nonlocal back
         # At any moment between two looks of the daemon.
         time.sleep(ground.random.random() * 0.25)  # pause: at any moment
-        repairs = ground.repairs()
+        repairs, whole = ground.repairs(), ground.loaded()
         act()
         start, damaged = time.monotonic(), ground.loaded()
-        if ground.repairs() == repairs:  # else it was put back while it was looked at
-            until(lambda: ground.repairs() > repairs, "the daemon puts it back")
+        until(lambda: ground.repairs() > repairs, "the daemon puts it back")
+        if damaged != whole:  # else it was back before it could be looked at
             until(lambda: ground.loaded() != damaged, "it is back")
         back = time.monotonic() - start
         return f"back after {back * 1000:.0f} ms"

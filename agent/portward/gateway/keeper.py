@@ -168,10 +168,12 @@ class Keeper:
         return not (self._disturbed() if heard is None else heard.ours)
 
     def repair(self, want: Wanted) -> None:
-        """Loads the ruleset again and counts it once it is there; raises KernelError."""
+        """Loads the ruleset again, and counts and logs it once it is there; raises KernelError."""
         self.repair_tries += 1
         self.load(want)
         self.repairs += 1
+        # Each time: an operator who looks for what removes the rules needs every moment at which it happened.
+        _log.warning("the ruleset in the kernel was not as it should be: it is put back (repair %d)", self.repairs)
 
     def epoch_is(self, generation: int) -> bool:
         """Whether verdicts of this generation of the policy table are those that are remembered."""

@@ -45,13 +45,13 @@ POINTS: Final = (
     Point("daemon", "start", f"{_G}.workers:Worker.start"),
     Point("daemon", "start", f"{_G}.enforcement:Enforcement.start"),
     Point("daemon", "start", f"{_G}.xtables:install"),
-    Point("daemon", "start", f"{_G}.nft:Nft.load"),
+    Point("daemon", "start", f"{_G}.nft:Nft.replace"),
     Point("daemon", "start", f"{_G}.keeper:Keeper.load"),
     Point("daemon", "empty", f"{_T}.writer:Writer.replace"),
     # the ruleset was changed by somebody else
     Point("daemon", "repair", f"{_G}.keeper:Keeper.repair"),
     Point("daemon", "repair", f"{_G}.xtables:install"),
-    Point("daemon", "repair", f"{_G}.nft:Nft.load"),
+    Point("daemon", "repair", f"{_G}.nft:Nft.replace"),
     Point("daemon", "repair", f"{_G}.learned:Learned.forget_everything"),
     # interfaces come and go
     Point("daemon", "links", f"{_T}.writer:Writer.put_links"),

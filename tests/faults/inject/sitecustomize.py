@@ -119,15 +119,15 @@ def _shift_clock() -> None:
 
 
 def _replace_rules() -> None:
-    ruleset: Any = importlib.import_module("portward.gateway.ruleset")
-    shipped = ruleset.rules
+    resources: Any = importlib.import_module("portward.resources")
+    shipped = resources.rules
 
     def rules(*parts: str) -> Path:
         other = _RULES.joinpath(*parts)
         found: Path = other if other.exists() else shipped(*parts)
         return found
 
-    ruleset.rules = rules
+    resources.rules = rules
 
 
 _PROCESS = _kind_of_process()

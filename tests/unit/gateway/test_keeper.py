@@ -134,6 +134,13 @@ def test_what_another_program_changed_is_seen_and_put_back(plane: Plane, what: s
         assert plane.netlink.fingerprint(TABLE, FIXED_SETS) == before
 
 
+def test_each_time_is_in_the_log(plane: Plane, caplog: pytest.LogCaptureFixture) -> None:
+    for times in (1, 2):
+        plane.kernel.load(CHANGED["a chain flushed"])
+        assert not plane.check()
+        assert caplog.text.count("it is put back (repair") == times
+
+
 def test_the_epoch_moved_by_another_program_is_put_back(plane: Plane) -> None:
     plane.kernel.load("flush set inet portward epoch\nadd element inet portward epoch { 0x80 }")
     assert not plane.check()
