@@ -41,18 +41,19 @@ class Oracle:
         self._worker, self._tally = worker(self._reader.lookup)
 
     def judge(self, data: bytes) -> mark.Class | None:
-        """What the worker says; None: dropped without a class. Raises AssertionError where it must not say so."""
+        """What the worker says; None: no verdict, so that the worker or chain `learn` drops the packet. Raises
+        AssertionError if it must not say so."""
         packet = QueuedPacket(data, before=0x00AB0000 | mark.MISS)
         packet.indev = 1
         self._worker.handle(packet)
         assert len(packet.said) == 1, "one verdict"
         assert not self._tally.events()[Event.ERROR], "the worker met what it was not made for"
         port = port_of(data)
-        if packet.said == ["drop"]:
+        assert packet.mark & ~mark.OWN == 0x00AB0000, "bits of others are kept"
+        if packet.said == ["drop"] or packet.mark & mark.OWN == mark.MISS:
             assert port is None or len(data) > _READ or port[1] > _LONGEST_CHAIN, f"dropped, but to port {port[0]}"
             return None
         assert port is not None, "judged, and no TCP port in it"
-        assert packet.mark & ~mark.OWN == 0x00AB0000, "bits of others are kept"
         verdict = mark.Class(packet.mark & 7)
         reason, observed = expected(self._records, "vni1", source_of(data))
         if verdict is mark.Class.ALLOW:

@@ -4,7 +4,8 @@ From a segment of which no source may send. Afterwards daemon and workers are th
 
     packets that the kernel put into the queue = packets that a worker gave a verdict on
     packets that the rules sent there + queries of the self-check = packets that the kernel put into the queue
-        + packets that no rule of the queue took (a fragment within a fragment), dropped as `unjudged`
+        + packets that no rule of the queue took (a fragment within a fragment): those dropped as `unjudged` that
+        no worker has sent back without a verdict
     none was dropped since the queue, or the worker's socket, was full; at none the worker failed
     none of a source that may not send reached port 25, and one that may send is greeted
     the workers' memory has grown by 4 MiB at most
@@ -40,8 +41,8 @@ _KEPT: Final = 100_000
 
 class Counted(NamedTuple):
     """Packets so far: that the rules sent to the queue, that the kernel put there and dropped, that wait, that a
-    worker handled, of these the queries of the self-check; what was dropped without a verdict; and what a worker
-    failed at."""
+    worker handled, of these the queries of the self-check; what was dropped without a verdict and came to no
+    worker; and what a worker failed at."""
 
     missed: int
     queued: int
@@ -114,7 +115,7 @@ def _counted(field: Ground) -> Counted:
         waiting,
         handled,
         int(events["probed"]),
-        field.counter("unjudged"),
+        field.counter("unjudged") - int(events["malformed"] + events["no_segment"]),
         int(events["error"]),
     )
 
