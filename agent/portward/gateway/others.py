@@ -107,10 +107,6 @@ def seen(netlink: NfNetlink) -> Others:
         return Others((f"the kernel does not say what others have loaded ({error})",))
 
 
-# So many looks in a row have to find nothing before the guard is given up.
-_LOOKS_BEFORE_NONE: Final = 3
-
-
 class Watch:
     """What others have in the kernel, as it was last found. Each line is logged when it is new. `found`, and
     `looked` (when that was, by the monotonic clock), may be read on any thread."""
@@ -127,11 +123,6 @@ class Watch:
         self.looked = time.monotonic()
         with self._reserve.lent():
             found = seen(self._netlink)
-            # A reading can miss chains that are there; without the guard what they translate passes.
-            for _ in range(_LOOKS_BEFORE_NONE - 1):
-                if found.guard or not self.found.guard:
-                    break
-                found = seen(self._netlink)
         for line in found.why:
             if line not in self.found.why:
                 _log.warning("%s: what is forwarded is judged again (forward guard)", line)

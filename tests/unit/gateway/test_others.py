@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from portward.errors import KernelError
-from portward.gateway import others
 from portward.gateway.keeper import CLOSED
 from portward.gateway.namespacelock import LOCK_TABLE
 from portward.gateway.nfnetlink import Chain, Expression
@@ -152,15 +151,3 @@ def test_a_kernel_that_does_not_say_counts(error: Exception) -> None:
 
     kernel: Any = Silent()
     assert seen(kernel).guard
-
-
-def test_one_reading_that_misses_the_chains_of_others_does_not_end_the_guard(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    translating = others.Others(("table ip nat translates addresses",))
-    found = [translating, others.NOBODY, translating]
-    monkeypatch.setattr(others, "seen", lambda netlink: found.pop(0) if found else others.NOBODY)
-    watch = others.Watch(None)  # type: ignore[arg-type]
-    assert watch.look()
-    assert watch.look(), "the next reading has them"
-    assert not watch.look(), "none has them"
