@@ -163,23 +163,17 @@ class NfNetlink:
     def _own_chains(self, table: str) -> list[tuple[bytes, bytes, bytes]]:
         """Name, hook and policy of each chain of an inet table, in the order in which they were made. The kernel
         gives the chains of all inet tables, and 20,000 of others take so long that a transaction interrupts each
-        reading. A chain can be missed then, but not the same one in two readings: two that are equal are right.
-        Raises OSError."""
+        reading. So only our own are compared. Two readings can skip the same one, if somebody else removes and
+        adds a chain all the time; then the ruleset is put back once too often. Raises OSError."""
         named = string(table)
-        before: dict[bytes, tuple[bytes, bytes, bytes]] | None = None
-        until = time.monotonic() + _DUMP_SECONDS
-        for _ in range(_DUMP_TRIES):
-            replies, whole = self._reply(_GET_CHAIN, b"", NLM_F_DUMP, _NFPROTO_INET, NFGEN.size)
-            found = {}
-            for attributes in (dict(attributes_of(reply)) for reply in replies if named in reply):
-                if attributes.get(1) == named:
-                    found[attributes[2]] = (attributes[3], attributes.get(4, b""), attributes.get(5, b""))
-            if whole or found == before:
-                return [found[handle] for handle in sorted(found)]
-            before = found
-            if time.monotonic() > until:
-                break
-        raise _interrupted()
+        replies, whole = self._replies(_GET_CHAIN, b"", NLM_F_DUMP, _NFPROTO_INET, NFGEN.size, holding=named)
+        if not whole:
+            raise _interrupted()
+        found = {}
+        for attributes in (dict(attributes_of(reply)) for reply in replies):
+            if attributes.get(1) == named:
+                found[attributes[2]] = (attributes[3], attributes.get(4, b""), attributes.get(5, b""))
+        return [found[handle] for handle in sorted(found)]
 
     def chains(self) -> Iterator[Chain]:
         """The base chains of all tables of all families. Raises InterruptedError behind the last one if
@@ -388,18 +382,23 @@ class NfNetlink:
             raise _interrupted()
         yield from replies
 
-    def _replies(self, message: int, body: bytes, flags: int, family: int, skip: int) -> tuple[list[bytes], bool]:
-        """The replies, and whether they are all there. A dump that a transaction of others interrupts is asked for
-        again, 20 times or for half a second."""
+    def _replies(
+        self, message: int, body: bytes, flags: int, family: int, skip: int, *, holding: bytes = b""
+    ) -> tuple[list[bytes], bool]:
+        """The replies that hold these bytes, and whether they are all there. A dump that a transaction interrupts
+        is asked for again, 20 times or for half a second."""
         until, before = time.monotonic() + _DUMP_SECONDS, None
         for _ in range(_DUMP_TRIES):
             replies, whole = self._reply(message, body, flags, family, skip)
-            # What is missing in one reading is there in another: two that are equal lack nothing.
-            whole = whole or replies == before
+            found = [reply for reply in replies if holding in reply]
+            # The kernel goes on at the place that it had reached. If an entry before that place has gone, it skips
+            # one that is still there. Two readings that are equal lack nothing: the entry that went is in the
+            # first one, and what takes its place has another handle.
+            whole = whole or found == before
             if whole or time.monotonic() > until:
                 break
-            before = replies
-        return replies, whole
+            before = found
+        return found, whole
 
     def _reply(self, message: int, body: bytes, flags: int, family: int, skip: int) -> tuple[list[bytes], bool]:
         """Each reply message without its first `skip` bytes; False if a transaction interrupted the dump, so that
@@ -414,12 +413,11 @@ class NfNetlink:
                 if sequence != self._sequence:
                     continue
                 interrupted |= bool(flags_in & _DUMP_INTERRUPTED)
-                if kind == NLMSG_ERROR:
+                if kind in (NLMSG_ERROR, NLMSG_DONE):
+                    # A dump that fails half-way says so in its last message.
                     code = -struct.unpack_from("=i", content)[0]
-                    if code:
+                    if code > 0:
                         raise OSError(code, os.strerror(code))
-                    return replies, True
-                if kind == NLMSG_DONE:
                     return replies, not interrupted
                 replies.append(content[skip:])
                 if not many:

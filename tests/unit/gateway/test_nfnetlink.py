@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from portward.gateway.netlink import HEADER, NLMSG_DONE, NLMSG_ERROR, attribute, nest
+from portward.gateway.netlink import HEADER, NLMSG_DONE, NLMSG_ERROR, attribute, nest, string
 from portward.gateway.nfnetlink import NfNetlink
 
 _INTERRUPTED, _MULTI = 0x10, 0x2
@@ -55,6 +55,13 @@ def listed(keys: Iterable[bytes], flags: int = _MULTI) -> tuple[int, int, int, b
     """A message of a dump with these elements."""
     elements = b"".join(nest(1, nest(1, attribute(1, key))) for key in keys)
     return _NEW_ELEMENTS, flags, 0, b"\1\0\0\0" + nest(3, elements)
+
+
+def chain(table: str, name: str, handle: int, flags: int = _MULTI) -> tuple[int, int, int, bytes]:
+    """A message of a dump with a base chain in prerouting."""
+    hook = attribute(1, struct.pack(">I", 0)) + attribute(2, struct.pack(">i", -300))
+    body = attribute(1, string(table)) + attribute(2, struct.pack(">Q", handle)) + attribute(3, string(name))
+    return 10 << 8 | 3, flags, 0, b"\1\0\0\0" + body + nest(4, hook)
 
 
 def done(flags: int = _MULTI) -> tuple[int, int, int, bytes]:
@@ -108,6 +115,24 @@ def test_a_dump_that_the_kernel_refuses_raises_its_errno() -> None:
     netlink, _ = asking([[refused(errno.ENOENT, 0)]])
     with pytest.raises(FileNotFoundError):
         netlink.rows("t", "s")
+
+
+def test_a_dump_that_fails_half_way_raises_the_errno_of_its_last_message() -> None:
+    """What came before it is not all there is."""
+    failed = (NLMSG_DONE, _MULTI, 0, struct.pack("=i", -errno.ENOMEM))
+    netlink, _ = asking([[listed([b"a" * 8])], [failed]])
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        netlink.rows("t", "s")
+
+
+def test_our_own_chains_are_read_while_those_of_others_come_and_go() -> None:
+    answers = [
+        [[chain("ours", "screen", 1, _MULTI | _INTERRUPTED), chain(f"other{number}", "c", number)], [done()]]
+        for number in range(40)
+    ]
+    netlink, kernel = asking(*answers)
+    assert netlink.hooks("ours") == {"screen": (0, -300)}
+    assert len(kernel.sent) == 2
 
 
 @pytest.mark.parametrize(
