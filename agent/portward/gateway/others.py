@@ -126,6 +126,11 @@ class Watch:
         for line in found.why:
             if line not in self.found.why:
                 _log.warning("%s: what is forwarded is judged again (forward guard)", line)
+        for line in self.found.why:
+            if line not in found.why:
+                _log.info("no more so: %s", line)
+        if self.found.guard and not found.guard:
+            _log.info("nobody else translates packets any more: the forward guard is taken out")
         self.found = found
         return found.guard
 

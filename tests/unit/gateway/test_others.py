@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from portward.errors import KernelError
 from portward.gateway.keeper import CLOSED
 from portward.gateway.namespacelock import LOCK_TABLE
 from portward.gateway.nfnetlink import Chain, Expression
-from portward.gateway.others import look, seen
+from portward.gateway.others import Watch, look, seen
 from portward.gateway.ruleset import TABLE
 
 _PREROUTING, _POSTROUTING = 0, 4
@@ -151,3 +152,19 @@ def test_a_kernel_that_does_not_say_counts(error: Exception) -> None:
 
     kernel: Any = Silent()
     assert seen(kernel).guard
+
+
+def test_what_ends_is_logged_as_what_began(caplog: pytest.LogCaptureFixture) -> None:
+    """To load the ruleset without the guard drops packets for some milliseconds on a kernel without nft_queue."""
+    caplog.set_level(logging.INFO)
+    kernel: Any = Kernel([Chain(_IP, "nat", "c", "nat", _PREROUTING, -100)])
+    watch = Watch(kernel)
+    assert watch.look()
+    kernel._chains = ()
+    assert not watch.look()
+    assert not watch.look()
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "table ip nat, chain c, translates addresses",
+        "no more so",
+        "nobody else translates packets any more",
+    ]
