@@ -427,9 +427,6 @@ def run(path: Path) -> None:
     sys.setswitchinterval(_SWITCH_SECONDS)
     if (limit := descriptors.raise_limit()) < descriptors.ENOUGH:
         _log.warning("%s", descriptors.few(limit))
-    if sys.version_info < (3, 12):
-        # A worker's end is awaited without a thread, as later versions do: there may be none to be had.
-        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
     # It must live as long as the process: with it would go what it holds, among that the locks.
     daemon = Daemon(path, config)
     try:
