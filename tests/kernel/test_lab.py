@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from kernel.conftest import lab_name
-from portward.errors import KernelError
-from portward.lab import namespaces
+from portward.errors import KernelError, PortwardError
+from portward.lab import demo, namespaces
 from portward.lab.demo import start_mail
 from portward.lab.mail import PORTS, Fate, OpenSession, Postbox, send
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab
@@ -55,6 +56,20 @@ def test_mail_flows_from_overlapping_tenants_each_under_its_own_address(tmp_path
         for address in (tenant.public, tenant.address6)
         for port in PORTS
     }
+
+
+def test_a_second_demo_in_the_same_lab_leaves_the_first_alone() -> None:
+    lab = Lab(lab_name())
+    with demo.alone(lab):
+        lab.up()
+        try:
+            with pytest.raises(PortwardError, match=f"process {os.getpid()}, runs in the lab {lab.name}"):
+                demo.run(lab.name)
+            assert lab.standing()
+        finally:
+            lab.down()
+    with demo.alone(lab):
+        pass  # it ended with the first
 
 
 def test_an_open_session_goes_on_while_nothing_stops_it(tmp_path: Path) -> None:

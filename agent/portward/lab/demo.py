@@ -17,6 +17,7 @@ from uuid import UUID
 from rich.console import Console
 from rich.table import Table
 
+from portward import locks
 from portward.errors import PortwardError
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
@@ -33,6 +34,7 @@ _IDS: Final = {
 }
 # Wide enough for a row on one line where no terminal says how wide it is.
 _WIDTH: Final = 120
+_LOCKS: Final = Path("/run/portward-lab")
 _GRANTED: Final = datetime(2026, 1, 9, 12, tzinfo=UTC)
 # Customers without a machine here: one whose request a person reviews, one whose offer can never be exempt.
 _REVIEWED: Final = UUID("11111111-0000-4000-8000-000000000003")
@@ -227,12 +229,34 @@ class Demo:
         self._tell(Row("packets denied to fabrikam, in the metrics", "some", f"{count:.0f}", count > 0))
 
 
+@contextmanager
+def alone(lab: Lab) -> Iterator[None]:
+    """While it lasts, no other demo runs in a lab of this name: each would remove the other's namespaces. Raises
+    PortwardError if there is one."""
+    namespaces.require_root()
+    _LOCKS.mkdir(parents=True, exist_ok=True)
+    # The file stays: if it were removed, two could each lock one of this name.
+    with (_LOCKS / f"{lab.name}.lock").open("a+b") as file:
+        if not locks.taken(file.fileno()):
+            raise PortwardError(
+                f"another demo, process {locks.holder(file.fileno()) or 'unknown'}, runs in the lab {lab.name}: "
+                "wait for it, or choose another lab with --name"
+            )
+        yield
+
+
 def run(name: str, *, keep: bool = False) -> bool:
-    """Plays the demo in a lab of this name and prints what happened; True where it was all as expected."""
+    """Plays the demo in a lab of this name and prints what happened; True where it was all as expected. Raises
+    PortwardError, also if another demo runs there."""
+    lab = Lab(name)
+    with alone(lab):
+        return _run(lab, keep=keep)
+
+
+def _run(lab: Lab, *, keep: bool) -> bool:
     console, began, rows = Console(), time.monotonic(), list[Row]()
     if not console.is_terminal:
         console.width = _WIDTH
-    lab = Lab(name)
     lab.up()
     try:
         with (
