@@ -203,14 +203,29 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
         config.metrics_endpoints()
     except ValueError as error:
         yield str(error), ("metrics", "address")
-    if not STORE.fullmatch(config.store):
-        yield f"{config.store!r} is no store that this version knows: sqlite:PATH", ("store",)
+    if problem := _store_problem(config.store):
+        yield problem, ("store",)
     if config.table == Path():  # so is ""
         yield "names no folder of its own", ("table",)
     if config.exemptions.check and not config.exemptions.check[0]:
         yield "names no program: its path comes first, then its arguments", ("exemptions", "check", 0)
     if config.queue.first + config.queue.workers > _QUEUES:
         yield f"the last queue must not be beyond {_QUEUES - 1}", ("queue", "workers")
+
+
+def _store_problem(url: str) -> str:
+    """What is wrong with the URL of a store; empty if nothing is."""
+    found = STORE.fullmatch(url)
+    path = found[1].lstrip("/") if found else ""
+    if found is None or not path:
+        return f"{url!r} is no store that this version knows: sqlite:PATH"
+    # In a URL a host would follow. As a path it would be /x on Linux, which is not what `sqlite://x` looks like.
+    if found[1].startswith("//") and not found[1].startswith("///"):
+        return (
+            f"{url!r} has two slashes, after which a URL has a host: 'sqlite:{path}' is a file beside this one, "
+            f"'sqlite:/{path}' one in /"
+        )
+    return ""
 
 
 def _overlaps(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:

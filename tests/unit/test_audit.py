@@ -274,6 +274,19 @@ def test_the_head_that_was_printed_is_expected_later(log: Path) -> None:
     assert "revision 6 with the hash that is expected is not there: the log ends with 5" in result.stderr
 
 
+def test_what_is_newer_than_the_head_that_is_expected_is_counted(log: Path) -> None:
+    """After a restore the head is the backup's: a newer one says that the restore has not worked."""
+    mark = machine("--check")["head"]
+    assert machine("--check")["newer_than_expected"] is None
+    assert re.fullmatch(f"checked .*: whole, {HEAD}", audit("--check", "--expect", mark)[0])
+    assert machine("--check", "--expect", mark)["newer_than_expected"] == 0
+    with closing(opened(log)) as store:
+        write(store, Put(key_of(GRANT), None))
+    line = audit("--check", "--expect", mark)[0]
+    assert re.fullmatch(f"checked .*: whole, {HEAD}, 1 revision after the one expected", line)
+    assert machine("--check", "--expect", mark)["newer_than_expected"] == 1
+
+
 def test_json_is_one_object(log: Path) -> None:
     tamper(log, "UPDATE revision SET actor = 'eve' WHERE number = 4")
     result = run("--json", "--last", "2")

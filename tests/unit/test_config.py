@@ -61,6 +61,13 @@ def test_an_ipv6_address_and_none_for_the_metrics(tmp_path: Path) -> None:
         (LEAST + "store = 5\n", 3, "store", "text"),
         (LEAST + "store = 'etcd://localhost'\n", 3, "store", "sqlite:PATH"),
         (LEAST + "store = 'sqlite:'\n", 3, "store", "sqlite:PATH"),
+        (LEAST + "store = 'sqlite://'\n", 3, "store", "sqlite:PATH"),
+        (
+            LEAST + "store = 'sqlite://x'\n",
+            3,
+            "store",
+            "'sqlite:x' is a file beside this one, 'sqlite:/x'",
+        ),
         (LEAST + "table = ''\n", 3, "table", "no folder of its own"),
         (LEAST + "table = '.'\n", 3, "table", "no folder of its own"),
         (LEAST + "mode = \n", 3, None, "Invalid value"),
