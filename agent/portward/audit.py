@@ -18,6 +18,7 @@ from portward.errors import InputError, printable
 from portward.store.chain import Check, Finding
 from portward.store.difference import described_change
 from portward.store.protocol import CONFIRMED, KINDS, Cell, Entry, Row, Store, named
+from portward.words import counted
 
 # A revision with more changes is told by their counts.
 _LINES: Final = 40
@@ -135,12 +136,14 @@ def verdict(check: Check, findings: int) -> str:
     """The outcome of a check that came to its end, in one line."""
     outcome = "whole" if not findings else f"NOT WHOLE, {findings} {'finding' if findings == 1 else 'findings'}"
     head = "no hash" if check.head is None else f"head {check.head}"
+    # In a rehearsal of a restore it says that something newer than the backup was left.
+    if check.newer:
+        head += f", {counted(check.newer, 'revision')} after the one expected"
     sealed = ""
     if check.origin is not None and check.origin.sealed:
         sealed = f", revisions up to {check.origin.sealed} sealed {_instant(check.origin.at)}"
-    changes = f"{check.changes} {'change' if check.changes == 1 else 'changes'}"
-    revisions = f"{check.revisions} {'revision' if check.revisions == 1 else 'revisions'}"
-    return printable(f"checked {revisions}, {changes}: {outcome}, {head}{sealed}")
+    checked = f"{counted(check.revisions, 'revision')}, {counted(check.changes, 'change')}"
+    return printable(f"checked {checked}: {outcome}, {head}{sealed}")
 
 
 def machine(store: Store, wanted: Wanted | None, check: Check, most_findings: int) -> dict[str, Any]:
@@ -154,6 +157,7 @@ def machine(store: Store, wanted: Wanted | None, check: Check, most_findings: in
         "revisions": check.revisions,
         "changes": check.changes,
         "head": None if check.head is None else str(check.head),
+        "newer_than_expected": check.newer,
         "sealed": None,
         "findings_total": number,
         "findings": findings,

@@ -114,7 +114,8 @@ class Finding(NamedTuple):
 class Check:
     """One walk through a store's log. After `findings` has come to its end, `revisions` and `changes` say how many
     were there, `head` is the newest entry (the origin, where there is none), `origin` the beginning; both are None
-    for a log without hashes."""
+    for a log without hashes. `newer` is how many entries follow the one that is expected; None if none is
+    expected, or it is not there."""
 
     def __init__(self, store: Store, expect: Mark | None = None) -> None:
         self._store, self._expect = store, expect
@@ -124,7 +125,7 @@ class Check:
         # Of the entry before, or of the origin: whether it fits its own hash.
         self._fitted = True
         self._last: Entry | None = None
-        self._found_expected = False
+        self.newer: int | None = None
         # What the log left each key with: the number of the revision, and a digest of the text.
         self._left: dict[str, tuple[int, bytes]] = {}
 
@@ -163,7 +164,9 @@ class Check:
         """The head, as far as the walk has come."""
         self.head = None if found is None else Mark(number, found)
         if self._expect is not None and self._expect == self.head:
-            self._found_expected = True
+            self.newer = 0
+        elif self.newer is not None:
+            self.newer += 1
 
     def _gap(self, entry: Entry) -> Iterator[Finding]:
         first, last = 1 if self._last is None else self._last.number + 1, entry.number - 1
@@ -237,7 +240,7 @@ class Check:
             )  # fmt: skip
 
     def _expected(self) -> Iterator[Finding]:
-        if self._expect is None or self._found_expected:
+        if self._expect is None or self.newer is not None:
             return
         number = self._expect.number
         newest = 0 if self._last is None else self._last.number
