@@ -285,4 +285,4 @@ def test_a_mistyped_segment_is_warned_of(agent: Agent) -> None:
 def test_there_is_nothing_to_confirm_without_a_store(agent: Agent) -> None:
     told = agent.portward("apply", "--confirm")
     assert told.returncode == 1
-    assert "no such file; create it with 'portward apply'" in told.stderr
+    assert "no such file: put it back from a backup" in told.stderr

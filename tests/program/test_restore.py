@@ -200,7 +200,7 @@ def test_a_start_without_store_on_a_table_of_another_version_says_what_it_needs(
     assert agent.process.wait(60) != 0
     said = agent.log.read_text().splitlines()[-1]
     assert f"the policy table in {table} was written by another version of portward" in said
-    assert "no such file; create it with 'portward apply'" in said
+    assert "no such file: put it back from a backup" in said
 
 
 def older(table: Path) -> None:

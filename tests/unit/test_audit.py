@@ -310,7 +310,7 @@ def test_json_holds_what_is_no_json_as_a_text(path: Path) -> None:
 
 
 def test_no_store_is_told(path: Path) -> None:
-    with pytest.raises(NoStoreError, match="no such file; create it with 'portward apply'"):
+    with pytest.raises(NoStoreError, match="no such file: put it back from a backup"):
         run()
     path.touch()
     with pytest.raises(NoStoreError, match="an empty file"):

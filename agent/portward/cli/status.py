@@ -261,7 +261,9 @@ def _store(told: dict[str, Any]) -> str:
     """What follows the store's URL: whether the agent is in step. An older agent does not write all of it."""
     waits = f"; {told['store_waits']}" if told.get("store_waits") else ""
     if told["store_error"]:
-        return f": {told['store_error']}{waits}"
+        # The error of a store names it too.
+        error = told["store_error"].removeprefix(f"{told['store']}: ")
+        return f": {error}; the last known policy stays in force{waits}"
     work = told.get("working")
     if work is not None and work["seconds"] >= _LONG_SECONDS:
         return f", {work['what']} for {_span(work['seconds'])} now: later changes wait{waits}"

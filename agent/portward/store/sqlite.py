@@ -350,7 +350,7 @@ class SqliteStore:
         if self._path.exists():
             return
         if not create:
-            raise NoStoreError(f"{self._name}: no such file; create it with 'portward apply'")
+            raise NoStoreError(f"{self._name}: {_NO_FILE}")
         with contextlib.suppress(FileExistsError):  # somebody else was quicker
             self._make_file()
 
@@ -373,7 +373,7 @@ class SqliteStore:
             if execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise StoreError(f"{self._name}: an SQLite database, but not portward's")
             if not create:
-                raise NoStoreError(f"{self._name}: an empty file; 'portward apply' makes it a store")
+                raise NoStoreError(f"{self._name}: {_EMPTY_FILE}")
             self._create()
         # Who only looks (`explain`, `audit`) leaves the file as it is.
         if create or agent:
@@ -531,7 +531,11 @@ class SqliteStore:
 
     def _expect_same_file(self) -> None:
         """Whoever restores a backup puts another file in place; the one that is open is then nobody's."""
-        if self._file_now() != self._file:
+        try:
+            now = self._file_now()
+        except FileNotFoundError:
+            raise NoStoreError(f"{self._name}: {_NO_FILE}") from None
+        if now != self._file:
             raise StoreError(f"{self._name}: another file was put in its place; it has to be opened again")
 
     def _newest(self) -> int:
@@ -664,6 +668,13 @@ def _instant(text: object) -> datetime:
         return datetime.min.replace(tzinfo=UTC)
 
 
+# Nobody knows here whether there was one: an empty store in place of a lost one would begin a new history.
+_NO_FILE: Final = (
+    "no such file: put it back from a backup; only if there never was one, 'portward apply' makes a new one"
+)
+_EMPTY_FILE: Final = (
+    "an empty file: put it back from a backup; only if it never held a store, 'portward apply' makes it one"
+)
 _CHECK_PERMISSIONS: Final = (
     "check the permissions of the file and of its folder, and that their file system is not read-only"
 )

@@ -262,7 +262,7 @@ def test_an_export_can_be_applied_without_any_difference(run: Run, files: Path, 
 
 
 def test_an_export_of_no_store_is_an_error(run: Run, path: Path) -> None:
-    with pytest.raises(StoreError, match="no such file; create it with 'portward apply'"):
+    with pytest.raises(StoreError, match="no such file: put it back from a backup"):
         run("export")
     assert not path.exists()
 

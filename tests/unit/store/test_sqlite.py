@@ -225,14 +225,17 @@ def test_another_store_that_is_restored_into_the_open_file_is_told_apart(
 
 def test_a_file_that_was_removed_is_noticed(store: SqliteStore, path: Path) -> None:
     path.unlink()
-    with pytest.raises(StoreError, match="No such file"):
+    with pytest.raises(NoStoreError, match="no such file: put it back from a backup"):
         store.revision()
 
 
 def test_a_missing_store_is_not_made_by_reading(path: Path) -> None:
     with pytest.raises(NoStoreError) as told:
         open_store(f"sqlite:{path}")
-    assert str(told.value) == f"sqlite:{path}: no such file; create it with 'portward apply'"
+    assert str(told.value) == (
+        f"sqlite:{path}: no such file: put it back from a backup; only if there never was one, 'portward apply' "
+        "makes a new one"
+    )
     assert list(path.parent.iterdir()) == []
 
 
@@ -271,7 +274,7 @@ def test_somebody_elses_database_is_left_alone(path: Path) -> None:
 
 def test_an_empty_file_is_no_store_and_becomes_one(path: Path) -> None:
     path.touch()
-    with pytest.raises(NoStoreError, match="'portward apply' makes it a store"):
+    with pytest.raises(NoStoreError, match="only if it never held a store, 'portward apply' makes it one"):
         SqliteStore(path)
     with closing(opened(path)) as store:
         assert write(store, put(CONTOSO)) == 1

@@ -10,7 +10,8 @@ import pytest
 from portward import check, report
 from portward.cli import status
 from portward.errors import StoreError
-from portward.store.protocol import Put, key_of
+from portward.store import open_store
+from portward.store.protocol import NoStoreError, Put, key_of
 from portward.store.sqlite import SqliteStore
 from portward.store.unreadable import KNOWN, unreadable
 from portward.table.follower import Follower
@@ -84,3 +85,11 @@ def test_more_than_are_known_are_not_said_to_be_all(store: SqliteStore, tmp_path
         found = report._unreadable(list(follower.unreadable.now.values()))
     assert status._unreadable(found)[0].startswith("records   AT LEAST 1000 RECORDS OF THE STORE CANNOT BE READ")
     assert status._unreadable(report._unreadable(["one"]))[0].startswith("records   1 RECORD OF")
+
+
+def test_status_names_a_store_that_is_gone_once_and_says_what_stays_in_force(path: Path) -> None:
+    url = f"sqlite:{path}"
+    with pytest.raises(NoStoreError) as gone:
+        open_store(url)
+    told = {"store": url, "store_error": str(gone.value)}
+    assert told["store"] + status._store(told) == f"{gone.value}; the last known policy stays in force"
