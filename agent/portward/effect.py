@@ -13,6 +13,7 @@ import msgspec
 from portward.gateway import mark
 from portward.gateway.mark import Class
 from portward.gateway.ruleset import COUNTED_SETS
+from portward.gateway.stacking import Fate
 from portward.host import Agent, Cached, Host, Ruleset, Workers
 
 
@@ -27,9 +28,13 @@ class Effect(StrEnum):
 
 
 class Here(StrEnum):
-    """What this host does to sources that it has no cached verdict for."""
+    """What this host does to sources that it has no cached verdict for. UNWATCHED: workers have bound the queues,
+    and no running agent says whether they answer, or by what policy."""
 
     JUDGES = "judges"
+    OBSERVES = "observes"  # whoever sends, it passes, and the verdict is only counted
+    PART = "part"  # judged, or dropped if the packet falls into a queue that no worker answers
+    UNWATCHED = "unwatched"
     OPEN = "open"  # whoever sends, it passes
     CLOSED = "closed"  # whoever sends, it is dropped
     NOBODY_ANSWERS = "nobody-answers"  # dropped
@@ -38,11 +43,11 @@ class Here(StrEnum):
 
 
 class Now(msgspec.Struct, frozen=True):
-    """What happens now and why. `as_policy`: that is what the policy says."""
+    """What happens now and why. `as_policy`: that is what the policy says; None if the effect is not known."""
 
     effect: Effect
     why: str
-    as_policy: bool = True
+    as_policy: bool | None = True
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,10 +72,18 @@ def here(host: Host, *, observed_segment: bool = False) -> Here:
     if host.agent is Agent.ELSEWHERE:
         return Here.UNKNOWN
     if host.workers in (Workers.ANSWER, Workers.PART):
-        return Here.JUDGES
+        return _answered(host, observed_segment=observed_segment)
     if host.workers is Workers.NONE and (host.opens or observed_segment):
         return Here.NOBODY_ANSWERS_OPEN
     return Here.NOBODY_ANSWERS
+
+
+def _answered(host: Host, *, observed_segment: bool) -> Here:
+    if host.agent is not Agent.RUNS:
+        return Here.UNWATCHED
+    if host.workers is Workers.PART:
+        return Here.PART
+    return Here.OBSERVES if observed_segment else Here.JUDGES
 
 
 def now(host: Host, found: Cached | None, policy: Policy) -> Now:
@@ -79,7 +92,7 @@ def now(host: Host, found: Cached | None, policy: Policy) -> Now:
     made = _now(host, found, policy)
     passes = policy.verdict == "allow" or policy.observed
     if made.effect is Effect.UNKNOWN:
-        return made
+        return msgspec.structs.replace(made, as_policy=None)
     as_policy = (made.effect in (Effect.PASSES, Effect.LIMITED)) is passes
     return msgspec.structs.replace(made, as_policy=as_policy)
 
@@ -96,8 +109,8 @@ def _now(host: Host, found: Cached | None, policy: Policy) -> Now:
         case Here.OPEN:
             error = f" ({host.ruleset_error})" if host.ruleset_error else ""
             return Now(Effect.PASSES, f"{_OPEN}{error}; {_AGENTS[host.agent]}")
-    if host.stacked:
-        return Now(Effect.UNKNOWN, "; ".join(host.stacked))
+    if host.stacked and not policy.internal:
+        return _stacked(host)
     if found is None:
         return Now(Effect.UNKNOWN, "its segment is no interface of this host now, so nothing of it comes here")
     if policy.internal:
@@ -111,6 +124,18 @@ def _now(host: Host, found: Cached | None, policy: Policy) -> Now:
     if found.verdict is not None:
         return _by_cache(host, found, found.verdict)
     return _by_worker(host, place, policy)
+
+
+def _stacked(host: Host) -> Now:
+    why = "; ".join(host.stacked)
+    if host.fate is Fate.OBSERVED:
+        return Now(Effect.PASSES, why)
+    if host.fate is not Fate.STOPPED:
+        return Now(Effect.UNKNOWN, why)
+    if host.agent is not Agent.RUNS:
+        # Only an agent writes such a device into the ruleset. One from before its end may be in it.
+        return Now(Effect.UNKNOWN, f"{why}; {_AGENTS[host.agent]}, so whether the ruleset has it is not known")
+    return Now(Effect.DROPPED, why)
 
 
 def _by_cache(host: Host, found: Cached, verdict: Class) -> Now:

@@ -96,6 +96,10 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
 
 def _remedy(found: Explanation, here: Now) -> str:
     """What the customer can do, as far as it is the customer's."""
+    if here.effect is Effect.UNKNOWN:
+        if found.verdict != "allow":
+            return found.remedy
+        return "The policy allows it. Whether this gateway lets it pass now is not known, see `now`."
     if not here.as_policy and here.effect in (Effect.DROPPED, Effect.REJECTED):
         return "Nothing: the policy allows it, and it is this gateway that drops it. See `portward status`."
     if not here.as_policy:
@@ -115,7 +119,7 @@ def lines(found: Explanation) -> Iterator[str]:
     observed = " (observed only: the packet passes)" if found.observed and found.verdict != "allow" else ""
     yield f"{shown(found.segment)} {found.address}{to}: {found.verdict.upper()}{observed}"
     if found.now is not None:
-        as_policy = "" if found.now.as_policy else ", which is NOT what the policy says"
+        as_policy = ", which is NOT what the policy says" if found.now.as_policy is False else ""
         yield f"  now       {_EFFECTS[found.now.effect]}{as_policy}: {found.now.why}"
     yield f"  why       {found.reason_in_words} ({found.reason})"
     if found.subscription:
@@ -228,7 +232,7 @@ def _explanation(
 
 def _now(config: Config, found: Explanation, source: Address) -> Now:
     """What happens to the source's next packet on this host."""
-    here = replace(host.look(config), stacked=host.stacked(config, [found.segment]))
+    here = host.at_segment(host.look(config), host.devices(), config, found.segment)
     try:
         cached = host.cached(found.segment, source)
     except (OSError, PortwardError):

@@ -9,18 +9,20 @@ from enum import StrEnum
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from portward.config import Config, OnAgentDown
 from portward.errors import KernelError, PortwardError
 from portward.gateway import keeper, namespacelock, rtnetlink, stacking
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned, Source
-from portward.gateway.links import index_of
+from portward.gateway.links import Device, index_of
 from portward.gateway.mark import Class
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.queues import states
 from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import RATED_SETS, RATES, TABLE, Rated
+from portward.gateway.stacking import Fate
 from portward.model import Address, Mode
 from portward.runtime import age_of, hidden, read_status, running
 from portward.store import open_store
@@ -68,7 +70,7 @@ class Workers(StrEnum):
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """This host now. `opens`: unknown sources of every segment pass while nobody answers; `elsewhere` is who
     enforces here instead; `ruleset_error` is why the kernel has no ruleset, as the agent says; `stacked` is
-    what takes the packets of the segments in question before they are judged."""
+    what takes the packets of the segment in question before they are judged, and `fate` what becomes of them."""
 
     agent: Agent = Agent.RUNS
     ruleset: Ruleset = Ruleset.LOADED
@@ -77,6 +79,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     ruleset_error: str = ""
     elsewhere: str = ""
     stacked: tuple[str, ...] = ()
+    fate: Fate = Fate.FREE
 
 
 class Cached(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,12 +146,22 @@ def behind_store(config: Config) -> str:
     return f"the store is at revision {newest}"
 
 
-def stacked(config: Config, segments: Iterable[str]) -> tuple[str, ...]:
-    """What takes the packets of these segments before they are judged; nothing if the kernel does not say."""
+def devices() -> tuple[Device, ...]:
+    """The network devices of this host; none if the kernel does not say."""
     try:
-        return tuple(stacking.concerning(rtnetlink.devices(), config, set(segments)))
+        return tuple(rtnetlink.devices())
     except OSError:
         return ()
+
+
+def at_segment(seen: Host, found: Iterable[Device], config: Config, segment: str) -> Host:
+    """The host as the packets of this segment meet it; `found` are its devices."""
+    found = list(found)
+    return replace(
+        seen,
+        stacked=tuple(stacking.concerning(found, config, {segment})),
+        fate=stacking.fate(found, config, segment),
+    )
 
 
 def _agent(config: Config) -> tuple[Agent, dict[str, Any]]:

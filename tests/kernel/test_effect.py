@@ -179,9 +179,23 @@ def test_devices_on_a_segment_are_named(make_gateway: MakeGateway) -> None:
         ["link add br9 type bridge", f"link set {FABRIKAM.segment} master br9", "link set br9 up"],
     )
     begin = f"bridge br9 takes the packets of segment {FABRIKAM.segment}"
-    found = gateway.agent.explain(FABRIKAM.segment, "10.0.0.4")["now"]
-    assert found["effect"] == "unknown"
-    assert found["why"].startswith(begin)
-    assert gateway.agent.explain(CONTOSO.segment, "10.0.0.4")["now"]["effect"] == "passes"
+    until(lambda: "STACKED" in gateway.agent.portward("status").stdout, "the agent has seen the bridge")
+    agrees(gateway, MAY_NOT, DROPPED, begin)
+    agrees(gateway, MAY, PASSES)
     printed = gateway.agent.portward("diagnose", FABRIKAM.segment, "10.0.0.4").stdout
     assert any(line.strip().startswith("STACKED") and begin in line for line in printed.splitlines())
+
+
+def test_an_allowed_source_behind_a_bridge_is_dropped_and_its_customer_is_not_told_to_look_elsewhere(
+    make_gateway: MakeGateway,
+) -> None:
+    gateway = make_gateway()
+    assert gateway.passes(*MAY)
+    namespaces.batch(
+        gateway.lab.gateway,
+        ["link add br9 type bridge", f"link set {CONTOSO.segment} master br9", "link set br9 up"],
+    )
+    until(lambda: "STACKED" in gateway.agent.portward("status").stdout, "the agent has seen the bridge")
+    agrees(gateway, MAY, DROPPED, f"bridge br9 takes the packets of segment {CONTOSO.segment}", as_policy=False)
+    remedy = gateway.agent.explain(CONTOSO.segment, "10.0.0.4")["remedy"]
+    assert remedy.startswith("Nothing: the policy allows it, and it is this gateway that drops it")

@@ -6,6 +6,7 @@ import pytest
 
 from portward.effect import Effect, Here, Policy, here, now
 from portward.gateway.mark import Class
+from portward.gateway.stacking import Fate
 from portward.host import Agent, Cached, Host, Ruleset, Workers
 
 ALLOW, DENY, REJECT = Policy(verdict="allow"), Policy(verdict="deny"), Policy(verdict="reject")
@@ -19,6 +20,8 @@ DOWN_OPEN = Host(agent=Agent.NONE, workers=Workers.NONE, opens=True)
 DEAF = Host(workers=Workers.DEAF, opens=True)
 BARE = Host(ruleset=Ruleset.NONE, ruleset_error="Operation not permitted")
 CLOSED = Host(agent=Agent.NONE, ruleset=Ruleset.CLOSED, workers=Workers.NONE, opens=True)
+BRIDGE = ("bridge br0 takes the packets",)
+STOPPED = Host(stacked=BRIDGE, fate=Fate.STOPPED)
 
 
 def cached(verdict: Class) -> Cached:
@@ -55,14 +58,20 @@ def cached(verdict: Class) -> Cached:
         (BARE, None, DENY, Effect.PASSES, False),
         (CLOSED, NOTHING, ALLOW, Effect.DROPPED, False),
         (DOWN, NOTHING, Policy(verdict="allow", internal=True), Effect.PASSES, True),
-        (Host(), None, ALLOW, Effect.UNKNOWN, True),
-        (Host(stacked=("bridge br0 takes the packets",)), cached(Class.ALLOW), ALLOW, Effect.UNKNOWN, True),
-        (Host(ruleset=Ruleset.NOT_PERMITTED), NOTHING, ALLOW, Effect.UNKNOWN, True),
-        (Host(agent=Agent.ELSEWHERE, elsewhere="process 7"), NOTHING, ALLOW, Effect.UNKNOWN, True),
+        (Host(), None, ALLOW, Effect.UNKNOWN, None),
+        (STOPPED, cached(Class.ALLOW), ALLOW, Effect.DROPPED, False),
+        (STOPPED, NOTHING, DENY, Effect.DROPPED, True),
+        (STOPPED, NOTHING, OBSERVED_CUSTOMER, Effect.DROPPED, False),
+        (STOPPED, NOTHING, Policy(verdict="allow", internal=True), Effect.PASSES, True),
+        (Host(stacked=BRIDGE, fate=Fate.STOPPED, agent=Agent.NONE), NOTHING, ALLOW, Effect.UNKNOWN, None),
+        (Host(stacked=BRIDGE, fate=Fate.UNCLEAR), NOTHING, ALLOW, Effect.UNKNOWN, None),
+        (Host(stacked=BRIDGE, fate=Fate.OBSERVED), NOTHING, OBSERVED, Effect.PASSES, True),
+        (Host(ruleset=Ruleset.NOT_PERMITTED), NOTHING, ALLOW, Effect.UNKNOWN, None),
+        (Host(agent=Agent.ELSEWHERE, elsewhere="process 7"), NOTHING, ALLOW, Effect.UNKNOWN, None),
     ],
 )
 def test_the_effect_follows_from_host_cache_and_policy(
-    host: Host, found: Cached | None, policy: Policy, effect: Effect, as_policy: bool
+    host: Host, found: Cached | None, policy: Policy, effect: Effect, as_policy: bool | None
 ) -> None:
     made = now(host, found, policy)
     assert (made.effect, made.as_policy) == (effect, as_policy)
@@ -79,6 +88,24 @@ def test_every_state_of_a_host_has_an_answer(agent: Agent, loaded: Ruleset, work
     for policy in (ALLOW, DENY, OBSERVED, LIMITED):
         for found in (None, NOTHING, cached(Class.ALLOW)):
             assert now(host, found, policy).why
+
+
+@pytest.mark.parametrize(
+    ("host", "observed", "place"),
+    [
+        (Host(), False, Here.JUDGES),
+        (Host(), True, Here.OBSERVES),
+        (Host(workers=Workers.PART), False, Here.PART),
+        (Host(workers=Workers.PART), True, Here.PART),
+        (Host(agent=Agent.SILENT), False, Here.UNWATCHED),
+        (Host(agent=Agent.STARTING), False, Here.UNWATCHED),
+        (Host(agent=Agent.NONE), False, Here.UNWATCHED),
+        (Host(agent=Agent.NONE), True, Here.UNWATCHED),
+        (Host(agent=Agent.SILENT, workers=Workers.NONE), False, Here.NOBODY_ANSWERS),
+    ],
+)
+def test_only_a_host_whose_agent_reports_is_said_to_judge(host: Host, observed: bool, place: Here) -> None:
+    assert here(host, observed_segment=observed) is place
 
 
 def test_why_names_what_is_missing() -> None:

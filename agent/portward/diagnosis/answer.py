@@ -71,6 +71,15 @@ _KERNEL: Final = {
 }
 _HERE: Final = {
     Here.JUDGES: marked("this gateway judges by the policy"),
+    Here.OBSERVES: marked("this gateway only observes these segments: their packets pass, whoever sends them"),
+    Here.PART: marked(
+        "NOT ALL QUEUES ARE ANSWERED on this gateway: it judges by the policy, but some connections are dropped, "
+        "allowed or not: see `portward status`"
+    ),
+    Here.UNWATCHED: marked(
+        "NOT KNOWN: no agent reports on this gateway; its workers, if they answer, judge by the policy table as "
+        "it was left: see `portward status`"
+    ),
     Here.OPEN: marked("NOTHING IS ENFORCED on this gateway, every source may send: see `portward status`"),
     Here.CLOSED: marked(
         "this gateway forwards nothing to these ports, whoever sends it: see `portward rules show`"

@@ -21,6 +21,7 @@ from portward.diagnosis.places import Accounts, Matched, accounts
 from portward.documents import brief
 from portward.effect import Here
 from portward.errors import InputError, PortwardError
+from portward.gateway import stacking
 from portward.gateway.links import index_of
 from portward.language import Language
 from portward.model import Address, Mode, Network
@@ -102,7 +103,7 @@ def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, ad
         nobody=drops,
         kernel=answer,
         here=here,
-        stacked=host.stacked(config, [segment]),
+        stacked=_stacked(config, [segment]),
     )
 
 
@@ -125,7 +126,7 @@ def _facts(
         machines=machines,
         kernel=answer,
         here=_here(config, [machine.segment for machine in machines]),
-        stacked=host.stacked(config, [machine.segment for machine in machines]),
+        stacked=_stacked(config, [machine.segment for machine in machines]),
         metrics=metrics,
         since_start=since_start,
     )
@@ -137,6 +138,11 @@ def _here(config: Config, segments: Iterable[str]) -> Here | None:
     if not present:
         return None
     return effect.here(host.look(config), observed_segment=all(map(config.observes, present)))
+
+
+def _stacked(config: Config, segments: Iterable[str]) -> tuple[str, ...]:
+    """What takes the packets of these segments before they are judged."""
+    return tuple(stacking.concerning(host.devices(), config, set(segments)))
 
 
 def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:

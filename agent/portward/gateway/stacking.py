@@ -7,6 +7,7 @@ the port's name first."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Set
+from enum import StrEnum
 from typing import Final, NamedTuple
 
 from portward.config import Config
@@ -16,6 +17,8 @@ from portward.interfaces import shown
 _BRIDGE: Final = "bridge"
 # Kinds whose devices give out the packets of their ports.
 _WITH_PORTS: Final = frozenset((_BRIDGE, "bond", "team", "batadv"))
+# Masters that take every packet of a port. A batadv takes only those of its own protocol.
+_TAKES_ALL: Final = frozenset((_BRIDGE, "bond", "team", "openvswitch"))
 # Its ports have one device as their master (ovs-system), and packets come out of any other one of this kind.
 _OPEN_VSWITCH: Final = "openvswitch"
 
@@ -25,6 +28,17 @@ class Stacked(NamedTuple):
 
     device: Device
     segment: Device
+
+
+class Fate(StrEnum):
+    """What becomes of a segment's packets to a judged port. FREE: no device takes them. STOPPED: all are taken,
+    and the ruleset of a running agent drops them, whoever sends. OBSERVED: the segment is only observed, and so
+    they pass. UNCLEAR: devices take some of them, judge them by another name, or forward them past the ruleset."""
+
+    FREE = "free"
+    STOPPED = "stopped"
+    OBSERVED = "observed"
+    UNCLEAR = "unclear"
 
 
 def stacked(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> list[Stacked]:
@@ -78,11 +92,48 @@ def warnings(devices: Iterable[Device], config: Config) -> list[str]:
 
 
 def concerning(devices: Iterable[Device], config: Config, segments: Set[str]) -> list[str]:
-    """Those of the warnings that are about these segments."""
+    """Those of the warnings that are about these segments; and which devices, segments themselves, take their
+    packets."""
     devices = list(devices)
     bridged = [line for ports, line in _bridged(devices, config) if ports & segments]
     above = (one for one in stacked(devices, config.segment) if one.segment.name in segments)
-    return [*bridged, *(_warning(one, config) for one in above)]
+    other = [
+        f"{one.kind} {shown(one.name)}, a segment itself, takes the packets of segment {shown(segment)}: those "
+        f"are judged as sources of {shown(one.name)}"
+        for segment in sorted(segments)
+        for one in _segments_above(devices, config, segment)
+    ]
+    return [*bridged, *(_warning(one, config) for one in above), *other]
+
+
+def _segments_above(devices: list[Device], config: Config, segment: str) -> list[Device]:
+    """The devices above a segment that are segments themselves."""
+    above = _above(devices)
+    return sorted(
+        device
+        for one in devices
+        if one.name == segment and config.segment(segment)
+        for device in _reached(one, above)
+        if config.segment(device.name)
+    )
+
+
+def fate(devices: Iterable[Device], config: Config, segment: str) -> Fate:
+    """What the devices above a segment do to its packets."""
+    devices = list(devices)
+    all_found = stacked(devices, config.segment)
+    found = [one for one in all_found if one.segment.name == segment]
+    if any(segment in ports for ports, _ in _bridged(devices, config)):
+        return Fate.UNCLEAR
+    if _segments_above(devices, config, segment):
+        return Fate.UNCLEAR
+    if not found:
+        return Fate.FREE
+    stopped = enforced(all_found, config)
+    if config.observes(segment) and not any(one.device.ifindex in stopped for one in found):
+        return Fate.OBSERVED
+    taken = any(one.device.ifindex == one.segment.master and one.device.kind in _TAKES_ALL for one in found)
+    return Fate.STOPPED if taken and all(one.device.ifindex in stopped for one in found) else Fate.UNCLEAR
 
 
 def _warning(one: Stacked, config: Config) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from portward.config import Config, Verdicts
 from portward.gateway.links import Device
-from portward.gateway.stacking import enforced, known, stacked, warnings
+from portward.gateway.stacking import Fate, concerning, enforced, fate, known, stacked, warnings
 from portward.model import Mode
 
 CONFIG = Config(segments=("vni*",), uplinks=("up*",))
@@ -99,6 +99,42 @@ def test_a_bridge_from_a_segment_to_an_uplink_is_open(segments: tuple[str, ...])
     said = warnings(devices, Config(segments=segments, uplinks=("up0",)))
     assert "bridge br0 forwards frames between segment vni1 and uplink up0" in said[0]
     assert "PORT 25 IS OPEN THERE" in said[0]
+
+
+TOP = Device(2, "top", "bridge")
+UNDER = VNI._replace(master=2)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        ((VNI,), Fate.FREE),
+        ((VNI._replace(master=2), Device(2, "blue", "vrf")), Fate.FREE),
+        ((UNDER, TOP), Fate.STOPPED),
+        ((UNDER, TOP, Device(3, "top.7", "vlan", lower=2)), Fate.STOPPED),
+        ((UNDER, TOP._replace(kind="openvswitch")), Fate.STOPPED),
+        # A macvlan takes what is meant for its own address, a VLAN what is tagged, a batadv its own protocol.
+        ((VNI, Device(2, "top", "macvlan", lower=1)), Fate.UNCLEAR),
+        ((VNI, Device(2, "top", "vlan", lower=1)), Fate.UNCLEAR),
+        ((UNDER, TOP._replace(kind="batadv")), Fate.UNCLEAR),
+        # Frames to the uplink never meet the ruleset.
+        ((UNDER, TOP, Device(3, "up0", master=2)), Fate.UNCLEAR),
+        # Judged as a source of another segment.
+        ((UNDER, TOP._replace(name="vni9")), Fate.UNCLEAR),
+        ((UNDER, TOP, Device(3, "vni9", "macvlan", lower=2)), Fate.UNCLEAR),
+    ],
+)
+def test_what_becomes_of_a_segments_packets(devices: tuple[Device, ...], expected: Fate) -> None:
+    assert fate(devices, CONFIG, "vni1") is expected
+    assert bool(concerning(devices, CONFIG, {"vni1"})) is (expected is not Fate.FREE)
+
+
+def test_packets_of_an_observed_segment_pass_unless_an_enforced_one_shares_the_device() -> None:
+    config = Config(segments=("vni*",), uplinks=("up*",), verdicts=Verdicts(observe=("vni1",)))
+    assert fate((UNDER, TOP), config, "vni1") is Fate.OBSERVED
+    assert fate((UNDER, TOP, Device(3, "vni2", master=2)), config, "vni1") is Fate.STOPPED
+    everything = Config(segments=("vni*",), uplinks=("up*",), mode=Mode.OBSERVE)
+    assert fate((UNDER, TOP, Device(3, "vni2", master=2)), everything, "vni1") is Fate.OBSERVED
 
 
 def test_where_nothing_stands_on_a_segment_nothing_is_said() -> None:
