@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
@@ -16,7 +16,7 @@ from portward.clock import DRIFT
 from portward.config import Config
 from portward.documents import network_text
 from portward.errors import InputError, PortwardError
-from portward.exemptions import Application, Case, Finding, State
+from portward.exemptions import Application, Case, Finding, RefusedError, State
 from portward.model import Address, Attachment, Exemption, RateLimit, Reason, Subscription
 from portward.policy.decide import decide
 from portward.policy.preset import ExemptionPath, Preset
@@ -108,6 +108,15 @@ class Casework:
             return [*puts, confirmation(reading.revision + 1, alone=True)]
 
         return self._update(decide)
+
+    def not_revocable(self, ids: Iterable[UUID]) -> Iterator[tuple[UUID, PortwardError]]:
+        """Those whose exemption cannot be revoked, and why not. Writes nothing."""
+        reading = Reading(self.store, self._clock, trust_clock=self._trust_clock)
+        for id_ in ids:
+            try:
+                exemptions.check_revocable(self._case(reading, id_))
+            except (NotFoundError, RefusedError) as error:
+                yield id_, error
 
     def started(self, segment: str, address: Address, at: datetime | None) -> Started:
         """Records that the machine behind an address was started, at `at` or now; raises NotFoundError and

@@ -14,7 +14,7 @@ from portward import descriptors, ownership
 from portward.clock import utc_now
 from portward.config import Config, Encrypted
 from portward.documents import mistake
-from portward.errors import KernelError, PortwardError, StoreError
+from portward.errors import KernelError, PortwardError, StoreError, together
 from portward.gateway import around, keeper, namespacelock, others, rtnetlink, ruleset, stacking, tunnels, xtables
 from portward.gateway.links import Device
 from portward.gateway.nfnetlink import NfNetlink
@@ -110,7 +110,7 @@ def _ownership(folder: Path) -> Iterator[str]:
     except OSError as error:
         raise PortwardError(f"table {folder}: {error.strerror}") from None
     if found.refused:
-        raise PortwardError("\n".join(found.refused))
+        raise together([PortwardError(one) for one in found.refused])
     for place, mode in found.open:
         yield f"table {folder}: others may open {place}; `portward run` makes it {mode:04o}"
 

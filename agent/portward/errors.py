@@ -8,14 +8,19 @@ its traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from portward.characters import shown
+
+_Error = TypeVar("_Error", bound="PortwardError")
 
 
 class PortwardError(Exception):
     """A failure with a text for the operator; `exit_code` is 1: refused, or not found."""
 
     exit_code = 1
+    # Further mistakes that were found with this one.
+    others: tuple[PortwardError, ...] = ()
 
     def __str__(self) -> str:
         """The text in one line of printable characters: what it quotes was written by others, and a terminal
@@ -24,7 +29,7 @@ class PortwardError(Exception):
 
     def lines(self) -> list[str]:
         """The text, and that of each further mistake that was found with it, a line each."""
-        return [str(self)]
+        return [str(self), *map(str, self.others)]
 
 
 class InputError(PortwardError):
@@ -37,17 +42,11 @@ class InputError(PortwardError):
     ) -> None:
         """`file` as the operator named it, `line` counted from 1, `field` as a path (`attachments[3].address`)."""
         self.problem, self.file, self.line, self.field = problem, file, line, field
-        # Further mistakes of the same documents.
-        self.others: tuple[InputError, ...] = ()
         place = f"{file}:{line}" if file and line else file
         super().__init__(": ".join(part for part in (place, field, problem) if part))
 
-    def lines(self) -> list[str]:
-        """See `PortwardError`."""
-        return [str(self), *map(str, self.others)]
 
-
-def together(mistakes: Sequence[InputError]) -> InputError:
+def together(mistakes: Sequence[_Error]) -> _Error:
     """Several mistakes, at least one, as one error: that of the first."""
     first = mistakes[0]
     first.others = tuple(mistakes[1:])

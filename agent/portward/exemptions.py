@@ -143,18 +143,34 @@ def refusal(state: State, action: Action) -> str | None:
 
 def path_of(case: Case) -> ExemptionPath:
     """The way that the subscription's request would take; raises RefusedError where there is none."""
-    offer = _offer(case)
+    if why := no_path(case):
+        raise _refused(case, why)
+    return _offer(case).exemption
+
+
+def no_path(case: Case) -> str:
+    """Why no request of the subscription can be granted; empty if one can."""
+    offer = case.preset.offer(case.subscription.offer)
+    if offer is None:
+        return f"the preset {case.preset.name} does not know the offer {case.subscription.offer!r}"
     if offer.exemption is ExemptionPath.NOT_NEEDED:
-        raise _refused(case, f"none is needed: subscriptions of the offer {offer.title} may always send")
+        return f"none is needed: subscriptions of the offer {offer.title} may always send"
     if offer.created_before is not None and case.subscription.created < offer.created_before:
-        raise _refused(case, f"none is needed: the subscription was created before {offer.created_before}")
+        return f"none is needed: the subscription was created before {offer.created_before}"
     if offer.exemption is ExemptionPath.NEVER:
-        raise _refused(
-            case,
+        return (
             f"subscriptions of the offer {offer.title} can never be exempt: send through an authenticated relay, "
-            "or use another kind of subscription",
+            "or use another kind of subscription"
         )
-    return offer.exemption
+    return ""
+
+
+def useless(case: Case) -> str:
+    """Why a grant makes no difference, whatever machine it is for; empty if it can. The order is that of
+    `policy.decide`."""
+    if case.subscription.standing is Standing.DISABLED:
+        return "the account's standing is disabled, and then no machine may send"
+    return no_path(case)
 
 
 def check_application(case: Case, asked: Application) -> ExemptionPath:
@@ -243,6 +259,11 @@ def revoke(case: Case, *, by: str, reason: str) -> Exemption:
     return replace(record, state=ExemptionState.REVOKED, decided=case.now, by=by, reason=reason)
 
 
+def check_revocable(case: Case) -> None:
+    """Raises RefusedError if there is no grant that could be revoked."""
+    _expect(case, Action.REVOKE)
+
+
 def told(state: State, exemption: Exemption | None) -> str:
     """The state in a few words, with the time that mattered."""
     return state.value if exemption is None else f"{state.value} {_when(state, exemption)}"
@@ -264,9 +285,9 @@ def _rejected(case: Case, record: Exemption, by: str, reason: str) -> Exemption:
 
 
 def _offer(case: Case) -> Offer:
+    """The offer, after `no_path` has said that the preset knows it."""
     offer = case.preset.offer(case.subscription.offer)
-    if offer is None:
-        raise _refused(case, f"the preset {case.preset.name} does not know the offer {case.subscription.offer!r}")
+    assert offer is not None  # noqa: S101 # as the docstring says
     return offer
 
 

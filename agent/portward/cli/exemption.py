@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
-from uuid import UUID
 
 import typer
 
@@ -16,21 +15,21 @@ from portward import exemptions, limits
 from portward.behind import Behind, behind_held
 from portward.casework import Casework, Done, Row
 from portward.cli.actor import ActorOption, acting
+from portward.cli.exemption_chosen import confirm as confirm_count
+from portward.cli.exemption_chosen import granted, id_of, known_offer, listed
 from portward.cli.exemption_text import checked, in_a_line, lines, next_step
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption
 from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
 from portward.clock import utc_now
 from portward.config import Config
-from portward.documents import nearest, read_text
 from portward.enforced import Enforced
-from portward.errors import InputError, PortwardError, printable
+from portward.errors import InputError, printable
 from portward.exemptions import Application, Finding, State
 from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck, RateLimit
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
 from portward.store import open_store
-from portward.store.belongings import belongings
 from portward.store.protocol import Store, readable
 from portward.words import counted
 
@@ -39,16 +38,11 @@ app = typer.Typer(
 )
 
 _WAIT_SECONDS: Final = 10.0
-# A list of a million ids, in bytes, with comments.
-_LARGEST_LIST: Final = 64 * 1024 * 1024
 _STATES: Final = ", ".join(State)
-_LIMIT_COUNTS: Final = "nothing: it counts at once, for the machines that the exemption counts for already"
-# How many subscriptions of one name are named.
-_NAMED: Final = 5
 _BURST: Final = RateLimit(per_minute=1).burst
 
 IdArgument: TypeAlias = Annotated[
-    str, typer.Argument(metavar="SUBSCRIPTION", help="The subscription's id; it has one exemption.")
+    str, typer.Argument(metavar="SUBSCRIPTION", help="The subscription's id or name; it has one exemption.")
 ]
 ReasonOption: TypeAlias = Annotated[
     str, typer.Option("--reason", metavar="TEXT", help="Why, for the log and the customer.")
@@ -114,7 +108,7 @@ def request(
     )
     asked = Application(justification, None if details == Details() else details, instant(until, "--until"))
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.request(_id(id_, desk.store), asked)
+        done = desk.request(id_of(id_, desk.store), asked)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
     if done.exemption.state is ExemptionState.REJECTED:
         raise typer.Exit(1)
@@ -148,7 +142,7 @@ def grant(
             raise InputError("says nothing: how was it checked, and by whom?", field="--fraud-check")
         check = Finding(FraudCheck.PASS, printable(fraud_check))
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.grant(_id(id_, desk.store), check=check, until=instant(until, "--until"), limit=limit)
+        done = desk.grant(id_of(id_, desk.store), check=check, until=instant(until, "--until"), limit=limit)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
 
 
@@ -166,7 +160,7 @@ def reject(
     Example: portward exemption reject 11111111-0000-4000-8000-000000000003 --reason "a relay will do"
     """
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.reject(_id(id_, desk.store), reason)
+        done = desk.reject(id_of(id_, desk.store), reason)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
 
 
@@ -185,20 +179,21 @@ def limit(
 
     Example: portward exemption limit 11111111-0000-4000-8000-000000000003 --rate 120
     """
-    if (rate is None) is not none:
-        raise InputError("say either --rate or --none", field="--rate")
     wanted = _limit(rate, burst)
+    if (wanted is None) is not none:
+        raise InputError("say either --rate or --none", field="--rate")
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.limit(_id(id_, desk.store), wanted)
+        done = desk.limit(id_of(id_, desk.store), wanted)
     behind = behind_held(settings, wrote(done.written.revision))
-    _tell_done(done, preset, behind, json=json, following=_LIMIT_COUNTS)
+    _tell_done(done, preset, behind, json=json, limited=True)
 
 
 @app.command()
 def revoke(
     reason: ReasonOption,
     id_: Annotated[
-        str | None, typer.Argument(metavar="SUBSCRIPTION", help="The subscription's id; or --file, or --offer.")
+        str | None,
+        typer.Argument(metavar="SUBSCRIPTION", help="The subscription's id or name; or --file, or --offer."),
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Revoke those of a list: an id on each line.")
@@ -229,16 +224,16 @@ def revoke(
         _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset),
         _waiting(settings, desk.store, wait=wait) as agent,
     ):
-        _known_offer(preset, offer)
-        began = time.monotonic()
+        known_offer(preset, offer)
         if id_ is not None:
-            done = desk.revoke(_id(id_, desk.store), reason)
+            one, began = id_of(id_, desk.store), time.monotonic()
+            done = desk.revoke(one, reason)
             took = _wait(agent, wrote(done.written.revision), began)
             behind = behind_held(settings, done.written.revision) if agent is None else agent.behind()
             _tell_done(done, preset, behind, json=json, took=took)
             return
-        ids = _listed(file) if file is not None else _granted(desk, offer or "")
-        _confirm(len(ids), confirm)
+        ids = granted(desk, offer or "") if file is None else listed(desk, file)
+        confirm_count(len(ids), confirm)
         began = time.monotonic()
         revision = wrote(desk.revoke_all(ids, reason).revision) if ids else desk.store.revision()
         took = _wait(agent, revision, began)
@@ -249,7 +244,7 @@ def revoke(
     elif not ids:
         say(f"nothing to revoke, the store stays at revision {revision}")
     else:
-        say(f"revoked {_exemptions(len(ids))}, as revision {revision}{_enforced(took)}")
+        say(f"revoked {counted(len(ids), 'exemption')}, as revision {revision}{_enforced(took)}")
         if behind is not None:
             say(f"  {behind}")
 
@@ -272,8 +267,9 @@ def list_(
     Example: portward exemption list --state requested
     """
     with _desk(config, None) as (desk, _, preset):
-        _known_offer(preset, offer)
-        for row in desk.rows(utc_now()):
+        known_offer(preset, offer)
+        printed = total = 0
+        for total, row in enumerate(desk.rows(utc_now()), start=1):  # noqa: B007 # said below
             owner = row.owner
             if (
                 (state and row.state not in state)
@@ -281,11 +277,14 @@ def list_(
                 or (name is not None and (owner is None or name.lower() not in owner.name.lower()))
             ):
                 continue
+            printed += 1
             if json:
                 say_json(_machine(row))
             else:
                 told = exemptions.told(row.state, row.exemption)
                 say(f"{row.subscription}  {_owner(row):<40}  {told}")
+    if not (printed or json):
+        say(_none(total))
 
 
 @app.command()
@@ -294,15 +293,16 @@ def show(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAU
 
     Example: portward exemption show 11111111-0000-4000-8000-000000000002
     """
+    now = utc_now()
     with _desk(config, None) as (desk, _, preset):
-        row = desk.row(_id(id_, desk.store), utc_now())
+        row = desk.row(id_of(id_, desk.store), now)
     if json:
         say_json(_machine(row))
         return
     say(f"{row.subscription}  {_owner(row)}")
     for line in lines(row.exemption):
         say(f"  {line}")
-    say(f"  next      {next_step(row.state, row.exemption, preset)}")
+    say(f"  next      {next_step(row, preset, now)}")
 
 
 @app.command()
@@ -312,7 +312,7 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
     Example: portward exemption history 11111111-0000-4000-8000-000000000002
     """
     with _desk(config, None) as (desk, _, _):
-        changes = desk.history(_id(id_, desk.store))
+        changes = desk.history(id_of(id_, desk.store))
     for change in changes:
         record = readable(change.key, change.after)
         state = record.state.value if isinstance(record, Exemption) else "taken out of the store"
@@ -353,68 +353,10 @@ def _wait(agent: Enforced | None, revision: int, began: float) -> float | None:
     return time.monotonic() - began
 
 
-def _id(text: str, store: Store) -> UUID:
-    """The id that is meant. A name is refused with the ids of those who have it: names change, and several
-    subscriptions may have the same."""
-    try:
-        return UUID(text)
-    except ValueError:
-        ids = [str(one.id) for one in belongings(store, text)[1]] if text.strip() else []
-    if not ids:
-        raise InputError(
-            f"{text!r} is no subscription's id like 11111111-0000-4000-8000-000000000001, and no subscription in "
-            "the store has exactly this name",
-            field="SUBSCRIPTION",
-        )
-    few = ", ".join(sorted(ids)[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
-    raise InputError(
-        f"{text!r} is the name of {counted(len(ids), 'subscription')}; write the id instead: {few}",
-        field="SUBSCRIPTION",
-    )
-
-
-def _listed(file: Path) -> list[UUID]:
-    """The ids in a file, an id on each line; a # begins a comment."""
-    found: dict[UUID, None] = {}
-    for number, line in enumerate(read_text(file, _LARGEST_LIST).splitlines(), start=1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        try:
-            found[UUID(text)] = None
-        except ValueError:
-            raise InputError(f"{text!r} is no subscription's id", file=str(file), line=number) from None
-    return list(found)
-
-
-def _granted(desk: Casework, offer: str) -> list[UUID]:
-    return [
-        row.subscription
-        for row in desk.rows(utc_now())
-        if row.state is State.GRANTED and row.owner is not None and row.owner.offer == offer
-    ]
-
-
 def _limit(rate: int | None, burst: int | None) -> RateLimit | None:
     if burst is not None and rate is None:
         raise InputError("a burst needs a rate: --rate says it", field="--burst")
     return None if rate is None else RateLimit(per_minute=rate, burst=burst or _BURST)
-
-
-def _known_offer(preset: Preset, offer: str | None) -> None:
-    """Raises InputError for an offer that the preset does not know: nobody has it, or it is mistyped."""
-    if offer is not None and preset.offer(offer) is None:
-        known = [id_ for entry in preset.offers for id_ in entry.ids]
-        raise InputError(f"the preset {preset.name} knows no {offer!r}; {nearest(offer, known)}", field="--offer")
-
-
-def _confirm(count: int, confirmed: int | None) -> None:
-    if confirmed == count:
-        return
-    was = "" if confirmed is None else f", and not {confirmed}"
-    raise PortwardError(
-        f"this would revoke {_exemptions(count)}{was}; nothing was written: --confirm {count} does it"
-    )
 
 
 def _tell_done(
@@ -424,9 +366,9 @@ def _tell_done(
     *,
     json: bool,
     took: float | None = None,
-    following: str = "",
+    limited: bool = False,
 ) -> None:
-    """Prints what was done. `following` is the next step, if it is not the one of the exemption's state."""
+    """Prints what was done. `limited`: the limit alone was changed."""
     exemption = done.exemption
     state = exemptions.state_of(exemption, done.written.at)
     if json:
@@ -449,11 +391,13 @@ def _tell_done(
         say(f"  checked   {in_a_line(checked(exemption))}")
     if exemption.limit is not None and state is State.GRANTED:
         say(f"  limit     {exemption.limit}")
-    say(f"  next      {following or next_step(state, exemption, preset)}")
+    row = Row(done.subscription.id, done.subscription, exemption, state)
+    say(f"  next      {next_step(row, preset, done.written.at, limited=limited)}")
 
 
-def _exemptions(count: int) -> str:
-    return counted(count, "exemption")
+def _none(total: int) -> str:
+    """What a list without a line says, if the store has so many exemptions."""
+    return f"none of {counted(total, 'exemption')} is such a one" if total else "the store has no exemption"
 
 
 def _owner(row: Row) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from portward.exemptions import State
+from portward.casework import Row
+from portward.exemptions import Case, State, no_path, useless
 from portward.model import Details, Exemption, ExemptionState, FraudCheck
 from portward.policy.preset import Preset
 from portward.words import counted
@@ -37,13 +38,21 @@ def in_a_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def next_step(state: State, exemption: Exemption, preset: Preset) -> str:
-    """The next step for the support engineer."""
-    id_ = exemption.subscription
-    match state:
+def next_step(row: Row, preset: Preset, now: datetime, *, limited: bool = False) -> str:
+    """The next step for the support engineer. `limited`: it is asked for a limit that was changed just now."""
+    if row.owner is None:
+        return "nothing: the store has no such subscription any more"
+    case, id_ = Case(preset, row.owner, row.exemption, now), row.subscription
+    match row.state:
+        case State.REQUESTED if why := no_path(case):
+            return f"no grant is possible: {why}; `portward exemption reject {id_} --reason TEXT` ends the request"
         case State.REQUESTED:
-            check = "" if exemption.fraud_check is FraudCheck.PASS else " --fraud-check TEXT"
+            check = "" if row.exemption.fraud_check is FraudCheck.PASS else " --fraud-check TEXT"
             return f"decide: `portward exemption grant {id_}{check}`, or `reject {id_} --reason TEXT`"
+        case State.GRANTED if why := useless(case):
+            return f"the grant makes no difference: {why}"
+        case State.GRANTED if limited:
+            return "nothing: it counts at once, for the machines that the exemption counts for already"
         case State.GRANTED if preset.restart:
             return (
                 f"it counts for machines started after it was granted: {preset.restart}; `portward attachment "
@@ -51,6 +60,8 @@ def next_step(state: State, exemption: Exemption, preset: Preset) -> str:
             )
         case State.GRANTED:
             return "nothing: it counts at once"
+        case _ if why := no_path(case):
+            return f"no new request is possible: {why}"
         case _:
             return f"a new request is possible: `portward exemption request {id_}`"
 

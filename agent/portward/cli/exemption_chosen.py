@@ -1,0 +1,98 @@
+"""Which exemptions the words of `portward exemption` mean: an id or a name, a list in a file, an offer."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from portward.casework import Casework
+from portward.clock import utc_now
+from portward.documents import nearest, read_text
+from portward.errors import InputError, PortwardError, together
+from portward.exemptions import State
+from portward.policy.preset import Preset
+from portward.store.belongings import belongings
+from portward.store.protocol import Store
+from portward.words import counted
+
+# A list of a million ids, in bytes, with comments.
+_LARGEST_LIST: Final = 64 * 1024 * 1024
+# How many subscriptions of one name are named.
+_NAMED: Final = 5
+# How many lines of a list are reported.
+_MOST_LINES: Final = 20
+
+
+def id_of(text: str, store: Store) -> UUID:
+    """The id that is meant: `text` itself, or that of the one subscription whose name it is. Raises InputError if
+    nobody or more than one has this name."""
+    try:
+        return UUID(text)
+    except ValueError:
+        ids = [one.id for one in belongings(store, text)[1]] if text.strip() else []
+    if not ids:
+        raise InputError(
+            f"{text!r} is no subscription's id like 11111111-0000-4000-8000-000000000001, and no subscription in "
+            "the store has exactly this name",
+            field="SUBSCRIPTION",
+        )
+    if len(ids) == 1:
+        return ids[0]
+    few = ", ".join(sorted(map(str, ids))[:_NAMED]) + (
+        f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+    )
+    raise InputError(
+        f"{text!r} is the name of {counted(len(ids), 'subscription')}; write the id instead: {few}",
+        field="SUBSCRIPTION",
+    )
+
+
+def listed(desk: Casework, file: Path) -> list[UUID]:
+    """The ids in a file, an id on each line; a # begins a comment. Raises InputError for a line that is no id, and
+    PortwardError that names each line whose exemption cannot be revoked."""
+    lines: dict[UUID, int] = {}
+    for number, line in enumerate(read_text(file, _LARGEST_LIST).splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        try:
+            lines.setdefault(UUID(text), number)
+        except ValueError:
+            raise InputError(f"{text!r} is no subscription's id", file=str(file), line=number) from None
+    refused = desk.not_revocable(lines)
+    found = [PortwardError(f"{file}:{lines[id_]}: {why}") for id_, why in islice(refused, _MOST_LINES)]
+    if more := sum(1 for _ in refused):
+        found.append(PortwardError(f"{file}: and {counted(more, 'line')} more like these"))
+    if found:
+        raise together(found)
+    return list(lines)
+
+
+def granted(desk: Casework, offer: str) -> list[UUID]:
+    """The subscriptions of an offer that have a grant."""
+    return [
+        row.subscription
+        for row in desk.rows(utc_now())
+        if row.state is State.GRANTED and row.owner is not None and row.owner.offer == offer
+    ]
+
+
+def known_offer(preset: Preset, offer: str | None) -> None:
+    """Raises InputError for an offer that the preset does not know: nobody has it, or it is mistyped."""
+    if offer is not None and preset.offer(offer) is None:
+        known = [id_ for entry in preset.offers for id_ in entry.ids]
+        raise InputError(f"the preset {preset.name} knows no {offer!r}; {nearest(offer, known)}", field="--offer")
+
+
+def confirm(count: int, confirmed: int | None) -> None:
+    """Raises PortwardError unless just this count was confirmed; to revoke nothing needs no confirmation."""
+    if confirmed == count or (confirmed is None and not count):
+        return
+    if not count:
+        raise PortwardError(f"there is nothing to revoke, and not {confirmed}; nothing was written")
+    was = "" if confirmed is None else f", and not {confirmed}"
+    raise PortwardError(
+        f"this would revoke {counted(count, 'exemption')}{was}; nothing was written: --confirm {count} does it"
+    )
