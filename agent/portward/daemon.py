@@ -66,7 +66,6 @@ _STOP_SECONDS: Final = 1.0
 # After this many seconds at one step the policy thread is reported in the log, then each time it has doubled.
 _SLOW_SECONDS: Final = 10.0
 # Changes of these take another process: sockets and files are opened at the start.
-_FIXED: Final = ("store", "table", "queue", "metrics")
 
 _log = logging.getLogger("portward")
 
@@ -338,7 +337,7 @@ class Daemon:
     async def _take(self, config: Config) -> None:
         """Puts another configuration in force; raises PortwardError, and then the one before stays."""
         preset = presets.load(config.preset, named_in=self._path)
-        for name in _FIXED:
+        for name in settings.FIXED:
             if getattr(config, name) != getattr(self._config, name):
                 raise PortwardError(f"{self._path}: {name} cannot change while portward runs: restart it")
         try:

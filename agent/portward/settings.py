@@ -3,7 +3,8 @@
 A mistake in portward.toml is a mistake for the next start or reload. The agent that runs goes on with what it has
 read before. So it leaves that beside its policy table (`in-force.json`), and `status`, `explain`, `diagnose` and
 `top` go by it as long as the agent runs. They say first if the file has a mistake, or says something else by now.
-Without an agent the file itself counts, with its mistakes.
+Without an agent the file itself counts, with its mistakes. What is loaded in the kernel is still from before: the
+kernel is asked what that is, and these verbs say first if the file has changed since.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _FORMAT: Final = 1
 # The line that names the table folder, in a file that cannot be read as TOML.
 _TABLE: Final = re.compile(r"(?m)^table\s*=\s*[\"']([^\"'\n]*)[\"']")
 _LARGEST_BYTES: Final = 16 * 1024 * 1024
+# What an agent that runs cannot change: it refuses a reload that brings another one.
+FIXED: Final = ("store", "table", "queue", "metrics")
 
 _log = logging.getLogger("portward")
 
@@ -88,31 +91,65 @@ def settings(path: Path) -> Settings:
         last += ": the agent runs with the configuration that it read before"
         return Settings(found.config, found.preset, (*others, last))
     found = _in_force(config.table, path)
-    if found is None:
-        return Settings(config, preset)
-    return Settings(found.config, found.preset, _differences(path, config, preset, found))
+    if found is not None:
+        return Settings(found.config, found.preset, _differences(path, config, preset, found))
+    before = None if running(config.table) is not None else _left(config.table, path)
+    return Settings(config, preset, () if before is None else _since(path, config, preset, before))
+
+
+def last(config: Config) -> Config:
+    """What the agent that runs, or ran, on this table has in force, if it has left that behind; else `config`. It
+    may be older than the ruleset that is loaded: a boot loads one before there is an agent."""
+    found = _left(config.table, None)
+    return config if found is None else found.config
 
 
 def _differences(path: Path, config: Config, preset: Preset, found: _InForce) -> tuple[str, ...]:
-    keys = [key for key in Config.__struct_fields__ if getattr(config, key) != getattr(found.config, key)]
-    if not keys and preset.digest != found.preset.digest:
-        keys = [f"the preset {config.preset!r}"]
+    keys = _changed(config, preset, found)
+    if not keys:
+        return ()
+    begin = f"{path}: not what the agent has in force ({', '.join(keys)}): "
+    if fixed := [key for key in keys if key in FIXED]:
+        which = "it" if len(keys) == 1 else "all of it"
+        why = f"a reload is refused, because {' and '.join(fixed)} cannot change while it runs"
+        return (f"{begin}`systemctl restart portward` takes {which} in; {why}",)
+    return (f"{begin}`systemctl reload portward` takes it in, or the log says why not",)
+
+
+def _since(path: Path, config: Config, preset: Preset, found: _InForce) -> tuple[str, ...]:
+    """What is to be said of a file that has changed since an agent last ran."""
+    keys = _changed(config, preset, found)
     if not keys:
         return ()
     return (
-        f"{path}: not what the agent has in force ({', '.join(keys)}): `systemctl reload portward` takes it in, "
-        "or the log says why not",
+        f"{path}: not what the agent had in force that ran here last ({', '.join(keys)}): it counts from the next "
+        "start on, and until then what is loaded in the kernel",
     )
+
+
+def _changed(config: Config, preset: Preset, found: _InForce) -> list[str]:
+    """The keys of the file that say something else than what is in force."""
+    keys = [key for key in Config.__struct_fields__ if getattr(config, key) != getattr(found.config, key)]
+    if not keys and preset.digest != found.preset.digest:
+        return [f"the preset {config.preset!r}"]
+    return keys
 
 
 def _in_force(folder: Path, path: Path) -> _InForce | None:
     """What the running agent of this table has read at `path`; None if none runs there, or it does not say."""
-    if running(folder) is None:
-        return None
+    return None if running(folder) is None else _left(folder, path)
+
+
+def _left(folder: Path, path: Path | None) -> _InForce | None:
+    """What an agent of this table has left, if it has read it at `path` (None: anywhere)."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         with (folder / _FILE).open("rb") as file:
             found = msgspec.json.decode(file.read(_LARGEST_BYTES), type=_InForce, dec_hook=dec_hook)
-        if found.format == _FORMAT and found.path == paths.to_text(str(path.absolute())):
+        if found.format != _FORMAT:
+            return None
+        if path is None:
+            return found
+        if found.path == paths.to_text(str(path.absolute())):
             return msgspec.structs.replace(found, config=configuration.located(found.config, path))
     return None
 

@@ -14,7 +14,7 @@ from portward.config import Config
 from portward.errors import InputError
 from portward.policy import preset as presets
 from portward.runtime import Runtime
-from portward.settings import Settings, forget, leave, settings
+from portward.settings import Settings, forget, last, leave, settings
 
 
 @pytest.fixture
@@ -98,6 +98,49 @@ def test_what_was_changed_and_not_taken_in_is_said(path: Path, agent: Config) ->
     found = settings(path)
     assert (found.config, found.preset.name) == (agent, "aws")
     assert found.remarks[0].startswith(f"{path}: not what the agent has in force (preset, queue): ")
+
+
+@pytest.mark.parametrize(
+    ("more", "keys", "how"),
+    [
+        ({"queue": {"workers": 4}}, "queue", "takes it in"),
+        ({"queue": {"workers": 4}, "mode": "observe"}, "mode, queue", "takes all of it in"),
+    ],
+)
+def test_what_takes_a_restart_is_not_said_to_be_taken_in_by_a_reload(
+    path: Path, agent: Config, more: dict[str, Any], keys: str, how: str
+) -> None:
+    write(path, preset="aws", **more)
+    assert settings(path).remarks == (
+        f"{path}: not what the agent has in force ({keys}): `systemctl restart portward` {how}; a reload is "
+        "refused, because queue cannot change while it runs",
+    )
+
+
+def test_what_a_reload_takes_in_is_said_to_need_one(path: Path, agent: Config) -> None:
+    write(path, preset="aws", queue={"workers": 2}, mode="observe")
+    assert settings(path).remarks == (
+        f"{path}: not what the agent has in force (mode): `systemctl reload portward` takes it in, or the log "
+        "says why not",
+    )
+
+
+def test_a_file_that_was_edited_since_an_agent_ran_counts_and_that_is_said(path: Path) -> None:
+    """The kernel has the ruleset of before, and workers may have its queues."""
+    before = configuration.load(path)
+    before.table.mkdir()
+    leave(path, before, presets.load("aws"))
+    assert settings(path).remarks == ()
+    write(path, preset="aws", mode="observe", queue={"workers": 4})
+    config, _, remarks = settings(path)
+    assert config == configuration.load(path)
+    assert remarks == (
+        f"{path}: not what the agent had in force that ran here last (mode, queue): it counts from the next start "
+        "on, and until then what is loaded in the kernel",
+    )
+    assert last(config).queue == before.queue
+    forget(before.table)
+    assert last(config) == config
 
 
 def test_a_mistake_without_an_agent_is_an_error(path: Path) -> None:
