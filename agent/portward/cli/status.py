@@ -187,7 +187,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
     found += _unreadable(told.get("records_unreadable") or {"number": 0})
     if replaced := told.get("history_replaced"):
         found.append(
-            f"history   {times(replaced)} the store had another history (a restored backup?), and was read anew"
+            f"history   {counted(replaced, 'time')} the store had another history than the policy (a restored "
+            "backup?), and was read anew"
         )
     if told["ruleset_repairs"]:
         found.append(
