@@ -51,17 +51,16 @@ class Now(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """What the policy says: the verdict (`allow`, `deny`, `reject`), whether it is only observed (the kernel knows
-    that of a segment, and not of a subscription), the limit, whether the destination is internal."""
+    """What the policy says: the verdict (`allow`, `deny`, `reject`), whether it is only observed, whether a limit
+    goes with it, whether the destination is internal."""
 
     verdict: str
     observed: bool = False
-    observed_segment: bool = False
     limited: bool = False
     internal: bool = False
 
 
-def here(host: Host, *, observed_segment: bool = False) -> Here:
+def here(host: Host) -> Here:
     """What this host does to sources without a cached verdict."""
     if host.ruleset is Ruleset.NOT_PERMITTED:
         return Here.UNKNOWN
@@ -72,18 +71,18 @@ def here(host: Host, *, observed_segment: bool = False) -> Here:
     if host.agent is Agent.ELSEWHERE:
         return Here.UNKNOWN
     if host.workers in (Workers.ANSWER, Workers.PART):
-        return _answered(host, observed_segment=observed_segment)
-    if host.workers is Workers.NONE and (host.opens or observed_segment):
+        return _answered(host)
+    if host.workers is Workers.NONE and host.opens:
         return Here.NOBODY_ANSWERS_OPEN
     return Here.NOBODY_ANSWERS
 
 
-def _answered(host: Host, *, observed_segment: bool) -> Here:
+def _answered(host: Host) -> Here:
     if host.agent is not Agent.RUNS:
         return Here.UNWATCHED
     if host.workers is Workers.PART:
         return Here.PART
-    return Here.OBSERVES if observed_segment else Here.JUDGES
+    return Here.OBSERVES if host.observed else Here.JUDGES
 
 
 def now(host: Host, found: Cached | None, policy: Policy) -> Now:
@@ -98,7 +97,7 @@ def now(host: Host, found: Cached | None, policy: Policy) -> Now:
 
 
 def _now(host: Host, found: Cached | None, policy: Policy) -> Now:
-    place = here(host, observed_segment=policy.observed_segment)
+    place = here(host)
     match place:
         case Here.UNKNOWN if host.agent is Agent.ELSEWHERE:
             return Now(Effect.UNKNOWN, f"{host.elsewhere}, with another table folder")
@@ -150,12 +149,15 @@ def _by_worker(host: Host, place: Here, policy: Policy) -> Now:
     if place is Here.NOBODY_ANSWERS:
         return Now(Effect.DROPPED, f"nothing is cached for it, and {_nobody(host)}")
     if place is Here.NOBODY_ANSWERS_OPEN:
-        because = 'on_agent_down = "open"' if host.opens else "the segment is only observed"
-        return Now(Effect.PASSES, f"nothing is cached for it, and {_nobody(host)}: it passes because {because}")
+        because = "the segment is only observed" if host.observed else 'on_agent_down = "open"'
+        return Now(
+            Effect.PASSES,
+            f"nothing is cached for it, and {_nobody(host)}: it passes because {because} in the ruleset that is "
+            "loaded",
+        )
     words = "nothing is cached for it: its next packet asks a worker"
     if host.workers is Workers.PART:
-        opens = host.opens or policy.observed_segment
-        rest = "is dropped, or passes if nobody has bound its queue" if opens else "is dropped"
+        rest = "is dropped, or passes if nobody has bound its queue" if host.opens else "is dropped"
         words += f". NOT ALL QUEUES ARE ANSWERED: what falls into the others {rest}, see `portward status`"
     if host.agent is not Agent.RUNS:
         words += (

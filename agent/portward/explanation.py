@@ -38,6 +38,7 @@ from portward.settings import settings
 from portward.store import open_store
 from portward.store.protocol import find
 from portward.table import layout
+from portward.table.history import held_history
 from portward.table.reader import Reader
 
 
@@ -132,7 +133,8 @@ def lines(found: Explanation) -> Iterator[str]:
     yield f"  rule      {found.rule}"
     if found.limit is not None:
         yield f"  limit     {found.limit}, for all sources of the subscription together"
-    yield f"  from      the {found.decided_from}, revision {found.revision}"
+    place, mark, more = found.decided_from.partition(";")
+    yield f"  from      the {place}, revision {found.revision}{mark}{more}"
     yield f"  kernel    {found.kernel}"
     yield f"  customer  {found.remedy}"
 
@@ -161,7 +163,7 @@ def _from_table(config: Config, preset: Preset, segment: str, address: Address) 
     if head.preset.hex() != preset.digest:
         place += f" judged by the preset in {config.preset!r} as it is now, which the agent has not taken"
     if head.held:
-        place += f", with later denials up to revision {max(head.held, head.ahead)}; revision {head.held} is held"
+        place += f"; {_held(head)}"
     if holding is None:
         return Known(place, head.revision)
     entry, account = holding.entry, holding.account
@@ -173,6 +175,14 @@ def _from_table(config: Config, preset: Preset, segment: str, address: Address) 
         started=layout.instant(entry.started),
     )
     return Known(place, head.revision, attachment, account.subscription, account.exemption, head.decided())
+
+
+def _held(head: layout.Head) -> str:
+    """What the table does not have of the store, and what of later revisions it has all the same."""
+    if held_history(head) is not None:
+        return f"the store has another history (a restored backup?), which is held up to its revision {head.held}"
+    more = f", and denials up to revision {head.ahead} are in force ahead of it" if head.ahead > head.held else ""
+    return f"the store's revision {head.held} is held{more}"
 
 
 def _from_store(config: Config, segment: str, address: Address) -> Known:
@@ -232,7 +242,7 @@ def _explanation(
 
 def _now(config: Config, found: Explanation, source: Address) -> Now:
     """What happens to the source's next packet on this host."""
-    here = host.at_segment(host.look(config), host.devices(), config, found.segment)
+    here = host.at_segment(host.look(config, [found.segment]), host.devices(), config, found.segment)
     try:
         cached = host.cached(found.segment, source)
     except (OSError, PortwardError):
@@ -243,7 +253,6 @@ def _now(config: Config, found: Explanation, source: Address) -> Now:
         Policy(
             verdict=found.verdict,
             observed=found.observed,
-            observed_segment=config.observes(found.segment),
             limited=found.limit is not None,
             internal=found.reason == Reason.ALLOWED_INTERNAL,
         ),

@@ -11,9 +11,10 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from portward.config import Config, OnAgentDown
+from portward.config import Config
 from portward.errors import KernelError, PortwardError
 from portward.gateway import keeper, namespacelock, rtnetlink, stacking
+from portward.gateway import loaded as opened
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned, Source
 from portward.gateway.links import Device, index_of
@@ -23,8 +24,9 @@ from portward.gateway.queues import states
 from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import RATED_SETS, RATES, TABLE, Rated
 from portward.gateway.stacking import Fate
-from portward.model import Address, Mode
+from portward.model import Address
 from portward.runtime import age_of, hidden, read_status, running
+from portward.settings import last
 from portward.store import open_store
 from portward.table.history import same_history
 from portward.table.reader import Reader
@@ -68,14 +70,16 @@ class Workers(StrEnum):
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """This host now. `opens`: unknown sources of every segment pass while nobody answers; `elsewhere` is who
-    enforces here instead; `ruleset_error` is why the kernel has no ruleset, as the agent says; `stacked` is
-    what takes the packets of the segment in question before they are judged, and `fate` what becomes of them."""
+    """This host now. `opens`: in the ruleset that is loaded, sources of all segments in question pass while nobody
+    answers, `observed` because these are only observed. `elsewhere` is who enforces here instead; `ruleset_error`
+    is why the kernel has no ruleset, as the agent says; `stacked` is what takes the packets of the segment in
+    question before they are judged, and `fate` what becomes of them."""
 
     agent: Agent = Agent.RUNS
     ruleset: Ruleset = Ruleset.LOADED
     workers: Workers = Workers.ANSWER
     opens: bool = False
+    observed: bool = False
     ruleset_error: str = ""
     elsewhere: str = ""
     stacked: tuple[str, ...] = ()
@@ -92,17 +96,19 @@ class Cached(msgspec.Struct, frozen=True, kw_only=True):
     limit: str = ""
 
 
-def look(config: Config) -> Host:
-    """This host now, for the configuration in force."""
+def look(config: Config, segments: Iterable[str]) -> Host:
+    """This host now for these segments; `config` is what counts (`settings`)."""
     agent, status = _agent(config)
     loaded, elsewhere = _ruleset(config)
     if elsewhere and agent is not Agent.HIDDEN:
         agent = Agent.ELSEWHERE
+    opens, observed = _opens(list(segments)) if loaded is Ruleset.LOADED else (False, False)
     return Host(
         agent=agent,
         ruleset=loaded,
         workers=_workers(config, agent, status),
-        opens=config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE,
+        opens=opens,
+        observed=observed,
         ruleset_error=str(status.get("ruleset_error", "")),
         elsewhere=elsewhere,
     )
@@ -188,10 +194,22 @@ def _ruleset(config: Config) -> tuple[Ruleset, str]:
         return Ruleset.NOT_PERMITTED, ""
 
 
+def _opens(segments: list[str]) -> tuple[bool, bool]:
+    """Whether all these segments are open while nobody answers, and whether that is because they are observed. The
+    kernel says so: a configuration that was edited since counts from the next start on."""
+    try:
+        with closing(NfNetlink()) as netlink:
+            opens = all(opened.holds(netlink, opened.OPEN, segment) for segment in segments)
+            return opens, opens and all(opened.holds(netlink, opened.OBSERVED, segment) for segment in segments)
+    except (KernelError, OSError):  # another process has taken the ruleset out meanwhile
+        return False, False
+
+
 def _workers(config: Config, agent: Agent, status: dict[str, Any]) -> Workers:
     """Who answers. A running agent asks its workers again and again and says so; without one it shows only whether
     a process has bound the queue."""
-    queues = range(config.queue.first, config.queue.first + config.queue.workers)
+    queue = last(config).queue  # workers that an agent left have the queues of its configuration
+    queues = range(queue.first, queue.first + queue.workers)
     bound = {state.number for state in states()} & set(queues)
     answering = len(bound)
     if agent is Agent.RUNS:

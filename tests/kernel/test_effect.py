@@ -72,6 +72,39 @@ def test_while_no_agent_runs(make_gateway: MakeGateway, settings: dict[str, Any]
         assert "customer  Nothing: the policy allows it, and it is this gateway that drops it" in printed
 
 
+@pytest.mark.parametrize(
+    "settings", [{"on_agent_down": "open"}, {"mode": "observe"}, {"verdicts": {"observe": ["vni*"]}}]
+)
+def test_a_file_that_was_edited_while_no_agent_runs_changes_no_packet(
+    make_gateway: MakeGateway, settings: dict[str, Any]
+) -> None:
+    """What counts is the ruleset that is loaded, whatever the file says by now."""
+    gateway = make_gateway(**settings)
+    gateway.agent.stop(signal.SIGKILL)
+    written, edited = (
+        gateway.agent.config.read_text(),
+        {"on_agent_down": "closed", "mode": "enforce", "verdicts": {}},
+    )
+    gateway.agent.configure(**edited)
+    agrees(
+        gateway, MAY_NOT, PASSES, "no agent runs here, so no worker answers: it passes because", as_policy=False
+    )
+    agrees(gateway, MAY, PASSES)
+    remark = gateway.agent.explain(CONTOSO.segment, "10.0.0.4")["remarks"][0]
+    assert f"not what the agent had in force that ran here last ({next(iter(settings))})" in remark
+    flush(gateway)
+    assert gateway.agent.portward("rules", "baseline").returncode == 0
+    gateway.agent.config.write_text(written)
+    agrees(
+        gateway,
+        MAY_NOT,
+        DROPPED,
+        "no agent runs here, so no worker answers",
+        as_policy="on_agent_down" in settings,
+    )
+    agrees(gateway, MAY, DROPPED, as_policy=False)
+
+
 def test_while_nothing_or_everything_is_closed(make_gateway: MakeGateway) -> None:
     gateway = make_gateway()
     assert gateway.agent.stop() == 0

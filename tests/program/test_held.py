@@ -207,7 +207,10 @@ def test_a_revocation_is_in_force_ahead_of_what_is_held_and_verbs_say_so(agent: 
     assert any(line.endswith(", NOT in step: revision 2 is held") for line in said)
     told = agent.explain(CONTOSO.segment, "10.0.2.1")
     assert told["reason"] == "denied-revoked"
-    assert told["decided_from"] == "table, with later denials up to revision 3; revision 2 is held"
+    assert (
+        told["decided_from"]
+        == "table; the store's revision 2 is held, and denials up to revision 3 are in force ahead of it"
+    )
 
 
 def test_what_waits_behind_a_held_change_is_not_said_to_be_in_force(agent: Agent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from portward.effect import Effect, Here, Policy, here, now
@@ -10,12 +11,11 @@ from portward.gateway.stacking import Fate
 from portward.host import Agent, Cached, Host, Ruleset, Workers
 
 ALLOW, DENY, REJECT = Policy(verdict="allow"), Policy(verdict="deny"), Policy(verdict="reject")
-OBSERVED = Policy(verdict="deny", observed=True, observed_segment=True)
-# Observed by subscription: no worker, no knowledge of it.
-OBSERVED_CUSTOMER = Policy(verdict="deny", observed=True)
+OBSERVED = Policy(verdict="deny", observed=True)
 LIMITED = Policy(verdict="allow", limited=True)
 NOTHING = Cached()
 DOWN = Host(agent=Agent.NONE, workers=Workers.NONE)
+DOWN_OBSERVED = Host(agent=Agent.NONE, workers=Workers.NONE, opens=True, observed=True)
 DOWN_OPEN = Host(agent=Agent.NONE, workers=Workers.NONE, opens=True)
 DEAF = Host(workers=Workers.DEAF, opens=True)
 BARE = Host(ruleset=Ruleset.NONE, ruleset_error="Operation not permitted")
@@ -36,7 +36,6 @@ def cached(verdict: Class) -> Cached:
         (Host(), NOTHING, DENY, Effect.DROPPED, True),
         (Host(), NOTHING, REJECT, Effect.REJECTED, True),
         (Host(), NOTHING, OBSERVED, Effect.PASSES, True),
-        (Host(), NOTHING, OBSERVED_CUSTOMER, Effect.PASSES, True),
         (Host(), NOTHING, LIMITED, Effect.LIMITED, True),
         (Host(), Cached(limit="10 a minute, 5 at once"), LIMITED, Effect.LIMITED, True),
         (Host(), cached(Class.ALLOW), ALLOW, Effect.PASSES, True),
@@ -49,8 +48,9 @@ def cached(verdict: Class) -> Cached:
         (DOWN, NOTHING, ALLOW, Effect.DROPPED, False),
         (DOWN, NOTHING, DENY, Effect.DROPPED, True),
         (DOWN, cached(Class.ALLOW), ALLOW, Effect.PASSES, True),
-        (DOWN, NOTHING, OBSERVED, Effect.PASSES, True),
-        (DOWN, NOTHING, OBSERVED_CUSTOMER, Effect.DROPPED, False),
+        (DOWN_OBSERVED, NOTHING, OBSERVED, Effect.PASSES, True),
+        # By subscription: the kernel does not know that, and no worker says so.
+        (DOWN, NOTHING, OBSERVED, Effect.DROPPED, False),
         (DOWN_OPEN, NOTHING, DENY, Effect.PASSES, False),
         (DOWN_OPEN, cached(Class.DENY), DENY, Effect.DROPPED, True),
         (DEAF, NOTHING, ALLOW, Effect.DROPPED, False),
@@ -61,7 +61,7 @@ def cached(verdict: Class) -> Cached:
         (Host(), None, ALLOW, Effect.UNKNOWN, None),
         (STOPPED, cached(Class.ALLOW), ALLOW, Effect.DROPPED, False),
         (STOPPED, NOTHING, DENY, Effect.DROPPED, True),
-        (STOPPED, NOTHING, OBSERVED_CUSTOMER, Effect.DROPPED, False),
+        (STOPPED, NOTHING, OBSERVED, Effect.DROPPED, False),
         (STOPPED, NOTHING, Policy(verdict="allow", internal=True), Effect.PASSES, True),
         (Host(stacked=BRIDGE, fate=Fate.STOPPED, agent=Agent.NONE), NOTHING, ALLOW, Effect.UNKNOWN, None),
         (Host(stacked=BRIDGE, fate=Fate.UNCLEAR), NOTHING, ALLOW, Effect.UNKNOWN, None),
@@ -105,11 +105,13 @@ def test_every_state_of_a_host_has_an_answer(agent: Agent, loaded: Ruleset, work
     ],
 )
 def test_only_a_host_whose_agent_reports_is_said_to_judge(host: Host, observed: bool, place: Here) -> None:
-    assert here(host, observed_segment=observed) is place
+    assert here(msgspec.structs.replace(host, observed=observed)) is place
 
 
 def test_why_names_what_is_missing() -> None:
     assert "no agent runs here, so no worker answers" in now(DOWN, NOTHING, ALLOW).why
+    assert 'it passes because on_agent_down = "open" in the ruleset' in now(DOWN_OPEN, NOTHING, DENY).why
+    assert "it passes because the segment is only observed" in now(DOWN_OBSERVED, NOTHING, DENY).why
     assert "Operation not permitted" in now(BARE, NOTHING, DENY).why
     assert "NOT ALL QUEUES ARE ANSWERED" in now(Host(workers=Workers.PART), NOTHING, ALLOW).why
     open_ = now(Host(workers=Workers.PART, opens=True), NOTHING, ALLOW).why

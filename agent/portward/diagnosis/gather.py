@@ -137,7 +137,7 @@ def _here(config: Config, segments: Iterable[str]) -> Here | None:
     present = [segment for segment in set(segments) if index_of(segment)]
     if not present:
         return None
-    return effect.here(host.look(config), observed_segment=all(map(config.observes, present)))
+    return effect.here(host.look(config, present))
 
 
 def _stacked(config: Config, segments: Iterable[str]) -> tuple[str, ...]:

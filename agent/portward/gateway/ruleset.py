@@ -87,7 +87,7 @@ COUNTING_SETS: Final = frozenset(
     | {UNCACHED_SEGMENTS, *SEGMENT_SETS.values()}
 ) - {f"{LEARNED_SETS[mark.Class.UNKNOWN]}{family}" for family in "46"}
 
-_NO_INTERFACE: Final = "no interface"  # a name that no interface can have
+NO_INTERFACE: Final = "no interface"  # a name that no interface can have
 # The committed rate of a segment may come at once for so many seconds.
 _COMMITTED_BURST: Final = 4
 # Hook (prerouting 0, input 1, forward 2) and priority of the base chains. These two in the order in which they
@@ -436,7 +436,7 @@ def _interfaces(patterns: tuple[str, ...]) -> str:
         for pattern in dict.fromkeys(patterns)
         if not any(pattern.removesuffix("*").startswith(stem) and pattern != f"{stem}*" for stem in wild)
     ]
-    return _set(f'"{name}"' for name in kept or [_NO_INTERFACE])
+    return _set(f'"{name}"' for name in kept or [NO_INTERFACE])
 
 
 def _apart(networks: list[IPv4Network] | list[IPv6Network]) -> list[Network]:

@@ -8,14 +8,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from msgspec.structs import replace
 
-from portward import host
 from portward.config import Config
-from portward.diagnosis import counted, gather
+from portward.diagnosis import counted
 from portward.diagnosis.facts import Metrics
-from portward.effect import Here
-from portward.host import Agent, Host, Workers
 from portward.runtime import Runtime
 
 CUSTOMER = UUID("11111111-0000-4000-8000-000000000002")
@@ -50,21 +46,3 @@ def test_who_answers_in_the_agents_place_is_not_asked(agent: tuple[Runtime, Conf
     runtime, config = agent
     runtime.write_status(status(metrics_error="127.0.0.1:9125: Address already in use"))
     assert counted.since_start(config, CUSTOMER) == (Metrics.UNREACHABLE, None)
-
-
-@pytest.mark.parametrize(
-    ("observed", "here"),
-    [
-        (("vni*",), Here.NOBODY_ANSWERS_OPEN),
-        (("vni1",), Here.NOBODY_ANSWERS),
-        ((), Here.NOBODY_ANSWERS),
-    ],
-)
-def test_segments_that_are_only_observed_are_open_without_an_agent(
-    monkeypatch: pytest.MonkeyPatch, observed: tuple[str, ...], here: Here
-) -> None:
-    monkeypatch.setattr(gather, "index_of", {"vni1": 1, "vni2": 2}.get)
-    monkeypatch.setattr(host, "look", lambda _: Host(agent=Agent.NONE, workers=Workers.NONE))
-    config = Config(segments=("vni*",), uplinks=("up0",))
-    config = replace(config, verdicts=replace(config.verdicts, observe=observed))
-    assert gather._here(config, ["vni1", "vni2", "vni3"]) is here
