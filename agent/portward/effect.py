@@ -14,7 +14,7 @@ from portward.gateway import mark
 from portward.gateway.mark import Class
 from portward.gateway.ruleset import COUNTED_SETS
 from portward.gateway.stacking import Fate
-from portward.host import Agent, Cached, Host, Ruleset, Workers
+from portward.host import Agent, Cached, Host, Left, Ruleset, Workers
 
 
 class Effect(StrEnum):
@@ -85,10 +85,11 @@ def _answered(host: Host) -> Here:
     return Here.OBSERVES if host.observed else Here.JUDGES
 
 
-def now(host: Host, found: Cached | None, policy: Policy) -> Now:
+def now(host: Host, found: Cached | None, policy: Policy, left: Left | None = None) -> Now:
     """What happens to the next packet of a source; `found` is what the kernel has cached for it, None if its
-    segment is no interface here now."""
-    made = _now(host, found, policy)
+    segment is no interface here now. `left` is what workers find for it while no agent runs or reports; it may not
+    be what the policy says by now."""
+    made = _now(host, found, policy, left)
     passes = policy.verdict == "allow" or policy.observed
     if made.effect is Effect.UNKNOWN:
         return msgspec.structs.replace(made, as_policy=None)
@@ -96,7 +97,7 @@ def now(host: Host, found: Cached | None, policy: Policy) -> Now:
     return msgspec.structs.replace(made, as_policy=as_policy)
 
 
-def _now(host: Host, found: Cached | None, policy: Policy) -> Now:
+def _now(host: Host, found: Cached | None, policy: Policy, left: Left | None) -> Now:
     place = here(host)
     match place:
         case Here.UNKNOWN if host.agent is Agent.ELSEWHERE:
@@ -122,6 +123,8 @@ def _now(host: Host, found: Cached | None, policy: Policy) -> Now:
         )
     if found.verdict is not None:
         return _by_cache(host, found, found.verdict)
+    if place is Here.UNWATCHED:
+        return _by_left(host, left or Left(error="the policy table was not asked"))
     return _by_worker(host, place, policy)
 
 
@@ -155,20 +158,40 @@ def _by_worker(host: Host, place: Here, policy: Policy) -> Now:
             f"nothing is cached for it, and {_nobody(host)}: it passes because {because} in the ruleset that is "
             "loaded",
         )
-    words = "nothing is cached for it: its next packet asks a worker"
-    if host.workers is Workers.PART:
-        rest = "is dropped, or passes if nobody has bound its queue" if host.opens else "is dropped"
-        words += f". NOT ALL QUEUES ARE ANSWERED: what falls into the others {rest}, see `portward status`"
-    if host.agent is not Agent.RUNS:
-        words += (
-            f" (by the policy table as it was left: {_AGENTS[host.agent]}; whether the worker answers is not "
-            "known, because nobody asks it)"
-        )
+    words = f"nothing is cached for it: its next packet asks a worker{_in_part(host)}"
     if policy.verdict == "allow" and policy.limited:
         return Now(Effect.LIMITED, f"{words}, and then the limit counts")
     if policy.verdict == "allow" or policy.observed:
         return Now(Effect.PASSES, words)
     return Now(Effect.REJECTED if policy.verdict == "reject" else Effect.DROPPED, words)
+
+
+def _by_left(host: Host, left: Left) -> Now:
+    """By a worker that goes by the policy table as it is, whatever the store says by now."""
+    if left.error:
+        words = f"nothing is cached for it, and what a worker makes of it is not known: {left.error}"
+        return Now(Effect.UNKNOWN, f"{words}; {_AGENTS[host.agent]}")
+    words = (
+        "nothing is cached for it: its next packet asks a worker, which goes by the policy table as it was left, "
+        f"at revision {left.revision} ({_AGENTS[host.agent]}; whether the worker answers is not known, because "
+        f"nobody asks it){_in_part(host)}"
+    )
+    if left.verdict is None:
+        return Now(Effect.DROPPED, f"{words}; that table knows no segment behind its interface")
+    if left.waits:
+        return Now(
+            Effect.DROPPED, f"{words}; it may send within a limit, which only an agent writes to the kernel"
+        )
+    if left.verdict in mark.PASSING:
+        return Now(Effect.PASSES, words)
+    return Now(Effect.REJECTED if left.verdict is Class.REFUSED else Effect.DROPPED, words)
+
+
+def _in_part(host: Host) -> str:
+    if host.workers is not Workers.PART:
+        return ""
+    rest = "is dropped, or passes if nobody has bound its queue" if host.opens else "is dropped"
+    return f". NOT ALL QUEUES ARE ANSWERED: what falls into the others {rest}, see `portward status`"
 
 
 def _nobody(host: Host) -> str:

@@ -19,7 +19,7 @@ from portward.addresses import asked
 from portward.clock import as_agent
 from portward.config import Config, Refusal
 from portward.documents import network_text
-from portward.effect import Effect, Now, Policy
+from portward.effect import Effect, Here, Now, Policy
 from portward.errors import InputError, PortwardError
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned, Source
@@ -247,6 +247,7 @@ def _now(config: Config, found: Explanation, source: Address) -> Now:
         cached = host.cached(found.segment, source)
     except (OSError, PortwardError):
         here, cached = replace(here, ruleset=Ruleset.NOT_PERMITTED), None
+    left = host.left(config, found.segment, source) if effect.here(here) is Here.UNWATCHED else None
     return effect.now(
         here,
         cached,
@@ -256,6 +257,7 @@ def _now(config: Config, found: Explanation, source: Address) -> Now:
             limited=found.limit is not None,
             internal=found.reason == Reason.ALLOWED_INTERNAL,
         ),
+        left,
     )
 
 

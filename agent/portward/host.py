@@ -16,6 +16,7 @@ from portward.errors import KernelError, PortwardError
 from portward.gateway import keeper, namespacelock, rtnetlink, stacking
 from portward.gateway import loaded as opened
 from portward.gateway.elements import KernelElements
+from portward.gateway.judge import judge
 from portward.gateway.learned import Learned, Source
 from portward.gateway.links import Device, index_of
 from portward.gateway.mark import Class
@@ -24,10 +25,12 @@ from portward.gateway.queues import states
 from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import RATED_SETS, RATES, TABLE, Rated
 from portward.gateway.stacking import Fate
+from portward.gateway.tally import Outcome
 from portward.model import Address
 from portward.runtime import age_of, hidden, read_status, running
 from portward.settings import last
 from portward.store import open_store
+from portward.table.database import DatabaseError
 from portward.table.history import same_history
 from portward.table.reader import Reader
 
@@ -96,6 +99,17 @@ class Cached(msgspec.Struct, frozen=True, kw_only=True):
     limit: str = ""
 
 
+class Left(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker without a running agent finds for a source in the policy table, which stands at `revision`: a
+    verdict, None if the table knows no segment behind its interface. `waits`: the source may send within a limit,
+    which only an agent writes to the kernel. `error` is why the table does not say."""
+
+    verdict: Class | None = None
+    waits: bool = False
+    revision: int = 0
+    error: str = ""
+
+
 def look(config: Config, segments: Iterable[str]) -> Host:
     """This host now for these segments; `config` is what counts (`settings`)."""
     agent, status = _agent(config)
@@ -134,6 +148,23 @@ def cached(segment: str, address: Address) -> Cached | None:
     if held is None or not isinstance(held.verdict, Class):
         return Cached()
     return Cached(verdict=held.verdict, expires=held.expires, packets=held.packets)
+
+
+def left(config: Config, segment: str, address: Address) -> Left:
+    """What the workers find for a source in the policy table, the way they look it up."""
+    index = index_of(segment)
+    try:
+        with closing(Reader.open(config.table)) as reader, reader.view():
+            head = reader.head()
+            if head is None:
+                return Left(error="the policy table holds no policy")
+            finding = None if index is None else reader.lookup(index, address.packed)
+    except (PortwardError, DatabaseError) as error:
+        return Left(error=str(error))
+    if finding is None:
+        return Left(revision=head.revision)
+    verdict, outcome = judge(finding)
+    return Left(verdict=verdict, waits=outcome is Outcome.DEFERRED, revision=head.revision)
 
 
 def behind_store(config: Config) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kernel.conftest import DENIED, Gateway
+from kernel.conftest import ALLOWED, DENIED, Gateway, source_records
 from kernel.test_rates import customer, known
 from portward.lab import namespaces
 from portward.lab.agent import until
@@ -103,6 +103,28 @@ def test_a_file_that_was_edited_while_no_agent_runs_changes_no_packet(
         as_policy="on_agent_down" in settings,
     )
     agrees(gateway, MAY, DROPPED, as_policy=False)
+
+
+def test_while_workers_stay_they_go_by_the_table_that_was_left(
+    make_gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store goes on without them."""
+    monkeypatch.setenv("PORTWARD_WORKERS_STAY", "60")
+    gateway = make_gateway()
+    limited, records = customer(FABRIKAM, "10.0.0.77")
+    exempt = gateway.source(CONTOSO, "10.0.0.78", ALLOWED)
+    gateway.agent.apply(*records)
+    left = gateway.agent.revision()
+    gateway.agent.stop(signal.SIGKILL)
+    by_table = f"by the policy table as it was left, at revision {left} (no agent runs here; whether"
+    agrees(gateway, MAY_NOT, DROPPED, by_table)
+    gateway.lab.run(gateway.lab.gateway, "nft", "flush", "map", "inet", "portward", "rates4")
+    agrees(gateway, (FABRIKAM, "10.0.0.77"), DROPPED, "which only an agent writes", as_policy=False)
+    gateway.agent.process = None
+    gateway.agent.apply(*source_records(CONTOSO, "10.0.0.78", DENIED, exempt))
+    agrees(gateway, (CONTOSO, "10.0.0.78"), PASSES, by_table, as_policy=False)
+    assert gateway.agent.portward("exemption", "revoke", str(limited), "--reason", "spam").returncode == 0
+    agrees(gateway, (FABRIKAM, "10.0.0.77"), DROPPED, "which only an agent writes")
 
 
 def test_while_nothing_or_everything_is_closed(make_gateway: MakeGateway) -> None:

@@ -8,7 +8,7 @@ import pytest
 from portward.effect import Effect, Here, Policy, here, now
 from portward.gateway.mark import Class
 from portward.gateway.stacking import Fate
-from portward.host import Agent, Cached, Host, Ruleset, Workers
+from portward.host import Agent, Cached, Host, Left, Ruleset, Workers
 
 ALLOW, DENY, REJECT = Policy(verdict="allow"), Policy(verdict="deny"), Policy(verdict="reject")
 OBSERVED = Policy(verdict="deny", observed=True)
@@ -117,10 +117,37 @@ def test_why_names_what_is_missing() -> None:
     open_ = now(Host(workers=Workers.PART, opens=True), NOTHING, ALLOW).why
     assert "into the others is dropped, or passes if nobody has bound its queue, see" in open_
     assert "'allow' for 30 s more" in now(Host(), cached(Class.ALLOW), ALLOW).why
-    left = Host(agent=Agent.NONE, workers=Workers.ANSWER)
-    assert "by the policy table as it was left: no agent runs here" in now(left, NOTHING, ALLOW).why
-    # A process that has bound a queue and hangs drops what waits there, and only an agent finds that out.
-    unasked = "whether the worker answers is not known, because nobody asks it"
-    assert unasked in now(left, NOTHING, ALLOW).why
-    assert unasked in now(Host(agent=Agent.SILENT), NOTHING, ALLOW).why
-    assert unasked not in now(Host(), NOTHING, ALLOW).why
+    assert (
+        "NOT ALL QUEUES ARE ANSWERED"
+        in now(Host(agent=Agent.NONE, workers=Workers.PART), NOTHING, ALLOW, Left(revision=3)).why
+    )
+
+
+@pytest.mark.parametrize(
+    ("left", "policy", "effect", "as_policy"),
+    [
+        (Left(verdict=Class.ALLOW), ALLOW, Effect.PASSES, True),
+        (Left(verdict=Class.ALLOW), DENY, Effect.PASSES, False),
+        (Left(verdict=Class.ALLOW, waits=True), LIMITED, Effect.DROPPED, False),
+        (Left(verdict=Class.OBSERVED), DENY, Effect.PASSES, False),
+        (Left(verdict=Class.DENY), DENY, Effect.DROPPED, True),
+        (Left(verdict=Class.DENY), ALLOW, Effect.DROPPED, False),
+        (Left(verdict=Class.UNKNOWN), ALLOW, Effect.DROPPED, False),
+        (Left(verdict=Class.REFUSED), REJECT, Effect.REJECTED, True),
+        (Left(), ALLOW, Effect.DROPPED, False),
+        (Left(error="Permission denied"), ALLOW, Effect.UNKNOWN, None),
+        (None, ALLOW, Effect.UNKNOWN, None),
+    ],
+)
+@pytest.mark.parametrize("agent", [Agent.NONE, Agent.SILENT, Agent.STARTING])
+def test_workers_without_an_agent_go_by_their_table_and_not_by_the_policy(
+    agent: Agent, left: Left | None, policy: Policy, effect: Effect, as_policy: bool | None
+) -> None:
+    made = now(Host(agent=agent), NOTHING, policy, left)
+    assert (made.effect, made.as_policy) == (effect, as_policy)
+    if left is None or left.error:
+        assert "what a worker makes of it is not known" in made.why
+    else:
+        assert "by the policy table as it was left, at revision 0" in made.why
+        # A process that has bound a queue and hangs drops what waits there, and only an agent finds that out.
+        assert "whether the worker answers is not known, because nobody asks it" in made.why
