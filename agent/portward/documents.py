@@ -27,6 +27,7 @@ import msgspec
 from portward.addresses import unmapped
 from portward.errors import InputError, together
 from portward.model import Network
+from portward.tomlsyntax import syntax_mistake
 
 T = TypeVar("T")
 
@@ -46,7 +47,6 @@ _UNKNOWN: Final = "unknown key"
 _MOST_MISTAKES: Final = 20
 
 _STEP: Final = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
-_AT_LINE: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
 _KEY_OF_LINE: Final = re.compile(r"\s*\[?\[?\s*([\w.-]+)\s*(?:=|\])")
 
 
@@ -356,16 +356,10 @@ class _Walk:
 
 
 def _syntax_error(path: Path, text: str, message: str) -> InputError:
-    """tomllib's message with the line that it names, and the key on that line if there is one."""
-    lines = text.rstrip().split("\n")
-    found = _AT_LINE.search(message)
-    line = int(found[1]) if found and found[1] else len(lines)
-    key = _KEY_OF_LINE.match(lines[line - 1]) if line <= len(lines) else None
-    problem = _AT_LINE.sub("", message)
-    if problem == "Cannot overwrite a value":
-        problem = "stands twice"
-    field = _cut(key[1]) if key else None
-    return InputError(shortened(problem), file=str(path), line=line, field=field)
+    """tomllib's message with the line of the mistake, and the key on that line if there is one."""
+    problem, line = syntax_mistake(text, message)
+    key = _KEY_OF_LINE.match(text.split("\n")[line - 1])
+    return InputError(shortened(problem), file=str(path), line=line, field=_cut(key[1]) if key else None)
 
 
 def read_text(path: Path, largest: int, *, pipe: bool = False) -> str:

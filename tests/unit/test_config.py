@@ -70,7 +70,7 @@ def test_an_ipv6_address_and_none_for_the_metrics(tmp_path: Path) -> None:
         ),
         (LEAST + "table = ''\n", 3, "table", "no folder of its own"),
         (LEAST + "table = '.'\n", 3, "table", "no folder of its own"),
-        (LEAST + "mode = \n", 3, None, "Invalid value"),
+        (LEAST + "mode = \n", 3, None, "no value stands here"),
         (LEAST + LEAST, 3, None, "segments"),
         (LEAST + "[queue]\nfirst = 65535\nworkers = 2\n", 5, "queue.workers", "65535"),
     ],

@@ -111,9 +111,38 @@ REFUSED = {
     'name = "x"\nday = 2026-02-30': (2, "day", "Invalid date or datetime"),
     'name = "x"\nname = "y"': (2, "name", "stands twice"),
     'name = "x"\n[main]\n[main]': (3, "main", "Cannot declare ('main',) twice"),
-    'name = "x"\nday =': (2, "day", "Invalid value"),
+    'name = "x"\nday =': (2, "day", "no value stands here"),
     'name = "x"\n\nday': (3, None, "Expected '=' after a key in a key/value pair"),
-    'name = "x': (1, "name", "Unterminated string"),
+    'name = "x': (1, "name", "the text that begins here has no end: a quote is missing"),
+    'name = "x\nday = 1': (1, "name", "the text that begins here has no end: a quote is missing"),
+    "# it's\nname = 'x\nday = 1": (2, "name", "the text that begins here has no end: a quote is missing"),
+    'name = """x\nday = 1\n': (1, "name", "the text that begins here has no end: a quote is missing"),
+    'nets = ["10.0.0.0/8"\n\n# so\nname = "x"\n': (
+        1, "nets", "the list that begins here has no end: ']' is missing",
+    ),
+    '[main]\nnets = ["10.0.0.0/8",\nname = "x"\n': (
+        2, "nets", "the list that begins here has no end: ']' is missing",
+    ),
+    'nets = ["a",\n[main]\nsize = 1\n': (1, "nets", "the list that begins here has no end: ']' is missing"),
+    'nets = ["a"\n[main]\nsize = 1\n': (1, "nets", "the list that begins here has no end: ']' is missing"),
+    'name = "x"\nnets = ["a"': (2, "nets", "the list that begins here has no end: ']' is missing"),
+    'name = "x"\nnets = ["a",\n': (2, "nets", "the list that begins here has no end: ']' is missing"),
+    'main = {size = 1\nname = "x"': (1, "main", "the table that begins here has no end: '}' is missing"),
+    'nets = ["a" "b"]': (1, "nets", "a comma is missing between two values"),
+    'nets = [\n  "a"\n  "b",\n]': (3, None, "a comma is missing between two values"),
+    'name = enforce': (1, "name", """'enforce' is no value: text needs quotes, "enforce\""""),
+    'name = "x"\nnets = [vni*, "b"]': (2, "nets", """'vni*' is no value: text needs quotes, "vni*\""""),
+    'name = 127.0.0.1:9125 # here': (
+        1, "name", "'127.0.0.1:9125' is no value: a number stands alone, other text needs quotes",
+    ),
+    'size = 60s': (1, "size", "'60s' is no value: a number stands alone, other text needs quotes"),
+    'size = True': (1, "size", "'True' is no value: true or false, in small letters"),
+    'size = yes': (1, "size", "'yes' is no value: true or false, in small letters"),
+    'nets = ["a"\r\n[main]\r\nsize = 1\r\n': (
+        1, "nets", "the list that begins here has no end: ']' is missing",
+    ),
+    '[main\nsize = 1': (1, None, "Expected ']' at the end of a table declaration"),
+    'name = "x" "y"': (1, "name", "Expected newline or end of document after a statement"),
 }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ LAYERS = (
     ),
     ("validity",),
     ("documents",),
+    ("tomlsyntax",),
     ("addresses",),
     ("codes",),
     ("model", "resources", "descriptors", "endpoint", "language", "interfaces", "words"),
