@@ -1,15 +1,18 @@
-"""What the agent here does with a revision that was written while it holds an earlier one: denials are enforced
-ahead of the held revision, everything else waits behind it."""
+"""What the agent here does with a revision that was written: whether it reads that store at all, and what it does
+while it holds an earlier revision. Denials are enforced ahead of the held revision, everything else waits behind
+it.
+"""
 
 from __future__ import annotations
 
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Final, NamedTuple
 
-from portward.config import Config
+from portward.config import STORE, Config
 from portward.errors import PortwardError
-from portward.runtime import running
+from portward.runtime import hidden, read_status, running
 from portward.store import open_store
 from portward.store.protocol import Store
 from portward.table.history import ahead_of, count_in_table, held_history, same_history
@@ -75,6 +78,61 @@ def nothing_held(config: Config) -> bool:
             )
     except PortwardError:
         return False
+
+
+def held_unknown(config: Config) -> str:
+    """Why it is not known whether the agent here holds anything, in words; empty if it is known."""
+    if hidden(config.table):
+        why = "this user may not see whether an agent runs here"
+    elif running(config.table) is None:
+        why = "no agent runs here"
+    else:
+        try:
+            with closing(Reader.open(config.table)) as reader:
+                why = "the agent here has no policy yet" if reader.head() is None else ""
+        except PortwardError as error:
+            why = f"the agent's policy cannot be read ({error})"
+    return why and f"{why}: it is not known whether anything was held"
+
+
+def other_store(config: Config) -> str:
+    """What a writer must know if the agent that runs on the table of `config` reads another store; empty if it
+    reads this one, or if that cannot be found out."""
+    if running(config.table) is None:
+        return ""
+    try:
+        status = read_status(config.table)
+    except PortwardError:
+        return ""
+    its = str((status or {}).get("store") or config.store)
+    if _place(its) == _place(config.store):
+        return ""
+    return (
+        f"the agent here reads another store, {its}: it does not see what is in {config.store}; put `store` "
+        "right, or restart the agent, which takes it in"
+    )
+
+
+def _place(url: str) -> str:
+    """The file of a store, whatever way its URL goes there."""
+    found = STORE.fullmatch(url)
+    return str(Path(found[1]).resolve()) if found else url
+
+
+def lost_store(config: Config) -> str:
+    """What a writer must know before it makes a store where there is none, if the policy table here was read from
+    one; empty if it was not, or if that cannot be found out."""
+    try:
+        with closing(Reader.open(config.table)) as reader:
+            head = reader.head()
+    except PortwardError:
+        return ""
+    if head is None or not head.revision:
+        return ""
+    return (
+        f"there is no store at {config.store}, and the policy table here was read from one, up to revision "
+        f"{head.revision}: if it was this one, put it back from a backup; a new one has none of what it held"
+    )
 
 
 def behind_held(config: Config, revision: int) -> Behind | None:

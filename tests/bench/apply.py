@@ -34,7 +34,8 @@ def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
     inventory.write(path, attachments)
     config.write_text(f'segments = ["vni*"]\nuplinks = ["up0"]\nstore = "sqlite:{folder}/portward.db"\n')
     total = attachments + attachments // 10
-    first = _apply(path, config, f"applied revision 1: {total} added, 0 changed, 0 removed")
+    made = f"made a new store: sqlite:{folder}/portward.db\n"
+    first = _apply(path, config, f"{made}applied revision 1: {total} added, 0 changed, 0 removed")
     again = _apply(path, config, "nothing to change, the store stays at revision 1")
     memory = max(first.memory, again.memory)
     return [

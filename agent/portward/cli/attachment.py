@@ -13,7 +13,7 @@ from portward.behind import behind_held
 from portward.casework import Casework
 from portward.cli.actor import ActorOption, acting
 from portward.cli.exemption import ClockOption
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark_other_store
 from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
 from portward.clock import utc_now
@@ -50,6 +50,7 @@ def started(
     """
     source = asked(address, "ADDRESS")
     settings = configuration.load(config)
+    remark_other_store(settings)
     with closing(open_store(settings.store)) as store:
         desk = Casework(
             store,

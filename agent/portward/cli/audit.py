@@ -11,7 +11,7 @@ import typer
 from portward import audit as audits
 from portward import config as configuration
 from portward.audit import Wanted
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark_other_store
 from portward.cli.streams import say, say_json
 from portward.errors import InputError
 from portward.limits import LAST_REVISION
@@ -77,7 +77,9 @@ def audit(
     if only_check and given:
         raise InputError(f"prints no entries, so {given[0]} says nothing: leave one of them out", field="--check")
     wanted = None if only_check else Wanted(since, last or _LAST, key, actor)
-    with contextlib.closing(open_store(configuration.load(config).store)) as store, store.reading():
+    settings = configuration.load(config)
+    remark_other_store(settings)
+    with contextlib.closing(open_store(settings.store)) as store, store.reading():
         check = Check(store, mark)
         if json:
             told = audits.machine(store, wanted, check, _FINDINGS)

@@ -18,7 +18,7 @@ from portward.cli.actor import ActorOption, acting
 from portward.cli.exemption_chosen import confirm as confirm_count
 from portward.cli.exemption_chosen import granted, id_of, known_offer, listed
 from portward.cli.exemption_text import checked, in_a_line, lines, next_step
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption, remark_other_store
 from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
 from portward.clock import utc_now
@@ -331,6 +331,7 @@ def _desk(
 ) -> Iterator[tuple[Casework, Config, Preset]]:
     settings = configuration.load(path)
     preset = presets.load(settings.preset, named_in=path)
+    remark_other_store(settings)
     with closing(open_store(settings.store)) as store:
         desk = Casework(store, preset, settings, actor=acting(actor), clock=utc_now, trust_clock=trust_clock)
         yield desk, settings, preset

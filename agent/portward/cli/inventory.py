@@ -13,9 +13,9 @@ import typer
 
 from portward import config as configuration
 from portward import mistyped
-from portward.behind import behind_held, held_here, nothing_held
+from portward.behind import behind_held, held_here, held_unknown, lost_store, nothing_held, other_store
 from portward.cli.actor import ActorOption, acting
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark, remark_other_store
 from portward.cli.streams import put, say, say_json, wrote
 from portward.clock import utc_now
 from portward.errors import InputError, PortwardError
@@ -29,6 +29,7 @@ from portward.store.difference import (
     check_starts,
     described,
     difference,
+    late_creation,
 )
 from portward.store.document import json_text, yaml_text
 from portward.store.flips import HeldError, check_flips
@@ -43,12 +44,15 @@ Step: TypeAlias = Callable[[str, int | None], Callable[[int], None]]
 
 
 class _Plan(NamedTuple):
-    """What an inventory would change: the store's records and their revision, the inventory, the difference."""
+    """What an inventory would change: whether the store has to be made, its records and their revision, the
+    inventory, the difference. `warnings`: what an operator must know about it, a sentence each."""
 
+    new: bool
     have: dict[str, str]
     revision: int
     inventory: Inventory
     change: Difference
+    warnings: tuple[str, ...]
 
 
 def apply(
@@ -63,8 +67,8 @@ def apply(
         bool,
         typer.Option(
             "--confirm",
-            help="Also where more than max_flip_share of all subscriptions flip. Without FILE: let through what "
-            "the agents hold.",
+            help="Also where more than max_flip_share of all subscriptions flip, or --prune removes all of them. "
+            "Without FILE: let through what the agents hold.",
         ),
     ] = False,
     actor: ActorOption = None,
@@ -74,7 +78,7 @@ def apply(
     """Bring subscriptions, attachments and exemptions into the store: all of the files, or nothing.
 
     A running agent enforces the change at once. One that would flip the verdict of more than max_flip_share of
-    all subscriptions is refused, unless it is confirmed.
+    all subscriptions, or remove every one, is refused, unless it is confirmed.
 
     Example: portward apply --dry-run inventory.yaml
     """
@@ -89,28 +93,32 @@ def apply(
     with _progress() as step:
         plan = _plan(settings, preset, files, step, prune=prune)
         held = None if confirm else _too_many(settings, preset, plan)
-        if held is not None and not dry_run:
-            raise PortwardError(f"nothing was written: this {held}; --dry-run shows it, --confirm applies it")
+        refused = "" if confirm else str(held or "") or _emptied(plan)
+        if refused and not dry_run:
+            raise PortwardError(f"nothing was written: this {refused}; --dry-run shows it, --confirm applies it")
         revision = plan.revision if dry_run else _write(settings, plan, who, step, confirm=confirm)
     named = mistyped.segments_of([*plan.change.added, *plan.change.changed])
-    warnings = list(mistyped.warnings(settings, named, mistyped.here())) if named else []
+    warnings = [*plan.warnings, *(mistyped.warnings(settings, named, mistyped.here()) if named else ())]
+    if confirm and not plan.change.puts() and revision != plan.revision and (unknown := held_unknown(settings)):
+        warnings.append(unknown)
     behind = behind_held(settings, revision) if revision != plan.revision and not confirm else None
     if json:
+        if refused and held is None:
+            warnings.append(f"it {refused}: to be applied with --confirm only")
         told = _machine(plan, revision, held, dry_run=dry_run)
         told |= {} if behind is None else {"behind": behind.machine()}
         told |= {"warnings": warnings} if warnings else {}
         say_json(told)
         return
-    for line in warnings:
-        say(f"WARNING   {line}")
-    for line in _lines(plan, revision, dry_run=dry_run):
+    remark(warnings)
+    for line in _lines(plan, settings.store, revision, dry_run=dry_run):
         say(line)
     if confirm and not dry_run and revision == plan.revision:
         say(_nothing_held(revision))
     if behind is not None:
         say(str(behind))
-    if held is not None:
-        say(f"it {held}: to be applied with --confirm only")
+    if refused:
+        say(f"it {refused}: to be applied with --confirm only")
 
 
 def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
@@ -118,7 +126,9 @@ def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
 
     Example: portward export > inventory.yaml
     """
-    have, _ = _stored(configuration.load(config).store)
+    settings = configuration.load(config)
+    remark_other_store(settings)
+    have, _ = _stored(settings.store)
     for piece in json_text(have) if json else yaml_text(have):
         put(piece)
 
@@ -129,12 +139,18 @@ def _plan(settings: configuration.Config, preset: Preset, files: list[str], step
     check_offers(inventory, preset)
     check_starts(inventory, utc_now())
     step("comparing", None)
+    new, have, revision = False, dict[str, str](), 0
     try:
         have, revision = _stored(settings.store)
     except NoStoreError:
-        have, revision = {}, 0
+        new = True
     check_references(have, inventory, prune=prune)
-    return _Plan(have, revision, inventory, difference(have, inventory, prune=prune))
+    warnings = (
+        other_store(settings) or (lost_store(settings) if new else ""),
+        late_creation(inventory, utc_now()),
+    )
+    change = difference(have, inventory, prune=prune)
+    return _Plan(new, have, revision, inventory, change, tuple(filter(None, warnings)))
 
 
 def _stored(url: str) -> tuple[dict[str, str], int]:
@@ -153,6 +169,15 @@ def _too_many(settings: configuration.Config, preset: Preset, plan: _Plan) -> He
     return None
 
 
+def _emptied(plan: _Plan) -> str:
+    """That a change leaves no customer of those that the store has, in words; empty if it leaves one. A store of a
+    few customers flips too few for `_too_many`."""
+    had, gone = (
+        sum(key.startswith("subscriptions/") for key in keys) for keys in (plan.have, plan.change.removed)
+    )
+    return f"would remove every subscription in the store ({gone})" if gone and gone == had else ""
+
+
 def _confirm(settings: configuration.Config, who: str, *, json: bool) -> None:
     """Confirms everything that the store holds, for agents that hold a part of it. All of it, as another history,
     is confirmed for the agent here alone."""
@@ -164,12 +189,14 @@ def _confirm(settings: configuration.Config, who: str, *, json: bool) -> None:
             else:
                 say(_nothing_held(newest))
             return
+        warnings = [line] if (line := other_store(settings) or held_unknown(settings)) else []
         confirming = confirmation(newest + 1, hold=held_here(settings))
         wrote(store.write([confirming], expected=newest, actor=who, at=utc_now()))
     if json:
-        say_json({"revision": newest + 1, "confirmed": newest})
-    else:
-        say(_confirmed(newest))
+        say_json({"revision": newest + 1, "confirmed": newest} | ({"warnings": warnings} if warnings else {}))
+        return
+    remark(warnings)
+    say(_confirmed(newest + 1))
 
 
 def _nothing_held(revision: int) -> str:
@@ -177,7 +204,8 @@ def _nothing_held(revision: int) -> str:
 
 
 def _confirmed(revision: int) -> str:
-    return f"confirmed everything up to revision {revision}, as revision {revision + 1}"
+    # The number that `portward audit` gives.
+    return f"applied revision {revision}: everything up to it is confirmed"
 
 
 def _write(settings: configuration.Config, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int:
@@ -195,6 +223,7 @@ def _write(settings: configuration.Config, plan: _Plan, who: str, step: Step, *,
 
 def _machine(plan: _Plan, revision: int, held: HeldError | None, *, dry_run: bool) -> dict[str, object]:
     told: dict[str, object] = {"revision": revision, "dry_run": dry_run, **plan.change.counts()}
+    told |= {"new_store": True} if plan.new else {}
     if dry_run:
         told["held"] = None if held is None else held.flips._asdict()
         told["changes"] = [
@@ -208,20 +237,24 @@ def _raw(body: str | None) -> msgspec.Raw | None:
     return None if body is None else msgspec.Raw(body.encode())
 
 
-def _lines(plan: _Plan, revision: int, *, dry_run: bool) -> Iterator[str]:
+def _lines(plan: _Plan, url: str, revision: int, *, dry_run: bool) -> Iterator[str]:
     counts = plan.change.counts()
     summary = ", ".join(f"{number} {name}" for name, number in counts.items())
     total = sum(counts.values())
     if not total and revision != plan.revision:
-        yield _confirmed(plan.revision)
+        yield _confirmed(revision)
     elif not total:
         yield f"nothing to change, the store stays at revision {revision}"
     elif not dry_run:
+        if plan.new:
+            yield f"made a new store: {url}"
         yield f"applied revision {revision}: {summary}"
     else:
         yield from itertools.islice(described(plan.have, plan.inventory, plan.change), _LINES)
         if total > _LINES:
             yield f"… and {total - _LINES} more"
+        if plan.new:
+            yield f"would make a new store: {url}"
         yield f"would change revision {revision}: {summary}"
 
 

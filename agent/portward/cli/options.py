@@ -9,7 +9,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from portward.cli.streams import say
-from portward.config import DEFAULT_PATH
+from portward.config import DEFAULT_PATH, Config
 from portward.limits import LONGEST_INTERVAL, SHORTEST_INTERVAL
 
 ConfigOption: TypeAlias = Annotated[
@@ -27,6 +27,13 @@ def remark(lines: Iterable[str], *, err: bool = False) -> None:
         say(f"WARNING   {line}", err=err)
 
 
+def remark_other_store(config: Config) -> None:
+    """Says on standard error if the agent here reads another store than `config` names, for a verb on that one."""
+    from portward.behind import other_store  # noqa: PLC0415 # a verb without a store does not load it
+
+    remark(filter(None, [other_store(config)]), err=True)
+
+
 def seconds(value: float) -> float:
     """The value of an option, if it is a number of seconds that one can wait for; `min` and `max` let NaN pass."""
     if SHORTEST_INTERVAL <= value <= LONGEST_INTERVAL:
@@ -34,4 +41,12 @@ def seconds(value: float) -> float:
     raise typer.BadParameter(f"{value:g} is not in the range {SHORTEST_INTERVAL:g}<=x<={LONGEST_INTERVAL:g}")
 
 
-__all__ = ["DEFAULT_PATH", "ConfigOption", "JsonLinesOption", "JsonOption", "remark", "seconds"]
+__all__ = [
+    "DEFAULT_PATH",
+    "ConfigOption",
+    "JsonLinesOption",
+    "JsonOption",
+    "remark",
+    "remark_other_store",
+    "seconds",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
@@ -76,6 +76,17 @@ def check_starts(inventory: Inventory, now: datetime) -> None:
             f"{started:%Y-%m-%dT%H:%M:%SZ} lies in the future, this host's clock says {now:%Y-%m-%dT%H:%M:%SZ}"
         )
         raise inventory.mistake(key, problem, "started")
+
+
+def late_creation(inventory: Inventory, now: datetime) -> str:
+    """Where a subscription is created after `now`, in words; empty if none is. A mistyped year makes a customer
+    younger than every rule on age asks for. It is no mistake: the host's clock may be the wrong one."""
+    # A day where the customer is may be one that UTC has not begun yet.
+    if inventory.latest_creation is None or inventory.latest_creation[0] <= (now + timedelta(days=1)).date():
+        return ""
+    created, key = inventory.latest_creation
+    problem = f"{created} lies in the future, this host's clock says {now:%Y-%m-%dT%H:%M:%SZ}"
+    return str(inventory.mistake(key, problem, "created"))
 
 
 def check_references(have: Mapping[str, str], inventory: Inventory, *, prune: bool) -> None:

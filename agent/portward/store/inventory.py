@@ -7,7 +7,7 @@ right. Records are kept as the store keeps them, as JSON: a million of them in s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Final
 from uuid import UUID
 
@@ -38,6 +38,8 @@ class Inventory:
         self.subscriptions: dict[UUID, str] = {}
         # The latest start of a machine, and the key of its record.
         self.latest_start: tuple[datetime, str] | None = None
+        # The latest day on which a subscription was created, and its key.
+        self.latest_creation: tuple[date, str] | None = None
         found: list[InputError] = []
         for document in documents:
             for steps, record in document.each():
@@ -69,6 +71,8 @@ class Inventory:
     def _take(self, key: str, record: Record) -> None:
         if isinstance(record, Subscription):
             self.offers.setdefault(record.offer, key)
+            if self.latest_creation is None or record.created > self.latest_creation[0]:
+                self.latest_creation = record.created, key
             self.records[key] = encode(record)
         else:
             self.subscriptions.setdefault(record.subscription, key)

@@ -17,13 +17,18 @@ from typer.testing import CliRunner, Result
 
 from portward.cli import inventory as verbs
 from portward.cli.program import app
-from portward.errors import ConflictError, InputError, StoreError
+from portward.clock import utc_now
+from portward.errors import ConflictError, InputError, PortwardError, StoreError
 from portward.store.difference import Difference, difference
 from portward.store.protocol import Change, key_of
 from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, held, opened, put, texts, write
 from unit.store.test_sqlite import environment
 
 Run = Callable[..., Result]
+
+OTHER = """
+subscriptions: [{id: 11111111-0000-4000-8000-00000000000f, offer: pay-as-you-go, created: 2022-06-30}]
+"""
 
 
 @pytest.fixture
@@ -62,7 +67,9 @@ def records(path: Path) -> dict[str, str]:
 
 
 def test_apply_makes_the_store_and_says_what_it_did(run: Run, path: Path) -> None:
-    assert run("apply", "inventory.yaml").stdout == "applied revision 1: 5 added, 0 changed, 0 removed\n"
+    assert run("apply", "inventory.yaml").stdout == (
+        f"made a new store: sqlite:{path}\napplied revision 1: 5 added, 0 changed, 0 removed\n"
+    )
     assert records(path) == texts(*ALL)
 
 
@@ -87,6 +94,7 @@ def test_a_dry_run_prints_the_difference_and_changes_nothing(run: Run, path: Pat
         "+ attachment vni1001 10.0.0.4 → contoso-prod (enterprise-agreement)\n"
         "+ attachment vni1002 10.0.0.0/24 → fabrikam (pay-as-you-go)\n"
         "+ exemption of fabrikam (pay-as-you-go): granted\n"
+        f"would make a new store: sqlite:{path}\n"
         "would change revision 0: 5 added, 0 changed, 0 removed\n"
     )
     assert not path.exists()
@@ -108,8 +116,40 @@ def test_a_long_difference_is_cut_and_counted(run: Run, files: Path) -> None:
     ]
     (files / "more.json").write_text(json.dumps({"attachments": rows}))
     lines = run("apply", "--dry-run", "inventory.yaml", "more.json").stdout.splitlines()
-    assert len(lines) == 42
-    assert lines[-2:] == ["… and 65 more", "would change revision 0: 105 added, 0 changed, 0 removed"]
+    assert len(lines) == 43
+    assert lines[-3] == "… and 65 more"
+    assert lines[-1] == "would change revision 0: 105 added, 0 changed, 0 removed"
+
+
+@pytest.mark.parametrize("nothing", ["{}", "subscriptions: []\n", OTHER])
+def test_pruning_every_customer_of_a_small_store_has_to_be_confirmed(
+    run: Run, files: Path, path: Path, nothing: str
+) -> None:
+    """Also where others take their place. A share of a few customers is never too large."""
+    run("apply", "inventory.yaml")
+    before = records(path)
+    (files / "nothing.yaml").write_text(nothing)
+    would = "would remove every subscription in the store (2)"
+    with pytest.raises(PortwardError) as refused:
+        run("apply", "--prune", "nothing.yaml")
+    assert str(refused.value) == f"nothing was written: this {would}; --dry-run shows it, --confirm applies it"
+    assert refused.value.exit_code == 1
+    dry = run("apply", "--prune", "--dry-run", "nothing.yaml").stdout
+    assert dry.endswith(f"it {would}: to be applied with --confirm only\n")
+    told = json.loads(run("apply", "--prune", "--dry-run", "--json", "nothing.yaml").stdout)
+    assert told["warnings"] == [f"it {would}: to be applied with --confirm only"]
+    assert records(path) == before
+    run("apply", "--prune", "--confirm", "nothing.yaml")
+    assert not any(key in before for key in records(path))
+
+
+def test_a_subscription_that_is_created_in_the_future_is_warned_of(run: Run, files: Path) -> None:
+    (files / "inventory.yaml").write_text(EXAMPLE.replace("2021-03-02", "3021-03-02"))
+    first = run("apply", "inventory.yaml").stdout.splitlines()[0]
+    assert first.startswith("WARNING   inventory.yaml:")
+    assert "subscriptions[0].created: 3021-03-02 lies in the future, this host's clock says " in first
+    (files / "inventory.yaml").write_text(EXAMPLE.replace("2021-03-02", str(utc_now().date())))
+    assert "WARNING" not in run("apply", "inventory.yaml").stdout
 
 
 def test_pruning_removes_what_the_files_do_not_name(run: Run, files: Path, path: Path) -> None:
@@ -216,11 +256,23 @@ def test_a_name_that_would_spoil_the_log_is_refused(run: Run, path: Path, name: 
 def test_json_says_what_was_done(run: Run) -> None:
     dry = json.loads(run("apply", "--dry-run", "--json", "inventory.yaml").stdout)
     changes = {change["key"]: change for change in dry.pop("changes")}
-    assert dry == {"revision": 0, "dry_run": True, "added": 5, "changed": 0, "removed": 0, "held": None}
+    assert dry == {
+        "revision": 0,
+        "dry_run": True,
+        "added": 5,
+        "changed": 0,
+        "removed": 0,
+        "held": None,
+        "new_store": True,
+    }
     assert changes[key_of(FABRIKAM)]["before"] is None
     assert changes[key_of(FABRIKAM)]["after"]["name"] == "fabrikam"
     done = json.loads(run("apply", "--json", "inventory.yaml").stdout)
-    assert done == {"revision": 1, "dry_run": False, "added": 5, "changed": 0, "removed": 0}
+    assert done == {
+        "revision": 1, "dry_run": False, "added": 5, "changed": 0, "removed": 0, "new_store": True,
+    }  # fmt: skip
+    again = json.loads(run("apply", "--json", "inventory.yaml").stdout)
+    assert again == {"revision": 1, "dry_run": False, "added": 0, "changed": 0, "removed": 0}
 
 
 def test_whoever_was_slower_is_told_and_writes_nothing(
@@ -289,7 +341,7 @@ def test_progress_is_shown_to_a_person_only(files: Path) -> None:
         os.close(terminal)
     assert "reading" in shown
     assert "writing" in shown
-    assert done.stdout == "applied revision 1: 5 added, 0 changed, 0 removed\n"
+    assert done.stdout.endswith("applied revision 1: 5 added, 0 changed, 0 removed\n")
 
 
 @pytest.mark.parametrize("verb", ["apply", "export"])
