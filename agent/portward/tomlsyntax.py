@@ -69,7 +69,7 @@ def _no_value(written: str) -> str:
     if written.lower() in _FLAGS:
         return f"{written!r} is no value: true or false, in small letters"
     if written[0].isdigit():
-        return f"{written!r} is no value: a number stands alone, other text needs quotes"
+        return f"{written!r} is neither a number nor a date like 2026-01-10; text needs quotes"
     return f'{written!r} is no value: text needs quotes, "{written}"'
 
 

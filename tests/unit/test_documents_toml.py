@@ -133,9 +133,9 @@ REFUSED = {
     'name = enforce': (1, "name", """'enforce' is no value: text needs quotes, "enforce\""""),
     'name = "x"\nnets = [vni*, "b"]': (2, "nets", """'vni*' is no value: text needs quotes, "vni*\""""),
     'name = 127.0.0.1:9125 # here': (
-        1, "name", "'127.0.0.1:9125' is no value: a number stands alone, other text needs quotes",
+        1, "name", "'127.0.0.1:9125' is neither a number nor a date like 2026-01-10; text needs quotes",
     ),
-    'size = 60s': (1, "size", "'60s' is no value: a number stands alone, other text needs quotes"),
+    'size = 60s': (1, "size", "'60s' is neither a number nor a date like 2026-01-10; text needs quotes"),
     'size = True': (1, "size", "'True' is no value: true or false, in small letters"),
     'size = yes': (1, "size", "'yes' is no value: true or false, in small letters"),
     'nets = ["a"\r\n[main]\r\nsize = 1\r\n': (
