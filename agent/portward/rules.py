@@ -4,7 +4,9 @@ enforcing."""
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +29,8 @@ _ALREADY: Final = "portward's ruleset is loaded already: nothing is changed"
 # The line of the configuration that names the preset.
 _PRESET: Final = re.compile(r"(?m)^preset\s*=\s*[\"']([^\"'\n]*)[\"']")
 _LEAST_PORTS: Final = (25,)
+# The number of standard error for what is not Python.
+_STDERR: Final = 2
 
 
 def loaded() -> str:
@@ -37,7 +41,8 @@ def loaded() -> str:
     if not tables:
         raise KernelError(keeper.NOT_LOADED)
     nft = Nft()
-    return "".join(map(nft.listing, tables))
+    with _without_libxtables():
+        return "".join(map(nft.listing, tables))
 
 
 def without_agent(config: Config) -> str:
@@ -136,20 +141,51 @@ def _told(config: Config, preset: Preset) -> str:
     return f"closed until portward runs: ports {ports} for {segments}{seen}"
 
 
-def remove() -> str:
-    """Takes the ruleset out and says so. Raises PortwardError if none is loaded, and if an agent runs in this
-    network namespace, whatever its configuration: it would put the ruleset back within a second."""
+def check_removable() -> None:
+    """Raises PortwardError where `remove` would: if no ruleset is loaded, and if an agent runs in this network
+    namespace, whatever its configuration, which would put it back within a second. Changes nothing."""
     netlink = NfNetlink()
-    if not (keeper.loaded(netlink) or keeper.closed(netlink)):
-        raise PortwardError("no ruleset of portward is loaded here: nothing was enforced")
+    _require_loaded(netlink)
+    if (taken := namespacelock.lasting_holder(netlink)) is not None:
+        raise _taken(taken)
+
+
+def remove() -> str:
+    """Takes the ruleset out and says so; raises PortwardError as `check_removable` does."""
+    netlink = NfNetlink()
+    _require_loaded(netlink)
     try:
         with NamespaceLock():
             keeper.remove(Nft(netlink.generation, netlink.transact), netlink)
     except NamespaceTakenError as error:
-        if error.process is None:
-            raise
-        raise PortwardError(
-            f"the agent runs (process {error.process} by its own count) and would put the ruleset back: "
-            "stop it first"
-        ) from error
+        raise _taken(error) from error
     return "portward's ruleset is removed: port 25 is open for every source behind this gateway"
+
+
+def _require_loaded(netlink: NfNetlink) -> None:
+    if not (keeper.loaded(netlink) or keeper.closed(netlink)):
+        raise PortwardError("no ruleset of portward is loaded here: nothing was enforced")
+
+
+def _taken(error: NamespaceTakenError) -> PortwardError:
+    """Why the ruleset cannot be removed, if another process has the lock of the namespace."""
+    if error.process is None:
+        return error
+    return PortwardError(
+        f"the agent runs (process {error.process} by its own count) and would put the ruleset back: stop it first"
+    )
+
+
+@contextlib.contextmanager
+def _without_libxtables() -> Iterator[None]:
+    """Keeps what C libraries write to standard error themselves off the terminal, in a process of one thread:
+    libxtables does not know the family inet, and says so for each rule of its target, which is listed all the
+    same. What nft itself has to say comes as an error."""
+    kept = os.dup(_STDERR)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), _STDERR)
+        yield
+    finally:
+        os.dup2(kept, _STDERR)
+        os.close(kept)

@@ -140,12 +140,21 @@ def test_an_interrupt_leaves_no_traceback() -> None:
     assert (result.returncode, result.stderr) == (130, "")
 
 
-def test_a_question_that_nobody_answers_changes_nothing() -> None:
+@pytest.mark.parametrize("answer", ["", "n\n"])
+def test_a_question_that_is_not_answered_by_yes_changes_nothing(answer: str) -> None:
+    """And the question's line has an end, whoever is asked."""
+    look = (
+        "import sys; sys.argv[1:] = ['rules', 'remove']\n"
+        "from portward import rules\n"
+        "from portward.cli import main\n"
+        "rules.check_removable = lambda: None\n"
+        "main()\n"
+    )
     result = subprocess.run(
-        [sys.executable, "-m", "portward", "rules", "remove"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", look], input=answer, capture_output=True, text=True, timeout=60, check=False
+    )
     assert result.returncode == 1
+    assert result.stdout.endswith("[y/N]: \n")
     assert result.stderr == "portward: stopped at the question: nothing was changed\n"
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from portward import rules
+from portward.cli.program import app
 from portward.config import Config, OnAgentDown
 from portward.errors import KernelError
-from portward.gateway import keeper
+from portward.gateway import keeper, namespacelock
 from portward.gateway.queues import QueueState
 from portward.model import Mode
 
@@ -97,3 +101,40 @@ def test_without_an_agent_on_this_table_one_with_another_table_is_named(
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
     assert said in rules.without_agent(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "comment", "told"),
+    [
+        (False, None, "no ruleset of portward is loaded here"),
+        (True, "portward, process 4711", r"the agent runs \(process 4711 by its own count\).* stop it first"),
+        (True, "other", "another program owns table inet portward_lock"),
+    ],
+)
+def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, comment: str | None, told: str
+) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
+    monkeypatch.setattr(keeper, "loaded", lambda _: loaded)
+    monkeypatch.setattr(keeper, "closed", lambda _: False)
+    monkeypatch.setattr(namespacelock, "lasting_holder", namespacelock.holder)
+    result = CliRunner().invoke(app, ["rules", "remove"])
+    assert result.stdout == ""
+    assert re.search(told, str(result.exception))
+
+
+def test_what_libraries_write_to_standard_error_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Noisy:
+        def listing(self, table: str) -> str:
+            os.write(2, b"libxtables: unhandled NFPROTO in xtables_set_nfproto\n")
+            return f"table {table} {{}}\n"
+
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
+    monkeypatch.setattr(rules, "Nft", Noisy)
+    monkeypatch.setattr(keeper, "loaded", lambda _: True)
+    monkeypatch.setattr(keeper, "closed", lambda _: False)
+    assert rules.loaded() == "table inet portward {}\n"
+    os.write(2, b"heard\n")
+    assert capfd.readouterr().err == "heard\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import typer
 
@@ -19,6 +19,9 @@ JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON,
 JsonLinesOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON, for a machine: an object on each line.")
 ]
+
+# The error of a verb whose question was not answered by yes.
+STOPPED: Final = "stopped at the question: nothing was changed"
 
 
 def remark(lines: Iterable[str], *, err: bool = False) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from portward.cli.options import DEFAULT_PATH, ConfigOption
+from portward.cli.options import DEFAULT_PATH, STOPPED, ConfigOption
 from portward.cli.streams import put, say
+from portward.errors import PortwardError
 
 app = typer.Typer(help="What is loaded in the kernel.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -58,5 +60,15 @@ def remove(
     from portward import rules  # noqa: PLC0415 # as above
 
     if not yes:
-        typer.confirm("Every tenant may then send on port 25. Stop enforcing?", abort=True)
+        rules.check_removable()
+        _ask("Every tenant may then send on port 25. Stop enforcing?")
     say(rules.remove())
+
+
+def _ask(question: str) -> None:
+    """Returns if the answer is yes; raises PortwardError if it is not, and typer.Abort if there is none."""
+    agreed = typer.confirm(question)
+    if not sys.stdin.isatty():
+        say("")  # a pipe shows no answer, and so no end of the question's line
+    if not agreed:
+        raise PortwardError(STOPPED)

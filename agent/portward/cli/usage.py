@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import typer
 
+from portward.cli.options import STOPPED
 from portward.cli.program import app
 from portward.cli.streams import say
 from portward.cli.words import drop_unreadable_variables
@@ -39,7 +40,7 @@ def run() -> int:
         code = app(prog_name="portward", standalone_mode=False)
     except typer.Abort:
         say("")  # ends the question's line
-        raise PortwardError("stopped at the question: nothing was changed") from None
+        raise PortwardError(STOPPED) from None
     except typer.TyperException as error:
         raised: Any = error
         if type(error).__name__ == "NoArgsIsHelpError":  # a group without a verb: its help
