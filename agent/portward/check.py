@@ -121,7 +121,10 @@ def _fraud_check(config: Config) -> Iterator[str]:
         return
     program = config.exemptions.check[0]
     if (found := shutil.which(program)) is None:
-        yield f"exemptions.check: {program} cannot be run here: each request for review waits for a person"
+        yield (
+            f"WARNING: exemptions.check: {program} cannot be run here: there is no such program, or it may not be "
+            "executed; each request for review waits for a person"
+        )
     else:
         yield f"exemptions.check: {found}"
 

@@ -41,7 +41,9 @@ def check(command: tuple[str, ...], seconds: float, case: Case, asked: Applicati
         code, out = _run(command, seconds, _request(case, asked, by))
     except subprocess.TimeoutExpired:
         return _refer(f"it gave no answer within {seconds:g} s")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        return _refer(f"{command[0]} cannot be run: {error.strerror or error}")
+    except ValueError as error:
         return _refer(f"{command[0]} cannot be run: {error}")
     if code:
         return _refer(f"it ended with {code}")

@@ -108,6 +108,20 @@ def test_a_file_that_may_not_be_read_is_told_as_any_other(monkeypatch: pytest.Mo
         usage.run()
 
 
+@pytest.mark.parametrize("words", [(), ("policy",), ("policy", "list"), ("explain",)], ids=" ".join)
+def test_help_is_had_as_operators_ask_for_it(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["portward", *arguments])
+        assert usage.run() == 0
+        return capsys.readouterr().out
+
+    long = shown(*words, "--help")
+    assert "Usage: " + " ".join(("portward", *words)) in long
+    assert shown(*words, "-h") == shown("help", *words) == long
+
+
 def test_a_group_without_a_verb_shows_its_help() -> None:
     result = portward("exemption")
     assert result.returncode == 2

@@ -140,6 +140,7 @@ def test_what_is_not_there_refers(command: str) -> None:
     found = fraud.check((command,), 2.0, CASE, ASKED, "bob")
     assert found.result is FraudCheck.REFER
     assert "cannot be run" in found.note
+    assert "Errno" not in found.note
 
 
 def test_a_note_cannot_play_tricks_on_a_terminal(check: Check) -> None:

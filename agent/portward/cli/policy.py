@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from portward.cli.options import JsonOption
+from portward import config as configuration
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.cli.streams import say, say_json
 from portward.documents import network_text
 from portward.policy import preset as presets
@@ -18,7 +19,10 @@ app = typer.Typer(
 
 
 @app.command("list")
-def list_(json: JsonOption = False) -> None:
+def list_(
+    json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,  # not read: the same presets come with portward everywhere
+) -> None:
     """List the presets that come with portward.
 
     Example: portward policy list
@@ -43,14 +47,23 @@ def list_(json: JsonOption = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name, or the path of your own.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PRESET",
+            help="A preset's name, or the path of your own; without it, the one of the configuration.",
+        ),
+    ] = None,
     json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
 ) -> None:
     """Show what a preset says, offer by offer.
 
     Example: portward policy show azure-2020
     """
-    preset = presets.load(name)
+    preset = (
+        presets.load(configuration.load(config).preset, named_in=config) if name is None else presets.load(name)
+    )
     if json:
         say_json(preset)
         return

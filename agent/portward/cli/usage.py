@@ -4,6 +4,7 @@ be right. typer would take three, and words of its own."""
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, Final
 
 import typer
@@ -37,7 +38,7 @@ def run() -> int:
     """Runs the verb that the command line names, and gives the exit code; raises PortwardError."""
     drop_unreadable_variables()
     try:
-        code = app(prog_name="portward", standalone_mode=False)
+        code = app(_words(sys.argv[1:]), prog_name="portward", standalone_mode=False)
     except typer.Abort:
         say("")  # ends the question's line
         raise PortwardError(STOPPED) from None
@@ -48,6 +49,11 @@ def run() -> int:
             return int(raised.exit_code)
         raise InputError(_told(raised.format_message()) + _help(getattr(raised, "ctx", None))) from None
     return code if isinstance(code, int) else 0
+
+
+def _words(given: list[str]) -> list[str]:
+    """The words of the command line; `help VERB` is `VERB --help`."""
+    return [*given[1:], "--help"] if given[:1] == ["help"] else given
 
 
 def _told(message: str) -> str:

@@ -62,6 +62,14 @@ def test_show_takes_a_path(tmp_path: Path) -> None:
     assert "any offer" in text
 
 
+def test_show_takes_the_preset_of_the_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "portward.toml"
+    path.write_text('segments = ["vni*"]\nuplinks = ["up0"]\npreset = "hetzner"\n')
+    assert run("show", "--config", str(path)) == run("show", "hetzner")
+    assert run("show", "oracle", "--config", str(path)) == run("show", "oracle")
+    assert run("list", "--config", str(path)) == run("list")
+
+
 def test_an_unknown_name_is_an_error_for_the_program_to_print() -> None:
     with pytest.raises(InputError, match="did you mean 'oracle'"):
         run("show", "oracel")
