@@ -35,6 +35,7 @@ class Here(StrEnum):
     OBSERVES = "observes"  # whoever sends, it passes, and the verdict is only counted
     PART = "part"  # judged, or dropped if the packet falls into a queue that no worker answers
     UNWATCHED = "unwatched"
+    STACKED = "stacked"  # other devices take the packets before they are judged
     OPEN = "open"  # whoever sends, it passes
     CLOSED = "closed"  # whoever sends, it is dropped
     NOBODY_ANSWERS = "nobody-answers"  # dropped
@@ -70,6 +71,8 @@ def here(host: Host) -> Here:
         return Here.OPEN
     if host.agent is Agent.ELSEWHERE:
         return Here.UNKNOWN
+    if host.stacked:
+        return Here.STACKED
     if host.workers in (Workers.ANSWER, Workers.PART):
         return _answered(host)
     if host.workers is Workers.NONE and host.opens:

@@ -111,7 +111,7 @@ def _remedy(found: Explanation, here: Now) -> str:
 def _behind(config: Config) -> Iterator[str]:
     """What the agent here has not taken in yet."""
     if running(config.table) is not None and (why := host.behind_store(config)):
-        yield f"{why}, which this gateway has not taken in: see `portward status`"
+        yield host.not_taken_in(why)
 
 
 def lines(found: Explanation) -> Iterator[str]:

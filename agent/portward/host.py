@@ -183,6 +183,11 @@ def behind_store(config: Config) -> str:
     return f"the store is at revision {newest}"
 
 
+def not_taken_in(what: str) -> str:
+    """The remark on what `behind_store` says."""
+    return f"{what}, which this gateway has not taken in: see `portward status`"
+
+
 def devices() -> tuple[Device, ...]:
     """The network devices of this host; none if the kernel does not say."""
     try:

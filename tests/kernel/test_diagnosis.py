@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from ipaddress import ip_network
 from typing import Any
 from uuid import UUID, uuid4
 
-from kernel.conftest import DENIED, Gateway
+import pytest
+
+from kernel.conftest import ALLOWED, DENIED, Gateway, source_records
 from kernel.wire import segment
+from portward.lab import namespaces
 from portward.lab.agent import until
-from portward.lab.topology import FABRIKAM
+from portward.lab.topology import CONTOSO, FABRIKAM, Tenant
 from portward.model import Attachment, Exemption, ExemptionState, RateLimit, Subscription
 
 
@@ -28,6 +32,25 @@ def drops(answer: dict[str, Any], address: str) -> dict[str, Any]:
     """What was dropped of one machine."""
     (found,) = [machine["drops"] for machine in answer["facts"]["machines"] if machine["address"] == address]
     return dict(found)
+
+
+PASSES_STILL = "At this moment these connections may pass all the same, since our block is not in force"
+FAULT = "That is a fault on our side"
+NOT_SEEN = "at this moment, we could not see."
+
+
+def outcomes(answer: dict[str, Any]) -> list[str]:
+    """The outcome of each machine."""
+    return [machine["outcome"] for machine in answer["facts"]["machines"]]
+
+
+def bridge(gateway: Gateway, tenant: Tenant) -> None:
+    """Puts a bridge on the tenant's segment, and waits until the agent has seen it."""
+    namespaces.batch(
+        gateway.lab.gateway,
+        ["link add br9 type bridge", f"link set {tenant.segment} master br9", "link set br9 up"],
+    )
+    until(lambda: "STACKED" in gateway.agent.portward("status").stdout, "the agent has seen the bridge")
 
 
 def test_dropped_packets_are_told_by_machine(gateway: Gateway) -> None:
@@ -107,3 +130,86 @@ def test_an_observed_gateway_says_that_packets_pass(make_gateway: Callable[..., 
     assert answer["matters"][0]["observed"]
     assert drops(answer, "10.0.0.170")["observed"] == 2
     assert drops(answer, "10.0.0.170")["refused"] == 0
+    assert answer["facts"]["here"] == "observes"
+
+
+def test_who_may_send_is_not_told_that_nothing_is_blocked_while_a_bridge_takes_his_packets(
+    make_gateway: Callable[..., Gateway],
+) -> None:
+    gateway = make_gateway()
+    id_ = gateway.source(CONTOSO, "10.0.0.81", ALLOWED)
+    gateway.agent.apply(
+        Attachment(segment=FABRIKAM.segment, address=ip_network("10.0.0.81"), subscription=id_),
+    )
+    answer = told(gateway, str(id_))
+    assert (outcomes(answer), answer["facts"]["here"]) == (["as-policy", "as-policy"], "judges")
+    assert "Nothing is blocked here" in answer["customer"]
+    bridge(gateway, CONTOSO)
+    assert not gateway.passes(CONTOSO, "10.0.0.81")
+    assert gateway.passes(FABRIKAM, "10.0.0.81")
+    answer = told(gateway, CONTOSO.segment, "10.0.0.81")
+    assert [machine["segment"] for machine in answer["facts"]["machines"]] == [CONTOSO.segment, FABRIKAM.segment]
+    assert outcomes(answer) == ["shut", "as-policy"]
+    assert [matter["ways"] for matter in answer["matters"]] == [[["gateway"]], [["none"]]]
+    assert answer["facts"]["places"] == {CONTOSO.segment: "stacked", FABRIKAM.segment: "judges"}
+    before, after = answer["customer"].split("Nothing is blocked here")
+    assert FAULT in before
+    assert FAULT not in after
+
+
+def test_who_may_not_send_is_not_told_that_he_is_blocked_while_a_verdict_of_before_lets_him_pass(
+    make_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent is gone, its worker stays, and the store goes on."""
+    monkeypatch.setenv("PORTWARD_WORKERS_STAY", "60")
+    gateway = make_gateway()
+    id_ = gateway.source(FABRIKAM, "10.0.0.82", ALLOWED)
+    assert gateway.passes(FABRIKAM, "10.0.0.82")
+    gateway.agent.stop(signal.SIGKILL)
+    gateway.agent.process = None
+    gateway.agent.apply(*source_records(FABRIKAM, "10.0.0.82", DENIED, id_))
+    assert gateway.passes(FABRIKAM, "10.0.0.82")
+    answer = told(gateway, str(id_))
+    assert (outcomes(answer), answer["facts"]["here"]) == (["open"], "unwatched")
+    assert PASSES_STILL in answer["customer"]
+    for name in ("allow4", "rates4"):
+        kind = "map" if name == "rates4" else "set"
+        gateway.lab.run(gateway.lab.gateway, "nft", "flush", kind, "inet", "portward", name)
+    assert outcomes(told(gateway, str(id_))) == ["open"], "the worker goes by the table that was left"
+    assert gateway.passes(FABRIKAM, "10.0.0.82")
+    printed = gateway.agent.portward("diagnose", str(id_)).stdout
+    assert "this gateway judges by the policy" not in printed
+    assert "NOT KNOWN: no agent reports on this gateway" in printed
+
+
+def test_while_the_agent_does_not_report_a_letter_says_only_the_policy(
+    make_gateway: Callable[..., Gateway],
+) -> None:
+    """It also says that the store holds what this agent has not taken in."""
+    gateway = make_gateway()
+    id_ = gateway.source(FABRIKAM, "10.0.0.83", DENIED)
+    assert gateway.agent.process is not None
+    gateway.agent.process.send_signal(signal.SIGSTOP)
+    try:
+        printed = gateway.agent.portward("exemption", "request", str(id_), "--json").stdout
+        revision = json.loads(printed)["revision"]
+        until(lambda: told(gateway, str(id_))["facts"]["here"] == "unwatched", "the agent is seen as silent")
+        answer = told(gateway, str(id_))
+        assert outcomes(answer) == ["unknown"]
+        assert NOT_SEEN in answer["customer"]
+        assert answer["facts"]["behind"] == f"the store is at revision {revision}"
+        assert answer["remarks"] == [
+            f"the store is at revision {revision}, which this gateway has not taken in: see `portward status`"
+        ]
+        assert "A change of our records is not in force yet" in answer["customer"]
+    finally:
+        gateway.agent.process.send_signal(signal.SIGCONT)
+    until(lambda: outcomes(told(gateway, str(id_))) == ["as-policy"], "the agent reports again")
+
+
+def test_of_a_segment_that_is_not_here_a_letter_says_only_the_policy(gateway: Gateway) -> None:
+    answer = told(gateway, "vni7999", "10.0.0.4")
+    assert answer["facts"]["here"] is None
+    assert NOT_SEEN in answer["customer"]
+    printed = gateway.agent.portward("diagnose", "vni7999", "10.0.0.4").stdout
+    assert "not known: no segment in question is an interface of this host now" in printed

@@ -12,6 +12,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from portward.diagnosis.facts import Facts, Machine
+from portward.diagnosis.outcome import Outcome
 from portward.exemptions import SELF_SERVICE, State
 from portward.model import Reason, Standing
 from portward.policy.preset import ExemptionPath, Preset
@@ -38,6 +39,7 @@ class Step(StrEnum):
     OTHER_SUBSCRIPTION = "other-subscription"
     TELL_SUBSCRIPTION = "tell-subscription"
     GATEWAY = "gateway"
+    LOOK = "look-at-gateway"
 
 
 Way: TypeAlias = tuple[Step, ...]
@@ -51,13 +53,18 @@ _ORDER: Final = (
 )  # fmt: skip
 
 
+# What is not as the policy says comes first.
+_OUTCOMES: Final = (Outcome.SHUT, Outcome.OPEN, Outcome.UNKNOWN, Outcome.AS_POLICY)
+
+
 class Matter(msgspec.Struct, frozen=True):
-    """A reason, the machines that it holds for, and the ways on. `observed`: none of them is blocked all the same,
-    as the rule is only observed."""
+    """A reason, the machines that it holds for and have the same outcome, and the ways on. `observed`: the policy
+    lets them pass all the same, as the rule is only observed."""
 
     reason: Reason
     machines: tuple[Machine, ...]
     ways: tuple[Way, ...]
+    outcome: Outcome
     observed: bool = False
 
     @property
@@ -69,11 +76,14 @@ class Matter(msgspec.Struct, frozen=True):
 def in_order(machines: tuple[Machine, ...], first: Machine | None = None) -> tuple[Machine, ...]:
     """The machines with those that need something first; `first` before all others."""
 
-    def place(machine: Machine) -> tuple[bool, int, bool, str, int, int]:
+    def place(machine: Machine) -> tuple[object, ...]:
         network = machine.address
         return (
             machine != first,
+            machine.reason.allows and machine.outcome is not Outcome.SHUT,
             _ORDER.index(machine.reason),
+            _OUTCOMES.index(machine.outcome),
+            machine.observed,
             not (machine.drops and machine.drops.beyond_limit),
             machine.segment,
             network.version,
@@ -90,22 +100,45 @@ def matters(preset: Preset, facts: Facts) -> tuple[Matter, ...]:
         reason = facts.reason_of_machines(preset)
         if reason is Reason.DENIED_RESTART_REQUIRED and facts.exemption and facts.exemption.decided:
             reason = Reason.ALLOWED_EXEMPT  # for all that is started from now on
-        return (Matter(reason, facts.machines, _ways(preset, facts, reason, facts.machines)),)
+        without = _matter(preset, facts, reason, (), facts.outcome, observed=facts.observed)
+        return _split(preset, facts, reason, facts.machines) or (without,)
     found = sorted({machine.reason for machine in facts.machines}, key=_ORDER.index)
+    made = [one for reason in found for one in _split(preset, facts, reason, facts.machines)]
     if facts.asked is not None:
-        found.sort(key=lambda reason: reason is not facts.machines[0].reason)
-    return tuple(_matter(preset, facts, reason) for reason in found)
+        made.sort(key=lambda matter: facts.machines[0] not in matter.machines)
+    return tuple(made)
 
 
-def _matter(preset: Preset, facts: Facts, reason: Reason) -> Matter:
-    machines = tuple(machine for machine in facts.machines if machine.reason is reason)
-    observed = not reason.allows and all(machine.observed for machine in machines)
-    return Matter(reason, machines, _ways(preset, facts, reason, machines), observed)
+def _split(preset: Preset, facts: Facts, reason: Reason, machines: tuple[Machine, ...]) -> tuple[Matter, ...]:
+    """The matters of the machines that the reason holds for: one for each outcome, and apart what is observed."""
+    kinds: dict[tuple[int, bool], list[Machine]] = {}
+    for machine in machines:
+        if machine.reason is reason:
+            observed = machine.observed and not reason.allows
+            kinds.setdefault((_OUTCOMES.index(machine.outcome), observed), []).append(machine)
+    return tuple(
+        _matter(preset, facts, reason, tuple(held), _OUTCOMES[number], observed=observed)
+        for (number, observed), held in sorted(kinds.items(), key=lambda kind: kind[0])
+    )
+
+
+def _matter(
+    preset: Preset,
+    facts: Facts,
+    reason: Reason,
+    machines: tuple[Machine, ...],
+    found: Outcome,
+    *,
+    observed: bool = False,
+) -> Matter:
+    if reason.allows and found is Outcome.SHUT:
+        return Matter(reason, machines, ((Step.GATEWAY,),), found)
+    if reason.allows and found is Outcome.UNKNOWN:
+        return Matter(reason, machines, ((Step.LOOK,),), found)
+    return Matter(reason, machines, _ways(preset, facts, reason, machines), found, observed)
 
 
 def _ways(preset: Preset, facts: Facts, reason: Reason, machines: tuple[Machine, ...]) -> tuple[Way, ...]:
-    if reason.allows and facts.shuts:
-        return ((Step.GATEWAY,),)
     relay: Way = (Step.RELAY if relay_is_free(preset) else Step.API,)
     match reason:
         case Reason.DENIED_UNKNOWN_SOURCE:

@@ -11,14 +11,18 @@ import msgspec
 from portward.diagnosis.advice import Step, Way, in_order, matters
 from portward.diagnosis.facts import Drops, Facts, Kernel, Machine, Metrics, Place
 from portward.diagnosis.letter import letter
+from portward.diagnosis.outcome import Outcome
 from portward.documents import network_text
 from portward.effect import Here
 from portward.exemptions import State
+from portward.interfaces import shown
 from portward.language import Language, marked, marked_many
 from portward.model import Exemption, FraudCheck, Mode, Reason, Standing, Subscription, Workload
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_in_words, remedy
 
+# How many segments are named.
+_SEGMENTS: Final = 5
 # How many machines are listed where nobody asks for all.
 LISTED: Final = 20
 
@@ -58,16 +62,26 @@ _STEPS: Final = {
     Step.OTHER_SUBSCRIPTION: marked("another kind of subscription"),
     Step.TELL_SUBSCRIPTION: marked("find out whose it is, and add the missing record"),
     Step.GATEWAY: marked("provider: this gateway drops what the policy allows, see `portward status`"),
+    Step.LOOK: marked(
+        "provider: find out what happens to it, with `portward diagnose SEGMENT ADDRESS` on its gateway"
+    ),
 }
 _PACKETS: Final = (
     marked_many("{n} packet refused", "{n} packets refused"),
     marked_many("{n} connection dropped beyond the limit", "{n} connections dropped beyond the limit"),
 )
 _OBSERVED: Final = marked_many("{n} packet passed as observed", "{n} packets passed as observed")
+_NOT_PERMITTED: Final = marked("not known: asking the kernel needs root or CAP_NET_ADMIN")
+_ELSEWHERE: Final = marked("not known: {who} enforces here, with another table folder")
+_OUTCOMES: Final = {
+    Outcome.SHUT: marked("MAY BE DROPPED NOW all the same"),
+    Outcome.OPEN: marked("MAY PASS NOW all the same"),
+    Outcome.UNKNOWN: marked("not known what happens now"),
+}
 _KERNEL: Final = {
     Kernel.NO_INTERFACE: marked("not known: no segment of these machines is an interface of this host now"),
     Kernel.NO_RULESET: marked("nothing is enforced here: no ruleset of portward is loaded"),
-    Kernel.NOT_PERMITTED: marked("not known: asking the kernel needs root or CAP_NET_ADMIN"),
+    Kernel.NOT_PERMITTED: _NOT_PERMITTED,
 }
 _HERE: Final = {
     Here.JUDGES: marked("this gateway judges by the policy"),
@@ -88,9 +102,10 @@ _HERE: Final = {
         "NO AGENT ANSWERS on this gateway: sources without a cached verdict are dropped, allowed or not"
     ),
     Here.NOBODY_ANSWERS_OPEN: marked(
-        "NO AGENT ANSWERS on this gateway: sources without a cached verdict pass, allowed or not"
+        "NO AGENT ANSWERS on this gateway: sources of these segments without a cached verdict pass, allowed or not"
     ),
-    Here.UNKNOWN: marked("not known: asking the kernel needs root, or another agent enforces on this gateway"),
+    Here.STACKED: marked("other devices take the packets of these segments before they are judged: see STACKED"),
+    Here.UNKNOWN: _NOT_PERMITTED,
 }
 _METRICS: Final = {
     Metrics.NO_AGENT: marked("what was dropped before that is not known: no agent runs here"),
@@ -100,12 +115,13 @@ _METRICS: Final = {
 
 
 class Told(msgspec.Struct, frozen=True):
-    """A matter in codes, with the number of machines that it holds for."""
+    """A matter in codes, with the number of machines that it holds for. `observed`: the rule is only observed."""
 
     reason: Reason
     machines: int
     observed: bool
     ways: tuple[Way, ...]
+    outcome: Outcome = Outcome.UNKNOWN
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
@@ -124,7 +140,9 @@ def diagnosis(preset: Preset, facts: Facts, say: Language) -> Diagnosis:
     """What follows from the facts; its machines are in order, those that need something first."""
     facts = _ordered(facts)
     found = matters(preset, facts)
-    told = tuple(Told(matter.reason, len(matter.machines), matter.observed, matter.ways) for matter in found)
+    told = tuple(
+        Told(matter.reason, len(matter.machines), matter.observed, matter.ways, matter.outcome) for matter in found
+    )
     return Diagnosis(facts, facts.state, told, say.code, letter(preset, facts, found, say))
 
 
@@ -163,15 +181,15 @@ def _title(preset: Preset, facts: Facts, say: Language) -> str:
 
 def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> Iterator[tuple[str, str]]:
     if facts.subscription is not None:
-        yield say("account"), _account(facts.subscription, say)
+        yield say("account"), _account(facts, facts.subscription, say)
         for number, text in enumerate(_exemption(facts.state, facts.exemption, say)):
             yield say("exemption") if number == 0 else "", text
     if facts.id is not None:
         yield from _machines(facts, say, listed)
     if facts.subscription is None:
         yield say("record"), remedy(preset, Reason.DENIED_UNKNOWN_SOURCE, None, say)
-    if facts.here is not None:
-        yield say("now"), say(_HERE[facts.here])
+    for number, text in enumerate(_now(facts, say)):
+        yield say("now") if number == 0 else "", text
     yield from (("STACKED", line) for line in facts.stacked)
     for number, text in enumerate(_dropped(facts, say)):
         yield say("dropped") if number == 0 else "", text
@@ -180,14 +198,30 @@ def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> It
     yield say("from"), _source(facts, say)
 
 
-def _account(subscription: Subscription, say: Language) -> str:
+def _now(facts: Facts, say: Language) -> Iterator[str]:
+    """What this host does to these segments; to which, if not to all the same."""
+    if facts.elsewhere and facts.here is Here.UNKNOWN:
+        yield say(_ELSEWHERE, who=facts.elsewhere)
+        return
+    places: dict[Here, list[str]] = {}
+    for segment, place in facts.places.items():
+        places.setdefault(place, []).append(shown(segment))
+    if not places and (facts.machines or facts.asked):
+        yield say("not known: no segment in question is an interface of this host now")
+    for place, segments in places.items():
+        of = f"{', '.join(segments[:_SEGMENTS])}{' …' if len(segments) > _SEGMENTS else ''}: "
+        yield f"{of if len(places) > 1 else ''}{say(_HERE[place])}"
+
+
+def _account(facts: Facts, subscription: Subscription, say: Language) -> str:
     words = [
         say(_STANDINGS[subscription.standing]),
         say("with a payment history") if subscription.payment_history else say("without a payment history"),
         say("created on {day}", day=say.day(subscription.created)),
     ]
     if subscription.mode is Mode.OBSERVE:
-        words.append(say("only observed: its packets pass"))
+        as_policy = all(machine.outcome is Outcome.AS_POLICY for machine in facts.machines)
+        words.append(say("only observed: its packets pass") if as_policy else say("only observed"))
     return ", ".join(words)
 
 
@@ -233,14 +267,17 @@ def _machines(facts: Facts, say: Language, listed: int | None) -> Iterator[tuple
     )  # fmt: skip
     for reason, number in Counter(machine.reason for machine in machines).items():
         yield "", f"{say.number(number)} × {reason_in_words(reason, say)} ({reason.value})"
-    shown = machines[:listed]
-    for number, machine in enumerate(shown):
-        yield ("→" if number == 0 and facts.asked else ""), _machine(machine, facts.kernel, say)
-    if (rest := len(machines) - len(shown)) > 0:
+    listed_ones = machines[:listed]
+    same = len({machine.outcome for machine in machines}) == 1
+    for number, machine in enumerate(listed_ones):
+        told = _machine(machine, facts.kernel, say, doubt=not same)
+        yield ("→" if number == 0 and facts.asked else ""), told
+    if (rest := len(machines) - len(listed_ones)) > 0:
         yield "", say.many("and {n} more: --all", "and {n} more: --all", rest, n=say.number(rest))
 
 
-def _machine(machine: Machine, kernel: Kernel, say: Language) -> str:
+def _machine(machine: Machine, kernel: Kernel, say: Language, *, doubt: bool) -> str:
+    as_policy = machine.outcome is Outcome.AS_POLICY
     words = [f"{machine.segment} {network_text(machine.address)}  {machine.reason.value}"]
     if machine.reason is Reason.DENIED_RESTART_REQUIRED:
         words.append(say("needs a restart"))
@@ -251,7 +288,9 @@ def _machine(machine: Machine, kernel: Kernel, say: Language) -> str:
     else:
         words.append(say("last start unknown"))
     if machine.observed and not machine.reason.allows:
-        words.append(say("only observed: its packets pass"))
+        words.append(say("only observed: its packets pass") if as_policy else say("only observed"))
+    if not as_policy and (doubt or machine.outcome is not Outcome.UNKNOWN):
+        words.append(say(_OUTCOMES[machine.outcome]))
     if machine.drops is not None:
         words += _packets(machine.drops, say)
     elif kernel is Kernel.ASKED:

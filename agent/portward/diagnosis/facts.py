@@ -8,7 +8,8 @@ from uuid import UUID
 
 import msgspec
 
-from portward.effect import Here
+from portward.diagnosis.outcome import Outcome
+from portward.effect import Here, Now
 from portward.exemptions import State, state_of
 from portward.model import Exemption, Network, Reason, Subscription, Workload
 from portward.policy.decide import rule
@@ -62,8 +63,8 @@ class Drops(msgspec.Struct, frozen=True):
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """An attachment: an address, or a prefix. `observed`: packets pass whatever the reason says. `drops` is None
-    where the kernel did not say."""
+    """An attachment: an address, or a prefix. `observed`: the reason is only observed. `drops` is None where the
+    kernel did not say. `now` is what happens on this host (to a prefix: to what has no cached verdict)."""
 
     segment: str
     address: Network
@@ -72,6 +73,8 @@ class Machine(msgspec.Struct, frozen=True):
     started: datetime | None = None
     observed: bool = False
     drops: Drops | None = None
+    now: Now | None = None
+    outcome: Outcome = Outcome.UNKNOWN
 
 
 class SinceStart(msgspec.Struct, frozen=True):
@@ -93,10 +96,13 @@ class Asked(msgspec.Struct, frozen=True):
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a diagnosis is made from. `asked` is the source that was asked about, and then its machine,
-    if any, comes first in `machines`. `here` is what this host does to sources without a cached verdict; None
-    if no machine's segment is an interface of it; `stacked` is what takes packets of these segments before
-    they are judged. `subscription` is None for a source of nobody, and where the records lack it: then `id`
-    says whose it should be. `remembered` is for how many seconds the kernel counts what it drops."""
+    if any, comes first in `machines`; of a source of nobody, `now` and `outcome` say what happens to it, and
+    `observed` whether its segment is only observed. `here` is what this host does to sources without a cached
+    verdict, None if no machine's segment is an interface of it, and `places` says it for each segment; `stacked`
+    is what takes packets of these segments before they are judged. `elsewhere` is who enforces here in place of an
+    agent on this table. `behind` is what the store holds and the running agent has not taken in. `subscription` is
+    None for a source of nobody, and where the records lack it: then `id` says whose it should be. `remembered` is
+    for how many seconds the kernel counts what it drops."""
 
     at: datetime
     place: Place
@@ -112,7 +118,13 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     remembered: int = 60
     nobody: Drops | None = None
     here: Here | None = None
+    places: dict[str, Here] = {}
     stacked: tuple[str, ...] = ()
+    elsewhere: str = ""
+    behind: str = ""
+    now: Now | None = None
+    outcome: Outcome = Outcome.UNKNOWN
+    observed: bool = False
     metrics: Metrics = Metrics.NO_AGENT
     since_start: SinceStart | None = None
 
@@ -120,16 +132,6 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     def state(self) -> State:
         """Where the exemption stands."""
         return state_of(self.exemption, self.at)
-
-    @property
-    def opens(self) -> bool:
-        """Whether this host lets pass what the policy does not allow."""
-        return self.here in (Here.OPEN, Here.NOBODY_ANSWERS_OPEN)
-
-    @property
-    def shuts(self) -> bool:
-        """Whether this host drops what the policy allows, unless a verdict of before is cached."""
-        return self.here in (Here.CLOSED, Here.NOBODY_ANSWERS)
 
     @property
     def drops(self) -> Drops | None:

@@ -4,27 +4,26 @@ kernel dropped lately; what the agent has counted since its start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
 
-from portward import effect, host
+from portward import host
 from portward.addresses import asked
 from portward.config import Config
 from portward.diagnosis import counted, kernel
 from portward.diagnosis.answer import Diagnosis, diagnosis
-from portward.diagnosis.facts import Asked, Facts, Machine
+from portward.diagnosis.facts import Asked, Facts, Machine, Place
 from portward.diagnosis.places import Accounts, Matched, accounts
+from portward.diagnosis.sight import Sight
 from portward.documents import brief
-from portward.effect import Here
+from portward.effect import Here, Policy
 from portward.errors import InputError, PortwardError
-from portward.gateway import stacking
-from portward.gateway.links import index_of
 from portward.language import Language
-from portward.model import Address, Mode, Network
+from portward.model import Address, Mode, Network, Reason
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
 from portward.settings import settings
@@ -32,6 +31,11 @@ from portward.store.belongings import Belongings, uuid_of
 
 # How many subscriptions of the same name are told.
 _CANDIDATES: Final = 10
+# Of several segments the first of these is told in one word.
+_WORST: Final = (
+    Here.UNKNOWN, Here.CLOSED, Here.OPEN, Here.NOBODY_ANSWERS, Here.UNWATCHED, Here.PART, Here.NOBODY_ANSWERS_OPEN,
+    Here.STACKED, Here.JUDGES, Here.OBSERVES,
+)  # fmt: skip
 
 
 def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[Preset, Diagnosis]:
@@ -44,7 +48,10 @@ def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[
         facts = _of_account(config, preset, place, who) if source is None else (
             _of_source(config, preset, place, who, source)
         )  # fmt: skip
-    return preset, replace(diagnosis(preset, facts, say), remarks=remarks)
+    # The table is open only once in a process, and what follows opens it anew.
+    facts = _seen(config, facts, source)
+    behind = (host.not_taken_in(facts.behind),) if facts.behind else ()
+    return preset, replace(diagnosis(preset, facts, say), remarks=(*remarks, *behind))
 
 
 def judged(
@@ -96,15 +103,7 @@ def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, ad
         if held:
             return replace(_facts(config, preset, place, held[0], matched), asked=asked)
     drops, answer = kernel.of_nobody(segment, address)
-    here = _here(config, [segment])
-    return replace(
-        _bare(config, preset, place),
-        asked=asked,
-        nobody=drops,
-        kernel=answer,
-        here=here,
-        stacked=_stacked(config, [segment]),
-    )
+    return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer)
 
 
 def _facts(
@@ -125,24 +124,38 @@ def _facts(
         exemption=held.exemption,
         machines=machines,
         kernel=answer,
-        here=_here(config, [machine.segment for machine in machines]),
-        stacked=_stacked(config, [machine.segment for machine in machines]),
         metrics=metrics,
         since_start=since_start,
     )
 
 
-def _here(config: Config, segments: Iterable[str]) -> Here | None:
-    """What this host does to sources without a cached verdict; None if none of these segments is here."""
-    present = [segment for segment in set(segments) if index_of(segment)]
-    if not present:
-        return None
-    return effect.here(host.look(config, present))
-
-
-def _stacked(config: Config, segments: Iterable[str]) -> tuple[str, ...]:
-    """What takes the packets of these segments before they are judged."""
-    return tuple(stacking.concerning(host.devices(), config, set(segments)))
+def _seen(config: Config, facts: Facts, source: Address | None) -> Facts:
+    """The facts with what happens on this host now, to each machine or to a source of nobody."""
+    sight = Sight(config)
+    segments = [machine.segment for machine in facts.machines]
+    if facts.asked is not None and source is not None and not segments:
+        segments, observed = [facts.asked.segment], config.observes(facts.asked.segment)
+        now, outcome = sight.source(facts.asked.segment, source, Policy(verdict="deny", observed=observed))
+        facts = replace(facts, now=now, outcome=outcome, observed=observed)
+    limited = facts.exemption is not None and facts.exemption.limit is not None
+    machines = tuple(
+        sight.met(
+            machine,
+            limited=limited and machine.reason is Reason.ALLOWED_EXEMPT,
+            source=source if number == 0 else None,
+        )
+        for number, machine in enumerate(facts.machines)
+    )
+    places = sight.places(segments)
+    return replace(
+        facts,
+        machines=machines,
+        here=min(places.values(), key=_WORST.index, default=None),
+        places=places,
+        stacked=sight.stacked(segments),
+        elsewhere=sight.elsewhere(segments),
+        behind=host.behind_store(config) if facts.place is Place.TABLE else "",
+    )
 
 
 def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:

@@ -13,6 +13,7 @@ from portward.characters import shown
 from portward.diagnosis.advice import Matter, Step, Way
 from portward.diagnosis.facts import Asked as AskedSource
 from portward.diagnosis.facts import Facts, Machine
+from portward.diagnosis.outcome import Outcome
 from portward.documents import network_text
 from portward.exemptions import ANTI_FRAUD, SELF_SERVICE, State
 from portward.language import Language, marked
@@ -85,6 +86,8 @@ _NO_RECORD: Final = marked(
 def letter(preset: Preset, facts: Facts, found: tuple[Matter, ...], say: Language) -> str:
     """The text, in paragraphs with a blank line between them."""
     parts = [say("Hello,"), _opening(preset, facts, say)]
+    if facts.behind:
+        parts.append(say("A change of our records is not in force yet; once it is, this may change."))
     for matter in found:
         told = _Told(preset, facts, matter, say)
         first = facts.asked is not None and matter is found[0]
@@ -171,7 +174,7 @@ class _Told:
         yield from self._decision()
         yield from self._limit()
         yield from self._now()
-        if self._matter.observed:
+        if self._matter.observed and self._matter.outcome is Outcome.AS_POLICY:
             yield self._say(
                 "For the time being these connections pass all the same, since the rule is only observed for you; "
                 "what follows counts once it is enforced."
@@ -179,13 +182,17 @@ class _Told:
 
     def _now(self) -> Iterator[str]:
         """What happens at this moment, if it is not what the policy says."""
-        allowed = self._matter.reason.allows
-        if self._facts.shuts and allowed:
+        allowed, found = self._matter.reason.allows, self._matter.outcome
+        if found is Outcome.SHUT and allowed:
             yield self._say(
                 "At this moment they may be dropped all the same. That is a fault on our side, and nothing "
                 "that you have done; we are working on it."
             )
-        elif self._facts.opens and not allowed and not self._matter.observed:
+        elif found is Outcome.UNKNOWN and allowed:
+            yield self._say("Whether they pass at this moment, we could not see.")
+        elif found is Outcome.UNKNOWN:
+            yield self._say("That is our policy; whether it is in force at this moment, we could not see.")
+        elif found is Outcome.OPEN:
             yield self._say(
                 "At this moment these connections may pass all the same, since our block is not in force; what "
                 "follows counts once it is."
@@ -211,7 +218,7 @@ class _Told:
             at = exemption.requested if exemption else None
         elif reason is Reason.DENIED_NOT_EXEMPT and self._facts.state is State.EXPIRED:
             text, at = _ENDED, exemption.until if exemption else None
-        elif reason.allows and self._facts.shuts:
+        elif reason.allows and self._matter.outcome is not Outcome.AS_POLICY:
             text = _MAY
         elif reason is Reason.ALLOWED_EXEMPT and exemption is not None and exemption.limit is not None:
             text = _WITHIN_LIMIT
@@ -314,6 +321,11 @@ class _Told:
                 yield from self._others()
             case Step.GATEWAY:
                 yield say("You need not do anything: please try again later.")
+            case Step.LOOK:
+                yield say(
+                    "If your mail does not arrive, please look into the log of your mail server, and tell us what "
+                    "it says."
+                )
             case Step.TELL_SUBSCRIPTION if self._facts.asked:
                 yield say(
                     "Please tell us the name or the number of the subscription that this machine belongs to."

@@ -7,8 +7,13 @@ from ipaddress import ip_network
 from typing import Any
 from uuid import UUID
 
+from msgspec.structs import replace
+
 from portward.diagnosis.facts import Facts, Machine, Place
+from portward.diagnosis.outcome import outcome
+from portward.effect import Policy, here, now
 from portward.exemptions import State
+from portward.host import Cached, Host
 from portward.model import Attachment, Exemption, ExemptionState, Standing, Subscription, Workload
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
@@ -17,6 +22,7 @@ ID = UUID("11111111-0000-4000-8000-000000000002")
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
 BEFORE, AFTER = GRANTED - timedelta(days=8), GRANTED + timedelta(days=8)
+JUDGES, NOTHING_CACHED = Host(), Cached()
 REASON = "the terms of use were broken"
 
 
@@ -58,22 +64,43 @@ def facts(
     granted: Exemption | None,
     *attachments: Attachment,
     observed: bool = False,
+    host: Host = JUDGES,
+    found: Cached | None = NOTHING_CACHED,
     **more: Any,
 ) -> Facts:
-    """What is known of an account with these records."""
+    """What is known of an account with these records, on this host. `found` is what the kernel has cached for each
+    machine, None if their segment is not there."""
     machines = tuple(
-        Machine(
-            segment=one.segment,
-            address=one.address,
-            reason=decide(preset, subscription=owner, exemption=granted, attachment=one, now=NOW).reason,
-            workload=one.workload,
-            started=one.started,
-            observed=observed,
+        _met(
+            host,
+            found,
+            Machine(
+                segment=one.segment,
+                address=one.address,
+                reason=decide(preset, subscription=owner, exemption=granted, attachment=one, now=NOW).reason,
+                workload=one.workload,
+                started=one.started,
+                observed=observed,
+            ),
         )
         for one in attachments
     )
+    place = here(host)
+    if found is not None and machines:
+        more = {"here": place, "places": {one.segment: place for one in machines}, **more}
     fields = {"at": NOW, "place": Place.STORE, "revision": 7, "preset": preset.name, "id": ID, **more}
     return Facts(subscription=owner, exemption=granted, machines=machines, **fields)
+
+
+def _met(host: Host, found: Cached | None, machine: Machine) -> Machine:
+    """The machine with what happens to it on this host."""
+    passes = machine.reason.allows or machine.observed
+    verdict = "allow" if machine.reason.allows else "deny"
+    made = now(host, found, Policy(verdict=verdict, observed=machine.observed))
+    prefix = machine.address.num_addresses > 1
+    return replace(
+        machine, now=made, outcome=outcome(here(host), made, passes=passes, prefix=prefix, opens=host.opens)
+    )
 
 
 __all__ = ["Standing", "State", "Workload"]

@@ -9,16 +9,31 @@ from typing import Any
 import pytest
 
 import messages
+from portward.diagnosis.advice import Step
 from portward.diagnosis.answer import LISTED, diagnosis, lines
 from portward.diagnosis.facts import Asked, Drops, Kernel
 from portward.effect import Here
 from portward.exemptions import ANTI_FRAUD, SELF_SERVICE, Application, Case, request
+from portward.gateway.mark import Class
+from portward.gateway.stacking import Fate
+from portward.host import Agent, Cached, Host, Ruleset, Workers
 from portward.language import ENGLISH, FOLDER, Language, language
 from portward.model import Mode, RateLimit, Reason, Standing, Workload
 from portward.policy import preset as presets
 from portward.policy.preset import Asked as ReviewAsks
 from portward.policy.remedy import reason_in_words, remedy
-from unit.diagnosis.samples import AFTER, BEFORE, NOW, REASON, State, attachment, exemption, facts, subscription
+from unit.diagnosis.samples import (
+    AFTER,
+    BEFORE,
+    NOTHING_CACHED,
+    NOW,
+    REASON,
+    State,
+    attachment,
+    exemption,
+    facts,
+    subscription,
+)
 
 AZURE = presets.load("azure-2020")
 FRENCH = language("fr")
@@ -260,39 +275,173 @@ def msgspec_replace(value: Any, **fields: Any) -> Any:
 ALLOWED, DENIED = "enterprise-agreement", "pay-as-you-go"
 
 
-def told(say: Language, offer: str, here: Here | None) -> tuple[str, str]:
+OPENED = Host(ruleset=Ruleset.NONE)
+DOWN = Host(agent=Agent.NONE, workers=Workers.NONE)
+DOWN_OPEN = Host(agent=Agent.NONE, workers=Workers.NONE, opens=True)
+CLOSED = Host(agent=Agent.NONE, ruleset=Ruleset.CLOSED)
+BRIDGED = Host(stacked=("bridge br9 takes the packets of segment vni1002",), fate=Fate.STOPPED)
+UNCLEAR = Host(stacked=("macvlan mv9 takes the packets of segment vni1002",), fate=Fate.UNCLEAR)
+PART, PART_OPEN = Host(workers=Workers.PART), Host(workers=Workers.PART, opens=True)
+LEFT = Host(agent=Agent.NONE)
+SILENT = Host(agent=Agent.SILENT)
+USER = Host(ruleset=Ruleset.NOT_PERMITTED)
+ELSEWHERE = Host(agent=Agent.ELSEWHERE, elsewhere="process 7")
+CACHED_ALLOW = Cached(verdict=Class.ALLOW, expires=30.0)
+CACHED_DENY = Cached(verdict=Class.DENY, expires=30.0)
+NOTHING = "Nothing is blocked here: connections to {ports} pass."
+PASSING = (
+    "At this moment these connections may pass all the same, since our block is not in force; what follows counts "
+    "once it is."
+)
+FAULT = (
+    "At this moment they may be dropped all the same. That is a fault on our side, and nothing that you have "
+    "done; we are working on it."
+)
+NOT_SEEN = "Whether they pass at this moment, we could not see."
+NOT_SEEN_BLOCKED = "That is our policy; whether it is in force at this moment, we could not see."
+STACKED = "other devices take the packets of these segments before they are judged: see STACKED"
+
+
+def told(
+    say: Language,
+    offer: str,
+    host: Host,
+    found: Cached | None = NOTHING_CACHED,
+    address: str = "10.0.0.4",
+    **more: Any,
+) -> tuple[str, str]:
     """The lines for the support engineer, and the customer's text."""
-    known = facts(AZURE, subscription(offer), None, attachment(), here=here)
+    known = facts(AZURE, subscription(offer), None, attachment(address), host=host, found=found, **more)
     made = diagnosis(AZURE, known, say)
     return "\n".join(lines(AZURE, made, say)), made.customer
 
 
 @BOTH
-@pytest.mark.parametrize("here", [Here.OPEN, Here.NOBODY_ANSWERS_OPEN])
-def test_a_denied_customer_is_not_said_to_be_blocked_while_the_gateway_is_open(say: Language, here: Here) -> None:
-    passing = say(
-        "At this moment these connections may pass all the same, since our block is not in force; what follows "
-        "counts once it is."
-    )
-    engineer, text = told(say, DENIED, here)
-    assert passing in text
+@pytest.mark.parametrize(
+    ("host", "found", "address"),
+    [
+        (OPENED, NOTHING_CACHED, "10.0.0.4"),
+        (OPENED, NOTHING_CACHED, "10.0.0.0/28"),
+        (DOWN_OPEN, NOTHING_CACHED, "10.0.0.4"),
+        (DOWN_OPEN, CACHED_DENY, "10.0.0.4"),  # it ends
+        (PART_OPEN, NOTHING_CACHED, "10.0.0.4"),
+        # Revoked after the agent had gone.
+        (LEFT, CACHED_ALLOW, "10.0.0.4"),
+        (DOWN, CACHED_ALLOW, "10.0.0.4"),
+    ],
+)
+def test_a_denied_customer_is_not_said_to_be_blocked_while_his_mail_passes(
+    say: Language, host: Host, found: Cached, address: str
+) -> None:
+    engineer, text = told(say, DENIED, host, found, address)
+    assert say(PASSING) in text
     assert f"  {say('now')} " in engineer
-    assert passing not in told(say, ALLOWED, here)[1]
-    assert passing not in told(say, DENIED, Here.JUDGES)[1]
-    assert passing not in told(say, DENIED, None)[1], "this host does not see the customer's packets"
+    assert say("MAY PASS NOW all the same") in engineer
+    assert say(PASSING) not in told(say, ALLOWED, host, found, address)[1]
+    assert say(PASSING) not in told(say, DENIED, Host())[1]
 
 
 @BOTH
-@pytest.mark.parametrize("here", [Here.CLOSED, Here.NOBODY_ANSWERS])
-def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, here: Here) -> None:
-    engineer, text = told(say, ALLOWED, here)
-    assert (
-        say("Nothing is blocked here: connections to {ports} pass.", ports=say("port {ports}", ports=25))
-        not in text
-    )
+@pytest.mark.parametrize(
+    ("host", "found"),
+    [
+        (CLOSED, NOTHING_CACHED),
+        (DOWN, NOTHING_CACHED),
+        (DOWN, CACHED_ALLOW),  # it ends
+        (LEFT, CACHED_DENY),
+        (PART, NOTHING_CACHED),
+        (BRIDGED, NOTHING_CACHED),
+        (BRIDGED, CACHED_ALLOW),
+    ],
+)
+def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: Host, found: Cached) -> None:
+    engineer, text = told(say, ALLOWED, host, found)
+    assert say(NOTHING, ports=say("port {ports}", ports=25)) not in text
+    assert say(FAULT) in text
     assert say("You need not do anything: please try again later.") in text
     assert say("provider: this gateway drops what the policy allows, see `portward status`") in engineer
-    assert say("You need not do anything: please try again later.") not in told(say, DENIED, here)[1]
+    assert say("this gateway judges by the policy") not in engineer
+    assert say("nothing is blocked: look for the receiving server's answer") not in engineer
+    assert say("You need not do anything: please try again later.") not in told(say, DENIED, host)[1]
+
+
+@BOTH
+@pytest.mark.parametrize("host", [LEFT, SILENT, UNCLEAR, USER, ELSEWHERE])
+@pytest.mark.parametrize("found", [NOTHING_CACHED, None])
+def test_what_is_not_known_is_not_told_the_customer_as_a_fact(
+    say: Language, host: Host, found: Cached | None
+) -> None:
+    engineer, text = told(say, ALLOWED, host, found)
+    assert say(NOT_SEEN) in text
+    assert say(NOTHING, ports=say("port {ports}", ports=25)) not in text
+    assert say("this gateway judges by the policy") not in engineer
+    assert say("nothing is blocked: look for the receiving server's answer") not in engineer
+    assert say(NOT_SEEN_BLOCKED) in told(say, DENIED, host, found)[1]
+
+
+@BOTH
+def test_of_a_segment_that_is_not_here_only_the_policy_is_said(say: Language) -> None:
+    engineer, text = told(say, DENIED, Host(), None)
+    assert say("not known: no segment in question is an interface of this host now") in engineer
+    assert say(NOT_SEEN_BLOCKED) in text
+
+
+@BOTH
+def test_who_enforces_in_place_of_an_agent_on_this_table_is_named(say: Language) -> None:
+    engineer, _ = told(say, DENIED, ELSEWHERE, elsewhere="process 7")
+    assert say("not known: {who} enforces here, with another table folder", who="process 7") in engineer
+    assert "CAP_NET_ADMIN" not in engineer
+    assert "CAP_NET_ADMIN" in told(say, DENIED, USER)[0]
+
+
+@BOTH
+def test_who_is_only_observed_is_not_said_to_pass_while_he_is_dropped(say: Language) -> None:
+    """His subscription is observed, which the kernel does not know."""
+    passing = say(
+        "For the time being these connections pass all the same, since the rule is only observed for you; what "
+        "follows counts once it is enforced."
+    )
+    observed = say("only observed: its packets pass")
+    engineer, text = told(say, DENIED, Host(), observed=True)
+    assert passing in text
+    assert observed in engineer
+    for host in (DOWN, CLOSED, BRIDGED, LEFT, USER):
+        engineer, text = told(say, DENIED, host, observed=True)
+        assert passing not in text
+        assert observed not in engineer
+
+
+@BOTH
+def test_machines_that_fare_otherwise_are_told_apart(say: Language) -> None:
+    """Those on a segment with a bridge on it are dropped, the others pass."""
+    owner = subscription(ALLOWED)
+    bridged = facts(AZURE, owner, None, attachment("10.0.0.4"), host=BRIDGED)
+    passing = facts(AZURE, owner, None, attachment("10.0.0.9", segment="vni1003"))
+    known = msgspec_replace(
+        passing, machines=(*passing.machines, *bridged.machines), places={**bridged.places, **passing.places}
+    )
+    made = diagnosis(AZURE, known, say)
+    assert [matter.ways for matter in made.matters] == [((Step.GATEWAY,),), ((Step.NONE,),)]
+    dropped, passes = made.customer.index("10.0.0.4"), made.customer.index("10.0.0.9")
+    assert dropped < made.customer.index(say(FAULT)) < passes
+    engineer = "\n".join(lines(AZURE, made, say))
+    assert f"vni1003: {say('this gateway judges by the policy')}" in engineer
+    assert f"vni1002: {say(STACKED)}" in engineer
+
+
+@BOTH
+def test_the_letter_says_that_a_change_of_the_records_is_not_in_force(say: Language) -> None:
+    held = say("A change of our records is not in force yet; once it is, this may change.")
+    assert held in told(say, DENIED, Host(), behind="the store is at revision 17")[1]
+    assert held not in told(say, DENIED, Host())[1]
+
+
+@BOTH
+def test_a_gateway_that_only_observes_is_said_to(say: Language) -> None:
+    places: dict[str, Any] = {"here": Here.OBSERVES, "places": {"vni1002": Here.OBSERVES}}
+    engineer, _ = told(say, DENIED, Host(), observed=True, **places)
+    assert say("this gateway judges by the policy") not in engineer
+    assert say("this gateway only observes these segments: their packets pass, whoever sends them") in engineer
 
 
 @BOTH
