@@ -30,6 +30,7 @@ from portward.store.difference import (
     described,
     difference,
     late_creation,
+    useless_grants,
 )
 from portward.store.document import json_text, yaml_text
 from portward.store.flips import HeldError, check_flips
@@ -145,11 +146,12 @@ def _plan(settings: configuration.Config, preset: Preset, files: list[str], step
     except NoStoreError:
         new = True
     check_references(have, inventory, prune=prune)
+    change = difference(have, inventory, prune=prune)
     warnings = (
         other_store(settings) or (lost_store(settings) if new else ""),
         late_creation(inventory, utc_now()),
+        *useless_grants(have, inventory, change, preset, utc_now()),
     )
-    change = difference(have, inventory, prune=prune)
     return _Plan(new, have, revision, inventory, change, tuple(filter(None, warnings)))
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 from uuid import UUID
 
 import msgspec
 
 from portward.clock import DRIFT
 from portward.documents import nearest, network_text
-from portward.model import Attachment, Exemption, Record, Subscription
+from portward.model import Attachment, Exemption, ExemptionState, Reason, Record, Subscription, Workload
+from portward.policy.decide import rule
 from portward.policy.preset import Preset
 from portward.store.inventory import Inventory
 from portward.store.protocol import (
@@ -25,6 +26,9 @@ from portward.store.protocol import (
     readable,
     told_key,
 )
+
+# How many grants are named.
+_NAMED: Final = 5
 
 # Key → the record under it, as JSON.
 Find: TypeAlias = Callable[[str], str | None]
@@ -87,6 +91,30 @@ def late_creation(inventory: Inventory, now: datetime) -> str:
     created, key = inventory.latest_creation
     problem = f"{created} lies in the future, this host's clock says {now:%Y-%m-%dT%H:%M:%SZ}"
     return str(inventory.mistake(key, problem, "created"))
+
+
+def useless_grants(
+    have: Mapping[str, str], inventory: Inventory, change: Difference, preset: Preset, now: datetime
+) -> Iterator[str]:
+    """A line for each grant that the inventory brings in and that lets nobody send, because the offer can never be
+    exempt; of many the first ones. It is no mistake: a record may be older than the offer."""
+    found: list[str] = []
+    for key, body in (*change.added.items(), *change.changed.items()):
+        if not key.startswith("exemptions/"):
+            continue
+        record = readable(key, body)
+        if isinstance(record, Exemption) and record.state is ExemptionState.GRANTED:
+            owner_key = f"subscriptions/{record.subscription}"
+            owner = readable(owner_key, inventory.records.get(owner_key, have.get(owner_key)))
+            if (
+                isinstance(owner, Subscription)
+                and rule(preset, owner, record, Workload.VM, now=now).reason is Reason.DENIED_INELIGIBLE
+            ):
+                problem = f"is granted and makes no difference: the offer {owner.offer} can never be exempt"
+                found.append(str(inventory.mistake(key, problem, "state")))
+    yield from found[:_NAMED]
+    if len(found) > _NAMED:
+        yield f"and {len(found) - _NAMED} more grants like these"
 
 
 def check_references(have: Mapping[str, str], inventory: Inventory, *, prune: bool) -> None:

@@ -152,6 +152,25 @@ def test_a_subscription_that_is_created_in_the_future_is_warned_of(run: Run, fil
     assert "WARNING" not in run("apply", "inventory.yaml").stdout
 
 
+def test_a_grant_to_an_offer_that_can_never_be_exempt_is_warned_of(run: Run, files: Path) -> None:
+    run("apply", "inventory.yaml")
+    id_, other = "11111111-0000-4000-8000-0000000000aa", "11111111-0000-4000-8000-0000000000bb"
+    (files / "grants.yaml").write_text(
+        "subscriptions:\n"
+        f"- {{id: {id_}, offer: free-trial, created: 2022-06-30}}\n"
+        f"- {{id: {other}, offer: pay-as-you-go, created: 2022-06-30}}\n"
+        "exemptions:\n"
+        f"- {{subscription: {id_}, state: granted, decided: 2026-01-09T12:00:00Z}}\n"
+        f"- {{subscription: {other}, state: granted, decided: 2026-01-09T12:00:00Z}}\n"
+    )
+    warned = [line for line in run("apply", "grants.yaml").stdout.splitlines() if line.startswith("WARNING")]
+    assert warned == [
+        "WARNING   grants.yaml:5: exemptions[0].state: is granted and makes no difference: the offer free-trial "
+        "can never be exempt"
+    ]
+    assert "WARNING" not in run("apply", "grants.yaml").stdout, "it is there already"
+
+
 def test_pruning_removes_what_the_files_do_not_name(run: Run, files: Path, path: Path) -> None:
     run("apply", "inventory.yaml")
     (files / "inventory.yaml").write_text(EXAMPLE.partition("attachments:")[0])
