@@ -41,6 +41,8 @@ class Runtime:
         """Takes the lock, making the folder where it is missing; raises PortwardError where another daemon
         has it, and names that one's process id, or where others may change what is in the folder."""
         self._folder = folder
+        # The deepest first.
+        self._made = [place for place in (folder, *folder.parents) if not place.exists()]
         try:
             ownership.make(folder)
             self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -94,11 +96,22 @@ class Runtime:
         ownership.hand_over(self._folder)
 
     def close(self) -> None:
-        """Gives the lock back and takes the status away."""
+        """Gives the lock back and takes the status away; also the folder, if it was made here and nothing of use
+        came into it."""
         (self._folder / _STATUS).unlink(missing_ok=True)
         ownership.hand_over(self._folder)
+        self._unmake()
         self._reserve.release()
         os.close(self._lock)
+
+    def _unmake(self) -> None:
+        """A refused start, with a mistyped `table` for example, leaves no folder behind."""
+        with contextlib.suppress(OSError):
+            if self._made and {path.name for path in self._folder.iterdir()} <= {_LOCK, _CRASH}:
+                (self._folder / _CRASH).unlink(missing_ok=True)
+                (self._folder / _LOCK).unlink()
+                for place in self._made:
+                    place.rmdir()
 
 
 def running(folder: Path) -> int | None:

@@ -49,6 +49,23 @@ def test_a_folder_that_cannot_hold_the_file_does_not_keep_it_from_starting(tmp_p
     runtime.close()
 
 
+def test_a_start_that_is_refused_leaves_no_folder_behind(tmp_path: Path) -> None:
+    """Nor those above it that were made for it; what was there stays."""
+    Runtime(tmp_path / "typo" / "table").close()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "table").mkdir()
+    Runtime(tmp_path / "table").close()
+    assert (tmp_path / "table" / "daemon.lock").exists()
+
+
+def test_a_folder_with_a_policy_stays(tmp_path: Path) -> None:
+    runtime = Runtime(tmp_path / "table")
+    (tmp_path / "table" / "data.mdb").touch()
+    runtime.close()
+    assert (tmp_path / "table" / "data.mdb").exists()
+    assert (tmp_path / "table" / "daemon.lock").exists()
+
+
 def test_who_may_not_see_whether_a_daemon_runs_is_not_told_that_none_does() -> None:
     """`portward status` as anybody: the folder is the agent's alone."""
     program = (
