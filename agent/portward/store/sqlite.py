@@ -49,6 +49,8 @@ _PATIENCE = 20.0
 # How long an agent waits for whoever holds the store locked, in seconds. It tries again each second, and the end
 # of a grant must not wait behind it.
 AGENT_PATIENCE: Final = 1.0
+# How long a verb waits for a lock before it says so, in seconds: a change of a few records takes milliseconds.
+_SILENT_S: Final = 1.0
 # Records that are written between two reports of progress.
 _BATCH: Final = 20_000
 _IDENTITY_BYTES: Final = 16
@@ -298,7 +300,7 @@ class SqliteStore:
             self._expect_same_file()
             self._end_transaction()
             self._seal()
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._patiently("BEGIN IMMEDIATE")
             try:
                 self._expect_format()  # under the lock: a newer portward may have been here
                 self._expect(expected)
@@ -367,6 +369,8 @@ class SqliteStore:
 
     def _prepare(self, *, create: bool, agent: bool) -> None:
         execute = self._connection.execute
+        # The first that reads the file. In another mode than WAL it waits for a writer.
+        self._patiently("PRAGMA user_version")
         self._expect_format()
         version = self._format()
         if version == 0:
@@ -382,6 +386,24 @@ class SqliteStore:
         execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT}")
         if create:
             self._seal()
+
+    def _patiently(self, statement: str) -> None:
+        """Executes a statement that waits for a lock, and logs after a moment that it waits: a verb that stands
+        still does not say why."""
+        execute = self._connection.execute
+        if self._patience > _SILENT_S:
+            try:
+                execute(f"PRAGMA busy_timeout = {_SILENT_S * 1000:.0f}")
+                execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                waits = "%s: another process holds it locked: waiting for up to %g s"
+                _log.warning(waits, self._name, self._patience)
+            finally:
+                execute(f"PRAGMA busy_timeout = {self._patience * 1000:.0f}")
+        execute(statement)
 
     def _put_wal_back(self) -> None:
         """In WAL mode, in which a store is made, readers and a writer do not wait for each other. The mode stays
@@ -411,7 +433,7 @@ class SqliteStore:
     def _create(self) -> None:
         execute = self._connection.execute
         execute("PRAGMA journal_mode = WAL")
-        execute("BEGIN IMMEDIATE")
+        self._patiently("BEGIN IMMEDIATE")
         try:
             # Under the lock: somebody else may have made it meanwhile.
             if self._format() == 0:
@@ -437,7 +459,7 @@ class SqliteStore:
         if self._format() != _UNSEALED:
             return
         execute = self._connection.execute
-        execute("BEGIN IMMEDIATE")
+        self._patiently("BEGIN IMMEDIATE")
         try:
             # Under the lock, as above.
             if self._format() == _UNSEALED:

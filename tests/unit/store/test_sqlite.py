@@ -289,6 +289,37 @@ def test_a_store_that_is_locked_for_too_long(path: Path, monkeypatch: pytest.Mon
         assert held(store) == {}
 
 
+def test_a_writer_that_waits_says_so_and_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("portward.store.sqlite._SILENT_S", 0.05)
+    said: list[str] = []
+    with closing(opened(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+
+        def release(text: str, *values: object) -> None:
+            said.append(text % values)
+            other.execute("ROLLBACK")
+
+        monkeypatch.setattr("portward.store.sqlite._log.warning", release)
+        assert write(store, put(CONTOSO)) == 1
+        assert said == []
+        other.execute("BEGIN IMMEDIATE")
+        assert write(store, put(FABRIKAM)) == 2
+    assert said == [f"sqlite:{path}: another process holds it locked: waiting for up to 20 s"]
+
+
+def test_a_reader_of_a_store_without_wal_that_waits_says_so(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(path).close()
+    monkeypatch.setattr("portward.store.sqlite._SILENT_S", 0.05)
+    monkeypatch.setattr("portward.store.sqlite._PATIENCE", 0.1)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = DELETE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreError, match="another process has held it locked"):
+            SqliteStore(path)
+    assert caplog.messages == [f"sqlite:{path}: another process holds it locked: waiting for up to 0.1 s"]
+
+
 def journal_mode(path: Path) -> str:
     """The journal mode that the file is in."""
     with closing(sqlite3.connect(path)) as other:
