@@ -21,6 +21,7 @@ import yaml
 from portward.documents import Steps, brief, dec_hook, explained, field_name, read_text, shortened, text_of
 from portward.errors import InputError
 from portward.model import Record
+from portward.store.days import with_times
 from portward.store.protocol import KINDS, decode
 
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
@@ -32,7 +33,6 @@ _DEEPEST: Final = 32
 _WIDEST_MERGE: Final = 32
 # Records that are written out as YAML at once: enough to be quick, little enough to be forgotten.
 _CHUNK: Final = 1_000
-
 
 _TAG: Final = "tag:yaml.org,2002:"
 _TAGS: Final = tuple(_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map"))
@@ -153,8 +153,14 @@ class Document(ABC):
     @abstractmethod
     def _lists(self) -> _Lists | _RawLists: ...
 
-    @abstractmethod
-    def _record(self, kind: str, place: int, item: Any) -> Record: ...
+    def _record(self, kind: str, place: int, item: Any) -> Record:
+        item = with_times(KINDS[kind], item)
+        try:
+            record: Record = msgspec.convert(item, KINDS[kind], dec_hook=dec_hook)
+        except msgspec.ValidationError as error:
+            problem, steps = explained(str(error), KINDS[kind], item)
+            raise self.mistake(problem, kind, place, *steps) from None
+        return record
 
 
 class JsonDocument(Document):
@@ -194,7 +200,10 @@ class JsonDocument(Document):
         try:
             record: Record = _DECODERS[kind].decode(item)
         except msgspec.DecodeError as error:
-            problem, steps = explained(str(error), KINDS[kind], _value(item))
+            value = _value(item)
+            if with_times(KINDS[kind], value) is not value:
+                return super()._record(kind, place, value)
+            problem, steps = explained(str(error), KINDS[kind], value)
             raise self.mistake(problem, kind, place, *steps) from None
         return record
 
@@ -248,14 +257,6 @@ class YamlDocument(Document):
 
     def _lists(self) -> _Lists:
         return self._content
-
-    def _record(self, kind: str, place: int, item: Any) -> Record:
-        try:
-            record: Record = msgspec.convert(item, KINDS[kind], dec_hook=dec_hook)
-        except msgspec.ValidationError as error:
-            problem, steps = explained(str(error), KINDS[kind], item)
-            raise self.mistake(problem, kind, place, *steps) from None
-        return record
 
     def _parsed(self, text: str) -> tuple[yaml.Node, Any]:
         try:

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
+from portward.cli.times import instant
 from portward.errors import InputError
 from portward.model import Record
 from portward.store.inventory import Inventory, read_inventory
@@ -99,6 +101,27 @@ def test_an_instant_is_kept_in_utc(tmp_path: Path) -> None:
     assert "2026-01-10T08:00:00Z" in encode(record)
 
 
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_a_day_is_its_beginning_in_utc_as_the_options_take_it(tmp_path: Path, form: str) -> None:
+    text = EXAMPLE.replace("2026-01-10T08:00:00Z", "2026-01-10").replace("2026-01-08T09:00:00Z", "2026-01-08")
+    text = text.replace("    by: self", "    until: 2027-01-09\n    by: self")
+    if form == "json":
+        text = json.dumps(yaml.load(text, yaml.BaseLoader))  # it makes nothing but texts
+        text = text.replace('"true"', "true")
+    records = read(tmp_path, text, f"inventory.{form}").records
+    machine, exemption = json.loads(records[key_of(MACHINE)]), json.loads(records[key_of(GRANT)])
+    assert machine["started"] == "2026-01-10T00:00:00Z"
+    assert (exemption["requested"], exemption["until"]) == ("2026-01-08T00:00:00Z", "2027-01-09T00:00:00Z")
+    assert exemption["decided"] == "2026-01-09T12:00:00Z"
+    assert instant("2027-01-09", "--until") == datetime.fromisoformat(exemption["until"])
+
+
+def test_a_day_does_not_hide_another_mistake_in_json(tmp_path: Path) -> None:
+    text = '{"exemptions": [{"subscription": 1,\n"state": "requested", "until": "2027-01-09"}]}'
+    told = refused(tmp_path, text, "inventory.json")
+    assert told.startswith("inventory.json:1: exemptions[0].subscription: expected a UUID like")
+
+
 @pytest.mark.parametrize(
     ("written", "kept"),
     [
@@ -135,8 +158,8 @@ def test_an_address_has_one_key(tmp_path: Path, written: str, kept: str) -> None
          " 'good'?"),
         ("started: 2026-01-10T08:00:00Z", "started: 2026-01-10T08:00:00",
          ":16: attachments[0].started: a time needs its zone: '2026-01-10T08:00:00' and a Z at its end for UTC"),
-        ("started: 2026-01-10T08:00:00Z", "started: 2026-01-10",
-         ":16: attachments[0].started: expected a time like 2026-01-10T08:00:00Z, got '2026-01-10'"),
+        ("started: 2026-01-10T08:00:00Z", "started: 2026-02-30",
+         ":16: attachments[0].started: expected a time like 2026-01-10T08:00:00Z, got '2026-02-30'"),
         ("10.0.0.0/24", "10.0.0.4/24",
          ":18: attachments[1].address: '10.0.0.4/24' has bits beyond its prefix length: 10.0.0.0/24, or the"),
         ("10.0.0.0/24", "10.0.0.256", ":18: attachments[1].address: '10.0.0.256' is no IPv4 or IPv6 address"),
