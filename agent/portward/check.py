@@ -132,7 +132,13 @@ def _fraud_check(config: Config) -> Iterator[str]:
 def _table(folder: Path) -> Iterator[str]:
     """Whether the policy table is whole; raises TableError with what to do if it is not."""
     if not (folder / FILE).exists():
-        yield f"table {folder}: there is none yet"
+        if (process := running(folder)) is None:
+            yield f"table {folder}: there is none yet"
+        else:
+            yield (
+                f"WARNING: table {folder}: there is none, although an agent runs on it (process {process}): it "
+                "was removed; a restart of the agent makes it anew"
+            )
         return
     remedy = (
         f"`systemctl stop portward`, remove {folder / FILE} and {folder / LOCK_FILE}, `systemctl start "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 
 from portward import check
 from portward.errors import InputError
-from portward.gateway import others, rtnetlink, tunnels, xtables
+from portward.gateway import namespacelock, others, rtnetlink, tunnels, xtables
 from portward.gateway.links import Device
+from portward.store import open_store
 
 LEAST = 'segments = ["vni*"]\nuplinks = ["up0"]\n'
 
@@ -90,3 +93,27 @@ def test_a_program_that_cannot_be_run_is_told_and_keeps_no_agent_from_its_start(
     lines = list(itertools.islice(check.check(path, with_store=with_store), 6))
     warned = f"WARNING: exemptions.check: {path} cannot be run here: there is no such program, or it may not be "
     assert any(line.startswith(warned) for line in lines) is told
+
+
+@pytest.mark.parametrize(
+    ("process", "told"),
+    [
+        (None, "there is none yet"),
+        (4711, "WARNING: .*: there is none, although an agent runs on it .process 4711.: .* makes it anew"),
+    ],
+)
+def test_a_table_that_is_gone_is_no_table_that_is_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: int | None, told: str
+) -> None:
+    on_a_host(monkeypatch)
+    monkeypatch.setattr(check, "running", lambda _: process)
+    monkeypatch.setattr(namespacelock, "holder", lambda _: None)
+    monkeypatch.setattr(namespacelock, "lasting_holder", lambda _: None)
+    path = tmp_path / "portward.toml"
+    path.write_text(f'{LEAST}store = "sqlite:portward.db"\ntable = "table"\n')
+    with closing(open_store(f"sqlite:{tmp_path}/portward.db", create=True)):
+        pass
+    lines = list(check.check(path))
+    assert [
+        line for line in lines if re.search(rf"{tmp_path}/table: there is none", line) and re.search(told, line)
+    ]
