@@ -34,6 +34,15 @@ def asked(text: str, field: str) -> Address:
     return address
 
 
+def is_address(text: str) -> bool:
+    """Whether the text is an address."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def unmapped(network: Network) -> Network:
     """The network, an IPv4 address within IPv6 as the IPv4 address; raises ValueError for a prefix of such."""
     if not isinstance(network, IPv6Network) or network.prefixlen < _MAPPED_BITS:

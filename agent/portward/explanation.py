@@ -14,13 +14,12 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from portward import effect, host
-from portward.addresses import asked
+from portward import effect, host, sources
 from portward.clock import as_agent
 from portward.config import Config, Refusal
 from portward.documents import network_text
 from portward.effect import Effect, Here, Now, Policy
-from portward.errors import InputError, PortwardError
+from portward.errors import PortwardError
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned, Source
 from portward.gateway.links import index_of
@@ -83,28 +82,31 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
     """Explains the source `address` in `segment`, for packets to `to` or anywhere on the Internet. Raises
     InputError for what is no address, PortwardError where neither table nor store can be read."""
     config, preset, remarks = settings(path)
-    source = asked(address, "ADDRESS")
-    destination = None if to is None else asked(to, "--to")
-    if not config.segment(segment):
-        raise InputError(
-            f"{segment!r} is none of the segments of {path}: {', '.join(config.segments)}", field="SEGMENT"
-        )
+    source = sources.source(config, path, segment, address)
+    destination = None if to is None else sources.destination(to, source)
     known = _from_table(config, preset, segment, source) or _from_store(config, segment, source)
     found = _explanation(config, preset, known, segment, source, destination)
-    here = _now(config, found, source)
-    return replace(found, now=here, remedy=_remedy(found, here), remarks=(*remarks, *_behind(config)))
+    place, here = _now(config, found, source)
+    return replace(found, now=here, remedy=_remedy(found, place, here), remarks=(*remarks, *_behind(config)))
 
 
-def _remedy(found: Explanation, here: Now) -> str:
+# What passes there by a cached verdict, an answered queue, or a worker that nobody watches may be dropped next.
+_UNSURE: Final = (Here.NOBODY_ANSWERS, Here.PART, Here.UNWATCHED)
+
+
+def _remedy(found: Explanation, place: Here, here: Now) -> str:
     """What the customer can do, as far as it is the customer's."""
     if here.effect is Effect.UNKNOWN:
         if found.verdict != "allow":
             return found.remedy
         return "The policy allows it. Whether this gateway lets it pass now is not known, see `now`."
     if not here.as_policy and here.effect in (Effect.DROPPED, Effect.REJECTED):
-        return "Nothing: the policy allows it, and it is this gateway that drops it. See `portward status`."
+        lets = "the policy allows it" if found.verdict == "allow" else "the policy only observes it"
+        return f"Nothing: {lets}, and it is this gateway that drops it. See `portward status`."
     if not here.as_policy:
         return f"{found.remedy} At this moment the packets pass all the same, since this gateway lets them."
+    if found.verdict == "allow" and place in _UNSURE and found.reason != Reason.ALLOWED_INTERNAL:
+        return "Nothing: the policy allows it. But this gateway may soon drop it, see `portward status`."
     return found.remedy
 
 
@@ -240,15 +242,16 @@ def _explanation(
     )
 
 
-def _now(config: Config, found: Explanation, source: Address) -> Now:
-    """What happens to the source's next packet on this host."""
+def _now(config: Config, found: Explanation, source: Address) -> tuple[Here, Now]:
+    """What this host does to sources without a cached verdict, and what happens to the source's next packet."""
     here = host.at_segment(host.look(config, [found.segment]), host.devices(), config, found.segment)
     try:
         cached = host.cached(found.segment, source)
     except (OSError, PortwardError):
         here, cached = replace(here, ruleset=Ruleset.NOT_PERMITTED), None
-    left = host.left(config, found.segment, source) if effect.here(here) is Here.UNWATCHED else None
-    return effect.now(
+    place = effect.here(here)
+    left = host.left(config, found.segment, source) if place is Here.UNWATCHED else None
+    return place, effect.now(
         here,
         cached,
         Policy(

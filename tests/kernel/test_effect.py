@@ -57,6 +57,8 @@ def test_while_no_agent_runs(make_gateway: MakeGateway, settings: dict[str, Any]
     assert gateway.passes(*MAY)
     assert gateway.agent.stop() == 0
     agrees(gateway, MAY, PASSES, "the kernel has cached 'allow'", "no agent runs here")
+    remedy = gateway.agent.explain(CONTOSO.segment, "10.0.0.4")["remedy"]
+    assert ("But this gateway may soon drop it" in remedy) is (not settings), "the cached verdict ends"
     forget(gateway)
     if settings:
         as_policy = "mode" in settings

@@ -25,6 +25,7 @@ LAYERS = (
         "underway",
         "check",
         "explanation",
+        "sources",
         "diagnosis",
         "rules",
         "busiest",

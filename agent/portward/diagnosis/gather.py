@@ -11,17 +11,16 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from portward import host
-from portward.addresses import asked
+from portward import host, sources
 from portward.config import Config
-from portward.diagnosis import counted, kernel
+from portward.diagnosis import counted, kernel, meant
 from portward.diagnosis.answer import Diagnosis, diagnosis
 from portward.diagnosis.facts import Asked, Facts, Machine, Place
 from portward.diagnosis.places import Accounts, Matched, accounts
 from portward.diagnosis.sight import Sight
 from portward.documents import brief
 from portward.effect import Here, Policy
-from portward.errors import InputError, PortwardError
+from portward.errors import PortwardError
 from portward.language import Language
 from portward.model import Address, Mode, Network, Reason
 from portward.policy.decide import decide
@@ -43,7 +42,7 @@ def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[
     segment `who`, and the preset by which it is judged. Raises InputError for what is no address or segment,
     PortwardError where nothing is found, or a name is that of several."""
     config, preset, remarks = settings(path)
-    source = None if address is None else _source(config, path, who, address)
+    source = None if address is None else sources.source(config, path, who, address)
     with closing(accounts(config, preset)) as place:
         facts = _of_account(config, preset, place, who) if source is None else (
             _of_source(config, preset, place, who, source)
@@ -81,17 +80,8 @@ def judged(
     return tuple(found)
 
 
-def _source(config: Config, path: Path, segment: str, address: str) -> Address:
-    source = asked(address, "ADDRESS")
-    if not config.segment(segment):
-        raise InputError(
-            f"{brief(segment)} is none of the segments of {path}: {', '.join(config.segments)}", field="SEGMENT"
-        )
-    return source
-
-
 def _of_account(config: Config, preset: Preset, place: Accounts, who: str) -> Facts:
-    held = _the_one(place, who)
+    held = _the_one(config, place, who)
     return _facts(config, preset, place, held)
 
 
@@ -170,7 +160,7 @@ def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:
     )
 
 
-def _the_one(place: Accounts, who: str) -> Belongings:
+def _the_one(config: Config, place: Accounts, who: str) -> Belongings:
     """The one account that is meant."""
     found = place.found(who) if who.strip() else []
     if len(found) == 1:
@@ -183,7 +173,7 @@ def _the_one(place: Accounts, who: str) -> Belongings:
     what = "with this id" if uuid_of(who) else "with exactly this name"
     raise PortwardError(
         f"{brief(who)}: no subscription {what} in the {place.place.value} at revision {place.revision}; "
-        "`portward diagnose SEGMENT ADDRESS` finds it by one of its machines, `portward export` lists all"
+        f"{meant.hint(config, place, who)}"
     )
 
 

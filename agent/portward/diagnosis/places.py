@@ -9,12 +9,12 @@ from uuid import UUID
 from portward.clock import as_agent, utc_now
 from portward.config import Config
 from portward.diagnosis.facts import Place
-from portward.model import Address, Attachment, Network, Workload
+from portward.model import Address, Attachment, Network, Subscription, Workload
 from portward.policy.preset import Preset
 from portward.runtime import running
 from portward.store import open_store
 from portward.store.belongings import Belongings, belongings, uuid_of
-from portward.store.protocol import Store, find
+from portward.store.protocol import Store, find, readable
 from portward.table import layout
 from portward.table.account import Account
 from portward.table.reader import Attached, Reader
@@ -38,6 +38,9 @@ class Accounts(Protocol):
 
     def found(self, wanted: str) -> list[Belongings]:
         """The account of the subscription with this UUID or, where there is none, all with exactly this name."""
+
+    def names(self) -> list[str]:
+        """The names of all subscriptions."""
 
     def matched(self, segment: str, address: Address) -> Matched | None:
         """Whose a source is; None for one of nobody."""
@@ -77,6 +80,10 @@ class TableAccounts:
             held = self._reader.accounts_named(wanted) if account is None else [account]
             return [self._belongings(one) for one in held]
 
+    def names(self) -> list[str]:
+        """See `Accounts`."""
+        return [one.name for one in self._reader.subscriptions()]
+
     def matched(self, segment: str, address: Address) -> Matched | None:
         """See `Accounts`."""
         holding = self._reader.holding(segment, address)
@@ -105,6 +112,12 @@ class StoreAccounts:
         """See `Accounts`."""
         self.revision, held = belongings(self._store, wanted)
         return held
+
+    def names(self) -> list[str]:
+        """See `Accounts`."""
+        _, records = self._store.read_all()
+        found = (readable(key, body) for key, body in records if key.startswith("subscriptions/"))
+        return [one.name for one in found if isinstance(one, Subscription)]
 
     def matched(self, segment: str, address: Address) -> Matched | None:
         """See `Accounts`."""

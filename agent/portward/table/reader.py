@@ -201,6 +201,12 @@ class Reader:
             near = (self._account_in(data) for data in cursor.iternext(keys=False) if wanted in data)
             return [found for found in near if found and found.subscription and found.subscription.name == name]
 
+    def subscriptions(self) -> list[Subscription]:
+        """All subscriptions."""
+        with self._snapshot_of() as transaction, transaction.cursor(self._parts[b"accounts"]) as cursor:
+            accounts = [self._account_in(data) for data in cursor.iternext(keys=False)]
+        return [found.subscription for found in accounts if found and found.subscription]
+
     def attached(self, id_: UUID) -> list[Attached]:
         """All entries of the subscription with this UUID, by segment's number and prefix, IPv4 first."""
         with self._snapshot_of() as transaction:

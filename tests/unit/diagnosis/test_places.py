@@ -12,9 +12,10 @@ from uuid import UUID
 import msgspec
 import pytest
 
+from portward import explanation
 from portward.characters import unshown
 from portward.config import load
-from portward.diagnosis import gather
+from portward.diagnosis import gather, meant
 from portward.diagnosis.counted import counts_of
 from portward.diagnosis.facts import Place
 from portward.diagnosis.places import Accounts, StoreAccounts, TableAccounts
@@ -130,6 +131,68 @@ def test_a_source_brings_its_account_and_one_of_nobody_none(config: Path) -> Non
 def test_what_is_no_address_or_no_segment_is_bad_usage(config: Path, segment: str, address: str) -> None:
     with pytest.raises(InputError):
         gather.diagnose(config, segment, address, ENGLISH)
+
+
+@pytest.mark.parametrize(
+    ("segment", "address", "told"),
+    [
+        ("10.0.0.4", "vni1002", "'10.0.0.4' is an address: the segment comes before it"),
+        ("vni*", "10.0.0.4", "'vni*' is a pattern: name one segment, such as vni1002"),
+        ("vni-of-twenty-letters", "10.0.0.4", "'vni-of-twenty-letters' is no interface name: up to 15 bytes"),
+        ("vni/1", "10.0.0.4", "'vni/1' is no interface name"),
+        ("eth0", "10.0.0.4", "'eth0' is none of the segments of"),
+    ],
+)
+def test_what_can_be_no_source_is_refused_by_both_verbs(
+    config: Path, segment: str, address: str, told: str
+) -> None:
+    with pytest.raises(InputError) as diagnosed:
+        gather.diagnose(config, segment, address, ENGLISH)
+    with pytest.raises(InputError) as explained:
+        explanation.explain(config, segment, address, None)
+    assert str(diagnosed.value) == str(explained.value)
+    assert str(diagnosed.value).startswith(f"SEGMENT: {told}")
+
+
+@pytest.mark.parametrize(
+    ("address", "to"), [("10.0.0.4", "2001:db8::1"), ("10.0.0.4", "fc00::1"), ("2001:db8::4", "198.51.100.1")]
+)
+def test_source_and_destination_of_a_packet_are_of_one_family(config: Path, address: str, to: str) -> None:
+    with pytest.raises(InputError, match=r"--to: .*no packet has both, an IPv. address would be right"):
+        explanation.explain(config, "vni1002", address, to)
+    assert explanation.explain(config, "vni1002", "10.0.0.4", "::ffff:198.51.100.1").destination == "198.51.100.1"
+
+
+@pytest.mark.parametrize(
+    ("who", "told"),
+    [
+        ("fabricam", "did you mean 'fabrikam'?"),
+        ("Fabrikam", "did you mean 'fabrikam'?"),
+        (" fabrikam", "did you mean 'fabrikam'?"),
+        ("10.0.0.4", "this is an address: `portward diagnose SEGMENT 10.0.0.4` asks about a source"),
+        ("2001:db8::4", "this is an address"),
+        (str(ID)[:-1], "this looks like an id, of which all 32 digits are needed (it has 31)"),
+        (str(ID)[:8] + str(ID), "this looks like an id, of which all 32 digits are needed (it has 40)"),
+        ("vni1002", "if it is a segment, ADDRESS is missing: `portward diagnose vni1002 ADDRESS`"),
+        ("nobody-like-this", "`portward export` lists all"),
+        (str(UUID(int=77)), "no subscription with this id"),
+    ],
+)
+def test_who_is_not_found_is_told_what_was_likely_meant(
+    place: Accounts, config: Path, who: str, told: str
+) -> None:
+    with pytest.raises(PortwardError) as error:
+        gather._the_one(load(config), place, who)
+    assert told in str(error.value)
+    assert ("did you mean" in str(error.value)) is ("did you mean" in told)
+
+
+def test_a_segment_that_is_here_is_said_to_be_one(
+    place: Accounts, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meant, "index_of", {"vni1002": 7}.get)
+    with pytest.raises(PortwardError, match="this is a segment: `portward diagnose vni1002 ADDRESS` asks about a"):
+        gather._the_one(load(config), place, "vni1002")
 
 
 def test_the_time_is_that_of_a_faster_clock_by_which_the_agent_decided(tmp_path: Path) -> None:
