@@ -122,9 +122,9 @@ def _status(config: Config) -> dict[str, Any]:
 
 
 def _in_step(config: Config, told: dict[str, Any]) -> dict[str, Any]:
-    """Whether the table stands at what the store holds at this moment. The agent looks once a second, and while it
-    reads another history anew its word is older."""
-    if not told.get("in_step", True) or told["store_error"]:
+    """Whether the table stands at what the store holds at this moment, and if not, what the store holds. The agent
+    looks once a second, and while it reads another history anew its word is older."""
+    if told["store_error"]:
         return {}
     from portward.host import behind_store  # noqa: PLC0415 # it loads what asks the kernel
 
@@ -272,8 +272,10 @@ def _store(told: dict[str, Any]) -> str:
         return f", in step{waits}"
     if told["held"]:
         return f", NOT in step: revision {told['held']['revision']} is held{waits}"
-    newest = told.get("newest") or "its newest revision"
-    return f", NOT in step: {newest}, not loaded yet{waits}"
+    newest = (
+        f"{told['newest']}, not loaded yet" if told.get("newest") else "it has changes that are not loaded yet"
+    )
+    return f", NOT in step: {newest}{waits}"
 
 
 def _uptime(told: dict[str, Any]) -> float:
