@@ -109,7 +109,7 @@ def other_store(config: Config) -> str:
         return ""
     return (
         f"the agent here reads another store, {its}: it does not see what is in {config.store}; put `store` "
-        "right, or restart the agent, which takes it in"
+        "right, or restart the agent with this configuration"
     )
 
 

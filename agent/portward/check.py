@@ -11,6 +11,7 @@ from typing import Final
 
 from portward import config as configuration
 from portward import descriptors, ownership
+from portward.behind import other_store
 from portward.clock import utc_now
 from portward.config import Config, Encrypted
 from portward.documents import mistake
@@ -82,6 +83,8 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     # It is the verbs' to run, not the agent's, which begins without it and sees less of the file system.
     yield from _fraud_check(config)
     yield from _table(config.table)
+    if line := other_store(config):
+        yield f"WARNING: {line}"
     yield from _store(config.store)
 
 

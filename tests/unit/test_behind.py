@@ -107,6 +107,16 @@ def test_each_verb_on_a_store_says_that_the_agent_reads_another_one(
     assert f"what is in {typo}; put `store` right, or restart the agent" in told.stderr
 
 
+def test_check_says_so_of_a_file_that_the_agent_does_not_have_in_force(
+    file: Path, config: Config, agent: Runtime
+) -> None:
+    assert agent
+    configure(file, "typo.db")
+    portward(file, "apply", str(file.parent / "inventory.yaml"))
+    lines = portward(file, "check").stdout.splitlines()
+    assert any(line.startswith(f"WARNING: the agent here reads another store, {config.store}: ") for line in lines)
+
+
 def test_apply_says_so_before_it_is_done_and_after(file: Path, config: Config, agent: Runtime) -> None:
     assert agent
     configure(file, "typo.db")
