@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import NamedTuple
 
+from portward import host
 from portward.config import Config
-from portward.errors import KernelError
 from portward.gateway import keeper
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Element, Learned, Source
@@ -37,7 +37,7 @@ class Busiest:
         is no policy table."""
         netlink = NfNetlink()
         if not keeper.loaded(netlink):
-            raise KernelError(keeper.NOT_LOADED)
+            raise host.nothing_loaded(config.table)
         self._elements = KernelElements(netlink)
         self._learned = Learned(self._elements)
         self._reader = Reader.open(config.table)

@@ -104,7 +104,7 @@ def _now(host: Host, found: Cached | None, policy: Policy, left: Left | None) ->
     place = here(host)
     match place:
         case Here.UNKNOWN if host.agent is Agent.ELSEWHERE:
-            return Now(Effect.UNKNOWN, f"{host.elsewhere}, with another table folder")
+            return Now(Effect.UNKNOWN, host.elsewhere or _AGENTS[host.agent])
         case Here.UNKNOWN:
             return Now(Effect.UNKNOWN, "asking the kernel needs root or CAP_NET_ADMIN")
         case Here.CLOSED:

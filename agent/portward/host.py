@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import closing
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -20,6 +21,7 @@ from portward.gateway.judge import judge
 from portward.gateway.learned import Learned, Source
 from portward.gateway.links import Device, index_of
 from portward.gateway.mark import Class
+from portward.gateway.namespacelock import NamespaceTakenError
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.queues import states
 from portward.gateway.rates import Bucket
@@ -188,6 +190,24 @@ def not_taken_in(what: str) -> str:
     return f"{what}, which this gateway has not taken in: see `portward status`"
 
 
+def in_words(taken: NamespaceTakenError) -> str:
+    """Who has this network namespace instead of an agent on the table that was asked about, and what to do."""
+    if taken.process is None:
+        return str(taken)
+    return (
+        f"{taken}, with another table folder: name its configuration with --config; if that is this one, its "
+        "table folder was moved or removed, and `systemctl restart portward` makes it anew"
+    )
+
+
+def nothing_loaded(folder: Path) -> KernelError:
+    """What is to be said if no ruleset is loaded here; `folder` is the policy table's."""
+    process = running(folder)
+    if process is None:
+        return KernelError(f"{keeper.NOT_LOADED} (start the agent: `systemctl start portward`)")
+    return KernelError(f"{keeper.NOT_LOADED}, although an agent runs (process {process}): see `portward status`")
+
+
 def devices() -> tuple[Device, ...]:
     """The network devices of this host; none if the kernel does not say."""
     try:
@@ -222,7 +242,7 @@ def _ruleset(config: Config) -> tuple[Ruleset, str]:
     try:
         with closing(NfNetlink()) as netlink:
             taken = None if running(config.table) is not None else namespacelock.holder(netlink)
-            elsewhere = "" if taken is None else str(taken)
+            elsewhere = "" if taken is None else in_words(taken)
             if keeper.closed(netlink):
                 return Ruleset.CLOSED, elsewhere
             return (Ruleset.LOADED if keeper.loaded(netlink) else Ruleset.NONE), elsewhere

@@ -6,19 +6,23 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from portward import config as configuration
+from portward import host, settings
 from portward.config import Config, OnAgentDown
 from portward.errors import InputError, KernelError, PortwardError
 from portward.gateway import keeper, namespacelock, others, ruleset, xtables
+from portward.gateway import loaded as opened
 from portward.gateway.around import found
 from portward.gateway.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.gateway.nfnetlink import NfNetlink
 from portward.gateway.nft import Nft
 from portward.gateway.queues import states
+from portward.gateway.ruleset import uncovered
+from portward.interfaces import shown
 from portward.model import Mode
 from portward.paths import from_file, is_path
 from portward.policy import preset as presets
@@ -33,38 +37,58 @@ _LEAST_PORTS: Final = (25,)
 _STDERR: Final = 2
 
 
-def loaded() -> str:
-    """The ruleset as nft prints it; raises KernelError where there is none, or the kernel may not be asked."""
+def loaded(path: Path) -> str:
+    """The ruleset as nft prints it; raises KernelError where there is none, or the kernel may not be asked. `path`
+    is the configuration, of which nothing counts but the table folder."""
     netlink = NfNetlink()
     tables = [ruleset.FAMILY_TABLE] if keeper.loaded(netlink) else []
     tables += [f"inet {keeper.CLOSED}"] if keeper.closed(netlink) else []
     if not tables:
-        raise KernelError(keeper.NOT_LOADED)
+        raise host.nothing_loaded(settings.folder(path))
     nft = Nft()
     with _without_libxtables():
         return "".join(map(nft.listing, tables))
 
 
 def without_agent(config: Config) -> str:
-    """What becomes of packets here while no agent runs, in words; `config` is what the last one ran with."""
+    """What becomes of packets here while no agent runs on the table of `config`, and what to do, in words."""
     try:
         netlink = NfNetlink()
         if (taken := namespacelock.holder(netlink)) is not None:
-            return f"{taken}, with another table folder"
-        if keeper.closed(netlink):
-            return (
-                f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} is loaded "
-                "(`portward rules show` names all its ports)"
-            )
-        if keeper.loaded(netlink):
-            first = config.queue.first
-            if {state.number for state in states()} & set(range(first, first + config.queue.workers)):
-                return "the workers that it left still answer, by the policy table as it was, for a minute at most"
-            passed = config.on_agent_down is OnAgentDown.OPEN or config.mode is Mode.OBSERVE
-            return f"known verdicts stay in the kernel, unknown sources are {'passed' if passed else 'dropped'}"
-    except KernelError as error:
-        return f"what the kernel enforces is not known: {error}"
-    return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"
+            return host.in_words(taken)
+        found = _without_agent(settings.last(config), netlink)
+    except (KernelError, OSError) as error:
+        found = f"what the kernel enforces is not known: {error}"
+    return f"{found} (start it: `systemctl start portward`)"
+
+
+def _without_agent(config: Config, netlink: NfNetlink) -> str:
+    """What becomes of packets by what is loaded; `config` is what the last agent ran with, if that is known."""
+    if keeper.closed(netlink):
+        return (
+            f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} is loaded "
+            "(`portward rules show` names all its ports)"
+        )
+    if not keeper.loaded(netlink):
+        return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"
+    queues = range(config.queue.first, config.queue.first + config.queue.workers)
+    bound = {state.number for state in states()} & set(queues)
+    opens = opened.patterns(netlink, opened.OPEN)
+    if not opens:
+        become = "are dropped, allowed or not"
+    elif set(opens) == set(uncovered(config.segments)):
+        become = "pass, allowed or not"
+    else:
+        become = f"pass in {', '.join(map(shown, opens))} and are dropped elsewhere, allowed or not"
+    cached = f"cached verdicts end within {max(config.verdicts.allow_seconds, config.verdicts.deny_seconds)} s"
+    if not bound:
+        return f"sources without a cached verdict {become}; {cached}"
+    left = f"{len(bound)} of {len(queues)} workers that it left have their queue still"
+    rest = "" if len(bound) == len(queues) else "; what falls into the other queues is not judged"
+    return (
+        f"{left}, and go by the policy table as it was left{rest}; once they end, sources without a cached "
+        f"verdict {become}"
+    )
 
 
 def wanted(path: Path) -> str:
@@ -81,7 +105,8 @@ def baseline(path: Path) -> str:
     """Sees to it that the judged ports are closed before there is an agent, and says what it did. It needs neither
     store nor policy table.
 
-    If portward's ruleset is loaded nothing is changed: an agent has put it there, and may run. Else the ruleset of
+    If portward's ruleset is loaded nothing is changed: an agent has put it there, and may run. What it says then
+    names the segments that this ruleset leaves open against the configuration at `path`. Else the ruleset of
     the configuration at `path` is loaded, without a worker behind its queue; if that cannot be had, no packet to
     the ports of its preset is forwarded any more (if these cannot be read either: to port 25), and PortwardError
     says why. A crash between any two steps leaves what was there before, or a closed port. Raises
@@ -89,20 +114,20 @@ def baseline(path: Path) -> str:
     yet."""
     netlink = NfNetlink()
     if keeper.loaded(netlink):
-        return _ALREADY
+        return _already(path, netlink)
     try:
         with NamespaceLock():
             return _begin(path, netlink)
     except NamespaceTakenError as error:
         if keeper.loaded(netlink):  # an agent was starting, and is done by now
-            return _ALREADY
+            return _already(path, netlink)
         raise PortwardError(f"nothing is changed, and no ruleset is loaded yet: {error}") from error
 
 
 def _begin(path: Path, netlink: NfNetlink) -> str:
     """`baseline`, with the lock of the namespace held."""
     if keeper.loaded(netlink):  # an agent was quicker, and has ended
-        return _ALREADY
+        return _already(path, netlink)
     nft = Nft(netlink.generation, netlink.transact)
     try:
         config = configuration.load(path)
@@ -118,6 +143,26 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
         raise PortwardError(f"no packet to {closed} is forwarded until this is mended: {error}") from error
     keeper.lift(nft, netlink)
     return _told(config, preset)
+
+
+def _already(path: Path, netlink: NfNetlink) -> str:
+    """That nothing is changed, and what the ruleset that is loaded does not do as the configuration wants it."""
+    try:
+        config = configuration.load(path)
+        found = opened.patterns(netlink, opened.OPEN)
+    except (InputError, OSError):  # nothing that this ruleset needs: an agent, or a boot, has read it before
+        return _ALREADY
+    wanted = uncovered(ruleset.opened(config))
+    if set(found) == set(wanted):
+        return _ALREADY
+    return (
+        f"{_ALREADY}. It is not what {path} wants: it leaves open {_named(found)} while no agent runs, the file "
+        f"{_named(wanted)}. An agent loads that when it starts or reloads"
+    )
+
+
+def _named(patterns: Sequence[str]) -> str:
+    return ", ".join(map(shown, patterns)) or "no segment"
 
 
 def _ports(path: Path) -> tuple[int, ...]:

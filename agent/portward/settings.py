@@ -84,7 +84,7 @@ def settings(path: Path) -> Settings:
         config = configuration.load(path)
         preset = presets.load(config.preset, named_in=path)
     except InputError as error:
-        found = _in_force(_folder(path), path)
+        found = _in_force(folder(path), path)
         if found is None:
             raise
         *others, last = error.lines()
@@ -154,8 +154,9 @@ def _left(folder: Path, path: Path | None) -> _InForce | None:
     return None
 
 
-def _folder(path: Path) -> Path:
-    """The table folder that a configuration with a mistake names, if that line can be read; else the default."""
+def folder(path: Path) -> Path:
+    """The table folder that a configuration names, also one with a mistake; the default if that line cannot be
+    read."""
     with contextlib.suppress(OSError):
         if named := _TABLE.findall(path.read_text("utf-8", "replace")):
             return Path(paths.from_file(named[-1], path))

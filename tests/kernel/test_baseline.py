@@ -70,7 +70,9 @@ def test_nobody_sends_until_there_is_an_agent(booted: Gateway) -> None:
 def test_the_status_tells_an_open_port_from_a_closed_one(booted: Gateway) -> None:
     assert "NOTHING IS ENFORCED" in booted.agent.portward("status").stderr  # once: no agent runs
     booted.agent.portward("rules", "baseline")
-    assert "unknown sources are dropped" in booted.agent.portward("status").stderr  # once: no agent runs
+    assert (
+        "sources without a cached verdict are dropped" in booted.agent.portward("status").stderr
+    )  # once: no agent runs
 
 
 def test_it_needs_neither_store_nor_table(booted: Gateway) -> None:

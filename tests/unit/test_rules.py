@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from typer.testing import CliRunner
 
-from portward import rules
+from portward import host, rules
 from portward.cli.program import app
 from portward.config import Config, OnAgentDown
 from portward.errors import KernelError
 from portward.gateway import keeper, namespacelock
 from portward.gateway.queues import QueueState
+from portward.gateway.setdump import SetElement
 from portward.model import Mode
+from unit.test_host import bounds
 
 CONFIG = Config(segments=("vni*",), uplinks=("up0",))
 
@@ -39,8 +43,14 @@ class Forbidden:
 class Held:
     """A kernel in which another process holds the lock of the namespace, with this comment on it."""
 
-    def __init__(self, comment: str | None) -> None:
-        self._comment = comment
+    def __init__(self, comment: str | None, opens: tuple[str, ...] = ()) -> None:
+        self._comment, self._opens = comment, opens
+
+    def elements(self, _: str, set_: str) -> list[SetElement]:
+        """The segments that the loaded ruleset leaves open, as the kernel keeps them."""
+        assert set_ == "open_segments"
+        keys = [key for pattern in self._opens for key in bounds(pattern)]
+        return [SetElement(key, 0, 0) for key in keys]
 
     def owned_table(self, _: str) -> str | None:
         """The comment."""
@@ -54,29 +64,33 @@ def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loaded", "closed", "config", "told"),
+    ("loaded", "closed", "opens", "told"),
     [
-        (True, False, CONFIG, "unknown sources are dropped"),
-        (True, False, Config(segments=("a",), uplinks=("b",), mode=Mode.OBSERVE), "unknown sources are passed"),
         (
             True,
             False,
-            Config(segments=("a",), uplinks=("b",), on_agent_down=OnAgentDown.OPEN),
-            "unknown sources are passed",
+            (),
+            "sources without a cached verdict are dropped, allowed or not; cached verdicts end within",
         ),
-        (False, True, CONFIG, "no packet to port 25 is forwarded"),
-        (True, True, CONFIG, "no packet to port 25 is forwarded"),
-        (False, False, CONFIG, "NOTHING IS ENFORCED and port 25 is open"),
+        (True, False, ("vni*",), "sources without a cached verdict pass, allowed or not; cached verdicts end"),
+        (True, False, ("vni7",), "pass in vni7 and are dropped elsewhere, allowed or not; cached verdicts end"),
+        (False, True, (), "no packet to port 25 is forwarded"),
+        (True, True, (), "no packet to port 25 is forwarded"),
+        (False, False, (), "NOTHING IS ENFORCED and port 25 is open"),
     ],
 )
 def test_without_an_agent_what_is_said_is_what_the_kernel_does(
-    monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, config: Config, told: str
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, opens: tuple[str, ...], told: str
 ) -> None:
-    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
+    """Whatever the configuration says by now: it has not been loaded."""
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
     monkeypatch.setattr(keeper, "loaded", lambda _: loaded)
     monkeypatch.setattr(keeper, "closed", lambda _: closed)
     monkeypatch.setattr(rules, "states", list)
-    assert told in rules.without_agent(config)
+    for config in (CONFIG, replace(CONFIG, on_agent_down=OnAgentDown.OPEN), replace(CONFIG, mode=Mode.OBSERVE)):
+        said = rules.without_agent(config)
+        assert told in said
+        assert said.endswith(" (start it: `systemctl start portward`)")
 
 
 def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +98,12 @@ def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypat
     monkeypatch.setattr(keeper, "loaded", lambda _: True)
     monkeypatch.setattr(keeper, "closed", lambda _: False)
     monkeypatch.setattr(rules, "states", lambda: [QueueState(0, 0, 0, 0)])
-    assert rules.without_agent(CONFIG).startswith("the workers that it left still answer")
+    two = replace(CONFIG, queue=replace(CONFIG.queue, workers=2))
+    assert rules.without_agent(two) == (
+        "1 of 2 workers that it left have their queue still, and go by the policy table as it was left; what "
+        "falls into the other queues is not judged; once they end, sources without a cached verdict are dropped, "
+        "allowed or not (start it: `systemctl start portward`)"
+    )
 
 
 def test_without_an_agent_who_may_not_ask_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,13 +113,21 @@ def test_without_an_agent_who_may_not_ask_is_told_so(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("comment", "said"),
-    [("portward, process 4711", "runs already, as process 4711"), ("", "another program owns table")],
+    [
+        (
+            "portward, process 4711",
+            "runs already, as process 4711 by its own count, with another table folder: name",
+        ),
+        ("", "another program owns table inet portward_lock: end it"),
+    ],
 )
 def test_without_an_agent_on_this_table_one_with_another_table_is_named(
     monkeypatch: pytest.MonkeyPatch, comment: str, said: str
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
-    assert said in rules.without_agent(CONFIG)
+    found = rules.without_agent(CONFIG)
+    assert said in found
+    assert "start it" not in found
 
 
 @pytest.mark.parametrize(
@@ -135,6 +162,37 @@ def test_what_libraries_write_to_standard_error_is_not_shown(
     monkeypatch.setattr(rules, "Nft", Noisy)
     monkeypatch.setattr(keeper, "loaded", lambda _: True)
     monkeypatch.setattr(keeper, "closed", lambda _: False)
-    assert rules.loaded() == "table inet portward {}\n"
+    assert rules.loaded(Path("portward.toml")) == "table inet portward {}\n"
     os.write(2, b"heard\n")
     assert capfd.readouterr().err == "heard\n"
+
+
+@pytest.mark.parametrize(
+    ("opens", "config", "told"),
+    [
+        ((), CONFIG, ""),
+        (("vni*",), replace(CONFIG, on_agent_down=OnAgentDown.OPEN), ""),
+        (("vni*",), CONFIG, "leaves open vni* while no agent runs, the file no segment."),
+        ((), replace(CONFIG, mode=Mode.OBSERVE), "leaves open no segment while no agent runs, the file vni*."),
+    ],
+)
+def test_a_baseline_that_changes_nothing_says_what_is_loaded_against_the_file(
+    monkeypatch: pytest.MonkeyPatch, opens: tuple[str, ...], config: Config, told: str
+) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
+    monkeypatch.setattr(keeper, "loaded", lambda _: True)
+    monkeypatch.setattr("portward.config.load", lambda _: config)
+    said = rules.baseline(Path("portward.toml"))
+    assert said.startswith("portward's ruleset is loaded already: nothing is changed")
+    if told:
+        assert f". It is not what portward.toml wants: it {told} An agent loads that when" in said
+    else:
+        assert said.endswith("nothing is changed")
+
+
+def test_if_nothing_is_loaded_only_who_has_no_agent_is_told_to_start_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert str(host.nothing_loaded(tmp_path)).endswith("(start the agent: `systemctl start portward`)")
+    monkeypatch.setattr(host, "running", lambda _: 7)
+    assert str(host.nothing_loaded(tmp_path)).endswith("although an agent runs (process 7): see `portward status`")

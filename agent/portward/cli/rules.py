@@ -27,7 +27,7 @@ def show(
     """
     from portward import rules  # noqa: PLC0415 # only this verb needs nft
 
-    put(rules.wanted(config) if wanted else rules.loaded())
+    put(rules.wanted(config) if wanted else rules.loaded(config))
 
 
 @app.command()

@@ -112,9 +112,7 @@ def _status(config: Config) -> dict[str, Any]:
     if pid is None:
         from portward import rules  # noqa: PLC0415 # a running agent is not looked up in the kernel
 
-        raise PortwardError(
-            f"no agent runs on table {config.table}: {rules.without_agent(config)} (start `portward run`)"
-        )
+        raise PortwardError(f"no agent runs on table {config.table}: {rules.without_agent(config)}")
     told = read_status(config.table)
     if told is None:
         raise PortwardError(f"agent {pid} is starting: no status yet")

@@ -72,7 +72,7 @@ _PACKETS: Final = (
 )
 _OBSERVED: Final = marked_many("{n} packet passed as observed", "{n} packets passed as observed")
 _NOT_PERMITTED: Final = marked("not known: asking the kernel needs root or CAP_NET_ADMIN")
-_ELSEWHERE: Final = marked("not known: {who} enforces here, with another table folder")
+_ELSEWHERE: Final = marked("not known: {why}")
 _OUTCOMES: Final = {
     Outcome.SHUT: marked("MAY BE DROPPED NOW all the same"),
     Outcome.OPEN: marked("MAY PASS NOW all the same"),
@@ -200,8 +200,8 @@ def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> It
 
 def _now(facts: Facts, say: Language) -> Iterator[str]:
     """What this host does to these segments; to which, if not to all the same."""
-    if facts.elsewhere and facts.here is Here.UNKNOWN:
-        yield say(_ELSEWHERE, who=facts.elsewhere)
+    if facts.elsewhere and facts.here in (Here.UNKNOWN, None):
+        yield say(_ELSEWHERE, why=facts.elsewhere)
         return
     places: dict[Here, list[str]] = {}
     for segment, place in facts.places.items():

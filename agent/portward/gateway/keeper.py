@@ -29,7 +29,7 @@ _LOOK_EVERY: Final = 10.0
 _LOAD_TRIES: Final = 5
 CLOSED: Final = "portward_closed"  # the table of rules/nftables/closed.nft
 _CLOSED_PORTS: Final = re.compile(r"(?m)^define PORTWARD_CLOSED = .*$")
-NOT_LOADED: Final = "no ruleset of portward is loaded here: nothing is enforced (start `portward run`)"
+NOT_LOADED: Final = "no ruleset of portward is loaded here: nothing is enforced"
 
 # What a load of ours announces, or some thousand changes of others, is not more than this. The kernel takes the
 # memory when there are notices.

@@ -215,6 +215,11 @@ def observed(config: Config) -> tuple[str, ...]:
     return config.segments if config.mode is Mode.OBSERVE else config.verdicts.observe
 
 
+def opened(config: Config) -> tuple[str, ...]:
+    """The segment patterns whose sources pass while no worker answers."""
+    return config.segments if config.on_agent_down is OnAgentDown.OPEN else observed(config)
+
+
 def _observes_all(config: Config) -> bool:
     """Whether every interface that one of the segment patterns can match is only observed."""
     return all(
@@ -290,12 +295,11 @@ def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
     internal = {*preset.internal, *_LOOPBACK}
     v4 = sorted(net for net in internal if isinstance(net, IPv4Network))
     v6 = sorted(net for net in internal if isinstance(net, IPv6Network))
-    opens = config.segments if config.on_agent_down is OnAgentDown.OPEN else observed(config)
     return {
         "PORTS": _set(preset.ports),
         "SEGMENTS": _interfaces(config.segments),
         "OBSERVED_SEGMENTS": _interfaces(observed(config)),
-        "OPEN_SEGMENTS": _interfaces(opens),
+        "OPEN_SEGMENTS": _interfaces(opened(config)),
         "NOT_JUDGED": _interfaces(("lo", *config.uplinks)),
         "INTERNAL4": _set(map(network_text, _apart(v4))),
         "INTERNAL6": _set(map(network_text, _apart(v6))),
@@ -429,14 +433,18 @@ def _native(statement: QueueStatement) -> str:
 
 
 def _interfaces(patterns: tuple[str, ...]) -> str:
-    """An interval set of interface names refuses a name that another's wildcard covers: those go."""
+    return _set(f'"{name}"' for name in uncovered(patterns) or [NO_INTERFACE])
+
+
+def uncovered(patterns: Iterable[str]) -> list[str]:
+    """The patterns without those that another one covers: an interval set of interface names refuses these."""
+    patterns = tuple(patterns)
     wild = {pattern.removesuffix("*") for pattern in patterns if pattern.endswith("*")}
-    kept = [
+    return [
         pattern
         for pattern in dict.fromkeys(patterns)
         if not any(pattern.removesuffix("*").startswith(stem) and pattern != f"{stem}*" for stem in wild)
     ]
-    return _set(f'"{name}"' for name in kept or [NO_INTERFACE])
 
 
 def _apart(networks: list[IPv4Network] | list[IPv6Network]) -> list[Network]:

@@ -389,7 +389,7 @@ def test_of_a_segment_that_is_not_here_only_the_policy_is_said(say: Language) ->
 @BOTH
 def test_who_enforces_in_place_of_an_agent_on_this_table_is_named(say: Language) -> None:
     engineer, _ = told(say, DENIED, ELSEWHERE, elsewhere="process 7")
-    assert say("not known: {who} enforces here, with another table folder", who="process 7") in engineer
+    assert say("not known: {why}", why="process 7") in engineer
     assert "CAP_NET_ADMIN" not in engineer
     assert "CAP_NET_ADMIN" in told(say, DENIED, USER)[0]
 

@@ -95,7 +95,7 @@ def test_a_table_without_a_policy_has_no_finding(tmp_path: Path) -> None:
 
 
 def test_a_reader_of_no_table_says_so(tmp_path: Path) -> None:
-    with pytest.raises(TableError, match="portward run"):
+    with pytest.raises(TableError, match="systemctl restart portward"):
         Reader.open(tmp_path)
 
 
