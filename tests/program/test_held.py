@@ -216,6 +216,16 @@ def test_a_revocation_is_in_force_ahead_of_what_is_held_and_verbs_say_so(agent: 
     )
 
 
+def test_diagnose_says_that_a_change_is_held_to_both_its_readers(agent: Agent) -> None:
+    hold(agent)
+    told = json.loads(agent.portward("diagnose", str(UUID(int=1)), "--json").stdout)
+    assert told["facts"]["behind"] == "the store is at revision 2"
+    assert told["remarks"] == agent.explain(CONTOSO.segment, "10.0.1.1")["remarks"]
+    assert "A change of our records is not in force yet; once it is, this may change." in told["customer"]
+    printed = agent.portward("diagnose", str(UUID(int=1))).stdout
+    assert printed.startswith("WARNING   the store is at revision 2, which this gateway has not taken in")
+
+
 def test_what_waits_behind_a_held_change_is_not_said_to_be_in_force(agent: Agent) -> None:
     hold(agent)
     waits = "NOT in force here yet: revision 2 is held, see `portward status`"

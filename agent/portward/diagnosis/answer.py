@@ -331,6 +331,8 @@ def _dropped(facts: Facts, say: Language) -> Iterator[str]:
         packets = list(_blocked(drops, say))
         sources = say.many("of {n} source", "of {n} sources", drops.sources, n=say.number(drops.sources))
         yield f"{', '.join(packets)}, {sources}, {within}" if packets else say("nothing {within}", within=within)
+        if any(machine.outcome is Outcome.SHUT for machine in facts.machines):
+            yield say("what is dropped in spite of the policy is not counted by source")
     if facts.since_start is not None:
         yield say(
             "counted by the agent since {when}, up to {age} s ago: {refused} refused, {beyond} beyond the limit",

@@ -316,6 +316,13 @@ def told(
     return "\n".join(lines(AZURE, made, say)), made.customer
 
 
+def _dropped(say: Language, host: Host, found: Cached) -> str:
+    """The lines for the support engineer, if the kernel counts nothing for the machine."""
+    known = facts(AZURE, subscription(ALLOWED), None, attachment(), host=host, found=found)
+    machines = tuple(msgspec_replace(machine, drops=Drops()) for machine in known.machines)
+    return "\n".join(lines(AZURE, diagnosis(AZURE, msgspec_replace(known, machines=machines), say), say))
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("host", "found", "address"),
@@ -359,6 +366,7 @@ def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: H
     assert say(NOTHING, ports=say("port {ports}", ports=25)) not in text
     assert say(FAULT) in text
     assert say("You need not do anything: please try again later.") in text
+    assert say("what is dropped in spite of the policy is not counted by source") in _dropped(say, host, found)
     assert say("provider: this gateway drops what the policy allows, see `portward status`") in engineer
     assert say("this gateway judges by the policy") not in engineer
     assert say("nothing is blocked: look for the receiving server's answer") not in engineer

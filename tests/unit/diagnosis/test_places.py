@@ -12,14 +12,16 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from portward import explanation
+from portward import explanation, host
 from portward.characters import unshown
 from portward.config import load
 from portward.diagnosis import gather, meant
 from portward.diagnosis.counted import counts_of
 from portward.diagnosis.facts import Place
+from portward.diagnosis.outcome import Outcome
 from portward.diagnosis.places import Accounts, StoreAccounts, TableAccounts
 from portward.errors import InputError, PortwardError
+from portward.host import Agent, Host, Ruleset, Workers
 from portward.language import ENGLISH
 from portward.model import Exemption, ExemptionState, Reason, Record, Workload
 from portward.policy import preset as presets
@@ -223,3 +225,15 @@ def test_files_of_the_store_are_only_read(config: Path, tmp_path: Path) -> None:
     before = (tmp_path / "p.db").stat().st_mtime_ns
     gather.diagnose(config, "fabrikam", None, ENGLISH)
     assert (tmp_path / "p.db").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("loaded", list(Ruleset))
+def test_what_this_host_does_is_not_said_of_a_segment_that_is_not_here(
+    config: Path, monkeypatch: pytest.MonkeyPatch, loaded: Ruleset
+) -> None:
+    """Support may ask on a host that is no gateway at all, without a ruleset: nothing passes there for that."""
+    monkeypatch.setattr(host, "look", lambda *_: Host(agent=Agent.NONE, ruleset=loaded, workers=Workers.NONE))
+    _, made = gather.diagnose(config, "fabrikam", None, ENGLISH)
+    assert {machine.outcome for machine in made.facts.machines} == {Outcome.UNKNOWN}
+    assert "may pass all the same" not in made.customer
+    assert "may be dropped all the same" not in made.customer
