@@ -63,6 +63,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 def here(host: Host) -> Here:
     """What this host does to sources without a cached verdict."""
+    if host.agent is Agent.AWAY:
+        return Here.UNKNOWN
     if host.ruleset is Ruleset.NOT_PERMITTED:
         return Here.UNKNOWN
     if host.ruleset is Ruleset.CLOSED:
@@ -103,7 +105,7 @@ def now(host: Host, found: Cached | None, policy: Policy, left: Left | None = No
 def _now(host: Host, found: Cached | None, policy: Policy, left: Left | None) -> Now:
     place = here(host)
     match place:
-        case Here.UNKNOWN if host.agent is Agent.ELSEWHERE:
+        case Here.UNKNOWN if host.agent in (Agent.ELSEWHERE, Agent.AWAY):
             return Now(Effect.UNKNOWN, host.elsewhere or _AGENTS[host.agent])
         case Here.UNKNOWN:
             return Now(Effect.UNKNOWN, "asking the kernel needs root or CAP_NET_ADMIN")
@@ -212,5 +214,6 @@ _AGENTS = {
     Agent.SILENT: "the agent runs and does not report",
     Agent.NONE: "no agent runs here",
     Agent.ELSEWHERE: "another agent enforces here",
+    Agent.AWAY: "the agent runs in another network namespace",
     Agent.HIDDEN: "whether an agent runs is not known (only root and the agent's user may see that)",
 }

@@ -32,7 +32,7 @@ from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reas
 from portward.policy.decide import decide, rule_in_words
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_in_words, remedy
-from portward.runtime import running
+from portward.runtime import in_another_network, running
 from portward.settings import settings
 from portward.store import open_store
 from portward.store.protocol import find
@@ -87,7 +87,10 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
     known = _from_table(config, preset, segment, source) or _from_store(config, segment, source)
     found = _explanation(config, preset, known, segment, source, destination)
     place, here = _now(config, found, source)
-    return replace(found, now=here, remedy=_remedy(found, place, here), remarks=(*remarks, *_behind(config)))
+    found = replace(found, now=here, remedy=_remedy(found, place, here), remarks=(*remarks, *_behind(config)))
+    if in_another_network(config.table) is not None:
+        return replace(found, kernel="not asked: the agent runs in another network namespace")
+    return found
 
 
 # What passes there by a cached verdict, an answered queue, or a worker that nobody watches may be dropped next.
@@ -272,7 +275,7 @@ def _kernel(segment: str, source: Address) -> str:
     try:
         netlink = NfNetlink()
         if not netlink.sets(TABLE):
-            return "no ruleset of portward is loaded here: nothing is enforced"
+            return "has cached nothing: the ruleset that caches is not loaded here"
         key = Source(index, source.packed)
         if (limit := netlink.element(TABLE, RATES + key.family, key.key)) is not None:
             return _within(netlink, key, limit.object)

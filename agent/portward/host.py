@@ -29,8 +29,8 @@ from portward.gateway.ruleset import RATED_SETS, RATES, TABLE, Rated
 from portward.gateway.stacking import Fate
 from portward.gateway.tally import Outcome
 from portward.model import Address
-from portward.runtime import age_of, hidden, read_status, running
-from portward.settings import last
+from portward.runtime import age_of, hidden, in_another_network, read_status, running
+from portward.settings import away, last
 from portward.store import open_store
 from portward.table.database import DatabaseError
 from portward.table.history import same_history
@@ -45,13 +45,14 @@ _UNASKED_S: Final = 5.0
 
 class Agent(StrEnum):
     """Whether an agent works on this table. ELSEWHERE: one with another table folder enforces in this network
-    namespace. SILENT: one runs, and has not reported for some seconds."""
+    namespace. AWAY: it runs in another one. SILENT: one runs, and has not reported for some seconds."""
 
     RUNS = "runs"
     STARTING = "starting"
     SILENT = "silent"
     NONE = "none"
     ELSEWHERE = "elsewhere"
+    AWAY = "away"
     HIDDEN = "hidden"
 
 
@@ -114,6 +115,9 @@ class Left(msgspec.Struct, frozen=True, kw_only=True):
 
 def look(config: Config, segments: Iterable[str]) -> Host:
     """This host now for these segments; `config` is what counts (`settings`)."""
+    if (process := in_another_network(config.table)) is not None:
+        # What this namespace has loaded and cached says nothing of the agent's gateway.
+        return Host(agent=Agent.AWAY, workers=Workers.NONE, elsewhere=away(process))
     agent, status = _agent(config)
     loaded, elsewhere = _ruleset(config)
     if elsewhere and agent is not Agent.HIDDEN:
@@ -202,6 +206,8 @@ def in_words(taken: NamespaceTakenError) -> str:
 
 def nothing_loaded(folder: Path) -> KernelError:
     """What is to be said if no ruleset is loaded here; `folder` is the policy table's."""
+    if (process := in_another_network(folder)) is not None:
+        return KernelError(f"no ruleset of portward is loaded in this network namespace: {away(process)}")
     process = running(folder)
     if process is None:
         return KernelError(f"{keeper.NOT_LOADED} (start the agent: `systemctl start portward`)")

@@ -126,6 +126,26 @@ def running(folder: Path) -> int | None:
         os.close(descriptor)
 
 
+def in_another_network(folder: Path) -> int | None:
+    """The process id of the daemon that works on this table, if its network namespace is not that of this thread.
+    None if it is, if no daemon runs, or if this user may not see it."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        # A number in the file may be of another pid namespace: what counts is who holds the lock.
+        process = None if locks.taken(descriptor, shared=True) else locks.holder(descriptor)
+        if process is None:
+            return None
+        theirs, ours = (Path(f"/proc/{who}/ns/net").stat() for who in (process, "thread-self"))
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return None if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino) else process
+
+
 def _owner(descriptor: int) -> int:
     """The process that has the lock; what it says itself if this user may not look into it, 0 if it says nothing.
     Only for people: nothing is sent to it."""

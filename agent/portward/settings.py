@@ -24,7 +24,7 @@ from portward.documents import dec_hook, enc_hook
 from portward.errors import InputError
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
-from portward.runtime import running
+from portward.runtime import in_another_network, running
 
 _FILE: Final = "in-force.json"
 # Raised if a key goes or gets another meaning; another one is not read.
@@ -89,12 +89,26 @@ def settings(path: Path) -> Settings:
             raise
         *others, last = error.lines()
         last += ": the agent runs with the configuration that it read before"
-        return Settings(found.config, found.preset, (*others, last))
+        return Settings(found.config, found.preset, (*_away(found.config.table), *others, last))
     found = _in_force(config.table, path)
     if found is not None:
-        return Settings(found.config, found.preset, _differences(path, config, preset, found))
+        changed = _differences(path, config, preset, found)
+        return Settings(found.config, found.preset, (*_away(config.table), *changed))
     before = None if running(config.table) is not None else _left(config.table, path)
     return Settings(config, preset, () if before is None else _since(path, config, preset, before))
+
+
+def _away(folder: Path) -> tuple[str, ...]:
+    """What is to be said first if this command sees another gateway than the agent's."""
+    process = in_another_network(folder)
+    return () if process is None else (away(process),)
+
+
+def away(process: int) -> str:
+    """Where an agent is whose network namespace is not this one, and what to do."""
+    return (
+        f"the agent (process {process}) runs in another network namespace: ask there (`nsenter -t {process} -n`)"
+    )
 
 
 def last(config: Config) -> Config:

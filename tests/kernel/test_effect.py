@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from kernel.conftest import ALLOWED, DENIED, Gateway, source_records
 from kernel.test_rates import customer, known
 from portward.lab import namespaces
-from portward.lab.agent import until
+from portward.lab.agent import PROGRAM, until
 from portward.lab.topology import CONTOSO, FABRIKAM
 
 MAY, MAY_NOT = (CONTOSO, "10.0.0.4"), (FABRIKAM, "10.0.0.4")
@@ -162,6 +163,35 @@ def test_while_the_agent_does_not_answer(make_gateway: MakeGateway) -> None:
     finally:
         namespaces.run(gateway.lab.gateway, ["kill", "-CONT", pid])
         gateway.agent.process.send_signal(signal.SIGCONT)
+
+
+def test_from_another_network_namespace_nothing_is_said_of_the_agents_gateway(make_gateway: MakeGateway) -> None:
+    """Nothing is loaded there, which is no alarm."""
+    gateway = make_gateway()
+    agent = gateway.agent
+    assert agent.process is not None
+    there = f"the agent (process {agent.process.pid}) runs in another network namespace: ask there (`nsenter -t"
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        argv = [*PROGRAM, *words, "--config", str(agent.config)]
+        return namespaces.run(gateway.lab.internet, argv)
+
+    found = json.loads(ask("explain", FABRIKAM.segment, "10.0.0.4", "--json").stdout)
+    assert (found["now"]["effect"], found["now"]["as_policy"]) == ("unknown", None)
+    assert found["now"]["why"].startswith(there)
+    assert found["kernel"] == "not asked: the agent runs in another network namespace"
+    for words in (
+        ["status"],
+        ["explain", FABRIKAM.segment, "10.0.0.4"],
+        ["diagnose", FABRIKAM.segment, "10.0.0.4"],
+    ):
+        done = ask(*words)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"WARNING   {there}")
+        assert "is enforced" not in done.stdout.lower()
+    for words in (["top"], ["rules", "show"]):
+        assert f"no ruleset of portward is loaded in this network namespace: {there}" in ask(*words).stderr
+    assert "WARNING" not in agent.portward("status").stdout  # once: no refresh says it
 
 
 @pytest.mark.parametrize("verb", ["explain", "diagnose", "status", "top"])

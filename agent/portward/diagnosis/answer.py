@@ -80,8 +80,9 @@ _OUTCOMES: Final = {
 }
 _KERNEL: Final = {
     Kernel.NO_INTERFACE: marked("not known: no segment of these machines is an interface of this host now"),
-    Kernel.NO_RULESET: marked("nothing is enforced here: no ruleset of portward is loaded"),
+    Kernel.NO_RULESET: marked("not known: the ruleset that counts is not loaded here"),
     Kernel.NOT_PERMITTED: _NOT_PERMITTED,
+    Kernel.AWAY: marked("not known: the agent runs in another network namespace"),
 }
 _HERE: Final = {
     Here.JUDGES: marked("this gateway judges by the policy"),

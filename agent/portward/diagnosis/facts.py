@@ -24,12 +24,14 @@ class Place(StrEnum):
 
 
 class Kernel(StrEnum):
-    """Whether the kernel said what it dropped; NO_INTERFACE: the segment of a machine is not on this host."""
+    """Whether the kernel said what it dropped; NO_INTERFACE: the segment of a machine is not on this host; AWAY:
+    the agent enforces in another network namespace."""
 
     ASKED = "asked"
     NO_INTERFACE = "no-interface"
     NO_RULESET = "no-ruleset"
     NOT_PERMITTED = "not-permitted"
+    AWAY = "away"
 
 
 class Metrics(StrEnum):

@@ -15,7 +15,7 @@ from portward import host, sources
 from portward.config import Config
 from portward.diagnosis import counted, kernel, meant
 from portward.diagnosis.answer import Diagnosis, diagnosis
-from portward.diagnosis.facts import Asked, Facts, Machine, Place
+from portward.diagnosis.facts import Asked, Facts, Kernel, Machine, Place
 from portward.diagnosis.places import Accounts, Matched, accounts
 from portward.diagnosis.sight import Sight
 from portward.documents import brief
@@ -25,6 +25,7 @@ from portward.language import Language
 from portward.model import Address, Mode, Network, Reason
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
+from portward.runtime import in_another_network
 from portward.settings import settings
 from portward.store.belongings import Belongings, uuid_of
 
@@ -92,7 +93,8 @@ def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, ad
         held = place.found(str(matched.subscription))
         if held:
             return replace(_facts(config, preset, place, held[0], matched), asked=asked)
-    drops, answer = kernel.of_nobody(segment, address)
+    away = in_another_network(config.table) is not None
+    drops, answer = (None, Kernel.AWAY) if away else kernel.of_nobody(segment, address)
     return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer)
 
 
@@ -105,7 +107,8 @@ def _facts(
         found = place.matched(segment, address)
         return None if found is None else found.prefix
 
-    machines, answer = kernel.with_drops(machines, owner)
+    away = in_another_network(config.table) is not None
+    machines, answer = (machines, Kernel.AWAY) if away else kernel.with_drops(machines, owner)
     metrics, since_start = counted.since_start(config, held.id)
     return replace(
         _bare(config, preset, place),
