@@ -51,10 +51,10 @@ class Sight:
 
     def source(self, segment: str, address: Address | None, policy: Policy) -> tuple[Now, Outcome]:
         """What happens to a source; None stands for several of a prefix."""
-        if index_of(segment) is None:
+        here = self._at(segment)
+        if index_of(segment) is None and not here.elsewhere:
             # Whatever this host does, it does not do it to this source.
             return effect.now(Host(), None, policy), Outcome.UNKNOWN
-        here = self._at(segment)
         try:
             cached = self._cached(segment, address)
         except (OSError, PortwardError):

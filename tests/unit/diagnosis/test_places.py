@@ -16,6 +16,7 @@ from portward import explanation, host
 from portward.characters import unshown
 from portward.config import load
 from portward.diagnosis import gather, meant
+from portward.diagnosis.answer import lines
 from portward.diagnosis.counted import counts_of
 from portward.diagnosis.facts import Place
 from portward.diagnosis.outcome import Outcome
@@ -237,3 +238,15 @@ def test_what_this_host_does_is_not_said_of_a_segment_that_is_not_here(
     assert {machine.outcome for machine in made.facts.machines} == {Outcome.UNKNOWN}
     assert "may pass all the same" not in made.customer
     assert "may be dropped all the same" not in made.customer
+
+
+def test_where_the_agent_is_instead_is_said_also_if_no_segment_is_here(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = Host(agent=Agent.AWAY, workers=Workers.NONE, elsewhere="the agent runs in another network namespace")
+    monkeypatch.setattr(host, "look", lambda *_: away)
+    preset, made = gather.diagnose(config, "fabrikam", None, ENGLISH)
+    assert {machine.outcome for machine in made.facts.machines} == {Outcome.UNKNOWN}
+    assert f"not known: {away.elsewhere}" in "\n".join(lines(preset, made, ENGLISH))
+    assert made.facts.machines[0].now is not None
+    assert made.facts.machines[0].now.why == away.elsewhere
