@@ -287,7 +287,7 @@ def timeless(text: str) -> str:
     text = re.sub(r"\d{1,2}\S* \S+ \d{4} (at|à|\\u00e0).{3,20}UTC", "TIME", text)
     text = re.sub(r"(process )\d+|[\d.]+ ms|\d+ s\b|[0-9a-f]{64}", "N", text)
     text = re.sub(r"for \d+ s more, \d+ packets", "N", text)
-    return re.sub(r'("enforced_after_ms": )[\d.]+', r"\1N", text)
+    return re.sub(r'("(?:enforced_after_ms|age)": )[\d.]+', r"\g<1>0", text)
 
 
 def test_in_plain_surroundings_all_verbs_do_their_work(plain: list[Said]) -> None:
