@@ -63,7 +63,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 def here(host: Host) -> Here:
     """What this host does to sources without a cached verdict."""
-    if host.agent is Agent.AWAY:
+    if host.agent is Agent.AWAY or host.unclear:
         return Here.UNKNOWN
     if host.ruleset is Ruleset.NOT_PERMITTED:
         return Here.UNKNOWN
@@ -105,8 +105,8 @@ def now(host: Host, found: Cached | None, policy: Policy, left: Left | None = No
 def _now(host: Host, found: Cached | None, policy: Policy, left: Left | None) -> Now:
     place = here(host)
     match place:
-        case Here.UNKNOWN if host.agent in (Agent.ELSEWHERE, Agent.AWAY):
-            return Now(Effect.UNKNOWN, host.elsewhere or _AGENTS[host.agent])
+        case Here.UNKNOWN if host.elsewhere:
+            return Now(Effect.UNKNOWN, host.elsewhere)
         case Here.UNKNOWN:
             return Now(Effect.UNKNOWN, "asking the kernel needs root or CAP_NET_ADMIN")
         case Here.CLOSED:

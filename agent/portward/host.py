@@ -28,6 +28,7 @@ from portward.gateway.rates import Bucket
 from portward.gateway.ruleset import RATED_SETS, RATES, TABLE, Rated
 from portward.gateway.stacking import Fate
 from portward.gateway.tally import Outcome
+from portward.interfaces import shown
 from portward.model import Address
 from portward.runtime import age_of, hidden, in_another_network, read_status, running
 from portward.settings import away, last
@@ -79,7 +80,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     """This host now. `opens`: in the ruleset that is loaded, sources of all segments in question pass while nobody
     answers, `observed` because these are only observed. `elsewhere` is who enforces here instead; `ruleset_error`
     is why the kernel has no ruleset, as the agent says; `stacked` is what takes the packets of the segment in
-    question before they are judged, and `fate` what becomes of them."""
+    question before they are judged, and `fate` what becomes of them. `unclear`: whether a segment in
+    question is judged is not known, and `elsewhere` says why."""
 
     agent: Agent = Agent.RUNS
     ruleset: Ruleset = Ruleset.LOADED
@@ -90,6 +92,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: str = ""
     stacked: tuple[str, ...] = ()
     fate: Fate = Fate.FREE
+    unclear: bool = False
 
 
 class Cached(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +125,10 @@ def look(config: Config, segments: Iterable[str]) -> Host:
     loaded, elsewhere = _ruleset(config)
     if elsewhere and agent is not Agent.HIDDEN:
         agent = Agent.ELSEWHERE
-    opens, observed = _opens(list(segments)) if loaded is Ruleset.LOADED else (False, False)
+    segments = list(segments)
+    opens, observed = _opens(segments) if loaded is Ruleset.LOADED else (False, False)
+    if loaded is Ruleset.LOADED and not elsewhere and (other := _not_judged(segments)):
+        return Host(agent=agent, elsewhere=other, unclear=True)
     return Host(
         agent=agent,
         ruleset=loaded,
@@ -265,6 +271,22 @@ def _opens(segments: list[str]) -> tuple[bool, bool]:
             return opens, opens and all(opened.holds(netlink, opened.OBSERVED, segment) for segment in segments)
     except (KernelError, OSError):  # another process has taken the ruleset out meanwhile
         return False, False
+
+
+def _not_judged(segments: list[str]) -> str:
+    """Why it is not known whether the ruleset judges these segments; empty if it does, or if none is loaded."""
+    try:
+        with closing(NfNetlink()) as netlink:
+            for segment in segments:
+                index = index_of(segment)
+                if index is not None and opened.passed_by(netlink, index):
+                    return (
+                        f"the ruleset that is loaded has {shown(segment)} among the interfaces that are no "
+                        "segments, of which every packet passes: has `segments` changed since, or its name?"
+                    )
+    except (KernelError, OSError):
+        pass
+    return ""
 
 
 def _workers(config: Config, agent: Agent, status: dict[str, Any]) -> Workers:

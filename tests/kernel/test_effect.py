@@ -108,6 +108,20 @@ def test_a_file_that_was_edited_while_no_agent_runs_changes_no_packet(
     agrees(gateway, MAY, DROPPED, as_policy=False)
 
 
+def test_a_segment_that_the_file_names_since_is_not_said_to_be_judged(make_gateway: MakeGateway) -> None:
+    """The ruleset that is loaded takes it for another interface."""
+    gateway = make_gateway(segments=[FABRIKAM.segment])
+    gateway.agent.stop(signal.SIGKILL)
+    gateway.agent.configure(segments=["vni*"])
+    found = gateway.agent.explain(CONTOSO.segment, "10.0.0.7")["now"]
+    assert (found["effect"], found["as_policy"]) == ("unknown", None)
+    assert f"has {CONTOSO.segment} among the interfaces that are no segments" in found["why"]
+    assert gateway.passes(CONTOSO, "10.0.0.7")
+    printed = gateway.agent.portward("diagnose", CONTOSO.segment, "10.0.0.4").stdout
+    assert f"not known: the ruleset that is loaded has {CONTOSO.segment} among" in printed
+    agrees(gateway, MAY_NOT, DROPPED, "no agent runs here, so no worker answers")
+
+
 def test_while_workers_stay_they_go_by_the_table_that_was_left(
     make_gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

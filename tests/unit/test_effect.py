@@ -68,6 +68,7 @@ def cached(verdict: Class) -> Cached:
         (Host(stacked=BRIDGE, fate=Fate.OBSERVED), NOTHING, OBSERVED, Effect.PASSES, True),
         (Host(ruleset=Ruleset.NOT_PERMITTED), NOTHING, ALLOW, Effect.UNKNOWN, None),
         (Host(agent=Agent.ELSEWHERE, elsewhere="process 7"), NOTHING, ALLOW, Effect.UNKNOWN, None),
+        (Host(unclear=True, elsewhere="vni1 is no segment"), cached(Class.DENY), DENY, Effect.UNKNOWN, None),
         (Host(agent=Agent.AWAY, ruleset=Ruleset.NONE, elsewhere="process 7"), NOTHING, DENY, Effect.UNKNOWN, None),
         (Host(agent=Agent.AWAY, ruleset=Ruleset.CLOSED, elsewhere="process 7"), None, DENY, Effect.UNKNOWN, None),
     ],

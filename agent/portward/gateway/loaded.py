@@ -3,10 +3,11 @@ one: a file can be edited while no agent runs to take it in."""
 
 from __future__ import annotations
 
+import sys
 from typing import Final
 
 from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.ruleset import NO_INTERFACE, TABLE
+from portward.gateway.ruleset import KNOWN_INTERFACES, NO_INTERFACE, TABLE
 from portward.interfaces import decoded, encoded
 
 # Segments whose sources pass while no worker answers; and those of them that are only observed.
@@ -19,6 +20,12 @@ _NAME_BYTES: Final = 16
 def holds(netlink: NfNetlink, set_: str, segment: str) -> bool:
     """Whether a set of patterns covers a segment; False if there is no such set. Raises OSError."""
     return netlink.element(TABLE, set_, encoded(segment).ljust(_NAME_BYTES, b"\0")) is not None
+
+
+def passed_by(netlink: NfNetlink, index: int) -> bool:
+    """Whether the agent has written an interface, by its index, among those that are no segments, of which nothing
+    is judged. Raises OSError."""
+    return netlink.element(TABLE, KNOWN_INTERFACES, index.to_bytes(4, sys.byteorder)) is not None
 
 
 def patterns(netlink: NfNetlink, set_: str) -> tuple[str, ...]:
