@@ -201,17 +201,18 @@ def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> It
 
 def _now(facts: Facts, say: Language) -> Iterator[str]:
     """What this host does to these segments; to which, if not to all the same."""
-    if facts.elsewhere and facts.here in (Here.UNKNOWN, None):
-        yield say(_ELSEWHERE, why=facts.elsewhere)
-        return
+    unknown = say(_ELSEWHERE, why=facts.elsewhere) if facts.elsewhere else say(_HERE[Here.UNKNOWN])
     places: dict[Here, list[str]] = {}
     for segment, place in facts.places.items():
         places.setdefault(place, []).append(shown(segment))
-    if not places and (facts.machines or facts.asked):
+    if not places and facts.elsewhere:
+        yield unknown
+    elif not places and (facts.machines or facts.asked):
         yield say("not known: no segment in question is an interface of this host now")
     for place, segments in places.items():
         of = f"{', '.join(segments[:_SEGMENTS])}{' …' if len(segments) > _SEGMENTS else ''}: "
-        yield f"{of if len(places) > 1 else ''}{say(_HERE[place])}"
+        text = unknown if place is Here.UNKNOWN else say(_HERE[place])
+        yield f"{of if len(places) > 1 else ''}{text}"
 
 
 def _account(facts: Facts, subscription: Subscription, say: Language) -> str:

@@ -27,8 +27,9 @@ class Sight:
         self._at = cache(self._at_segment)
 
     def elsewhere(self, segments: Iterable[str]) -> str:
-        """Who enforces here in place of an agent on this table; empty if nobody does."""
-        return next((self._at(segment).elsewhere for segment in segments), "")
+        """Who enforces here in place of an agent on this table, or why else it is not known what happens to one of
+        these segments; empty if it is known."""
+        return next(filter(None, (self._at(segment).elsewhere for segment in segments)), "")
 
     def stacked(self, segments: Iterable[str]) -> tuple[str, ...]:
         """What takes the packets of these segments before they are judged."""

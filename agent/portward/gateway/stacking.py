@@ -88,7 +88,8 @@ def warnings(devices: Iterable[Device], config: Config) -> list[str]:
     """What an operator must know of these devices, a line each."""
     devices = list(devices)
     found = stacked(devices, config.segment)
-    return [*(line for _, line in _bridged(devices, config)), *(_warning(one, config) for one in found)]
+    stopped = enforced(found, config)
+    return [*(line for _, line in _bridged(devices, config)), *(_warning(one, config, stopped) for one in found)]
 
 
 def concerning(devices: Iterable[Device], config: Config, segments: Set[str]) -> list[str]:
@@ -96,14 +97,16 @@ def concerning(devices: Iterable[Device], config: Config, segments: Set[str]) ->
     packets."""
     devices = list(devices)
     bridged = [line for ports, line in _bridged(devices, config) if ports & segments]
-    above = (one for one in stacked(devices, config.segment) if one.segment.name in segments)
+    found = stacked(devices, config.segment)
+    stopped = enforced(found, config)
+    above = (one for one in found if one.segment.name in segments)
     other = [
         f"{one.kind} {shown(one.name)}, a segment itself, takes the packets of segment {shown(segment)}: those "
         f"are judged as sources of {shown(one.name)}"
         for segment in sorted(segments)
         for one in _segments_above(devices, config, segment)
     ]
-    return [*bridged, *(_warning(one, config) for one in above), *other]
+    return [*bridged, *(_warning(one, config, stopped) for one in above), *other]
 
 
 def _segments_above(devices: list[Device], config: Config, segment: str) -> list[Device]:
@@ -136,10 +139,11 @@ def fate(devices: Iterable[Device], config: Config, segment: str) -> Fate:
     return Fate.STOPPED if taken and all(one.device.ifindex in stopped for one in found) else Fate.UNCLEAR
 
 
-def _warning(one: Stacked, config: Config) -> str:
+def _warning(one: Stacked, config: Config, stopped: Set[int]) -> str:
+    """`stopped` are the devices whose packets the ruleset drops."""
     name, segment = shown(one.device.name), shown(one.segment.name)
     begin = f"{one.device.kind} {name} takes the packets of segment {segment}"
-    if config.observes(one.segment.name):
+    if config.observes(one.segment.name) and one.device.ifindex not in stopped:
         return f"{begin}, which is only observed: they pass, and are not counted"
     if config.uplink(one.device.name):
         return (

@@ -402,6 +402,15 @@ def test_who_enforces_in_place_of_an_agent_on_this_table_is_named(say: Language)
 
 
 @BOTH
+def test_why_it_is_not_known_is_said_of_that_segment(say: Language) -> None:
+    places = {"vni1001": Here.JUDGES, "vni1002": Here.UNKNOWN}
+    why = "the ruleset has vni1002 among those that are no segments"
+    engineer, _ = told(say, DENIED, ELSEWHERE, places=places, here=Here.UNKNOWN, elsewhere=why)
+    assert f"vni1001: {say('this gateway judges by the policy')}" in engineer
+    assert f"vni1002: {say('not known: {why}', why=why)}" in engineer
+
+
+@BOTH
 def test_who_is_only_observed_is_not_said_to_pass_while_he_is_dropped(say: Language) -> None:
     """His subscription is observed, which the kernel does not know."""
     passing = say(

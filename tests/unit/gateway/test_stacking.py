@@ -133,6 +133,9 @@ def test_packets_of_an_observed_segment_pass_unless_an_enforced_one_shares_the_d
     config = Config(segments=("vni*",), uplinks=("up*",), verdicts=Verdicts(observe=("vni1",)))
     assert fate((UNDER, TOP), config, "vni1") is Fate.OBSERVED
     assert fate((UNDER, TOP, Device(3, "vni2", master=2)), config, "vni1") is Fate.STOPPED
+    (line,) = concerning((UNDER, TOP, Device(3, "vni2", master=2)), config, {"vni1"})
+    assert "nothing that comes from it may reach a judged port, whoever sends it" in line
+    assert "only observed: they pass" in concerning((UNDER, TOP), config, {"vni1"})[0]
     everything = Config(segments=("vni*",), uplinks=("up*",), mode=Mode.OBSERVE)
     assert fate((UNDER, TOP, Device(3, "vni2", master=2)), everything, "vni1") is Fate.OBSERVED
 
