@@ -127,7 +127,8 @@ def look(config: Config, segments: Iterable[str]) -> Host:
         agent = Agent.ELSEWHERE
     segments = list(segments)
     opens, observed = _opens(segments) if loaded is Ruleset.LOADED else (False, False)
-    if loaded is Ruleset.LOADED and not elsewhere and (other := _not_judged(segments)):
+    broken = str(status.get("ruleset_error", ""))
+    if loaded is Ruleset.LOADED and not elsewhere and (other := _not_in_force(broken) or _not_judged(segments)):
         return Host(agent=agent, elsewhere=other, unclear=True)
     return Host(
         agent=agent,
@@ -135,7 +136,7 @@ def look(config: Config, segments: Iterable[str]) -> Host:
         workers=_workers(config, agent, status),
         opens=opens,
         observed=observed,
-        ruleset_error=str(status.get("ruleset_error", "")),
+        ruleset_error=broken,
         elsewhere=elsewhere,
     )
 
@@ -271,6 +272,13 @@ def _opens(segments: list[str]) -> tuple[bool, bool]:
             return opens, opens and all(opened.holds(netlink, opened.OBSERVED, segment) for segment in segments)
     except (KernelError, OSError):  # another process has taken the ruleset out meanwhile
         return False, False
+
+
+def _not_in_force(error: str) -> str:
+    """Why it is not known what the loaded ruleset does; empty if the agent has no error with it."""
+    if not error:
+        return ""
+    return f"the agent says that its ruleset is not in force, so what is loaded may let anything pass: {error}"
 
 
 def _not_judged(segments: list[str]) -> str:

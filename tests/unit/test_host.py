@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from portward import host
+from portward import effect, host
+from portward.config import Config
 from portward.gateway import loaded
 from portward.gateway.ruleset import NO_INTERFACE
 from portward.gateway.setdump import SetElement
@@ -66,3 +69,20 @@ def test_segments_are_open_without_an_agent_if_the_loaded_ruleset_says_it_of_eac
 def test_the_patterns_of_a_loaded_ruleset_are_read_as_they_were_written(patterns: tuple[str, ...]) -> None:
     assert loaded.patterns(Kernel(open_segments=patterns or (NO_INTERFACE,)), loaded.OPEN) == patterns  # type: ignore[arg-type]
     assert loaded.patterns(Kernel(), loaded.OPEN) == ()  # type: ignore[arg-type] # an older ruleset
+
+
+def test_while_the_agent_says_that_its_ruleset_is_not_in_force_nobody_knows_what_is_judged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    status = {"ruleset_error": "No buffer space available", "workers": []}
+    monkeypatch.setattr(host, "_agent", lambda _: (host.Agent.RUNS, status))
+    monkeypatch.setattr(host, "NfNetlink", lambda: Kernel(open_segments=(NO_INTERFACE,)))
+    config = Config(segments=("vni*",), uplinks=("up0",), table=tmp_path)
+    monkeypatch.setattr(host, "_ruleset", lambda _: (host.Ruleset.LOADED, ""))
+    found = host.look(config, ["vni1"])
+    assert effect.here(found) is effect.Here.UNKNOWN
+    why = effect.now(found, host.Cached(), effect.Policy(verdict="deny")).why
+    assert why.startswith("the agent says that its ruleset is not in force")
+    assert why.endswith("No buffer space available")
+    monkeypatch.setattr(host, "_ruleset", lambda _: (host.Ruleset.NONE, ""))
+    assert effect.here(host.look(config, ["vni1"])) is effect.Here.OPEN
