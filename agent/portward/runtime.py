@@ -41,17 +41,15 @@ class Runtime:
         """Takes the lock, making the folder where it is missing; raises PortwardError where another daemon
         has it, and names that one's process id, or where others may change what is in the folder."""
         self._folder = folder
-        # The deepest first.
-        self._made = [place for place in (folder, *folder.parents) if not place.exists()]
-        try:
-            ownership.make(folder)
-            self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise PortwardError(f"table {folder}: {error.strerror}") from error
-        if not self._locked():
-            other = _owner(self._lock)
+        for _ in range(_TRIES):
+            self._take()
+            if self._in_place():
+                break
+            # A refused start has just removed the folder that it made: a lock on a file that is gone keeps nobody
+            # away.
             os.close(self._lock)
-            raise PortwardError(f"table {folder}: portward runs already, as process {other}")
+        else:
+            raise PortwardError(f"table {folder}: another process removes this folder again and again")
         # Of a process that was killed, or of an earlier boot: from here on a reader would take it for this one's.
         with contextlib.suppress(OSError):
             (folder / _STATUS).unlink()
@@ -60,6 +58,29 @@ class Runtime:
         self.crashed = self._listen_for_crashes()
         # For the new status.
         self._reserve = Reserve(1)
+
+    def _take(self) -> None:
+        """Opens the lock file and locks it, making the folder where it is missing; raises PortwardError."""
+        folder = self._folder
+        try:
+            # The deepest first.
+            self._made = [place for place in (folder, *folder.parents) if not place.exists()]
+            ownership.make(folder)
+            self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise PortwardError(f"table {folder}: {error.strerror}") from error
+        if not self._locked():
+            other = _owner(self._lock)
+            os.close(self._lock)
+            raise PortwardError(f"table {folder}: portward runs already, as process {other}")
+
+    def _in_place(self) -> bool:
+        """Whether the file that is locked is the one that another agent would lock."""
+        try:
+            found = (self._folder / _LOCK).lstat()
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self._lock))
 
     def _listen_for_crashes(self) -> str:
         """From now on a crash is written down; gives what is written there."""
@@ -107,7 +128,12 @@ class Runtime:
     def _unmake(self) -> None:
         """A refused start, with a mistyped `table` for example, leaves no folder behind."""
         with contextlib.suppress(OSError):
-            if self._made and {path.name for path in self._folder.iterdir()} <= {_LOCK, _CRASH}:
+            # Not in place: somebody removed the folder, and what is there now may be another agent's.
+            if (
+                self._made
+                and self._in_place()
+                and {path.name for path in self._folder.iterdir()} <= {_LOCK, _CRASH}
+            ):
                 (self._folder / _CRASH).unlink(missing_ok=True)
                 (self._folder / _LOCK).unlink()
                 for place in self._made:

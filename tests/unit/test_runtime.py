@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from portward.runtime import Runtime, hidden, read_status
+from portward import locks
+from portward.runtime import Runtime, hidden, read_status, running
 
 CRASH = """
 import ctypes, os, signal, sys
@@ -56,6 +59,47 @@ def test_a_start_that_is_refused_leaves_no_folder_behind(tmp_path: Path) -> None
     (tmp_path / "table").mkdir()
     Runtime(tmp_path / "table").close()
     assert (tmp_path / "table" / "daemon.lock").exists()
+
+
+def test_a_lock_on_a_file_that_is_gone_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that is refused removes its folder while the next agent waits for the lock in it."""
+    folder = tmp_path / "table"
+    refused = Runtime(folder)
+    taken = locks.taken
+
+    def ends_first(descriptor: int, *, shared: bool = False) -> bool:
+        monkeypatch.setattr(locks, "taken", taken)
+        refused.close()
+        return taken(descriptor, shared=shared)
+
+    monkeypatch.setattr(locks, "taken", ends_first)
+    runtime = Runtime(folder)
+    assert running(folder) == os.getpid()
+    runtime.close()
+
+
+def test_the_folder_of_the_agent_after_it_stays(tmp_path: Path) -> None:
+    """Somebody has removed the folder of an agent, and another agent has made it anew."""
+    folder = tmp_path / "table"
+    first = Runtime(folder)
+    shutil.rmtree(folder)
+    second = Runtime(folder)
+    first.close()
+    assert running(folder) == os.getpid()
+    second.close()
+
+
+def test_a_folder_that_cannot_be_reached_is_an_error_in_a_line() -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from portward.errors import PortwardError; "
+        "from portward.runtime import Runtime; os.setuid(65534)\n"
+        "try: Runtime(Path(sys.argv[1]))\n"
+        "except PortwardError as error: print(error)"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # root's alone
+        place = f"{folder}/table"
+        told = subprocess.run([sys.executable, "-c", program, place], capture_output=True, text=True, check=False)
+    assert told.stdout == f"table {place}: Permission denied\n", told.stderr
 
 
 def test_a_folder_with_a_policy_stays(tmp_path: Path) -> None:
