@@ -5,11 +5,13 @@ it.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from portward import paths
 from portward.config import STORE, Config
 from portward.errors import PortwardError
 from portward.runtime import hidden, read_status, running
@@ -105,7 +107,7 @@ def other_store(config: Config) -> str:
     except PortwardError:
         return ""
     its = str((status or {}).get("store") or config.store)
-    if _place(its) == _place(config.store):
+    if _same_store(its, config.store):
         return ""
     return (
         f"the agent here reads another store, {its}: it does not see what is in {config.store}; put `store` "
@@ -113,10 +115,19 @@ def other_store(config: Config) -> str:
     )
 
 
-def _place(url: str) -> str:
-    """The file of a store, whatever way its URL goes there."""
-    found = STORE.fullmatch(url)
-    return str(Path(found[1]).resolve()) if found else url
+def _same_store(its: str, ours: str) -> bool:
+    """Whether the URL that an agent reports and that of a verb are one store, whatever way they go there. An agent
+    of another locale may read the same path as other text."""
+    if its in (ours, paths.to_text(ours)):
+        return True
+    found = [STORE.fullmatch(url) for url in (its, ours)]
+    one, other = (Path(match[1]) if match else None for match in found)
+    if one is None or other is None:
+        return False
+    try:
+        return os.path.realpath(one) == os.path.realpath(other) or one.samefile(other)  # a bind mount
+    except (OSError, ValueError):  # one of them is not there
+        return False
 
 
 def lost_store(config: Config) -> str:

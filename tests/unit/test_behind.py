@@ -77,6 +77,33 @@ def test_the_store_that_the_agent_reads_needs_no_warning(config: Config, file: P
     assert other_store(configuration.load(file)) == ""
 
 
+def test_the_same_file_under_another_name_is_the_same_store(config: Config, file: Path, agent: Runtime) -> None:
+    """As by a bind mount: a link that is not one to the other."""
+    assert agent
+    (file.parent / "portward.db").touch()
+    (file.parent / "mount.db").hardlink_to(file.parent / "portward.db")
+    configure(file, "mount.db")
+    assert other_store(configuration.load(file)) == ""
+
+
+def test_a_path_that_goes_in_a_circle_is_another_store(file: Path, agent: Runtime) -> None:
+    assert agent
+    (file.parent / "one").symlink_to("two")
+    (file.parent / "two").symlink_to("one")
+    configure(file, "one/portward.db")
+    assert "reads another store" in other_store(configuration.load(file))
+
+
+def test_the_locale_of_the_agent_makes_no_other_store(
+    config: Config, file: Path, agent: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verb in Latin-1 has other text for the bytes of the same path."""
+    agent.write_status({"format": 1, "store": config.store.replace("portward.db", "dép.db")})
+    verb = msgspec.structs.replace(config, store=config.store.replace("portward.db", "dÃ©p.db"))
+    monkeypatch.setattr("portward.paths.os.fsencode", lambda text: text.encode("latin-1"))
+    assert other_store(verb) == ""
+
+
 def test_without_an_agent_no_store_is_another_one(config: Config) -> None:
     assert other_store(config) == ""
 
