@@ -115,7 +115,7 @@ class Daemon:
             if await self._stopped_before(starting):
                 return
             await self._serve(*starting.result())
-        _log.info("stopped; ruleset and remembered verdicts stay in force")
+        _log.info("stopped; the ruleset stays in force, and cached verdicts until they end")
 
     async def _start(
         self, stack: contextlib.AsyncExitStack
