@@ -1,11 +1,12 @@
 """`portward explain`: why a source may or may not send, from the same table that the workers read.
 
-Where no agent runs it decides from the store, and says so. Where the kernel may be asked (CAP_NET_ADMIN) it
-also tells whether the verdict is remembered now.
+Where no agent runs it decides from the store or, if that cannot be read, from the table that an agent left, and
+says so. Where the kernel may be asked (CAP_NET_ADMIN) it also tells whether the verdict is remembered now.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from portward.clock import as_agent
 from portward.config import Config, Refusal
 from portward.documents import network_text
 from portward.effect import Effect, Here, Now, Policy
-from portward.errors import PortwardError
+from portward.errors import PortwardError, StoreError
 from portward.gateway.elements import KernelElements
 from portward.gateway.learned import Learned, Source
 from portward.gateway.links import index_of
@@ -84,7 +85,7 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
     config, preset, remarks = settings(path)
     source = sources.source(config, path, segment, address)
     destination = None if to is None else sources.destination(to, source)
-    known = _from_table(config, preset, segment, source) or _from_store(config, segment, source)
+    known = _known(config, preset, segment, source)
     found = _explanation(config, preset, known, segment, source, destination)
     place, here = _now(config, found, source)
     found = replace(found, now=here, remedy=_remedy(found, place, here), remarks=(*remarks, *_behind(config)))
@@ -153,10 +154,22 @@ _EFFECTS: Final = {
 }
 
 
+def _known(config: Config, preset: Preset, segment: str, source: Address) -> Known:
+    """What the running agent enforces; else what the store holds; if that cannot be read, what an agent left."""
+    if running(config.table) is not None and (found := _from_table(config, preset, segment, source)) is not None:
+        return found
+    try:
+        return _from_store(config, segment, source)
+    except StoreError as error:
+        with contextlib.suppress(PortwardError):
+            if (found := _from_table(config, preset, segment, source)) is not None:
+                place = found.source.removeprefix("table")
+                return replace(found, source=f"table as an agent left it{place}; {error}")
+        raise
+
+
 def _from_table(config: Config, preset: Preset, segment: str, address: Address) -> Known | None:
-    """What the running daemon enforces; None where none runs, or it has no policy yet."""
-    if running(config.table) is None:
-        return None
+    """What the policy table holds; None if that is no policy yet. Raises TableError."""
     reader = Reader.open(config.table)
     try:
         head, holding = reader.head(), reader.holding(segment, address)

@@ -122,6 +122,19 @@ def test_a_segment_that_the_file_names_since_is_not_said_to_be_judged(make_gatew
     agrees(gateway, MAY_NOT, DROPPED, "no agent runs here, so no worker answers")
 
 
+def test_without_agent_and_store_the_table_that_was_left_says_whose_a_source_is(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    left = gateway.agent.revision()
+    gateway.agent.stop(signal.SIGKILL)
+    for file in gateway.agent.folder.glob("portward.db*"):
+        file.rename(file.with_name(f"gone-{file.name}"))
+    agrees(gateway, MAY, DROPPED, "no agent runs here, so no worker answers", as_policy=False)
+    found = gateway.agent.explain(CONTOSO.segment, "10.0.0.4")
+    assert (found["verdict"], found["revision"]) == ("allow", left)
+    printed = gateway.agent.portward("explain", CONTOSO.segment, "10.0.0.4").stdout
+    assert f"  from      the table as an agent left it, revision {left}; sqlite:" in printed
+
+
 def test_while_workers_stay_they_go_by_the_table_that_was_left(
     make_gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
