@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -55,6 +56,15 @@ class Gateway:
     def listing(self, set_: str) -> str:
         """One of portward's sets in the kernel, as nft lists it."""
         return namespaces.run(self.lab.gateway, ["nft", "list", "set", "inet", "portward", set_]).stdout
+
+    def workers(self) -> set[int]:
+        """The processes that read the queues in the gateway's namespace."""
+        found = set()
+        for pid in namespaces.run(self.lab.gateway, ["ip", "netns", "pids", self.lab.gateway]).stdout.split():
+            with contextlib.suppress(OSError):  # it has ended since
+                if b"portward.gateway.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.add(int(pid))
+        return found
 
     def passes(
         self, tenant: Tenant, source: str, flags: str = "S", *, patience_s: float = 20.0, **options: Any

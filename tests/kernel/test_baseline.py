@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -294,14 +293,14 @@ def test_the_next_agents_worker_takes_the_queue_over(booted: Gateway, monkeypatc
     agent = booted.agent
     agent.start()
     for number in (signal.SIGTERM, signal.SIGKILL):
-        workers = worker_pids(booted)
+        workers = booted.workers()
         agent.stop(number)
         time.sleep(0.5)  # pause: so long a worker that ends with its daemon takes at most
-        assert worker_pids(booted) == workers, "the worker stays"
+        assert booted.workers() == workers, "the worker stays"
         assert booted.passes(CONTOSO, f"10.0.1.{number}"), "… and answers for new sources"
         assert not booted.passes(FABRIKAM, f"10.0.1.{number}")
         agent.start()
-        until(lambda workers=workers: not workers & worker_pids(booted), "the old worker is gone")  # type: ignore[misc]
+        until(lambda workers=workers: not workers & booted.workers(), "the old worker is gone")  # type: ignore[misc]
         assert booted.passes(CONTOSO, f"10.0.2.{number}")
         assert not booted.passes(FABRIKAM, f"10.0.2.{number}")
 
@@ -311,11 +310,11 @@ def test_a_worker_that_was_stopped_does_not_keep_its_queue(
 ) -> None:
     monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
     booted.agent.start()
-    (worker,) = worker_pids(booted)
+    (worker,) = booted.workers()
     os.kill(worker, signal.SIGSTOP)
     booted.agent.stop(signal.SIGKILL)
     booted.agent.start()
-    assert worker not in worker_pids(booted)
+    assert worker not in booted.workers()
     assert booted.passes(CONTOSO, "10.0.0.6")
 
 
@@ -323,7 +322,7 @@ def test_a_worker_that_stays_leaves_in_time(booted: Gateway, monkeypatch: pytest
     monkeypatch.setenv("PORTWARD_WORKERS_STAY", "1")
     booted.agent.start()
     booted.agent.stop()
-    until(lambda: not worker_pids(booted), "the worker has left")
+    until(lambda: not booted.workers(), "the worker has left")
     assert not booted.passes(CONTOSO, "10.0.0.6")
 
 
@@ -335,7 +334,7 @@ def test_a_worker_that_stays_leaves_when_its_table_is_deleted(
     booted.agent.start()
     booted.agent.stop()
     shutil.rmtree(booted.agent.folder / "table")
-    until(lambda: not worker_pids(booted), "the worker has left")
+    until(lambda: not booted.workers(), "the worker has left")
     booted.agent.start()
     assert booted.passes(CONTOSO, "10.0.0.6")
 
@@ -358,19 +357,6 @@ def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
     assert agent.process is not None
     assert agent.process.wait(60) == 1
     time.sleep(0.5)  # pause: so long a worker that ends with its daemon takes at most
-    assert len(worker_pids(booted)) == 1
+    assert len(booted.workers()) == 1
     assert booted.passes(CONTOSO, "10.0.0.6")
     assert not booted.passes(FABRIKAM, "10.0.0.6")
-
-
-def worker_pids(gateway: Gateway) -> set[int]:
-    """The workers in the gateway's namespace."""
-    said = subprocess.run(
-        ["ip", "netns", "pids", gateway.lab.gateway], capture_output=True, text=True, check=True
-    ).stdout.split()
-    found = set()
-    for pid in said:
-        words = Path(f"/proc/{pid}/cmdline")
-        if words.exists() and b"portward.gateway.worker" in words.read_bytes():
-            found.add(int(pid))
-    return found

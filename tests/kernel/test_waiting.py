@@ -46,21 +46,12 @@ _TO = {PREROUTING: MAIL4, FORWARD: TRICKS["an-internal-address"][1]}
 @contextmanager
 def stopped(gateway: Gateway) -> Iterator[None]:
     """The gateway's worker takes no packet. Must be over before the self-check ends it, in two seconds."""
-    process = _worker(gateway)
+    (process,) = gateway.workers()
     os.kill(process, signal.SIGSTOP)
     try:
         yield
     finally:
         os.kill(process, signal.SIGCONT)
-
-
-def _worker(gateway: Gateway) -> int:
-    """The process that reads the gateway's queue."""
-    name = gateway.lab.gateway
-    for process in namespaces.run(name, ["ip", "netns", "pids", name]).stdout.split():
-        if b"portward.gateway.worker" in Path(f"/proc/{process}/cmdline").read_bytes():
-            return int(process)
-    raise AssertionError("no worker")
 
 
 def waiting(gateway: Gateway) -> int:
