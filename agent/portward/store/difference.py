@@ -98,7 +98,7 @@ def useless_grants(
 ) -> Iterator[str]:
     """A line for each grant that the inventory brings in and that lets nobody send, because the offer can never be
     exempt; of many the first ones. It is no mistake: a record may be older than the offer."""
-    found: list[str] = []
+    found: list[tuple[str, str]] = []
     for key, body in (*change.added.items(), *change.changed.items()):
         if not key.startswith("exemptions/"):
             continue
@@ -110,9 +110,11 @@ def useless_grants(
                 isinstance(owner, Subscription)
                 and rule(preset, owner, record, Workload.VM, now=now).reason is Reason.DENIED_INELIGIBLE
             ):
-                problem = f"is granted and makes no difference: the offer {owner.offer} can never be exempt"
-                found.append(str(inventory.mistake(key, problem, "state")))
-    yield from found[:_NAMED]
+                found.append((key, owner.offer))
+    # To find the line of one the documents are read again, which takes seconds for a million records.
+    for key, offer in found[:_NAMED]:
+        problem = f"is granted and makes no difference: the offer {offer} can never be exempt"
+        yield str(inventory.mistake(key, problem, "state"))
     if len(found) > _NAMED:
         yield f"and {len(found) - _NAMED} more grants like these"
 

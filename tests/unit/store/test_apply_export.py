@@ -20,6 +20,7 @@ from portward.cli.program import app
 from portward.clock import utc_now
 from portward.errors import ConflictError, InputError, PortwardError, StoreError
 from portward.store.difference import Difference, difference
+from portward.store.inventory import Inventory
 from portward.store.protocol import Change, key_of
 from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, held, opened, put, texts, write
 from unit.store.test_sqlite import environment
@@ -169,6 +170,26 @@ def test_a_grant_to_an_offer_that_can_never_be_exempt_is_warned_of(run: Run, fil
         "can never be exempt"
     ]
     assert "WARNING" not in run("apply", "grants.yaml").stdout, "it is there already"
+
+
+def test_many_grants_that_make_no_difference_take_no_longer(
+    run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To find the line of one, the documents are read again."""
+    found: list[str] = []
+    mistake = Inventory.mistake
+
+    def counted(self: Inventory, key: str, problem: str, *fields: str) -> InputError:
+        found.append(key)
+        return mistake(self, key, problem, *fields)
+
+    monkeypatch.setattr(Inventory, "mistake", counted)
+    ids = [f"11111111-0000-4000-8000-{number:012}" for number in range(100, 120)]
+    owners = "".join(f"- {{id: {id_}, offer: free-trial, created: 2022-06-30}}\n" for id_ in ids)
+    grants = "".join(f"- {{subscription: {id_}, state: granted, decided: 2026-01-09T12:00:00Z}}\n" for id_ in ids)
+    (files / "grants.yaml").write_text(f"subscriptions:\n{owners}exemptions:\n{grants}")
+    assert "WARNING   and 15 more grants like these\n" in run("apply", "grants.yaml").stdout
+    assert len(found) == 5
 
 
 def test_pruning_removes_what_the_files_do_not_name(run: Run, files: Path, path: Path) -> None:
