@@ -24,7 +24,7 @@ from portward.interfaces import shown
 from portward.listeners import try_to_listen
 from portward.paths import is_path
 from portward.policy import preset as presets
-from portward.runtime import running
+from portward.runtime import read_status, running
 from portward.store import open_store
 from portward.store.unreadable import unreadable
 from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
@@ -132,11 +132,21 @@ def _fraud_check(config: Config) -> Iterator[str]:
         yield f"exemptions.check: {found}"
 
 
+def _starting(folder: Path) -> bool:
+    """Whether the agent that runs on this table has not reported since its start: it may be about to make it."""
+    try:
+        return read_status(folder) is None
+    except PortwardError:  # an agent of another version has
+        return False
+
+
 def _table(folder: Path) -> Iterator[str]:
     """Whether the policy table is whole; raises TableError with what to do if it is not."""
     if not (folder / FILE).exists():
         if (process := running(folder)) is None:
             yield f"table {folder}: there is none yet"
+        elif _starting(folder):
+            yield f"table {folder}: there is none yet; an agent is starting (process {process})"
         else:
             yield (
                 f"WARNING: table {folder}: there is none, although an agent runs on it (process {process}): it "

@@ -96,17 +96,23 @@ def test_a_program_that_cannot_be_run_is_told_and_keeps_no_agent_from_its_start(
 
 
 @pytest.mark.parametrize(
-    ("process", "told"),
+    ("process", "status", "told"),
     [
-        (None, "there is none yet"),
-        (4711, "WARNING: .*: there is none, although an agent runs on it .process 4711.: .* makes it anew"),
+        (None, None, "there is none yet$"),
+        (4711, None, "there is none yet; an agent is starting .process 4711."),
+        (4711, {}, "WARNING: .*: there is none, although an agent runs on it .process 4711.: .* makes it anew"),
     ],
 )
 def test_a_table_that_is_gone_is_no_table_that_is_not_there_yet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: int | None, told: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    process: int | None,
+    status: dict[str, Any] | None,
+    told: str,
 ) -> None:
     on_a_host(monkeypatch)
     monkeypatch.setattr(check, "running", lambda _: process)
+    monkeypatch.setattr(check, "read_status", lambda _: status)
     monkeypatch.setattr(namespacelock, "holder", lambda _: None)
     monkeypatch.setattr(namespacelock, "lasting_holder", lambda _: None)
     path = tmp_path / "portward.toml"
