@@ -123,7 +123,11 @@ def _behind(config: Config) -> Iterator[str]:
 def lines(found: Explanation) -> Iterator[str]:
     """The explanation in a few lines for people."""
     to = f" to {found.destination}" if found.destination else ""
-    observed = " (observed only: the packet passes)" if found.observed and found.verdict != "allow" else ""
+    observed = ""
+    if found.observed and found.verdict != "allow":
+        # An observed packet can be dropped all the same, for example if no worker answers.
+        passes = found.now is None or found.now.effect in (Effect.PASSES, Effect.LIMITED)
+        observed = " (observed only: the packet passes)" if passes else " (observed only)"
     yield f"{shown(found.segment)} {found.address}{to}: {found.verdict.upper()}{observed}"
     if found.now is not None:
         as_policy = ", which is NOT what the policy says" if found.now.as_policy is False else ""

@@ -182,13 +182,20 @@ class _Told:
 
     def _now(self) -> Iterator[str]:
         """What happens at this moment, if it is not what the policy says."""
-        allowed, found = self._matter.reason.allows, self._matter.outcome
-        if found is Outcome.SHUT and allowed:
+        found, passes = self._matter.outcome, self._matter.reason.allows or self._matter.observed
+        if found is Outcome.AS_POLICY:
+            return
+        if self._matter.observed:
+            yield self._say(
+                "For the time being the rule is only observed for you, so these connections should pass; what "
+                "follows counts once it is enforced."
+            )
+        if found is Outcome.SHUT:
             yield self._say(
                 "At this moment they may be dropped all the same. That is a fault on our side, and nothing "
                 "that you have done; we are working on it."
             )
-        elif found is Outcome.UNKNOWN and allowed:
+        elif found is Outcome.UNKNOWN and passes:
             yield self._say("Whether they pass at this moment, we could not see.")
         elif found is Outcome.UNKNOWN:
             yield self._say("That is our policy; whether it is in force at this moment, we could not see.")

@@ -428,6 +428,27 @@ def test_who_is_only_observed_is_not_said_to_pass_while_he_is_dropped(say: Langu
 
 
 @BOTH
+def test_who_is_only_observed_reads_that_no_policy_blocks_him(say: Language) -> None:
+    """If workers are dead or bridges take his packets, it is the gateway that drops them."""
+    should_pass = say(
+        "For the time being the rule is only observed for you, so these connections should pass; what follows "
+        "counts once it is enforced."
+    )
+    for host in (DOWN, CLOSED, BRIDGED):
+        _, text = told(say, DENIED, host, observed=True)
+        assert should_pass in text
+        assert say(FAULT) in text
+    for host in (LEFT, USER):
+        _, text = told(say, DENIED, host, observed=True)
+        assert should_pass in text
+        assert say(NOT_SEEN) in text
+        assert say(NOT_SEEN_BLOCKED) not in text
+    for host in (Host(), DOWN, LEFT):
+        assert should_pass not in told(say, DENIED, host)[1]
+    assert should_pass not in told(say, DENIED, Host(), observed=True)[1]
+
+
+@BOTH
 def test_machines_that_fare_otherwise_are_told_apart(say: Language) -> None:
     """Those on a segment with a bridge on it are dropped, the others pass."""
     owner = subscription(ALLOWED)
