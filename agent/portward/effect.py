@@ -102,6 +102,16 @@ def now(host: Host, found: Cached | None, policy: Policy, left: Left | None = No
     return msgspec.structs.replace(made, as_policy=as_policy)
 
 
+def lasts(place: Here, made: Now) -> bool:
+    """Whether a source passes on even if no worker answers, because the kernel itself has its limit: only an agent
+    takes that away."""
+    return made.effect is Effect.LIMITED and place in (
+        Here.NOBODY_ANSWERS,
+        Here.NOBODY_ANSWERS_OPEN,
+        Here.UNWATCHED,
+    )
+
+
 def _now(host: Host, found: Cached | None, policy: Policy, left: Left | None) -> Now:
     place = here(host)
     match place:
@@ -146,10 +156,12 @@ def _stacked(host: Host) -> Now:
 
 
 def _by_cache(host: Host, found: Cached, verdict: Class) -> Now:
-    effect = Effect.REJECTED if verdict is Class.REFUSED else Effect.DROPPED
-    if verdict in mark.PASSING:
-        effect = Effect.PASSES
     why = f"the kernel has cached {COUNTED_SETS[verdict]!r} for {found.expires:.0f} s more"
+    effect = Effect.PASSES if verdict in mark.PASSING else Effect.DROPPED
+    if verdict is Class.REFUSED:
+        if host.workers in (Workers.NONE, Workers.DEAF):
+            return Now(effect, f"{why}, and {_nobody(host)} it with a reset")
+        effect = Effect.REJECTED
     return Now(effect, why if host.agent is Agent.RUNS else f"{why}; {_AGENTS[host.agent]}")
 
 
@@ -200,6 +212,8 @@ def _in_part(host: Host) -> str:
 
 
 def _nobody(host: Host) -> str:
+    if host.agent in (Agent.RUNS, Agent.SILENT):
+        return f"{_AGENTS[host.agent]}, but no worker answers"
     return f"{_AGENTS[host.agent]}, so no worker answers"
 
 

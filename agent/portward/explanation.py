@@ -109,7 +109,8 @@ def _remedy(found: Explanation, place: Here, here: Now) -> str:
         return f"Nothing: {lets}, and it is this gateway that drops it. See `portward status`."
     if not here.as_policy:
         return f"{found.remedy} At this moment the packets pass all the same, since this gateway lets them."
-    if found.verdict == "allow" and place in _UNSURE and found.reason != Reason.ALLOWED_INTERNAL:
+    unsure = place in _UNSURE and not effect.lasts(place, here)
+    if found.verdict == "allow" and unsure and found.reason != Reason.ALLOWED_INTERNAL:
         return "Nothing: the policy allows it. But this gateway may soon drop it, see `portward status`."
     return found.remedy
 

@@ -57,6 +57,11 @@ def cached(verdict: Class) -> Cached:
         (BARE, NOTHING, DENY, Effect.PASSES, False),
         (BARE, None, DENY, Effect.PASSES, False),
         (CLOSED, NOTHING, ALLOW, Effect.DROPPED, False),
+        # A worker writes the reset.
+        (DOWN, cached(Class.REFUSED), REJECT, Effect.DROPPED, True),
+        (DOWN_OPEN, cached(Class.REFUSED), REJECT, Effect.DROPPED, True),
+        (DEAF, cached(Class.REFUSED), REJECT, Effect.DROPPED, True),
+        (Host(workers=Workers.PART), cached(Class.REFUSED), REJECT, Effect.REJECTED, True),
         (DOWN, NOTHING, Policy(verdict="allow", internal=True), Effect.PASSES, True),
         (Host(), None, ALLOW, Effect.UNKNOWN, None),
         (STOPPED, cached(Class.ALLOW), ALLOW, Effect.DROPPED, False),
@@ -113,6 +118,8 @@ def test_only_a_host_whose_agent_reports_is_said_to_judge(host: Host, observed: 
 
 def test_why_names_what_is_missing() -> None:
     assert "no agent runs here, so no worker answers" in now(DOWN, NOTHING, ALLOW).why
+    assert "an agent runs, but no worker answers" in now(DEAF, NOTHING, ALLOW).why
+    assert "no worker answers it with a reset" in now(DOWN, cached(Class.REFUSED), REJECT).why
     assert 'it passes because on_agent_down = "open" in the ruleset' in now(DOWN_OPEN, NOTHING, DENY).why
     assert "it passes because the segment is only observed" in now(DOWN_OBSERVED, NOTHING, DENY).why
     assert "Operation not permitted" in now(BARE, NOTHING, DENY).why

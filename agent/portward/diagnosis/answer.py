@@ -100,10 +100,11 @@ _HERE: Final = {
         "this gateway forwards nothing to these ports, whoever sends it: see `portward rules show`"
     ),
     Here.NOBODY_ANSWERS: marked(
-        "NO AGENT ANSWERS on this gateway: sources without a cached verdict are dropped, allowed or not"
+        "NO WORKER ANSWERS on this gateway: sources without a cached verdict are dropped, allowed or not"
     ),
     Here.NOBODY_ANSWERS_OPEN: marked(
-        "NO AGENT ANSWERS on this gateway: sources of these segments without a cached verdict pass, allowed or not"
+        "NO WORKER ANSWERS on this gateway: sources of these segments without a cached verdict pass, allowed or "
+        "not"
     ),
     Here.STACKED: marked("other devices take the packets of these segments before they are judged: see STACKED"),
     Here.UNKNOWN: _NOT_PERMITTED,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-from portward.effect import Effect, Here, Now
+from portward.effect import Effect, Here, Now, lasts
 
 # What the policy lets pass is dropped there, or as soon as its cached verdict has ended.
 _DROPPING: Final = (Here.NOBODY_ANSWERS, Here.PART)
@@ -31,6 +31,8 @@ def outcome(place: Here, made: Now, *, passes: bool, prefix: bool = False, opens
     if nobody has bound their queue."""
     if made.effect is Effect.UNKNOWN:
         return Outcome.UNKNOWN
+    if passes and lasts(place, made):
+        return Outcome.AS_POLICY
     if passes and (made.as_policy is False or place in _DROPPING):
         return Outcome.SHUT
     opened = place is Here.NOBODY_ANSWERS_OPEN or (place is Here.PART and opens)
