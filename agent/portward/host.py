@@ -232,6 +232,8 @@ def devices() -> tuple[Device, ...]:
 def at_segment(seen: Host, found: Iterable[Device], config: Config, segment: str) -> Host:
     """The host as the packets of this segment meet it; `found` are its devices."""
     found = list(found)
+    if stacking.is_bare(found, segment):
+        return seen
     return replace(
         seen,
         stacked=tuple(stacking.concerning(found, config, {segment})),

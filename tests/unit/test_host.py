@@ -8,7 +8,8 @@ import pytest
 
 from portward import effect, host
 from portward.config import Config
-from portward.gateway import loaded
+from portward.gateway import loaded, stacking
+from portward.gateway.links import Device
 from portward.gateway.ruleset import NO_INTERFACE
 from portward.gateway.setdump import SetElement
 from portward.interfaces import matches
@@ -86,3 +87,19 @@ def test_while_the_agent_says_that_its_ruleset_is_not_in_force_nobody_knows_what
     assert why.endswith("No buffer space available")
     monkeypatch.setattr(host, "_ruleset", lambda _: (host.Ruleset.NONE, ""))
     assert effect.here(host.look(config, ["vni1"])) is effect.Here.OPEN
+
+
+def test_a_segment_with_nothing_on_it_costs_no_look_at_what_stands_on_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An account may have hundreds of segments on a gateway with thousands of devices."""
+    looked: list[str] = []
+    monkeypatch.setattr(stacking, "concerning", lambda *_: looked.append("concerning") or [])
+    config = Config(segments=("vni*",), uplinks=("up0",))
+    devices = (Device(1, "vni1"), Device(2, "vni2", master=3), Device(3, "br0", "bridge"))
+    seen = host.Host()
+    assert host.at_segment(seen, devices, config, "vni1") == seen
+    assert host.at_segment(seen, devices, config, "vni7") == seen, "not here"
+    assert not looked
+    assert host.at_segment(seen, devices, config, "vni2").fate is stacking.Fate.STOPPED
+    assert looked

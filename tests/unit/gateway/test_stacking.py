@@ -6,7 +6,7 @@ import pytest
 
 from portward.config import Config, Verdicts
 from portward.gateway.links import Device
-from portward.gateway.stacking import Fate, concerning, enforced, fate, known, stacked, warnings
+from portward.gateway.stacking import Fate, concerning, enforced, fate, is_bare, known, stacked, warnings
 from portward.model import Mode
 
 CONFIG = Config(segments=("vni*",), uplinks=("up*",))
@@ -127,6 +127,7 @@ UNDER = VNI._replace(master=2)
 def test_what_becomes_of_a_segments_packets(devices: tuple[Device, ...], expected: Fate) -> None:
     assert fate(devices, CONFIG, "vni1") is expected
     assert bool(concerning(devices, CONFIG, {"vni1"})) is (expected is not Fate.FREE)
+    assert expected is Fate.FREE or not is_bare(devices, "vni1")
 
 
 def test_packets_of_an_observed_segment_pass_unless_an_enforced_one_shares_the_device() -> None:
