@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from pathlib import Path
@@ -12,9 +13,10 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from portward import host, rules
+from portward.cli import rules as verb
 from portward.cli.program import app
 from portward.config import Config, OnAgentDown
-from portward.errors import KernelError
+from portward.errors import KernelError, PortwardError
 from portward.gateway import keeper, namespacelock
 from portward.gateway.queues import QueueState
 from portward.gateway.setdump import SetElement
@@ -148,6 +150,24 @@ def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
     result = CliRunner().invoke(app, ["rules", "remove"])
     assert result.stdout == ""
     assert re.search(told, str(result.exception))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (None, "standard input: is closed, so nobody can be asked: --yes needs no answer"),
+        (b"\xff\n", "stopped at the question: nothing was changed"),
+        (b"n\n", "stopped at the question: nothing was changed"),
+    ],
+)
+def test_an_answer_that_is_none_ends_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, given: bytes | None, told: str
+) -> None:
+    answer = None if given is None else io.TextIOWrapper(io.BytesIO(given), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", answer)
+    monkeypatch.setattr(rules, "check_removable", lambda: None)
+    with pytest.raises(PortwardError, match=re.escape(told)):
+        verb.remove()
 
 
 def test_what_libraries_write_to_standard_error_is_not_shown(

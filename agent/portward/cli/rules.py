@@ -9,7 +9,7 @@ import typer
 
 from portward.cli.options import DEFAULT_PATH, STOPPED, ConfigOption
 from portward.cli.streams import put, say
-from portward.errors import PortwardError
+from portward.errors import InputError, PortwardError
 
 app = typer.Typer(help="What is loaded in the kernel.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -67,7 +67,12 @@ def remove(
 
 def _ask(question: str) -> None:
     """Returns if the answer is yes; raises PortwardError if it is not, and typer.Abort if there is none."""
-    agreed = typer.confirm(question)
+    if sys.stdin is None:
+        raise InputError("is closed, so nobody can be asked: --yes needs no answer", file="standard input")
+    try:
+        agreed = typer.confirm(question)
+    except UnicodeDecodeError:  # no text, so no yes
+        agreed = False
     if not sys.stdin.isatty():
         say("")  # a pipe shows no answer, and so no end of the question's line
     if not agreed:
