@@ -94,7 +94,12 @@ def test_a_segment_with_nothing_on_it_costs_no_look_at_what_stands_on_others(
 ) -> None:
     """An account may have hundreds of segments on a gateway with thousands of devices."""
     looked: list[str] = []
-    monkeypatch.setattr(stacking, "concerning", lambda *_: looked.append("concerning") or [])
+
+    def concerning(*_: object) -> list[str]:
+        looked.append("concerning")
+        return []
+
+    monkeypatch.setattr(stacking, "concerning", concerning)
     config = Config(segments=("vni*",), uplinks=("up0",))
     devices = (Device(1, "vni1"), Device(2, "vni2", master=3), Device(3, "br0", "bridge"))
     seen = host.Host()
