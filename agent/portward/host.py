@@ -287,6 +287,8 @@ def _not_judged(segments: list[str]) -> str:
     """Why it is not known whether the ruleset judges these segments; empty if it does, or if none is loaded."""
     try:
         with closing(NfNetlink()) as netlink:
+            if not opened.has_rules(netlink):
+                return "another program has taken rules out of the loaded ruleset: it may let anything pass"
             for segment in segments:
                 index = index_of(segment)
                 if index is not None and opened.passed_by(netlink, index):

@@ -71,6 +71,8 @@ def _without_agent(config: Config, netlink: NfNetlink) -> str:
         )
     if not keeper.loaded(netlink):
         return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"
+    if not opened.has_rules(netlink):
+        return "another program has taken rules out of the loaded ruleset, so PORT 25 MAY BE OPEN"
     queues = range(config.queue.first, config.queue.first + config.queue.workers)
     bound = {state.number for state in states()} & set(queues)
     opens = opened.patterns(netlink, opened.OPEN)

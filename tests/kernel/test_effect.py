@@ -108,6 +108,20 @@ def test_a_file_that_was_edited_while_no_agent_runs_changes_no_packet(
     agrees(gateway, MAY, DROPPED, as_policy=False)
 
 
+def test_nobody_is_said_to_be_blocked_by_a_ruleset_without_its_rules(make_gateway: MakeGateway) -> None:
+    """Another program's `nft flush` leaves the table and its sets, and no agent is there to repair it."""
+    gateway = make_gateway()
+    gateway.agent.stop(signal.SIGKILL)
+    gateway.lab.run(gateway.lab.gateway, "nft", "flush", "table", "inet", "portward")
+    assert gateway.passes(*MAY_NOT)
+    found = gateway.agent.explain(FABRIKAM.segment, "10.0.0.4")["now"]
+    assert (found["effect"], found["as_policy"]) == ("unknown", None)
+    assert "another program has taken rules out of the loaded ruleset" in found["why"]
+    assert "PORT 25 MAY BE OPEN" in gateway.agent.portward("status").stderr
+    printed = gateway.agent.portward("diagnose", FABRIKAM.segment, "10.0.0.4").stdout
+    assert "whether it is in force at this moment, we could not see" in printed
+
+
 def test_a_segment_that_the_file_names_since_is_not_said_to_be_judged(make_gateway: MakeGateway) -> None:
     """The ruleset that is loaded takes it for another interface."""
     gateway = make_gateway(segments=[FABRIKAM.segment])

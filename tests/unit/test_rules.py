@@ -54,6 +54,11 @@ class Held:
         keys = [key for pattern in self._opens for key in bounds(pattern)]
         return [SetElement(key, 0, 0) for key in keys]
 
+    def rules_on(self, _: str, chain: str, set_: str) -> list[int]:
+        """The rules are there."""
+        assert (chain, set_) == ("screen", "deny4")
+        return [7]
+
     def owned_table(self, _: str) -> str | None:
         """The comment."""
         return self._comment

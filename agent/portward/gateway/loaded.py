@@ -13,8 +13,19 @@ from portward.interfaces import decoded, encoded
 # Segments whose sources pass while no worker answers; and those of them that are only observed.
 OPEN: Final = "open_segments"
 OBSERVED: Final = "observed_segments"
+# The chain that sees each packet first, and a set that a rule of it looks up.
+_SCREEN, _DENIED = "screen", "deny4"
 # The kernel keeps a name in so many bytes, filled up with zeros.
 _NAME_BYTES: Final = 16
+
+
+def has_rules(netlink: NfNetlink) -> bool:
+    """Whether the rules that screen packets are in the table: `nft flush table`, by another program, leaves the
+    chains and the sets, and everything passes until an agent repairs it. Raises OSError."""
+    try:
+        return bool(netlink.rules_on(TABLE, _SCREEN, _DENIED))
+    except FileNotFoundError:  # the chain is gone, too
+        return False
 
 
 def holds(netlink: NfNetlink, set_: str, segment: str) -> bool:
