@@ -145,14 +145,13 @@ def _now(host: Host, found: Cached | None, policy: Policy, left: Left | None) ->
 
 def _stacked(host: Host) -> Now:
     why = "; ".join(host.stacked)
-    if host.fate is Fate.OBSERVED:
-        return Now(Effect.PASSES, why)
-    if host.fate is not Fate.STOPPED:
+    if host.fate not in (Fate.OBSERVED, Fate.STOPPED):
         return Now(Effect.UNKNOWN, why)
     if host.agent is not Agent.RUNS:
-        # Only an agent writes such a device into the ruleset. One from before its end may be in it.
+        # Only an agent writes such a device into the ruleset, to stop it or to let it pass. One from before its
+        # end may be in it.
         return Now(Effect.UNKNOWN, f"{why}; {_AGENTS[host.agent]}, so whether the ruleset has it is not known")
-    return Now(Effect.DROPPED, why)
+    return Now(Effect.PASSES if host.fate is Fate.OBSERVED else Effect.DROPPED, why)
 
 
 def _by_cache(host: Host, found: Cached, verdict: Class) -> Now:

@@ -69,6 +69,14 @@ def cached(verdict: Class) -> Cached:
         (STOPPED, NOTHING, OBSERVED, Effect.DROPPED, False),
         (STOPPED, NOTHING, Policy(verdict="allow", internal=True), Effect.PASSES, True),
         (Host(stacked=BRIDGE, fate=Fate.STOPPED, agent=Agent.NONE), NOTHING, ALLOW, Effect.UNKNOWN, None),
+        # What stands on the segment since the agent's end is no known interface, and so dropped.
+        (
+            Host(stacked=BRIDGE, fate=Fate.OBSERVED, agent=Agent.NONE, workers=Workers.NONE),
+            NOTHING,
+            OBSERVED,
+            Effect.UNKNOWN,
+            None,
+        ),
         (Host(stacked=BRIDGE, fate=Fate.UNCLEAR), NOTHING, ALLOW, Effect.UNKNOWN, None),
         (Host(stacked=BRIDGE, fate=Fate.OBSERVED), NOTHING, OBSERVED, Effect.PASSES, True),
         (Host(ruleset=Ruleset.NOT_PERMITTED), NOTHING, ALLOW, Effect.UNKNOWN, None),
