@@ -33,11 +33,12 @@ from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reas
 from portward.policy.decide import decide, rule_in_words
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_in_words, remedy
-from portward.runtime import in_another_network, running
+from portward.runtime import hidden, in_another_network, running
 from portward.settings import settings
 from portward.store import open_store
 from portward.store.protocol import find
 from portward.table import layout
+from portward.table.database import DatabaseError
 from portward.table.history import held_history
 from portward.table.reader import Reader
 
@@ -166,7 +167,7 @@ def _known(config: Config, preset: Preset, segment: str, source: Address) -> Kno
     try:
         return _from_store(config, segment, source)
     except StoreError as error:
-        with contextlib.suppress(PortwardError):
+        with contextlib.suppress(PortwardError, DatabaseError):
             if (found := _from_table(config, preset, segment, source)) is not None:
                 place = found.source.removeprefix("table")
                 return replace(found, source=f"table as an agent left it{place}; {error}")
@@ -214,8 +215,12 @@ def _from_store(config: Config, segment: str, address: Address) -> Known:
         revision, attachment, subscription, exemption = find(store, segment, address)
     finally:
         store.close()
-    # An agent that runs and has no policy yet is reading the store.
-    why = "no agent runs here" if running(config.table) is None else "the agent has no policy yet"
+    if hidden(config.table):
+        why = "whether an agent runs is not known"
+    elif running(config.table) is None:
+        why = "no agent runs on this table"  # perhaps on another one
+    else:
+        why = "the agent has no policy yet"  # it is reading the store
     return Known(f"store ({why})", revision, attachment, subscription, exemption)
 
 

@@ -110,7 +110,7 @@ _HERE: Final = {
     Here.UNKNOWN: _NOT_PERMITTED,
 }
 _METRICS: Final = {
-    Metrics.NO_AGENT: marked("what was dropped before that is not known: no agent runs here"),
+    Metrics.NO_AGENT: marked("what was dropped before that is not known: no agent on this table reports it"),
     Metrics.OFF: marked("what was dropped before that is not known: the agent does not count by subscription"),
     Metrics.UNREACHABLE: marked("what was dropped before that is not known: the agent's metrics cannot be read"),
 }
@@ -362,7 +362,7 @@ def _source(facts: Facts, say: Language) -> str:
     if facts.place is Place.TABLE:
         told = say("the running agent's table, revision {n}, {when}", n=facts.revision, when=at)
     else:
-        told = say("the store (no agent here has a policy), revision {n}, {when}", n=facts.revision, when=at)
+        told = say("the store (not the table of a running agent), revision {n}, {when}", n=facts.revision, when=at)
     told += say(", preset {preset}", preset=facts.preset)
     if facts.other_preset:
         told += say(" as it is now, which the agent has not taken")

@@ -219,12 +219,12 @@ class Environment:
 
 def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Environment:
     """Opens the table in `folder`. A writer makes folder and file where missing; raises TableError."""
-    if not write and not (folder / FILE).exists():
-        raise TableError(
-            f"{folder}: there is no policy table here: an agent makes it when it starts "
-            "(`systemctl restart portward`)"
-        )
     try:
+        if not write and not (folder / FILE).exists():  # PermissionError for who may not enter the folder
+            raise TableError(
+                f"{folder}: there is no policy table here: an agent makes it when it starts "
+                "(`systemctl restart portward`)"
+            )
         if write:
             folder.mkdir(mode=ownership.FOLDER_MODE, parents=True, exist_ok=True)
         # LMDB makes it for readers too: if root reads, the agent must be able to open it.

@@ -21,7 +21,7 @@ from portward.diagnosis.counted import counts_of
 from portward.diagnosis.facts import Place
 from portward.diagnosis.outcome import Outcome
 from portward.diagnosis.places import Accounts, StoreAccounts, TableAccounts
-from portward.errors import InputError, PortwardError
+from portward.errors import InputError, PortwardError, StoreError
 from portward.host import Agent, Host, Ruleset, Workers
 from portward.language import ENGLISH
 from portward.model import Exemption, ExemptionState, Reason, Record, Workload
@@ -128,6 +128,34 @@ def test_a_source_brings_its_account_and_one_of_nobody_none(config: Path) -> Non
     _, found = gather.diagnose(config, "vni1002", "10.9.9.9", ENGLISH)
     assert found.facts.id is None
     assert [matter.reason for matter in found.matters] == [Reason.DENIED_UNKNOWN_SOURCE]
+
+
+def test_explain_says_of_agents_on_its_table_alone_and_of_none_that_it_may_not_see(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent with another table folder may run."""
+    found = explanation.explain(config, "vni1002", "10.0.0.4", None)
+    assert found.decided_from == "store (no agent runs on this table)"
+    monkeypatch.setattr(explanation, "hidden", lambda _: True)
+    found = explanation.explain(config, "vni1002", "10.0.0.4", None)
+    assert found.decided_from == "store (whether an agent runs is not known)"
+
+
+def test_who_may_read_neither_store_nor_table_reads_so_of_the_store(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.db").unlink()
+    (tmp_path / "table").mkdir()
+    exists = Path.exists
+
+    def refused(path: Path) -> bool:
+        if path.parent == tmp_path / "table":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    with pytest.raises(StoreError, match=r"^sqlite:.*/p\.db: "):
+        explanation.explain(config, "vni1002", "10.0.0.4", None)
 
 
 @pytest.mark.parametrize(("segment", "address"), [("vni1002", "10.0.0"), ("eth0", "10.0.0.4")])
