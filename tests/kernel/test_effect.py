@@ -117,7 +117,7 @@ def test_nobody_is_said_to_be_blocked_by_a_ruleset_without_its_rules(make_gatewa
     found = gateway.agent.explain(FABRIKAM.segment, "10.0.0.4")["now"]
     assert (found["effect"], found["as_policy"]) == ("unknown", None)
     assert "another program has taken rules out of the loaded ruleset" in found["why"]
-    assert "PORT 25 MAY BE OPEN" in gateway.agent.portward("status").stderr
+    assert "PORT 25 MAY BE OPEN" in gateway.agent.portward("status").stderr  # once: no agent runs
     printed = gateway.agent.portward("diagnose", FABRIKAM.segment, "10.0.0.4").stdout
     assert "whether it is in force at this moment, we could not see" in printed
 
