@@ -17,6 +17,7 @@ from portward.errors import PortwardError
 from portward.runtime import hidden, read_status, running
 from portward.store import open_store
 from portward.store.protocol import Store
+from portward.table.database import open_database, open_parts
 from portward.table.history import ahead_of, count_in_table, held_history, same_history
 from portward.table.layout import Head
 from portward.table.reader import Reader
@@ -134,9 +135,12 @@ def lost_store(config: Config) -> str:
     """What a writer must know before it makes a store where there is none, if the policy table here was read from
     one; empty if it was not, or if that cannot be found out."""
     try:
-        with closing(Reader.open(config.table)) as reader:
-            head = reader.head()
-    except PortwardError:
+        # What took the store may have cut the table off too, and nothing must end the verb that mends both.
+        with closing(open_database(config.table, write=False)) as environment:
+            if environment.cut_off():
+                return ""
+            head = Reader(environment, open_parts(environment, write=False)).head()
+    except (PortwardError, OSError):
         return ""
     if head is None or not head.revision:
         return ""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -156,6 +159,18 @@ def test_apply_says_so_before_it_is_done_and_after(file: Path, config: Config, a
         assert portward(file, "apply", *more, inventory).stdout.startswith(f"WARNING   {warning}")
     confirmed = portward(file, "apply", "--confirm").stdout
     assert confirmed.startswith(f"WARNING   {warning}")
+
+
+def test_a_table_that_is_cut_off_does_not_end_the_verb_that_makes_a_store(file: Path, config: Config) -> None:
+    """To read a page that is not there would: in a process of its own."""
+    read_into_table(config)
+    for beside in file.parent.glob("portward.db*"):
+        beside.unlink()
+    os.truncate(config.table / "data.mdb", 9000)
+    verb = (sys.executable, "-m", "portward", "apply", "--config", str(file), str(file.parent / "inventory.yaml"))
+    told = subprocess.run(verb, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith(f"made a new store: {config.store}\n")
 
 
 def test_a_store_that_is_gone_is_not_replaced_in_silence(file: Path, config: Config) -> None:

@@ -203,6 +203,12 @@ class Environment:
         """The folder of the file."""
         return self._lmdb.path()
 
+    def cut_off(self) -> bool:
+        """Whether the file is shorter than the pages that it says were used: to read one that is not there ends
+        the process (SIGBUS). Rarely True of a whole file whose last page was given back before it was written."""
+        pages = self._lmdb.info()["last_pgno"] + 1
+        return (Path(self.path()) / FILE).stat().st_size < pages * self._lmdb.stat()["psize"]
+
     def reader_check(self) -> None:
         """Frees the slots of readers that were killed: there are only so many, and they keep old pages alive."""
         self._lmdb.reader_check()
