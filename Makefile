@@ -38,16 +38,19 @@ $(VENV)/bench-ready: $(VENV)/ready requirements-bench.txt
 demo: setup ## Send real mail through a gateway in network namespaces (root)
 	$(BIN)/portward lab demo
 
-# One process for each core. The tests of a file stay in one process, because they share a lab.
+# Two processes for each core: half of the time a test waits. The tests of a file stay in one process, because they
+# share a lab.
+PROCESSES := $(shell echo $$((2 * $$(nproc))))
+
 test: setup ## Run all tests: unit, kernel, whole program (root)
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n $(PROCESSES) --dist loadfile
 
 test-mail: setup ## Send mail with Postfix, Exim, swaks and Python, tcpdump beside it, some four minutes (root)
 	$(MAKE) packages PACKAGES="debootstrap"
 	$(BIN)/python -m tests.mail
 
 # For a part of them: make test-trixie TESTS="tests/unit/gateway tests/program".
-TESTS := -n auto --dist loadfile
+TESTS := -n $(PROCESSES) --dist loadfile
 
 test-trixie: setup ## Run the tests on Debian 13, with Python 3.13, in a root of its own (root)
 	$(MAKE) packages PACKAGES="debootstrap"
