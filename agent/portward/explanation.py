@@ -7,7 +7,7 @@ says so. Where the kernel may be asked (CAP_NET_ADMIN) it also tells whether the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -168,15 +168,21 @@ def _known(config: Config, preset: Preset, segment: str, source: Address) -> Kno
         return _from_store(config, segment, source)
     except StoreError as error:
         with contextlib.suppress(PortwardError, DatabaseError):
-            if (found := _from_table(config, preset, segment, source)) is not None:
+            if (found := _from_table(config, preset, segment, source, Reader.open_left)) is not None:
                 place = found.source.removeprefix("table")
                 return replace(found, source=f"table as an agent left it{place}; {error}")
         raise
 
 
-def _from_table(config: Config, preset: Preset, segment: str, address: Address) -> Known | None:
+def _from_table(
+    config: Config,
+    preset: Preset,
+    segment: str,
+    address: Address,
+    open_table: Callable[[Path], Reader] = Reader.open,
+) -> Known | None:
     """What the policy table holds; None if that is no policy yet. Raises TableError."""
-    reader = Reader.open(config.table)
+    reader = open_table(config.table)
     try:
         head, holding = reader.head(), reader.holding(segment, address)
     finally:

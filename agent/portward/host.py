@@ -167,7 +167,7 @@ def left(config: Config, segment: str, address: Address) -> Left:
     """What the workers find for a source in the policy table, the way they look it up."""
     index = index_of(segment)
     try:
-        with closing(Reader.open(config.table)) as reader, reader.view():
+        with closing(Reader.open_left(config.table)) as reader, reader.view():
             head = reader.head()
             if head is None:
                 return Left(error="the policy table holds no policy")

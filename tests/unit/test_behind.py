@@ -173,6 +173,19 @@ def test_a_table_that_is_cut_off_does_not_end_the_verb_that_makes_a_store(file: 
     assert told.stdout.startswith(f"made a new store: {config.store}\n")
 
 
+def test_explain_names_a_store_that_is_gone_also_beside_a_table_that_is_cut_off(
+    file: Path, config: Config
+) -> None:
+    read_into_table(config)
+    for beside in file.parent.glob("portward.db*"):
+        beside.unlink()
+    os.truncate(config.table / "data.mdb", 9000)
+    verb = (sys.executable, "-m", "portward", "explain", "vni1001", "10.0.0.4", "--config", str(file))
+    told = subprocess.run(verb, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr.startswith(f"portward: {config.store}: no such file")
+
+
 def test_a_store_that_is_gone_is_not_replaced_in_silence(file: Path, config: Config) -> None:
     assert lost_store(config) == ""
     read_into_table(config)

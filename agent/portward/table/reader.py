@@ -87,6 +87,16 @@ class Reader:
         environment = open_database(folder, write=False)
         return cls(environment, open_parts(environment, write=False))
 
+    @classmethod
+    def open_left(cls, folder: Path) -> Reader:
+        """Opens the table that an agent left, which a power cut may have shortened; raises TableError also then,
+        because to read it would end the process (SIGBUS)."""
+        environment = open_database(folder, write=False)
+        if environment.cut_off():
+            environment.close()
+            raise TableError(f"{folder}: the policy table is cut off")
+        return cls(environment, open_parts(environment, write=False))
+
     def close(self) -> None:
         """Closes the table."""
         self._environment.close()
