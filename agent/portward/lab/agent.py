@@ -25,6 +25,9 @@ from portward.store.protocol import key_of
 
 PROGRAM: Final = (*PYTHON, "-m", "portward")
 _START_SECONDS: Final = 60.0  # seconds; generous, as in `until`
+# A series that is there as soon as the agent has counted, and how long a reader waits for it.
+_COUNTED: Final = 'portward_divergence_total{kind="ruleset"}'
+_COUNTED_SECONDS: Final = 5.0
 _METRICS: Final = "127.0.0.1:9125"
 
 
@@ -140,7 +143,14 @@ class Agent:
         return answer
 
     def metrics(self) -> dict[str, float]:
-        """All metrics, scraped from the gateway's own loopback."""
+        """All metrics, scraped from the gateway's own loopback, once the agent has counted. Until then, for less
+        than a second after its start, series with labels are missing."""
+        deadline = time.monotonic() + _COUNTED_SECONDS
+        while _COUNTED not in (found := self._scraped()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
+
+    def _scraped(self) -> dict[str, float]:
         with namespaces.inside(self.lab.gateway):
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with opener.open(f"http://{_METRICS}/metrics", timeout=30) as reply:
