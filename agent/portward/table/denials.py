@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 
 class Level(NamedTuple):
-    """How freely a source may send: new connections a minute, how many of them at once, and until when, in
-    microseconds since 1970."""
+    """How freely a source may send: new connections a minute, how many of them at once, until when, in
+    microseconds since 1970, and from when on, as `early`: 0 for now, else the negated microseconds, so that what
+    begins later is less."""
 
     per_minute: float
     burst: float
     until: float
+    early: float = 0
 
     @property
     def passes(self) -> bool:
@@ -38,7 +40,7 @@ class Level(NamedTuple):
         return all(mine <= its for mine, its in zip(self, other, strict=True))
 
 
-BLOCKED: Final = Level(0, 0, 0)
+BLOCKED: Final = Level(0, 0, 0, -inf)
 FREE: Final = Level(inf, inf, inf)
 
 
@@ -68,7 +70,11 @@ def level_of(entry: layout.Entry | None, account: Account | None, outcomes: ByWo
     starts = outcomes[entry.paas].later(entry.started)
     if entry.reason.allows and not (entry.by_exemption or starts):
         return FREE
-    return _granted(account.exemption) if entry.reason.allows or starts else BLOCKED
+    if entry.reason.allows:
+        return _granted(account.exemption)
+    granted = _granted(account.exemption) if starts else BLOCKED
+    # Who may send from a later start on may not send before it, under whatever subscription.
+    return granted._replace(early=-entry.started) if granted.passes else granted
 
 
 def groups(

@@ -229,6 +229,39 @@ def test_an_earlier_end_is_in_force_when_it_comes(gateway: Gateway) -> None:
     assert not gateway.allows("10.0.1.1")
 
 
+def test_who_may_send_from_a_later_start_on_does_not_begin_before_it(tmp_path: Path) -> None:
+    """The source moves to a customer who may always send: that frees it a day early."""
+    with closing(Gateway(tmp_path)) as found:
+        found.write(
+            *CUSTOMERS[10:],
+            subscription(1, "enterprise-agreement"),
+            subscription(2, "pay-as-you-go"), grant(2, decided=NOW - 2 * DAY),
+            attachment("10.0.0.1", 2, started=NOW + DAY),
+        )  # fmt: skip
+        found.write(*MISTAKE[5:])
+        assert found.held() == 2
+        assert not found.allows("10.0.0.1")
+        found.write(attachment("10.0.0.1", 1))
+        assert not found.allows("10.0.0.1")
+        found.write(confirmation(found.store.revision() + 1))
+        assert found.allows("10.0.0.1")
+
+
+def test_a_later_start_under_a_grant_is_no_more_than_an_earlier_one(tmp_path: Path) -> None:
+    with closing(Gateway(tmp_path)) as found:
+        found.write(
+            *CUSTOMERS[10:],
+            subscription(2, "pay-as-you-go"), grant(2, decided=NOW - 2 * DAY),
+            attachment("10.0.0.1", 2, started=NOW - DAY),
+        )  # fmt: skip
+        found.write(*MISTAKE[5:])
+        assert found.allows("10.0.0.1")
+        found.write(attachment("10.0.0.1", 2, started=NOW + DAY))
+        assert not found.allows("10.0.0.1")
+        found.write(attachment("10.0.0.1", 2, started=NOW - DAY))
+        assert not found.allows("10.0.0.1"), "that waits for the held change"
+
+
 def test_many_denials_each_of_few_are_enforced(gateway: Gateway) -> None:
     for number in range(1, 31):
         gateway.write(Put(f"attachments/vni1/10.0.0.{number}", None))
