@@ -17,7 +17,6 @@ from portward.errors import PortwardError
 from portward.runtime import hidden, read_status, running
 from portward.store import open_store
 from portward.store.protocol import Store
-from portward.table.database import open_database, open_parts
 from portward.table.history import ahead_of, count_in_table, held_history, same_history
 from portward.table.layout import Head
 from portward.table.reader import Reader
@@ -136,10 +135,8 @@ def lost_store(config: Config) -> str:
     one; empty if it was not, or if that cannot be found out."""
     try:
         # What took the store may have cut the table off too, and nothing must end the verb that mends both.
-        with closing(open_database(config.table, write=False)) as environment:
-            if environment.cut_off():
-                return ""
-            head = Reader(environment, open_parts(environment, write=False)).head()
+        with closing(Reader.open_left(config.table)) as reader:
+            head = reader.head()
     except (PortwardError, OSError):
         return ""
     if head is None or not head.revision:
