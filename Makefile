@@ -49,7 +49,7 @@ test-mail: setup ## Send mail with Postfix, Exim, swaks and Python, tcpdump besi
 	$(MAKE) packages PACKAGES="debootstrap"
 	$(BIN)/python -m tests.mail
 
-# For a part of them: make test-trixie TESTS="tests/unit/gateway tests/program".
+# For a part of them: make test-trixie TESTS="tests/unit/dataplane tests/program".
 TESTS := -n $(PROCESSES) --dist loadfile
 
 test-trixie: setup ## Run the tests on Debian 13, with Python 3.13, in a root of its own (root)

@@ -16,7 +16,7 @@ from babel.messages.catalog import Catalog
 from babel.messages.extract import extract_from_file
 from babel.messages.pofile import read_po, write_po
 
-from portward.language import DOMAIN, FOLDER
+from portward.i18n import DOMAIN, FOLDER
 from portward.policy import preset as presets
 from portward.policy.preset import Offer, Preset
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from portward.characters import shown
+from portward.base.characters import shown
 
 _Error = TypeVar("_Error", bound="PortwardError")
 

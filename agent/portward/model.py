@@ -16,7 +16,7 @@ from uuid import UUID
 
 import msgspec
 
-from portward import limits
+from portward.base import limits
 
 Address: TypeAlias = IPv4Address | IPv6Address
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from uuid import UUID
 
 from bench.figures import Figure, percentile
 from kernel.conftest import Gateway, running_gateway
-from portward.gateway.elements import KernelElements
-from portward.gateway.learned import Learned
-from portward.gateway.nfnetlink import NfNetlink
+from portward.dataplane.elements import KernelElements
+from portward.dataplane.learned import Learned
+from portward.dataplane.nfnetlink import NfNetlink
 from portward.lab import namespaces
 from portward.lab.topology import FABRIKAM
 from portward.model import Attachment, Record, Standing, Subscription

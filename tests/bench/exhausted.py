@@ -24,12 +24,12 @@ from uuid import UUID
 from bench.figures import Figure, percentile
 from bench.revoke import _exemption, _revoke, _write
 from kernel.conftest import Gateway, running_gateway
-from portward.gateway.nfnetlink import NfNetlink
+from portward.daemon.runtime import read_status
+from portward.dataplane.nfnetlink import NfNetlink
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import FABRIKAM
 from portward.model import Attachment, Subscription
-from portward.runtime import read_status
 
 IDLE: Final = 2_000
 LIMIT: Final = 256

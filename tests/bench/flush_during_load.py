@@ -15,9 +15,9 @@ from pathlib import Path
 from bench import inventory
 from bench.figures import Figure, percentile
 from kernel.conftest import Gateway, running_gateway
-from portward.gateway.netlink import attribute, string
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.ruleset import FIXED_SETS, TABLE
+from portward.base.netlink import attribute, string
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM
 

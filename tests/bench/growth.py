@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import inventory
 from bench.figures import Curve, Figure
-from portward.clock import utc_now
+from portward.base.clock import utc_now
 from portward.model import Standing, Subscription
 from portward.policy import preset as presets
 from portward.store import open_store

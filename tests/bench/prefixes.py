@@ -19,17 +19,17 @@ from typing import Final, NamedTuple
 
 from bench.figures import Figure, percentile
 from kernel.conftest import lab_name
-from portward.config import Config, Verdicts
-from portward.gateway import ruleset, xtables
-from portward.gateway.elements import Add, Change, Flush, KernelElements
-from portward.gateway.enforcement import Enforcement
-from portward.gateway.keeper import Keeper
-from portward.gateway.learned import Learned, Source
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.notices import Notices
-from portward.gateway.prefixes import Prefixes
-from portward.gateway.rates import Rates
+from portward.config.keys import Config, Verdicts
+from portward.dataplane import ruleset, xtables
+from portward.dataplane.elements import Add, Change, Flush, KernelElements
+from portward.dataplane.enforcement import Enforcement
+from portward.dataplane.keeper import Keeper
+from portward.dataplane.learned import Learned, Source
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.notices import Notices
+from portward.dataplane.prefixes import Prefixes
+from portward.dataplane.rates import Rates
 from portward.lab import namespaces
 from portward.policy import preset as presets
 from portward.table.edit import Place

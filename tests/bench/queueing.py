@@ -29,10 +29,10 @@ from scapy.layers.l2 import Ether
 from bench import flood
 from bench.standing import Standing
 from kernel.wire import link_address
-from portward.clock import utc_now
-from portward.gateway import mark
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.tally import Tally
+from portward.base.clock import utc_now
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.ipc import mark
+from portward.ipc.tally import Tally
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import MAIL4
@@ -177,7 +177,7 @@ class Gateway(Standing):
         """portward's worker over the table, with the reader of this kind."""
         tally, (theirs, ours) = Tally.create(), os.pipe()
         argv = [
-            sys.executable, "-m", "portward.gateway.worker", "--reader", kind, "--queue", str(queue),
+            sys.executable, "-m", "portward.worker.process", "--reader", kind, "--queue", str(queue),
             "--length", str(length), "--table", os.fspath(self.table),
             "--tally", str(tally), "--lifeline", str(theirs),
         ]  # fmt: skip

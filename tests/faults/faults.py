@@ -23,12 +23,12 @@ from faults import traffic
 from faults.ground import Ground, Outcome
 from faults.inject.points import POINTS, Point
 from kernel.conftest import DENIED, source_records
-from portward.gateway.ruleset import FAMILY_TABLE
+from portward.base.resources import rules
+from portward.dataplane.ruleset import FAMILY_TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Tenant
 from portward.model import Attachment, Exemption, ExemptionState
-from portward.resources import rules
 
 FaultFunction: TypeAlias = Callable[[Ground, int], Iterator[Outcome]]
 FAULTS: Final[dict[str, FaultFunction]] = {}
@@ -93,11 +93,11 @@ def memory(ground: Ground, rounds: int) -> Iterator[Outcome]:
     """No memory: MemoryError within a step, RLIMIT_AS at what a process has, the OOM killer of a cgroup."""
     raised = [
         ("daemon", "change", "portward.table.writer:Writer.apply"),
-        ("daemon", "change", "portward.gateway.learned:Learned.move_epoch"),
-        ("daemon", "change", "portward.gateway.learned:Learned.forget"),
+        ("daemon", "change", "portward.dataplane.learned:Learned.move_epoch"),
+        ("daemon", "change", "portward.dataplane.learned:Learned.forget"),
         ("worker", "packet", "portward.table.reader:Reader._follow"),
-        ("worker", "packet", "portward.gateway.messages:Verdicts.accept"),
-        ("worker", "packet", "portward.gateway.tally:Tally.add"),
+        ("worker", "packet", "portward.worker.messages:Verdicts.accept"),
+        ("worker", "packet", "portward.ipc.tally:Tally.add"),
     ]
     for _ in range(rounds):
         for place in raised if rounds > 1 else raised[1::2]:

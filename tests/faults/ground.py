@@ -30,23 +30,23 @@ from faults import traffic
 from faults.traffic import SEND_AT_ONCE, SEND_EVERY, Figures, Traffic
 from kernel.conftest import ALLOWED, DENIED, lab_name, source_records
 from kernel.wire import meanwhile
-from portward.documents import dec_hook, enc_hook
+from portward.config.documents import dec_hook, enc_hook
+from portward.daemon.runtime import read_status
+from portward.dataplane.elements import KernelElements
+from portward.dataplane.learned import Learned
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, Rated
 from portward.errors import PortwardError
-from portward.explanation import explain
-from portward.gateway.elements import KernelElements
-from portward.gateway.judge import judge
-from portward.gateway.learned import Learned
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, Rated
+from portward.inventory.document import json_text
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
 from portward.model import Attachment, Record, Subscription
-from portward.runtime import read_status
+from portward.ops.explanation import explain
 from portward.store import open_store
-from portward.store.document import json_text
 from portward.store.protocol import KINDS, key_of
 from portward.table.reader import Reader
+from portward.worker.judge import judge
 
 INJECT: Final = Path(__file__).parent / "inject"
 # As `RestartSec=100ms` would.
@@ -127,7 +127,7 @@ class Agents:
 
     def workers(self) -> list[int]:
         """The process ids of its workers."""
-        return [pid for pid in _children(self.pid) if b"portward.gateway.worker" in _words(pid)]
+        return [pid for pid in _children(self.pid) if b"portward.worker.process" in _words(pid)]
 
     def _launch(self) -> None:
         with self.agent.log.open("ab") as log:

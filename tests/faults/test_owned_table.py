@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from kernel.conftest import lab_name
+from portward.dataplane.nft import Nft
 from portward.errors import KernelError
-from portward.gateway.nft import Nft
 from portward.lab import namespaces
 
 _OWNER, _PERSIST = 0x2, 0x4  # linux/netfilter/nf_tables.h

@@ -5,13 +5,13 @@ from __future__ import annotations
 from ipaddress import ip_address
 from pathlib import Path
 
-from portward.gateway import mark
-from portward.gateway.tally import Event
+from portward.ipc import mark
+from portward.ipc.tally import Event
 from portward.model import Address, Record
 from portward.table.reader import Reader
 from portward.table.writer import Writer
-from unit.gateway.test_judge import QueuedPacket, worker
 from unit.table.test_table import AZURE, ENFORCE, NOW, STORE, attachment, expected, identity, subscription
+from unit.worker.test_judge import QueuedPacket, worker
 
 # The worker is given so many bytes of a packet, and follows fewer than so many extension headers.
 _READ, _LONGEST_CHAIN = 512, 14

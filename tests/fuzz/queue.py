@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fuzz.packets import mutated  # the path above must be there first
 from kernel.evasion.ground import BANNER, Ground, ground  # as above
-from portward.config import QueueReader
+from portward.config.keys import QueueReader
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
@@ -133,7 +133,7 @@ def _settled(field: Ground) -> Counted:
 
 
 def _queue(field: Ground) -> tuple[int, int, int]:
-    """The number of the last packet, packets that wait, packets dropped (see `portward.gateway.queues`)."""
+    """The number of the last packet, packets that wait, packets dropped (see `portward.dataplane.queues`)."""
     told = namespaces.run(field.lab.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
     rows = [[int(column) for column in line.split()] for line in told.splitlines()]
     return sum(row[7] for row in rows), sum(row[2] for row in rows), sum(row[5] + row[6] for row in rows)

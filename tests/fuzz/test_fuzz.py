@@ -16,8 +16,8 @@ from fuzz.oracle import Oracle
 from fuzz.packets import mutated
 from fuzz.queue import fuzz
 from kernel.evasion.ground import ground
-from portward.config import QueueReader
-from portward.gateway.mark import Class
+from portward.config.keys import QueueReader
+from portward.ipc.mark import Class
 
 ROOT = Path(__file__).resolve().parents[2]
 

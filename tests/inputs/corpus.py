@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from portward.characters import unshown
+from portward.base.characters import unshown
 from portward.cli import main
 
 HERE = Path(__file__).parent

@@ -9,14 +9,14 @@ from typing import Any, Final
 
 import msgspec
 
-from portward import config as configuration
-from portward.characters import unshown
-from portward.documents import enc_hook
+from portward.base.characters import unshown
+from portward.config import keys as configuration
+from portward.config.documents import enc_hook
 from portward.errors import InputError
+from portward.inventory.difference import Difference, check_offers, check_references, described, difference
+from portward.inventory.document import json_text, yaml_text
+from portward.inventory.records import read_inventory
 from portward.policy import preset as presets
-from portward.store.difference import Difference, check_offers, check_references, described, difference
-from portward.store.document import json_text, yaml_text
-from portward.store.inventory import read_inventory
 from portward.store.protocol import RecordError, decode, encode, key_of, named
 from portward.table.writer import Answers, Writer
 

@@ -10,7 +10,7 @@ import pytest
 
 from inputs.corpus import Case, Result, cases, first_line, portward
 from inputs.held import Held, hold
-from portward import config as configuration
+from portward.config import keys as configuration
 
 CONFIGS, PRESETS, INVENTORIES = cases("config"), cases("preset"), cases("inventory")
 # Each of these ended the process, or filled the memory, before it was bounded.

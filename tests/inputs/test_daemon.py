@@ -10,7 +10,7 @@ import pytest
 
 from inputs.corpus import HERE, cases, one_line
 from inputs.rows import row, write_rows
-from portward.characters import unshown
+from portward.base.characters import unshown
 from portward.lab.agent import Agent, until
 from portward.lab.demo import records
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab

@@ -15,8 +15,8 @@ import pytest
 from inputs.corpus import one_line, portward
 from inputs.held import Held, hold
 from inputs.test_corpus import INVENTORIES
-from portward import documents
-from portward.store import document
+from portward.config import documents
+from portward.inventory import document
 
 PROGRAM: Final = (sys.executable, "-m", "portward")
 

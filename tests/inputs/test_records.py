@@ -17,7 +17,7 @@ import pytest
 from inputs.corpus import Case, cases, one_line, portward
 from inputs.held import Held, hold
 from inputs.rows import row, write_rows
-from portward.characters import unshown
+from portward.base.characters import unshown
 from portward.model import Reason
 from portward.policy import preset as presets
 from portward.store.sqlite import SqliteStore

@@ -20,17 +20,18 @@ from pathlib import Path
 from uuid import UUID
 
 from kernel.wire import Sender, meanwhile, segment
-from portward.clock import utc_now
-from portward.config import Config, Queue, QueueReader
-from portward.gateway import ruleset, workers, xtables
-from portward.gateway.elements import KernelElements
-from portward.gateway.enforcement import Enforcement
-from portward.gateway.keeper import Keeper
-from portward.gateway.learned import Learned, Source
-from portward.gateway.mark import Class
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.rates import Rates
+from portward.base.clock import utc_now
+from portward.config.keys import Config, Queue, QueueReader
+from portward.daemon import workers
+from portward.dataplane import ruleset, xtables
+from portward.dataplane.elements import KernelElements
+from portward.dataplane.enforcement import Enforcement
+from portward.dataplane.keeper import Keeper
+from portward.dataplane.learned import Learned, Source
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.rates import Rates
+from portward.ipc.mark import Class
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Subscription

@@ -62,7 +62,7 @@ class Gateway:
         found = set()
         for pid in namespaces.run(self.lab.gateway, ["ip", "netns", "pids", self.lab.gateway]).stdout.split():
             with contextlib.suppress(OSError):  # it has ended since
-                if b"portward.gateway.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"portward.worker.process" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.add(int(pid))
         return found
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from portward.gateway.compiled import Message
-from portward.gateway.netlink import NLM_F_CREATE, attribute, nest, string
-from portward.gateway.nfnetlink import NfNetlink
+from portward.base.netlink import NLM_F_CREATE, attribute, nest, string
+from portward.dataplane.compiled import Message
+from portward.dataplane.nfnetlink import NfNetlink
 from portward.lab import namespaces
 
 TABLE: Final = "theirs"

@@ -15,18 +15,18 @@ import pytest
 from faults.inject import points as inject
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway, source_records
 from kernel.wire import same, seen, segment
+from portward.base.resources import rules
+from portward.dataplane.elements import KernelElements
+from portward.dataplane.keeper import Keeper
+from portward.dataplane.learned import Learned
+from portward.dataplane.namespacelock import LOCK_TABLE
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.ruleset import Wanted
 from portward.errors import KernelError
-from portward.gateway.elements import KernelElements
-from portward.gateway.keeper import Keeper
-from portward.gateway.learned import Learned
-from portward.gateway.namespacelock import LOCK_TABLE
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.ruleset import Wanted
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL6, Lab
-from portward.resources import rules
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
     agent.start()
     if where == "Keeper.load":
         agent.stop()
-    (agent.folder / "armed").write_text(f"daemon|portward.gateway.keeper:{where}|before|1|table")
+    (agent.folder / "armed").write_text(f"daemon|portward.dataplane.keeper:{where}|before|1|table")
     if where == "Keeper.load":
         agent.start(wait=False)
     assert agent.process is not None

@@ -22,9 +22,9 @@ from scapy.packet import Packet, Raw
 
 from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway
 from kernel.wire import same, seen, segment
-from portward.config import QueueReader
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.ruleset import TABLE
+from portward.config.keys import QueueReader
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.ruleset import TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant

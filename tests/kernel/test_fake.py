@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 from kernel.conftest import lab_name
-from portward.errors import KernelError
-from portward.gateway import namespacelock, xtables
-from portward.gateway.elements import (
+from portward.base.resources import rules
+from portward.dataplane import namespacelock, xtables
+from portward.dataplane.elements import (
     Add,
     AddLimit,
     Change,
@@ -27,17 +27,17 @@ from portward.gateway.elements import (
     KernelElements,
     RefusedError,
 )
-from portward.gateway.fake import FakeKernel
-from portward.gateway.keeper import CLOSED
-from portward.gateway.learned import Source
-from portward.gateway.namespacelock import LOCK_TABLE, NamespaceLock
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.ruleset import FIXED_SETS, TABLE
+from portward.dataplane.fake import FakeKernel
+from portward.dataplane.keeper import CLOSED
+from portward.dataplane.learned import Source
+from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.ruleset import FIXED_SETS, TABLE
+from portward.errors import KernelError
 from portward.lab import namespaces
 from portward.lab.agent import until
-from portward.resources import rules
-from unit.gateway.grounds import Plane
+from unit.dataplane.grounds import Plane
 
 SMALL = """
 table inet portward {

@@ -11,17 +11,17 @@ import pytest
 
 from kernel.conftest import ALLOWED, Gateway, lab_name, running_gateway
 from kernel.foreign import crowd, traffic
-from portward.config import Config
+from portward.base.netlink import attribute, string
+from portward.config.keys import Config
+from portward.dataplane import compiled, ruleset
+from portward.dataplane.elements import KernelElements
+from portward.dataplane.keeper import Keeper, hearing
+from portward.dataplane.learned import Learned
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.ruleset import FIXED_SETS, TABLE, State, Wanted
+from portward.dataplane.surroundings import NOTHING
 from portward.errors import KernelError
-from portward.gateway import compiled, ruleset
-from portward.gateway.elements import KernelElements
-from portward.gateway.keeper import Keeper, hearing
-from portward.gateway.learned import Learned
-from portward.gateway.netlink import attribute, string
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.ruleset import FIXED_SETS, TABLE, State, Wanted
-from portward.gateway.surroundings import NOTHING
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from kernel.conftest import lab_name
-from portward.config import Config, Verdicts
-from portward.gateway import ruleset, xtables
-from portward.gateway.elements import Add, Delete, KernelElements, RefusedError
-from portward.gateway.enforcement import Enforcement
-from portward.gateway.keeper import Keeper
-from portward.gateway.learned import Learned, Source
-from portward.gateway.netlink import attribute, nest, string
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.rates import Bucket, Rates
+from portward.base.netlink import attribute, nest, string
+from portward.config.keys import Config, Verdicts
+from portward.dataplane import ruleset, xtables
+from portward.dataplane.elements import Add, Delete, KernelElements, RefusedError
+from portward.dataplane.enforcement import Enforcement
+from portward.dataplane.keeper import Keeper
+from portward.dataplane.learned import Learned, Source
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.rates import Bucket, Rates
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.policy import preset as presets

@@ -17,19 +17,20 @@ from scapy.layers.inet import TCP
 
 from kernel.conftest import ALLOWED, DENIED, lab_name
 from kernel.wire import Sender, same, seen, segment
-from portward.clock import utc_now
-from portward.config import Config, Queue
-from portward.gateway import learned as cache
-from portward.gateway import ruleset, workers, xtables
-from portward.gateway.elements import Add, KernelElements
-from portward.gateway.enforcement import Enforcement
-from portward.gateway.keeper import Keeper
-from portward.gateway.learned import Learned, Source
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.rates import Rates
-from portward.gateway.ruleset import FIXED_SETS, TABLE
-from portward.gateway.setdump import Row
+from portward.base.clock import utc_now
+from portward.config.keys import Config, Queue
+from portward.daemon import workers
+from portward.dataplane import learned as cache
+from portward.dataplane import ruleset, xtables
+from portward.dataplane.elements import Add, KernelElements
+from portward.dataplane.enforcement import Enforcement
+from portward.dataplane.keeper import Keeper
+from portward.dataplane.learned import Learned, Source
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.rates import Rates
+from portward.dataplane.ruleset import FIXED_SETS, TABLE
+from portward.dataplane.setdump import Row
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant

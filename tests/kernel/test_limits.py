@@ -11,8 +11,8 @@ import pytest
 
 from kernel.conftest import Gateway
 from kernel.test_rates import customer, known
-from portward import limits
-from portward.config import Queue, Verdicts
+from portward.base import limits
+from portward.config.keys import Queue, Verdicts
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO
 from portward.model import RateLimit

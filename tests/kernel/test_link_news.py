@@ -12,8 +12,8 @@ from typing import TypeAlias
 import pytest
 
 from kernel.conftest import lab_name
-from portward.gateway import rtnetlink
-from portward.gateway.links import Links
+from portward.dataplane import rtnetlink
+from portward.dataplane.links import Links
 from portward.lab import namespaces
 
 PORT, END = 7001, "last"

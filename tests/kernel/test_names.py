@@ -18,12 +18,12 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
-from portward import interfaces
-from portward.config import Config
-from portward.gateway import rtnetlink, ruleset
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.nft import Nft
-from portward.gateway.surroundings import Surroundings
+from portward.base import interfaces
+from portward.config.keys import Config
+from portward.dataplane import rtnetlink, ruleset
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.surroundings import Surroundings
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO

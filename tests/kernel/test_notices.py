@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kernel.conftest import lab_name
-from portward.gateway.keeper import CLOSED, hearing
-from portward.gateway.netlink import attribute, string
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.notices import LOST, NOTHING, Deaf, Heard, Notices
-from portward.gateway.ruleset import TABLE
+from portward.base.netlink import attribute, string
+from portward.dataplane.keeper import CLOSED, hearing
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.notices import LOST, NOTHING, Deaf, Heard, Notices
+from portward.dataplane.ruleset import TABLE
 from portward.lab import namespaces
 
 THEIRS = """

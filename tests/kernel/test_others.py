@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from kernel.conftest import ALLOWED, DENIED, Gateway
-from portward.gateway.mark import Class
-from portward.gateway.namespacelock import LOCK_TABLE
-from portward.gateway.nfnetlink import NfNetlink
+from portward.base.resources import rules
+from portward.dataplane.namespacelock import LOCK_TABLE
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.ipc.mark import Class
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
-from portward.resources import rules
 
 MakeGateway = Callable[..., Gateway]
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from kernel.conftest import lab_name
-from portward.gateway.messages import ACCEPT, Refused, Verdicts, read
-from portward.gateway.nfqueue import SLOT, Queue
-from portward.gateway.queues import states
+from portward.dataplane.queues import states
 from portward.lab import namespaces
+from portward.worker.messages import ACCEPT, Refused, Verdicts, read
+from portward.worker.nfqueue import SLOT, Queue
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_batch_without_packets_needs_no_verdicts(queue: Queue) -> None:
 
 def test_a_queue_can_be_had_within_a_user_namespace() -> None:
     """Where CAP_NET_ADMIN is that of the namespace alone, the socket takes what memory anyone may have."""
-    program = "from portward.gateway.nfqueue import Queue; Queue(7, 100, 8).close(); print('bound')"
+    program = "from portward.worker.nfqueue import Queue; Queue(7, 100, 8).close(); print('bound')"
     argv = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", program]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (result.stdout, result.stderr) == ("bound\n", "")

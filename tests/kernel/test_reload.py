@@ -15,22 +15,23 @@ from uuid import UUID
 import pytest
 
 from kernel.conftest import lab_name
-from portward.config import Config
-from portward.core import Core, at_once
+from portward.base.resources import rules
+from portward.config.keys import Config
+from portward.daemon.core import Core, at_once
+from portward.daemon.intake import OnKernel
+from portward.dataplane import ruleset, xtables
+from portward.dataplane.elements import Add, KernelElements
+from portward.dataplane.keeper import closed, loaded
+from portward.dataplane.learned import Source
+from portward.dataplane.links import Device, Links
+from portward.dataplane.nft import Nft
 from portward.errors import KernelError
-from portward.gateway import mark, ruleset, xtables
-from portward.gateway.elements import Add, KernelElements
-from portward.gateway.keeper import closed, loaded
-from portward.gateway.learned import Source
-from portward.gateway.links import Device, Links
-from portward.gateway.nft import Nft
-from portward.intake import OnKernel
+from portward.ipc import mark
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Standing, Subscription
 from portward.policy import preset as presets
-from portward.resources import rules
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.database import TableError

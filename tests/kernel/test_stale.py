@@ -15,9 +15,9 @@ import pytest
 
 from kernel.churn import Churn, churned
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
-from portward.clock import utc_now
-from portward.config import QueueReader
-from portward.gateway.elements import Add
+from portward.base.clock import utc_now
+from portward.config.keys import QueueReader
+from portward.dataplane.elements import Add
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 from portward.policy import preset as presets

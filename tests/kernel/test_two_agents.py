@@ -15,11 +15,11 @@ import pytest
 
 from faults.traffic import ALLOWED4, ALLOWED6, BLOCKED4, BLOCKED6, Traffic
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
-from portward.gateway.namespacelock import NamespaceLock
+from portward.base.resources import rules
+from portward.dataplane.namespacelock import NamespaceLock
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
-from portward.resources import rules
 
 STARTS = 8
 HELD = "this network namespace: portward runs already, as process"

@@ -23,16 +23,16 @@ from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
 from kernel.test_reload import enforcing
 from kernel.test_translation import TRICKS, comes_out, others
 from kernel.wire import Sender, same, seen, segment
-from portward.core import Core
-from portward.gateway import mark
-from portward.gateway.learned import Source
-from portward.gateway.links import Links
-from portward.gateway.messages import ACCEPT, FORWARD, PREROUTING, Packet, Verdicts, read
-from portward.gateway.nfqueue import SLOT, Queue
-from portward.gateway.rates import Bucket
+from portward.daemon.core import Core
+from portward.dataplane.learned import Source
+from portward.dataplane.links import Links
+from portward.dataplane.rates import Bucket
+from portward.ipc import mark
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, MAIL4, Lab, Tenant
+from portward.worker.messages import ACCEPT, FORWARD, PREROUTING, Packet, Verdicts, read
+from portward.worker.nfqueue import SLOT, Queue
 
 _NEW = Tenant("renamed", 7003)
 _OWNER = UUID(int=7003)

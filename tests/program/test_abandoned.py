@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 
 from faults.ground import INJECT
-from portward.gateway.namespacelock import NamespaceLock, NamespaceTakenError
-from portward.gateway.workers import STAY
+from portward.daemon.runtime import running
+from portward.daemon.workers import STAY
+from portward.dataplane.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.demo import records
-from portward.runtime import running
 from program.test_run import refused, until_status
 
 # A step of the kernel thread, and one of the counting thread. The process reaches both again and again.
-_REPAIR, _STATUS = "portward.gateway.keeper:Keeper.repair", "portward.runtime:Runtime.write_status"
+_REPAIR, _STATUS = "portward.dataplane.keeper:Keeper.repair", "portward.daemon.runtime:Runtime.write_status"
 
 
 class Faults:

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from kernel.busy import busy_table
-from portward.documents import enc_hook
+from portward.config.documents import enc_hook
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.demo import attachments, records
@@ -106,7 +106,10 @@ def bulk_changes(agent: Agent) -> list[str]:
     """The process ids of bulk changes that the agent is at."""
     assert agent.process is not None
     found = subprocess.run(
-        ["pgrep", "-P", str(agent.process.pid), "-f", "portward.bulk"], capture_output=True, text=True, check=False
+        ["pgrep", "-P", str(agent.process.pid), "-f", "portward.daemon.bulk"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return found.stdout.split()
 

@@ -27,7 +27,7 @@ class Wrong(datetime.datetime):
     def now(cls, zone=None):
         return datetime.datetime.now(zone) + datetime.timedelta(seconds=float(file.read_text()))
 
-from portward import clock
+from portward.base import clock
 clock.datetime = Wrong
 sys.argv = ["portward", *sys.argv[sys.argv.index("run"):]]
 from portward.cli import main

@@ -11,12 +11,12 @@ from uuid import UUID
 
 import msgspec
 
-from portward.documents import enc_hook
+from portward.base.resources import rules
+from portward.config.documents import enc_hook
 from portward.lab.agent import Agent, until
 from portward.lab.demo import records
 from portward.lab.topology import CONTOSO
 from portward.model import Attachment, Exemption, ExemptionState, Record, Standing, Subscription
-from portward.resources import rules
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.reader import Reader

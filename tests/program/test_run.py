@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from portward.documents import enc_hook
+from portward.config.documents import enc_hook
 from portward.errors import PortwardError
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, Place, until

@@ -20,7 +20,7 @@ from portward.model import Attachment
 STARTER = """\
 import sys
 from pathlib import Path
-from portward.core import Core
+from portward.daemon.core import Core
 
 armed = Path(sys.argv[1])
 

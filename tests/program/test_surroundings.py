@@ -22,16 +22,16 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from portward import config as configuration
-from portward import language
-from portward.characters import alike, shown
+from portward import i18n
+from portward.base.characters import alike, shown
 from portward.cli import actor
-from portward.gateway import workers
+from portward.config import keys as configuration
+from portward.daemon import workers
+from portward.daemon.runtime import read_status, running
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.topology import Lab
-from portward.runtime import read_status, running
-from unit.test_cli import verbs
+from unit.cli.test_cli import verbs
 
 SEED: Final = random.SystemRandom().randrange(2**32)
 ONE: Final = "11111111-0000-4000-8000-000000000001"
@@ -219,7 +219,7 @@ def test_the_list_names_every_variable_that_is_read() -> None:
     sources = Path(configuration.__file__).parent.rglob("*.py")
     text = "\n".join(path.read_text("utf-8") for path in sources)
     named = set(re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", text))
-    read_by_name = {*actor._VARIABLES, *language._VARIABLES}
+    read_by_name = {*actor._VARIABLES, *i18n._VARIABLES}
     assert workers.STAY == "PORTWARD_WORKERS_STAY"
     assert named | read_by_name <= {*VARIABLES}
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from portward.gateway import around, others, tunnels
+from portward.dataplane import around, others, tunnels
+from portward.store.sqlite import SqliteStore
+from unit.store.samples import opened
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +21,17 @@ def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         of_devices=tunnels.of_devices, find=lambda devices: tunnels.Ports(tunnels.of_devices(devices))
     )
     monkeypatch.setattr(around, "tunnels", found)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the store of this test is."""
+    return tmp_path / "portward.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[SqliteStore]:
+    """An empty store."""
+    store = opened(path)
+    yield store
+    store.close()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import messages
-from portward.language import DOMAIN, FOLDER
+from portward.i18n import DOMAIN, FOLDER
 from portward.policy import preset as presets
 
 CATALOGUES = sorted(FOLDER.glob(f"*/LC_MESSAGES/{DOMAIN}.po"))

@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta, timezone
 import pytest
 
 from portward.errors import InputError
-from portward.language import ENGLISH, available, chosen, language, preferred
+from portward.i18n import ENGLISH, available, chosen, language, preferred
 
 FRENCH = language("fr")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from package import build, completions, manual
 
-from portward.config import Config
-from portward.gateway.workers import STAY
-from unit.test_cli import verbs
+from portward.config.keys import Config
+from portward.daemon.workers import STAY
+from unit.cli.test_cli import verbs
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
 DEBIAN = SYSTEMD.parent / "package" / "debian"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from portward import config as configuration
-from portward.config import Config
+from portward.config import keys as configuration
+from portward.config.keys import Config
+from portward.inventory.difference import check_offers, check_references
+from portward.inventory.records import read_inventory
 from portward.policy import preset as presets
-from portward.store.difference import check_offers, check_references
-from portward.store.inventory import read_inventory
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 

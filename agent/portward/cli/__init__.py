@@ -53,9 +53,9 @@ def _outcome() -> tuple[int, str]:
 
 def _run() -> int:
     if (config := _of_service(sys.argv[1:])) is not None:
-        from portward import daemon  # noqa: PLC0415 # a start waits for no other verb's libraries
+        from portward.daemon import composition  # noqa: PLC0415 # a start waits for no other verb's libraries
 
-        daemon.run(config)
+        composition.run(config)
         return 0
     from portward.cli import usage  # noqa: PLC0415 # as above
 

@@ -8,7 +8,7 @@ from typing import Annotated, Final, TypeAlias
 
 import typer
 
-from portward.characters import from_bytes, shown, unshown
+from portward.base.characters import from_bytes, shown, unshown
 from portward.errors import InputError
 
 # The order in which these say it: sudo's own word first, then as `getpass.getuser`.

@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from portward import config as configuration
-from portward.addresses import asked
-from portward.behind import behind_held
-from portward.casework import Casework
+from portward.base.addresses import asked
+from portward.base.clock import utc_now
 from portward.cli.actor import ActorOption, acting
 from portward.cli.exemption import ClockOption
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark_other_store
 from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
-from portward.clock import utc_now
-from portward.documents import network_text
+from portward.config import keys as configuration
+from portward.config.documents import network_text
+from portward.exemptions.service import Casework
+from portward.ops.behind import behind_held
 from portward.policy import preset as presets
 from portward.policy.remedy import reason_in_words
 from portward.store import open_store

@@ -8,13 +8,13 @@ from typing import Annotated, Final
 
 import typer
 
-from portward import audit as audits
-from portward import config as configuration
-from portward.audit import Wanted
+from portward.base.limits import LAST_REVISION
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark_other_store
 from portward.cli.streams import say, say_json
+from portward.config import keys as configuration
 from portward.errors import InputError
-from portward.limits import LAST_REVISION
+from portward.ops import audit as audits
+from portward.ops.audit import Wanted
 from portward.store import open_store
 from portward.store.chain import Check, parse_mark
 

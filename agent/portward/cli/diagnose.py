@@ -34,12 +34,12 @@ def diagnose(
 
     Example: portward diagnose fabrikam --lang fr
     """
-    from portward import language  # noqa: PLC0415 # only this verb needs all of it
-    from portward.diagnosis import answer, gather  # noqa: PLC0415 # as above
+    from portward import i18n  # noqa: PLC0415 # only this verb needs all of it
+    from portward.ops.diagnosis import answer, gather  # noqa: PLC0415 # as above
 
     if address is None:
         who = text(who, "SUBSCRIPTION")
-    words = language.chosen(lang, os.environ)
+    words = i18n.chosen(lang, os.environ)
     preset, found = gather.diagnose(config, who, address, words)
     if json:
         say_json(found)

@@ -10,10 +10,9 @@ from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
-from portward import config as configuration
-from portward import exemptions, limits
-from portward.behind import Behind, behind_held
-from portward.casework import Casework, Done, Row
+from portward.base import limits
+from portward.base.clock import utc_now
+from portward.base.words import counted
 from portward.cli.actor import ActorOption, acting
 from portward.cli.exemption_chosen import confirm as confirm_count
 from portward.cli.exemption_chosen import granted, id_of, known_offer, listed
@@ -21,17 +20,19 @@ from portward.cli.exemption_text import checked, in_a_line, lines, next_step
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption, remark_other_store
 from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
-from portward.clock import utc_now
-from portward.config import Config
-from portward.enforced import Enforced
+from portward.config import keys as configuration
+from portward.config.keys import Config
 from portward.errors import InputError, printable
-from portward.exemptions import Application, Finding, State
+from portward.exemptions import lifecycle
+from portward.exemptions.lifecycle import Application, Finding, State
+from portward.exemptions.service import Casework, Done, Row
 from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck, RateLimit
+from portward.ops.behind import Behind, behind_held
+from portward.ops.enforced import Enforced
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
 from portward.store import open_store
 from portward.store.protocol import Store, readable
-from portward.words import counted
 
 app = typer.Typer(
     help="Exemptions: asked for, granted or rejected, revoked.", no_args_is_help=True, rich_markup_mode=None
@@ -281,7 +282,7 @@ def list_(
             if json:
                 say_json(_machine(row))
             else:
-                told = exemptions.told(row.state, row.exemption)
+                told = lifecycle.told(row.state, row.exemption)
                 say(f"{row.subscription}  {_owner(row):<40}  {told}")
     if not (printed or json):
         say(_none(total))
@@ -371,7 +372,7 @@ def _tell_done(
 ) -> None:
     """Prints what was done. `limited`: the limit alone was changed."""
     exemption = done.exemption
-    state = exemptions.state_of(exemption, done.written.at)
+    state = lifecycle.state_of(exemption, done.written.at)
     if json:
         say_json(
             {"revision": done.written.revision, "state": state, "exemption": exemption}
@@ -381,7 +382,7 @@ def _tell_done(
         return
     name = f" ({done.subscription.name})" if done.subscription.name else ""
     say(
-        f"exemption of {done.subscription.id}{name}: {exemptions.told(state, exemption)}, "
+        f"exemption of {done.subscription.id}{name}: {lifecycle.told(state, exemption)}, "
         f"as revision {done.written.revision}{_enforced(took)}"
     )
     if behind is not None:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from portward.casework import Casework
-from portward.clock import utc_now
-from portward.documents import nearest, read_text
+from portward.base.clock import utc_now
+from portward.base.words import counted
+from portward.config.documents import nearest, read_text
 from portward.errors import InputError, PortwardError, together
-from portward.exemptions import State
+from portward.exemptions.lifecycle import State
+from portward.exemptions.service import Casework
 from portward.policy.preset import Preset
 from portward.store.belongings import belongings
 from portward.store.protocol import Store
-from portward.words import counted
 
 # A list of a million ids, in bytes, with comments.
 _LARGEST_LIST: Final = 64 * 1024 * 1024

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from portward.casework import Row
-from portward.exemptions import Case, State, no_path, useless
+from portward.base.words import counted
+from portward.exemptions.lifecycle import Case, State, no_path, useless
+from portward.exemptions.service import Row
 from portward.model import Details, Exemption, ExemptionState, FraudCheck
 from portward.policy.preset import Preset
-from portward.words import counted
 
 
 def lines(exemption: Exemption) -> list[str]:

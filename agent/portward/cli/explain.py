@@ -23,7 +23,7 @@ def explain(
 
     Example: portward explain vni1002 10.0.0.4
     """
-    from portward import explanation  # noqa: PLC0415 # only this verb needs all of it
+    from portward.ops import explanation  # noqa: PLC0415 # only this verb needs all of it
 
     found = explanation.explain(config, segment, address, to)
     if json:

@@ -11,18 +11,13 @@ from typing import Annotated, Final, NamedTuple, TypeAlias
 import msgspec
 import typer
 
-from portward import config as configuration
-from portward import mistyped
-from portward.behind import behind_held, held_here, held_unknown, lost_store, nothing_held, other_store
+from portward.base.clock import utc_now
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark, remark_other_store
 from portward.cli.streams import put, say, say_json, wrote
-from portward.clock import utc_now
+from portward.config import keys as configuration
 from portward.errors import InputError, PortwardError
-from portward.policy import preset as presets
-from portward.policy.preset import Preset
-from portward.store import open_store
-from portward.store.difference import (
+from portward.inventory.difference import (
     Difference,
     check_offers,
     check_references,
@@ -32,9 +27,14 @@ from portward.store.difference import (
     late_creation,
     useless_grants,
 )
-from portward.store.document import json_text, yaml_text
+from portward.inventory.document import json_text, yaml_text
+from portward.inventory.records import Inventory, read_inventory
+from portward.ops import mistyped
+from portward.ops.behind import behind_held, held_here, held_unknown, lost_store, nothing_held, other_store
+from portward.policy import preset as presets
+from portward.policy.preset import Preset
+from portward.store import open_store
 from portward.store.flips import HeldError, check_flips
-from portward.store.inventory import Inventory, read_inventory
 from portward.store.protocol import CONFIRMED, NoStoreError, confirmation
 
 # What a person reads before it is only counted.

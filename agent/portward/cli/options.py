@@ -8,9 +8,9 @@ from typing import Annotated, Final, TypeAlias
 
 import typer
 
+from portward.base.limits import LONGEST_INTERVAL, SHORTEST_INTERVAL
 from portward.cli.streams import say
-from portward.config import DEFAULT_PATH, Config
-from portward.limits import LONGEST_INTERVAL, SHORTEST_INTERVAL
+from portward.config.keys import DEFAULT_PATH, Config
 
 ConfigOption: TypeAlias = Annotated[
     Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration.", readable=False)
@@ -32,7 +32,7 @@ def remark(lines: Iterable[str], *, err: bool = False) -> None:
 
 def remark_other_store(config: Config) -> None:
     """Says on standard error if the agent here reads another store than `config` names, for a verb on that one."""
-    from portward.behind import other_store  # noqa: PLC0415 # a verb without a store does not load it
+    from portward.ops.behind import other_store  # noqa: PLC0415 # a verb without a store does not load it
 
     remark(filter(None, [other_store(config)]), err=True)
 

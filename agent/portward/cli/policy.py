@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from portward import config as configuration
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.cli.streams import say, say_json
-from portward.documents import network_text
+from portward.config import keys as configuration
+from portward.config.documents import network_text
 from portward.policy import preset as presets
 from portward.policy.preset import Offer, Preset
 

@@ -25,7 +25,7 @@ def show(
 
     Example: portward rules show | less
     """
-    from portward import rules  # noqa: PLC0415 # only this verb needs nft
+    from portward.ops import rules  # noqa: PLC0415 # only this verb needs nft
 
     put(rules.wanted(config) if wanted else rules.loaded(config))
 
@@ -40,7 +40,7 @@ def baseline(config: ConfigOption = DEFAULT_PATH) -> None:
 
     Example: portward rules baseline
     """
-    from portward import rules  # noqa: PLC0415 # as above
+    from portward.ops import rules  # noqa: PLC0415 # as above
 
     say(rules.baseline(config))
 
@@ -57,7 +57,7 @@ def remove(
 
     Example: portward rules remove --yes
     """
-    from portward import rules  # noqa: PLC0415 # as above
+    from portward.ops import rules  # noqa: PLC0415 # as above
 
     if not yes:
         rules.check_removable()

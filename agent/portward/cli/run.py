@@ -18,9 +18,9 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
 
     Example: portward run --config /etc/portward/portward.toml
     """
-    from portward import daemon  # noqa: PLC0415 # only this verb needs the daemon's libraries
+    from portward.daemon import composition  # noqa: PLC0415 # only this verb needs the daemon's libraries
 
-    daemon.run(config)
+    composition.run(config)
 
 
 def check(
@@ -36,7 +36,7 @@ def check(
 
     Example: portward check --config ./portward.toml
     """
-    from portward import check as checks  # noqa: PLC0415 # as above
+    from portward.ops import check as checks  # noqa: PLC0415 # as above
 
     for line in checks.check(config, with_store=not without_store):
         say(line)

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 
 import typer
 
-from portward import characters, settings
+from portward.base import characters
+from portward.base.words import counted, times
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark, seconds
 from portward.cli.streams import say, say_json, say_text
-from portward.config import Config
+from portward.config.keys import Config
+from portward.daemon import settings
+from portward.daemon.runtime import age_of, hidden, read_status, running
 from portward.errors import PortwardError
-from portward.runtime import age_of, hidden, read_status, running
-from portward.words import counted, times
 
 if TYPE_CHECKING:
-    from portward.busiest import Row
+    from portward.ops.busiest import Row
 
 # The daemon writes its status each second: an older one is told as old.
 _STALE_SECONDS = 5.0
@@ -69,7 +70,7 @@ def top(
 
     Example: portward top --interval 2
     """
-    from portward.busiest import Busiest  # noqa: PLC0415 # only this verb needs it
+    from portward.ops.busiest import Busiest  # noqa: PLC0415 # only this verb needs it
 
     found = settings.settings(config)
     remark(found.remarks)
@@ -110,7 +111,7 @@ def _status(config: Config) -> dict[str, Any]:
         raise PortwardError(f"table {config.table}: only root and the agent's own user may see its status")
     pid = running(config.table)
     if pid is None:
-        from portward import rules  # noqa: PLC0415 # a running agent is not looked up in the kernel
+        from portward.ops import rules  # noqa: PLC0415 # a running agent is not looked up in the kernel
 
         raise PortwardError(f"no agent runs on table {config.table}: {rules.without_agent(config)}")
     told = read_status(config.table)
@@ -124,7 +125,7 @@ def _in_step(config: Config, told: dict[str, Any]) -> dict[str, Any]:
     looks once a second, and while it reads another history anew its word is older."""
     if told["store_error"]:
         return {}
-    from portward.host import behind_store  # noqa: PLC0415 # it loads what asks the kernel
+    from portward.ops.host import behind_store  # noqa: PLC0415 # it loads what asks the kernel
 
     why = behind_store(config)
     return {"in_step": False, "newest": why} if why else {}

@@ -17,8 +17,8 @@ from typing import Any, Final, TextIO
 
 import msgspec
 
-from portward.characters import alike, json_shown, shown
-from portward.documents import enc_hook
+from portward.base.characters import alike, json_shown, shown
+from portward.config.documents import enc_hook
 
 _ERRORS: Final = "portward"
 _STREAMS: Final = 3

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, date, datetime
 
+from portward.base.limits import time_problem
 from portward.errors import InputError
-from portward.limits import time_problem
 
 
 def instant(text: str | None, field: str) -> datetime | None:

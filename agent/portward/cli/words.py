@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import typer
 
-from portward.characters import from_bytes, shown, unreadable
+from portward.base.characters import from_bytes, shown, unreadable
 from portward.errors import InputError
 
 # Names of files and interfaces are bytes to the kernel, so any are right there.

@@ -16,11 +16,11 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from portward.documents import enc_hook
+from portward.base.resources import PYTHON
+from portward.config.documents import enc_hook
 from portward.errors import PortwardError
 from portward.lab import namespaces
 from portward.model import Record
-from portward.resources import PYTHON
 from portward.store.protocol import key_of
 
 PROGRAM: Final = (*PYTHON, "-m", "portward")

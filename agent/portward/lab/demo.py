@@ -17,15 +17,15 @@ from uuid import UUID
 from rich.console import Console
 from rich.table import Table
 
-from portward import locks
+from portward.base import locks
+from portward.base.resources import PYTHON
 from portward.errors import PortwardError
+from portward.inventory.document import yaml_text
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.mail import READY, Fate, OpenSession, Outcome, Postbox, send
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
 from portward.model import Attachment, Exemption, ExemptionState, RateLimit, Record, Subscription
-from portward.resources import PYTHON
-from portward.store.document import yaml_text
 from portward.store.protocol import encode, key_of
 
 _IDS: Final = {

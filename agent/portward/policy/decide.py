@@ -11,16 +11,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import NamedTuple
 
-from portward.model import (
-    Address,
-    Attachment,
-    Exemption,
-    ExemptionState,
-    Reason,
-    Standing,
-    Subscription,
-    Workload,
-)
+from portward.model import Address, Attachment, Exemption, ExemptionState, Reason, Standing, Subscription, Workload
 from portward.policy.preset import ExemptionPath, Preset
 
 

@@ -16,12 +16,12 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from portward.characters import unshown
-from portward.documents import brief, enc_hook, mistake, nearest, read_toml
+from portward.base.characters import unshown
+from portward.base.resources import rules
+from portward.config.documents import brief, enc_hook, mistake, nearest, read_toml
+from portward.config.paths import is_path
 from portward.errors import InputError
 from portward.model import Network
-from portward.paths import is_path
-from portward.resources import rules
 
 DEFAULT: Final = "azure-2020"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from portward.config import STORE
+from portward.config.keys import STORE
 from portward.errors import InputError
 from portward.store.protocol import Store
 from portward.store.sqlite import SqliteStore

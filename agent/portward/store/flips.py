@@ -13,12 +13,12 @@ from math import ceil
 from typing import Final, NamedTuple, cast
 from uuid import UUID
 
+from portward.base.words import counted
 from portward.errors import PortwardError
 from portward.model import Attachment, Exemption, Mode, Record, Subscription
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
 from portward.store.protocol import Put, readable
-from portward.words import counted
 
 # So few are never held: in a small store one change of one customer is a large share.
 _FEW: Final = 10

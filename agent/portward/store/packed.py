@@ -15,10 +15,10 @@ from typing import Final
 
 import msgspec
 
-from portward.limits import FIRST_TIME, LAST_TIME
+from portward.base.limits import FIRST_TIME, LAST_TIME
 from portward.model import Attachment, Instant, Workload
 from portward.store.protocol import UNREADABLE
-from portward.validity import is_interface
+from portward.store.validity import is_interface
 
 
 class Packed(msgspec.Struct, frozen=True, gc=False):

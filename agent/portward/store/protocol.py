@@ -32,10 +32,10 @@ from uuid import UUID
 
 import msgspec
 
-from portward.documents import brief, dec_hook, enc_hook, explained, field_name, network_text
+from portward.config.documents import brief, dec_hook, enc_hook, explained, field_name, network_text
 from portward.errors import StoreError, printable
 from portward.model import Address, Attachment, Exemption, ExemptionState, Record, Subscription
-from portward.validity import flaws, is_interface
+from portward.store.validity import flaws, is_interface
 
 Progress: TypeAlias = Callable[[int], None]
 

@@ -22,22 +22,11 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
-from portward.clock import utc_now
+from portward.base.clock import utc_now
 from portward.errors import ConflictError, StoreError
 from portward.store.bell import Listener, hang, ring
 from portward.store.chain import Sealing, origin_hash
-from portward.store.protocol import (
-    HASH_BYTES,
-    Cell,
-    Change,
-    Entry,
-    NoStoreError,
-    Odd,
-    Origin,
-    Progress,
-    Put,
-    Row,
-)
+from portward.store.protocol import HASH_BYTES, Cell, Change, Entry, NoStoreError, Odd, Origin, Progress, Put, Row
 
 _log = logging.getLogger("portward.store")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
-from portward.clock import DRIFT
+from portward.base.clock import DRIFT
 from portward.errors import ConflictError, PortwardError
 from portward.model import Record
 from portward.store.protocol import Put, Store, decode

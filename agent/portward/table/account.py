@@ -10,7 +10,7 @@ from uuid import UUID
 
 import msgspec
 
-from portward.limits import time_problem
+from portward.base.limits import time_problem
 from portward.model import Exemption, ExemptionState, Mode, Reason, Subscription, Workload
 from portward.policy.decide import Ruling
 from portward.table import layout

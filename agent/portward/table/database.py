@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 
 import lmdb
 
-from portward import ownership
+from portward.base import ownership
 from portward.errors import PortwardError
 from portward.table import layout
 

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import msgspec
 
-from portward.heartbeat import beat
+from portward.base.heartbeat import beat
 from portward.model import Attachment, Exemption, Network, Reason, Record, Subscription, Workload
 from portward.table import layout
 from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload, grant_end

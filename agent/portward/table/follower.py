@@ -24,15 +24,7 @@ from typing import Final, NamedTuple, TypeVar
 from portward.model import Record
 from portward.store.flips import Flips, HeldError
 from portward.store.packed import Packer
-from portward.store.protocol import (
-    CONFIRMED,
-    Change,
-    Store,
-    confirmed,
-    confirmed_alone,
-    confirmed_hold,
-    named,
-)
+from portward.store.protocol import CONFIRMED, Change, Store, confirmed, confirmed_alone, confirmed_hold, named
 from portward.store.unreadable import Unreadable
 from portward.table.changes import by_itself, confirmed_in, confirms, is_among, records_of
 from portward.table.history import (

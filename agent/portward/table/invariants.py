@@ -23,17 +23,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from portward.interfaces import decoded, encoded, shown
+from portward.base.interfaces import decoded, encoded, shown
 from portward.table import layout
 from portward.table.account import Account, grant_end
-from portward.table.database import (
-    DatabaseError,
-    Part,
-    TableError,
-    Transaction,
-    open_database,
-    open_parts,
-)
+from portward.table.database import DatabaseError, Part, TableError, Transaction, open_database, open_parts
 from portward.table.rows import Rows
 
 # Findings that are told one by one.

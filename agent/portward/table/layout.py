@@ -41,9 +41,9 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NamedTuple
 
-from portward.codes import REASON_BITS, REASON_NUMBER, REASON_OF
-from portward.interfaces import decoded, encoded
-from portward.limits import LAST_TIME
+from portward.base.codes import REASON_BITS, REASON_NUMBER, REASON_OF
+from portward.base.interfaces import decoded, encoded
+from portward.base.limits import LAST_TIME
 from portward.model import Network, Reason
 
 FORMAT: Final = 3

@@ -13,19 +13,12 @@ from threading import get_ident
 from typing import NamedTuple
 from uuid import UUID
 
-from portward.interfaces import decoded, encoded
+from portward.base.interfaces import decoded, encoded
 from portward.model import Address, Attachment, Exemption, Network, Reason, Record, Subscription, Workload
 from portward.table import layout
 from portward.table.account import Account
 from portward.table.damage import Damage
-from portward.table.database import (
-    Environment,
-    Part,
-    TableError,
-    Transaction,
-    open_database,
-    open_parts,
-)
+from portward.table.database import Environment, Part, TableError, Transaction, open_database, open_parts
 from portward.table.rows import Rows, find
 
 _MASKS = {4: layout.masks(4), 16: layout.masks(16)}

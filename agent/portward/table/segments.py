@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from portward.interfaces import decoded, encoded, shown
+from portward.base.interfaces import decoded, encoded, shown
 from portward.table import layout
 from portward.table.damage import Damage
 from portward.table.database import Part, TableError, Transaction

@@ -24,48 +24,49 @@ class Point(NamedTuple):
         return f"{self.where.split(':')[1]}#{self.nth}@{self.when}"
 
 
-_G, _T, _S = "portward.gateway", "portward.table", "portward.store"
+_D, _K, _W, _I = "portward.daemon", "portward.dataplane", "portward.worker", "portward.ipc"
+_T, _S = "portward.table", "portward.store"
 POINTS: Final = (
     # a change of policy, in its order
     Point("daemon", "change", f"{_S}.sqlite:SqliteStore.revision"),
     Point("daemon", "change", f"{_T}.follower:Follower.step"),
     Point("daemon", "change", f"{_T}.writer:Writer.apply"),
     Point("daemon", "change", f"{_T}.writer:Writer._next_head"),
-    Point("daemon", "change", f"{_G}.enforcement:Enforcement.enforce"),
-    Point("daemon", "change", f"{_G}.learned:Learned.move_epoch"),
-    Point("daemon", "change", f"{_G}.enforcement:Enforcement._sources"),
-    Point("daemon", "change", f"{_G}.learned:Learned.forget"),
-    Point("daemon", "change", f"{_G}.elements:KernelElements.commit"),
-    Point("daemon", "change", f"{_G}.elements:KernelElements.commit", 2),
-    Point("daemon", "change", f"{_G}.nfnetlink:NfNetlink._wait"),
+    Point("daemon", "change", f"{_K}.enforcement:Enforcement.enforce"),
+    Point("daemon", "change", f"{_K}.learned:Learned.move_epoch"),
+    Point("daemon", "change", f"{_K}.enforcement:Enforcement._sources"),
+    Point("daemon", "change", f"{_K}.learned:Learned.forget"),
+    Point("daemon", "change", f"{_K}.elements:KernelElements.commit"),
+    Point("daemon", "change", f"{_K}.elements:KernelElements.commit", 2),
+    Point("daemon", "change", f"{_K}.nfnetlink:NfNetlink._wait"),
     # the start, in its order
-    Point("daemon", "start", "portward.runtime:Runtime.__init__"),
+    Point("daemon", "start", "portward.daemon.runtime:Runtime.__init__"),
     Point("daemon", "start", f"{_T}.writer:Writer.settle"),
     Point("daemon", "start", f"{_T}.writer:Writer.put_links"),
-    Point("daemon", "start", f"{_G}.workers:Worker.start"),
-    Point("daemon", "start", f"{_G}.enforcement:Enforcement.start"),
-    Point("daemon", "start", f"{_G}.xtables:install"),
-    Point("daemon", "start", f"{_G}.nft:Nft.replace"),
-    Point("daemon", "start", f"{_G}.keeper:Keeper.load"),
+    Point("daemon", "start", f"{_D}.workers:Worker.start"),
+    Point("daemon", "start", f"{_K}.enforcement:Enforcement.start"),
+    Point("daemon", "start", f"{_K}.xtables:install"),
+    Point("daemon", "start", f"{_K}.nft:Nft.replace"),
+    Point("daemon", "start", f"{_K}.keeper:Keeper.load"),
     Point("daemon", "empty", f"{_T}.writer:Writer.replace"),
     # the ruleset was changed by somebody else
-    Point("daemon", "repair", f"{_G}.keeper:Keeper.repair"),
-    Point("daemon", "repair", f"{_G}.xtables:install"),
-    Point("daemon", "repair", f"{_G}.nft:Nft.replace"),
-    Point("daemon", "repair", f"{_G}.learned:Learned.forget_everything"),
+    Point("daemon", "repair", f"{_K}.keeper:Keeper.repair"),
+    Point("daemon", "repair", f"{_K}.xtables:install"),
+    Point("daemon", "repair", f"{_K}.nft:Nft.replace"),
+    Point("daemon", "repair", f"{_K}.learned:Learned.forget_everything"),
     # interfaces come and go
     Point("daemon", "links", f"{_T}.writer:Writer.put_links"),
-    Point("daemon", "links", f"{_G}.learned:Learned.forget_within"),
+    Point("daemon", "links", f"{_K}.learned:Learned.forget_within"),
     # what goes on by itself
-    Point("daemon", "time", "portward.runtime:Runtime.write_status"),
-    Point("daemon", "time", f"{_G}.counts:Counts.take_all"),
-    Point("daemon", "time", f"{_G}.keeper:Keeper.intact"),
+    Point("daemon", "time", "portward.daemon.runtime:Runtime.write_status"),
+    Point("daemon", "time", f"{_K}.counts:Counts.take_all"),
+    Point("daemon", "time", f"{_K}.keeper:Keeper.intact"),
     # a batch of packets in the worker, in its order: the view is open, a verdict is there, counted, sent
     Point("worker", "packet", f"{_T}.reader:Reader._follow"),
-    Point("worker", "packet", f"{_G}.messages:Verdicts.accept"),
-    Point("worker", "packet", f"{_G}.tally:Tally.add"),
-    Point("worker", "packet", f"{_G}.nfqueue:Queue.send"),
-    Point("worker", "start", f"{_G}.nfqueue:Queue.__init__"),
+    Point("worker", "packet", f"{_W}.messages:Verdicts.accept"),
+    Point("worker", "packet", f"{_I}.tally:Tally.add"),
+    Point("worker", "packet", f"{_W}.nfqueue:Queue.send"),
+    Point("worker", "start", f"{_W}.nfqueue:Queue.__init__"),
     Point("worker", "start", f"{_T}.reader:Reader.open"),
     # `portward apply`
     Point("apply", "change", f"{_S}.sqlite:SqliteStore.write"),

@@ -35,7 +35,7 @@ _passed: dict[str, int] = {}
 
 def _kind_of_process() -> str | None:
     words = sys.orig_argv
-    if "portward.gateway.worker" in words:
+    if "portward.worker.process" in words:
         return "worker"
     return next((kind for verb, kind in (("run", "daemon"), ("apply", "apply")) if verb in words), None)
 
@@ -113,13 +113,13 @@ def _shift_clock() -> None:
         def now(cls, tz: tzinfo | None = None) -> Any:
             return datetime.now(tz) + timedelta(seconds=_seconds())
 
-    module: Any = importlib.import_module("portward.clock")
+    module: Any = importlib.import_module("portward.base.clock")
     module.datetime = Shifted
     time.time = lambda: real() + _seconds()
 
 
 def _replace_rules() -> None:
-    resources: Any = importlib.import_module("portward.resources")
+    resources: Any = importlib.import_module("portward.base.resources")
     shipped = resources.rules
 
     def rules(*parts: str) -> Path:

@@ -15,11 +15,11 @@ from scapy.packet import Packet
 
 from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway, source_records
 from kernel.wire import listening, segment
-from portward.config import QueueReader
-from portward.gateway.elements import KernelElements
-from portward.gateway.learned import Element, Learned, Source
-from portward.gateway.nfnetlink import NfNetlink
-from portward.gateway.ruleset import TABLE
+from portward.config.keys import QueueReader
+from portward.dataplane.elements import KernelElements
+from portward.dataplane.learned import Element, Learned, Source
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.ruleset import TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant

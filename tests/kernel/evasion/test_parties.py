@@ -20,7 +20,7 @@ from scapy.packet import Packet, Raw
 from kernel.conftest import ALLOWED, DENIED, source_records
 from kernel.evasion.ground import BANNER, Ground, ground
 from kernel.wire import link_address, meanwhile, seen
-from portward.gateway.mark import EPOCH_SHIFT, Class
+from portward.ipc.mark import EPOCH_SHIFT, Class
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant

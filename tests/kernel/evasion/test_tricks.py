@@ -6,7 +6,7 @@ import pytest
 
 from kernel.evasion.ground import BANNER, Ground
 from kernel.evasion.tricks import FOUR, HARMLESS, SIX, Trick
-from portward.gateway.mark import Class
+from portward.ipc.mark import Class
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6
 

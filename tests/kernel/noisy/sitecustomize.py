@@ -17,7 +17,7 @@ def _print() -> None:
         time.sleep(0.02)  # pause: what this file is for
 
 
-if "portward.gateway.worker" in sys.orig_argv:
+if "portward.worker.process" in sys.orig_argv:
     for _noise in _NOISE:
         os.write(1, _noise)
     os.write(1, b"\n")

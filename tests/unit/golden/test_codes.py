@@ -6,11 +6,11 @@ from enum import Enum
 
 import pytest
 
-from portward.codes import REASON_NUMBER, REASON_NUMBERS, REASON_OF
-from portward.gateway.mark import Class
-from portward.gateway.tally import Event, Outcome
+from portward.base.codes import REASON_NUMBER, REASON_NUMBERS, REASON_OF
+from portward.dataplane.selfcheck import Kind
+from portward.ipc.mark import Class
+from portward.ipc.tally import Event, Outcome
 from portward.model import Authentication, ExemptionState, FraudCheck, Mode, Reason, Standing, Workload
-from portward.selfcheck import Kind
 from portward.store.chain import Kind as LogKind
 from unit.golden import golden
 

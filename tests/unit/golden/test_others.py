@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from portward.base.codes import REASON_NUMBER
 from portward.cli.status import _lines
-from portward.codes import REASON_NUMBER
+from portward.daemon.runtime import read_status
 from portward.errors import PortwardError, StoreError
-from portward.gateway.tally import Event, Outcome, Tally, TallyError
+from portward.ipc.tally import Event, Outcome, Tally, TallyError
 from portward.model import Reason
-from portward.runtime import read_status
 from portward.store.protocol import decode, key_of
 from portward.store.sqlite import SqliteStore
 from unit.golden import FOLDER, golden, store

@@ -7,7 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from portward.language import ENGLISH, language
+from portward.i18n import ENGLISH, language
 from portward.model import Reason, Subscription
 from portward.policy import preset as presets
 from portward.policy.remedy import reason_in_words, remedy

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from inputs.corpus import Case, cases
 from inputs.rows import row, write_rows
-from portward.documents import network_text
-from portward.limits import FIRST_TIME, LAST_TIME
+from portward.base.limits import FIRST_TIME, LAST_TIME
+from portward.config.documents import network_text
 from portward.model import Attachment, Network, Workload
 from portward.store.packed import Packed, Packer, packed
 from portward.store.protocol import RecordError, attachment_key, decode, encode, key_of

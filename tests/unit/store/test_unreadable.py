@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from portward import check, report
 from portward.cli import status
+from portward.daemon import report
 from portward.errors import StoreError
+from portward.ops import check
 from portward.store import open_store
 from portward.store.protocol import NoStoreError, Put, key_of
 from portward.store.sqlite import SqliteStore

@@ -18,11 +18,11 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
-from portward.counting import Counting
-from portward.dataplane import Dataplane
-from portward.gateway.deletions import Deletions
-from portward.gateway.fake import FakeKernel
-from portward.gateway.learned import Source
+from portward.daemon.counting import Counting
+from portward.dataplane.deletions import Deletions
+from portward.dataplane.fake import FakeKernel
+from portward.dataplane.learned import Source
+from portward.dataplane.plane import Dataplane
 from portward.model import Attachment, Exemption, ExemptionState, Reason, Record, Standing
 from portward.table import layout
 from portward.table.account import Account

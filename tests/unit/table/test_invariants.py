@@ -13,7 +13,7 @@ from uuid import UUID
 
 import pytest
 
-from portward import check
+from portward.ops import check
 from portward.table import layout
 from portward.table.account import Account
 from portward.table.database import TableError
@@ -185,7 +185,7 @@ def test_a_file_that_is_no_table_is_told(tmp_path: Path) -> None:
 
 def test_check_reads_beside_a_writer(writer: Writer, tmp_path: Path) -> None:
     """As beside a running agent, which goes on writing."""
-    script = "import sys, pathlib; from portward import check; print(*check._table(pathlib.Path(sys.argv[1])))"
+    script = "import sys, pathlib; from portward.ops import check; print(*check._table(pathlib.Path(sys.argv[1])))"
     command = [sys.executable, "-c", script, str(tmp_path / "table")]
     told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "4 attachments of 4 subscriptions, no damaged rows" in told.stdout

@@ -17,14 +17,7 @@ import pytest
 
 from portward.model import Reason, Record
 from portward.table import layout
-from portward.table.database import (
-    MAP_SIZE,
-    Environment,
-    MapResizedError,
-    TableError,
-    open_database,
-    open_parts,
-)
+from portward.table.database import MAP_SIZE, Environment, MapResizedError, TableError, open_database, open_parts
 from portward.table.reader import Reader
 from portward.table.writer import Writer
 from unit.table.test_table import AZURE, ENFORCE, NOW, attachment, load, subscription

@@ -1,0 +1,203 @@
+"""The counting thread's work: what the kernel has counted, for metrics and status.
+
+It only reads the kernel. What is about to expire it names, and the kernel thread deletes it (`Dataplane.end`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import msgspec
+
+from portward.base import clock
+from portward.base.interfaces import shown
+from portward.daemon.countsfile import CountsFile
+from portward.dataplane import ruleset
+from portward.dataplane.counts import Counts, Due, Owner
+from portward.dataplane.deletions import Deletions
+from portward.dataplane.elements import KernelElements
+from portward.dataplane.learned import Learned, Source, element_of
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.plane import Dataplane
+from portward.dataplane.rates import Rates
+from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, Rated, Verdict
+from portward.dataplane.selfcheck import SAMPLE
+from portward.dataplane.setdump import Row
+from portward.ipc import mark
+from portward.table.reader import Reader
+
+_NETWORK: Final = Path("/proc/thread-self/ns/net")
+# Seconds between two looks for numbers of customers and interfaces that are gone.
+_PRUNE_S: Final = 60.0
+
+_log = logging.getLogger("portward")
+
+
+class Counting:
+    """The counts of one gateway. Every method runs on the counting thread, unless it says otherwise."""
+
+    def __init__(
+        self, folder: Path, netlink: NfNetlink, reader: Reader, deletions: Deletions, changes: Callable[[], int]
+    ) -> None:
+        """Goes on with what the agent before has counted, from the file in `folder`. `netlink` and `reader` belong
+        to this thread alone from here on. `changes` is how many changes of policy the table has taken: the numbers
+        of its subscriptions can be given anew by one. Any thread."""
+        self._netlink = netlink
+        self._elements = KernelElements(self._netlink)
+        self._learned = Learned(self._elements)
+        self._reader, self._changes = reader, changes
+        self._file, self._kernel = CountsFile(folder), _this_kernel()
+        self._unsaved = ""
+        self.counts = Counts(self._owner, deletions)
+        self.remembered: Counter[Verdict] = Counter()
+        # When the elements were last read, by the monotonic clock; None: not yet.
+        self.read: float | None = None
+        self._latest: dict[str, list[Row]] = {}
+        self._sample: list[tuple[str, Row]] = []
+        self._subscriptions: tuple[int, dict[int, str]] = 0, {}
+        self._pruned = time.monotonic()
+        self._go_on()
+
+    def close(self) -> None:
+        """Closes the socket. Once the thread has ended."""
+        self._netlink.close()
+
+    def end(self) -> None:
+        """Counts and saves what was deleted since the last reading, once nothing is deleted any more: the kernel
+        says it only once, and the next agent would not know of it."""
+        try:
+            self.counts.take_deleted()
+            self._save()
+        except Exception:  # nothing of this may keep the agent from ending in order
+            _log.exception("what was deleted last is not counted")
+
+    def _go_on(self) -> None:
+        self.counts.since = clock.utc_now().timestamp()
+        data = self._file.load()
+        if data is not None:
+            try:
+                self.counts.go_on(data, self._kernel, time.monotonic())
+            except (msgspec.MsgspecError, ValueError) as error:
+                _log.warning("the counters of the last run cannot be read, and begin anew: %s", error)
+
+    def count(self, dataplane: Dataplane, pause: float) -> Due | None:
+        """Adds up what the kernel has counted since the last time; nothing if the ruleset is not there. The next
+        reading begins in `pause` seconds; gives what would expire until then."""
+        due = None
+        with contextlib.suppress(OSError):
+            now = time.monotonic()
+            due = self.counts.take_all(self._rows, now, pause)
+            if due is not None:
+                self.read = now
+                self._take_sizes(dataplane)
+        if time.monotonic() - self._pruned > _PRUNE_S:
+            self._prune()
+        self._save()
+        return due
+
+    def look(self, dataplane: Dataplane) -> list[Source]:
+        """The sources, of a sample of those whose verdict is cached, whose cached verdict is not the table's now.
+        A change of policy under way makes suspects too: `Dataplane.correct` looks again."""
+        sample = [element_of(name, row) for name, row in self._sample]
+        return [element.source for element in sample if dataplane.differs(self._reader, element)]
+
+    def _rows(self, set_: str) -> list[Row]:
+        rows = self._latest[set_] = self._elements.rows(set_)
+        return rows
+
+    def _take_sizes(self, dataplane: Dataplane) -> None:
+        """Counts the cached verdicts, and takes a sample of them. A verdict that passes what it must not is the
+        worse mistake, and there are fewer of them: as many of these are looked at as of the others."""
+        found = {f"{name}{family}": verdict for verdict, name in COUNTED_SETS.items() for family in "46"}
+        # What was counted under a limit stays for a minute after the limit has gone.
+        limited = dataplane.rates_seen = Rates.loaded(self._elements)
+        rows = {name: self._latest[name] if name in self._latest else self._rows(name) for name in found}
+        self._latest = {}
+        dataplane.learned.sizes.update({name: len(part) for name, part in rows.items()})
+        self.remembered = Counter()
+        for name, part in rows.items():
+            rated = isinstance(found[name], Rated)
+            self.remembered[found[name]] += (
+                sum(Source.of(key) in limited for key, _, _ in part) if rated else len(part)
+            )
+        passing = [name for name in rows if found[name] in mark.PASSING]
+        stopping = [name for name in rows if found[name] in LEARNED_SETS and found[name] not in mark.PASSING]
+        self._sample = [*_some(rows, passing), *_some(rows, stopping)]
+
+    def _prune(self) -> None:
+        self._pruned = time.monotonic()
+        segments = {shown(link.name) for link in self._reader.links().values()}
+        self.counts.prune(self._pruned, segments.__contains__, self._has)
+
+    def _has(self, id_: str) -> bool:
+        return self._reader.account_of(UUID(id_)) is not None
+
+    def _save(self) -> None:
+        if not self.counts.changed:
+            return
+        try:
+            self._file.save(self.counts.kept(self._kernel))
+            self._unsaved = ""
+        except OSError as error:
+            if str(error) != self._unsaved:
+                _log.warning("the counters cannot be saved, and a restart will miss some packets: %s", error)
+            self._unsaved = str(error)
+            self.counts.changed = True  # it is tried again, also if nothing is counted meanwhile
+
+    def age(self) -> float:
+        """Seconds since the kernel's counters were last read."""
+        return float("inf") if self.read is None else time.monotonic() - self.read
+
+    def limited(self, names: dict[int, str]) -> dict[str, int]:
+        """Packets refused beyond a segment's rate, by segment. `names` are those of the interfaces."""
+        with contextlib.suppress(OSError):
+            return {
+                shown(names.get(index, str(index))): packets for index, packets in self._learned.limited().items()
+            }
+        return {}
+
+    def screen(self) -> dict[str, int]:
+        """The named counters of the ruleset."""
+        with contextlib.suppress(OSError):
+            return self._netlink.counters(ruleset.TABLE)
+        return {}
+
+    def sizes(self) -> tuple[int, int]:
+        """Attachments and subscriptions in the table."""
+        return self._reader.counts()
+
+    def _owner(self, source: Source) -> Owner | None:
+        found = self._reader.owner(source.link, source.address)
+        if found is None:
+            return None
+        link, entry = found
+        return Owner(shown(link.name), "" if entry is None else self._subscription(entry.subscription))
+
+    def _subscription(self, number: int) -> str:
+        changes, names = self._subscriptions
+        if changes != self._changes():
+            self._subscriptions = self._changes(), (names := {})
+        known = names.get(number)
+        if known is None:
+            account = self._reader.account(number)
+            known = names[number] = "" if account is None else str(account.id)
+        return known
+
+
+def _some(rows: dict[str, list[Row]], names: list[str]) -> list[tuple[str, Row]]:
+    """A sample of the rows of these sets."""
+    every = [(name, row) for name in names for row in rows[name]]
+    return random.sample(every, min(len(every), SAMPLE))
+
+
+def _this_kernel() -> str:
+    """What no other boot or network namespace has, as far as this process may read it."""
+    return f"{clock.boot()} {_NETWORK.stat().st_ino}"

@@ -1,0 +1,379 @@
+"""The policy side of a running gateway: store, interfaces, time and configuration go into the policy table.
+
+Every method runs on the policy thread, one after the other, so no two changes of the table meet. What takes long
+happens here and holds nothing up but later changes: another process's lock on the store, a bulk change, a preset
+that decides everything again. What was committed goes to the kernel thread in the order of the commits, without
+waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol, TypeVar
+
+from portward.base import clock
+from portward.base.clock import Clock
+from portward.base.descriptors import Reserve
+from portward.config.keys import Config, Refusal
+from portward.daemon.bulk import LIMIT, Bulk, Job
+from portward.dataplane.links import Links, only_ports
+from portward.dataplane.plane import Dataplane
+from portward.dataplane.underway import UnderWay
+from portward.errors import StoreError
+from portward.model import Mode
+from portward.policy.preset import Preset
+from portward.store import open_store
+from portward.store.protocol import Store
+from portward.table.database import TableError
+from portward.table.follower import BulkError, Follower, Held
+from portward.table.layout import Head
+from portward.table.writer import Answers, Committed, Writer, merged
+
+_log = logging.getLogger("portward")
+_T = TypeVar("_T")
+
+
+class OnKernel(Protocol):
+    """Runs work on the kernel thread, in the order of the calls."""
+
+    def __call__(self, work: Callable[[], _T], /) -> Future[_T]:
+        """Gives the future result of `work`."""
+
+
+def answers(config: Config) -> Answers:
+    """What the configuration says of every verdict."""
+    return Answers(config.mode is Mode.OBSERVE, config.verdicts.refuse_with is Refusal.REJECT)
+
+
+class First(NamedTuple):
+    """What the ruleset is first loaded for: the table's state, segment → interface index, and all interfaces."""
+
+    committed: Committed
+    links: dict[str, int]
+    seen: Links
+
+
+class _Pending(NamedTuple):
+    """A change on its way to the kernel thread: see `Dataplane.enforce`."""
+
+    committed: Committed
+    links: dict[str, int] | None
+    settled: int
+
+
+class Intake:
+    """Brings the policy table up to date, and hands each change over to the kernel thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        writer: Writer,
+        clock: Clock,
+        dataplane: Dataplane,
+        under_way: UnderWay,
+        on_kernel: OnKernel,
+    ) -> None:
+        """`writer` belongs to the policy thread alone."""
+        self._config, self._writer, self._clock, self._dataplane = config, writer, clock, dataplane
+        self._under_way, self._on_kernel = under_way, on_kernel
+        self._bulk = Bulk()
+        # For the store's three files and its bell.
+        self._reserve = Reserve(6)
+        # Changes that the kernel thread has not begun to carry out.
+        self._pending: deque[_Pending] = deque()
+        self._store: Store | None = None
+        self._follower: Follower | None = None
+        self.links = Links({}, frozenset())
+        # Interfaces that changed while the table could not be written, and the number of the newest such event.
+        self.links_failed, self._links_due, self._links_number = False, frozenset[int](), 0
+        self.changes = self.store_errors = 0
+        self.store_error = ""
+        # When the store was last read, by `clock.monotonic`.
+        self.store_read: float | None = None
+
+    def close(self) -> None:
+        """Closes the store."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def stop(self) -> None:
+        """Ends what takes long; any thread."""
+        self._bulk.stop()
+
+    # --- the start, in this order ---
+
+    def first_policy(self) -> None:
+        """See `Core.first_policy`."""
+        head = self._writer.head()
+        if head is None or not any(head.store):
+            with self._under_way.working("reading the store"):
+                self._first_take_in()
+        with self._under_way.working("deciding what has ended"):
+            self._writer.settle(now=self._clock.now())
+
+    def _first_take_in(self) -> None:
+        try:
+            self._take_in()
+        except StoreError as error:
+            if not self._writer.of_other_format:
+                raise
+            raise StoreError(
+                f"the policy table in {self._config.table} was written by another version of portward, so it has "
+                f"to be read from the store again, and that failed: {error}"
+            ) from error
+
+    def first_links(self, links: Links) -> First:
+        """See `Core.first_links`."""
+        with self._under_way.working("writing the interfaces"):
+            return First(self._put_links(links), self._by_name(), links)
+
+    # --- and then, again and again ---
+
+    def sync(self) -> bool:
+        """See `Core.sync`."""
+        with self._under_way.working("reading the store"):
+            try:
+                committed = self._take_in()
+            except (StoreError, TableError) as error:
+                self.store_errors += 1
+                if str(error) != self.store_error and not self._bulk.stopped:
+                    _log.error("the last known policy stays in force: %s", error)
+                self.store_error = str(error)
+                self.close()
+                return False
+            except Exception as error:
+                # It may have left a reading half-way; the table is as it was before the transaction, or after it.
+                self.store_errors += 1
+                self.store_error = f"{type(error).__name__}: {error}"
+                self.close()
+                raise
+            if committed is not None:
+                self._hand_over(committed)
+            return committed is not None
+
+    def links_changed(self, links: Links, number: int) -> bool:
+        """See `Core.links_changed`."""
+        links = links._replace(touched=links.touched | self._links_due)
+        with self._under_way.working("writing the interfaces"):
+            try:
+                committed = self._put_links(links)
+            except Exception as error:
+                # Whatever it is, `retry_links` tries it again.
+                if not self.links_failed:
+                    _log.error("new interfaces are not judged yet, all their packets are dropped: %s", error)
+                self.links_failed, self._links_due, self._links_number = True, links.touched, number
+                if not isinstance(error, TableError):
+                    raise
+                return False
+            self.links_failed, self._links_due = False, frozenset()
+            self._hand_over(committed, self._by_name(), number)
+            return True
+
+    def retry_links(self) -> None:
+        """Writes interfaces again that the table did not take."""
+        if self.links_failed:
+            self.links_changed(self.links, self._links_number)
+
+    def settle(self) -> None:
+        """See `Core.settle`."""
+        with self._under_way.working("deciding what has ended"):
+            try:
+                self._hand_over(self._writer.settle(now=self._clock.now()))
+            except TableError as error:
+                self.store_errors += 1
+                _log.error("a grant has ended and still counts, until the table can be written: %s", error)
+
+    def reload(self, config: Config, preset: Preset) -> None:
+        """See `Core.reload`."""
+        before = self._config, self._writer.preset
+        with self._under_way.working("deciding everything for another configuration"):
+            try:
+                self._take(config, preset)
+                self._on_kernel(lambda: self._dataplane.would_take(config, preset)).result()
+                # Another preset may flip no more than another inventory.
+                same = preset.digest == before[1].digest
+                settled = self._decide_again(may_flip=same)
+            except Exception:
+                self._take(*before)
+                raise
+            changes: list[tuple[Committed, dict[str, int] | None]] = [(settled, None)]
+            try:
+                changes.append((self._put_links(self.links), self._by_name()))
+            except Exception as error:  # the table is decided anew already: the rest must follow
+                _log.error("the configuration is in force in part, and is tried again: %s", error)
+                self.links_failed = True
+            self._on_kernel(lambda: self._dataplane.adopt(config, preset, changes)).result()
+
+    # --- what others ask, on any thread ---
+
+    @property
+    def refused(self) -> int:
+        """Records of the store that could not be read."""
+        return 0 if self._follower is None else self._follower.unreadable.total
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """The records of the store that cannot be read now, of those that were read since the start: key → what is
+        wrong."""
+        return {} if self._follower is None else self._follower.unreadable.now
+
+    @property
+    def histories(self) -> int:
+        """How often the store's history was not the one that the table was read from."""
+        return 0 if self._follower is None else self._follower.histories
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the table stood at the store's newest revision when the store was last read."""
+        return self._follower is not None and self._follower.in_step and not self.store_error
+
+    @property
+    def held(self) -> Held | None:
+        """The change of policy that waits for confirmation; None if none does."""
+        return None if self._follower is None else self._follower.held
+
+    @property
+    def store_waits(self) -> str:
+        """Why reading the store may wait for who writes it; empty if it never does."""
+        store = self._store
+        return "" if store is None else store.waits()
+
+    def bell(self) -> int | None:
+        """A descriptor that can be read when the store has changed; None while there is no store."""
+        store = self._store
+        return None if store is None else store.fileno()
+
+    def segments(self) -> dict[int, str]:
+        """The interfaces that are segments: index → name."""
+        config = self._config
+        return {index: name for index, name in self.links.names.items() if config.segment(name)}
+
+    # --- what they are made of ---
+
+    def _take_in(self) -> Committed | None:
+        if self._store is None:
+            with self._reserve.lent():
+                self._store = open_store(self._config.store, agent=True)
+            if self._follower is None:
+                self._follower = Follower(self._store, self._writer, LIMIT)
+            self._follower.reopened(self._store)
+        assert self._follower is not None  # noqa: S101 # made with the store
+        self._store.drain()
+        committed, bulk = None, False
+        try:
+            committed = self._follower.step(self._clock.now())
+        except BulkError:
+            bulk = True
+        # Not while the error is handled: its frames keep what was read so far, and the store's snapshot with it.
+        if bulk:
+            committed = self._take_in_bulk(self._follower)
+        self.store_read, self.store_error = clock.monotonic(), ""
+        if committed is not None:
+            self.changes += 1
+        return committed
+
+    def _take_in_bulk(self, follower: Follower) -> Committed | None:
+        before = self._writer.head()
+        try:
+            outcome = self._bulk.run(self._job(store=self._config.store))
+        except TableError:
+            committed = self._committed_since(before)
+            if committed is None:
+                raise
+            return committed
+        follower.take_over(
+            outcome.waiting,
+            refused=outcome.refused,
+            unreadable=outcome.unreadable,
+            histories=outcome.histories,
+            in_step=outcome.in_step,
+        )
+        return outcome.committed
+
+    def _decide_again(self, *, may_flip: bool) -> Committed:
+        """Decides what the configuration changes, and what has ended; raises TableError or HeldError, and then
+        nothing was decided under the configuration."""
+        before = self._writer.head()
+        try:
+            if not self._writer.is_decided_otherwise() or self._writer.attachments() <= LIMIT:
+                return self._writer.settle(now=self._clock.now(), may_flip=may_flip)
+            committed = self._bulk.run(self._job(may_flip=may_flip)).committed
+        except TableError:
+            committed = self._committed_since(before)
+            if committed is None or self._writer.is_decided_otherwise():
+                raise
+        assert committed is not None  # noqa: S101 # or `run` has raised
+        return committed
+
+    def _committed_since(self, before: Head | None) -> Committed | None:
+        """What was committed after the head `before`; None if nothing was. Only the table says it: a child can be
+        killed between its commit and its outcome."""
+        head = self._writer.head()
+        if head is None or (before is not None and head.generation == before.generation):
+            return None
+        _log.warning(
+            "a bulk change ended by an error after its commit: it is in force, at revision %d", head.revision
+        )
+        return Committed(head.revision, head.generation, everything=True)
+
+    def _job(self, *, store: str | None = None, may_flip: bool = True) -> Job:
+        writer = self._writer
+        share = writer.max_flip_share
+        return Job(
+            self._config.table,
+            writer.preset,
+            writer.answers,
+            share,
+            self._clock.now(),
+            store,
+            may_flip,
+            dict(self.unreadable),
+        )
+
+    def _hand_over(self, committed: Committed, links: dict[str, int] | None = None, settled: int = 0) -> None:
+        """Has the kernel thread carry a change out; does not wait for it."""
+        self._under_way.handed_over()
+        self._pending.append(_Pending(committed, links, settled))
+        self._on_kernel(self._carry_out)
+
+    def _carry_out(self) -> None:
+        """Carries out all changes that wait, as one, on the kernel thread. Changes may be committed faster than
+        the kernel takes each, and neither a revocation nor a repair is to wait behind a row of them."""
+        waiting: list[_Pending] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                waiting.append(self._pending.popleft())
+        if not waiting:  # an earlier call has taken it along
+            return
+        committed = merged([one.committed for one in waiting])
+        links = next((one.links for one in reversed(waiting) if one.links is not None), None)
+        try:
+            self._dataplane.enforce(committed, links, max(one.settled for one in waiting))
+        except Exception:
+            # No memory, or a fault of portward's own. `Dataplane.check` finds the kernel behind the table.
+            _log.exception("revision %d is not enforced yet: the ruleset is loaded anew", committed.revision)
+        finally:
+            for _ in waiting:
+                self._under_way.carried_out()
+
+    def _take(self, config: Config, preset: Preset) -> None:
+        self._config = config
+        self._writer.preset, self._writer.answers = preset, answers(config)
+        self._writer.max_flip_share = config.max_flip_share
+
+    def _put_links(self, links: Links) -> Committed:
+        self.links = links
+        segments = self.segments()
+        want = {index: (name, self._config.observes(name)) for index, name in segments.items()}
+        # A worker that the forward guard asks is given the VRF's index.
+        ports = only_ports(links, segments)
+        want |= {master: want[port] for master, port in ports.items() if master not in want}
+        return self._writer.put_links(want, touched=links.touched, now=self._clock.now())
+
+    def _by_name(self) -> dict[str, int]:
+        return {name: index for index, name in self.segments().items()}

@@ -1,0 +1,147 @@
+"""Interfaces on their way into the policy table, and what holds until the table has taken them in.
+
+A new interface is not in the table yet, so its packets are dropped. But the index of an interface that is gone, or
+has another name, may already belong to another tenant's interface, and the table would give the old tenant's
+verdicts for it. If the table is busy, for example with a bulk change of some seconds, the kernel thread
+therefore drops what comes from such an index, at once, until the table names its new owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Final
+
+from portward.daemon.core import Core
+from portward.daemon.faults import Faults, Step
+from portward.daemon.threads import Threads
+from portward.dataplane.links import Links, only_ports
+
+# How long an idle table may take for a change of interfaces before the kernel thread steps in, in seconds: it
+# takes some milliseconds, most of them to sync the disk.
+_PATIENCE: Final = 0.01
+
+
+class LinkFeed:
+    """Follows interfaces. `follow`, `see`, `write` and `guard` are jobs that run side by side and never end."""
+
+    def __init__(self, core: Core, threads: Threads, faults: Faults, first: Links) -> None:
+        """`first` is what the table has taken in already. A step that fails (`faults`) is tried again."""
+        self._core, self._threads, self._faults = core, threads, faults
+        self._seen = self._due = first
+        self._new, self._changed, self._wrote = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        # Events are numbered. All up to `_written` are in the table.
+        self._number = self._written = 0
+        self._uncertain: set[int] = set()
+        self._doubt = asyncio.Event()
+
+    async def follow(self, links: AsyncIterator[Links]) -> None:
+        """Notes each change as it comes, however long the table takes for the one before."""
+        async for change in links:
+            self._number += 1
+            self._uncertain |= in_doubt(self._seen, change, self._core.config.segment)
+            self._seen = change
+            self._due = change._replace(touched=self._due.touched | change.touched)
+            self._new.set()
+            self._changed.set()
+            if self._uncertain:
+                self._doubt.set()
+
+    async def see(self) -> None:
+        """Lets the kernel thread know of each change, whatever the table does."""
+        while True:
+            await self._new.wait()
+            self._new.clear()
+            if not await self._on_kernel(Step.DEVICES, lambda: self._core.links_seen(self._seen)):
+                self._new.set()
+
+    async def write(self) -> None:
+        """Brings into the table what has changed, all that came meanwhile at once."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            due, number = self._due, self._number
+            self._due = due._replace(touched=frozenset())
+            if await self._write(due, number):
+                self._written = number
+                self._wrote.set()
+
+    async def _write(self, due: Links, number: int) -> bool:
+        """Whether the table took it. If not, `Core.retry_links` tries it again: newer changes must not wait."""
+        step = lambda: self._core.links_changed(due, number)  # noqa: E731 # for a thread
+        return await self._faults.run(Step.LINKS, lambda: self._threads.policy(step), otherwise=False, anyway=True)
+
+    async def _on_kernel(self, step: Step, work: Callable[[], None]) -> bool:
+        """Whether a step on the kernel thread worked. If not, returns when it is to be tried again."""
+
+        async def done() -> bool:
+            await self._threads.kernel(work)
+            return True
+
+        worked = await self._faults.run(step, done, otherwise=False, anyway=True)
+        await asyncio.sleep(self._faults.waits(step))
+        return worked
+
+    async def guard(self) -> None:
+        """Has the kernel drop what comes from interfaces that the table takes for others, if the table is busy."""
+        while True:
+            await self._doubt.wait()
+            self._doubt.clear()
+            indexes, number = frozenset(self._uncertain), self._number
+            self._uncertain.clear()
+            if not await self._is_written(number):
+                await self._unsettle(indexes, number)
+
+    async def _unsettle(self, indexes: frozenset[int], number: int) -> None:
+        if not await self._on_kernel(Step.OWNERS, lambda: self._core.unsettle(indexes, number)):
+            self._uncertain |= indexes
+            self._doubt.set()
+
+    async def _is_written(self, number: int) -> bool:
+        """Whether the table has taken in all events up to this one. Waits a moment for a table that is not
+        busy."""
+        work = self._core.work
+        if work is None or work.seconds() < _PATIENCE:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE):
+                    while self._written < number:
+                        await self._wrote.wait()
+                        self._wrote.clear()
+        return self._written >= number
+
+
+async def followed(
+    links: AsyncIterator[Links], again: Callable[[], AsyncGenerator[Links]], faults: Faults
+) -> AsyncIterator[Links]:
+    """The changes of interfaces in `links`; after an error, those of `again()`, which begins with all that there
+    are. Whatever happened in between is not known, so each interface may have taken the index of another one."""
+    source: AsyncIterator[Links] = links
+    while True:
+        try:
+            async for change in source:
+                yield change
+                faults.worked(Step.INTERFACES)
+        except Exception as error:
+            faults.failed(Step.INTERFACES, error)
+        await asyncio.sleep(faults.waits(Step.INTERFACES))
+        source = _from_the_start(again())
+
+
+async def _from_the_start(links: AsyncGenerator[Links]) -> AsyncIterator[Links]:
+    async with contextlib.aclosing(links):
+        first = await anext(links)
+        yield first._replace(touched=first.touched | frozenset(first.names))
+        async for change in links:
+            yield change
+
+
+def in_doubt(before: Links, after: Links, is_segment: Callable[[str], bool]) -> set[int]:
+    """The indexes whose verdicts in the table are another interface's now: of segments, and of VRFs whose one port
+    is another one (the table has the port's entries for the VRF, too)."""
+    reused = {index for index in after.touched if is_segment(before.names.get(index, ""))}
+    had, has = (
+        only_ports(links, [index for index, name in links.names.items() if is_segment(name)])
+        for links in (before, after)
+    )
+    return reused | {master for master, port in had.items() if has.get(master) != port or port in reused}

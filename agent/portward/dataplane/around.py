@@ -1,0 +1,72 @@
+"""Finding the surroundings of the ruleset: once for verbs without an agent, again and again for the agent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from portward.base.descriptors import Reserve
+from portward.config.keys import Config
+from portward.dataplane import rtnetlink, stacking, tunnels
+from portward.dataplane.links import Device
+from portward.dataplane.surroundings import NOTHING, Surroundings
+
+_log: Final = logging.getLogger("portward")
+
+
+class Lookout:
+    """What the agent sees around it, in the network namespace of the thread that asks. `warnings` are the lines on
+    devices that take the packets of segments, as they were last found; each is logged once while it holds."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self._reserve = Reserve(2)
+        self._error = ""
+
+    def look(self, devices: Sequence[Device], config: Config, before: Surroundings) -> Surroundings:
+        """The surroundings with these devices. What is not found out here stays as it was `before`, also the ports
+        of FOU, L2TP and WireGuard while the kernel does not say them."""
+        warnings = stacking.warnings(devices, config)
+        logged = frozenset(self.warnings)
+        for line in warnings:
+            if line not in logged:
+                _log.error("%s", line)
+        for line in self.warnings:
+            if line not in warnings:
+                _log.info("no more so: %s", line)
+        self.warnings = warnings
+        found = before._replace(stacked=stacked(devices, config), known=known(devices, config))
+        try:
+            with self._reserve.lent():
+                ports = tunnels.find(devices)
+        except OSError as error:
+            if str(error) != self._error:
+                _log.error("the kernel does not say which tunnels of FOU, L2TP and WireGuard end here: %s", error)
+            self._error = str(error)
+            return found._replace(tunnel_ports=before.tunnel_ports | tunnels.of_devices(devices))
+        self._error = ""
+        return found._replace(tunnel_ports=ports.open, encrypted_ports=ports.encrypted)
+
+
+def stacked(devices: Sequence[Device], config: Config) -> frozenset[int]:
+    """The indexes of those of these devices whose packets must be stopped."""
+    return stacking.enforced(stacking.stacked(devices, config.segment), config)
+
+
+def known(devices: Sequence[Device], config: Config) -> frozenset[int]:
+    """The indexes of those of these devices, other than segments, that are classified."""
+    return stacking.known(devices, config.segment)
+
+
+def found(config: Config, *, printed: Sequence[str] = ()) -> Surroundings:
+    """What stands around portward in this thread's network namespace now. Without an answer of generic netlink the
+    UDP ports of tunnels are those of devices alone; without one of rtnetlink nothing is found. `printed`: warnings
+    on devices that the caller has reported, so that they are not logged as well."""
+    lookout = Lookout()
+    lookout.warnings = list(printed)
+    try:
+        return lookout.look(rtnetlink.devices(), config, NOTHING)
+    except OSError as error:
+        _log.error("the kernel does not say which interfaces there are: %s", error)
+        return NOTHING

@@ -1,0 +1,414 @@
+"""A fake of the kernel's nf_tables as portward uses it, so that all that writes it can be tested without root.
+
+`FakeKernel` is one network namespace. `netlink()` and `nft()` give what stands in the place of `NfNetlink` and
+`Nft`: the real classes, with the kernel behind them replaced. `tests/kernel/test_fake.py` runs the same commands
+here and in the kernel, and compares.
+
+What holds, as in the kernel: a transaction is all or nothing and raises the generation by one, or not at all if it
+changes nothing. A full set refuses another element (ENFILE), also for an element that has expired and was not
+collected. To delete an element that is not there, or has expired, fails (ENOENT). A table with an owner belongs to
+one socket (EPERM). Rules are opaque text: the fake passes no packets.
+
+Each committed transaction stands in `journal`. A test puts faults in beforehand: `refuse`, `meanwhile`, `die`,
+`unreadable`, `overlook`, `permitted`.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import struct
+from collections.abc import Callable, Container, Iterable, Iterator
+from hashlib import blake2b
+from math import inf
+from typing import Final, NamedTuple, TypeAlias
+
+from portward.base.netlink import attribute, attributes_of, nest, string
+from portward.dataplane import faketext
+from portward.dataplane.elements import (
+    Add,
+    AddLimit,
+    Change,
+    Delete,
+    DeleteLimit,
+    DeleteRule,
+    Draw,
+    Flush,
+    InsertRule,
+)
+from portward.dataplane.faketables import Draft, Entry, FakeSet, FakeTable, handle, refuse
+from portward.dataplane.faketext import SyntaxFault
+from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.setdump import Row, SetElement
+from portward.errors import KernelError
+
+_INET: Final = 1  # NFPROTO_INET
+_OWNER: Final = 2  # NFT_TABLE_F_OWNER
+
+
+class ProcessDied(BaseException):  # nothing of the code under test may catch it
+    """The process was ended right after a transaction; see `FakeKernel.die`."""
+
+
+# nft's text, or what netlink messages do: changes of elements, or in words.
+Done: TypeAlias = str | tuple[Change | str, ...]
+
+
+class Transaction(NamedTuple):
+    """What was committed, and the generation that it led to."""
+
+    done: Done
+    generation: int
+
+
+class FakeKernel:
+    """One network namespace. `native`: whether it has nft_queue; `xtables`: whether it has the xtables target."""
+
+    def __init__(self, *, native: bool = True, xtables: bool = True) -> None:
+        self.native, self.xtables = native, xtables
+        self.tables: dict[str, FakeTable] = {}
+        self.generation = 7
+        self.now = 1_000.0  # seconds
+        self.permitted = True
+        self.journal: list[Transaction] = []
+        self.history: list[dict[str, FakeTable]] = []  # the tables after each transaction of the journal
+        self._faults: list[tuple[int, Callable[[], object]]] = []
+        self._unreadable: list[int] = []
+        self._overlooked: dict[str, set[bytes]] = {}
+        self._dies_after: int | None = None
+
+    # --- the two ways in ---
+
+    def netlink(self) -> FakeNetlink:
+        """A socket to this kernel."""
+        return FakeNetlink(self)
+
+    def nft(self, generation: Callable[[], int] | None = None, _: object = None) -> FakeNft:
+        """nftables on this kernel, which takes texts as they are."""
+        return FakeNft(self, generation or (lambda: self.generation))
+
+    # --- faults ---
+
+    def refuse(self, number: int, *, after: int = 0, times: int = 1) -> None:
+        """The kernel refuses `times` transactions with this errno, once `after` more were tried."""
+        for place in range(after, after + times):
+            self._faults.append((place, lambda: refuse(number)))
+
+    def meanwhile(self, work: Callable[[], object], *, after: int = 0) -> None:
+        """Another program's work, right before a transaction, once `after` more were tried."""
+        self._faults.append((after, work))
+
+    def die(self, after: int | None) -> None:
+        """The process ends (ProcessDied) right after `after` more transactions; None: it lives on."""
+        self._dies_after = after
+
+    def unreadable(self, number: int, times: int = 1) -> None:
+        """The next readings of elements fail with this errno."""
+        self._unreadable += [number] * times
+
+    def overlook(self, set_: str, keys: Iterable[bytes]) -> None:
+        """The next reading of a set misses these keys, as a reading that the kernel's collector disturbs."""
+        self._overlooked[set_] = set(keys)
+
+    def collect(self) -> None:
+        """Takes expired elements out, as the kernel does from time to time."""
+        for table in self.tables.values():
+            for set_ in table.sets.values():
+                set_.elements = {key: one for key, one in set_.elements.items() if one.expires > self.now}
+
+    def learn(self, set_: str, key: bytes, packets: int = 0, table: str = "portward") -> bool:
+        """A packet puts a key into a set, which is no transaction; False if the set is full."""
+        found = self.tables[table].sets[set_]
+        if key not in found.elements and found.size and len(found.elements) >= found.size:
+            return False
+        found.elements[key] = Entry(self._expiry(found), packets)
+        return True
+
+    # --- transactions ---
+
+    def transact(
+        self, work: Callable[[Draft], None], done: Callable[[], Done], socket: object, *, dry_run: bool = False
+    ) -> None:
+        """Does `work` on a draft of the tables, which `socket` asks for; `done` is what the journal says of it.
+        Raises OSError, and then nothing has changed."""
+        if not self.permitted:
+            refuse(errno.EPERM)
+        if not dry_run:
+            self._inject()
+        draft = Draft(self.tables, self.now, socket, native=self.native)
+        work(draft)
+        if dry_run or not draft.touched:
+            return
+        self.tables = draft.tables
+        self.generation = (self.generation + 1) % 2**32
+        self.journal.append(Transaction(done(), self.generation))
+        self.history.append(self.state())
+        if self._dies_after is not None:
+            self._dies_after -= 1
+            if self._dies_after == 0:
+                self._dies_after = None
+                raise ProcessDied
+
+    def state(self) -> dict[str, FakeTable]:
+        """The tables as they are now, which later transactions do not change."""
+        return {name: table.copy() for name, table in self.tables.items()}
+
+    def release(self, socket: object) -> None:
+        """A socket is closed: its tables go."""
+        self.tables = {name: table for name, table in self.tables.items() if table.owner is not socket}
+
+    def _inject(self) -> None:
+        due = [fault for after, fault in self._faults if after == 0]
+        self._faults = [(after - 1, fault) for after, fault in self._faults if after > 0]
+        for fault in due:
+            fault()
+
+    def load(self, text: str, socket: object = None) -> None:
+        """Another program's `nft -f`; raises KernelError."""
+        FakeNft(self, lambda: self.generation, socket).load(text)
+
+    # --- readings ---
+
+    def read(self, table: str, set_: str) -> list[SetElement]:
+        """The elements of a set that have not expired; raises OSError."""
+        if not self.permitted:
+            refuse(errno.EPERM)
+        if self._unreadable:
+            refuse(self._unreadable.pop(0))
+        missed = self._overlooked.pop(set_, set())
+        return [
+            SetElement(key, one.packets, self._left_ms(one), one.object)
+            for key, one in self.found(table, set_).elements.items()
+            if one.expires > self.now and key not in missed
+        ]
+
+    def found(self, table: str, set_: str) -> FakeSet:
+        """A set as it stands; raises FileNotFoundError."""
+        if table not in self.tables or set_ not in self.tables[table].sets:
+            refuse(errno.ENOENT)
+        return self.tables[table].sets[set_]
+
+    def _left_ms(self, entry: Entry) -> int:
+        return 0 if entry.expires == inf else max(1, round((entry.expires - self.now) * 1000))
+
+    def _expiry(self, set_: FakeSet) -> float:
+        return self.now + set_.timeout_ms / 1000 if set_.timeout_ms else inf
+
+
+class FakeNft(Nft):
+    """nftables on a fake kernel."""
+
+    def __init__(self, kernel: FakeKernel, generation: Callable[[], int], socket: object = None) -> None:
+        self._kernel, self._generation, self._asking = kernel, generation, socket or self
+        self.left_at: int | None = None
+        self.disturbed = False
+
+    def _once(self, text: str, *, dry_run: bool, flags: int = 0, debug: int = 0) -> str:
+        assert not debug  # noqa: S101 # nothing is compiled
+        try:
+            if text.startswith("list table "):
+                return self._listed(text.removeprefix("list table inet "))
+            commands = faketext.commands(text)
+            self._kernel.transact(lambda draft: draft.run(commands), lambda: text, self._asking, dry_run=dry_run)
+        except SyntaxFault as error:
+            raise KernelError(f"nft: {error}") from None
+        except OSError as error:
+            raise KernelError(f"nft: Error: Could not process rule: {error.strerror}") from None
+        return ""
+
+    def _listed(self, name: str) -> str:
+        if name not in self._kernel.tables:
+            refuse(errno.ENOENT)
+        lines = [f"table inet {name} {{"]
+        for chain, found in self._kernel.tables[name].chains.items():
+            lines += [f"\tchain {chain} {{", *(f"\t\t{rule}" for rule in found.rules), "\t}"]
+        return "\n".join([*lines, "}"]) + "\n"
+
+
+class FakeNetlink(NfNetlink):
+    """A socket to a fake kernel."""
+
+    def __init__(self, kernel: FakeKernel) -> None:
+        self._kernel = kernel
+
+    def close(self) -> None:
+        """See `NfNetlink`."""
+        self._kernel.release(self)
+
+    def generation(self) -> int:
+        """See `NfNetlink`."""
+        return self._kernel.generation
+
+    def owned_table(self, table: str) -> str | None:
+        """See `NfNetlink`."""
+        found = self._table(table)
+        return None if found is None or found.owner is None else found.comment
+
+    def sets(self, table: str) -> set[str]:
+        """See `NfNetlink`."""
+        found = self._table(table)
+        return set() if found is None else set(found.sets)
+
+    def hooks(self, table: str) -> dict[str, tuple[int, int]]:
+        """See `NfNetlink`."""
+        found = self._table(table)
+        chains = {} if found is None else found.chains
+        return {name: chain.base[1:] for name, chain in chains.items() if chain.base is not None}
+
+    def chains(self) -> Iterator[Chain]:
+        """See `NfNetlink`."""
+        for table in [*self._kernel.tables]:
+            found = self._table(table)
+            for name, chain in {} if found is None else found.chains.items():
+                if chain.base is not None:
+                    yield Chain(_INET, table, name, *chain.base)
+
+    def expressions(self, holding: tuple[bytes, ...]) -> Iterator[Expression]:
+        """None, since rules are opaque here."""
+        yield from ()
+
+    def rules_on(self, table: str, chain: str, set_: str) -> list[int]:
+        """See `NfNetlink`."""
+        found = self._table(table)
+        if found is None or chain not in found.chains:
+            refuse(errno.ENOENT)
+        return [handle(rule) for rule in found.chains[chain].rules if re.search(rf"@{set_}\b", rule)]
+
+    def counters(self, table: str) -> dict[str, int]:
+        """See `NfNetlink`."""
+        found = self._table(table)
+        return {} if found is None else {**found.counters}
+
+    def limits(self, table: str) -> list[str]:
+        """See `NfNetlink`."""
+        found = self._table(table)
+        return [] if found is None else [*found.limits]
+
+    def elements(self, table: str, set_: str) -> list[SetElement]:
+        """See `NfNetlink`."""
+        return self._kernel.read(table, set_)
+
+    def rows(self, table: str, set_: str) -> list[Row]:
+        """See `NfNetlink`."""
+        return [element[:3] for element in self._kernel.read(table, set_)]
+
+    def element(self, table: str, set_: str, key: bytes) -> SetElement | None:
+        """See `NfNetlink`."""
+        self._table(table)
+        if table not in self._kernel.tables or set_ not in self._kernel.tables[table].sets:
+            return None
+        return next((one for one in self._kernel.read(table, set_) if one.key == key), None)
+
+    def fingerprint(self, table: str, fixed_sets: tuple[str, ...]) -> bytes | None:
+        """See `NfNetlink`."""
+        found = self._table(table)
+        if found is None or not set(fixed_sets) <= set(found.sets):
+            return None
+        what = [
+            found.flags,
+            sorted((name, chain.base, chain.rules) for name, chain in found.chains.items()),
+            sorted((name, set_.definition) for name, set_ in found.sets.items()),
+            [(name, sorted(found.sets[name].elements)) for name in fixed_sets],
+        ]
+        return blake2b(repr(what).encode(), digest_size=16).digest()
+
+    def expect(self, messages: int) -> None:
+        """See `NfNetlink`: here there is room for all."""
+
+    def commit(
+        self, messages: Iterable[tuple[int, bytes]], *, dry_run: bool = False, reported: Container[int] = ()
+    ) -> list[bytes]:
+        """See `NfNetlink`."""
+        found, reports = list(messages), list[bytes]()
+
+        def work(draft: Draft) -> None:
+            for place, (kind, body) in enumerate(found):
+                if place in reported:
+                    reports.extend(_reports(draft, body))
+                self._do(draft, kind, body)
+
+        self._kernel.transact(work, lambda: tuple(_read(found)), self, dry_run=dry_run)
+        return reports
+
+    def _do(self, draft: Draft, kind: int, body: bytes) -> None:
+        attributes = dict(attributes_of(body))
+        table = _text(attributes[1])
+        match kind:
+            case 0:  # NFT_MSG_NEWTABLE: name, flags, user data with the comment
+                owned = attributes.get(2) == struct.pack(">I", _OWNER)
+                draft.add_table(table, "owner" if owned else "", _text(attributes.get(6, b"")[2:]))
+            case 2:  # NFT_MSG_DELTABLE
+                draft.delete_table(table)
+            case 3:  # NFT_MSG_NEWCHAIN: table, handle, name
+                draft.add_chain(table, _text(attributes[3]))
+            case 6 if b"NFQUEUE" in attributes[4]:  # NFT_MSG_NEWRULE: table, chain, handle, expressions
+                if not self._kernel.xtables:
+                    refuse(errno.ENOENT)
+                draft.insert_rule(table, _text(attributes[2]), f"xtables {attributes[4].hex()}")
+            case _:
+                change = _change(kind, attributes)
+                draft.change(table, change)
+
+    def _table(self, name: str) -> FakeTable | None:
+        if not self._kernel.permitted:
+            refuse(errno.EPERM)
+        return self._kernel.tables.get(name)
+
+
+def _read(messages: Iterable[tuple[int, bytes]]) -> Iterator[Change | str]:
+    """What messages do, for the journal."""
+    names = {0: "add table", 2: "delete table", 3: "add chain", 6: "add rule"}
+    for kind, body in messages:
+        attributes = dict(attributes_of(body))
+        if kind in names and (kind != 6 or b"NFQUEUE" in attributes[4]):
+            yield f"{names[kind]} {_text(attributes[1])}"
+        else:
+            yield _change(kind, attributes)
+
+
+def _change(kind: int, attributes: dict[int, bytes]) -> Change:
+    """The change that a message about elements or objects makes; the reverse of `elements.messages`."""
+    name = _text(attributes[2])
+    match kind:
+        case 6:  # NFT_MSG_NEWRULE: table, chain, handle, the expressions meta, lookup and immediate
+            _, lookup, immediate = (dict(attributes_of(one)) for _, one in attributes_of(attributes[4]))
+            set_, verdict = dict(attributes_of(lookup[2]))[1], dict(attributes_of(immediate[2]))[2]
+            return InsertRule(name, _text(set_), _text(dict(attributes_of(dict(attributes_of(verdict))[2]))[2]))
+        case 8:  # NFT_MSG_DELRULE: table, chain, handle
+            return DeleteRule(name, int.from_bytes(attributes[3], "big"))
+        case 12:  # NFT_MSG_NEWSETELEM: table, set, elements
+            found = list(_elements(attributes[3]))
+            if any(limit for _, limit in found):
+                return Draw(name, dict(found))
+            return Add(name, [key for key, _ in found])
+        case 14:  # NFT_MSG_DELSETELEM: the same; all elements if there are none in it
+            return Delete(name, [key for key, _ in _elements(attributes[3])]) if 3 in attributes else Flush(name)
+        case 18:  # NFT_MSG_NEWOBJ: table, name, type, data
+            data = dict(attributes_of(attributes[4]))
+            return AddLimit(name, int.from_bytes(data[1], "big"), int.from_bytes(data[3], "big"))
+        case 20:  # NFT_MSG_DELOBJ
+            return DeleteLimit(name)
+    raise NotImplementedError(f"the fake knows no message {kind}")
+
+
+def _reports(draft: Draft, body: bytes) -> Iterator[bytes]:
+    """What the kernel reports of the elements that a message deletes, as far as portward reads it."""
+    attributes = dict(attributes_of(body))
+    held = draft.set(_text(attributes[1]), _text(attributes[2])).elements
+    for key in [key for key, _ in _elements(attributes[3])] if 3 in attributes else [*held]:
+        if key in held:
+            counter = attribute(1, bytes(8)) + attribute(2, struct.pack(">Q", held[key].packets))
+            element = nest(1, attribute(1, key)) + nest(7, attribute(1, string("counter")) + nest(2, counter))
+            yield attribute(1, attributes[1]) + attribute(2, attributes[2]) + nest(3, nest(1, element))
+
+
+def _elements(nested: bytes) -> Iterator[tuple[bytes, str]]:
+    """Key and object of each element in a message."""
+    for _, element in attributes_of(nested):
+        parts = dict(attributes_of(element))
+        yield dict(attributes_of(parts[1]))[1], _text(parts.get(9, b""))
+
+
+def _text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode()

@@ -1,0 +1,229 @@
+"""What people do to exemptions, and to the starts of machines, in the store: each verb reads, decides by
+`exemptions`, and writes, so that nothing is decided on facts that are not those that are written over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
+
+from msgspec.structs import replace
+
+from portward.base.clock import DRIFT
+from portward.config.documents import network_text
+from portward.config.keys import Config
+from portward.errors import InputError, PortwardError
+from portward.exemptions import fraud, lifecycle
+from portward.exemptions.lifecycle import Application, Case, Finding, RefusedError, State
+from portward.inventory.records import mistakes
+from portward.model import Address, Attachment, Exemption, RateLimit, Reason, Subscription
+from portward.policy.decide import decide
+from portward.policy.preset import ExemptionPath, Preset
+from portward.store.protocol import Change, Put, Store, confirmation, encode, find, key_of, readable
+from portward.store.update import Reading, Written, update
+
+
+class NotFoundError(PortwardError):
+    """The store does not have what was named."""
+
+
+class Row(NamedTuple):
+    """An exemption with whose it is, and where it stands now."""
+
+    subscription: UUID
+    owner: Subscription | None
+    exemption: Exemption
+    state: State
+
+
+class Done(NamedTuple):
+    """An action that was carried out: the record as it is now, and what it was written as."""
+
+    subscription: Subscription
+    exemption: Exemption
+    written: Written
+
+
+class Started(NamedTuple):
+    """A start that was recorded, of the attachment that covers the address, and what it comes to: may the machine
+    send now, and why."""
+
+    attachment: Attachment
+    reason: Reason
+    written: Written
+
+
+class Casework:
+    """The cases of one store, under one preset."""
+
+    def __init__(
+        self,
+        store: Store,
+        preset: Preset,
+        config: Config,
+        *,
+        actor: str,
+        clock: Callable[[], datetime],
+        trust_clock: bool = False,
+    ) -> None:
+        """`actor` is who acts, for the log; `clock` gives the time in UTC. Every verb raises StoreError."""
+        self.store, self._preset, self._config = store, preset, config
+        self._actor, self._clock, self._trust_clock = actor, clock, trust_clock
+
+    def request(self, id_: UUID, asked: Application) -> Done:
+        """Asks for an exemption; raises NotFoundError and RefusedError."""
+        finding = self._check(id_, asked)
+        return self._change(id_, lambda case: lifecycle.request(case, asked, by=self._actor, check=finding))
+
+    def grant(self, id_: UUID, *, check: Finding | None, until: datetime | None, limit: RateLimit | None) -> Done:
+        """Says yes to a request; raises NotFoundError and RefusedError."""
+        return self._change(
+            id_,
+            lambda case: lifecycle.grant(case, by=self._actor, check=check, until=until, limit=limit),
+        )
+
+    def reject(self, id_: UUID, reason: str) -> Done:
+        """Says no to a request; raises NotFoundError and RefusedError."""
+        return self._change(id_, lambda case: lifecycle.reject(case, by=self._actor, reason=reason))
+
+    def limit(self, id_: UUID, limit: RateLimit | None) -> Done:
+        """Gives a grant another limit, or none; raises NotFoundError and RefusedError."""
+        return self._change(id_, lambda case: lifecycle.limit(case, limit))
+
+    def revoke(self, id_: UUID, reason: str) -> Done:
+        """Takes a grant back; raises NotFoundError and RefusedError."""
+        return self._change(id_, lambda case: lifecycle.revoke(case, by=self._actor, reason=reason))
+
+    def revoke_all(self, ids: Sequence[UUID], reason: str) -> Written:
+        """Takes many grants back, all of them or none, however many subscriptions that flips; raises NotFoundError
+        and RefusedError."""
+
+        def decide(reading: Reading) -> list[Put]:
+            puts = []
+            for id_ in ids:
+                record = _checked(lifecycle.revoke(self._case(reading, id_), by=self._actor, reason=reason))
+                puts.append(Put(key_of(record), encode(record)))
+            return [*puts, confirmation(reading.revision + 1, alone=True)]
+
+        return self._update(decide)
+
+    def not_revocable(self, ids: Iterable[UUID]) -> Iterator[tuple[UUID, PortwardError]]:
+        """Those whose exemption cannot be revoked, and why not. Writes nothing."""
+        reading = Reading(self.store, self._clock, trust_clock=self._trust_clock)
+        for id_ in ids:
+            try:
+                lifecycle.check_revocable(self._case(reading, id_))
+            except (NotFoundError, RefusedError) as error:
+                yield id_, error
+
+    def started(self, segment: str, address: Address, at: datetime | None) -> Started:
+        """Records that the machine behind an address was started, at `at` or now; raises NotFoundError and
+        PortwardError. A start that lies before the recorded one is refused: it would take nothing back."""
+        found: list[tuple[Attachment, Reason]] = []
+
+        def record_start(reading: Reading) -> list[Put]:
+            _, attachment, subscription, exemption = find(self.store, segment, address)
+            if attachment is None:
+                raise NotFoundError(
+                    f"no attachment covers {address} in segment {segment}: the inventory lacks it, see "
+                    "`portward apply`"
+                )
+            started = at or reading.now
+            _check_start(attachment, started, reading.now)
+            record = replace(attachment, started=started)
+            decision = decide(
+                self._preset, subscription=subscription, exemption=exemption, attachment=record, now=reading.now
+            )
+            found[:] = [(record, decision.reason)]
+            return [Put(key_of(record), encode(record))]
+
+        written = self._update(record_start)
+        return Started(*found[0], written)
+
+    def rows(self, now: datetime) -> Iterator[Row]:
+        """All exemptions, in the order of their subscriptions."""
+        for key, body in self.store.under("exemptions/"):
+            record = readable(key, body)
+            if isinstance(record, Exemption):
+                owner = self._subscription(record.subscription)
+                yield Row(record.subscription, owner, record, lifecycle.state_of(record, now))
+
+    def row(self, id_: UUID, now: datetime) -> Row:
+        """The exemption of a subscription; raises NotFoundError where there is none."""
+        owner = self._subscription(id_)
+        record = readable(f"exemptions/{id_}", self.store.get(f"exemptions/{id_}"))
+        if isinstance(record, Exemption):
+            return Row(id_, owner, record, lifecycle.state_of(record, now))
+        if owner is None:
+            raise NotFoundError(
+                f"no subscription {id_} is in the store: `portward exemption list` shows those there are"
+            )
+        raise NotFoundError(f"nobody has asked for an exemption of {id_}{_named(owner)}")
+
+    def history(self, id_: UUID) -> list[Change]:
+        """All that has happened to a subscription's exemption, the oldest first; raises NotFoundError."""
+        changes = list(self.store.history(f"exemptions/{id_}"))
+        if not changes:
+            self.row(id_, self._clock())  # says what there is
+        return changes
+
+    def _check(self, id_: UUID, asked: Application) -> Finding | None:
+        """What the provider's anti-fraud check finds, for a request that a person is to review. It runs before
+        anything is written, and takes as long as it takes."""
+        reading = Reading(self.store, self._clock, trust_clock=self._trust_clock)
+        case = self._case(reading, id_)
+        command = self._config.exemptions.check
+        if lifecycle.check_application(case, asked) is not ExemptionPath.REVIEW or not command:
+            return None
+        return fraud.check(command, self._config.exemptions.check_seconds, case, asked, self._actor)
+
+    def _change(self, id_: UUID, act: Callable[[Case], Exemption]) -> Done:
+        done: list[tuple[Subscription, Exemption]] = []
+
+        def decide(reading: Reading) -> list[Put]:
+            case = self._case(reading, id_)
+            record = _checked(act(case))
+            done[:] = [(case.subscription, record)]
+            return [Put(key_of(record), encode(record))]
+
+        written = self._update(decide)
+        return Done(*done[0], written)
+
+    def _update(self, decide: Callable[[Reading], list[Put]]) -> Written:
+        return update(self.store, decide, actor=self._actor, clock=self._clock, trust_clock=self._trust_clock)
+
+    def _case(self, reading: Reading, id_: UUID) -> Case:
+        subscription, exemption = reading.get(f"subscriptions/{id_}"), reading.get(f"exemptions/{id_}")
+        if not isinstance(subscription, Subscription):
+            raise NotFoundError(f"no subscription {id_} is in the store: `portward apply` brings it in")
+        return Case(
+            self._preset, subscription, exemption if isinstance(exemption, Exemption) else None, reading.now
+        )
+
+    def _subscription(self, id_: UUID) -> Subscription | None:
+        record = readable(f"subscriptions/{id_}", self.store.get(f"subscriptions/{id_}"))
+        return record if isinstance(record, Subscription) else None
+
+
+def _checked(record: Exemption) -> Exemption:
+    """The record, as an inventory may hold it; raises InputError for a text that cannot be printed, say."""
+    for field, problem in mistakes(record):
+        raise InputError(problem, field=field)
+    return record
+
+
+def _check_start(attachment: Attachment, started: datetime, now: datetime) -> None:
+    place = f"{attachment.segment} {network_text(attachment.address)}"
+    if started > now + DRIFT:
+        raise PortwardError(f"{place}: {started:%Y-%m-%d %H:%M:%SZ} lies in the future: a start has happened")
+    if attachment.started is not None and started < attachment.started:
+        raise PortwardError(
+            f"{place}: a later start is recorded already, {attachment.started:%Y-%m-%d %H:%M:%SZ}; "
+            "`portward apply` corrects one that is wrong"
+        )
+
+
+def _named(owner: Subscription) -> str:
+    return f" ({owner.name})" if owner.name else ""

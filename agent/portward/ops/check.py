@@ -1,0 +1,234 @@
+"""`portward check`: would `portward run` begin with this configuration? Changes nothing."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+from portward.base import descriptors, ownership
+from portward.base.clock import utc_now
+from portward.base.interfaces import shown
+from portward.base.words import counted
+from portward.config import keys as configuration
+from portward.config.documents import mistake
+from portward.config.keys import Config, Encrypted
+from portward.config.paths import is_path
+from portward.daemon.runtime import read_status, running
+from portward.dataplane import (
+    around,
+    keeper,
+    namespacelock,
+    others,
+    rtnetlink,
+    ruleset,
+    stacking,
+    tunnels,
+    xtables,
+)
+from portward.dataplane.links import Device
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.errors import KernelError, PortwardError, StoreError, together
+from portward.metrics.listeners import try_to_listen
+from portward.ops.behind import other_store
+from portward.policy import preset as presets
+from portward.store import open_store
+from portward.store.unreadable import unreadable
+from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
+from portward.table.invariants import verify
+
+# So many devices of each kind are named, the others are counted; and so many records of the store.
+_NAMED: Final = 3
+_NAMED_RECORDS: Final = 20
+
+
+def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
+    """Lines that say what was found, as it is found; raises PortwardError at the first thing that is wrong.
+
+    Not `with_store`: an agent that has a policy table begins also where its store cannot be reached. The table is
+    not looked through then either: no start waits for that, since a damaged row costs one source only."""
+    config = configuration.load(path)
+    yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
+    if config.table.exists() and not config.table.is_dir():
+        raise mistake(path, f"{str(config.table)!r} is no folder", "table")
+    yield from _ownership(config.table)
+    preset = presets.load(config.preset, named_in=path)
+    origin = f" ({config.preset})" if is_path(config.preset) else ""
+    yield f"preset {preset.name}{origin}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
+    devices = rtnetlink.devices()
+    for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks)):
+        for pattern in patterns:
+            found = [shown(device.name) for device in devices if configuration.matches((pattern,), device.name)]
+            yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
+    warnings = stacking.warnings(devices, config)
+    yield from (f"WARNING: {line}" for line in warnings)
+    yield from _tunnels(config, devices)
+    netlink = NfNetlink()
+    keeper.loaded(netlink)  # libnftables would write to stderr itself where the kernel may not be asked
+    nft = Nft(netlink.generation, netlink.transact)
+    native = xtables.has_native_queue(nft)
+    state = ruleset.State(0, synced=False)
+    translating = others.seen(netlink)
+    surroundings = around.found(config, printed=warnings)._replace(guard=translating.guard)
+    try:
+        want = ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings)
+        nft.check(want.whole)
+    except KernelError as error:
+        raise KernelError(f"the kernel does not take the ruleset: {error}") from None
+    if not native:
+        xtables.require(netlink)
+    yield from _lock(config, netlink)
+    yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
+    yield from _metrics(config)
+    if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[1]) < descriptors.ENOUGH:
+        yield f"WARNING: {descriptors.few(limit)}"
+    for line in translating.why:
+        yield f"{line}: what is forwarded is judged again (forward guard)"
+    if not with_store:
+        return
+    # It is the verbs' to run, not the agent's, which begins without it and sees less of the file system.
+    yield from _fraud_check(config)
+    yield from _table(config.table)
+    if line := other_store(config):
+        yield f"WARNING: {line}"
+    yield from _store(config.store)
+
+
+def _store(url: str) -> Iterator[str]:
+    """Whether each record of the store can be read; raises StoreError if not, and says what to do."""
+    with closing(open_store(url)) as store:
+        yield f"store {url}: revision {store.revision()}"
+        number = 0
+        for number, error in enumerate(unreadable(store), 1):
+            if number <= _NAMED_RECORDS:
+                yield f"  {error}"
+    if number > _NAMED_RECORDS:
+        yield f"  and {number - _NAMED_RECORDS} more"
+    if number:
+        raise StoreError(
+            f"{counted(number, 'record')} of the store cannot be read: gateways that had the one before keep it, "
+            "others deny the sources; put each right by `portward apply`, or take it out"
+        )
+
+
+def _ownership(folder: Path) -> Iterator[str]:
+    """Whether the table's folder and files are the agent's alone; raises PortwardError if the agent would refuse
+    them."""
+    try:
+        found = ownership.look(folder)
+    except OSError as error:
+        raise PortwardError(f"table {folder}: {error.strerror}") from None
+    if found.refused:
+        raise together([PortwardError(one) for one in found.refused])
+    for place, mode in found.open:
+        yield f"table {folder}: others may open {place}; `portward run` makes it {mode:04o}"
+
+
+def _fraud_check(config: Config) -> Iterator[str]:
+    """Whether the anti-fraud program can be run, and which it is."""
+    if not config.exemptions.check:
+        return
+    program = config.exemptions.check[0]
+    if (found := shutil.which(program)) is None:
+        yield (
+            f"WARNING: exemptions.check: {program} cannot be run here: there is no such program, or it may not be "
+            "executed; each request for review waits for a person"
+        )
+    else:
+        yield f"exemptions.check: {found}"
+
+
+def _starting(folder: Path) -> bool:
+    """Whether the agent that runs on this table has not reported since its start: it may be about to make it."""
+    try:
+        return read_status(folder) is None
+    except PortwardError:  # an agent of another version has
+        return False
+
+
+def _table(folder: Path) -> Iterator[str]:
+    """Whether the policy table is whole; raises TableError with what to do if it is not."""
+    if not (folder / FILE).exists():
+        if (process := running(folder)) is None:
+            yield f"table {folder}: there is none yet"
+        elif _starting(folder):
+            yield f"table {folder}: there is none yet; an agent is starting (process {process})"
+        else:
+            yield (
+                f"WARNING: table {folder}: there is none, although an agent runs on it (process {process}): it "
+                "was removed; a restart of the agent makes it anew"
+            )
+        return
+    remedy = (
+        f"`systemctl stop portward`, remove {folder / FILE} and {folder / LOCK_FILE}, `systemctl start "
+        "portward`: the start reads the store anew"
+    )
+    try:
+        found = verify(folder, utc_now())
+    except OtherFormatError as error:
+        yield f"{error}: the next start reads the store anew"
+        return
+    except TableError as error:
+        raise TableError(f"{error}; {remedy}") from None
+    yield (
+        f"table {folder}: {counted(found.attachments, 'attachment')} of "
+        f"{counted(found.subscriptions, 'subscription')}, "
+        f"{counted(found.broken, 'damaged row') if found.broken else 'no damaged rows'}"
+    )
+    for finding in found.told:
+        yield f"  {finding}"
+    if found.broken > len(found.told):
+        yield f"  and {found.broken - len(found.told)} more"
+    if found.broken:
+        raise TableError(f"the policy table is damaged, and the sources concerned may be denied: {remedy}")
+
+
+def _lock(config: Config, netlink: NfNetlink) -> Iterator[str]:
+    """Whether `portward run` would get the network namespace; raises KernelError. The agent of this very table may
+    have it: then this is a check before a reload."""
+    namespacelock.require(netlink)
+    own = running(config.table)
+    taken = namespacelock.holder(netlink) if own is not None else namespacelock.lasting_holder(netlink)
+    if taken is not None and (own is None or taken.process != own):
+        raise taken
+    if taken is not None:
+        yield f"the agent runs here with this table, as process {own}"
+
+
+def _metrics(config: Config) -> Iterator[str]:
+    """Whether the metrics can be scraped at their address. That decides about nothing else."""
+    if running(config.table) is None and (problem := try_to_listen(config.metrics_endpoints())):
+        yield (
+            f"WARNING: metrics.address {problem}: `portward run` enforces all the same, and tries again until it "
+            "can be had"
+        )
+
+
+def _tunnels(config: Config, devices: Sequence[Device]) -> Iterator[str]:
+    """Which tunnels end here, and what the host's own firewall must do about them."""
+    ends = tunnels.ending_here(devices)
+    try:
+        ports = tunnels.find(devices)
+    except OSError as error:
+        ports = tunnels.Ports(tunnels.of_devices(devices))
+        yield f"tunnels of FOU, L2TP and WireGuard: the kernel does not say: {error.strerror}"
+    if not (ends or ports.open or ports.encrypted):
+        return
+    kinds: dict[str, list[str]] = {}
+    for device in ends:
+        kinds.setdefault(device.kind, []).append(shown(device.name))
+    named = [
+        f"{kind} {', '.join(names[:_NAMED])}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        for kind, names in sorted(kinds.items())
+    ]
+    numbers = ", ".join(map(str, sorted(ports.open | ports.encrypted))) or "none"
+    yield f"tunnels that end here: {'; '.join(named) or 'no device'}; UDP ports {numbers}"
+    yield (
+        "from segments nobody reaches them"
+        + (", but IPsec and WireGuard" if config.tunnels.encrypted is Encrypted.PASS else "")
+        + "; from the uplinks THIS HOST'S OWN FIREWALL must close them: what comes in there is not judged"
+    )

@@ -1,0 +1,211 @@
+"""What is the matter with an account, and which ways lead on. Pure, and without words: codes.
+
+A *matter* is a reason with the machines that it holds for; a *way* is one or several steps, to be done one after
+the other; the ways of a matter are alternatives, the first one the quickest.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final, TypeAlias
+
+import msgspec
+
+from portward.exemptions.lifecycle import SELF_SERVICE, State
+from portward.model import Reason, Standing
+from portward.ops.diagnosis.facts import Facts, Machine
+from portward.ops.diagnosis.outcome import Outcome
+from portward.policy.preset import ExemptionPath, Preset
+from portward.policy.remedy import relay_is_free, some_may_send
+
+
+class Step(StrEnum):
+    """One thing to do. Fixed: tools rely on these codes."""
+
+    NONE = "none"
+    STAY_WITHIN_LIMIT = "stay-within-limit"
+    RELAY = "relay"
+    API = "api"
+    SETTLE_ACCOUNT = "settle-account"
+    PAY_INVOICE = "pay-first-invoice"
+    PUT_RIGHT = "put-right"
+    ASK_SELF_SERVICE = "ask-self-service"
+    ASK_REVIEW = "ask-review"
+    WAIT = "wait"
+    RESTART = "restart"
+    RESTART_AFTER_GRANT = "restart-after-grant"
+    RECORD_GRANT = "record-grant"
+    VIRTUAL_MACHINE = "virtual-machine"
+    OTHER_SUBSCRIPTION = "other-subscription"
+    TELL_SUBSCRIPTION = "tell-subscription"
+    GATEWAY = "gateway"
+    LOOK = "look-at-gateway"
+
+
+Way: TypeAlias = tuple[Step, ...]
+
+# What needs something comes first, and of that what the customer can do at once.
+_ORDER: Final = (
+    Reason.DENIED_UNKNOWN_SOURCE, Reason.DENIED_DISABLED, Reason.DENIED_RESTART_REQUIRED, Reason.DENIED_PENDING,
+    Reason.DENIED_REJECTED, Reason.DENIED_REVOKED, Reason.DENIED_NOT_EXEMPT, Reason.DENIED_INELIGIBLE,
+    Reason.DENIED_PAAS, Reason.ALLOWED_EXEMPT, Reason.ALLOWED_GRANDFATHERED, Reason.ALLOWED_OFFER,
+    Reason.ALLOWED_INTERNAL,
+)  # fmt: skip
+
+
+# What is not as the policy says comes first.
+_OUTCOMES: Final = (Outcome.SHUT, Outcome.OPEN, Outcome.UNKNOWN, Outcome.AS_POLICY)
+
+
+class Matter(msgspec.Struct, frozen=True):
+    """A reason, the machines that it holds for and have the same outcome, and the ways on. `observed`: the policy
+    lets them pass all the same, as the rule is only observed."""
+
+    reason: Reason
+    machines: tuple[Machine, ...]
+    ways: tuple[Way, ...]
+    outcome: Outcome
+    observed: bool = False
+
+    @property
+    def beyond_limit(self) -> int:
+        """New connections of its machines that were dropped as beyond the limit, lately."""
+        return sum(machine.drops.beyond_limit for machine in self.machines if machine.drops)
+
+
+def in_order(machines: tuple[Machine, ...], first: Machine | None = None) -> tuple[Machine, ...]:
+    """The machines with those that need something first; `first` before all others."""
+
+    def place(machine: Machine) -> tuple[object, ...]:
+        network = machine.address
+        return (
+            machine != first,
+            machine.reason.allows and machine.outcome is not Outcome.SHUT,
+            _ORDER.index(machine.reason),
+            _OUTCOMES.index(machine.outcome),
+            machine.observed,
+            not (machine.drops and machine.drops.beyond_limit),
+            machine.segment,
+            network.version,
+            int(network.network_address),
+        )
+
+    return tuple(sorted(machines, key=place))
+
+
+def matters(preset: Preset, facts: Facts) -> tuple[Matter, ...]:
+    """The matters of an account: that of the source that was asked about first, then what needs something. An
+    account without machines has one, what would hold for its virtual machines; so has a source of nobody."""
+    if facts.subscription is None or not facts.machines:
+        reason = facts.reason_of_machines(preset)
+        if reason is Reason.DENIED_RESTART_REQUIRED and facts.exemption and facts.exemption.decided:
+            reason = Reason.ALLOWED_EXEMPT  # for all that is started from now on
+        without = _matter(preset, facts, reason, (), facts.outcome, observed=facts.observed)
+        return _split(preset, facts, reason, facts.machines) or (without,)
+    found = sorted({machine.reason for machine in facts.machines}, key=_ORDER.index)
+    made = [one for reason in found for one in _split(preset, facts, reason, facts.machines)]
+    if facts.asked is not None:
+        made.sort(key=lambda matter: facts.machines[0] not in matter.machines)
+    return tuple(made)
+
+
+def _split(preset: Preset, facts: Facts, reason: Reason, machines: tuple[Machine, ...]) -> tuple[Matter, ...]:
+    """The matters of the machines that the reason holds for: one for each outcome, and apart what is observed."""
+    kinds: dict[tuple[int, bool], list[Machine]] = {}
+    for machine in machines:
+        if machine.reason is reason:
+            observed = machine.observed and not reason.allows
+            kinds.setdefault((_OUTCOMES.index(machine.outcome), observed), []).append(machine)
+    return tuple(
+        _matter(preset, facts, reason, tuple(held), _OUTCOMES[number], observed=observed)
+        for (number, observed), held in sorted(kinds.items(), key=lambda kind: kind[0])
+    )
+
+
+def _matter(
+    preset: Preset,
+    facts: Facts,
+    reason: Reason,
+    machines: tuple[Machine, ...],
+    found: Outcome,
+    *,
+    observed: bool = False,
+) -> Matter:
+    if reason.allows and found is Outcome.SHUT:
+        return Matter(reason, machines, ((Step.GATEWAY,),), found)
+    if reason.allows and found is Outcome.UNKNOWN:
+        return Matter(reason, machines, ((Step.LOOK,),), found)
+    return Matter(reason, machines, _ways(preset, facts, reason, machines), found, observed)
+
+
+def _ways(preset: Preset, facts: Facts, reason: Reason, machines: tuple[Machine, ...]) -> tuple[Way, ...]:
+    relay: Way = (Step.RELAY if relay_is_free(preset) else Step.API,)
+    match reason:
+        case Reason.DENIED_UNKNOWN_SOURCE:
+            return ((Step.TELL_SUBSCRIPTION,),)
+        case Reason.DENIED_DISABLED:
+            return ((Step.SETTLE_ACCOUNT,),)
+        case Reason.DENIED_INELIGIBLE:
+            return (relay, (Step.OTHER_SUBSCRIPTION,)) if some_may_send(preset) else (relay,)
+        case Reason.DENIED_PAAS:
+            return (relay, *_from_virtual_machines(preset, facts))
+        case Reason.DENIED_PENDING:
+            return ((Step.WAIT, *_restart_after(preset)), relay)
+        case Reason.DENIED_RESTART_REQUIRED if facts.exemption is None or facts.exemption.decided is None:
+            return ((Step.RECORD_GRANT,), relay)
+        case Reason.DENIED_RESTART_REQUIRED:
+            return ((Step.RESTART,),)
+        case Reason.DENIED_NOT_EXEMPT | Reason.DENIED_REJECTED | Reason.DENIED_REVOKED:
+            return (relay, _asking(preset, facts))
+        case _ if any(machine.drops and machine.drops.beyond_limit for machine in machines):
+            return ((Step.STAY_WITHIN_LIMIT,), relay)
+        case _:
+            return ((Step.NONE,),)
+
+
+def _from_virtual_machines(preset: Preset, facts: Facts) -> tuple[Way, ...]:
+    """How a customer whose platform service may not send comes to a virtual machine that may."""
+    reason = facts.reason_of_machines(preset)
+    if reason.allows:
+        return ((Step.VIRTUAL_MACHINE,),)
+    match reason:
+        case Reason.DENIED_INELIGIBLE:
+            return ((Step.OTHER_SUBSCRIPTION, Step.VIRTUAL_MACHINE),) if some_may_send(preset) else ()
+        case Reason.DENIED_PENDING:
+            return ((Step.VIRTUAL_MACHINE, Step.WAIT, *_restart_after(preset)),)
+        case Reason.DENIED_RESTART_REQUIRED if facts.exemption and facts.exemption.decided:
+            # One that is started from now on is started after the grant.
+            return ((Step.VIRTUAL_MACHINE,),)
+        case Reason.DENIED_RESTART_REQUIRED:
+            return ((Step.VIRTUAL_MACHINE, Step.RECORD_GRANT),)
+        case _:
+            return ((Step.VIRTUAL_MACHINE, *_asking(preset, facts)),)
+
+
+def _asking(preset: Preset, facts: Facts) -> Way:
+    """From where the account stands to an exemption that counts."""
+    subscription = facts.subscription
+    offer = None if subscription is None else preset.offer(subscription.offer)
+    if subscription is None or offer is None:
+        raise ValueError(f"no exemption can be asked for by {facts.id}")
+    steps: list[Step] = []
+    if _was_decided_by_a_person(facts):
+        steps.append(Step.PUT_RIGHT)
+    if offer.exemption is ExemptionPath.SELF_SERVICE:
+        # What self-service looks at (the policy page): whoever lacks it would only be rejected.
+        if subscription.standing is not Standing.GOOD:
+            steps.append(Step.SETTLE_ACCOUNT)
+        if not subscription.payment_history:
+            steps.append(Step.PAY_INVOICE)
+        return (*steps, Step.ASK_SELF_SERVICE, *_restart_after(preset))
+    return (*steps, Step.ASK_REVIEW, Step.WAIT, *_restart_after(preset))
+
+
+def _was_decided_by_a_person(facts: Facts) -> bool:
+    """Whether what was said no to must be put right: self-service only says what the account lacks."""
+    refused = facts.state in (State.REJECTED, State.REVOKED)
+    return refused and facts.exemption is not None and facts.exemption.by != SELF_SERVICE
+
+
+def _restart_after(preset: Preset) -> Way:
+    return (Step.RESTART_AFTER_GRANT,) if preset.restart else ()

@@ -1,0 +1,190 @@
+"""Gathering the facts of a diagnosis: whose account, from the running agent's table or from the store; what the
+kernel dropped lately; what the agent has counted since its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from portward.config.documents import brief
+from portward.config.keys import Config
+from portward.daemon.runtime import in_another_network
+from portward.daemon.settings import settings
+from portward.errors import PortwardError
+from portward.i18n import Language
+from portward.model import Address, Mode, Network, Reason
+from portward.ops import host, sources
+from portward.ops.diagnosis import counted, kernel, meant
+from portward.ops.diagnosis.answer import Diagnosis, diagnosis
+from portward.ops.diagnosis.facts import Asked, Facts, Kernel, Machine, Place
+from portward.ops.diagnosis.places import Accounts, Matched, accounts
+from portward.ops.diagnosis.sight import Sight
+from portward.ops.effect import Here, Policy
+from portward.policy.decide import decide
+from portward.policy.preset import Preset
+from portward.store.belongings import Belongings, uuid_of
+
+# How many subscriptions of the same name are told.
+_CANDIDATES: Final = 10
+# Of several segments the first of these is told in one word.
+_WORST: Final = (
+    Here.UNKNOWN, Here.CLOSED, Here.OPEN, Here.NOBODY_ANSWERS, Here.UNWATCHED, Here.PART, Here.NOBODY_ANSWERS_OPEN,
+    Here.STACKED, Here.JUDGES, Here.OBSERVES,
+)  # fmt: skip
+
+
+def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[Preset, Diagnosis]:
+    """The diagnosis of the subscription `who` (UUID or name), or of the owner of the source `address` in the
+    segment `who`, and the preset by which it is judged. Raises InputError for what is no address or segment,
+    PortwardError where nothing is found, or a name is that of several."""
+    config, preset, remarks = settings(path)
+    source = None if address is None else sources.source(config, path, who, address)
+    with closing(accounts(config, preset)) as place:
+        facts = _of_account(config, preset, place, who) if source is None else (
+            _of_source(config, preset, place, who, source)
+        )  # fmt: skip
+    # The table is open only once in a process, and what follows opens it anew.
+    facts = _seen(config, facts, source)
+    behind = (host.not_taken_in(facts.behind),) if facts.behind else ()
+    return preset, replace(diagnosis(preset, facts, say), remarks=(*remarks, *behind))
+
+
+def judged(
+    config: Config, preset: Preset, place: Accounts, held: Belongings, matched: Matched | None = None
+) -> tuple[Machine, ...]:
+    """The account's machines as they come out at the place's time, that of `matched` first."""
+    mode = held.subscription.mode if held.subscription else Mode.ENFORCE
+    found = [
+        Machine(
+            segment=one.segment,
+            address=one.address,
+            reason=decide(
+                preset,
+                subscription=held.subscription,
+                exemption=held.exemption,
+                attachment=one,
+                now=place.at,
+            ).reason,
+            workload=one.workload,
+            started=one.started,
+            observed=mode is Mode.OBSERVE or config.observes(one.segment),
+        )
+        for one in held.attachments
+    ]
+    if matched is not None:
+        found.sort(key=lambda one: (one.segment, one.address) != (matched.segment, matched.prefix))
+    return tuple(found)
+
+
+def _of_account(config: Config, preset: Preset, place: Accounts, who: str) -> Facts:
+    held = _the_one(config, place, who)
+    return _facts(config, preset, place, held)
+
+
+def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, address: Address) -> Facts:
+    asked = Asked(segment, str(address))
+    matched = place.matched(segment, address)
+    if matched is not None:
+        held = place.found(str(matched.subscription))
+        if held:
+            return replace(_facts(config, preset, place, held[0], matched), asked=asked)
+    away = in_another_network(config.table) is not None
+    drops, answer = (None, Kernel.AWAY) if away else kernel.of_nobody(segment, address)
+    return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer)
+
+
+def _facts(
+    config: Config, preset: Preset, place: Accounts, held: Belongings, matched: Matched | None = None
+) -> Facts:
+    machines = judged(config, preset, place, held, matched)
+
+    def owner(segment: str, address: Address) -> Network | None:
+        found = place.matched(segment, address)
+        return None if found is None else found.prefix
+
+    away = in_another_network(config.table) is not None
+    machines, answer = (machines, Kernel.AWAY) if away else kernel.with_drops(machines, owner)
+    metrics, since_start = counted.since_start(config, held.id)
+    return replace(
+        _bare(config, preset, place),
+        id=held.id,
+        subscription=held.subscription,
+        exemption=held.exemption,
+        machines=machines,
+        kernel=answer,
+        metrics=metrics,
+        since_start=since_start,
+    )
+
+
+def _seen(config: Config, facts: Facts, source: Address | None) -> Facts:
+    """The facts with what happens on this host now, to each machine or to a source of nobody."""
+    sight = Sight(config)
+    segments = [machine.segment for machine in facts.machines]
+    if facts.asked is not None and source is not None and not segments:
+        segments, observed = [facts.asked.segment], config.observes(facts.asked.segment)
+        now, outcome = sight.source(facts.asked.segment, source, Policy(verdict="deny", observed=observed))
+        facts = replace(facts, now=now, outcome=outcome, observed=observed)
+    limited = facts.exemption is not None and facts.exemption.limit is not None
+    machines = tuple(
+        sight.met(
+            machine,
+            limited=limited and machine.reason is Reason.ALLOWED_EXEMPT,
+            source=source if number == 0 else None,
+        )
+        for number, machine in enumerate(facts.machines)
+    )
+    places = sight.places(segments)
+    return replace(
+        facts,
+        machines=machines,
+        here=min(places.values(), key=_WORST.index, default=None),
+        places=places,
+        stacked=sight.stacked(segments),
+        elsewhere=sight.elsewhere(segments),
+        behind=host.behind_store(config) if facts.place is Place.TABLE else "",
+    )
+
+
+def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:
+    """What holds whoever is asked about."""
+    return Facts(
+        at=place.at,
+        place=place.place,
+        revision=place.revision,
+        preset=preset.name,
+        other_preset=place.other_preset,
+        remembered=config.verdicts.deny_seconds,
+    )
+
+
+def _the_one(config: Config, place: Accounts, who: str) -> Belongings:
+    """The one account that is meant."""
+    found = place.found(who) if who.strip() else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PortwardError(
+            f"{brief(who)} is the name of {len(found)} subscriptions: {_candidates(found)}; "
+            "say which one: `portward diagnose UUID`"
+        )
+    what = "with this id" if uuid_of(who) else "with exactly this name"
+    raise PortwardError(
+        f"{brief(who)}: no subscription {what} in the {place.place.value} at revision {place.revision}; "
+        f"{meant.hint(config, place, who)}"
+    )
+
+
+def _candidates(found: Sequence[Belongings]) -> str:
+    told = [
+        f"{one.id} ({one.subscription.offer}, created {one.subscription.created})"
+        for one in sorted(found, key=lambda one: one.id)[:_CANDIDATES]
+        if one.subscription is not None
+    ]
+    more = [f"and {len(found) - _CANDIDATES} more"] if len(found) > _CANDIDATES else []
+    return ", ".join(told + more)

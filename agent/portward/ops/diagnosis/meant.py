@@ -1,0 +1,56 @@
+"""What an operator likely meant by a word that names no subscription."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from itertools import islice
+from typing import Final
+
+from portward.base.addresses import is_address
+from portward.base.interfaces import shown
+from portward.config.documents import brief
+from portward.config.keys import Config
+from portward.dataplane.links import index_of
+from portward.ops.diagnosis.places import Accounts
+from portward.store.belongings import uuid_of
+
+_HEX_DIGITS: Final = 32
+# A part of an id, or one with a digit too many.
+_LIKE_ID: Final = re.compile(r"(?=(?:.*[0-9]){3})[0-9A-Fa-f]{8}[0-9A-Fa-f-]{4,40}")
+# Comparing takes some microseconds for each name.
+_COMPARED: Final = 20_000
+_LENGTH_APART: Final = 3
+_ALL: Final = "`portward diagnose SEGMENT ADDRESS` finds it by one of its machines, `portward export` lists all"
+
+
+def hint(config: Config, place: Accounts, who: str) -> str:
+    """What to type next."""
+    if is_address(who):
+        return f"this is an address: `portward diagnose SEGMENT {who}` asks about a source"
+    segment = config.segment(who)
+    if segment and index_of(who) is not None:
+        return f"this is a segment: `portward diagnose {shown(who)} ADDRESS` asks about a source in it"
+    if _LIKE_ID.fullmatch(who) and uuid_of(who) is None:
+        digits = len(who.replace("-", ""))
+        return f"this looks like an id, of which all {_HEX_DIGITS} digits are needed (it has {digits}); {_ALL}"
+    if near := _nearest(place, who):
+        return f"did you mean {brief(near)}? {_ALL}"
+    if segment:
+        return f"if it is a segment, ADDRESS is missing: `portward diagnose {shown(who)} ADDRESS`; {_ALL}"
+    return _ALL
+
+
+def _nearest(place: Accounts, who: str) -> str:
+    """The name of a subscription that is nearly this one; empty if there is none."""
+    if not who.strip() or uuid_of(who) is not None:
+        return ""
+    folded = who.strip().casefold()
+    names = [name for name in place.names() if name]
+    same = next((name for name in names if name.strip().casefold() == folded), "")
+    if same:
+        return same
+    near = (name for name in names if abs(len(name) - len(who)) <= _LENGTH_APART)
+    by_folded = {name.casefold(): name for name in islice(near, _COMPARED)}
+    found = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.75)
+    return by_folded[found[0]] if found else ""

@@ -1,0 +1,42 @@
+"""Whether what happens to a source on this host is what the policy says. Pure.
+
+The effect of this moment alone would mislead a customer who reads of it minutes later, because a cached verdict
+ends. So it also counts what this host does to sources without one.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+from portward.ops.effect import Effect, Here, Now, lasts
+
+# What the policy lets pass is dropped there, or as soon as its cached verdict has ended.
+_DROPPING: Final = (Here.NOBODY_ANSWERS, Here.PART)
+
+
+class Outcome(StrEnum):
+    """What happens to a source. SHUT: the policy lets it pass, and it is dropped here, or may be soon. OPEN: the
+    policy does not, and it passes here, or may soon. UNKNOWN: that is not known."""
+
+    AS_POLICY = "as-policy"
+    SHUT = "shut"
+    OPEN = "open"
+    UNKNOWN = "unknown"
+
+
+def outcome(place: Here, made: Now, *, passes: bool, prefix: bool = False, opens: bool = False) -> Outcome:
+    """The outcome for a source that the policy lets pass (`passes`) or not. `prefix`: it stands for several, of
+    which each may have another cached verdict, and `made` holds without one. `opens`: sources of its segment pass
+    if nobody has bound their queue."""
+    if made.effect is Effect.UNKNOWN:
+        return Outcome.UNKNOWN
+    if passes and lasts(place, made):
+        return Outcome.AS_POLICY
+    if passes and (made.as_policy is False or place in _DROPPING):
+        return Outcome.SHUT
+    opened = place is Here.NOBODY_ANSWERS_OPEN or (place is Here.PART and opens)
+    if not passes and (made.as_policy is False or opened):
+        return Outcome.OPEN
+    cached_otherwise = prefix and place in (Here.NOBODY_ANSWERS, Here.NOBODY_ANSWERS_OPEN)
+    return Outcome.UNKNOWN if place is Here.UNWATCHED or cached_otherwise else Outcome.AS_POLICY

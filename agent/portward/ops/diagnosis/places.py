@@ -1,0 +1,139 @@
+"""Where accounts are looked up: in the policy table of the running agent, or in the store where none runs."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import NamedTuple, Protocol
+from uuid import UUID
+
+from portward.base.clock import as_agent, utc_now
+from portward.config.keys import Config
+from portward.daemon.runtime import running
+from portward.model import Address, Attachment, Network, Subscription, Workload
+from portward.ops.diagnosis.facts import Place
+from portward.policy.preset import Preset
+from portward.store import open_store
+from portward.store.belongings import Belongings, belongings, uuid_of
+from portward.store.protocol import Store, find, readable
+from portward.table import layout
+from portward.table.account import Account
+from portward.table.reader import Attached, Reader
+
+
+class Matched(NamedTuple):
+    """Whose a source is, and by which prefix in which segment."""
+
+    segment: str
+    prefix: Network
+    subscription: UUID
+
+
+class Accounts(Protocol):
+    """A place to look accounts up. `at` is the time at which they are to be judged."""
+
+    place: Place
+    revision: int
+    at: datetime
+    other_preset: bool
+
+    def found(self, wanted: str) -> list[Belongings]:
+        """The account of the subscription with this UUID or, where there is none, all with exactly this name."""
+
+    def names(self) -> list[str]:
+        """The names of all subscriptions."""
+
+    def matched(self, segment: str, address: Address) -> Matched | None:
+        """Whose a source is; None for one of nobody."""
+
+    def close(self) -> None:
+        """Frees the place."""
+
+
+def accounts(config: Config, preset: Preset) -> Accounts:
+    """The running agent's table, else the store. Raises PortwardError where neither can be read."""
+    if running(config.table) is not None:
+        reader = Reader.open(config.table)
+        head = reader.head()
+        if head is not None:
+            return TableAccounts(reader, head, preset)
+        reader.close()
+    return StoreAccounts(open_store(config.store))
+
+
+class TableAccounts:
+    """Accounts of the policy table."""
+
+    place = Place.TABLE
+
+    def __init__(self, reader: Reader, head: layout.Head, preset: Preset) -> None:
+        self._reader = reader
+        self.revision = head.revision
+        self.other_preset = head.preset.hex() != preset.digest
+        # The agent's clock may have been ahead when it decided; its decisions stand until ours has come there too.
+        self.at = as_agent(head.decided())
+
+    def found(self, wanted: str) -> list[Belongings]:
+        """See `Accounts`."""
+        id_ = uuid_of(wanted)
+        with self._reader.view():
+            account = None if id_ is None else self._reader.account_of(id_)
+            held = self._reader.accounts_named(wanted) if account is None else [account]
+            return [self._belongings(one) for one in held]
+
+    def names(self) -> list[str]:
+        """See `Accounts`."""
+        return [one.name for one in self._reader.subscriptions()]
+
+    def matched(self, segment: str, address: Address) -> Matched | None:
+        """See `Accounts`."""
+        holding = self._reader.holding(segment, address)
+        return None if holding is None else Matched(segment, holding.prefix, holding.account.id)
+
+    def close(self) -> None:
+        """See `Accounts`."""
+        self._reader.close()
+
+    def _belongings(self, account: Account) -> Belongings:
+        attached = tuple(_attachment(one, account.id) for one in self._reader.attached(account.id))
+        return Belongings(account.id, account.subscription, account.exemption, attached)
+
+
+class StoreAccounts:
+    """Accounts of the store."""
+
+    place = Place.STORE
+    other_preset = False
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.revision, self.at = store.revision(), utc_now()
+
+    def found(self, wanted: str) -> list[Belongings]:
+        """See `Accounts`."""
+        self.revision, held = belongings(self._store, wanted)
+        return held
+
+    def names(self) -> list[str]:
+        """See `Accounts`."""
+        _, records = self._store.read_all()
+        found = (readable(key, body) for key, body in records if key.startswith("subscriptions/"))
+        return [one.name for one in found if isinstance(one, Subscription)]
+
+    def matched(self, segment: str, address: Address) -> Matched | None:
+        """See `Accounts`."""
+        _, attachment, _, _ = find(self._store, segment, address)
+        return None if attachment is None else Matched(segment, attachment.address, attachment.subscription)
+
+    def close(self) -> None:
+        """See `Accounts`."""
+        self._store.close()
+
+
+def _attachment(found: Attached, owner: UUID) -> Attachment:
+    return Attachment(
+        segment=found.segment,
+        address=found.prefix,
+        subscription=owner,
+        workload=Workload.PAAS if found.entry.paas else Workload.VM,
+        started=layout.instant(found.entry.started),
+    )

@@ -1,0 +1,78 @@
+"""What this host does now with the sources of an account, as `explain` says it of one source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+from msgspec.structs import replace
+
+from portward.config.keys import Config
+from portward.dataplane import stacking
+from portward.dataplane.links import index_of
+from portward.errors import PortwardError
+from portward.model import Address
+from portward.ops import effect, host
+from portward.ops.diagnosis.facts import Machine
+from portward.ops.diagnosis.outcome import Outcome, outcome
+from portward.ops.effect import Here, Now, Policy
+from portward.ops.host import Cached, Host, Ruleset
+
+
+class Sight:
+    """One look at this host."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._devices = config, host.devices()
+        self._at = cache(self._at_segment)
+
+    def elsewhere(self, segments: Iterable[str]) -> str:
+        """Who enforces here in place of an agent on this table, or why else it is not known what happens to one of
+        these segments; empty if it is known."""
+        return next(filter(None, (self._at(segment).elsewhere for segment in segments)), "")
+
+    def stacked(self, segments: Iterable[str]) -> tuple[str, ...]:
+        """What takes the packets of these segments before they are judged."""
+        return tuple(stacking.concerning(self._devices, self._config, set(segments)))
+
+    def places(self, segments: Iterable[str]) -> dict[str, Here]:
+        """For each of these segments that is an interface here: what happens to its sources without a cached
+        verdict."""
+        present = sorted(segment for segment in set(segments) if index_of(segment))
+        return {segment: effect.here(self._at(segment)) for segment in present}
+
+    def met(self, machine: Machine, *, limited: bool, source: Address | None = None) -> Machine:
+        """The machine with what happens to it; of a prefix to `source`, if one of it was asked about."""
+        one = machine.address.prefixlen == machine.address.max_prefixlen
+        address = machine.address.network_address if one and source is None else source
+        verdict = "allow" if machine.reason.allows else "deny"
+        policy = Policy(verdict=verdict, observed=machine.observed, limited=limited)
+        made, found = self.source(machine.segment, address, policy)
+        return replace(machine, now=made, outcome=found)
+
+    def source(self, segment: str, address: Address | None, policy: Policy) -> tuple[Now, Outcome]:
+        """What happens to a source; None stands for several of a prefix."""
+        here = self._at(segment)
+        if index_of(segment) is None and not here.elsewhere:
+            # Whatever this host does, it does not do it to this source.
+            return effect.now(Host(), None, policy), Outcome.UNKNOWN
+        try:
+            cached = self._cached(segment, address)
+        except (OSError, PortwardError):
+            here, cached = replace(here, ruleset=Ruleset.NOT_PERMITTED), None
+        place = effect.here(here)
+        left = None
+        if place is Here.UNWATCHED and address is not None:
+            left = host.left(self._config, segment, address)
+        made = effect.now(here, cached, policy, left)
+        passes = policy.verdict == "allow" or policy.observed
+        return made, outcome(place, made, passes=passes, prefix=address is None, opens=here.opens)
+
+    def _at_segment(self, segment: str) -> Host:
+        return host.at_segment(host.look(self._config, [segment]), self._devices, self._config, segment)
+
+    @staticmethod
+    def _cached(segment: str, address: Address | None) -> Cached | None:
+        if address is None:
+            return None if index_of(segment) is None else Cached()
+        return host.cached(segment, address)

@@ -1,0 +1,232 @@
+"""What happens to a source's next packet to the Internet on this host, and why. Pure.
+
+The policy says what should happen. That is not always what happens: no agent may run, the ruleset may be missing,
+or a verdict of before may be cached. Both are said, each by itself.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from portward.dataplane.ruleset import COUNTED_SETS
+from portward.dataplane.stacking import Fate
+from portward.ipc import mark
+from portward.ipc.mark import Class
+from portward.ops.host import Agent, Cached, Host, Left, Ruleset, Workers
+
+
+class Effect(StrEnum):
+    """What becomes of the packet. LIMITED: new connections pass within the limit of the subscription."""
+
+    PASSES = "passes"
+    LIMITED = "limited"
+    DROPPED = "dropped"
+    REJECTED = "rejected"
+    UNKNOWN = "unknown"
+
+
+class Here(StrEnum):
+    """What this host does to sources that it has no cached verdict for. UNWATCHED: workers have bound the queues,
+    and no running agent says whether they answer, or by what policy."""
+
+    JUDGES = "judges"
+    OBSERVES = "observes"  # whoever sends, it passes, and the verdict is only counted
+    PART = "part"  # judged, or dropped if the packet falls into a queue that no worker answers
+    UNWATCHED = "unwatched"
+    STACKED = "stacked"  # other devices take the packets before they are judged
+    OPEN = "open"  # whoever sends, it passes
+    CLOSED = "closed"  # whoever sends, it is dropped
+    NOBODY_ANSWERS = "nobody-answers"  # dropped
+    NOBODY_ANSWERS_OPEN = "nobody-answers-open"  # passes
+    UNKNOWN = "unknown"
+
+
+class Now(msgspec.Struct, frozen=True):
+    """What happens now and why. `as_policy`: that is what the policy says; None if the effect is not known."""
+
+    effect: Effect
+    why: str
+    as_policy: bool | None = True
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """What the policy says: the verdict (`allow`, `deny`, `reject`), whether it is only observed, whether a limit
+    goes with it, whether the destination is internal."""
+
+    verdict: str
+    observed: bool = False
+    limited: bool = False
+    internal: bool = False
+
+
+def here(host: Host) -> Here:
+    """What this host does to sources without a cached verdict."""
+    if host.agent is Agent.AWAY or host.unclear:
+        return Here.UNKNOWN
+    if host.ruleset is Ruleset.NOT_PERMITTED:
+        return Here.UNKNOWN
+    if host.ruleset is Ruleset.CLOSED:
+        return Here.CLOSED
+    if host.ruleset is Ruleset.NONE:
+        return Here.OPEN
+    if host.agent is Agent.ELSEWHERE:
+        return Here.UNKNOWN
+    if host.stacked:
+        return Here.STACKED
+    if host.workers in (Workers.ANSWER, Workers.PART):
+        return _answered(host)
+    if host.workers is Workers.NONE and host.opens:
+        return Here.NOBODY_ANSWERS_OPEN
+    return Here.NOBODY_ANSWERS
+
+
+def _answered(host: Host) -> Here:
+    if host.agent is not Agent.RUNS:
+        return Here.UNWATCHED
+    if host.workers is Workers.PART:
+        return Here.PART
+    return Here.OBSERVES if host.observed else Here.JUDGES
+
+
+def now(host: Host, found: Cached | None, policy: Policy, left: Left | None = None) -> Now:
+    """What happens to the next packet of a source; `found` is what the kernel has cached for it, None if its
+    segment is no interface here now. `left` is what workers find for it while no agent runs or reports; it may not
+    be what the policy says by now."""
+    made = _now(host, found, policy, left)
+    passes = policy.verdict == "allow" or policy.observed
+    if made.effect is Effect.UNKNOWN:
+        return msgspec.structs.replace(made, as_policy=None)
+    as_policy = (made.effect in (Effect.PASSES, Effect.LIMITED)) is passes
+    return msgspec.structs.replace(made, as_policy=as_policy)
+
+
+def lasts(place: Here, made: Now) -> bool:
+    """Whether a source passes on even if no worker answers, because the kernel itself has its limit: only an agent
+    takes that away."""
+    return made.effect is Effect.LIMITED and place in (
+        Here.NOBODY_ANSWERS,
+        Here.NOBODY_ANSWERS_OPEN,
+        Here.UNWATCHED,
+    )
+
+
+def _now(host: Host, found: Cached | None, policy: Policy, left: Left | None) -> Now:
+    place = here(host)
+    match place:
+        case Here.UNKNOWN if host.elsewhere:
+            return Now(Effect.UNKNOWN, host.elsewhere)
+        case Here.UNKNOWN:
+            return Now(Effect.UNKNOWN, "asking the kernel needs root or CAP_NET_ADMIN")
+        case Here.CLOSED:
+            return Now(Effect.DROPPED, _CLOSED)
+        case Here.OPEN:
+            error = f" ({host.ruleset_error})" if host.ruleset_error else ""
+            return Now(Effect.PASSES, f"{_OPEN}{error}; {_AGENTS[host.agent]}")
+    if host.stacked and not policy.internal:
+        return _stacked(host)
+    if found is None:
+        return Now(Effect.UNKNOWN, "its segment is no interface of this host now, so nothing of it comes here")
+    if policy.internal:
+        return Now(Effect.PASSES, "the destination is internal: no verdict is needed")
+    if found.limit:
+        return Now(
+            Effect.LIMITED,
+            f"new connections of its subscription pass within the limit ({found.limit}), those beyond are dropped;"
+            f" dropped lately of this source: {found.packets}",
+        )
+    if found.verdict is not None:
+        return _by_cache(host, found, found.verdict)
+    if place is Here.UNWATCHED:
+        return _by_left(host, left or Left(error="the policy table was not asked"))
+    return _by_worker(host, place, policy)
+
+
+def _stacked(host: Host) -> Now:
+    why = "; ".join(host.stacked)
+    if host.fate not in (Fate.OBSERVED, Fate.STOPPED):
+        return Now(Effect.UNKNOWN, why)
+    if host.agent is not Agent.RUNS:
+        # Only an agent writes such a device into the ruleset, to stop it or to let it pass. One from before its
+        # end may be in it.
+        return Now(Effect.UNKNOWN, f"{why}; {_AGENTS[host.agent]}, so whether the ruleset has it is not known")
+    return Now(Effect.PASSES if host.fate is Fate.OBSERVED else Effect.DROPPED, why)
+
+
+def _by_cache(host: Host, found: Cached, verdict: Class) -> Now:
+    why = f"the kernel has cached {COUNTED_SETS[verdict]!r} for {found.expires:.0f} s more"
+    effect = Effect.PASSES if verdict in mark.PASSING else Effect.DROPPED
+    if verdict is Class.REFUSED:
+        if host.workers in (Workers.NONE, Workers.DEAF):
+            return Now(effect, f"{why}, and {_nobody(host)} it with a reset")
+        effect = Effect.REJECTED
+    return Now(effect, why if host.agent is Agent.RUNS else f"{why}; {_AGENTS[host.agent]}")
+
+
+def _by_worker(host: Host, place: Here, policy: Policy) -> Now:
+    if place is Here.NOBODY_ANSWERS:
+        return Now(Effect.DROPPED, f"nothing is cached for it, and {_nobody(host)}")
+    if place is Here.NOBODY_ANSWERS_OPEN:
+        because = "the segment is only observed" if host.observed else 'on_agent_down = "open"'
+        return Now(
+            Effect.PASSES,
+            f"nothing is cached for it, and {_nobody(host)}: it passes because {because} in the ruleset that is "
+            "loaded",
+        )
+    words = f"nothing is cached for it: its next packet asks a worker{_in_part(host)}"
+    if policy.verdict == "allow" and policy.limited:
+        return Now(Effect.LIMITED, f"{words}, and then the limit counts")
+    if policy.verdict == "allow" or policy.observed:
+        return Now(Effect.PASSES, words)
+    return Now(Effect.REJECTED if policy.verdict == "reject" else Effect.DROPPED, words)
+
+
+def _by_left(host: Host, left: Left) -> Now:
+    """By a worker that goes by the policy table as it is, whatever the store says by now."""
+    if left.error:
+        words = f"nothing is cached for it, and what a worker makes of it is not known: {left.error}"
+        return Now(Effect.UNKNOWN, f"{words}; {_AGENTS[host.agent]}")
+    words = (
+        "nothing is cached for it: its next packet asks a worker, which goes by the policy table as it was left, "
+        f"at revision {left.revision} ({_AGENTS[host.agent]}; whether the worker answers is not known, because "
+        f"nobody asks it){_in_part(host)}"
+    )
+    if left.verdict is None:
+        return Now(Effect.DROPPED, f"{words}; that table knows no segment behind its interface")
+    if left.waits:
+        return Now(
+            Effect.DROPPED, f"{words}; it may send within a limit, which only an agent writes to the kernel"
+        )
+    if left.verdict in mark.PASSING:
+        return Now(Effect.PASSES, words)
+    return Now(Effect.REJECTED if left.verdict is Class.REFUSED else Effect.DROPPED, words)
+
+
+def _in_part(host: Host) -> str:
+    if host.workers is not Workers.PART:
+        return ""
+    rest = "is dropped, or passes if nobody has bound its queue" if host.opens else "is dropped"
+    return f". NOT ALL QUEUES ARE ANSWERED: what falls into the others {rest}, see `portward status`"
+
+
+def _nobody(host: Host) -> str:
+    if host.agent in (Agent.RUNS, Agent.SILENT):
+        return f"{_AGENTS[host.agent]}, but no worker answers"
+    return f"{_AGENTS[host.agent]}, so no worker answers"
+
+
+_CLOSED = (
+    "table inet portward_closed is loaded: no packet to the ports that it names is forwarded, whoever sends it "
+    "(see `portward rules show`)"
+)
+_OPEN = "no ruleset of portward is loaded here: NOTHING IS ENFORCED and every source may send"
+_AGENTS = {
+    Agent.RUNS: "an agent runs",
+    Agent.STARTING: "the agent is starting",
+    Agent.SILENT: "the agent runs and does not report",
+    Agent.NONE: "no agent runs here",
+    Agent.ELSEWHERE: "another agent enforces here",
+    Agent.AWAY: "the agent runs in another network namespace",
+    Agent.HIDDEN: "whether an agent runs is not known (only root and the agent's user may see that)",
+}

@@ -1,0 +1,326 @@
+"""`portward explain`: why a source may or may not send, from the same table that the workers read.
+
+Where no agent runs it decides from the store or, if that cannot be read, from the table that an agent left, and
+says so. Where the kernel may be asked (CAP_NET_ADMIN) it also tells whether the verdict is remembered now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec.structs import replace
+
+from portward.base.clock import as_agent
+from portward.base.interfaces import shown
+from portward.config.documents import network_text
+from portward.config.keys import Config, Refusal
+from portward.daemon.runtime import hidden, in_another_network, running
+from portward.daemon.settings import settings
+from portward.dataplane.elements import KernelElements
+from portward.dataplane.learned import Learned, Source
+from portward.dataplane.links import index_of
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.rates import Bucket
+from portward.dataplane.ruleset import COUNTED_SETS, RATED_SETS, RATES, TABLE, Rated
+from portward.errors import PortwardError, StoreError
+from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
+from portward.ops import effect, host, sources
+from portward.ops.effect import Effect, Here, Now, Policy
+from portward.ops.host import Ruleset
+from portward.policy.decide import decide, rule_in_words
+from portward.policy.preset import Preset
+from portward.policy.remedy import reason_in_words, remedy
+from portward.store import open_store
+from portward.store.protocol import find
+from portward.table import layout
+from portward.table.database import DatabaseError
+from portward.table.history import held_history
+from portward.table.reader import Reader
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What is known of a source, where it was read, and when that was last decided as a whole."""
+
+    source: str
+    revision: int
+    attachment: Attachment | None = None
+    subscription: Subscription | None = None
+    exemption: Exemption | None = None
+    decided: datetime | None = None
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """An answer to "why can't I send mail?": what the policy says, in `now` what happens on this host now and why,
+    in `remarks` what the reader must know first. `kernel` is what the kernel has cached for the source, or why
+    that is not known; `decided_from` is `table` or `store`."""
+
+    segment: str
+    address: str
+    destination: str | None
+    verdict: str
+    reason: str
+    reason_in_words: str
+    subscription: str | None
+    name: str | None
+    offer: str | None
+    matched: str | None
+    rule: str
+    revision: int
+    decided_from: str
+    observed: bool
+    kernel: str
+    remedy: str
+    limit: RateLimit | None = None
+    now: Now | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def explain(path: Path, segment: str, address: str, to: str | None) -> Explanation:
+    """Explains the source `address` in `segment`, for packets to `to` or anywhere on the Internet. Raises
+    InputError for what is no address, PortwardError where neither table nor store can be read."""
+    config, preset, remarks = settings(path)
+    source = sources.source(config, path, segment, address)
+    destination = None if to is None else sources.destination(to, source)
+    known = _known(config, preset, segment, source)
+    found = _explanation(config, preset, known, segment, source, destination)
+    place, here = _now(config, found, source)
+    found = replace(found, now=here, remedy=_remedy(found, place, here), remarks=(*remarks, *_behind(config)))
+    if in_another_network(config.table) is not None:
+        return replace(found, kernel="not asked: the agent runs in another network namespace")
+    return found
+
+
+# What passes there by a cached verdict, an answered queue, or a worker that nobody watches may be dropped next.
+_UNSURE: Final = (Here.NOBODY_ANSWERS, Here.PART, Here.UNWATCHED)
+
+
+def _remedy(found: Explanation, place: Here, here: Now) -> str:
+    """What the customer can do, as far as it is the customer's."""
+    if here.effect is Effect.UNKNOWN:
+        if found.verdict != "allow":
+            return found.remedy
+        return "The policy allows it. Whether this gateway lets it pass now is not known, see `now`."
+    if not here.as_policy and here.effect in (Effect.DROPPED, Effect.REJECTED):
+        lets = "the policy allows it" if found.verdict == "allow" else "the policy only observes it"
+        return f"Nothing: {lets}, and it is this gateway that drops it. See `portward status`."
+    if not here.as_policy:
+        return f"{found.remedy} At this moment the packets pass all the same, since this gateway lets them."
+    unsure = place in _UNSURE and not effect.lasts(place, here)
+    if found.verdict == "allow" and unsure and found.reason != Reason.ALLOWED_INTERNAL:
+        return "Nothing: the policy allows it. But this gateway may soon drop it, see `portward status`."
+    return found.remedy
+
+
+def _behind(config: Config) -> Iterator[str]:
+    """What the agent here has not taken in yet."""
+    if running(config.table) is not None and (why := host.behind_store(config)):
+        yield host.not_taken_in(why)
+
+
+def lines(found: Explanation) -> Iterator[str]:
+    """The explanation in a few lines for people."""
+    to = f" to {found.destination}" if found.destination else ""
+    observed = ""
+    if found.observed and found.verdict != "allow":
+        # An observed packet can be dropped all the same, for example if no worker answers.
+        passes = found.now is None or found.now.effect in (Effect.PASSES, Effect.LIMITED)
+        observed = " (observed only: the packet passes)" if passes else " (observed only)"
+    yield f"{shown(found.segment)} {found.address}{to}: {found.verdict.upper()}{observed}"
+    if found.now is not None:
+        as_policy = ", which is NOT what the policy says" if found.now.as_policy is False else ""
+        yield f"  now       {_EFFECTS[found.now.effect]}{as_policy}: {found.now.why}"
+    yield f"  why       {found.reason_in_words} ({found.reason})"
+    if found.subscription:
+        name = f"{found.name}, " if found.name else ""
+        yield f"  whose     {name}subscription {found.subscription}, offer {found.offer}"
+        if found.matched and found.matched != found.address:
+            yield f"  matched   {found.matched}"
+    else:
+        yield "  whose     nobody's: no attachment covers this address in this segment"
+    yield f"  rule      {found.rule}"
+    if found.limit is not None:
+        yield f"  limit     {found.limit}, for all sources of the subscription together"
+    place, mark, more = found.decided_from.partition(";")
+    yield f"  from      the {place}, revision {found.revision}{mark}{more}"
+    yield f"  kernel    {found.kernel}"
+    yield f"  customer  {found.remedy}"
+
+
+_EFFECTS: Final = {
+    Effect.PASSES: "PASSES here",
+    Effect.LIMITED: "PASSES here WITHIN A LIMIT",
+    Effect.DROPPED: "DROPPED here",
+    Effect.REJECTED: "REJECTED here",
+    Effect.UNKNOWN: "NOT KNOWN what happens here",
+}
+
+
+def _known(config: Config, preset: Preset, segment: str, source: Address) -> Known:
+    """What the running agent enforces; else what the store holds; if that cannot be read, what an agent left."""
+    if running(config.table) is not None and (found := _from_table(config, preset, segment, source)) is not None:
+        return found
+    try:
+        return _from_store(config, segment, source)
+    except StoreError as error:
+        with contextlib.suppress(PortwardError, DatabaseError):
+            if (found := _from_table(config, preset, segment, source, Reader.open_left)) is not None:
+                place = found.source.removeprefix("table")
+                return replace(found, source=f"table as an agent left it{place}; {error}")
+        raise
+
+
+def _from_table(
+    config: Config,
+    preset: Preset,
+    segment: str,
+    address: Address,
+    open_table: Callable[[Path], Reader] = Reader.open,
+) -> Known | None:
+    """What the policy table holds; None if that is no policy yet. Raises TableError."""
+    reader = open_table(config.table)
+    try:
+        head, holding = reader.head(), reader.holding(segment, address)
+    finally:
+        reader.close()
+    if head is None:
+        return None
+    place = "table"
+    if head.preset.hex() != preset.digest:
+        place += f" judged by the preset in {config.preset!r} as it is now, which the agent has not taken"
+    if head.held:
+        place += f"; {_held(head)}"
+    if holding is None:
+        return Known(place, head.revision)
+    entry, account = holding.entry, holding.account
+    attachment = Attachment(
+        segment=segment,
+        address=holding.prefix,
+        subscription=account.id,
+        workload=Workload.PAAS if entry.paas else Workload.VM,
+        started=layout.instant(entry.started),
+    )
+    return Known(place, head.revision, attachment, account.subscription, account.exemption, head.decided())
+
+
+def _held(head: layout.Head) -> str:
+    """What the table does not have of the store, and what of later revisions it has all the same."""
+    if held_history(head) is not None:
+        return f"the store has another history (a restored backup?), which is held up to its revision {head.held}"
+    more = f", and denials up to revision {head.ahead} are in force ahead of it" if head.ahead > head.held else ""
+    return f"the store's revision {head.held} is held{more}"
+
+
+def _from_store(config: Config, segment: str, address: Address) -> Known:
+    store = open_store(config.store)
+    try:
+        revision, attachment, subscription, exemption = find(store, segment, address)
+    finally:
+        store.close()
+    if hidden(config.table):
+        why = "whether an agent runs is not known"
+    elif running(config.table) is None:
+        why = "no agent runs on this table"  # perhaps on another one
+    else:
+        why = "the agent has no policy yet"  # it is reading the store
+    return Known(f"store ({why})", revision, attachment, subscription, exemption)
+
+
+def _explanation(
+    config: Config, preset: Preset, known: Known, segment: str, source: Address, destination: Address | None
+) -> Explanation:
+    # The agent holds ends of grants against the later one.
+    now = as_agent(known.decided)
+    decision = decide(
+        preset,
+        subscription=known.subscription,
+        exemption=known.exemption,
+        attachment=known.attachment,
+        now=now,
+        destination=destination,
+    )
+    subscription = known.subscription
+    limit = known.exemption.limit if known.exemption and decision.reason is Reason.ALLOWED_EXEMPT else None
+    reject = config.verdicts.refuse_with is Refusal.REJECT and subscription is not None
+    refusal = "reject" if reject else "deny"
+    return Explanation(
+        segment=segment,
+        address=str(source),
+        destination=None if destination is None else str(destination),
+        verdict="allow" if decision.reason.allows else refusal,
+        reason=decision.reason.value,
+        reason_in_words=reason_in_words(decision.reason),
+        subscription=None if subscription is None else str(subscription.id),
+        name=None if subscription is None else subscription.name,
+        offer=None if subscription is None else subscription.offer,
+        matched=None if known.attachment is None else network_text(known.attachment.address),
+        rule=rule_in_words(
+            preset,
+            decision.reason,
+            subscription=subscription,
+            exemption=known.exemption,
+            attachment=known.attachment,
+        ),
+        revision=known.revision,
+        decided_from=known.source,
+        observed=config.observes(segment) or (subscription is not None and subscription.mode is Mode.OBSERVE),
+        kernel=_kernel(segment, source),
+        remedy=remedy(preset, decision.reason, subscription, limited=limit is not None),
+        limit=limit,
+    )
+
+
+def _now(config: Config, found: Explanation, source: Address) -> tuple[Here, Now]:
+    """What this host does to sources without a cached verdict, and what happens to the source's next packet."""
+    here = host.at_segment(host.look(config, [found.segment]), host.devices(), config, found.segment)
+    try:
+        cached = host.cached(found.segment, source)
+    except (OSError, PortwardError):
+        here, cached = replace(here, ruleset=Ruleset.NOT_PERMITTED), None
+    place = effect.here(here)
+    left = host.left(config, found.segment, source) if place is Here.UNWATCHED else None
+    return place, effect.now(
+        here,
+        cached,
+        Policy(
+            verdict=found.verdict,
+            observed=found.observed,
+            limited=found.limit is not None,
+            internal=found.reason == Reason.ALLOWED_INTERNAL,
+        ),
+        left,
+    )
+
+
+def _kernel(segment: str, source: Address) -> str:
+    """What the kernel does with the source's next packet, in words."""
+    index = index_of(segment)
+    if index is None:
+        return f"there is no interface {shown(segment)} here now"
+    try:
+        netlink = NfNetlink()
+        if not netlink.sets(TABLE):
+            return "has cached nothing: the ruleset that caches is not loaded here"
+        key = Source(index, source.packed)
+        if (limit := netlink.element(TABLE, RATES + key.family, key.key)) is not None:
+            return _within(netlink, key, limit.object)
+        held = Learned(KernelElements(netlink)).held(key)
+    except (OSError, PortwardError):
+        return "not known: asking the kernel needs root or CAP_NET_ADMIN"
+    if held is None:
+        return "has cached nothing for this source"
+    packets = f"{held.packets} packet{'' if held.packets == 1 else 's'}"
+    return f"has cached {COUNTED_SETS[held.verdict]!r} for {held.expires:.0f} s more, {packets} so far"
+
+
+def _within(netlink: NfNetlink, source: Source, name: str) -> str:
+    """What the kernel does with the packets of a source with a limit."""
+    bucket = Bucket.named(name)
+    limit = name if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
+    beyond = netlink.element(TABLE, RATED_SETS[Rated.BEYOND] + source.family, source.key)
+    dropped = 0 if beyond is None else beyond.packets
+    return f"lets its subscription open new connections, {limit}; dropped lately of this source: {dropped}"

@@ -1,0 +1,325 @@
+"""What this host does now: whether an agent runs, what the kernel has loaded and has cached for a source, who
+answers the queues. Facts alone; `effect` says what comes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from portward.base.interfaces import shown
+from portward.config.keys import Config
+from portward.daemon.runtime import age_of, hidden, in_another_network, read_status, running
+from portward.daemon.settings import away, last
+from portward.dataplane import keeper, namespacelock, rtnetlink, stacking
+from portward.dataplane import loaded as opened
+from portward.dataplane.elements import KernelElements
+from portward.dataplane.learned import Learned, Source
+from portward.dataplane.links import Device, index_of
+from portward.dataplane.namespacelock import NamespaceTakenError
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.queues import states
+from portward.dataplane.rates import Bucket
+from portward.dataplane.ruleset import RATED_SETS, RATES, TABLE, Rated
+from portward.dataplane.stacking import Fate
+from portward.errors import KernelError, PortwardError
+from portward.ipc.mark import Class
+from portward.ipc.tally import Outcome
+from portward.model import Address
+from portward.store import open_store
+from portward.table.database import DatabaseError
+from portward.table.history import same_history
+from portward.table.reader import Reader
+from portward.worker.judge import judge
+
+# The agent writes its status each second: an older one says that it hangs.
+_STALE_S: Final = 5.0
+# A worker is asked every two seconds and has two to answer. For so long after it has bound its queue it may not
+# have been asked yet.
+_UNASKED_S: Final = 5.0
+
+
+class Agent(StrEnum):
+    """Whether an agent works on this table. ELSEWHERE: one with another table folder enforces in this network
+    namespace. AWAY: it runs in another one. SILENT: one runs, and has not reported for some seconds."""
+
+    RUNS = "runs"
+    STARTING = "starting"
+    SILENT = "silent"
+    NONE = "none"
+    ELSEWHERE = "elsewhere"
+    AWAY = "away"
+    HIDDEN = "hidden"
+
+
+class Ruleset(StrEnum):
+    """What of portward the kernel has loaded. CLOSED: the table that forwards nothing to the judged ports."""
+
+    LOADED = "loaded"
+    CLOSED = "closed"
+    NONE = "none"
+    NOT_PERMITTED = "not-permitted"
+
+
+class Workers(StrEnum):
+    """Who answers the queues: every one is answered, some are, none is. DEAF: none is answered, although processes
+    have bound them, so what waits there is dropped."""
+
+    ANSWER = "answer"
+    PART = "part"
+    DEAF = "deaf"
+    NONE = "none"
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """This host now. `opens`: in the ruleset that is loaded, sources of all segments in question pass while nobody
+    answers, `observed` because these are only observed. `elsewhere` is who enforces here instead; `ruleset_error`
+    is why the kernel has no ruleset, as the agent says; `stacked` is what takes the packets of the segment in
+    question before they are judged, and `fate` what becomes of them. `unclear`: whether a segment in
+    question is judged is not known, and `elsewhere` says why."""
+
+    agent: Agent = Agent.RUNS
+    ruleset: Ruleset = Ruleset.LOADED
+    workers: Workers = Workers.ANSWER
+    opens: bool = False
+    observed: bool = False
+    ruleset_error: str = ""
+    elsewhere: str = ""
+    stacked: tuple[str, ...] = ()
+    fate: Fate = Fate.FREE
+    unclear: bool = False
+
+
+class Cached(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel has cached for a source: a verdict for `expires` seconds more, or the rate limit of its
+    subscription; `packets` so far (with a limit: those dropped beyond it lately)."""
+
+    verdict: Class | None = None
+    expires: float = 0.0
+    packets: int = 0
+    limit: str = ""
+
+
+class Left(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker without a running agent finds for a source in the policy table, which stands at `revision`: a
+    verdict, None if the table knows no segment behind its interface. `waits`: the source may send within a limit,
+    which only an agent writes to the kernel. `error` is why the table does not say."""
+
+    verdict: Class | None = None
+    waits: bool = False
+    revision: int = 0
+    error: str = ""
+
+
+def look(config: Config, segments: Iterable[str]) -> Host:
+    """This host now for these segments; `config` is what counts (`settings`)."""
+    if (process := in_another_network(config.table)) is not None:
+        # What this namespace has loaded and cached says nothing of the agent's gateway.
+        return Host(agent=Agent.AWAY, workers=Workers.NONE, elsewhere=away(process))
+    agent, status = _agent(config)
+    loaded, elsewhere = _ruleset(config)
+    if elsewhere and agent is not Agent.HIDDEN:
+        agent = Agent.ELSEWHERE
+    segments = list(segments)
+    opens, observed = _opens(segments) if loaded is Ruleset.LOADED else (False, False)
+    broken = str(status.get("ruleset_error", ""))
+    if loaded is Ruleset.LOADED and not elsewhere and (other := _not_in_force(broken) or _not_judged(segments)):
+        return Host(agent=agent, elsewhere=other, unclear=True)
+    return Host(
+        agent=agent,
+        ruleset=loaded,
+        workers=_workers(config, agent, status),
+        opens=opens,
+        observed=observed,
+        ruleset_error=broken,
+        elsewhere=elsewhere,
+    )
+
+
+def cached(segment: str, address: Address) -> Cached | None:
+    """What the kernel has cached for a source; None if the segment is no interface here now. Raises PortwardError
+    or OSError if the kernel may not be asked."""
+    index = index_of(segment)
+    if index is None:
+        return None
+    source = Source(index, address.packed)
+    with closing(NfNetlink()) as netlink:
+        if not netlink.sets(TABLE):
+            return Cached()
+        limit = netlink.element(TABLE, RATES + source.family, source.key)
+        if limit is not None:
+            bucket = Bucket.named(limit.object)
+            words = limit.object if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
+            beyond = netlink.element(TABLE, RATED_SETS[Rated.BEYOND] + source.family, source.key)
+            return Cached(limit=words, packets=0 if beyond is None else beyond.packets)
+        held = Learned(KernelElements(netlink)).held(source)
+    if held is None or not isinstance(held.verdict, Class):
+        return Cached()
+    return Cached(verdict=held.verdict, expires=held.expires, packets=held.packets)
+
+
+def left(config: Config, segment: str, address: Address) -> Left:
+    """What the workers find for a source in the policy table, the way they look it up."""
+    index = index_of(segment)
+    try:
+        with closing(Reader.open_left(config.table)) as reader, reader.view():
+            head = reader.head()
+            if head is None:
+                return Left(error="the policy table holds no policy")
+            finding = None if index is None else reader.lookup(index, address.packed)
+    except (PortwardError, DatabaseError) as error:
+        return Left(error=str(error))
+    if finding is None:
+        return Left(revision=head.revision)
+    verdict, outcome = judge(finding)
+    return Left(verdict=verdict, waits=outcome is Outcome.DEFERRED, revision=head.revision)
+
+
+def behind_store(config: Config) -> str:
+    """What the store holds that the running agent's table has not taken in, in words; empty if it is in step, or
+    if that cannot be found out."""
+    try:
+        with closing(Reader.open(config.table)) as reader, closing(open_store(config.store)) as store:
+            head = reader.head()
+            newest = store.revision()
+            if head is None or (head.revision == newest and same_history(head, store)):
+                return ""
+            if head.revision >= newest or not same_history(head, store):
+                return f"the store has another history, at revision {newest} (a restored backup?)"
+    except PortwardError:
+        return ""
+    return f"the store is at revision {newest}"
+
+
+def not_taken_in(what: str) -> str:
+    """The remark on what `behind_store` says."""
+    return f"{what}, which this gateway has not taken in: see `portward status`"
+
+
+def in_words(taken: NamespaceTakenError) -> str:
+    """Who has this network namespace instead of an agent on the table that was asked about, and what to do."""
+    if taken.process is None:
+        return str(taken)
+    return (
+        f"{taken}, with another table folder: name its configuration with --config; if that is this one, its "
+        "table folder was moved or removed, and `systemctl restart portward` makes it anew"
+    )
+
+
+def nothing_loaded(folder: Path) -> KernelError:
+    """What is to be said if no ruleset is loaded here; `folder` is the policy table's."""
+    if (process := in_another_network(folder)) is not None:
+        return KernelError(f"no ruleset of portward is loaded in this network namespace: {away(process)}")
+    process = running(folder)
+    if process is None:
+        return KernelError(f"{keeper.NOT_LOADED} (start the agent: `systemctl start portward`)")
+    return KernelError(f"{keeper.NOT_LOADED}, although an agent runs (process {process}): see `portward status`")
+
+
+def devices() -> tuple[Device, ...]:
+    """The network devices of this host; none if the kernel does not say."""
+    try:
+        return tuple(rtnetlink.devices())
+    except OSError:
+        return ()
+
+
+def at_segment(seen: Host, found: Iterable[Device], config: Config, segment: str) -> Host:
+    """The host as the packets of this segment meet it; `found` are its devices."""
+    found = list(found)
+    if stacking.is_bare(found, segment):
+        return seen
+    return replace(
+        seen,
+        stacked=tuple(stacking.concerning(found, config, {segment})),
+        fate=stacking.fate(found, config, segment),
+    )
+
+
+def _agent(config: Config) -> tuple[Agent, dict[str, Any]]:
+    if hidden(config.table):
+        return Agent.HIDDEN, {}
+    if running(config.table) is None:
+        return Agent.NONE, {}
+    status = read_status(config.table)
+    if status is None:
+        return Agent.STARTING, {}
+    return (Agent.SILENT if age_of(status) > _STALE_S else Agent.RUNS), status
+
+
+def _ruleset(config: Config) -> tuple[Ruleset, str]:
+    """What is loaded; and who enforces here instead of an agent on this table, empty if nobody does."""
+    try:
+        with closing(NfNetlink()) as netlink:
+            taken = None if running(config.table) is not None else namespacelock.holder(netlink)
+            elsewhere = "" if taken is None else in_words(taken)
+            if keeper.closed(netlink):
+                return Ruleset.CLOSED, elsewhere
+            return (Ruleset.LOADED if keeper.loaded(netlink) else Ruleset.NONE), elsewhere
+    except (KernelError, OSError):
+        return Ruleset.NOT_PERMITTED, ""
+
+
+def _opens(segments: list[str]) -> tuple[bool, bool]:
+    """Whether all these segments are open while nobody answers, and whether that is because they are observed. The
+    kernel says so: a configuration that was edited since counts from the next start on."""
+    try:
+        with closing(NfNetlink()) as netlink:
+            opens = all(opened.holds(netlink, opened.OPEN, segment) for segment in segments)
+            return opens, opens and all(opened.holds(netlink, opened.OBSERVED, segment) for segment in segments)
+    except (KernelError, OSError):  # another process has taken the ruleset out meanwhile
+        return False, False
+
+
+def _not_in_force(error: str) -> str:
+    """Why it is not known what the loaded ruleset does; empty if the agent has no error with it."""
+    if not error:
+        return ""
+    return f"the agent says that its ruleset is not in force, so what is loaded may let anything pass: {error}"
+
+
+def _not_judged(segments: list[str]) -> str:
+    """Why it is not known whether the ruleset judges these segments; empty if it does, or if none is loaded."""
+    try:
+        with closing(NfNetlink()) as netlink:
+            if not opened.has_rules(netlink):
+                return "another program has taken rules out of the loaded ruleset: it may let anything pass"
+            for segment in segments:
+                index = index_of(segment)
+                if index is not None and opened.passed_by(netlink, index):
+                    return (
+                        f"the ruleset that is loaded has {shown(segment)} among the interfaces that are no "
+                        "segments, of which every packet passes: has `segments` changed since, or its name?"
+                    )
+    except (KernelError, OSError):
+        pass
+    return ""
+
+
+def _workers(config: Config, agent: Agent, status: dict[str, Any]) -> Workers:
+    """Who answers. A running agent asks its workers again and again and says so; without one it shows only whether
+    a process has bound the queue."""
+    queue = last(config).queue  # workers that an agent left have the queues of its configuration
+    queues = range(queue.first, queue.first + queue.workers)
+    bound = {state.number for state in states()} & set(queues)
+    answering = len(bound)
+    if agent is Agent.RUNS:
+        answering = sum(map(_answers, status["workers"]))
+    if answering == len(queues):
+        return Workers.ANSWER
+    if answering:
+        return Workers.PART
+    return Workers.DEAF if bound else Workers.NONE
+
+
+def _answers(worker: dict[str, Any]) -> bool:
+    """Whether a worker answers, as the status says. An older version says only that its process is there."""
+    if "state" not in worker:
+        return bool(worker["running"])
+    unasked = worker["state"] == "unanswered" and worker["seconds"] < _UNASKED_S
+    return bool(worker["state"] == "answers" or unasked)

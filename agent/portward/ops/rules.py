@@ -1,0 +1,239 @@
+"""The verbs of `portward rules`: what is loaded, what would be, what a gateway boots with, and the one way to stop
+enforcing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from portward.base.interfaces import shown
+from portward.config import keys as configuration
+from portward.config.keys import Config, OnAgentDown
+from portward.config.paths import from_file, is_path
+from portward.daemon import settings
+from portward.dataplane import keeper, namespacelock, others, ruleset, xtables
+from portward.dataplane import loaded as opened
+from portward.dataplane.around import found
+from portward.dataplane.namespacelock import NamespaceLock, NamespaceTakenError
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.dataplane.queues import states
+from portward.dataplane.ruleset import uncovered
+from portward.errors import InputError, KernelError, PortwardError
+from portward.model import Mode
+from portward.ops import host
+from portward.policy import preset as presets
+from portward.policy.preset import Preset
+
+_ALREADY: Final = "portward's ruleset is loaded already: nothing is changed"
+
+# The line of the configuration that names the preset.
+_PRESET: Final = re.compile(r"(?m)^preset\s*=\s*[\"']([^\"'\n]*)[\"']")
+_LEAST_PORTS: Final = (25,)
+# The number of standard error for what is not Python.
+_STDERR: Final = 2
+
+
+def loaded(path: Path) -> str:
+    """The ruleset as nft prints it; raises KernelError where there is none, or the kernel may not be asked. `path`
+    is the configuration, of which nothing counts but the table folder."""
+    netlink = NfNetlink()
+    tables = [ruleset.FAMILY_TABLE] if keeper.loaded(netlink) else []
+    tables += [f"inet {keeper.CLOSED}"] if keeper.closed(netlink) else []
+    if not tables:
+        raise host.nothing_loaded(settings.folder(path))
+    nft = Nft()
+    with _without_libxtables():
+        return "".join(map(nft.listing, tables))
+
+
+def without_agent(config: Config) -> str:
+    """What becomes of packets here while no agent runs on the table of `config`, and what to do, in words."""
+    try:
+        netlink = NfNetlink()
+        if (taken := namespacelock.holder(netlink)) is not None:
+            return host.in_words(taken)
+        found = _without_agent(settings.last(config), netlink)
+    except (KernelError, OSError) as error:
+        found = f"what the kernel enforces is not known: {error}"
+    return f"{found} (start it: `systemctl start portward`)"
+
+
+def _without_agent(config: Config, netlink: NfNetlink) -> str:
+    """What becomes of packets by what is loaded; `config` is what the last agent ran with, if that is known."""
+    if keeper.closed(netlink):
+        return (
+            f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} is loaded "
+            "(`portward rules show` names all its ports)"
+        )
+    if not keeper.loaded(netlink):
+        return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"
+    if not opened.has_rules(netlink):
+        return "another program has taken rules out of the loaded ruleset, so PORT 25 MAY BE OPEN"
+    queues = range(config.queue.first, config.queue.first + config.queue.workers)
+    bound = {state.number for state in states()} & set(queues)
+    opens = opened.patterns(netlink, opened.OPEN)
+    if not opens:
+        become = "are dropped, allowed or not"
+    elif set(opens) == set(uncovered(config.segments)):
+        become = "pass, allowed or not"
+    else:
+        become = f"pass in {', '.join(map(shown, opens))} and are dropped elsewhere, allowed or not"
+    cached = f"cached verdicts end within {max(config.verdicts.allow_seconds, config.verdicts.deny_seconds)} s"
+    if not bound:
+        return f"sources without a cached verdict {become}; {cached}"
+    left = f"{len(bound)} of {len(queues)} workers that it left have their queue still"
+    rest = "" if len(bound) == len(queues) else "; what falls into the other queues is not judged"
+    return (
+        f"{left}, and go by the policy table as it was left{rest}; once they end, sources without a cached "
+        f"verdict {become}"
+    )
+
+
+def wanted(path: Path) -> str:
+    """The ruleset that `portward run` would load here with the configuration at `path`."""
+    config = configuration.load(path)
+    preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
+    netlink = NfNetlink()
+    native = xtables.has_native_queue(Nft(netlink.generation, netlink.transact))
+    surroundings = found(config)._replace(guard=others.seen(netlink).guard)
+    return ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings).whole
+
+
+def baseline(path: Path) -> str:
+    """Sees to it that the judged ports are closed before there is an agent, and says what it did. It needs neither
+    store nor policy table.
+
+    If portward's ruleset is loaded nothing is changed: an agent has put it there, and may run. What it says then
+    names the segments that this ruleset leaves open against the configuration at `path`. Else the ruleset of
+    the configuration at `path` is loaded, without a worker behind its queue; if that cannot be had, no packet to
+    the ports of its preset is forwarded any more (if these cannot be read either: to port 25), and PortwardError
+    says why. A crash between any two steps leaves what was there before, or a closed port. Raises
+    NamespaceTakenError, and changes nothing, if another process has the namespace and its ruleset is not there
+    yet."""
+    netlink = NfNetlink()
+    if keeper.loaded(netlink):
+        return _already(path, netlink)
+    try:
+        with NamespaceLock():
+            return _begin(path, netlink)
+    except NamespaceTakenError as error:
+        if keeper.loaded(netlink):  # an agent was starting, and is done by now
+            return _already(path, netlink)
+        raise PortwardError(f"nothing is changed, and no ruleset is loaded yet: {error}") from error
+
+
+def _begin(path: Path, netlink: NfNetlink) -> str:
+    """`baseline`, with the lock of the namespace held."""
+    if keeper.loaded(netlink):  # an agent was quicker, and has ended
+        return _already(path, netlink)
+    nft = Nft(netlink.generation, netlink.transact)
+    try:
+        config = configuration.load(path)
+        preset = presets.load(config.preset, named_in=path)
+        state = ruleset.State(0, synced=False)
+        # With the guard: nobody watches here whether others translate packets.
+        surroundings = found(config)._replace(guard=True)
+        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state, surroundings=surroundings))
+    except PortwardError as error:
+        ports = _ports(path)
+        keeper.close(nft, ports)
+        closed = f"{'port' if len(ports) == 1 else 'ports'} {', '.join(map(str, ports))}"
+        raise PortwardError(f"no packet to {closed} is forwarded until this is mended: {error}") from error
+    keeper.lift(nft, netlink)
+    return _told(config, preset)
+
+
+def _already(path: Path, netlink: NfNetlink) -> str:
+    """That nothing is changed, and what the ruleset that is loaded does not do as the configuration wants it."""
+    try:
+        config = configuration.load(path)
+        found = opened.patterns(netlink, opened.OPEN)
+    except (InputError, OSError):  # nothing that this ruleset needs: an agent, or a boot, has read it before
+        return _ALREADY
+    wanted = uncovered(ruleset.opened(config))
+    if set(found) == set(wanted):
+        return _ALREADY
+    return (
+        f"{_ALREADY}. It is not what {path} wants: it leaves open {_named(found)} while no agent runs, the file "
+        f"{_named(wanted)}. An agent loads that when it starts or reloads"
+    )
+
+
+def _named(patterns: Sequence[str]) -> str:
+    return ", ".join(map(shown, patterns)) or "no segment"
+
+
+def _ports(path: Path) -> tuple[int, ...]:
+    """The ports of the preset that the configuration at `path` names, also if nothing else of it can be read; port
+    25 if the preset cannot be read."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, InputError):
+        if named := _PRESET.findall(path.read_text("utf-8")):
+            name = named[-1]
+            return presets.load(from_file(name, path) if is_path(name) else name).ports
+    return _LEAST_PORTS
+
+
+def _told(config: Config, preset: Preset) -> str:
+    """What a ruleset without an agent does."""
+    segments, ports = ", ".join(config.segments), ", ".join(map(str, preset.ports))
+    if config.mode is Mode.OBSERVE:
+        return f'nothing is closed: mode = "observe", segments {segments}'
+    if config.on_agent_down is OnAgentDown.OPEN:
+        return f'nothing is closed: on_agent_down = "open", segments {segments}'
+    seen = f"; only observed: {', '.join(config.verdicts.observe)}" if config.verdicts.observe else ""
+    return f"closed until portward runs: ports {ports} for {segments}{seen}"
+
+
+def check_removable() -> None:
+    """Raises PortwardError where `remove` would: if no ruleset is loaded, and if an agent runs in this network
+    namespace, whatever its configuration, which would put it back within a second. Changes nothing."""
+    netlink = NfNetlink()
+    _require_loaded(netlink)
+    if (taken := namespacelock.lasting_holder(netlink)) is not None:
+        raise _taken(taken)
+
+
+def remove() -> str:
+    """Takes the ruleset out and says so; raises PortwardError as `check_removable` does."""
+    netlink = NfNetlink()
+    _require_loaded(netlink)
+    try:
+        with NamespaceLock():
+            keeper.remove(Nft(netlink.generation, netlink.transact), netlink)
+    except NamespaceTakenError as error:
+        raise _taken(error) from error
+    return "portward's ruleset is removed: port 25 is open for every source behind this gateway"
+
+
+def _require_loaded(netlink: NfNetlink) -> None:
+    if not (keeper.loaded(netlink) or keeper.closed(netlink)):
+        raise PortwardError("no ruleset of portward is loaded here: nothing was enforced")
+
+
+def _taken(error: NamespaceTakenError) -> PortwardError:
+    """Why the ruleset cannot be removed, if another process has the lock of the namespace."""
+    if error.process is None:
+        return error
+    return PortwardError(
+        f"the agent runs (process {error.process} by its own count) and would put the ruleset back: stop it first"
+    )
+
+
+@contextlib.contextmanager
+def _without_libxtables() -> Iterator[None]:
+    """Keeps what C libraries write to standard error themselves off the terminal, in a process of one thread:
+    libxtables does not know the family inet, and says so for each rule of its target, which is listed all the
+    same. What nft itself has to say comes as an error."""
+    kept = os.dup(_STDERR)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), _STDERR)
+        yield
+    finally:
+        os.dup2(kept, _STDERR)
+        os.close(kept)

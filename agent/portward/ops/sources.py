@@ -1,0 +1,49 @@
+"""A source as an operator names it to `explain` and `diagnose`: a segment, and an address in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from portward.base.addresses import asked, is_address
+from portward.base.interfaces import is_name
+from portward.config.documents import brief
+from portward.config.keys import Config
+from portward.dataplane.links import index_of
+from portward.errors import InputError
+from portward.model import Address
+
+_SEGMENT: Final = "SEGMENT"
+
+
+def source(config: Config, path: Path, segment: str, address: str) -> Address:
+    """The source address; raises InputError for what is no address, and for a segment that is none of those of the
+    configuration at `path`, or that no interface can have as its name."""
+    if is_address(segment) and config.segment(address):
+        raise InputError(f"{brief(segment)} is an address: the segment comes before it", field=_SEGMENT)
+    found = asked(address, "ADDRESS")
+    if not config.segment(segment):
+        raise InputError(
+            f"{brief(segment)} is none of the segments of {path}: {', '.join(config.segments)}", field=_SEGMENT
+        )
+    # An interface can have such a name, and then its sources may be asked about.
+    if "*" in segment and index_of(segment) is None:
+        raise InputError(f"{brief(segment)} is a pattern: name one segment, such as vni1002", field=_SEGMENT)
+    if not is_name(segment):
+        raise InputError(
+            f"{brief(segment)} is no interface name: up to 15 bytes without space, '/', ':' or '%'", field=_SEGMENT
+        )
+    return found
+
+
+def destination(text: str, of: Address) -> Address:
+    """The destination of packets of a source. Raises InputError for what is no address, and for one of the other
+    family, which no packet can have."""
+    found = asked(text, "--to")
+    if found.version != of.version:
+        raise InputError(
+            f"{found} is an IPv{found.version} address, and the source {of} is an IPv{of.version} address: no "
+            f"packet has both, an IPv{of.version} address would be right",
+            field="--to",
+        )
+    return found

@@ -1,0 +1,95 @@
+"""What in a record of the right types no gateway can hold: the one check that every record passes, whether an
+operator wrote it, a verb made it, or another tool put it into the store.
+
+It takes all that the policy table and the kernel can hold. What an inventory must not say beyond that (an offer
+without an id, say) is `store.inventory`'s to know: a store may have such records, and they are judged as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Final
+
+from portward.base import limits
+from portward.base.interfaces import is_segment_name
+from portward.config.documents import brief
+from portward.model import Attachment, Details, Exemption, RateLimit, Record, Subscription
+
+# Field → how many characters it may have.
+_SUBSCRIPTION_TEXTS: Final = {"offer": limits.LONGEST_NAME, "name": limits.LONGEST_NAME}
+_EXEMPTION_TEXTS: Final = {
+    "by": limits.LONGEST_NAME,
+    "justification": limits.LONGEST_TEXT,
+    "reason": limits.LONGEST_TEXT,
+    "fraud_note": limits.LONGEST_TEXT,
+}
+_DETAILS_TEXTS: Final = {"mail_software": limits.LONGEST_NAME, "reverse_dns": limits.LONGEST_NAME}
+
+INSTANTS: Final[dict[type[Record], tuple[str, ...]]] = {
+    Subscription: (),
+    Attachment: ("started",),
+    Exemption: ("requested", "decided", "until"),
+}
+
+
+def flaws(record: Record) -> Iterator[tuple[str, str]]:
+    """What is wrong with a record: (field, what would be right). Nothing, if every gateway can hold it."""
+    for name in INSTANTS[type(record)]:
+        at = getattr(record, name)
+        if at is not None and (problem := limits.time_problem(at)) is not None:
+            yield name, problem
+    match record:
+        case Subscription():
+            yield from _texts(record, _SUBSCRIPTION_TEXTS)
+        case Attachment():
+            yield from _attachment_flaws(record)
+        case Exemption():
+            yield from _texts(record, _EXEMPTION_TEXTS)
+            if record.details is not None:
+                yield from _details_flaws(record.details)
+            if record.limit is not None:
+                yield from _limit_flaws(record.limit)
+
+
+def is_interface(name: str) -> bool:
+    """Whether an attachment can be in a segment of that name."""
+    return is_segment_name(name)
+
+
+# A gateway's segments: each is in many attachments.
+_is_interface: Final = lru_cache(maxsize=65_536)(is_interface)
+
+
+def _attachment_flaws(record: Attachment) -> Iterator[tuple[str, str]]:
+    if not _is_interface(record.segment):
+        problem = (
+            f"{brief(record.segment)} is no interface name: 1 to 15 printable bytes, no space, "
+            "'/', ':', '%' or '*'"
+        )
+        yield "segment", problem
+    if getattr(record.address.network_address, "scope_id", None):
+        yield "address", "an address needs no zone: the segment says which one"
+
+
+def _details_flaws(details: Details) -> Iterator[tuple[str, str]]:
+    for name, problem in _texts(details, _DETAILS_TEXTS):
+        yield f"details.{name}", problem
+    if details.volume is not None and (wrong := limits.number_problem(details.volume, limits.MOST_MESSAGES)):
+        yield "details.volume", wrong
+    # Each of them once is all that can be said.
+    if len(details.authentication) > limits.LONGEST_NAME:
+        yield "details.authentication", f"{len(details.authentication)} entries are too many"
+
+
+def _limit_flaws(limit: RateLimit) -> Iterator[tuple[str, str]]:
+    bounds = {"per_minute": limits.MOST_PER_MINUTE, "burst": limits.MOST_AT_ONCE}
+    for name, most in bounds.items():
+        if (problem := limits.number_problem(getattr(limit, name), most)) is not None:
+            yield f"limit.{name}", problem
+
+
+def _texts(record: Subscription | Exemption | Details, longest: dict[str, int]) -> Iterator[tuple[str, str]]:
+    for name, most in longest.items():
+        if (problem := limits.text_problem(getattr(record, name), most)) is not None:
+            yield name, problem

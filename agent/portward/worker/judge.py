@@ -1,0 +1,187 @@
+"""A packet → its verdict: `parse` → `Reader.lookup` → `judge` → the mark.
+
+Every path gives a verdict: a packet without one would hold its slot in the queue for ever. What cannot be
+judged is dropped and not remembered.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from portward.base.codes import REASON_NUMBER
+from portward.ipc import mark
+from portward.ipc.tally import Event, Outcome, Tally
+from portward.model import Reason
+from portward.table.layout import Head
+from portward.table.reader import Finding
+from portward.worker.messages import PREROUTING
+from portward.worker.packet import parse
+from portward.worker.reset import Budget, Resetter
+
+_log = logging.getLogger("portward.worker")
+
+
+class Queued(Protocol):
+    """A packet that waits for its verdict, as NetfilterQueue hands one over. A mark after the verdict is lost."""
+
+    @property
+    def indev(self) -> int:
+        """Index of the interface that it came from; 0: from none."""
+
+    @property
+    def hook(self) -> int:
+        """Where it was queued: messages.PREROUTING, or messages.FORWARD by the guard."""
+
+    def get_mark(self) -> int:
+        """The whole mark."""
+
+    def get_payload(self) -> bytes:
+        """The packet from its IP header on, as far as it was copied."""
+
+    def get_hw(self) -> bytes | None:
+        """The link address that it came from, in the first 6 bytes; None where the link has none."""
+
+    def set_mark(self, mark: int) -> None:
+        """The mark that goes out with the verdict."""
+
+    def accept(self) -> None:
+        """On its way, to the next chain."""
+
+    def drop(self) -> None:
+        """Gone."""
+
+
+def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
+    """What the kernel is told for a finding, and how it is counted. What is DEFERRED is dropped, and not cached:
+    the daemon has to write the limit first."""
+    if finding.reason.allows:
+        if finding.limited and not finding.observed:
+            return mark.Class.ALLOW, Outcome.DEFERRED
+        return mark.Class.ALLOW, Outcome.PASSED
+    if finding.observed:
+        return mark.Class.OBSERVED, Outcome.OBSERVED
+    if finding.reason is Reason.DENIED_UNKNOWN_SOURCE:
+        return mark.Class.UNKNOWN, Outcome.DROPPED
+    if finding.reject:
+        return mark.Class.REFUSED, Outcome.RESET
+    return mark.Class.DENY, Outcome.DROPPED
+
+
+class Judge:
+    """Gives verdicts on packets; `lookup` and `head` are a `Reader`'s, `ask` is told of sources (interface index,
+    address) whose limit or verdict the kernel does not know and cannot learn from a mark."""
+
+    def __init__(
+        self,
+        lookup: Callable[[int, bytes], Finding | None],
+        head: Callable[[], Head | None],
+        tally: Tally,
+        resetter: Resetter,
+        ask: Callable[[int, bytes], None],
+    ) -> None:
+        self._lookup, self._head, self._tally, self._resetter = lookup, head, tally, resetter
+        self._ask = ask
+        # The kernel has a budget only for what it has cached.
+        self.firsts = Budget()
+        self._failed = False
+
+    def handle(self, packet: Queued) -> None:
+        """Gives one verdict on a packet; never raises."""
+        try:
+            self._judge(packet)
+        except Exception:
+            self._tally.event(Event.ERROR)
+            packet.drop()
+            if not self._failed:  # once: a broken table would fill the log at the speed of the network
+                self._failed = True
+                _log.exception("a packet could not be judged and was dropped; such packets are counted")
+
+    def _judge(self, packet: Queued) -> None:
+        if packet.hook != PREROUTING:
+            self._judge_forwarded(packet)
+            return
+        own = packet.get_mark() & mark.OWN
+        if own == mark.PROBE:
+            self._answer(packet)
+            return
+        payload = packet.get_payload()
+        segment = parse(payload)
+        if segment is None:
+            self._refuse(packet, own, Event.MALFORMED)
+            return
+        finding = self._lookup(packet.indev, segment.source)
+        if finding is None:
+            self._refuse(packet, own, Event.NO_SEGMENT)
+            return
+        if finding.damaged:
+            self._tally.event(Event.DAMAGED)
+        verdict, outcome = judge(finding)
+        if own == mark.AGAIN and outcome is not Outcome.RESET:
+            # The policy has changed since the kernel counted the packet as rejected, and is about to forget the
+            # source. To let the packet pass would count it again; the sender tries once more.
+            packet.drop()
+            return
+        if outcome is Outcome.RESET and own != mark.AGAIN and not self.firsts.take(packet.indev):
+            outcome = Outcome.DROPPED  # cached as rejected all the same: its next packet is answered
+        if outcome is Outcome.RESET and not self._resetter.answer(
+            payload, segment.tcp, packet.indev, _link_address(packet)
+        ):
+            self._tally.event(Event.RESET_FAILED)
+        self._tally.verdict(REASON_NUMBER[finding.reason], outcome, attempt=segment.attempt)
+        if own == mark.AGAIN:  # cached and counted already: `learn` has nothing to do
+            packet.drop()
+            return
+        if outcome is Outcome.DEFERRED:
+            self._ask(packet.indev, segment.source)
+            verdict = mark.Class.MISS  # `learn` counts the packet for its source, and drops it
+        packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(finding.generation)))
+        packet.accept()
+
+    def _refuse(self, packet: Queued, own: int, event: Event) -> None:
+        """Gives up on a packet that has no verdict. `learn` drops what comes with the mark of a miss and counts it
+        for its segment; a packet with AGAIN is counted already."""
+        self._tally.event(event)
+        if own == mark.AGAIN:
+            packet.drop()
+            return
+        packet.set_mark((packet.get_mark() & mark.KEEP) | mark.MISS)
+        packet.accept()
+
+    def _judge_forwarded(self, packet: Queued) -> None:
+        """Accepts or drops a packet that others may have translated. Its mark belongs to others and stays, so the
+        kernel learns nothing from it: the daemon is asked to write the verdict. No reset is sent: it would come
+        from an address to which the sender never wrote."""
+        segment = parse(packet.get_payload())
+        finding = None if segment is None else self._lookup(packet.indev, segment.source)
+        if segment is None or finding is None:
+            self._tally.event(Event.MALFORMED if segment is None else Event.NO_SEGMENT)
+            packet.drop()
+            return
+        if finding.damaged:
+            self._tally.event(Event.DAMAGED)
+        verdict, outcome = judge(finding)
+        outcome = Outcome.DROPPED if outcome is Outcome.RESET else outcome
+        self._tally.verdict(REASON_NUMBER[finding.reason], outcome, attempt=segment.attempt)
+        self._ask(packet.indev, segment.source)
+        if verdict in mark.PASSING and outcome is not Outcome.DEFERRED:
+            packet.accept()
+        else:
+            packet.drop()
+
+    def _answer(self, packet: Queued) -> None:
+        """Answers the self-check: with the epoch of the policy that this process sees."""
+        head = self._head()
+        self._tally.event(Event.PROBED)
+        if head is None:
+            packet.drop()
+            return
+        packet.set_mark(mark.stamp(packet.get_mark(), mark.Class.MISS, mark.epoch_of(head.generation)))
+        packet.accept()
+
+
+def _link_address(packet: Queued) -> bytes | None:
+    address = packet.get_hw()
+    # The kernel gives 8 bytes, of which an Ethernet address takes 6.
+    return None if address is None else address[:6]

@@ -1,0 +1,126 @@
+"""One queue → one verdict for each of its packets. Runs as a process of its own:
+
+    python -m portward.worker.process --queue 0 --table DIR --tally FD --lifeline FD [--length N] [--reader batch]
+        [--stay SECONDS]
+
+It shares nothing with the daemon but the policy table and a block of counters. It opens the table when a byte on
+the lifeline says that the policy is there, writes `ready` to its stdout when its queue is bound and from then on a
+line for each packet of a source whose limit the kernel does not know. It ends when the daemon does, or so many
+seconds later, or when the next daemon's worker takes its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from portward.config.keys import QueueReader
+from portward.errors import PortwardError
+from portward.ipc.tally import Tally
+from portward.table.reader import Reader
+from portward.worker import batch
+from portward.worker.batch import BatchJudge
+from portward.worker.handover import Stay, claim
+from portward.worker.judge import Judge
+from portward.worker.reset import Resetter
+
+READY: Final = "ready"
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+
+
+def main() -> int:
+    """The worker process; prints one line on stderr and gives 1 where it cannot begin."""
+    arguments = _arguments()
+    messages = _keep_stdout()
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
+    if not arguments.stay:
+        _die_with_parent()
+    # The daemon decides when a worker ends; a Ctrl-C reaches the whole process group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if not os.read(arguments.lifeline, 1):  # the daemon has ended before there was a policy
+        return 0
+    try:
+        reader = Reader.open(arguments.table)
+        tally = Tally(arguments.tally)
+        judge = Judge(reader.lookup, reader.head, tally, Resetter(), partial(_ask, messages))
+        ready = partial(_ready, messages)
+        claimed = claim(arguments.table, arguments.queue)
+        if arguments.reader is QueueReader.BATCH:
+            batches = BatchJudge(arguments.queue, reader, judge, tally)
+            stay = Stay(arguments.stay, claimed)
+            batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, ready, stay)
+        else:
+            from portward.worker import single  # noqa: PLC0415 # its library is loaded only where it is wanted
+
+            single.serve(arguments.queue, arguments.length, judge.handle, arguments.lifeline, ready)
+    except PortwardError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(_bind_error(arguments.queue, error), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _keep_stdout() -> int:
+    """Gives a descriptor of stdout for messages to the daemon, and leads what a library prints to stderr: between
+    two messages it would make both unreadable."""
+    messages = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return messages
+
+
+def _ready(messages: int) -> None:
+    # A line of its own, also if half a line was printed before `_keep_stdout`.
+    os.write(messages, f"\n{READY}\n".encode())
+    # From here on a daemon that does not read must not hold the worker up.
+    os.set_blocking(messages, False)
+    os.set_blocking(sys.stderr.fileno(), False)
+
+
+def _ask(messages: int, index: int, address: bytes) -> None:
+    """Tells the daemon of a source whose limit the kernel does not know. Where it does not get through, the
+    source's next packet asks again."""
+    with suppress(BlockingIOError, BrokenPipeError):
+        os.write(messages, b"%d %s\n" % (index, address.hex().encode()))
+
+
+def _die_with_parent() -> None:
+    """Under a flood NetfilterQueue does not come back to look at the lifeline, and an orphan would keep the
+    queue."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _bind_error(queue: int, error: OSError) -> str:
+    if error.errno == errno.EPERM or "Failed to create queue" in str(error):
+        return (
+            f"queue {queue} cannot be bound: another process has it "
+            f"(see /proc/net/netfilter/nfnetlink_queue), or CAP_NET_ADMIN or CAP_NET_RAW is missing"
+        )
+    return f"queue {queue} cannot be served: {error}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="portward-worker", description="Answers the packets of one queue.")
+    parser.add_argument("--queue", type=int, required=True)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--reader", type=QueueReader, default=QueueReader.BATCH)
+    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--tally", type=int, required=True)
+    parser.add_argument("--lifeline", type=int, required=True)
+    parser.add_argument("--stay", type=float, default=0.0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""The sample configuration that the package installs: every key, its default, and a line on it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from portward.config import keys as configuration
+from portward.config.keys import Config
+from portward.config.template import sample
+
+SHIPPED = Path(__file__).resolve().parents[3] / "systemd" / "portward.toml"
+
+
+def test_the_shipped_file_is_what_the_program_makes_of_its_defaults() -> None:
+    assert SHIPPED.read_text() == sample(), (
+        "make it anew: python -m portward.config.template > systemd/portward.toml"
+    )
+
+
+def test_it_is_taken_and_says_the_defaults() -> None:
+    assert configuration.load(SHIPPED) == Config(segments=("vni*",), uplinks=("eth0",))
+
+
+def test_every_key_stands_there_with_a_line_above_it() -> None:
+    text = sample()
+    written = tomllib.loads(text)
+    for struct, table in (
+        (Config, written),
+        (configuration.Queue, written["queue"]),
+        (configuration.Verdicts, written["verdicts"]),
+        (configuration.Metrics, written["metrics"]),
+    ):
+        for field in msgspec.structs.fields(struct):
+            assert field.encode_name in table
+            assert re.search(rf"(?m)^# .+\n\[?{field.encode_name}\b", text), field.name

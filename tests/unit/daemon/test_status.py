@@ -1,0 +1,40 @@
+"""What `portward status` says of the store: in step, or what is not loaded yet."""
+
+from __future__ import annotations
+
+import pytest
+
+from portward.cli import status
+from portward.config.keys import Config
+from portward.ops import host
+
+CONFIG = Config(segments=("vni*",), uplinks=("up0",))
+ANOTHER = "the store has another history, at revision 5 (a restored backup?)"
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+@pytest.mark.parametrize(
+    ("behind", "told"),
+    [
+        (ANOTHER, f", NOT in step: {ANOTHER}, not loaded yet"),
+        ("the store is at revision 7", ", NOT in step: the store is at revision 7, not loaded yet"),
+    ],
+)
+def test_the_stores_own_revision_is_named_whatever_the_agent_has_seen(
+    monkeypatch: pytest.MonkeyPatch, in_step: bool, behind: str, told: str
+) -> None:
+    """Also of a store that went back: there its newest revision is an old one."""
+    monkeypatch.setattr(host, "behind_store", lambda _: behind)
+    found = {"in_step": in_step, "store_error": "", "held": None}
+    assert status._store(found | status._in_step(CONFIG, found)) == told
+
+
+@pytest.mark.parametrize(
+    ("in_step", "told"), [(True, ", in step"), (False, ", NOT in step: it has changes that are not loaded yet")]
+)
+def test_a_store_that_cannot_be_asked_is_what_the_agent_says(
+    monkeypatch: pytest.MonkeyPatch, in_step: bool, told: str
+) -> None:
+    monkeypatch.setattr(host, "behind_store", lambda _: "")
+    found = {"in_step": in_step, "store_error": "", "held": None}
+    assert status._store(found | status._in_step(CONFIG, found)) == told

@@ -1,0 +1,197 @@
+"""Which devices take a segment's packets, from what rtnetlink says of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from portward.config.keys import Config, Verdicts
+from portward.dataplane.links import Device
+from portward.dataplane.stacking import Fate, concerning, enforced, fate, is_bare, known, stacked, warnings
+from portward.model import Mode
+
+CONFIG = Config(segments=("vni*",), uplinks=("up*",))
+VNI = Device(1, "vni1")
+
+
+def above(*devices: Device, config: Config = CONFIG) -> set[str]:
+    """The names of the devices that take the packets of vni1."""
+    return {one.device.name for one in stacked(devices, config.segment) if one.segment.name == "vni1"}
+
+
+@pytest.mark.parametrize("kind", ["bridge", "bond", "team", "openvswitch", "batadv", "hsr"])
+def test_the_master_of_a_segment_takes_its_packets(kind: str) -> None:
+    assert above(VNI._replace(master=2), Device(2, "top", kind)) == {"top"}
+
+
+@pytest.mark.parametrize("kind", ["vlan", "macvlan", "macvtap", "ipvlan", "ipvtap", "macsec", "xfrm"])
+def test_a_device_on_a_segment_takes_its_packets(kind: str) -> None:
+    assert above(VNI, Device(2, "top", kind, lower=1)) == {"top"}
+
+
+def test_a_vrf_is_none() -> None:
+    assert above(VNI._replace(master=2), Device(2, "blue", "vrf")) == set()
+
+
+def test_one_stands_on_the_other() -> None:
+    found = above(
+        VNI._replace(master=2), Device(2, "bond0", "bond", master=3), Device(3, "br0", "bridge"),
+        Device(4, "br0.7", "vlan", lower=3), Device(5, "other", "bridge"), Device(6, "eth9", master=5),
+    )  # fmt: skip
+    assert found == {"bond0", "br0", "br0.7"}
+
+
+def test_a_bridge_in_a_vrf_is_one_and_the_vrf_is_not() -> None:
+    assert above(VNI._replace(master=2), Device(2, "br0", "bridge", master=3), Device(3, "blue", "vrf")) == {"br0"}
+
+
+def test_every_port_of_open_vswitch_is_one() -> None:
+    """Which port a packet leaves by is in flows that rtnetlink does not show."""
+    found = above(
+        VNI._replace(master=2), Device(2, "ovs-system", "openvswitch"), Device(3, "br-int", "openvswitch")
+    )
+    assert found == {"ovs-system", "br-int"}
+
+
+def test_a_device_that_is_a_segment_itself_is_judged_and_what_stands_on_it_is_not() -> None:
+    config = Config(segments=("vni*", "br0"), uplinks=("up0",))
+    devices = (VNI._replace(master=2), Device(2, "br0", "bridge"), Device(3, "mv0", "macvlan", lower=2))
+    found = stacked(devices, config.segment)
+    assert {one.device.name for one in found} == {"mv0"}
+    assert {one.segment.name for one in found} == {"vni1", "br0"}
+
+
+def test_a_circle_ends() -> None:
+    assert above(
+        VNI._replace(lower=2), Device(2, "a", "macvlan", lower=1, master=3), Device(3, "b", "bridge")
+    ) == {
+        "a",
+        "b",
+    }
+
+
+def test_of_observed_segments_nothing_is_stopped() -> None:
+    found = stacked((VNI, Device(2, "top", "macvlan", lower=1)), CONFIG.segment)
+    assert enforced(found, CONFIG) == {2}
+    for config in (
+        Config(segments=("vni*",), uplinks=("up0",), mode=Mode.OBSERVE),
+        Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(observe=("vni1",))),
+    ):
+        assert enforced(found, config) == frozenset()
+        assert "only observed" in warnings((VNI, Device(2, "top", "macvlan", lower=1)), config)[0]
+
+
+def test_the_warnings_name_both_and_what_to_do() -> None:
+    assert warnings((VNI, Device(2, "t\udcff", "macvlan", lower=1)), CONFIG) == [
+        r"macvlan t\xff takes the packets of segment vni1: nothing that comes from it may reach a judged port, "
+        r"whoever sends it, until vni1 is taken off it or t\xff is one of `segments`"
+    ]
+
+
+def test_an_uplink_above_a_segment_is_said_to_be_one() -> None:
+    said = warnings((VNI._replace(master=2), Device(2, "up0", "bridge")), CONFIG)
+    assert len(said) == 1
+    assert "bridge up0 takes the packets of segment vni1 and is an uplink" in said[0]
+
+
+@pytest.mark.parametrize("segments", [("vni*",), ("vni*", "br0")], ids=["bridge", "bridge is a segment"])
+def test_a_bridge_from_a_segment_to_an_uplink_is_open(segments: tuple[str, ...]) -> None:
+    devices = (VNI._replace(master=3), Device(2, "up0", master=3), Device(3, "br0", "bridge"))
+    said = warnings(devices, Config(segments=segments, uplinks=("up0",)))
+    assert "bridge br0 forwards frames between segment vni1 and uplink up0" in said[0]
+    assert "PORT 25 IS OPEN THERE" in said[0]
+
+
+TOP = Device(2, "top", "bridge")
+UNDER = VNI._replace(master=2)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        ((VNI,), Fate.FREE),
+        ((VNI._replace(master=2), Device(2, "blue", "vrf")), Fate.FREE),
+        ((UNDER, TOP), Fate.STOPPED),
+        ((UNDER, TOP, Device(3, "top.7", "vlan", lower=2)), Fate.STOPPED),
+        ((UNDER, TOP._replace(kind="openvswitch")), Fate.STOPPED),
+        # A macvlan takes what is meant for its own address, a VLAN what is tagged, a batadv its own protocol.
+        ((VNI, Device(2, "top", "macvlan", lower=1)), Fate.UNCLEAR),
+        ((VNI, Device(2, "top", "vlan", lower=1)), Fate.UNCLEAR),
+        ((UNDER, TOP._replace(kind="batadv")), Fate.UNCLEAR),
+        # Frames to the uplink never meet the ruleset.
+        ((UNDER, TOP, Device(3, "up0", master=2)), Fate.UNCLEAR),
+        # Judged as a source of another segment.
+        ((UNDER, TOP._replace(name="vni9")), Fate.UNCLEAR),
+        ((UNDER, TOP, Device(3, "vni9", "macvlan", lower=2)), Fate.UNCLEAR),
+    ],
+)
+def test_what_becomes_of_a_segments_packets(devices: tuple[Device, ...], expected: Fate) -> None:
+    assert fate(devices, CONFIG, "vni1") is expected
+    assert bool(concerning(devices, CONFIG, {"vni1"})) is (expected is not Fate.FREE)
+    assert expected is Fate.FREE or not is_bare(devices, "vni1")
+
+
+def test_packets_of_an_observed_segment_pass_unless_an_enforced_one_shares_the_device() -> None:
+    config = Config(segments=("vni*",), uplinks=("up*",), verdicts=Verdicts(observe=("vni1",)))
+    assert fate((UNDER, TOP), config, "vni1") is Fate.OBSERVED
+    assert fate((UNDER, TOP, Device(3, "vni2", master=2)), config, "vni1") is Fate.STOPPED
+    (line,) = concerning((UNDER, TOP, Device(3, "vni2", master=2)), config, {"vni1"})
+    assert "nothing that comes from it may reach a judged port, whoever sends it" in line
+    assert "only observed: they pass" in concerning((UNDER, TOP), config, {"vni1"})[0]
+    everything = Config(segments=("vni*",), uplinks=("up*",), mode=Mode.OBSERVE)
+    assert fate((UNDER, TOP, Device(3, "vni2", master=2)), everything, "vni1") is Fate.OBSERVED
+
+
+def test_where_nothing_stands_on_a_segment_nothing_is_said() -> None:
+    devices = (
+        VNI,
+        Device(2, "up0"),
+        Device(3, "br0", "bridge"),
+        Device(4, "eth1", master=3),
+        Device(5, "v", "vlan", 0, 2),
+    )
+    assert warnings(devices, CONFIG) == []
+
+
+@pytest.mark.parametrize("kind", ["bridge", "bond", "team", "batadv", "openvswitch"])
+def test_a_device_without_a_port_is_not_known_yet(kind: str) -> None:
+    """Its first port may be a segment."""
+    top, port = Device(2, "top", kind), Device(3, "eth7", master=2)
+    assert known((VNI, top, port._replace(master=0)), CONFIG.segment) == {3}
+    assert known((VNI, top, port), CONFIG.segment) == {2, 3}
+    assert known((VNI._replace(master=2), top), CONFIG.segment) == {2}, "its packets are stopped, see `enforced`"
+
+
+def test_what_stands_on_a_device_without_a_port_is_not_known_yet() -> None:
+    """A VLAN on a bridge: with the bridge's first port, a segment, the segment's packets come out of it."""
+    bridge, vlan = Device(2, "br0", "bridge"), Device(3, "br0.10", "vlan", lower=2)
+    macvlan, port = Device(4, "top", "macvlan", lower=3), Device(5, "eth7", master=2)
+    assert known((macvlan, vlan, bridge), CONFIG.segment) == set()
+    assert known((macvlan, vlan, bridge, port), CONFIG.segment) == {2, 3, 4, 5}
+    assert known((macvlan, vlan, bridge, VNI._replace(master=2)), CONFIG.segment) == {2, 3, 4}
+
+
+def test_a_device_whose_ports_all_are_without_a_port_is_not_known_yet() -> None:
+    bridge, bond = Device(2, "br0", "bridge"), Device(3, "bond0", "bond", master=2)
+    assert known((bridge, bond), CONFIG.segment) == set()
+    assert known((bridge, bond, Device(4, "eth7", master=2)), CONFIG.segment) == {2, 4}
+    assert known((bridge, bond, Device(4, "eth7", master=3)), CONFIG.segment) == {2, 3, 4}
+
+
+def test_a_vrf_without_a_port_is_known() -> None:
+    assert known((VNI, Device(2, "blue", "vrf")), CONFIG.segment) == {2}
+
+
+def test_ports_of_open_vswitch_are_known_with_its_first_port() -> None:
+    switch = (Device(2, "ovs-system", "openvswitch"), Device(3, "br-int", "openvswitch"))
+    assert known((*switch, VNI), CONFIG.segment) == set()
+    assert known((*switch, Device(4, "eth7", master=2)), CONFIG.segment) == {2, 3, 4}
+
+
+def test_the_other_end_of_a_pair_takes_what_the_bridge_of_a_segment_sends_into_one_end() -> None:
+    bridge, near = Device(2, "br0", "bridge"), Device(3, "near", "veth", master=2, peer=4)
+    far = Device(4, "far", "veth", peer=3)
+    found = {one.device.name for one in stacked((VNI._replace(master=2), bridge, near, far), CONFIG.segment)}
+    assert found == {"br0", "far"}
+    assert stacked((VNI, bridge, near, far), CONFIG.segment) == []
+    apart = (VNI._replace(master=2), bridge, near._replace(peer=0), far)
+    assert {one.device.name for one in stacked(apart, CONFIG.segment)} == {"br0"}, "in another namespace"

@@ -1,0 +1,125 @@
+"""`portward check` finds what a start, or a request at three in the morning, would find."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portward.dataplane import namespacelock, others, rtnetlink, tunnels, xtables
+from portward.dataplane.links import Device
+from portward.errors import InputError
+from portward.ops import check
+from portward.store import open_store
+
+LEAST = 'segments = ["vni*"]\nuplinks = ["up0"]\n'
+
+
+def test_a_file_where_the_tables_folder_should_be_is_told_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "portward.toml"
+    path.write_text(f'{LEAST}table = "{path}"\n')
+    with pytest.raises(InputError, match=r":3: table: '.*portward.toml' is no folder"):
+        list(check.check(path))
+
+
+class Kernel:
+    """Takes everything, and nobody has its lock."""
+
+    def owned_table(self, _: str) -> None:
+        """None."""
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_, **__: True
+
+
+def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
+    """A host with these interfaces, whose kernel takes everything."""
+    monkeypatch.setattr(check, "Nft", lambda *_: Kernel())
+    monkeypatch.setattr(check, "NfNetlink", Kernel)
+    monkeypatch.setattr(xtables, "has_native_queue", lambda _: True)
+    monkeypatch.setattr(others, "seen", lambda _: others.NOBODY)
+    monkeypatch.setattr(rtnetlink, "devices", lambda: devices)
+    monkeypatch.setattr(
+        tunnels,
+        "find",
+        lambda found: tunnels.Ports(tunnels.of_devices(found), frozenset((51820,) if found else ())),
+    )
+
+
+def said(tmp_path: Path) -> list[str]:
+    """What `check --without-store` says."""
+    path = tmp_path / "portward.toml"
+    path.write_text(LEAST)
+    return list(check.check(path, with_store=False))
+
+
+def test_it_names_tunnels_that_end_here_and_whose_matter_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Device(number, f"vni{number}", "vxlan", ports=frozenset((4789,))) for number in range(1, 6)]
+    on_a_host(monkeypatch, *found, Device(9, "gre1", "gre"))
+    lines = said(tmp_path)
+    assert "tunnels that end here: gre gre1; vxlan vni1, vni2, vni3 and 2 more; UDP ports 4789, 51820" in lines
+    assert any("THIS HOST'S OWN FIREWALL must close them" in line for line in lines)
+
+
+def test_it_warns_of_a_device_that_takes_a_segments_packets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once: what is logged would be printed on the terminal as well."""
+    on_a_host(monkeypatch, Device(1, "vni1"), Device(2, "mv0", "macvlan", lower=1))
+    assert any(
+        line.startswith("WARNING: macvlan mv0 takes the packets of segment vni1") for line in said(tmp_path)
+    )
+    assert not caplog.records
+
+
+def test_it_shows_names_that_are_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_host(monkeypatch, Device(1, "vni\udcff\x1b"))
+    assert r"segments 'vni*': vni\xff\x1b" in said(tmp_path)
+
+
+@pytest.mark.parametrize(("with_store", "told"), [(True, True), (False, False)])
+def test_a_program_that_cannot_be_run_is_told_and_keeps_no_agent_from_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: bool, told: bool
+) -> None:
+    on_a_host(monkeypatch)
+    path = tmp_path / "portward.toml"
+    path.write_text(f'{LEAST}[exemptions]\ncheck = ["{path}", "--quick"]\n')
+    lines = list(itertools.islice(check.check(path, with_store=with_store), 6))
+    warned = f"WARNING: exemptions.check: {path} cannot be run here: there is no such program, or it may not be "
+    assert any(line.startswith(warned) for line in lines) is told
+
+
+@pytest.mark.parametrize(
+    ("process", "status", "told"),
+    [
+        (None, None, "there is none yet$"),
+        (4711, None, "there is none yet; an agent is starting .process 4711."),
+        (4711, {}, "WARNING: .*: there is none, although an agent runs on it .process 4711.: .* makes it anew"),
+    ],
+)
+def test_a_table_that_is_gone_is_no_table_that_is_not_there_yet(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    process: int | None,
+    status: dict[str, Any] | None,
+    told: str,
+) -> None:
+    on_a_host(monkeypatch)
+    monkeypatch.setattr(check, "running", lambda _: process)
+    monkeypatch.setattr(check, "read_status", lambda _: status)
+    monkeypatch.setattr(namespacelock, "holder", lambda _: None)
+    monkeypatch.setattr(namespacelock, "lasting_holder", lambda _: None)
+    path = tmp_path / "portward.toml"
+    path.write_text(f'{LEAST}store = "sqlite:portward.db"\ntable = "table"\n')
+    with closing(open_store(f"sqlite:{tmp_path}/portward.db", create=True)):
+        pass
+    lines = list(check.check(path))
+    assert [
+        line for line in lines if re.search(rf"{tmp_path}/table: there is none", line) and re.search(told, line)
+    ]

@@ -1,0 +1,115 @@
+"""What is said of this host is what the kernel has loaded, not what a file says by now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from portward.base.interfaces import matches
+from portward.config.keys import Config
+from portward.dataplane import loaded, stacking
+from portward.dataplane.links import Device
+from portward.dataplane.ruleset import NO_INTERFACE
+from portward.dataplane.setdump import SetElement
+from portward.ops import effect, host
+
+
+def bounds(pattern: str) -> tuple[bytes, bytes]:
+    """The first name that a pattern matches, and the first one behind, as the kernel keeps them."""
+    first = pattern.removesuffix("*").encode().ljust(16, b"\0")
+    width = 1 << 8 * (16 - len(pattern) + 1) if pattern.endswith("*") else 1
+    return first, (int.from_bytes(first, "big") + width).to_bytes(16, "big")
+
+
+class Kernel:
+    """A kernel with these patterns in its sets."""
+
+    def __init__(self, **sets: tuple[str, ...]) -> None:
+        self._sets = sets
+
+    def element(self, _: str, set_: str, key: bytes) -> SetElement | None:
+        """The element whose interval has the key in it."""
+        found = matches(self._sets.get(set_, ()), key.rstrip(b"\0").decode())
+        return SetElement(key, 0, 0) if found else None
+
+    def elements(self, _: str, set_: str) -> list[SetElement]:
+        """Begin and end of each interval, the last ones first, and the end of nothing."""
+        if set_ not in self._sets:
+            raise FileNotFoundError
+        keys = sorted((key for pattern in self._sets[set_] for key in bounds(pattern)), reverse=True)
+        return [SetElement(key, 0, 0) for key in (*keys, bytes(16))]
+
+    def rules_on(self, _: str, chain: str, set_: str) -> list[int]:
+        """The rules are there."""
+        assert (chain, set_) == ("screen", "deny4")
+        return [7]
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+@pytest.mark.parametrize(
+    ("opened", "observed", "found"),
+    [
+        (("vni*",), ("vni*",), (True, True)),
+        (("vni*",), ("vni1",), (True, False)),
+        (("vni*",), (NO_INTERFACE,), (True, False)),
+        (("vni1",), ("vni1",), (False, False)),
+        ((NO_INTERFACE,), (NO_INTERFACE,), (False, False)),
+    ],
+)
+def test_segments_are_open_without_an_agent_if_the_loaded_ruleset_says_it_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+    opened: tuple[str, ...],
+    observed: tuple[str, ...],
+    found: tuple[bool, bool],
+) -> None:
+    monkeypatch.setattr(host, "NfNetlink", lambda: Kernel(open_segments=opened, observed_segments=observed))
+    assert host._opens(["vni1", "vni2"]) == found
+
+
+@pytest.mark.parametrize(
+    "patterns", [(), ("vni*",), ("br1002", "vni*"), ("a*", "b*"), ("an-interface-15",), ("fourteen-bytes*",)]
+)
+def test_the_patterns_of_a_loaded_ruleset_are_read_as_they_were_written(patterns: tuple[str, ...]) -> None:
+    assert loaded.patterns(Kernel(open_segments=patterns or (NO_INTERFACE,)), loaded.OPEN) == patterns  # type: ignore[arg-type]
+    assert loaded.patterns(Kernel(), loaded.OPEN) == ()  # type: ignore[arg-type] # an older ruleset
+
+
+def test_while_the_agent_says_that_its_ruleset_is_not_in_force_nobody_knows_what_is_judged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    status = {"ruleset_error": "No buffer space available", "workers": []}
+    monkeypatch.setattr(host, "_agent", lambda _: (host.Agent.RUNS, status))
+    monkeypatch.setattr(host, "NfNetlink", lambda: Kernel(open_segments=(NO_INTERFACE,)))
+    config = Config(segments=("vni*",), uplinks=("up0",), table=tmp_path)
+    monkeypatch.setattr(host, "_ruleset", lambda _: (host.Ruleset.LOADED, ""))
+    found = host.look(config, ["vni1"])
+    assert effect.here(found) is effect.Here.UNKNOWN
+    why = effect.now(found, host.Cached(), effect.Policy(verdict="deny")).why
+    assert why.startswith("the agent says that its ruleset is not in force")
+    assert why.endswith("No buffer space available")
+    monkeypatch.setattr(host, "_ruleset", lambda _: (host.Ruleset.NONE, ""))
+    assert effect.here(host.look(config, ["vni1"])) is effect.Here.OPEN
+
+
+def test_a_segment_with_nothing_on_it_costs_no_look_at_what_stands_on_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An account may have hundreds of segments on a gateway with thousands of devices."""
+    looked: list[str] = []
+
+    def concerning(*_: object) -> list[str]:
+        looked.append("concerning")
+        return []
+
+    monkeypatch.setattr(stacking, "concerning", concerning)
+    config = Config(segments=("vni*",), uplinks=("up0",))
+    devices = (Device(1, "vni1"), Device(2, "vni2", master=3), Device(3, "br0", "bridge"))
+    seen = host.Host()
+    assert host.at_segment(seen, devices, config, "vni1") == seen
+    assert host.at_segment(seen, devices, config, "vni7") == seen, "not here"
+    assert not looked
+    assert host.at_segment(seen, devices, config, "vni2").fate is stacking.Fate.STOPPED
+    assert looked

@@ -1,0 +1,223 @@
+"""What `portward rules` and `portward status` say of the kernel, also where it may not be asked."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from typer.testing import CliRunner
+
+from portward.cli import rules as verb
+from portward.cli.program import app
+from portward.config.keys import Config, OnAgentDown
+from portward.dataplane import keeper, namespacelock
+from portward.dataplane.queues import QueueState
+from portward.dataplane.setdump import SetElement
+from portward.errors import KernelError, PortwardError
+from portward.model import Mode
+from portward.ops import host, rules
+from unit.ops.test_host import bounds
+
+CONFIG = Config(segments=("vni*",), uplinks=("up0",))
+
+
+class Forbidden:
+    """The kernel for who has no CAP_NET_ADMIN."""
+
+    def sets(self, _: str) -> set[str]:
+        """Is refused."""
+        raise PermissionError
+
+    def fingerprint(self, *_: object) -> bytes:
+        """Is refused."""
+        raise PermissionError
+
+    def owned_table(self, _: str) -> str:
+        """Is refused."""
+        raise PermissionError
+
+
+class Held:
+    """A kernel in which another process holds the lock of the namespace, with this comment on it."""
+
+    def __init__(self, comment: str | None, opens: tuple[str, ...] = ()) -> None:
+        self._comment, self._opens = comment, opens
+
+    def elements(self, _: str, set_: str) -> list[SetElement]:
+        """The segments that the loaded ruleset leaves open, as the kernel keeps them."""
+        assert set_ == "open_segments"
+        keys = [key for pattern in self._opens for key in bounds(pattern)]
+        return [SetElement(key, 0, 0) for key in keys]
+
+    def rules_on(self, _: str, chain: str, set_: str) -> list[int]:
+        """The rules are there."""
+        assert (chain, set_) == ("screen", "deny4")
+        return [7]
+
+    def owned_table(self, _: str) -> str | None:
+        """The comment."""
+        return self._comment
+
+
+@pytest.mark.parametrize("ask", [keeper.loaded, keeper.closed])
+def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
+    with pytest.raises(KernelError, match="takes root or CAP_NET_ADMIN"):
+        ask(Forbidden())
+
+
+@pytest.mark.parametrize(
+    ("loaded", "closed", "opens", "told"),
+    [
+        (
+            True,
+            False,
+            (),
+            "sources without a cached verdict are dropped, allowed or not; cached verdicts end within",
+        ),
+        (True, False, ("vni*",), "sources without a cached verdict pass, allowed or not; cached verdicts end"),
+        (True, False, ("vni7",), "pass in vni7 and are dropped elsewhere, allowed or not; cached verdicts end"),
+        (False, True, (), "no packet to port 25 is forwarded"),
+        (True, True, (), "no packet to port 25 is forwarded"),
+        (False, False, (), "NOTHING IS ENFORCED and port 25 is open"),
+    ],
+)
+def test_without_an_agent_what_is_said_is_what_the_kernel_does(
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, opens: tuple[str, ...], told: str
+) -> None:
+    """Whatever the configuration says by now: it has not been loaded."""
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
+    monkeypatch.setattr(keeper, "loaded", lambda _: loaded)
+    monkeypatch.setattr(keeper, "closed", lambda _: closed)
+    monkeypatch.setattr(rules, "states", list)
+    for config in (CONFIG, replace(CONFIG, on_agent_down=OnAgentDown.OPEN), replace(CONFIG, mode=Mode.OBSERVE)):
+        said = rules.without_agent(config)
+        assert told in said
+        assert said.endswith(" (start it: `systemctl start portward`)")
+
+
+def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
+    monkeypatch.setattr(keeper, "loaded", lambda _: True)
+    monkeypatch.setattr(keeper, "closed", lambda _: False)
+    monkeypatch.setattr(rules, "states", lambda: [QueueState(0, 0, 0, 0)])
+    two = replace(CONFIG, queue=replace(CONFIG.queue, workers=2))
+    assert rules.without_agent(two) == (
+        "1 of 2 workers that it left have their queue still, and go by the policy table as it was left; what "
+        "falls into the other queues is not judged; once they end, sources without a cached verdict are dropped, "
+        "allowed or not (start it: `systemctl start portward`)"
+    )
+
+
+def test_without_an_agent_who_may_not_ask_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", Forbidden)
+    assert rules.without_agent(CONFIG).startswith("what the kernel enforces is not known: ")
+
+
+@pytest.mark.parametrize(
+    ("comment", "said"),
+    [
+        (
+            "portward, process 4711",
+            "runs already, as process 4711 by its own count, with another table folder: name",
+        ),
+        ("", "another program owns table inet portward_lock: end it"),
+    ],
+)
+def test_without_an_agent_on_this_table_one_with_another_table_is_named(
+    monkeypatch: pytest.MonkeyPatch, comment: str, said: str
+) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
+    found = rules.without_agent(CONFIG)
+    assert said in found
+    assert "start it" not in found
+
+
+@pytest.mark.parametrize(
+    ("loaded", "comment", "told"),
+    [
+        (False, None, "no ruleset of portward is loaded here"),
+        (True, "portward, process 4711", r"the agent runs \(process 4711 by its own count\).* stop it first"),
+        (True, "other", "another program owns table inet portward_lock"),
+    ],
+)
+def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, comment: str | None, told: str
+) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
+    monkeypatch.setattr(keeper, "loaded", lambda _: loaded)
+    monkeypatch.setattr(keeper, "closed", lambda _: False)
+    monkeypatch.setattr(namespacelock, "lasting_holder", namespacelock.holder)
+    result = CliRunner().invoke(app, ["rules", "remove"])
+    assert result.stdout == ""
+    assert re.search(told, str(result.exception))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (None, "standard input: is closed, so nobody can be asked: --yes needs no answer"),
+        (b"\xff\n", "stopped at the question: nothing was changed"),
+        (b"n\n", "stopped at the question: nothing was changed"),
+    ],
+)
+def test_an_answer_that_is_none_ends_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, given: bytes | None, told: str
+) -> None:
+    answer = None if given is None else io.TextIOWrapper(io.BytesIO(given), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", answer)
+    monkeypatch.setattr(rules, "check_removable", lambda: None)
+    with pytest.raises(PortwardError, match=re.escape(told)):
+        verb.remove()
+
+
+def test_what_libraries_write_to_standard_error_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Noisy:
+        def listing(self, table: str) -> str:
+            os.write(2, b"libxtables: unhandled NFPROTO in xtables_set_nfproto\n")
+            return f"table {table} {{}}\n"
+
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
+    monkeypatch.setattr(rules, "Nft", Noisy)
+    monkeypatch.setattr(keeper, "loaded", lambda _: True)
+    monkeypatch.setattr(keeper, "closed", lambda _: False)
+    assert rules.loaded(Path("portward.toml")) == "table inet portward {}\n"
+    os.write(2, b"heard\n")
+    assert capfd.readouterr().err == "heard\n"
+
+
+@pytest.mark.parametrize(
+    ("opens", "config", "told"),
+    [
+        ((), CONFIG, ""),
+        (("vni*",), replace(CONFIG, on_agent_down=OnAgentDown.OPEN), ""),
+        (("vni*",), CONFIG, "leaves open vni* while no agent runs, the file no segment."),
+        ((), replace(CONFIG, mode=Mode.OBSERVE), "leaves open no segment while no agent runs, the file vni*."),
+    ],
+)
+def test_a_baseline_that_changes_nothing_says_what_is_loaded_against_the_file(
+    monkeypatch: pytest.MonkeyPatch, opens: tuple[str, ...], config: Config, told: str
+) -> None:
+    monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
+    monkeypatch.setattr(keeper, "loaded", lambda _: True)
+    monkeypatch.setattr("portward.config.keys.load", lambda _: config)
+    said = rules.baseline(Path("portward.toml"))
+    assert said.startswith("portward's ruleset is loaded already: nothing is changed")
+    if told:
+        assert f". It is not what portward.toml wants: it {told} An agent loads that when" in said
+    else:
+        assert said.endswith("nothing is changed")
+
+
+def test_if_nothing_is_loaded_only_who_has_no_agent_is_told_to_start_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert str(host.nothing_loaded(tmp_path)).endswith("(start the agent: `systemctl start portward`)")
+    monkeypatch.setattr(host, "running", lambda _: 7)
+    assert str(host.nothing_loaded(tmp_path)).endswith("although an agent runs (process 7): see `portward status`")

@@ -1,0 +1,343 @@
+"""Every packet gets exactly one verdict, whatever the table or the packet is like, and whichever reader has it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from scapy.layers.inet import IP, TCP, UDP
+
+from portward.ipc import mark
+from portward.ipc.tally import Event, Outcome, Tally
+from portward.model import Reason
+from portward.table.reader import Finding
+from portward.worker.batch import BatchJudge
+from portward.worker.judge import Judge, judge
+from portward.worker.messages import FORWARD, PREROUTING
+from portward.worker.nfqueue import SLOT
+from portward.worker.reset import FIRST_RESETS, Resetter
+from unit.worker.test_messages import message
+
+SYN = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(dport=25, flags="S"))
+
+
+class QueuedPacket:
+    """As NetfilterQueue hands one over; remembers what was said of it."""
+
+    indev = 3
+
+    def __init__(self, payload: bytes = SYN, before: int = 0, hook: int = PREROUTING) -> None:
+        self._payload, self.mark, self.hook, self.said = payload, before, hook, list[str]()
+
+    def get_payload(self) -> bytes:
+        return self._payload
+
+    def get_hw(self) -> bytes:
+        return b"\x02\0\0\0\0\x01\0\0"
+
+    def get_mark(self) -> int:
+        return self.mark
+
+    def set_mark(self, value: int) -> None:
+        assert not self.said, "a mark after the verdict is lost"
+        self.mark = value
+
+    def accept(self) -> None:
+        self.said.append("accept")
+
+    def drop(self) -> None:
+        self.said.append("drop")
+
+
+class Answers:
+    """Stands where the resets are sent; remembers to whom."""
+
+    def __init__(self, *, sent: bool = True) -> None:
+        self.sent, self.to = sent, list[tuple[int, bytes | None]]()
+        self.sources: list[tuple[int, bytes]] = []
+
+    def answer(self, packet: bytes, tcp: int, index: int, link_address: bytes | None) -> bool:
+        self.to.append((index, link_address))
+        return self.sent
+
+    def asked(self, index: int, address: bytes) -> None:
+        """Takes the sources that the daemon is asked about."""
+        self.sources.append((index, address))
+
+
+class Table:
+    """Stands where the policy table is."""
+
+    def __init__(self, lookup: Callable[[int, bytes], Finding | None]) -> None:
+        self.lookup = lookup
+
+    def head(self) -> None:
+        return None
+
+    @contextmanager
+    def view(self) -> Iterator[int]:
+        yield 1
+
+    def reach(self, index: int, source: bytes) -> tuple[int, int]:
+        return int.from_bytes(source, "big"), int.from_bytes(source, "big")
+
+
+class Batched:
+    """A batch judge that takes packets as NetfilterQueue hands them over, in a batch of one."""
+
+    def __init__(self, table: Table, careful: Judge, tally: Tally) -> None:
+        self.judge = BatchJudge(0, table, careful, tally)  # type: ignore[arg-type] # as much of a Reader as it uses
+
+    def handle(self, packet: QueuedPacket) -> None:
+        datagram = message(packet.get_payload(), index=packet.indev, mark_=packet.mark, hook=packet.hook)
+        given = bytes(self.judge.answer(bytearray(datagram.ljust(SLOT)), [(len(datagram),)]))
+        while given:
+            verdict, id_, mark_ = struct.unpack_from(">II4xI", given, 24)
+            assert id_ == 7
+            packet.set_mark(mark_)
+            (packet.accept if verdict else packet.drop)()
+            given = given[40:]
+
+
+Worker = Callable[..., tuple[Judge | Batched, Tally]]
+
+
+def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None) -> tuple[Judge, Tally]:
+    """A judge over a look-up."""
+    tally = Tally(Tally.create())
+    resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
+    asked: Callable[[int, bytes], None] = getattr(answers, "asked", lambda index, address: None)
+    return Judge(lookup, lambda: None, tally, resetter, asked), tally
+
+
+def batched(
+    lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None
+) -> tuple[Batched, Tally]:
+    """The same behind the batch reader."""
+    careful, tally = worker(lookup, answers)
+    return Batched(Table(lookup), careful, tally), tally
+
+
+@pytest.fixture(params=[worker, batched], ids=["single", "batch"])
+def make(request: pytest.FixtureRequest) -> Worker:
+    """Makes a worker over a look-up, with the one reader and the other."""
+    found: Worker = request.param
+    return found
+
+
+def finding(reason: Reason, *, observed: bool = False, reject: bool = False) -> Finding:
+    """A finding of generation 8192, whose epoch is 1."""
+    return Finding(reason, observed, reject, 8192)
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_the_class_follows_from_the_reason(reason: Reason) -> None:
+    expected = mark.Class.ALLOW if reason.allows else mark.Class.DENY
+    if reason is Reason.DENIED_UNKNOWN_SOURCE:
+        expected = mark.Class.UNKNOWN
+    assert judge(finding(reason))[0] is expected
+
+
+@pytest.mark.parametrize("reason", [reason for reason in Reason if not reason.allows])
+def test_what_is_observed_passes_and_is_counted_as_would_deny(reason: Reason) -> None:
+    assert judge(finding(reason, observed=True, reject=True)) == (mark.Class.OBSERVED, Outcome.OBSERVED)
+
+
+def test_a_source_of_nobody_is_never_answered() -> None:
+    assert judge(finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True))[0] is mark.Class.UNKNOWN
+
+
+def test_a_verdict_carries_class_and_epoch_and_keeps_other_bits(make: Worker) -> None:
+    packet = QueuedPacket(before=0x00AB0000 | mark.MISS)
+    found, tally = make(lambda index, source: finding(Reason.ALLOWED_OFFER))
+    found.handle(packet)
+    assert packet.said == ["accept"], "accepted, so that the kernel reads class and epoch"
+    assert packet.mark == 0x00AB0000 | 1 << mark.EPOCH_SHIFT | mark.Class.ALLOW
+    assert list(tally.verdicts()) == [(Reason.ALLOWED_OFFER, Outcome.PASSED, 1, 1)]
+
+
+def test_the_lookup_is_by_interface_and_source(make: Worker) -> None:
+    asked = []
+    found, _ = make(lambda index, source: asked.append((index, source)))
+    found.handle(QueuedPacket())
+    assert asked == [(3, b"\x0a\0\0\x04")]
+
+
+UDP_25 = bytes(IP() / UDP(dport=25))
+# The whole mark as the kernel hands it over: a question, one whose missing answer passes, and bits of others.
+QUESTIONS = [mark.MISS, mark.MISS_OPEN, 0x00AB0000 | mark.MISS]
+
+
+@pytest.mark.parametrize("before", QUESTIONS)
+@pytest.mark.parametrize(("payload", "event"), [(SYN, Event.NO_SEGMENT), (UDP_25, Event.MALFORMED)])
+def test_what_has_no_verdict_goes_back_to_be_counted_and_dropped(
+    make: Worker, payload: bytes, event: Event, before: int
+) -> None:
+    """`learn` drops what carries the mark of a miss, and counts it for its segment."""
+    packet = QueuedPacket(payload, before)
+    found, tally = make(lambda index, source: None)
+    found.handle(packet)
+    assert (packet.said, packet.mark) == (["accept"], (before & mark.KEEP) | mark.MISS)
+    assert tally.events()[event] == 1
+
+
+@pytest.mark.parametrize(("payload", "event"), [(SYN, Event.NO_SEGMENT), (UDP_25, Event.MALFORMED)])
+def test_what_was_counted_as_rejected_and_has_no_verdict_now_is_not_counted_again(
+    make: Worker, payload: bytes, event: Event
+) -> None:
+    packet = QueuedPacket(payload, mark.AGAIN)
+    found, tally = make(lambda index, source: None)
+    found.handle(packet)
+    assert packet.said == ["drop"]
+    assert tally.events()[event] == 1
+
+
+def test_a_failing_table_drops_and_is_logged_once(make: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(index: int, source: bytes) -> Finding:
+        raise RuntimeError("the table is gone")
+
+    found, tally = make(broken)
+    packets = [QueuedPacket() for _ in range(3)]
+    for packet in packets:
+        found.handle(packet)
+    assert [packet.said for packet in packets] == [["drop"]] * 3
+    assert tally.events()[Event.ERROR] == 3
+    assert len(caplog.records) == 1
+
+
+def test_a_reset_goes_to_the_sender_on_its_own_interface(make: Worker) -> None:
+    answers = Answers()
+    found, _ = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+    packet = QueuedPacket()
+    found.handle(packet)
+    assert answers.to == [(3, b"\x02\0\0\0\0\x01")]
+    assert packet.mark & mark.CLASS == mark.Class.REFUSED
+
+
+def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused(make: Worker) -> None:
+    found, tally = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), Answers(sent=False))
+    packet = QueuedPacket()
+    found.handle(packet)
+    assert packet.mark & mark.CLASS == mark.Class.REFUSED
+    assert tally.events()[Event.RESET_FAILED] == 1
+
+
+def test_a_source_whose_entry_is_damaged_is_denied_and_counted_each_time(make: Worker) -> None:
+    """And the kernel caches the denial, so that such a source does not ask again and again."""
+    damaged = finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True)._replace(damaged=True)
+    packet = QueuedPacket()
+    found, tally = make(lambda index, source: damaged)
+    found.handle(packet)
+    assert packet.said == ["accept"]
+    assert packet.mark & mark.CLASS == mark.Class.UNKNOWN
+    assert tally.events()[Event.DAMAGED] == 1
+    assert list(tally.verdicts()) == [(Reason.DENIED_UNKNOWN_SOURCE, Outcome.DROPPED, 1, 1)]
+
+
+# Also marks that others have set to what ours would say in prerouting.
+MARKS = [0, 0x4000, mark.MISS, mark.MISS_OPEN, mark.PROBE, mark.PASSED, 0x00AB0009]
+
+
+@pytest.mark.parametrize("before", MARKS)
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Finding(Reason.ALLOWED_OFFER, False, False, 8192), "accept"),
+        (Finding(Reason.DENIED_REVOKED, True, False, 8192), "accept"),
+        (Finding(Reason.DENIED_REVOKED, False, False, 8192), "drop"),
+        (Finding(Reason.DENIED_REVOKED, False, True, 8192), "drop"),
+        (Finding(Reason.DENIED_UNKNOWN_SOURCE, False, False, 8192), "drop"),
+        (Finding(Reason.ALLOWED_EXEMPT, False, False, 8192, limited=True), "drop"),
+    ],
+    ids=["allowed", "observed", "denied", "refused", "unknown", "limited"],
+)
+def test_in_forward_a_worker_accepts_or_drops_and_leaves_the_mark(
+    make: Worker, found: Finding, said: str, before: int
+) -> None:
+    """There the mark is that of others, nothing learns from it, and a reset would come from the wrong address."""
+    answers, packet = Answers(), QueuedPacket(before=before, hook=FORWARD)
+    judge_, _ = make(lambda index, source: found, answers)
+    # What a batch judge learns of a message in prerouting must not be taken for one in forward.
+    judge_.handle(QueuedPacket(before=mark.MISS))
+    before_that = len(answers.to), len(answers.sources)
+    judge_.handle(packet)
+    assert (packet.said, packet.mark) == ([said], before)
+    assert len(answers.to) == before_that[0], "no reset"
+    assert answers.sources[before_that[1] :] == [(3, b"\x0a\0\0\x04")], "the daemon is asked to cache it"
+
+
+@pytest.mark.parametrize(("payload", "event"), [(SYN, Event.NO_SEGMENT), (b"x" * 40, Event.MALFORMED)])
+def test_in_forward_what_cannot_be_looked_up_is_dropped(make: Worker, payload: bytes, event: Event) -> None:
+    packet = QueuedPacket(payload, hook=FORWARD)
+    found, tally = make(lambda index, source: None)
+    found.handle(packet)
+    assert packet.said == ["drop"]
+    assert tally.events()[event] == 1
+
+
+def test_a_rejected_source_that_sends_again_is_answered_and_not_learned_again(make: Worker) -> None:
+    """The kernel has counted the packet; to learn the source once more would count it twice."""
+    answers = Answers()
+    found, tally = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+    packet = QueuedPacket(before=mark.AGAIN)
+    found.handle(packet)
+    assert (packet.said, answers.to) == (["drop"], [(3, b"\x02\0\0\0\0\x01")])
+    assert list(tally.verdicts()) == [(Reason.DENIED_REVOKED, Outcome.RESET, 1, 1)]
+
+
+def test_a_packet_that_was_counted_as_rejected_never_passes(make: Worker) -> None:
+    """Also if the policy has changed since, and the kernel is about to forget the source."""
+    answers = Answers()
+    found, tally = make(lambda index, source: finding(Reason.ALLOWED_OFFER), answers)
+    packet = QueuedPacket(before=mark.AGAIN)
+    found.handle(packet)
+    assert (packet.said, answers.to, list(tally.verdicts())) == (["drop"], [], [])
+
+
+class NeighbourPacket(QueuedPacket):
+    """A packet of another segment."""
+
+    indev = 4
+
+
+def test_a_flood_of_new_rejected_sources_is_answered_within_the_budget_of_its_segment(
+    make: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them are cached as rejected."""
+    now = [1_000.0]
+    monkeypatch.setattr("portward.worker.reset.time.monotonic", lambda: now[0])
+    answers = Answers()
+    found, tally = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+
+    def flood(kind: type[QueuedPacket], number: int) -> int:
+        before = len(answers.to)
+        for _ in range(number):
+            packet = kind(before=mark.MISS)
+            found.handle(packet)
+            assert (packet.said, packet.mark & mark.CLASS) == (["accept"], mark.Class.REFUSED)
+        return len(answers.to) - before
+
+    assert flood(QueuedPacket, FIRST_RESETS + 100) == FIRST_RESETS
+    assert flood(NeighbourPacket, 20) == 20
+    again = QueuedPacket(before=mark.AGAIN)
+    found.handle(again)
+    assert (again.said, len(answers.to)) == (["drop"], FIRST_RESETS + 21), "the kernel has a budget for these"
+    now[0] += 1
+    assert flood(QueuedPacket, 20) == 20
+    assert {outcome: packets for _, outcome, packets, _ in tally.verdicts()} == {
+        Outcome.RESET: FIRST_RESETS + 41,
+        Outcome.DROPPED: 100,
+    }
+
+
+def test_a_source_whose_limit_is_to_come_goes_back_to_be_counted_and_dropped(make: Worker) -> None:
+    answers = Answers()
+    found, tally = make(lambda index, source: finding(Reason.ALLOWED_EXEMPT)._replace(limited=True), answers)
+    packet = QueuedPacket(before=mark.MISS)
+    found.handle(packet)
+    assert (packet.said, packet.mark & mark.CLASS) == (["accept"], mark.Class.MISS)
+    assert packet.mark != mark.MISS, "an epoch says that a worker has seen it"
+    assert answers.sources == [(3, b"\x0a\0\0\x04")]
+    assert list(tally.verdicts()) == [(Reason.ALLOWED_EXEMPT, Outcome.DEFERRED, 1, 1)]
