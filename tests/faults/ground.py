@@ -38,6 +38,7 @@ from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, Rated
 from portward.errors import PortwardError
 from portward.inventory.document import json_text
+from portward.ipc.verdict import judge
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
@@ -46,7 +47,6 @@ from portward.ops.explanation import explain
 from portward.store import open_store
 from portward.store.protocol import KINDS, key_of
 from portward.table.reader import Reader
-from portward.worker.judge import judge
 
 INJECT: Final = Path(__file__).parent / "inject"
 # As `RestartSec=100ms` would.

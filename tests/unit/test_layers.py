@@ -1,128 +1,108 @@
-"""The cut of the package: imports run in one direction, and each foreign library has one place."""
+"""The cut of the package: rooms import downwards, modules in no circle, and each foreign library has one home."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "agent" / "portward"
 
-# From the top; a module imports from its own layer's folder and from those below.
-LAYERS = (
-    ("cli", "__main__"),
+# From the top. Rooms in one row do not import each other, but for the last row, which all others stand on.
+ROOMS = (
+    ("__main__",),
+    ("cli",),
     ("lab",),
-    ("daemon",),
-    ("report", "answering", "linkfeed", "threads", "ending", "ticks", "vigil", "faults", "rounds"),
-    (
-        "core",
-        "counting",
-        "countsfile",
-        "intake",
-        "bulk",
-        "dataplane",
-        "underway",
-        "check",
-        "explanation",
-        "sources",
-        "diagnosis",
-        "rules",
-        "busiest",
-        "casework",
-        "behind",
-        "enforced",
-        "audit",
-        "settings",
-        "mistyped",
-        "effect",
-        "host",
-    ),
-    ("gateway",),
-    ("table",),
-    ("store",),
-    ("fraud",),
+    ("ops",),
+    ("daemon", "worker"),
+    ("metrics", "dataplane"),
+    ("ipc",),
     ("exemptions",),
+    ("inventory", "table"),
+    ("store",),
     ("policy",),
-    (
-        "metrics",
-        "metricsserver",
-        "listeners",
-        "snapshot",
-        "scrape",
-        "runtime",
-        "locks",
-        "ownership",
-        "notify",
-        "config",
-        "paths",
-        "sample",
-        "selfcheck",
-        "clock",
-        "heartbeat",
-    ),
-    ("validity",),
-    ("documents",),
-    ("tomlsyntax",),
-    ("addresses",),
-    ("codes",),
-    ("model", "resources", "descriptors", "endpoint", "language", "interfaces", "words"),
-    ("limits",),
-    ("errors", "__init__"),
-    ("characters",),
+    ("config",),
+    ("base", "errors", "i18n", "model", "__init__"),
 )
 
-# Library → the modules that may import it. Standard ones where a single place is wanted.
+# Library → the modules that may import it. Standard ones if a single place is wanted.
 HOMES = {
     "lmdb": {"table.database"},
     "sqlite3": {"store.sqlite"},
     "inotify_simple": {"store.bell"},
-    "netfilterqueue": {"gateway.single"},
-    "prometheus_client": {"metrics"},
+    "netfilterqueue": {"worker.single"},
+    "prometheus_client": {"metrics.registry"},
     "aiosmtpd": {"lab.mail"},
-    "yaml": {"store.document"},
+    "yaml": {"inventory.document"},
 }
 
 
-def modules() -> list[tuple[str, Path]]:
-    """Dotted name within the package, and file."""
-    return [(".".join(path.relative_to(ROOT).with_suffix("").parts), path) for path in sorted(ROOT.rglob("*.py"))]
+def _name(path: Path) -> str:
+    """The dotted name within the package; a room's own `__init__` has the room's name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = {_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file names in an import, at any depth."""
+    """Every module that a file names in an import, at any depth; of the package's own also the names taken."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def layer(name: str) -> int:
-    """The layer of a module, 0 at the top."""
-    first = name.split(".", maxsplit=1)[0]
-    for number, members in enumerate(LAYERS):
-        if first in members:
-            return number
-    raise AssertionError(f"{name} stands in no layer: add it to the test, and to docs/architecture.md")
-
-
-@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
-def test_imports_run_downwards(name: str, path: Path) -> None:
-    for imported in imports(path):
-        if imported.startswith("portward."):
+def own_imports(name: str) -> set[str]:
+    """The modules of the package that a module imports."""
+    found = set()
+    for imported in imports(MODULES[name]):
+        if imported.split(".", maxsplit=1)[0] == "portward":
             target = imported.removeprefix("portward.")
-            if target.split(".")[0] == "__version__":
-                continue
-            assert layer(target) >= layer(name), f"{name} imports {imported}, which stands above it"
+            while target not in MODULES:
+                target = target.rpartition(".")[0] or "__init__"
+            found.add(target)
+    return found - {name}  # `python -m` loads a module under a second name
 
 
-@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_foreign_library_has_one_home(name: str, path: Path) -> None:
-    for imported in imports(path):
+def _room(name: str) -> tuple[int, str]:
+    """The row of a module's room, 0 at the top, and the room."""
+    room = name.split(".", maxsplit=1)[0]
+    for number, row in enumerate(ROOMS):
+        if room in row:
+            return number, room
+    raise AssertionError(f"{name} stands in no room: add it to the test, and to docs/architecture.md")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_downwards(name: str) -> None:
+    row, room = _room(name)
+    for imported in own_imports(name):
+        below, other = _room(imported)
+        beside = below == row and (other == room or row == len(ROOMS) - 1)
+        assert below > row or beside, f"{name} imports {imported}, which is not below it"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    # Raises CycleError with the circle. A package's own `__init__` comes before its modules in any case.
+    list(graphlib.TopologicalSorter({name: own_imports(name) for name in MODULES}).static_order())
+
+
+def test_the_two_processes_know_nothing_of_each_other() -> None:
+    """What the worker loads is none of the daemon's, and the reverse, also through others."""
+    assert not {name for name in _reached("worker.process") if _room(name)[1] in ("daemon", "dataplane")}
+    assert not {name for name in _reached("daemon.composition") if _room(name)[1] == "worker"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_foreign_library_has_one_home(name: str) -> None:
+    for imported in imports(MODULES[name]):
         homes = HOMES.get(imported.split(".")[0])
         assert homes is None or name in homes, f"{name} imports {imported}; its place is {homes}"
 
@@ -130,7 +110,17 @@ def test_a_foreign_library_has_one_home(name: str, path: Path) -> None:
 def test_every_module_says_what_it_is_for() -> None:
     silent = [
         name
-        for name, path in modules()
+        for name, path in MODULES.items()
         if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert not silent
+
+
+def _reached(name: str) -> set[str]:
+    """A module and all that it imports, also through others."""
+    found, todo = set[str](), [name]
+    while todo:
+        if (one := todo.pop()) not in found:
+            found.add(one)
+            todo += own_imports(one)
+    return found

@@ -10,11 +10,10 @@ import contextlib
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from portward.base.descriptors import Reserve
 from portward.base.resources import PYTHON
@@ -24,8 +23,8 @@ from portward.daemon.children import Child
 from portward.daemon.output import Limited, lines_of
 from portward.dataplane.learned import Source
 from portward.errors import InputError, KernelError
+from portward.ipc.lines import READY, asked_source
 from portward.ipc.tally import Tally
-from portward.worker.process import READY
 
 # Set in portward.service, where `KillMode=process` stands.
 STAY = "PORTWARD_WORKERS_STAY"
@@ -34,10 +33,6 @@ _START_SECONDS = 10.0
 _STOP_SECONDS = 3.0
 # A worker that dies at once is started again after a pause that grows to this.
 _LONGEST_PAUSE = 2.0
-# A source that a worker asks about: index of the interface, address of 4 or 16 bytes. The kernel's indexes are
-# positive and have 31 bits.
-_ASKED: Final = re.compile(rb"([1-9][0-9]{0,9}) ((?:[0-9a-f]{8}|[0-9a-f]{32}))")
-_LARGEST_INDEX: Final = 2**31 - 1
 
 _log = logging.getLogger("portward.worker")
 
@@ -149,7 +144,7 @@ class Worker:
             # Not `wait_for`: it forgets a cancellation that comes together with the line.
             async with asyncio.timeout(_START_SECONDS):
                 async for line in lines:
-                    if line == READY.encode():
+                    if line == READY:
                         return True
                     self._skip(line)
         return False
@@ -179,11 +174,11 @@ class Worker:
     async def _listen(self, lines: AsyncIterator[bytes]) -> None:
         """Takes the sources that the process asks about, until it ends."""
         async for line in lines:
-            source = _source(line)
-            if source is None:
+            asked = asked_source(line)
+            if asked is None:
                 self._skip(line)
             else:
-                self._asked(source)
+                self._asked(Source(*asked))
 
     def _skip(self, line: bytes) -> None:
         """Counts a line that is no message of ours: a library printed it, or a worker of another version. An empty
@@ -246,14 +241,6 @@ def stay_seconds() -> float:
     if not 0 <= seconds <= _LONGEST_STAY:
         raise InputError(f"{text!r}: seconds from 0 to {_LONGEST_STAY} are wanted", field=STAY)
     return seconds
-
-
-def _source(line: bytes) -> Source | None:
-    """The source that a line asks about; None if it is no such line."""
-    found = _ASKED.fullmatch(line)
-    if found is None or int(found[1]) > _LARGEST_INDEX:
-        return None
-    return Source(int(found[1]), bytes.fromhex(found[2].decode()))
 
 
 async def _forward(process: Child) -> str:

@@ -39,11 +39,11 @@ from portward.dataplane.underway import UnderWay
 from portward.errors import KernelError
 from portward.ipc import mark
 from portward.ipc.tally import Outcome
+from portward.ipc.verdict import judge
 from portward.model import ExemptionState
 from portward.policy.preset import Preset
 from portward.table.reader import Reader
 from portward.table.writer import Committed
-from portward.worker.judge import judge
 
 # Verdicts of the forward guard that are cached in one step, at most 20 steps a second: a flood of new sources
 # fills neither the sets of denied sources (262,144 in 60 s) nor those of unknown ones (16,384 in 10 s).

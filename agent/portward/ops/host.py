@@ -30,12 +30,12 @@ from portward.dataplane.stacking import Fate
 from portward.errors import KernelError, PortwardError
 from portward.ipc.mark import Class
 from portward.ipc.tally import Outcome
+from portward.ipc.verdict import judge
 from portward.model import Address
 from portward.store import open_store
 from portward.table.database import DatabaseError
 from portward.table.history import same_history
 from portward.table.reader import Reader
-from portward.worker.judge import judge
 
 # The agent writes its status each second: an older one says that it hangs.
 _STALE_S: Final = 5.0

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from math import inf
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 from uuid import UUID
 
 from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
 from portward.table import layout
 from portward.table.account import Account, ByWorkload
-
-if TYPE_CHECKING:
-    from portward.table.edit import Edit
 
 
 class Level(NamedTuple):
@@ -96,7 +93,23 @@ def groups(
     return [Group(frozenset(members[root]), tuple(kept), tuple(gone)) for root, (kept, gone) in found.items()]
 
 
-def weigh(before: Edit, after: Edit, group: Group) -> Weighed:
+class Levels(Protocol):
+    """What is asked of a table to weigh a change of it: an `Edit` answers."""
+
+    def place_of(self, attachment: Attachment) -> bytes:
+        """Where the entry of an attachment is, or would be."""
+
+    def places_of(self, id_: UUID) -> Iterator[bytes]:
+        """The places of all entries of the subscription with this UUID."""
+
+    def level(self, place: bytes) -> tuple[Level, int]:
+        """How freely sources at a place may send, and the number of the subscription that covers them."""
+
+    def exemption(self, id_: UUID) -> Exemption | None:
+        """The exemption of the subscription with this UUID."""
+
+
+def weigh(before: Levels, after: Levels, group: Group) -> Weighed:
     """What a group has done, between a reading of the table as it was and the edit that took the group in."""
     attachments = (record for record in (*group.put, *group.removed) if isinstance(record, Attachment))
     places = {after.place_of(attachment) for attachment in attachments}

@@ -23,9 +23,10 @@ from typing import Final
 from portward.base.codes import REASON_NUMBER
 from portward.ipc import mark
 from portward.ipc.tally import Event, Outcome, Tally
+from portward.ipc.verdict import judge
 from portward.table.reader import Finding, Reader
 from portward.worker.handover import GLANCE, Stay, bound
-from portward.worker.judge import Judge, judge
+from portward.worker.judge import Judge
 from portward.worker.messages import ACCEPT, DROP, WHOLE, Packet, Refused, Shape, Verdicts, read, shape_of
 from portward.worker.nfqueue import SLOT, Queue
 from portward.worker.packet import ATTEMPTS

@@ -13,7 +13,7 @@ from typing import Protocol
 from portward.base.codes import REASON_NUMBER
 from portward.ipc import mark
 from portward.ipc.tally import Event, Outcome, Tally
-from portward.model import Reason
+from portward.ipc.verdict import judge
 from portward.table.layout import Head
 from portward.table.reader import Finding
 from portward.worker.messages import PREROUTING
@@ -51,22 +51,6 @@ class Queued(Protocol):
 
     def drop(self) -> None:
         """Gone."""
-
-
-def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
-    """What the kernel is told for a finding, and how it is counted. What is DEFERRED is dropped, and not cached:
-    the daemon has to write the limit first."""
-    if finding.reason.allows:
-        if finding.limited and not finding.observed:
-            return mark.Class.ALLOW, Outcome.DEFERRED
-        return mark.Class.ALLOW, Outcome.PASSED
-    if finding.observed:
-        return mark.Class.OBSERVED, Outcome.OBSERVED
-    if finding.reason is Reason.DENIED_UNKNOWN_SOURCE:
-        return mark.Class.UNKNOWN, Outcome.DROPPED
-    if finding.reject:
-        return mark.Class.REFUSED, Outcome.RESET
-    return mark.Class.DENY, Outcome.DROPPED
 
 
 class Judge:

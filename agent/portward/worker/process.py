@@ -25,6 +25,7 @@ from typing import Final
 
 from portward.config.keys import QueueReader
 from portward.errors import PortwardError
+from portward.ipc.lines import READY, ask_line
 from portward.ipc.tally import Tally
 from portward.table.reader import Reader
 from portward.worker import batch
@@ -33,7 +34,6 @@ from portward.worker.handover import Stay, claim
 from portward.worker.judge import Judge
 from portward.worker.reset import Resetter
 
-READY: Final = "ready"
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
@@ -82,7 +82,7 @@ def _keep_stdout() -> int:
 
 def _ready(messages: int) -> None:
     # A line of its own, also if half a line was printed before `_keep_stdout`.
-    os.write(messages, f"\n{READY}\n".encode())
+    os.write(messages, b"\n%s\n" % READY)
     # From here on a daemon that does not read must not hold the worker up.
     os.set_blocking(messages, False)
     os.set_blocking(sys.stderr.fileno(), False)
@@ -92,7 +92,7 @@ def _ask(messages: int, index: int, address: bytes) -> None:
     """Tells the daemon of a source whose limit the kernel does not know. Where it does not get through, the
     source's next packet asks again."""
     with suppress(BlockingIOError, BrokenPipeError):
-        os.write(messages, b"%d %s\n" % (index, address.hex().encode()))
+        os.write(messages, ask_line(index, address))
 
 
 def _die_with_parent() -> None:

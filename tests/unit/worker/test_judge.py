@@ -11,10 +11,11 @@ from scapy.layers.inet import IP, TCP, UDP
 
 from portward.ipc import mark
 from portward.ipc.tally import Event, Outcome, Tally
+from portward.ipc.verdict import judge
 from portward.model import Reason
 from portward.table.reader import Finding
 from portward.worker.batch import BatchJudge
-from portward.worker.judge import Judge, judge
+from portward.worker.judge import Judge
 from portward.worker.messages import FORWARD, PREROUTING
 from portward.worker.nfqueue import SLOT
 from portward.worker.reset import FIRST_RESETS, Resetter
