@@ -88,7 +88,7 @@ messages: setup ## Bring the catalogues in step with the texts in the code
 	$(BIN)/python -m tests.messages
 	$(BIN)/python hatch_build.py
 
-bench: setup $(VENV)/bench-ready ## Measure speed and scale, some ten minutes: bench.json, docs/bench/*.svg (root)
+bench: setup $(VENV)/bench-ready ## Measure speed and scale, some ten minutes: bench.json, docs/explanation/bench/*.svg (root)
 	$(BIN)/python -m tests.bench
 
 bench-short: setup ## The ratios alone, in a minute; fails below a floor (root)

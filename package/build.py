@@ -195,7 +195,7 @@ def _root(root: Path) -> None:
 def documents(stage: Path, version: str) -> None:
     """Puts the texts for people, the manual and the shells' completions there."""
     documents = stage / "usr/share/doc/portward"
-    for name in ("README.md", "docs/operations.md", "docs/runbook.md", "docs/architecture.md"):
+    for name in ("README.md", "docs/how-to/operations.md", "docs/how-to/runbook.md", "docs/how-to/restore.md"):
         _put(ROOT / name, documents / Path(name).name)
     _put(_DEBIAN / "copyright", documents / "copyright")
     date = format_datetime(_date())

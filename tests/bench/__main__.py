@@ -1,4 +1,4 @@
-"""`make bench`: measures speed and scale, prints a table, writes bench.json and draws docs/bench/*.svg.
+"""`make bench`: measures speed and scale, prints a table, writes bench.json and draws docs/explanation/bench/*.svg.
 
 `python -m tests.bench NAME …` measures what is named, `--all` what takes longer too, and `--short` is the short
 form for CI. What a part cannot measure is shown with the reason, the other parts go on, and what was measured is
@@ -92,7 +92,7 @@ _FLOORS: Final = {
     "bystander_vs_static_rule": ">= 0.87",
 }
 _RESULT: Final = Path("bench.json")
-_CURVES: Final = Path("docs/bench")
+_CURVES: Final = Path("docs/explanation/bench")
 
 
 def main() -> int:

@@ -1,1 +1,1 @@
-"""Real mail software through a real gateway, beside tcpdump: `make test-mail`, docs/mail.md."""
+"""Real mail software through a real gateway, beside tcpdump: `make test-mail`, docs/explanation/mail.md."""

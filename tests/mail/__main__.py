@@ -2,7 +2,7 @@
 
     python -m tests.mail [--cache FOLDER]
 
-Prints a line for each check, and the table of docs/mail.md. Exit code 1 if a check fails.
+Prints a line for each check, and the table of docs/explanation/mail.md. Exit code 1 if a check fails.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Checks:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The table of docs/mail.md: what each software says over IPv4, and after how long."""
+    """The table of docs/explanation/mail.md: what each software says over IPv4, and after how long."""
     said = {(row.kind.NAME, row.state): row.said.get(4, []) for row in rows}
     lines = [f"| software | {' | '.join(COLUMNS)} |", f"| --- |{' --- |' * len(COLUMNS)}"]
     for kind in CLIENTS:

@@ -1,4 +1,4 @@
-"""The restore drill of `docs/operations.md`, with a real agent and real packets' verdicts."""
+"""The restore drill of `docs/how-to/restore.md`, with a real agent and real packets' verdicts."""
 
 from __future__ import annotations
 

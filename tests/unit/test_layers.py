@@ -77,7 +77,7 @@ def _room(name: str) -> tuple[int, str]:
     for number, row in enumerate(ROOMS):
         if room in row:
             return number, room
-    raise AssertionError(f"{name} stands in no room: add it to the test, and to docs/architecture.md")
+    raise AssertionError(f"{name} stands in no room: add it to the test, and to docs/explanation/architecture.md")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,4 +1,4 @@
-"""What the test with real mail software counts and prints, and the table of it that docs/mail.md shows."""
+"""What the test with real mail software counts and prints, and the table of it that docs/explanation/mail.md shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mail.clients import CLIENTS, Fate, Said, judged
 from mail.ledger import Ledger
 from mail.rows import EXPECTED, STATES, State, mail, rows
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs/mail.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs/explanation/mail.md"
 # What a cell says, as `Said` prints it.
 CELL = re.compile(r"(delivered|timed out|refused|cut) after \d+ s(: `[^`]+`)?")
 
