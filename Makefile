@@ -9,7 +9,7 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base locales
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test test-trixie test-mail test-vm soak lint messages bench bench-short deb install clean
+.PHONY: help setup packages demo test test-trixie test-mail test-vm soak lint messages bench bench-short docs deb install clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -94,6 +94,19 @@ bench: setup $(VENV)/bench-ready ## Measure speed and scale, some ten minutes: b
 bench-short: setup ## The ratios alone, in a minute; fails below a floor (root)
 	$(BIN)/python -m tests.bench --short
 
+# A Python environment of its own: the site's libraries have other versions than the agent's.
+DOCS := .venv-docs
+
+$(DOCS)/ready: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-docs.txt
+	@touch $@
+
+# The variable silences an advertisement for another program, which the theme prints.
+docs: setup $(DOCS)/ready ## Build the documents as a site in build/site, and check every link in it
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	$(BIN)/python -m package.links build/site
+
 deb: setup ## Build dist/portward_VERSION_amd64.deb
 	$(BIN)/python -m package.build
 
@@ -101,4 +114,4 @@ install: setup ## Install program and units without the package: PREFIX (/opt/po
 	$(BIN)/python -m package.install --prefix "$(PREFIX)" --destdir "$(DESTDIR)/"
 
 clean: ## Remove what the other targets made in this folder
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(DOCS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

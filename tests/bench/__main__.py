@@ -1,4 +1,4 @@
-"""`make bench`: measures speed and scale, prints a table, writes bench.json and draws docs/explanation/bench/*.svg.
+"""`make bench`: measures speed and scale, prints a table, writes bench.json, draws docs/explanation/bench/*.svg.
 
 `python -m tests.bench NAME …` measures what is named, `--all` what takes longer too, and `--short` is the short
 form for CI. What a part cannot measure is shown with the reason, the other parts go on, and what was measured is

@@ -1,4 +1,4 @@
-"""What the test with real mail software counts and prints, and the table of it that docs/explanation/mail.md shows."""
+"""What the test with real mail software counts and prints, and its table, which docs/explanation/mail.md shows."""
 
 from __future__ import annotations
 
