@@ -9,12 +9,16 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base locales
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test test-trixie test-mail test-vm soak lint messages bench bench-short docs deb install clean
+.PHONY: help setup program packages demo messages clean
+.PHONY: test test-trixie test-mail test-vm soak lint bench bench-short
+.PHONY: docs deb install
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: packages $(VENV)/ready ## Install system packages (where missing) and the Python environment
+setup: program $(VENV)/test-ready $(VENV)/lint-ready $(VENV)/fuzz-ready ## Install all that portward, its tests and linters need
+
+program: packages $(VENV)/ready ## Install what portward and its lab need: system packages and the Python environment
 
 packages:
 	@missing=$$(for p in $(PACKAGES); do \
@@ -25,17 +29,26 @@ packages:
 # Texts in other languages; the build compiles them (hatch_build.py).
 CATALOGUES := $(wildcard agent/portward/locale/*/LC_MESSAGES/*.po)
 
+# Every package is locked by version and hash. Each purpose has its own file, so that one that cannot be installed
+# stops nothing else.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+
 $(VENV)/ready: pyproject.toml requirements.txt hatch_build.py $(CATALOGUES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(INSTALL) --require-hashes -r requirements.txt
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/bench-ready: $(VENV)/ready requirements-bench.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.txt
+$(VENV)/%-ready: requirements-%.txt | $(VENV)/ready
+	$(INSTALL) --require-hashes -r $<
 	@touch $@
 
-demo: setup ## Send real mail through a gateway in network namespaces (root)
+# The fuzzer has wheels for few platforms, and its sources need a C++ compiler of their own. Without it the rest works.
+$(VENV)/fuzz-ready: requirements-fuzz.txt | $(VENV)/ready
+	@if $(INSTALL) --retries 1 --only-binary :all: --require-hashes -r $<; then touch $@; \
+	else echo "The fuzzer of $< cannot be installed here: the tests that need it will be skipped." >&2; fi
+
+demo: program ## Send real mail through a gateway in network namespaces (root)
 	$(BIN)/portward lab demo
 
 # Two processes for each core: half of the time a test waits. The tests of a file stay in one process, because they
@@ -110,7 +123,7 @@ docs: setup $(DOCS)/ready ## Build the documents as a site in build/site, and ch
 deb: setup ## Build dist/portward_VERSION_amd64.deb
 	$(BIN)/python -m package.build
 
-install: setup ## Install program and units without the package: PREFIX (/opt/portward), DESTDIR
+install: program ## Install program and units without the package: PREFIX (/opt/portward), DESTDIR
 	$(BIN)/python -m package.install --prefix "$(PREFIX)" --destdir "$(DESTDIR)/"
 
 clean: ## Remove what the other targets made in this folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
@@ -48,6 +49,9 @@ def test_any_bytes_get_one_verdict(oracle: Oracle, data: bytes) -> None:
     oracle.judge(data)
 
 
+@pytest.mark.skipif(
+    find_spec("atheris") is None, reason="NOT FUZZED: atheris is not installed (requirements-fuzz.txt)"
+)
 def test_atheris_finds_nothing_in_a_short_time(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzz.parser", "--seconds", "5", "--findings", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

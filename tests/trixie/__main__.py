@@ -2,8 +2,8 @@
 
     python -m tests.trixie [PYTEST ARGUMENTS]
 
-A root of Debian 13's packages is kept in build/trixie, the libraries in it are those of requirements.txt. The tree
-is copied into it for each run.
+A root of Debian 13's packages is kept in build/trixie, the libraries in it are those of requirements*.txt. The
+tree is copied into it for each run.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ for each in sys dev; do mount --rbind "/$each" "$0/$each"; mount --make-rslave "
 exec chroot "$0" bash -c "$@"
 """
 _SETUP: Final = """
-cd /src && python3 -m venv .venv &&
-.venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt &&
-.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+set -e; cd /src; python3 -m venv .venv
+install() { .venv/bin/pip install --quiet --disable-pip-version-check "$@"; }
+install --require-hashes -r requirements.txt -r requirements-test.txt
+install --require-hashes --only-binary :all: -r requirements-fuzz.txt ||
+    echo "The fuzzer cannot be installed here: the tests that need it will be skipped." >&2
+install --no-deps --no-build-isolation -e .
 """
 _TEST: Final = 'cd /src && .venv/bin/python hatch_build.py && exec .venv/bin/python -m pytest "$@"'
 
