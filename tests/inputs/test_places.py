@@ -15,7 +15,7 @@ import pytest
 from inputs.corpus import one_line, portward
 from inputs.held import Held, hold
 from inputs.test_corpus import INVENTORIES
-from portward.config import documents
+from portward.config import files
 from portward.inventory import document
 
 PROGRAM: Final = (sys.executable, "-m", "portward")
@@ -153,7 +153,7 @@ def test_standard_input_without_an_end_is_refused(held: Held, monkeypatch: pytes
 
 
 def test_a_file_of_just_the_largest_size_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "_LARGEST", 100)
+    monkeypatch.setattr(files, "_MAX_TOML_BYTES", 100)
     path = tmp_path / "at.toml"
     for size, told in ((100, "name: is missing"), (101, "larger than 0 MiB")):
         path.write_text("#" + "x" * (size - 2) + "\n")

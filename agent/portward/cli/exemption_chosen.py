@@ -9,7 +9,8 @@ from uuid import UUID
 
 from portward.base.clock import utc_now
 from portward.base.words import counted
-from portward.config.documents import nearest, read_text
+from portward.config.documents import nearest
+from portward.config.files import read_text
 from portward.errors import InputError, PortwardError, together
 from portward.exemptions.lifecycle import State
 from portward.exemptions.service import Casework

@@ -20,8 +20,8 @@ from msgspec.structs import replace
 from portward.base.interfaces import is_pattern
 from portward.base.interfaces import matches as matches  # noqa: PLC0414 # the readers of a configuration ask here
 from portward.config import endpoint, paths
-from portward.config.documents import mistake, read_toml
 from portward.config.endpoint import Endpoint
+from portward.config.files import mistake, read_toml
 from portward.errors import together
 from portward.model import Mode
 

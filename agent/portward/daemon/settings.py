@@ -20,7 +20,8 @@ import msgspec
 from portward.base import ownership
 from portward.config import keys as configuration
 from portward.config import paths
-from portward.config.documents import dec_hook, enc_hook
+from portward.config.documents import enc_hook
+from portward.config.files import path_hook
 from portward.config.keys import Config
 from portward.daemon.runtime import in_another_network, running
 from portward.errors import InputError
@@ -159,7 +160,7 @@ def _left(folder: Path, path: Path | None) -> _InForce | None:
     """What an agent of this table has left, if it has read it at `path` (None: anywhere)."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         with (folder / _FILE).open("rb") as file:
-            found = msgspec.json.decode(file.read(_LARGEST_BYTES), type=_InForce, dec_hook=dec_hook)
+            found = msgspec.json.decode(file.read(_LARGEST_BYTES), type=_InForce, dec_hook=path_hook)
         if found.format != _FORMAT:
             return None
         if path is None:

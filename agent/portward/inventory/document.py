@@ -18,7 +18,8 @@ from typing import Any, Final
 import msgspec
 import yaml
 
-from portward.config.documents import Steps, brief, dec_hook, explained, field_name, read_text, shortened, text_of
+from portward.config.documents import Steps, brief, dec_hook, explained, field_name, shortened
+from portward.config.files import read_text, text_of
 from portward.errors import InputError
 from portward.inventory.days import with_times
 from portward.model import Record

@@ -14,7 +14,7 @@ from portward.base.clock import utc_now
 from portward.base.interfaces import shown
 from portward.base.words import counted
 from portward.config import keys as configuration
-from portward.config.documents import mistake
+from portward.config.files import mistake
 from portward.config.keys import Config, Encrypted
 from portward.config.paths import is_path
 from portward.daemon.runtime import read_status, running

@@ -18,7 +18,8 @@ from msgspec import Meta
 
 from portward.base.characters import unshown
 from portward.base.resources import rules
-from portward.config.documents import brief, enc_hook, mistake, nearest, read_toml
+from portward.config.documents import brief, enc_hook, nearest
+from portward.config.files import mistake, read_toml
 from portward.config.paths import is_path
 from portward.errors import InputError
 from portward.model import Network
