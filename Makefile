@@ -92,10 +92,15 @@ soak: setup ## The long forms of faults, floods and fuzzers: about an hour (root
 	    $(BIN)/python -m tests.inputs.fuzz $$kind --seconds $(FUZZ) || exit 1; done
 	$(BIN)/python -m tests.bench neighbours counted stale
 
-lint: setup ## ruff and mypy --strict
+# All that people read; pyproject.toml says what is left out.
+SPELLED := agent tests package docs rules systemd .ci $(wildcard *.md *.py) Makefile pyproject.toml
+
+lint: setup ## ruff, mypy --strict, spelling and plain English
 	$(BIN)/ruff check agent tests package
 	$(BIN)/ruff format --check agent tests package
 	$(BIN)/mypy
+	$(BIN)/codespell $(SPELLED)
+	$(BIN)/python -m tests.prose
 
 messages: setup ## Bring the catalogues in step with the texts in the code
 	$(BIN)/python -m tests.messages
