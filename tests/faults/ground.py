@@ -38,7 +38,7 @@ from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, Rated
 from portward.errors import PortwardError
 from portward.inventory.document import json_text
-from portward.ipc.verdict import judge
+from portward.ipc.verdict import classify
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
@@ -438,7 +438,7 @@ class Ground:
                         if isinstance(element.verdict, Rated):
                             continue
                         finding = reader.lookup(element.source.link, element.source.address)
-                        if finding is None or judge(finding)[0] is not element.verdict:
+                        if finding is None or classify(finding)[0] is not element.verdict:
                             found.append(f"{COUNTED_SETS[element.verdict]} remembers {element.source}: {finding}")
                     if head is None or learned.synced() != head.generation:
                         found.append(f"the kernel is in step with {learned.synced()}, the table is {head}")

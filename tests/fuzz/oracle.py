@@ -11,7 +11,7 @@ from portward.model import Address, Record
 from portward.table.reader import Reader
 from portward.table.writer import Writer
 from unit.table.test_table import AZURE, ENFORCE, NOW, STORE, attachment, expected, identity, subscription
-from unit.worker.test_judge import QueuedPacket, worker
+from unit.worker.test_slow_path import QueuedPacket, worker
 
 # The worker is given so many bytes of a packet, and follows fewer than so many extension headers.
 _READ, _LONGEST_CHAIN = 512, 14

@@ -17,7 +17,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 with atheris.instrument_imports(include=["portward.worker", "portward.ipc"]):
-    from portward.worker import judge as _  # noqa: F401 # for what it imports
+    from portward.worker import slow_path as _  # noqa: F401 # for what it imports
 
 from fuzz.oracle import Oracle  # the path above must be there first
 from fuzz.packets import TEMPLATES, mutated  # as above

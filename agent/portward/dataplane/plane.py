@@ -39,7 +39,7 @@ from portward.dataplane.underway import UnderWay
 from portward.errors import KernelError
 from portward.ipc import mark
 from portward.ipc.tally import Outcome
-from portward.ipc.verdict import judge
+from portward.ipc.verdict import classify
 from portward.model import ExemptionState
 from portward.policy.preset import Preset
 from portward.table.reader import Reader
@@ -384,7 +384,7 @@ class Dataplane:
         finding = self._reader.lookup(source.link, source.address)
         if finding is None:
             return None
-        verdict, outcome = judge(finding)
+        verdict, outcome = classify(finding)
         return None if outcome is Outcome.DEFERRED else verdict
 
     def rate(self, sources: Iterable[Source]) -> None:
@@ -428,7 +428,7 @@ class Dataplane:
         finding = reader.lookup(element.source.link, element.source.address)
         if finding is None:
             return True
-        verdict, outcome = judge(finding)
+        verdict, outcome = classify(finding)
         # One with a rate limit must not be cached as allowed: that would be without it.
         return outcome is Outcome.DEFERRED or verdict is not element.verdict
 

@@ -12,7 +12,7 @@ from portward.model import Reason
 from portward.table.reader import Finding
 
 
-def judge(finding: Finding) -> tuple[mark.Class, Outcome]:
+def classify(finding: Finding) -> tuple[mark.Class, Outcome]:
     """What the kernel is told for a finding, and how it is counted. What is DEFERRED is dropped, and not cached:
     the daemon has to write the limit first."""
     if finding.reason.allows:

@@ -30,7 +30,7 @@ from portward.dataplane.stacking import Fate
 from portward.errors import KernelError, PortwardError
 from portward.ipc.mark import Class
 from portward.ipc.tally import Outcome
-from portward.ipc.verdict import judge
+from portward.ipc.verdict import classify
 from portward.model import Address
 from portward.store import open_store
 from portward.table.database import DatabaseError
@@ -176,7 +176,7 @@ def left(config: Config, segment: str, address: Address) -> Left:
         return Left(error=str(error))
     if finding is None:
         return Left(revision=head.revision)
-    verdict, outcome = judge(finding)
+    verdict, outcome = classify(finding)
     return Left(verdict=verdict, waits=outcome is Outcome.DEFERRED, revision=head.revision)
 
 

@@ -1,13 +1,13 @@
 """Packets of a queue → their verdicts, many at a time: the faster way to read a queue.
 
-For each batch: receive, open one view of the policy table, judge every packet in it, close the view, send all
+For each batch: receive, open one view of the policy table, classify every packet in it, close the view, send all
 verdicts. The view begins after the packets were received, and each verdict carries the epoch of the generation
 that this view shows; so a verdict is never older than its packet, and none that was found under another policy
 is remembered (`learn` compares the epoch). No view is open while the worker waits or the kernel acts on verdicts.
 
 A packet like thousands before it, a plain TCP segment with the mark of a miss, goes by the fields of its `Shape`,
 and its source by what was found in the same snapshot for the addresses around it. Every other one, and every one
-at which that fails, takes the way through `Judge.handle`, the same as with NetfilterQueue.
+at which that fails, takes the way through `SlowPath.handle`, the same as with NetfilterQueue.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Final
 from portward.base.codes import REASON_NUMBER
 from portward.ipc import mark
 from portward.ipc.tally import Event, Outcome, Tally
-from portward.ipc.verdict import judge
+from portward.ipc.verdict import classify
 from portward.table.reader import Finding, Reader
 from portward.worker.handover import GLANCE, Stay, bound
-from portward.worker.judge import Judge
 from portward.worker.messages import ACCEPT, DROP, WHOLE, Packet, Refused, Shape, Verdicts, read, shape_of
 from portward.worker.nfqueue import SLOT, Queue
 from portward.worker.packet import ATTEMPTS
+from portward.worker.slow_path import SlowPath
 
 # Packets received at once: enough to share out what a batch costs, few enough that the first need not wait long.
 BATCH: Final = 64
@@ -46,7 +46,7 @@ _ROOM: Final = BATCH * (SLOT // 32)
 _log = logging.getLogger("portward.worker")
 
 
-class _Uncommon(Exception):  # noqa: N818 # no error: the packet takes the careful way
+class _NeedsSlowPath(Exception):  # noqa: N818 # no error: the packet takes the careful way
     """A packet that does not go by shape and source alone."""
 
 
@@ -54,8 +54,8 @@ class _Uncommon(Exception):  # noqa: N818 # no error: the packet takes the caref
 _NONE: Final = Shape(lambda buffer, start: (b"",) * 14, tuple, (), frozenset(), 0, 0)
 
 
-class _Waiting:
-    """A packet of ours as `Judge.handle` takes it."""
+class _PendingPacket:
+    """A packet of ours as `SlowPath.handle` takes it."""
 
     def __init__(self, packet: Packet, id_: int, verdicts: Verdicts) -> None:
         self.indev, self.hook = packet.indev, packet.hook
@@ -92,7 +92,7 @@ class _Answer:
         self.packets = self.attempts = 0
 
 
-class _Known:
+class _RangeCache:
     """The answers to sources, by ranges of addresses: the same answer holds from one entry of the policy table to
     the next, so a few ranges soon know every source there is.
 
@@ -134,10 +134,10 @@ class _Known:
         self._held.insert(place, (offset + reach[1], answer))
 
 
-class BatchJudge:
+class BatchReader:
     """Gives verdicts on batches; `careful` judges what is not of the common kind, over the same `reader`."""
 
-    def __init__(self, queue: int, reader: Reader, careful: Judge, tally: Tally) -> None:
+    def __init__(self, queue: int, reader: Reader, careful: SlowPath, tally: Tally) -> None:
         self._reader, self._careful, self._tally = reader, careful, tally
         self._verdicts = Verdicts(queue, _ROOM)
         self._shapes: list[Shape] = []
@@ -146,7 +146,7 @@ class BatchJudge:
         self._answers: dict[Finding, _Answer] = {}
         # The same for rejected sources while their segment's budget of resets is spent.
         self._unanswered: dict[Finding, _Answer] = {}
-        self._known = _Known()
+        self._known = _RangeCache()
         self._told: set[str] = set()
 
     def answer(self, buffer: bytearray, lengths: Iterable[tuple[int]]) -> memoryview:
@@ -202,35 +202,35 @@ class BatchJudge:
                 answer.packets += 1
                 answer.attempts += flags in ATTEMPTS
                 accept(id_, keep, answer.own)
-            except Exception:  # _Uncommon, or whatever fails: if it fails again it is told
+            except Exception:  # _NeedsSlowPath, or whatever fails: if it fails again it is told
                 self._walk(buffer[start : start + length])
 
     def _shape(self, buffer: bytearray, start: int, length: int) -> Shape:
-        """The shape of a message that is not of the one before; raises _Uncommon where it has none."""
+        """The shape of a message that is not of the one before; raises _NeedsSlowPath where it has none."""
         for place, shape in enumerate(self._shapes):
             if shape.asks(shape.unpack(buffer, start), length):
                 self._shapes.insert(0, self._shapes.pop(place))
                 return shape
         found = shape_of(bytes(buffer[start : start + length]))
         if found is None:
-            raise _Uncommon
+            raise _NeedsSlowPath
         self._shapes.insert(0, found)
         del self._shapes[_SHAPES:]
         return found
 
     def _look_up(self, index: bytes, source: bytes) -> _Answer:
-        """What is said of a source; raises _Uncommon where that takes more than a verdict."""
+        """What is said of a source; raises _NeedsSlowPath where that takes more than a verdict."""
         finding = self._reader.lookup(int.from_bytes(index, "big"), source)
         if finding is None or finding.damaged:
-            raise _Uncommon
+            raise _NeedsSlowPath
         answer = self._answers.get(finding)
         if answer is None:
-            verdict, outcome = judge(finding)
+            verdict, outcome = classify(finding)
             if outcome is Outcome.RESET and not self._careful.firsts.left(int.from_bytes(index, "big")):
                 # Not kept for the source: there may be an answer in the next second.
                 return self._unanswered.setdefault(finding, _Answer(finding, verdict, Outcome.DROPPED))
             if outcome in (Outcome.RESET, Outcome.DEFERRED):
-                raise _Uncommon
+                raise _NeedsSlowPath
             answer = self._answers[finding] = _Answer(finding, verdict, outcome)
         if self._known.room():  # else many small ranges are asked for in turn, and to keep them costs more
             self._known.put(index, len(source), self._reader.reach(int.from_bytes(index, "big"), source), answer)
@@ -247,7 +247,7 @@ class BatchJudge:
                 self._tally.event(Event.ERROR)
                 self._tell("a message of the queue names no packet: nothing can be answered")
             else:
-                self._careful.handle(_Waiting(message, message.id, self._verdicts))
+                self._careful.handle(_PendingPacket(message, message.id, self._verdicts))
 
     def _tell(self, what: str) -> None:
         if what not in self._told:  # once: it would fill the log at the speed of the network
@@ -256,7 +256,7 @@ class BatchJudge:
 
 
 def serve(
-    number: int, length: int, batches: BatchJudge, lifeline: int, ready: Callable[[], None], stay: Stay
+    number: int, length: int, batches: BatchReader, lifeline: int, ready: Callable[[], None], stay: Stay
 ) -> None:
     """Binds the queue and answers its packets until the other end of `lifeline` is closed or SIGTERM comes, and
     from then on as long as it may `stay`.
@@ -280,6 +280,6 @@ def serve(
         queue.close()
 
 
-def _answer(queue: Queue, batches: BatchJudge) -> None:
+def _answer(queue: Queue, batches: BatchReader) -> None:
     if lengths := queue.receive():
         queue.send(batches.answer(queue.buffer, lengths))

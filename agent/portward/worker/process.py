@@ -29,10 +29,10 @@ from portward.ipc.lines import READY, ask_line
 from portward.ipc.tally import Tally
 from portward.table.reader import Reader
 from portward.worker import batch
-from portward.worker.batch import BatchJudge
+from portward.worker.batch import BatchReader
 from portward.worker.handover import Stay, claim
-from portward.worker.judge import Judge
 from portward.worker.reset import Resetter
+from portward.worker.slow_path import SlowPath
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
@@ -52,11 +52,11 @@ def main() -> int:
     try:
         reader = Reader.open(arguments.table)
         tally = Tally(arguments.tally)
-        judge = Judge(reader.lookup, reader.head, tally, Resetter(), partial(_ask, messages))
+        judge = SlowPath(reader.lookup, reader.head, tally, Resetter(), partial(_ask, messages))
         ready = partial(_ready, messages)
         claimed = claim(arguments.table, arguments.queue)
         if arguments.reader is QueueReader.BATCH:
-            batches = BatchJudge(arguments.queue, reader, judge, tally)
+            batches = BatchReader(arguments.queue, reader, judge, tally)
             stay = Stay(arguments.stay, claimed)
             batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, ready, stay)
         else:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import netfilterqueue
 
-from portward.worker.judge import Queued
 from portward.worker.nfqueue import COPY_BYTES, RECEIVE_BYTES
+from portward.worker.slow_path import QueuedPacket
 
 
 def serve(
-    number: int, length: int, handle: Callable[[Queued], None], lifeline: int, ready: Callable[[], None]
+    number: int, length: int, handle: Callable[[QueuedPacket], None], lifeline: int, ready: Callable[[], None]
 ) -> None:
     """Binds the queue and answers its packets until the other end of `lifeline` is closed or SIGTERM comes.
 

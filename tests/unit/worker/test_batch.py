@@ -24,12 +24,12 @@ from portward.model import Reason
 from portward.table.reader import Reader
 from portward.table.writer import Writer
 from portward.worker import batch
-from portward.worker.batch import BatchJudge
-from portward.worker.judge import Judge
+from portward.worker.batch import BatchReader
 from portward.worker.nfqueue import SLOT
+from portward.worker.slow_path import SlowPath
 from unit.table.test_table import AZURE, ENFORCE, NOW, STORE, attachment, subscription
-from unit.worker.test_judge import Answers
 from unit.worker.test_messages import BETWEEN, OTHERS, message
+from unit.worker.test_slow_path import Answers
 
 ALLOWED, DENIED = subscription(1), subscription(2, "pay-as-you-go")
 RECORDS = (
@@ -76,8 +76,8 @@ class Bench:
         answers: Any = Answers()  # only `answer` is used
         self.asked: list[tuple[int, bytes]] = []
         ask = lambda index, address: self.asked.append((index, address))  # noqa: E731 # short
-        self.careful = Judge(self.reader.lookup, self.reader.head, self.tally, answers, ask)
-        self.judge = BatchJudge(0, self.reader, self.careful, self.tally)
+        self.careful = SlowPath(self.reader.lookup, self.reader.head, self.tally, answers, ask)
+        self.judge = BatchReader(0, self.reader, self.careful, self.tally)
 
     def answer(self, *datagrams: bytes) -> list[tuple[int, int, int]]:
         """Verdict, id and mark of each that is given for a batch."""

@@ -1,4 +1,4 @@
-"""A packet → its verdict: `parse` → `Reader.lookup` → `judge` → the mark.
+"""A packet → its verdict: `parse` → `Reader.lookup` → `classify` → the mark.
 
 Every path gives a verdict: a packet without one would hold its slot in the queue for ever. What cannot be
 judged is dropped and not remembered.
@@ -13,7 +13,7 @@ from typing import Protocol
 from portward.base.codes import REASON_NUMBER
 from portward.ipc import mark
 from portward.ipc.tally import Event, Outcome, Tally
-from portward.ipc.verdict import judge
+from portward.ipc.verdict import classify
 from portward.table.layout import Head
 from portward.table.reader import Finding
 from portward.worker.messages import PREROUTING
@@ -23,7 +23,7 @@ from portward.worker.reset import Budget, Resetter
 _log = logging.getLogger("portward.worker")
 
 
-class Queued(Protocol):
+class QueuedPacket(Protocol):
     """A packet that waits for its verdict, as NetfilterQueue hands one over. A mark after the verdict is lost."""
 
     @property
@@ -53,7 +53,7 @@ class Queued(Protocol):
         """Gone."""
 
 
-class Judge:
+class SlowPath:
     """Gives verdicts on packets; `lookup` and `head` are a `Reader`'s, `ask` is told of sources (interface index,
     address) whose limit or verdict the kernel does not know and cannot learn from a mark."""
 
@@ -71,7 +71,7 @@ class Judge:
         self.firsts = Budget()
         self._failed = False
 
-    def handle(self, packet: Queued) -> None:
+    def handle(self, packet: QueuedPacket) -> None:
         """Gives one verdict on a packet; never raises."""
         try:
             self._judge(packet)
@@ -82,7 +82,7 @@ class Judge:
                 self._failed = True
                 _log.exception("a packet could not be judged and was dropped; such packets are counted")
 
-    def _judge(self, packet: Queued) -> None:
+    def _judge(self, packet: QueuedPacket) -> None:
         if packet.hook != PREROUTING:
             self._judge_forwarded(packet)
             return
@@ -101,7 +101,7 @@ class Judge:
             return
         if finding.damaged:
             self._tally.event(Event.DAMAGED)
-        verdict, outcome = judge(finding)
+        verdict, outcome = classify(finding)
         if own == mark.AGAIN and outcome is not Outcome.RESET:
             # The policy has changed since the kernel counted the packet as rejected, and is about to forget the
             # source. To let the packet pass would count it again; the sender tries once more.
@@ -123,7 +123,7 @@ class Judge:
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(finding.generation)))
         packet.accept()
 
-    def _refuse(self, packet: Queued, own: int, event: Event) -> None:
+    def _refuse(self, packet: QueuedPacket, own: int, event: Event) -> None:
         """Gives up on a packet that has no verdict. `learn` drops what comes with the mark of a miss and counts it
         for its segment; a packet with AGAIN is counted already."""
         self._tally.event(event)
@@ -133,7 +133,7 @@ class Judge:
         packet.set_mark((packet.get_mark() & mark.KEEP) | mark.MISS)
         packet.accept()
 
-    def _judge_forwarded(self, packet: Queued) -> None:
+    def _judge_forwarded(self, packet: QueuedPacket) -> None:
         """Accepts or drops a packet that others may have translated. Its mark belongs to others and stays, so the
         kernel learns nothing from it: the daemon is asked to write the verdict. No reset is sent: it would come
         from an address to which the sender never wrote."""
@@ -145,7 +145,7 @@ class Judge:
             return
         if finding.damaged:
             self._tally.event(Event.DAMAGED)
-        verdict, outcome = judge(finding)
+        verdict, outcome = classify(finding)
         outcome = Outcome.DROPPED if outcome is Outcome.RESET else outcome
         self._tally.verdict(REASON_NUMBER[finding.reason], outcome, attempt=segment.attempt)
         self._ask(packet.indev, segment.source)
@@ -154,7 +154,7 @@ class Judge:
         else:
             packet.drop()
 
-    def _answer(self, packet: Queued) -> None:
+    def _answer(self, packet: QueuedPacket) -> None:
         """Answers the self-check: with the epoch of the policy that this process sees."""
         head = self._head()
         self._tally.event(Event.PROBED)
@@ -165,7 +165,7 @@ class Judge:
         packet.accept()
 
 
-def _link_address(packet: Queued) -> bytes | None:
+def _link_address(packet: QueuedPacket) -> bytes | None:
     address = packet.get_hw()
     # The kernel gives 8 bytes, of which an Ethernet address takes 6.
     return None if address is None else address[:6]

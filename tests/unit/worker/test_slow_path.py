@@ -11,14 +11,14 @@ from scapy.layers.inet import IP, TCP, UDP
 
 from portward.ipc import mark
 from portward.ipc.tally import Event, Outcome, Tally
-from portward.ipc.verdict import judge
+from portward.ipc.verdict import classify
 from portward.model import Reason
 from portward.table.reader import Finding
-from portward.worker.batch import BatchJudge
-from portward.worker.judge import Judge
+from portward.worker.batch import BatchReader
 from portward.worker.messages import FORWARD, PREROUTING
 from portward.worker.nfqueue import SLOT
 from portward.worker.reset import FIRST_RESETS, Resetter
+from portward.worker.slow_path import SlowPath
 from unit.worker.test_messages import message
 
 SYN = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(dport=25, flags="S"))
@@ -86,10 +86,10 @@ class Table:
 
 
 class Batched:
-    """A batch judge that takes packets as NetfilterQueue hands them over, in a batch of one."""
+    """A batch classify that takes packets as NetfilterQueue hands them over, in a batch of one."""
 
-    def __init__(self, table: Table, careful: Judge, tally: Tally) -> None:
-        self.judge = BatchJudge(0, table, careful, tally)  # type: ignore[arg-type] # as much of a Reader as it uses
+    def __init__(self, table: Table, careful: SlowPath, tally: Tally) -> None:
+        self.judge = BatchReader(0, table, careful, tally)  # type: ignore[arg-type] # as much of a Reader as it uses
 
     def handle(self, packet: QueuedPacket) -> None:
         datagram = message(packet.get_payload(), index=packet.indev, mark_=packet.mark, hook=packet.hook)
@@ -102,15 +102,17 @@ class Batched:
             given = given[40:]
 
 
-Worker = Callable[..., tuple[Judge | Batched, Tally]]
+Worker = Callable[..., tuple[SlowPath | Batched, Tally]]
 
 
-def worker(lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None) -> tuple[Judge, Tally]:
-    """A judge over a look-up."""
+def worker(
+    lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None
+) -> tuple[SlowPath, Tally]:
+    """A classify over a look-up."""
     tally = Tally(Tally.create())
     resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
     asked: Callable[[int, bytes], None] = getattr(answers, "asked", lambda index, address: None)
-    return Judge(lookup, lambda: None, tally, resetter, asked), tally
+    return SlowPath(lookup, lambda: None, tally, resetter, asked), tally
 
 
 def batched(
@@ -138,16 +140,16 @@ def test_the_class_follows_from_the_reason(reason: Reason) -> None:
     expected = mark.Class.ALLOW if reason.allows else mark.Class.DENY
     if reason is Reason.DENIED_UNKNOWN_SOURCE:
         expected = mark.Class.UNKNOWN
-    assert judge(finding(reason))[0] is expected
+    assert classify(finding(reason))[0] is expected
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if not reason.allows])
 def test_what_is_observed_passes_and_is_counted_as_would_deny(reason: Reason) -> None:
-    assert judge(finding(reason, observed=True, reject=True)) == (mark.Class.OBSERVED, Outcome.OBSERVED)
+    assert classify(finding(reason, observed=True, reject=True)) == (mark.Class.OBSERVED, Outcome.OBSERVED)
 
 
 def test_a_source_of_nobody_is_never_answered() -> None:
-    assert judge(finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True))[0] is mark.Class.UNKNOWN
+    assert classify(finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True))[0] is mark.Class.UNKNOWN
 
 
 def test_a_verdict_carries_class_and_epoch_and_keeps_other_bits(make: Worker) -> None:
@@ -260,7 +262,7 @@ def test_in_forward_a_worker_accepts_or_drops_and_leaves_the_mark(
     """There the mark is that of others, nothing learns from it, and a reset would come from the wrong address."""
     answers, packet = Answers(), QueuedPacket(before=before, hook=FORWARD)
     judge_, _ = make(lambda index, source: found, answers)
-    # What a batch judge learns of a message in prerouting must not be taken for one in forward.
+    # What a batch classify learns of a message in prerouting must not be taken for one in forward.
     judge_.handle(QueuedPacket(before=mark.MISS))
     before_that = len(answers.to), len(answers.sources)
     judge_.handle(packet)
