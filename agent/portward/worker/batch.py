@@ -5,7 +5,7 @@ verdicts. The view begins after the packets were received, and each verdict carr
 that this view shows; so a verdict is never older than its packet, and none that was found under another policy
 is remembered (`learn` compares the epoch). No view is open while the worker waits or the kernel acts on verdicts.
 
-A packet like thousands before it, a plain TCP segment with the mark of a miss, goes by the fields of its `Shape`,
+A packet like thousands before it, a plain TCP segment with the mark of a miss, goes by the fields of its `MessageTemplate`,
 and its source by what was found in the same snapshot for the addresses around it. Every other one, and every one
 at which that fails, takes the way through `SlowPath.handle`, the same as with NetfilterQueue.
 """
@@ -25,8 +25,18 @@ from portward.ipc import mark
 from portward.ipc.tally import Event, Outcome, Tally
 from portward.ipc.verdict import classify
 from portward.table.reader import Finding, Reader
-from portward.worker.handover import GLANCE, Stay, bound
-from portward.worker.messages import ACCEPT, DROP, WHOLE, Packet, Refused, Shape, Verdicts, read, shape_of
+from portward.worker.handover import POLL_INTERVAL_S, GracePeriod, bound
+from portward.worker.messages import (
+    ACCEPT,
+    DROP,
+    WHOLE,
+    MessageTemplate,
+    Packet,
+    Refused,
+    Verdicts,
+    read,
+    template_of,
+)
 from portward.worker.nfqueue import SLOT, Queue
 from portward.worker.packet import ATTEMPTS
 from portward.worker.slow_path import SlowPath
@@ -51,7 +61,7 @@ class _NeedsSlowPath(Exception):  # noqa: N818 # no error: the packet takes the 
 
 
 # The shape of no message, until there has been one: as many fields as are taken, and constants that none has.
-_NONE: Final = Shape(lambda buffer, start: (b"",) * 14, tuple, (), frozenset(), 0, 0)
+_NONE: Final = MessageTemplate(lambda buffer, start: (b"",) * 14, tuple, (), frozenset(), 0, 0)
 
 
 class _PendingPacket:
@@ -140,7 +150,7 @@ class BatchReader:
     def __init__(self, queue: int, reader: Reader, careful: SlowPath, tally: Tally) -> None:
         self._reader, self._careful, self._tally = reader, careful, tally
         self._verdicts = Verdicts(queue, _ROOM)
-        self._shapes: list[Shape] = []
+        self._shapes: list[MessageTemplate] = []
         # What holds for one snapshot: the answer to each finding, and the answers to sources.
         self._snapshot = -1
         self._answers: dict[Finding, _Answer] = {}
@@ -187,7 +197,7 @@ class BatchReader:
             start = number * SLOT
             try:
                 fields = unpack(buffer, start)
-                # The same as `Shape.asks`, without a call.
+                # The same as `MessageTemplate.asks`, without a call.
                 _, id_, _, index, _, keep, *_, payload, _, first, fragment, _, source, flags = fields
                 if not (
                     constants(fields) == expected
@@ -205,13 +215,13 @@ class BatchReader:
             except Exception:  # _NeedsSlowPath, or whatever fails: if it fails again it is told
                 self._walk(buffer[start : start + length])
 
-    def _shape(self, buffer: bytearray, start: int, length: int) -> Shape:
+    def _shape(self, buffer: bytearray, start: int, length: int) -> MessageTemplate:
         """The shape of a message that is not of the one before; raises _NeedsSlowPath where it has none."""
         for place, shape in enumerate(self._shapes):
             if shape.asks(shape.unpack(buffer, start), length):
                 self._shapes.insert(0, self._shapes.pop(place))
                 return shape
-        found = shape_of(bytes(buffer[start : start + length]))
+        found = template_of(bytes(buffer[start : start + length]))
         if found is None:
             raise _NeedsSlowPath
         self._shapes.insert(0, found)
@@ -256,7 +266,7 @@ class BatchReader:
 
 
 def serve(
-    number: int, length: int, batches: BatchReader, lifeline: int, ready: Callable[[], None], stay: Stay
+    number: int, length: int, batches: BatchReader, lifeline: int, ready: Callable[[], None], stay: GracePeriod
 ) -> None:
     """Binds the queue and answers its packets until the other end of `lifeline` is closed or SIGTERM comes, and
     from then on as long as it may `stay`.
@@ -274,7 +284,7 @@ def serve(
             _answer(queue, batches)
         poll.unregister(lifeline)
         while not stay.over():
-            poll.poll(GLANCE * 1000)
+            poll.poll(POLL_INTERVAL_S * 1000)
             _answer(queue, batches)
     finally:
         queue.close()

@@ -1,8 +1,8 @@
 """From an agent's worker to the next agent's: the queue changes hands, and hardly a packet is dropped.
 
-A worker whose agent has ended may stay for some seconds (`Stay`). It answers by the policy table as its agent
+A worker whose agent has ended may stay for some seconds (`GracePeriod`). It answers by the policy table as its agent
 left it, which is what the kernel remembers too, and changes nothing. The next agent's worker claims the queue by a
-locked file beside the table (`claim`) once it has loaded all that it needs: it asks the one that stays to leave,
+locked file beside the table (`take_over_queue`) once it has loaded all that it needs: it asks the one that stays to leave,
 and ends it by force where it does not. So nobody keeps a queue for ever, not even a process that was stopped. Who
 gets a signal is the one that the kernel names as the holder of the lock (`locks`); the number in the file is for
 people, and is written by who holds the lock.
@@ -22,21 +22,21 @@ from typing import Final, TypeVar
 from portward.base import locks
 
 # How often one that stays looks whether it is to leave, in seconds: no longer does a queue stand still.
-GLANCE: Final = 0.02
+POLL_INTERVAL_S: Final = 0.02
 # How long one that was asked to leave may take, and one that was ended by force.
 _PATIENCE: Final = 0.5
 _PAUSE: Final = 0.002
-# How often a claim begins anew with a new file.
+# How often a take_over_queue begins anew with a new file.
 _TRIES: Final = 3
 _WIDTH: Final = 10  # of a process id: it takes the place of the one before, and needs no more room
 
 _T = TypeVar("_T")
 
 
-class Stay:
+class GracePeriod:
     """The seconds that a worker outlives its agent; counted from the first question whether they are over.
 
-    They are over too when somebody deletes the file that is locked for `claimed`, a descriptor that `claim` gave:
+    They are over too when somebody deletes the file that is locked for `claimed`, a descriptor that `take_over_queue` gave:
     the table is gone with it, and the next worker would not find whom to ask for the queue.
     """
 
@@ -61,7 +61,7 @@ class Stay:
         self._asked = True
 
 
-def claim(folder: Path, queue: int) -> int:
+def take_over_queue(folder: Path, queue: int) -> int:
     """Takes the place of the worker of this queue for as long as this process lives; whoever had it is gone then,
     or going. Gives the descriptor of the lock, -1 if there is none to be had (a full disk, somebody else's lock):
     then the queue is free, or cannot be bound until the other one has left."""

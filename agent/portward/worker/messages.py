@@ -4,7 +4,7 @@ In comes a datagram for each packet: netlink header, nfgenmsg, attributes. Which
 is the kernel's choice and differs from packet to packet (net/netfilter/nfnetlink_queue.c,
 nfqnl_build_packet_message): a mark of 0 is left out, a timestamp is there while any socket of the host asks for
 timestamps, a link address where the link has one. `read` walks through any of them. The many that are alike go by
-a `Shape`: where things stand in such a message, and all the bytes that must be as they were in the message that
+a `MessageTemplate`: where things stand in such a message, and all the bytes that must be as they were in the message that
 the shape was taken from. What differs in one of them is of another shape, or walked through.
 
 Netlink's own headers are in the host's byte order; what is in the queue's attributes is big-endian.
@@ -119,7 +119,7 @@ _TCP: Final = b"\x06"
 WHOLE: Final = frozenset({b"\0\0", b"\x40\0", b""})
 
 
-class Shape(NamedTuple):
+class MessageTemplate(NamedTuple):
     """Messages that are laid out alike and carry a TCP segment behind a plain IP header. `unpack(buffer, start)`
     gives
 
@@ -150,7 +150,7 @@ class Shape(NamedTuple):
         )
 
 
-def shape_of(datagram: bytes) -> Shape | None:
+def template_of(datagram: bytes) -> MessageTemplate | None:
     """The shape that a message is of; None where it has none and has to be walked through each time."""
     if len(datagram) < _BODY + 4 or HEADER.unpack_from(datagram)[:2] != (len(datagram), _PACKET):
         return None
@@ -172,7 +172,7 @@ def shape_of(datagram: bytes) -> Shape | None:
     return _shape("".join(fields), datagram, layout[1], attributes[-1][1])
 
 
-def _shape(fields: str, datagram: bytes, firsts: frozenset[int], payload: int) -> Shape | None:
+def _shape(fields: str, datagram: bytes, firsts: frozenset[int], payload: int) -> MessageTemplate | None:
     """The shape with these fields, whose payload starts at `payload`, if the datagram is of it."""
     form = struct.Struct(fields)
     if form.size > len(datagram):
@@ -182,7 +182,7 @@ def _shape(fields: str, datagram: bytes, firsts: frozenset[int], payload: int) -
     places = (0, 2, 4, *range(6, last - 7), last - 6, last - 3)
     constants: Callable[[tuple[Any, ...]], tuple[bytes, ...]] = itemgetter(*places)
     before = payload - ATTRIBUTE.size
-    shape = Shape(form.unpack_from, constants, constants(found), firsts, form.size - before, before)
+    shape = MessageTemplate(form.unpack_from, constants, constants(found), firsts, form.size - before, before)
     plain = found[6] in _ASKING and found[-3] == _TCP
     return shape if plain and shape.asks(found, len(datagram)) else None
 

@@ -30,7 +30,7 @@ from portward.ipc.tally import Tally
 from portward.table.reader import Reader
 from portward.worker import batch
 from portward.worker.batch import BatchReader
-from portward.worker.handover import Stay, claim
+from portward.worker.handover import GracePeriod, take_over_queue
 from portward.worker.reset import Resetter
 from portward.worker.slow_path import SlowPath
 
@@ -54,10 +54,10 @@ def main() -> int:
         tally = Tally(arguments.tally)
         judge = SlowPath(reader.lookup, reader.head, tally, Resetter(), partial(_ask, messages))
         ready = partial(_ready, messages)
-        claimed = claim(arguments.table, arguments.queue)
+        claimed = take_over_queue(arguments.table, arguments.queue)
         if arguments.reader is QueueReader.BATCH:
             batches = BatchReader(arguments.queue, reader, judge, tally)
-            stay = Stay(arguments.stay, claimed)
+            stay = GracePeriod(arguments.stay, claimed)
             batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, ready, stay)
         else:
             from portward.worker import single  # noqa: PLC0415 # its library is loaded only where it is wanted

@@ -15,15 +15,15 @@ import pytest
 from portward.base import locks
 from portward.lab.agent import until
 from portward.worker import handover
-from portward.worker.handover import Stay, bound, claim
+from portward.worker.handover import GracePeriod, bound, take_over_queue
 
 HOLD = """
 import signal, sys, time
 from pathlib import Path
-from portward.worker.handover import claim
+from portward.worker.handover import take_over_queue
 if sys.argv[2] == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-claim(Path(sys.argv[1]), 3)
+take_over_queue(Path(sys.argv[1]), 3)
 print("held", flush=True)
 time.sleep(60)
 """
@@ -52,7 +52,7 @@ def hold(tmp_path: Path) -> Iterator[Hold]:
 
 
 def test_a_queue_that_is_free_is_claimed_and_says_by_whom(tmp_path: Path) -> None:
-    descriptor = claim(tmp_path, 3)
+    descriptor = take_over_queue(tmp_path, 3)
     assert descriptor >= 0
     assert int((tmp_path / "worker-3").read_text()) == os.getpid()
     os.close(descriptor)
@@ -63,7 +63,7 @@ def test_the_holder_is_asked_to_leave_and_then_ended(
     tmp_path: Path, hold: Hold, kind: str, ended_by: signal.Signals
 ) -> None:
     holder = hold(kind)
-    descriptor = claim(tmp_path, 3)
+    descriptor = take_over_queue(tmp_path, 3)
     assert holder.wait(60) == -ended_by
     assert locks.holder(descriptor) == os.getpid()
     assert int((tmp_path / "worker-3").read_text()) == os.getpid()
@@ -72,7 +72,7 @@ def test_the_holder_is_asked_to_leave_and_then_ended(
 
 def test_a_holder_of_another_queue_is_left_alone(tmp_path: Path, hold: Hold) -> None:
     holder = hold("polite")
-    os.close(claim(tmp_path, 4))
+    os.close(take_over_queue(tmp_path, 4))
     assert holder.poll() is None
 
 
@@ -81,7 +81,7 @@ def test_a_number_that_is_left_in_the_file_is_nobodys(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         (tmp_path / "worker-3").write_text(f"{other.pid:<10}\n")
-        os.close(claim(tmp_path, 3))
+        os.close(take_over_queue(tmp_path, 3))
         assert other.poll() is None
     finally:
         other.kill()
@@ -94,7 +94,7 @@ def test_a_number_of_another_process_is_not_taken_for_the_holders(tmp_path: Path
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         (tmp_path / "worker-3").write_text(f"{other.pid:<10}\n")
-        os.close(claim(tmp_path, 3))
+        os.close(take_over_queue(tmp_path, 3))
         assert holder.wait(60) == -signal.SIGTERM
         assert other.poll() is None
     finally:
@@ -108,7 +108,7 @@ def test_nothing_is_written_without_the_lock(tmp_path: Path, hold: Hold, monkeyp
     holder = hold("polite")
     before = os.open(tmp_path / "worker-3", os.O_RDONLY)
     monkeypatch.setattr(signal, "pidfd_send_signal", refused)
-    descriptor = claim(tmp_path, 3)
+    descriptor = take_over_queue(tmp_path, 3)
     assert holder.poll() is None
     assert int(os.pread(before, 10, 0)) == holder.pid == locks.holder(before)
     assert os.fstat(before).st_nlink == 0
@@ -132,7 +132,7 @@ def test_a_lock_that_anybody_holds_keeps_no_worker_from_its_queue(tmp_path: Path
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as stranger:
         assert stranger.stdout is not None
         assert stranger.stdout.readline() == b"held\n"
-        descriptor = claim(tmp_path, 3)
+        descriptor = take_over_queue(tmp_path, 3)
         assert locks.holder(descriptor) == os.getpid()
         os.close(descriptor)
         stranger.kill()
@@ -140,12 +140,12 @@ def test_a_lock_that_anybody_holds_keeps_no_worker_from_its_queue(tmp_path: Path
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "worker-3").symlink_to(tmp_path / "other")
-    assert claim(tmp_path, 3) == -1
+    assert take_over_queue(tmp_path, 3) == -1
     assert not (tmp_path / "other").exists()
 
 
 def test_without_room_for_the_lock_the_queue_is_tried_all_the_same(tmp_path: Path) -> None:
-    assert claim(tmp_path / "gone", 3) == -1
+    assert take_over_queue(tmp_path / "gone", 3) == -1
 
 
 def refusing(*numbers: int) -> Callable[[], str]:
@@ -177,7 +177,7 @@ def test_a_queue_that_does_not_come_free_is_given_up(monkeypatch: pytest.MonkeyP
 
 
 def test_without_a_stay_it_is_over_at_once() -> None:
-    assert Stay(0).over()
+    assert GracePeriod(0).over()
 
 
 def test_a_stay_is_counted_from_the_first_question(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_a_stay_is_counted_from_the_first_question(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("portward.worker.handover.time.monotonic", lambda: now[0])
     before = signal.getsignal(signal.SIGTERM)
     try:
-        stay = Stay(5)
+        stay = GracePeriod(5)
         now[0] = 200
         assert not stay.over()
         now[0] = 204.9
@@ -199,7 +199,7 @@ def test_a_stay_is_counted_from_the_first_question(monkeypatch: pytest.MonkeyPat
 def test_who_is_asked_to_leave_leaves() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
-        stay = Stay(60)
+        stay = GracePeriod(60)
         assert not stay.over()
         signal.raise_signal(signal.SIGTERM)
         assert stay.over()
@@ -209,9 +209,9 @@ def test_who_is_asked_to_leave_leaves() -> None:
 
 def test_a_stay_ends_when_its_lock_file_is_deleted(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    descriptor = claim(tmp_path, 3)
+    descriptor = take_over_queue(tmp_path, 3)
     try:
-        stay = Stay(60, descriptor)
+        stay = GracePeriod(60, descriptor)
         assert not stay.over()
         (tmp_path / "worker-3").unlink()
         assert stay.over()

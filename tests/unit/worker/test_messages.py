@@ -22,7 +22,7 @@ from portward.worker.messages import (
     bind_request,
     copy_request,
     read,
-    shape_of,
+    template_of,
 )
 
 SYN = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(sport=4000, dport=25, flags="S"))
@@ -79,8 +79,8 @@ def test_what_was_queued_in_forward_is_of_no_shape() -> None:
     """Its mark is not ours, also if it looks like a miss."""
     forwarded = message(hook=FORWARD)
     assert list(read(forwarded)) == [Packet(7, 3, MISS, HARDWARE[1][4:], SYN, FORWARD)]
-    assert shape_of(forwarded) is None
-    shape = shape_of(message())
+    assert template_of(forwarded) is None
+    shape = template_of(message())
     assert shape is not None
     assert shape.asks(shape.unpack(message(), 0), len(forwarded))
     assert not shape.asks(shape.unpack(forwarded, 0), len(forwarded))
@@ -113,12 +113,12 @@ def test_what_the_kernel_refuses_is_told() -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_to_their_end(data: bytes) -> None:
     list(read(data))
-    shape_of(data)
+    template_of(data)
 
 
 def asked(datagram: bytes, of: bytes) -> tuple[bytes, ...] | None:
     """What the shape of one message says of another: id, index, kept bits, source, flags; None: not its shape."""
-    shape = shape_of(of)
+    shape = template_of(of)
     assert shape is not None
     slot = datagram.ljust(1024, b"\xee")
     fields = shape.unpack(slot, 0)
@@ -163,7 +163,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("datagram", OTHERS.values(), ids=OTHERS)
 def test_what_is_not_plain_has_no_shape_and_is_of_none(datagram: bytes) -> None:
-    assert shape_of(datagram) is None
+    assert template_of(datagram) is None
     for between in BETWEEN.values():
         for payload in (SYN, SYN6):
             assert asked(datagram, of=message(payload, between=between)) is None
