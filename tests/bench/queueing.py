@@ -32,7 +32,7 @@ from kernel.wire import link_address
 from portward.base.clock import utc_now
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.ipc import mark
-from portward.ipc.tally import Tally
+from portward.ipc.counters import WorkerCounters
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import MAIL4
@@ -175,7 +175,7 @@ class Gateway(Standing):
         self, kind: str = "batch", queue: int = 0, length: int = LENGTH, cpu: int = READER_CPU
     ) -> Iterator[int]:
         """portward's worker over the table, with the reader of this kind."""
-        tally, (theirs, ours) = Tally.create(), os.pipe()
+        tally, (theirs, ours) = WorkerCounters.create(), os.pipe()
         argv = [
             sys.executable, "-m", "portward.worker.process", "--reader", kind, "--queue", str(queue),
             "--length", str(length), "--table", os.fspath(self.table),

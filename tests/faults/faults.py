@@ -97,7 +97,7 @@ def memory(ground: Ground, rounds: int) -> Iterator[Outcome]:
         ("daemon", "change", "portward.dataplane.learned:Learned.forget"),
         ("worker", "packet", "portward.table.reader:Reader._follow"),
         ("worker", "packet", "portward.worker.messages:Verdicts.accept"),
-        ("worker", "packet", "portward.ipc.tally:Tally.add"),
+        ("worker", "packet", "portward.ipc.counters:WorkerCounters.add"),
     ]
     for _ in range(rounds):
         for place in raised if rounds > 1 else raised[1::2]:

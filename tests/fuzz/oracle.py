@@ -6,7 +6,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from portward.ipc import mark
-from portward.ipc.tally import Event
+from portward.ipc.counters import WorkerEvent
 from portward.model import Address, Record
 from portward.table.reader import Reader
 from portward.table.writer import Writer
@@ -47,7 +47,7 @@ class Oracle:
         packet.indev = 1
         self._worker.handle(packet)
         assert len(packet.said) == 1, "one verdict"
-        assert not self._tally.events()[Event.ERROR], "the worker met what it was not made for"
+        assert not self._tally.events()[WorkerEvent.ERROR], "the worker met what it was not made for"
         port = port_of(data)
         assert packet.mark & ~mark.OWN == 0x00AB0000, "bits of others are kept"
         if packet.said == ["drop"] or packet.mark & mark.OWN == mark.MISS:

@@ -17,7 +17,7 @@ from portward.daemon.runtime import STATUS_FORMAT
 from portward.daemon.workers import Worker
 from portward.dataplane.counts import NAMES
 from portward.dataplane.queues import states
-from portward.ipc.tally import Event, Outcome
+from portward.ipc.counters import PacketOutcome, WorkerEvent
 from portward.metrics.server import MetricsServer
 from portward.metrics.snapshot import Labels, Snapshot
 from portward.model import Mode
@@ -27,11 +27,11 @@ from portward.store.unreadable import KNOWN
 _NAMED: Final = 5
 # How outcomes are called in metrics and status.
 _OUTCOMES: Final = {
-    Outcome.PASSED: "passed",
-    Outcome.DROPPED: "dropped",
-    Outcome.RESET: "reset",
-    Outcome.OBSERVED: "would_deny",
-    Outcome.DEFERRED: "deferred",
+    PacketOutcome.PASSED: "passed",
+    PacketOutcome.DROPPED: "dropped",
+    PacketOutcome.RESET: "reset",
+    PacketOutcome.OBSERVED: "would_deny",
+    PacketOutcome.DEFERRED: "deferred",
 }
 
 
@@ -39,7 +39,7 @@ def snapshot(core: Core, workers: list[Worker], server: MetricsServer, *, reload
     """The numbers of this moment. To be called on the thread that counts."""
     judged: Counter[tuple[str, ...]] = Counter()
     attempts: Counter[tuple[str, ...]] = Counter()
-    events: Counter[tuple[str, ...]] = Counter({(event.name.lower(),): 0 for event in Event})
+    events: Counter[tuple[str, ...]] = Counter({(event.name.lower(),): 0 for event in WorkerEvent})
     for worker in workers:
         for reason, outcome, packets, tries in worker.tally.verdicts():
             judged[reason.value, _OUTCOMES[outcome]] += packets

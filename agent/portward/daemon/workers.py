@@ -23,8 +23,8 @@ from portward.daemon.children import Child
 from portward.daemon.output import Limited, lines_of
 from portward.dataplane.learned import Source
 from portward.errors import InputError, KernelError
+from portward.ipc.counters import WorkerCounters
 from portward.ipc.lines import READY, asked_source
-from portward.ipc.tally import Tally
 
 # Set in portward.service, where `KillMode=process` stands.
 STAY = "PORTWARD_WORKERS_STAY"
@@ -63,10 +63,10 @@ class Worker:
         the daemon."""
         self._asked, self._stay = asked, stay
         self.queue, self._length, self._reader, self._table = queue, length, reader, table
-        self._block = Tally.create()
+        self._block = WorkerCounters.create()
         # To start a process takes nine, for a moment.
         self._reserve = Reserve(12)
-        self.tally = Tally(self._block)
+        self.tally = WorkerCounters(self._block)
         self.process: Child | None = None
         self.restarts = 0
         # How often in a row nothing was handled from this queue, by one process or by several.

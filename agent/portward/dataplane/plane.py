@@ -38,7 +38,7 @@ from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.dataplane.underway import UnderWay
 from portward.errors import KernelError
 from portward.ipc import mark
-from portward.ipc.tally import Outcome
+from portward.ipc.counters import PacketOutcome
 from portward.ipc.verdict import classify
 from portward.model import ExemptionState
 from portward.policy.preset import Preset
@@ -385,7 +385,7 @@ class Dataplane:
         if finding is None:
             return None
         verdict, outcome = classify(finding)
-        return None if outcome is Outcome.DEFERRED else verdict
+        return None if outcome is PacketOutcome.DEFERRED else verdict
 
     def rate(self, sources: Iterable[Source]) -> None:
         """Lets those of these sources whose exemption carries a rate limit send within it. If the kernel refuses,
@@ -430,7 +430,7 @@ class Dataplane:
             return True
         verdict, outcome = classify(finding)
         # One with a rate limit must not be cached as allowed: that would be without it.
-        return outcome is Outcome.DEFERRED or verdict is not element.verdict
+        return outcome is PacketOutcome.DEFERRED or verdict is not element.verdict
 
     def _kernel_generation(self) -> int:
         """The generation that the cached verdicts agree with."""

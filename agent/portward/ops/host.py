@@ -28,8 +28,8 @@ from portward.dataplane.rates import Bucket
 from portward.dataplane.ruleset import RATED_SETS, RATES, TABLE, Rated
 from portward.dataplane.stacking import Fate
 from portward.errors import KernelError, PortwardError
+from portward.ipc.counters import PacketOutcome
 from portward.ipc.mark import Class
-from portward.ipc.tally import Outcome
 from portward.ipc.verdict import classify
 from portward.model import Address
 from portward.store import open_store
@@ -177,7 +177,7 @@ def left(config: Config, segment: str, address: Address) -> Left:
     if finding is None:
         return Left(revision=head.revision)
     verdict, outcome = classify(finding)
-    return Left(verdict=verdict, waits=outcome is Outcome.DEFERRED, revision=head.revision)
+    return Left(verdict=verdict, waits=outcome is PacketOutcome.DEFERRED, revision=head.revision)
 
 
 def behind_store(config: Config) -> str:

@@ -5,9 +5,9 @@ verdicts. The view begins after the packets were received, and each verdict carr
 that this view shows; so a verdict is never older than its packet, and none that was found under another policy
 is remembered (`learn` compares the epoch). No view is open while the worker waits or the kernel acts on verdicts.
 
-A packet like thousands before it, a plain TCP segment with the mark of a miss, goes by the fields of its `MessageTemplate`,
-and its source by what was found in the same snapshot for the addresses around it. Every other one, and every one
-at which that fails, takes the way through `SlowPath.handle`, the same as with NetfilterQueue.
+A packet like thousands before it, a plain TCP segment with the mark of a miss, goes by the fields of its
+`MessageTemplate`, and its source by what was found in the same snapshot for the addresses around it. Every other
+one, and every one at which that fails, takes the way through `SlowPath.handle`, the same as with NetfilterQueue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Final
 
 from portward.base.codes import REASON_NUMBER
 from portward.ipc import mark
-from portward.ipc.tally import Event, Outcome, Tally
+from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
 from portward.ipc.verdict import classify
 from portward.table.reader import Finding, Reader
 from portward.worker.handover import POLL_INTERVAL_S, GracePeriod, bound
@@ -95,7 +95,7 @@ class _Answer:
 
     __slots__ = ("attempts", "outcome", "own", "packets", "reason")
 
-    def __init__(self, finding: Finding, verdict: mark.Class, outcome: Outcome) -> None:
+    def __init__(self, finding: Finding, verdict: mark.Class, outcome: PacketOutcome) -> None:
         # Our half of the mark, as the message has it.
         self.own = mark.stamp(0, verdict, mark.epoch_of(finding.generation)).to_bytes(2, "big")
         self.reason, self.outcome = REASON_NUMBER[finding.reason], outcome
@@ -147,7 +147,7 @@ class _RangeCache:
 class BatchReader:
     """Gives verdicts on batches; `careful` judges what is not of the common kind, over the same `reader`."""
 
-    def __init__(self, queue: int, reader: Reader, careful: SlowPath, tally: Tally) -> None:
+    def __init__(self, queue: int, reader: Reader, careful: SlowPath, tally: WorkerCounters) -> None:
         self._reader, self._careful, self._tally = reader, careful, tally
         self._verdicts = Verdicts(queue, _ROOM)
         self._shapes: list[MessageTemplate] = []
@@ -236,10 +236,10 @@ class BatchReader:
         answer = self._answers.get(finding)
         if answer is None:
             verdict, outcome = classify(finding)
-            if outcome is Outcome.RESET and not self._careful.firsts.left(int.from_bytes(index, "big")):
+            if outcome is PacketOutcome.RESET and not self._careful.firsts.left(int.from_bytes(index, "big")):
                 # Not kept for the source: there may be an answer in the next second.
-                return self._unanswered.setdefault(finding, _Answer(finding, verdict, Outcome.DROPPED))
-            if outcome in (Outcome.RESET, Outcome.DEFERRED):
+                return self._unanswered.setdefault(finding, _Answer(finding, verdict, PacketOutcome.DROPPED))
+            if outcome in (PacketOutcome.RESET, PacketOutcome.DEFERRED):
                 raise _NeedsSlowPath
             answer = self._answers[finding] = _Answer(finding, verdict, outcome)
         if self._known.room():  # else many small ranges are asked for in turn, and to keep them costs more
@@ -254,7 +254,7 @@ class BatchReader:
                 if message.errno not in (0, errno.ENOENT):
                     self._tell(f"the kernel refused a message of the worker: {os.strerror(message.errno)}")
             elif message.id is None:
-                self._tally.event(Event.ERROR)
+                self._tally.event(WorkerEvent.ERROR)
                 self._tell("a message of the queue names no packet: nothing can be answered")
             else:
                 self._careful.handle(_PendingPacket(message, message.id, self._verdicts))

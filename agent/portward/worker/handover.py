@@ -1,11 +1,11 @@
 """From an agent's worker to the next agent's: the queue changes hands, and hardly a packet is dropped.
 
-A worker whose agent has ended may stay for some seconds (`GracePeriod`). It answers by the policy table as its agent
-left it, which is what the kernel remembers too, and changes nothing. The next agent's worker claims the queue by a
-locked file beside the table (`take_over_queue`) once it has loaded all that it needs: it asks the one that stays to leave,
-and ends it by force where it does not. So nobody keeps a queue for ever, not even a process that was stopped. Who
-gets a signal is the one that the kernel names as the holder of the lock (`locks`); the number in the file is for
-people, and is written by who holds the lock.
+A worker whose agent has ended may stay for some seconds (`GracePeriod`). It answers by the policy table as its
+agent left it, which is what the kernel remembers too, and changes nothing. The next agent's worker claims the
+queue by a locked file beside the table (`take_over_queue`) once it has loaded all that it needs: it asks the one
+that stays to leave, and ends it by force where it does not. So nobody keeps a queue for ever, not even a process
+that was stopped. Who gets a signal is the one that the kernel names as the holder of the lock (`locks`); the
+number in the file is for people, and is written by who holds the lock.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _T = TypeVar("_T")
 class GracePeriod:
     """The seconds that a worker outlives its agent; counted from the first question whether they are over.
 
-    They are over too when somebody deletes the file that is locked for `claimed`, a descriptor that `take_over_queue` gave:
-    the table is gone with it, and the next worker would not find whom to ask for the queue.
+    They are over too when somebody deletes the file that is locked for `claimed`, a descriptor that
+    `take_over_queue` gave: the table is gone with it, and the next worker would not find whom to ask for the
+    queue.
     """
 
     def __init__(self, seconds: float, claimed: int = -1) -> None:

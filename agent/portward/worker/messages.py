@@ -4,8 +4,8 @@ In comes a datagram for each packet: netlink header, nfgenmsg, attributes. Which
 is the kernel's choice and differs from packet to packet (net/netfilter/nfnetlink_queue.c,
 nfqnl_build_packet_message): a mark of 0 is left out, a timestamp is there while any socket of the host asks for
 timestamps, a link address where the link has one. `read` walks through any of them. The many that are alike go by
-a `MessageTemplate`: where things stand in such a message, and all the bytes that must be as they were in the message that
-the shape was taken from. What differs in one of them is of another shape, or walked through.
+a `MessageTemplate`: where things stand in such a message, and all the bytes that must be as they were in the
+message that the shape was taken from. What differs in one of them is of another shape, or walked through.
 
 Netlink's own headers are in the host's byte order; what is in the queue's attributes is big-endian.
 """

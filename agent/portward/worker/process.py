@@ -25,8 +25,8 @@ from typing import Final
 
 from portward.config.keys import QueueReader
 from portward.errors import PortwardError
+from portward.ipc.counters import WorkerCounters
 from portward.ipc.lines import READY, ask_line
-from portward.ipc.tally import Tally
 from portward.table.reader import Reader
 from portward.worker import batch
 from portward.worker.batch import BatchReader
@@ -51,7 +51,7 @@ def main() -> int:
         return 0
     try:
         reader = Reader.open(arguments.table)
-        tally = Tally(arguments.tally)
+        tally = WorkerCounters(arguments.tally)
         judge = SlowPath(reader.lookup, reader.head, tally, Resetter(), partial(_ask, messages))
         ready = partial(_ready, messages)
         claimed = take_over_queue(arguments.table, arguments.queue)

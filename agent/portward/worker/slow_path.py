@@ -12,7 +12,7 @@ from typing import Protocol
 
 from portward.base.codes import REASON_NUMBER
 from portward.ipc import mark
-from portward.ipc.tally import Event, Outcome, Tally
+from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
 from portward.ipc.verdict import classify
 from portward.table.layout import Head
 from portward.table.reader import Finding
@@ -61,7 +61,7 @@ class SlowPath:
         self,
         lookup: Callable[[int, bytes], Finding | None],
         head: Callable[[], Head | None],
-        tally: Tally,
+        tally: WorkerCounters,
         resetter: Resetter,
         ask: Callable[[int, bytes], None],
     ) -> None:
@@ -76,7 +76,7 @@ class SlowPath:
         try:
             self._judge(packet)
         except Exception:
-            self._tally.event(Event.ERROR)
+            self._tally.event(WorkerEvent.ERROR)
             packet.drop()
             if not self._failed:  # once: a broken table would fill the log at the speed of the network
                 self._failed = True
@@ -93,37 +93,37 @@ class SlowPath:
         payload = packet.get_payload()
         segment = parse(payload)
         if segment is None:
-            self._refuse(packet, own, Event.MALFORMED)
+            self._refuse(packet, own, WorkerEvent.MALFORMED)
             return
         finding = self._lookup(packet.indev, segment.source)
         if finding is None:
-            self._refuse(packet, own, Event.NO_SEGMENT)
+            self._refuse(packet, own, WorkerEvent.NO_SEGMENT)
             return
         if finding.damaged:
-            self._tally.event(Event.DAMAGED)
+            self._tally.event(WorkerEvent.DAMAGED)
         verdict, outcome = classify(finding)
-        if own == mark.AGAIN and outcome is not Outcome.RESET:
+        if own == mark.AGAIN and outcome is not PacketOutcome.RESET:
             # The policy has changed since the kernel counted the packet as rejected, and is about to forget the
             # source. To let the packet pass would count it again; the sender tries once more.
             packet.drop()
             return
-        if outcome is Outcome.RESET and own != mark.AGAIN and not self.firsts.take(packet.indev):
-            outcome = Outcome.DROPPED  # cached as rejected all the same: its next packet is answered
-        if outcome is Outcome.RESET and not self._resetter.answer(
+        if outcome is PacketOutcome.RESET and own != mark.AGAIN and not self.firsts.take(packet.indev):
+            outcome = PacketOutcome.DROPPED  # cached as rejected all the same: its next packet is answered
+        if outcome is PacketOutcome.RESET and not self._resetter.answer(
             payload, segment.tcp, packet.indev, _link_address(packet)
         ):
-            self._tally.event(Event.RESET_FAILED)
+            self._tally.event(WorkerEvent.RESET_FAILED)
         self._tally.verdict(REASON_NUMBER[finding.reason], outcome, attempt=segment.attempt)
         if own == mark.AGAIN:  # cached and counted already: `learn` has nothing to do
             packet.drop()
             return
-        if outcome is Outcome.DEFERRED:
+        if outcome is PacketOutcome.DEFERRED:
             self._ask(packet.indev, segment.source)
             verdict = mark.Class.MISS  # `learn` counts the packet for its source, and drops it
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(finding.generation)))
         packet.accept()
 
-    def _refuse(self, packet: QueuedPacket, own: int, event: Event) -> None:
+    def _refuse(self, packet: QueuedPacket, own: int, event: WorkerEvent) -> None:
         """Gives up on a packet that has no verdict. `learn` drops what comes with the mark of a miss and counts it
         for its segment; a packet with AGAIN is counted already."""
         self._tally.event(event)
@@ -140,16 +140,16 @@ class SlowPath:
         segment = parse(packet.get_payload())
         finding = None if segment is None else self._lookup(packet.indev, segment.source)
         if segment is None or finding is None:
-            self._tally.event(Event.MALFORMED if segment is None else Event.NO_SEGMENT)
+            self._tally.event(WorkerEvent.MALFORMED if segment is None else WorkerEvent.NO_SEGMENT)
             packet.drop()
             return
         if finding.damaged:
-            self._tally.event(Event.DAMAGED)
+            self._tally.event(WorkerEvent.DAMAGED)
         verdict, outcome = classify(finding)
-        outcome = Outcome.DROPPED if outcome is Outcome.RESET else outcome
+        outcome = PacketOutcome.DROPPED if outcome is PacketOutcome.RESET else outcome
         self._tally.verdict(REASON_NUMBER[finding.reason], outcome, attempt=segment.attempt)
         self._ask(packet.indev, segment.source)
-        if verdict in mark.PASSING and outcome is not Outcome.DEFERRED:
+        if verdict in mark.PASSING and outcome is not PacketOutcome.DEFERRED:
             packet.accept()
         else:
             packet.drop()
@@ -157,7 +157,7 @@ class SlowPath:
     def _answer(self, packet: QueuedPacket) -> None:
         """Answers the self-check: with the epoch of the policy that this process sees."""
         head = self._head()
-        self._tally.event(Event.PROBED)
+        self._tally.event(WorkerEvent.PROBED)
         if head is None:
             packet.drop()
             return

@@ -64,7 +64,7 @@ POINTS: Final = (
     # a batch of packets in the worker, in its order: the view is open, a verdict is there, counted, sent
     Point("worker", "packet", f"{_T}.reader:Reader._follow"),
     Point("worker", "packet", f"{_W}.messages:Verdicts.accept"),
-    Point("worker", "packet", f"{_I}.tally:Tally.add"),
+    Point("worker", "packet", f"{_I}.counters:WorkerCounters.add"),
     Point("worker", "packet", f"{_W}.nfqueue:Queue.send"),
     Point("worker", "start", f"{_W}.nfqueue:Queue.__init__"),
     Point("worker", "start", f"{_T}.reader:Reader.open"),

@@ -37,7 +37,7 @@ from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock, Namespac
 from portward.dataplane.notices import Heard
 from portward.dataplane.ruleset import TABLE
 from portward.errors import KernelError, PortwardError
-from portward.ipc.tally import Event
+from portward.ipc.counters import WorkerEvent
 from portward.table.database import TableError
 from unit.daemon.test_core import LINKS, MAY, Ground, subscription
 
@@ -142,7 +142,7 @@ class Running(Ground):
         def ask(_: object, place: int, port: int) -> None:
             assert (place, port) == (0, 25)
             if not self.silent and TABLE in self.kernel.tables:  # without rules no query gets to a worker
-                self.worker.tally.event(Event.PROBED)
+                self.worker.tally.event(WorkerEvent.PROBED)
                 self.kernel.tables[TABLE].counters["answered"] += 1
 
         monkeypatch.setattr("portward.dataplane.rtnetlink.follow", follow)

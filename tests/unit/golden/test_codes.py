@@ -8,8 +8,8 @@ import pytest
 
 from portward.base.codes import REASON_NUMBER, REASON_NUMBERS, REASON_OF
 from portward.dataplane.selfcheck import Kind
+from portward.ipc.counters import PacketOutcome, WorkerEvent
 from portward.ipc.mark import Class
-from portward.ipc.tally import Event, Outcome
 from portward.model import Authentication, ExemptionState, FraudCheck, Mode, Reason, Standing, Workload
 from portward.store.chain import Kind as LogKind
 from unit.golden import golden
@@ -41,7 +41,9 @@ def test_reasons_keep_their_numbers() -> None:
     assert all(given.get(number, name) == name for name, number in numbers.items()), "a number is given again"
 
 
-@pytest.mark.parametrize(("kind", "numbered"), [("outcome", Outcome), ("event", Event), ("class", Class)])
+@pytest.mark.parametrize(
+    ("kind", "numbered"), [("outcome", PacketOutcome), ("event", WorkerEvent), ("class", Class)]
+)
 def test_numbers_in_marks_and_counters_stay(kind: str, numbered: type[Enum]) -> None:
     numbers = {member.name: member.value for member in numbered}
     assert CODES[kind].items() <= numbers.items()

@@ -14,7 +14,7 @@ from portward.base.codes import REASON_NUMBER
 from portward.cli.status import _lines
 from portward.daemon.runtime import read_status
 from portward.errors import PortwardError, StoreError
-from portward.ipc.tally import Event, Outcome, Tally, TallyError
+from portward.ipc.counters import CountersError, PacketOutcome, WorkerCounters, WorkerEvent
 from portward.model import Reason
 from portward.store.protocol import decode, key_of
 from portward.store.sqlite import SqliteStore
@@ -45,12 +45,12 @@ def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_block_of_counters_has_each_number_where_it_was() -> None:
-    block = Tally.create()
-    tally = Tally(block)
+    block = WorkerCounters.create()
+    tally = WorkerCounters(block)
     for reason in map(Reason, TALLY["packets"]):
-        for outcome in Outcome:
+        for outcome in PacketOutcome:
             tally.add(REASON_NUMBER[reason], outcome, packets=REASON_NUMBER[reason] * 100 + outcome, attempts=7)
-    for event in Event:
+    for event in WorkerEvent:
         for _ in range(event + 1):
             tally.event(event)
     data = os.pread(block, 1 << 20, 0)
@@ -59,25 +59,25 @@ def test_the_block_of_counters_has_each_number_where_it_was() -> None:
     assert len(data) == TALLY["bytes"]
     for name, places in TALLY["packets"].items():
         for outcome_name, place in places.items():
-            number = REASON_NUMBER[Reason(name)] * 100 + Outcome[outcome_name]
+            number = REASON_NUMBER[Reason(name)] * 100 + PacketOutcome[outcome_name]
             assert struct.unpack_from("<Q", data, place) == (number,)
             assert struct.unpack_from("<Q", data, TALLY["attempts"][name][outcome_name]) == (7,)
     for name, place in TALLY["events"].items():
-        assert struct.unpack_from("<Q", data, place) == (Event[name] + 1,)
+        assert struct.unpack_from("<Q", data, place) == (WorkerEvent[name] + 1,)
 
 
 @pytest.mark.parametrize("change", ["an older version's", "a newer version", "another size"])
 def test_a_block_of_another_version_is_refused(change: str) -> None:
     """A worker that counted into it would count another reason."""
-    block = Tally.create()
+    block = WorkerCounters.create()
     if change == "an older version's":  # they began with the numbers
         os.pwrite(block, bytes(16), 0)
     elif change == "a newer version":
         os.pwrite(block, b"\x02", 8)
     else:
         os.ftruncate(block, 1 << 16)
-    with pytest.raises(TallyError, match="restart the agent"):
-        Tally(block)
+    with pytest.raises(CountersError, match="restart the agent"):
+        WorkerCounters(block)
     os.close(block)
 
 

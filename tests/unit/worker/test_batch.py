@@ -19,7 +19,7 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 
 from portward.ipc import mark
-from portward.ipc.tally import Event, Outcome, Tally
+from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
 from portward.model import Reason
 from portward.table.reader import Reader
 from portward.table.writer import Writer
@@ -72,7 +72,7 @@ class Bench:
         self.writer.put_links({3: ("vni1", False)}, touched=frozenset(), now=NOW)
         opened = self.writer.reader()
         self.reader = Watched(opened._environment, opened._parts)
-        self.tally = Tally(Tally.create())
+        self.tally = WorkerCounters(WorkerCounters.create())
         answers: Any = Answers()  # only `answer` is used
         self.asked: list[tuple[int, bytes]] = []
         ask = lambda index, address: self.asked.append((index, address))  # noqa: E731 # short
@@ -177,7 +177,7 @@ def test_a_batch_is_judged_by_one_policy(bench: Bench, monkeypatch: pytest.Monke
 
 def test_attempts_are_counted_apart(bench: Bench) -> None:
     bench.answer(*(message(syn("10.0.0.5", flags)) for flags in ("S", "A", "SEC", "SA", "R", "SP")))
-    assert list(bench.tally.verdicts()) == [(Reason.ALLOWED_OFFER, Outcome.PASSED, 6, 3)]
+    assert list(bench.tally.verdicts()) == [(Reason.ALLOWED_OFFER, PacketOutcome.PASSED, 6, 3)]
 
 
 def test_a_query_of_the_self_check_is_answered_with_the_epoch(bench: Bench) -> None:
@@ -185,7 +185,7 @@ def test_a_query_of_the_self_check_is_answered_with_the_epoch(bench: Bench) -> N
     head = bench.writer.head()
     assert head is not None
     assert answer == (1, 7, mark.stamp(0, mark.Class.MISS, mark.epoch_of(head.generation)))
-    assert bench.tally.events()[Event.PROBED] == 1
+    assert bench.tally.events()[WorkerEvent.PROBED] == 1
 
 
 def test_without_a_table_each_packet_is_dropped_and_counted(
@@ -197,7 +197,7 @@ def test_without_a_table_each_packet_is_dropped_and_counted(
     monkeypatch.setattr(bench.reader, "_begin", broken)
     answers = bench.answer(*(message(syn("10.0.0.5"), id_=number) for number in range(5)))
     assert [(verdict, id_) for verdict, id_, _ in answers] == [(0, number) for number in range(5)]
-    assert bench.tally.events()[Event.ERROR] == 5
+    assert bench.tally.events()[WorkerEvent.ERROR] == 5
     assert len(caplog.records) == 1
 
 
@@ -214,7 +214,7 @@ def test_a_look_up_that_fails_costs_only_its_own_packet(bench: Bench, monkeypatc
     sources = ["10.0.0.5", "10.0.0.4", "10.0.0.5"]
     answers = bench.answer(*(message(syn(source), id_=number) for number, source in enumerate(sources)))
     assert [(verdict, id_) for verdict, id_, _ in answers] == [(1, 0), (0, 1), (1, 2)]
-    assert bench.tally.events()[Event.ERROR] == 1
+    assert bench.tally.events()[WorkerEvent.ERROR] == 1
 
 
 def test_verdicts_are_given_even_if_they_cannot_be_counted(
@@ -242,7 +242,7 @@ def test_what_the_kernel_refuses_stops_nothing_and_is_told_once(
 
 def test_a_message_without_an_id_is_counted_and_told(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     assert not bench.answer(OTHERS["no packet header"])
-    assert bench.tally.events()[Event.ERROR] == 1
+    assert bench.tally.events()[WorkerEvent.ERROR] == 1
     assert len(caplog.records) == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 from scapy.layers.inet import IP, TCP, UDP
 
 from portward.ipc import mark
-from portward.ipc.tally import Event, Outcome, Tally
+from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
 from portward.ipc.verdict import classify
 from portward.model import Reason
 from portward.table.reader import Finding
@@ -88,7 +88,7 @@ class Table:
 class Batched:
     """A batch classify that takes packets as NetfilterQueue hands them over, in a batch of one."""
 
-    def __init__(self, table: Table, careful: SlowPath, tally: Tally) -> None:
+    def __init__(self, table: Table, careful: SlowPath, tally: WorkerCounters) -> None:
         self.judge = BatchReader(0, table, careful, tally)  # type: ignore[arg-type] # as much of a Reader as it uses
 
     def handle(self, packet: QueuedPacket) -> None:
@@ -102,14 +102,14 @@ class Batched:
             given = given[40:]
 
 
-Worker = Callable[..., tuple[SlowPath | Batched, Tally]]
+Worker = Callable[..., tuple[SlowPath | Batched, WorkerCounters]]
 
 
 def worker(
     lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None
-) -> tuple[SlowPath, Tally]:
+) -> tuple[SlowPath, WorkerCounters]:
     """A classify over a look-up."""
-    tally = Tally(Tally.create())
+    tally = WorkerCounters(WorkerCounters.create())
     resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
     asked: Callable[[int, bytes], None] = getattr(answers, "asked", lambda index, address: None)
     return SlowPath(lookup, lambda: None, tally, resetter, asked), tally
@@ -117,7 +117,7 @@ def worker(
 
 def batched(
     lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None
-) -> tuple[Batched, Tally]:
+) -> tuple[Batched, WorkerCounters]:
     """The same behind the batch reader."""
     careful, tally = worker(lookup, answers)
     return Batched(Table(lookup), careful, tally), tally
@@ -145,7 +145,7 @@ def test_the_class_follows_from_the_reason(reason: Reason) -> None:
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if not reason.allows])
 def test_what_is_observed_passes_and_is_counted_as_would_deny(reason: Reason) -> None:
-    assert classify(finding(reason, observed=True, reject=True)) == (mark.Class.OBSERVED, Outcome.OBSERVED)
+    assert classify(finding(reason, observed=True, reject=True)) == (mark.Class.OBSERVED, PacketOutcome.OBSERVED)
 
 
 def test_a_source_of_nobody_is_never_answered() -> None:
@@ -158,7 +158,7 @@ def test_a_verdict_carries_class_and_epoch_and_keeps_other_bits(make: Worker) ->
     found.handle(packet)
     assert packet.said == ["accept"], "accepted, so that the kernel reads class and epoch"
     assert packet.mark == 0x00AB0000 | 1 << mark.EPOCH_SHIFT | mark.Class.ALLOW
-    assert list(tally.verdicts()) == [(Reason.ALLOWED_OFFER, Outcome.PASSED, 1, 1)]
+    assert list(tally.verdicts()) == [(Reason.ALLOWED_OFFER, PacketOutcome.PASSED, 1, 1)]
 
 
 def test_the_lookup_is_by_interface_and_source(make: Worker) -> None:
@@ -174,9 +174,9 @@ QUESTIONS = [mark.MISS, mark.MISS_OPEN, 0x00AB0000 | mark.MISS]
 
 
 @pytest.mark.parametrize("before", QUESTIONS)
-@pytest.mark.parametrize(("payload", "event"), [(SYN, Event.NO_SEGMENT), (UDP_25, Event.MALFORMED)])
+@pytest.mark.parametrize(("payload", "event"), [(SYN, WorkerEvent.NO_SEGMENT), (UDP_25, WorkerEvent.MALFORMED)])
 def test_what_has_no_verdict_goes_back_to_be_counted_and_dropped(
-    make: Worker, payload: bytes, event: Event, before: int
+    make: Worker, payload: bytes, event: WorkerEvent, before: int
 ) -> None:
     """`learn` drops what carries the mark of a miss, and counts it for its segment."""
     packet = QueuedPacket(payload, before)
@@ -186,9 +186,9 @@ def test_what_has_no_verdict_goes_back_to_be_counted_and_dropped(
     assert tally.events()[event] == 1
 
 
-@pytest.mark.parametrize(("payload", "event"), [(SYN, Event.NO_SEGMENT), (UDP_25, Event.MALFORMED)])
+@pytest.mark.parametrize(("payload", "event"), [(SYN, WorkerEvent.NO_SEGMENT), (UDP_25, WorkerEvent.MALFORMED)])
 def test_what_was_counted_as_rejected_and_has_no_verdict_now_is_not_counted_again(
-    make: Worker, payload: bytes, event: Event
+    make: Worker, payload: bytes, event: WorkerEvent
 ) -> None:
     packet = QueuedPacket(payload, mark.AGAIN)
     found, tally = make(lambda index, source: None)
@@ -206,7 +206,7 @@ def test_a_failing_table_drops_and_is_logged_once(make: Worker, caplog: pytest.L
     for packet in packets:
         found.handle(packet)
     assert [packet.said for packet in packets] == [["drop"]] * 3
-    assert tally.events()[Event.ERROR] == 3
+    assert tally.events()[WorkerEvent.ERROR] == 3
     assert len(caplog.records) == 1
 
 
@@ -224,7 +224,7 @@ def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused(mak
     packet = QueuedPacket()
     found.handle(packet)
     assert packet.mark & mark.CLASS == mark.Class.REFUSED
-    assert tally.events()[Event.RESET_FAILED] == 1
+    assert tally.events()[WorkerEvent.RESET_FAILED] == 1
 
 
 def test_a_source_whose_entry_is_damaged_is_denied_and_counted_each_time(make: Worker) -> None:
@@ -235,8 +235,8 @@ def test_a_source_whose_entry_is_damaged_is_denied_and_counted_each_time(make: W
     found.handle(packet)
     assert packet.said == ["accept"]
     assert packet.mark & mark.CLASS == mark.Class.UNKNOWN
-    assert tally.events()[Event.DAMAGED] == 1
-    assert list(tally.verdicts()) == [(Reason.DENIED_UNKNOWN_SOURCE, Outcome.DROPPED, 1, 1)]
+    assert tally.events()[WorkerEvent.DAMAGED] == 1
+    assert list(tally.verdicts()) == [(Reason.DENIED_UNKNOWN_SOURCE, PacketOutcome.DROPPED, 1, 1)]
 
 
 # Also marks that others have set to what ours would say in prerouting.
@@ -271,8 +271,8 @@ def test_in_forward_a_worker_accepts_or_drops_and_leaves_the_mark(
     assert answers.sources[before_that[1] :] == [(3, b"\x0a\0\0\x04")], "the daemon is asked to cache it"
 
 
-@pytest.mark.parametrize(("payload", "event"), [(SYN, Event.NO_SEGMENT), (b"x" * 40, Event.MALFORMED)])
-def test_in_forward_what_cannot_be_looked_up_is_dropped(make: Worker, payload: bytes, event: Event) -> None:
+@pytest.mark.parametrize(("payload", "event"), [(SYN, WorkerEvent.NO_SEGMENT), (b"x" * 40, WorkerEvent.MALFORMED)])
+def test_in_forward_what_cannot_be_looked_up_is_dropped(make: Worker, payload: bytes, event: WorkerEvent) -> None:
     packet = QueuedPacket(payload, hook=FORWARD)
     found, tally = make(lambda index, source: None)
     found.handle(packet)
@@ -287,7 +287,7 @@ def test_a_rejected_source_that_sends_again_is_answered_and_not_learned_again(ma
     packet = QueuedPacket(before=mark.AGAIN)
     found.handle(packet)
     assert (packet.said, answers.to) == (["drop"], [(3, b"\x02\0\0\0\0\x01")])
-    assert list(tally.verdicts()) == [(Reason.DENIED_REVOKED, Outcome.RESET, 1, 1)]
+    assert list(tally.verdicts()) == [(Reason.DENIED_REVOKED, PacketOutcome.RESET, 1, 1)]
 
 
 def test_a_packet_that_was_counted_as_rejected_never_passes(make: Worker) -> None:
@@ -330,8 +330,8 @@ def test_a_flood_of_new_rejected_sources_is_answered_within_the_budget_of_its_se
     now[0] += 1
     assert flood(QueuedPacket, 20) == 20
     assert {outcome: packets for _, outcome, packets, _ in tally.verdicts()} == {
-        Outcome.RESET: FIRST_RESETS + 41,
-        Outcome.DROPPED: 100,
+        PacketOutcome.RESET: FIRST_RESETS + 41,
+        PacketOutcome.DROPPED: 100,
     }
 
 
@@ -343,4 +343,4 @@ def test_a_source_whose_limit_is_to_come_goes_back_to_be_counted_and_dropped(mak
     assert (packet.said, packet.mark & mark.CLASS) == (["accept"], mark.Class.MISS)
     assert packet.mark != mark.MISS, "an epoch says that a worker has seen it"
     assert answers.sources == [(3, b"\x0a\0\0\x04")]
-    assert list(tally.verdicts()) == [(Reason.ALLOWED_EXEMPT, Outcome.DEFERRED, 1, 1)]
+    assert list(tally.verdicts()) == [(Reason.ALLOWED_EXEMPT, PacketOutcome.DEFERRED, 1, 1)]

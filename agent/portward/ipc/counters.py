@@ -23,7 +23,7 @@ from portward.errors import PortwardError
 from portward.model import Reason
 
 
-class Outcome(IntEnum):
+class PacketOutcome(IntEnum):
     """What became of a judged packet. The numbers are places in the shared block: none is ever given again."""
 
     PASSED = 0
@@ -33,7 +33,7 @@ class Outcome(IntEnum):
     DEFERRED = 4  # dropped until the kernel knows the limit of its source
 
 
-class Event(IntEnum):
+class WorkerEvent(IntEnum):
     """What a worker meets besides verdicts. The numbers are places in the shared block: none is given again."""
 
     MALFORMED = 0  # no TCP segment to a judged port could be read: dropped
@@ -44,7 +44,7 @@ class Event(IntEnum):
     DAMAGED = 5  # the source's entry in the table cannot be read: denied
 
 
-class TallyError(PortwardError):
+class CountersError(PortwardError):
     """The block of counters was made by another version of portward."""
 
 
@@ -61,14 +61,15 @@ _HAPPENED: Final = _ATTEMPTS + REASON_NUMBERS * _OUTCOMES
 _SIZE: Final = (_HAPPENED + _EVENTS) * 8
 
 
-class Tally:
+class WorkerCounters:
     """The counters of one worker: packets and connection attempts by reason and outcome, and events."""
 
     def __init__(self, descriptor: int) -> None:
-        """Maps the block behind a descriptor that `create` gave; raises TallyError if another version made it."""
+        """Maps the block behind a descriptor that `create` gave; raises CountersError if another version made
+        it."""
         header = os.pread(descriptor, len(_HEADER), 0)
         if header != _HEADER or os.fstat(descriptor).st_size != _SIZE:
-            raise TallyError(
+            raise CountersError(
                 "the agent that started this worker is of another version of portward: its counters have other "
                 "places; restart the agent"
             )
@@ -83,25 +84,25 @@ class Tally:
         os.pwrite(descriptor, _HEADER, 0)
         return descriptor
 
-    def verdict(self, reason: int, outcome: Outcome, *, attempt: bool) -> None:
+    def verdict(self, reason: int, outcome: PacketOutcome, *, attempt: bool) -> None:
         """Counts a judged packet; `reason` is a number of `codes.REASON_NUMBER`."""
         self.add(reason, outcome, packets=1, attempts=int(attempt))
 
-    def add(self, reason: int, outcome: Outcome, *, packets: int, attempts: int) -> None:
+    def add(self, reason: int, outcome: PacketOutcome, *, packets: int, attempts: int) -> None:
         """Counts many packets with the same verdict, some of them attempts to connect."""
         place = reason * _OUTCOMES + outcome
         self._numbers[_PACKETS + place] += packets
         if attempts:
             self._numbers[_ATTEMPTS + place] += attempts
 
-    def event(self, event: Event) -> None:
+    def event(self, event: WorkerEvent) -> None:
         """Counts an event."""
         self._numbers[_HAPPENED + event] += 1
 
-    def verdicts(self) -> Iterator[tuple[Reason, Outcome, int, int]]:
+    def verdicts(self) -> Iterator[tuple[Reason, PacketOutcome, int, int]]:
         """(reason, outcome, packets, connection attempts), only those that occurred."""
         for number, reason in REASON_OF.items():
-            for outcome in Outcome:
+            for outcome in PacketOutcome:
                 place = number * _OUTCOMES + outcome
                 if packets := self._numbers[_PACKETS + place]:
                     yield reason, outcome, packets, self._numbers[_ATTEMPTS + place]
@@ -110,6 +111,6 @@ class Tally:
         """Packets handled so far, of whatever kind."""
         return sum(self._numbers[_PACKETS:_ATTEMPTS]) + sum(self._numbers[_HAPPENED:])
 
-    def events(self) -> dict[Event, int]:
+    def events(self) -> dict[WorkerEvent, int]:
         """How often each event has happened."""
-        return {event: self._numbers[_HAPPENED + event] for event in Event}
+        return {event: self._numbers[_HAPPENED + event] for event in WorkerEvent}
