@@ -175,18 +175,18 @@ class Gateway(Standing):
         self, kind: str = "batch", queue: int = 0, length: int = LENGTH, cpu: int = READER_CPU
     ) -> Iterator[int]:
         """portward's worker over the table, with the reader of this kind."""
-        tally, (theirs, ours) = WorkerCounters.create(), os.pipe()
+        counters, (theirs, ours) = WorkerCounters.create(), os.pipe()
         argv = [
             sys.executable, "-m", "portward.worker.process", "--reader", kind, "--queue", str(queue),
             "--length", str(length), "--table", os.fspath(self.table),
-            "--tally", str(tally), "--lifeline", str(theirs),
+            "--counters", str(counters), "--lifeline", str(theirs),
         ]  # fmt: skip
         os.write(ours, b"\n")  # the policy is there
         try:
-            with self.reader(argv, cpu, (tally, theirs)) as pid:
+            with self.reader(argv, cpu, (counters, theirs)) as pid:
                 yield pid
         finally:
-            for descriptor in (tally, theirs, ours):
+            for descriptor in (counters, theirs, ours):
                 os.close(descriptor)
 
 

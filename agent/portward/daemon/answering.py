@@ -90,7 +90,7 @@ class Answering:
     async def _silent(self, prober: Prober, asked: list[Worker]) -> list[Worker]:
         """Those of the workers that handle nothing within the time of patience. Under a flood the query may find
         the queue full; whoever handles other packets meanwhile answers too."""
-        before = {worker: (worker.process, worker.tally.handled()) for worker in asked}
+        before = {worker: (worker.process, worker.counters.handled()) for worker in asked}
         for worker in asked:
             try:
                 prober.ask(self._workers.index(worker), self._core.preset.ports[0])
@@ -108,7 +108,7 @@ class Answering:
             silent = [
                 worker
                 for worker in asked
-                if worker.ready and before[worker] == (worker.process, worker.tally.handled())
+                if worker.ready and before[worker] == (worker.process, worker.counters.handled())
             ]
             if not silent or time.monotonic() > deadline:
                 return silent

@@ -41,10 +41,10 @@ def snapshot(core: Core, workers: list[Worker], server: MetricsServer, *, reload
     attempts: Counter[tuple[str, ...]] = Counter()
     events: Counter[tuple[str, ...]] = Counter({(event.name.lower(),): 0 for event in WorkerEvent})
     for worker in workers:
-        for reason, outcome, packets, tries in worker.tally.verdicts():
+        for reason, outcome, packets, tries in worker.counters.verdicts():
             judged[reason.value, _OUTCOMES[outcome]] += packets
             attempts[reason.value, _OUTCOMES[outcome]] += tries
-        events.update({(event.name.lower(),): count for event, count in worker.tally.events().items()})
+        events.update({(event.name.lower(),): count for event, count in worker.counters.events().items()})
     events["foreign_line",] = sum(worker.foreign_lines for worker in workers)
     numbers = {worker.queue for worker in workers}
     queues = [state for state in states() if state.number in numbers]

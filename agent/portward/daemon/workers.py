@@ -66,7 +66,7 @@ class Worker:
         self._block = WorkerCounters.create()
         # To start a process takes nine, for a moment.
         self._reserve = Reserve(12)
-        self.tally = WorkerCounters(self._block)
+        self.counters = WorkerCounters(self._block)
         self.process: Child | None = None
         self.restarts = 0
         # How often in a row nothing was handled from this queue, by one process or by several.
@@ -112,7 +112,7 @@ class Worker:
             argv = (
                 *PYTHON, "-m", "portward.worker.process",
                 "--queue", str(self.queue), "--length", str(self._length), "--reader", self._reader,
-                "--table", os.fspath(self._table), "--tally", str(self._block), "--lifeline", str(theirs),
+                "--table", os.fspath(self._table), "--counters", str(self._block), "--lifeline", str(theirs),
                 "--stay", str(self._stay),
             )  # fmt: skip
             self.process = await children.start(argv, pass_fds=(self._block, theirs))

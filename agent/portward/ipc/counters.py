@@ -79,7 +79,7 @@ class WorkerCounters:
     @staticmethod
     def create() -> int:
         """A descriptor of a new block of zeros."""
-        descriptor = os.memfd_create("portward-tally")
+        descriptor = os.memfd_create("portward-counters")
         os.ftruncate(descriptor, _SIZE)
         os.pwrite(descriptor, _HEADER, 0)
         return descriptor

@@ -147,8 +147,8 @@ class _RangeCache:
 class BatchReader:
     """Gives verdicts on batches; `careful` judges what is not of the common kind, over the same `reader`."""
 
-    def __init__(self, queue: int, reader: Reader, careful: SlowPath, tally: WorkerCounters) -> None:
-        self._reader, self._careful, self._tally = reader, careful, tally
+    def __init__(self, queue: int, reader: Reader, careful: SlowPath, counters: WorkerCounters) -> None:
+        self._reader, self._careful, self._tally = reader, careful, counters
         self._verdicts = Verdicts(queue, _ROOM)
         self._shapes: list[MessageTemplate] = []
         # What holds for one snapshot: the answer to each finding, and the answers to sources.

@@ -1,6 +1,7 @@
 """One queue → one verdict for each of its packets. Runs as a process of its own:
 
-    python -m portward.worker.process --queue 0 --table DIR --tally FD --lifeline FD [--length N] [--reader batch]
+    python -m portward.worker.process --queue 0 --table DIR --counters FD --lifeline FD [--length N] [--reader
+    batch]
         [--stay SECONDS]
 
 It shares nothing with the daemon but the policy table and a block of counters. It opens the table when a byte on
@@ -51,12 +52,12 @@ def main() -> int:
         return 0
     try:
         reader = Reader.open(arguments.table)
-        tally = WorkerCounters(arguments.tally)
-        judge = SlowPath(reader.lookup, reader.head, tally, Resetter(), partial(_ask, messages))
+        counters = WorkerCounters(arguments.counters)
+        judge = SlowPath(reader.lookup, reader.head, counters, Resetter(), partial(_ask, messages))
         ready = partial(_ready, messages)
         claimed = take_over_queue(arguments.table, arguments.queue)
         if arguments.reader is QueueReader.BATCH:
-            batches = BatchReader(arguments.queue, reader, judge, tally)
+            batches = BatchReader(arguments.queue, reader, judge, counters)
             stay = GracePeriod(arguments.stay, claimed)
             batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, ready, stay)
         else:
@@ -116,7 +117,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--reader", type=QueueReader, default=QueueReader.BATCH)
     parser.add_argument("--table", type=Path, required=True)
-    parser.add_argument("--tally", type=int, required=True)
+    parser.add_argument("--counters", type=int, required=True)
     parser.add_argument("--lifeline", type=int, required=True)
     parser.add_argument("--stay", type=float, default=0.0)
     return parser.parse_args()

@@ -61,11 +61,11 @@ class SlowPath:
         self,
         lookup: Callable[[int, bytes], Finding | None],
         head: Callable[[], Head | None],
-        tally: WorkerCounters,
+        counters: WorkerCounters,
         resetter: Resetter,
         ask: Callable[[int, bytes], None],
     ) -> None:
-        self._lookup, self._head, self._tally, self._resetter = lookup, head, tally, resetter
+        self._lookup, self._head, self._tally, self._resetter = lookup, head, counters, resetter
         self._ask = ask
         # The kernel has a budget only for what it has cached.
         self.firsts = Budget()

@@ -142,7 +142,7 @@ class Running(Ground):
         def ask(_: object, place: int, port: int) -> None:
             assert (place, port) == (0, 25)
             if not self.silent and TABLE in self.kernel.tables:  # without rules no query gets to a worker
-                self.worker.tally.event(WorkerEvent.PROBED)
+                self.worker.counters.event(WorkerEvent.PROBED)
                 self.kernel.tables[TABLE].counters["answered"] += 1
 
         monkeypatch.setattr("portward.dataplane.rtnetlink.follow", follow)

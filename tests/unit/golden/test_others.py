@@ -21,7 +21,7 @@ from portward.store.sqlite import SqliteStore
 from unit.golden import FOLDER, golden, store
 from unit.store.samples import CONTOSO, FABRIKAM, GRANT, MACHINE, PREFIX
 
-TALLY = golden("tally-1.json")
+TALLY = golden("counters-1.json")
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -46,13 +46,13 @@ def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 def test_the_block_of_counters_has_each_number_where_it_was() -> None:
     block = WorkerCounters.create()
-    tally = WorkerCounters(block)
+    counters = WorkerCounters(block)
     for reason in map(Reason, TALLY["packets"]):
         for outcome in PacketOutcome:
-            tally.add(REASON_NUMBER[reason], outcome, packets=REASON_NUMBER[reason] * 100 + outcome, attempts=7)
+            counters.add(REASON_NUMBER[reason], outcome, packets=REASON_NUMBER[reason] * 100 + outcome, attempts=7)
     for event in WorkerEvent:
         for _ in range(event + 1):
-            tally.event(event)
+            counters.event(event)
     data = os.pread(block, 1 << 20, 0)
     os.close(block)
     assert data[:16].hex() == TALLY["header"]

@@ -72,12 +72,12 @@ class Bench:
         self.writer.put_links({3: ("vni1", False)}, touched=frozenset(), now=NOW)
         opened = self.writer.reader()
         self.reader = Watched(opened._environment, opened._parts)
-        self.tally = WorkerCounters(WorkerCounters.create())
+        self.counters = WorkerCounters(WorkerCounters.create())
         answers: Any = Answers()  # only `answer` is used
         self.asked: list[tuple[int, bytes]] = []
         ask = lambda index, address: self.asked.append((index, address))  # noqa: E731 # short
-        self.careful = SlowPath(self.reader.lookup, self.reader.head, self.tally, answers, ask)
-        self.judge = BatchReader(0, self.reader, self.careful, self.tally)
+        self.careful = SlowPath(self.reader.lookup, self.reader.head, self.counters, answers, ask)
+        self.judge = BatchReader(0, self.reader, self.careful, self.counters)
 
     def answer(self, *datagrams: bytes) -> list[tuple[int, int, int]]:
         """Verdict, id and mark of each that is given for a batch."""
@@ -114,7 +114,7 @@ def test_each_packet_of_a_batch_gets_the_verdict_of_its_source(bench: Bench) -> 
     assert classes(answers) == [allow, deny, allow, unknown, allow, unknown] * 8
     assert {mark_ & mark.KEEP for _, _, mark_ in answers} == {0x00AB0000}
     assert bench.reader.views == 1
-    assert sum(packets for *_, packets, _ in bench.tally.verdicts()) == len(sources)
+    assert sum(packets for *_, packets, _ in bench.counters.verdicts()) == len(sources)
 
 
 def test_a_plain_segment_takes_the_short_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_a_batch_is_judged_by_one_policy(bench: Bench, monkeypatch: pytest.Monke
 
 def test_attempts_are_counted_apart(bench: Bench) -> None:
     bench.answer(*(message(syn("10.0.0.5", flags)) for flags in ("S", "A", "SEC", "SA", "R", "SP")))
-    assert list(bench.tally.verdicts()) == [(Reason.ALLOWED_OFFER, PacketOutcome.PASSED, 6, 3)]
+    assert list(bench.counters.verdicts()) == [(Reason.ALLOWED_OFFER, PacketOutcome.PASSED, 6, 3)]
 
 
 def test_a_query_of_the_self_check_is_answered_with_the_epoch(bench: Bench) -> None:
@@ -185,7 +185,7 @@ def test_a_query_of_the_self_check_is_answered_with_the_epoch(bench: Bench) -> N
     head = bench.writer.head()
     assert head is not None
     assert answer == (1, 7, mark.stamp(0, mark.Class.MISS, mark.epoch_of(head.generation)))
-    assert bench.tally.events()[WorkerEvent.PROBED] == 1
+    assert bench.counters.events()[WorkerEvent.PROBED] == 1
 
 
 def test_without_a_table_each_packet_is_dropped_and_counted(
@@ -197,7 +197,7 @@ def test_without_a_table_each_packet_is_dropped_and_counted(
     monkeypatch.setattr(bench.reader, "_begin", broken)
     answers = bench.answer(*(message(syn("10.0.0.5"), id_=number) for number in range(5)))
     assert [(verdict, id_) for verdict, id_, _ in answers] == [(0, number) for number in range(5)]
-    assert bench.tally.events()[WorkerEvent.ERROR] == 5
+    assert bench.counters.events()[WorkerEvent.ERROR] == 5
     assert len(caplog.records) == 1
 
 
@@ -214,7 +214,7 @@ def test_a_look_up_that_fails_costs_only_its_own_packet(bench: Bench, monkeypatc
     sources = ["10.0.0.5", "10.0.0.4", "10.0.0.5"]
     answers = bench.answer(*(message(syn(source), id_=number) for number, source in enumerate(sources)))
     assert [(verdict, id_) for verdict, id_, _ in answers] == [(1, 0), (0, 1), (1, 2)]
-    assert bench.tally.events()[WorkerEvent.ERROR] == 1
+    assert bench.counters.events()[WorkerEvent.ERROR] == 1
 
 
 def test_verdicts_are_given_even_if_they_cannot_be_counted(
@@ -223,7 +223,7 @@ def test_verdicts_are_given_even_if_they_cannot_be_counted(
     def broken(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(bench.tally, "add", broken)
+    monkeypatch.setattr(bench.counters, "add", broken)
     for _ in range(2):
         assert classes(bench.answer(message(syn("10.0.0.5")))) == [mark.Class.ALLOW]
     assert len(caplog.records) == 1
@@ -242,7 +242,7 @@ def test_what_the_kernel_refuses_stops_nothing_and_is_told_once(
 
 def test_a_message_without_an_id_is_counted_and_told(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     assert not bench.answer(OTHERS["no packet header"])
-    assert bench.tally.events()[WorkerEvent.ERROR] == 1
+    assert bench.counters.events()[WorkerEvent.ERROR] == 1
     assert len(caplog.records) == 1
 
 

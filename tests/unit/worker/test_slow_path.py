@@ -88,8 +88,8 @@ class Table:
 class Batched:
     """A batch classify that takes packets as NetfilterQueue hands them over, in a batch of one."""
 
-    def __init__(self, table: Table, careful: SlowPath, tally: WorkerCounters) -> None:
-        self.judge = BatchReader(0, table, careful, tally)  # type: ignore[arg-type] # as much of a Reader as it uses
+    def __init__(self, table: Table, careful: SlowPath, counters: WorkerCounters) -> None:
+        self.judge = BatchReader(0, table, careful, counters)  # type: ignore[arg-type] # as much of a Reader as it uses
 
     def handle(self, packet: QueuedPacket) -> None:
         datagram = message(packet.get_payload(), index=packet.indev, mark_=packet.mark, hook=packet.hook)
@@ -109,18 +109,18 @@ def worker(
     lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None
 ) -> tuple[SlowPath, WorkerCounters]:
     """A classify over a look-up."""
-    tally = WorkerCounters(WorkerCounters.create())
+    counters = WorkerCounters(WorkerCounters.create())
     resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
     asked: Callable[[int, bytes], None] = getattr(answers, "asked", lambda index, address: None)
-    return SlowPath(lookup, lambda: None, tally, resetter, asked), tally
+    return SlowPath(lookup, lambda: None, counters, resetter, asked), counters
 
 
 def batched(
     lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None
 ) -> tuple[Batched, WorkerCounters]:
     """The same behind the batch reader."""
-    careful, tally = worker(lookup, answers)
-    return Batched(Table(lookup), careful, tally), tally
+    careful, counters = worker(lookup, answers)
+    return Batched(Table(lookup), careful, counters), counters
 
 
 @pytest.fixture(params=[worker, batched], ids=["single", "batch"])
@@ -154,11 +154,11 @@ def test_a_source_of_nobody_is_never_answered() -> None:
 
 def test_a_verdict_carries_class_and_epoch_and_keeps_other_bits(make: Worker) -> None:
     packet = QueuedPacket(before=0x00AB0000 | mark.MISS)
-    found, tally = make(lambda index, source: finding(Reason.ALLOWED_OFFER))
+    found, counters = make(lambda index, source: finding(Reason.ALLOWED_OFFER))
     found.handle(packet)
     assert packet.said == ["accept"], "accepted, so that the kernel reads class and epoch"
     assert packet.mark == 0x00AB0000 | 1 << mark.EPOCH_SHIFT | mark.Class.ALLOW
-    assert list(tally.verdicts()) == [(Reason.ALLOWED_OFFER, PacketOutcome.PASSED, 1, 1)]
+    assert list(counters.verdicts()) == [(Reason.ALLOWED_OFFER, PacketOutcome.PASSED, 1, 1)]
 
 
 def test_the_lookup_is_by_interface_and_source(make: Worker) -> None:
@@ -180,10 +180,10 @@ def test_what_has_no_verdict_goes_back_to_be_counted_and_dropped(
 ) -> None:
     """`learn` drops what carries the mark of a miss, and counts it for its segment."""
     packet = QueuedPacket(payload, before)
-    found, tally = make(lambda index, source: None)
+    found, counters = make(lambda index, source: None)
     found.handle(packet)
     assert (packet.said, packet.mark) == (["accept"], (before & mark.KEEP) | mark.MISS)
-    assert tally.events()[event] == 1
+    assert counters.events()[event] == 1
 
 
 @pytest.mark.parametrize(("payload", "event"), [(SYN, WorkerEvent.NO_SEGMENT), (UDP_25, WorkerEvent.MALFORMED)])
@@ -191,22 +191,22 @@ def test_what_was_counted_as_rejected_and_has_no_verdict_now_is_not_counted_agai
     make: Worker, payload: bytes, event: WorkerEvent
 ) -> None:
     packet = QueuedPacket(payload, mark.AGAIN)
-    found, tally = make(lambda index, source: None)
+    found, counters = make(lambda index, source: None)
     found.handle(packet)
     assert packet.said == ["drop"]
-    assert tally.events()[event] == 1
+    assert counters.events()[event] == 1
 
 
 def test_a_failing_table_drops_and_is_logged_once(make: Worker, caplog: pytest.LogCaptureFixture) -> None:
     def broken(index: int, source: bytes) -> Finding:
         raise RuntimeError("the table is gone")
 
-    found, tally = make(broken)
+    found, counters = make(broken)
     packets = [QueuedPacket() for _ in range(3)]
     for packet in packets:
         found.handle(packet)
     assert [packet.said for packet in packets] == [["drop"]] * 3
-    assert tally.events()[WorkerEvent.ERROR] == 3
+    assert counters.events()[WorkerEvent.ERROR] == 3
     assert len(caplog.records) == 1
 
 
@@ -220,23 +220,23 @@ def test_a_reset_goes_to_the_sender_on_its_own_interface(make: Worker) -> None:
 
 
 def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused(make: Worker) -> None:
-    found, tally = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), Answers(sent=False))
+    found, counters = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), Answers(sent=False))
     packet = QueuedPacket()
     found.handle(packet)
     assert packet.mark & mark.CLASS == mark.Class.REFUSED
-    assert tally.events()[WorkerEvent.RESET_FAILED] == 1
+    assert counters.events()[WorkerEvent.RESET_FAILED] == 1
 
 
 def test_a_source_whose_entry_is_damaged_is_denied_and_counted_each_time(make: Worker) -> None:
     """And the kernel caches the denial, so that such a source does not ask again and again."""
     damaged = finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True)._replace(damaged=True)
     packet = QueuedPacket()
-    found, tally = make(lambda index, source: damaged)
+    found, counters = make(lambda index, source: damaged)
     found.handle(packet)
     assert packet.said == ["accept"]
     assert packet.mark & mark.CLASS == mark.Class.UNKNOWN
-    assert tally.events()[WorkerEvent.DAMAGED] == 1
-    assert list(tally.verdicts()) == [(Reason.DENIED_UNKNOWN_SOURCE, PacketOutcome.DROPPED, 1, 1)]
+    assert counters.events()[WorkerEvent.DAMAGED] == 1
+    assert list(counters.verdicts()) == [(Reason.DENIED_UNKNOWN_SOURCE, PacketOutcome.DROPPED, 1, 1)]
 
 
 # Also marks that others have set to what ours would say in prerouting.
@@ -274,29 +274,29 @@ def test_in_forward_a_worker_accepts_or_drops_and_leaves_the_mark(
 @pytest.mark.parametrize(("payload", "event"), [(SYN, WorkerEvent.NO_SEGMENT), (b"x" * 40, WorkerEvent.MALFORMED)])
 def test_in_forward_what_cannot_be_looked_up_is_dropped(make: Worker, payload: bytes, event: WorkerEvent) -> None:
     packet = QueuedPacket(payload, hook=FORWARD)
-    found, tally = make(lambda index, source: None)
+    found, counters = make(lambda index, source: None)
     found.handle(packet)
     assert packet.said == ["drop"]
-    assert tally.events()[event] == 1
+    assert counters.events()[event] == 1
 
 
 def test_a_rejected_source_that_sends_again_is_answered_and_not_learned_again(make: Worker) -> None:
     """The kernel has counted the packet; to learn the source once more would count it twice."""
     answers = Answers()
-    found, tally = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+    found, counters = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
     packet = QueuedPacket(before=mark.AGAIN)
     found.handle(packet)
     assert (packet.said, answers.to) == (["drop"], [(3, b"\x02\0\0\0\0\x01")])
-    assert list(tally.verdicts()) == [(Reason.DENIED_REVOKED, PacketOutcome.RESET, 1, 1)]
+    assert list(counters.verdicts()) == [(Reason.DENIED_REVOKED, PacketOutcome.RESET, 1, 1)]
 
 
 def test_a_packet_that_was_counted_as_rejected_never_passes(make: Worker) -> None:
     """Also if the policy has changed since, and the kernel is about to forget the source."""
     answers = Answers()
-    found, tally = make(lambda index, source: finding(Reason.ALLOWED_OFFER), answers)
+    found, counters = make(lambda index, source: finding(Reason.ALLOWED_OFFER), answers)
     packet = QueuedPacket(before=mark.AGAIN)
     found.handle(packet)
-    assert (packet.said, answers.to, list(tally.verdicts())) == (["drop"], [], [])
+    assert (packet.said, answers.to, list(counters.verdicts())) == (["drop"], [], [])
 
 
 class NeighbourPacket(QueuedPacket):
@@ -312,7 +312,7 @@ def test_a_flood_of_new_rejected_sources_is_answered_within_the_budget_of_its_se
     now = [1_000.0]
     monkeypatch.setattr("portward.worker.reset.time.monotonic", lambda: now[0])
     answers = Answers()
-    found, tally = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+    found, counters = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
 
     def flood(kind: type[QueuedPacket], number: int) -> int:
         before = len(answers.to)
@@ -329,7 +329,7 @@ def test_a_flood_of_new_rejected_sources_is_answered_within_the_budget_of_its_se
     assert (again.said, len(answers.to)) == (["drop"], FIRST_RESETS + 21), "the kernel has a budget for these"
     now[0] += 1
     assert flood(QueuedPacket, 20) == 20
-    assert {outcome: packets for _, outcome, packets, _ in tally.verdicts()} == {
+    assert {outcome: packets for _, outcome, packets, _ in counters.verdicts()} == {
         PacketOutcome.RESET: FIRST_RESETS + 41,
         PacketOutcome.DROPPED: 100,
     }
@@ -337,10 +337,10 @@ def test_a_flood_of_new_rejected_sources_is_answered_within_the_budget_of_its_se
 
 def test_a_source_whose_limit_is_to_come_goes_back_to_be_counted_and_dropped(make: Worker) -> None:
     answers = Answers()
-    found, tally = make(lambda index, source: finding(Reason.ALLOWED_EXEMPT)._replace(limited=True), answers)
+    found, counters = make(lambda index, source: finding(Reason.ALLOWED_EXEMPT)._replace(limited=True), answers)
     packet = QueuedPacket(before=mark.MISS)
     found.handle(packet)
     assert (packet.said, packet.mark & mark.CLASS) == (["accept"], mark.Class.MISS)
     assert packet.mark != mark.MISS, "an epoch says that a worker has seen it"
     assert answers.sources == [(3, b"\x0a\0\0\x04")]
-    assert list(tally.verdicts()) == [(Reason.ALLOWED_EXEMPT, PacketOutcome.DEFERRED, 1, 1)]
+    assert list(counters.verdicts()) == [(Reason.ALLOWED_EXEMPT, PacketOutcome.DEFERRED, 1, 1)]
