@@ -17,8 +17,8 @@ from uuid import UUID
 from bench.figures import Figure, percentile
 from kernel.conftest import Gateway, running_gateway
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.learned import Learned
 from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.verdict_cache import VerdictCache
 from portward.lab import namespaces
 from portward.lab.topology import FABRIKAM
 from portward.model import Attachment, Record, Standing, Subscription
@@ -36,7 +36,7 @@ class Bench:
     def __init__(self, gateway: Gateway) -> None:
         self._store = open_store(f"sqlite:{gateway.agent.folder / 'portward.db'}")
         with namespaces.inside(gateway.lab.gateway):
-            self._learned = Learned(KernelElements(NfNetlink()))
+            self._learned = VerdictCache(KernelElements(NfNetlink()))
 
     def enforce(self, records: Sequence[Record]) -> tuple[float, float]:
         """Commits these records, each of which changes a verdict, and waits until the kernel agrees; gives the

@@ -24,12 +24,12 @@ from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, Change, Flush, KernelElements
 from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.keeper import Keeper
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.notices import Notices
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rates import Rates
+from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.policy import preset as presets
 from portward.table.edit import Place
@@ -113,7 +113,7 @@ class Gateway:
         self._netlink = NfNetlink()
         nft = Nft(self._netlink.generation)
         self.kernel = Timed(self._netlink, nft.committing)
-        self._learned = Learned(self.kernel)
+        self._learned = VerdictCache(self.kernel)
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(nft)
         config = Config(
             segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(allow_seconds=600, deny_seconds=600)

@@ -93,8 +93,8 @@ def memory(ground: Ground, rounds: int) -> Iterator[Outcome]:
     """No memory: MemoryError within a step, RLIMIT_AS at what a process has, the OOM killer of a cgroup."""
     raised = [
         ("daemon", "change", "portward.table.writer:Writer.apply"),
-        ("daemon", "change", "portward.dataplane.learned:Learned.move_epoch"),
-        ("daemon", "change", "portward.dataplane.learned:Learned.forget"),
+        ("daemon", "change", "portward.dataplane.verdict_cache:VerdictCache.move_epoch"),
+        ("daemon", "change", "portward.dataplane.verdict_cache:VerdictCache.forget"),
         ("worker", "packet", "portward.table.reader:Reader._follow"),
         ("worker", "packet", "portward.worker.messages:Verdicts.accept"),
         ("worker", "packet", "portward.ipc.counters:WorkerCounters.add"),

@@ -33,9 +33,9 @@ from kernel.wire import meanwhile
 from portward.config.documents import dec_hook, enc_hook
 from portward.daemon.runtime import read_status
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.learned import Learned
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, Rated
+from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import PortwardError
 from portward.inventory.document import json_text
 from portward.ipc.verdict import classify
@@ -502,9 +502,9 @@ class Ground:
                 netlink.close()
 
     @staticmethod
-    def _learned(netlink: NfNetlink) -> Learned:
+    def _learned(netlink: NfNetlink) -> VerdictCache:
         """What the kernel remembers, for reading only."""
-        return Learned(KernelElements(netlink))
+        return VerdictCache(KernelElements(netlink))
 
     def index(self, tenant: Tenant) -> int:
         """The index of a segment's interface on the gateway."""

@@ -27,10 +27,10 @@ from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.keeper import Keeper
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Rates
+from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc.mark import Class
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
@@ -53,7 +53,7 @@ class Churn:
         self._netlink = NfNetlink()
         self._nft = Nft(self._netlink.generation)
         self.elements = KernelElements(self._netlink, self._nft.committing)
-        self.learned = Learned(self.elements)
+        self.learned = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
         self.enforcement = Enforcement(

@@ -18,11 +18,11 @@ from kernel.wire import same, seen, segment
 from portward.base.resources import rules
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.keeper import Keeper
-from portward.dataplane.learned import Learned
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.ruleset import Wanted
+from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import KernelError
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
@@ -251,7 +251,7 @@ def test_a_ruleset_that_the_kernel_refuses_leaves_the_closed_port(booted: Gatewa
     assert booted.agent.portward("rules", "baseline").returncode == 1
     with namespaces.inside(booted.lab.gateway):
         nft, netlink = Nft(), NfNetlink()
-        keeper = Keeper(nft, netlink, Learned(KernelElements(netlink)))
+        keeper = Keeper(nft, netlink, VerdictCache(KernelElements(netlink)))
         with pytest.raises(KernelError):
             keeper.load(Wanted("table inet portward { nonsense }\n", definitions=0, statements=(), native=True))
         netlink.close()

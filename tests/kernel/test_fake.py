@@ -29,11 +29,11 @@ from portward.dataplane.elements import (
 )
 from portward.dataplane.fake import FakeKernel
 from portward.dataplane.keeper import CLOSED
-from portward.dataplane.learned import Source
 from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.ruleset import FIXED_SETS, TABLE
+from portward.dataplane.verdict_cache import Source
 from portward.errors import KernelError
 from portward.lab import namespaces
 from portward.lab.agent import until

@@ -16,11 +16,11 @@ from portward.config.keys import Config
 from portward.dataplane import compiled, ruleset
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.keeper import Keeper, hearing
-from portward.dataplane.learned import Learned
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.ruleset import FIXED_SETS, TABLE, State, Wanted
 from portward.dataplane.surroundings import NOTHING
+from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import KernelError
 from portward.lab import namespaces
 from portward.lab.agent import until
@@ -218,7 +218,7 @@ class Place:
         self.netlink = NfNetlink()
         self.nft = Nft(self.netlink.generation, self.netlink.transact)
         self.notices = hearing(lambda: (self.netlink.port,))
-        learned = Learned(KernelElements(self.netlink, self.nft.committing))
+        learned = VerdictCache(KernelElements(self.netlink, self.nft.committing))
         self.keeper = Keeper(self.nft, self.netlink, learned, self.notices.read)
 
     def close(self) -> None:

@@ -19,10 +19,10 @@ from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, Delete, KernelElements, RefusedError
 from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.keeper import Keeper
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Bucket, Rates
+from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.policy import preset as presets
@@ -40,7 +40,7 @@ class Forgetting:
         self.netlink = NfNetlink()
         self.nft = Nft(self.netlink.generation)
         self.kernel = KernelElements(self.netlink, self.nft.committing)
-        self.learned, self.rates = Learned(self.kernel), Rates(self.kernel)
+        self.learned, self.rates = VerdictCache(self.kernel), Rates(self.kernel)
         config = Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(**verdicts))
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(self.nft)
 

@@ -20,17 +20,17 @@ from kernel.wire import Sender, same, seen, segment
 from portward.base.clock import utc_now
 from portward.config.keys import Config, Queue
 from portward.daemon import workers
-from portward.dataplane import learned as cache
 from portward.dataplane import ruleset, xtables
+from portward.dataplane import verdict_cache as cache
 from portward.dataplane.elements import Add, KernelElements
 from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.keeper import Keeper
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Rates
 from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.dataplane.setdump import Row
+from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
@@ -86,7 +86,7 @@ class Gated:
         self.netlink = NfNetlink()
         self._nft = Nft(self.netlink.generation)
         self.elements = Halting(self.netlink, self._nft)
-        self.learned = Learned(self.elements)
+        self.learned = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=reject))
         self.keeper = Keeper(self._nft, self.netlink, self.learned)

@@ -22,9 +22,9 @@ from portward.daemon.intake import OnKernel
 from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, KernelElements
 from portward.dataplane.keeper import closed, loaded
-from portward.dataplane.learned import Source
 from portward.dataplane.links import Device, Links
 from portward.dataplane.nft import Nft
+from portward.dataplane.verdict_cache import Source
 from portward.errors import KernelError
 from portward.ipc import mark
 from portward.lab import namespaces

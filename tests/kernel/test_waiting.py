@@ -24,9 +24,9 @@ from kernel.test_reload import enforcing
 from kernel.test_translation import TRICKS, comes_out, others
 from kernel.wire import Sender, same, seen, segment
 from portward.daemon.core import Core
-from portward.dataplane.learned import Source
 from portward.dataplane.links import Links
 from portward.dataplane.rates import Bucket
+from portward.dataplane.verdict_cache import Source
 from portward.ipc import mark
 from portward.lab import namespaces
 from portward.lab.agent import until

@@ -26,7 +26,6 @@ from portward.dataplane.around import Lookout
 from portward.dataplane.counts import Due
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.keeper import Keeper, hearing, loaded
-from portward.dataplane.learned import Source
 from portward.dataplane.links import Links
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
@@ -36,6 +35,7 @@ from portward.dataplane.plane import Dataplane
 from portward.dataplane.selfcheck import SelfCheck
 from portward.dataplane.surroundings import Surroundings
 from portward.dataplane.underway import UnderWay, Work
+from portward.dataplane.verdict_cache import Source
 from portward.errors import KernelError
 from portward.policy.preset import Preset
 from portward.table.follower import Held

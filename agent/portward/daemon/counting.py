@@ -24,13 +24,13 @@ from portward.dataplane import ruleset
 from portward.dataplane.counts import Counts, Due, Owner
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.learned import Learned, Source, element_of
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.rates import Rates
 from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, Rated, Verdict
 from portward.dataplane.selfcheck import SAMPLE
 from portward.dataplane.setdump import Row
+from portward.dataplane.verdict_cache import Source, VerdictCache, element_of
 from portward.ipc import mark
 from portward.table.reader import Reader
 
@@ -52,7 +52,7 @@ class Counting:
         of its subscriptions can be given anew by one. Any thread."""
         self._netlink = netlink
         self._elements = KernelElements(self._netlink)
-        self._learned = Learned(self._elements)
+        self._learned = VerdictCache(self._elements)
         self._reader, self._changes = reader, changes
         self._file, self._kernel = CountsFile(folder), _this_kernel()
         self._unsaved = ""

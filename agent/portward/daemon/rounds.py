@@ -12,7 +12,7 @@ from portward.daemon.core import Core
 from portward.daemon.faults import Faults, Step
 from portward.daemon.threads import Threads
 from portward.daemon.ticks import until_tick
-from portward.dataplane.learned import Source
+from portward.dataplane.verdict_cache import Source
 
 _COUNT_SECONDS: Final = 1.0
 # Sets with many elements are read less often, for a twentieth of a core, but at least each five seconds …

@@ -21,7 +21,7 @@ from portward.config.keys import Queue, QueueReader
 from portward.daemon import children
 from portward.daemon.children import Child
 from portward.daemon.output import Limited, lines_of
-from portward.dataplane.learned import Source
+from portward.dataplane.verdict_cache import Source
 from portward.errors import InputError, KernelError
 from portward.ipc.counters import WorkerCounters
 from portward.ipc.lines import READY, asked_source

@@ -19,7 +19,6 @@ from typing import Final, NamedTuple, TypeAlias
 import msgspec
 
 from portward.dataplane.deletions import Deletions, Gone
-from portward.dataplane.learned import Source
 from portward.dataplane.ruleset import (
     COUNTED_SETS,
     COUNTING_SETS,
@@ -30,6 +29,7 @@ from portward.dataplane.ruleset import (
     Verdict,
 )
 from portward.dataplane.setdump import Row
+from portward.dataplane.verdict_cache import Source
 from portward.ipc import mark
 
 _INDEX: Final = struct.Struct("=I")

@@ -14,15 +14,15 @@ from itertools import islice
 from typing import Final
 
 from portward.dataplane.keeper import Keeper
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rates import Rates
 from portward.dataplane.ruleset import Wanted
+from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError
 from portward.table.writer import Committed
 
 # Up to this many single sources are forgotten without reading the sets, by writing each into all of them: see
-# `Learned.forget`.
+# `VerdictCache.forget`.
 _UNREAD: Final = 4_096
 # Up to this many sources found in changed prefixes get their limits at once; each is looked up in the policy table
 # (10 µs), the others ask when they send.
@@ -38,7 +38,7 @@ class Enforcement:
     def __init__(
         self,
         keeper: Keeper,
-        learned: Learned,
+        learned: VerdictCache,
         want: Callable[[int], Wanted],
         rates: Rates,
         rate: Callable[[Iterable[Source]], None],

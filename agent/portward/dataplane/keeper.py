@@ -15,12 +15,12 @@ from typing import Final
 
 from portward.base.resources import rules
 from portward.dataplane import xtables
-from portward.dataplane.learned import Learned
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.notices import Deaf, Heard, Notices
 from portward.dataplane.others import WRITING
 from portward.dataplane.ruleset import COUNTING_SETS, FIXED_SETS, TABLE, Wanted, head
+from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import KernelError
 from portward.ipc import mark
 
@@ -51,7 +51,7 @@ class Keeper:
     """Owner of the table `inet portward`."""
 
     def __init__(
-        self, nft: Nft, netlink: NfNetlink, learned: Learned, notices: Callable[[], Heard] | None = None
+        self, nft: Nft, netlink: NfNetlink, learned: VerdictCache, notices: Callable[[], Heard] | None = None
     ) -> None:
         """`notices` gives what others have changed since the last call (`Notices.read`). Without it each
         transaction of others, whatever it is about, is a reason to look."""

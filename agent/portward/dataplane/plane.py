@@ -25,7 +25,6 @@ from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.keeper import Keeper
-from portward.dataplane.learned import Element, Learned, Source
 from portward.dataplane.lessons import Lessons
 from portward.dataplane.links import Links, only_ports
 from portward.dataplane.nfnetlink import NfNetlink
@@ -36,6 +35,7 @@ from portward.dataplane.rates import Bucket, Rates
 from portward.dataplane.selfcheck import SAMPLE, Kind, SelfCheck
 from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.dataplane.underway import UnderWay
+from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.errors import KernelError
 from portward.ipc import mark
 from portward.ipc.counters import PacketOutcome
@@ -77,7 +77,7 @@ class Dataplane:
         self._nft, self._netlink, self._reader = nft, netlink, reader
         self._selfcheck, self._under_way = selfcheck, under_way
         elements = KernelElements(netlink, nft.committing, deletions)
-        self.learned = Learned(elements)
+        self.learned = VerdictCache(elements)
         self.keeper = Keeper(nft, netlink, self.learned, notices)
         self.rates_seen: dict[Source, Bucket] = {}
         self._rates = Rates(elements)

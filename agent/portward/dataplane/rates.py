@@ -20,9 +20,9 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from portward.dataplane.elements import AddLimit, Change, Delete, DeleteLimit, Draw, Elements
-from portward.dataplane.learned import Source
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.ruleset import RATES
+from portward.dataplane.verdict_cache import Source
 from portward.model import RateLimit
 
 # Sources of one subscription, and of all: with another one, the oldest goes. So nobody with a large prefix fills

@@ -10,10 +10,10 @@ from portward.base.interfaces import shown
 from portward.config.keys import Config
 from portward.dataplane import keeper
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.learned import Element, Learned, Source
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.rates import Rates
 from portward.dataplane.ruleset import COUNTED_SETS, Rated, Verdict
+from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.ops import host
 from portward.table.reader import Reader
 
@@ -39,7 +39,7 @@ class Busiest:
         if not keeper.loaded(netlink):
             raise host.nothing_loaded(config.table)
         self._elements = KernelElements(netlink)
-        self._learned = Learned(self._elements)
+        self._learned = VerdictCache(self._elements)
         self._reader = Reader.open(config.table)
         self._before: dict[tuple[Verdict, Source], int] = {}
         self._at: float | None = None

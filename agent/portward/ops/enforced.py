@@ -13,9 +13,9 @@ from typing import Final
 from portward.config.keys import Config
 from portward.daemon.runtime import read_status, running
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.learned import Learned
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.ruleset import TABLE
+from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import PortwardError
 from portward.ipc.probe import Prober
 from portward.ops.behind import Behind
@@ -56,7 +56,7 @@ class Enforced:
         self._queues = [worker["queue"] for worker in workers] or list(range(first, first + number))
         self._port = presets.load(config.preset).ports[0]
         self._netlink = NfNetlink()
-        self._learned = Learned(KernelElements(self._netlink))
+        self._learned = VerdictCache(KernelElements(self._netlink))
         try:
             self._prober: Prober | None = Prober()
         except OSError:

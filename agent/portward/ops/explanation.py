@@ -22,11 +22,11 @@ from portward.config.keys import Config, Refusal
 from portward.daemon.runtime import hidden, in_another_network, running
 from portward.daemon.settings import settings
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.links import index_of
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.rates import Bucket
 from portward.dataplane.ruleset import COUNTED_SETS, RATED_SETS, RATES, TABLE, Rated
+from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import PortwardError, StoreError
 from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
 from portward.ops import effect, host, sources
@@ -308,7 +308,7 @@ def _kernel(segment: str, source: Address) -> str:
         key = Source(index, source.packed)
         if (limit := netlink.element(TABLE, RATES + key.family, key.key)) is not None:
             return _within(netlink, key, limit.object)
-        held = Learned(KernelElements(netlink)).held(key)
+        held = VerdictCache(KernelElements(netlink)).held(key)
     except (OSError, PortwardError):
         return "not known: asking the kernel needs root or CAP_NET_ADMIN"
     if held is None:

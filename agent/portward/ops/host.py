@@ -19,7 +19,6 @@ from portward.daemon.settings import away, last
 from portward.dataplane import keeper, namespacelock, rtnetlink, stacking
 from portward.dataplane import loaded as opened
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.links import Device, index_of
 from portward.dataplane.namespacelock import NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
@@ -27,6 +26,7 @@ from portward.dataplane.queues import states
 from portward.dataplane.rates import Bucket
 from portward.dataplane.ruleset import RATED_SETS, RATES, TABLE, Rated
 from portward.dataplane.stacking import Fate
+from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError, PortwardError
 from portward.ipc.counters import PacketOutcome
 from portward.ipc.mark import Class
@@ -157,7 +157,7 @@ def cached(segment: str, address: Address) -> Cached | None:
             words = limit.object if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
             beyond = netlink.element(TABLE, RATED_SETS[Rated.BEYOND] + source.family, source.key)
             return Cached(limit=words, packets=0 if beyond is None else beyond.packets)
-        held = Learned(KernelElements(netlink)).held(source)
+        held = VerdictCache(KernelElements(netlink)).held(source)
     if held is None or not isinstance(held.verdict, Class):
         return Cached()
     return Cached(verdict=held.verdict, expires=held.expires, packets=held.packets)

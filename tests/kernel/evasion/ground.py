@@ -17,9 +17,9 @@ from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway, source_re
 from kernel.wire import listening, segment
 from portward.config.keys import QueueReader
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.learned import Element, Learned, Source
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.ruleset import TABLE
+from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
@@ -82,7 +82,7 @@ class Ground:
             self._netlink = NfNetlink()
         with namespaces.inside(self.lab.internet):
             self._receiver = NfNetlink()
-        self._learned = Learned(KernelElements(self._netlink))
+        self._learned = VerdictCache(KernelElements(self._netlink))
         self._numbers = iter(range(1, 65_535))
         if not conntrack:
             # Without address translation nothing in the gateway needs connections.

@@ -26,12 +26,12 @@ from portward.daemon import core as module
 from portward.daemon.core import Core
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.fake import FakeKernel
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.links import Device, Links
 from portward.dataplane.rates import Bucket, Rates
 from portward.dataplane.ruleset import LEARNED_SETS, TABLE
 from portward.dataplane.selfcheck import Kind
 from portward.dataplane.surroundings import NOTHING
+from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError, StoreError
 from portward.ipc import mark
 from portward.ipc.mark import Class
@@ -89,7 +89,7 @@ class Ground:
         SqliteStore(folder / "portward.db", create=True).close()
         self.put(*RECORDS)
         self.elements = KernelElements(self.kernel.netlink())
-        self.learned = Learned(self.elements)
+        self.learned = VerdictCache(self.elements)
         self.core = self.made()
 
     def made(self) -> Core:
@@ -368,7 +368,7 @@ def test_a_fault_while_interfaces_change_drops_none_of_them_for_ever(
         def fails(*_: object) -> None:
             raise MemoryError
 
-        patch.setattr(Learned, "move_epoch", fails)
+        patch.setattr(VerdictCache, "move_epoch", fails)
         core.links_changed(Links({3: "vni1", 4: "vni3", 9: "up0"}, frozenset({4})), 1)
     assert core.broken == "MemoryError: "
     assert unsettled(started) == {4}, "until everything older is forgotten"
@@ -895,7 +895,7 @@ def test_a_fault_in_carrying_one_change_out_is_not_forgotten_by_the_next(
     ground.remove(RECORDS[2])
     assert ground.core.sync()
     with monkeypatch.context() as patched:
-        patched.setattr(Learned, "forget_within", _no_memory)
+        patched.setattr(VerdictCache, "forget_within", _no_memory)
         later.catch_up()
     assert not ground.in_step()
     ground.put(attachment("vni2", "10.0.9.4", MAY))

@@ -25,11 +25,11 @@ from portward.dataplane.elements import (
 from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.fake import FakeKernel, Transaction
 from portward.dataplane.keeper import Keeper
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Bucket, Rates
 from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, RATES, TABLE
+from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc import mark
 from portward.policy import preset as presets
 from portward.table.edit import Place
@@ -72,7 +72,7 @@ class Plane:
         self.nft = nft or kernel.nft()
         self.deletions = Deletions()
         self.elements = KernelElements(self.netlink, self.nft.committing, self.deletions)
-        self.learned = Learned(self.elements)
+        self.learned = VerdictCache(self.elements)
         self.keeper = Keeper(self.nft, self.netlink, self.learned)
         self.rates = Rates(self.elements)
         self.limits: dict[Source, Bucket] = {}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from portward.dataplane.counts import GRACE_S, Counts, Due, Owner
 from portward.dataplane.deletions import Deletions, Gone
-from portward.dataplane.learned import Source
 from portward.dataplane.setdump import Row
+from portward.dataplane.verdict_cache import Source
 from portward.ipc import mark
 
 SOURCE = Source(3, b"\x0a\0\0\x04")

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from portward.dataplane import learned as cache
 from portward.dataplane import ruleset
+from portward.dataplane import verdict_cache as cache
 from portward.dataplane.deletions import Gone
 from portward.dataplane.elements import Add, Delete
 from portward.dataplane.fake import FakeKernel, ProcessDied
 from portward.dataplane.faketables import FakeTable
-from portward.dataplane.learned import Source
 from portward.dataplane.rates import Bucket
 from portward.dataplane.ruleset import LEARNED_SETS, TABLE
+from portward.dataplane.verdict_cache import Source
 from portward.ipc.mark import PASSING, Class
 from portward.table.writer import Committed, merged
 from unit.dataplane.grounds import LINK, PRESET, Plane, committed, source, words

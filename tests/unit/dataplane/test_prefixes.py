@@ -7,8 +7,8 @@ from ipaddress import ip_address, ip_network
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portward.dataplane.learned import Source
 from portward.dataplane.prefixes import Prefixes
+from portward.dataplane.verdict_cache import Source
 from portward.model import Address, Network
 
 _LINKS = st.integers(1, 3) | st.integers(1, 2**31 - 1)

@@ -11,10 +11,10 @@ import pytest
 
 from portward.dataplane import sweep as sweeping
 from portward.dataplane.elements import Add, Change, Delete, DeleteRule, Flush, InsertRule, RefusedError
-from portward.dataplane.learned import Learned, Source
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.ruleset import COUNTED_SETS
 from portward.dataplane.setdump import Row, SetElement
+from portward.dataplane.verdict_cache import Source, VerdictCache
 
 LINK, OTHER = 7, 8
 GENERATION = 4
@@ -108,12 +108,12 @@ def test_what_lies_in_the_prefixes_goes_and_the_rest_stays(kernel: Sets) -> None
     for name in ("allow6", "observed6", "deny6", "refused6", "unknown6"):
         kernel.fill(name, key(1), key(2), *stay)
     kernel.fill("allow4", Source(LINK, bytes(4)).key)
-    found = Learned(kernel).forget_within(prefixes(), GENERATION)
+    found = VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert found == {Source.of(key(1)), Source.of(key(2))}
     for name in ("allow6", "observed6", "deny6", "refused6", "unknown6"):
         assert set(kernel.sets[name]) == set(stay), name
     assert kernel.sets["allow4"], "nothing was revoked of IPv4"
-    assert Learned(kernel).synced() == GENERATION
+    assert VerdictCache(kernel).synced() == GENERATION
 
 
 def test_an_interface_that_is_gone_takes_both_families_with_it(kernel: Sets) -> None:
@@ -121,7 +121,7 @@ def test_an_interface_that_is_gone_takes_both_families_with_it(kernel: Sets) -> 
     kernel.fill("deny4", Source(LINK, bytes(4)).key)
     gone = Prefixes()
     gone.add_link(LINK)
-    Learned(kernel).forget_within(gone, GENERATION)
+    VerdictCache(kernel).forget_within(gone, GENERATION)
     assert (set(kernel.sets["allow6"]), kernel.sets["deny4"]) == ({key(1, link=OTHER)}, {})
 
 
@@ -129,7 +129,7 @@ def test_an_interface_that_is_gone_takes_both_families_with_it(kernel: Sets) -> 
 def test_each_set_is_read_twice_at_most_however_many_prefixes_change(kernel: Sets, count: int) -> None:
     many = [ip_network((int(REVOKED.network_address) + (number << 64), 64)) for number in range(count)]
     kernel.fill("allow6", *(key(number) for number in range(1_000)))
-    Learned(kernel).forget_within(prefixes(*many), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(*many), GENERATION)
     assert not kernel.sets["allow6"]
     assert max(map(kernel.readings.count, kernel.readings)) <= 2
 
@@ -137,7 +137,7 @@ def test_each_set_is_read_twice_at_most_however_many_prefixes_change(kernel: Set
 def test_passing_verdicts_go_first_and_synced_is_written_when_nothing_is_wrong_any_more(kernel: Sets) -> None:
     for name in ("allow6", "observed6", "deny6"):
         kernel.fill(name, key(1))
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     sets = [change.set for changes in kernel.transactions for change in changes if isinstance(change, Delete)]
     assert sets == ["allow6", "observed6", "deny6"]
     assert kernel.synced() == len(kernel.transactions) - 1
@@ -146,7 +146,7 @@ def test_passing_verdicts_go_first_and_synced_is_written_when_nothing_is_wrong_a
 def test_denials_do_not_delay_a_change_that_lets_nothing_pass(kernel: Sets) -> None:
     kernel.fill("allow6", key(1))
     kernel.fill("deny6", key(1))
-    Learned(kernel).forget_within(prefixes(), GENERATION, opens=False)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION, opens=False)
     assert kernel.synced() == len(kernel.transactions) - 2
     assert not kernel.sets["allow6"]
     assert not kernel.sets["deny6"]
@@ -158,14 +158,14 @@ def test_what_a_reading_misses_is_found_by_the_next(kernel: Sets, set_: str) -> 
     keys = [key(number) for number in range(500)]
     kernel.fill(set_, *keys)
     kernel.disturb = lambda name, rows: rows[100:] if kernel.readings.count(name) == 1 else rows
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert not kernel.sets[set_]
 
 
 def test_a_reading_that_found_nothing_is_not_believed_alone(kernel: Sets) -> None:
     kernel.fill("allow6", key(1), *(key(number, "2001:db8:2::") for number in range(500)))
     kernel.disturb = lambda name, rows: rows[1:] if kernel.readings.count(name) == 1 else rows
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert key(1) not in kernel.sets["allow6"]
     assert len(kernel.sets["allow6"]) == 500
 
@@ -174,7 +174,7 @@ def test_a_set_that_is_resized_all_the_time_is_flushed(kernel: Sets) -> None:
     """An element that is there twice shows that the kernel moved the elements during the reading."""
     kernel.fill("allow6", *(key(number, "2001:db8:2::") for number in range(500)))
     kernel.disturb = lambda name, rows: [*rows, *rows[:1]]
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert not kernel.sets["allow6"]
 
 
@@ -183,7 +183,7 @@ def test_readings_too_far_apart_are_not_believed(kernel: Sets, monkeypatch: pyte
     clock = iter(range(1_000_000))
     monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     kernel.fill("allow6", *(key(number, "2001:db8:2::") for number in range(500)))
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert not kernel.sets["allow6"]
 
 
@@ -195,7 +195,7 @@ def test_an_element_that_expires_before_it_is_deleted_stops_nothing(kernel: Sets
             kernel.sets["allow6"].pop(key(5), None)
 
     kernel.before_commit = expire
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert not kernel.sets["allow6"]
     assert Flush("allow6") not in [change for changes in kernel.transactions for change in changes]
 
@@ -210,7 +210,7 @@ def test_an_element_that_vanishes_unexpectedly_makes_the_set_be_read_again(kerne
             kernel.sets["allow6"].pop(key(next(left, 99)), None)
 
     kernel.before_commit = vanish
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert set(kernel.sets["allow6"]) == {stay}
 
 
@@ -222,9 +222,9 @@ def test_a_set_from_which_nothing_can_be_deleted_is_flushed(kernel: Sets) -> Non
             raise RefusedError(errno.EBUSY)
 
     kernel.before_commit = refuse
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert not kernel.sets["allow6"]
-    assert Learned(kernel).synced() == GENERATION
+    assert VerdictCache(kernel).synced() == GENERATION
 
 
 def test_a_flush_that_is_refused_is_an_error_and_nothing_is_said_to_be_synced(kernel: Sets) -> None:
@@ -235,13 +235,13 @@ def test_a_flush_that_is_refused_is_an_error_and_nothing_is_said_to_be_synced(ke
 
     kernel.before_commit = refuse
     with pytest.raises(RefusedError):
-        Learned(kernel).forget_within(prefixes(), GENERATION)
+        VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert kernel.sets["synced"] == {}
 
 
 def test_a_set_of_which_nearly_everything_goes_is_flushed_without_another_reading(kernel: Sets) -> None:
     kernel.fill("allow6", key(1, "2001:db8:2::"), *(key(number) for number in range(5_000)))
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert not kernel.sets["allow6"]
     assert kernel.readings.count("allow6") == 1
 
@@ -249,7 +249,7 @@ def test_a_set_of_which_nearly_everything_goes_is_flushed_without_another_readin
 def test_of_a_set_of_which_half_goes_the_other_half_stays(kernel: Sets) -> None:
     kernel.fill("allow6", *(key(number) for number in range(5_000)))
     kernel.fill("allow6", *(key(number, "2001:db8:2::") for number in range(5_000)))
-    Learned(kernel).forget_within(prefixes(), GENERATION)
+    VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert len(kernel.sets["allow6"]) == 5_000
 
 
@@ -261,7 +261,7 @@ def test_a_set_too_large_to_be_read_in_time_is_flushed_unread(
 ) -> None:
     many = [ip_network((int(REVOKED.network_address) + (number << 64), 64)) for number in range(count)]
     kernel.fill("allow6", key(1), *(key(number, "2001:db8:1:ffff::") for number in range(99)))
-    learned = Learned(kernel)
+    learned = VerdictCache(kernel)
     learned.sizes["allow6"] = size
     learned.forget_within(prefixes(*many), GENERATION)
     assert len(kernel.sets["allow6"]) == (0 if flushed else 99)
@@ -273,10 +273,10 @@ def test_single_sources_go_also_from_full_sets(kernel: Sets, count: int) -> None
     stay = key(1, "2001:db8:2::")
     kernel.fill("allow6", stay, *(key(number) for number in range(count)))
     kernel.full = {"allow6", "deny6"}
-    Learned(kernel).forget([Source.of(key(number)) for number in range(count)], GENERATION)
+    VerdictCache(kernel).forget([Source.of(key(number)) for number in range(count)], GENERATION)
     assert set(kernel.sets["allow6"]) == {stay}
     assert not kernel.sets["deny6"]
-    assert Learned(kernel).synced() == GENERATION
+    assert VerdictCache(kernel).synced() == GENERATION
 
 
 def test_a_set_that_turns_out_to_be_huge_is_read_once_and_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +285,6 @@ def test_a_set_that_turns_out_to_be_huge_is_read_once_and_flushed(monkeypatch: p
     monkeypatch.setattr(sweeping, "_ONE_MESSAGE", 5)
     sets = Sets()
     sets.fill("allow6", *(key(number, "2001:db8:2::") for number in range(11)))
-    Learned(sets).forget_within(prefixes(), GENERATION)
+    VerdictCache(sets).forget_within(prefixes(), GENERATION)
     assert sets.readings.count("allow6") == 1
     assert sets.sets["allow6"] == {}

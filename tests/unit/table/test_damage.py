@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from portward.daemon.counting import Counting
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.fake import FakeKernel
-from portward.dataplane.learned import Source
 from portward.dataplane.plane import Dataplane
+from portward.dataplane.verdict_cache import Source
 from portward.model import Attachment, Exemption, ExemptionState, Reason, Record, Standing
 from portward.table import layout
 from portward.table.account import Account

@@ -9,10 +9,10 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from portward.dataplane.learned import Source
 from portward.dataplane.links import index_of
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.ruleset import LEARNED_SETS, RATED_SETS, TABLE, Rated
+from portward.dataplane.verdict_cache import Source
 from portward.errors import PortwardError
 from portward.ipc.mark import Class
 from portward.model import Address, Network

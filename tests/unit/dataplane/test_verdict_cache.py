@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from portward.dataplane.fake import FakeKernel
-from portward.dataplane.learned import Element, Source
 from portward.dataplane.ruleset import TABLE
+from portward.dataplane.verdict_cache import Element, Source
 from portward.ipc import mark
 from portward.ipc.mark import Class
 from unit.dataplane.grounds import Plane, source

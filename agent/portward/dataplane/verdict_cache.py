@@ -77,7 +77,7 @@ class Element(NamedTuple):
     expires: float
 
 
-class Learned:
+class VerdictCache:
     """The cached verdicts of the table in this network namespace. Whatever changes them raises KernelError (a
     RefusedError), whatever reads them OSError."""
 
