@@ -23,12 +23,12 @@ from portward.config.keys import Config, Verdicts
 from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, Change, Flush, KernelElements
 from portward.dataplane.enforcement import Enforcement
-from portward.dataplane.keeper import Keeper
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.notices import Notices
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rates import Rates
+from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.policy import preset as presets
@@ -123,7 +123,7 @@ class Gateway:
             return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
         self.enforcement = Enforcement(
-            Keeper(nft, self._netlink, self._learned), self._learned, want,
+            RulesetReconciler(nft, self._netlink, self._learned), self._learned, want,
             Rates(self.kernel), lambda sources: None,
         )  # fmt: skip
         self.enforcement.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}

@@ -17,10 +17,10 @@ from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway,
 from kernel.wire import same, seen, segment
 from portward.base.resources import rules
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.keeper import Keeper
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
+from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import Wanted
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import KernelError
@@ -251,7 +251,7 @@ def test_a_ruleset_that_the_kernel_refuses_leaves_the_closed_port(booted: Gatewa
     assert booted.agent.portward("rules", "baseline").returncode == 1
     with namespaces.inside(booted.lab.gateway):
         nft, netlink = Nft(), NfNetlink()
-        keeper = Keeper(nft, netlink, VerdictCache(KernelElements(netlink)))
+        keeper = RulesetReconciler(nft, netlink, VerdictCache(KernelElements(netlink)))
         with pytest.raises(KernelError):
             keeper.load(Wanted("table inet portward { nonsense }\n", definitions=0, statements=(), native=True))
         netlink.close()
@@ -339,7 +339,7 @@ def test_a_worker_that_stays_leaves_when_its_table_is_deleted(
     assert booted.passes(CONTOSO, "10.0.0.6")
 
 
-@pytest.mark.parametrize("where", ["Keeper.intact", "Keeper.load"])
+@pytest.mark.parametrize("where", ["RulesetReconciler.intact", "RulesetReconciler.load"])
 def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
     booted: Gateway, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -349,10 +349,10 @@ def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
     monkeypatch.setenv("PORTWARD_FAULTS", str(booted.agent.folder))
     agent = booted.agent
     agent.start()
-    if where == "Keeper.load":
+    if where == "RulesetReconciler.load":
         agent.stop()
-    (agent.folder / "armed").write_text(f"daemon|portward.dataplane.keeper:{where}|before|1|table")
-    if where == "Keeper.load":
+    (agent.folder / "armed").write_text(f"daemon|portward.dataplane.reconciler:{where}|before|1|table")
+    if where == "RulesetReconciler.load":
         agent.start(wait=False)
     assert agent.process is not None
     assert agent.process.wait(60) == 1

@@ -15,9 +15,9 @@ from portward.base.netlink import attribute, string
 from portward.config.keys import Config
 from portward.dataplane import compiled, ruleset
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.keeper import Keeper, hearing
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
+from portward.dataplane.reconciler import RulesetReconciler, hearing
 from portward.dataplane.ruleset import FIXED_SETS, TABLE, State, Wanted
 from portward.dataplane.surroundings import NOTHING
 from portward.dataplane.verdict_cache import VerdictCache
@@ -219,7 +219,7 @@ class Place:
         self.nft = Nft(self.netlink.generation, self.netlink.transact)
         self.notices = hearing(lambda: (self.netlink.port,))
         learned = VerdictCache(KernelElements(self.netlink, self.nft.committing))
-        self.keeper = Keeper(self.nft, self.netlink, learned, self.notices.read)
+        self.keeper = RulesetReconciler(self.nft, self.netlink, learned, self.notices.read)
 
     def close(self) -> None:
         """Closes the sockets."""

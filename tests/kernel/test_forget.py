@@ -18,10 +18,10 @@ from portward.config.keys import Config, Verdicts
 from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, Delete, KernelElements, RefusedError
 from portward.dataplane.enforcement import Enforcement
-from portward.dataplane.keeper import Keeper
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Bucket, Rates
+from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
@@ -47,7 +47,7 @@ class Forgetting:
         def want(generation: int) -> ruleset.Wanted:
             return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
-        self.keeper = Keeper(self.nft, self.netlink, self.learned)
+        self.keeper = RulesetReconciler(self.nft, self.netlink, self.learned)
         self.enforcement = Enforcement(self.keeper, self.learned, want, self.rates, lambda sources: None)
         self.enforcement.links = dict(_LINKS)
         self.enforcement.start(1)

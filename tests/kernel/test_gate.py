@@ -24,10 +24,10 @@ from portward.dataplane import ruleset, xtables
 from portward.dataplane import verdict_cache as cache
 from portward.dataplane.elements import Add, KernelElements
 from portward.dataplane.enforcement import Enforcement
-from portward.dataplane.keeper import Keeper
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Rates
+from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.dataplane.setdump import Row
 from portward.dataplane.verdict_cache import Source, VerdictCache
@@ -89,7 +89,7 @@ class Gated:
         self.learned = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=reject))
-        self.keeper = Keeper(self._nft, self.netlink, self.learned)
+        self.keeper = RulesetReconciler(self._nft, self.netlink, self.learned)
         self.links = {tenant: socket.if_nametoindex(tenant.segment) for tenant in (CONTOSO, FABRIKAM)}
         self._fill(mode)
         self.enforcement = self._enforcement()

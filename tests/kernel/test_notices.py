@@ -10,9 +10,9 @@ import pytest
 
 from kernel.conftest import lab_name
 from portward.base.netlink import attribute, string
-from portward.dataplane.keeper import CLOSED, hearing
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.notices import LOST, NOTHING, Deaf, Heard, Notices
+from portward.dataplane.reconciler import CLOSED, hearing
 from portward.dataplane.ruleset import TABLE
 from portward.lab import namespaces
 

@@ -21,9 +21,9 @@ from portward.daemon.core import Core, at_once
 from portward.daemon.intake import OnKernel
 from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, KernelElements
-from portward.dataplane.keeper import closed, loaded
 from portward.dataplane.links import Device, Links
 from portward.dataplane.nft import Nft
+from portward.dataplane.reconciler import closed, loaded
 from portward.dataplane.verdict_cache import Source
 from portward.errors import KernelError
 from portward.ipc import mark

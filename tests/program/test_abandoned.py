@@ -24,7 +24,10 @@ from portward.lab.demo import records
 from program.test_run import refused, until_status
 
 # A step of the kernel thread, and one of the counting thread. The process reaches both again and again.
-_REPAIR, _STATUS = "portward.dataplane.keeper:Keeper.repair", "portward.daemon.runtime:Runtime.write_status"
+_REPAIR, _STATUS = (
+    "portward.dataplane.reconciler:RulesetReconciler.repair",
+    "portward.daemon.runtime:Runtime.write_status",
+)
 
 
 class Faults:

@@ -25,13 +25,13 @@ from portward.dataplane import ruleset, xtables
 from portward.dataplane.around import Lookout
 from portward.dataplane.counts import Due
 from portward.dataplane.deletions import Deletions
-from portward.dataplane.keeper import Keeper, hearing, loaded
 from portward.dataplane.links import Links
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.notices import Heard
 from portward.dataplane.others import Others
 from portward.dataplane.plane import Dataplane
+from portward.dataplane.reconciler import RulesetReconciler, hearing, loaded
 from portward.dataplane.selfcheck import SelfCheck
 from portward.dataplane.surroundings import Surroundings
 from portward.dataplane.underway import UnderWay, Work
@@ -264,7 +264,7 @@ class Core:
         return self._dataplane.preset
 
     @property
-    def keeper(self) -> Keeper:
+    def keeper(self) -> RulesetReconciler:
         """Owner of the ruleset."""
         return self._dataplane.keeper
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final
 
-from portward.dataplane.keeper import Keeper
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rates import Rates
+from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import Wanted
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError
@@ -37,7 +37,7 @@ class Enforcement:
 
     def __init__(
         self,
-        keeper: Keeper,
+        keeper: RulesetReconciler,
         learned: VerdictCache,
         want: Callable[[int], Wanted],
         rates: Rates,

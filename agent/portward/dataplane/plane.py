@@ -24,7 +24,6 @@ from portward.dataplane.counts import Due
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.enforcement import Enforcement
-from portward.dataplane.keeper import Keeper
 from portward.dataplane.lessons import Lessons
 from portward.dataplane.links import Links, only_ports
 from portward.dataplane.nfnetlink import NfNetlink
@@ -32,6 +31,7 @@ from portward.dataplane.nft import Nft
 from portward.dataplane.notices import Heard
 from portward.dataplane.others import Watch
 from portward.dataplane.rates import Bucket, Rates
+from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.selfcheck import SAMPLE, Kind, SelfCheck
 from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.dataplane.underway import UnderWay
@@ -72,13 +72,14 @@ class Dataplane:
         notices: Callable[[], Heard] | None = None,
     ) -> None:
         """`config` and `preset` are those in force. `native`: the kernel has nft_queue. `reader` belongs to the
-        kernel thread alone. `deletions` takes what deleted elements had counted; `notices` as for `Keeper`."""
+        kernel thread alone. `deletions` takes what deleted elements had counted; `notices` as for
+        `RulesetReconciler`."""
         self.config, self.preset, self.native = config, preset, native
         self._nft, self._netlink, self._reader = nft, netlink, reader
         self._selfcheck, self._under_way = selfcheck, under_way
         elements = KernelElements(netlink, nft.committing, deletions)
         self.learned = VerdictCache(elements)
-        self.keeper = Keeper(nft, netlink, self.learned, notices)
+        self.keeper = RulesetReconciler(nft, netlink, self.learned, notices)
         self.rates_seen: dict[Source, Bucket] = {}
         self._rates = Rates(elements)
         self.enforcement = Enforcement(self.keeper, self.learned, self.want, self._rates, self.rate)

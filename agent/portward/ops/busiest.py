@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from portward.base.interfaces import shown
 from portward.config.keys import Config
-from portward.dataplane import keeper
+from portward.dataplane import reconciler
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.rates import Rates
@@ -36,7 +36,7 @@ class Busiest:
         """Raises KernelError where no ruleset is loaded or the kernel may not be asked, TableError where there
         is no policy table."""
         netlink = NfNetlink()
-        if not keeper.loaded(netlink):
+        if not reconciler.loaded(netlink):
             raise host.nothing_loaded(config.table)
         self._elements = KernelElements(netlink)
         self._learned = VerdictCache(self._elements)

@@ -20,9 +20,9 @@ from portward.config.paths import is_path
 from portward.daemon.runtime import read_status, running
 from portward.dataplane import (
     around,
-    keeper,
     namespacelock,
     others,
+    reconciler,
     rtnetlink,
     ruleset,
     stacking,
@@ -68,7 +68,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     yield from (f"WARNING: {line}" for line in warnings)
     yield from _tunnels(config, devices)
     netlink = NfNetlink()
-    keeper.loaded(netlink)  # libnftables would write to stderr itself where the kernel may not be asked
+    reconciler.loaded(netlink)  # libnftables would write to stderr itself where the kernel may not be asked
     nft = Nft(netlink.generation, netlink.transact)
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)

@@ -16,8 +16,8 @@ from portward.base.interfaces import shown
 from portward.config.keys import Config
 from portward.daemon.runtime import age_of, hidden, in_another_network, read_status, running
 from portward.daemon.settings import away, last
-from portward.dataplane import keeper, namespacelock, rtnetlink, stacking
 from portward.dataplane import loaded as opened
+from portward.dataplane import namespacelock, reconciler, rtnetlink, stacking
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.links import Device, index_of
 from portward.dataplane.namespacelock import NamespaceTakenError
@@ -217,8 +217,10 @@ def nothing_loaded(folder: Path) -> KernelError:
         return KernelError(f"no ruleset of portward is loaded in this network namespace: {away(process)}")
     process = running(folder)
     if process is None:
-        return KernelError(f"{keeper.NOT_LOADED} (start the agent: `systemctl start portward`)")
-    return KernelError(f"{keeper.NOT_LOADED}, although an agent runs (process {process}): see `portward status`")
+        return KernelError(f"{reconciler.NOT_LOADED} (start the agent: `systemctl start portward`)")
+    return KernelError(
+        f"{reconciler.NOT_LOADED}, although an agent runs (process {process}): see `portward status`"
+    )
 
 
 def devices() -> tuple[Device, ...]:
@@ -258,9 +260,9 @@ def _ruleset(config: Config) -> tuple[Ruleset, str]:
         with closing(NfNetlink()) as netlink:
             taken = None if running(config.table) is not None else namespacelock.holder(netlink)
             elsewhere = "" if taken is None else in_words(taken)
-            if keeper.closed(netlink):
+            if reconciler.closed(netlink):
                 return Ruleset.CLOSED, elsewhere
-            return (Ruleset.LOADED if keeper.loaded(netlink) else Ruleset.NONE), elsewhere
+            return (Ruleset.LOADED if reconciler.loaded(netlink) else Ruleset.NONE), elsewhere
     except (KernelError, OSError):
         return Ruleset.NOT_PERMITTED, ""
 

@@ -15,8 +15,8 @@ from portward.config import keys as configuration
 from portward.config.keys import Config, OnAgentDown
 from portward.config.paths import from_file, is_path
 from portward.daemon import settings
-from portward.dataplane import keeper, namespacelock, others, ruleset, xtables
 from portward.dataplane import loaded as opened
+from portward.dataplane import namespacelock, others, reconciler, ruleset, xtables
 from portward.dataplane.around import found
 from portward.dataplane.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
@@ -42,8 +42,8 @@ def loaded(path: Path) -> str:
     """The ruleset as nft prints it; raises KernelError where there is none, or the kernel may not be asked. `path`
     is the configuration, of which nothing counts but the table folder."""
     netlink = NfNetlink()
-    tables = [ruleset.FAMILY_TABLE] if keeper.loaded(netlink) else []
-    tables += [f"inet {keeper.CLOSED}"] if keeper.closed(netlink) else []
+    tables = [ruleset.FAMILY_TABLE] if reconciler.loaded(netlink) else []
+    tables += [f"inet {reconciler.CLOSED}"] if reconciler.closed(netlink) else []
     if not tables:
         raise host.nothing_loaded(settings.folder(path))
     nft = Nft()
@@ -65,12 +65,12 @@ def without_agent(config: Config) -> str:
 
 def _without_agent(config: Config, netlink: NfNetlink) -> str:
     """What becomes of packets by what is loaded; `config` is what the last agent ran with, if that is known."""
-    if keeper.closed(netlink):
+    if reconciler.closed(netlink):
         return (
-            f"no packet to port 25 is forwarded: table inet {keeper.CLOSED} is loaded "
+            f"no packet to port 25 is forwarded: table inet {reconciler.CLOSED} is loaded "
             "(`portward rules show` names all its ports)"
         )
-    if not keeper.loaded(netlink):
+    if not reconciler.loaded(netlink):
         return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"
     if not opened.has_rules(netlink):
         return "another program has taken rules out of the loaded ruleset, so PORT 25 MAY BE OPEN"
@@ -116,20 +116,20 @@ def baseline(path: Path) -> str:
     NamespaceTakenError, and changes nothing, if another process has the namespace and its ruleset is not there
     yet."""
     netlink = NfNetlink()
-    if keeper.loaded(netlink):
+    if reconciler.loaded(netlink):
         return _already(path, netlink)
     try:
         with NamespaceLock():
             return _begin(path, netlink)
     except NamespaceTakenError as error:
-        if keeper.loaded(netlink):  # an agent was starting, and is done by now
+        if reconciler.loaded(netlink):  # an agent was starting, and is done by now
             return _already(path, netlink)
         raise PortwardError(f"nothing is changed, and no ruleset is loaded yet: {error}") from error
 
 
 def _begin(path: Path, netlink: NfNetlink) -> str:
     """`baseline`, with the lock of the namespace held."""
-    if keeper.loaded(netlink):  # an agent was quicker, and has ended
+    if reconciler.loaded(netlink):  # an agent was quicker, and has ended
         return _already(path, netlink)
     nft = Nft(netlink.generation, netlink.transact)
     try:
@@ -138,13 +138,13 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
         state = ruleset.State(0, synced=False)
         # With the guard: nobody watches here whether others translate packets.
         surroundings = found(config)._replace(guard=True)
-        keeper.begin(nft, ruleset.wanted(config, preset, native=False, state=state, surroundings=surroundings))
+        reconciler.begin(nft, ruleset.wanted(config, preset, native=False, state=state, surroundings=surroundings))
     except PortwardError as error:
         ports = _ports(path)
-        keeper.close(nft, ports)
+        reconciler.close(nft, ports)
         closed = f"{'port' if len(ports) == 1 else 'ports'} {', '.join(map(str, ports))}"
         raise PortwardError(f"no packet to {closed} is forwarded until this is mended: {error}") from error
-    keeper.lift(nft, netlink)
+    reconciler.lift(nft, netlink)
     return _told(config, preset)
 
 
@@ -204,14 +204,14 @@ def remove() -> str:
     _require_loaded(netlink)
     try:
         with NamespaceLock():
-            keeper.remove(Nft(netlink.generation, netlink.transact), netlink)
+            reconciler.remove(Nft(netlink.generation, netlink.transact), netlink)
     except NamespaceTakenError as error:
         raise _taken(error) from error
     return "portward's ruleset is removed: port 25 is open for every source behind this gateway"
 
 
 def _require_loaded(netlink: NfNetlink) -> None:
-    if not (keeper.loaded(netlink) or keeper.closed(netlink)):
+    if not (reconciler.loaded(netlink) or reconciler.closed(netlink)):
         raise PortwardError("no ruleset of portward is loaded here: nothing was enforced")
 
 

@@ -47,10 +47,10 @@ POINTS: Final = (
     Point("daemon", "start", f"{_K}.enforcement:Enforcement.start"),
     Point("daemon", "start", f"{_K}.xtables:install"),
     Point("daemon", "start", f"{_K}.nft:Nft.replace"),
-    Point("daemon", "start", f"{_K}.keeper:Keeper.load"),
+    Point("daemon", "start", f"{_K}.reconciler:RulesetReconciler.load"),
     Point("daemon", "empty", f"{_T}.writer:Writer.replace"),
     # the ruleset was changed by somebody else
-    Point("daemon", "repair", f"{_K}.keeper:Keeper.repair"),
+    Point("daemon", "repair", f"{_K}.reconciler:RulesetReconciler.repair"),
     Point("daemon", "repair", f"{_K}.xtables:install"),
     Point("daemon", "repair", f"{_K}.nft:Nft.replace"),
     Point("daemon", "repair", f"{_K}.verdict_cache:VerdictCache.forget_everything"),
@@ -60,7 +60,7 @@ POINTS: Final = (
     # what goes on by itself
     Point("daemon", "time", "portward.daemon.runtime:Runtime.write_status"),
     Point("daemon", "time", f"{_K}.counts:Counts.take_all"),
-    Point("daemon", "time", f"{_K}.keeper:Keeper.intact"),
+    Point("daemon", "time", f"{_K}.reconciler:RulesetReconciler.intact"),
     # a batch of packets in the worker, in its order: the view is open, a verdict is there, counted, sent
     Point("worker", "packet", f"{_T}.reader:Reader._follow"),
     Point("worker", "packet", f"{_W}.messages:Verdicts.accept"),

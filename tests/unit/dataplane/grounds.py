@@ -24,10 +24,10 @@ from portward.dataplane.elements import (
 )
 from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.fake import FakeKernel, Transaction
-from portward.dataplane.keeper import Keeper
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Bucket, Rates
+from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, RATES, TABLE
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc import mark
@@ -73,7 +73,7 @@ class Plane:
         self.deletions = Deletions()
         self.elements = KernelElements(self.netlink, self.nft.committing, self.deletions)
         self.learned = VerdictCache(self.elements)
-        self.keeper = Keeper(self.nft, self.netlink, self.learned)
+        self.keeper = RulesetReconciler(self.nft, self.netlink, self.learned)
         self.rates = Rates(self.elements)
         self.limits: dict[Source, Bucket] = {}
         self.enforcement = Enforcement(self.keeper, self.learned, self.want, self.rates, self._rate)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from portward.dataplane.keeper import CLOSED
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import Chain, Expression
 from portward.dataplane.others import Watch, look, seen
+from portward.dataplane.reconciler import CLOSED
 from portward.dataplane.ruleset import TABLE
 from portward.errors import KernelError
 

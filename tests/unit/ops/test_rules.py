@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from portward.cli import rules as verb
 from portward.cli.program import app
 from portward.config.keys import Config, OnAgentDown
-from portward.dataplane import keeper, namespacelock
+from portward.dataplane import namespacelock, reconciler
 from portward.dataplane.queues import QueueState
 from portward.dataplane.setdump import SetElement
 from portward.errors import KernelError, PortwardError
@@ -64,7 +64,7 @@ class Held:
         return self._comment
 
 
-@pytest.mark.parametrize("ask", [keeper.loaded, keeper.closed])
+@pytest.mark.parametrize("ask", [reconciler.loaded, reconciler.closed])
 def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
     with pytest.raises(KernelError, match="takes root or CAP_NET_ADMIN"):
         ask(Forbidden())
@@ -91,8 +91,8 @@ def test_without_an_agent_what_is_said_is_what_the_kernel_does(
 ) -> None:
     """Whatever the configuration says by now: it has not been loaded."""
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
-    monkeypatch.setattr(keeper, "loaded", lambda _: loaded)
-    monkeypatch.setattr(keeper, "closed", lambda _: closed)
+    monkeypatch.setattr(reconciler, "loaded", lambda _: loaded)
+    monkeypatch.setattr(reconciler, "closed", lambda _: closed)
     monkeypatch.setattr(rules, "states", list)
     for config in (CONFIG, replace(CONFIG, on_agent_down=OnAgentDown.OPEN), replace(CONFIG, mode=Mode.OBSERVE)):
         said = rules.without_agent(config)
@@ -102,8 +102,8 @@ def test_without_an_agent_what_is_said_is_what_the_kernel_does(
 
 def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
-    monkeypatch.setattr(keeper, "loaded", lambda _: True)
-    monkeypatch.setattr(keeper, "closed", lambda _: False)
+    monkeypatch.setattr(reconciler, "loaded", lambda _: True)
+    monkeypatch.setattr(reconciler, "closed", lambda _: False)
     monkeypatch.setattr(rules, "states", lambda: [QueueState(0, 0, 0, 0)])
     two = replace(CONFIG, queue=replace(CONFIG.queue, workers=2))
     assert rules.without_agent(two) == (
@@ -149,8 +149,8 @@ def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
     monkeypatch: pytest.MonkeyPatch, loaded: bool, comment: str | None, told: str
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
-    monkeypatch.setattr(keeper, "loaded", lambda _: loaded)
-    monkeypatch.setattr(keeper, "closed", lambda _: False)
+    monkeypatch.setattr(reconciler, "loaded", lambda _: loaded)
+    monkeypatch.setattr(reconciler, "closed", lambda _: False)
     monkeypatch.setattr(namespacelock, "lasting_holder", namespacelock.holder)
     result = CliRunner().invoke(app, ["rules", "remove"])
     assert result.stdout == ""
@@ -185,8 +185,8 @@ def test_what_libraries_write_to_standard_error_is_not_shown(
 
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
     monkeypatch.setattr(rules, "Nft", Noisy)
-    monkeypatch.setattr(keeper, "loaded", lambda _: True)
-    monkeypatch.setattr(keeper, "closed", lambda _: False)
+    monkeypatch.setattr(reconciler, "loaded", lambda _: True)
+    monkeypatch.setattr(reconciler, "closed", lambda _: False)
     assert rules.loaded(Path("portward.toml")) == "table inet portward {}\n"
     os.write(2, b"heard\n")
     assert capfd.readouterr().err == "heard\n"
@@ -205,7 +205,7 @@ def test_a_baseline_that_changes_nothing_says_what_is_loaded_against_the_file(
     monkeypatch: pytest.MonkeyPatch, opens: tuple[str, ...], config: Config, told: str
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
-    monkeypatch.setattr(keeper, "loaded", lambda _: True)
+    monkeypatch.setattr(reconciler, "loaded", lambda _: True)
     monkeypatch.setattr("portward.config.keys.load", lambda _: config)
     said = rules.baseline(Path("portward.toml"))
     assert said.startswith("portward's ruleset is loaded already: nothing is changed")

@@ -47,7 +47,7 @@ def hearing(
     return Notices((TABLE, CLOSED), own, writing=WRITING, receive_bytes=receive_bytes, deaf=deaf)
 
 
-class Keeper:
+class RulesetReconciler:
     """Owner of the table `inet portward`."""
 
     def __init__(

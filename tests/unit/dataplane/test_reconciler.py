@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from portward.config.keys import Verdicts
-from portward.dataplane import keeper, ruleset
+from portward.dataplane import reconciler, ruleset
 from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.fake import FakeKernel, FakeNft, ProcessDied
-from portward.dataplane.keeper import Keeper
 from portward.dataplane.notices import NOTHING, Heard
+from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.errors import KernelError
 from portward.ipc.mark import Class
@@ -172,8 +172,8 @@ def test_a_transaction_of_ours_that_changes_nothing_is_not_taken_for_anothers(pl
 def test_what_no_number_shows_is_found_by_the_next_look(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     plane.kernel.tables[TABLE].chains["verdict"].rules.clear()
     assert plane.keeper.intact(), "the generation is as it was left"
-    now = time.monotonic() + keeper._LOOK_EVERY
-    monkeypatch.setattr("portward.dataplane.keeper.time.monotonic", lambda: now)
+    now = time.monotonic() + reconciler._LOOK_EVERY
+    monkeypatch.setattr("portward.dataplane.reconciler.time.monotonic", lambda: now)
     assert not plane.keeper.at_rest(plane.netlink)
     assert not plane.keeper.intact()
 
@@ -221,7 +221,7 @@ class Hearing:
     def __init__(self, plane: Plane) -> None:
         self.heard = NOTHING
         plane.nft = Compiling(plane.kernel, lambda: plane.kernel.generation)
-        plane.keeper = Keeper(plane.nft, plane.netlink, plane.learned, self.read)
+        plane.keeper = RulesetReconciler(plane.nft, plane.netlink, plane.learned, self.read)
         plane.enforcement = Enforcement(plane.keeper, plane.learned, plane.want, plane.rates, lambda _: None)
         plane.start()
 
@@ -264,43 +264,43 @@ def test_with_notices_what_others_write_into_ours_is_seen(plane: Plane) -> None:
 
 def test_a_baseline_begins_only_where_no_ruleset_is(plane: Plane) -> None:
     with pytest.raises(KernelError, match="File exists"):
-        keeper.begin(plane.nft, plane.want(plane.generation))
+        reconciler.begin(plane.nft, plane.want(plane.generation))
     kernel = FakeKernel()
     other = Plane(kernel)
-    keeper.begin(other.nft, other.want(other.generation))
+    reconciler.begin(other.nft, other.want(other.generation))
     assert len(kernel.journal) == 1
-    assert keeper.loaded(other.netlink)
+    assert reconciler.loaded(other.netlink)
 
 
 def test_a_closed_port_is_lifted_in_the_transaction_after_the_ruleset() -> None:
     found = Plane(FakeKernel())
-    keeper.close(found.nft, (25,))
-    assert keeper.closed(found.netlink)
+    reconciler.close(found.nft, (25,))
+    assert reconciler.closed(found.netlink)
     found.kernel.journal.clear()
     found.start()
     assert words(found.kernel.journal)[:2] == ["load the ruleset", "delete table inet portward_closed"]
-    assert not keeper.closed(found.netlink)
+    assert not reconciler.closed(found.netlink)
 
 
 def test_a_closed_port_stays_while_the_ruleset_is_refused() -> None:
     found = Plane(FakeKernel())
-    keeper.close(found.nft, (25,))
+    reconciler.close(found.nft, (25,))
     found.kernel.refuse(errno.ENOMEM)
     with pytest.raises(KernelError):
         found.start()
-    assert keeper.closed(found.netlink)
+    assert reconciler.closed(found.netlink)
 
 
 def test_remove_takes_both_tables_and_leaves_those_of_others(plane: Plane) -> None:
     plane.kernel.load("add table inet theirs")
-    keeper.close(plane.nft, (25,))
-    assert keeper.remove(plane.nft, plane.netlink)
+    reconciler.close(plane.nft, (25,))
+    assert reconciler.remove(plane.nft, plane.netlink)
     assert set(plane.kernel.tables) == {"theirs"}
-    assert not keeper.remove(plane.nft, plane.netlink)
+    assert not reconciler.remove(plane.nft, plane.netlink)
 
 
 def test_who_may_not_ask_is_told_what_it_takes(plane: Plane) -> None:
     plane.kernel.permitted = False
-    for ask in (keeper.loaded, keeper.closed):
+    for ask in (reconciler.loaded, reconciler.closed):
         with pytest.raises(KernelError, match="CAP_NET_ADMIN"):
             ask(plane.netlink)
