@@ -1,8 +1,8 @@
 """Prefixes that are revoked while much is cached: how long until no old verdict acts any more.
 
-The real Enforcement writes to the real ruleset in a network namespace of its own. The elements are added as
+The real VerdictSync writes to the real ruleset in a network namespace of its own. The elements are added as
 packets would have added them, and the sizes of the sets are known from a reading, as the daemon knows them from
-counting. Two times are taken of each `Enforcement.enforce`. `enforced`: until the transaction is done after which
+counting. Two times are taken of each `VerdictSync.enforce`. `enforced`: until the transaction is done after which
 no old verdict acts any more (that of the gate or, without one, the one that writes `synced`). `synced`: until the
 one that writes `synced` is done, when no old allow is cached any more. After each change the sets are read, and no
 element may be left in the revoked prefixes.
@@ -22,13 +22,13 @@ from kernel.conftest import lab_name
 from portward.config.keys import Config, Verdicts
 from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, Change, Flush, KernelElements
-from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.notices import Notices
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rates import Rates
 from portward.dataplane.reconciler import RulesetReconciler
+from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.policy import preset as presets
@@ -107,7 +107,7 @@ class Timed(KernelElements):
 
 
 class Gateway:
-    """Ruleset, sets and Enforcement in the calling thread's network namespace; vniN is the interface N."""
+    """Ruleset, sets and VerdictSync in the calling thread's network namespace; vniN is the interface N."""
 
     def __init__(self, links: int) -> None:
         self._netlink = NfNetlink()
@@ -122,7 +122,7 @@ class Gateway:
         def want(generation: int) -> ruleset.Wanted:
             return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
-        self.enforcement = Enforcement(
+        self.enforcement = VerdictSync(
             RulesetReconciler(nft, self._netlink, self._learned), self._learned, want,
             Rates(self.kernel), lambda sources: None,
         )  # fmt: skip

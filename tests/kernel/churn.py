@@ -25,11 +25,11 @@ from portward.config.keys import Config, Queue, QueueReader
 from portward.daemon import workers
 from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Rates
 from portward.dataplane.reconciler import RulesetReconciler
+from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc.mark import Class
 from portward.lab import namespaces
@@ -56,7 +56,7 @@ class Churn:
         self.learned = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
-        self.enforcement = Enforcement(
+        self.enforcement = VerdictSync(
             RulesetReconciler(self._nft, self._netlink, self.learned), self.learned, self._want,
             Rates(self.elements), lambda sources: None,
         )  # fmt: skip

@@ -17,11 +17,11 @@ from portward.base.netlink import attribute, nest, string
 from portward.config.keys import Config, Verdicts
 from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, Delete, KernelElements, RefusedError
-from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Bucket, Rates
 from portward.dataplane.reconciler import RulesetReconciler
+from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
@@ -34,7 +34,7 @@ _LEARNED = ("allow", "deny", "observed", "refused", "unknown")
 
 
 class Forgetting:
-    """Ruleset, sets and Enforcement in a network namespace of their own."""
+    """Ruleset, sets and VerdictSync in a network namespace of their own."""
 
     def __init__(self, **verdicts: Any) -> None:
         self.netlink = NfNetlink()
@@ -48,7 +48,7 @@ class Forgetting:
             return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
         self.keeper = RulesetReconciler(self.nft, self.netlink, self.learned)
-        self.enforcement = Enforcement(self.keeper, self.learned, want, self.rates, lambda sources: None)
+        self.enforcement = VerdictSync(self.keeper, self.learned, want, self.rates, lambda sources: None)
         self.enforcement.links = dict(_LINKS)
         self.enforcement.start(1)
         self.generation = 1

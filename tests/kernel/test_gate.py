@@ -23,13 +23,13 @@ from portward.daemon import workers
 from portward.dataplane import ruleset, xtables
 from portward.dataplane import verdict_cache as cache
 from portward.dataplane.elements import Add, KernelElements
-from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Rates
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.dataplane.setdump import Row
+from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
@@ -96,8 +96,8 @@ class Gated:
         self.senders = {tenant: Sender(lab, tenant) for tenant in self.links}
         self.revision = 1
 
-    def _enforcement(self) -> Enforcement:
-        made = Enforcement(self.keeper, self.learned, self.want, Rates(self.elements), lambda sources: None)
+    def _enforcement(self) -> VerdictSync:
+        made = VerdictSync(self.keeper, self.learned, self.want, Rates(self.elements), lambda sources: None)
         made.links = {tenant.segment: index for tenant, index in self.links.items()}
         return made
 

@@ -23,7 +23,6 @@ from portward.dataplane.around import Lookout
 from portward.dataplane.counts import Due
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.lessons import Lessons
 from portward.dataplane.links import Links, only_ports
 from portward.dataplane.nfnetlink import NfNetlink
@@ -34,6 +33,7 @@ from portward.dataplane.rates import Bucket, Rates
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.selfcheck import SAMPLE, Kind, SelfCheck
 from portward.dataplane.surroundings import NOTHING, Surroundings
+from portward.dataplane.sync import VerdictSync
 from portward.dataplane.underway import UnderWay
 from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.errors import KernelError
@@ -82,7 +82,7 @@ class Dataplane:
         self.keeper = RulesetReconciler(nft, netlink, self.learned, notices)
         self.rates_seen: dict[Source, Bucket] = {}
         self._rates = Rates(elements)
-        self.enforcement = Enforcement(self.keeper, self.learned, self.want, self._rates, self.rate)
+        self.enforcement = VerdictSync(self.keeper, self.learned, self.want, self._rates, self.rate)
         self._surroundings = NOTHING
         self.lookout = Lookout()
         # What others have in the kernel decides whether the forward guard is loaded.

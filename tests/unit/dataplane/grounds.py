@@ -22,13 +22,13 @@ from portward.dataplane.elements import (
     InsertRule,
     KernelElements,
 )
-from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.fake import FakeKernel, Transaction
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rates import Bucket, Rates
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, RATES, TABLE
+from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc import mark
 from portward.policy import preset as presets
@@ -76,7 +76,7 @@ class Plane:
         self.keeper = RulesetReconciler(self.nft, self.netlink, self.learned)
         self.rates = Rates(self.elements)
         self.limits: dict[Source, Bucket] = {}
-        self.enforcement = Enforcement(self.keeper, self.learned, self.want, self.rates, self._rate)
+        self.enforcement = VerdictSync(self.keeper, self.learned, self.want, self.rates, self._rate)
         self.enforcement.links = {SEGMENT: LINK}
 
     def want(self, generation: int) -> ruleset.Wanted:

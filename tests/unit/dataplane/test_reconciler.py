@@ -10,11 +10,11 @@ import pytest
 
 from portward.config.keys import Verdicts
 from portward.dataplane import reconciler, ruleset
-from portward.dataplane.enforcement import Enforcement
 from portward.dataplane.fake import FakeKernel, FakeNft, ProcessDied
 from portward.dataplane.notices import NOTHING, Heard
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import FIXED_SETS, TABLE
+from portward.dataplane.sync import VerdictSync
 from portward.errors import KernelError
 from portward.ipc.mark import Class
 from unit.dataplane.grounds import CONFIG, Plane, source, words
@@ -222,7 +222,7 @@ class Hearing:
         self.heard = NOTHING
         plane.nft = Compiling(plane.kernel, lambda: plane.kernel.generation)
         plane.keeper = RulesetReconciler(plane.nft, plane.netlink, plane.learned, self.read)
-        plane.enforcement = Enforcement(plane.keeper, plane.learned, plane.want, plane.rates, lambda _: None)
+        plane.enforcement = VerdictSync(plane.keeper, plane.learned, plane.want, plane.rates, lambda _: None)
         plane.start()
 
     def read(self) -> Heard:

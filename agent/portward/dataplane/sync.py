@@ -32,7 +32,7 @@ _RATED: Final = 4_096
 _log = logging.getLogger("portward.ruleset")
 
 
-class Enforcement:
+class VerdictSync:
     """Brings what the kernel remembers in line with the policy table."""
 
     def __init__(
