@@ -22,8 +22,8 @@ from portward.config.keys import Config
 from portward.daemon.counting import Counting
 from portward.daemon.intake import First, Intake, OnKernel, answers
 from portward.dataplane import ruleset, xtables
+from portward.dataplane.accounting import Due
 from portward.dataplane.around import Lookout
-from portward.dataplane.counts import Due
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.links import Links
 from portward.dataplane.nfnetlink import NfNetlink

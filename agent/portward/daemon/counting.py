@@ -21,7 +21,7 @@ from portward.base import clock
 from portward.base.interfaces import shown
 from portward.daemon.countsfile import CountsFile
 from portward.dataplane import ruleset
-from portward.dataplane.counts import Counts, Due, Owner
+from portward.dataplane.accounting import Due, Owner, PacketAccounting
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
@@ -56,7 +56,7 @@ class Counting:
         self._reader, self._changes = reader, changes
         self._file, self._kernel = CountsFile(folder), _this_kernel()
         self._unsaved = ""
-        self.counts = Counts(self._owner, deletions)
+        self.counts = PacketAccounting(self._owner, deletions)
         self.remembered: Counter[Verdict] = Counter()
         # When the elements were last read, by the monotonic clock; None: not yet.
         self.read: float | None = None
@@ -71,8 +71,8 @@ class Counting:
         self._netlink.close()
 
     def end(self) -> None:
-        """Counts and saves what was deleted since the last reading, once nothing is deleted any more: the kernel
-        says it only once, and the next agent would not know of it."""
+        """PacketAccounting and saves what was deleted since the last reading, once nothing is deleted any more:
+        the kernel says it only once, and the next agent would not know of it."""
         try:
             self.counts.take_deleted()
             self._save()
@@ -114,8 +114,8 @@ class Counting:
         return rows
 
     def _take_sizes(self, dataplane: Dataplane) -> None:
-        """Counts the cached verdicts, and takes a sample of them. A verdict that passes what it must not is the
-        worse mistake, and there are fewer of them: as many of these are looked at as of the others."""
+        """PacketAccounting the cached verdicts, and takes a sample of them. A verdict that passes what it must not
+        is the worse mistake, and there are fewer of them: as many of these are looked at as of the others."""
         found = {f"{name}{family}": verdict for verdict, name in COUNTED_SETS.items() for family in "46"}
         # What was counted under a limit stays for a minute after the limit has gone.
         limited = dataplane.rates_seen = Rates.loaded(self._elements)

@@ -15,7 +15,7 @@ from portward.base.interfaces import shown
 from portward.daemon.core import Core
 from portward.daemon.runtime import STATUS_FORMAT
 from portward.daemon.workers import Worker
-from portward.dataplane.counts import NAMES
+from portward.dataplane.accounting import NAMES
 from portward.dataplane.queues import states
 from portward.ipc.counters import PacketOutcome, WorkerEvent
 from portward.metrics.server import MetricsServer

@@ -19,8 +19,8 @@ from typing import Final
 
 from portward.config.keys import Config
 from portward.dataplane import around, ruleset
+from portward.dataplane.accounting import Due
 from portward.dataplane.around import Lookout
-from portward.dataplane.counts import Due
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.lessons import Lessons

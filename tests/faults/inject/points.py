@@ -59,7 +59,7 @@ POINTS: Final = (
     Point("daemon", "links", f"{_K}.verdict_cache:VerdictCache.forget_within"),
     # what goes on by itself
     Point("daemon", "time", "portward.daemon.runtime:Runtime.write_status"),
-    Point("daemon", "time", f"{_K}.counts:Counts.take_all"),
+    Point("daemon", "time", f"{_K}.accounting:PacketAccounting.take_all"),
     Point("daemon", "time", f"{_K}.reconciler:RulesetReconciler.intact"),
     # a batch of packets in the worker, in its order: the view is open, a verdict is there, counted, sent
     Point("worker", "packet", f"{_T}.reader:Reader._follow"),

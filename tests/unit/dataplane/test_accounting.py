@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portward.dataplane.counts import GRACE_S, Counts, Due, Owner
+from portward.dataplane.accounting import GRACE_S, Due, Owner, PacketAccounting
 from portward.dataplane.deletions import Deletions, Gone
 from portward.dataplane.setdump import Row
 from portward.dataplane.verdict_cache import Source
@@ -26,11 +26,11 @@ def owner(source: Source) -> Owner | None:
 
 
 class World:
-    """Counts, and the sets that they read."""
+    """PacketAccounting, and the sets that they read."""
 
     def __init__(self) -> None:
         self.deletions = Deletions()
-        self.counts = Counts(owner, self.deletions)
+        self.counts = PacketAccounting(owner, self.deletions)
         self.sets: dict[str, list[Row]] = {}
         self.meanwhile: Callable[[], None] = lambda: None
 
@@ -213,7 +213,7 @@ def test_what_is_counted_by_segment_alone_has_no_subscription(
 def test_what_an_interface_sent_that_is_gone_by_now_is_counted_under_its_name() -> None:
     there = [True]
     deletions = Deletions()
-    counts = Counts(lambda source: owner(source) if there[0] else None, deletions)
+    counts = PacketAccounting(lambda source: owner(source) if there[0] else None, deletions)
     counts.take_all(lambda set_: [(KEY, 5, 60_000)] if set_ == "deny4" else [], 0, 1)
     there[0] = False
     with deletions.transaction() as gone:
@@ -282,7 +282,7 @@ def test_numbers_of_who_is_gone_go_after_the_grace_period(world: World) -> None:
 
 def test_interfaces_that_are_gone_leave_nothing(world: World) -> None:
     """Each one that comes has another index."""
-    counts = Counts(lambda source: Owner("vni1001", "contoso"), world.deletions)
+    counts = PacketAccounting(lambda source: Owner("vni1001", "contoso"), world.deletions)
     for index in range(1, 100):
         world.sets["deny4"] = [(Source(index, SOURCE.address).key, 1, 1_000)]
         counts.take_all(world.rows, 2.0 * index, pause=1.0)

@@ -1,9 +1,9 @@
 """Packets by segment, subscription and verdict: what the kernel's elements have counted, each packet once.
 
-An element's counter starts at nothing when it is made and ends with it. `Counts` keeps what each element had
-counted when it was last read (its reading), and adds up what it has risen by since. `deletions` says what it had
-counted when it was deleted. The readings outlive a restart of the agent, with the sums, so that the elements that
-are there then are not counted a second time, and what they counted meanwhile is.
+An element's counter starts at nothing when it is made and ends with it. `PacketAccounting` keeps what each element
+had counted when it was last read (its reading), and adds up what it has risen by since. `deletions` says what it
+had counted when it was deleted. The readings outlive a restart of the agent, with the sums, so that the elements
+that are there then are not counted a second time, and what they counted meanwhile is.
 
 Not seen are the packets that an element counts between its last reading and its end if it expires by itself. So
 those that are about to expire are deleted (`Due`), which costs the source a question, as its end does.
@@ -89,7 +89,7 @@ class Kept(msgspec.Struct, array_like=True):
     readings: dict[str, dict[bytes, tuple[int, float]]]
 
 
-class Counts:
+class PacketAccounting:
     """Sums that only rise, in packets: by segment and verdict, and by subscription and verdict. For one thread."""
 
     def __init__(self, owner: Callable[[Source], Owner | None], deletions: Deletions) -> None:
@@ -140,7 +140,7 @@ class Counts:
         return _some(due)
 
     def take_deleted(self) -> None:
-        """Counts what was deleted since the last reading, without another one."""
+        """PacketAccounting what was deleted since the last reading, without another one."""
         self._end(self._deletions.take() or ())
 
     def _take(self, name: str, rows: list[Row], left_out: set[bytes]) -> None:
@@ -171,7 +171,7 @@ class Counts:
         return [key for key, _, expires_ms in rows if 0 < expires_ms < seconds * 1000 and key not in left_out]
 
     def _end(self, gone: Iterable[Gone]) -> None:
-        """Counts what deleted elements had counted at their end."""
+        """PacketAccounting what deleted elements had counted at their end."""
         for name, key, packets in gone:
             if name not in self._readings:
                 continue
@@ -186,7 +186,7 @@ class Counts:
                 self._add(name, key, risen)
 
     def _add(self, name: str, key: bytes, packets: int) -> None:
-        """Counts packets of an element for whom they are."""
+        """PacketAccounting packets of an element for whom they are."""
         self.changed = True
         if not packets:
             return
