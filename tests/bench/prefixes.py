@@ -26,7 +26,7 @@ from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.notices import Notices
 from portward.dataplane.prefixes import Prefixes
-from portward.dataplane.rates import Rates
+from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
@@ -124,7 +124,7 @@ class Gateway:
 
         self.enforcement = VerdictSync(
             RulesetReconciler(nft, self._netlink, self._learned), self._learned, want,
-            Rates(self.kernel), lambda sources: None,
+            RateLimits(self.kernel), lambda sources: None,
         )  # fmt: skip
         self.enforcement.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
         self.enforcement.start(1)

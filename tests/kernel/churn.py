@@ -27,7 +27,7 @@ from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.rates import Rates
+from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
@@ -58,7 +58,7 @@ class Churn:
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
         self.enforcement = VerdictSync(
             RulesetReconciler(self._nft, self._netlink, self.learned), self.learned, self._want,
-            Rates(self.elements), lambda sources: None,
+            RateLimits(self.elements), lambda sources: None,
         )  # fmt: skip
         index = socket.if_nametoindex(CONTOSO.segment)
         self._source = Source(index, ip_address(address).packed)

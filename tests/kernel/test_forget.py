@@ -19,7 +19,7 @@ from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, Delete, KernelElements, RefusedError
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.rates import Bucket, Rates
+from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
@@ -40,7 +40,7 @@ class Forgetting:
         self.netlink = NfNetlink()
         self.nft = Nft(self.netlink.generation)
         self.kernel = KernelElements(self.netlink, self.nft.committing)
-        self.learned, self.rates = VerdictCache(self.kernel), Rates(self.kernel)
+        self.learned, self.rates = VerdictCache(self.kernel), RateLimits(self.kernel)
         config = Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(**verdicts))
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(self.nft)
 
@@ -188,7 +188,7 @@ def test_a_rate_limit_goes_with_its_source(make: Callable[..., Forgetting]) -> N
     listing = here.nft.listing("inet portward")
     assert "rate 60/minute burst 7 packets" in listing
     here.change("2001:db8:1::/64")
-    assert Rates.loaded(here.kernel) == {outside: Bucket(2, 30, 3)}
+    assert RateLimits.loaded(here.kernel) == {outside: Bucket(2, 30, 3)}
     assert list(here.rates.sources()) == [outside]
     here.rates.collect(lambda bucket: False)
     assert here.kernel.limits() == ["s2-30-3"]

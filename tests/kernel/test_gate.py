@@ -25,7 +25,7 @@ from portward.dataplane import verdict_cache as cache
 from portward.dataplane.elements import Add, KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.rates import Rates
+from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.dataplane.setdump import Row
@@ -97,7 +97,7 @@ class Gated:
         self.revision = 1
 
     def _enforcement(self) -> VerdictSync:
-        made = VerdictSync(self.keeper, self.learned, self.want, Rates(self.elements), lambda sources: None)
+        made = VerdictSync(self.keeper, self.learned, self.want, RateLimits(self.elements), lambda sources: None)
         made.links = {tenant.segment: index for tenant, index in self.links.items()}
         return made
 

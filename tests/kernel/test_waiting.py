@@ -25,7 +25,7 @@ from kernel.test_translation import TRICKS, comes_out, others
 from kernel.wire import Sender, same, seen, segment
 from portward.daemon.core import Core
 from portward.dataplane.links import Links
-from portward.dataplane.rates import Bucket
+from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.verdict_cache import Source
 from portward.ipc import mark
 from portward.lab import namespaces

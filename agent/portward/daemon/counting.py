@@ -26,7 +26,7 @@ from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.plane import Dataplane
-from portward.dataplane.rates import Rates
+from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, Rated, Verdict
 from portward.dataplane.selfcheck import SAMPLE
 from portward.dataplane.setdump import Row
@@ -118,7 +118,7 @@ class Counting:
         is the worse mistake, and there are fewer of them: as many of these are looked at as of the others."""
         found = {f"{name}{family}": verdict for verdict, name in COUNTED_SETS.items() for family in "46"}
         # What was counted under a limit stays for a minute after the limit has gone.
-        limited = dataplane.rates_seen = Rates.loaded(self._elements)
+        limited = dataplane.rates_seen = RateLimits.loaded(self._elements)
         rows = {name: self._latest[name] if name in self._latest else self._rows(name) for name in found}
         self._latest = {}
         dataplane.learned.sizes.update({name: len(part) for name, part in rows.items()})

@@ -29,7 +29,7 @@ from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.notices import Heard
 from portward.dataplane.others import Watch
-from portward.dataplane.rates import Bucket, Rates
+from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.selfcheck import SAMPLE, Kind, SelfCheck
 from portward.dataplane.surroundings import NOTHING, Surroundings
@@ -81,7 +81,7 @@ class Dataplane:
         self.learned = VerdictCache(elements)
         self.keeper = RulesetReconciler(nft, netlink, self.learned, notices)
         self.rates_seen: dict[Source, Bucket] = {}
-        self._rates = Rates(elements)
+        self._rates = RateLimits(elements)
         self.enforcement = VerdictSync(self.keeper, self.learned, self.want, self._rates, self.rate)
         self._surroundings = NOTHING
         self.lookout = Lookout()

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Final
 
 from portward.dataplane.prefixes import Prefixes
-from portward.dataplane.rates import Rates
+from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import Wanted
 from portward.dataplane.verdict_cache import Source, VerdictCache
@@ -40,7 +40,7 @@ class VerdictSync:
         keeper: RulesetReconciler,
         learned: VerdictCache,
         want: Callable[[int], Wanted],
-        rates: Rates,
+        rates: RateLimits,
         rate: Callable[[Iterable[Source]], None],
     ) -> None:
         """`want` gives the ruleset for a generation of the table; `rate` writes the limits of sources into the

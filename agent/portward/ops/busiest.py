@@ -11,7 +11,7 @@ from portward.config.keys import Config
 from portward.dataplane import reconciler
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.rates import Rates
+from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.ruleset import COUNTED_SETS, Rated, Verdict
 from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.ops import host
@@ -56,7 +56,7 @@ class Busiest:
     def _current(self) -> Iterator[Element]:
         """The sources by the verdict that counts now. What was counted under a limit stays in the kernel for a
         minute after the limit has gone, with a revocation say."""
-        limited = Rates.loaded(self._elements)
+        limited = RateLimits.loaded(self._elements)
         for element in self._learned.elements():
             if not isinstance(element.verdict, Rated) or element.source in limited:
                 yield element

@@ -24,7 +24,7 @@ from portward.daemon.settings import settings
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.links import index_of
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.rates import Bucket
+from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.ruleset import COUNTED_SETS, RATED_SETS, RATES, TABLE, Rated
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import PortwardError, StoreError

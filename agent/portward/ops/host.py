@@ -23,7 +23,7 @@ from portward.dataplane.links import Device, index_of
 from portward.dataplane.namespacelock import NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.queues import states
-from portward.dataplane.rates import Bucket
+from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.ruleset import RATED_SETS, RATES, TABLE, Rated
 from portward.dataplane.stacking import Fate
 from portward.dataplane.verdict_cache import Source, VerdictCache

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from portward.base import limits
 from portward.cli.program import app
 from portward.cli.times import instant
-from portward.dataplane.rates import Bucket
+from portward.dataplane.rate_limits import Bucket
 from portward.errors import InputError
 from portward.inventory.records import mistakes, read_inventory
 from portward.model import (

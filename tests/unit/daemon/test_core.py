@@ -27,7 +27,7 @@ from portward.daemon.core import Core
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.fake import FakeKernel
 from portward.dataplane.links import Device, Links
-from portward.dataplane.rates import Bucket, Rates
+from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.ruleset import LEARNED_SETS, TABLE
 from portward.dataplane.selfcheck import Kind
 from portward.dataplane.surroundings import NOTHING
@@ -596,7 +596,7 @@ def limited(started: Ground) -> Ground:
 
 def rates(ground: Ground) -> dict[Source, tuple[int, int]]:
     """Source → limit, in the kernel."""
-    return {source: bucket[1:] for source, bucket in Rates.loaded(ground.elements).items()}
+    return {source: bucket[1:] for source, bucket in RateLimits.loaded(ground.elements).items()}
 
 
 def test_a_source_that_a_worker_met_gets_the_limit_of_its_subscription(limited: Ground) -> None:
@@ -628,7 +628,7 @@ def test_a_limit_that_is_not_the_tables_is_found_and_forgotten(limited: Ground) 
     limited.core.asked([DENIED])
     limited.kernel.load("flush map inet portward rates4")
     wrong = Bucket(99, 1, 1)
-    Rates(limited.elements).add({ALLOWED: wrong})
+    RateLimits(limited.elements).add({ALLOWED: wrong})
     limited.core.count(1.0)
     limited.core.keep_rates()
     assert rates(limited) == {}

@@ -25,7 +25,7 @@ from portward.dataplane.elements import (
 from portward.dataplane.fake import FakeKernel, Transaction
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.rates import Bucket, Rates
+from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, RATES, TABLE
 from portward.dataplane.sync import VerdictSync
@@ -74,7 +74,7 @@ class Plane:
         self.elements = KernelElements(self.netlink, self.nft.committing, self.deletions)
         self.learned = VerdictCache(self.elements)
         self.keeper = RulesetReconciler(self.nft, self.netlink, self.learned)
-        self.rates = Rates(self.elements)
+        self.rates = RateLimits(self.elements)
         self.limits: dict[Source, Bucket] = {}
         self.enforcement = VerdictSync(self.keeper, self.learned, self.want, self.rates, self._rate)
         self.enforcement.links = {SEGMENT: LINK}

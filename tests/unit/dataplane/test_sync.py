@@ -16,7 +16,7 @@ from portward.dataplane.deletions import Gone
 from portward.dataplane.elements import Add, Delete
 from portward.dataplane.fake import FakeKernel, ProcessDied
 from portward.dataplane.faketables import FakeTable
-from portward.dataplane.rates import Bucket
+from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.ruleset import LEARNED_SETS, TABLE
 from portward.dataplane.verdict_cache import Source
 from portward.ipc.mark import PASSING, Class

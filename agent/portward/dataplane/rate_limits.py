@@ -56,7 +56,7 @@ class Bucket(NamedTuple):
         return f"s{self.subscription}-{self.per_minute}-{self.burst}"
 
 
-class Rates:
+class RateLimits:
     """The limits and their sources in the table of this network namespace."""
 
     def __init__(self, elements: Elements) -> None:

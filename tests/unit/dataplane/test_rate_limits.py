@@ -6,10 +6,10 @@ import errno
 
 import pytest
 
-from portward.dataplane import rates as module
+from portward.dataplane import rate_limits as module
 from portward.dataplane.elements import AddLimit, Draw
 from portward.dataplane.fake import FakeKernel
-from portward.dataplane.rates import Bucket, Rates
+from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.ruleset import TABLE
 from portward.errors import KernelError
 from unit.dataplane.grounds import Plane, source, words
@@ -29,7 +29,7 @@ def plane() -> Plane:
 
 def drawing(plane: Plane) -> dict[str, str]:
     """What the kernel has: source → limit."""
-    return {str(one): str(bucket) for one, bucket in Rates.loaded(plane.elements).items()}
+    return {str(one): str(bucket) for one, bucket in RateLimits.loaded(plane.elements).items()}
 
 
 def test_a_source_and_its_limit_come_in_one_transaction(plane: Plane) -> None:
@@ -147,7 +147,7 @@ def test_a_refused_collection_is_made_later(plane: Plane) -> None:
 def test_a_restart_holds_what_the_kernel_has(plane: Plane) -> None:
     plane.rates.add({ONE: TEN, SIX: FIVE})
     plane.elements.commit([AddLimit("theirs", 1, 1), Draw("rates4", {TWO.key: "theirs"})])
-    again = Rates(plane.elements)
+    again = RateLimits(plane.elements)
     again.read()
     assert {one: again.bucket(one) for one in again.sources()} == {ONE: TEN, SIX: FIVE}
     assert again.is_held({ONE: TEN, SIX: FIVE})
@@ -169,7 +169,7 @@ def test_sources_that_a_reading_misses_are_held_all_the_same(plane: Plane) -> No
     crowd = [source(f"10.0.0.{n}") for n in range(50)]
     plane.rates.add(dict.fromkeys(crowd, TEN))
     plane.kernel.overlook("rates4", [one.key for one in crowd[25:]])
-    again = Rates(plane.elements)
+    again = RateLimits(plane.elements)
     again.read()
     assert set(again.sources()) == set(crowd)
     assert again.bucket(crowd[49]) == TEN
