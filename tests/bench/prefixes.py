@@ -22,9 +22,9 @@ from kernel.conftest import lab_name
 from portward.config.keys import Config, Verdicts
 from portward.dataplane import ruleset, xtables
 from portward.dataplane.elements import Add, Change, Flush, KernelElements
+from portward.dataplane.monitor import RulesetMonitor
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.notices import Notices
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
@@ -129,7 +129,7 @@ class Gateway:
         self.enforcement.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
         self.enforcement.start(1)
         # The daemon listens to changes, so the kernel writes a notice for each element.
-        self._notices = Notices(())
+        self._notices = RulesetMonitor(())
         self._generation = 1
 
     def times_ms(self, case: Case) -> tuple[float, float]:

@@ -133,7 +133,8 @@ def _settled(field: Ground) -> Counted:
 
 
 def _queue(field: Ground) -> tuple[int, int, int]:
-    """The number of the last packet, packets that wait, packets dropped (see `portward.dataplane.queues`)."""
+    """The number of the last packet, packets that wait, packets dropped (see
+    `portward.dataplane.queue_statistics`)."""
     told = namespaces.run(field.lab.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
     rows = [[int(column) for column in line.split()] for line in told.splitlines()]
     return sum(row[7] for row in rows), sum(row[2] for row in rows), sum(row[5] + row[6] for row in rows)

@@ -10,8 +10,8 @@ import pytest
 
 from kernel.conftest import lab_name
 from portward.base.netlink import attribute, string
+from portward.dataplane.monitor import LOST, NOTHING, Deaf, RulesetMonitor, Seen
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.notices import LOST, NOTHING, Deaf, Heard, Notices
 from portward.dataplane.reconciler import CLOSED, hearing
 from portward.dataplane.ruleset import TABLE
 from portward.lab import namespaces
@@ -25,8 +25,8 @@ table ip theirs {
   }
 }
 """
-OTHERS, GAINED, GONE = Heard(others=True), Heard(gained=True, others=True), Heard(gone=True, others=True)
-OURS = Heard(ours=True, others=True)
+OTHERS, GAINED, GONE = Seen(others=True), Seen(gained=True, others=True), Seen(gone=True, others=True)
+OURS = Seen(ours=True, others=True)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def own(namespace: str) -> Iterator[NfNetlink]:
 
 
 @pytest.fixture
-def notices(namespace: str, own: NfNetlink) -> Iterator[Notices]:
+def notices(namespace: str, own: NfNetlink) -> Iterator[RulesetMonitor]:
     """What hears of that namespace."""
     with namespaces.inside(namespace):
         found = hearing(lambda: (own.port,), receive_bytes=0, deaf=Deaf.TO_NOTHING)
@@ -59,7 +59,7 @@ def notices(namespace: str, own: NfNetlink) -> Iterator[Notices]:
     found.close()
 
 
-def waiting(notices: Notices) -> bool:
+def waiting(notices: RulesetMonitor) -> bool:
     """Whether there is a notice. The kernel sends it before the program that changed something goes on."""
     return bool(select.select([notices], [], [], 0)[0])
 
@@ -91,7 +91,7 @@ CHANGES = [
 @pytest.mark.parametrize(("text", "heard"), CHANGES)
 @pytest.mark.parametrize("deaf", [Deaf.TO_ELEMENTS, Deaf.TO_OTHERS])
 def test_what_others_do_among_themselves_is_not_even_queued(
-    namespace: str, own: NfNetlink, deaf: Deaf, text: str, heard: Heard
+    namespace: str, own: NfNetlink, deaf: Deaf, text: str, heard: Seen
 ) -> None:
     """What matters is, wherever it stands in a transaction."""
     with namespaces.inside(namespace):
@@ -123,7 +123,7 @@ def test_ours_is_heard_of_behind_any_number_of_changes_of_others(
 
 
 @pytest.mark.parametrize(("text", "heard"), CHANGES)
-def test_a_notice_says_what_was_changed(namespace: str, notices: Notices, text: str, heard: Heard) -> None:
+def test_a_notice_says_what_was_changed(namespace: str, notices: RulesetMonitor, text: str, heard: Seen) -> None:
     assert not waiting(notices)
     namespaces.load(namespace, text)
     assert notices.read() == heard
@@ -131,20 +131,20 @@ def test_a_notice_says_what_was_changed(namespace: str, notices: Notices, text: 
     assert not waiting(notices)
 
 
-def test_everything_that_is_flushed_is_heard_of(namespace: str, notices: Notices) -> None:
+def test_everything_that_is_flushed_is_heard_of(namespace: str, notices: RulesetMonitor) -> None:
     namespaces.load(namespace, "flush ruleset")
     heard = notices.read()
     assert heard.ours
     assert heard.gone
 
 
-def test_our_own_transactions_are_not_heard_of(own: NfNetlink, notices: Notices) -> None:
+def test_our_own_transactions_are_not_heard_of(own: NfNetlink, notices: RulesetMonitor) -> None:
     own.commit([(0, attribute(1, string(TABLE))), (3, attribute(1, string(TABLE)) + attribute(3, string("more")))])
     assert waiting(notices)
     assert notices.read() == NOTHING
 
 
-def test_those_of_another_socket_of_this_process_are(namespace: str, notices: Notices) -> None:
+def test_those_of_another_socket_of_this_process_are(namespace: str, notices: RulesetMonitor) -> None:
     with namespaces.inside(namespace):
         other = NfNetlink()
     other.commit([(3, attribute(1, string(TABLE)) + attribute(3, string("more")))])
@@ -152,14 +152,14 @@ def test_those_of_another_socket_of_this_process_are(namespace: str, notices: No
     assert notices.read() == OURS
 
 
-def test_a_dry_run_is_not_heard_of(own: NfNetlink, notices: Notices) -> None:
+def test_a_dry_run_is_not_heard_of(own: NfNetlink, notices: RulesetMonitor) -> None:
     own.commit([(0, attribute(1, string("probe")))], dry_run=True)
     own.barrier()
     assert not waiting(notices)
 
 
 @pytest.mark.parametrize("last", ["add element ip theirs numbers { 9 }", f"delete table inet {TABLE}"])
-def test_what_is_lost_may_be_anything(namespace: str, notices: Notices, last: str) -> None:
+def test_what_is_lost_may_be_anything(namespace: str, notices: RulesetMonitor, last: str) -> None:
     """The kernel keeps some hundred kilobytes for a socket that is not read."""
     for _ in range(6):
         text = "\n".join(f"add element ip theirs numbers {{ {number} }}" for number in range(20_000, 22_000))
@@ -172,7 +172,7 @@ def test_what_is_lost_may_be_anything(namespace: str, notices: Notices, last: st
 
 
 def test_only_the_kernel_is_believed(
-    namespace: str, notices: Notices, own: NfNetlink, monkeypatch: pytest.MonkeyPatch
+    namespace: str, notices: RulesetMonitor, own: NfNetlink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = own._message(10 << 8 | 2, 0, b"\1\0\0\0" + attribute(1, string(TABLE)))
     with namespaces.inside(namespace), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as forger:
@@ -181,6 +181,6 @@ def test_only_the_kernel_is_believed(
 
 
 def test_a_message_that_does_not_begin_with_a_table_may_be_anything() -> None:
-    listening: Callable[[int, bytes], Heard] = Notices(())._message
+    listening: Callable[[int, bytes], Seen] = RulesetMonitor(())._message
     assert listening(12, b"\1\0\0\0" + attribute(2, b"x\0")) == LOST
     assert listening(12, b"\1\0\0\0") == LOST

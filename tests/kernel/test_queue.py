@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from kernel.conftest import lab_name
-from portward.dataplane.queues import states
+from portward.dataplane.queue_statistics import states
 from portward.lab import namespaces
 from portward.worker.messages import ACCEPT, Refused, Verdicts, read
 from portward.worker.nfqueue import SLOT, Queue

@@ -40,8 +40,8 @@ from portward.daemon.ticks import readable, until_tick
 from portward.daemon.vigil import Vigil
 from portward.daemon.workers import Worker
 from portward.dataplane.links import Links
+from portward.dataplane.monitor import Deaf
 from portward.dataplane.namespacelock import NamespaceLock
-from portward.dataplane.notices import Deaf
 from portward.dataplane.reconciler import hearing
 from portward.errors import PortwardError
 from portward.metrics.server import MetricsServer

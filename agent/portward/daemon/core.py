@@ -26,9 +26,9 @@ from portward.dataplane.accounting import Due
 from portward.dataplane.around import Lookout
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.links import Links
+from portward.dataplane.monitor import Seen
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.notices import Heard
 from portward.dataplane.others import Others
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.reconciler import RulesetReconciler, hearing, loaded
@@ -213,7 +213,7 @@ class Core:
         `Nft.compiles`, counts as another program's, and leads to a look."""
         return (self._netlink.port,)
 
-    def at_rest(self, heard: Heard | None = None) -> bool:
+    def at_rest(self, heard: Seen | None = None) -> bool:
         """Whether `check` has nothing to do, by what was `heard` since the last time. It is asked on the thread
         that waits, so that the kernel thread is woken for a reason only. Without `heard` it is
         asked on the kernel thread."""

@@ -16,7 +16,7 @@ from portward.daemon.core import Core
 from portward.daemon.runtime import STATUS_FORMAT
 from portward.daemon.workers import Worker
 from portward.dataplane.accounting import NAMES
-from portward.dataplane.queues import states
+from portward.dataplane.queue_statistics import states
 from portward.ipc.counters import PacketOutcome, WorkerEvent
 from portward.metrics.server import MetricsServer
 from portward.metrics.snapshot import Labels, Snapshot

@@ -15,9 +15,9 @@ from typing import Final
 
 from portward.base.resources import rules
 from portward.dataplane import xtables
+from portward.dataplane.monitor import Deaf, RulesetMonitor, Seen
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.notices import Deaf, Heard, Notices
 from portward.dataplane.others import WRITING
 from portward.dataplane.ruleset import COUNTING_SETS, FIXED_SETS, TABLE, Wanted, head
 from portward.dataplane.verdict_cache import VerdictCache
@@ -41,19 +41,19 @@ _log = logging.getLogger("portward.ruleset")
 
 def hearing(
     own: Callable[[], Collection[int]], *, receive_bytes: int = _NOTICE_BYTES, deaf: Deaf = Deaf.TO_OTHERS
-) -> Notices:
+) -> RulesetMonitor:
     """Hears of what others change in our tables, or change in theirs that may turn packets into others, in the
     network namespace of the calling thread. Raises OSError."""
-    return Notices((TABLE, CLOSED), own, writing=WRITING, receive_bytes=receive_bytes, deaf=deaf)
+    return RulesetMonitor((TABLE, CLOSED), own, writing=WRITING, receive_bytes=receive_bytes, deaf=deaf)
 
 
 class RulesetReconciler:
     """Owner of the table `inet portward`."""
 
     def __init__(
-        self, nft: Nft, netlink: NfNetlink, learned: VerdictCache, notices: Callable[[], Heard] | None = None
+        self, nft: Nft, netlink: NfNetlink, learned: VerdictCache, notices: Callable[[], Seen] | None = None
     ) -> None:
-        """`notices` gives what others have changed since the last call (`Notices.read`). Without it each
+        """`notices` gives what others have changed since the last call (`RulesetMonitor.read`). Without it each
         transaction of others, whatever it is about, is a reason to look."""
         self._nft, self._netlink, self._learned = nft, netlink, learned
         self._notices, self._touched = notices, False
@@ -156,7 +156,7 @@ class RulesetReconciler:
             self._settle()
         return True
 
-    def at_rest(self, netlink: NfNetlink, heard: Heard | None = None) -> bool:
+    def at_rest(self, netlink: NfNetlink, heard: Seen | None = None) -> bool:
         """Whether `intact` would find nothing to look at, by what the caller has `heard` since the last time. It
         may be asked on another thread, with a socket of that thread's own: without notices it takes one message,
         and a transaction of ours at work counts as one of somebody else's. Without `heard` the
@@ -181,7 +181,7 @@ class RulesetReconciler:
         return self._learned.epoch() == mark.epoch_of(generation)
 
     @property
-    def _hears(self) -> Callable[[], Heard] | None:
+    def _hears(self) -> Callable[[], Seen] | None:
         """What hears of others. None if it does not know them from us: what libnftables loads by itself comes from
         a socket of its own."""
         return self._notices if self._nft.compiles else None

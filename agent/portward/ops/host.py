@@ -22,7 +22,7 @@ from portward.dataplane.elements import KernelElements
 from portward.dataplane.links import Device, index_of
 from portward.dataplane.namespacelock import NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.queues import states
+from portward.dataplane.queue_statistics import states
 from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.ruleset import RATED_SETS, RATES, TABLE, Rated
 from portward.dataplane.stacking import Fate

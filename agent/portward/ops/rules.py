@@ -21,7 +21,7 @@ from portward.dataplane.around import found
 from portward.dataplane.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.queues import states
+from portward.dataplane.queue_statistics import states
 from portward.dataplane.ruleset import uncovered
 from portward.errors import InputError, KernelError, PortwardError
 from portward.model import Mode

@@ -33,8 +33,8 @@ from portward.daemon.runtime import running as process_of
 from portward.daemon.workers import Worker
 from portward.dataplane import namespacelock
 from portward.dataplane.links import Links
+from portward.dataplane.monitor import Seen
 from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock, NamespaceTakenError
-from portward.dataplane.notices import Heard
 from portward.dataplane.ruleset import TABLE
 from portward.errors import KernelError, PortwardError
 from portward.ipc.counters import WorkerEvent
@@ -95,12 +95,12 @@ class Notices:
         """What is watched."""
         return self._theirs
 
-    def read(self) -> Heard:
+    def read(self) -> Seen:
         """Reads all."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._theirs, 4096)
-            return Heard(ours=True, others=True)
-        return Heard()
+            return Seen(ours=True, others=True)
+        return Seen()
 
     def wake(self) -> None:
         """Says that rules were changed."""

@@ -16,7 +16,7 @@ from portward.cli import rules as verb
 from portward.cli.program import app
 from portward.config.keys import Config, OnAgentDown
 from portward.dataplane import namespacelock, reconciler
-from portward.dataplane.queues import QueueState
+from portward.dataplane.queue_statistics import QueueStatistics
 from portward.dataplane.setdump import SetElement
 from portward.errors import KernelError, PortwardError
 from portward.model import Mode
@@ -104,7 +104,7 @@ def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypat
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
     monkeypatch.setattr(reconciler, "loaded", lambda _: True)
     monkeypatch.setattr(reconciler, "closed", lambda _: False)
-    monkeypatch.setattr(rules, "states", lambda: [QueueState(0, 0, 0, 0)])
+    monkeypatch.setattr(rules, "states", lambda: [QueueStatistics(0, 0, 0, 0)])
     two = replace(CONFIG, queue=replace(CONFIG.queue, workers=2))
     assert rules.without_agent(two) == (
         "1 of 2 workers that it left have their queue still, and go by the policy table as it was left; what "

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 _FILES: Final = (Path("/proc/self/net/netfilter/nfnetlink_queue"), Path("/run/portward-queues"))
 
 
-class QueueState(NamedTuple):
+class QueueStatistics(NamedTuple):
     """One queue: packets that wait, and packets dropped since queue or socket were full."""
 
     number: int
@@ -23,12 +23,12 @@ class QueueState(NamedTuple):
     dropped_socket: int
 
 
-def states() -> list[QueueState]:
+def states() -> list[QueueStatistics]:
     """The queues of this network namespace that have a listener; none where the file cannot be read."""
     for file in _FILES:
         try:
             rows = [[int(column) for column in line.split()] for line in file.read_text("utf-8").splitlines()]
         except OSError:
             continue
-        return [QueueState(row[0], row[2], row[5], row[6]) for row in rows]
+        return [QueueStatistics(row[0], row[2], row[5], row[6]) for row in rows]
     return []

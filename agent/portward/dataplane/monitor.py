@@ -14,7 +14,7 @@ from enum import Enum, auto
 from typing import Final, NamedTuple
 
 from portward.base.netlink import HEADER, NETLINK_NETFILTER, attributes_of, messages_of, string
-from portward.dataplane import noticefilter
+from portward.dataplane import monitor_filter
 
 _NFNLGRP_NFTABLES: Final = 7  # linux/netfilter/nfnetlink.h
 _LARGEST: Final = 65_536
@@ -38,7 +38,7 @@ class Deaf(Enum):
     TO_OTHERS = auto()
 
 
-class Heard(NamedTuple):
+class Seen(NamedTuple):
     """What was changed by others since the last time. `ours`: something of the tables that were asked for.
     `gained`: a chain at a hook, or a rule that writes into packets. `gone`: a table, chain or rule was deleted,
     perhaps one of these. `others`: anything at all. `lost`: the kernel has dropped notices, so all of it may
@@ -50,15 +50,15 @@ class Heard(NamedTuple):
     others: bool = False
     lost: bool = False
 
-    def __or__(self, more: tuple[bool, ...]) -> Heard:
-        return Heard(*(one or other for one, other in zip(self, more, strict=True)))
+    def __or__(self, more: tuple[bool, ...]) -> Seen:
+        return Seen(*(one or other for one, other in zip(self, more, strict=True)))
 
 
-NOTHING: Final = Heard()
-LOST: Final = Heard(True, True, True, True, True)
+NOTHING: Final = Seen()
+LOST: Final = Seen(True, True, True, True, True)
 
 
-class Notices:
+class RulesetMonitor:
     """Hears of the changes of rulesets in the network namespace of the thread that makes it. `read` may be
     called on one thread."""
 
@@ -85,14 +85,14 @@ class Notices:
         if deaf is not Deaf.TO_NOTHING:
             # Without it the agent only wakes more often.
             with contextlib.suppress(OSError):
-                noticefilter.attach(self._socket, everything=deaf is Deaf.TO_OTHERS)
+                monitor_filter.attach(self._socket, everything=deaf is Deaf.TO_OTHERS)
         self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
 
     def fileno(self) -> int:
         """A descriptor that can be read after a change."""
         return self._socket.fileno()
 
-    def read(self) -> Heard:
+    def read(self) -> Seen:
         """What the notices say that have come since the last time."""
         heard, own = NOTHING, self._own()
         while True:
@@ -108,7 +108,7 @@ class Notices:
             if sender[0] == 0 and heard is not LOST:  # only the kernel is believed
                 heard |= self._datagram(data, own)
 
-    def _datagram(self, data: bytes, own: Collection[int]) -> Heard:
+    def _datagram(self, data: bytes, own: Collection[int]) -> Seen:
         heard, start = NOTHING, 0
         for kind, _, _, body in messages_of(data):
             # Not in what `messages_of` gives: whose transaction it was.
@@ -118,17 +118,17 @@ class Notices:
                 heard |= self._message(kind & 0xFF, body)
         return heard
 
-    def _message(self, kind: int, body: bytes) -> Heard:
+    def _message(self, kind: int, body: bytes) -> Seen:
         """What one message about a table, or about something in it, says."""
         first, table = next(attributes_of(body, _NFGEN_SIZE), (0, b""))
         if first != 1:  # each begins with the table's name
             return LOST
         if body[0] == _INET and table in self._tables:
-            return Heard(ours=True, others=True)
+            return Seen(ours=True, others=True)
         gained = (kind == _NEW_CHAIN and _CHAIN_HOOK in dict(attributes_of(body, _NFGEN_SIZE))) or (
             kind == _NEW_RULE and any(part in body for part in self._writing)
         )
-        return Heard(gained=gained, gone=kind in (_DELETE_TABLE, _DELETE_CHAIN, _DELETE_RULE), others=True)
+        return Seen(gained=gained, gone=kind in (_DELETE_TABLE, _DELETE_CHAIN, _DELETE_RULE), others=True)
 
     def close(self) -> None:
         """Stops listening."""
