@@ -10,7 +10,7 @@ import pytest
 
 from kernel.conftest import lab_name
 from portward.base.netlink import attribute, string
-from portward.dataplane.monitor import LOST, NOTHING, Deaf, RulesetMonitor, Seen
+from portward.dataplane.monitor import LOST, NOTHING, Deaf, RulesetChanges, RulesetMonitor
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.reconciler import CLOSED, hearing
 from portward.dataplane.ruleset import TABLE
@@ -25,8 +25,12 @@ table ip theirs {
   }
 }
 """
-OTHERS, GAINED, GONE = Seen(others=True), Seen(gained=True, others=True), Seen(gone=True, others=True)
-OURS = Seen(ours=True, others=True)
+OTHERS, GAINED, GONE = (
+    RulesetChanges(others=True),
+    RulesetChanges(gained=True, others=True),
+    RulesetChanges(gone=True, others=True),
+)
+OURS = RulesetChanges(ours=True, others=True)
 
 
 @pytest.fixture
@@ -91,7 +95,7 @@ CHANGES = [
 @pytest.mark.parametrize(("text", "heard"), CHANGES)
 @pytest.mark.parametrize("deaf", [Deaf.TO_ELEMENTS, Deaf.TO_OTHERS])
 def test_what_others_do_among_themselves_is_not_even_queued(
-    namespace: str, own: NfNetlink, deaf: Deaf, text: str, heard: Seen
+    namespace: str, own: NfNetlink, deaf: Deaf, text: str, heard: RulesetChanges
 ) -> None:
     """What matters is, wherever it stands in a transaction."""
     with namespaces.inside(namespace):
@@ -123,7 +127,9 @@ def test_ours_is_heard_of_behind_any_number_of_changes_of_others(
 
 
 @pytest.mark.parametrize(("text", "heard"), CHANGES)
-def test_a_notice_says_what_was_changed(namespace: str, notices: RulesetMonitor, text: str, heard: Seen) -> None:
+def test_a_notice_says_what_was_changed(
+    namespace: str, notices: RulesetMonitor, text: str, heard: RulesetChanges
+) -> None:
     assert not waiting(notices)
     namespaces.load(namespace, text)
     assert notices.read() == heard
@@ -181,6 +187,6 @@ def test_only_the_kernel_is_believed(
 
 
 def test_a_message_that_does_not_begin_with_a_table_may_be_anything() -> None:
-    listening: Callable[[int, bytes], Seen] = RulesetMonitor(())._message
+    listening: Callable[[int, bytes], RulesetChanges] = RulesetMonitor(())._message
     assert listening(12, b"\1\0\0\0" + attribute(2, b"x\0")) == LOST
     assert listening(12, b"\1\0\0\0") == LOST

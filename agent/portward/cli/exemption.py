@@ -24,7 +24,7 @@ from portward.config import keys as configuration
 from portward.config.keys import Config
 from portward.errors import InputError, printable
 from portward.exemptions import lifecycle
-from portward.exemptions.lifecycle import Application, Finding, State
+from portward.exemptions.lifecycle import Application, FraudResult, State
 from portward.exemptions.service import Casework, Done, Row
 from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck, RateLimit
 from portward.ops.behind import Behind, behind_held
@@ -141,7 +141,7 @@ def grant(
     if fraud_check is not None:
         if not fraud_check.strip():
             raise InputError("says nothing: how was it checked, and by whom?", field="--fraud-check")
-        check = Finding(FraudCheck.PASS, printable(fraud_check))
+        check = FraudResult(FraudCheck.PASS, printable(fraud_check))
     with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
         done = desk.grant(id_of(id_, desk.store), check=check, until=instant(until, "--until"), limit=limit)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)

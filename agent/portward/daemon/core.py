@@ -26,7 +26,7 @@ from portward.dataplane.accounting import Due
 from portward.dataplane.around import Lookout
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.links import Links
-from portward.dataplane.monitor import Seen
+from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import Others
@@ -213,7 +213,7 @@ class Core:
         `Nft.compiles`, counts as another program's, and leads to a look."""
         return (self._netlink.port,)
 
-    def at_rest(self, heard: Seen | None = None) -> bool:
+    def at_rest(self, heard: RulesetChanges | None = None) -> bool:
         """Whether `check` has nothing to do, by what was `heard` since the last time. It is asked on the thread
         that waits, so that the kernel thread is woken for a reason only. Without `heard` it is
         asked on the kernel thread."""

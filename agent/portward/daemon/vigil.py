@@ -16,7 +16,7 @@ from portward.base.clock import monotonic
 from portward.daemon.core import Core
 from portward.daemon.faults import Faults, Step
 from portward.daemon.ticks import readable, until_tick
-from portward.dataplane.monitor import LOST, NOTHING, Seen
+from portward.dataplane.monitor import LOST, NOTHING, RulesetChanges
 
 _CHECK_SECONDS: Final = 0.5
 # Between two looks, in seconds: somebody who writes our rules all the time must not keep the core from
@@ -39,7 +39,7 @@ class Listening(Protocol):
     def fileno(self) -> int:
         """A descriptor that can be read after a change."""
 
-    def read(self) -> Seen:
+    def read(self) -> RulesetChanges:
         """What has changed since the last time."""
 
 

@@ -38,7 +38,7 @@ class Deaf(Enum):
     TO_OTHERS = auto()
 
 
-class Seen(NamedTuple):
+class RulesetChanges(NamedTuple):
     """What was changed by others since the last time. `ours`: something of the tables that were asked for.
     `gained`: a chain at a hook, or a rule that writes into packets. `gone`: a table, chain or rule was deleted,
     perhaps one of these. `others`: anything at all. `lost`: the kernel has dropped notices, so all of it may
@@ -50,12 +50,12 @@ class Seen(NamedTuple):
     others: bool = False
     lost: bool = False
 
-    def __or__(self, more: tuple[bool, ...]) -> Seen:
-        return Seen(*(one or other for one, other in zip(self, more, strict=True)))
+    def __or__(self, more: tuple[bool, ...]) -> RulesetChanges:
+        return RulesetChanges(*(one or other for one, other in zip(self, more, strict=True)))
 
 
-NOTHING: Final = Seen()
-LOST: Final = Seen(True, True, True, True, True)
+NOTHING: Final = RulesetChanges()
+LOST: Final = RulesetChanges(True, True, True, True, True)
 
 
 class RulesetMonitor:
@@ -92,7 +92,7 @@ class RulesetMonitor:
         """A descriptor that can be read after a change."""
         return self._socket.fileno()
 
-    def read(self) -> Seen:
+    def read(self) -> RulesetChanges:
         """What the notices say that have come since the last time."""
         heard, own = NOTHING, self._own()
         while True:
@@ -108,7 +108,7 @@ class RulesetMonitor:
             if sender[0] == 0 and heard is not LOST:  # only the kernel is believed
                 heard |= self._datagram(data, own)
 
-    def _datagram(self, data: bytes, own: Collection[int]) -> Seen:
+    def _datagram(self, data: bytes, own: Collection[int]) -> RulesetChanges:
         heard, start = NOTHING, 0
         for kind, _, _, body in messages_of(data):
             # Not in what `messages_of` gives: whose transaction it was.
@@ -118,17 +118,19 @@ class RulesetMonitor:
                 heard |= self._message(kind & 0xFF, body)
         return heard
 
-    def _message(self, kind: int, body: bytes) -> Seen:
+    def _message(self, kind: int, body: bytes) -> RulesetChanges:
         """What one message about a table, or about something in it, says."""
         first, table = next(attributes_of(body, _NFGEN_SIZE), (0, b""))
         if first != 1:  # each begins with the table's name
             return LOST
         if body[0] == _INET and table in self._tables:
-            return Seen(ours=True, others=True)
+            return RulesetChanges(ours=True, others=True)
         gained = (kind == _NEW_CHAIN and _CHAIN_HOOK in dict(attributes_of(body, _NFGEN_SIZE))) or (
             kind == _NEW_RULE and any(part in body for part in self._writing)
         )
-        return Seen(gained=gained, gone=kind in (_DELETE_TABLE, _DELETE_CHAIN, _DELETE_RULE), others=True)
+        return RulesetChanges(
+            gained=gained, gone=kind in (_DELETE_TABLE, _DELETE_CHAIN, _DELETE_RULE), others=True
+        )
 
     def close(self) -> None:
         """Stops listening."""

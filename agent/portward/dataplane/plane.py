@@ -25,7 +25,7 @@ from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.lessons import Lessons
 from portward.dataplane.links import Links, only_ports
-from portward.dataplane.monitor import Seen
+from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import Watch
@@ -69,7 +69,7 @@ class Dataplane:
         selfcheck: SelfCheck,
         under_way: UnderWay,
         deletions: Deletions,
-        notices: Callable[[], Seen] | None = None,
+        notices: Callable[[], RulesetChanges] | None = None,
     ) -> None:
         """`config` and `preset` are those in force. `native`: the kernel has nft_queue. `reader` belongs to the
         kernel thread alone. `deletions` takes what deleted elements had counted; `notices` as for

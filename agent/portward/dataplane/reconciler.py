@@ -15,7 +15,7 @@ from typing import Final
 
 from portward.base.resources import rules
 from portward.dataplane import xtables
-from portward.dataplane.monitor import Deaf, RulesetMonitor, Seen
+from portward.dataplane.monitor import Deaf, RulesetChanges, RulesetMonitor
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import WRITING
@@ -51,7 +51,11 @@ class RulesetReconciler:
     """Owner of the table `inet portward`."""
 
     def __init__(
-        self, nft: Nft, netlink: NfNetlink, learned: VerdictCache, notices: Callable[[], Seen] | None = None
+        self,
+        nft: Nft,
+        netlink: NfNetlink,
+        learned: VerdictCache,
+        notices: Callable[[], RulesetChanges] | None = None,
     ) -> None:
         """`notices` gives what others have changed since the last call (`RulesetMonitor.read`). Without it each
         transaction of others, whatever it is about, is a reason to look."""
@@ -156,7 +160,7 @@ class RulesetReconciler:
             self._settle()
         return True
 
-    def at_rest(self, netlink: NfNetlink, heard: Seen | None = None) -> bool:
+    def at_rest(self, netlink: NfNetlink, heard: RulesetChanges | None = None) -> bool:
         """Whether `intact` would find nothing to look at, by what the caller has `heard` since the last time. It
         may be asked on another thread, with a socket of that thread's own: without notices it takes one message,
         and a transaction of ours at work counts as one of somebody else's. Without `heard` the
@@ -181,7 +185,7 @@ class RulesetReconciler:
         return self._learned.epoch() == mark.epoch_of(generation)
 
     @property
-    def _hears(self) -> Callable[[], Seen] | None:
+    def _hears(self) -> Callable[[], RulesetChanges] | None:
         """What hears of others. None if it does not know them from us: what libnftables loads by itself comes from
         a socket of its own."""
         return self._notices if self._nft.compiles else None

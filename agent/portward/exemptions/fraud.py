@@ -22,7 +22,7 @@ import msgspec
 
 from portward.config.documents import enc_hook
 from portward.errors import printable
-from portward.exemptions.lifecycle import Application, Case, Finding
+from portward.exemptions.lifecycle import Application, Case, FraudResult
 from portward.model import FraudCheck
 
 # What an answer may have, in bytes; a longer one is none.
@@ -35,7 +35,7 @@ class _Answer(msgspec.Struct, frozen=True):
     note: str = ""
 
 
-def check(command: tuple[str, ...], seconds: float, case: Case, asked: Application, by: str) -> Finding:
+def check(command: tuple[str, ...], seconds: float, case: Case, asked: Application, by: str) -> FraudResult:
     """What the command finds about a request, within so many seconds; never raises."""
     try:
         code, out = _run(command, seconds, _request(case, asked, by))
@@ -53,7 +53,7 @@ def check(command: tuple[str, ...], seconds: float, case: Case, asked: Applicati
         answer = msgspec.json.decode(out, type=_Answer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return _refer(f"its answer is not understood: {error}")
-    return Finding(answer.result, printable(answer.note)[:_LONGEST_NOTE])
+    return FraudResult(answer.result, printable(answer.note)[:_LONGEST_NOTE])
 
 
 def _request(case: Case, asked: Application, by: str) -> bytes:
@@ -115,5 +115,5 @@ def _output(process: subprocess.Popen[bytes], deadline: float) -> bytes:
     return out
 
 
-def _refer(why: str) -> Finding:
-    return Finding(FraudCheck.REFER, f"the anti-fraud check decided nothing: {printable(why)[:_LONGEST_NOTE]}")
+def _refer(why: str) -> FraudResult:
+    return FraudResult(FraudCheck.REFER, f"the anti-fraud check decided nothing: {printable(why)[:_LONGEST_NOTE]}")

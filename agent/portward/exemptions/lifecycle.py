@@ -82,7 +82,7 @@ class Application(NamedTuple):
     until: datetime | None = None
 
 
-class Finding(NamedTuple):
+class FraudResult(NamedTuple):
     """What an anti-fraud check found, and in which words."""
 
     result: FraudCheck
@@ -185,7 +185,7 @@ def check_application(case: Case, asked: Application) -> ExemptionPath:
     return path
 
 
-def request(case: Case, asked: Application, *, by: str, check: Finding | None = None) -> Exemption:
+def request(case: Case, asked: Application, *, by: str, check: FraudResult | None = None) -> Exemption:
     """Asks for an exemption: decided at once, or pending. `check` is what an anti-fraud check found, for a request
     that a person is to review."""
     path = check_application(case, asked)
@@ -212,7 +212,7 @@ def grant(
     case: Case,
     *,
     by: str,
-    check: Finding | None = None,
+    check: FraudResult | None = None,
     until: datetime | None = None,
     limit: RateLimit | None = None,
 ) -> Exemption:
@@ -220,7 +220,7 @@ def grant(
     which the one who decides states. `until` takes the place of the end that was asked for."""
     record = _expect(case, Action.GRANT)
     path_of(case)
-    found = check or (None if record.fraud_check is None else Finding(record.fraud_check, record.fraud_note))
+    found = check or (None if record.fraud_check is None else FraudResult(record.fraud_check, record.fraud_note))
     if found is None or found.result is not FraudCheck.PASS:
         was = "none is on record" if found is None else f"on record is {found.result.value!r}"
         raise _refused(

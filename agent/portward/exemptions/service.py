@@ -16,7 +16,7 @@ from portward.config.documents import network_text
 from portward.config.keys import Config
 from portward.errors import InputError, PortwardError
 from portward.exemptions import fraud, lifecycle
-from portward.exemptions.lifecycle import Application, Case, Finding, RefusedError, State
+from portward.exemptions.lifecycle import Application, Case, FraudResult, RefusedError, State
 from portward.inventory.records import mistakes
 from portward.model import Address, Attachment, Exemption, RateLimit, Reason, Subscription
 from portward.policy.decide import decide
@@ -77,7 +77,9 @@ class Casework:
         finding = self._check(id_, asked)
         return self._change(id_, lambda case: lifecycle.request(case, asked, by=self._actor, check=finding))
 
-    def grant(self, id_: UUID, *, check: Finding | None, until: datetime | None, limit: RateLimit | None) -> Done:
+    def grant(
+        self, id_: UUID, *, check: FraudResult | None, until: datetime | None, limit: RateLimit | None
+    ) -> Done:
         """Says yes to a request; raises NotFoundError and RefusedError."""
         return self._change(
             id_,
@@ -169,7 +171,7 @@ class Casework:
             self.row(id_, self._clock())  # says what there is
         return changes
 
-    def _check(self, id_: UUID, asked: Application) -> Finding | None:
+    def _check(self, id_: UUID, asked: Application) -> FraudResult | None:
         """What the provider's anti-fraud check finds, for a request that a person is to review. It runs before
         anything is written, and takes as long as it takes."""
         reading = Reading(self.store, self._clock, trust_clock=self._trust_clock)

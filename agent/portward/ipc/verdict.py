@@ -9,10 +9,10 @@ from __future__ import annotations
 from portward.ipc import mark
 from portward.ipc.counters import PacketOutcome
 from portward.model import Reason
-from portward.table.reader import Finding
+from portward.table.reader import LookupResult
 
 
-def classify(finding: Finding) -> tuple[mark.Class, PacketOutcome]:
+def classify(finding: LookupResult) -> tuple[mark.Class, PacketOutcome]:
     """What the kernel is told for a finding, and how it is counted. What is DEFERRED is dropped, and not cached:
     the daemon has to write the limit first."""
     if finding.reason.allows:

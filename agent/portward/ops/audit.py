@@ -17,7 +17,7 @@ from portward.base.words import counted
 from portward.config.documents import nearest
 from portward.errors import InputError, printable
 from portward.inventory.difference import described_change
-from portward.store.chain import Check, Finding
+from portward.store.chain import Check, IntegrityIssue
 from portward.store.protocol import CONFIRMED, KINDS, Cell, Entry, Row, Store, named
 
 # A revision with more changes is told by their counts.
@@ -186,7 +186,7 @@ def _entry(each: Shown) -> dict[str, Any]:
     }
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
+def _finding(finding: IntegrityIssue) -> dict[str, Any]:
     return {
         "kind": finding.kind,
         "revision": finding.revision,

@@ -98,7 +98,7 @@ class Kind(StrEnum):
     EXPECTED = "expected-missing"
 
 
-class Finding(NamedTuple):
+class IntegrityIssue(NamedTuple):
     """Something that is not as the log says, or as it was noted down. `revision` is the one that it is about, the
     first of several; `keys` are those that it is about, the first few."""
 
@@ -129,14 +129,14 @@ class Check:
         # What the log left each key with: the number of the revision, and a digest of the text.
         self._left: dict[str, tuple[int, bytes]] = {}
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> Iterator[IntegrityIssue]:
         """Everything that does not fit, in the order of the log, and then of the records. Has to be asked while
         the store is held at one state (`Store.reading`). Keeps some 250 bytes for each record."""
         yield from self._begin()
         for entry in self._store.log():
             if entry.number < 1:
                 text = f"{_called(entry)} cannot be: the first revision is 1"
-                yield Finding(Kind.CHANGED, entry.number, self._first_keys(entry.number), text)
+                yield IntegrityIssue(Kind.CHANGED, entry.number, self._first_keys(entry.number), text)
                 continue
             yield from self._gap(entry)
             yield from self._entry(entry)
@@ -146,10 +146,10 @@ class Check:
         yield from self._expected()
         yield from self._records()
 
-    def _begin(self) -> Iterator[Finding]:
+    def _begin(self) -> Iterator[IntegrityIssue]:
         origin = self.origin = self._store.origin()
         if origin is None:
-            yield Finding(
+            yield IntegrityIssue(
                 Kind.UNSEALED, None, (),
                 "the log has no hashes: the store was made by an older portward, and the next change seals it",
             )  # fmt: skip
@@ -157,7 +157,7 @@ class Check:
         if origin.hash != origin_hash(self._store.identity(), origin.at, origin.sealed):
             self._fitted = False
             text = "the log's origin does not fit its hash: it was changed, or the store's identity"
-            yield Finding(Kind.ORIGIN, None, (), text)
+            yield IntegrityIssue(Kind.ORIGIN, None, (), text)
         self._at(0, origin.hash)
 
     def _at(self, number: int, found: bytes | None) -> None:
@@ -168,16 +168,16 @@ class Check:
         elif self.newer is not None:
             self.newer += 1
 
-    def _gap(self, entry: Entry) -> Iterator[Finding]:
+    def _gap(self, entry: Entry) -> Iterator[IntegrityIssue]:
         first, last = 1 if self._last is None else self._last.number + 1, entry.number - 1
         if first > last:
             return
         missing = f"revision {first} is missing" if first == last else f"revisions {first} to {last} are missing"
         where = f"the log begins with {entry.number}" if self._last is None else f"{entry.number} comes next"
-        yield Finding(Kind.MISSING, first, (), f"{missing}: {where}")
+        yield IntegrityIssue(Kind.MISSING, first, (), f"{missing}: {where}")
         self._fitted = False  # nothing to compare with
 
-    def _entry(self, entry: Entry) -> Iterator[Finding]:
+    def _entry(self, entry: Entry) -> Iterator[IntegrityIssue]:
         before, fitted = self.head, self._fitted
         fits, keys = self._walk(entry)
         self._at(entry.number, entry.hash)
@@ -185,7 +185,7 @@ class Check:
             return
         self._fitted = fits
         if not fits:
-            yield Finding(
+            yield IntegrityIssue(
                 Kind.CHANGED, entry.number, keys,
                 f"{_called(entry)} does not fit its hash: it was changed after it was written; it holds now "
                 f"{_counted(entry.changes, keys)}",
@@ -193,14 +193,16 @@ class Check:
         elif fitted and before is not None and entry.previous != before.hash:
             yield self._replaced(entry)
 
-    def _replaced(self, entry: Entry) -> Finding:
+    def _replaced(self, entry: Entry) -> IntegrityIssue:
         """`entry` fits its own hash, and so does what comes before it; but it carries another hash of that."""
         told = f"{_called(entry)} carries another hash of it"
         last = self._last
         if last is None:
-            return Finding(Kind.ORIGIN, None, (), f"the log's origin was changed, and its hash with it: {told}")
+            return IntegrityIssue(
+                Kind.ORIGIN, None, (), f"the log's origin was changed, and its hash with it: {told}"
+            )
         keys = self._first_keys(last.number)
-        return Finding(
+        return IntegrityIssue(
             Kind.CHANGED, last.number, keys,
             f"{_called(last)} was changed, and its hash with it: {told}; it holds now "
             f"{_counted(last.changes, keys)}",
@@ -230,16 +232,16 @@ class Check:
     def _first_keys(self, number: int) -> tuple[str, ...]:
         return tuple(told_key(str(key)) for key, _, _ in islice(self._store.rows(number), _NAMED))
 
-    def _strays(self) -> Iterator[Finding]:
+    def _strays(self) -> Iterator[IntegrityIssue]:
         for number in self._store.strays():
             keys = self._first_keys(number) if isinstance(number, int) else ()
             told = f", among them {', '.join(keys)}" if keys else ""
-            yield Finding(
+            yield IntegrityIssue(
                 Kind.STRAY, number if isinstance(number, int) else None, keys,
                 f"changes stand under revision {number}, which has no entry{told}",
             )  # fmt: skip
 
-    def _expected(self) -> Iterator[Finding]:
+    def _expected(self) -> Iterator[IntegrityIssue]:
         if self._expect is None or self.newer is not None:
             return
         number = self._expect.number
@@ -249,9 +251,9 @@ class Check:
         else:
             told = "the log holds another entry, or none, in its place: it was written anew"
         text = f"revision {number} with the hash that is expected is not there: {told}"
-        yield Finding(Kind.EXPECTED, number, (), text)
+        yield IntegrityIssue(Kind.EXPECTED, number, (), text)
 
-    def _records(self) -> Iterator[Finding]:
+    def _records(self) -> Iterator[IntegrityIssue]:
         left = self._left
         for key, body in self._store.read_all()[1]:
             number, digest = left.pop(key, (None, b""))
@@ -263,10 +265,10 @@ class Check:
             yield _record(key, number, f"is not there, and revision {number} left one")
 
 
-def _record(key: str, number: int | None, told: str) -> Finding:
+def _record(key: str, number: int | None, told: str) -> IntegrityIssue:
     name = told_key(key)
     text = f"{name}: the record {told}: it was changed past the log, or newer entries of the log were cut off"
-    return Finding(Kind.RECORD, number, (name,), text)
+    return IntegrityIssue(Kind.RECORD, number, (name,), text)
 
 
 def _called(entry: Entry) -> str:

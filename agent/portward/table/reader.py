@@ -24,7 +24,7 @@ from portward.table.rows import Rows, find
 _MASKS = {4: layout.masks(4), 16: layout.masks(16)}
 
 
-class Finding(NamedTuple):
+class LookupResult(NamedTuple):
     """What the table says of a source, and the generation under which it says so.
 
     `observed` where gateway, segment or subscription are only observed; `reject` where a refusal is answered
@@ -40,7 +40,7 @@ class Finding(NamedTuple):
     damaged: bool = False
 
 
-class Holding(NamedTuple):
+class EntryLookup(NamedTuple):
     """An entry for people: the prefix that matched, whose it is, and how it was decided."""
 
     prefix: Network
@@ -69,7 +69,7 @@ class Reader:
         self._head: layout.Head | None = None
         self._links: dict[int, layout.Link | None] = {}
         self._steps: dict[tuple[int, int], tuple[tuple[bytes, int], ...]] = {}
-        self._findings: dict[tuple[bool, layout.CodeMeaning | None], Finding] = {}
+        self._findings: dict[tuple[bool, layout.CodeMeaning | None], LookupResult] = {}
         self._viewed: Transaction | None = None
         # The only thread that may use it: the first one that does.
         self._thread: int | None = None
@@ -109,7 +109,7 @@ class Reader:
             finally:
                 self._viewed = None
 
-    def lookup(self, index: int, source: bytes) -> Finding | None:
+    def lookup(self, index: int, source: bytes) -> LookupResult | None:
         """The finding for a source address (4 or 16 bytes, network order) behind the interface `index`.
 
         None where the table knows no segment behind that interface (yet), or holds no policy at all: such a
@@ -158,7 +158,7 @@ class Reader:
             links = {int.from_bytes(key, "big"): self._link_of(value) for key, value in cursor}
             return {index: link for index, link in links.items() if link is not None}
 
-    def holding(self, segment: str, address: Address) -> Holding | None:
+    def holding(self, segment: str, address: Address) -> EntryLookup | None:
         """What the table holds of an address in the segment of that name; None: a source of nobody."""
         with self._snapshot_of() as transaction:
             if transaction is not self._viewed:
@@ -173,7 +173,7 @@ class Reader:
             account = self._account(transaction, entry.subscription)
             if account is None:
                 raise TableError(f"the policy table is damaged: no account has the number {entry.subscription}")
-            return Holding(layout.network_of(layout.place_of(found))[1], entry, account)
+            return EntryLookup(layout.network_of(layout.place_of(found))[1], entry, account)
 
     def owner(self, index: int, source: bytes) -> tuple[layout.Link, layout.Entry | None] | None:
         """The segment behind an interface, and the entry of a source in it, as denied if its code has no meaning;
@@ -258,7 +258,7 @@ class Reader:
                 transaction.stat(self._parts[b"ids"])["entries"],
             )
 
-    def _finding(self, transaction: Transaction, index: int, source: bytes) -> Finding | None:
+    def _finding(self, transaction: Transaction, index: int, source: bytes) -> LookupResult | None:
         link, head = self._link(transaction, index), self._head
         if head is None or link is None:
             return None
@@ -269,7 +269,7 @@ class Reader:
         if finding is None:
             meaning = kind[1] or layout.CodeMeaning(Reason.DENIED_UNKNOWN_SOURCE, observed=False, limited=False)
             reason, observed, limited, damaged = meaning
-            finding = self._findings[kind] = Finding(
+            finding = self._findings[kind] = LookupResult(
                 reason,
                 observed or head.observe or link.observed,
                 head.reject and found is not None,

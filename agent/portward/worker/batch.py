@@ -24,7 +24,7 @@ from portward.base.codes import REASON_NUMBER
 from portward.ipc import mark
 from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
 from portward.ipc.verdict import classify
-from portward.table.reader import Finding, Reader
+from portward.table.reader import LookupResult, Reader
 from portward.worker.handover import POLL_INTERVAL_S, GracePeriod, bound
 from portward.worker.messages import (
     ACCEPT,
@@ -95,7 +95,7 @@ class _Answer:
 
     __slots__ = ("attempts", "outcome", "own", "packets", "reason")
 
-    def __init__(self, finding: Finding, verdict: mark.Class, outcome: PacketOutcome) -> None:
+    def __init__(self, finding: LookupResult, verdict: mark.Class, outcome: PacketOutcome) -> None:
         # Our half of the mark, as the message has it.
         self.own = mark.stamp(0, verdict, mark.epoch_of(finding.generation)).to_bytes(2, "big")
         self.reason, self.outcome = REASON_NUMBER[finding.reason], outcome
@@ -153,9 +153,9 @@ class BatchReader:
         self._shapes: list[MessageTemplate] = []
         # What holds for one snapshot: the answer to each finding, and the answers to sources.
         self._snapshot = -1
-        self._answers: dict[Finding, _Answer] = {}
+        self._answers: dict[LookupResult, _Answer] = {}
         # The same for rejected sources while their segment's budget of resets is spent.
-        self._unanswered: dict[Finding, _Answer] = {}
+        self._unanswered: dict[LookupResult, _Answer] = {}
         self._known = _RangeCache()
         self._told: set[str] = set()
 

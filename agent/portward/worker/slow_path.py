@@ -15,7 +15,7 @@ from portward.ipc import mark
 from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
 from portward.ipc.verdict import classify
 from portward.table.layout import Head
-from portward.table.reader import Finding
+from portward.table.reader import LookupResult
 from portward.worker.messages import PREROUTING
 from portward.worker.packet import parse
 from portward.worker.reset import Budget, Resetter
@@ -59,7 +59,7 @@ class SlowPath:
 
     def __init__(
         self,
-        lookup: Callable[[int, bytes], Finding | None],
+        lookup: Callable[[int, bytes], LookupResult | None],
         head: Callable[[], Head | None],
         counters: WorkerCounters,
         resetter: Resetter,

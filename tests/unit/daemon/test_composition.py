@@ -33,7 +33,7 @@ from portward.daemon.runtime import running as process_of
 from portward.daemon.workers import Worker
 from portward.dataplane import namespacelock
 from portward.dataplane.links import Links
-from portward.dataplane.monitor import Seen
+from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock, NamespaceTakenError
 from portward.dataplane.ruleset import TABLE
 from portward.errors import KernelError, PortwardError
@@ -95,12 +95,12 @@ class Notices:
         """What is watched."""
         return self._theirs
 
-    def read(self) -> Seen:
+    def read(self) -> RulesetChanges:
         """Reads all."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._theirs, 4096)
-            return Seen(ours=True, others=True)
-        return Seen()
+            return RulesetChanges(ours=True, others=True)
+        return RulesetChanges()
 
     def wake(self) -> None:
         """Says that rules were changed."""

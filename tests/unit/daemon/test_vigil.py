@@ -12,26 +12,26 @@ import pytest
 from portward.daemon import vigil as module
 from portward.daemon.faults import Faults
 from portward.daemon.vigil import Vigil
-from portward.dataplane.monitor import LOST, NOTHING, Seen
+from portward.dataplane.monitor import LOST, NOTHING, RulesetChanges
 
 
 class Ears:
     """Hears what a test says."""
 
     def __init__(self) -> None:
-        self.heard: list[Seen] = []
+        self.heard: list[RulesetChanges] = []
         self._theirs, self._ours = os.pipe()
 
     def fileno(self) -> int:
         """Readable when something was heard."""
         return self._theirs
 
-    def say(self, heard: Seen) -> None:
+    def say(self, heard: RulesetChanges) -> None:
         """Lets it be heard."""
         self.heard.append(heard)
         os.write(self._ours, b"x")
 
-    def read(self) -> Seen:
+    def read(self) -> RulesetChanges:
         """What was said since the last time."""
         found = NOTHING
         for heard in self.heard:
@@ -55,7 +55,7 @@ class Gateway:
         self.ours, self.others = Ears(), Ears()
         self.vigil = Vigil(cast("Any", self), self.kernel, (self.ours, self.others), Faults(lambda: self.now))
 
-    def at_rest(self, _: Seen) -> bool:
+    def at_rest(self, _: RulesetChanges) -> bool:
         """Whether nothing else is a reason to look."""
         return self.rest
 
@@ -85,8 +85,12 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
     found.others.close()
 
 
-OURS, GAINED, GONE = Seen(ours=True, others=True), Seen(gained=True, others=True), Seen(gone=True, others=True)
-OTHERS = Seen(others=True)
+OURS, GAINED, GONE = (
+    RulesetChanges(ours=True, others=True),
+    RulesetChanges(gained=True, others=True),
+    RulesetChanges(gone=True, others=True),
+)
+OTHERS = RulesetChanges(others=True)
 
 
 def test_a_change_of_ours_is_looked_at_at_once_each_time(gateway: Gateway) -> None:
@@ -133,7 +137,7 @@ def test_it_is_looked_at_within_half_a_second_however_long_a_look_takes(gateway:
 
 @pytest.mark.parametrize(("guarded", "heard"), [(True, GAINED), (True, GONE), (False, GONE)])
 def test_what_cannot_open_anything_waits_a_second_and_fifty_times_as_long(
-    gateway: Gateway, guarded: bool, heard: Seen
+    gateway: Gateway, guarded: bool, heard: RulesetChanges
 ) -> None:
     gateway.guarded, gateway.took = guarded, 0.1
     gateway.others.say(heard)

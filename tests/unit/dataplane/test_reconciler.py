@@ -11,7 +11,7 @@ import pytest
 from portward.config.keys import Verdicts
 from portward.dataplane import reconciler, ruleset
 from portward.dataplane.fake import FakeKernel, FakeNft, ProcessDied
-from portward.dataplane.monitor import NOTHING, Seen
+from portward.dataplane.monitor import NOTHING, RulesetChanges
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.dataplane.sync import VerdictSync
@@ -225,7 +225,7 @@ class Hearing:
         plane.enforcement = VerdictSync(plane.keeper, plane.learned, plane.want, plane.rates, lambda _: None)
         plane.start()
 
-    def read(self) -> Seen:
+    def read(self) -> RulesetChanges:
         """What was said since the last time."""
         found, self.heard = self.heard, NOTHING
         return found
@@ -254,7 +254,7 @@ def test_with_notices_a_load_that_the_kernel_refused_is_a_reason_to_look(plane: 
 def test_with_notices_what_others_write_into_ours_is_seen(plane: Plane) -> None:
     hearing = Hearing(plane)
     plane.kernel.load("flush chain inet portward verdict")
-    hearing.heard = Seen(ours=True, others=True)
+    hearing.heard = RulesetChanges(ours=True, others=True)
     assert not plane.keeper.at_rest(plane.netlink, hearing.heard)
     assert not plane.keeper.intact()
 

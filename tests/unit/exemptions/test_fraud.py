@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 
 from portward.exemptions import fraud
-from portward.exemptions.lifecycle import Application, Case, Finding
+from portward.exemptions.lifecycle import Application, Case, FraudResult
 from portward.lab.agent import until
 from portward.model import Authentication, Details, FraudCheck, Subscription
 from portward.policy import preset as presets
@@ -36,14 +36,14 @@ ASKED = Application(
     Details(volume=900, authentication=(Authentication.SPF, Authentication.DKIM)),
     until=datetime(2027, 1, 1, tzinfo=UTC),
 )
-Check = Callable[..., Finding]
+Check = Callable[..., FraudResult]
 
 
 @pytest.fixture
 def check(tmp_path: Path) -> Check:
     """Asks a shell script."""
 
-    def asked(script: str, application: Application = ASKED) -> Finding:
+    def asked(script: str, application: Application = ASKED) -> FraudResult:
         command = tmp_path / "check"
         command.write_text(f"#!/bin/sh\n{script}\n")
         command.chmod(stat.S_IRWXU)
@@ -55,7 +55,7 @@ def check(tmp_path: Path) -> Check:
 @pytest.mark.parametrize("result", FraudCheck)
 def test_an_answer_is_taken(check: Check, result: FraudCheck) -> None:
     found = check(f"""cat > /dev/null; echo '{{"result": "{result.value}", "note": "seen before", "score": 7}}'""")
-    assert found == Finding(result, "seen before")
+    assert found == FraudResult(result, "seen before")
 
 
 def test_it_is_given_the_request(check: Check, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_is_no_answer_refers(check: Check, script: str, told: str) -> None:
 
 
 def test_who_does_not_read_may_answer_all_the_same(check: Check) -> None:
-    assert check(ANSWER) == Finding(FraudCheck.PASS)
+    assert check(ANSWER) == FraudResult(FraudCheck.PASS)
 
 
 def test_endless_output_is_ended_before_it_fills_the_memory(check: Check, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_endless_output_is_ended_before_it_fills_the_memory(check: Check, tmp_pa
 
 def test_a_large_request_to_a_command_that_does_not_read_holds_nobody_up(check: Check) -> None:
     """More than a pipe takes."""
-    assert check(ANSWER, ASKED._replace(justification="x" * (1 << 20))) == Finding(FraudCheck.PASS)
+    assert check(ANSWER, ASKED._replace(justification="x" * (1 << 20))) == FraudResult(FraudCheck.PASS)
 
 
 def test_who_takes_too_long_refers_and_is_ended(check: Check, tmp_path: Path) -> None:

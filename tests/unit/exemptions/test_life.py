@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from portward.config.keys import Config
 from portward.exemptions import lifecycle
-from portward.exemptions.lifecycle import Action, Application, Finding, RefusedError
+from portward.exemptions.lifecycle import Action, Application, FraudResult, RefusedError
 from portward.exemptions.service import Casework
 from portward.model import Exemption, ExemptionState, FraudCheck, RateLimit, Subscription
 from portward.policy import preset as presets
@@ -181,7 +181,7 @@ class Exempt(RuleBasedStateMachine):
             case Action.REQUEST:
                 desk.request(id_, Application("why not", until=until))
             case Action.GRANT:
-                desk.grant(id_, check=Finding(FraudCheck.PASS), until=until, limit=None)
+                desk.grant(id_, check=FraudResult(FraudCheck.PASS), until=until, limit=None)
             case Action.REJECT:
                 desk.reject(id_, "no")
             case Action.LIMIT:

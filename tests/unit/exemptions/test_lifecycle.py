@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from portward.exemptions import lifecycle
-from portward.exemptions.lifecycle import Action, Application, Case, Finding, RefusedError, State
+from portward.exemptions.lifecycle import Action, Application, Case, FraudResult, RefusedError, State
 from portward.model import (
     Authentication,
     Details,
@@ -30,7 +30,7 @@ ID = UUID("11111111-0000-4000-8000-000000000002")
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
 WHY = Application("our own mail servers, with their own reputation")
-PASSED = Finding(FraudCheck.PASS, "called back")
+PASSED = FraudResult(FraudCheck.PASS, "called back")
 ALLOWED = {
     (State.NONE, Action.REQUEST), (State.REJECTED, Action.REQUEST), (State.REVOKED, Action.REQUEST),
     (State.EXPIRED, Action.REQUEST), (State.REQUESTED, Action.GRANT), (State.REQUESTED, Action.REJECT),
@@ -212,7 +212,7 @@ def test_a_request_of_an_offer_that_has_changed_meanwhile_is_not_granted(offer: 
     ],
 )
 def test_what_the_check_found_is_on_record(result: FraudCheck, state: ExemptionState) -> None:
-    after = lifecycle.request(case(), WHY, by="bob", check=Finding(result, "seen before"))
+    after = lifecycle.request(case(), WHY, by="bob", check=FraudResult(result, "seen before"))
     assert (after.state, after.fraud_check, after.fraud_note) == (state, result, "seen before")
     if result is FraudCheck.FAIL:
         assert (after.by, after.reason) == ("anti-fraud check", "seen before")
@@ -232,7 +232,7 @@ def test_a_grant_needs_a_check_that_was_passed(on_record: FraudCheck | None) -> 
         lifecycle.grant(pending, by="bob")
     for result in (FraudCheck.FAIL, FraudCheck.REFER):
         with pytest.raises(RefusedError, match=f"on record is '{result.value}'"):
-            lifecycle.grant(pending, by="bob", check=Finding(result))
+            lifecycle.grant(pending, by="bob", check=FraudResult(result))
     after = lifecycle.grant(pending, by="bob", check=PASSED)
     assert (after.fraud_check, after.fraud_note, after.by) == (FraudCheck.PASS, "called back", "bob")
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from portward.errors import InputError, StoreError
-from portward.store.chain import Check, Finding, Kind, Mark, Sealing, origin_hash, parse_mark
+from portward.store.chain import Check, IntegrityIssue, Kind, Mark, Sealing, origin_hash, parse_mark
 from portward.store.protocol import Put, key_of
 from portward.store.sqlite import SqliteStore
 from unit.store.samples import (
@@ -100,12 +100,12 @@ def tamper(path: Path, script: str) -> None:
         connection.executescript(f"{UNGUARDED} {script}")
 
 
-def findings(path: Path, expect: Mark | None = None) -> list[Finding]:
+def findings(path: Path, expect: Mark | None = None) -> list[IntegrityIssue]:
     """What the check finds in a store."""
     return checked(path, expect)[0]
 
 
-def checked(path: Path, expect: Mark | None = None) -> tuple[list[Finding], Check]:
+def checked(path: Path, expect: Mark | None = None) -> tuple[list[IntegrityIssue], Check]:
     """The check of a store, and what it found."""
     with closing(SqliteStore(path)) as store, store.reading():
         check = Check(store, expect)

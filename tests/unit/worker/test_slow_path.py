@@ -13,7 +13,7 @@ from portward.ipc import mark
 from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
 from portward.ipc.verdict import classify
 from portward.model import Reason
-from portward.table.reader import Finding
+from portward.table.reader import LookupResult
 from portward.worker.batch import BatchReader
 from portward.worker.messages import FORWARD, PREROUTING
 from portward.worker.nfqueue import SLOT
@@ -71,7 +71,7 @@ class Answers:
 class Table:
     """Stands where the policy table is."""
 
-    def __init__(self, lookup: Callable[[int, bytes], Finding | None]) -> None:
+    def __init__(self, lookup: Callable[[int, bytes], LookupResult | None]) -> None:
         self.lookup = lookup
 
     def head(self) -> None:
@@ -106,7 +106,7 @@ Worker = Callable[..., tuple[SlowPath | Batched, WorkerCounters]]
 
 
 def worker(
-    lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None
+    lookup: Callable[[int, bytes], LookupResult | None], answers: Answers | None = None
 ) -> tuple[SlowPath, WorkerCounters]:
     """A classify over a look-up."""
     counters = WorkerCounters(WorkerCounters.create())
@@ -116,7 +116,7 @@ def worker(
 
 
 def batched(
-    lookup: Callable[[int, bytes], Finding | None], answers: Answers | None = None
+    lookup: Callable[[int, bytes], LookupResult | None], answers: Answers | None = None
 ) -> tuple[Batched, WorkerCounters]:
     """The same behind the batch reader."""
     careful, counters = worker(lookup, answers)
@@ -130,9 +130,9 @@ def make(request: pytest.FixtureRequest) -> Worker:
     return found
 
 
-def finding(reason: Reason, *, observed: bool = False, reject: bool = False) -> Finding:
+def finding(reason: Reason, *, observed: bool = False, reject: bool = False) -> LookupResult:
     """A finding of generation 8192, whose epoch is 1."""
-    return Finding(reason, observed, reject, 8192)
+    return LookupResult(reason, observed, reject, 8192)
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -198,7 +198,7 @@ def test_what_was_counted_as_rejected_and_has_no_verdict_now_is_not_counted_agai
 
 
 def test_a_failing_table_drops_and_is_logged_once(make: Worker, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(index: int, source: bytes) -> Finding:
+    def broken(index: int, source: bytes) -> LookupResult:
         raise RuntimeError("the table is gone")
 
     found, counters = make(broken)
@@ -247,17 +247,17 @@ MARKS = [0, 0x4000, mark.MISS, mark.MISS_OPEN, mark.PROBE, mark.PASSED, 0x00AB00
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (Finding(Reason.ALLOWED_OFFER, False, False, 8192), "accept"),
-        (Finding(Reason.DENIED_REVOKED, True, False, 8192), "accept"),
-        (Finding(Reason.DENIED_REVOKED, False, False, 8192), "drop"),
-        (Finding(Reason.DENIED_REVOKED, False, True, 8192), "drop"),
-        (Finding(Reason.DENIED_UNKNOWN_SOURCE, False, False, 8192), "drop"),
-        (Finding(Reason.ALLOWED_EXEMPT, False, False, 8192, limited=True), "drop"),
+        (LookupResult(Reason.ALLOWED_OFFER, False, False, 8192), "accept"),
+        (LookupResult(Reason.DENIED_REVOKED, True, False, 8192), "accept"),
+        (LookupResult(Reason.DENIED_REVOKED, False, False, 8192), "drop"),
+        (LookupResult(Reason.DENIED_REVOKED, False, True, 8192), "drop"),
+        (LookupResult(Reason.DENIED_UNKNOWN_SOURCE, False, False, 8192), "drop"),
+        (LookupResult(Reason.ALLOWED_EXEMPT, False, False, 8192, limited=True), "drop"),
     ],
     ids=["allowed", "observed", "denied", "refused", "unknown", "limited"],
 )
 def test_in_forward_a_worker_accepts_or_drops_and_leaves_the_mark(
-    make: Worker, found: Finding, said: str, before: int
+    make: Worker, found: LookupResult, said: str, before: int
 ) -> None:
     """There the mark is that of others, nothing learns from it, and a reset would come from the wrong address."""
     answers, packet = Answers(), QueuedPacket(before=before, hook=FORWARD)
