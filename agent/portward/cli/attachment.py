@@ -16,7 +16,7 @@ from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
 from portward.config import keys as configuration
 from portward.config.documents import network_text
-from portward.exemptions.service import Casework
+from portward.exemptions.service import ExemptionService
 from portward.ops.behind import behind_held
 from portward.policy import preset as presets
 from portward.policy.remedy import reason_in_words
@@ -52,7 +52,7 @@ def started(
     settings = configuration.load(config)
     remark_other_store(settings)
     with closing(open_store(settings.store)) as store:
-        desk = Casework(
+        service = ExemptionService(
             store,
             presets.load(settings.preset, named_in=config),
             settings,
@@ -60,7 +60,7 @@ def started(
             clock=utc_now,
             trust_clock=trust_clock,
         )
-        found = desk.started(segment, source, instant(at, "--at"))
+        found = service.started(segment, source, instant(at, "--at"))
         wrote(found.written.revision)
     behind = behind_held(settings, found.written.revision)
     if json:

@@ -25,7 +25,7 @@ from portward.config.keys import Config
 from portward.errors import InputError, printable
 from portward.exemptions import lifecycle
 from portward.exemptions.lifecycle import Application, FraudResult, State
-from portward.exemptions.service import Casework, Done, Row
+from portward.exemptions.service import ExemptionChange, ExemptionRow, ExemptionService
 from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck, RateLimit
 from portward.ops.behind import Behind, behind_held
 from portward.ops.enforced import Enforced
@@ -108,8 +108,8 @@ def request(
         terms_accepted=terms,
     )
     asked = Application(justification, None if details == Details() else details, instant(until, "--until"))
-    with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.request(id_of(id_, desk.store), asked)
+    with _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset):
+        done = service.request(id_of(id_, service.store), asked)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
     if done.exemption.state is ExemptionState.REJECTED:
         raise typer.Exit(1)
@@ -142,8 +142,8 @@ def grant(
         if not fraud_check.strip():
             raise InputError("says nothing: how was it checked, and by whom?", field="--fraud-check")
         check = FraudResult(FraudCheck.PASS, printable(fraud_check))
-    with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.grant(id_of(id_, desk.store), check=check, until=instant(until, "--until"), limit=limit)
+    with _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset):
+        done = service.grant(id_of(id_, service.store), check=check, until=instant(until, "--until"), limit=limit)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
 
 
@@ -160,8 +160,8 @@ def reject(
 
     Example: portward exemption reject 11111111-0000-4000-8000-000000000003 --reason "a relay will do"
     """
-    with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.reject(id_of(id_, desk.store), reason)
+    with _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset):
+        done = service.reject(id_of(id_, service.store), reason)
     _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
 
 
@@ -183,8 +183,8 @@ def limit(
     wanted = _limit(rate, burst)
     if (wanted is None) is not none:
         raise InputError("say either --rate or --none", field="--rate")
-    with _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset):
-        done = desk.limit(id_of(id_, desk.store), wanted)
+    with _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset):
+        done = service.limit(id_of(id_, service.store), wanted)
     behind = behind_held(settings, wrote(done.written.revision))
     _tell_done(done, preset, behind, json=json, limited=True)
 
@@ -222,21 +222,21 @@ def revoke(
     if id_ is not None and confirm is not None:
         raise InputError("goes with --file and --offer: one subscription needs no count", field="--confirm")
     with (
-        _desk(config, actor, trust_clock=trust_clock) as (desk, settings, preset),
-        _waiting(settings, desk.store, wait=wait) as agent,
+        _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset),
+        _waiting(settings, service.store, wait=wait) as agent,
     ):
         known_offer(preset, offer)
         if id_ is not None:
-            one, began = id_of(id_, desk.store), time.monotonic()
-            done = desk.revoke(one, reason)
+            one, began = id_of(id_, service.store), time.monotonic()
+            done = service.revoke(one, reason)
             took = _wait(agent, wrote(done.written.revision), began)
             behind = behind_held(settings, done.written.revision) if agent is None else agent.behind()
             _tell_done(done, preset, behind, json=json, took=took)
             return
-        ids = granted(desk, offer or "") if file is None else listed(desk, file)
+        ids = granted(service, offer or "") if file is None else listed(service, file)
         confirm_count(len(ids), confirm)
         began = time.monotonic()
-        revision = wrote(desk.revoke_all(ids, reason).revision) if ids else desk.store.revision()
+        revision = wrote(service.revoke_all(ids, reason).revision) if ids else service.store.revision()
         took = _wait(agent, revision, began)
         behind = behind_held(settings, revision) if agent is None else agent.behind()
     if json:
@@ -267,10 +267,10 @@ def list_(
 
     Example: portward exemption list --state requested
     """
-    with _desk(config, None) as (desk, _, preset):
+    with _desk(config, None) as (service, _, preset):
         known_offer(preset, offer)
         printed = total = 0
-        for total, row in enumerate(desk.rows(utc_now()), start=1):  # noqa: B007 # said below
+        for total, row in enumerate(service.rows(utc_now()), start=1):  # noqa: B007 # said below
             owner = row.owner
             if (
                 (state and row.state not in state)
@@ -295,8 +295,8 @@ def show(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAU
     Example: portward exemption show 11111111-0000-4000-8000-000000000002
     """
     now = utc_now()
-    with _desk(config, None) as (desk, _, preset):
-        row = desk.row(id_of(id_, desk.store), now)
+    with _desk(config, None) as (service, _, preset):
+        row = service.row(id_of(id_, service.store), now)
     if json:
         say_json(_machine(row))
         return
@@ -312,8 +312,8 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
 
     Example: portward exemption history 11111111-0000-4000-8000-000000000002
     """
-    with _desk(config, None) as (desk, _, _):
-        changes = desk.history(id_of(id_, desk.store))
+    with _desk(config, None) as (service, _, _):
+        changes = service.history(id_of(id_, service.store))
     for change in changes:
         record = readable(change.key, change.after)
         state = record.state.value if isinstance(record, Exemption) else "taken out of the store"
@@ -329,13 +329,15 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
 @contextmanager
 def _desk(
     path: Path, actor: str | None, *, trust_clock: bool = False
-) -> Iterator[tuple[Casework, Config, Preset]]:
+) -> Iterator[tuple[ExemptionService, Config, Preset]]:
     settings = configuration.load(path)
     preset = presets.load(settings.preset, named_in=path)
     remark_other_store(settings)
     with closing(open_store(settings.store)) as store:
-        desk = Casework(store, preset, settings, actor=acting(actor), clock=utc_now, trust_clock=trust_clock)
-        yield desk, settings, preset
+        service = ExemptionService(
+            store, preset, settings, actor=acting(actor), clock=utc_now, trust_clock=trust_clock
+        )
+        yield service, settings, preset
 
 
 @contextmanager
@@ -362,7 +364,7 @@ def _limit(rate: int | None, burst: int | None) -> RateLimit | None:
 
 
 def _tell_done(
-    done: Done,
+    done: ExemptionChange,
     preset: Preset,
     behind: Behind | None,
     *,
@@ -393,7 +395,7 @@ def _tell_done(
         say(f"  checked   {in_a_line(checked(exemption))}")
     if exemption.limit is not None and state is State.GRANTED:
         say(f"  limit     {exemption.limit}")
-    row = Row(done.subscription.id, done.subscription, exemption, state)
+    row = ExemptionRow(done.subscription.id, done.subscription, exemption, state)
     say(f"  next      {next_step(row, preset, done.written.at, limited=limited)}")
 
 
@@ -402,13 +404,13 @@ def _none(total: int) -> str:
     return f"none of {counted(total, 'exemption')} is such a one" if total else "the store has no exemption"
 
 
-def _owner(row: Row) -> str:
+def _owner(row: ExemptionRow) -> str:
     if row.owner is None:
         return "(no such subscription any more)"
     return f"{row.owner.name} ({row.owner.offer})".strip()
 
 
-def _machine(row: Row) -> dict[str, Any]:
+def _machine(row: ExemptionRow) -> dict[str, Any]:
     owner = row.owner
     return {
         "subscription": row.subscription,

@@ -13,7 +13,7 @@ from portward.config.documents import nearest
 from portward.config.files import read_text
 from portward.errors import InputError, PortwardError, together
 from portward.exemptions.lifecycle import State
-from portward.exemptions.service import Casework
+from portward.exemptions.service import ExemptionService
 from portward.policy.preset import Preset
 from portward.store.belongings import belongings
 from portward.store.protocol import Store
@@ -50,7 +50,7 @@ def id_of(text: str, store: Store) -> UUID:
     )
 
 
-def listed(desk: Casework, file: Path) -> list[UUID]:
+def listed(service: ExemptionService, file: Path) -> list[UUID]:
     """The ids in a file, an id on each line; a # begins a comment. Raises InputError for a line that is no id, and
     PortwardError that names each line whose exemption cannot be revoked."""
     lines: dict[UUID, int] = {}
@@ -62,7 +62,7 @@ def listed(desk: Casework, file: Path) -> list[UUID]:
             lines.setdefault(UUID(text), number)
         except ValueError:
             raise InputError(f"{text!r} is no subscription's id", file=str(file), line=number) from None
-    refused = desk.not_revocable(lines)
+    refused = service.not_revocable(lines)
     found = [PortwardError(f"{file}:{lines[id_]}: {why}") for id_, why in islice(refused, _MOST_LINES)]
     if more := sum(1 for _ in refused):
         found.append(PortwardError(f"{file}: and {counted(more, 'line')} more like these"))
@@ -71,11 +71,11 @@ def listed(desk: Casework, file: Path) -> list[UUID]:
     return list(lines)
 
 
-def granted(desk: Casework, offer: str) -> list[UUID]:
+def granted(service: ExemptionService, offer: str) -> list[UUID]:
     """The subscriptions of an offer that have a grant."""
     return [
         row.subscription
-        for row in desk.rows(utc_now())
+        for row in service.rows(utc_now())
         if row.state is State.GRANTED and row.owner is not None and row.owner.offer == offer
     ]
 

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from portward.base.words import counted
 from portward.exemptions.lifecycle import Case, State, no_path, useless
-from portward.exemptions.service import Row
+from portward.exemptions.service import ExemptionRow
 from portward.model import Details, Exemption, ExemptionState, FraudCheck
 from portward.policy.preset import Preset
 
@@ -38,7 +38,7 @@ def in_a_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def next_step(row: Row, preset: Preset, now: datetime, *, limited: bool = False) -> str:
+def next_step(row: ExemptionRow, preset: Preset, now: datetime, *, limited: bool = False) -> str:
     """The next step for the support engineer. `limited`: it is asked for a limit that was changed just now."""
     if row.owner is None:
         return "nothing: the store has no such subscription any more"

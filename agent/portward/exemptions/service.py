@@ -29,7 +29,7 @@ class NotFoundError(PortwardError):
     """The store does not have what was named."""
 
 
-class Row(NamedTuple):
+class ExemptionRow(NamedTuple):
     """An exemption with whose it is, and where it stands now."""
 
     subscription: UUID
@@ -38,7 +38,7 @@ class Row(NamedTuple):
     state: State
 
 
-class Done(NamedTuple):
+class ExemptionChange(NamedTuple):
     """An action that was carried out: the record as it is now, and what it was written as."""
 
     subscription: Subscription
@@ -46,7 +46,7 @@ class Done(NamedTuple):
     written: Written
 
 
-class Started(NamedTuple):
+class RecordedStart(NamedTuple):
     """A start that was recorded, of the attachment that covers the address, and what it comes to: may the machine
     send now, and why."""
 
@@ -55,7 +55,7 @@ class Started(NamedTuple):
     written: Written
 
 
-class Casework:
+class ExemptionService:
     """The cases of one store, under one preset."""
 
     def __init__(
@@ -72,29 +72,29 @@ class Casework:
         self.store, self._preset, self._config = store, preset, config
         self._actor, self._clock, self._trust_clock = actor, clock, trust_clock
 
-    def request(self, id_: UUID, asked: Application) -> Done:
+    def request(self, id_: UUID, asked: Application) -> ExemptionChange:
         """Asks for an exemption; raises NotFoundError and RefusedError."""
         finding = self._check(id_, asked)
         return self._change(id_, lambda case: lifecycle.request(case, asked, by=self._actor, check=finding))
 
     def grant(
         self, id_: UUID, *, check: FraudResult | None, until: datetime | None, limit: RateLimit | None
-    ) -> Done:
+    ) -> ExemptionChange:
         """Says yes to a request; raises NotFoundError and RefusedError."""
         return self._change(
             id_,
             lambda case: lifecycle.grant(case, by=self._actor, check=check, until=until, limit=limit),
         )
 
-    def reject(self, id_: UUID, reason: str) -> Done:
+    def reject(self, id_: UUID, reason: str) -> ExemptionChange:
         """Says no to a request; raises NotFoundError and RefusedError."""
         return self._change(id_, lambda case: lifecycle.reject(case, by=self._actor, reason=reason))
 
-    def limit(self, id_: UUID, limit: RateLimit | None) -> Done:
+    def limit(self, id_: UUID, limit: RateLimit | None) -> ExemptionChange:
         """Gives a grant another limit, or none; raises NotFoundError and RefusedError."""
         return self._change(id_, lambda case: lifecycle.limit(case, limit))
 
-    def revoke(self, id_: UUID, reason: str) -> Done:
+    def revoke(self, id_: UUID, reason: str) -> ExemptionChange:
         """Takes a grant back; raises NotFoundError and RefusedError."""
         return self._change(id_, lambda case: lifecycle.revoke(case, by=self._actor, reason=reason))
 
@@ -120,7 +120,7 @@ class Casework:
             except (NotFoundError, RefusedError) as error:
                 yield id_, error
 
-    def started(self, segment: str, address: Address, at: datetime | None) -> Started:
+    def started(self, segment: str, address: Address, at: datetime | None) -> RecordedStart:
         """Records that the machine behind an address was started, at `at` or now; raises NotFoundError and
         PortwardError. A start that lies before the recorded one is refused: it would take nothing back."""
         found: list[tuple[Attachment, Reason]] = []
@@ -142,22 +142,22 @@ class Casework:
             return [Put(key_of(record), encode(record))]
 
         written = self._update(record_start)
-        return Started(*found[0], written)
+        return RecordedStart(*found[0], written)
 
-    def rows(self, now: datetime) -> Iterator[Row]:
+    def rows(self, now: datetime) -> Iterator[ExemptionRow]:
         """All exemptions, in the order of their subscriptions."""
         for key, body in self.store.under("exemptions/"):
             record = readable(key, body)
             if isinstance(record, Exemption):
                 owner = self._subscription(record.subscription)
-                yield Row(record.subscription, owner, record, lifecycle.state_of(record, now))
+                yield ExemptionRow(record.subscription, owner, record, lifecycle.state_of(record, now))
 
-    def row(self, id_: UUID, now: datetime) -> Row:
+    def row(self, id_: UUID, now: datetime) -> ExemptionRow:
         """The exemption of a subscription; raises NotFoundError where there is none."""
         owner = self._subscription(id_)
         record = readable(f"exemptions/{id_}", self.store.get(f"exemptions/{id_}"))
         if isinstance(record, Exemption):
-            return Row(id_, owner, record, lifecycle.state_of(record, now))
+            return ExemptionRow(id_, owner, record, lifecycle.state_of(record, now))
         if owner is None:
             raise NotFoundError(
                 f"no subscription {id_} is in the store: `portward exemption list` shows those there are"
@@ -181,7 +181,7 @@ class Casework:
             return None
         return fraud.check(command, self._config.exemptions.check_seconds, case, asked, self._actor)
 
-    def _change(self, id_: UUID, act: Callable[[Case], Exemption]) -> Done:
+    def _change(self, id_: UUID, act: Callable[[Case], Exemption]) -> ExemptionChange:
         done: list[tuple[Subscription, Exemption]] = []
 
         def decide(reading: Reading) -> list[Put]:
@@ -191,7 +191,7 @@ class Casework:
             return [Put(key_of(record), encode(record))]
 
         written = self._update(decide)
-        return Done(*done[0], written)
+        return ExemptionChange(*done[0], written)
 
     def _update(self, decide: Callable[[Reading], list[Put]]) -> Written:
         return update(self.store, decide, actor=self._actor, clock=self._clock, trust_clock=self._trust_clock)

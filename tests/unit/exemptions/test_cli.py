@@ -1,4 +1,4 @@
-"""`portward exemption …` and `portward attachment started` as support and abuse desk meet them."""
+"""`portward exemption …` and `portward attachment started` as support and abuse service meet them."""
 
 from __future__ import annotations
 

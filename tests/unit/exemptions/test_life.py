@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from portward.config.keys import Config
 from portward.exemptions import lifecycle
 from portward.exemptions.lifecycle import Action, Application, FraudResult, RefusedError
-from portward.exemptions.service import Casework
+from portward.exemptions.service import ExemptionService
 from portward.model import Exemption, ExemptionState, FraudCheck, RateLimit, Subscription
 from portward.policy import preset as presets
 from portward.store.protocol import Put, decode, encode, key_of
@@ -175,19 +175,19 @@ class Exempt(RuleBasedStateMachine):
 
     def _act(self, store: SqliteStore, id_: UUID, action: Action, days: int | None) -> None:
         config = Config(segments=("vni*",), uplinks=("up0",))
-        desk = Casework(store, _PRESET, config, actor="model", clock=lambda: self.now)
+        service = ExemptionService(store, _PRESET, config, actor="model", clock=lambda: self.now)
         until = None if days is None else self.now + timedelta(days=days)
         match action:
             case Action.REQUEST:
-                desk.request(id_, Application("why not", until=until))
+                service.request(id_, Application("why not", until=until))
             case Action.GRANT:
-                desk.grant(id_, check=FraudResult(FraudCheck.PASS), until=until, limit=None)
+                service.grant(id_, check=FraudResult(FraudCheck.PASS), until=until, limit=None)
             case Action.REJECT:
-                desk.reject(id_, "no")
+                service.reject(id_, "no")
             case Action.LIMIT:
-                desk.limit(id_, RateLimit(per_minute=days or 9))
+                service.limit(id_, RateLimit(per_minute=days or 9))
             case Action.REVOKE:
-                desk.revoke(id_, "spam")
+                service.revoke(id_, "spam")
 
     def _act_and_die(self, id_: UUID, action: Action, days: int | None, statement: int) -> int:
         with closing(SqliteStore(self._path)) as store:
