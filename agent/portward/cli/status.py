@@ -20,7 +20,7 @@ from portward.daemon.runtime import age_of, hidden, read_status, running
 from portward.errors import PortwardError
 
 if TYPE_CHECKING:
-    from portward.ops.busiest import Row
+    from portward.ops.top_talkers import Talker
 
 # The daemon writes its status each second: an older one is told as old.
 _STALE_SECONDS = 5.0
@@ -35,7 +35,7 @@ _NUMBERS: Final = (3, 4)
 class Show(Protocol):
     """Shows one reading of `top`."""
 
-    def __call__(self, rows: list[Row], *, first: bool) -> None:
+    def __call__(self, rows: list[Talker], *, first: bool) -> None:
         """See `_screen`."""
 
 
@@ -70,11 +70,11 @@ def top(
 
     Example: portward top --interval 2
     """
-    from portward.ops.busiest import Busiest  # noqa: PLC0415 # only this verb needs it
+    from portward.ops.top_talkers import TopTalkers  # noqa: PLC0415 # only this verb needs it
 
     found = settings.settings(config)
     remark(found.remarks)
-    busiest = Busiest(found.config)
+    busiest = TopTalkers(found.config)
     with _screen() as show:
         show(busiest.read(time.monotonic()), first=True)
         readings = 0
@@ -98,7 +98,7 @@ def _screen() -> Iterator[Show]:
         return
     with Live(console=console, auto_refresh=False, transient=False) as live:
 
-        def show(rows: list[Row], *, first: bool) -> None:  # it is replaced by the next one
+        def show(rows: list[Talker], *, first: bool) -> None:  # it is replaced by the next one
             lines = _top_lines(rows[: max(5, console.height - 6)])
             live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
 
@@ -303,7 +303,7 @@ def _self_check(told: dict[str, Any], written: float) -> str:
     return f"check     {when}{last}"
 
 
-def _top_lines(rows: list[Row]) -> list[str]:
+def _top_lines(rows: list[Talker]) -> list[str]:
     cells = [("segment", "source", "verdict", "packets/s", "packets", "subscription")]
     cells += [
         (row.segment, row.source, row.verdict, f"{row.rate:.1f}", str(row.packets), characters.shown(row.owner))

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from portward.cli.program import app
-from portward.ops import busiest
-from portward.ops.busiest import Row
+from portward.ops import top_talkers
+from portward.ops.top_talkers import Talker
 
 LONG = "2001:db8:1002:ffff:ffff:ffff:ffff:fff4"
 NAMED = "a customer with a name that is as long as names of customers can be"
@@ -23,19 +23,19 @@ class Kernel:
     def __init__(self, _: Any) -> None:
         self._readings = 0
 
-    def read(self, _: float) -> list[Row]:
+    def read(self, _: float) -> list[Talker]:
         """Two sources, one packet a second more each time."""
         self._readings += 1
         rate = float(self._readings - 1)
         return [
-            Row("vni1002", LONG, "deny", rate, 70 + self._readings, NAMED),
-            Row("vni1001", "10.0.0.4", "allow", 0.0, 5, ""),
+            Talker("vni1002", LONG, "deny", rate, 70 + self._readings, NAMED),
+            Talker("vni1001", "10.0.0.4", "allow", 0.0, 5, ""),
         ]
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(busiest, "Busiest", Kernel)
+    monkeypatch.setattr(top_talkers, "Busiest", Kernel)
     path = tmp_path / "portward.toml"
     path.write_text('segments = ["vni*"]\nuplinks = ["up0"]\n')
     return path
@@ -57,7 +57,9 @@ def test_a_pipe_gets_every_reading_whole_in_plain_lines(config: Path) -> None:
 
 
 def test_a_customers_name_of_another_tool_makes_no_row(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Kernel, "read", lambda *_: [Row("vni1", "10.0.0.4", "deny", 1.0, 2, "x\nvni2  y\x1b[2J")])
+    monkeypatch.setattr(
+        Kernel, "read", lambda *_: [Talker("vni1", "10.0.0.4", "deny", 1.0, 2, "x\nvni2  y\x1b[2J")]
+    )
     lines = top(config, "--count", "1").stdout.splitlines()
     assert len(lines) == 2
     assert lines[1].endswith(r"x\nvni2  y\x1b[2J")

@@ -18,7 +18,7 @@ from portward.ops import host
 from portward.table.reader import Reader
 
 
-class Row(NamedTuple):
+class Talker(NamedTuple):
     """A source: its packets since it was learned and in a second since the last reading, and whose it is."""
 
     segment: str
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     owner: str
 
 
-class Busiest:
+class TopTalkers:
     """Sources by their rate."""
 
     def __init__(self, config: Config) -> None:
@@ -44,7 +44,7 @@ class Busiest:
         self._before: dict[tuple[Verdict, Source], int] = {}
         self._at: float | None = None
 
-    def read(self, now: float) -> list[Row]:
+    def read(self, now: float) -> list[Talker]:
         """The sources, busiest first; `now` is a monotonic time in seconds. The first reading has no rates."""
         elements = list(self._current())
         elapsed = None if self._at is None else max(now - self._at, 1e-3)
@@ -61,7 +61,7 @@ class Busiest:
             if not isinstance(element.verdict, Rated) or element.source in limited:
                 yield element
 
-    def _row(self, element: Element, elapsed: float | None) -> Row:
+    def _row(self, element: Element, elapsed: float | None) -> Talker:
         before = self._before.get((element.verdict, element.source), 0)
         risen = element.packets - before if element.packets >= before else element.packets
         found = self._reader.owner(element.source.link, element.source.address)
@@ -71,7 +71,7 @@ class Busiest:
             account = None if found[1] is None else self._reader.account(found[1].subscription)
             if account is not None:
                 owner = (account.subscription.name if account.subscription else "") or str(account.id)
-        return Row(
+        return Talker(
             segment,
             str(ip_address(element.source.address)),
             COUNTED_SETS[element.verdict],
