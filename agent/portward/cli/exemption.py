@@ -28,7 +28,7 @@ from portward.exemptions.lifecycle import Application, FraudResult, State
 from portward.exemptions.service import ExemptionChange, ExemptionRow, ExemptionService
 from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck, RateLimit
 from portward.ops.behind import Behind, behind_held
-from portward.ops.enforced import Enforced
+from portward.ops.enforcement_waiter import EnforcementWaiter
 from portward.policy import preset as presets
 from portward.policy.preset import Preset
 from portward.store import open_store
@@ -341,15 +341,15 @@ def _desk(
 
 
 @contextmanager
-def _waiting(settings: Config, store: Store, *, wait: bool) -> Iterator[Enforced | None]:
+def _waiting(settings: Config, store: Store, *, wait: bool) -> Iterator[EnforcementWaiter | None]:
     if not wait:
         yield None
         return
-    with closing(Enforced(settings, store)) as agent:
+    with closing(EnforcementWaiter(settings, store)) as agent:
         yield agent
 
 
-def _wait(agent: Enforced | None, revision: int, began: float) -> float | None:
+def _wait(agent: EnforcementWaiter | None, revision: int, began: float) -> float | None:
     """Waits for a revision where that is wanted; gives the seconds since `began`."""
     if agent is None:
         return None

@@ -29,7 +29,7 @@ _PAUSE: Final = 0.0005
 _ASK_AGAIN: Final = 0.05
 
 
-class Enforced:
+class EnforcementWaiter:
     """The agent that runs on this gateway. Opened before a change is written, so that waiting for it costs no more
     than it takes."""
 
