@@ -15,8 +15,8 @@ from portward.errors import InputError, PortwardError, together
 from portward.exemptions.lifecycle import State
 from portward.exemptions.service import ExemptionService
 from portward.policy.preset import Preset
-from portward.store.belongings import belongings
 from portward.store.protocol import Store
+from portward.store.subscription_records import records_of
 
 # A list of a million ids, in bytes, with comments.
 _LARGEST_LIST: Final = 64 * 1024 * 1024
@@ -32,7 +32,7 @@ def id_of(text: str, store: Store) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        ids = [one.id for one in belongings(store, text)[1]] if text.strip() else []
+        ids = [one.id for one in records_of(store, text)[1]] if text.strip() else []
     if not ids:
         raise InputError(
             f"{text!r} is no subscription's id like 11111111-0000-4000-8000-000000000001, and no subscription in "

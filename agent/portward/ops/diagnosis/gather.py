@@ -27,7 +27,7 @@ from portward.ops.diagnosis.sight import Sight
 from portward.ops.effect import Here, Policy
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
-from portward.store.belongings import Belongings, uuid_of
+from portward.store.subscription_records import SubscriptionRecords, uuid_of
 
 # How many subscriptions of the same name are told.
 _CANDIDATES: Final = 10
@@ -55,7 +55,7 @@ def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[
 
 
 def judged(
-    config: Config, preset: Preset, place: Accounts, held: Belongings, matched: Matched | None = None
+    config: Config, preset: Preset, place: Accounts, held: SubscriptionRecords, matched: Matched | None = None
 ) -> tuple[Machine, ...]:
     """The account's machines as they come out at the place's time, that of `matched` first."""
     mode = held.subscription.mode if held.subscription else Mode.ENFORCE
@@ -99,7 +99,7 @@ def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, ad
 
 
 def _facts(
-    config: Config, preset: Preset, place: Accounts, held: Belongings, matched: Matched | None = None
+    config: Config, preset: Preset, place: Accounts, held: SubscriptionRecords, matched: Matched | None = None
 ) -> Facts:
     machines = judged(config, preset, place, held, matched)
 
@@ -163,7 +163,7 @@ def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:
     )
 
 
-def _the_one(config: Config, place: Accounts, who: str) -> Belongings:
+def _the_one(config: Config, place: Accounts, who: str) -> SubscriptionRecords:
     """The one account that is meant."""
     found = place.found(who) if who.strip() else []
     if len(found) == 1:
@@ -180,7 +180,7 @@ def _the_one(config: Config, place: Accounts, who: str) -> Belongings:
     )
 
 
-def _candidates(found: Sequence[Belongings]) -> str:
+def _candidates(found: Sequence[SubscriptionRecords]) -> str:
     told = [
         f"{one.id} ({one.subscription.offer}, created {one.subscription.created})"
         for one in sorted(found, key=lambda one: one.id)[:_CANDIDATES]

@@ -13,8 +13,8 @@ from portward.model import Address, Attachment, Network, Subscription, Workload
 from portward.ops.diagnosis.facts import Place
 from portward.policy.preset import Preset
 from portward.store import open_store
-from portward.store.belongings import Belongings, belongings, uuid_of
 from portward.store.protocol import Store, find, readable
+from portward.store.subscription_records import SubscriptionRecords, records_of, uuid_of
 from portward.table import layout
 from portward.table.account import Account
 from portward.table.reader import Attached, Reader
@@ -36,7 +36,7 @@ class Accounts(Protocol):
     at: datetime
     other_preset: bool
 
-    def found(self, wanted: str) -> list[Belongings]:
+    def found(self, wanted: str) -> list[SubscriptionRecords]:
         """The account of the subscription with this UUID or, where there is none, all with exactly this name."""
 
     def names(self) -> list[str]:
@@ -72,7 +72,7 @@ class TableAccounts:
         # The agent's clock may have been ahead when it decided; its decisions stand until ours has come there too.
         self.at = as_agent(head.decided())
 
-    def found(self, wanted: str) -> list[Belongings]:
+    def found(self, wanted: str) -> list[SubscriptionRecords]:
         """See `Accounts`."""
         id_ = uuid_of(wanted)
         with self._reader.view():
@@ -93,9 +93,9 @@ class TableAccounts:
         """See `Accounts`."""
         self._reader.close()
 
-    def _belongings(self, account: Account) -> Belongings:
+    def _belongings(self, account: Account) -> SubscriptionRecords:
         attached = tuple(_attachment(one, account.id) for one in self._reader.attached(account.id))
-        return Belongings(account.id, account.subscription, account.exemption, attached)
+        return SubscriptionRecords(account.id, account.subscription, account.exemption, attached)
 
 
 class StoreAccounts:
@@ -108,9 +108,9 @@ class StoreAccounts:
         self._store = store
         self.revision, self.at = store.revision(), utc_now()
 
-    def found(self, wanted: str) -> list[Belongings]:
+    def found(self, wanted: str) -> list[SubscriptionRecords]:
         """See `Accounts`."""
-        self.revision, held = belongings(self._store, wanted)
+        self.revision, held = records_of(self._store, wanted)
         return held
 
     def names(self) -> list[str]:

@@ -11,7 +11,7 @@ from portward.model import Attachment, Exemption, Subscription
 from portward.store.protocol import Store, decode, readable
 
 
-class Belongings(NamedTuple):
+class SubscriptionRecords(NamedTuple):
     """A subscription, its exemption and its attachments; None for a record that is not there."""
 
     id: UUID
@@ -20,7 +20,7 @@ class Belongings(NamedTuple):
     attachments: tuple[Attachment, ...]
 
 
-def belongings(store: Store, wanted: str) -> tuple[int, list[Belongings]]:
+def records_of(store: Store, wanted: str) -> tuple[int, list[SubscriptionRecords]]:
     """The store's revision, and what it holds of the subscription with this UUID or, where there is none, of all
     that have exactly this name. Looks at every record, since attachments are kept by segment and address."""
     revision, records = store.read_all()
@@ -28,7 +28,7 @@ def belongings(store: Store, wanted: str) -> tuple[int, list[Belongings]]:
     for key, body in records:
         search.look_at(key, body)
     found = [
-        Belongings(owner, search.subscriptions.get(owner), _exemption(store, owner), tuple(attachments))
+        SubscriptionRecords(owner, search.subscriptions.get(owner), _exemption(store, owner), tuple(attachments))
         for owner, attachments in search.owners.items()
     ]
     by_id = [
