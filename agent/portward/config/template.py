@@ -68,7 +68,7 @@ _WHAT: Final = {
 }
 
 
-def sample() -> str:
+def template() -> str:
     """The text."""
     settings = msgspec.to_builtins(Config(segments=("_",), uplinks=("_",)), enc_hook=str) | _EXAMPLES
     return _HEAD + "".join(_lines(settings, ""))
@@ -86,4 +86,4 @@ def _lines(settings: dict[str, Any], prefix: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(sample())
+    sys.stdout.write(template())

@@ -43,7 +43,7 @@ from portward.table.history import held_history
 from portward.table.reader import Reader
 
 
-class Known(msgspec.Struct, frozen=True):
+class SubscriptionFacts(msgspec.Struct, frozen=True):
     """What is known of a source, where it was read, and when that was last decided as a whole."""
 
     source: str
@@ -160,7 +160,7 @@ _EFFECTS: Final = {
 }
 
 
-def _known(config: Config, preset: Preset, segment: str, source: Address) -> Known:
+def _known(config: Config, preset: Preset, segment: str, source: Address) -> SubscriptionFacts:
     """What the running agent enforces; else what the store holds; if that cannot be read, what an agent left."""
     if running(config.table) is not None and (found := _from_table(config, preset, segment, source)) is not None:
         return found
@@ -180,7 +180,7 @@ def _from_table(
     segment: str,
     address: Address,
     open_table: Callable[[Path], Reader] = Reader.open,
-) -> Known | None:
+) -> SubscriptionFacts | None:
     """What the policy table holds; None if that is no policy yet. Raises TableError."""
     reader = open_table(config.table)
     try:
@@ -195,7 +195,7 @@ def _from_table(
     if head.held:
         place += f"; {_held(head)}"
     if holding is None:
-        return Known(place, head.revision)
+        return SubscriptionFacts(place, head.revision)
     entry, account = holding.entry, holding.account
     attachment = Attachment(
         segment=segment,
@@ -204,7 +204,9 @@ def _from_table(
         workload=Workload.PAAS if entry.paas else Workload.VM,
         started=layout.instant(entry.started),
     )
-    return Known(place, head.revision, attachment, account.subscription, account.exemption, head.decided())
+    return SubscriptionFacts(
+        place, head.revision, attachment, account.subscription, account.exemption, head.decided()
+    )
 
 
 def _held(head: layout.Head) -> str:
@@ -215,7 +217,7 @@ def _held(head: layout.Head) -> str:
     return f"the store's revision {head.held} is held{more}"
 
 
-def _from_store(config: Config, segment: str, address: Address) -> Known:
+def _from_store(config: Config, segment: str, address: Address) -> SubscriptionFacts:
     store = open_store(config.store)
     try:
         revision, attachment, subscription, exemption = find(store, segment, address)
@@ -227,11 +229,16 @@ def _from_store(config: Config, segment: str, address: Address) -> Known:
         why = "no agent runs on this table"  # perhaps on another one
     else:
         why = "the agent has no policy yet"  # it is reading the store
-    return Known(f"store ({why})", revision, attachment, subscription, exemption)
+    return SubscriptionFacts(f"store ({why})", revision, attachment, subscription, exemption)
 
 
 def _explanation(
-    config: Config, preset: Preset, known: Known, segment: str, source: Address, destination: Address | None
+    config: Config,
+    preset: Preset,
+    known: SubscriptionFacts,
+    segment: str,
+    source: Address,
+    destination: Address | None,
 ) -> Explanation:
     # The agent holds ends of grants against the later one.
     now = as_agent(known.decided)

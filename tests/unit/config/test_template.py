@@ -1,4 +1,4 @@
-"""The sample configuration that the package installs: every key, its default, and a line on it."""
+"""The template configuration that the package installs: every key, its default, and a line on it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import msgspec
 
 from portward.config import keys as configuration
 from portward.config.keys import Config
-from portward.config.template import sample
+from portward.config.template import template
 
 SHIPPED = Path(__file__).resolve().parents[3] / "systemd" / "portward.toml"
 
 
 def test_the_shipped_file_is_what_the_program_makes_of_its_defaults() -> None:
-    assert SHIPPED.read_text() == sample(), (
+    assert SHIPPED.read_text() == template(), (
         "make it anew: python -m portward.config.template > systemd/portward.toml"
     )
 
@@ -26,7 +26,7 @@ def test_it_is_taken_and_says_the_defaults() -> None:
 
 
 def test_every_key_stands_there_with_a_line_above_it() -> None:
-    text = sample()
+    text = template()
     written = tomllib.loads(text)
     for struct, table in (
         (Config, written),
