@@ -9,7 +9,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from portward.store.bell import ring
+from portward.store.notifier import notify_followers
 
 _AS_A_REVISION = """
 INSERT INTO main.revision SELECT max(number) + 1, {at}, 'another tool', zeroblob(32), zeroblob(32)
@@ -37,4 +37,4 @@ def write_rows(store: Path, *statements: str, at: str = "'2026-06-02T00:00:00+00
         for statement in statements:
             connection.executescript(statement)
         connection.executescript(f"BEGIN; {_AS_A_REVISION.format(at=at)} COMMIT;")
-    ring(store.with_name(store.name + ".bell"))
+    notify_followers(store.with_name(store.name + ".bell"))

@@ -24,8 +24,8 @@ from uuid import uuid4
 
 from portward.base.clock import utc_now
 from portward.errors import ConflictError, StoreError
-from portward.store.bell import Listener, hang, ring
 from portward.store.chain import Sealing, origin_hash
+from portward.store.notifier import ChangeListener, create_notifier, notify_followers
 from portward.store.protocol import HASH_BYTES, Cell, Change, Entry, NoStoreError, Odd, Origin, Progress, Put, Row
 
 _log = logging.getLogger("portward.store")
@@ -128,7 +128,7 @@ class SqliteStore:
         self._path = path.absolute()
         self._name = f"sqlite:{path}"
         self._bell = self._path.with_name(path.name + ".bell")
-        self._listener: Listener | None = None
+        self._listener: ChangeListener | None = None
         self._readings = 0
         self._held = False
         self._patience = AGENT_PATIENCE if agent else _PATIENCE
@@ -147,9 +147,9 @@ class SqliteStore:
             except BaseException:
                 self._connection.close()
                 raise
-        hang(self._bell, like=self._path)
+        create_notifier(self._bell, like=self._path)
         with contextlib.suppress(OSError):
-            self._listener = Listener(self._bell)
+            self._listener = ChangeListener(self._bell)
 
     def identity(self) -> bytes:
         """See `Store`. Read each time: another store's backup may be restored into the open file."""
@@ -298,7 +298,7 @@ class SqliteStore:
                 self._connection.execute("COMMIT")
             finally:
                 self._end_transaction()
-        ring(self._bell)
+        notify_followers(self._bell)
         return expected + 1
 
     def fileno(self) -> int | None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from inotify_simple import INotify, flags
 
 
-def hang(bell: Path, *, like: Path) -> None:
-    """Makes a bell that whoever may write the file `like` may ring. Nothing happens where one hangs, or where
-    the folder cannot be written: followers also ask now and then."""
+def create_notifier(bell: Path, *, like: Path) -> None:
+    """Makes a bell that whoever may write the file `like` may notify_followers. Nothing happens where one hangs,
+    or where the folder cannot be written: followers also ask now and then."""
     with contextlib.suppress(OSError):
         status = like.stat()
         descriptor = os.open(bell, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -26,13 +26,13 @@ def hang(bell: Path, *, like: Path) -> None:
             os.close(descriptor)
 
 
-def ring(bell: Path) -> None:
+def notify_followers(bell: Path) -> None:
     """Rings the bell; does nothing where there is none, or it may not be rung."""
     with contextlib.suppress(OSError):
         os.utime(bell)
 
 
-class Listener:
+class ChangeListener:
     """Hears a bell."""
 
     def __init__(self, bell: Path) -> None:
