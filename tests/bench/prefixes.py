@@ -32,7 +32,7 @@ from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.policy import preset as presets
-from portward.table.edit import Place
+from portward.table.edit import ChangedPlace
 from portward.table.writer import Committed
 
 _FIRST_LINK: Final = 2
@@ -68,12 +68,12 @@ class Case(NamedTuple):
     def _prefix(self, link: int, number: int) -> int:
         return _FIRST6 + (link << 80) + (number << 64)
 
-    def changed(self) -> tuple[Place, ...]:
+    def changed(self) -> tuple[ChangedPlace, ...]:
         """The /64s that are revoked: one by one behind each interface in turn."""
         links = range(_FIRST_LINK, _FIRST_LINK + self.links)
         places = ((link, number) for number in range(self.prefixes) for link in links)
         return tuple(
-            Place(f"vni{link}", IPv6Network((self._prefix(link, number), 64)))
+            ChangedPlace(f"vni{link}", IPv6Network((self._prefix(link, number), 64)))
             for link, number in islice(places, self.revoked)
         )
 
@@ -149,7 +149,7 @@ class Gateway:
         self._check(committed.changed)
         return took
 
-    def _check(self, places: Sequence[Place]) -> None:
+    def _check(self, places: Sequence[ChangedPlace]) -> None:
         revoked = Prefixes()
         for place in places:
             revoked.add(self.enforcement.links[place.segment], place.network)

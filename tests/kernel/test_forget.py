@@ -26,7 +26,7 @@ from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.policy import preset as presets
-from portward.table.edit import Place
+from portward.table.edit import ChangedPlace
 from portward.table.writer import Committed
 
 _LINKS = {"vni1": 11, "vni2": 12}
@@ -55,7 +55,7 @@ class Forgetting:
 
     def change(self, *prefixes: str, segment: str = "vni1", links: frozenset[int] = frozenset()) -> None:
         self.generation += 1
-        places = tuple(Place(segment, ip_network(prefix)) for prefix in prefixes)
+        places = tuple(ChangedPlace(segment, ip_network(prefix)) for prefix in prefixes)
         self.enforcement.enforce(Committed(self.generation, self.generation, places, links))
         assert self.enforcement.broken == ""
         assert self.learned.synced() == self.generation

@@ -28,7 +28,7 @@ from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import FIXED_SETS, TABLE
-from portward.dataplane.setdump import Row
+from portward.dataplane.setdump import SetRow
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
@@ -63,7 +63,7 @@ class Halting(KernelElements):
         super().__init__(netlink, nft.committing)
         self.halted, self.go_on = threading.Event(), threading.Event()
 
-    def rows(self, set_: str) -> list[Row]:
+    def rows(self, set_: str) -> list[SetRow]:
         """See `Elements`."""
         if self.halts and set_.startswith(("allow", "observed")):
             self.halted.set()

@@ -13,7 +13,7 @@ from portward.daemon.faults import Faults, Step
 from portward.daemon.notify import notify, watchdog_seconds
 from portward.daemon.ticks import until_tick
 from portward.daemon.workers import Worker
-from portward.dataplane.selfcheck import PATIENCE, PAUSE, Kind
+from portward.dataplane.selfcheck import PATIENCE, PAUSE, DifferenceKind
 from portward.ipc.probe import Prober
 
 # After a silence: is the worker that took the place of the silent one any better?
@@ -131,7 +131,7 @@ class Answering:
             what = (
                 f"no query has reached the worker of queue {worker.queue}: is a rule of others before the queue?"
             )
-        self._core.selfcheck.differs(Kind.WORKER, what)
+        self._core.selfcheck.differs(DifferenceKind.WORKER, what)
 
     def _take_answers(self, screen: dict[str, int] | None) -> None:
         """Feeds the watchdog where no worker was silent. Answers under another policy than the kernel's are met
@@ -149,7 +149,7 @@ class Answering:
             notify("WATCHDOG=1")
         if self._strange == _STRANGE:
             self._core.selfcheck.differs(
-                Kind.ANSWER,
+                DifferenceKind.ANSWER,
                 "workers answer, but not under the policy in the kernel: is the policy table another file? "
                 "restart portward",
             )

@@ -66,7 +66,7 @@ class Job(NamedTuple):
     unreadable: dict[str, str] | None = None
 
 
-class Outcome(NamedTuple):
+class BulkResult(NamedTuple):
     """What came of it: the change, if one was committed; the change that is held, if one is; how many records were
     refused, and which are unreadable now; how often the store had another history; whether the table is in step
     with the store; and in `error` the kind and the words of what went wrong."""
@@ -91,7 +91,7 @@ class Bulk:
         # To start a process with three pipes takes six, for a moment.
         self._reserve = Reserve(6)
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: Job) -> BulkResult:
         """Runs a job and gives its outcome. Raises StoreError or HeldError, and then the table is as it was, or
         TableError: then the child may have committed before it ended, and has ended now."""
         with self._lock:
@@ -138,7 +138,7 @@ def _started() -> tuple[subprocess.Popen[bytes], BinaryIO]:
     return process, os.fdopen(ours, "rb")
 
 
-def _told(process: subprocess.Popen[bytes], outcomes: BinaryIO, job: Job) -> Outcome:
+def _told(process: subprocess.Popen[bytes], outcomes: BinaryIO, job: Job) -> BulkResult:
     """Gives the child its job, and waits for its outcome and its end. Raises BrokenPipeError, or one of
     _UNREADABLE, if it ended before it had read or written all."""
     assert process.stdin is not None  # noqa: S101 # asked for in `_started`
@@ -148,7 +148,7 @@ def _told(process: subprocess.Popen[bytes], outcomes: BinaryIO, job: Job) -> Out
         process.stdin.flush()
         data = _read(process, outcomes)
     outcome = pickle.loads(data)  # noqa: S301 # from our own child
-    if not isinstance(outcome, Outcome):
+    if not isinstance(outcome, BulkResult):
         raise pickle.UnpicklingError(f"not an outcome: {type(outcome).__name__}")
     return outcome
 
@@ -182,7 +182,7 @@ def _processor_ticks(process: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def _checked(outcome: Outcome, job: Job) -> Outcome:
+def _checked(outcome: BulkResult, job: Job) -> BulkResult:
     """The outcome, or what it says went wrong as the exception that it was."""
     if outcome.flips is not None:
         raise HeldError(outcome.flips, job.max_flip_share)
@@ -192,27 +192,29 @@ def _checked(outcome: Outcome, job: Job) -> Outcome:
     return outcome
 
 
-def _done(job: Job) -> Outcome:
+def _done(job: Job) -> BulkResult:
     # Only to see that it can be read: a writer would put a damaged file aside, which the daemon has open.
     open_database(job.table, write=False).close()
     writer = Writer(job.table, job.preset, job.answers, max_flip_share=job.max_flip_share)
     if job.store is None:
-        return Outcome(writer.settle(now=job.now, may_flip=job.may_flip))
+        return BulkResult(writer.settle(now=job.now, may_flip=job.may_flip))
     follower = Follower(open_store(job.store, agent=True), writer, unreadable=job.unreadable)
     committed = follower.step(job.now)
     refused = follower.unreadable
-    return Outcome(committed, follower.waiting, refused.total, refused.now, follower.histories, follower.in_step)
+    return BulkResult(
+        committed, follower.waiting, refused.total, refused.now, follower.histories, follower.in_step
+    )
 
 
-def _outcome(job: Job) -> Outcome:
+def _outcome(job: Job) -> BulkResult:
     try:
         return _done(job)
     except HeldError as error:
-        return Outcome(flips=error.flips)
+        return BulkResult(flips=error.flips)
     except StoreError as error:
-        return Outcome(error=("store", str(error)))
+        return BulkResult(error=("store", str(error)))
     except TableError as error:
-        return Outcome(error=("table", str(error)))
+        return BulkResult(error=("table", str(error)))
 
 
 def _end_with_the_daemon() -> None:

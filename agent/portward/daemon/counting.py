@@ -29,7 +29,7 @@ from portward.dataplane.plane import Dataplane
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, Rated, Verdict
 from portward.dataplane.selfcheck import SAMPLE
-from portward.dataplane.setdump import Row
+from portward.dataplane.setdump import SetRow
 from portward.dataplane.verdict_cache import Source, VerdictCache, element_of
 from portward.ipc import mark
 from portward.table.reader import Reader
@@ -60,8 +60,8 @@ class Counting:
         self.remembered: Counter[Verdict] = Counter()
         # When the elements were last read, by the monotonic clock; None: not yet.
         self.read: float | None = None
-        self._latest: dict[str, list[Row]] = {}
-        self._sample: list[tuple[str, Row]] = []
+        self._latest: dict[str, list[SetRow]] = {}
+        self._sample: list[tuple[str, SetRow]] = []
         self._subscriptions: tuple[int, dict[int, str]] = 0, {}
         self._pruned = time.monotonic()
         self._go_on()
@@ -109,7 +109,7 @@ class Counting:
         sample = [element_of(name, row) for name, row in self._sample]
         return [element.source for element in sample if dataplane.differs(self._reader, element)]
 
-    def _rows(self, set_: str) -> list[Row]:
+    def _rows(self, set_: str) -> list[SetRow]:
         rows = self._latest[set_] = self._elements.rows(set_)
         return rows
 
@@ -192,7 +192,7 @@ class Counting:
         return known
 
 
-def _some(rows: dict[str, list[Row]], names: list[str]) -> list[tuple[str, Row]]:
+def _some(rows: dict[str, list[SetRow]], names: list[str]) -> list[tuple[str, SetRow]]:
     """A sample of the rows of these sets."""
     every = [(name, row) for name in names for row in rows[name]]
     return random.sample(every, min(len(every), SAMPLE))

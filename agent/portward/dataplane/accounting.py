@@ -28,7 +28,7 @@ from portward.dataplane.ruleset import (
     Unjudged,
     Verdict,
 )
-from portward.dataplane.setdump import Row
+from portward.dataplane.setdump import SetRow
 from portward.dataplane.verdict_cache import Source
 from portward.ipc import mark
 
@@ -107,7 +107,7 @@ class PacketAccounting:
         # Whether there is anything that `kept` has not given yet.
         self.changed = False
 
-    def take_all(self, rows: Callable[[str], list[Row]], now: float, pause: float) -> Due | None:
+    def take_all(self, rows: Callable[[str], list[SetRow]], now: float, pause: float) -> Due | None:
         """Takes a reading of all sets, by `rows`; `now` is the monotonic time, and `pause` how long it takes until
         the next one begins, both in seconds. Gives what would expire before that has ended; None if the kernel
         thread was busy, and then nothing was read. Raises OSError if the sets cannot be read.
@@ -143,7 +143,7 @@ class PacketAccounting:
         """PacketAccounting what was deleted since the last reading, without another one."""
         self._end(self._deletions.take() or ())
 
-    def _take(self, name: str, rows: list[Row], left_out: set[bytes]) -> None:
+    def _take(self, name: str, rows: list[SetRow], left_out: set[bytes]) -> None:
         readings, now = self._readings[name], self._now
         present: dict[bytes, tuple[int, float]] = {}
         for key, packets, expires_ms in rows:
@@ -167,7 +167,7 @@ class PacketAccounting:
         self.changed |= present.keys() != readings.keys()
         self._readings[name] = present
 
-    def _due(self, rows: list[Row], left_out: set[bytes], seconds: float) -> list[bytes]:
+    def _due(self, rows: list[SetRow], left_out: set[bytes], seconds: float) -> list[bytes]:
         return [key for key, _, expires_ms in rows if 0 < expires_ms < seconds * 1000 and key not in left_out]
 
     def _end(self, gone: Iterable[Gone]) -> None:

@@ -24,7 +24,7 @@ from portward.base.netlink import ATTRIBUTE, NESTED, attribute, nest, string
 from portward.dataplane.deletions import REPORTED, Deletions, Gone
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.ruleset import COUNTING_SETS, TABLE
-from portward.dataplane.setdump import Row, SetElement
+from portward.dataplane.setdump import SetElement, SetRow
 from portward.errors import KernelError
 
 # linux/netfilter/nf_tables.h
@@ -110,7 +110,7 @@ class Elements(Protocol):
     """The sets, maps and limits of the table `inet portward` in one network namespace. Keys are as the kernel
     keeps them: the interface index in host order, then the address in network order."""
 
-    def rows(self, set_: str) -> list[Row]:
+    def rows(self, set_: str) -> list[SetRow]:
         """A reading of a set: (key, packets, milliseconds until it expires) each. Raises OSError, also if the set
         or the table is missing. See above for what a reading may miss."""
 
@@ -144,7 +144,7 @@ class KernelElements:
         takes the elements with a counter that are deleted."""
         self._netlink, self._committing, self._deletions = netlink, committing, deletions
 
-    def rows(self, set_: str) -> list[Row]:
+    def rows(self, set_: str) -> list[SetRow]:
         """See `Elements`."""
         return self._netlink.rows(TABLE, set_)
 

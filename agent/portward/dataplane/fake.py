@@ -36,11 +36,11 @@ from portward.dataplane.elements import (
     Flush,
     InsertRule,
 )
-from portward.dataplane.faketables import Draft, Entry, FakeSet, FakeTable, handle, refuse
+from portward.dataplane.faketables import Draft, FakeElement, FakeSet, FakeTable, handle, refuse
 from portward.dataplane.faketext import SyntaxFault
 from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.setdump import Row, SetElement
+from portward.dataplane.setdump import SetElement, SetRow
 from portward.errors import KernelError
 
 _INET: Final = 1  # NFPROTO_INET
@@ -122,7 +122,7 @@ class FakeKernel:
         found = self.tables[table].sets[set_]
         if key not in found.elements and found.size and len(found.elements) >= found.size:
             return False
-        found.elements[key] = Entry(self._expiry(found), packets)
+        found.elements[key] = FakeElement(self._expiry(found), packets)
         return True
 
     # --- transactions ---
@@ -189,7 +189,7 @@ class FakeKernel:
             refuse(errno.ENOENT)
         return self.tables[table].sets[set_]
 
-    def _left_ms(self, entry: Entry) -> int:
+    def _left_ms(self, entry: FakeElement) -> int:
         return 0 if entry.expires == inf else max(1, round((entry.expires - self.now) * 1000))
 
     def _expiry(self, set_: FakeSet) -> float:
@@ -289,7 +289,7 @@ class FakeNetlink(NfNetlink):
         """See `NfNetlink`."""
         return self._kernel.read(table, set_)
 
-    def rows(self, table: str, set_: str) -> list[Row]:
+    def rows(self, table: str, set_: str) -> list[SetRow]:
         """See `NfNetlink`."""
         return [element[:3] for element in self._kernel.read(table, set_)]
 

@@ -39,7 +39,7 @@ def handle(rule: str) -> int:
     return crc32(rule.encode())
 
 
-class Entry(NamedTuple):
+class FakeElement(NamedTuple):
     """An element: when it expires by the fake's clock, packets counted, and the object that a map gives."""
 
     expires: float = inf
@@ -54,7 +54,7 @@ class FakeSet:
     definition: str
     size: int
     timeout_ms: int
-    elements: dict[bytes, Entry] = field(default_factory=dict)
+    elements: dict[bytes, FakeElement] = field(default_factory=dict)
 
 
 @dataclass
@@ -212,7 +212,7 @@ class Draft:
         if before is None and set_.size and len(set_.elements) >= set_.size:
             refuse(errno.ENFILE)
         expires = self._now + set_.timeout_ms / 1000 if set_.timeout_ms else inf
-        set_.elements[key] = Entry(expires, 0, limit)
+        set_.elements[key] = FakeElement(expires, 0, limit)
         self.touched = True
 
     def _delete(self, set_: FakeSet, key: bytes) -> None:

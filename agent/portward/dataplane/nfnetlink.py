@@ -37,7 +37,7 @@ from portward.base.netlink import (
 )
 from portward.dataplane import setdump
 from portward.dataplane.compiled import Message
-from portward.dataplane.setdump import Row, SetElement
+from portward.dataplane.setdump import SetElement, SetRow
 from portward.errors import KernelError
 
 _SUBSYS_NFTABLES: Final = 10
@@ -243,10 +243,10 @@ class NfNetlink:
             found.extend(setdump.elements(nest_))
         return found
 
-    def rows(self, table: str, set_: str) -> list[Row]:
+    def rows(self, table: str, set_: str) -> list[SetRow]:
         """All elements of a set of an inet table, without the objects of a map: ten times as fast. Raises OSError
         as `elements` does."""
-        found: list[Row] = []
+        found: list[SetRow] = []
         for nest_ in self._nests(table, set_):
             found += setdump.rows(nest_)
         return found

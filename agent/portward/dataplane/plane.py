@@ -31,7 +31,7 @@ from portward.dataplane.nft import Nft
 from portward.dataplane.others import Watch
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.selfcheck import SAMPLE, Kind, SelfCheck
+from portward.dataplane.selfcheck import SAMPLE, DifferenceKind, SelfCheck
 from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.underway import UnderWay
@@ -279,7 +279,9 @@ class Dataplane:
         """Repairs, and reports it if the ruleset was not the one that was loaded."""
         self._repair()
         if not self.broken:  # else the log says so already
-            self._selfcheck.differs(Kind.RULESET, "the ruleset was not the one that was loaded: it is put back")
+            self._selfcheck.differs(
+                DifferenceKind.RULESET, "the ruleset was not the one that was loaded: it is put back"
+            )
 
     @property
     def behind(self) -> bool:
@@ -312,7 +314,7 @@ class Dataplane:
             for element in wrong:
                 address = ip_address(element.source.address)
                 self._selfcheck.differs(
-                    Kind.REMEMBERED,
+                    DifferenceKind.REMEMBERED,
                     f"the kernel remembered {element.verdict.name.lower()} for {address} behind interface "
                     f"{element.source.link}, which is not the table's verdict: forgotten",
                 )
@@ -348,7 +350,7 @@ class Dataplane:
                 return
             for source in wrong[:_TOLD]:
                 self._selfcheck.differs(
-                    Kind.REMEMBERED,
+                    DifferenceKind.REMEMBERED,
                     f"the kernel let {ip_address(source.address)} behind interface {source.link} send within a "
                     "limit that is not the table's: forgotten",
                 )

@@ -20,7 +20,7 @@ SAMPLE: Final = 1_000
 _log = logging.getLogger("portward.dataplane.selfcheck")
 
 
-class Kind(StrEnum):
+class DifferenceKind(StrEnum):
     """What differs."""
 
     RULESET = "ruleset"  # rules, sets or queue rules are not those that were loaded, or the epoch is another
@@ -33,14 +33,14 @@ class SelfCheck:
     """Differences found so far."""
 
     def __init__(self) -> None:
-        self.divergences: Counter[Kind] = Counter(dict.fromkeys(Kind, 0))
+        self.divergences: Counter[DifferenceKind] = Counter(dict.fromkeys(DifferenceKind, 0))
         # When every worker last answered, by `clock.monotonic`; None: not yet.
         self.answered: float | None = None
         self._what = ""
         # The last difference, and when it was found, by the same clock.
         self._last: tuple[float, str] | None = None
 
-    def differs(self, kind: Kind, what: str) -> None:
+    def differs(self, kind: DifferenceKind, what: str) -> None:
         """Counts and logs a difference; `what` says what was found and what is done about it. The same one again
         is only counted."""
         self.divergences[kind] += 1

@@ -24,7 +24,7 @@ _EXPRESSION_DATA: Final = 2
 _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 
 # Key, packets counted, milliseconds until the element expires.
-Row: TypeAlias = tuple[bytes, int, int]
+SetRow: TypeAlias = tuple[bytes, int, int]
 
 
 class SetElement(NamedTuple):
@@ -48,7 +48,7 @@ class _Layout(NamedTuple):
     expiring: bool
 
 
-def rows(nest: bytes) -> list[Row]:
+def rows(nest: bytes) -> list[SetRow]:
     """The elements of a nest NFTA_SET_ELEM_LIST_ELEMENTS, in the kernel's order. An element without a counter or
     without an expiration has 0 there."""
     found = _uniform(nest)
@@ -87,7 +87,7 @@ def _counted(expression: bytes) -> int:
     return 0
 
 
-def _uniform(nest: bytes) -> list[Row] | None:
+def _uniform(nest: bytes) -> list[SetRow] | None:
     """The rows of a message whose elements are all laid out like the first; None if they are not."""
     if len(nest) < 4:
         return []

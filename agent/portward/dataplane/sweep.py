@@ -14,7 +14,7 @@ from typing import Final
 
 from portward.dataplane.elements import Add, Change, Delete, Elements, Flush, RefusedError
 from portward.dataplane.prefixes import Prefixes
-from portward.dataplane.setdump import Row
+from portward.dataplane.setdump import SetRow
 
 # A reading of no more elements than this fits into one message, and is a snapshot.
 _ONE_MESSAGE: Final = 32
@@ -70,7 +70,7 @@ class Sweep:
         self._elements.commit([Flush(set_)])
         self._sizes[set_] = 0
 
-    def _read(self, set_: str, family: str) -> tuple[list[Row], list[Change]]:
+    def _read(self, set_: str, family: str) -> tuple[list[SetRow], list[Change]]:
         """A reading of a set, and what deletes those of its elements that lie in the prefixes."""
         self._began[set_] = time.monotonic()
         rows = self._elements.rows(set_)
@@ -86,7 +86,7 @@ class Sweep:
         return rows, _deletions(set_, going)
 
 
-def _deletions(set_: str, rows: list[Row]) -> list[Change]:
+def _deletions(set_: str, rows: list[SetRow]) -> list[Change]:
     """What deletes these elements. One that may expire before is added first, which makes its deletion succeed in
     any case; for all of them that would take three times as long."""
     soon = list({key for key, _, expires_ms in rows if 0 < expires_ms < _SOON_MS})
@@ -95,7 +95,7 @@ def _deletions(set_: str, rows: list[Row]) -> list[Change]:
     return [*changes, Delete(set_, rest)] if rest else changes
 
 
-def _each_once(rows: list[Row]) -> bool:
+def _each_once(rows: list[SetRow]) -> bool:
     return len({key for key, _, _ in rows}) == len(rows)
 
 

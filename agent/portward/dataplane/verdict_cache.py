@@ -28,7 +28,7 @@ from portward.dataplane.ruleset import (
     UNSETTLED,
     Verdict,
 )
-from portward.dataplane.setdump import Row
+from portward.dataplane.setdump import SetRow
 from portward.dataplane.sweep import Sweep
 from portward.ipc import mark
 
@@ -263,7 +263,7 @@ class VerdictCache:
         flushes = [Flush(name + family) for name in (*COUNTED_SETS.values(), RATES) for family in "46"]
         self._elements.commit([*flushes, *_synced(generation)])
 
-    def _rows(self, set_: str) -> list[Row]:
+    def _rows(self, set_: str) -> list[SetRow]:
         rows = self._elements.rows(set_)
         self.sizes[set_] = len(rows)
         return rows
@@ -307,12 +307,12 @@ class VerdictCache:
         return _INDEX.unpack(keys[0])[0] if len(keys) == 1 else None
 
 
-def element_of(set_: str, row: Row) -> Element:
+def element_of(set_: str, row: SetRow) -> Element:
     """The cached verdict that a row of this set is."""
     return _element(_VERDICTS[set_[:-1]], row)
 
 
-def _element(verdict: Verdict, row: Row) -> Element:
+def _element(verdict: Verdict, row: SetRow) -> Element:
     key, packets, expires_ms = row
     return Element(verdict, Source.of(key), packets, expires_ms / 1000)
 

@@ -41,7 +41,7 @@ _REVIEWED: Final = UUID("11111111-0000-4000-8000-000000000003")
 _NEVER: Final = UUID("11111111-0000-4000-8000-000000000004")
 
 
-class Row(NamedTuple):
+class Act(NamedTuple):
     """An act of the demo."""
 
     what: str
@@ -121,7 +121,7 @@ def start_mail(lab: Lab, postbox: Postbox, *, detached: bool = False) -> subproc
 class Demo:
     """The acts, played on a stage."""
 
-    def __init__(self, lab: Lab, agent: Agent, postbox: Postbox, tell: Callable[[Row], None]) -> None:
+    def __init__(self, lab: Lab, agent: Agent, postbox: Postbox, tell: Callable[[Act], None]) -> None:
         self._lab, self._agent, self._postbox, self._tell = lab, agent, postbox, tell
 
     def play(self) -> None:
@@ -207,18 +207,18 @@ class Demo:
         line = next((line for line in told.splitlines() if expected in line), told.strip() or "nothing")
         place = line.find(expected)
         happened = re.split(r"[:,]", line[place:])[0] if place >= 0 else line
-        self._tell(Row(what, expected, happened, expected in told))
+        self._tell(Act(what, expected, happened, expected in told))
 
     def _mail(self, what: str, tenant: Tenant, expected: Fate, *, server: str = MAIL4, port: int = 25) -> None:
         self._row(what, expected, send(self._lab, tenant, server, port, self._postbox))
 
     def _row(self, what: str, expected: Fate, outcome: Outcome) -> None:
-        self._tell(Row(what, expected, str(outcome), outcome.fate is expected))
+        self._tell(Act(what, expected, str(outcome), outcome.fate is expected))
 
     def _reason(self, expected: str) -> None:
         found = self._agent.explain(FABRIKAM.segment, FABRIKAM.address4)["reason"]
         self._tell(
-            Row(f"portward explain {FABRIKAM.segment} {FABRIKAM.address4}", expected, found, found == expected)
+            Act(f"portward explain {FABRIKAM.segment} {FABRIKAM.address4}", expected, found, found == expected)
         )
 
     def _counters(self) -> None:
@@ -226,7 +226,7 @@ class Demo:
         name = f'portward_subscription_packets_total{{subscription="{_IDS[FABRIKAM]}",verdict="deny"}}'
         until(lambda: self._agent.metrics().get(name, 0) > 0, "the denied packets in the metrics")
         count = self._agent.metrics()[name]
-        self._tell(Row("packets denied to fabrikam, in the metrics", "some", f"{count:.0f}", count > 0))
+        self._tell(Act("packets denied to fabrikam, in the metrics", "some", f"{count:.0f}", count > 0))
 
 
 @contextmanager
@@ -254,7 +254,7 @@ def run(name: str, *, keep: bool = False) -> bool:
 
 
 def _run(lab: Lab, *, keep: bool) -> bool:
-    console, began, rows = Console(), time.monotonic(), list[Row]()
+    console, began, rows = Console(), time.monotonic(), list[Act]()
     if not console.is_terminal:
         console.width = _WIDTH
     lab.up()
@@ -266,7 +266,7 @@ def _run(lab: Lab, *, keep: bool) -> bool:
             try:
                 with console.status("") as line:
 
-                    def tell(row: Row) -> None:
+                    def tell(row: Act) -> None:
                         rows.append(row)
                         line.update(f"{row.what}: {row.happened}")
 
@@ -296,7 +296,7 @@ def _epilogue(console: Console, agent: Agent) -> None:
     console.print()
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Act]) -> Table:
     table = Table(title="portward demo", title_justify="left")
     for title in ("what", "expected", "happened", ""):
         table.add_column(title)

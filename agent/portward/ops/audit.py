@@ -18,7 +18,7 @@ from portward.config.documents import nearest
 from portward.errors import InputError, printable
 from portward.inventory.difference import described_change
 from portward.store.chain import Check, IntegrityIssue
-from portward.store.protocol import CONFIRMED, KINDS, Cell, Entry, Row, Store, named
+from portward.store.protocol import CONFIRMED, KINDS, Cell, Entry, LogRow, Store, named
 
 # A revision with more changes is told by their counts.
 _LINES: Final = 40
@@ -43,7 +43,7 @@ class Shown(NamedTuple):
 
     entry: Entry
     counts: Counter[tuple[str, str]]
-    changes: list[Row] | None
+    changes: list[LogRow] | None
 
 
 def check_key(key: str) -> None:
@@ -87,12 +87,12 @@ def _matches(key: Cell, wanted: str | None) -> bool:
     return named(wanted) is None and str(key).startswith(beginning)
 
 
-def _sign(row: Row) -> str:
+def _sign(row: LogRow) -> str:
     _, before, after = row
     return "-" if after is None else "+" if before is None else "~"
 
 
-def _kind(row: Row) -> str:
+def _kind(row: LogRow) -> str:
     kind = str(row[0]).partition("/")[0]
     return kind if kind in KINDS or kind == CONFIRMED else "other"
 
@@ -109,7 +109,7 @@ def lines(store: Store, entries: Iterable[Shown]) -> Iterator[str]:
         yield from (f"  {printable(line)}" for line in told)
 
 
-def _in_words(store: Store, row: Row) -> str:
+def _in_words(store: Store, row: LogRow) -> str:
     key, before, after = (None if cell is None else str(cell) for cell in row)
     return described_change(str(key), before, after, store.get)
 

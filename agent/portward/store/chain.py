@@ -29,7 +29,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from portward.errors import InputError
-from portward.store.protocol import Cell, Entry, Origin, Row, Store, told_key
+from portward.store.protocol import Cell, Entry, LogRow, Origin, Store, told_key
 
 # Changes that are hashed at once: the encoder is called seldom, and a million changes need no memory.
 _PIECE: Final = 1000
@@ -51,7 +51,7 @@ class Sealing:
         them."""
         self._hash = hashlib.sha256(_encoder.encode_lines([(previous.hex(), number, at, actor)]))
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[LogRow]) -> None:
         """Takes the next changes, in the order of their keys."""
         self._hash.update(_encoder.encode_lines(rows))
 
@@ -86,7 +86,7 @@ def parse_mark(text: str) -> Mark:
     return Mark(int(found[1]), bytes.fromhex(found[2]))
 
 
-class Kind(StrEnum):
+class IntegrityIssueKind(StrEnum):
     """What kind of thing was found. Fixed: tools rely on these codes."""
 
     UNSEALED = "unsealed"
@@ -102,7 +102,7 @@ class IntegrityIssue(NamedTuple):
     """Something that is not as the log says, or as it was noted down. `revision` is the one that it is about, the
     first of several; `keys` are those that it is about, the first few."""
 
-    kind: Kind
+    kind: IntegrityIssueKind
     revision: int | None
     keys: tuple[str, ...]
     text: str
@@ -136,7 +136,9 @@ class Check:
         for entry in self._store.log():
             if entry.number < 1:
                 text = f"{_called(entry)} cannot be: the first revision is 1"
-                yield IntegrityIssue(Kind.CHANGED, entry.number, self._first_keys(entry.number), text)
+                yield IntegrityIssue(
+                    IntegrityIssueKind.CHANGED, entry.number, self._first_keys(entry.number), text
+                )
                 continue
             yield from self._gap(entry)
             yield from self._entry(entry)
@@ -150,14 +152,14 @@ class Check:
         origin = self.origin = self._store.origin()
         if origin is None:
             yield IntegrityIssue(
-                Kind.UNSEALED, None, (),
+                IntegrityIssueKind.UNSEALED, None, (),
                 "the log has no hashes: the store was made by an older portward, and the next change seals it",
             )  # fmt: skip
             return
         if origin.hash != origin_hash(self._store.identity(), origin.at, origin.sealed):
             self._fitted = False
             text = "the log's origin does not fit its hash: it was changed, or the store's identity"
-            yield IntegrityIssue(Kind.ORIGIN, None, (), text)
+            yield IntegrityIssue(IntegrityIssueKind.ORIGIN, None, (), text)
         self._at(0, origin.hash)
 
     def _at(self, number: int, found: bytes | None) -> None:
@@ -174,7 +176,7 @@ class Check:
             return
         missing = f"revision {first} is missing" if first == last else f"revisions {first} to {last} are missing"
         where = f"the log begins with {entry.number}" if self._last is None else f"{entry.number} comes next"
-        yield IntegrityIssue(Kind.MISSING, first, (), f"{missing}: {where}")
+        yield IntegrityIssue(IntegrityIssueKind.MISSING, first, (), f"{missing}: {where}")
         self._fitted = False  # nothing to compare with
 
     def _entry(self, entry: Entry) -> Iterator[IntegrityIssue]:
@@ -186,7 +188,7 @@ class Check:
         self._fitted = fits
         if not fits:
             yield IntegrityIssue(
-                Kind.CHANGED, entry.number, keys,
+                IntegrityIssueKind.CHANGED, entry.number, keys,
                 f"{_called(entry)} does not fit its hash: it was changed after it was written; it holds now "
                 f"{_counted(entry.changes, keys)}",
             )  # fmt: skip
@@ -199,11 +201,11 @@ class Check:
         last = self._last
         if last is None:
             return IntegrityIssue(
-                Kind.ORIGIN, None, (), f"the log's origin was changed, and its hash with it: {told}"
+                IntegrityIssueKind.ORIGIN, None, (), f"the log's origin was changed, and its hash with it: {told}"
             )
         keys = self._first_keys(last.number)
         return IntegrityIssue(
-            Kind.CHANGED, last.number, keys,
+            IntegrityIssueKind.CHANGED, last.number, keys,
             f"{_called(last)} was changed, and its hash with it: {told}; it holds now "
             f"{_counted(last.changes, keys)}",
         )  # fmt: skip
@@ -221,7 +223,7 @@ class Check:
             self._leave(entry.number, piece)
         return entry.previous is not None and entry.hash == sealing.hash(), tuple(keys)
 
-    def _leave(self, number: int, piece: Iterable[Row]) -> None:
+    def _leave(self, number: int, piece: Iterable[LogRow]) -> None:
         left = self._left
         for key, _, after in piece:
             if after is None:
@@ -237,7 +239,7 @@ class Check:
             keys = self._first_keys(number) if isinstance(number, int) else ()
             told = f", among them {', '.join(keys)}" if keys else ""
             yield IntegrityIssue(
-                Kind.STRAY, number if isinstance(number, int) else None, keys,
+                IntegrityIssueKind.STRAY, number if isinstance(number, int) else None, keys,
                 f"changes stand under revision {number}, which has no entry{told}",
             )  # fmt: skip
 
@@ -251,7 +253,7 @@ class Check:
         else:
             told = "the log holds another entry, or none, in its place: it was written anew"
         text = f"revision {number} with the hash that is expected is not there: {told}"
-        yield IntegrityIssue(Kind.EXPECTED, number, (), text)
+        yield IntegrityIssue(IntegrityIssueKind.EXPECTED, number, (), text)
 
     def _records(self) -> Iterator[IntegrityIssue]:
         left = self._left
@@ -268,7 +270,7 @@ class Check:
 def _record(key: str, number: int | None, told: str) -> IntegrityIssue:
     name = told_key(key)
     text = f"{name}: the record {told}: it was changed past the log, or newer entries of the log were cut off"
-    return IntegrityIssue(Kind.RECORD, number, (name,), text)
+    return IntegrityIssue(IntegrityIssueKind.RECORD, number, (name,), text)
 
 
 def _called(entry: Entry) -> str:

@@ -95,7 +95,7 @@ class Odd(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # A text of the log as it is kept, word for word: a hash is over these.
 Cell: TypeAlias = str | Odd | None
 # A change as it is kept: key, before, after.
-Row: TypeAlias = tuple[Cell, Cell, Cell]
+LogRow: TypeAlias = tuple[Cell, Cell, Cell]
 
 # SHA-256.
 HASH_BYTES: Final = 32
@@ -173,7 +173,7 @@ class Store(Protocol):
         """The entries of the log after revision `since` (None: all of them, also those with a number that cannot
         be), oldest first."""
 
-    def rows(self, revision: int) -> Iterator[Row]:
+    def rows(self, revision: int) -> Iterator[LogRow]:
         """The changes of a revision as they are kept, in the order of their keys."""
 
     def strays(self) -> Iterator[int | Odd]:

@@ -26,7 +26,18 @@ from portward.base.clock import utc_now
 from portward.errors import ConflictError, StoreError
 from portward.store.chain import Sealing, origin_hash
 from portward.store.notifier import ChangeListener, create_notifier, notify_followers
-from portward.store.protocol import HASH_BYTES, Cell, Change, Entry, NoStoreError, Odd, Origin, Progress, Put, Row
+from portward.store.protocol import (
+    HASH_BYTES,
+    Cell,
+    Change,
+    Entry,
+    LogRow,
+    NoStoreError,
+    Odd,
+    Origin,
+    Progress,
+    Put,
+)
 
 _log = logging.getLogger("portward.store")
 
@@ -262,7 +273,7 @@ class SqliteStore:
                 number, at, actor, previous, found, changes = row
                 yield Entry(number, _cell(at), _cell(actor), _hash(previous), _hash(found), changes)
 
-    def rows(self, revision: int) -> Iterator[Row]:
+    def rows(self, revision: int) -> Iterator[LogRow]:
         """See `Store`."""
         with self._errors():
             for piece in self._pieces(revision):
@@ -498,7 +509,7 @@ class SqliteStore:
             raise StoreError(f"{self._name}: {told}; restore it from a backup")
         return found
 
-    def _pieces(self, revision: int) -> Iterator[list[Row]]:
+    def _pieces(self, revision: int) -> Iterator[list[LogRow]]:
         """The changes of a revision as they are kept, in the order of their keys, so many at once that it is
         quick."""
         last: object = None
@@ -657,7 +668,7 @@ def _plain(rows: list[Any]) -> bool:
 _PLAIN: Final = frozenset((str, type(None)))
 
 
-def _cells(rows: list[Any]) -> list[Row]:
+def _cells(rows: list[Any]) -> list[LogRow]:
     return [(_cell(key), _cell(before), _cell(after)) for key, before, after in rows]
 
 

@@ -30,7 +30,7 @@ _NOBODY: Final = 0
 MANY_CHANGES: Final = 20_000
 
 
-class Place(NamedTuple):
+class ChangedPlace(NamedTuple):
     """A prefix in a segment whose verdict has changed."""
 
     segment: str
@@ -47,7 +47,7 @@ class Edit:
         """`rule` gives what holds for attachments at the time `now`; `damage` takes what cannot be read."""
         self._transaction, self._parts, self._rule, self._damage = transaction, parts, rule, damage
         self._time, self._now = now, layout.microseconds(now)
-        self.changed: list[Place] = []
+        self.changed: list[ChangedPlace] = []
         self.everything = False
         self.opens = False
         self.closes = False
@@ -460,7 +460,7 @@ class Edit:
             return
         try:
             segment, network = layout.network_of(place)
-            self.changed.append(Place(self._segments.name(segment), network))
+            self.changed.append(ChangedPlace(self._segments.name(segment), network))
             many = len(self.changed) > MANY_CHANGES
         except (TableError, ValueError) as error:
             self._damage.found(f"{error}; every cached verdict goes")

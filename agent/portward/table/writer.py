@@ -30,7 +30,7 @@ from portward.table.database import (
     open_for_writing,
 )
 from portward.table.denials import Group, groups, weigh
-from portward.table.edit import MANY_CHANGES, Edit, Place
+from portward.table.edit import MANY_CHANGES, ChangedPlace, Edit
 from portward.table.load import Loadable
 from portward.table.reader import Reader
 from portward.table.rows import Rows
@@ -51,7 +51,7 @@ class Committed(NamedTuple):
 
     revision: int
     generation: int
-    changed: tuple[Place, ...] = ()
+    changed: tuple[ChangedPlace, ...] = ()
     links: frozenset[int] = frozenset()
     everything: bool = False
     opens: bool = True

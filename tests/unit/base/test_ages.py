@@ -19,7 +19,7 @@ from portward.base import clock
 from portward.cli.status import _lines
 from portward.daemon import report
 from portward.daemon.runtime import age_of, read_status
-from portward.dataplane.selfcheck import Kind, SelfCheck
+from portward.dataplane.selfcheck import DifferenceKind, SelfCheck
 from portward.metrics.snapshot import Snapshot
 
 AGENT = Path(clock.__file__).parents[1]
@@ -106,7 +106,7 @@ def test_a_time_that_is_shown_follows_the_wall_clock_as_it_is_set_now(host: Host
     """A difference that was found by a clock an hour ahead is not dated into the future for ever."""
     found = SelfCheck()
     host.wall += timedelta(hours=1)
-    found.differs(Kind.WORKER, "the worker does not answer")
+    found.differs(DifferenceKind.WORKER, "the worker does not answer")
     host.passes(10)
     host.wall -= timedelta(hours=1)
     assert found.last_difference == "2026-06-01T12:00:00Z worker: the worker does not answer"

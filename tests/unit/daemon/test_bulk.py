@@ -19,7 +19,7 @@ from uuid import UUID
 import pytest
 
 from portward.daemon import bulk as module
-from portward.daemon.bulk import Bulk, Job, Outcome
+from portward.daemon.bulk import Bulk, BulkResult, Job
 from portward.errors import StoreError
 from portward.model import Attachment, Record, Standing, Subscription
 from portward.policy import preset as presets
@@ -27,7 +27,7 @@ from portward.store.flips import HeldError
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.database import TableError
-from portward.table.edit import Place
+from portward.table.edit import ChangedPlace
 from portward.table.follower import BulkError, Follower
 from portward.table.writer import Answers, Committed, Writer
 
@@ -283,8 +283,10 @@ def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 def test_a_child_that_is_killed_while_it_writes_its_outcome_is_an_error_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    places = tuple(Place("vni1", ip_network(f"10.{number >> 8}.{number & 255}.0/24")) for number in range(3_000))
-    whole = pickle.dumps(Outcome(Committed(5, 6, places), refused=3))
+    places = tuple(
+        ChangedPlace("vni1", ip_network(f"10.{number >> 8}.{number & 255}.0/24")) for number in range(3_000)
+    )
+    whole = pickle.dumps(BulkResult(Committed(5, 6, places), refused=3))
     (tmp_path / "outcome").write_bytes(whole[: int(len(whole) * share)])
     child(
         monkeypatch,

@@ -29,7 +29,7 @@ from portward.dataplane.fake import FakeKernel
 from portward.dataplane.links import Device, Links
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.ruleset import LEARNED_SETS, TABLE
-from portward.dataplane.selfcheck import Kind
+from portward.dataplane.selfcheck import DifferenceKind
 from portward.dataplane.surroundings import NOTHING
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError, StoreError
@@ -523,7 +523,7 @@ def test_a_ruleset_that_was_taken_is_put_back_and_counted_also_if_the_surroundin
     started.core.links_seen(BRIDGED)
     assert beside(started) == {"stacked"}
     assert started.core.keeper.repairs == 1
-    assert started.core.selfcheck.divergences[Kind.RULESET] == 1
+    assert started.core.selfcheck.divergences[DifferenceKind.RULESET] == 1
 
 
 def test_the_guards_question_is_answered_unless_the_interface_is_unsettled(started: Ground) -> None:
@@ -549,7 +549,7 @@ def test_a_ruleset_that_another_program_changed_is_put_back_and_counted(started:
     started.core.check()
     assert started.kernel.tables[TABLE].chains["screen"].rules
     assert started.core.keeper.repairs == 1
-    assert started.core.selfcheck.divergences[Kind.RULESET] == 1
+    assert started.core.selfcheck.divergences[DifferenceKind.RULESET] == 1
     assert not started.cached(), "the sets may have been changed too"
     started.core.check()
     assert started.core.keeper.repairs == 1
@@ -565,7 +565,7 @@ def test_a_cached_verdict_that_is_not_the_tables_is_found_and_forgotten(started:
     assert suspects == [DENIED]
     started.core.correct(suspects)
     assert set(started.cached()) == {ALLOWED}
-    assert started.core.selfcheck.divergences[Kind.REMEMBERED] == 1
+    assert started.core.selfcheck.divergences[DifferenceKind.REMEMBERED] == 1
     started.core.count(1.0)
     assert started.core.suspects() == []
 
@@ -632,7 +632,7 @@ def test_a_limit_that_is_not_the_tables_is_found_and_forgotten(limited: Ground) 
     limited.core.count(1.0)
     limited.core.keep_rates()
     assert rates(limited) == {}
-    assert limited.core.selfcheck.divergences[Kind.REMEMBERED] == 1
+    assert limited.core.selfcheck.divergences[DifferenceKind.REMEMBERED] == 1
 
 
 # --- another configuration ---
@@ -709,7 +709,7 @@ def killed_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has each child killed after its work, before its outcome was read."""
     told = bulk._told
 
-    def cut_off(process: subprocess.Popen[bytes], outcomes: BinaryIO, job: bulk.Job) -> bulk.Outcome:
+    def cut_off(process: subprocess.Popen[bytes], outcomes: BinaryIO, job: bulk.Job) -> bulk.BulkResult:
         told(process, outcomes, job)
         raise EOFError
 
@@ -830,7 +830,7 @@ def test_no_snapshot_of_the_store_is_kept_while_a_child_reads_it(
     found: list[bool] = []
     run = bulk.Bulk.run
 
-    def looked(self: bulk.Bulk, job: bulk.Job) -> bulk.Outcome:
+    def looked(self: bulk.Bulk, job: bulk.Job) -> bulk.BulkResult:
         path = ground.folder / "portward.db"
         ground.put(attachment("vni2", f"10.1.{len(found)}.4", MAY))
         with closing(sqlite3.connect(path)) as other:

@@ -32,7 +32,7 @@ from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc import mark
 from portward.policy import preset as presets
-from portward.table.edit import Place
+from portward.table.edit import ChangedPlace
 from portward.table.writer import Committed
 
 CONFIG: Final = Config(segments=("vni*",), uplinks=("up0",))
@@ -50,7 +50,7 @@ def committed(
     generation: int, *changed: str, links: Iterable[int] = (), everything: bool = False, segment: str = SEGMENT
 ) -> Committed:
     """A change of the policy table: prefixes of a segment, interfaces, or everything."""
-    places = tuple(Place(segment, ip_network(network)) for network in changed)
+    places = tuple(ChangedPlace(segment, ip_network(network)) for network in changed)
     return Committed(generation, generation, places, frozenset(links), everything)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from portward.dataplane.accounting import GRACE_S, Due, Owner, PacketAccounting
 from portward.dataplane.deletions import Deletions, Gone
-from portward.dataplane.setdump import Row
+from portward.dataplane.setdump import SetRow
 from portward.dataplane.verdict_cache import Source
 from portward.ipc import mark
 
@@ -31,10 +31,10 @@ class World:
     def __init__(self) -> None:
         self.deletions = Deletions()
         self.counts = PacketAccounting(owner, self.deletions)
-        self.sets: dict[str, list[Row]] = {}
+        self.sets: dict[str, list[SetRow]] = {}
         self.meanwhile: Callable[[], None] = lambda: None
 
-    def rows(self, set_: str) -> list[Row]:
+    def rows(self, set_: str) -> list[SetRow]:
         """A reading of a set, and what happens right after it."""
         found = list(self.sets.get(set_, []))
         if set_ == "deny4":

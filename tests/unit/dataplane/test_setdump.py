@@ -24,7 +24,7 @@ def element(key: bytes, packets: int | None = None, expires: int | None = None, 
     return nest(1, body + more.get("after", b""))
 
 
-def walked(data: bytes) -> list[setdump.Row]:
+def walked(data: bytes) -> list[setdump.SetRow]:
     return [found[:3] for found in setdump.elements(data)]
 
 

@@ -13,7 +13,7 @@ from portward.dataplane import sweep as sweeping
 from portward.dataplane.elements import Add, Change, Delete, DeleteRule, Flush, InsertRule, RefusedError
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.ruleset import COUNTED_SETS
-from portward.dataplane.setdump import Row, SetElement
+from portward.dataplane.setdump import SetElement, SetRow
 from portward.dataplane.verdict_cache import Source, VerdictCache
 
 LINK, OTHER = 7, 8
@@ -45,13 +45,13 @@ class Sets:
         self.readings: list[str] = []
         self.transactions: list[list[Change]] = []
         self.full: set[str] = set()
-        self.disturb: Callable[[str, list[Row]], list[Row]] = lambda set_, rows: rows
+        self.disturb: Callable[[str, list[SetRow]], list[SetRow]] = lambda set_, rows: rows
         self.before_commit: Callable[[list[Change]], None] = lambda changes: None
 
     def fill(self, set_: str, *keys: bytes, expires_ms: int = 60_000) -> None:
         self.sets[set_].update(dict.fromkeys(keys, expires_ms))
 
-    def rows(self, set_: str) -> list[Row]:
+    def rows(self, set_: str) -> list[SetRow]:
         self.readings.append(set_)
         return self.disturb(set_, [(found, 1, expires) for found, expires in self.sets[set_].items()])
 

@@ -7,11 +7,11 @@ from enum import Enum
 import pytest
 
 from portward.base.codes import REASON_NUMBER, REASON_NUMBERS, REASON_OF
-from portward.dataplane.selfcheck import Kind
+from portward.dataplane.selfcheck import DifferenceKind
 from portward.ipc.counters import PacketOutcome, WorkerEvent
 from portward.ipc.mark import Class
 from portward.model import Authentication, ExemptionState, FraudCheck, Mode, Reason, Standing, Workload
-from portward.store.chain import Kind as LogKind
+from portward.store.chain import IntegrityIssueKind
 from unit.golden import golden
 
 CODES = golden("codes.json")
@@ -22,8 +22,8 @@ WORDS: dict[str, type[Enum]] = {
     "ExemptionState": ExemptionState,
     "FraudCheck": FraudCheck,
     "Authentication": Authentication,
-    "Difference": Kind,
-    "LogFinding": LogKind,
+    "Difference": DifferenceKind,
+    "LogFinding": IntegrityIssueKind,
 }
 
 

@@ -14,7 +14,7 @@ import msgspec
 from portward.exemptions.lifecycle import SELF_SERVICE, State
 from portward.model import Reason, Standing
 from portward.ops.diagnosis.facts import Facts, Machine
-from portward.ops.diagnosis.outcome import Outcome
+from portward.ops.diagnosis.outcome import Blocking
 from portward.policy.preset import ExemptionPath, Preset
 from portward.policy.remedy import relay_is_free, some_may_send
 
@@ -54,7 +54,7 @@ _ORDER: Final = (
 
 
 # What is not as the policy says comes first.
-_OUTCOMES: Final = (Outcome.SHUT, Outcome.OPEN, Outcome.UNKNOWN, Outcome.AS_POLICY)
+_OUTCOMES: Final = (Blocking.SHUT, Blocking.OPEN, Blocking.UNKNOWN, Blocking.AS_POLICY)
 
 
 class Matter(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class Matter(msgspec.Struct, frozen=True):
     reason: Reason
     machines: tuple[Machine, ...]
     ways: tuple[Way, ...]
-    outcome: Outcome
+    outcome: Blocking
     observed: bool = False
 
     @property
@@ -80,7 +80,7 @@ def in_order(machines: tuple[Machine, ...], first: Machine | None = None) -> tup
         network = machine.address
         return (
             machine != first,
-            machine.reason.allows and machine.outcome is not Outcome.SHUT,
+            machine.reason.allows and machine.outcome is not Blocking.SHUT,
             _ORDER.index(machine.reason),
             _OUTCOMES.index(machine.outcome),
             machine.observed,
@@ -127,13 +127,13 @@ def _matter(
     facts: Facts,
     reason: Reason,
     machines: tuple[Machine, ...],
-    found: Outcome,
+    found: Blocking,
     *,
     observed: bool = False,
 ) -> Matter:
-    if reason.allows and found is Outcome.SHUT:
+    if reason.allows and found is Blocking.SHUT:
         return Matter(reason, machines, ((Step.GATEWAY,),), found)
-    if reason.allows and found is Outcome.UNKNOWN:
+    if reason.allows and found is Blocking.UNKNOWN:
         return Matter(reason, machines, ((Step.LOOK,),), found)
     return Matter(reason, machines, _ways(preset, facts, reason, machines), found, observed)
 

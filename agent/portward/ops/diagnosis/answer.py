@@ -14,9 +14,9 @@ from portward.exemptions.lifecycle import State
 from portward.i18n import Language, marked, marked_many
 from portward.model import Exemption, FraudCheck, Mode, Reason, Standing, Subscription, Workload
 from portward.ops.diagnosis.advice import Step, Way, in_order, matters
-from portward.ops.diagnosis.facts import Drops, Facts, Kernel, Machine, Metrics, Place
+from portward.ops.diagnosis.facts import Drops, Facts, FactSource, Kernel, Machine, Metrics
 from portward.ops.diagnosis.letter import letter
-from portward.ops.diagnosis.outcome import Outcome
+from portward.ops.diagnosis.outcome import Blocking
 from portward.ops.effect import Here
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_in_words, remedy
@@ -74,9 +74,9 @@ _OBSERVED: Final = marked_many("{n} packet passed as observed", "{n} packets pas
 _NOT_PERMITTED: Final = marked("not known: asking the kernel needs root or CAP_NET_ADMIN")
 _ELSEWHERE: Final = marked("not known: {why}")
 _OUTCOMES: Final = {
-    Outcome.SHUT: marked("MAY BE DROPPED NOW all the same"),
-    Outcome.OPEN: marked("MAY PASS NOW all the same"),
-    Outcome.UNKNOWN: marked("not known what happens now"),
+    Blocking.SHUT: marked("MAY BE DROPPED NOW all the same"),
+    Blocking.OPEN: marked("MAY PASS NOW all the same"),
+    Blocking.UNKNOWN: marked("not known what happens now"),
 }
 _KERNEL: Final = {
     Kernel.NO_INTERFACE: marked("not known: no segment of these machines is an interface of this host now"),
@@ -123,7 +123,7 @@ class Told(msgspec.Struct, frozen=True):
     machines: int
     observed: bool
     ways: tuple[Way, ...]
-    outcome: Outcome = Outcome.UNKNOWN
+    outcome: Blocking = Blocking.UNKNOWN
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
@@ -223,7 +223,7 @@ def _account(facts: Facts, subscription: Subscription, say: Language) -> str:
         say("created on {day}", day=say.day(subscription.created)),
     ]
     if subscription.mode is Mode.OBSERVE:
-        as_policy = all(machine.outcome is Outcome.AS_POLICY for machine in facts.machines)
+        as_policy = all(machine.outcome is Blocking.AS_POLICY for machine in facts.machines)
         words.append(say("only observed: its packets pass") if as_policy else say("only observed"))
     return ", ".join(words)
 
@@ -280,7 +280,7 @@ def _machines(facts: Facts, say: Language, listed: int | None) -> Iterator[tuple
 
 
 def _machine(machine: Machine, kernel: Kernel, say: Language, *, doubt: bool) -> str:
-    as_policy = machine.outcome is Outcome.AS_POLICY
+    as_policy = machine.outcome is Blocking.AS_POLICY
     words = [f"{machine.segment} {network_text(machine.address)}  {machine.reason.value}"]
     if machine.reason is Reason.DENIED_RESTART_REQUIRED:
         words.append(say("needs a restart"))
@@ -292,7 +292,7 @@ def _machine(machine: Machine, kernel: Kernel, say: Language, *, doubt: bool) ->
         words.append(say("last start unknown"))
     if machine.observed and not machine.reason.allows:
         words.append(say("only observed: its packets pass") if as_policy else say("only observed"))
-    if not as_policy and (doubt or machine.outcome is not Outcome.UNKNOWN):
+    if not as_policy and (doubt or machine.outcome is not Blocking.UNKNOWN):
         words.append(say(_OUTCOMES[machine.outcome]))
     if machine.drops is not None:
         words += _packets(machine.drops, say)
@@ -334,7 +334,7 @@ def _dropped(facts: Facts, say: Language) -> Iterator[str]:
         packets = list(_blocked(drops, say))
         sources = say.many("of {n} source", "of {n} sources", drops.sources, n=say.number(drops.sources))
         yield f"{', '.join(packets)}, {sources}, {within}" if packets else say("nothing {within}", within=within)
-        if any(machine.outcome is Outcome.SHUT for machine in facts.machines):
+        if any(machine.outcome is Blocking.SHUT for machine in facts.machines):
             yield say("what is dropped in spite of the policy is not counted by source")
     if facts.since_start is not None:
         yield say(
@@ -359,7 +359,7 @@ def _dropped_of_nobody(facts: Facts, say: Language) -> Iterator[str]:
 
 def _source(facts: Facts, say: Language) -> str:
     at = say.time(facts.at)
-    if facts.place is Place.TABLE:
+    if facts.place is FactSource.TABLE:
         told = say("the running agent's table, revision {n}, {when}", n=facts.revision, when=at)
     else:
         told = say("the store (not the table of a running agent), revision {n}, {when}", n=facts.revision, when=at)

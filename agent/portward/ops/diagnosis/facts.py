@@ -10,13 +10,13 @@ import msgspec
 
 from portward.exemptions.lifecycle import State, state_of
 from portward.model import Exemption, Network, Reason, Subscription, Workload
-from portward.ops.diagnosis.outcome import Outcome
+from portward.ops.diagnosis.outcome import Blocking
 from portward.ops.effect import Here, Now
 from portward.policy.decide import rule
 from portward.policy.preset import Preset
 
 
-class Place(StrEnum):
+class FactSource(StrEnum):
     """Where the facts were read."""
 
     TABLE = "table"
@@ -76,7 +76,7 @@ class Machine(msgspec.Struct, frozen=True):
     observed: bool = False
     drops: Drops | None = None
     now: Now | None = None
-    outcome: Outcome = Outcome.UNKNOWN
+    outcome: Blocking = Blocking.UNKNOWN
 
 
 class SinceStart(msgspec.Struct, frozen=True):
@@ -107,7 +107,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     for how many seconds the kernel counts what it drops."""
 
     at: datetime
-    place: Place
+    place: FactSource
     revision: int
     preset: str
     other_preset: bool = False
@@ -125,7 +125,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: str = ""
     behind: str = ""
     now: Now | None = None
-    outcome: Outcome = Outcome.UNKNOWN
+    outcome: Blocking = Blocking.UNKNOWN
     observed: bool = False
     metrics: Metrics = Metrics.NO_AGENT
     since_start: SinceStart | None = None

@@ -21,7 +21,7 @@ from portward.model import Address, Mode, Network, Reason
 from portward.ops import host, sources
 from portward.ops.diagnosis import counted, kernel, meant
 from portward.ops.diagnosis.answer import Diagnosis, diagnosis
-from portward.ops.diagnosis.facts import Asked, Facts, Kernel, Machine, Place
+from portward.ops.diagnosis.facts import Asked, Facts, FactSource, Kernel, Machine
 from portward.ops.diagnosis.places import Accounts, Matched, accounts
 from portward.ops.diagnosis.sight import Sight
 from portward.ops.effect import Here, Policy
@@ -147,7 +147,7 @@ def _seen(config: Config, facts: Facts, source: Address | None) -> Facts:
         places=places,
         stacked=sight.stacked(segments),
         elsewhere=sight.elsewhere(segments),
-        behind=host.behind_store(config) if facts.place is Place.TABLE else "",
+        behind=host.behind_store(config) if facts.place is FactSource.TABLE else "",
     )
 
 

@@ -17,7 +17,7 @@ from portward.model import Reason, Standing, Workload
 from portward.ops.diagnosis.advice import Matter, Step, Way
 from portward.ops.diagnosis.facts import Asked as AskedSource
 from portward.ops.diagnosis.facts import Facts, Machine
-from portward.ops.diagnosis.outcome import Outcome
+from portward.ops.diagnosis.outcome import Blocking
 from portward.policy.preset import Asked, ExemptionPath, Preset
 from portward.policy.remedy import relay_is_free
 
@@ -174,7 +174,7 @@ class _Told:
         yield from self._decision()
         yield from self._limit()
         yield from self._now()
-        if self._matter.observed and self._matter.outcome is Outcome.AS_POLICY:
+        if self._matter.observed and self._matter.outcome is Blocking.AS_POLICY:
             yield self._say(
                 "For the time being these connections pass all the same, since the rule is only observed for you; "
                 "what follows counts once it is enforced."
@@ -183,23 +183,23 @@ class _Told:
     def _now(self) -> Iterator[str]:
         """What happens at this moment, if it is not what the policy says."""
         found, passes = self._matter.outcome, self._matter.reason.allows or self._matter.observed
-        if found is Outcome.AS_POLICY:
+        if found is Blocking.AS_POLICY:
             return
         if self._matter.observed:
             yield self._say(
                 "For the time being the rule is only observed for you, so these connections should pass; what "
                 "follows counts once it is enforced."
             )
-        if found is Outcome.SHUT:
+        if found is Blocking.SHUT:
             yield self._say(
                 "At this moment they may be dropped all the same. That is a fault on our side, and nothing "
                 "that you have done; we are working on it."
             )
-        elif found is Outcome.UNKNOWN and passes:
+        elif found is Blocking.UNKNOWN and passes:
             yield self._say("Whether they pass at this moment, we could not see.")
-        elif found is Outcome.UNKNOWN:
+        elif found is Blocking.UNKNOWN:
             yield self._say("That is our policy; whether it is in force at this moment, we could not see.")
-        elif found is Outcome.OPEN:
+        elif found is Blocking.OPEN:
             yield self._say(
                 "At this moment these connections may pass all the same, since our block is not in force; what "
                 "follows counts once it is."
@@ -225,7 +225,7 @@ class _Told:
             at = exemption.requested if exemption else None
         elif reason is Reason.DENIED_NOT_EXEMPT and self._facts.state is State.EXPIRED:
             text, at = _ENDED, exemption.until if exemption else None
-        elif reason.allows and self._matter.outcome is not Outcome.AS_POLICY:
+        elif reason.allows and self._matter.outcome is not Blocking.AS_POLICY:
             text = _MAY
         elif reason is Reason.ALLOWED_EXEMPT and exemption is not None and exemption.limit is not None:
             text = _WITHIN_LIMIT

@@ -15,7 +15,7 @@ from portward.ops.effect import Effect, Here, Now, lasts
 _DROPPING: Final = (Here.NOBODY_ANSWERS, Here.PART)
 
 
-class Outcome(StrEnum):
+class Blocking(StrEnum):
     """What happens to a source. SHUT: the policy lets it pass, and it is dropped here, or may be soon. OPEN: the
     policy does not, and it passes here, or may soon. UNKNOWN: that is not known."""
 
@@ -25,18 +25,18 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-def outcome(place: Here, made: Now, *, passes: bool, prefix: bool = False, opens: bool = False) -> Outcome:
+def outcome(place: Here, made: Now, *, passes: bool, prefix: bool = False, opens: bool = False) -> Blocking:
     """The outcome for a source that the policy lets pass (`passes`) or not. `prefix`: it stands for several, of
     which each may have another cached verdict, and `made` holds without one. `opens`: sources of its segment pass
     if nobody has bound their queue."""
     if made.effect is Effect.UNKNOWN:
-        return Outcome.UNKNOWN
+        return Blocking.UNKNOWN
     if passes and lasts(place, made):
-        return Outcome.AS_POLICY
+        return Blocking.AS_POLICY
     if passes and (made.as_policy is False or place in _DROPPING):
-        return Outcome.SHUT
+        return Blocking.SHUT
     opened = place is Here.NOBODY_ANSWERS_OPEN or (place is Here.PART and opens)
     if not passes and (made.as_policy is False or opened):
-        return Outcome.OPEN
+        return Blocking.OPEN
     cached_otherwise = prefix and place in (Here.NOBODY_ANSWERS, Here.NOBODY_ANSWERS_OPEN)
-    return Outcome.UNKNOWN if place is Here.UNWATCHED or cached_otherwise else Outcome.AS_POLICY
+    return Blocking.UNKNOWN if place is Here.UNWATCHED or cached_otherwise else Blocking.AS_POLICY

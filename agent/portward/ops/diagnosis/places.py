@@ -10,7 +10,7 @@ from portward.base.clock import as_agent, utc_now
 from portward.config.keys import Config
 from portward.daemon.runtime import running
 from portward.model import Address, Attachment, Network, Subscription, Workload
-from portward.ops.diagnosis.facts import Place
+from portward.ops.diagnosis.facts import FactSource
 from portward.policy.preset import Preset
 from portward.store import open_store
 from portward.store.protocol import Store, find, readable
@@ -31,7 +31,7 @@ class Matched(NamedTuple):
 class Accounts(Protocol):
     """A place to look accounts up. `at` is the time at which they are to be judged."""
 
-    place: Place
+    place: FactSource
     revision: int
     at: datetime
     other_preset: bool
@@ -63,7 +63,7 @@ def accounts(config: Config, preset: Preset) -> Accounts:
 class TableAccounts:
     """Accounts of the policy table."""
 
-    place = Place.TABLE
+    place = FactSource.TABLE
 
     def __init__(self, reader: Reader, head: layout.Head, preset: Preset) -> None:
         self._reader = reader
@@ -101,7 +101,7 @@ class TableAccounts:
 class StoreAccounts:
     """Accounts of the store."""
 
-    place = Place.STORE
+    place = FactSource.STORE
     other_preset = False
 
     def __init__(self, store: Store) -> None:

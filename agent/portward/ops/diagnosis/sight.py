@@ -14,7 +14,7 @@ from portward.errors import PortwardError
 from portward.model import Address
 from portward.ops import effect, host
 from portward.ops.diagnosis.facts import Machine
-from portward.ops.diagnosis.outcome import Outcome, outcome
+from portward.ops.diagnosis.outcome import Blocking, outcome
 from portward.ops.effect import Here, Now, Policy
 from portward.ops.host import Cached, Host, Ruleset
 
@@ -50,12 +50,12 @@ class Sight:
         made, found = self.source(machine.segment, address, policy)
         return replace(machine, now=made, outcome=found)
 
-    def source(self, segment: str, address: Address | None, policy: Policy) -> tuple[Now, Outcome]:
+    def source(self, segment: str, address: Address | None, policy: Policy) -> tuple[Now, Blocking]:
         """What happens to a source; None stands for several of a prefix."""
         here = self._at(segment)
         if index_of(segment) is None and not here.elsewhere:
             # Whatever this host does, it does not do it to this source.
-            return effect.now(Host(), None, policy), Outcome.UNKNOWN
+            return effect.now(Host(), None, policy), Blocking.UNKNOWN
         try:
             cached = self._cached(segment, address)
         except (OSError, PortwardError):

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from portward.exemptions.lifecycle import State
 from portward.model import Attachment, Exemption, ExemptionState, Standing, Subscription, Workload
-from portward.ops.diagnosis.facts import Facts, Machine, Place
+from portward.ops.diagnosis.facts import Facts, FactSource, Machine
 from portward.ops.diagnosis.outcome import outcome
 from portward.ops.effect import Policy, here, now
 from portward.ops.host import Cached, Host
@@ -88,7 +88,7 @@ def facts(
     place = here(host)
     if found is not None and machines:
         more = {"here": place, "places": {one.segment: place for one in machines}, **more}
-    fields = {"at": NOW, "place": Place.STORE, "revision": 7, "preset": preset.name, "id": ID, **more}
+    fields = {"at": NOW, "place": FactSource.STORE, "revision": 7, "preset": preset.name, "id": ID, **more}
     return Facts(subscription=owner, exemption=granted, machines=machines, **fields)
 
 

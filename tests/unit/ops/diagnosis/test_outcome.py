@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from portward.ops.diagnosis.outcome import Outcome, outcome
+from portward.ops.diagnosis.outcome import Blocking, outcome
 from portward.ops.effect import Effect, Here, Now
 
 
@@ -12,21 +12,21 @@ from portward.ops.effect import Effect, Here, Now
     ("place", "effect", "found"),
     [
         # The kernel has the limit itself, and no worker is asked.
-        (Here.NOBODY_ANSWERS, Effect.LIMITED, Outcome.AS_POLICY),
-        (Here.NOBODY_ANSWERS_OPEN, Effect.LIMITED, Outcome.AS_POLICY),
-        (Here.UNWATCHED, Effect.LIMITED, Outcome.AS_POLICY),
+        (Here.NOBODY_ANSWERS, Effect.LIMITED, Blocking.AS_POLICY),
+        (Here.NOBODY_ANSWERS_OPEN, Effect.LIMITED, Blocking.AS_POLICY),
+        (Here.UNWATCHED, Effect.LIMITED, Blocking.AS_POLICY),
         # Here a worker may say it.
-        (Here.PART, Effect.LIMITED, Outcome.SHUT),
+        (Here.PART, Effect.LIMITED, Blocking.SHUT),
         # A cached verdict ends.
-        (Here.NOBODY_ANSWERS, Effect.PASSES, Outcome.SHUT),
-        (Here.UNWATCHED, Effect.PASSES, Outcome.UNKNOWN),
-        (Here.JUDGES, Effect.PASSES, Outcome.AS_POLICY),
+        (Here.NOBODY_ANSWERS, Effect.PASSES, Blocking.SHUT),
+        (Here.UNWATCHED, Effect.PASSES, Blocking.UNKNOWN),
+        (Here.JUDGES, Effect.PASSES, Blocking.AS_POLICY),
     ],
 )
-def test_who_passes_within_a_limit_needs_no_worker(place: Here, effect: Effect, found: Outcome) -> None:
+def test_who_passes_within_a_limit_needs_no_worker(place: Here, effect: Effect, found: Blocking) -> None:
     assert outcome(place, Now(effect, ""), passes=True) is found
 
 
 def test_a_limit_that_the_policy_has_taken_away_is_open_still() -> None:
     made = Now(Effect.LIMITED, "", as_policy=False)
-    assert outcome(Here.NOBODY_ANSWERS, made, passes=False) is Outcome.OPEN
+    assert outcome(Here.NOBODY_ANSWERS, made, passes=False) is Blocking.OPEN

@@ -21,8 +21,8 @@ from portward.ops import explanation, host
 from portward.ops.diagnosis import gather, meant
 from portward.ops.diagnosis.answer import lines
 from portward.ops.diagnosis.counted import counts_of
-from portward.ops.diagnosis.facts import Place
-from portward.ops.diagnosis.outcome import Outcome
+from portward.ops.diagnosis.facts import FactSource
+from portward.ops.diagnosis.outcome import Blocking
 from portward.ops.diagnosis.places import Accounts, StoreAccounts, TableAccounts
 from portward.ops.host import Agent, Host, Ruleset, Workers
 from portward.policy import preset as presets
@@ -62,10 +62,10 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=Place)
+@pytest.fixture(params=FactSource)
 def place(request: pytest.FixtureRequest, config: Path, tmp_path: Path) -> Iterator[Accounts]:
     """The same records in the table and in the store."""
-    if request.param is Place.STORE:
+    if request.param is FactSource.STORE:
         found: Accounts = StoreAccounts(SqliteStore(tmp_path / "p.db"))
     else:
         now = datetime.now(UTC)
@@ -263,7 +263,7 @@ def test_what_this_host_does_is_not_said_of_a_segment_that_is_not_here(
     """Support may ask on a host that is no gateway at all, without a ruleset: nothing passes there for that."""
     monkeypatch.setattr(host, "look", lambda *_: Host(agent=Agent.NONE, ruleset=loaded, workers=Workers.NONE))
     _, made = gather.diagnose(config, "fabrikam", None, ENGLISH)
-    assert {machine.outcome for machine in made.facts.machines} == {Outcome.UNKNOWN}
+    assert {machine.outcome for machine in made.facts.machines} == {Blocking.UNKNOWN}
     assert "may pass all the same" not in made.customer
     assert "may be dropped all the same" not in made.customer
 
@@ -274,7 +274,7 @@ def test_where_the_agent_is_instead_is_said_also_if_no_segment_is_here(
     away = Host(agent=Agent.AWAY, workers=Workers.NONE, elsewhere="the agent runs in another network namespace")
     monkeypatch.setattr(host, "look", lambda *_: away)
     preset, made = gather.diagnose(config, "fabrikam", None, ENGLISH)
-    assert {machine.outcome for machine in made.facts.machines} == {Outcome.UNKNOWN}
+    assert {machine.outcome for machine in made.facts.machines} == {Blocking.UNKNOWN}
     assert f"not known: {away.elsewhere}" in "\n".join(lines(preset, made, ENGLISH))
     assert made.facts.machines[0].now is not None
     assert made.facts.machines[0].now.why == away.elsewhere
