@@ -65,7 +65,7 @@ def started(
     behind = behind_held(settings, found.written.revision)
     if json:
         told = {"revision": found.written.revision, "attachment": found.attachment, "reason": found.reason}
-        told |= {} if behind is None else {"behind": behind.machine()}
+        told |= {} if behind is None else {"behind": behind.as_json()}
         say_json(told)
         return
     place = network_text(found.attachment.address)

@@ -82,7 +82,7 @@ def audit(
     with contextlib.closing(open_store(settings.store)) as store, store.reading():
         check = Check(store, mark)
         if json:
-            told = audits.machine(store, wanted, check, _FINDINGS)
+            told = audits.as_json(store, wanted, check, _FINDINGS)
             say_json(told)
             found = told["findings_total"]
         else:

@@ -427,7 +427,7 @@ def _enforced(took: float | None) -> str:
 
 def _behind(behind: Behind | None) -> dict[str, Any]:
     """What JSON says more while the agent here holds an earlier revision."""
-    return {} if behind is None else {"behind": behind.machine()}
+    return {} if behind is None else {"behind": behind.as_json()}
 
 
 def _ms(took: float | None) -> float | None:

@@ -107,7 +107,7 @@ def apply(
         if refused and held is None:
             warnings.append(f"it {refused}: to be applied with --confirm only")
         told = _machine(plan, revision, held, dry_run=dry_run)
-        told |= {} if behind is None else {"behind": behind.machine()}
+        told |= {} if behind is None else {"behind": behind.as_json()}
         told |= {"warnings": warnings} if warnings else {}
         say_json(told)
         return

@@ -146,7 +146,7 @@ def verdict(check: Check, findings: int) -> str:
     return printable(f"checked {checked}: {outcome}, {head}{sealed}")
 
 
-def machine(store: Store, wanted: Wanted | None, check: Check, most_findings: int) -> dict[str, Any]:
+def as_json(store: Store, wanted: Wanted | None, check: Check, most_findings: int) -> dict[str, Any]:
     """All of it for `--json`; entries only if any are wanted. All findings are counted; at most so many, told."""
     entries = None if wanted is None else [_entry(each) for each in shown(store, wanted, _MOST)]
     walk = check.findings()

@@ -48,7 +48,7 @@ class Behind(NamedTuple):
             f"{self.records} records; the others wait, see `portward status`"
         )
 
-    def machine(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, object]:
         """The same for JSON."""
         return {"held": self.held, "enforced": self.enforced, "records": self.records}
 
