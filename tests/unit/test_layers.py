@@ -31,7 +31,7 @@ ROOMS = (
 HOMES = {
     "lmdb": {"table.database"},
     "sqlite3": {"store.sqlite"},
-    "inotify_simple": {"store.bell"},
+    "inotify_simple": {"store.notifier"},
     "netfilterqueue": {"worker.single"},
     "prometheus_client": {"metrics.registry"},
     "aiosmtpd": {"lab.mail"},

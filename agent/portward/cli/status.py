@@ -74,13 +74,13 @@ def top(
 
     found = settings.settings(config)
     remark(found.remarks)
-    busiest = TopTalkers(found.config)
+    talkers = TopTalkers(found.config)
     with _screen() as show:
-        show(busiest.read(time.monotonic()), first=True)
+        show(talkers.read(time.monotonic()), first=True)
         readings = 0
         while count == 0 or readings < count:
             time.sleep(interval)
-            show(busiest.read(time.monotonic()), first=False)
+            show(talkers.read(time.monotonic()), first=False)
             readings += 1
 
 

@@ -18,7 +18,7 @@ NAMED = "a customer with a name that is as long as names of customers can be"
 
 
 class Kernel:
-    """Gives rows as `Busiest` does: without rates at first."""
+    """Gives rows as `TopTalkers` does: without rates at first."""
 
     def __init__(self, _: Any) -> None:
         self._readings = 0
@@ -35,7 +35,7 @@ class Kernel:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(top_talkers, "Busiest", Kernel)
+    monkeypatch.setattr(top_talkers, "TopTalkers", Kernel)
     path = tmp_path / "portward.toml"
     path.write_text('segments = ["vni*"]\nuplinks = ["up0"]\n')
     return path
