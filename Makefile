@@ -122,6 +122,7 @@ $(DOCS)/ready: requirements-docs.txt
 
 # The variable silences an advertisement for another program, which the theme prints.
 docs: setup $(DOCS)/ready ## Build the documents as a site in build/site, and check every link in it
+	$(BIN)/python -m package.reference
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 	$(BIN)/python -m package.links build/site
 

@@ -17,7 +17,7 @@ _FILES = (
     ("/usr/share/doc/portward/operations.md", "how to install, configure, upgrade and remove it"),
     ("/usr/share/doc/portward/runbook.md", "what to do when something is wrong"),
 )
-_CODES = (
+CODES = (
     ("0", "Done."),
     ("1", "Refused, or not found."),
     ("2", "Bad usage, or bad input."),
@@ -88,7 +88,7 @@ def _head(name: str, what: str, version: str, date: datetime) -> list[str]:
 
 def _codes() -> list[str]:
     lines = [".SH EXIT STATUS"]
-    for code, what in _CODES:
+    for code, what in CODES:
         lines += [".TP", f".B {code}", what]
     return lines
 

@@ -152,6 +152,9 @@ def files() -> Iterator[Path]:
         # The other files of the tests are fed to the program; these rules quote what they forbid.
         if name.parts[0] == "tests" and (path.suffix != ".py" or path.parent == HERE):
             continue
+        # These pages repeat texts of the code, where they count already.
+        if name.is_relative_to("docs/reference"):
+            continue
         if path.is_file() and (path.suffix in (".py", ".md") or path.name.endswith(_COMMENTED)):
             yield name
 

@@ -1,0 +1,49 @@
+"""The page on portward.toml. Types, defaults and ranges come from the structs, meanings from the sample file."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from package.reference.tables import code, section_table, sentence
+from portward.config.keys import Config
+from portward.config.template import template
+from portward.daemon.settings import FIXED
+
+
+def fills() -> dict[str, object]:
+    """The values for the text of the page."""
+    said = _meanings()
+    tables = {
+        field.name: field.type
+        for field in msgspec.structs.fields(Config)
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
+    }
+    main = {name: said[name] for name in Config.__struct_fields__ if name not in tables}
+    sections = (
+        f"## `[{name}]`\n\n{said[name]}\n\n"
+        + section_table(struct, {key: said[f"{name}.{key}"] for key in struct.__struct_fields__})
+        for name, struct in tables.items()
+    )
+    return {
+        "fixed": ", ".join(f"`[{name}]`" if name in tables else code(name) for name in FIXED),
+        "main": section_table(Config, main),
+        "tables": "\n".join(sections),
+        "sample": template(),
+    }
+
+
+def _meanings() -> dict[str, str]:
+    """Key (`queue.rate`) or table (`queue`) → the comment before it in the sample file."""
+    said: dict[str, str] = {}
+    prefix = comment = ""
+    for line in template().splitlines():
+        if line.startswith("# "):
+            comment = sentence(line.removeprefix("# "))
+        elif found := re.fullmatch(r"\[(\w+)\]", line):
+            prefix = f"{found[1]}."
+            said[found[1]] = comment
+        elif found := re.match(r"(\w+) = ", line):
+            said[prefix + found[1]] = comment
+    return said

@@ -1,0 +1,82 @@
+"""The pages on presets, on the inventory and on reason codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from package.reference.tables import HERE, code, enum_table, sentence, struct_table, table
+from portward.base import limits
+from portward.base.codes import REASON_NUMBER
+from portward.config.documents import network_text
+from portward.model import Attachment, Details, Exemption, RateLimit, Reason, Subscription
+from portward.policy import preset as presets
+from portward.policy.preset import Asked, ExemptionPath, Offer, Preset
+from portward.policy.remedy import reason_in_words
+
+# The inventory that the page shows; a test applies it.
+EXAMPLE: Final[Path] = HERE / "inventory.yaml"
+
+
+def presets_fills() -> dict[str, object]:
+    """The values for the page on presets."""
+    return {
+        "preset": struct_table(Preset),
+        "offer": struct_table(Offer),
+        "paths": enum_table(ExemptionPath, "`exemption`"),
+        "asked": enum_table(Asked, "`asks`"),
+        "bundled": "\n".join(_bundled(presets.load(name)) for name in presets.bundled()),
+    }
+
+
+def inventory_fills() -> dict[str, object]:
+    """The values for the page on the inventory."""
+    return {
+        "example": EXAMPLE.read_text(),
+        "subscription": struct_table(Subscription),
+        "attachment": struct_table(Attachment),
+        "exemption": struct_table(Exemption),
+        "details": struct_table(Details),
+        "limit": struct_table(RateLimit),
+        "first": limits.FIRST_TIME.date(),
+        "last": limits.LAST_TIME.date(),
+        "name": limits.LONGEST_NAME,
+        "long": limits.LONGEST_TEXT,
+    }
+
+
+def reasons_fills() -> dict[str, object]:
+    """The values for the page on reason codes."""
+    rows = (
+        (code(one), str(REASON_NUMBER[one]), "allow" if one.allows else "deny", sentence(reason_in_words(one)))
+        for one in Reason
+    )
+    return {"reasons": table(("code", "number", "verdict", "meaning"), rows)}
+
+
+def _bundled(preset: Preset) -> str:
+    rows: list[tuple[str, str]] = [
+        ("source", f"{preset.source} ({preset.source_date})"),
+        ("ports", ", ".join(map(str, preset.ports))),
+        ("internal", ", ".join(code(network_text(net)) for net in preset.internal)),
+        ("restart", preset.restart or "not needed for a grant to count"),
+        ("paas_blocked", json.dumps(preset.paas_blocked)),
+        ("request", preset.request or "–"),
+    ]
+    offers = [(", ".join(map(code, offer.ids)), offer) for offer in preset.offers]
+    if preset.otherwise is not None:
+        offers.append(("every other offer" if offers else "every offer", preset.otherwise))
+    default = " This is the default." if preset.name == presets.DEFAULT else ""
+    return f"### {preset.name}\n\n{sentence(preset.title)}{default}\n\n{table(('key', 'value'), rows)}\n" + table(
+        ("offers", "exemption", "requires", "a request states"), (_offer(*offer) for offer in offers)
+    )
+
+
+def _offer(ids: str, offer: Offer) -> Iterator[str]:
+    yield f"{ids}: {offer.title}"
+    before = f"; always allowed if created before {offer.created_before}" if offer.created_before else ""
+    yield code(offer.exemption) + before
+    yield "; ".join(offer.requires) or "–"
+    yield ", ".join(map(code, offer.asks)) or "–"
