@@ -10,7 +10,7 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup program packages demo messages clean
-.PHONY: test test-trixie test-mail test-vm soak lint bench bench-short
+.PHONY: test test-trixie test-mail test-vm soak lint house bench bench-short
 .PHONY: docs deb install
 
 help: ## Show the targets
@@ -101,6 +101,9 @@ lint: setup ## ruff, mypy --strict, spelling and plain English
 	$(BIN)/mypy
 	$(BIN)/codespell $(SPELLED)
 	$(BIN)/python -m tests.prose
+
+house: setup ## Measure how much of the code a newcomer must read, beside the goals
+	$(BIN)/python -m tests.house
 
 messages: setup ## Bring the catalogues in step with the texts in the code
 	$(BIN)/python -m tests.messages
