@@ -1,0 +1,11 @@
+"""What daemon and workers share. Both processes import this room, and neither imports the other's.
+
+What always holds here: the layout of what is shared has explicit numbers, and a change of it raises a version,
+because an upgrade lets an old daemon start a new worker.
+
+- `mark`: the bits of the packet mark
+- `verdict`: from a lookup result to the class of the verdict
+- `counters`: the block of counters in shared memory
+- `lines`: the lines that a worker writes to the daemon
+- `probe`: the self-check's question to a worker
+"""

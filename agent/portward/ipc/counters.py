@@ -1,12 +1,13 @@
-"""The block of counters that a worker shares with the daemon: written by one, read by the other, no locks.
+"""The block of counters that a worker shares with the daemon. The worker writes it, the daemon reads it, without
+locks.
 
-It is a memory file whose descriptor the worker inherits. Each number is 8 bytes, aligned and written by one
-process only, so a reader sees the old or the new value, never half of one. Numbers only rise.
+It is a memory file whose descriptor the worker inherits. Each number has 8 bytes, is aligned, and is written by
+one process alone, so a reader sees the old or the new value and never half of one. Numbers only rise.
 
-The block begins with a header: what it is, the version of its layout, and how much room it has for reasons,
-outcomes and events. Daemon and worker may come from different versions of portward: an upgrade replaces the
-program while the daemon runs, and a worker that it starts then is the new one. A worker whose header would be
-another one refuses the block. Every number in it has its place by an explicit code, never by the order of an enum.
+The block begins with a header: its name, the version of its layout, and how much room it has for reasons, outcomes
+and events. Daemon and worker may be of different versions of portward, because an upgrade replaces the program
+while the daemon runs, and a worker that the daemon starts after that is the new one. A worker whose header would
+differ refuses the block. Explicit codes give every number its place; the order of an enum never does.
 """
 
 from __future__ import annotations
@@ -24,37 +25,38 @@ from portward.model import Reason
 
 
 class PacketOutcome(IntEnum):
-    """What became of a judged packet. The numbers are places in the shared block: none is ever given again."""
+    """What became of a packet. The numbers are places in the shared block, and none is ever used again."""
 
     PASSED = 0
     DROPPED = 1
     RESET = 2
     OBSERVED = 3  # would have been dropped
-    DEFERRED = 4  # dropped until the kernel knows the limit of its source
+    DEFERRED = 4  # dropped until the kernel knows the rate limit of its source
 
 
 class WorkerEvent(IntEnum):
-    """What a worker meets besides verdicts. The numbers are places in the shared block: none is given again."""
+    """What a worker counts besides verdicts. The numbers are places in the shared block, and none is ever used
+    again."""
 
-    MALFORMED = 0  # no TCP segment to a judged port could be read: dropped
-    NO_SEGMENT = 1  # the table knows no segment behind the interface yet: dropped, not remembered
-    RESET_FAILED = 2  # the reset could not be sent: dropped
-    ERROR = 3  # the verdict could not be worked out: dropped, and the reason is in the log
-    PROBED = 4  # a query of the self-check, answered
-    DAMAGED = 5  # the source's entry in the table cannot be read: denied
+    MALFORMED = 0  # no TCP segment to a policy port could be read; the packet is dropped
+    NO_SEGMENT = 1  # the table knows no segment behind the interface yet; dropped, not cached
+    RESET_FAILED = 2  # the reset could not be sent; the packet is dropped
+    ERROR = 3  # no verdict could be found; the packet is dropped, and the log says why
+    PROBED = 4  # a question of the self-check was answered
+    DAMAGED = 5  # the source's entry in the table cannot be read; the source is denied
 
 
 class CountersError(PortwardError):
     """The block of counters was made by another version of portward."""
 
 
-# Raised with every change of the layout or of what a number means.
+# Raise it with every change of the layout or of what a number means.
 VERSION: Final = 1
-# Room for outcomes and events, so that a new one moves no other.
+# Places reserved for outcomes and events, so that a new one moves no other.
 _OUTCOMES: Final = 8
 _EVENTS: Final = 16
 _HEADER: Final = struct.pack("<8s4H", b"portward", VERSION, REASON_NUMBERS, _OUTCOMES, _EVENTS)
-# Where the numbers begin, in numbers of 8 bytes: packets, then connection attempts, then events.
+# Offsets in units of 8 bytes: packets, then connection attempts, then events.
 _PACKETS: Final = len(_HEADER) // 8
 _ATTEMPTS: Final = _PACKETS + REASON_NUMBERS * _OUTCOMES
 _HAPPENED: Final = _ATTEMPTS + REASON_NUMBERS * _OUTCOMES
@@ -65,8 +67,7 @@ class WorkerCounters:
     """The counters of one worker: packets and connection attempts by reason and outcome, and events."""
 
     def __init__(self, descriptor: int) -> None:
-        """Maps the block behind a descriptor that `create` gave; raises CountersError if another version made
-        it."""
+        """Maps the block behind a descriptor from `create`. Raises CountersError if another version made it."""
         header = os.pread(descriptor, len(_HEADER), 0)
         if header != _HEADER or os.fstat(descriptor).st_size != _SIZE:
             raise CountersError(
@@ -78,18 +79,18 @@ class WorkerCounters:
 
     @staticmethod
     def create() -> int:
-        """A descriptor of a new block of zeros."""
+        """The descriptor of a new block, with all numbers zero."""
         descriptor = os.memfd_create("portward-counters")
         os.ftruncate(descriptor, _SIZE)
         os.pwrite(descriptor, _HEADER, 0)
         return descriptor
 
     def verdict(self, reason: int, outcome: PacketOutcome, *, attempt: bool) -> None:
-        """Counts a judged packet; `reason` is a number of `codes.REASON_NUMBER`."""
+        """Counts a packet with a verdict; `reason` is a number of `codes.REASON_NUMBER`."""
         self.add(reason, outcome, packets=1, attempts=int(attempt))
 
     def add(self, reason: int, outcome: PacketOutcome, *, packets: int, attempts: int) -> None:
-        """Counts many packets with the same verdict, some of them attempts to connect."""
+        """Counts packets with the same verdict, of which `attempts` are attempts to connect."""
         place = reason * _OUTCOMES + outcome
         self._numbers[_PACKETS + place] += packets
         if attempts:
@@ -100,7 +101,7 @@ class WorkerCounters:
         self._numbers[_HAPPENED + event] += 1
 
     def verdicts(self) -> Iterator[tuple[Reason, PacketOutcome, int, int]]:
-        """(reason, outcome, packets, connection attempts), only those that occurred."""
+        """Reason, outcome, packets and connection attempts, for each pair that occurred."""
         for number, reason in REASON_OF.items():
             for outcome in PacketOutcome:
                 place = number * _OUTCOMES + outcome
@@ -108,9 +109,9 @@ class WorkerCounters:
                     yield reason, outcome, packets, self._numbers[_ATTEMPTS + place]
 
     def handled(self) -> int:
-        """Packets handled so far, of whatever kind."""
+        """Packets handled so far, of every kind."""
         return sum(self._numbers[_PACKETS:_ATTEMPTS]) + sum(self._numbers[_HAPPENED:])
 
     def events(self) -> dict[WorkerEvent, int]:
-        """How often each event has happened."""
+        """How often each event occurred."""
         return {event: self._numbers[_HAPPENED + event] for event in WorkerEvent}

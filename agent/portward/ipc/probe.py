@@ -1,8 +1,8 @@
-"""A question of our own to a worker, through the kernel: a packet over the loopback into the worker's queue.
+"""The self-check's question to a worker: a packet over the loopback that the kernel puts into the worker's queue.
 
-The screen knows it by its mark and source and hands it to the queue that its source port names; the worker
-answers with the epoch it sees, and the learning chain counts the answer and drops the packet. No other
-firewall sees it: it is sent below the output hooks and ends before connection tracking. Needs CAP_NET_RAW.
+Chain `screen` recognises it by mark and source address, and queues it to the worker that its source port names.
+The worker answers with the epoch that it sees. Chain `learn` counts the answer and drops the packet. No other
+firewall sees it, because it is sent below the output hooks and ends before connection tracking. Needs CAP_NET_RAW.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SO_MARK: Final = 36  # asm-generic/socket.h
 
 
 class Prober:
-    """Asks workers in the network namespace of the thread that makes it."""
+    """Asks workers in the network namespace of the thread that creates it."""
 
     def __init__(self) -> None:
         """Raises OSError (EPERM) without CAP_NET_RAW or CAP_NET_ADMIN."""
@@ -33,13 +33,13 @@ class Prober:
         self._socket.close()
 
     def ask(self, place: int, port: int) -> None:
-        """Asks the worker of the queue at `place` (from 0) with a segment to the judged `port`. Raises OSError
-        where it cannot be sent (the loopback is down)."""
+        """Asks the worker of the queue at `place` (from 0), with a segment to the policy port `port`. Raises
+        OSError if it cannot be sent, for example because the loopback is down."""
         self._socket.sendto(query(place, port), _LOOPBACK)
 
 
 def query(place: int, port: int) -> bytes:
-    """The IPv4 packet of a query. Its checksums are right: the kernel drops others before any hook."""
+    """The IPv4 packet of a question. Its checksums are right, else the kernel would drop it before any hook."""
     tcp: bytes = struct.pack(">HHIIBBHHH", place + 1, port, 0, 0, 5 << 4, 0, 0, 0, 0)
     ip: bytes = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0) + SOURCE + SOURCE
     total = sum(struct.unpack(">10H", ip))

@@ -12,17 +12,17 @@ from portward.model import Reason
 from portward.table.reader import LookupResult
 
 
-def classify(finding: LookupResult) -> tuple[mark.Class, PacketOutcome]:
-    """What the kernel is told for a finding, and how it is counted. What is DEFERRED is dropped, and not cached:
-    the daemon has to write the limit first."""
-    if finding.reason.allows:
-        if finding.limited and not finding.observed:
+def classify(result: LookupResult) -> tuple[mark.Class, PacketOutcome]:
+    """The class of verdict for a lookup result, and how the packet is counted. A DEFERRED packet is dropped
+    without a verdict mark, because the daemon must write the rate limit first."""
+    if result.reason.allows:
+        if result.limited and not result.observed:
             return mark.Class.ALLOW, PacketOutcome.DEFERRED
         return mark.Class.ALLOW, PacketOutcome.PASSED
-    if finding.observed:
+    if result.observed:
         return mark.Class.OBSERVED, PacketOutcome.OBSERVED
-    if finding.reason is Reason.DENIED_UNKNOWN_SOURCE:
+    if result.reason is Reason.DENIED_UNKNOWN_SOURCE:
         return mark.Class.UNKNOWN, PacketOutcome.DROPPED
-    if finding.reject:
+    if result.reject:
         return mark.Class.REFUSED, PacketOutcome.RESET
     return mark.Class.DENY, PacketOutcome.DROPPED

@@ -1,13 +1,15 @@
-"""Packets of a queue → their verdicts, many at a time: the faster way to read a queue.
+"""Reads packets from a queue in batches and sends one verdict for each of them: the fast path of a worker.
 
-For each batch: receive, open one view of the policy table, classify every packet in it, close the view, send all
-verdicts. The view begins after the packets were received, and each verdict carries the epoch of the generation
-that this view shows; so a verdict is never older than its packet, and none that was found under another policy
-is remembered (`learn` compares the epoch). No view is open while the worker waits or the kernel acts on verdicts.
+For each batch, the worker receives the packets, opens one view of the policy table, classifies every packet,
+closes the view, and sends all verdicts. The view begins after the packets were received, so a verdict is never
+older than its packet. Each verdict carries the epoch of the table generation that the view shows, so the kernel
+does not cache a verdict that was found under another policy (chain `learn` compares the epoch). No view is open
+while the worker waits or while the kernel acts on verdicts.
 
-A packet like thousands before it, a plain TCP segment with the mark of a miss, goes by the fields of its
-`MessageTemplate`, and its source by what was found in the same snapshot for the addresses around it. Every other
-one, and every one at which that fails, takes the way through `SlowPath.handle`, the same as with NetfilterQueue.
+The fast path takes a plain TCP segment whose mark says that the kernel has no cached verdict. It reads the packet
+by a `MessageTemplate`, and looks its source up in a range cache that lives as long as one snapshot of the table.
+Every other packet, and every packet at which the fast path fails, goes through `SlowPath.handle`, the same code
+that `[queue] reader = "netfilterqueue"` uses.
 """
 
 from __future__ import annotations
@@ -41,31 +43,32 @@ from portward.worker.nfqueue import SLOT, Queue
 from portward.worker.packet import ATTEMPTS
 from portward.worker.slow_path import SlowPath
 
-# Packets received at once: enough to share out what a batch costs, few enough that the first need not wait long.
+# Packets in one batch. More of them share the cost of a batch; with fewer the first packet waits less.
 BATCH: Final = 64
-# Ranges of sources remembered, some 200 bytes each: all of a segment with half as many attachments.
-_RANGES: Final = 4096
-# So many sources that were in none of them, since there is room for no more, and all are forgotten: they are of
-# no use.
-_STRANGERS: Final = 16 * _RANGES
-# As many shapes as honest traffic has: two families, checksums known or not, larger than what is copied or not.
-_SHAPES: Final = 8
-# The smallest message with a packet's id has 32 bytes.
-_ROOM: Final = BATCH * (SLOT // 32)
+# Address ranges in the cache, at about 200 bytes each. An attachment makes two ranges at most (the prefix and the
+# gap beside it), so this covers a segment of 2,048 attachments.
+_MAX_RANGES: Final = 4096
+# After this many misses while the cache is full, clear it: it is not helping.
+_MAX_MISSES_WHILE_FULL: Final = 16 * _MAX_RANGES
+# Message templates kept: 2 address families, checksum verified or not, payload cut to the copied size or not.
+_MAX_TEMPLATES: Final = 8
+# Verdicts that one batch can need. The smallest message that carries a packet id has 32 bytes (nfnetlink header,
+# the attribute NFQA_PACKET_HDR), so a receive slot holds SLOT // 32 of them at most.
+_MAX_VERDICTS: Final = BATCH * (SLOT // 32)
 
 _log = logging.getLogger("portward.worker")
 
 
-class _NeedsSlowPath(Exception):  # noqa: N818 # no error: the packet takes the careful way
-    """A packet that does not go by shape and source alone."""
+class _NeedsSlowPath(Exception):  # noqa: N818 # not an error: it sends the packet to the slow path
+    """The template and the source alone do not give the verdict of this packet."""
 
 
-# The shape of no message, until there has been one: as many fields as are taken, and constants that none has.
-_NONE: Final = MessageTemplate(lambda buffer, start: (b"",) * 14, tuple, (), frozenset(), 0, 0)
+# The template before the first message: it has the number of fields that the loop unpacks, and matches no message.
+_NO_TEMPLATE: Final = MessageTemplate(lambda buffer, start: (b"",) * 14, tuple, (), frozenset(), 0, 0)
 
 
 class _PendingPacket:
-    """A packet of ours as `SlowPath.handle` takes it."""
+    """A received packet in the form that `SlowPath.handle` takes. Its verdict goes into `verdicts`."""
 
     def __init__(self, packet: Packet, id_: int, verdicts: Verdicts) -> None:
         self.indev, self.hook = packet.indev, packet.hook
@@ -91,113 +94,122 @@ class _PendingPacket:
 
 
 class _Answer:
-    """What is said of sources with one finding, and the packets and attempts of this batch that it was said of."""
+    """The answer to all sources with the same lookup result: our half of the mark (2 bytes, big-endian), and how
+    the packets are counted. `packets` and `attempts` are those of this batch that were not added to the counters
+    yet."""
 
     __slots__ = ("attempts", "outcome", "own", "packets", "reason")
 
-    def __init__(self, finding: LookupResult, verdict: mark.Class, outcome: PacketOutcome) -> None:
-        # Our half of the mark, as the message has it.
-        self.own = mark.stamp(0, verdict, mark.epoch_of(finding.generation)).to_bytes(2, "big")
-        self.reason, self.outcome = REASON_NUMBER[finding.reason], outcome
+    def __init__(self, result: LookupResult, verdict: mark.Class, outcome: PacketOutcome) -> None:
+        self.own = mark.stamp(0, verdict, mark.epoch_of(result.generation)).to_bytes(2, "big")
+        self.reason, self.outcome = REASON_NUMBER[result.reason], outcome
         self.packets = self.attempts = 0
 
 
 class _RangeCache:
-    """The answers to sources, by ranges of addresses: the same answer holds from one entry of the policy table to
-    the next, so a few ranges soon know every source there is.
+    """Answers by range of source addresses. From one entry of the policy table to the next, all addresses have the
+    same answer, so a few ranges soon cover all sources that send.
 
-    A source is a number, made of interface index and address: those of one family and interface lie side by side,
-    and IPv6 (20 bytes with the index, which is never 0) beyond all of IPv4 (8 bytes).
+    A source is one number: the interface index, then the address. The addresses of one interface and family lie
+    side by side. IPv6 sources lie beyond all IPv4 sources, because the index is never 0: 20 bytes against 8.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all."""
-        # The first number of each range, ascending; its last one and the answer. Before all stands an empty range.
+        """Empties the cache."""
+        # The first number of each range, ascending, and beside it the last number and the answer. An empty range
+        # stands before all others, so that a search always finds one.
         self._starts = [-1]
-        self._held: list[tuple[int, _Answer | None]] = [(-2, None)]
-        self._strangers = 0
+        self._ends: list[tuple[int, _Answer | None]] = [(-2, None)]
+        self._misses_while_full = 0
 
     def get(self, source: bytes) -> _Answer | None:
-        """The answer to a source (index and address, big-endian)."""
+        """The cached answer to a source (4 bytes of interface index, then the address, big-endian); None if none
+        is cached."""
         number = int.from_bytes(source, "big")
-        last, answer = self._held[bisect_right(self._starts, number) - 1]
+        last, answer = self._ends[bisect_right(self._starts, number) - 1]
         return answer if number <= last else None
 
-    def room(self) -> bool:
-        """Whether one more range is taken, asked about a source that is in none."""
-        if len(self._starts) < _RANGES:
+    def has_room(self) -> bool:
+        """Whether `put` may be called after a miss. Counts the misses while the cache is full, and clears it when
+        there are too many."""
+        if len(self._starts) < _MAX_RANGES:
             return True
-        self._strangers += 1
-        if self._strangers < _STRANGERS:
+        self._misses_while_full += 1
+        if self._misses_while_full < _MAX_MISSES_WHILE_FULL:
             return False
         self.clear()
         return True
 
     def put(self, index: bytes, size: int, reach: tuple[int, int], answer: _Answer) -> None:
-        """Holds an answer for the addresses from one to another, of `size` bytes each."""
+        """Caches the answer for the addresses `reach` (first and last, as numbers) of `size` bytes behind the
+        interface `index` (4 bytes, big-endian)."""
         offset = int.from_bytes(index, "big") << size * 8
         place = bisect_right(self._starts, offset + reach[0])
         self._starts.insert(place, offset + reach[0])
-        self._held.insert(place, (offset + reach[1], answer))
+        self._ends.insert(place, (offset + reach[1], answer))
 
 
 class BatchReader:
-    """Gives verdicts on batches; `careful` judges what is not of the common kind, over the same `reader`."""
+    """Gives the verdicts of batches of packets. `slow_path` uses the same `reader`."""
 
-    def __init__(self, queue: int, reader: Reader, careful: SlowPath, counters: WorkerCounters) -> None:
-        self._reader, self._careful, self._tally = reader, careful, counters
-        self._verdicts = Verdicts(queue, _ROOM)
-        self._shapes: list[MessageTemplate] = []
-        # What holds for one snapshot: the answer to each finding, and the answers to sources.
+    def __init__(self, queue: int, reader: Reader, slow_path: SlowPath, counters: WorkerCounters) -> None:
+        self._reader, self._slow_path, self._counters = reader, slow_path, counters
+        self._verdicts = Verdicts(queue, _MAX_VERDICTS)
+        self._templates: list[MessageTemplate] = []
+        # The caches of one snapshot of the table: an answer for each lookup result, and the answers by source
+        # range.
         self._snapshot = -1
         self._answers: dict[LookupResult, _Answer] = {}
-        # The same for rejected sources while their segment's budget of resets is spent.
-        self._unanswered: dict[LookupResult, _Answer] = {}
-        self._known = _RangeCache()
-        self._told: set[str] = set()
+        # Answers to rejected sources while their segment's budget of resets is spent.
+        self._without_reset: dict[LookupResult, _Answer] = {}
+        self._ranges = _RangeCache()
+        self._logged: set[str] = set()
 
     def answer(self, buffer: bytearray, lengths: Iterable[tuple[int]]) -> memoryview:
-        """Judges the datagrams that stand in the slots of the buffer, of so many bytes each; gives the verdicts,
-        one for each packet, to be sent before the next call. Never raises."""
+        """Classifies the datagrams in the slots of `buffer`, each of the length given (bytes). Returns the verdict
+        messages, one for each packet, to be sent before the next call. Never raises."""
         waiting = enumerate(lengths)
         try:
             with self._reader.view() as snapshot:
                 if snapshot != self._snapshot:
                     self._snapshot = snapshot
                     self._answers.clear()
-                    self._unanswered.clear()
-                    self._known.clear()
-                self._judge(buffer, waiting)
+                    self._without_reset.clear()
+                    self._ranges.clear()
+                self._classify(buffer, waiting)
         except Exception:
-            # There is no view. What is left is judged without one, and what fails again is dropped, counted and
-            # told.
+            # No view could be opened. The slow path opens its own for each packet that is left. If that fails too,
+            # it drops the packet, counts it and logs the error.
             for number, (length,) in waiting:
-                self._walk(buffer[number * SLOT : number * SLOT + length])
+                self._answer_slowly(buffer[number * SLOT : number * SLOT + length])
         self._count()
         return self._verdicts.take()
 
     def _count(self) -> None:
         try:
-            for answer in (*self._answers.values(), *self._unanswered.values()):
+            for answer in (*self._answers.values(), *self._without_reset.values()):
                 if answer.packets:
                     packets, attempts = answer.packets, answer.attempts
                     answer.packets = answer.attempts = 0
-                    self._tally.add(answer.reason, answer.outcome, packets=packets, attempts=attempts)
-        except Exception:  # out of memory, say: the verdicts matter more
-            self._tell("packets were judged and could not be counted")
+                    self._counters.add(answer.reason, answer.outcome, packets=packets, attempts=attempts)
+        except Exception:  # out of memory, for example: the verdicts matter more
+            self._log_once("packets were answered and could not be counted")
 
-    def _judge(self, buffer: bytearray, waiting: Iterator[tuple[int, tuple[int]]]) -> None:
-        """Judges what waits within a view. All that a packet costs is in this loop, hence its local names."""
-        known, accept = self._known.get, self._verdicts.accept
-        unpack, constants, expected, firsts, least, before = self._shapes[0] if self._shapes else _NONE
+    def _classify(self, buffer: bytearray, waiting: Iterator[tuple[int, tuple[int]]]) -> None:
+        """Classifies the packets that wait, within one view. This loop is nearly all that a packet costs, so it
+        uses local names and calls few functions."""
+        cached, accept = self._ranges.get, self._verdicts.accept
+        unpack, constants, expected, firsts, least, before = (
+            self._templates[0] if self._templates else _NO_TEMPLATE
+        )
         for number, (length,) in waiting:
             start = number * SLOT
             try:
                 fields = unpack(buffer, start)
-                # The same as `MessageTemplate.asks`, without a call.
+                # The same test as `MessageTemplate.asks`, without a call.
                 _, id_, _, index, _, keep, *_, payload, _, first, fragment, _, source, flags = fields
                 if not (
                     constants(fields) == expected
@@ -206,73 +218,78 @@ class BatchReader:
                     and payload >= least
                     and 0 <= length - payload - before < 4
                 ):
-                    unpack, constants, expected, firsts, least, before = self._shape(buffer, start, length)
+                    unpack, constants, expected, firsts, least, before = self._template(buffer, start, length)
                     _, id_, _, index, _, keep, *_, _, _, _, _, _, source, flags = unpack(buffer, start)
-                answer = known(index + source) or self._look_up(index, source)
+                answer = cached(index + source) or self._look_up(index, source)
                 answer.packets += 1
                 answer.attempts += flags in ATTEMPTS
                 accept(id_, keep, answer.own)
-            except Exception:  # _NeedsSlowPath, or whatever fails: if it fails again it is told
-                self._walk(buffer[start : start + length])
+            except Exception:  # _NeedsSlowPath, or an error, which the slow path meets again and logs
+                self._answer_slowly(buffer[start : start + length])
 
-    def _shape(self, buffer: bytearray, start: int, length: int) -> MessageTemplate:
-        """The shape of a message that is not of the one before; raises _NeedsSlowPath where it has none."""
-        for place, shape in enumerate(self._shapes):
-            if shape.asks(shape.unpack(buffer, start), length):
-                self._shapes.insert(0, self._shapes.pop(place))
-                return shape
+    def _template(self, buffer: bytearray, start: int, length: int) -> MessageTemplate:
+        """The template of a message that does not match the one used last. Moves it to the front. Raises
+        _NeedsSlowPath if the message gives no template."""
+        for place, template in enumerate(self._templates):
+            if template.asks(template.unpack(buffer, start), length):
+                self._templates.insert(0, self._templates.pop(place))
+                return template
         found = template_of(bytes(buffer[start : start + length]))
         if found is None:
             raise _NeedsSlowPath
-        self._shapes.insert(0, found)
-        del self._shapes[_SHAPES:]
+        self._templates.insert(0, found)
+        del self._templates[_MAX_TEMPLATES:]
         return found
 
     def _look_up(self, index: bytes, source: bytes) -> _Answer:
-        """What is said of a source; raises _NeedsSlowPath where that takes more than a verdict."""
-        finding = self._reader.lookup(int.from_bytes(index, "big"), source)
-        if finding is None or finding.damaged:
+        """The answer to a source (interface index and address, big-endian) that no range covers. Raises
+        _NeedsSlowPath if it takes more than a verdict: a reset, a question to the daemon, or a damaged entry."""
+        result = self._reader.lookup(int.from_bytes(index, "big"), source)
+        if result is None or result.damaged:
             raise _NeedsSlowPath
-        answer = self._answers.get(finding)
+        answer = self._answers.get(result)
         if answer is None:
-            verdict, outcome = classify(finding)
-            if outcome is PacketOutcome.RESET and not self._careful.firsts.left(int.from_bytes(index, "big")):
-                # Not kept for the source: there may be an answer in the next second.
-                return self._unanswered.setdefault(finding, _Answer(finding, verdict, PacketOutcome.DROPPED))
+            verdict, outcome = classify(result)
+            if outcome is PacketOutcome.RESET and not self._slow_path.first_resets.left(
+                int.from_bytes(index, "big")
+            ):
+                # Not cached by source, because the budget may allow a reset in the next second.
+                return self._without_reset.setdefault(result, _Answer(result, verdict, PacketOutcome.DROPPED))
             if outcome in (PacketOutcome.RESET, PacketOutcome.DEFERRED):
                 raise _NeedsSlowPath
-            answer = self._answers[finding] = _Answer(finding, verdict, outcome)
-        if self._known.room():  # else many small ranges are asked for in turn, and to keep them costs more
-            self._known.put(index, len(source), self._reader.reach(int.from_bytes(index, "big"), source), answer)
+            answer = self._answers[result] = _Answer(result, verdict, outcome)
+        # If many small ranges are asked for in turn, caching them costs more than it saves.
+        if self._ranges.has_room():
+            self._ranges.put(index, len(source), self._reader.reach(int.from_bytes(index, "big"), source), answer)
         return answer
 
-    def _walk(self, datagram: bytearray) -> None:
-        """Judges whatever a datagram holds, whatever it looks like; never raises."""
+    def _answer_slowly(self, datagram: bytearray) -> None:
+        """Answers all packets in a datagram of any content through the slow path. Never raises."""
         for message in read(bytes(datagram)):
             if isinstance(message, Refused):
-                # A packet may have vanished since: removing any hook drops all that wait.
+                # ENOENT: the packet has gone. Removing any hook drops all packets that wait in queues.
                 if message.errno not in (0, errno.ENOENT):
-                    self._tell(f"the kernel refused a message of the worker: {os.strerror(message.errno)}")
+                    self._log_once(f"the kernel refused a message of the worker: {os.strerror(message.errno)}")
             elif message.id is None:
-                self._tally.event(WorkerEvent.ERROR)
-                self._tell("a message of the queue names no packet: nothing can be answered")
+                self._counters.event(WorkerEvent.ERROR)
+                self._log_once("a message of the queue names no packet, so it cannot be answered")
             else:
-                self._careful.handle(_PendingPacket(message, message.id, self._verdicts))
+                self._slow_path.handle(_PendingPacket(message, message.id, self._verdicts))
 
-    def _tell(self, what: str) -> None:
-        if what not in self._told:  # once: it would fill the log at the speed of the network
-            self._told.add(what)
-            _log.error(what)
+    def _log_once(self, error: str) -> None:
+        if error not in self._logged:  # else it would fill the log at the speed of the network
+            self._logged.add(error)
+            _log.error(error)
 
 
 def serve(
-    number: int, length: int, batches: BatchReader, lifeline: int, ready: Callable[[], None], stay: GracePeriod
+    number: int, length: int, batches: BatchReader, lifeline: int, ready: Callable[[], None], grace: GracePeriod
 ) -> None:
-    """Binds the queue and answers its packets until the other end of `lifeline` is closed or SIGTERM comes, and
-    from then on as long as it may `stay`.
+    """Binds the queue `number` and answers its packets until the other end of the descriptor `lifeline` is closed
+    or SIGTERM comes. From then on it goes on for the grace period.
 
-    `length` is how many packets may wait; `ready` is called when the queue is bound. Raises OSError: EPERM where
-    another process has the queue, or without CAP_NET_ADMIN.
+    `length` is how many packets may wait in the queue. `ready` is called when the queue is bound. Raises OSError:
+    EPERM if another process has the queue, or without CAP_NET_ADMIN.
     """
     queue = bound(lambda: Queue(number, length, BATCH))
     try:
@@ -283,7 +300,7 @@ def serve(
         while all(descriptor != lifeline for descriptor, _ in poll.poll()):
             _answer(queue, batches)
         poll.unregister(lifeline)
-        while not stay.over():
+        while not grace.over():
             poll.poll(POLL_INTERVAL_S * 1000)
             _answer(queue, batches)
     finally:

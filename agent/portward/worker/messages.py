@@ -1,13 +1,13 @@
-"""The messages of nfnetlink_queue as bytes, in and out. Pure: the socket is `nfqueue.py`.
+"""Encodes and decodes the messages of nfnetlink_queue. Does no I/O: the socket is in `nfqueue`.
 
-In comes a datagram for each packet: netlink header, nfgenmsg, attributes. Which attributes, and in which order,
-is the kernel's choice and differs from packet to packet (net/netfilter/nfnetlink_queue.c,
-nfqnl_build_packet_message): a mark of 0 is left out, a timestamp is there while any socket of the host asks for
-timestamps, a link address where the link has one. `read` walks through any of them. The many that are alike go by
-a `MessageTemplate`: where things stand in such a message, and all the bytes that must be as they were in the
-message that the shape was taken from. What differs in one of them is of another shape, or walked through.
+The kernel sends a datagram for each packet: netlink header, nfgenmsg, attributes. It chooses which attributes, and
+their order, for each packet (net/netfilter/nfnetlink_queue.c, nfqnl_build_packet_message). A mark of 0 is left
+out, a timestamp is there while any socket of the host asks for timestamps, and a link address is there if the link
+has one. `read` decodes any of them. Messages that are alike are decoded by a `MessageTemplate`, which says where
+the fields are in such a message, and which bytes must be the same. A message that differs in one of these bytes
+needs another template, or `read`.
 
-Netlink's own headers are in the host's byte order; what is in the queue's attributes is big-endian.
+Netlink's own headers are in the host's byte order. The attributes of the queue are big-endian.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _PACKET_HDR, _VERDICT_HDR, _MARK, _INDEV, _HWADDR, _PAYLOAD = 1, 2, 3, 5, 9, 10
 # enum nfqnl_attr_config
 _CFG_CMD, _CFG_PARAMS, _CFG_MAXLEN, _CFG_MASK, _CFG_FLAGS = 1, 2, 3, 4, 5
 _BIND, _COPY_PACKET = 1, 2
-# Large packets come whole instead of in segments, and without checksums worked out for us. Never F_FAIL_OPEN,
-# which accepts what a full queue cannot take.
+# NFQA_CFG_F_GSO: large packets come whole instead of in segments, and the kernel does not compute their checksums.
+# Never NFQA_CFG_F_FAIL_OPEN, which accepts packets that a full queue cannot take.
 _F_GSO: Final = 1 << 2
 
 DROP, ACCEPT = 0, 1
@@ -49,8 +49,8 @@ _BODY: Final = HEADER.size + NFGEN.size
 
 
 class Packet(NamedTuple):
-    """A packet that waits for its verdict. `id` None: the message does not tell which one it is. What a message
-    leaves out is 0, None or empty; `link_address` has 8 bytes, of which an Ethernet address takes the first 6;
+    """A packet that waits for its verdict. A field that the message leaves out is 0, None or empty; without an
+    `id` the packet cannot be answered. `link_address` has 8 bytes, of which an Ethernet address takes the first 6.
     `hook` is where the packet was queued, PREROUTING or FORWARD."""
 
     id: int | None
@@ -62,13 +62,13 @@ class Packet(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """The kernel's answer to a message of ours: an errno, 0 where it was asked to acknowledge it."""
+    """The kernel's answer to a message of ours: an errno, or 0 for an acknowledgement."""
 
     errno: int
 
 
 def read(datagram: bytes) -> Iterator[Packet | Refused]:
-    """What a datagram holds, whatever it looks like; a message that is cut off is read as far as it goes."""
+    """The messages in a datagram of any content. A message that is cut off is read as far as it goes."""
     start = 0
     while start + HEADER.size <= len(datagram):
         length, kind, _, _, _ = HEADER.unpack_from(datagram, start)
@@ -94,7 +94,7 @@ def _packet(message: bytes) -> Packet:
 
 
 def _attributes(message: bytes) -> Iterator[tuple[int, int, int]]:
-    """The attributes of a message: type, and where its value starts and ends."""
+    """The attributes of a message: type, and the offsets at which the value starts and ends."""
     start = _BODY
     while start + ATTRIBUTE.size <= len(message):
         length, kind = ATTRIBUTE.unpack_from(message, start)
@@ -104,12 +104,12 @@ def _attributes(message: bytes) -> Iterator[tuple[int, int, int]]:
         start += (length + 3) & ~3
 
 
-# What our bits of the mark say in a packet that asks for a verdict. A message where they say anything else, a
-# query of the self-check for one, has no shape.
+# Our half of the mark in a packet that asks for a verdict. A message in which it has another value, such as a
+# query of the self-check, has no template.
 _ASKING: Final = frozenset(value.to_bytes(2, "big") for value in (mark.MISS, mark.MISS_OPEN))
 _AF_INET, _AF_INET6 = 2, 10
-# By address family: the IP header and TCP behind it up to the flags, as (first byte, fragment field, protocol,
-# source, flags), and what the first byte may be where IP options and extension headers are none.
+# By address family: the IP header, and the TCP header up to the flags, as (first byte, fragment field, protocol,
+# source, flags); and the values of the first byte of an IP header without options and extension headers.
 _LAYOUTS: Final = {
     _AF_INET: ("B5x2sxs2x4s17xB", frozenset({0x45})),
     _AF_INET6: ("B5x0ssx16s29xB", frozenset(range(0x60, 0x70))),
@@ -120,16 +120,16 @@ WHOLE: Final = frozenset({b"\0\0", b"\x40\0", b""})
 
 
 class MessageTemplate(NamedTuple):
-    """Messages that are laid out alike and carry a TCP segment behind a plain IP header. `unpack(buffer, start)`
-    gives
+    """How to decode messages that are laid out alike and carry a TCP segment behind a plain IP header.
+    `unpack(buffer, start)` returns
 
         _, id, _, index, _, keep, *_, payload, _, first, fragment, _, source, flags
 
     `id`, `index` (of the interface) and `keep` (the half of the mark that is not ours) are bytes as the message
-    has them; `payload` is the length of that attribute, `first` the first byte of the IP header, `fragment` its
-    fragment field, `source` in network order, `flags` those of TCP. Of a message of `length` bytes they are true
-    if `constants` of them are `expected`, `first in firsts`, `fragment in WHOLE`, `payload >= least` and `0 <=
-    length - payload - before < 4`; `asks` says all of this.
+    has them. `payload` is the length of that attribute in bytes, `first` the first byte of the IP header,
+    `fragment` its fragment field, `source` the address in network byte order, `flags` the TCP flags. They hold for
+    a message of `length` bytes if `constants(fields) == expected`, `first in firsts`, `fragment in WHOLE`,
+    `payload >= least` and `0 <= length - payload - before < 4`. `asks` tests all of this.
     """
 
     unpack: Callable[[Any, int], tuple[Any, ...]]
@@ -140,7 +140,7 @@ class MessageTemplate(NamedTuple):
     before: int
 
     def asks(self, fields: tuple[Any, ...], length: int) -> bool:
-        """Whether a message with these fields is of this shape."""
+        """Whether this template decodes a message of `length` bytes with these fields."""
         return (
             self.constants(fields) == self.expected
             and fields[-5] in self.firsts
@@ -151,7 +151,7 @@ class MessageTemplate(NamedTuple):
 
 
 def template_of(datagram: bytes) -> MessageTemplate | None:
-    """The shape that a message is of; None where it has none and has to be walked through each time."""
+    """The template of a message; None if only `read` can decode it."""
     if len(datagram) < _BODY + 4 or HEADER.unpack_from(datagram)[:2] != (len(datagram), _PACKET):
         return None
     attributes = list(_attributes(datagram))
@@ -161,19 +161,19 @@ def template_of(datagram: bytes) -> MessageTemplate | None:
         return None
     if len(set(kinds)) != len(kinds) or [end - start for _, start, end in attributes[:3]] != [7, 4, 4]:
         return None
-    # The hook is among the constants of a shape: what was queued elsewhere is of none, since its mark is not ours.
+    # The hook is one of the constants. A packet that another hook queued has no template: its mark is not ours.
     if datagram[attributes[0][1] + _HOOK_BYTE] != PREROUTING:
         return None
-    # The length of the message; its header, that of the first attribute; id; the rest of it, the next header;
-    # index; the next header; the mark, half of it ours.
+    # The length of the message; its header and the first attribute's header; id; the rest of that attribute and
+    # the next header; index; the next header; the mark in two halves, of which the second is ours.
     fields = ["=4x20s", "4s", "8s", "4s", "4s", "2s2s"]
     fields += [f"4s{(end - start + 3) & ~3}x" for _, start, end in attributes[3:-1]]
     fields += ["H2s", layout[0]]
-    return _shape("".join(fields), datagram, layout[1], attributes[-1][1])
+    return _template("".join(fields), datagram, layout[1], attributes[-1][1])
 
 
-def _shape(fields: str, datagram: bytes, firsts: frozenset[int], payload: int) -> MessageTemplate | None:
-    """The shape with these fields, whose payload starts at `payload`, if the datagram is of it."""
+def _template(fields: str, datagram: bytes, firsts: frozenset[int], payload: int) -> MessageTemplate | None:
+    """The template with these fields and the payload at offset `payload`, if it decodes the datagram."""
     form = struct.Struct(fields)
     if form.size > len(datagram):
         return None
@@ -182,21 +182,21 @@ def _shape(fields: str, datagram: bytes, firsts: frozenset[int], payload: int) -
     places = (0, 2, 4, *range(6, last - 7), last - 6, last - 3)
     constants: Callable[[tuple[Any, ...]], tuple[bytes, ...]] = itemgetter(*places)
     before = payload - ATTRIBUTE.size
-    shape = MessageTemplate(form.unpack_from, constants, constants(found), firsts, form.size - before, before)
+    template = MessageTemplate(form.unpack_from, constants, constants(found), firsts, form.size - before, before)
     plain = found[6] in _ASKING and found[-3] == _TCP
-    return shape if plain and shape.asks(found, len(datagram)) else None
+    return template if plain and template.asks(found, len(datagram)) else None
 
 
 class Verdicts:
-    """Messages with a verdict each, to be sent together: the kernel takes them one by one, and goes on where it
-    refuses one."""
+    """Verdict messages that are sent together. The kernel takes them one by one, and goes on after one that it
+    refuses."""
 
     SIZE: Final = 40  # bytes of each: headers, verdict and id, mark
     _MESSAGE: Final = HEADER.pack(SIZE, _VERDICT, NLM_F_REQUEST, 0, 0)
     _MARK_HEADER: Final = ATTRIBUTE.pack(8, _MARK)
 
     def __init__(self, queue: int, room: int) -> None:
-        """Room for so many verdicts on packets of the queue with this number."""
+        """Reserves room for `room` verdicts on packets of the queue with this number."""
         message = self._MESSAGE + NFGEN.pack(0, 0, queue) + ATTRIBUTE.pack(12, _VERDICT_HDR)
         self._buffer = bytearray(message.ljust(self.SIZE, b"\0") * room)
         self._view = memoryview(self._buffer)
@@ -204,12 +204,13 @@ class Verdicts:
         self._first = len(message)
 
     def accept(self, id_: bytes, keep: bytes, own: bytes) -> None:
-        """Lets the packet go on; the mark in its two halves. All as bytes, big-endian."""
+        """Accepts a packet and sets its mark: `keep` is the half of others, `own` ours. All as bytes,
+        big-endian."""
         _ACCEPTED(self._buffer, self._next, _ACCEPT_BYTES, id_, self._MARK_HEADER, keep, own)
         self._next += self.SIZE
 
     def give(self, verdict: int, id_: int, mark_: int) -> None:
-        """ACCEPT or DROP, with the whole mark."""
+        """Adds the verdict ACCEPT or DROP on packet `id_`, with the whole mark."""
         both = mark_.to_bytes(4, "big")
         _ACCEPTED(
             self._buffer, self._next, verdict.to_bytes(4, "big"), id_.to_bytes(4, "big"), self._MARK_HEADER,
@@ -218,7 +219,7 @@ class Verdicts:
         self._next += self.SIZE
 
     def take(self) -> memoryview:
-        """What was given since, to be sent before the next verdict is given."""
+        """The verdicts since the last call, to be sent before the next one is added."""
         given = self._view[: self._next - self._first]
         self._next = self._first
         return given
@@ -229,7 +230,8 @@ _ACCEPT_BYTES: Final = ACCEPT.to_bytes(4, "big")
 
 
 def bind_request(queue: int, length: int) -> bytes:
-    """Binds a queue that may hold `length` packets; to be acknowledged. None comes before `copy_request`."""
+    """The message that binds a queue of `length` packets and asks for an acknowledgement. No packet comes before
+    `copy_request`."""
     return _config(
         queue,
         NLM_F_ACK,
@@ -241,7 +243,7 @@ def bind_request(queue: int, length: int) -> bytes:
 
 
 def copy_request(queue: int, size: int) -> bytes:
-    """Has the packets of a bound queue come, with so many bytes of each from its IP header on."""
+    """The message that makes the packets of a bound queue come, each with `size` bytes from its IP header on."""
     return _config(queue, 0, attribute(_CFG_PARAMS, struct.pack(">IB", size, _COPY_PACKET)))
 
 

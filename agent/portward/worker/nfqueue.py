@@ -1,5 +1,5 @@
-"""One queue of the kernel, spoken to in batches on a netlink socket of our own: many packets with one system call,
-many verdicts with another. What the bytes mean is in `messages.py`.
+"""One queue of the kernel, over a netlink socket of our own: many packets with one system call, many verdicts with
+another. `messages` says what the bytes mean.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from portward.worker.messages import Refused, Verdicts, bind_request, copy_reque
 _SOL_NETLINK: Final = 270
 _NETLINK_NO_ENOBUFS: Final = 5
 _SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
-# Bytes of netlink messages that may wait: some thousands of packets.
+# The receive buffer, in bytes of netlink messages: room for some thousands of packets that wait.
 RECEIVE_BYTES: Final = 8 << 20
-# Enough for IP and TCP headers with all their options; the rest of a packet stays in the kernel.
+# Bytes of a packet that the kernel copies: IPv4 and TCP headers with all their options take 120, and IPv6
+# extension headers rarely more than 200. The rest of a packet stays in the kernel.
 COPY_BYTES: Final = 512
-# Room for those and for all attributes that the kernel may put before them; a message that is longer is cut off.
+# Bytes for one message: the copied bytes and all attributes that the kernel may put before them. A longer message
+# is cut off.
 SLOT: Final = 1024
-# Nothing there, interrupted by a signal, or packets that a full socket dropped and the kernel counted.
+# Nothing was received: none waits, a signal interrupted, or a full socket dropped packets, which the kernel
+# counts.
 _NOTHING: Final = (errno.EAGAIN, errno.EINTR, errno.ENOBUFS)
 _TOO_MANY: Final = (errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE)
 
@@ -55,12 +58,12 @@ _LENGTHS = struct.Struct(f"={_Message.length.offset}xI{_MESSAGE - _Message.lengt
 
 
 class Queue:
-    """A bound queue. A packet that was received and gets no verdict holds its place until the socket is closed;
-    then the kernel drops all that wait."""
+    """A bound queue. A received packet without a verdict keeps its place until the socket is closed. Then the
+    kernel drops all packets that wait."""
 
     def __init__(self, number: int, length: int, batch: int) -> None:
-        """Binds the queue, which may then hold `length` packets; `batch` of them are received at once at most.
-        Raises OSError: EPERM where another socket has the queue, or without CAP_NET_ADMIN."""
+        """Binds the queue `number`, in which `length` packets may wait. At most `batch` of them are received at
+        once. Raises OSError: EPERM if another socket has the queue, or without CAP_NET_ADMIN."""
         # Slot i of the buffer, from byte i * SLOT on, holds datagram i of the last batch.
         self.buffer = bytearray(batch * SLOT)
         self._batch = batch
@@ -82,27 +85,27 @@ class Queue:
     def _open(self, number: int, length: int) -> None:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BYTES)
-        except PermissionError:  # within a user namespace of its own: as much as net.core.rmem_max lets it have
+        except PermissionError:  # in a user namespace of its own: up to net.core.rmem_max
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-        # A full socket drops packets, and the kernel counts them for the queue: nothing is gained by being told.
+        # A full socket drops packets, and the kernel counts them for the queue. ENOBUFS would only interrupt us.
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
         self._socket.bind((0, 0))
         # Only the kernel can send to a socket that is connected to it.
         self._socket.connect((0, 0))
         self._socket.send(bind_request(number, length))
-        # The kernel has answered before `send` returns, and no packet comes before the next request.
+        # The kernel answers before `send` returns, and no packet comes before the next request.
         for answer in read(self._socket.recv(SLOT, socket.MSG_DONTWAIT)):
             if isinstance(answer, Refused) and answer.errno:
                 raise OSError(answer.errno, os.strerror(answer.errno))
         self._socket.send(copy_request(number, COPY_BYTES))
 
     def fileno(self) -> int:
-        """The descriptor to wait at until there is something to receive."""
+        """The descriptor that is readable when packets wait."""
         return self._socket.fileno()
 
     def receive(self) -> list[tuple[int]]:
-        """Receives what waits, up to a batch, without waiting: the lengths in bytes of the datagrams that now
-        stand in the slots. Raises OSError."""
+        """Receives up to a batch of packets without blocking. Returns the lengths of the datagrams that are now in
+        the slots, in bytes. Raises OSError."""
         count = self._recvmmsg(self._socket.fileno(), self._messages, self._batch, socket.MSG_DONTWAIT, None)
         if count < 0:
             error = ctypes.get_errno()
@@ -112,9 +115,9 @@ class Queue:
         return list(_LENGTHS.iter_unpack(self._lengths[: count * _MESSAGE]))
 
     def send(self, verdicts: memoryview) -> None:
-        """Sends verdicts. The kernel has acted on them when it returns. Raises OSError where it takes not even
-        one by one: it is out of memory."""
-        if not verdicts:  # netlink refuses a message of no bytes; all that came may have been refusals
+        """Sends verdicts. The kernel has acted on them when this returns. Raises OSError if the kernel does not
+        even take them one by one, because it is out of memory."""
+        if not verdicts:  # netlink refuses an empty message; the batch may have held errors alone
             return
         try:
             self._socket.send(verdicts)
@@ -125,5 +128,5 @@ class Queue:
                 self._socket.send(verdicts[start : start + Verdicts.SIZE])
 
     def close(self) -> None:
-        """Gives the queue back; what waits in it is dropped."""
+        """Unbinds the queue. The kernel drops what waits in it."""
         self._socket.close()

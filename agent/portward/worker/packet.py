@@ -1,8 +1,8 @@
-"""Bytes of a queued packet → who sends to which port. Pure, and it never raises.
+"""Parses a queued packet: which source sends to which port. Does no I/O and never raises.
 
-The kernel has already found a judged TCP port in the packet; here it is found again, so that a verdict
-is never given to something that was read in another way. IPv6 extension headers are walked as the kernel
-walks them (hop-by-hop, routing, destination options, fragment; net/ipv6/exthdrs_core.c).
+The kernel has found the policy port already. The worker finds it again, so that it never gives a verdict to a
+packet that it reads in another way than the kernel. It walks IPv6 extension headers as the kernel does
+(hop-by-hop, routing, destination options, fragment; net/ipv6/exthdrs_core.c).
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 _TCP: Final = 6
-# Hop-by-hop, routing, destination options: (next header, length in units of 8 bytes beyond the first 8).
+# Hop-by-hop, routing, destination options: next header, then the length beyond the first 8 bytes, in units of 8.
 _OPTION_HEADERS: Final = frozenset({0, 43, 60})
 _FRAGMENT: Final = 44
 _AUTHENTICATION: Final = 51
-# A chain longer than this is no honest packet; the walk must end whatever the bytes say.
-_LONGEST_CHAIN: Final = 16
+# RFC 8200, 4.1 allows each header once and destination options twice, so an honest chain is far shorter. The walk
+# must end whatever the bytes are.
+_MAX_EXTENSION_HEADERS: Final = 16
 _SYN_ACK_RST_FIN: Final = 0x17
 _SYN: Final = 0x02
 # The TCP flags of a segment that opens a connection.
@@ -23,10 +24,10 @@ ATTEMPTS: Final = frozenset(flags for flags in range(256) if flags & _SYN_ACK_RS
 
 
 class Segment(NamedTuple):
-    """A TCP segment, as far as a verdict needs it.
+    """What a verdict needs of a TCP segment.
 
-    `source` is in network byte order (4 or 16 bytes); `tcp` is where the TCP header starts, in bytes from
-    the start of the IP header; `attempt` is True for a SYN that opens a connection.
+    `source` is the address in network byte order (4 or 16 bytes), `port` the destination port, `tcp` the offset of
+    the TCP header from the start of the IP header in bytes. `attempt` is True for a SYN that opens a connection.
     """
 
     source: bytes
@@ -36,7 +37,7 @@ class Segment(NamedTuple):
 
 
 def parse(packet: bytes) -> Segment | None:
-    """The TCP segment in an IPv4 or IPv6 packet (from the IP header on), or None where there is none."""
+    """The TCP segment in an IPv4 or IPv6 packet (from the IP header on), or None if there is none."""
     if len(packet) < 20:
         return None
     version = packet[0] >> 4
@@ -51,7 +52,7 @@ def parse(packet: bytes) -> Segment | None:
 
 
 def _segment(packet: bytes, source: bytes, tcp: int) -> Segment | None:
-    # Of the shortest first fragment that the screen matches only the ports need be there.
+    # The shortest first fragment that chain `screen` matches ends after the ports.
     if tcp < 20 or len(packet) < tcp + 4:
         return None
     flags = packet[tcp + 13] if len(packet) > tcp + 13 else 0
@@ -59,9 +60,9 @@ def _segment(packet: bytes, source: bytes, tcp: int) -> Segment | None:
 
 
 def _tcp_start(packet: bytes) -> int | None:
-    """Where the TCP header of an IPv6 packet starts, or None."""
+    """The offset of the TCP header in an IPv6 packet in bytes, or None."""
     following, start = packet[6], 40
-    for _ in range(_LONGEST_CHAIN):
+    for _ in range(_MAX_EXTENSION_HEADERS):
         if following == _TCP:
             return start
         if len(packet) < start + 8:

@@ -1,13 +1,14 @@
-"""One queue → one verdict for each of its packets. Runs as a process of its own:
+"""The worker process: binds one queue and gives every packet in it a verdict.
 
-    python -m portward.worker.process --queue 0 --table DIR --counters FD --lifeline FD [--length N] [--reader
-    batch]
-        [--stay SECONDS]
+    python -m portward.worker.process --queue 0 --table DIR --counters FD --lifeline FD [--length N]
+        [--reader batch] [--stay SECONDS]
 
-It shares nothing with the daemon but the policy table and a block of counters. It opens the table when a byte on
-the lifeline says that the policy is there, writes `ready` to its stdout when its queue is bound and from then on a
-line for each packet of a source whose limit the kernel does not know. It ends when the daemon does, or so many
-seconds later, or when the next daemon's worker takes its place.
+It shares the policy table and a block of counters with the daemon, and nothing else. A byte on the lifeline says
+that the table is there, and the worker opens it. When the queue is bound it writes `ready` to its stdout. From
+then on it writes a line for each packet of a source whose rate limit the kernel does not know (`ipc.lines`).
+
+The worker ends when the lifeline is closed because the daemon has ended, or `--stay` seconds later, or when the
+next daemon's worker takes the queue over.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 def main() -> int:
-    """The worker process; prints one line on stderr and gives 1 where it cannot begin."""
+    """Runs the worker. Returns the exit code: 1, with a line on stderr, if it cannot begin."""
     arguments = _arguments()
     messages = _keep_stdout()
     logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
     if not arguments.stay:
         _die_with_parent()
-    # The daemon decides when a worker ends; a Ctrl-C reaches the whole process group.
+    # The daemon decides when a worker ends. A Ctrl-C reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if not os.read(arguments.lifeline, 1):  # the daemon has ended before there was a policy
@@ -53,17 +54,17 @@ def main() -> int:
     try:
         reader = Reader.open(arguments.table)
         counters = WorkerCounters(arguments.counters)
-        judge = SlowPath(reader.lookup, reader.head, counters, Resetter(), partial(_ask, messages))
+        slow_path = SlowPath(reader.lookup, reader.head, counters, Resetter(), partial(_ask, messages))
         ready = partial(_ready, messages)
-        claimed = take_over_queue(arguments.table, arguments.queue)
+        lock = take_over_queue(arguments.table, arguments.queue)
         if arguments.reader is QueueReader.BATCH:
-            batches = BatchReader(arguments.queue, reader, judge, counters)
-            stay = GracePeriod(arguments.stay, claimed)
-            batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, ready, stay)
+            batches = BatchReader(arguments.queue, reader, slow_path, counters)
+            grace = GracePeriod(arguments.stay, lock)
+            batch.serve(arguments.queue, arguments.length, batches, arguments.lifeline, ready, grace)
         else:
-            from portward.worker import single  # noqa: PLC0415 # its library is loaded only where it is wanted
+            from portward.worker import single  # noqa: PLC0415 # its library is loaded only if it is configured
 
-            single.serve(arguments.queue, arguments.length, judge.handle, arguments.lifeline, ready)
+            single.serve(arguments.queue, arguments.length, slow_path.handle, arguments.lifeline, ready)
     except PortwardError as error:
         print(error, file=sys.stderr)
         return 1
@@ -74,31 +75,31 @@ def main() -> int:
 
 
 def _keep_stdout() -> int:
-    """Gives a descriptor of stdout for messages to the daemon, and leads what a library prints to stderr: between
-    two messages it would make both unreadable."""
+    """Returns a descriptor of stdout for the lines to the daemon, and redirects stdout to stderr. A library that
+    prints would garble these lines."""
     messages = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return messages
 
 
 def _ready(messages: int) -> None:
-    # A line of its own, also if half a line was printed before `_keep_stdout`.
+    # The first newline ends what a library may have printed before `_keep_stdout`.
     os.write(messages, b"\n%s\n" % READY)
-    # From here on a daemon that does not read must not hold the worker up.
+    # From here on a daemon that does not read must not block the worker.
     os.set_blocking(messages, False)
     os.set_blocking(sys.stderr.fileno(), False)
 
 
 def _ask(messages: int, index: int, address: bytes) -> None:
-    """Tells the daemon of a source whose limit the kernel does not know. Where it does not get through, the
-    source's next packet asks again."""
+    """Asks the daemon about a source whose rate limit the kernel does not know. If the line is lost, the source's
+    next packet asks again."""
     with suppress(BlockingIOError, BrokenPipeError):
         os.write(messages, ask_line(index, address))
 
 
 def _die_with_parent() -> None:
-    """Under a flood NetfilterQueue does not come back to look at the lifeline, and an orphan would keep the
-    queue."""
+    """Ends this process when the daemon ends. Under a flood, NetfilterQueue does not return to check the lifeline,
+    and an orphan would keep the queue."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

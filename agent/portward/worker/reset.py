@@ -1,8 +1,8 @@
-"""The RST of a rejected connection, on the interface that its packet came from.
+"""Sends the RST of a rejected connection out of the interface by which its packet came.
 
-The kernel's own `reject` sends by the main routing table: where tenants' addresses overlap it reaches the
-wrong tenant, with the other's sequence numbers. Here the answer goes back as a frame, to the sender's link
-address, and by no route. Needs CAP_NET_RAW.
+The kernel's own `reject` routes the RST by the main table. If tenants' addresses overlap, it would reach the wrong
+tenant, with the other one's sequence numbers. Here the RST goes out as a frame to the sender's link address,
+without a route. Needs CAP_NET_RAW.
 """
 
 from __future__ import annotations
@@ -17,30 +17,29 @@ _RST, _ACK, _RST_ACK = 0x04, 0x10, 0x14
 _SYN, _FIN = 0x02, 0x01
 _TCP = struct.Struct(">HHIIBBHHH")
 
-
-# First packets of rejected sources that a worker answers for a segment in a second, as many as `segment_resets` is
-# by default for the packets after them. A reset takes several times as long as a verdict, and who has a rejected
-# /64 can make every packet a first one.
-FIRST_RESETS: Final = 500
+# Resets that a worker sends per second and segment to sources that the kernel has not cached yet. The default of
+# `segment_resets`, which limits resets to cached sources, is the same. A reset takes several times as long as a
+# verdict, and a tenant with a rejected /64 can send every packet from a new source.
+FIRST_RESETS_PER_SECOND: Final = 500
 
 
 class Budget:
-    """How many first packets of each segment's rejected sources may still be answered in this second."""
+    """Counts, for each interface, the resets of this second to sources that the kernel has not cached yet."""
 
     def __init__(self) -> None:
         self._second = 0
-        # Interface index → answered in this second.
+        # Interface index → resets sent in this second.
         self._spent: dict[int, int] = {}
 
     def left(self, index: int) -> bool:
-        """Whether one more of this interface may be answered."""
+        """Whether one more reset may be sent through the interface `index`."""
         second = int(time.monotonic())
         if second != self._second:
             self._second, self._spent = second, {}
-        return self._spent.get(index, 0) < FIRST_RESETS
+        return self._spent.get(index, 0) < FIRST_RESETS_PER_SECOND
 
     def take(self, index: int) -> bool:
-        """Takes one; False if none is left."""
+        """Counts one more reset; False if none is left."""
         if not self.left(index):
             return False
         self._spent[index] = self._spent.get(index, 0) + 1
@@ -48,7 +47,7 @@ class Budget:
 
 
 class Resetter:
-    """Sends resets by a packet socket in the network namespace of the thread that makes it."""
+    """Sends resets through a packet socket, in the network namespace of the thread that creates it."""
 
     def __init__(self) -> None:
         """Raises OSError (EPERM) without CAP_NET_RAW."""
@@ -57,23 +56,23 @@ class Resetter:
         self._socket.setblocking(False)
 
     def answer(self, packet: bytes, tcp: int, index: int, link_address: bytes | None) -> bool:
-        """Answers a tenant's packet (from its IP header on, its TCP header at `tcp`) with an RST through the
-        interface `index` to `link_address`. False where there is nothing to answer or it could not be sent."""
+        """Answers a tenant's packet (from the IP header on, TCP header at offset `tcp`) with an RST through the
+        interface `index` to `link_address`. Returns False if no RST is due or it could not be sent."""
         reply = reset_for(packet, tcp)
         if reply is None or not link_address:
             return False
         try:
             name = socket.if_indextoname(index)
             self._socket.sendto(reply, (name, _ETH_P[reply[0] >> 4], 0, 0, link_address))
-        except (OSError, UnicodeError):  # the second for a name that is not UTF-8
+        except (OSError, UnicodeError):  # UnicodeError: the name is not UTF-8
             return False
         return True
 
 
 def reset_for(packet: bytes, tcp: int) -> bytes | None:
-    """The IP packet that resets the connection of `packet` (RFC 9293, 3.10.7.1); None where none is due.
+    """The IP packet that resets the connection of `packet` (RFC 9293, 3.10.7.1); None if no reset is due.
 
-    A reset is never answered, nor is a fragment that ends before the flags.
+    A reset never gets a reset, nor does a fragment that ends before the TCP flags.
     """
     if len(packet) < tcp + 20:
         return None
@@ -90,7 +89,7 @@ def reset_for(packet: bytes, tcp: int) -> bytes | None:
 
 
 def _tcp_length(packet: bytes, tcp: int, header: int) -> int:
-    """Bytes of data in the segment, by the length that the IP header gives."""
+    """The length of the segment's data in bytes, from the length in the IP header."""
     total: int = (
         struct.unpack_from(">H", packet, 2)[0]
         if packet[0] >> 4 == 4
@@ -115,7 +114,7 @@ def _ipv6(packet: bytes, tcp: bytes) -> bytes:
 
 
 def _checksum(data: bytes) -> bytes:
-    """The Internet checksum (RFC 1071), 2 bytes; the field itself is zero in `data`."""
+    """The Internet checksum of `data` (RFC 1071), 2 bytes. The checksum field in `data` must be zero."""
     total = sum(struct.unpack(f">{len(data) // 2}H", data))
     total = (total >> 16) + (total & 0xFFFF)
     folded: int = ~(total + (total >> 16)) & 0xFFFF

@@ -1,4 +1,4 @@
-"""Packets of a queue → their verdicts, one by one, through NetfilterQueue."""
+"""Reads packets from a queue one by one, through the library NetfilterQueue."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from portward.worker.slow_path import QueuedPacket
 def serve(
     number: int, length: int, handle: Callable[[QueuedPacket], None], lifeline: int, ready: Callable[[], None]
 ) -> None:
-    """Binds the queue and answers its packets until the other end of `lifeline` is closed or SIGTERM comes.
+    """Binds the queue `number` and answers its packets until the other end of the descriptor `lifeline` is closed
+    or SIGTERM comes.
 
-    `length` is how many packets may wait; `ready` is called when the queue is bound. Raises OSError: EPERM where
-    another process has the queue, or without CAP_NET_ADMIN.
+    `length` is how many packets may wait in the queue. `ready` is called when the queue is bound. Raises OSError:
+    EPERM if another process has the queue, or without CAP_NET_ADMIN.
     """
     bound = netfilterqueue.NetfilterQueue()
     bound.bind(number, handle, max_len=length, mode=netfilterqueue.COPY_PACKET, range=COPY_BYTES,

@@ -131,8 +131,8 @@ def test_a_source_is_looked_up_once_and_so_are_those_around_it(bench: Bench) -> 
 
 
 def test_what_is_known_is_bounded_and_is_not_kept_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_RANGES", 3)
-    monkeypatch.setattr(batch, "_STRANGERS", 2)
+    monkeypatch.setattr(batch, "_MAX_RANGES", 3)
+    monkeypatch.setattr(batch, "_MAX_MISSES_WHILE_FULL", 2)
     # Four ranges: before, below the host, the host, behind it; room for two, beside the empty one.
     low, below, host, behind = "9.0.0.1", "10.0.0.3", "10.0.0.4", "10.0.0.5"
     for source, asked in ((low, 1), (below, 2), (low, 2), (below, 2), (host, 3), (host, 4), (host, 4), (low, 5)):
@@ -283,7 +283,7 @@ def test_a_batch_says_what_each_packet_alone_would_be_told(bench: Bench, data: s
     together = bench.answer(*datagrams)
     alone = []
     for one in datagrams:
-        bench.judge._walk(bytearray(one))
+        bench.judge._answer_slowly(bytearray(one))
         said = bench.judge._verdicts.take().tobytes()
         alone += [struct.unpack_from(">II4xI", said, start + 24) for start in range(0, len(said), 40)]
     assert together == alone

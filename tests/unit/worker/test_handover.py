@@ -171,7 +171,7 @@ def test_another_refusal_is_not_tried_again() -> None:
 
 
 def test_a_queue_that_does_not_come_free_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "_PATIENCE", 0.02)
+    monkeypatch.setattr(handover, "_SIGNAL_TIMEOUT_S", 0.02)
     with pytest.raises(PermissionError):
         bound(refusing(*[errno.EPERM] * 10_000))
 

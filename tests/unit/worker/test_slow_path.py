@@ -17,7 +17,7 @@ from portward.table.reader import LookupResult
 from portward.worker.batch import BatchReader
 from portward.worker.messages import FORWARD, PREROUTING
 from portward.worker.nfqueue import SLOT
-from portward.worker.reset import FIRST_RESETS, Resetter
+from portward.worker.reset import FIRST_RESETS_PER_SECOND, Resetter
 from portward.worker.slow_path import SlowPath
 from unit.worker.test_messages import message
 
@@ -322,15 +322,17 @@ def test_a_flood_of_new_rejected_sources_is_answered_within_the_budget_of_its_se
             assert (packet.said, packet.mark & mark.CLASS) == (["accept"], mark.Class.REFUSED)
         return len(answers.to) - before
 
-    assert flood(QueuedPacket, FIRST_RESETS + 100) == FIRST_RESETS
+    assert flood(QueuedPacket, FIRST_RESETS_PER_SECOND + 100) == FIRST_RESETS_PER_SECOND
     assert flood(NeighbourPacket, 20) == 20
     again = QueuedPacket(before=mark.AGAIN)
     found.handle(again)
-    assert (again.said, len(answers.to)) == (["drop"], FIRST_RESETS + 21), "the kernel has a budget for these"
+    assert (again.said, len(answers.to)) == (["drop"], FIRST_RESETS_PER_SECOND + 21), (
+        "the kernel has a budget for these"
+    )
     now[0] += 1
     assert flood(QueuedPacket, 20) == 20
     assert {outcome: packets for _, outcome, packets, _ in counters.verdicts()} == {
-        PacketOutcome.RESET: FIRST_RESETS + 41,
+        PacketOutcome.RESET: FIRST_RESETS_PER_SECOND + 41,
         PacketOutcome.DROPPED: 100,
     }
 
