@@ -34,7 +34,7 @@ from portward.config.documents import dec_hook, enc_hook
 from portward.daemon.runtime import read_status
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, Rated
+from portward.dataplane.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, LimitResult
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import PortwardError
 from portward.inventory.document import json_text
@@ -435,7 +435,7 @@ class Ground:
                 try:
                     head = reader.head()
                     for element in list(learned.elements()):
-                        if isinstance(element.verdict, Rated):
+                        if isinstance(element.verdict, LimitResult):
                             continue
                         finding = reader.lookup(element.source.link, element.source.address)
                         if finding is None or classify(finding)[0] is not element.verdict:

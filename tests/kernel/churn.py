@@ -89,7 +89,7 @@ class Churn:
                     offer = _offer("enterprise-agreement" if number % 2 else "pay-as-you-go")
                     enforce(self.writer.apply([offer], [], revision=self._revision, now=utc_now()))
                     time.sleep(random.random() * PAUSE)  # pause: changes come at random
-                    held = self.learned.held(self._source)
+                    held = self.learned.get(self._source)
                     remembered += held is not None
                     stale += held is not None and held.verdict is not wanted
         finally:

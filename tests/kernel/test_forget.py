@@ -188,9 +188,9 @@ def test_a_rate_limit_goes_with_its_source(make: Callable[..., Forgetting]) -> N
     listing = here.nft.listing("inet portward")
     assert "rate 60/minute burst 7 packets" in listing
     here.change("2001:db8:1::/64")
-    assert RateLimits.loaded(here.kernel) == {outside: Bucket(2, 30, 3)}
+    assert RateLimits.sources_in_kernel(here.kernel) == {outside: Bucket(2, 30, 3)}
     assert list(here.rates.sources()) == [outside]
-    here.rates.collect(lambda bucket: False)
+    here.rates.delete_unused(lambda bucket: False)
     assert here.kernel.limits() == ["s2-30-3"]
 
 

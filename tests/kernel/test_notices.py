@@ -10,7 +10,7 @@ import pytest
 
 from kernel.conftest import lab_name
 from portward.base.netlink import attribute, string
-from portward.dataplane.monitor import LOST, NOTHING, Deaf, RulesetChanges, RulesetMonitor
+from portward.dataplane.monitor import LOST, NOTHING, NoticeFilter, RulesetChanges, RulesetMonitor
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.reconciler import CLOSED, hearing
 from portward.dataplane.ruleset import TABLE
@@ -58,7 +58,7 @@ def own(namespace: str) -> Iterator[NfNetlink]:
 def notices(namespace: str, own: NfNetlink) -> Iterator[RulesetMonitor]:
     """What hears of that namespace."""
     with namespaces.inside(namespace):
-        found = hearing(lambda: (own.port,), receive_bytes=0, deaf=Deaf.TO_NOTHING)
+        found = hearing(lambda: (own.port,), receive_bytes=0, notice_filter=NoticeFilter.NONE)
     yield found
     found.close()
 
@@ -93,31 +93,31 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("text", "heard"), CHANGES)
-@pytest.mark.parametrize("deaf", [Deaf.TO_ELEMENTS, Deaf.TO_OTHERS])
+@pytest.mark.parametrize("notice_filter", [NoticeFilter.FOREIGN_ELEMENTS, NoticeFilter.FOREIGN_TABLES])
 def test_what_others_do_among_themselves_is_not_even_queued(
-    namespace: str, own: NfNetlink, deaf: Deaf, text: str, heard: RulesetChanges
+    namespace: str, own: NfNetlink, notice_filter: NoticeFilter, text: str, heard: RulesetChanges
 ) -> None:
     """What matters is, wherever it stands in a transaction."""
     with namespaces.inside(namespace):
-        notices = hearing(lambda: (own.port,), deaf=deaf)
+        notices = hearing(lambda: (own.port,), notice_filter=notice_filter)
     namespaces.load(namespace, text)
     chains = "chain" in text or "rule" in text or "table" in text
-    expected = heard.ours or (deaf is Deaf.TO_ELEMENTS and chains)
+    expected = heard.ours or (notice_filter is NoticeFilter.FOREIGN_ELEMENTS and chains)
     assert waiting(notices) == expected
     found = notices.read()
     assert found.ours == heard.ours
-    if deaf is Deaf.TO_ELEMENTS:
+    if notice_filter is NoticeFilter.FOREIGN_ELEMENTS:
         assert (found.gained, found.gone) == (heard.gained, heard.gone)
     notices.close()
 
 
-@pytest.mark.parametrize("deaf", [Deaf.TO_ELEMENTS, Deaf.TO_OTHERS])
+@pytest.mark.parametrize("notice_filter", [NoticeFilter.FOREIGN_ELEMENTS, NoticeFilter.FOREIGN_TABLES])
 @pytest.mark.parametrize("before", [0, 1, 5, 15, 16, 17, 60])
 def test_ours_is_heard_of_behind_any_number_of_changes_of_others(
-    namespace: str, own: NfNetlink, deaf: Deaf, before: int
+    namespace: str, own: NfNetlink, notice_filter: NoticeFilter, before: int
 ) -> None:
     with namespaces.inside(namespace):
-        notices = hearing(lambda: (own.port,), deaf=deaf)
+        notices = hearing(lambda: (own.port,), notice_filter=notice_filter)
     text = "".join(f"add element ip theirs numbers {{ {number} }}\n" for number in range(before))
     namespaces.load(namespace, f"{text}add element inet {TABLE} allow4 {{ 10.0.0.1 }}\n")
     assert notices.read().ours

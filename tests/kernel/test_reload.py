@@ -123,9 +123,9 @@ def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number
     address = ip_address("10.0.0.4").packed
     assert (core._dataplane._reader.lookup(_VRF, address) is not None) is (number == 1)
     core.asked([Source(_VRF, address)])
-    held = core._dataplane.learned.held(Source(port, address))
+    held = core._dataplane.learned.get(Source(port, address))
     assert (held is not None and held.verdict is mark.Class.ALLOW) is (number == 1)
-    assert core._dataplane.learned.held(Source(_VRF, address)) is None, "the sets know ports"
+    assert core._dataplane.learned.get(Source(_VRF, address)) is None, "the sets know ports"
 
 
 def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long_again(core: Core) -> None:
@@ -329,10 +329,10 @@ def test_what_the_store_changed_before_the_ruleset_is_loaded_is_carried_out_by_t
         assert again.generation == generation
         assert again.sync()
         kernel.catch_up()
-        assert again._dataplane.learned.held(Source(index, owned)) is not None, "nothing is loaded yet"
+        assert again._dataplane.learned.get(Source(index, owned)) is not None, "nothing is loaded yet"
         again.load()
-        assert again._dataplane.learned.held(Source(index, owned)) is None
-        assert again._dataplane.learned.held(other) is not None
+        assert again._dataplane.learned.get(Source(index, owned)) is None
+        assert again._dataplane.learned.get(other) is not None
         assert in_step(again)
         assert again.enforced == 2
         again.close_store()

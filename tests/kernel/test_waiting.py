@@ -258,6 +258,6 @@ def test_what_is_cached_for_the_new_owner_passes_the_guard(ground: Ground, cache
     if cached == "rate limit":
         dataplane._rates.add({source: Bucket(5, 10, 2)})
     elif cached != "nothing":
-        dataplane.learned.teach({source: mark.Class[cached.upper()]})
+        dataplane.learned.add({source: mark.Class[cached.upper()]})
     passes = cached in ("allow", "observed", "rate limit")
     assert waiting.accepted(ground.lab, waiting.packet.mark) is passes

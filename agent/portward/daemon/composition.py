@@ -40,7 +40,7 @@ from portward.daemon.ticks import readable, until_tick
 from portward.daemon.vigil import Vigil
 from portward.daemon.workers import Worker
 from portward.dataplane.links import Links
-from portward.dataplane.monitor import Deaf
+from portward.dataplane.monitor import NoticeFilter
 from portward.dataplane.namespacelock import NamespaceLock
 from portward.dataplane.reconciler import hearing
 from portward.errors import PortwardError
@@ -354,7 +354,9 @@ class Daemon:
         again."""
         with (
             contextlib.closing(hearing(self._core.own_ports)) as ours,
-            contextlib.closing(hearing(self._core.own_ports, deaf=Deaf.TO_ELEMENTS)) as others,
+            contextlib.closing(
+                hearing(self._core.own_ports, notice_filter=NoticeFilter.FOREIGN_ELEMENTS)
+            ) as others,
         ):
             await Vigil(self._core, self._kernel_step, (ours, others), self._faults).keep()
 

@@ -22,8 +22,8 @@ from portward.config.keys import Config
 from portward.daemon.counting import Counting
 from portward.daemon.intake import First, Intake, OnKernel, answers
 from portward.dataplane import ruleset, xtables
-from portward.dataplane.accounting import Due
-from portward.dataplane.around import Lookout
+from portward.dataplane.accounting import ExpiringKeys
+from portward.dataplane.around import SurroundingsMonitor
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.links import Links
 from portward.dataplane.monitor import RulesetChanges
@@ -193,7 +193,7 @@ class Core:
         thread."""
         self._dataplane.correct(suspects)
 
-    def end(self, due: Due) -> None:
+    def end(self, due: ExpiringKeys) -> None:
         """Deletes cached verdicts that are about to expire, so that all that they have counted is known. Kernel
         thread."""
         self._dataplane.end(due)
@@ -229,7 +229,7 @@ class Core:
 
     # --- counting thread ---
 
-    def count(self, pause: float) -> Due | None:
+    def count(self, pause: float) -> ExpiringKeys | None:
         """Adds up what the kernel has counted since the last time; nothing if the ruleset is not there. The next
         reading begins in `pause` seconds; gives what would expire until then, for `end`. Counting thread."""
         return self.counting.count(self._dataplane, pause)
@@ -296,7 +296,7 @@ class Core:
         return self._dataplane.guarded
 
     @property
-    def lookout(self) -> Lookout:
+    def lookout(self) -> SurroundingsMonitor:
         """The devices that take the packets of segments, as they were last found."""
         return self._dataplane.lookout
 

@@ -21,14 +21,14 @@ from portward.base import clock
 from portward.base.interfaces import shown
 from portward.daemon.countsfile import CountsFile
 from portward.dataplane import ruleset
-from portward.dataplane.accounting import Due, Owner, PacketAccounting
+from portward.dataplane.accounting import ExpiringKeys, Owner, PacketAccounting
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.rate_limits import RateLimits
-from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, Rated, Verdict
-from portward.dataplane.selfcheck import SAMPLE
+from portward.dataplane.ruleset import COUNTED_SETS, VERDICT_SETS, LimitResult, Verdict
+from portward.dataplane.selfcheck import SAMPLE_SOURCES
 from portward.dataplane.setdump import SetRow
 from portward.dataplane.verdict_cache import Source, VerdictCache, element_of
 from portward.ipc import mark
@@ -88,7 +88,7 @@ class Counting:
             except (msgspec.MsgspecError, ValueError) as error:
                 _log.warning("the counters of the last run cannot be read, and begin anew: %s", error)
 
-    def count(self, dataplane: Dataplane, pause: float) -> Due | None:
+    def count(self, dataplane: Dataplane, pause: float) -> ExpiringKeys | None:
         """Adds up what the kernel has counted since the last time; nothing if the ruleset is not there. The next
         reading begins in `pause` seconds; gives what would expire until then."""
         due = None
@@ -118,18 +118,18 @@ class Counting:
         is the worse mistake, and there are fewer of them: as many of these are looked at as of the others."""
         found = {f"{name}{family}": verdict for verdict, name in COUNTED_SETS.items() for family in "46"}
         # What was counted under a limit stays for a minute after the limit has gone.
-        limited = dataplane.rates_seen = RateLimits.loaded(self._elements)
+        limited = dataplane.rates_seen = RateLimits.sources_in_kernel(self._elements)
         rows = {name: self._latest[name] if name in self._latest else self._rows(name) for name in found}
         self._latest = {}
         dataplane.learned.sizes.update({name: len(part) for name, part in rows.items()})
         self.remembered = Counter()
         for name, part in rows.items():
-            rated = isinstance(found[name], Rated)
+            rated = isinstance(found[name], LimitResult)
             self.remembered[found[name]] += (
                 sum(Source.of(key) in limited for key, _, _ in part) if rated else len(part)
             )
         passing = [name for name in rows if found[name] in mark.PASSING]
-        stopping = [name for name in rows if found[name] in LEARNED_SETS and found[name] not in mark.PASSING]
+        stopping = [name for name in rows if found[name] in VERDICT_SETS and found[name] not in mark.PASSING]
         self._sample = [*_some(rows, passing), *_some(rows, stopping)]
 
     def _prune(self) -> None:
@@ -160,7 +160,8 @@ class Counting:
         """Packets refused beyond a segment's rate, by segment. `names` are those of the interfaces."""
         with contextlib.suppress(OSError):
             return {
-                shown(names.get(index, str(index))): packets for index, packets in self._learned.limited().items()
+                shown(names.get(index, str(index))): packets
+                for index, packets in self._learned.over_miss_limit().items()
             }
         return {}
 
@@ -195,7 +196,7 @@ class Counting:
 def _some(rows: dict[str, list[SetRow]], names: list[str]) -> list[tuple[str, SetRow]]:
     """A sample of the rows of these sets."""
     every = [(name, row) for name in names for row in rows[name]]
-    return random.sample(every, min(len(every), SAMPLE))
+    return random.sample(every, min(len(every), SAMPLE_SOURCES))
 
 
 def _this_kernel() -> str:

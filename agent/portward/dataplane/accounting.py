@@ -6,7 +6,7 @@ had counted when it was deleted. The readings outlive a restart of the agent, wi
 that are there then are not counted a second time, and what they counted meanwhile is.
 
 Not seen are the packets that an element counts between its last reading and its end if it expires by itself. So
-those that are about to expire are deleted (`Due`), which costs the source a question, as its end does.
+those that are about to expire are deleted (`ExpiringKeys`), which costs the source a question, as its end does.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from portward.dataplane.deletions import Deletions, Gone
 from portward.dataplane.ruleset import (
     COUNTED_SETS,
     COUNTING_SETS,
-    LEARNED_SETS,
     SEGMENT_SETS,
-    Rated,
-    Unjudged,
+    VERDICT_SETS,
+    LimitResult,
+    NoVerdict,
     Verdict,
 )
 from portward.dataplane.setdump import SetRow
@@ -52,10 +52,10 @@ NAMES: Final[dict[Verdict, str]] = {
     mark.Class.OBSERVED: "would_deny",
     mark.Class.UNKNOWN: "unknown",
     mark.Class.MISS: "deferred",
-    Rated.WITHIN: "rated",
-    Rated.BEYOND: "throttled",
-    Unjudged.DROPPED: "unjudged",
-    Unjudged.PASSED: "unjudged_passed",
+    LimitResult.WITHIN: "rated",
+    LimitResult.OVER: "throttled",
+    NoVerdict.DROPPED: "unjudged",
+    NoVerdict.PASSED: "unjudged_passed",
 }
 _OF_SET: Final[dict[str, Verdict]] = {
     **{f"{name}{family}": verdict for verdict, name in COUNTED_SETS.items() for family in "46"},
@@ -63,11 +63,11 @@ _OF_SET: Final[dict[str, Verdict]] = {
 }
 # Only these end by time while packets find them: the others begin anew with each packet.
 _ENDING: Final = tuple(
-    sorted(COUNTING_SETS & {f"{name}{family}" for name in LEARNED_SETS.values() for family in "46"})
+    sorted(COUNTING_SETS & {f"{name}{family}" for name in VERDICT_SETS.values() for family in "46"})
 )
 
 # Set → keys of elements that are about to expire.
-Due: TypeAlias = dict[str, list[bytes]]
+ExpiringKeys: TypeAlias = dict[str, list[bytes]]
 
 
 class Owner(NamedTuple):
@@ -107,7 +107,7 @@ class PacketAccounting:
         # Whether there is anything that `kept` has not given yet.
         self.changed = False
 
-    def take_all(self, rows: Callable[[str], list[SetRow]], now: float, pause: float) -> Due | None:
+    def take_all(self, rows: Callable[[str], list[SetRow]], now: float, pause: float) -> ExpiringKeys | None:
         """Takes a reading of all sets, by `rows`; `now` is the monotonic time, and `pause` how long it takes until
         the next one begins, both in seconds. Gives what would expire before that has ended; None if the kernel
         thread was busy, and then nothing was read. Raises OSError if the sets cannot be read.
@@ -128,7 +128,7 @@ class PacketAccounting:
         gone: dict[str, set[bytes]] = {}
         for one in meanwhile:
             gone.setdefault(one.set, set()).add(one.key)
-        due: Due = {}
+        due: ExpiringKeys = {}
         for name, part in found.items():
             left_out = gone.get(name, set())
             if b"" in left_out:
@@ -249,9 +249,9 @@ class PacketAccounting:
             self.changed = True
 
 
-def _some(due: Due) -> Due:
+def _some(due: ExpiringKeys) -> ExpiringKeys:
     """At most `_DUE` of these elements."""
-    room, some = _DUE, Due()
+    room, some = _DUE, ExpiringKeys()
     for name, keys in due.items():
         if room > 0:
             some[name] = keys[:room]
@@ -264,8 +264,8 @@ def _verdict(mark_: int) -> Verdict:
     try:
         found = mark.Class(mark_ & mark.CLASS)
     except ValueError:
-        return Unjudged.DROPPED
-    return found if found in NAMES else Unjudged.DROPPED
+        return NoVerdict.DROPPED
+    return found if found in NAMES else NoVerdict.DROPPED
 
 
 def _listed(sums: Mapping[tuple[str, str], int]) -> list[tuple[str, str, int]]:

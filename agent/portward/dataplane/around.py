@@ -15,7 +15,7 @@ from portward.dataplane.surroundings import NOTHING, Surroundings
 _log: Final = logging.getLogger("portward")
 
 
-class Lookout:
+class SurroundingsMonitor:
     """What the agent sees around it, in the network namespace of the thread that asks. `warnings` are the lines on
     devices that take the packets of segments, as they were last found; each is logged once while it holds."""
 
@@ -63,7 +63,7 @@ def found(config: Config, *, printed: Sequence[str] = ()) -> Surroundings:
     """What stands around portward in this thread's network namespace now. Without an answer of generic netlink the
     UDP ports of tunnels are those of devices alone; without one of rtnetlink nothing is found. `printed`: warnings
     on devices that the caller has reported, so that they are not logged as well."""
-    lookout = Lookout()
+    lookout = SurroundingsMonitor()
     lookout.warnings = list(printed)
     try:
         return lookout.look(rtnetlink.devices(), config, NOTHING)

@@ -12,7 +12,7 @@ from portward.config.keys import Verdicts
 _PART: Final = 8
 
 
-class Lessons:
+class GuardBudget:
     """Counts what is written for each interface in the time that a verdict lives."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

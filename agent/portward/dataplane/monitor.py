@@ -28,14 +28,14 @@ _INET: Final = 1  # NFPROTO_INET
 _CHAIN_HOOK: Final = 4
 
 
-class Deaf(Enum):
+class NoticeFilter(Enum):
     """What the kernel does not even queue: nothing; what others do with sets, elements and objects of their own;
     all that they do in tables of their own. For the last two, ours are those whose name begins with
     `portward`."""
 
-    TO_NOTHING = auto()
-    TO_ELEMENTS = auto()
-    TO_OTHERS = auto()
+    NONE = auto()
+    FOREIGN_ELEMENTS = auto()
+    FOREIGN_TABLES = auto()
 
 
 class RulesetChanges(NamedTuple):
@@ -69,7 +69,7 @@ class RulesetMonitor:
         *,
         writing: Collection[bytes] = (),
         receive_bytes: int = 0,
-        deaf: Deaf = Deaf.TO_NOTHING,
+        notice_filter: NoticeFilter = NoticeFilter.NONE,
     ) -> None:
         """`tables` of family inet are those that matter; transactions by sockets with the addresses `own` do not
         count. `writing`: a rule with any of these bytes may write into packets. `receive_bytes`: how much the
@@ -82,10 +82,10 @@ class RulesetMonitor:
         if receive_bytes:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_bytes)
         # Before the first notice can come.
-        if deaf is not Deaf.TO_NOTHING:
+        if notice_filter is not NoticeFilter.NONE:
             # Without it the agent only wakes more often.
             with contextlib.suppress(OSError):
-                monitor_filter.attach(self._socket, everything=deaf is Deaf.TO_OTHERS)
+                monitor_filter.attach(self._socket, everything=notice_filter is NoticeFilter.FOREIGN_TABLES)
         self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
 
     def fileno(self) -> int:

@@ -67,7 +67,7 @@ class Others(NamedTuple):
         return self.translating + self.beside
 
 
-NOBODY: Final = Others()
+NO_OTHERS: Final = Others()
 
 
 def look(netlink: NfNetlink, legacy: Iterable[Path] | None = None) -> Others:
@@ -107,20 +107,20 @@ def seen(netlink: NfNetlink) -> Others:
         return Others((f"the kernel does not say what others have loaded ({error})",))
 
 
-class Watch:
+class OthersMonitor:
     """What others have in the kernel, as it was last found. Each line is logged when it is new. `found`, and
-    `looked` (when that was, by the monotonic clock), may be read on any thread."""
+    `looked_at` (when that was, by the monotonic clock), may be read on any thread."""
 
     def __init__(self, netlink: NfNetlink) -> None:
         """`netlink` belongs to the thread that calls `look`."""
         self._netlink = netlink
-        self.found, self.looked = NOBODY, 0.0
+        self.found, self.looked_at = NO_OTHERS, 0.0
         # For the files of legacy iptables: what cannot be read counts as in use.
         self._reserve = Reserve(2)
 
     def look(self) -> bool:
         """Looks again; whether the ruleset needs the forward guard."""
-        self.looked = time.monotonic()
+        self.looked_at = time.monotonic()
         with self._reserve.lent():
             found = seen(self._netlink)
         for line in found.why:

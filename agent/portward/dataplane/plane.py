@@ -19,19 +19,19 @@ from typing import Final
 
 from portward.config.keys import Config
 from portward.dataplane import around, ruleset
-from portward.dataplane.accounting import Due
-from portward.dataplane.around import Lookout
+from portward.dataplane.accounting import ExpiringKeys
+from portward.dataplane.around import SurroundingsMonitor
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import KernelElements
-from portward.dataplane.lessons import Lessons
+from portward.dataplane.lessons import GuardBudget
 from portward.dataplane.links import Links, only_ports
 from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.others import Watch
+from portward.dataplane.others import OthersMonitor
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.selfcheck import SAMPLE, DifferenceKind, SelfCheck
+from portward.dataplane.selfcheck import SAMPLE_SOURCES, DifferenceKind, SelfCheck
 from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.underway import UnderWay
@@ -84,13 +84,13 @@ class Dataplane:
         self._rates = RateLimits(elements)
         self.enforcement = VerdictSync(self.keeper, self.learned, self.want, self._rates, self.rate)
         self._surroundings = NOTHING
-        self.lookout = Lookout()
+        self.lookout = SurroundingsMonitor()
         # What others have in the kernel decides whether the forward guard is loaded.
-        self.watch = Watch(netlink)
+        self.watch = OthersMonitor(netlink)
         self._links = Links({}, frozenset())
         # VRFs with one segment as a port: index of the VRF → index of the port.
         self._ports: dict[int, int] = {}
-        self._lessons = Lessons()
+        self._guard_budget = GuardBudget()
         # Changes that were committed before the ruleset was loaded.
         self._early: list[tuple[Committed, dict[str, int] | None, int]] | None = []
         # The newest revision of the store that the kernel acts on: everything older is forgotten.
@@ -192,7 +192,7 @@ class Dataplane:
         """Writes the set of known interfaces alone: containers come and go, and each would load the ruleset. False
         if the kernel had it already."""
         try:
-            return self.learned.know(self._surroundings.known)
+            return self.learned.set_known_interfaces(self._surroundings.known)
         except KernelError:  # there is no ruleset
             self._put_back()
             return True
@@ -229,7 +229,7 @@ class Dataplane:
     @property
     def unwatched(self) -> bool:
         """Whether a ruleset of ours was loaded since others were last looked at. May be asked on any thread."""
-        return self.watch.looked <= self.keeper.loaded_at
+        return self.watch.looked_at <= self.keeper.loaded_at
 
     def would_take(self, config: Config, preset: Preset) -> None:
         """Asks the kernel if it would load the ruleset of another configuration; raises KernelError."""
@@ -252,7 +252,7 @@ class Dataplane:
                 self.enforcement.links = links
         try:
             self.keeper.load(self.want(changes[-1][0].generation if changes else self._kernel_generation()))
-            self._rates.read()
+            self._rates.reload()
         except Exception as error:  # the table is decided anew already: the ruleset must follow
             _log.error("the configuration is in force in part, and is tried again: %s", error)
             self._repair()
@@ -304,7 +304,7 @@ class Dataplane:
         if self.broken:  # the ruleset comes first, and with it everything is forgotten
             return
         with contextlib.suppress(OSError, KernelError):
-            held = [found for source in suspects if (found := self.learned.held(source)) is not None]
+            held = [found for source in suspects if (found := self.learned.get(source)) is not None]
             wrong = [element for element in held if self.differs(self._reader, element)]
             if not wrong:
                 return
@@ -314,17 +314,17 @@ class Dataplane:
             for element in wrong:
                 address = ip_address(element.source.address)
                 self._selfcheck.differs(
-                    DifferenceKind.REMEMBERED,
+                    DifferenceKind.CACHED,
                     f"the kernel remembered {element.verdict.name.lower()} for {address} behind interface "
                     f"{element.source.link}, which is not the table's verdict: forgotten",
                 )
 
-    def end(self, due: Due) -> None:
+    def end(self, due: ExpiringKeys) -> None:
         """Deletes cached verdicts that are about to expire, so that all that they have counted is known. What the
         kernel refuses expires by itself."""
         if not self.broken:
             with contextlib.suppress(OSError, KernelError):
-                self.learned.end(due)
+                self.learned.delete_expiring(due)
 
     def keep_rates(self) -> None:
         """Brings the rate limits in the kernel in line with the table, and removes those that nobody needs."""
@@ -337,11 +337,11 @@ class Dataplane:
         if self.broken:
             return
         with contextlib.suppress(OSError, KernelError):
-            same = self._rates.is_held(self.rates_seen)
+            same = self._rates.equals(self.rates_seen)
             if not same:  # a change of policy may have come between, too
-                self._rates.read()
+                self._rates.reload()
             sources = list(self._rates.sources())
-            looked_at = random.sample(sources, min(len(sources), SAMPLE)) if same else sources
+            looked_at = random.sample(sources, min(len(sources), SAMPLE_SOURCES)) if same else sources
             wrong = [source for source in looked_at if self._bucket(source) != self._rates.bucket(source)]
             if not wrong:
                 return
@@ -350,7 +350,7 @@ class Dataplane:
                 return
             for source in wrong[:_TOLD]:
                 self._selfcheck.differs(
-                    DifferenceKind.REMEMBERED,
+                    DifferenceKind.CACHED,
                     f"the kernel let {ip_address(source.address)} behind interface {source.link} send within a "
                     "limit that is not the table's: forgotten",
                 )
@@ -361,7 +361,7 @@ class Dataplane:
         # The sets know the port, not the VRF that the guard's question names.
         sources = [source._replace(link=self._ports.get(source.link, source.link)) for source in sources]
         with contextlib.suppress(OSError):
-            self._rates.doubt(sources)
+            self._rates.recheck(sources)
         self.rate(sources)
         if self.guarded:
             self._teach(sources)
@@ -374,10 +374,10 @@ class Dataplane:
             source: found
             for source in sources[:_TAUGHT]
             if (found := self._verdict(source)) is not None
-            and self._lessons.take(source.link, self.config.verdicts)
+            and self._guard_budget.take(source.link, self.config.verdicts)
         }
         with contextlib.suppress(KernelError):
-            self.learned.teach(known)
+            self.learned.add(known)
 
     def _verdict(self, source: Source) -> mark.Class | None:
         """What the table says of a source, for the kernel to cache; None: nothing, or it has a rate limit."""
@@ -402,12 +402,12 @@ class Dataplane:
         except KernelError as error:
             _log.warning("sources with a limit stay blocked until they are tried again: %s", error)
             with contextlib.suppress(OSError):
-                self._rates.read()
+                self._rates.reload()
 
     def _collect_rates(self) -> None:
         """Takes rate limits out of the kernel that are not in force any more."""
         with contextlib.suppress(KernelError):  # another process has changed the ruleset: `check` puts it right
-            self._rates.collect(lambda bucket: self._limit(bucket.subscription) == bucket)
+            self._rates.delete_unused(lambda bucket: self._limit(bucket.subscription) == bucket)
 
     def _bucket(self, source: Source) -> Bucket | None:
         """The rate limit under which a source may send; None if it may not, or without one."""

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 from portward.dataplane.elements import AddLimit, Change, Delete, DeleteLimit, Draw, Elements
 from portward.dataplane.prefixes import Prefixes
-from portward.dataplane.ruleset import RATES
+from portward.dataplane.ruleset import RATE_LIMITS
 from portward.dataplane.verdict_cache import Source
 from portward.model import RateLimit
 
@@ -67,7 +67,7 @@ class RateLimits:
         # By the digit of the family: the same sources by their keys in the kernel.
         self._keys: dict[str, dict[bytes, Source]] = {"4": {}, "6": {}}
 
-    def read(self) -> None:
+    def reload(self) -> None:
         """Holds from now on what the kernel has: an earlier run left it there, or somebody has changed it. Raises
         OSError where the table is not loaded."""
         loaded: dict[Bucket, dict[Source, None]] = {
@@ -82,24 +82,24 @@ class RateLimits:
     def _settled(self) -> dict[Source, Bucket]:
         """What two readings in a row agree on. A single one may miss sources (see `elements`), and one that is in
         the kernel and not held here would not be taken away by a change of policy."""
-        held = self.loaded(self._elements)
+        held = self.sources_in_kernel(self._elements)
         for _ in range(_READINGS):
-            before, held = held, self.loaded(self._elements)
+            before, held = held, self.sources_in_kernel(self._elements)
             if held == before:
                 return held
         raise OSError(EAGAIN, "the limits in the kernel change faster than they can be read")
 
     @staticmethod
-    def loaded(elements: Elements) -> dict[Source, Bucket]:
+    def sources_in_kernel(elements: Elements) -> dict[Source, Bucket]:
         """What the kernel has, over a socket of the calling thread's own; raises OSError."""
         return {
             Source.of(element.key): bucket
             for family in "46"
-            for element in elements.elements(RATES + family)
+            for element in elements.elements(RATE_LIMITS + family)
             if (bucket := Bucket.named(element.object)) is not None
         }
 
-    def is_held(self, found: dict[Source, Bucket]) -> bool:
+    def equals(self, found: dict[Source, Bucket]) -> bool:
         """Whether just these sources are held, with these limits."""
         return found == self._bucket
 
@@ -123,31 +123,31 @@ class RateLimits:
         for family in "46":
             limits = {source.key: str(bucket) for source, bucket in new.items() if source.family == family}
             if limits:
-                changes.append(Draw(RATES + family, limits))
+                changes.append(Draw(RATE_LIMITS + family, limits))
         self._elements.commit(changes)
         for source in gone:
             self._let_go(source)
         for source, bucket in new.items():
             self._hold(source, bucket)
 
-    def doubt(self, sources: Iterable[Source]) -> None:
+    def recheck(self, sources: Iterable[Source]) -> None:
         """Looks in the kernel for those of these sources that are held: a worker has met them, so they may not be
         there any more, and then they are held no longer. Raises OSError."""
         for source in [source for source in sources if source in self._bucket]:
-            if self._elements.element(RATES + source.family, source.key) is None:
+            if self._elements.element(RATE_LIMITS + source.family, source.key) is None:
                 self._let_go(source)
 
-    def forgetting(self, sources: Iterable[Source]) -> list[Change]:
-        """What takes those of these sources away that are held; `forgotten` is to follow it."""
+    def deletions(self, sources: Iterable[Source]) -> list[Change]:
+        """What takes those of these sources away that are held; `deleted` is to follow it."""
         return _deletions([source for source in sources if source in self._bucket])
 
-    def forgotten(self, sources: Iterable[Source]) -> None:
+    def deleted(self, sources: Iterable[Source]) -> None:
         """These sources were taken away."""
         for source in sources:
             if source in self._bucket:
                 self._let_go(source)
 
-    def all_forgotten(self) -> None:
+    def all_deleted(self) -> None:
         """All sources were taken away; the limits are there still, with what was used of them."""
         self._bucket.clear()
         self._keys = {"4": {}, "6": {}}
@@ -163,7 +163,7 @@ class RateLimits:
         keys = self._keys
         return [keys[family][key] for family in "46" for key in prefixes.among(family, list(keys[family]))]
 
-    def collect(self, in_force: Callable[[Bucket], bool]) -> None:
+    def delete_unused(self, in_force: Callable[[Bucket], bool]) -> None:
         """Takes away limits on which no source draws and that are not in force any more; raises KernelError.
         Others stay: a new one would begin full."""
         idle = [bucket for bucket, sources in self._sources.items() if not sources and not in_force(bucket)]
@@ -216,5 +216,5 @@ def _deletions(sources: list[Source]) -> list[Change]:
     for family in "46":
         keys = [source.key for source in sources if source.family == family]
         if keys:
-            changes.append(Delete(RATES + family, keys))
+            changes.append(Delete(RATE_LIMITS + family, keys))
     return changes

@@ -15,7 +15,7 @@ from typing import Final
 
 from portward.base.resources import rules
 from portward.dataplane import xtables
-from portward.dataplane.monitor import Deaf, RulesetChanges, RulesetMonitor
+from portward.dataplane.monitor import NoticeFilter, RulesetChanges, RulesetMonitor
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import WRITING
@@ -40,11 +40,16 @@ _log = logging.getLogger("portward.ruleset")
 
 
 def hearing(
-    own: Callable[[], Collection[int]], *, receive_bytes: int = _NOTICE_BYTES, deaf: Deaf = Deaf.TO_OTHERS
+    own: Callable[[], Collection[int]],
+    *,
+    receive_bytes: int = _NOTICE_BYTES,
+    notice_filter: NoticeFilter = NoticeFilter.FOREIGN_TABLES,
 ) -> RulesetMonitor:
     """Hears of what others change in our tables, or change in theirs that may turn packets into others, in the
     network namespace of the calling thread. Raises OSError."""
-    return RulesetMonitor((TABLE, CLOSED), own, writing=WRITING, receive_bytes=receive_bytes, deaf=deaf)
+    return RulesetMonitor(
+        (TABLE, CLOSED), own, writing=WRITING, receive_bytes=receive_bytes, notice_filter=notice_filter
+    )
 
 
 class RulesetReconciler:
@@ -89,7 +94,7 @@ class RulesetReconciler:
         """Writes the known interfaces. A process that dies before leaves those that were known before, and the
         next one writes them. False if another process has taken the table away."""
         try:
-            self._learned.know(want.known)
+            self._learned.set_known_interfaces(want.known)
         except KernelError as error:
             _log.warning("the known interfaces are written again: %s", error)
             return False
@@ -117,7 +122,7 @@ class RulesetReconciler:
         self._count_what_goes(want)
         # Before chain `stacked` is gone, which may have stopped what comes from them. At a start there is no set.
         with contextlib.suppress(KernelError):
-            self._learned.know_no_other(want.known)
+            self._learned.retain_known_interfaces(want.known)
         try:
             self._nft.replace(self._head(want), want)
             if not want.native:
@@ -137,7 +142,7 @@ class RulesetReconciler:
         The load forgets it all anyway."""
         if self._learned.definitions() not in (None, want.definitions):
             with contextlib.suppress(KernelError):  # the sets are there no more, or were never of this kind
-                self._learned.end_all(COUNTING_SETS & self._netlink.sets(TABLE))
+                self._learned.flush(COUNTING_SETS & self._netlink.sets(TABLE))
 
     def intact(self) -> bool:
         """Whether what is loaded is what was loaded, and CLOSED is not; costs one message where nobody has changed

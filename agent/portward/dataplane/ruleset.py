@@ -25,14 +25,14 @@ from portward.model import Mode, Network
 from portward.policy.preset import Preset
 
 
-class Rated(Enum):
+class LimitResult(Enum):
     """What is counted of sources whose exemption carries a limit: packets within it, new connections beyond it."""
 
     WITHIN = auto()
-    BEYOND = auto()
+    OVER = auto()
 
 
-class Unjudged(Enum):
+class NoVerdict(Enum):
     """Packets of a segment to a judged port that no verdict was found for, or none came back for."""
 
     DROPPED = auto()
@@ -50,7 +50,7 @@ FIXED_SETS: Final = (
 # Sets of older rulesets, which this one has no use for.
 RETIRED_SETS: Final = ("segments",)
 # Sets that packets fill, by class, without the family's digit.
-LEARNED_SETS: Final[dict[mark.Class, str]] = {
+VERDICT_SETS: Final[dict[mark.Class, str]] = {
     mark.Class.ALLOW: "allow",
     mark.Class.DENY: "deny",
     mark.Class.OBSERVED: "observed",
@@ -58,7 +58,7 @@ LEARNED_SETS: Final[dict[mark.Class, str]] = {
     mark.Class.UNKNOWN: "unknown",
 }
 # Sources with a limit → the limit's name, by family; and what such sources sent within it and beyond it.
-RATES: Final = "rates"
+RATE_LIMITS: Final = "rates"
 # Interfaces that the policy table still takes for others: what they send is dropped.
 UNSETTLED: Final = "unsettled"
 # Interfaces, beside segments and uplinks, from which packets to judged ports pass: the agent has classified them.
@@ -71,22 +71,22 @@ ENFORCED: Final = "enforced"
 # Packets acted on by a verdict that is not cached, by source and mark; by segment and mark beyond its size.
 UNCACHED: Final = "uncached"
 UNCACHED_SEGMENTS: Final = "uncached_segments"
-RATED_SETS: Final = {Rated.WITHIN: "rated", Rated.BEYOND: "throttled"}
+LIMITED_SETS: Final = {LimitResult.WITHIN: "rated", LimitResult.OVER: "throttled"}
 # What each element of these sets counts.
-Verdict: TypeAlias = mark.Class | Rated | Unjudged
-COUNTED_SETS: Final[dict[Verdict, str]] = dict([*LEARNED_SETS.items(), *RATED_SETS.items()])
+Verdict: TypeAlias = mark.Class | LimitResult | NoVerdict
+COUNTED_SETS: Final[dict[Verdict, str]] = dict([*VERDICT_SETS.items(), *LIMITED_SETS.items()])
 
 # What is counted by segment alone, since no subscription or no verdict stands behind it.
 SEGMENT_SETS: Final[dict[Verdict, str]] = {
     mark.Class.UNKNOWN: "unknown_segments",
-    Unjudged.DROPPED: "unjudged_drops",
-    Unjudged.PASSED: "unjudged_passes",
+    NoVerdict.DROPPED: "unjudged_drops",
+    NoVerdict.PASSED: "unjudged_passes",
 }
 # All sets whose elements count packets that no other set counts.
 COUNTING_SETS: Final = frozenset(
     {f"{name}{family}" for name in (*COUNTED_SETS.values(), UNCACHED) for family in "46"}
     | {UNCACHED_SEGMENTS, *SEGMENT_SETS.values()}
-) - {f"{LEARNED_SETS[mark.Class.UNKNOWN]}{family}" for family in "46"}
+) - {f"{VERDICT_SETS[mark.Class.UNKNOWN]}{family}" for family in "46"}
 
 NO_INTERFACE: Final = "no interface"  # a name that no interface can have
 # The committed rate of a segment may come at once for so many seconds.
@@ -257,7 +257,7 @@ def head(
     """
     have = set(have_sets)
     learned = {f"{name}{family}" for name in COUNTED_SETS.values() for family in "46"}
-    rates = {f"{RATES}{family}" for family in "46"}
+    rates = {f"{RATE_LIMITS}{family}" for family in "46"}
     learned |= {f"{UNCACHED}{family}" for family in "46"} | {UNCACHED_SEGMENTS, *SEGMENT_SETS.values()}
     learned |= {"miss_rate", "committed_rate", "share", "limited_segments"}
     learned |= {"reset_rate4", "reset_rate6", "reset_segments"}

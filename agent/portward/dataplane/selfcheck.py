@@ -15,7 +15,7 @@ PATIENCE: Final = 2.0
 # Between the ends of one round of queries and the beginning of the next, in seconds.
 PAUSE: Final = 2.0
 # Each time the remembered verdicts are read, so many that pass and as many that stop are compared with the table.
-SAMPLE: Final = 1_000
+SAMPLE_SOURCES: Final = 1_000
 
 _log = logging.getLogger("portward.dataplane.selfcheck")
 
@@ -24,7 +24,7 @@ class DifferenceKind(StrEnum):
     """What differs."""
 
     RULESET = "ruleset"  # rules, sets or queue rules are not those that were loaded, or the epoch is another
-    REMEMBERED = "remembered"  # the kernel remembers a verdict that the table does not give
+    CACHED = "remembered"  # the kernel remembers a verdict that the table does not give
     WORKER = "worker"  # a worker does not answer its queue
     ANSWER = "answer"  # workers answer, but not under the policy that the kernel has
 

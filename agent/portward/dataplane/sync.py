@@ -61,7 +61,7 @@ class VerdictSync:
         table, and forgotten else; True where something was there to forget. Raises KernelError."""
         remembered = self._learned.synced()
         self._keeper.load(self._want(generation))
-        self._rates.read()
+        self._rates.reload()
         self.generation = generation
         if remembered == generation:
             return False
@@ -107,14 +107,14 @@ class VerdictSync:
         Raises KernelError or OSError."""
         sources = list(sources)
         if len(sources) <= _UNREAD:
-            self._learned.forget(sources, generation, self._rates.forgetting(sources))
+            self._learned.forget(sources, generation, self._rates.deletions(sources))
         else:
             prefixes = Prefixes()
             for source in sources:
                 prefixes.add_source(source.key)
-            rates = self._rates.forgetting(sources)
+            rates = self._rates.deletions(sources)
             self._learned.forget_within(prefixes, generation, rates, opens=opens, closes=closes)
-        self._rates.forgotten(sources)
+        self._rates.deleted(sources)
 
     def _forget_changed(self, committed: Committed) -> None:
         """Makes the kernel forget what a change reaches, and tells it the limits that now hold there: sources with
@@ -130,11 +130,11 @@ class VerdictSync:
         found = self._learned.forget_within(
             prefixes,
             committed.generation,
-            self._rates.forgetting(rated),
+            self._rates.deletions(rated),
             opens=committed.opens or bool(committed.links),
             closes=committed.closes or bool(committed.links),
         )
-        self._rates.forgotten(rated)
+        self._rates.deleted(rated)
         self._rate({*sources, *rated, *islice(found, _RATED)})
 
     def unsettle(self, indexes: Iterable[int], number: int) -> None:
@@ -182,7 +182,7 @@ class VerdictSync:
         try:
             self._keeper.repair(self._want(generation))
             self._forget_everything(generation)
-            self._rates.read()
+            self._rates.reload()
             self.generation, self.broken = generation, ""
         except (KernelError, OSError) as error:
             if str(error) != self.broken:
@@ -191,7 +191,7 @@ class VerdictSync:
 
     def _forget_everything(self, generation: int) -> None:
         self._learned.forget_everything(generation)
-        self._rates.all_forgotten()
+        self._rates.all_deleted()
 
     def _forget_links(self, indexes: Iterable[int]) -> None:
         """Makes the kernel forget the cached verdicts and rate limits behind these interfaces."""
@@ -199,8 +199,8 @@ class VerdictSync:
         for index in indexes:
             prefixes.add_link(index)
         rated = self._rates.within(prefixes)
-        self._learned.forget_within(prefixes, self.generation or 0, self._rates.forgetting(rated))
-        self._rates.forgotten(rated)
+        self._learned.forget_within(prefixes, self.generation or 0, self._rates.deletions(rated))
+        self._rates.deleted(rated)
 
     def _follows(self, committed: Committed) -> bool:
         """Whether the kernel stands at the generation from which a change began, or within the change."""

@@ -22,10 +22,10 @@ from portward.dataplane.ruleset import (
     ENFORCED,
     GATED,
     KNOWN_INTERFACES,
-    LEARNED_SETS,
-    RATES,
+    RATE_LIMITS,
     RENEWED,
     UNSETTLED,
+    VERDICT_SETS,
     Verdict,
 )
 from portward.dataplane.setdump import SetRow
@@ -37,8 +37,8 @@ _TRIES: Final = 3
 # Up to this many sources are looked for one by one in full sets; each takes a message for each set.
 _ONE_BY_ONE: Final = 500
 
-_PASSING_SETS: Final = tuple(name for verdict, name in LEARNED_SETS.items() if verdict in mark.PASSING)
-_STOPPING_SETS: Final = tuple(name for verdict, name in LEARNED_SETS.items() if verdict not in mark.PASSING)
+_PASSING_SETS: Final = tuple(name for verdict, name in VERDICT_SETS.items() if verdict in mark.PASSING)
+_STOPPING_SETS: Final = tuple(name for verdict, name in VERDICT_SETS.items() if verdict not in mark.PASSING)
 _VERDICTS: Final = {name: verdict for verdict, name in COUNTED_SETS.items()}
 
 
@@ -95,9 +95,9 @@ class VerdictCache:
                 for row in self._rows(name + family):
                     yield _element(verdict, row)
 
-    def held(self, source: Source) -> Element | None:
+    def get(self, source: Source) -> Element | None:
         """The cached verdict of a source now; None: the next packet asks a worker."""
-        for verdict, name in LEARNED_SETS.items():
+        for verdict, name in VERDICT_SETS.items():
             found = self._elements.element(name + source.family, source.key)
             if found is not None:
                 return Element(verdict, source, found.packets, found.expires_ms / 1000)
@@ -108,7 +108,7 @@ class VerdictCache:
         number = self._number("epoch")
         return None if number is None else number >> mark.EPOCH_SHIFT
 
-    def limited(self) -> dict[int, int]:
+    def over_miss_limit(self) -> dict[int, int]:
         """Interface index → packets refused since they were over the segment's rate of misses."""
         return {_INDEX.unpack(key)[0]: packets for key, packets, _ in self._elements.rows("limited_segments")}
 
@@ -143,12 +143,12 @@ class VerdictCache:
         counts that was found under an older epoch, or for the forward guard. Raises KernelError."""
         self._elements.commit(_renewed(links))
 
-    def teach(self, verdicts: Mapping[Source, mark.Class]) -> None:
+    def add(self, verdicts: Mapping[Source, mark.Class]) -> None:
         """Caches these verdicts, as if packets had brought them; raises KernelError, and then none is cached. Only
         the kernel thread may call it, with verdicts of the policy that the kernel stands at."""
         keys: dict[str, list[bytes]] = {}
         for source, verdict in verdicts.items():
-            keys.setdefault(LEARNED_SETS[verdict] + source.family, []).append(source.key)
+            keys.setdefault(VERDICT_SETS[verdict] + source.family, []).append(source.key)
         self._elements.commit([Add(set_, found) for set_, found in keys.items()])
 
     def forget(self, sources: Iterable[Source], generation: int, more: Sequence[Change] = ()) -> None:
@@ -165,7 +165,7 @@ class VerdictCache:
         changes: list[Change] = []
         for family in "46":
             keys = [source.key for source in wanted if source.family == family]
-            for name in LEARNED_SETS.values() if keys else ():
+            for name in VERDICT_SETS.values() if keys else ():
                 changes += [Add(name + family, keys), Delete(name + family, keys)]
         try:
             self._elements.commit([*changes, *end])
@@ -180,7 +180,7 @@ class VerdictCache:
             changes: list[Change] = [
                 Delete(name + source.family, [source.key])
                 for source in sources
-                for name in LEARNED_SETS.values()
+                for name in VERDICT_SETS.values()
                 if self._elements.element(name + source.family, source.key) is not None
             ]
             try:
@@ -231,7 +231,7 @@ class VerdictCache:
                 sweep.clear(name, family)
         return found
 
-    def end(self, due: Mapping[str, Sequence[bytes]]) -> None:
+    def delete_expiring(self, due: Mapping[str, Sequence[bytes]]) -> None:
         """Deletes elements (set → keys) that are about to expire, so that all that they have counted is known.
         Raises KernelError, and then none is deleted: a set is full."""
         # As in `forget`: one may have expired by now.
@@ -240,7 +240,7 @@ class VerdictCache:
             changes += [Add(set_, keys), Delete(set_, keys)]
         self._elements.commit(changes)
 
-    def end_all(self, sets: Iterable[str]) -> None:
+    def flush(self, sets: Iterable[str]) -> None:
         """Deletes all elements of these sets, which are about to be made anew; raises KernelError."""
         self._elements.commit([Flush(set_) for set_ in sets])
 
@@ -260,7 +260,7 @@ class VerdictCache:
 
     def forget_everything(self, generation: int) -> None:
         """Step two if everything may have changed."""
-        flushes = [Flush(name + family) for name in (*COUNTED_SETS.values(), RATES) for family in "46"]
+        flushes = [Flush(name + family) for name in (*COUNTED_SETS.values(), RATE_LIMITS) for family in "46"]
         self._elements.commit([*flushes, *_synced(generation)])
 
     def _rows(self, set_: str) -> list[SetRow]:
@@ -279,21 +279,21 @@ class VerdictCache:
         """Ends `unsettle` for these interfaces; raises KernelError."""
         self._elements.commit([Delete(UNSETTLED, [_INDEX.pack(index) for index in indexes])])
 
-    def know(self, indexes: frozenset[int]) -> bool:
+    def set_known_interfaces(self, indexes: frozenset[int]) -> bool:
         """Brings the set of known interfaces to these indexes; False if that was all it held. Raises KernelError,
         also without the set."""
-        had = self._known()
+        had = self._known_interfaces()
         if had == indexes:
             return False
         gone, new = ([_INDEX.pack(index) for index in sorted(part)] for part in (had - indexes, indexes - had))
         self._elements.commit([Delete(KNOWN_INTERFACES, gone), Add(KNOWN_INTERFACES, new)])
         return True
 
-    def know_no_other(self, indexes: frozenset[int]) -> None:
+    def retain_known_interfaces(self, indexes: frozenset[int]) -> None:
         """Takes out of the set of known interfaces all but these; raises KernelError, also without the set."""
-        self.know(self._known() & indexes)
+        self.set_known_interfaces(self._known_interfaces() & indexes)
 
-    def _known(self) -> frozenset[int]:
+    def _known_interfaces(self) -> frozenset[int]:
         try:
             return frozenset(_INDEX.unpack(key)[0] for key, _, _ in self._elements.rows(KNOWN_INTERFACES))
         except OSError as error:

@@ -25,7 +25,7 @@ from portward.dataplane.elements import KernelElements
 from portward.dataplane.links import index_of
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.rate_limits import Bucket
-from portward.dataplane.ruleset import COUNTED_SETS, RATED_SETS, RATES, TABLE, Rated
+from portward.dataplane.ruleset import COUNTED_SETS, LIMITED_SETS, RATE_LIMITS, TABLE, LimitResult
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import PortwardError, StoreError
 from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
@@ -313,9 +313,9 @@ def _kernel(segment: str, source: Address) -> str:
         if not netlink.sets(TABLE):
             return "has cached nothing: the ruleset that caches is not loaded here"
         key = Source(index, source.packed)
-        if (limit := netlink.element(TABLE, RATES + key.family, key.key)) is not None:
+        if (limit := netlink.element(TABLE, RATE_LIMITS + key.family, key.key)) is not None:
             return _within(netlink, key, limit.object)
-        held = VerdictCache(KernelElements(netlink)).held(key)
+        held = VerdictCache(KernelElements(netlink)).get(key)
     except (OSError, PortwardError):
         return "not known: asking the kernel needs root or CAP_NET_ADMIN"
     if held is None:
@@ -328,6 +328,6 @@ def _within(netlink: NfNetlink, source: Source, name: str) -> str:
     """What the kernel does with the packets of a source with a limit."""
     bucket = Bucket.named(name)
     limit = name if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
-    beyond = netlink.element(TABLE, RATED_SETS[Rated.BEYOND] + source.family, source.key)
+    beyond = netlink.element(TABLE, LIMITED_SETS[LimitResult.OVER] + source.family, source.key)
     dropped = 0 if beyond is None else beyond.packets
     return f"lets its subscription open new connections, {limit}; dropped lately of this source: {dropped}"

@@ -24,7 +24,7 @@ from portward.dataplane.namespacelock import NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.queue_statistics import states
 from portward.dataplane.rate_limits import Bucket
-from portward.dataplane.ruleset import RATED_SETS, RATES, TABLE, Rated
+from portward.dataplane.ruleset import LIMITED_SETS, RATE_LIMITS, TABLE, LimitResult
 from portward.dataplane.stacking import Fate
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError, PortwardError
@@ -151,13 +151,13 @@ def cached(segment: str, address: Address) -> Cached | None:
     with closing(NfNetlink()) as netlink:
         if not netlink.sets(TABLE):
             return Cached()
-        limit = netlink.element(TABLE, RATES + source.family, source.key)
+        limit = netlink.element(TABLE, RATE_LIMITS + source.family, source.key)
         if limit is not None:
             bucket = Bucket.named(limit.object)
             words = limit.object if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
-            beyond = netlink.element(TABLE, RATED_SETS[Rated.BEYOND] + source.family, source.key)
+            beyond = netlink.element(TABLE, LIMITED_SETS[LimitResult.OVER] + source.family, source.key)
             return Cached(limit=words, packets=0 if beyond is None else beyond.packets)
-        held = VerdictCache(KernelElements(netlink)).held(source)
+        held = VerdictCache(KernelElements(netlink)).get(source)
     if held is None or not isinstance(held.verdict, Class):
         return Cached()
     return Cached(verdict=held.verdict, expires=held.expires, packets=held.packets)

@@ -12,7 +12,7 @@ from portward.dataplane import reconciler
 from portward.dataplane.elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.rate_limits import RateLimits
-from portward.dataplane.ruleset import COUNTED_SETS, Rated, Verdict
+from portward.dataplane.ruleset import COUNTED_SETS, LimitResult, Verdict
 from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.ops import host
 from portward.table.reader import Reader
@@ -56,9 +56,9 @@ class TopTalkers:
     def _current(self) -> Iterator[Element]:
         """The sources by the verdict that counts now. What was counted under a limit stays in the kernel for a
         minute after the limit has gone, with a revocation say."""
-        limited = RateLimits.loaded(self._elements)
+        limited = RateLimits.sources_in_kernel(self._elements)
         for element in self._learned.elements():
-            if not isinstance(element.verdict, Rated) or element.source in limited:
+            if not isinstance(element.verdict, LimitResult) or element.source in limited:
                 yield element
 
     def _row(self, element: Element, elapsed: float | None) -> Talker:

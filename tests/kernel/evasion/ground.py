@@ -156,7 +156,7 @@ class Ground:
 
     def held(self, tenant: Tenant, address: str) -> Element | None:
         """What the kernel remembers of a source."""
-        return self._learned.held(Source(self._links[tenant], ip_address(address).packed))
+        return self._learned.get(Source(self._links[tenant], ip_address(address).packed))
 
     def epoch(self) -> int:
         """The epoch under which verdicts are remembered now."""

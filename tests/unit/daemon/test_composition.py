@@ -153,7 +153,9 @@ class Running(Ground):
         monkeypatch.setattr("portward.daemon.runtime.faulthandler.enable", lambda _: None)
         monkeypatch.setattr(namespacelock, "NfNetlink", self.kernel.netlink)
         monkeypatch.setattr(
-            composition, "hearing", lambda _, deaf=None: self.notices if deaf is None else Notices()
+            composition,
+            "hearing",
+            lambda _, notice_filter=None: self.notices if notice_filter is None else Notices(),
         )
         monkeypatch.setattr(composition, "notify", lambda *words: self.said.extend(words))
 

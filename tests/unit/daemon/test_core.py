@@ -28,7 +28,7 @@ from portward.dataplane.elements import KernelElements
 from portward.dataplane.fake import FakeKernel
 from portward.dataplane.links import Device, Links
 from portward.dataplane.rate_limits import Bucket, RateLimits
-from portward.dataplane.ruleset import LEARNED_SETS, TABLE
+from portward.dataplane.ruleset import TABLE, VERDICT_SETS
 from portward.dataplane.selfcheck import DifferenceKind
 from portward.dataplane.surroundings import NOTHING
 from portward.dataplane.verdict_cache import Source, VerdictCache
@@ -132,13 +132,13 @@ class Ground:
         """The kernel caches that these sources may send, or may not, as the policy table says."""
         for source in sources:
             verdict = Class.ALLOW if source.link == 3 else Class.DENY
-            self.kernel.learn(LEARNED_SETS[verdict] + source.family, source.key)
+            self.kernel.learn(VERDICT_SETS[verdict] + source.family, source.key)
 
     def cached(self) -> dict[Source, Class]:
         """Every cached verdict."""
         return {
             Source.of(key): verdict
-            for verdict, name in LEARNED_SETS.items()
+            for verdict, name in VERDICT_SETS.items()
             for family in "46"
             for key in self.kernel.tables[TABLE].sets[name + family].elements
         }
@@ -565,7 +565,7 @@ def test_a_cached_verdict_that_is_not_the_tables_is_found_and_forgotten(started:
     assert suspects == [DENIED]
     started.core.correct(suspects)
     assert set(started.cached()) == {ALLOWED}
-    assert started.core.selfcheck.divergences[DifferenceKind.REMEMBERED] == 1
+    assert started.core.selfcheck.divergences[DifferenceKind.CACHED] == 1
     started.core.count(1.0)
     assert started.core.suspects() == []
 
@@ -596,7 +596,7 @@ def limited(started: Ground) -> Ground:
 
 def rates(ground: Ground) -> dict[Source, tuple[int, int]]:
     """Source → limit, in the kernel."""
-    return {source: bucket[1:] for source, bucket in RateLimits.loaded(ground.elements).items()}
+    return {source: bucket[1:] for source, bucket in RateLimits.sources_in_kernel(ground.elements).items()}
 
 
 def test_a_source_that_a_worker_met_gets_the_limit_of_its_subscription(limited: Ground) -> None:
@@ -632,7 +632,7 @@ def test_a_limit_that_is_not_the_tables_is_found_and_forgotten(limited: Ground) 
     limited.core.count(1.0)
     limited.core.keep_rates()
     assert rates(limited) == {}
-    assert limited.core.selfcheck.divergences[DifferenceKind.REMEMBERED] == 1
+    assert limited.core.selfcheck.divergences[DifferenceKind.CACHED] == 1
 
 
 # --- another configuration ---

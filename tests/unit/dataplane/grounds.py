@@ -27,7 +27,7 @@ from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.ruleset import COUNTED_SETS, LEARNED_SETS, RATES, TABLE
+from portward.dataplane.ruleset import COUNTED_SETS, RATE_LIMITS, TABLE, VERDICT_SETS
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc import mark
@@ -106,13 +106,13 @@ class Plane:
         asked = mark.epoch_of(self.generation if generation is None else generation)
         if self.learned.epoch() != asked:
             return False
-        return all(self.kernel.learn(LEARNED_SETS[verdict] + one.family, one.key) for one in sources)
+        return all(self.kernel.learn(VERDICT_SETS[verdict] + one.family, one.key) for one in sources)
 
     def cached(self) -> dict[Source, mark.Class]:
         """Every cached verdict."""
         return {
             Source.of(key): verdict
-            for verdict, name in LEARNED_SETS.items()
+            for verdict, name in VERDICT_SETS.items()
             for family in "46"
             for key in self.kernel.tables[TABLE].sets[name + family].elements
         }
@@ -135,10 +135,10 @@ def _line(done: str | tuple[Change | str, ...]) -> str:
     for family in "46":
         for start in [part.removeprefix(f"add allow{family} ") for part in parts if f"add allow{family} " in part]:
             whole = [
-                f"{verb} {name}{family} {start}" for name in LEARNED_SETS.values() for verb in ("add", "delete")
+                f"{verb} {name}{family} {start}" for name in VERDICT_SETS.values() for verb in ("add", "delete")
             ]
             parts = _instead(parts, whole, f"forget {start}")
-    every = [f"flush {name}{family}" for name in (*COUNTED_SETS.values(), RATES) for family in "46"]
+    every = [f"flush {name}{family}" for name in (*COUNTED_SETS.values(), RATE_LIMITS) for family in "46"]
     return ", ".join(_instead(parts, every, "forget everything"))
 
 

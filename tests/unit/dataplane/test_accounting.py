@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portward.dataplane.accounting import GRACE_S, Due, Owner, PacketAccounting
+from portward.dataplane.accounting import GRACE_S, ExpiringKeys, Owner, PacketAccounting
 from portward.dataplane.deletions import Deletions, Gone
 from portward.dataplane.setdump import SetRow
 from portward.dataplane.verdict_cache import Source
@@ -41,7 +41,7 @@ class World:
             self.meanwhile()
         return found
 
-    def read(self, packets: int | None, now: float, expires: float = 60.0) -> Due | None:
+    def read(self, packets: int | None, now: float, expires: float = 60.0) -> ExpiringKeys | None:
         """A reading in which the customer's element has counted so much; None: it is not there."""
         self.sets["deny4"] = [] if packets is None else [(KEY, packets, round(expires * 1000))]
         return self.counts.take_all(self.rows, now, pause=1.0)

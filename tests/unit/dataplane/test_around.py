@@ -9,7 +9,7 @@ import pytest
 
 from portward.config.keys import Config
 from portward.dataplane import around, rtnetlink
-from portward.dataplane.around import Lookout
+from portward.dataplane.around import SurroundingsMonitor
 from portward.dataplane.links import Device
 from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.dataplane.tunnels import Ports
@@ -34,7 +34,7 @@ def test_a_device_above_a_segment_is_logged_once_until_it_is_gone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers(monkeypatch, Ports())
-    lookout = Lookout()
+    lookout = SurroundingsMonitor()
     with caplog.at_level(logging.INFO):
         for devices in (BRIDGED, BRIDGED, (), BRIDGED):
             found = lookout.look(devices, CONFIG, NOTHING)
@@ -46,7 +46,7 @@ def test_a_device_above_a_segment_is_logged_once_until_it_is_gone(
 
 
 def test_ports_stay_while_the_kernel_does_not_say_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    lookout = Lookout()
+    lookout = SurroundingsMonitor()
     answers(monkeypatch, Ports(frozenset((5555,)), frozenset((51820,))))
     before = lookout.look((), CONFIG, NOTHING)
     answers(monkeypatch, None)
@@ -58,7 +58,7 @@ def test_ports_stay_while_the_kernel_does_not_say_them(monkeypatch: pytest.Monke
 
 def test_what_others_have_found_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, Ports())
-    assert Lookout().look((), CONFIG, NOTHING._replace(guard=True)).guard
+    assert SurroundingsMonitor().look((), CONFIG, NOTHING._replace(guard=True)).guard
 
 
 def test_without_rtnetlink_the_defaults_hold(monkeypatch: pytest.MonkeyPatch) -> None:

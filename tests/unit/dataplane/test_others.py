@@ -12,7 +12,7 @@ import pytest
 
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import Chain, Expression
-from portward.dataplane.others import Watch, look, seen
+from portward.dataplane.others import OthersMonitor, look, seen
 from portward.dataplane.reconciler import CLOSED
 from portward.dataplane.ruleset import TABLE
 from portward.errors import KernelError
@@ -158,7 +158,7 @@ def test_what_ends_is_logged_as_what_began(caplog: pytest.LogCaptureFixture) -> 
     """To load the ruleset without the guard drops packets for some milliseconds on a kernel without nft_queue."""
     caplog.set_level(logging.INFO)
     kernel: Any = Kernel([Chain(_IP, "nat", "c", "nat", _PREROUTING, -100)])
-    watch = Watch(kernel)
+    watch = OthersMonitor(kernel)
     assert watch.look()
     kernel._chains = ()
     assert not watch.look()

@@ -29,7 +29,7 @@ def plane() -> Plane:
 
 def drawing(plane: Plane) -> dict[str, str]:
     """What the kernel has: source → limit."""
-    return {str(one): str(bucket) for one, bucket in RateLimits.loaded(plane.elements).items()}
+    return {str(one): str(bucket) for one, bucket in RateLimits.sources_in_kernel(plane.elements).items()}
 
 
 def test_a_source_and_its_limit_come_in_one_transaction(plane: Plane) -> None:
@@ -111,7 +111,7 @@ def test_the_whole_map_full_sends_the_oldest_of_the_largest_away(
 def test_a_source_that_a_worker_met_and_the_kernel_does_not_know_is_written_again(plane: Plane) -> None:
     plane.rates.add({ONE: TEN, TWO: TEN})
     del plane.kernel.tables[TABLE].sets["rates4"].elements[ONE.key]
-    plane.rates.doubt([ONE, TWO, SIX])
+    plane.rates.recheck([ONE, TWO, SIX])
     assert list(plane.rates.sources()) == [TWO]
     plane.rates.add({ONE: TEN, TWO: TEN})
     assert words(plane.kernel.journal)[1:] == ["draw rates4 3 . 10.0.0.1: s1-10-2"]
@@ -119,28 +119,28 @@ def test_a_source_that_a_worker_met_and_the_kernel_does_not_know_is_written_agai
 
 def test_limits_not_in_force_and_without_sources_are_collected(plane: Plane) -> None:
     plane.rates.add({ONE: TEN, TWO: FIVE})
-    plane.rates.all_forgotten()
+    plane.rates.all_deleted()
     plane.elements.commit([])
     plane.kernel.load("flush map inet portward rates4")
-    plane.rates.collect(lambda bucket: bucket == TEN)
+    plane.rates.delete_unused(lambda bucket: bucket == TEN)
     assert plane.elements.limits() == ["s1-10-2"], "one that is in force keeps what was drawn from it"
-    plane.rates.collect(lambda bucket: False)
+    plane.rates.delete_unused(lambda bucket: False)
     assert plane.elements.limits() == []
 
 
 def test_a_limit_with_sources_is_not_collected(plane: Plane) -> None:
     plane.rates.add({ONE: TEN})
-    plane.rates.collect(lambda bucket: False)
+    plane.rates.delete_unused(lambda bucket: False)
     assert plane.elements.limits() == ["s1-10-2"]
 
 
 def test_a_refused_collection_is_made_later(plane: Plane) -> None:
     plane.rates.add({ONE: TEN})
-    plane.rates.all_forgotten()  # though another program has put the source back
+    plane.rates.all_deleted()  # though another program has put the source back
     with pytest.raises(KernelError, match="busy"):
-        plane.rates.collect(lambda bucket: False)
+        plane.rates.delete_unused(lambda bucket: False)
     plane.kernel.load("flush map inet portward rates4")
-    plane.rates.collect(lambda bucket: False)
+    plane.rates.delete_unused(lambda bucket: False)
     assert plane.elements.limits() == []
 
 
@@ -148,16 +148,16 @@ def test_a_restart_holds_what_the_kernel_has(plane: Plane) -> None:
     plane.rates.add({ONE: TEN, SIX: FIVE})
     plane.elements.commit([AddLimit("theirs", 1, 1), Draw("rates4", {TWO.key: "theirs"})])
     again = RateLimits(plane.elements)
-    again.read()
+    again.reload()
     assert {one: again.bucket(one) for one in again.sources()} == {ONE: TEN, SIX: FIVE}
-    assert again.is_held({ONE: TEN, SIX: FIVE})
-    assert not again.is_held({ONE: TEN})
+    assert again.equals({ONE: TEN, SIX: FIVE})
+    assert not again.equals({ONE: TEN})
 
 
 def test_without_the_table_there_is_nothing_to_read(plane: Plane) -> None:
     plane.kernel.load("flush ruleset")
     with pytest.raises(FileNotFoundError):
-        plane.rates.read()
+        plane.rates.reload()
 
 
 @pytest.mark.parametrize("name", ["theirs", "s1-2", "s1-2-3-4", "sx-1-2", ""])
@@ -170,6 +170,6 @@ def test_sources_that_a_reading_misses_are_held_all_the_same(plane: Plane) -> No
     plane.rates.add(dict.fromkeys(crowd, TEN))
     plane.kernel.overlook("rates4", [one.key for one in crowd[25:]])
     again = RateLimits(plane.elements)
-    again.read()
+    again.reload()
     assert set(again.sources()) == set(crowd)
     assert again.bucket(crowd[49]) == TEN

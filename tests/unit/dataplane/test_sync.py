@@ -17,7 +17,7 @@ from portward.dataplane.elements import Add, Delete
 from portward.dataplane.fake import FakeKernel, ProcessDied
 from portward.dataplane.faketables import FakeTable
 from portward.dataplane.rate_limits import Bucket
-from portward.dataplane.ruleset import LEARNED_SETS, TABLE
+from portward.dataplane.ruleset import TABLE, VERDICT_SETS
 from portward.dataplane.verdict_cache import Source
 from portward.ipc.mark import PASSING, Class
 from portward.table.writer import Committed, merged
@@ -82,7 +82,7 @@ def stale(tables: dict[str, FakeTable], sources: set[Source]) -> set[Source]:
     return {
         one
         for verdict, one in product(PASSING, sources)
-        if verdict in LEARNED_SETS and one.key in tables[TABLE].sets[LEARNED_SETS[verdict] + one.family].elements
+        if verdict in VERDICT_SETS and one.key in tables[TABLE].sets[VERDICT_SETS[verdict] + one.family].elements
     }
 
 

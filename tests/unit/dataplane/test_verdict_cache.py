@@ -26,23 +26,23 @@ def test_a_cached_verdict_is_found_with_its_count_and_its_time(plane: Plane) -> 
     plane.kernel.learn("allow4", FOUR.key, packets=7)
     plane.kernel.now += 10
     plane.kernel.learn("deny6", SIX.key)
-    assert plane.learned.held(FOUR) == Element(Class.ALLOW, FOUR, 7, 50)
-    assert plane.learned.held(SIX) == Element(Class.DENY, SIX, 0, 60)
-    assert plane.learned.held(source("10.0.0.5")) is None
+    assert plane.learned.get(FOUR) == Element(Class.ALLOW, FOUR, 7, 50)
+    assert plane.learned.get(SIX) == Element(Class.DENY, SIX, 0, 60)
+    assert plane.learned.get(source("10.0.0.5")) is None
     assert set(plane.learned.elements()) == {Element(Class.ALLOW, FOUR, 7, 50), Element(Class.DENY, SIX, 0, 60)}
 
 
 def test_an_expired_verdict_is_no_verdict(plane: Plane) -> None:
     plane.kernel.learn("allow4", FOUR.key)
     plane.kernel.now += 60
-    assert plane.learned.held(FOUR) is None
+    assert plane.learned.get(FOUR) is None
     assert not list(plane.learned.elements())
 
 
 def test_without_the_table_nothing_is_known(plane: Plane) -> None:
     plane.kernel.load("flush ruleset")
     assert (plane.learned.epoch(), plane.learned.synced(), plane.learned.definitions()) == (None, None, None)
-    assert plane.learned.held(FOUR) is None
+    assert plane.learned.get(FOUR) is None
     with pytest.raises(FileNotFoundError):
         list(plane.learned.elements())
 
@@ -80,7 +80,7 @@ def test_the_epochs_that_follow_are_known_after_each_step(plane: Plane, start: i
 
 def test_packets_over_a_segments_rate_are_read_by_interface(plane: Plane) -> None:
     plane.kernel.learn("limited_segments", (3).to_bytes(4, "little"), packets=9)
-    assert plane.learned.limited() == {3: 9}
+    assert plane.learned.over_miss_limit() == {3: 9}
 
 
 @pytest.mark.parametrize("one", [FOUR, SIX])

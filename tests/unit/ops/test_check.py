@@ -41,7 +41,7 @@ def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
     monkeypatch.setattr(check, "Nft", lambda *_: Kernel())
     monkeypatch.setattr(check, "NfNetlink", Kernel)
     monkeypatch.setattr(xtables, "has_native_queue", lambda _: True)
-    monkeypatch.setattr(others, "seen", lambda _: others.NOBODY)
+    monkeypatch.setattr(others, "seen", lambda _: others.NO_OTHERS)
     monkeypatch.setattr(rtnetlink, "devices", lambda: devices)
     monkeypatch.setattr(
         tunnels,

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from portward.dataplane.links import index_of
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import LEARNED_SETS, RATED_SETS, TABLE, Rated
+from portward.dataplane.ruleset import LIMITED_SETS, TABLE, VERDICT_SETS, LimitResult
 from portward.dataplane.verdict_cache import Source
 from portward.errors import PortwardError
 from portward.ipc.mark import Class
@@ -20,12 +20,12 @@ from portward.ops.diagnosis.facts import Drops, Kernel, Machine
 
 # Set → what its elements' packets are.
 _FIELDS: Final = {
-    LEARNED_SETS[Class.DENY]: "refused",
-    LEARNED_SETS[Class.REFUSED]: "refused",
-    RATED_SETS[Rated.BEYOND]: "beyond_limit",
-    LEARNED_SETS[Class.OBSERVED]: "observed",
+    VERDICT_SETS[Class.DENY]: "refused",
+    VERDICT_SETS[Class.REFUSED]: "refused",
+    LIMITED_SETS[LimitResult.OVER]: "beyond_limit",
+    VERDICT_SETS[Class.OBSERVED]: "observed",
 }
-_UNKNOWN: Final = LEARNED_SETS[Class.UNKNOWN]
+_UNKNOWN: Final = VERDICT_SETS[Class.UNKNOWN]
 
 # Gives the prefix whose attachment a source is of.
 Owner = Callable[[str, Address], Network | None]
