@@ -8,8 +8,8 @@ from typing import Final
 
 from package.reference.tables import code, meanings, sentence, table
 from portward.base.resources import rules
-from portward.daemon.faults import Step
 from portward.daemon.report import _OUTCOMES
+from portward.daemon.steps import Step
 from portward.dataplane.accounting import NAMES
 from portward.dataplane.selfcheck import DifferenceKind
 from portward.ipc.counters import WorkerEvent

@@ -27,7 +27,7 @@ from typing import IO, BinaryIO, Final, NamedTuple
 from portward.base import heartbeat
 from portward.base.descriptors import Reserve
 from portward.base.resources import PYTHON
-from portward.daemon.notify import log_formatter
+from portward.daemon.systemd import log_formatter
 from portward.errors import StoreError
 from portward.policy.preset import Preset
 from portward.store import open_store

@@ -27,17 +27,17 @@ from typing import Final
 from portward.base import clock, descriptors
 from portward.config import keys as configuration
 from portward.config.keys import Config
-from portward.daemon import ending, report, settings, workers
-from portward.daemon.answering import Answering
+from portward.daemon import report, settings, shutdown, workers
 from portward.daemon.core import Core
-from portward.daemon.faults import Faults, Step
+from portward.daemon.health import Answering
 from portward.daemon.linkfeed import LinkFeed, followed
-from portward.daemon.notify import log_formatter, notify
-from portward.daemon.rounds import Met, Rounds
+from portward.daemon.periodic import Met, Rounds
+from portward.daemon.ruleset_watch import Vigil
 from portward.daemon.runtime import Runtime
+from portward.daemon.steps import Faults, Step
+from portward.daemon.systemd import log_formatter, notify
 from portward.daemon.threads import Threads
-from portward.daemon.ticks import readable, until_tick
-from portward.daemon.vigil import Vigil
+from portward.daemon.timers import readable, until_tick
 from portward.daemon.workers import Worker
 from portward.dataplane.links import Links
 from portward.dataplane.monitor import NoticeFilter
@@ -208,7 +208,7 @@ class Daemon:
             working.result()
             return False
         # It waits for no process any more. A step that a thread is at goes on; what `work` raises is ignored.
-        await ending.cancelled({working}, _STOP_SECONDS)
+        await shutdown.cancelled({working}, _STOP_SECONDS)
         return True
 
     def _first_sync(self) -> None:
@@ -278,7 +278,7 @@ class Daemon:
             done, _ = await asyncio.wait({stopping, *jobs}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             notify("STOPPING=1")
-            await ending.cancelled({stopping, *jobs}, _STOP_SECONDS)
+            await shutdown.cancelled({stopping, *jobs}, _STOP_SECONDS)
         for job in done - {stopping}:
             job.result()  # a job never ends by itself: this raises what ended it
 
@@ -434,7 +434,7 @@ def run(path: Path) -> None:
         asyncio.run(daemon.run())
     except BaseException as error:
         if daemon.abandoned:
-            ending.end(error)
+            shutdown.end(error)
         raise
     if daemon.abandoned:
-        ending.end(None)
+        shutdown.end(None)

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Final
 
 from portward.daemon.core import Core
-from portward.daemon.faults import Faults, Step
+from portward.daemon.steps import Faults, Step
 from portward.daemon.threads import Threads
 from portward.dataplane.links import Links, only_ports
 

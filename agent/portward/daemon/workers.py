@@ -19,8 +19,8 @@ from portward.base.descriptors import Reserve
 from portward.base.resources import PYTHON
 from portward.config.keys import Queue, QueueReader
 from portward.daemon import children
+from portward.daemon.child_output import Limited, lines_of
 from portward.daemon.children import Child
-from portward.daemon.output import Limited, lines_of
 from portward.dataplane.verdict_cache import Source
 from portward.errors import InputError, KernelError
 from portward.ipc.counters import WorkerCounters

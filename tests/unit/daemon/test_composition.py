@@ -25,7 +25,7 @@ import pytest
 from portward.base.clock import Clock
 from portward.cli.status import _lines
 from portward.config import keys as configuration
-from portward.daemon import answering, composition
+from portward.daemon import composition, health
 from portward.daemon.composition import Daemon, missing
 from portward.daemon.core import Core
 from portward.daemon.runtime import read_status
@@ -356,7 +356,7 @@ def test_a_configuration_is_read_again_and_a_bad_one_refused(
 def test_a_worker_that_does_not_answer_is_ended_and_started_again(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "PATIENCE", 0.05)
+    monkeypatch.setattr(health, "PATIENCE", 0.05)
 
     async def work() -> None:
         await running.until(lambda: _answered(running) > 0, "it has answered")
@@ -380,7 +380,7 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
     monkeypatch.setattr("portward.base.heartbeat.QUICK_S", 0.3)
     monkeypatch.setattr("portward.base.heartbeat.SLOW_S", 0.3)
     fed: list[str] = []
-    monkeypatch.setattr(answering, "notify", lambda *words: fed.extend(words))
+    monkeypatch.setattr(health, "notify", lambda *words: fed.extend(words))
 
     async def work() -> None:
         await running.until(lambda: "WATCHDOG=1" in fed, "it is fed")
@@ -428,7 +428,7 @@ def test_a_worker_that_is_tried_again_does_not_run(running: Running, monkeypatch
         await running.until(lambda: states() == ["answers"], "it answers")
         lines = _lines(read_status(running.config.table) or {})
         assert any("worker 0 runs" in line for line in lines)
-        monkeypatch.setattr(answering, "PATIENCE", 0.05)
+        monkeypatch.setattr(health, "PATIENCE", 0.05)
         free = asyncio.Event()
 
         async def start() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from portward.config.keys import Config
 from portward.daemon.core import Core
-from portward.daemon.faults import Faults
 from portward.daemon.linkfeed import LinkFeed, in_doubt
+from portward.daemon.steps import Faults
 from portward.daemon.threads import Threads
 from portward.dataplane.links import Device, Links
 from portward.dataplane.underway import Work

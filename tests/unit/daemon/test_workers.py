@@ -15,7 +15,7 @@ import pytest
 
 from portward.config.keys import QueueReader
 from portward.daemon import workers as module
-from portward.daemon.output import lines_of
+from portward.daemon.child_output import lines_of
 from portward.daemon.workers import STAY, Worker, stay_seconds
 from portward.dataplane.verdict_cache import Source
 from portward.errors import InputError, KernelError

@@ -16,9 +16,9 @@ import pytest
 from portward.base.clock import Clock
 from portward.cli.status import _failing
 from portward.config.keys import Config
-from portward.daemon.faults import LONGEST_PAUSE_S, VITAL_TRIES, Faults, Step
 from portward.daemon.intake import Intake, answers
 from portward.daemon.linkfeed import followed
+from portward.daemon.steps import LONGEST_PAUSE_S, VITAL_TRIES, Faults, Step
 from portward.dataplane.links import Links
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.underway import UnderWay
@@ -126,7 +126,7 @@ def test_a_table_that_cannot_be_read_ends_the_agent_at_once() -> None:
 
 
 def test_a_job_that_fails_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("portward.daemon.faults.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("portward.daemon.steps.FIRST_PAUSE_S", 0.001)
     faults = Faults()
     began = 0
 
@@ -151,7 +151,7 @@ def test_a_job_that_fails_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_job_whose_step_fails_meanwhile_does_not_count_as_working(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("portward.daemon.faults.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("portward.daemon.steps.FIRST_PAUSE_S", 0.01)
     faults, began = Faults(), 0
     waited = asyncio.Event()
 
@@ -177,7 +177,7 @@ def test_a_job_whose_step_fails_meanwhile_does_not_count_as_working(monkeypatch:
 
 
 def test_interfaces_are_read_anew_after_an_error_and_none_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("portward.daemon.faults.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("portward.daemon.steps.FIRST_PAUSE_S", 0.001)
 
     async def first() -> AsyncIterator[Links]:
         yield Links({7: "vni7"}, frozenset())

@@ -14,8 +14,8 @@ from typing import Final, Protocol, TypeAlias
 
 from portward.base.clock import monotonic
 from portward.daemon.core import Core
-from portward.daemon.faults import Faults, Step
-from portward.daemon.ticks import readable, until_tick
+from portward.daemon.steps import Faults, Step
+from portward.daemon.timers import readable, until_tick
 from portward.dataplane.monitor import LOST, NOTHING, RulesetChanges
 
 _CHECK_SECONDS: Final = 0.5

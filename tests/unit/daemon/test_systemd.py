@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from portward.daemon.notify import log_formatter, notify, watchdog_seconds
+from portward.daemon.systemd import log_formatter, notify, watchdog_seconds
 from unit.scarce import no_descriptors
 
 

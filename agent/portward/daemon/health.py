@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias
 
 from portward.daemon.core import Core
-from portward.daemon.faults import Faults, Step
-from portward.daemon.notify import notify, watchdog_seconds
-from portward.daemon.ticks import until_tick
+from portward.daemon.steps import Faults, Step
+from portward.daemon.systemd import notify, watchdog_seconds
+from portward.daemon.timers import until_tick
 from portward.daemon.workers import Worker
 from portward.dataplane.selfcheck import PATIENCE, PAUSE, DifferenceKind
 from portward.ipc.probe import Prober

@@ -9,9 +9,9 @@ import time
 from typing import Final
 
 from portward.daemon.core import Core
-from portward.daemon.faults import Faults, Step
+from portward.daemon.steps import Faults, Step
 from portward.daemon.threads import Threads
-from portward.daemon.ticks import until_tick
+from portward.daemon.timers import until_tick
 from portward.dataplane.verdict_cache import Source
 
 _COUNT_SECONDS: Final = 1.0

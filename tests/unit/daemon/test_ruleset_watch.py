@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from portward.daemon import vigil as module
-from portward.daemon.faults import Faults
-from portward.daemon.vigil import Vigil
+from portward.daemon import ruleset_watch as module
+from portward.daemon.ruleset_watch import Vigil
+from portward.daemon.steps import Faults
 from portward.dataplane.monitor import LOST, NOTHING, RulesetChanges
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portward.daemon.output import Limited, lines_of
+from portward.daemon.child_output import Limited, lines_of
 
 
 def read(parts: list[bytes], longest: int) -> list[bytes]:

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from portward.daemon import answering
-from portward.daemon.answering import Answering
-from portward.daemon.faults import Faults
+from portward.daemon import health
+from portward.daemon.health import Answering
+from portward.daemon.steps import Faults
 from portward.ipc.probe import Prober
 
 STUCK = "the counting thread has been at one step for 31 s without getting further"
@@ -22,9 +22,9 @@ def test_a_counting_thread_that_hangs_is_named_and_no_sooner_the_end_of_the_agen
 ) -> None:
     """A round does not wait for it: a step that is only slow must not starve the watchdog before its bound."""
     said: list[str] = []
-    monkeypatch.setattr(answering, "notify", said.append)
-    monkeypatch.setattr(answering, "watchdog_seconds", lambda: 0.1)
-    monkeypatch.setattr(answering, "PATIENCE", 0.01)
+    monkeypatch.setattr(health, "notify", said.append)
+    monkeypatch.setattr(health, "watchdog_seconds", lambda: 0.1)
+    monkeypatch.setattr(health, "PATIENCE", 0.01)
     stuck: list[str] = []
     well: list[bool] = []
     core = SimpleNamespace(
