@@ -36,7 +36,7 @@ async def lines_of(stream: asyncio.StreamReader, longest: int = LONGEST) -> Asyn
         yield line
 
 
-class Limited:
+class LogLimiter:
     """Logs lines that others wrote, a bounded number of them in a minute, and says how many it left out."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:

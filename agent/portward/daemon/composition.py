@@ -29,12 +29,12 @@ from portward.config import keys as configuration
 from portward.config.keys import Config
 from portward.daemon import report, settings, shutdown, workers
 from portward.daemon.core import Core
-from portward.daemon.health import Answering
+from portward.daemon.health import HealthCheck
 from portward.daemon.linkfeed import LinkFeed, followed
-from portward.daemon.periodic import Met, Rounds
-from portward.daemon.ruleset_watch import Vigil
+from portward.daemon.periodic import LimitRequests, PeriodicJobs
+from portward.daemon.ruleset_watch import RulesetWatch
 from portward.daemon.runtime import Runtime
-from portward.daemon.steps import Faults, Step
+from portward.daemon.steps import Step, StepRunner
 from portward.daemon.systemd import log_formatter, notify
 from portward.daemon.threads import Threads
 from portward.daemon.timers import readable, until_tick
@@ -94,8 +94,8 @@ class Daemon:
         self._metrics: MetricsServer
         self._opened = False
         self._workers: list[Worker] = []
-        self._met = Met()
-        self._faults = Faults()
+        self._limit_requests = LimitRequests()
+        self._steps = StepRunner()
 
     async def run(self) -> None:
         """Runs until SIGTERM or SIGINT. Raises PortwardError where the gateway cannot begin; then nothing has
@@ -128,7 +128,7 @@ class Daemon:
         await self._policy_step(lambda: self._core.first_links(first))
         # While the workers load their libraries.
         reading = asyncio.ensure_future(
-            self._faults.run(Step.STORE, lambda: self._policy_step(self._first_sync), None)
+            self._steps.run(Step.STORE, lambda: self._policy_step(self._first_sync), None)
         )
         await asyncio.gather(self._kernel_step(self._core.prepare), *(worker.start() for worker in self._workers))
         await self._kernel_step(self._core.load)
@@ -153,7 +153,7 @@ class Daemon:
         if runtime.table_cut_off:
             put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
         preset = presets.load(self._config.preset, named_in=self._path)
-        self._workers = workers.make(self._config.queue, self._config.table, self._met.ask)
+        self._workers = workers.make(self._config.queue, self._config.table, self._limit_requests.add)
         for worker in self._workers:
             await worker.prepare()
         opening = asyncio.ensure_future(self._kernel_step(lambda: self._open_core(preset)))
@@ -243,21 +243,21 @@ class Daemon:
         lanes = self._threads.heartbeat.lanes
         return replace(
             report.refreshed(self._snapshot, self._core, self._snapshot_at),
-            step_failures={(step.value,): times for step, times in self._faults.failures.items()},
+            step_failures={(step.value,): times for step, times in self._steps.failures.items()},
             step_seconds={(lane.name,): lane.silent_for() for lane in lanes},
         )
 
     async def _serve(self, links: AsyncIterator[Links], first: Links, reading: asyncio.Future[None]) -> None:
-        feed = LinkFeed(self._core, self._threads, self._faults, first)
-        rounds = Rounds(self._core, self._threads, self._faults, self._met)
-        answering = Answering(
-            self._core, self._workers, self._count_step, self._threads.heartbeat.stuck, self._faults
+        feed = LinkFeed(self._core, self._threads, self._steps, first)
+        periodic = PeriodicJobs(self._core, self._threads, self._steps, self._limit_requests)
+        health = HealthCheck(
+            self._core, self._workers, self._count_step, self._threads.heartbeat.stuck, self._steps
         )
         ready = asyncio.ensure_future(self._become_ready(reading, first))
-        changes = followed(links, self._follow_links, self._faults)
+        changes = followed(links, self._follow_links, self._steps)
         # What fails in a job outside of its steps counts as the one that must not stand still.
         jobs = [
-            asyncio.create_task(self._faults.keep(step, job))
+            asyncio.create_task(self._steps.keep_running(step, job))
             for step, job in (
                 (Step.SETTLE, lambda: self._follow_store(ready)),
                 (Step.OWNERS, lambda: feed.follow(changes)),
@@ -266,9 +266,9 @@ class Daemon:
                 (Step.OWNERS, feed.guard),
                 (Step.RELOAD, self._follow_config),
                 (Step.RULESET, self._keep_ruleset),
-                (Step.SELF_CHECK, answering.ask),
-                (Step.COUNT, rounds.count),
-                (Step.LIMITS, rounds.rate),
+                (Step.SELF_CHECK, health.run),
+                (Step.COUNT, periodic.count),
+                (Step.LIMITS, periodic.install_limits),
                 (Step.STATUS, self._write_status),
                 *((Step.WORKER, worker.watch) for worker in self._workers),
             )
@@ -286,12 +286,12 @@ class Daemon:
         await ready
         tried: datetime | None = None
         due: datetime | None = None
-        again, run = time.monotonic(), self._faults.run
+        again, run = time.monotonic(), self._steps.run
         while True:
             # What could not be settled is tried again each second, and not all the time.
             pause = _POLL_SECONDS if due in (None, tried) else (due - self._core.clock.now()).total_seconds()
             # Nothing silences the bell while the step waits.
-            bell = None if self._faults.waits(Step.STORE) else self._core.bell()
+            bell = None if self._steps.seconds_to_retry(Step.STORE) else self._core.bell()
             await readable(bell, min(max(pause, 0.01), until_tick(_POLL_SECONDS)))
             changed = True
             while changed:
@@ -310,7 +310,7 @@ class Daemon:
         """Takes in what the store has: whether there was anything, and when the next grant ends. That is asked for
         also if the store's step fails: no failure there keeps a grant from ending."""
         both = lambda: (self._core.sync(), self._core.next_expiry())  # noqa: E731 # one step of the thread
-        found = await self._faults.run(Step.STORE, lambda: self._policy_step(both), None)
+        found = await self._steps.run(Step.STORE, lambda: self._policy_step(both), None)
         return found or (False, await self._policy_step(self._core.next_expiry))
 
     async def _follow_config(self) -> None:
@@ -324,14 +324,14 @@ class Daemon:
                 _log.info("%s: read again and in force", self._path)
             except PortwardError as error:
                 self._reload_failed = True
-                self._faults.worked(Step.RELOAD)
+                self._steps.record_success(Step.RELOAD)
                 for line in error.lines():
                     _log.error("the configuration before stays in force: %s", line)
             except Exception as error:
                 self._reload_failed = True
-                self._faults.failed(Step.RELOAD, error)
+                self._steps.record_failure(Step.RELOAD, error)
             else:
-                self._faults.worked(Step.RELOAD)
+                self._steps.record_success(Step.RELOAD)
             notify("READY=1")
 
     async def _take(self, config: Config) -> None:
@@ -358,11 +358,11 @@ class Daemon:
                 hearing(self._core.own_ports, notice_filter=NoticeFilter.FOREIGN_ELEMENTS)
             ) as others,
         ):
-            await Vigil(self._core, self._kernel_step, (ours, others), self._faults).keep()
+            await RulesetWatch(self._core, self._kernel_step, (ours, others), self._steps).run()
 
     async def _write_status(self) -> None:
         while True:
-            await self._faults.run(Step.STATUS, lambda: self._count_step(self._report), None)
+            await self._steps.run(Step.STATUS, lambda: self._count_step(self._report), None)
             await asyncio.sleep(until_tick(_STATUS_SECONDS))
 
     def _report(self) -> None:
@@ -376,7 +376,7 @@ class Daemon:
             self._core, self._workers, self._snapshot, self._metrics,
             config=str(self._path), began=self._began,
         )  # fmt: skip
-        told["failing"] = self._faults.told()
+        told["failing"] = self._steps.failing_now()
         told["stuck"] = self._threads.heartbeat.stuck()
         with contextlib.suppress(OSError):  # a full disk must not stop enforcement; `status` says how old it is
             self._runtime.write_status(told)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias
 
 from portward.daemon.core import Core
-from portward.daemon.steps import Faults, Step
+from portward.daemon.steps import Step, StepRunner
 from portward.daemon.systemd import notify, watchdog_seconds
 from portward.daemon.timers import until_tick
 from portward.daemon.workers import Worker
@@ -28,7 +28,7 @@ CountStep: TypeAlias = Callable[[Callable[[], dict[str, int]]], Awaitable[dict[s
 _log = logging.getLogger("portward")
 
 
-class Answering:
+class HealthCheck:
     """Whether the workers answer, and under which policy."""
 
     def __init__(
@@ -37,11 +37,11 @@ class Answering:
         workers: list[Worker],
         count_step: CountStep,
         stuck: Callable[[], list[str]],
-        faults: Faults,
+        steps: StepRunner,
     ) -> None:
         """`count_step` runs a step on the thread that only reads and counts. `stuck` gives a sentence for each
-        thread that does not get further. A round that fails (`faults`) feeds no watchdog."""
-        self._faults, self._core, self._workers, self._count_step = faults, core, workers, count_step
+        thread that does not get further. A round that fails (`steps`) feeds no watchdog."""
+        self._steps, self._core, self._workers, self._count_step = steps, core, workers, count_step
         self._stuck, self._reported = stuck, False
         self._strange = 0
         # Answers that the kernel had counted when the last round ended, under its policy and under another one.
@@ -50,7 +50,7 @@ class Answering:
         # The counting thread's answer that is still awaited.
         self._counted: asyncio.Future[dict[str, int]] | None = None
 
-    async def ask(self) -> None:
+    async def run(self) -> None:
         """Asks each worker a question through the kernel, again and again; one that does not answer is ended, and
         `watch` starts it anew. The service manager's watchdog is fed only if all have answered and no thread is
         stuck; this job runs on the event loop, so it is not fed either while that hangs."""
@@ -58,7 +58,7 @@ class Answering:
         try:
             while True:
                 await asyncio.sleep(
-                    await self._faults.run(Step.SELF_CHECK, lambda: self._round(prober), _ASK_AGAIN)
+                    await self._steps.run(Step.SELF_CHECK, lambda: self._round(prober), _ASK_AGAIN)
                 )
         finally:
             prober.close()

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Final
 
 from portward.daemon.core import Core
-from portward.daemon.steps import Faults, Step
+from portward.daemon.steps import Step, StepRunner
 from portward.daemon.threads import Threads
 from portward.dataplane.links import Links, only_ports
 
@@ -26,9 +26,9 @@ _PATIENCE: Final = 0.01
 class LinkFeed:
     """Follows interfaces. `follow`, `see`, `write` and `guard` are jobs that run side by side and never end."""
 
-    def __init__(self, core: Core, threads: Threads, faults: Faults, first: Links) -> None:
-        """`first` is what the table has taken in already. A step that fails (`faults`) is tried again."""
-        self._core, self._threads, self._faults = core, threads, faults
+    def __init__(self, core: Core, threads: Threads, steps: StepRunner, first: Links) -> None:
+        """`first` is what the table has taken in already. A step that fails (`steps`) is tried again."""
+        self._core, self._threads, self._steps = core, threads, steps
         self._seen = self._due = first
         self._new, self._changed, self._wrote = asyncio.Event(), asyncio.Event(), asyncio.Event()
         # Events are numbered. All up to `_written` are in the table.
@@ -70,7 +70,7 @@ class LinkFeed:
     async def _write(self, due: Links, number: int) -> bool:
         """Whether the table took it. If not, `Core.retry_links` tries it again: newer changes must not wait."""
         step = lambda: self._core.links_changed(due, number)  # noqa: E731 # for a thread
-        return await self._faults.run(Step.LINKS, lambda: self._threads.policy(step), otherwise=False, anyway=True)
+        return await self._steps.run(Step.LINKS, lambda: self._threads.policy(step), otherwise=False, anyway=True)
 
     async def _on_kernel(self, step: Step, work: Callable[[], None]) -> bool:
         """Whether a step on the kernel thread worked. If not, returns when it is to be tried again."""
@@ -79,8 +79,8 @@ class LinkFeed:
             await self._threads.kernel(work)
             return True
 
-        worked = await self._faults.run(step, done, otherwise=False, anyway=True)
-        await asyncio.sleep(self._faults.waits(step))
+        worked = await self._steps.run(step, done, otherwise=False, anyway=True)
+        await asyncio.sleep(self._steps.seconds_to_retry(step))
         return worked
 
     async def guard(self) -> None:
@@ -112,7 +112,7 @@ class LinkFeed:
 
 
 async def followed(
-    links: AsyncIterator[Links], again: Callable[[], AsyncGenerator[Links]], faults: Faults
+    links: AsyncIterator[Links], again: Callable[[], AsyncGenerator[Links]], steps: StepRunner
 ) -> AsyncIterator[Links]:
     """The changes of interfaces in `links`; after an error, those of `again()`, which begins with all that there
     are. Whatever happened in between is not known, so each interface may have taken the index of another one."""
@@ -121,10 +121,10 @@ async def followed(
         try:
             async for change in source:
                 yield change
-                faults.worked(Step.INTERFACES)
+                steps.record_success(Step.INTERFACES)
         except Exception as error:
-            faults.failed(Step.INTERFACES, error)
-        await asyncio.sleep(faults.waits(Step.INTERFACES))
+            steps.record_failure(Step.INTERFACES, error)
+        await asyncio.sleep(steps.seconds_to_retry(Step.INTERFACES))
         source = _from_the_start(again())
 
 

@@ -9,7 +9,7 @@ import time
 from typing import Final
 
 from portward.daemon.core import Core
-from portward.daemon.steps import Faults, Step
+from portward.daemon.steps import Step, StepRunner
 from portward.daemon.threads import Threads
 from portward.daemon.timers import until_tick
 from portward.dataplane.verdict_cache import Source
@@ -27,18 +27,18 @@ _UNRATED: Final = 256
 _RATE_PAUSE: Final = 0.05
 
 
-class Rounds:
-    """`count` and `rate` run side by side and never end."""
+class PeriodicJobs:
+    """`count` and `install_limits` run side by side and never end."""
 
-    def __init__(self, core: Core, threads: Threads, faults: Faults, met: Met) -> None:
-        """`met` are the sources whose limit the kernel does not know."""
-        self._core, self._threads, self._faults, self._met = core, threads, faults, met
+    def __init__(self, core: Core, threads: Threads, steps: StepRunner, limit_requests: LimitRequests) -> None:
+        """`limit_requests` are the sources whose limit the kernel does not know."""
+        self._core, self._threads, self._steps, self._limit_requests = core, threads, steps, limit_requests
         # Seconds from one reading of the counters to the next.
         self._pause = _COUNT_SECONDS
 
     async def count(self) -> None:
         """Reads what the kernel has counted, and brings cached verdicts and rate limits in line with the table."""
-        run, core, threads = self._faults.run, self._core, self._threads
+        run, core, threads = self._steps.run, self._core, self._threads
         compare_at = time.monotonic()
         while True:
             began = time.monotonic()
@@ -60,25 +60,25 @@ class Rounds:
         if suspects := await self._threads.counting(self._core.suspects):
             await self._threads.kernel(lambda: self._core.correct(suspects))
 
-    async def rate(self) -> None:
+    async def install_limits(self) -> None:
         """Brings the limits of sources that workers have met into the kernel, some hundred of them at a time: who
         has a large prefix can make up as many as he likes. Sources whose step fails are met again."""
         while True:
-            await self._take(await self._met.take())
+            await self._take(await self._limit_requests.take())
             await asyncio.sleep(_RATE_PAUSE)
 
     async def _take(self, batch: list[Source]) -> None:
-        await self._faults.run(Step.LIMITS, lambda: self._threads.kernel(lambda: self._core.asked(batch)), None)
+        await self._steps.run(Step.LIMITS, lambda: self._threads.kernel(lambda: self._core.asked(batch)), None)
 
 
-class Met:
+class LimitRequests:
     """Sources whose limit the kernel does not know, as workers have met them."""
 
     def __init__(self) -> None:
         self._sources: dict[Source, None] = {}
         self._any = asyncio.Event()
 
-    def ask(self, source: Source) -> None:
+    def add(self, source: Source) -> None:
         """A worker has met this one. Beyond some hundred, a source is met again by its next packet."""
         if len(self._sources) < _UNRATED:
             self._sources[source] = None

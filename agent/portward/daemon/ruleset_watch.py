@@ -14,7 +14,7 @@ from typing import Final, Protocol, TypeAlias
 
 from portward.base.clock import monotonic
 from portward.daemon.core import Core
-from portward.daemon.steps import Faults, Step
+from portward.daemon.steps import Step, StepRunner
 from portward.daemon.timers import readable, until_tick
 from portward.dataplane.monitor import LOST, NOTHING, RulesetChanges
 
@@ -47,18 +47,20 @@ class Listening(Protocol):
 OnKernel: TypeAlias = Callable[[Callable[[], None]], Awaitable[None]]
 
 
-class Vigil:
+class RulesetWatch:
     """Calls `Core.check` on the kernel thread when there is a reason."""
 
-    def __init__(self, core: Core, kernel: OnKernel, notices: tuple[Listening, Listening], faults: Faults) -> None:
+    def __init__(
+        self, core: Core, kernel: OnKernel, notices: tuple[Listening, Listening], steps: StepRunner
+    ) -> None:
         """`notices`: what hears of changes of our tables, and what hears of chains and rules of others, too."""
-        self._core, self._kernel, self._faults = core, kernel, faults
+        self._core, self._kernel, self._steps = core, kernel, steps
         self._ours, self._others = notices
         self._owed = NOTHING
         # From when on a reason that is no change of ours counts, by the monotonic clock.
         self._next = self._next_gone = 0.0
 
-    async def keep(self) -> None:
+    async def run(self) -> None:
         """Never ends."""
         # What was changed between the load and these notices was heard by nobody.
         self._owed = LOST
@@ -75,13 +77,13 @@ class Vigil:
         ours, others = self._ours.read(), self._others.read()
         # What hears of ours alone knows better whether that was lost.
         self._owed |= ours | others._replace(ours=False, lost=False)
-        await self._faults.run(Step.RULESET, lambda: self._step(certain=ours.ours and not ours.lost), None)
+        await self._steps.run(Step.RULESET, lambda: self._step(certain=ours.ours and not ours.lost), None)
         if others.others:
             await asyncio.sleep(_OTHERS_PAUSE)
 
     async def _step(self, *, certain: bool) -> None:
         # After a look that failed half-way, what `at_rest` compares says nothing.
-        failed = self._faults.failing(Step.RULESET)
+        failed = self._steps.is_failing(Step.RULESET)
         if failed or certain or self._is_due() or not self._core.at_rest(NOTHING):
             await self._look()
 

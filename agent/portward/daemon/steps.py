@@ -73,24 +73,24 @@ class _Failing:
     again: float = 0.0
 
 
-class Faults:
-    """The failures of one daemon. All of it runs on the event loop; `failures` and `told` may be read anywhere."""
+class StepRunner:
+    """Runs the steps of one daemon, on the event loop. Any thread may read `failures` and call `failing_now`."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self.failures: dict[Step, int] = dict.fromkeys(Step, 0)
         self._failing: dict[Step, _Failing] = {}
 
-    def failing(self, step: Step) -> bool:
+    def is_failing(self, step: Step) -> bool:
         """Whether the step failed when it was last tried."""
         return step in self._failing
 
-    def waits(self, step: Step) -> float:
+    def seconds_to_retry(self, step: Step) -> float:
         """Seconds until the step may be tried again; 0 if it may be now."""
         found = self._failing.get(step)
         return 0.0 if found is None else max(0.0, found.again - self._clock())
 
-    def told(self) -> list[dict[str, Any]]:
+    def failing_now(self) -> list[dict[str, Any]]:
         """For `status`: the steps that fail now, with ages in seconds."""
         now = self._clock()
         return [
@@ -103,37 +103,37 @@ class Faults:
     ) -> _T:
         """Runs a step, unless it is still to wait after a failure (`anyway`: also then). Gives what it gives, or
         `otherwise` if it failed or waits. Raises TableError, and what a vital step raised at the last try."""
-        if self.waits(step) and not anyway:
+        if self.seconds_to_retry(step) and not anyway:
             return otherwise
         try:
             found = await work()
         except Exception as error:
-            self.failed(step, error)
+            self.record_failure(step, error)
             return otherwise
-        self.worked(step)
+        self.record_success(step)
         return found
 
-    async def keep(self, step: Step, job: Callable[[], Awaitable[None]]) -> None:
+    async def keep_running(self, step: Step, job: Callable[[], Awaitable[None]]) -> None:
         """Runs a job that never ends; one that fails begins anew after its pause. It counts as working again once
         it has run for as long as that pause was, unless its own step has failed meanwhile."""
         while True:
             running = asyncio.ensure_future(job())
             try:
-                if self.failing(step):
+                if self.is_failing(step):
                     before = self.failures[step]
                     await asyncio.wait({running}, timeout=self._pause(step))
                     if not running.done() and self.failures[step] == before:
-                        self.worked(step)
+                        self.record_success(step)
                 await running
                 return
             except Exception as error:
-                self.failed(step, error)
+                self.record_failure(step, error)
             finally:
                 running.cancel()  # if this job was cancelled
                 await asyncio.wait({running})
-            await asyncio.sleep(self.waits(step))
+            await asyncio.sleep(self.seconds_to_retry(step))
 
-    def failed(self, step: Step, error: Exception) -> None:
+    def record_failure(self, step: Step, error: Exception) -> None:
         """Notes a failure. Raises it if it is to end the agent."""
         if isinstance(error, TableError):
             raise error
@@ -153,7 +153,7 @@ class Faults:
             step, again, told, exc_info=error if new else None,
         )  # fmt: skip
 
-    def worked(self, step: Step) -> None:
+    def record_success(self, step: Step) -> None:
         """Notes a success."""
         found = self._failing.pop(step, None)
         if found is not None:

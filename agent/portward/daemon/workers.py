@@ -19,7 +19,7 @@ from portward.base.descriptors import Reserve
 from portward.base.resources import PYTHON
 from portward.config.keys import Queue, QueueReader
 from portward.daemon import children
-from portward.daemon.child_output import Limited, lines_of
+from portward.daemon.child_output import LogLimiter, lines_of
 from portward.daemon.children import Child
 from portward.dataplane.verdict_cache import Source
 from portward.errors import InputError, KernelError
@@ -84,7 +84,7 @@ class Worker:
         self._listening: asyncio.Task[None] | None = None
         # Lines on the process's stdout that are no message of ours: other programs' output.
         self.foreign_lines = 0
-        self._foreign = Limited(_log)
+        self._foreign = LogLimiter(_log)
 
     @property
     def running(self) -> bool:
@@ -245,7 +245,7 @@ def stay_seconds() -> float:
 
 async def _forward(process: Child) -> str:
     """Writes what a worker says on its stderr into the log; gives the last line."""
-    last, limited = "", Limited(_log)
+    last, limited = "", LogLimiter(_log)
     async for line in lines_of(process.stderr):
         last = limited.line(logging.INFO, "worker: ", line)
     return last

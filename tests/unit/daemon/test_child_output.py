@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portward.daemon.child_output import Limited, lines_of
+from portward.daemon.child_output import LogLimiter, lines_of
 
 
 def read(parts: list[bytes], longest: int) -> list[bytes]:
@@ -43,7 +43,7 @@ def test_lines_are_those_of_the_whole_however_it_arrives(parts: list[bytes], lon
 
 def test_a_flood_of_lines_is_logged_in_part(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    limited = Limited(logging.getLogger("foreign"), lambda: now)
+    limited = LogLimiter(logging.getLogger("foreign"), lambda: now)
     with caplog.at_level(logging.INFO):
         for number in range(1_000):
             assert limited.line(logging.INFO, "they say: ", b"line %d\r" % number) == f"line {number}"
@@ -59,5 +59,5 @@ def test_a_flood_of_lines_is_logged_in_part(caplog: pytest.LogCaptureFixture) ->
 
 def test_a_line_cannot_forge_another_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        Limited(logging.getLogger("foreign")).line(logging.INFO, "", b"a\rCRITICAL \x1b[2J\xff\0")
+        LogLimiter(logging.getLogger("foreign")).line(logging.INFO, "", b"a\rCRITICAL \x1b[2J\xff\0")
     assert caplog.records[0].getMessage() == "a\\rCRITICAL \\x1b[2J\\xff\\x00"

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from portward.daemon import health
-from portward.daemon.health import Answering
-from portward.daemon.steps import Faults
+from portward.daemon.health import HealthCheck
+from portward.daemon.steps import StepRunner
 from portward.ipc.probe import Prober
 
 STUCK = "the counting thread has been at one step for 31 s without getting further"
@@ -42,7 +42,7 @@ def test_a_counting_thread_that_hangs_is_named_and_no_sooner_the_end_of_the_agen
             await hangs.wait()
             return {"answered": 1}
 
-        found = Answering(cast(Any, core), [], count_step, lambda: stuck, Faults())
+        found = HealthCheck(cast(Any, core), [], count_step, lambda: stuck, StepRunner())
         for _ in range(2):
             await asyncio.wait_for(found._round(cast(Prober, None)), 30)
         assert said == ["WATCHDOG=1"] * 2

@@ -13,7 +13,7 @@ import pytest
 from portward.config.keys import Config
 from portward.daemon.core import Core
 from portward.daemon.linkfeed import LinkFeed, in_doubt
-from portward.daemon.steps import Faults
+from portward.daemon.steps import StepRunner
 from portward.daemon.threads import Threads
 from portward.dataplane.links import Device, Links
 from portward.dataplane.underway import Work
@@ -38,8 +38,8 @@ class Gateway:
         )
         self._core = core
         threads = SimpleNamespace(policy=self._policy, kernel=self._kernel)
-        self.faults = Faults()
-        self.feed = LinkFeed(cast("Core", core), cast("Threads", threads), self.faults, FIRST)
+        self.steps = StepRunner()
+        self.feed = LinkFeed(cast("Core", core), cast("Threads", threads), self.steps, FIRST)
 
     def _write(self, links: Links, number: int) -> bool:
         self.written.append((links, number))

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from portward.daemon import ruleset_watch as module
-from portward.daemon.ruleset_watch import Vigil
-from portward.daemon.steps import Faults
+from portward.daemon.ruleset_watch import RulesetWatch
+from portward.daemon.steps import StepRunner
 from portward.dataplane.monitor import LOST, NOTHING, RulesetChanges
 
 
@@ -53,7 +53,9 @@ class Gateway:
         self.now, self.took, self.looks = 100.0, 0.0, 0
         self.guarded, self.rest = False, True
         self.ours, self.others = Ears(), Ears()
-        self.vigil = Vigil(cast("Any", self), self.kernel, (self.ours, self.others), Faults(lambda: self.now))
+        self.watch = RulesetWatch(
+            cast("Any", self), self.kernel, (self.ours, self.others), StepRunner(lambda: self.now)
+        )
 
     def at_rest(self, _: RulesetChanges) -> bool:
         """Whether nothing else is a reason to look."""
@@ -71,7 +73,7 @@ class Gateway:
     def take(self) -> int:
         """How many looks follow from what was heard."""
         before = self.looks
-        asyncio.run(self.vigil._take())
+        asyncio.run(self.watch._take())
         return self.looks - before
 
 
@@ -183,7 +185,7 @@ def test_what_was_changed_before_anybody_listened_is_looked_at_first(gateway: Ga
     """Another program may write our rules right behind the load, before the first notice can be heard."""
 
     async def first_look() -> None:
-        keeping = asyncio.create_task(gateway.vigil.keep())
+        keeping = asyncio.create_task(gateway.watch.run())
         async with asyncio.timeout(60):
             while not gateway.looks:
                 await asyncio.sleep(0.01)  # pause: of a poll

@@ -18,7 +18,7 @@ from portward.cli.status import _failing
 from portward.config.keys import Config
 from portward.daemon.intake import Intake, answers
 from portward.daemon.linkfeed import followed
-from portward.daemon.steps import LONGEST_PAUSE_S, VITAL_TRIES, Faults, Step
+from portward.daemon.steps import LONGEST_PAUSE_S, VITAL_TRIES, Step, StepRunner
 from portward.dataplane.links import Links
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.underway import UnderWay
@@ -51,52 +51,52 @@ async def works() -> str:
 
 def test_a_step_that_fails_is_counted_and_shown_and_tried_again_ever_more_seldom() -> None:
     time = Time()
-    faults = Faults(time)
+    steps = StepRunner(time)
 
     async def life() -> list[float]:
         pauses = []
         for _ in range(9):
-            assert await faults.run(Step.STORE, fails, "before") == "before"
-            pauses.append(faults.waits(Step.STORE))
+            assert await steps.run(Step.STORE, fails, "before") == "before"
+            pauses.append(steps.seconds_to_retry(Step.STORE))
             # While it waits it is not even tried.
-            assert await faults.run(Step.STORE, works, "waits") == "waits"
-            assert await faults.run(Step.COUNT, works, "") == "done", "another step goes on"
+            assert await steps.run(Step.STORE, works, "waits") == "waits"
+            assert await steps.run(Step.COUNT, works, "") == "done", "another step goes on"
             time.now += pauses[-1]
         return pauses
 
     assert asyncio.run(life()) == [1, 2, 4, 8, 16, 32, *[LONGEST_PAUSE_S] * 3]
-    assert faults.failures[Step.STORE] == 9
-    (told,) = faults.told()
+    assert steps.failures[Step.STORE] == 9
+    (told,) = steps.failing_now()
     assert (told["step"], told["times"], told["seconds"]) == ("store", 9, time.now - 1_000.0)
-    assert told["error"].startswith("OverflowError: int too large\\x1b[2J (test_faults.py:")
+    assert told["error"].startswith("OverflowError: int too large\\x1b[2J (test_steps.py:")
 
 
 def test_a_success_ends_it_and_the_next_failure_begins_with_a_second() -> None:
     time = Time()
-    faults = Faults(time)
+    steps = StepRunner(time)
 
     async def life() -> None:
         for _ in range(4):
-            await faults.run(Step.COUNT, fails, "", anyway=True)
-        assert await faults.run(Step.COUNT, works, "", anyway=True) == "done"
-        assert faults.told() == []
-        assert not faults.waits(Step.COUNT)
-        await faults.run(Step.COUNT, fails, "")
+            await steps.run(Step.COUNT, fails, "", anyway=True)
+        assert await steps.run(Step.COUNT, works, "", anyway=True) == "done"
+        assert steps.failing_now() == []
+        assert not steps.seconds_to_retry(Step.COUNT)
+        await steps.run(Step.COUNT, fails, "")
 
     asyncio.run(life())
-    assert faults.waits(Step.COUNT) == 1
-    assert faults.failures[Step.COUNT] == 5, "what was counted stays"
+    assert steps.seconds_to_retry(Step.COUNT) == 1
+    assert steps.failures[Step.COUNT] == 5, "what was counted stays"
 
 
 def test_a_traceback_is_logged_once_for_each_error(caplog: pytest.LogCaptureFixture) -> None:
-    faults = Faults(Time())
+    steps = StepRunner(Time())
 
     async def other() -> str:
         raise ValueError("another one")
 
     async def life() -> None:
         for work in (fails, fails, fails, other, fails):
-            await faults.run(Step.STATUS, work, "", anyway=True)
+            await steps.run(Step.STATUS, work, "", anyway=True)
 
     with caplog.at_level(logging.ERROR, "portward"):
         asyncio.run(life())
@@ -106,13 +106,13 @@ def test_a_traceback_is_logged_once_for_each_error(caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("step", [Step.SETTLE, Step.RULESET, Step.OWNERS, Step.DEVICES])
 def test_what_keeps_closed_ends_the_agent_if_it_fails_on_and_on(step: Step) -> None:
-    faults = Faults(Time())
+    steps = StepRunner(Time())
 
     async def life() -> None:
         for _ in range(VITAL_TRIES - 1):
-            await faults.run(step, fails, "", anyway=True)
+            await steps.run(step, fails, "", anyway=True)
         with pytest.raises(OverflowError):
-            await faults.run(step, fails, "", anyway=True)
+            await steps.run(step, fails, "", anyway=True)
 
     asyncio.run(life())
 
@@ -122,12 +122,12 @@ def test_a_table_that_cannot_be_read_ends_the_agent_at_once() -> None:
         raise TableError("MDB_CORRUPTED")
 
     with pytest.raises(TableError):
-        asyncio.run(Faults(Time()).run(Step.COUNT, unreadable, ""))
+        asyncio.run(StepRunner(Time()).run(Step.COUNT, unreadable, ""))
 
 
 def test_a_job_that_fails_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portward.daemon.steps.FIRST_PAUSE_S", 0.001)
-    faults = Faults()
+    steps = StepRunner()
     began = 0
 
     async def job() -> None:
@@ -138,21 +138,21 @@ def test_a_job_that_fails_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.Event().wait()
 
     async def life() -> None:
-        keeping = asyncio.create_task(faults.keep(Step.WORKER, job))
+        keeping = asyncio.create_task(steps.keep_running(Step.WORKER, job))
         async with asyncio.timeout(60):
-            while began < 4 or faults.failing(Step.WORKER):
+            while began < 4 or steps.is_failing(Step.WORKER):
                 await asyncio.sleep(0.001)  # pause: of a poll
         keeping.cancel()
         await asyncio.wait({keeping})
         assert keeping.cancelled()
 
     asyncio.run(life())
-    assert faults.failures[Step.WORKER] == 3
+    assert steps.failures[Step.WORKER] == 3
 
 
 def test_a_job_whose_step_fails_meanwhile_does_not_count_as_working(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portward.daemon.steps.FIRST_PAUSE_S", 0.01)
-    faults, began = Faults(), 0
+    steps, began = StepRunner(), 0
     waited = asyncio.Event()
 
     async def job() -> None:
@@ -160,16 +160,16 @@ def test_a_job_whose_step_fails_meanwhile_does_not_count_as_working(monkeypatch:
         began += 1
         if began == 1:
             raise OverflowError("outside of a step")
-        await faults.run(Step.COUNT, fails, "", anyway=True)
+        await steps.run(Step.COUNT, fails, "", anyway=True)
         await asyncio.sleep(0.1)  # pause: ten times as long as the job must run to count as working
         waited.set()
         await asyncio.Event().wait()
 
     async def life() -> None:
-        keeping = asyncio.create_task(faults.keep(Step.COUNT, job))
+        keeping = asyncio.create_task(steps.keep_running(Step.COUNT, job))
         async with asyncio.timeout(60):
             await waited.wait()
-        assert faults.failing(Step.COUNT)
+        assert steps.is_failing(Step.COUNT)
         keeping.cancel()
         await asyncio.wait({keeping})
 
@@ -188,11 +188,11 @@ def test_interfaces_are_read_anew_after_an_error_and_none_is_trusted(monkeypatch
         yield Links({7: "vni8"}, frozenset({9}))
 
     async def life() -> list[Links]:
-        faults = Faults()
-        changes = followed(first(), second, faults)
+        steps = StepRunner()
+        changes = followed(first(), second, steps)
         found = [await anext(changes) for _ in range(3)]
-        assert faults.failures[Step.INTERFACES] == 1
-        assert not faults.failing(Step.INTERFACES)
+        assert steps.failures[Step.INTERFACES] == 1
+        assert not steps.is_failing(Step.INTERFACES)
         return found
 
     assert asyncio.run(life()) == [
@@ -278,8 +278,8 @@ def test_interfaces_that_failed_by_any_error_are_due_again(
 
 def test_a_reload_that_failed_is_said_to_wait_for_the_next_one(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing tries it again by itself."""
-    faults = Faults(Time())
-    faults.failed(Step.RELOAD, OverflowError("too large"))
+    steps = StepRunner(Time())
+    steps.record_failure(Step.RELOAD, OverflowError("too large"))
     assert "step reload failed, and is tried again at the next one" in caplog.text
-    (told,) = faults.told()
+    (told,) = steps.failing_now()
     assert "`systemctl reload portward` tries it again, see the log" in _failing(told)
