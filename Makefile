@@ -69,15 +69,25 @@ test-trixie: setup ## Run the tests on Debian 13, with Python 3.13, in a root of
 	$(MAKE) packages PACKAGES="debootstrap"
 	$(BIN)/python -m tests.trixie $(TESTS)
 
-# What the virtual machine takes beyond that.
-VM_PACKAGES := qemu-system-x86 debootstrap e2fsprogs lintian
-# The package, and the same one as a later version, to be upgraded to.
+# $(call package,VERSION,FOLDER) builds the Debian package FOLDER/portward_VERSION_amd64.deb, in a copy of this tree:
+# debhelper's clean-up deletes editors' backup files too, and a copy can be given another version.
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/portward/__init__.py)
-NEXT    := $(VERSION)+next
+COPY    := build/package/portward
+package = rm -rf build/package && mkdir -p $(COPY) $(2) && \
+          tar --create --exclude='./.?*' --exclude=./build --exclude=./dist . | tar --extract --directory $(COPY) && \
+          sed -i 's/$(VERSION)/$(1)/' $(COPY)/agent/portward/__init__.py $(COPY)/debian/changelog && \
+          (cd $(COPY) && BUILDER=$(CURDIR)/$(BIN)/python dpkg-buildpackage --build=binary --no-sign) && \
+          mv build/package/portward_$(1)_amd64.deb $(2)
+
+# What the virtual machine takes beyond that.
+VM_PACKAGES := debhelper qemu-system-x86 debootstrap e2fsprogs lintian
+# The same package as a later version, to be upgraded to.
+NEXT := $(VERSION)+next
 
 test-vm: setup ## Boot a Debian 12 in a virtual machine and test the package in it, some twelve minutes (root)
 	$(MAKE) packages PACKAGES="$(VM_PACKAGES)"
-	$(BIN)/python -m package.build --version $(VERSION) --version $(NEXT) --output build/vm
+	$(call package,$(VERSION),build/vm)
+	$(call package,$(NEXT),build/vm)
 	lintian --allow-root --fail-on error build/vm/portward_$(VERSION)_amd64.deb
 	$(BIN)/python -m tests.vm build/vm/portward_$(VERSION)_amd64.deb build/vm/portward_$(NEXT)_amd64.deb
 
@@ -129,11 +139,12 @@ docs: setup $(DOCS)/ready ## Build the documents as a site in build/site, and ch
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 	$(BIN)/python -m package.links build/site
 
-deb: setup ## Build dist/portward_VERSION_amd64.deb
-	$(BIN)/python -m package.build
+deb: program ## Build dist/portward_VERSION_amd64.deb
+	$(MAKE) packages PACKAGES="debhelper"
+	$(call package,$(VERSION),dist)
 
-install: program ## Install program and units without the package: PREFIX (/opt/portward), DESTDIR
-	$(BIN)/python -m package.install --prefix "$(PREFIX)" --destdir "$(DESTDIR)/"
+install: deb ## Install program and units without the package: PREFIX (/opt/portward), DESTDIR
+	$(BIN)/python -m package.install dist/portward_$(VERSION)_amd64.deb --prefix "$(PREFIX)" --destdir "$(DESTDIR)/"
 
 clean: ## Remove what the other targets made in this folder
 	rm -rf $(VENV) $(DOCS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

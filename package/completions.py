@@ -1,10 +1,16 @@
-"""The shells' completions, as the command line's own library writes them; the words come from the program."""
+"""The shells' completions, as the command line's own library writes them; the words come from the program.
+
+    python -m package.completions FOLDER
+
+FOLDER then has what belongs below /usr/share.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Final
 
 _SHELLS: Final = {
@@ -12,6 +18,14 @@ _SHELLS: Final = {
     "zsh": "zsh/vendor-completions/_portward",
     "fish": "fish/vendor_completions.d/portward.fish",
 }
+
+
+def main() -> None:
+    """The command line."""
+    for place, text in files().items():
+        path = Path(sys.argv[1]) / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 def files() -> dict[str, str]:
@@ -26,3 +40,7 @@ def _of(shell: str) -> str:
         env={**os.environ, "_PORTWARD_COMPLETE": f"source_{shell}"},
     )  # fmt: skip
     return said.stdout.strip() + "\n"
+
+
+if __name__ == "__main__":
+    main()

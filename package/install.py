@@ -1,6 +1,6 @@
 """`make install`: what the package would put on a machine, for machines that do without the package.
 
-    python -m package.install [--prefix FOLDER] [--destdir FOLDER]
+    python -m package.install PACKAGE.deb [--prefix FOLDER] [--destdir FOLDER]
 
 The program gets a folder of its own, the prefix. The units lie in /etc and not in /usr/local, and name the program
 there: what closes the port at boot is to be known before anything but the root file system is mounted.
@@ -12,15 +12,14 @@ import argparse
 import gzip
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from package.build import HOME, ROOT, compile_below, documents, prepare
-from portward import __version__
-
+HOME: Final = Path("usr/lib/portward")
 _PROGRAM: Final = Path("usr/bin/portward")
 _CONFIGURATION: Final = Path("etc/portward/portward.toml")
 _UNIT: Final = Path("etc/systemd/system/portward.service")
@@ -53,6 +52,7 @@ The program is /usr/bin/portward, all of it in /usr/lib/portward. Nothing was st
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("package", type=Path, help="the package, as `make deb` builds it")
     parser.add_argument("--prefix", type=Path, default=Path("/opt/portward"), help="a folder for portward alone")
     parser.add_argument("--destdir", type=Path, default=Path("/"), help="what is taken for the root folder")
     arguments = parser.parse_args()
@@ -60,10 +60,10 @@ def main() -> None:
     refusal = refused(prefix, root)
     if refusal:
         sys.exit(f"make install: {refusal}")
-    stage = ROOT / "build" / "install"
-    prepare(stage)
-    documents(stage, __version__)
-    install(stage, root, prefix)
+    with TemporaryDirectory() as folder:
+        stage = Path(folder)
+        subprocess.run(["dpkg-deb", "--extract", arguments.package, stage], check=True)
+        install(stage, root, prefix)
     print(told(_NEXT, prefix))
 
 
@@ -125,10 +125,22 @@ def _program(stage: Path, root: Path, prefix: Path) -> None:
         shutil.copytree(stage / HOME, new, symlinks=True)
         for text in (new / "bin" / "portward", new / "baseline", new / "nftables"):
             _tell(text, prefix, _direct(prefix))
-        compile_below(new, Path("lib"), at=prefix)
+        _interpreter(new, prefix)
         if home.exists():
             home.rename(Path(folder) / "old")
         new.rename(home)
+
+
+def _interpreter(home: Path, prefix: Path) -> None:
+    """Links the interpreter by its whole path, because the package's link is relative. Compiles the program for
+    the place where it will lie, because bytecode names its source. No start compares the two (unchecked-hash),
+    since both are replaced at once."""
+    link = home / "bin" / "python3"
+    interpreter = Path("/usr/bin") / link.readlink().name
+    link.unlink()
+    link.symlink_to(interpreter)
+    options = ("-q", "-f", "--invalidation-mode", "unchecked-hash", "-s", home, "-p", prefix)
+    subprocess.run([interpreter, "-m", "compileall", *options, home / "lib"], check=True)
 
 
 def _rest(stage: Path) -> Iterator[tuple[Path, Path]]:

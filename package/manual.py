@@ -1,13 +1,23 @@
-"""The manual pages, made from the command line's own help: portward(1), and a page for each verb."""
+"""The manual pages, made from the command line's own help: portward(1), and a page for each verb.
+
+    python -m package.manual FOLDER
+
+The pages have the date SOURCE_DATE_EPOCH, which dh takes from debian/changelog, so that the same sources make the
+same pages.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
 
+from portward import __version__
 from portward.cli.program import app
 
 _FILES = (
@@ -23,6 +33,15 @@ CODES = (
     ("2", "Bad usage, or bad input."),
     ("130", "Interrupted (Ctrl-C)."),
 )
+
+
+def main() -> None:
+    """The command line."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    date = datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), UTC)
+    for name, text in pages(__version__, date):
+        (folder / f"{name}.1").write_text(text)
 
 
 def pages(version: str, date: datetime) -> Iterator[tuple[str, str]]:
@@ -127,3 +146,7 @@ def _text(text: str) -> str:
     """Roff's own characters written as escapes; none of the typographic ones, which not every terminal shows."""
     text = text.replace("\\", "\\e").replace("-", "\\-").replace("…", "...").replace("“", '"').replace("”", '"')
     return f"\\&{text}" if text.startswith((".", "'")) else text
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from package import install
-from package.build import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 PREFIX = Path("/opt/portward")
 
 
@@ -28,7 +28,7 @@ def stage(tmp_path: Path) -> Path:
         ),
         (
             "lib/systemd/system/nftables.service.d/portward.conf",
-            (ROOT / "systemd" / "nftables.service.conf").read_text(),
+            (ROOT / "systemd" / "nftables.service.d" / "portward.conf").read_text(),
         ),
         ("lib/systemd/system-preset/50-portward.preset", "enable\n"),
         ("usr/lib/sysusers.d/portward.conf", "u portward\n"),
@@ -40,6 +40,8 @@ def stage(tmp_path: Path) -> Path:
         path.write_text(text)
     (folder / "usr/bin").mkdir()
     (folder / "usr/bin/portward").symlink_to("../lib/portward/bin/portward")
+    interpreter = Path("/usr/bin/python3").resolve().name
+    (folder / "usr/lib/portward/bin/python3").symlink_to(f"../../../bin/{interpreter}")
     return folder
 
 
@@ -61,6 +63,7 @@ def test_everything_names_the_places_where_it_lies(stage: Path, tmp_path: Path) 
     assert "/opt/portward/closed.nft" in (root / "opt/portward/nftables").read_text()
     assert "/opt/portward/bin/portward rules baseline" in (root / "opt/portward/baseline").read_text()
     assert (root / "usr/local/bin/portward").readlink() == PREFIX / "bin/portward"
+    assert (root / "opt/portward/bin/python3").readlink() == Path("/usr/bin/python3").resolve()
     assert (root / "etc/sysusers.d/portward.conf").exists()
     assert not (root / "lib").exists()
     assert {path.name for path in (root / "opt").iterdir()} == {"portward"}

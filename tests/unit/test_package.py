@@ -7,17 +7,21 @@ import shutil
 import subprocess
 from configparser import ConfigParser
 from datetime import UTC, datetime
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-from package import build, completions, manual
+from package import completions, manual
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from portward import __version__
 from portward.config.keys import Config
 from portward.daemon.workers import STAY
 from unit.cli.test_cli import verbs
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
-DEBIAN = SYSTEMD.parent / "package" / "debian"
+ROOT = SYSTEMD.parent
 PAGES = dict(manual.pages("1.2.3", datetime(2026, 1, 1, tzinfo=UTC)))
 
 
@@ -50,13 +54,45 @@ def test_every_shell_gets_completions_for_the_program() -> None:
         assert "portward" in text, path
 
 
+def needed(program: str) -> set[str]:
+    """The names of all packages that a requirement needs here, but not its own."""
+    found: set[str] = set()
+    waiting = [Requirement(program)]
+    while waiting:
+        wanted = waiting.pop()
+        for line in requires(wanted.name) or []:
+            one = Requirement(line)
+            environments = [{"extra": extra} for extra in (*wanted.extras, "")]
+            if one.marker is None or any(map(one.marker.evaluate, environments)):
+                name = canonicalize_name(one.name)
+                if name not in found or one.extras:
+                    found.add(name)
+                    waiting.append(one)
+    return found
+
+
 def test_the_package_has_all_that_the_program_imports_and_nothing_of_the_tests() -> None:
-    names = build.closure("portward[lab]")
+    """debian/rules lets pip take these, and no other, from wheels of the packages that requirements.txt locks."""
+    names = needed("portward[lab]")
     assert {"msgspec", "lmdb", "netfilterqueue", "aiosmtpd", "attrs"} <= names  # attrs: aiosmtpd needs it
     assert not names & {"pytest", "scapy", "mypy", "ruff", "atheris"}
-    entries = build.locked(names)
-    assert len(entries) == len(names)
-    assert all("--hash=sha256:" in entry for entry in entries)
+    entries = re.findall(r"(?m)^[a-zA-Z0-9].*(?:\n .*)*\n", (ROOT / "requirements.txt").read_text())
+    locked = {canonicalize_name(entry.partition("==")[0]) for entry in entries if "--hash=sha256:" in entry}
+    assert names <= locked
+
+
+def test_the_package_has_the_programs_version() -> None:
+    first = (ROOT / "debian" / "changelog").read_text().splitlines()[0]
+    assert first.startswith(f"portward ({__version__}) ")
+
+
+def test_units_of_the_package_are_those_that_debhelper_is_given() -> None:
+    """dh_installsystemd enables each unit that it is given; one that it is not given would never start."""
+    units = {path.name for path in SYSTEMD.glob("*.service")}
+    installed = (ROOT / "debian" / "portward.install").read_text()
+    rules = (ROOT / "debian" / "rules").read_text()
+    assert {name for name in units if f"systemd/{name} lib/systemd/system\n" in installed} == units
+    assert set(re.findall(r"dh_installsystemd .* (\S+\.service)", rules)) == units
 
 
 def test_stopping_takes_no_rule_away() -> None:
@@ -93,15 +129,15 @@ def test_the_port_is_closed_again_after_whatever_nftables_service_does() -> None
     assert baseline["Service"]["ExecReload"] == baseline["Service"]["ExecStart"]
     for key, word in (("ExecStart", "start"), ("ExecReload", "start"), ("ExecStop", "stop")):
         wanted = f"{key}=\n{key}=/usr/lib/portward/nftables {word}\n"  # in place of Debian's own
-        assert wanted in (SYSTEMD / "nftables.service.conf").read_text()
+        assert wanted in (SYSTEMD / "nftables.service.d" / "portward.conf").read_text()
 
 
+# What debhelper puts into the script in place of its mark, as far as it concerns an agent that runs, or not.
+RESTART = 'if [ -n "$2" ]; then deb-systemd-invoke try-restart portward.service || true; fi'
+# `systemctl is-active` succeeds as long as there is a file `active`.
 STUBS = {
-    "deb-systemd-helper": "exit 0",
-    "deb-systemd-invoke": '[ "$STATE" != failing ]',
-    "systemctl": '[ "$1" != is-active ] || [ "$STATE" != inactive ]',
-    "systemd-sysusers": "exit 0",
-    "systemd-tmpfiles": "exit 0",
+    "deb-systemd-invoke": '[ "$STATE" != failing ] || { rm "${0%/*}/active"; exit 1; }',
+    "systemctl": '[ -e "${0%/*}/active" ]',
 }
 
 
@@ -121,7 +157,11 @@ def test_what_an_installation_says_of_an_agent_that_does_not_run(
     for name, text in STUBS.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    script = (DEBIAN / "postinst").read_text().replace("/run/systemd/system", str(tmp_path))
+    if state != "inactive":
+        (tmp_path / "active").touch()
+    script = (ROOT / "debian" / "portward.postinst").read_text()
+    assert "\n#DEBHELPER#\n" in script
+    script = script.replace("#DEBHELPER#", RESTART).replace("/run/systemd/system", str(tmp_path))
     result = subprocess.run(
         ["sh", "-c", script, "postinst", *arguments.split()],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", "STATE": state}, capture_output=True, text=True, check=False,

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 from portward.errors import PortwardError
 
-# As the package makes it (systemd/tmpfiles.conf).
+# As the package makes it (systemd/tmpfiles.d/portward.conf).
 FOLDER_MODE: Final = 0o750
 FILE_MODE: Final = 0o600
 # What the agent and the verbs make beside the table. Other files there are not looked at.

@@ -29,7 +29,7 @@ _STATE = Path("/var/lib/vm-stage")
 _STORE = Path("/var/lib/portward/portward.db")
 _WORST = 2.0  # seconds that a new connection may wait while the package is upgraded
 _LEVEL = 1.6  # of systemd-analyze security
-# The agent's own root folder: what package/build.py puts there, and the links of a merged /usr.
+# The agent's own root folder: what debian/portward.dirs puts there, and the links of a merged /usr.
 _SEEN = "bin dev etc home lib lib64 proc root run sbin sys tmp usr var"
 _CAPABILITIES = (1 << 12) | (1 << 13)  # CAP_NET_ADMIN, CAP_NET_RAW
 
