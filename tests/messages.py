@@ -16,8 +16,8 @@ from babel.messages.catalog import Catalog
 from babel.messages.extract import extract_from_file
 from babel.messages.pofile import read_po, write_po
 
-from portward.i18n import DOMAIN, FOLDER
-from portward.policy import preset as presets
+from portward.i18n.catalogues import DOMAIN, FOLDER
+from portward.policy import presets
 from portward.policy.preset import Offer, Preset
 
 ROOT: Final = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from portward.base import limits
 from portward.base.codes import REASON_NUMBER
 from portward.config.documents import network_text
 from portward.model import Attachment, Details, Exemption, RateLimit, Reason, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.preset import Asked, ExemptionPath, Offer, Preset
 from portward.policy.remedy import reason_in_words
 

@@ -28,7 +28,7 @@ from bench import inventory
 from bench.figures import Curve, Figure
 from portward.base.clock import utc_now
 from portward.model import Standing, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store import open_store
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore

@@ -31,7 +31,7 @@ from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.table.edit import ChangedPlace
 from portward.table.writer import Committed
 

@@ -37,7 +37,7 @@ from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import MAIL4
 from portward.model import Attachment, Record, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.table.writer import Answers, Writer
 
 SEGMENT = "vni1"

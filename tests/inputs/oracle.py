@@ -10,13 +10,13 @@ from typing import Any, Final
 import msgspec
 
 from portward.base.characters import unshown
-from portward.config import keys as configuration
 from portward.config.documents import enc_hook
+from portward.config.load import load_config
 from portward.errors import InputError
 from portward.inventory.difference import Difference, check_offers, check_references, described, difference
 from portward.inventory.document import json_text, yaml_text
 from portward.inventory.records import read_inventory
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.protocol import RecordError, decode, encode, key_of, named
 from portward.table.writer import Answers, Writer
 
@@ -50,9 +50,9 @@ class Oracle:
 
     def _document(self, path: Path) -> None:
         if self._kind == "config":
-            config = configuration.load(path)
+            config = load_config(path)
             path.write_bytes(_toml(config))
-            assert configuration.load(path) == config
+            assert load_config(path) == config
         elif self._kind == "preset":
             preset = presets.load(str(path))
             path.write_bytes(_toml(preset))

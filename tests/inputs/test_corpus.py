@@ -10,7 +10,7 @@ import pytest
 
 from inputs.corpus import Case, Result, cases, first_line, portward
 from inputs.held import Held, hold
-from portward.config import keys as configuration
+from portward.config.load import load_config
 
 CONFIGS, PRESETS, INVENTORIES = cases("config"), cases("preset"), cases("inventory")
 # Each of these ended the process, or filled the memory, before it was bounded.
@@ -48,7 +48,7 @@ def test_a_bad_configuration_is_refused(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CONFIGS if not case.told], ids=name)
 def test_a_configuration_that_looks_bad_is_taken(case: Case) -> None:
-    assert configuration.load(case.path).segments == ("vni*",)
+    assert load_config(case.path).segments == ("vni*",)
 
 
 @pytest.mark.parametrize("case", [case for case in PRESETS if case.told], ids=name)

@@ -19,7 +19,7 @@ from inputs.held import Held, hold
 from inputs.rows import row, write_rows
 from portward.base.characters import unshown
 from portward.model import Reason
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.sqlite import SqliteStore
 from portward.table.follower import Follower
 from portward.table.writer import Answers, Writer

@@ -35,7 +35,7 @@ from portward.ipc.mark import Class
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.table.writer import Answers, Committed, Writer
 
 _SUBSCRIPTION = UUID(int=5)

@@ -26,7 +26,7 @@ from portward.model import (
     Subscription,
     Workload,
 )
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.decide import decide
 
 AZURE = presets.load("azure-2020")

@@ -11,7 +11,7 @@ from kernel.conftest import ALLOWED, Gateway
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
 from portward.model import Attachment
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.table import layout
 from portward.table.writer import Answers, Writer
 

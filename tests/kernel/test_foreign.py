@@ -25,7 +25,7 @@ from portward.errors import KernelError
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
-from portward.policy import preset as presets
+from portward.policy import presets
 
 CONFIG = Config(segments=("vni*", "tap?"), uplinks=("up0",))
 AZURE = presets.load("azure-2020")

@@ -25,7 +25,7 @@ from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.table.edit import ChangedPlace
 from portward.table.writer import Committed
 

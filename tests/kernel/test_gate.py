@@ -35,7 +35,7 @@ from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
 from portward.model import Attachment, Exemption, Mode, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.table.writer import Answers, Writer
 
 REVOKED, STAYS, OTHERS = UUID(int=1), UUID(int=2), UUID(int=3)

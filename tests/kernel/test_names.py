@@ -27,7 +27,7 @@ from portward.dataplane.surroundings import Surroundings
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO
-from portward.policy import preset as presets
+from portward.policy import presets
 
 # Names that one reader or another could take for something else: patterns, escapes, words and numbers of nft,
 # options, control characters, bytes that are not UTF-8, the longest ones.

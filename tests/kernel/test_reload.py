@@ -31,7 +31,7 @@ from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Standing, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.database import TableError

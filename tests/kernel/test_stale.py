@@ -20,7 +20,7 @@ from portward.config.keys import QueueReader
 from portward.dataplane.elements import Add
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.table.writer import Answers, Committed, Writer
 
 

@@ -22,12 +22,12 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from portward import i18n
+import portward
 from portward.base.characters import alike, shown
 from portward.cli import actor
-from portward.config import keys as configuration
 from portward.daemon import workers
 from portward.daemon.runtime import read_status, running
+from portward.i18n import catalogues
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.topology import Lab
@@ -216,10 +216,10 @@ def test_the_list_names_every_verb() -> None:
 
 
 def test_the_list_names_every_variable_that_is_read() -> None:
-    sources = Path(configuration.__file__).parent.rglob("*.py")
+    sources = Path(portward.__file__).parent.rglob("*.py")
     text = "\n".join(path.read_text("utf-8") for path in sources)
     named = set(re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", text))
-    read_by_name = {*actor._VARIABLES, *i18n._VARIABLES}
+    read_by_name = {*actor._VARIABLES, *catalogues._VARIABLES}
     assert workers.STAY == "PORTWARD_WORKERS_STAY"
     assert named | read_by_name <= {*VARIABLES}
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import messages
-from portward.i18n import DOMAIN, FOLDER
-from portward.policy import preset as presets
+from portward.i18n.catalogues import DOMAIN, FOLDER
+from portward.policy import presets
 
 CATALOGUES = sorted(FOLDER.glob(f"*/LC_MESSAGES/{DOMAIN}.po"))
 TEXTS = messages.collected()

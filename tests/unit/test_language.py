@@ -7,7 +7,8 @@ from datetime import UTC, date, datetime, timedelta, timezone
 import pytest
 
 from portward.errors import InputError
-from portward.i18n import ENGLISH, available, chosen, language, preferred
+from portward.i18n.catalogues import available, chosen, language, preferred
+from portward.i18n.language import ENGLISH
 
 FRENCH = language("fr")
 

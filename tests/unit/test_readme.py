@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from portward.config import keys as configuration
-from portward.config.keys import Config
+from portward.config.keys import Config, Metrics, Queue, Verdicts
+from portward.config.load import load_config
 from portward.inventory.difference import check_offers, check_references
 from portward.inventory.records import read_inventory
-from portward.policy import preset as presets
+from portward.policy import presets
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 
@@ -26,12 +26,12 @@ def block(language: str, holding: str) -> str:
 def test_the_configuration_shows_every_default(tmp_path: Path) -> None:
     path = tmp_path / "portward.toml"
     path.write_text(block("toml", "segments ="))
-    assert configuration.load(path) == Config(segments=("vni*",), uplinks=("eth0",))
+    assert load_config(path) == Config(segments=("vni*",), uplinks=("eth0",))
 
 
 def test_the_configuration_names_every_key() -> None:
     text = block("toml", "segments =")
-    for struct in (Config, configuration.Queue, configuration.Verdicts, configuration.Metrics):
+    for struct in (Config, Queue, Verdicts, Metrics):
         for name in struct.__struct_fields__:
             assert re.search(rf"(?m)^\[?{name}\b", text), f"{struct.__name__}.{name} is not in the README"
 

@@ -20,7 +20,7 @@ from portward.cli.program import app
 from portward.daemon import composition, report
 from portward.inventory.difference import check_offers, check_references
 from portward.inventory.records import read_inventory
-from portward.policy import preset as presets
+from portward.policy import presets
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs/reference"
 PAGES = reference.pages()

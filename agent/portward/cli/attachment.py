@@ -14,11 +14,11 @@ from portward.cli.exemption import ClockOption
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark_other_store
 from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
-from portward.config import keys as configuration
 from portward.config.documents import network_text
+from portward.config.load import load_config
 from portward.exemptions.service import ExemptionService
 from portward.ops.behind import behind_held
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.remedy import reason_in_words
 from portward.store import open_store
 
@@ -49,7 +49,7 @@ def started(
     Example: portward attachment started vni1002 10.0.0.4 --at 2026-01-10T08:00:00Z
     """
     source = asked(address, "ADDRESS")
-    settings = configuration.load(config)
+    settings = load_config(config)
     remark_other_store(settings)
     with closing(open_store(settings.store)) as store:
         service = ExemptionService(

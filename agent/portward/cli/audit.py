@@ -11,7 +11,7 @@ import typer
 from portward.base.limits import LAST_REVISION
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark_other_store
 from portward.cli.streams import say, say_json
-from portward.config import keys as configuration
+from portward.config.load import load_config
 from portward.errors import InputError
 from portward.ops import audit as audits
 from portward.ops.audit import Wanted
@@ -77,7 +77,7 @@ def audit(
     if only_check and given:
         raise InputError(f"prints no entries, so {given[0]} says nothing: leave one of them out", field="--check")
     wanted = None if only_check else Wanted(since, last or _LAST, key, actor)
-    settings = configuration.load(config)
+    settings = load_config(config)
     remark_other_store(settings)
     with contextlib.closing(open_store(settings.store)) as store, store.reading():
         check = Check(store, mark)

@@ -34,12 +34,12 @@ def diagnose(
 
     Example: portward diagnose fabrikam --lang fr
     """
-    from portward import i18n  # noqa: PLC0415 # only this verb needs all of it
+    from portward.i18n import catalogues  # noqa: PLC0415 # only this verb needs them
     from portward.ops.diagnosis import answer, gather  # noqa: PLC0415 # as above
 
     if address is None:
         who = text(who, "SUBSCRIPTION")
-    words = i18n.chosen(lang, os.environ)
+    words = catalogues.chosen(lang, os.environ)
     preset, found = gather.diagnose(config, who, address, words)
     if json:
         say_json(found)

@@ -20,8 +20,8 @@ from portward.cli.exemption_text import checked, in_a_line, lines, next_step
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption, remark_other_store
 from portward.cli.streams import say, say_json, wrote
 from portward.cli.times import instant
-from portward.config import keys as configuration
 from portward.config.keys import Config
+from portward.config.load import load_config
 from portward.errors import InputError, printable
 from portward.exemptions import lifecycle
 from portward.exemptions.lifecycle import Application, FraudResult, State
@@ -29,7 +29,7 @@ from portward.exemptions.service import ExemptionChange, ExemptionRow, Exemption
 from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck, RateLimit
 from portward.ops.behind import Behind, behind_held
 from portward.ops.enforcement_waiter import EnforcementWaiter
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.preset import Preset
 from portward.store import open_store
 from portward.store.protocol import Store, readable
@@ -330,7 +330,7 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
 def _desk(
     path: Path, actor: str | None, *, trust_clock: bool = False
 ) -> Iterator[tuple[ExemptionService, Config, Preset]]:
-    settings = configuration.load(path)
+    settings = load_config(path)
     preset = presets.load(settings.preset, named_in=path)
     remark_other_store(settings)
     with closing(open_store(settings.store)) as store:

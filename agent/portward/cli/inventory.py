@@ -15,7 +15,8 @@ from portward.base.clock import utc_now
 from portward.cli.actor import ActorOption, acting
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark, remark_other_store
 from portward.cli.streams import put, say, say_json, wrote
-from portward.config import keys as configuration
+from portward.config.keys import Config
+from portward.config.load import load_config
 from portward.errors import InputError, PortwardError
 from portward.inventory.difference import (
     Difference,
@@ -31,7 +32,7 @@ from portward.inventory.document import json_text, yaml_text
 from portward.inventory.records import Inventory, read_inventory
 from portward.ops import mistyped
 from portward.ops.behind import behind_held, held_here, held_unknown, lost_store, nothing_held, other_store
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.preset import Preset
 from portward.store import open_store
 from portward.store.flips import HeldError, check_flips
@@ -83,7 +84,7 @@ def apply(
 
     Example: portward apply --dry-run inventory.yaml
     """
-    settings = configuration.load(config)
+    settings = load_config(config)
     who = acting(actor)
     if not files:
         if not confirm or dry_run or prune:
@@ -127,14 +128,14 @@ def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
 
     Example: portward export > inventory.yaml
     """
-    settings = configuration.load(config)
+    settings = load_config(config)
     remark_other_store(settings)
     have, _ = _stored(settings.store)
     for piece in json_text(have) if json else yaml_text(have):
         put(piece)
 
 
-def _plan(settings: configuration.Config, preset: Preset, files: list[str], step: Step, *, prune: bool) -> _Plan:
+def _plan(settings: Config, preset: Preset, files: list[str], step: Step, *, prune: bool) -> _Plan:
     """Reads and checks everything; raises InputError at the first mistake."""
     inventory = read_inventory(files, step("reading", None))
     check_offers(inventory, preset)
@@ -162,7 +163,7 @@ def _stored(url: str) -> tuple[dict[str, str], int]:
         return {key: body for key, body in records if key != CONFIRMED}, revision
 
 
-def _too_many(settings: configuration.Config, preset: Preset, plan: _Plan) -> HeldError | None:
+def _too_many(settings: Config, preset: Preset, plan: _Plan) -> HeldError | None:
     """Why the agents would hold the change; None where they would not."""
     try:
         check_flips(plan.have, plan.change.puts(), preset, share=settings.max_flip_share, now=utc_now())
@@ -180,7 +181,7 @@ def _emptied(plan: _Plan) -> str:
     return f"would remove every subscription in the store ({gone})" if gone and gone == had else ""
 
 
-def _confirm(settings: configuration.Config, who: str, *, json: bool) -> None:
+def _confirm(settings: Config, who: str, *, json: bool) -> None:
     """Confirms everything that the store holds, for agents that hold a part of it. All of it, as another history,
     is confirmed for the agent here alone."""
     with contextlib.closing(open_store(settings.store)) as store:
@@ -210,7 +211,7 @@ def _confirmed(revision: int) -> str:
     return f"applied revision {revision}: everything up to it is confirmed"
 
 
-def _write(settings: configuration.Config, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int:
+def _write(settings: Config, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int:
     """Brings the difference into the store, and gives the revision; makes the store where it is missing."""
     puts = plan.change.puts()
     # Also if nothing changes: the agents may hold what is there already.

@@ -8,10 +8,10 @@ import typer
 
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
 from portward.cli.streams import say, say_json
-from portward.config import keys as configuration
 from portward.config.documents import network_text
-from portward.policy import preset as presets
-from portward.policy.preset import Offer, Preset
+from portward.config.load import load_config
+from portward.policy import presets
+from portward.policy.preset import ExemptionPath, Offer, Preset
 
 app = typer.Typer(
     help="The published policies that portward can enforce.", no_args_is_help=True, rich_markup_mode=None
@@ -61,9 +61,7 @@ def show(
 
     Example: portward policy show azure-2020
     """
-    preset = (
-        presets.load(configuration.load(config).preset, named_in=config) if name is None else presets.load(name)
-    )
+    preset = presets.load(load_config(config).preset, named_in=config) if name is None else presets.load(name)
     if json:
         say_json(preset)
         return
@@ -83,7 +81,7 @@ def show(
 def _print_offer(ids: str, offer: Offer) -> None:
     say(f"  offer     {ids}")
     say(f"              {offer.title}")
-    if offer.exemption is presets.ExemptionPath.NOT_NEEDED:
+    if offer.exemption is ExemptionPath.NOT_NEEDED:
         say("              allowed")
         return
     before = f"allowed if created before {offer.created_before}, else " if offer.created_before else ""

@@ -8,7 +8,6 @@ of the host, or `localhost`, which RFC 6761 defines without a resolver.
 from __future__ import annotations
 
 import re
-import socket
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
 
@@ -21,14 +20,18 @@ _LOOPBACK: Final = {_ANY4: "127.0.0.1", _ANY6: "::1"}
 
 
 class Endpoint(NamedTuple):
-    """A TCP address: `family` is socket.AF_INET or AF_INET6, `host` the address as text."""
+    """A TCP address and port; `host` is the address as text."""
 
-    family: int
     host: str
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if self.version == 6 else f"{self.host}:{self.port}"
+
+    @property
+    def version(self) -> int:
+        """The version of IP: 4 or 6."""
+        return 6 if ":" in self.host else 4
 
     @property
     def reachable(self) -> str:
@@ -59,4 +62,4 @@ def _endpoint(host: str, port: int) -> Endpoint:
     if address.is_multicast or "%" in host or (address.is_link_local and address.version == 6):
         # A link-local address is one of an interface, and `bind` would take the interface's index with it.
         raise ValueError(f"no server can listen on {address}: an address of this host would be right")
-    return Endpoint(socket.AF_INET6 if address.version == 6 else socket.AF_INET, str(address), port)
+    return Endpoint(str(address), port)

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Final
 
 from portward.base import clock, descriptors
-from portward.config import keys as configuration
+from portward.base.interfaces import matches
 from portward.config.keys import Config
+from portward.config.load import load_config
 from portward.daemon import report, settings, shutdown, workers
 from portward.daemon.core import Core
 from portward.daemon.health import HealthCheck
@@ -46,7 +47,7 @@ from portward.dataplane.reconciler import hearing
 from portward.errors import PortwardError
 from portward.metrics.server import MetricsServer
 from portward.metrics.snapshot import Snapshot
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.preset import Preset
 from portward.store.flips import HeldError
 from portward.table.database import put_aside
@@ -319,7 +320,7 @@ class Daemon:
             self._reload.clear()
             notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
-                await self._take(configuration.load(self._path))
+                await self._take(load_config(self._path))
                 self._reload_failed = False
                 _log.info("%s: read again and in force", self._path)
             except PortwardError as error:
@@ -412,7 +413,7 @@ def missing(config: Config, links: Links) -> list[str]:
         f"{kind}: no interface {pattern!r} is there now"
         for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks))
         for pattern in patterns
-        if not any(configuration.matches((pattern,), name) for name in names)
+        if not any(matches((pattern,), name) for name in names)
     ]
 
 
@@ -421,7 +422,7 @@ def run(path: Path) -> None:
     out = logging.StreamHandler(sys.stderr)
     out.setFormatter(log_formatter())
     logging.basicConfig(level=logging.INFO, handlers=[out])
-    config = configuration.load(path)
+    config = load_config(path)
     # What is made beside the table is for the agent's user alone.
     os.umask(0o077)
     # Four threads share one interpreter: a change of policy must not wait 5 ms, Python's default, for a count.

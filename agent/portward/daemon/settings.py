@@ -18,14 +18,14 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from portward.base import ownership
-from portward.config import keys as configuration
-from portward.config import paths
+from portward.config import keys, paths
 from portward.config.documents import enc_hook
 from portward.config.files import path_hook
 from portward.config.keys import Config
+from portward.config.load import load_config, located
 from portward.daemon.runtime import in_another_network, running
 from portward.errors import InputError
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.preset import Preset
 
 _FILE: Final = "in-force.json"
@@ -83,7 +83,7 @@ def settings(path: Path) -> Settings:
     """What counts here now for the configuration at `path`: what the running agent has in force; without one the
     file. Raises InputError for a mistake in the file, if no agent runs that has it in force."""
     try:
-        config = configuration.load(path)
+        config = load_config(path)
         preset = presets.load(config.preset, named_in=path)
     except InputError as error:
         found = _in_force(folder(path), path)
@@ -166,7 +166,7 @@ def _left(folder: Path, path: Path | None) -> _InForce | None:
         if path is None:
             return found
         if found.path == paths.to_text(str(path.absolute())):
-            return msgspec.structs.replace(found, config=configuration.located(found.config, path))
+            return msgspec.structs.replace(found, config=located(found.config, path))
     return None
 
 
@@ -176,7 +176,7 @@ def folder(path: Path) -> Path:
     with contextlib.suppress(OSError):
         if named := _TABLE.findall(path.read_text("utf-8", "replace")):
             return Path(paths.from_file(named[-1], path))
-    return configuration.DEFAULT_TABLE
+    return keys.DEFAULT_TABLE
 
 
 def _in_text(config: Config) -> Config:

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from portward.errors import PortwardError
-from portward.i18n import marked
+from portward.i18n.language import marked
 from portward.model import Details, Exemption, ExemptionState, FraudCheck, RateLimit, Standing, Subscription
 from portward.policy.preset import Asked, ExemptionPath, Offer, Preset
 

@@ -38,10 +38,11 @@ def try_to_listen(endpoints: Sequence[Endpoint]) -> str:
 def listening(endpoint: Endpoint, *, alone: bool) -> socket.socket:
     """A socket that listens at `endpoint`; raises OSError. `alone`: the only one of its configuration; then `[::]`
     also takes IPv4."""
-    opened = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    family = socket.AF_INET6 if endpoint.version == 6 else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if endpoint.family == socket.AF_INET6:
+        if endpoint.version == 6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not alone)
         opened.bind((endpoint.host, endpoint.port))
         opened.listen(_BACKLOG)

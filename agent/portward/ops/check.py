@@ -11,11 +11,11 @@ from typing import Final
 
 from portward.base import descriptors, ownership
 from portward.base.clock import utc_now
-from portward.base.interfaces import shown
+from portward.base.interfaces import matches, shown
 from portward.base.words import counted
-from portward.config import keys as configuration
 from portward.config.files import mistake
 from portward.config.keys import Config, Encrypted
+from portward.config.load import load_config
 from portward.config.paths import is_path
 from portward.daemon.runtime import read_status, running
 from portward.dataplane import (
@@ -35,7 +35,7 @@ from portward.dataplane.nft import Nft
 from portward.errors import KernelError, PortwardError, StoreError, together
 from portward.metrics.listeners import try_to_listen
 from portward.ops.behind import other_store
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store import open_store
 from portward.store.unreadable import unreadable
 from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
@@ -51,7 +51,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
 
     Not `with_store`: an agent that has a policy table begins also where its store cannot be reached. The table is
     not looked through then either: no start waits for that, since a damaged row costs one source only."""
-    config = configuration.load(path)
+    config = load_config(path)
     yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
     if config.table.exists() and not config.table.is_dir():
         raise mistake(path, f"{str(config.table)!r} is no folder", "table")
@@ -62,7 +62,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     devices = rtnetlink.devices()
     for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks)):
         for pattern in patterns:
-            found = [shown(device.name) for device in devices if configuration.matches((pattern,), device.name)]
+            found = [shown(device.name) for device in devices if matches((pattern,), device.name)]
             yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
     warnings = stacking.warnings(devices, config)
     yield from (f"WARNING: {line}" for line in warnings)

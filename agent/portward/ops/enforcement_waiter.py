@@ -19,7 +19,7 @@ from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import PortwardError
 from portward.ipc.probe import Prober
 from portward.ops.behind import Behind
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.protocol import Store
 from portward.table.history import ahead_of, count_in_table, same_history
 from portward.table.reader import Reader

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from portward.base.interfaces import shown
-from portward.config import keys as configuration
 from portward.config.keys import Config, OnAgentDown
+from portward.config.load import load_config
 from portward.config.paths import from_file, is_path
 from portward.daemon import settings
 from portward.dataplane import loaded as opened
@@ -26,7 +26,7 @@ from portward.dataplane.ruleset import uncovered
 from portward.errors import InputError, KernelError, PortwardError
 from portward.model import Mode
 from portward.ops import host
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.preset import Preset
 
 _ALREADY: Final = "portward's ruleset is loaded already: nothing is changed"
@@ -96,7 +96,7 @@ def _without_agent(config: Config, netlink: NfNetlink) -> str:
 
 def wanted(path: Path) -> str:
     """The ruleset that `portward run` would load here with the configuration at `path`."""
-    config = configuration.load(path)
+    config = load_config(path)
     preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
     netlink = NfNetlink()
     native = xtables.has_native_queue(Nft(netlink.generation, netlink.transact))
@@ -133,7 +133,7 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
         return _already(path, netlink)
     nft = Nft(netlink.generation, netlink.transact)
     try:
-        config = configuration.load(path)
+        config = load_config(path)
         preset = presets.load(config.preset, named_in=path)
         state = ruleset.State(0, synced=False)
         # With the guard: nobody watches here whether others translate packets.
@@ -151,7 +151,7 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
 def _already(path: Path, netlink: NfNetlink) -> str:
     """That nothing is changed, and what the ruleset that is loaded does not do as the configuration wants it."""
     try:
-        config = configuration.load(path)
+        config = load_config(path)
         found = opened.patterns(netlink, opened.OPEN)
     except (InputError, OSError):  # nothing that this ruleset needs: an agent, or a boot, has read it before
         return _ALREADY

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from portward.i18n import ENGLISH, Language, marked
+from portward.i18n.language import ENGLISH, Language, marked
 from portward.model import Reason, Subscription
 from portward.policy.preset import ExemptionPath, Offer, Preset
 

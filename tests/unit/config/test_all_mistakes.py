@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from portward.config import keys as configuration
+from portward.config.load import load_config
 from portward.errors import InputError
 from portward.inventory.records import read_inventory
 
@@ -49,7 +49,7 @@ subscriptions:
 def mistakes(path: Path) -> list[str]:
     """Where the mistakes of a configuration are."""
     with pytest.raises(InputError) as error:
-        configuration.load(path)
+        load_config(path)
     return [line.removeprefix(str(path)) for line in error.value.lines()]
 
 

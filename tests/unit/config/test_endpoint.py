@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
 from portward.config.endpoint import parse
@@ -25,7 +23,7 @@ def test_addresses_are_taken(text: str, addresses: list[str]) -> None:
     found = parse(text)
     assert [one.host for one in found] == addresses
     assert all(one.port == 9100 for one in found)
-    assert all((one.family == socket.AF_INET6) == (":" in one.host) for one in found)
+    assert all((one.version == 6) == (":" in one.host) for one in found)
 
 
 @pytest.mark.parametrize("text", ["127.0.0.1:9100", "[::1]:9100"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 
-from portward.config import keys as configuration
+from portward.base.interfaces import matches
 from portward.config.endpoint import Endpoint
-from portward.config.keys import Config, OnAgentDown, Refusal, matches
+from portward.config.keys import Config, OnAgentDown, Refusal
+from portward.config.load import load_config
 from portward.errors import InputError
 from portward.model import Mode
 
@@ -20,7 +20,7 @@ def read(tmp_path: Path, text: str) -> Config:
     """The configuration with this text."""
     path = tmp_path / "portward.toml"
     path.write_text(text)
-    return configuration.load(path)
+    return load_config(path)
 
 
 def test_only_segments_and_uplinks_must_be_given(tmp_path: Path) -> None:
@@ -31,12 +31,12 @@ def test_only_segments_and_uplinks_must_be_given(tmp_path: Path) -> None:
     assert found.mode is Mode.ENFORCE
     assert found.on_agent_down is OnAgentDown.CLOSED
     assert found.verdicts.refuse_with is Refusal.DROP
-    assert found.metrics_endpoints() == (Endpoint(socket.AF_INET, "127.0.0.1", 9125),)
+    assert found.metrics_endpoints() == (Endpoint("127.0.0.1", 9125),)
 
 
 def test_an_ipv6_address_and_none_for_the_metrics(tmp_path: Path) -> None:
     found = read(tmp_path, LEAST + '[metrics]\naddress = "[::1]:9125"\n')
-    assert found.metrics_endpoints() == (Endpoint(socket.AF_INET6, "::1", 9125),)
+    assert found.metrics_endpoints() == (Endpoint("::1", 9125),)
     assert read(tmp_path, LEAST + '[metrics]\naddress = ""\n').metrics_endpoints() == ()
 
 
@@ -89,7 +89,7 @@ def test_a_mistake_is_told_with_its_place(
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
-        configuration.load(tmp_path / "nowhere.toml")
+        load_config(tmp_path / "nowhere.toml")
 
 
 @pytest.mark.parametrize(

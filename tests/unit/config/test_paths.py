@@ -13,8 +13,8 @@ from typing import Final
 import pytest
 
 from portward.base.resources import rules
-from portward.config import keys as configuration
 from portward.config import paths
+from portward.config.load import load_config
 from portward.daemon.settings import settings
 from portward.errors import InputError
 from portward.ops import check
@@ -49,7 +49,7 @@ def test_a_relative_path_is_relative_to_the_file(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, named: str
 ) -> None:
     monkeypatch.chdir(tmp_path / start)
-    found = configuration.load(file if named == "absolute" else Path(os.path.relpath(file)))
+    found = load_config(file if named == "absolute" else Path(os.path.relpath(file)))
     assert found.store.startswith("sqlite:/")
     assert found.store.endswith("/etc/état/policy.db")
     assert found.table.is_absolute()
@@ -63,7 +63,7 @@ def test_a_relative_path_is_relative_to_the_file(
 def test_absolute_paths_and_names_stay(tmp_path: Path) -> None:
     path = tmp_path / "portward.toml"
     path.write_text(LEAST + 'store = "sqlite:/srv/x.db"\ntable = "/srv/t"\n[exemptions]\ncheck = ["true", "/x"]\n')
-    found = configuration.load(path)
+    found = load_config(path)
     assert (found.store, found.table) == ("sqlite:/srv/x.db", Path("/srv/t"))
     assert found.preset == "azure-2020"
     assert found.exemptions.check == ("true", "/x")
@@ -72,7 +72,7 @@ def test_absolute_paths_and_names_stay(tmp_path: Path) -> None:
 def test_the_folder_of_a_link_is_what_counts(file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.toml"
     link.symlink_to(file)
-    assert configuration.load(link).store == f"sqlite:{tmp_path}/état/policy.db"
+    assert load_config(link).store == f"sqlite:{tmp_path}/état/policy.db"
 
 
 def test_a_preset_that_is_not_there_is_named_whole(file: Path) -> None:

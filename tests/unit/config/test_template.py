@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from portward.config import keys as configuration
-from portward.config.keys import Config
+from portward.config.keys import Config, Metrics, Queue, Verdicts
+from portward.config.load import load_config
 from portward.config.template import template
 
 SHIPPED = Path(__file__).resolve().parents[3] / "systemd" / "portward.toml"
@@ -22,7 +22,7 @@ def test_the_shipped_file_is_what_the_program_makes_of_its_defaults() -> None:
 
 
 def test_it_is_taken_and_says_the_defaults() -> None:
-    assert configuration.load(SHIPPED) == Config(segments=("vni*",), uplinks=("eth0",))
+    assert load_config(SHIPPED) == Config(segments=("vni*",), uplinks=("eth0",))
 
 
 def test_every_key_stands_there_with_a_line_above_it() -> None:
@@ -30,9 +30,9 @@ def test_every_key_stands_there_with_a_line_above_it() -> None:
     written = tomllib.loads(text)
     for struct, table in (
         (Config, written),
-        (configuration.Queue, written["queue"]),
-        (configuration.Verdicts, written["verdicts"]),
-        (configuration.Metrics, written["metrics"]),
+        (Queue, written["queue"]),
+        (Verdicts, written["verdicts"]),
+        (Metrics, written["metrics"]),
     ):
         for field in msgspec.structs.fields(struct):
             assert field.encode_name in table

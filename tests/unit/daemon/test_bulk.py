@@ -22,7 +22,7 @@ from portward.daemon import bulk as module
 from portward.daemon.bulk import Bulk, BulkResult, Job
 from portward.errors import StoreError
 from portward.model import Attachment, Record, Standing, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.flips import HeldError
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore

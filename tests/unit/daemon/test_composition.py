@@ -24,7 +24,8 @@ import pytest
 
 from portward.base.clock import Clock
 from portward.cli.status import _lines
-from portward.config import keys as configuration
+from portward.config.keys import QueueReader
+from portward.config.load import load_config
 from portward.daemon import composition, health
 from portward.daemon.composition import Daemon, missing
 from portward.daemon.core import Core
@@ -49,7 +50,7 @@ class FakeWorker(Worker):
     """A worker without a process, that notes what is done to it."""
 
     def __init__(self, ground: Running) -> None:
-        super().__init__(0, 16, configuration.QueueReader.BATCH, ground.config.table, lambda source: None)
+        super().__init__(0, 16, QueueReader.BATCH, ground.config.table, lambda source: None)
         self._ground = ground
 
     @property
@@ -169,7 +170,7 @@ class Running(Ground):
 
         async def both() -> None:
             self.links = asyncio.Queue()
-            self.daemon = Daemon(self.path, configuration.load(self.path))
+            self.daemon = Daemon(self.path, load_config(self.path))
             running = asyncio.create_task(self.daemon.run())
             if work is not None:
                 try:
@@ -678,7 +679,7 @@ def test_a_stop_waits_for_no_step_of_a_start(
 
     async def stop() -> None:
         running.links = asyncio.Queue()
-        running.daemon = Daemon(running.path, configuration.load(running.path))
+        running.daemon = Daemon(running.path, load_config(running.path))
         ending = asyncio.create_task(running.daemon.run())
         await running.until(held.entered.is_set, "the start is at the step")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -700,7 +701,7 @@ def test_rules_are_kept_and_interfaces_followed_while_a_start_waits_for_the_stor
 
     async def work() -> None:
         running.links = asyncio.Queue()
-        running.daemon = Daemon(running.path, configuration.load(running.path))
+        running.daemon = Daemon(running.path, load_config(running.path))
         ending = asyncio.create_task(running.daemon.run())
         await running.until(lambda: held.entered.is_set() and enforced(running), "the rules are loaded")
         running.kernel.load("flush ruleset")

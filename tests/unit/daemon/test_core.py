@@ -36,7 +36,7 @@ from portward.errors import KernelError, StoreError
 from portward.ipc import mark
 from portward.ipc.mark import Class
 from portward.model import Attachment, Exemption, ExemptionState, Mode, RateLimit, Record, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.flips import HeldError
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore

@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from portward.config import keys as configuration
 from portward.config.keys import Config
+from portward.config.load import load_config
 from portward.daemon.runtime import Runtime
 from portward.daemon.settings import Settings, forget, last, leave, settings
 from portward.errors import InputError
-from portward.policy import preset as presets
+from portward.policy import presets
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def write(path: Path, **more: Any) -> None:
 def agent(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
     """An agent that runs with it; gives what it has in force."""
     monkeypatch.setattr("portward.daemon.runtime.faulthandler.enable", lambda _: None)
-    config = configuration.load(path)
+    config = load_config(path)
     runtime = Runtime(config.table)
     leave(path, config, presets.load(config.preset))
     yield config
@@ -43,7 +43,7 @@ def agent(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
 
 
 def test_without_an_agent_the_file_counts(path: Path) -> None:
-    assert settings(path) == Settings(configuration.load(path), presets.load("aws"))
+    assert settings(path) == Settings(load_config(path), presets.load("aws"))
 
 
 def test_the_file_of_a_running_agent_that_says_the_same_needs_no_remark(path: Path, agent: Config) -> None:
@@ -127,13 +127,13 @@ def test_what_a_reload_takes_in_is_said_to_need_one(path: Path, agent: Config) -
 
 def test_a_file_that_was_edited_since_an_agent_ran_counts_and_that_is_said(path: Path) -> None:
     """The kernel has the ruleset of before, and workers may have its queues."""
-    before = configuration.load(path)
+    before = load_config(path)
     before.table.mkdir()
     leave(path, before, presets.load("aws"))
     assert settings(path).remarks == ()
     write(path, preset="aws", mode="observe", queue={"workers": 4})
     config, _, remarks = settings(path)
-    assert config == configuration.load(path)
+    assert config == load_config(path)
     assert remarks == (
         f"{path}: not what the agent had in force that ran here last (mode, queue): it counts from the next start "
         "on, and until then what is loaded in the kernel",
@@ -169,4 +169,4 @@ def test_what_an_agent_before_left_does_not_count_while_another_starts(path: Pat
     write(path, preset="google")
     assert settings(path).preset.name == "aws"
     forget(agent.table)
-    assert settings(path) == Settings(configuration.load(path), presets.load("google"))
+    assert settings(path) == Settings(load_config(path), presets.load("google"))

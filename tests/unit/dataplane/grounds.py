@@ -31,7 +31,7 @@ from portward.dataplane.ruleset import COUNTED_SETS, RATE_LIMITS, TABLE, VERDICT
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc import mark
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.table.edit import ChangedPlace
 from portward.table.writer import Committed
 

@@ -13,7 +13,7 @@ from portward.config.keys import Config, Encrypted, OnAgentDown, Queue, Tunnels,
 from portward.dataplane.ruleset import QueueStatement, State, Wanted, replacement, wanted
 from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.model import Mode
-from portward.policy import preset as presets
+from portward.policy import presets
 
 CONFIG = Config(segments=("vni*",), uplinks=("up0",))
 AZURE = presets.load("azure-2020")

@@ -17,7 +17,7 @@ from portward.exemptions import fraud
 from portward.exemptions.lifecycle import Application, Case, FraudResult
 from portward.lab.agent import until
 from portward.model import Authentication, Details, FraudCheck, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 CASE = Case(

@@ -23,7 +23,7 @@ from portward.exemptions import lifecycle
 from portward.exemptions.lifecycle import Action, Application, FraudResult, RefusedError
 from portward.exemptions.service import ExemptionService
 from portward.model import Exemption, ExemptionState, FraudCheck, RateLimit, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.protocol import Put, decode, encode, key_of
 from portward.store.sqlite import SqliteStore
 

@@ -22,7 +22,7 @@ from portward.model import (
     Standing,
     Subscription,
 )
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.preset import Asked, ExemptionPath, Offer
 
 AZURE = presets.load("azure-2020")

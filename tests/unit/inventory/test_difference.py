@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from portward.errors import InputError
 from portward.inventory.difference import check_offers, check_references, described, difference
 from portward.model import Record, Standing
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.protocol import encode, key_of
 from unit.inventory.test_document import read
 from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, GRANT, MACHINE, PREFIX, put, texts

@@ -34,7 +34,7 @@ LARGE = b"x" * (64 << 20)
 def free() -> Endpoint:
     """An address that nobody has now."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        return Endpoint(socket.AF_INET, "127.0.0.1", taken.getsockname()[1])
+        return Endpoint("127.0.0.1", taken.getsockname()[1])
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -240,7 +240,7 @@ def test_of_localhost_one_family_is_enough(monkeypatch: pytest.MonkeyPatch) -> N
     real = listeners.listening
 
     def without_ipv6(endpoint: Endpoint, *, alone: bool) -> socket.socket:
-        if endpoint.family == socket.AF_INET6:
+        if endpoint.version == 6:
             raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
         return real(endpoint, alone=alone)
 

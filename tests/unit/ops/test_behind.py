@@ -16,8 +16,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from portward.cli.program import app
-from portward.config import keys as configuration
 from portward.config.keys import Config
+from portward.config.load import load_config
 from portward.daemon.runtime import Runtime
 from portward.ops.behind import held_unknown, lost_store, other_store
 from portward.store.sqlite import SqliteStore
@@ -38,7 +38,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(file: Path) -> Config:
-    return configuration.load(file)
+    return load_config(file)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_the_store_that_the_agent_reads_needs_no_warning(config: Config, file: P
     assert other_store(config) == ""
     (file.parent / "link.db").symlink_to("portward.db")
     configure(file, "../" + file.parent.name + "/link.db")
-    assert other_store(configuration.load(file)) == ""
+    assert other_store(load_config(file)) == ""
 
 
 def test_the_same_file_under_another_name_is_the_same_store(config: Config, file: Path, agent: Runtime) -> None:
@@ -86,7 +86,7 @@ def test_the_same_file_under_another_name_is_the_same_store(config: Config, file
     (file.parent / "portward.db").touch()
     (file.parent / "mount.db").hardlink_to(file.parent / "portward.db")
     configure(file, "mount.db")
-    assert other_store(configuration.load(file)) == ""
+    assert other_store(load_config(file)) == ""
 
 
 def test_a_path_that_goes_in_a_circle_is_another_store(file: Path, agent: Runtime) -> None:
@@ -94,7 +94,7 @@ def test_a_path_that_goes_in_a_circle_is_another_store(file: Path, agent: Runtim
     (file.parent / "one").symlink_to("two")
     (file.parent / "two").symlink_to("one")
     configure(file, "one/portward.db")
-    assert "reads another store" in other_store(configuration.load(file))
+    assert "reads another store" in other_store(load_config(file))
 
 
 def test_the_locale_of_the_agent_makes_no_other_store(
@@ -130,7 +130,7 @@ def test_each_verb_on_a_store_says_that_the_agent_reads_another_one(
     configure(file, "typo.db")
     portward(file, "apply", str(file.parent / "inventory.yaml"))
     told = CliRunner().invoke(app, [*verb, "--config", str(file)])
-    typo = configuration.load(file).store
+    typo = load_config(file).store
     assert told.stderr.startswith(
         f"WARNING   the agent here reads another store, {config.store}: it does not see "
     )

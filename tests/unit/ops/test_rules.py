@@ -206,7 +206,7 @@ def test_a_baseline_that_changes_nothing_says_what_is_loaded_against_the_file(
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
     monkeypatch.setattr(reconciler, "loaded", lambda _: True)
-    monkeypatch.setattr("portward.config.keys.load", lambda _: config)
+    monkeypatch.setattr(rules, "load_config", lambda _: config)
     said = rules.baseline(Path("portward.toml"))
     assert said.startswith("portward's ruleset is loaded already: nothing is changed")
     if told:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from portward.model import Attachment, Exemption, Reason, Standing, Subscription, Workload
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.decide import decide
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from portward.cli.policy import app
 from portward.errors import InputError
-from portward.policy import preset as presets
+from portward.policy import presets
 
 
 def run(*arguments: str) -> str:

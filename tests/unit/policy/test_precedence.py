@@ -27,8 +27,9 @@ from portward.model import (
     Subscription,
     Workload,
 )
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.decide import decide, rule_in_words
+from portward.policy.preset import ExemptionPath, Offer
 
 settings.register_profile("policy", deadline=None)  # a busy machine is no failure
 settings.load_profile("policy")
@@ -305,9 +306,7 @@ def test_an_ipv4_mapped_destination_is_an_ipv6_one() -> None:
 
 
 def test_always_allowed_comes_before_the_date() -> None:
-    both = presets.Offer(
-        ids=("x",), title="X", exemption=presets.ExemptionPath.NOT_NEEDED, created_before=date(2030, 1, 1)
-    )
+    both = Offer(ids=("x",), title="X", exemption=ExemptionPath.NOT_NEEDED, created_before=date(2030, 1, 1))
     preset = msgspec.structs.replace(PRESET, offers=(both,))
     subscription = Subscription(id=OWNER, offer="x", created=date(2020, 1, 1))
     machine = Attachment(segment="v", address=ip_network("10.0.0.4"), subscription=OWNER)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from portward.errors import InputError
-from portward.policy import preset as presets
+from portward.policy import presets
 
 OWN = """\
 name = "own"

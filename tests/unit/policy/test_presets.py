@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from portward.model import Attachment, Exemption, ExemptionState, Reason, Subscription, Workload
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.decide import decide
-from portward.policy.preset import ExemptionPath
+from portward.policy.preset import ExemptionPath, Offer
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 OWNER = UUID("11111111-0000-4000-8000-000000000003")
@@ -154,7 +154,7 @@ CHANGES: dict[str, Any] = {
     "restart": "",
     "paas_blocked": False,
     "offers": (),
-    "otherwise": presets.Offer(title="Any", exemption=ExemptionPath.NEVER),
+    "otherwise": Offer(title="Any", exemption=ExemptionPath.NEVER),
 }
 
 

@@ -7,9 +7,10 @@ from uuid import UUID
 
 import pytest
 
-from portward.i18n import ENGLISH, language
+from portward.i18n.catalogues import language
+from portward.i18n.language import ENGLISH
 from portward.model import Reason, Subscription
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.remedy import reason_in_words, remedy
 
 AZURE = presets.load("azure-2020")

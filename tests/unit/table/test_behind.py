@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portward.model import Attachment, Exemption, ExemptionState, Mode, RateLimit, Reason, Record, Standing
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.protocol import Put, confirmation, key_of
 from portward.table.follower import Follower
 from portward.table.writer import Writer

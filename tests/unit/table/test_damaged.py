@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from portward.base.clock import utc_now
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.table.database import TableError
 from portward.table.writer import Answers, Writer
 

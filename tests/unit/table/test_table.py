@@ -30,7 +30,7 @@ from portward.model import (
     Subscription,
     Workload,
 )
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.decide import decide
 from portward.table.database import TableError
 from portward.table.reader import Reader

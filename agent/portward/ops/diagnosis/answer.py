@@ -11,7 +11,7 @@ import msgspec
 from portward.base.interfaces import shown
 from portward.config.documents import network_text
 from portward.exemptions.lifecycle import State
-from portward.i18n import Language, marked, marked_many
+from portward.i18n.language import Language, marked, marked_many
 from portward.model import Exemption, FraudCheck, Mode, Reason, Standing, Subscription, Workload
 from portward.ops.diagnosis.advice import Step, Way, in_order, matters
 from portward.ops.diagnosis.facts import Drops, Facts, FactSource, Kernel, Machine, Metrics

@@ -16,7 +16,7 @@ from portward.config.keys import Config
 from portward.daemon.runtime import in_another_network
 from portward.daemon.settings import settings
 from portward.errors import PortwardError
-from portward.i18n import Language
+from portward.i18n.language import Language
 from portward.model import Address, Mode, Network, Reason
 from portward.ops import host, sources
 from portward.ops.diagnosis import counted, kernel, meant

@@ -12,7 +12,7 @@ from typing import Final
 from portward.base.characters import shown
 from portward.config.documents import network_text
 from portward.exemptions.lifecycle import ANTI_FRAUD, SELF_SERVICE, State
-from portward.i18n import Language, marked
+from portward.i18n.language import Language, marked
 from portward.model import Reason, Standing, Workload
 from portward.ops.diagnosis.advice import Matter, Step, Way
 from portward.ops.diagnosis.facts import Asked as AskedSource

@@ -13,7 +13,7 @@ from portward.exemptions.lifecycle import ANTI_FRAUD, SELF_SERVICE
 from portward.model import RateLimit, Reason, Standing, Workload
 from portward.ops.diagnosis.advice import Matter, Step, in_order, matters
 from portward.ops.diagnosis.facts import Drops
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.preset import ExemptionPath
 from unit.ops.diagnosis.samples import (
     AFTER,

@@ -11,7 +11,8 @@ import pytest
 import messages
 from portward.dataplane.stacking import Fate
 from portward.exemptions.lifecycle import ANTI_FRAUD, SELF_SERVICE, Application, Case, request
-from portward.i18n import ENGLISH, FOLDER, Language, language
+from portward.i18n.catalogues import FOLDER, language
+from portward.i18n.language import ENGLISH, Language
 from portward.ipc.mark import Class
 from portward.model import Mode, RateLimit, Reason, Standing, Workload
 from portward.ops.diagnosis.advice import Step
@@ -19,7 +20,7 @@ from portward.ops.diagnosis.answer import LISTED, diagnosis, lines
 from portward.ops.diagnosis.facts import Asked, Drops, Kernel
 from portward.ops.effect import Here
 from portward.ops.host import Agent, Cached, Host, Ruleset, Workers
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.policy.preset import Asked as ReviewAsks
 from portward.policy.remedy import reason_in_words, remedy
 from unit.ops.diagnosis.samples import (

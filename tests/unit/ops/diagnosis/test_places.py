@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from portward.base.characters import unshown
-from portward.config.keys import load
+from portward.config.load import load_config
 from portward.errors import InputError, PortwardError, StoreError
-from portward.i18n import ENGLISH
+from portward.i18n.language import ENGLISH
 from portward.model import Exemption, ExemptionState, Reason, Record, Workload
 from portward.ops import explanation, host
 from portward.ops.diagnosis import gather, meant
@@ -25,7 +25,7 @@ from portward.ops.diagnosis.facts import FactSource
 from portward.ops.diagnosis.outcome import Blocking
 from portward.ops.diagnosis.places import Accounts, StoreAccounts, TableAccounts
 from portward.ops.host import Agent, Host, Ruleset, Workers
-from portward.policy import preset as presets
+from portward.policy import presets
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
 from portward.table.reader import Reader
@@ -85,7 +85,7 @@ def test_an_account_is_found_by_id_and_by_name_with_all_its_machines(place: Acco
         (held,) = place.found(wanted)
         assert (held.id, held.subscription, held.exemption) == (ID, RECORDS[0], RECORDS[3])
         assert set(held.attachments) == set(RECORDS[4:9])
-        machines = gather.judged(load(config), AZURE, place, held)
+        machines = gather.judged(load_config(config), AZURE, place, held)
         assert {(one.segment, str(one.address), one.reason) for one in machines} == {
             ("vni1002", "10.0.0.4/32", Reason.DENIED_RESTART_REQUIRED),
             ("vni1002", "10.0.0.5/32", Reason.ALLOWED_EXEMPT),
@@ -213,7 +213,7 @@ def test_who_is_not_found_is_told_what_was_likely_meant(
     place: Accounts, config: Path, who: str, told: str
 ) -> None:
     with pytest.raises(PortwardError) as error:
-        gather._the_one(load(config), place, who)
+        gather._the_one(load_config(config), place, who)
     assert told in str(error.value)
     assert ("did you mean" in str(error.value)) is ("did you mean" in told)
 
@@ -223,7 +223,7 @@ def test_a_segment_that_is_here_is_said_to_be_one(
 ) -> None:
     monkeypatch.setattr(meant, "index_of", {"vni1002": 7}.get)
     with pytest.raises(PortwardError, match="this is a segment: `portward diagnose vni1002 ADDRESS` asks about a"):
-        gather._the_one(load(config), place, "vni1002")
+        gather._the_one(load_config(config), place, "vni1002")
 
 
 def test_the_time_is_that_of_a_faster_clock_by_which_the_agent_decided(tmp_path: Path) -> None:

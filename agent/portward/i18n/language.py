@@ -1,32 +1,24 @@
-"""Texts in the reader's language, by `gettext` and the catalogues in `locale/`.
+"""Texts, dates, numbers and lists in the reader's language. Pure: `i18n.catalogues` reads the translations.
 
-The texts in the code are English, and are the keys of the catalogues. Who writes one takes a `Language` and calls
-it:
+The texts in the code are English, and are the keys of the catalogues. A function that writes one takes a
+`Language` and calls it:
 
     say("Please wait for the decision on your request.")
     say("asked for on {when}", when=say.time(at))
     say.many("{n} machine", "{n} machines", count, n=say.number(count))
 
-`marked` names a text that is kept first and said later. `make messages` collects all of them, the customers' texts
-in the bundled presets too. English needs no catalogue; the build compiles the others.
+`marked` marks a text that is stored first and translated later. `make messages` collects all of them, and the
+customers' texts in the bundled presets.
 """
 
 from __future__ import annotations
 
-import gettext
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
-from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
-from portward.errors import InputError
-
-DOMAIN: Final = "portward"
-FOLDER: Final = Path(__file__).resolve().parent / "locale"
+# The language of the texts in the code.
 SOURCE: Final = "en"
-# The order in which gettext looks at the environment.
-_VARIABLES: Final = ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")
 
 
 def marked(text: str) -> str:
@@ -46,10 +38,36 @@ _MONTHS: Final = (
 )  # fmt: skip
 
 
+class Translations(Protocol):
+    """What a language needs of a catalogue; `gettext.GNUTranslations` has it."""
+
+    def gettext(self, message: str) -> str:
+        """The translation of a text; the text itself if there is none."""
+
+    def ngettext(self, msgid1: str, msgid2: str, n: int) -> str:
+        """The translation of a text that counts `n` things."""
+
+    def pgettext(self, context: str, message: str) -> str:
+        """The translation of a text in a context."""
+
+
+class _Untranslated:
+    """English: the texts are their own translations."""
+
+    def gettext(self, message: str) -> str:
+        return message
+
+    def ngettext(self, msgid1: str, msgid2: str, n: int) -> str:
+        return msgid1 if n == 1 else msgid2
+
+    def pgettext(self, context: str, message: str) -> str:
+        return message
+
+
 class Language:
     """One language, by its code (`en`, `fr`)."""
 
-    def __init__(self, code: str, translations: gettext.NullTranslations) -> None:
+    def __init__(self, code: str, translations: Translations) -> None:
         self.code, self._translations = code, translations
 
     def __call__(self, text: str, /, **values: object) -> str:
@@ -91,35 +109,4 @@ class Language:
         return self("“{text}”", text=text)
 
 
-ENGLISH: Final = Language(SOURCE, gettext.NullTranslations())
-
-
-def available() -> tuple[str, ...]:
-    """The codes of all languages, English first."""
-    found = (path.parent.parent.name for path in FOLDER.glob(f"*/LC_MESSAGES/{DOMAIN}.mo"))
-    return (SOURCE, *sorted(code for code in found if code != SOURCE))
-
-
-def language(code: str) -> Language:
-    """The language with this code; raises InputError that names those there are."""
-    if code not in available():
-        raise InputError(f"{code!r} is no language that is there: {', '.join(available())}", field="--lang")
-    if code == SOURCE:
-        return ENGLISH
-    return Language(code, gettext.translation(DOMAIN, FOLDER, [code]))
-
-
-def preferred(environment: Mapping[str, str]) -> Language:
-    """The language that the environment asks for; English where it asks for none, or for one that is not there."""
-    asked = next((value for name in _VARIABLES if (value := environment.get(name))), "")
-    known = available()
-    for locale in asked.split(":"):
-        code = re.split(r"[_.@]", locale, maxsplit=1)[0].lower()
-        if code in known:
-            return language(code)
-    return ENGLISH
-
-
-def chosen(code: str | None, environment: Mapping[str, str]) -> Language:
-    """The language with this code, or else the one of the environment."""
-    return preferred(environment) if code is None else language(code)
+ENGLISH: Final = Language(SOURCE, _Untranslated())

@@ -1,0 +1,106 @@
+"""Reads portward.toml: the file → a checked `Config`, with every path in it absolute (see `paths`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from portward.base.interfaces import is_pattern, matches
+from portward.config import paths
+from portward.config.files import mistake, read_toml
+from portward.config.keys import STORE, Config
+from portward.errors import together
+
+# Queue numbers have 16 bits.
+_QUEUES: Final = 65_536
+
+
+def load_config(path: Path) -> Config:
+    """Reads portward.toml, and gives it with all paths absolute; raises InputError with file, line, field and what
+    would be right."""
+    config = read_toml(path, Config)
+    if found := [mistake(path, problem, *steps) for problem, steps in _problems(config)]:
+        raise together(found)
+    return located(config, path)
+
+
+def located(config: Config, file: Path) -> Config:
+    """The configuration with the paths in it as `paths` has it."""
+    check = config.exemptions.check
+    command = (paths.program(check[0], file), *(os.fsdecode(word.encode()) for word in check[1:])) if check else ()
+    return replace(
+        config,
+        store=STORE.sub(lambda found: f"sqlite:{paths.from_file(found[1], file)}", config.store),
+        table=Path(paths.from_file(str(config.table), file)),
+        preset=paths.from_file(config.preset, file) if paths.is_path(config.preset) else config.preset,
+        exemptions=replace(config.exemptions, check=command),
+    )
+
+
+def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
+    """What is wrong beyond types and bounds: what would be right, and the steps to the field."""
+    lists: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+        (("segments",), config.segments),
+        (("uplinks",), config.uplinks),
+        (("verdicts", "observe"), config.verdicts.observe),
+    )
+    for steps, patterns in lists:
+        for place, pattern in enumerate(patterns):
+            if not is_pattern(pattern):
+                yield (
+                    f"{pattern!r} is no interface name: up to 15 bytes without space, "
+                    "'/', ':', '%', '\"' or '\\', a '*' only at its end and not alone",
+                    (*steps, place),
+                )
+    # One that is wrong in itself would make others look wrong that are not.
+    if all(is_pattern(pattern) for _, patterns in lists for pattern in patterns):
+        yield from _overlaps(config)
+    try:
+        config.metrics_endpoints()
+    except ValueError as error:
+        yield str(error), ("metrics", "address")
+    if problem := _store_problem(config.store):
+        yield problem, ("store",)
+    if config.table == Path():  # so is ""
+        yield "names no folder of its own", ("table",)
+    if config.exemptions.check and not config.exemptions.check[0]:
+        yield "names no program: its path comes first, then its arguments", ("exemptions", "check", 0)
+    if config.queue.first + config.queue.workers > _QUEUES:
+        yield f"the last queue must not be beyond {_QUEUES - 1}", ("queue", "workers")
+
+
+def _store_problem(url: str) -> str:
+    """What is wrong with the URL of a store; empty if nothing is."""
+    found = STORE.fullmatch(url)
+    path = found[1].lstrip("/") if found else ""
+    if found is None or not path:
+        return f"{url!r} is no store that this version knows: sqlite:PATH"
+    # In a URL a host would follow. As a path it would be /x on Linux, which is not what `sqlite://x` looks like.
+    if found[1].startswith("//") and not found[1].startswith("///"):
+        return (
+            f"{url!r} has two slashes, after which a URL has a host: 'sqlite:{path}' is a file beside this one, "
+            f"'sqlite:/{path}' one in /"
+        )
+    return ""
+
+
+def _overlaps(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
+    """What is wrong with the lists of interfaces together."""
+    for place, uplink in enumerate(config.uplinks):
+        if any(_overlap(uplink, segment) for segment in config.segments):
+            yield f"{uplink!r} is also a segment: mail that comes in would be judged", ("uplinks", place)
+    for place, pattern in enumerate(config.verdicts.observe):
+        if not any(_overlap(pattern, segment) for segment in config.segments):
+            yield f"{pattern!r} is none of the segments", ("verdicts", "observe", place)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether some name matches both patterns."""
+    stems = one.removesuffix("*"), other.removesuffix("*")
+    if one.endswith("*") and other.endswith("*"):
+        return stems[0].startswith(stems[1]) or stems[1].startswith(stems[0])
+    return matches((one,), stems[1]) if one.endswith("*") else matches((other,), one)
