@@ -36,17 +36,17 @@ class Bench:
     def __init__(self, gateway: Gateway) -> None:
         self._store = open_store(f"sqlite:{gateway.agent.folder / 'portward.db'}")
         with namespaces.inside(gateway.lab.gateway):
-            self._learned = VerdictCache(KernelElements(NfNetlink()))
+            self._cache = VerdictCache(KernelElements(NfNetlink()))
 
     def enforce(self, records: Sequence[Record]) -> tuple[float, float]:
         """Commits these records, each of which changes a verdict, and waits until the kernel agrees; gives the
         seconds of the commit, and those after it."""
         puts = [Put(key_of(record), encode(record)) for record in records]
-        before = self._learned.synced()
+        before = self._cache.synced()
         began = time.monotonic()
         self._store.write(puts, expected=self._store.revision(), actor="bench", at=datetime.now(UTC))
         committed = time.monotonic()
-        while self._learned.synced() in (before, None):
+        while self._cache.synced() in (before, None):
             if time.monotonic() > committed + _PATIENCE:
                 raise TimeoutError("the change is not enforced")
             time.sleep(0.0002)  # pause: of a poll

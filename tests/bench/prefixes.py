@@ -113,7 +113,7 @@ class Gateway:
         self._netlink = NfNetlink()
         nft = Nft(self._netlink.generation)
         self.kernel = Timed(self._netlink, nft.committing)
-        self._learned = VerdictCache(self.kernel)
+        self._cache = VerdictCache(self.kernel)
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(nft)
         config = Config(
             segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(allow_seconds=600, deny_seconds=600)
@@ -122,12 +122,12 @@ class Gateway:
         def want(generation: int) -> ruleset.Wanted:
             return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
-        self.enforcement = VerdictSync(
-            RulesetReconciler(nft, self._netlink, self._learned), self._learned, want,
+        self.sync = VerdictSync(
+            RulesetReconciler(nft, self._netlink, self._cache), self._cache, want,
             RateLimits(self.kernel), lambda sources: None,
         )  # fmt: skip
-        self.enforcement.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
-        self.enforcement.start(1)
+        self.sync.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
+        self.sync.start(1)
         # The daemon listens to changes, so the kernel writes a notice for each element.
         self._notices = RulesetMonitor(())
         self._generation = 1
@@ -138,13 +138,13 @@ class Gateway:
         for set_ in _EVEN:
             keys = case.keys(set_) if set_ in case.sets else []
             self.kernel.commit([Flush(set_), *([Add(set_, keys)] if keys else [])])
-        list(self._learned.elements())
+        list(self._cache.elements())
         self._generation += 1
         changed, opens = case.changed(), case.opens
         committed = Committed(self._generation, self._generation, changed, opens=opens, closes=not opens)
         self.kernel.enforced_at = 0.0
         began = time.monotonic()
-        self.enforcement.enforce(committed)
+        self.sync.enforce(committed)
         took = (self.kernel.enforced_at - began) * 1000, (self.kernel.synced_at - began) * 1000
         self._check(committed.changed)
         return took
@@ -152,14 +152,14 @@ class Gateway:
     def _check(self, places: Sequence[ChangedPlace]) -> None:
         revoked = Prefixes()
         for place in places:
-            revoked.add(self.enforcement.links[place.segment], place.network)
+            revoked.add(self.sync.links[place.segment], place.network)
         left = revoked.among("6", [key for set_ in ("allow6", "deny6") for key, _, _ in self.kernel.rows(set_)])
-        if left or self.enforcement.broken or self._learned.synced() != self._generation:
+        if left or self.sync.broken or self._cache.synced() != self._generation:
             raise RuntimeError(f"{len(left)} revoked sources are still cached")
 
     def cached(self) -> int:
         """How many verdicts are cached."""
-        return sum(1 for _ in self._learned.elements())
+        return sum(1 for _ in self._cache.elements())
 
 
 def measure(folder: Path, rounds: int = _ROUNDS) -> list[Figure]:

@@ -431,17 +431,17 @@ class Ground:
         with namespaces.inside(self.lab.gateway):
             netlink = NfNetlink()
             try:
-                learned, reader = self._learned(netlink), Reader.open(self.table)
+                cache, reader = self._cache(netlink), Reader.open(self.table)
                 try:
                     head = reader.head()
-                    for element in list(learned.elements()):
+                    for element in list(cache.elements()):
                         if isinstance(element.verdict, LimitResult):
                             continue
                         finding = reader.lookup(element.source.link, element.source.address)
                         if finding is None or classify(finding)[0] is not element.verdict:
                             found.append(f"{COUNTED_SETS[element.verdict]} remembers {element.source}: {finding}")
-                    if head is None or learned.synced() != head.generation:
-                        found.append(f"the kernel is in step with {learned.synced()}, the table is {head}")
+                    if head is None or cache.synced() != head.generation:
+                        found.append(f"the kernel is in step with {cache.synced()}, the table is {head}")
                 finally:
                     reader.close()
             except (OSError, PortwardError) as error:
@@ -497,12 +497,12 @@ class Ground:
         with namespaces.inside(self.lab.gateway):
             netlink = NfNetlink()
             try:
-                return netlink.fingerprint(TABLE, FIXED_SETS), self._learned(netlink).epoch()
+                return netlink.fingerprint(TABLE, FIXED_SETS), self._cache(netlink).epoch()
             finally:
                 netlink.close()
 
     @staticmethod
-    def _learned(netlink: NfNetlink) -> VerdictCache:
+    def _cache(netlink: NfNetlink) -> VerdictCache:
         """What the kernel remembers, for reading only."""
         return VerdictCache(KernelElements(netlink))
 

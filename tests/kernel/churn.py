@@ -53,16 +53,16 @@ class Churn:
         self._netlink = NfNetlink()
         self._nft = Nft(self._netlink.generation)
         self.elements = KernelElements(self._netlink, self._nft.committing)
-        self.learned = VerdictCache(self.elements)
+        self.cache = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
-        self.enforcement = VerdictSync(
-            RulesetReconciler(self._nft, self._netlink, self.learned), self.learned, self._want,
+        self.sync = VerdictSync(
+            RulesetReconciler(self._nft, self._netlink, self.cache), self.cache, self._want,
             RateLimits(self.elements), lambda sources: None,
         )  # fmt: skip
         index = socket.if_nametoindex(CONTOSO.segment)
         self._source = Source(index, ip_address(address).packed)
-        self.enforcement.links = {CONTOSO.segment: index}
+        self.sync.links = {CONTOSO.segment: index}
         attachment = Attachment(segment=CONTOSO.segment, address=ip_network(address), subscription=_SUBSCRIPTION)
         self.writer.replace(
             [_offer("pay-as-you-go"), attachment], revision=1, store=b"churn".ljust(16), now=utc_now()
@@ -79,7 +79,7 @@ class Churn:
         worker = workers.make(self._config.queue, self._folder, lambda source: None)[0]
         with _slowed():
             await worker.start()
-        self.enforcement.start(self._generation())
+        self.sync.start(self._generation())
         stale = remembered = 0
         try:
             with self._traffic():
@@ -89,7 +89,7 @@ class Churn:
                     offer = _offer("enterprise-agreement" if number % 2 else "pay-as-you-go")
                     enforce(self.writer.apply([offer], [], revision=self._revision, now=utc_now()))
                     time.sleep(random.random() * PAUSE)  # pause: changes come at random
-                    held = self.learned.get(self._source)
+                    held = self.cache.get(self._source)
                     remembered += held is not None
                     stale += held is not None and held.verdict is not wanted
         finally:
@@ -103,7 +103,7 @@ class Churn:
         return head.generation
 
     def _want(self, generation: int) -> ruleset.Wanted:
-        state = ruleset.State(generation, synced=self.learned.synced() == generation)
+        state = ruleset.State(generation, synced=self.cache.synced() == generation)
         return ruleset.wanted(self._config, self._preset, native=self._native, state=state)
 
     @contextmanager

@@ -251,9 +251,11 @@ def test_a_ruleset_that_the_kernel_refuses_leaves_the_closed_port(booted: Gatewa
     assert booted.agent.portward("rules", "baseline").returncode == 1
     with namespaces.inside(booted.lab.gateway):
         nft, netlink = Nft(), NfNetlink()
-        keeper = RulesetReconciler(nft, netlink, VerdictCache(KernelElements(netlink)))
+        reconciler = RulesetReconciler(nft, netlink, VerdictCache(KernelElements(netlink)))
         with pytest.raises(KernelError):
-            keeper.load(Wanted("table inet portward { nonsense }\n", definitions=0, statements=(), native=True))
+            reconciler.load(
+                Wanted("table inet portward { nonsense }\n", definitions=0, statements=(), native=True)
+            )
         netlink.close()
     assert tables(booted) == ["portward_closed"]
     assert not booted.passes(FABRIKAM, "10.0.0.5")

@@ -253,13 +253,13 @@ def test_the_shipped_ruleset_is_loaded_changed_and_put_back_alike(namespace: str
             lambda plane: plane.nft.load("flush chain inet portward to_workers"),
             lambda plane: plane.check(),
             lambda plane: plane.nft.load("delete table inet portward"),
-            lambda plane: (plane.keeper.intact(), plane.check(), plane.keeper.intact()),
+            lambda plane: (plane.reconciler.intact(), plane.check(), plane.reconciler.intact()),
             lambda plane: plane.nft.load(rules("nftables", "closed.nft").read_text()),
-            lambda plane: (plane.keeper.intact(), plane.check()),
+            lambda plane: (plane.reconciler.intact(), plane.check()),
             lambda plane: plane.start(),
-            lambda plane: (plane.netlink.sets(TABLE), plane.netlink.hooks(TABLE), plane.learned.definitions()),
+            lambda plane: (plane.netlink.sets(TABLE), plane.netlink.hooks(TABLE), plane.cache.definitions()),
             lambda plane: plane.netlink.fingerprint(TABLE, FIXED_SETS) is None,
-            lambda plane: (plane.learned.epoch(), plane.learned.synced(), plane.keeper.repairs),
+            lambda plane: (plane.cache.epoch(), plane.cache.synced(), plane.reconciler.repairs),
         ]
         for step in steps:
             before = [plane.netlink.generation() for plane in planes]

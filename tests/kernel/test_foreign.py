@@ -218,8 +218,8 @@ class Place:
         self.netlink = NfNetlink()
         self.nft = Nft(self.netlink.generation, self.netlink.transact)
         self.notices = hearing(lambda: (self.netlink.port,))
-        learned = VerdictCache(KernelElements(self.netlink, self.nft.committing))
-        self.keeper = RulesetReconciler(self.nft, self.netlink, learned, self.notices.read)
+        cache = VerdictCache(KernelElements(self.netlink, self.nft.committing))
+        self.reconciler = RulesetReconciler(self.nft, self.netlink, cache, self.notices.read)
 
     def close(self) -> None:
         """Closes the sockets."""
@@ -239,9 +239,9 @@ def place(namespace: str) -> Iterator[Place]:
 def test_a_load_is_done_at_the_first_try_and_stays(namespace: str, place: Place, rate: int) -> None:
     with traffic(namespace, rate):
         for generation in range(1, 21):
-            place.keeper.load(want(generation))
-            assert place.keeper.intact()
-    assert place.keeper.repairs == 0
+            place.reconciler.load(want(generation))
+            assert place.reconciler.intact()
+    assert place.reconciler.repairs == 0
 
 
 def test_a_chain_that_comes_right_behind_our_load_is_no_part_of_it(
@@ -258,28 +258,28 @@ def test_a_chain_that_comes_right_behind_our_load_is_no_part_of_it(
 
     monkeypatch.setattr(place.netlink, "fingerprint", late)
     with traffic(namespace):
-        place.keeper.load(want())
+        place.reconciler.load(want())
     assert times
     rules = namespaces.run(namespace, ["nft", "-s", "list", "chain", "inet", TABLE, "screen"]).stdout
     assert "\t\taccept\n" not in rules
-    assert place.keeper.intact()
+    assert place.reconciler.intact()
 
 
 def test_damage_shows_behind_any_number_of_changes_of_others(namespace: str, place: Place) -> None:
-    place.keeper.load(want())
+    place.reconciler.load(want())
     with traffic(namespace):
-        assert place.keeper.intact()
+        assert place.reconciler.intact()
         namespaces.load(namespace, f"flush chain inet {TABLE} screen")
-        assert not place.keeper.intact()
-        place.keeper.repair(want())
-        assert place.keeper.intact()
+        assert not place.reconciler.intact()
+        place.reconciler.repair(want())
+        assert place.reconciler.intact()
 
 
 def test_a_reading_that_others_interrupt_is_no_damage(
     namespace: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is read again; damage shows all the same."""
-    place.keeper.load(want())
+    place.reconciler.load(want())
     namespaces.load(namespace, f"add chain inet {TABLE} extra\ndelete chain inet {TABLE} extra")
 
     def interrupted(*_: object) -> bytes:
@@ -287,11 +287,11 @@ def test_a_reading_that_others_interrupt_is_no_damage(
 
     with monkeypatch.context() as patch:
         patch.setattr(place.netlink, "fingerprint", interrupted)
-        assert place.keeper.intact()
-        assert not place.keeper.at_rest(place.netlink)
-    assert place.keeper.intact()
+        assert place.reconciler.intact()
+        assert not place.reconciler.at_rest(place.netlink)
+    assert place.reconciler.intact()
     namespaces.load(namespace, f"flush chain inet {TABLE} screen")
-    assert not place.keeper.intact()
+    assert not place.reconciler.intact()
 
 
 @pytest.mark.parametrize("family", ["ip", "inet"])
@@ -300,44 +300,44 @@ def test_a_large_ruleset_of_others_that_changes_keeps_no_load(namespace: str, pl
     crowd(namespace, 20_000, 100_000, family)
     with traffic(namespace):
         for generation in range(1, 4):
-            place.keeper.load(want(generation))
-            assert place.keeper.intact()
+            place.reconciler.load(want(generation))
+            assert place.reconciler.intact()
         namespaces.load(namespace, f"add chain inet {TABLE} extra")
-        until(lambda: not place.keeper.intact(), "the damage shows")
-        place.keeper.repair(want())
+        until(lambda: not place.reconciler.intact(), "the damage shows")
+        place.reconciler.repair(want())
 
 
 def test_the_devices_above_segments_are_closed_before_the_ruleset_is_loaded(namespace: str, place: Place) -> None:
-    place.keeper.load(want(stacked=frozenset()))
+    place.reconciler.load(want(stacked=frozenset()))
     text = ruleset.stacked_alone(CONFIG, AZURE, NOTHING._replace(stacked=frozenset((1,))))
     sets = namespaces.run(namespace, ["nft", "list", "set", "inet", TABLE, "internal4"]).stdout
     with traffic(namespace):
-        place.keeper.add(text)
+        place.reconciler.add(text)
     assert "stacked" in place.netlink.hooks(TABLE)
     assert namespaces.run(namespace, ["nft", "list", "set", "inet", TABLE, "internal4"]).stdout == sets
 
 
 def test_a_set_of_ours_that_others_fill_is_heard_of(namespace: str, place: Place) -> None:
-    place.keeper.load(want())
+    place.reconciler.load(want())
     body = attribute(1, string(TABLE)) + attribute(3, string(f"x{uuid4().hex}"))
     other = NfNetlink()
     other.commit([(3, body)])
     other.close()
-    assert not place.keeper.intact()
+    assert not place.reconciler.intact()
 
 
 def test_a_libnftables_that_prints_otherwise_for_one_text_alone_enforces_as_well(
     place: Place, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its transactions come from a socket of its own, so notices take them for another program's."""
-    place.keeper.load(want())
+    place.reconciler.load(want())
     monkeypatch.setattr(compiled, "_ROW", compiled._COLOUR)
-    place.keeper.load(want(stacked=frozenset()))
+    place.reconciler.load(want(stacked=frozenset()))
     assert not place.nft.compiles
-    assert place.keeper.intact()
-    assert place.keeper.at_rest(place.netlink)
+    assert place.reconciler.intact()
+    assert place.reconciler.at_rest(place.netlink)
     namespaces.load(namespace, f"flush chain inet {TABLE} screen")
-    assert not place.keeper.at_rest(place.netlink)
-    assert not place.keeper.intact()
-    place.keeper.repair(want(stacked=frozenset()))
-    assert place.keeper.intact()
+    assert not place.reconciler.at_rest(place.netlink)
+    assert not place.reconciler.intact()
+    place.reconciler.repair(want(stacked=frozenset()))
+    assert place.reconciler.intact()

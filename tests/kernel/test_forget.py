@@ -40,25 +40,25 @@ class Forgetting:
         self.netlink = NfNetlink()
         self.nft = Nft(self.netlink.generation)
         self.kernel = KernelElements(self.netlink, self.nft.committing)
-        self.learned, self.rates = VerdictCache(self.kernel), RateLimits(self.kernel)
+        self.cache, self.rate_limits = VerdictCache(self.kernel), RateLimits(self.kernel)
         config = Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(**verdicts))
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(self.nft)
 
         def want(generation: int) -> ruleset.Wanted:
             return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
 
-        self.keeper = RulesetReconciler(self.nft, self.netlink, self.learned)
-        self.enforcement = VerdictSync(self.keeper, self.learned, want, self.rates, lambda sources: None)
-        self.enforcement.links = dict(_LINKS)
-        self.enforcement.start(1)
+        self.reconciler = RulesetReconciler(self.nft, self.netlink, self.cache)
+        self.sync = VerdictSync(self.reconciler, self.cache, want, self.rate_limits, lambda sources: None)
+        self.sync.links = dict(_LINKS)
+        self.sync.start(1)
         self.generation = 1
 
     def change(self, *prefixes: str, segment: str = "vni1", links: frozenset[int] = frozenset()) -> None:
         self.generation += 1
         places = tuple(ChangedPlace(segment, ip_network(prefix)) for prefix in prefixes)
-        self.enforcement.enforce(Committed(self.generation, self.generation, places, links))
-        assert self.enforcement.broken == ""
-        assert self.learned.synced() == self.generation
+        self.sync.enforce(Committed(self.generation, self.generation, places, links))
+        assert self.sync.broken == ""
+        assert self.cache.synced() == self.generation
 
     def cached(self, set_: str) -> set[bytes]:
         return {key for key, _, _ in self.kernel.rows(set_)}
@@ -116,13 +116,15 @@ def test_revoked_prefixes_go_and_other_tenants_stay(
     stay = [key(outside, number) for number in range(3_000)] + [key(inside, number, 12) for number in range(3_000)]
     for name in _LEARNED:
         here.kernel.commit([Add(name + family, go + stay)])
-    repairs = here.keeper.repairs
+    repairs = here.reconciler.repairs
     here.change(prefix)
     for name in _LEARNED[:3]:  # the others expire within seconds
         assert here.cached(name + family) == set(stay), name
     for name in _LEARNED:
         assert here.cached(name + family) <= set(stay), name
-    assert (here.keeper.repairs, here.keeper.intact()) == (repairs, True), "our own transactions are known as ours"
+    assert (here.reconciler.repairs, here.reconciler.intact()) == (repairs, True), (
+        "our own transactions are known as ours"
+    )
 
 
 def test_an_interface_that_is_gone_takes_its_verdicts_with_it(make: Callable[..., Forgetting]) -> None:
@@ -184,13 +186,13 @@ def test_no_revoked_source_is_left_while_the_kernel_collects(make: Callable[...,
 def test_a_rate_limit_goes_with_its_source(make: Callable[..., Forgetting]) -> None:
     here = make()
     inside, outside = (Source.of(key(address)) for address in ("2001:db8:1::", "2001:db8:2::"))
-    here.rates.add({inside: Bucket(1, 60, 7), outside: Bucket(2, 30, 3)})
+    here.rate_limits.add({inside: Bucket(1, 60, 7), outside: Bucket(2, 30, 3)})
     listing = here.nft.listing("inet portward")
     assert "rate 60/minute burst 7 packets" in listing
     here.change("2001:db8:1::/64")
     assert RateLimits.sources_in_kernel(here.kernel) == {outside: Bucket(2, 30, 3)}
-    assert list(here.rates.sources()) == [outside]
-    here.rates.delete_unused(lambda bucket: False)
+    assert list(here.rate_limits.sources()) == [outside]
+    here.rate_limits.delete_unused(lambda bucket: False)
     assert here.kernel.limits() == ["s2-30-3"]
 
 

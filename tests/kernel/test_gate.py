@@ -86,18 +86,18 @@ class Gated:
         self.netlink = NfNetlink()
         self._nft = Nft(self.netlink.generation)
         self.elements = Halting(self.netlink, self._nft)
-        self.learned = VerdictCache(self.elements)
+        self.cache = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=reject))
-        self.keeper = RulesetReconciler(self._nft, self.netlink, self.learned)
+        self.reconciler = RulesetReconciler(self._nft, self.netlink, self.cache)
         self.links = {tenant: socket.if_nametoindex(tenant.segment) for tenant in (CONTOSO, FABRIKAM)}
         self._fill(mode)
-        self.enforcement = self._enforcement()
+        self.sync = self._sync()
         self.senders = {tenant: Sender(lab, tenant) for tenant in self.links}
         self.revision = 1
 
-    def _enforcement(self) -> VerdictSync:
-        made = VerdictSync(self.keeper, self.learned, self.want, RateLimits(self.elements), lambda sources: None)
+    def _sync(self) -> VerdictSync:
+        made = VerdictSync(self.reconciler, self.cache, self.want, RateLimits(self.elements), lambda sources: None)
         made.links = {tenant.segment: index for tenant, index in self.links.items()}
         return made
 
@@ -122,7 +122,7 @@ class Gated:
 
     def want(self, generation: int) -> ruleset.Wanted:
         """The ruleset for a generation of the policy table."""
-        state = ruleset.State(generation, synced=self.learned.synced() == generation)
+        state = ruleset.State(generation, synced=self.cache.synced() == generation)
         return ruleset.wanted(self.config, self._preset, native=self._native, state=state)
 
     @property
@@ -136,7 +136,7 @@ class Gated:
         """Caches so many sources behind another interface that a search is worth a gate."""
         keys = [Source(_CROWD_LINK, (0xC0000000 + number).to_bytes(4, "big")).key for number in range(_CROWD)]
         self.elements.commit([Add("allow4", keys)])
-        assert len(list(self.learned.elements())) >= _CROWD, "the sizes are known from a reading"
+        assert len(list(self.cache.elements())) >= _CROWD, "the sizes are known from a reading"
 
     @contextmanager
     def revoking(self, *, dies: bool = False) -> Iterator[None]:
@@ -148,7 +148,7 @@ class Gated:
 
         def work() -> None:
             try:
-                self.enforcement.enforce(committed)
+                self.sync.enforce(committed)
             except Died as error:
                 failed.append(error)
 
@@ -223,7 +223,7 @@ def run(
         worker = workers.make(Queue(), folder, lambda source: None)[0]
         await worker.start()
         try:
-            gated.enforcement.start(gated.generation)
+            gated.sync.start(gated.generation)
             for tenant, sources in ((CONTOSO, GO + STAY), (FABRIKAM, ELSEWHERE)):
                 until(lambda: gated.pass_of(tenant, sources) == len(sources), "each passes at first")  # noqa: B023
             gated.crowd()
@@ -250,7 +250,7 @@ def test_a_revoked_source_does_not_pass_by_its_cached_verdict_during_the_search(
         namespaces.batch(gated.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
         with gated.revoking():
             assert gated.cached_allows() == [True, True], "the search has not come to it"
-            assert (gated.learned.enforces(gated.generation), gated.learned.synced()) == (True, old)
+            assert (gated.cache.enforces(gated.generation), gated.cache.synced()) == (True, old)
             assert gated.is_gated() == (1, 1, 1)
             assert gated.pass_of(CONTOSO, GO, times=20) == 0
             asked = gated.missed()
@@ -261,9 +261,9 @@ def test_a_revoked_source_does_not_pass_by_its_cached_verdict_during_the_search(
             assert gated.pass_of(CONTOSO, GO[:1], to="10.9.0.1") == 1, "an internal destination"
         assert gated.is_gated() == (0, 0, 0)
         assert gated.cached_allows() == [False, False]
-        assert gated.learned.synced() == gated.generation
+        assert gated.cache.synced() == gated.generation
         assert gated.netlink.fingerprint(TABLE, FIXED_SETS) == before
-        assert (gated.enforcement.intact(), gated.keeper.repairs) == (True, 0)
+        assert (gated.sync.intact(), gated.reconciler.repairs) == (True, 0)
         assert gated.pass_of(CONTOSO, GO, times=3) == 0
         assert gated.pass_of(CONTOSO, STAY) == 2
 
@@ -279,7 +279,7 @@ def test_without_the_gate_the_revoked_source_is_seen_to_pass(
 
     async def body(gated: Gated, _: workers.Worker) -> None:
         with gated.revoking():
-            assert not gated.learned.enforces(gated.generation)
+            assert not gated.cache.enforces(gated.generation)
             assert gated.pass_of(CONTOSO, GO, times=3) == 6
 
     run(tmp_path, body, mode=mode)
@@ -301,7 +301,7 @@ def test_a_gate_that_is_left_by_a_process_that_died_goes_with_the_next_start(tmp
             pass
         assert gated.is_gated() == (1, 1, 1)
         assert gated.pass_of(CONTOSO, GO, times=3) == 0
-        assert gated._enforcement().start(gated.generation), "what is cached is forgotten"
+        assert gated._sync().start(gated.generation), "what is cached is forgotten"
         assert gated.is_gated() == (0, 0, 0)
         assert gated.cached_allows() == [False, False]
         assert gated.pass_of(CONTOSO, GO, times=3) == 0
@@ -316,8 +316,8 @@ def test_a_gate_that_another_program_takes_away_is_no_obstacle_to_the_repair(tmp
     async def body(gated: Gated, _: workers.Worker) -> None:
         with gated.revoking():
             namespaces.run(gated.lab.gateway, ["nft", "flush chain inet portward screen"])
-        assert not gated.enforcement.intact()
-        gated.enforcement.repair(gated.generation)
+        assert not gated.sync.intact()
+        gated.sync.repair(gated.generation)
         assert gated.is_gated() == (0, 0, 0)
         assert gated.pass_of(CONTOSO, GO, times=3) == 0
         assert gated.pass_of(CONTOSO, STAY) == 2

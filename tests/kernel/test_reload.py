@@ -87,20 +87,20 @@ def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Co
         core.surround(now._replace(stacked=frozenset((1,))))
         assert found()[:2] == in_order
         assert set(found()) == always | ruleset.STACKED_HOOKS.items()
-        assert core.keeper.intact()
+        assert core.reconciler.intact()
         core.surround(now)
         assert found()[:2] == in_order
         assert set(found()) == always
-        assert core.keeper.intact()
-    assert core.keeper.repairs == 0
+        assert core.reconciler.intact()
+    assert core.reconciler.repairs == 0
 
 
 def test_chains_that_act_at_once_are_there_while_the_whole_ruleset_is_not_taken(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device above a segment is closed first; what fails after that is tried again."""
-    monkeypatch.setattr(core.keeper, "_load_once", once(KernelError("busy"), core.keeper._load_once))
-    monkeypatch.setattr(core._dataplane.enforcement, "repair", lambda _: None)
+    monkeypatch.setattr(core.reconciler, "_load_once", once(KernelError("busy"), core.reconciler._load_once))
+    monkeypatch.setattr(core._dataplane.sync, "repair", lambda _: None)
     core.surround(core._dataplane._surroundings._replace(stacked=frozenset((1,))))
     assert core._netlink.hooks(ruleset.TABLE)["stacked"] == ruleset.STACKED_HOOKS["stacked"]
 
@@ -123,29 +123,29 @@ def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number
     address = ip_address("10.0.0.4").packed
     assert (core._dataplane._reader.lookup(_VRF, address) is not None) is (number == 1)
     core.asked([Source(_VRF, address)])
-    held = core._dataplane.learned.get(Source(port, address))
+    held = core._dataplane.cache.get(Source(port, address))
     assert (held is not None and held.verdict is mark.Class.ALLOW) is (number == 1)
-    assert core._dataplane.learned.get(Source(_VRF, address)) is None, "the sets know ports"
+    assert core._dataplane.cache.get(Source(_VRF, address)) is None, "the sets know ports"
 
 
 def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long_again(core: Core) -> None:
-    learned = core._dataplane.learned
+    cache = core._dataplane.cache
 
     def left() -> int:
         """Milliseconds."""
-        ((_, _, expires_ms),) = learned._elements.rows(ruleset.RENEWED)
+        ((_, _, expires_ms),) = cache._elements.rows(ruleset.RENEWED)
         return expires_ms
 
-    learned.renew([5])
+    cache.renew([5])
     until(lambda: left() < 9_800, "some time has passed")
-    learned.renew([5])
+    cache.renew([5])
     assert left() > 9_800
 
 
 def in_step(core: Core) -> bool:
     """Whether the kernel remembers verdicts of the table's policy, and of no other."""
-    learned = core._dataplane.learned
-    return learned.epoch() == mark.epoch_of(core.generation) and learned.synced() == core.generation
+    cache = core._dataplane.cache
+    return cache.epoch() == mark.epoch_of(core.generation) and cache.synced() == core.generation
 
 
 def once(error: Exception, real: Any) -> Any:
@@ -206,7 +206,7 @@ def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
     core._nft.load("delete table inet portward\n")
     monkeypatch.setattr(xtables, "install", once(KernelError("no memory"), xtables.install))
     with pytest.raises(KernelError):
-        core.keeper.repair(want)
+        core.reconciler.repair(want)
     assert loaded(core._netlink)
     core.check()
     assert not core.broken
@@ -266,7 +266,7 @@ def test_a_change_on_its_way_to_the_kernel_thread_is_no_reason_for_a_repair(tmp_
         assert (core.revision, core.enforced) == (2, 1)
         assert core.at_rest()
         core.check()
-        assert core.keeper.repairs == 0
+        assert core.reconciler.repairs == 0
         kernel.catch_up()
         assert core.enforced == 2
         assert in_step(core)
@@ -280,7 +280,7 @@ def test_a_change_that_comes_after_a_repair_has_taken_it_in_leaves_the_kernel_as
         assert core.sync()
         Nft().load("delete table inet portward\n")
         core.check()
-        assert core.keeper.repairs == 1
+        assert core.reconciler.repairs == 1
         assert core.enforced == 2
         assert in_step(core)
         before = core._netlink.generation()
@@ -329,10 +329,10 @@ def test_what_the_store_changed_before_the_ruleset_is_loaded_is_carried_out_by_t
         assert again.generation == generation
         assert again.sync()
         kernel.catch_up()
-        assert again._dataplane.learned.get(Source(index, owned)) is not None, "nothing is loaded yet"
+        assert again._dataplane.cache.get(Source(index, owned)) is not None, "nothing is loaded yet"
         again.load()
-        assert again._dataplane.learned.get(Source(index, owned)) is None
-        assert again._dataplane.learned.get(other) is not None
+        assert again._dataplane.cache.get(Source(index, owned)) is None
+        assert again._dataplane.cache.get(other) is not None
         assert in_step(again)
         assert again.enforced == 2
         again.close_store()

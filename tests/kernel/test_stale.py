@@ -29,7 +29,7 @@ from portward.table.writer import Answers, Committed, Writer
 def test_no_stale_verdict_is_remembered(tmp_path: Path, address: str, reader: QueueReader) -> None:
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
         stale, remembered = churned(
-            lab, tmp_path, address, 400, lambda churn, committed: churn.enforcement.enforce(committed), reader
+            lab, tmp_path, address, 400, lambda churn, committed: churn.sync.enforce(committed), reader
         )
     assert remembered > 40, "the source hardly got a verdict: nothing was tried"
     assert stale == 0
@@ -43,8 +43,8 @@ def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path, r
         """The step."""
 
     def forget_only(churn: Churn, committed: Committed) -> None:
-        churn.learned.move_epoch = left_out  # type: ignore[method-assign]
-        churn.learned.forget(churn.enforcement._sources(committed), committed.generation)
+        churn.cache.move_epoch = left_out  # type: ignore[method-assign]
+        churn.cache.forget(churn.sync._sources(committed), committed.generation)
 
     def both_epochs(churn: Churn, committed: Committed) -> None:
         # Every epoch is current: as if verdicts carried none.

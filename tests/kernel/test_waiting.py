@@ -183,7 +183,7 @@ def become(ground: Ground, name: str) -> int:
     links = Links({index: name}, frozenset({index}))
     ground.core.unsettle(frozenset({index}), 1)
     ground.core.links_changed(links, 1)
-    assert not ground.core._dataplane.enforcement.unsettled
+    assert not ground.core._dataplane.sync.unsettled
     return index
 
 
@@ -254,10 +254,10 @@ def test_what_waits_from_an_interface_that_goes_is_dropped_by_the_kernel(ground:
 def test_what_is_cached_for_the_new_owner_passes_the_guard(ground: Ground, cached: str) -> None:
     waiting, dataplane = ground.waiting(FORWARD), ground.core._dataplane
     source = Source(socket.if_nametoindex(CONTOSO.segment), ip_address("10.0.0.4").packed)
-    dataplane.learned.renew([source.link])
+    dataplane.cache.renew([source.link])
     if cached == "rate limit":
-        dataplane._rates.add({source: Bucket(5, 10, 2)})
+        dataplane.rate_limits.add({source: Bucket(5, 10, 2)})
     elif cached != "nothing":
-        dataplane.learned.add({source: mark.Class[cached.upper()]})
+        dataplane.cache.add({source: mark.Class[cached.upper()]})
     passes = cached in ("allow", "observed", "rate limit")
     assert waiting.accepted(ground.lab, waiting.packet.mark) is passes

@@ -219,7 +219,7 @@ class Core:
         asked on the kernel thread."""
         with contextlib.suppress(OSError, KernelError):
             due = self.broken or self._dataplane.behind or self._dataplane.unwatched
-            return not due and self.keeper.at_rest(self._watching, heard)
+            return not due and self.reconciler.at_rest(self._watching, heard)
         return False
 
     @property
@@ -264,9 +264,9 @@ class Core:
         return self._dataplane.preset
 
     @property
-    def keeper(self) -> RulesetReconciler:
+    def reconciler(self) -> RulesetReconciler:
         """Owner of the ruleset."""
-        return self._dataplane.keeper
+        return self._dataplane.reconciler
 
     @property
     def generation(self) -> int:

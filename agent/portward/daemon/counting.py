@@ -52,7 +52,7 @@ class Counting:
         of its subscriptions can be given anew by one. Any thread."""
         self._netlink = netlink
         self._elements = KernelElements(self._netlink)
-        self._learned = VerdictCache(self._elements)
+        self._cache = VerdictCache(self._elements)
         self._reader, self._changes = reader, changes
         self._file, self._kernel = CountsFile(folder), _this_kernel()
         self._unsaved = ""
@@ -118,10 +118,10 @@ class Counting:
         is the worse mistake, and there are fewer of them: as many of these are looked at as of the others."""
         found = {f"{name}{family}": verdict for verdict, name in COUNTED_SETS.items() for family in "46"}
         # What was counted under a limit stays for a minute after the limit has gone.
-        limited = dataplane.rates_seen = RateLimits.sources_in_kernel(self._elements)
+        limited = dataplane.rate_limits_seen = RateLimits.sources_in_kernel(self._elements)
         rows = {name: self._latest[name] if name in self._latest else self._rows(name) for name in found}
         self._latest = {}
-        dataplane.learned.sizes.update({name: len(part) for name, part in rows.items()})
+        dataplane.cache.sizes.update({name: len(part) for name, part in rows.items()})
         self.remembered = Counter()
         for name, part in rows.items():
             rated = isinstance(found[name], LimitResult)
@@ -161,7 +161,7 @@ class Counting:
         with contextlib.suppress(OSError):
             return {
                 shown(names.get(index, str(index))): packets
-                for index, packets in self._learned.over_miss_limit().items()
+                for index, packets in self._cache.over_miss_limit().items()
             }
         return {}
 

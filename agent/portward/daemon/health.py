@@ -68,7 +68,7 @@ class HealthCheck:
         asked = [worker for worker in self._workers if worker.ready]
         began = time.monotonic()
         silent = await self._silent(prober, asked)
-        if silent and self._core.keeper.loaded_at > began:
+        if silent and self._core.reconciler.loaded_at > began:
             return 0.0  # the query may have gone with the rules that somebody took away
         for worker in asked:
             self._judge_worker(worker, silent=worker in silent)

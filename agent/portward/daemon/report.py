@@ -67,8 +67,8 @@ def snapshot(core: Core, workers: list[Worker], server: MetricsServer, *, reload
             for cause, number in (("full", state.dropped_full), ("socket", state.dropped_socket))
         },
         queue_waiting={(str(state.number),): state.waiting for state in queues},
-        ruleset_repairs=core.keeper.repairs,
-        ruleset_repair_tries=core.keeper.repair_tries,
+        ruleset_repairs=core.reconciler.repairs,
+        ruleset_repair_tries=core.reconciler.repair_tries,
         policy_changes=core.changes,
         policy_held=core.held is not None,
         history_replaced=core.histories,

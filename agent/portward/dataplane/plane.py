@@ -78,11 +78,11 @@ class Dataplane:
         self._nft, self._netlink, self._reader = nft, netlink, reader
         self._selfcheck, self._under_way = selfcheck, under_way
         elements = KernelElements(netlink, nft.committing, deletions)
-        self.learned = VerdictCache(elements)
-        self.keeper = RulesetReconciler(nft, netlink, self.learned, notices)
-        self.rates_seen: dict[Source, Bucket] = {}
-        self._rates = RateLimits(elements)
-        self.enforcement = VerdictSync(self.keeper, self.learned, self.want, self._rates, self.rate)
+        self.cache = VerdictCache(elements)
+        self.reconciler = RulesetReconciler(nft, netlink, self.cache, notices)
+        self.rate_limits_seen: dict[Source, Bucket] = {}
+        self.rate_limits = RateLimits(elements)
+        self.sync = VerdictSync(self.reconciler, self.cache, self.want, self.rate_limits, self.rate)
         self._surroundings = NOTHING
         self.lookout = SurroundingsMonitor()
         # What others have in the kernel decides whether the forward guard is loaded.
@@ -99,7 +99,7 @@ class Dataplane:
     @property
     def broken(self) -> str:
         """Why the kernel does not have the ruleset that it should have; empty if it has."""
-        return self.enforcement.broken
+        return self.sync.broken
 
     def prepare(self, seen: Links) -> None:
         """Compiles the ruleset that `load` is expected to load for interfaces as they were `seen`. What goes
@@ -113,10 +113,10 @@ class Dataplane:
         """Loads the ruleset for the table as it was after `committed`, with `links` (segment → interface index),
         and for what stands around it, among it the interfaces as they were `seen`; then carries out what was
         committed since. From here on the gateway enforces. Raises KernelError."""
-        self.enforcement.links = links
+        self.sync.links = links
         self._take_links(seen)
         self._surroundings = self._around()._replace(guard=self.watch.look())
-        if self.enforcement.start(committed.generation):
+        if self.sync.start(committed.generation):
             _log.info("the kernel remembered verdicts of another policy: they are forgotten")
         self.enforced = committed.revision
         early, self._early = self._early or [], None
@@ -134,19 +134,19 @@ class Dataplane:
 
     def _carry_out(self, committed: Committed, links: dict[str, int] | None, settled: int) -> None:
         if links is not None:
-            self.enforcement.links = links
+            self.sync.links = links
         try:
-            self.enforcement.enforce(committed)
+            self.sync.enforce(committed)
         except Exception as error:
             # How far it got is not known: the next repair begins anew.
-            self.enforcement.broken = self.enforcement.broken or f"{type(error).__name__}: {error}"
+            self.sync.broken = self.sync.broken or f"{type(error).__name__}: {error}"
             raise
         finally:
             # Also then, or these interfaces would be dropped for ever.
             if links is not None:
-                self.enforcement.settle(settled)
+                self.sync.settle(settled)
         # Else an earlier change is still to be carried out, or a repair has gone further.
-        if not self.broken and self.enforcement.generation == committed.generation:
+        if not self.broken and self.sync.generation == committed.generation:
             self.enforced = committed.revision
         elif self.broken and committed.revision != self.enforced:
             _log.error(
@@ -158,7 +158,7 @@ class Dataplane:
     def unsettle(self, indexes: frozenset[int], number: int) -> None:
         """Drops what interfaces with these indexes send, unless `enforce` has settled event `number` already: each
         index belonged to another interface before, and the table does not say so yet."""
-        self.enforcement.unsettle(indexes, number)
+        self.sync.unsettle(indexes, number)
 
     def surround(self, surroundings: Surroundings) -> None:
         """See `Core.surround`."""
@@ -175,16 +175,16 @@ class Dataplane:
             self._know()
             return
         new = surroundings.stacked - before.stacked
-        intact = self.enforcement.intact()
+        intact = self.sync.intact()
         if new:
             with contextlib.suppress(KernelError):  # without a ruleset there is nothing to add to
-                self.keeper.add(ruleset.stacked_alone(self.config, self.preset, surroundings))
+                self.reconciler.add(ruleset.stacked_alone(self.config, self.preset, surroundings))
         # To load would put a ruleset back that another program has changed, uncounted, and keep what it cached.
         if not intact:
             self._put_back()
             return
         try:
-            self.keeper.load(self.want(self._kernel_generation()))
+            self.reconciler.load(self.want(self._kernel_generation()))
         except (KernelError, OSError):
             self._repair()
 
@@ -192,7 +192,7 @@ class Dataplane:
         """Writes the set of known interfaces alone: containers come and go, and each would load the ruleset. False
         if the kernel had it already."""
         try:
-            return self.learned.set_known_interfaces(self._surroundings.known)
+            return self.cache.set_known_interfaces(self._surroundings.known)
         except KernelError:  # there is no ruleset
             self._put_back()
             return True
@@ -217,7 +217,7 @@ class Dataplane:
         self._surround(self._surroundings._replace(guard=self.watch.look()))
 
     def _look_again(self) -> None:
-        """What others loaded while a ruleset of ours was loaded does not show in the keeper's numbers."""
+        """What others loaded while a ruleset of ours was loaded does not show in the reconciler's numbers."""
         if self.unwatched:
             self.watch_others()
 
@@ -229,7 +229,7 @@ class Dataplane:
     @property
     def unwatched(self) -> bool:
         """Whether a ruleset of ours was loaded since others were last looked at. May be asked on any thread."""
-        return self.watch.looked_at <= self.keeper.loaded_at
+        return self.watch.looked_at <= self.reconciler.loaded_at
 
     def would_take(self, config: Config, preset: Preset) -> None:
         """Asks the kernel if it would load the ruleset of another configuration; raises KernelError."""
@@ -237,7 +237,7 @@ class Dataplane:
         surroundings = self._surroundings._replace(
             stacked=around.stacked(devices, config), known=around.known(devices, config)
         )
-        self.keeper.check(self._wanted(config, preset, self._kernel_generation(), surroundings))
+        self.reconciler.check(self._wanted(config, preset, self._kernel_generation(), surroundings))
 
     def adopt(
         self, config: Config, preset: Preset, changes: list[tuple[Committed, dict[str, int] | None]]
@@ -249,10 +249,10 @@ class Dataplane:
         self._surroundings = self._around()
         for _, links in changes:
             if links is not None:
-                self.enforcement.links = links
+                self.sync.links = links
         try:
-            self.keeper.load(self.want(changes[-1][0].generation if changes else self._kernel_generation()))
-            self._rates.reload()
+            self.reconciler.load(self.want(changes[-1][0].generation if changes else self._kernel_generation()))
+            self.rate_limits.reload()
         except Exception as error:  # the table is decided anew already: the ruleset must follow
             _log.error("the configuration is in force in part, and is tried again: %s", error)
             self._repair()
@@ -265,12 +265,12 @@ class Dataplane:
     def check(self) -> None:
         """Puts the ruleset back if another process has changed it, and forgets everything if a change of the table
         was not carried out."""
-        if self.behind or not self.enforcement.intact():
+        if self.behind or not self.sync.intact():
             self._put_back()
-        # Not before: see `_surround`. And by now the keeper has noted the kernel's number, so what others change
-        # from here on shows. FOU, L2TP, WireGuard and legacy iptables announce nothing.
+        # Not before: see `_surround`. And by now the reconciler has noted the kernel's number, so what others
+        # change from here on shows. FOU, L2TP, WireGuard and legacy iptables announce nothing.
         self._surround(self._around()._replace(guard=self.watch.look()))
-        # The keeper does not look into this set. What is missing there costs others their mail.
+        # The reconciler does not look into this set. What is missing there costs others their mail.
         if not self.broken and self._know():
             _log.warning("the set of known interfaces was changed by another program: it is put back")
         self._look_again()
@@ -289,12 +289,12 @@ class Dataplane:
         asked on any thread."""
         # In this order: a change counts as under way from before its commit until it was carried out.
         table = self._under_way.generation()
-        return self.enforcement.generation != table and not self._under_way.any
+        return self.sync.generation != table and not self._under_way.any
 
     def _repair(self) -> None:
         """Loads the ruleset for the newest state of the table and forgets everything."""
         head = self._reader.head()
-        self.enforcement.repair(0 if head is None else head.generation)
+        self.sync.repair(0 if head is None else head.generation)
         if head is not None and not self.broken:
             self.enforced = head.revision
 
@@ -304,11 +304,11 @@ class Dataplane:
         if self.broken:  # the ruleset comes first, and with it everything is forgotten
             return
         with contextlib.suppress(OSError, KernelError):
-            held = [found for source in suspects if (found := self.learned.get(source)) is not None]
+            held = [found for source in suspects if (found := self.cache.get(source)) is not None]
             wrong = [element for element in held if self.differs(self._reader, element)]
             if not wrong:
                 return
-            self.enforcement.forget([element.source for element in wrong], self._kernel_generation())
+            self.sync.forget([element.source for element in wrong], self._kernel_generation())
             if self._under_way.any:
                 return
             for element in wrong:
@@ -324,7 +324,7 @@ class Dataplane:
         kernel refuses expires by itself."""
         if not self.broken:
             with contextlib.suppress(OSError, KernelError):
-                self.learned.delete_expiring(due)
+                self.cache.delete_expiring(due)
 
     def keep_rates(self) -> None:
         """Brings the rate limits in the kernel in line with the table, and removes those that nobody needs."""
@@ -337,15 +337,15 @@ class Dataplane:
         if self.broken:
             return
         with contextlib.suppress(OSError, KernelError):
-            same = self._rates.equals(self.rates_seen)
+            same = self.rate_limits.equals(self.rate_limits_seen)
             if not same:  # a change of policy may have come between, too
-                self._rates.reload()
-            sources = list(self._rates.sources())
+                self.rate_limits.reload()
+            sources = list(self.rate_limits.sources())
             looked_at = random.sample(sources, min(len(sources), SAMPLE_SOURCES)) if same else sources
-            wrong = [source for source in looked_at if self._bucket(source) != self._rates.bucket(source)]
+            wrong = [source for source in looked_at if self._bucket(source) != self.rate_limits.bucket(source)]
             if not wrong:
                 return
-            self.enforcement.forget(wrong, self._kernel_generation())
+            self.sync.forget(wrong, self._kernel_generation())
             if self._under_way.any:  # see `correct`
                 return
             for source in wrong[:_TOLD]:
@@ -361,7 +361,7 @@ class Dataplane:
         # The sets know the port, not the VRF that the guard's question names.
         sources = [source._replace(link=self._ports.get(source.link, source.link)) for source in sources]
         with contextlib.suppress(OSError):
-            self._rates.recheck(sources)
+            self.rate_limits.recheck(sources)
         self.rate(sources)
         if self.guarded:
             self._teach(sources)
@@ -377,12 +377,12 @@ class Dataplane:
             and self._guard_budget.take(source.link, self.config.verdicts)
         }
         with contextlib.suppress(KernelError):
-            self.learned.add(known)
+            self.cache.add(known)
 
     def _verdict(self, source: Source) -> mark.Class | None:
         """What the table says of a source, for the kernel to cache; None: nothing, or it has a rate limit."""
         # Behind an unsettled interface the table finds the verdict of whoever had it before.
-        if source.link in self.enforcement.unsettled:
+        if source.link in self.sync.unsettled:
             return None
         finding = self._reader.lookup(source.link, source.address)
         if finding is None:
@@ -394,20 +394,20 @@ class Dataplane:
         """Lets those of these sources whose exemption carries a rate limit send within it. If the kernel refuses,
         the source's next packet asks again."""
         # Behind an unsettled interface the table finds the limit of whoever had it before.
-        sources = [source for source in sources if source.link not in self.enforcement.unsettled]
+        sources = [source for source in sources if source.link not in self.sync.unsettled]
         found = ((source, self._bucket(source)) for source in sources)
         wanted = {source: bucket for source, bucket in found if bucket is not None}
         try:
-            self._rates.add(wanted)
+            self.rate_limits.add(wanted)
         except KernelError as error:
             _log.warning("sources with a limit stay blocked until they are tried again: %s", error)
             with contextlib.suppress(OSError):
-                self._rates.reload()
+                self.rate_limits.reload()
 
     def _collect_rates(self) -> None:
         """Takes rate limits out of the kernel that are not in force any more."""
         with contextlib.suppress(KernelError):  # another process has changed the ruleset: `check` puts it right
-            self._rates.delete_unused(lambda bucket: self._limit(bucket.subscription) == bucket)
+            self.rate_limits.delete_unused(lambda bucket: self._limit(bucket.subscription) == bucket)
 
     def _bucket(self, source: Source) -> Bucket | None:
         """The rate limit under which a source may send; None if it may not, or without one."""
@@ -437,7 +437,7 @@ class Dataplane:
 
     def _kernel_generation(self) -> int:
         """The generation that the cached verdicts agree with."""
-        return self.enforcement.generation or 0
+        return self.sync.generation or 0
 
     def want(self, generation: int) -> ruleset.Wanted:
         """The ruleset that should be loaded, for the table at this generation."""
@@ -448,7 +448,7 @@ class Dataplane:
     ) -> ruleset.Wanted:
         state = ruleset.State(
             generation,
-            synced=self.learned.synced() == generation,
-            unsettled=frozenset(self.enforcement.unsettled),
+            synced=self.cache.synced() == generation,
+            unsettled=frozenset(self.sync.unsettled),
         )
         return ruleset.wanted(config, preset, native=self.native, state=state, surroundings=surroundings)

@@ -59,12 +59,12 @@ class RulesetReconciler:
         self,
         nft: Nft,
         netlink: NfNetlink,
-        learned: VerdictCache,
+        cache: VerdictCache,
         notices: Callable[[], RulesetChanges] | None = None,
     ) -> None:
         """`notices` gives what others have changed since the last call (`RulesetMonitor.read`). Without it each
         transaction of others, whatever it is about, is a reason to look."""
-        self._nft, self._netlink, self._learned = nft, netlink, learned
+        self._nft, self._netlink, self._cache = nft, netlink, cache
         self._notices, self._touched = notices, False
         self._fingerprint: bytes | None = None
         self._looked = time.monotonic()
@@ -94,7 +94,7 @@ class RulesetReconciler:
         """Writes the known interfaces. A process that dies before leaves those that were known before, and the
         next one writes them. False if another process has taken the table away."""
         try:
-            self._learned.set_known_interfaces(want.known)
+            self._cache.set_known_interfaces(want.known)
         except KernelError as error:
             _log.warning("the known interfaces are written again: %s", error)
             return False
@@ -109,7 +109,7 @@ class RulesetReconciler:
         self._nft.check_replacement(self._head(want), want)
 
     def _head(self, want: Wanted) -> str:
-        same = self._learned.definitions() == want.definitions
+        same = self._cache.definitions() == want.definitions
         hooks = self._netlink.hooks(TABLE)
         return head(want, self._netlink.sets(TABLE), hooks, same_definitions=same)
 
@@ -118,11 +118,11 @@ class RulesetReconciler:
         first = self._fingerprint is None and not loaded(self._netlink)
         # Whatever others did until here is replaced; what they do from here on shows.
         self._settle()
-        self._learned.forget_behind_gate()
+        self._cache.forget_behind_gate()
         self._count_what_goes(want)
         # Before chain `stacked` is gone, which may have stopped what comes from them. At a start there is no set.
         with contextlib.suppress(KernelError):
-            self._learned.retain_known_interfaces(want.known)
+            self._cache.retain_known_interfaces(want.known)
         try:
             self._nft.replace(self._head(want), want)
             if not want.native:
@@ -140,9 +140,9 @@ class RulesetReconciler:
     def _count_what_goes(self, want: Wanted) -> None:
         """Deletes what is cached if the sets are about to be made anew, so that what they have counted is known.
         The load forgets it all anyway."""
-        if self._learned.definitions() not in (None, want.definitions):
+        if self._cache.definitions() not in (None, want.definitions):
             with contextlib.suppress(KernelError):  # the sets are there no more, or were never of this kind
-                self._learned.flush(COUNTING_SETS & self._netlink.sets(TABLE))
+                self._cache.flush(COUNTING_SETS & self._netlink.sets(TABLE))
 
     def intact(self) -> bool:
         """Whether what is loaded is what was loaded, and CLOSED is not; costs one message where nobody has changed
@@ -169,7 +169,7 @@ class RulesetReconciler:
         """Whether `intact` would find nothing to look at, by what the caller has `heard` since the last time. It
         may be asked on another thread, with a socket of that thread's own: without notices it takes one message,
         and a transaction of ours at work counts as one of somebody else's. Without `heard` the
-        keeper asks its own notices, on its own thread."""
+        reconciler asks its own notices, on its own thread."""
         if time.monotonic() >= self._looked + _LOOK_EVERY or self._touched:
             return False
         if self._hears is None:
@@ -187,7 +187,7 @@ class RulesetReconciler:
 
     def epoch_is(self, generation: int) -> bool:
         """Whether verdicts of this generation of the policy table are those that are remembered."""
-        return self._learned.epoch() == mark.epoch_of(generation)
+        return self._cache.epoch() == mark.epoch_of(generation)
 
     @property
     def _hears(self) -> Callable[[], RulesetChanges] | None:

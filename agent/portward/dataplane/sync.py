@@ -37,16 +37,16 @@ class VerdictSync:
 
     def __init__(
         self,
-        keeper: RulesetReconciler,
-        learned: VerdictCache,
+        reconciler: RulesetReconciler,
+        cache: VerdictCache,
         want: Callable[[int], Wanted],
         rates: RateLimits,
         rate: Callable[[Iterable[Source]], None],
     ) -> None:
         """`want` gives the ruleset for a generation of the table; `rate` writes the limits of sources into the
         kernel."""
-        self._keeper, self._learned, self._want = keeper, learned, want
-        self._rates, self._rate = rates, rate
+        self._reconciler, self._cache, self._want = reconciler, cache, want
+        self._rate_limits, self._rate = rates, rate
         self.links: dict[str, int] = {}
         self.broken = ""
         # The generation of the policy table that the kernel was last brought in line with.
@@ -59,9 +59,9 @@ class VerdictSync:
     def start(self, generation: int) -> bool:
         """Loads the ruleset. What the kernel remembers from an earlier run is kept where it agrees with the
         table, and forgotten else; True where something was there to forget. Raises KernelError."""
-        remembered = self._learned.synced()
-        self._keeper.load(self._want(generation))
-        self._rates.reload()
+        remembered = self._cache.synced()
+        self._reconciler.load(self._want(generation))
+        self._rate_limits.reload()
         self.generation = generation
         if remembered == generation:
             return False
@@ -84,7 +84,7 @@ class VerdictSync:
             self._renew(committed.links)
             return
         try:
-            self._learned.move_epoch(committed.generation, committed.links)
+            self._cache.move_epoch(committed.generation, committed.links)
             if committed.everything or not self._follows(committed):
                 self._forget_everything(committed.generation)
             else:
@@ -98,7 +98,7 @@ class VerdictSync:
         """The part of a change of interfaces that a repair does not do. If the kernel refuses it, the ruleset is
         not there, and with its chains went the packets that waited for a verdict."""
         with contextlib.suppress(KernelError, OSError):
-            self._learned.renew(links)
+            self._cache.renew(links)
 
     def forget(
         self, sources: Iterable[Source], generation: int, *, opens: bool = True, closes: bool = True
@@ -107,14 +107,14 @@ class VerdictSync:
         Raises KernelError or OSError."""
         sources = list(sources)
         if len(sources) <= _UNREAD:
-            self._learned.forget(sources, generation, self._rates.deletions(sources))
+            self._cache.forget(sources, generation, self._rate_limits.deletions(sources))
         else:
             prefixes = Prefixes()
             for source in sources:
                 prefixes.add_source(source.key)
-            rates = self._rates.deletions(sources)
-            self._learned.forget_within(prefixes, generation, rates, opens=opens, closes=closes)
-        self._rates.deleted(sources)
+            rates = self._rate_limits.deletions(sources)
+            self._cache.forget_within(prefixes, generation, rates, opens=opens, closes=closes)
+        self._rate_limits.deleted(sources)
 
     def _forget_changed(self, committed: Committed) -> None:
         """Makes the kernel forget what a change reaches, and tells it the limits that now hold there: sources with
@@ -126,15 +126,15 @@ class VerdictSync:
             return
         for source in sources:
             prefixes.add_source(source.key)
-        rated = self._rates.within(prefixes)
-        found = self._learned.forget_within(
+        rated = self._rate_limits.within(prefixes)
+        found = self._cache.forget_within(
             prefixes,
             committed.generation,
-            self._rates.deletions(rated),
+            self._rate_limits.deletions(rated),
             opens=committed.opens or bool(committed.links),
             closes=committed.closes or bool(committed.links),
         )
-        self._rates.deleted(rated)
+        self._rate_limits.deleted(rated)
         self._rate({*sources, *rated, *islice(found, _RATED)})
 
     def unsettle(self, indexes: Iterable[int], number: int) -> None:
@@ -145,7 +145,7 @@ class VerdictSync:
         new = dict.fromkeys(indexes, number)
         self.unsettled |= new
         try:
-            self._learned.unsettle(new)
+            self._cache.unsettle(new)
             self._forget_links(new)
         except (KernelError, OSError):
             self.repair(self.generation or 0)
@@ -164,7 +164,7 @@ class VerdictSync:
             # repair writes the set together with the epoch.
             return
         try:
-            self._learned.settle(settled)
+            self._cache.settle(settled)
         except (KernelError, OSError):
             self.repair(self.generation or 0)
 
@@ -173,16 +173,16 @@ class VerdictSync:
         if self.generation is None:
             return True
         with contextlib.suppress(OSError, KernelError):
-            return not self.broken and self._keeper.intact() and self._keeper.epoch_is(self.generation)
+            return not self.broken and self._reconciler.intact() and self._reconciler.epoch_is(self.generation)
         return False
 
     def repair(self, generation: int) -> None:
         """Loads the ruleset anew and forgets everything: whoever changed it may have changed the sets too. What
         the kernel refuses is in `broken` and in the log, and is tried again at the next repair."""
         try:
-            self._keeper.repair(self._want(generation))
+            self._reconciler.repair(self._want(generation))
             self._forget_everything(generation)
-            self._rates.reload()
+            self._rate_limits.reload()
             self.generation, self.broken = generation, ""
         except (KernelError, OSError) as error:
             if str(error) != self.broken:
@@ -190,17 +190,17 @@ class VerdictSync:
             self.broken = str(error)
 
     def _forget_everything(self, generation: int) -> None:
-        self._learned.forget_everything(generation)
-        self._rates.all_deleted()
+        self._cache.forget_everything(generation)
+        self._rate_limits.all_deleted()
 
     def _forget_links(self, indexes: Iterable[int]) -> None:
         """Makes the kernel forget the cached verdicts and rate limits behind these interfaces."""
         prefixes = Prefixes()
         for index in indexes:
             prefixes.add_link(index)
-        rated = self._rates.within(prefixes)
-        self._learned.forget_within(prefixes, self.generation or 0, self._rates.deletions(rated))
-        self._rates.deleted(rated)
+        rated = self._rate_limits.within(prefixes)
+        self._cache.forget_within(prefixes, self.generation or 0, self._rate_limits.deletions(rated))
+        self._rate_limits.deleted(rated)
 
     def _follows(self, committed: Committed) -> bool:
         """Whether the kernel stands at the generation from which a change began, or within the change."""

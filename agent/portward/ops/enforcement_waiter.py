@@ -56,12 +56,12 @@ class EnforcementWaiter:
         self._queues = [worker["queue"] for worker in workers] or list(range(first, first + number))
         self._port = presets.load(config.preset).ports[0]
         self._netlink = NfNetlink()
-        self._learned = VerdictCache(KernelElements(self._netlink))
+        self._cache = VerdictCache(KernelElements(self._netlink))
         try:
             self._prober: Prober | None = Prober()
         except OSError:
             self._prober = None
-        if self._prober is None or self._learned.synced() is None:
+        if self._prober is None or self._cache.synced() is None:
             self.close()
             raise PortwardError(
                 "the kernel cannot be asked what it enforces: that takes root, or CAP_NET_ADMIN and CAP_NET_RAW, "
@@ -139,4 +139,4 @@ class EnforcementWaiter:
                 self._behind = Behind(head.held, *count_in_table(self._reader, self._store, revision))
                 if self._behind.waits:
                     raise PortwardError(f"written as revision {revision}, and {self._behind}")
-        return self._learned.enforces(head.generation)
+        return self._cache.enforces(head.generation)

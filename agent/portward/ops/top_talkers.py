@@ -39,7 +39,7 @@ class TopTalkers:
         if not reconciler.loaded(netlink):
             raise host.nothing_loaded(config.table)
         self._elements = KernelElements(netlink)
-        self._learned = VerdictCache(self._elements)
+        self._cache = VerdictCache(self._elements)
         self._reader = Reader.open(config.table)
         self._before: dict[tuple[Verdict, Source], int] = {}
         self._at: float | None = None
@@ -57,7 +57,7 @@ class TopTalkers:
         """The sources by the verdict that counts now. What was counted under a limit stays in the kernel for a
         minute after the limit has gone, with a revocation say."""
         limited = RateLimits.sources_in_kernel(self._elements)
-        for element in self._learned.elements():
+        for element in self._cache.elements():
             if not isinstance(element.verdict, LimitResult) or element.source in limited:
                 yield element
 

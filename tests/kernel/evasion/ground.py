@@ -82,7 +82,7 @@ class Ground:
             self._netlink = NfNetlink()
         with namespaces.inside(self.lab.internet):
             self._receiver = NfNetlink()
-        self._learned = VerdictCache(KernelElements(self._netlink))
+        self._cache = VerdictCache(KernelElements(self._netlink))
         self._numbers = iter(range(1, 65_535))
         if not conntrack:
             # Without address translation nothing in the gateway needs connections.
@@ -156,11 +156,11 @@ class Ground:
 
     def held(self, tenant: Tenant, address: str) -> Element | None:
         """What the kernel remembers of a source."""
-        return self._learned.get(Source(self._links[tenant], ip_address(address).packed))
+        return self._cache.get(Source(self._links[tenant], ip_address(address).packed))
 
     def epoch(self) -> int:
         """The epoch under which verdicts are remembered now."""
-        found = self._learned.epoch()
+        found = self._cache.epoch()
         assert found is not None
         return found
 

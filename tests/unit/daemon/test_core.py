@@ -89,7 +89,7 @@ class Ground:
         SqliteStore(folder / "portward.db", create=True).close()
         self.put(*RECORDS)
         self.elements = KernelElements(self.kernel.netlink())
-        self.learned = VerdictCache(self.elements)
+        self.cache = VerdictCache(self.elements)
         self.core = self.made()
 
     def made(self) -> Core:
@@ -146,7 +146,7 @@ class Ground:
     def in_step(self) -> bool:
         """Whether the kernel says that all it has cached agrees with the policy table."""
         core = self.core
-        return self.learned.epoch() == mark.epoch_of(core.generation) and self.learned.synced() == core.generation
+        return self.cache.epoch() == mark.epoch_of(core.generation) and self.cache.synced() == core.generation
 
 
 @pytest.fixture
@@ -441,7 +441,7 @@ def test_a_change_of_one_part_of_the_surroundings_leaves_the_others(started: Gro
     core.check()
     assert beside(started) == {"stacked"}
     assert set(started.cached()) == {ALLOWED, DENIED}
-    assert core.keeper.repairs == 0
+    assert core.reconciler.repairs == 0
 
 
 def known(ground: Ground) -> set[int]:
@@ -522,7 +522,7 @@ def test_a_ruleset_that_was_taken_is_put_back_and_counted_also_if_the_surroundin
     started.kernel.load("flush ruleset")
     started.core.links_seen(BRIDGED)
     assert beside(started) == {"stacked"}
-    assert started.core.keeper.repairs == 1
+    assert started.core.reconciler.repairs == 1
     assert started.core.selfcheck.divergences[DifferenceKind.RULESET] == 1
 
 
@@ -548,11 +548,11 @@ def test_a_ruleset_that_another_program_changed_is_put_back_and_counted(started:
     assert not started.core.at_rest()
     started.core.check()
     assert started.kernel.tables[TABLE].chains["screen"].rules
-    assert started.core.keeper.repairs == 1
+    assert started.core.reconciler.repairs == 1
     assert started.core.selfcheck.divergences[DifferenceKind.RULESET] == 1
     assert not started.cached(), "the sets may have been changed too"
     started.core.check()
-    assert started.core.keeper.repairs == 1
+    assert started.core.reconciler.repairs == 1
 
 
 # --- self-check of cached verdicts ---
@@ -665,7 +665,7 @@ def test_a_configuration_that_is_refused_changes_nothing(
         def broken(_: object) -> None:
             raise KernelError("the kernel does not take it")
 
-        monkeypatch.setattr(started.core.keeper, "check", broken)
+        monkeypatch.setattr(started.core.reconciler, "check", broken)
     before, generation = started.kernel.state(), started.core.generation
     with pytest.raises(error):
         started.core.reload(config, presets.load("aws"))

@@ -29,7 +29,7 @@ def test_a_counting_thread_that_hangs_is_named_and_no_sooner_the_end_of_the_agen
     well: list[bool] = []
     core = SimpleNamespace(
         screen=dict,
-        keeper=SimpleNamespace(loaded_at=0.0),
+        reconciler=SimpleNamespace(loaded_at=0.0),
         selfcheck=SimpleNamespace(well=lambda: well.append(True)),
     )
 

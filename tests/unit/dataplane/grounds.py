@@ -72,39 +72,39 @@ class Plane:
         self.nft = nft or kernel.nft()
         self.deletions = Deletions()
         self.elements = KernelElements(self.netlink, self.nft.committing, self.deletions)
-        self.learned = VerdictCache(self.elements)
-        self.keeper = RulesetReconciler(self.nft, self.netlink, self.learned)
-        self.rates = RateLimits(self.elements)
+        self.cache = VerdictCache(self.elements)
+        self.reconciler = RulesetReconciler(self.nft, self.netlink, self.cache)
+        self.rate_limits = RateLimits(self.elements)
         self.limits: dict[Source, Bucket] = {}
-        self.enforcement = VerdictSync(self.keeper, self.learned, self.want, self.rates, self._rate)
-        self.enforcement.links = {SEGMENT: LINK}
+        self.sync = VerdictSync(self.reconciler, self.cache, self.want, self.rate_limits, self._rate)
+        self.sync.links = {SEGMENT: LINK}
 
     def want(self, generation: int) -> ruleset.Wanted:
         """The ruleset for a generation of the policy table."""
-        state = ruleset.State(generation, synced=self.learned.synced() == generation)
+        state = ruleset.State(generation, synced=self.cache.synced() == generation)
         return ruleset.wanted(self.config, PRESET, native=self.kernel.native, state=state)
 
     def start(self) -> bool:
         """Starts enforcing."""
-        return self.enforcement.start(self.generation)
+        return self.sync.start(self.generation)
 
     def enforce(self, change: Committed) -> None:
         """Carries a change of the policy table out, which has been committed there."""
         self.generation = change.generation
-        self.enforcement.enforce(change)
+        self.sync.enforce(change)
 
     def check(self) -> bool:
         """Looks at the ruleset, as the daemon does again and again."""
-        intact = self.enforcement.intact()
+        intact = self.sync.intact()
         if not intact:
-            self.enforcement.repair(self.generation)
+            self.sync.repair(self.generation)
         return intact
 
     def learn(self, verdict: mark.Class, *sources: Source, generation: int | None = None) -> bool:
         """Packets come back from a worker whose table stands at `generation` (the one of now if None): the chain
         `learn` caches the verdict if its epoch is the kernel's. True if all were cached."""
         asked = mark.epoch_of(self.generation if generation is None else generation)
-        if self.learned.epoch() != asked:
+        if self.cache.epoch() != asked:
             return False
         return all(self.kernel.learn(VERDICT_SETS[verdict] + one.family, one.key) for one in sources)
 
@@ -118,7 +118,7 @@ class Plane:
         }
 
     def _rate(self, sources: Iterable[Source]) -> None:
-        self.rates.add({one: self.limits[one] for one in sources if one in self.limits})
+        self.rate_limits.add({one: self.limits[one] for one in sources if one in self.limits})
 
 
 def words(journal: Iterable[Transaction]) -> list[str]:

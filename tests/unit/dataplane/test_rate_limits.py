@@ -33,30 +33,30 @@ def drawing(plane: Plane) -> dict[str, str]:
 
 
 def test_a_source_and_its_limit_come_in_one_transaction(plane: Plane) -> None:
-    plane.rates.add({ONE: TEN, SIX: TEN, TWO: FIVE})
+    plane.rate_limits.add({ONE: TEN, SIX: TEN, TWO: FIVE})
     assert words(plane.kernel.journal) == [
         "limit s1-10-2 10/minute burst 2, limit s2-5-1 5/minute burst 1, "
         "draw rates4 3 . 10.0.0.1: s1-10-2 3 . 10.0.0.2: s2-5-1, draw rates6 3 . 2001:db8::1: s1-10-2"
     ]
-    assert plane.rates.bucket(SIX) == TEN
+    assert plane.rate_limits.bucket(SIX) == TEN
 
 
 def test_what_is_there_is_not_written_again(plane: Plane) -> None:
-    plane.rates.add({ONE: TEN})
-    plane.rates.add({ONE: TEN})
-    plane.rates.add({})
+    plane.rate_limits.add({ONE: TEN})
+    plane.rate_limits.add({ONE: TEN})
+    plane.rate_limits.add({})
     assert len(plane.kernel.journal) == 1
 
 
 def test_another_source_of_a_limit_draws_on_the_bucket_that_is_there(plane: Plane) -> None:
-    plane.rates.add({ONE: TEN})
-    plane.rates.add({TWO: TEN})
+    plane.rate_limits.add({ONE: TEN})
+    plane.rate_limits.add({TWO: TEN})
     assert words(plane.kernel.journal)[1] == "draw rates4 3 . 10.0.0.2: s1-10-2"
 
 
 def test_a_source_that_gets_another_limit_is_taken_from_the_first_in_the_same_transaction(plane: Plane) -> None:
-    plane.rates.add({ONE: TEN})
-    plane.rates.add({ONE: FIVE})
+    plane.rate_limits.add({ONE: TEN})
+    plane.rate_limits.add({ONE: FIVE})
     assert words(plane.kernel.journal)[1] == (
         "limit s2-5-1 5/minute burst 1, delete rates4 3 . 10.0.0.1, draw rates4 3 . 10.0.0.1: s2-5-1"
     )
@@ -65,23 +65,23 @@ def test_a_source_that_gets_another_limit_is_taken_from_the_first_in_the_same_tr
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOENT, errno.EEXIST, errno.ENFILE])
 def test_a_refused_transaction_changes_nothing_here_or_there(plane: Plane, number: int) -> None:
-    plane.rates.add({ONE: TEN})
+    plane.rate_limits.add({ONE: TEN})
     plane.kernel.refuse(number)
     with pytest.raises(KernelError):
-        plane.rates.add({ONE: FIVE, TWO: FIVE})
-    assert plane.rates.bucket(ONE) == TEN
-    assert plane.rates.bucket(TWO) is None
+        plane.rate_limits.add({ONE: FIVE, TWO: FIVE})
+    assert plane.rate_limits.bucket(ONE) == TEN
+    assert plane.rate_limits.bucket(TWO) is None
     assert drawing(plane) == {"3 . 10.0.0.1": "s1-10-2"}
-    plane.rates.add({ONE: FIVE, TWO: FIVE})
+    plane.rate_limits.add({ONE: FIVE, TWO: FIVE})
     assert drawing(plane) == {"3 . 10.0.0.1": "s2-5-1", "3 . 10.0.0.2": "s2-5-1"}
 
 
 def test_a_full_map_refuses_until_there_is_room(plane: Plane) -> None:
     plane.kernel.tables[TABLE].sets["rates4"].size = 1
-    plane.rates.add({ONE: TEN})
+    plane.rate_limits.add({ONE: TEN})
     with pytest.raises(KernelError, match="Too many open files"):
-        plane.rates.add({TWO: TEN})
-    assert list(plane.rates.sources()) == [ONE]
+        plane.rate_limits.add({TWO: TEN})
+    assert list(plane.rate_limits.sources()) == [ONE]
 
 
 def test_a_source_too_many_of_one_subscription_sends_its_oldest_away(
@@ -90,10 +90,10 @@ def test_a_source_too_many_of_one_subscription_sends_its_oldest_away(
     monkeypatch.setattr(module, "_SOURCES", 3)
     crowd = [source(f"10.0.0.{n}") for n in range(1, 8)]
     for one in crowd[:4]:
-        plane.rates.add({one: TEN})
-    assert list(plane.rates.sources()) == crowd[1:4]
-    plane.rates.add(dict.fromkeys(crowd, TEN))
-    assert list(plane.rates.sources()) == crowd[4:], "of many at once the last ones stay"
+        plane.rate_limits.add({one: TEN})
+    assert list(plane.rate_limits.sources()) == crowd[1:4]
+    plane.rate_limits.add(dict.fromkeys(crowd, TEN))
+    assert list(plane.rate_limits.sources()) == crowd[4:], "of many at once the last ones stay"
     assert len(drawing(plane)) == 3
 
 
@@ -102,50 +102,50 @@ def test_the_whole_map_full_sends_the_oldest_of_the_largest_away(
 ) -> None:
     monkeypatch.setattr(module, "_ALL_SOURCES", 3)
     large = [source(f"10.0.0.{n}") for n in range(1, 4)]
-    plane.rates.add(dict.fromkeys(large, TEN))
-    plane.rates.add({SIX: FIVE})
-    assert set(plane.rates.sources()) == {*large[1:], SIX}
+    plane.rate_limits.add(dict.fromkeys(large, TEN))
+    plane.rate_limits.add({SIX: FIVE})
+    assert set(plane.rate_limits.sources()) == {*large[1:], SIX}
     assert len(drawing(plane)) == 3
 
 
 def test_a_source_that_a_worker_met_and_the_kernel_does_not_know_is_written_again(plane: Plane) -> None:
-    plane.rates.add({ONE: TEN, TWO: TEN})
+    plane.rate_limits.add({ONE: TEN, TWO: TEN})
     del plane.kernel.tables[TABLE].sets["rates4"].elements[ONE.key]
-    plane.rates.recheck([ONE, TWO, SIX])
-    assert list(plane.rates.sources()) == [TWO]
-    plane.rates.add({ONE: TEN, TWO: TEN})
+    plane.rate_limits.recheck([ONE, TWO, SIX])
+    assert list(plane.rate_limits.sources()) == [TWO]
+    plane.rate_limits.add({ONE: TEN, TWO: TEN})
     assert words(plane.kernel.journal)[1:] == ["draw rates4 3 . 10.0.0.1: s1-10-2"]
 
 
 def test_limits_not_in_force_and_without_sources_are_collected(plane: Plane) -> None:
-    plane.rates.add({ONE: TEN, TWO: FIVE})
-    plane.rates.all_deleted()
+    plane.rate_limits.add({ONE: TEN, TWO: FIVE})
+    plane.rate_limits.all_deleted()
     plane.elements.commit([])
     plane.kernel.load("flush map inet portward rates4")
-    plane.rates.delete_unused(lambda bucket: bucket == TEN)
+    plane.rate_limits.delete_unused(lambda bucket: bucket == TEN)
     assert plane.elements.limits() == ["s1-10-2"], "one that is in force keeps what was drawn from it"
-    plane.rates.delete_unused(lambda bucket: False)
+    plane.rate_limits.delete_unused(lambda bucket: False)
     assert plane.elements.limits() == []
 
 
 def test_a_limit_with_sources_is_not_collected(plane: Plane) -> None:
-    plane.rates.add({ONE: TEN})
-    plane.rates.delete_unused(lambda bucket: False)
+    plane.rate_limits.add({ONE: TEN})
+    plane.rate_limits.delete_unused(lambda bucket: False)
     assert plane.elements.limits() == ["s1-10-2"]
 
 
 def test_a_refused_collection_is_made_later(plane: Plane) -> None:
-    plane.rates.add({ONE: TEN})
-    plane.rates.all_deleted()  # though another program has put the source back
+    plane.rate_limits.add({ONE: TEN})
+    plane.rate_limits.all_deleted()  # though another program has put the source back
     with pytest.raises(KernelError, match="busy"):
-        plane.rates.delete_unused(lambda bucket: False)
+        plane.rate_limits.delete_unused(lambda bucket: False)
     plane.kernel.load("flush map inet portward rates4")
-    plane.rates.delete_unused(lambda bucket: False)
+    plane.rate_limits.delete_unused(lambda bucket: False)
     assert plane.elements.limits() == []
 
 
 def test_a_restart_holds_what_the_kernel_has(plane: Plane) -> None:
-    plane.rates.add({ONE: TEN, SIX: FIVE})
+    plane.rate_limits.add({ONE: TEN, SIX: FIVE})
     plane.elements.commit([AddLimit("theirs", 1, 1), Draw("rates4", {TWO.key: "theirs"})])
     again = RateLimits(plane.elements)
     again.reload()
@@ -157,7 +157,7 @@ def test_a_restart_holds_what_the_kernel_has(plane: Plane) -> None:
 def test_without_the_table_there_is_nothing_to_read(plane: Plane) -> None:
     plane.kernel.load("flush ruleset")
     with pytest.raises(FileNotFoundError):
-        plane.rates.reload()
+        plane.rate_limits.reload()
 
 
 @pytest.mark.parametrize("name", ["theirs", "s1-2", "s1-2-3-4", "sx-1-2", ""])
@@ -167,7 +167,7 @@ def test_a_limit_of_another_program_is_no_bucket(name: str) -> None:
 
 def test_sources_that_a_reading_misses_are_held_all_the_same(plane: Plane) -> None:
     crowd = [source(f"10.0.0.{n}") for n in range(50)]
-    plane.rates.add(dict.fromkeys(crowd, TEN))
+    plane.rate_limits.add(dict.fromkeys(crowd, TEN))
     plane.kernel.overlook("rates4", [one.key for one in crowd[25:]])
     again = RateLimits(plane.elements)
     again.reload()

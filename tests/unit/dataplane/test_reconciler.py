@@ -34,7 +34,7 @@ def plane() -> Plane:
 def test_a_ruleset_is_one_transaction_with_nft_queue_and_two_without() -> None:
     for native, expected in ((True, ["load the ruleset"]), (False, ["load the ruleset", "add rule portward"])):
         found = Plane(FakeKernel(native=native))
-        found.keeper.load(found.want(found.generation))
+        found.reconciler.load(found.want(found.generation))
         assert words(found.kernel.journal) == expected
         assert found.kernel.tables[TABLE].chains["to_workers"].rules
 
@@ -53,9 +53,9 @@ def test_a_refused_queue_statement_beside_an_older_ruleset_leaves_unknown_source
         again.start()
     assert TABLE in plane.kernel.tables
     assert not plane.kernel.tables[TABLE].chains["to_workers"].rules
-    assert not again.keeper.intact(), "it is tried again"
+    assert not again.reconciler.intact(), "it is tried again"
     plane.kernel.xtables = True
-    again.enforcement.repair(again.generation)
+    again.sync.repair(again.generation)
     assert plane.kernel.tables[TABLE].chains["to_workers"].rules
 
 
@@ -71,19 +71,19 @@ def test_a_process_that_dies_before_the_queue_statement_leaves_a_closed_ruleset(
 
 def test_a_load_again_keeps_what_is_cached_and_stays_the_same_for_the_watcher(plane: Plane) -> None:
     plane.learn(Class.ALLOW, HOST)
-    plane.keeper.load(plane.want(plane.generation))
+    plane.reconciler.load(plane.want(plane.generation))
     assert set(plane.cached()) == {HOST}
-    assert plane.keeper.intact()
-    assert plane.keeper.repairs == 0
+    assert plane.reconciler.intact()
+    assert plane.reconciler.repairs == 0
 
 
 def test_other_definitions_of_the_sets_cost_what_was_cached(plane: Plane) -> None:
     plane.learn(Class.ALLOW, HOST)
     plane.config = msgspec.structs.replace(CONFIG, verdicts=Verdicts(allow_seconds=30))
-    plane.keeper.load(plane.want(plane.generation))
+    plane.reconciler.load(plane.want(plane.generation))
     assert not plane.cached()
     assert plane.kernel.tables[TABLE].sets["allow4"].timeout_ms == 30_000
-    assert plane.keeper.intact()
+    assert plane.reconciler.intact()
 
 
 def test_sets_and_chains_of_an_older_ruleset_are_replaced() -> None:
@@ -122,12 +122,12 @@ CHANGED = {
 @pytest.mark.parametrize("what", CHANGED)
 def test_what_another_program_changed_is_seen_and_put_back(plane: Plane, what: str) -> None:
     before = plane.netlink.fingerprint(TABLE, FIXED_SETS)
-    assert plane.keeper.at_rest(plane.netlink)
+    assert plane.reconciler.at_rest(plane.netlink)
     plane.kernel.load(CHANGED[what])
-    assert not plane.keeper.at_rest(plane.netlink)
-    assert not plane.keeper.intact()
+    assert not plane.reconciler.at_rest(plane.netlink)
+    assert not plane.reconciler.intact()
     assert not plane.check()
-    assert plane.keeper.repairs == 1
+    assert plane.reconciler.repairs == 1
     assert plane.check()
     assert "portward_closed" not in plane.kernel.tables
     if what not in ("a chain more",):
@@ -144,20 +144,20 @@ def test_each_time_is_in_the_log(plane: Plane, caplog: pytest.LogCaptureFixture)
 def test_the_epoch_moved_by_another_program_is_put_back(plane: Plane) -> None:
     plane.kernel.load("flush set inet portward epoch\nadd element inet portward epoch { 0x80 }")
     assert not plane.check()
-    assert plane.learned.epoch() == 1
+    assert plane.cache.epoch() == 1
 
 
 def test_rules_of_others_that_leave_ours_alone_cost_one_look_and_no_repair(plane: Plane) -> None:
     plane.kernel.load("table inet theirs { chain forward { type filter hook forward priority 0; } }")
-    assert not plane.keeper.at_rest(plane.netlink)
+    assert not plane.reconciler.at_rest(plane.netlink)
     assert plane.check()
-    assert plane.keeper.at_rest(plane.netlink)
-    assert plane.keeper.repairs == 0
+    assert plane.reconciler.at_rest(plane.netlink)
+    assert plane.reconciler.repairs == 0
 
 
 def test_a_transaction_of_others_within_ours_is_noticed(plane: Plane) -> None:
     plane.kernel.meanwhile(lambda: plane.kernel.load("flush chain inet portward verdict"))
-    plane.learned.move_epoch(1)
+    plane.cache.move_epoch(1)
     assert plane.nft.disturbed
     assert not plane.check()
 
@@ -166,22 +166,22 @@ def test_a_transaction_of_ours_that_changes_nothing_is_not_taken_for_anothers(pl
     before = plane.kernel.generation
     plane.nft.load("add table inet portward")
     assert plane.kernel.generation == before
-    assert plane.keeper.intact()
+    assert plane.reconciler.intact()
 
 
 def test_what_no_number_shows_is_found_by_the_next_look(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     plane.kernel.tables[TABLE].chains["verdict"].rules.clear()
-    assert plane.keeper.intact(), "the generation is as it was left"
+    assert plane.reconciler.intact(), "the generation is as it was left"
     now = time.monotonic() + reconciler._LOOK_EVERY
     monkeypatch.setattr("portward.dataplane.reconciler.time.monotonic", lambda: now)
-    assert not plane.keeper.at_rest(plane.netlink)
-    assert not plane.keeper.intact()
+    assert not plane.reconciler.at_rest(plane.netlink)
+    assert not plane.reconciler.intact()
 
 
 def test_the_number_of_transactions_may_wrap(plane: Plane) -> None:
     plane.kernel.generation = 2**32 - 1
     plane.check()
-    plane.learned.move_epoch(1)
+    plane.cache.move_epoch(1)
     assert plane.kernel.generation < 10
     assert plane.check()
 
@@ -190,7 +190,7 @@ def test_somebody_who_writes_all_the_time_is_named_as_the_reason(plane: Plane) -
     for after in range(20):
         plane.kernel.meanwhile(lambda: plane.kernel.load("add chain inet portward judge"), after=2 * after)
     with pytest.raises(KernelError, match="changes faster than it can be loaded"):
-        plane.keeper.load(plane.want(plane.generation))
+        plane.reconciler.load(plane.want(plane.generation))
 
 
 def test_a_ruleset_that_the_kernel_would_not_take_is_refused_before_anything_changes(plane: Plane) -> None:
@@ -198,11 +198,11 @@ def test_a_ruleset_that_the_kernel_would_not_take_is_refused_before_anything_cha
         text=plane.want(plane.generation).text + "add rule inet portward absent accept\n"
     )
     with pytest.raises(KernelError, match="No such file or directory"):
-        plane.keeper.check(broken)
+        plane.reconciler.check(broken)
     with pytest.raises(KernelError, match="No such file or directory"):
-        plane.keeper.load(broken)
+        plane.reconciler.load(broken)
     assert plane.kernel.tables[TABLE].chains["screen"].rules
-    assert plane.keeper.intact(), "the ruleset before is there, whole"
+    assert plane.reconciler.intact(), "the ruleset before is there, whole"
     assert words(plane.kernel.journal) == []
 
 
@@ -221,8 +221,8 @@ class Hearing:
     def __init__(self, plane: Plane) -> None:
         self.heard = NOTHING
         plane.nft = Compiling(plane.kernel, lambda: plane.kernel.generation)
-        plane.keeper = RulesetReconciler(plane.nft, plane.netlink, plane.learned, self.read)
-        plane.enforcement = VerdictSync(plane.keeper, plane.learned, plane.want, plane.rates, lambda _: None)
+        plane.reconciler = RulesetReconciler(plane.nft, plane.netlink, plane.cache, self.read)
+        plane.sync = VerdictSync(plane.reconciler, plane.cache, plane.want, plane.rate_limits, lambda _: None)
         plane.start()
 
     def read(self) -> RulesetChanges:
@@ -236,27 +236,27 @@ def test_with_notices_changes_of_others_between_ours_are_no_reason_to_look(plane
     time, each of ours would lead to looks for the next ten seconds."""
     Hearing(plane)
     plane.kernel.load("table inet theirs { }")
-    plane.learned.move_epoch(1)
-    assert plane.keeper.at_rest(plane.netlink, NOTHING)
-    assert plane.keeper.at_rest(plane.netlink)
+    plane.cache.move_epoch(1)
+    assert plane.reconciler.at_rest(plane.netlink, NOTHING)
+    assert plane.reconciler.at_rest(plane.netlink)
 
 
 def test_with_notices_a_load_that_the_kernel_refused_is_a_reason_to_look(plane: Plane) -> None:
     Hearing(plane)
     plane.kernel.refuse(errno.ENOMEM)
     with pytest.raises(KernelError):
-        plane.keeper.load(plane.want(plane.generation))
-    assert not plane.keeper.at_rest(plane.netlink, NOTHING)
-    assert plane.keeper.intact(), "nothing has changed"
-    assert plane.keeper.at_rest(plane.netlink, NOTHING)
+        plane.reconciler.load(plane.want(plane.generation))
+    assert not plane.reconciler.at_rest(plane.netlink, NOTHING)
+    assert plane.reconciler.intact(), "nothing has changed"
+    assert plane.reconciler.at_rest(plane.netlink, NOTHING)
 
 
 def test_with_notices_what_others_write_into_ours_is_seen(plane: Plane) -> None:
     hearing = Hearing(plane)
     plane.kernel.load("flush chain inet portward verdict")
     hearing.heard = RulesetChanges(ours=True, others=True)
-    assert not plane.keeper.at_rest(plane.netlink, hearing.heard)
-    assert not plane.keeper.intact()
+    assert not plane.reconciler.at_rest(plane.netlink, hearing.heard)
+    assert not plane.reconciler.intact()
 
 
 # --- without an agent ---

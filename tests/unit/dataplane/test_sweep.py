@@ -261,9 +261,9 @@ def test_a_set_too_large_to_be_read_in_time_is_flushed_unread(
 ) -> None:
     many = [ip_network((int(REVOKED.network_address) + (number << 64), 64)) for number in range(count)]
     kernel.fill("allow6", key(1), *(key(number, "2001:db8:1:ffff::") for number in range(99)))
-    learned = VerdictCache(kernel)
-    learned.sizes["allow6"] = size
-    learned.forget_within(prefixes(*many), GENERATION)
+    cache = VerdictCache(kernel)
+    cache.sizes["allow6"] = size
+    cache.forget_within(prefixes(*many), GENERATION)
     assert len(kernel.sets["allow6"]) == (0 if flushed else 99)
     assert ("allow6" in kernel.readings) is not flushed
 

@@ -133,7 +133,7 @@ def test_a_change_of_interfaces_is_written_with_the_epoch(plane: Plane) -> None:
 
 def test_a_change_of_interfaces_that_a_repair_has_overtaken_is_written_all_the_same(plane: Plane) -> None:
     """The repair has moved the epoch, but what the forward guard accepts carries none."""
-    plane.enforcement.repair(2)
+    plane.sync.repair(2)
     assert not plane.kernel.tables[TABLE].sets["renewed"].elements
     plane.enforce(committed(2, links=[LINK]))
     assert set(plane.kernel.tables[TABLE].sets["renewed"].elements) == {LINK.to_bytes(4, "little")}
@@ -145,31 +145,31 @@ def unsettled(plane: Plane) -> set[bytes]:
 
 
 def test_an_interface_is_unsettled_and_renewed_before_anything_is_read(plane: Plane) -> None:
-    plane.enforcement.unsettle([LINK], 1)
+    plane.sync.unsettle([LINK], 1)
     assert words(plane.kernel.journal)[0] == "add unsettled 3, add renewed 3, delete renewed 3"
-    plane.enforcement.settle(1)
+    plane.sync.settle(1)
     assert not unsettled(plane)
 
 
 def test_an_interface_that_the_table_has_taken_in_meanwhile_is_not_unsettled(plane: Plane) -> None:
     """Nothing would ever settle it."""
-    plane.enforcement.settle(2)
-    plane.enforcement.unsettle([LINK], 2)
+    plane.sync.settle(2)
+    plane.sync.unsettle([LINK], 2)
     assert not unsettled(plane)
-    plane.enforcement.unsettle([LINK], 3)
+    plane.sync.unsettle([LINK], 3)
     assert unsettled(plane)
 
 
 def test_an_interface_stays_unsettled_while_the_kernel_stands_at_the_owner_before(plane: Plane) -> None:
     """The verdicts found for that one are under the epoch in force."""
-    plane.enforcement.unsettle([LINK], 1)
+    plane.sync.unsettle([LINK], 1)
     plane.kernel.refuse(errno.ENOMEM, times=2)
     plane.enforce(committed(2, links=[LINK]))
-    plane.enforcement.settle(1)
-    assert plane.learned.epoch() == 1
+    plane.sync.settle(1)
+    assert plane.cache.epoch() == 1
     assert unsettled(plane)
     assert not plane.check()
-    assert plane.learned.epoch() == 2
+    assert plane.cache.epoch() == 2
     assert not unsettled(plane)
 
 
@@ -178,10 +178,10 @@ def test_a_repair_that_has_not_forgotten_yet_says_of_no_change_that_it_is_in_for
     plane.learn(Class.ALLOW, HOST)
     plane.kernel.die(1)
     with pytest.raises(ProcessDied):
-        plane.enforcement.repair(3)
+        plane.sync.repair(3)
     plane.kernel.die(None)
     assert HOST in plane.cached()
-    assert [generation for generation in range(1, 10) if plane.learned.enforces(generation)] == []
+    assert [generation for generation in range(1, 10) if plane.cache.enforces(generation)] == []
 
 
 def test_everything_is_flushed(plane: Plane) -> None:
@@ -197,8 +197,8 @@ def test_what_a_change_reaches_is_forgotten_and_nothing_else(plane: Plane, kind:
     reached, change = CHANGES[kind]
     plane.enforce(change(2)._replace(opens=opens))
     assert set(plane.cached()) == set(ALL) - reached
-    assert (plane.learned.epoch(), plane.learned.synced()) == (2, 2)
-    assert (plane.enforcement.generation, plane.keeper.repairs) == (2, 0)
+    assert (plane.cache.epoch(), plane.cache.synced()) == (2, 2)
+    assert (plane.sync.generation, plane.reconciler.repairs) == (2, 0)
     assert plane.check(), "our own transactions are not taken for another program's"
 
 
@@ -220,7 +220,7 @@ def test_without_a_change_of_verdicts_nothing_is_written(plane: Plane) -> None:
 def test_a_segment_without_an_interface_has_nothing_to_forget(plane: Plane) -> None:
     plane.enforce(committed(2, "10.0.0.4/32", "10.0.0.0/8", segment="vni7"))
     assert set(plane.cached()) == set(ALL)
-    assert (plane.learned.epoch(), plane.learned.synced()) == (2, 2)
+    assert (plane.cache.epoch(), plane.cache.synced()) == (2, 2)
 
 
 def test_many_hosts_are_searched_for_instead_of_written_into_every_set(plane: Plane) -> None:
@@ -231,7 +231,7 @@ def test_many_hosts_are_searched_for_instead_of_written_into_every_set(plane: Pl
 
 
 def test_a_source_with_a_limit_loses_it_and_gets_the_new_one_at_once(plane: Plane) -> None:
-    plane.rates.add({HOST: BUCKET})
+    plane.rate_limits.add({HOST: BUCKET})
     plane.limits = {HOST: Bucket(5, 99, 2)}
     plane.kernel.journal.clear()
     plane.enforce(committed(2, "10.0.0.4/32"))
@@ -244,10 +244,10 @@ def test_a_source_with_a_limit_loses_it_and_gets_the_new_one_at_once(plane: Plan
 
 @pytest.mark.parametrize("kind", ["prefix", "links", "everything"])
 def test_a_wide_change_takes_the_limits_it_reaches(plane: Plane, kind: str) -> None:
-    plane.rates.add({HOST: BUCKET})
+    plane.rate_limits.add({HOST: BUCKET})
     plane.enforce(CHANGES[kind][1](2))
     assert not plane.elements.elements("rates4")
-    assert not list(plane.rates.sources())
+    assert not list(plane.rate_limits.sources())
 
 
 # --- the gate ---
@@ -260,7 +260,7 @@ LIFT = "delete a rule of screen, flush gated, flush enforced, flush synced, add 
 @pytest.fixture
 def much(plane: Plane) -> Plane:
     """The same gateway after a reading has shown that much is cached."""
-    plane.learned.sizes["allow4"] = 8_193
+    plane.cache.sizes["allow4"] = 8_193
     return plane
 
 
@@ -293,9 +293,9 @@ def test_many_revoked_hosts_and_a_lost_interface_have_a_gate_too(much: Plane) ->
     hosts = [f"10.0.{n >> 8}.{n & 255}/32" for n in range(5_000)]
     much.enforce(committed(2, *hosts)._replace(opens=False))
     assert words(much.kernel.journal)[1] == f"{GATE}, add enforced 2"
-    much.learned.sizes["allow4"] = 8_193
+    much.cache.sizes["allow4"] = 8_193
     much.kernel.journal.clear()
-    much.enforcement.unsettle([3], 1)
+    much.sync.unsettle([3], 1)
     assert GATE in words(much.kernel.journal)
     assert not is_gated(much.kernel.tables, LINK)
 
@@ -304,13 +304,13 @@ def test_many_revoked_hosts_and_a_lost_interface_have_a_gate_too(much: Plane) ->
     ("size", "closes"), [(8_192, True), (8_193, False)], ids=["little is cached", "nothing is stopped"]
 )
 def test_a_change_that_needs_no_gate_has_none(plane: Plane, size: int, closes: bool) -> None:
-    plane.learned.sizes["allow4"] = size
+    plane.cache.sizes["allow4"] = size
     plane.enforce(committed(2, "10.0.0.0/24")._replace(closes=closes))
     assert not any("gate" in line for line in words(plane.kernel.journal))
 
 
 def test_the_rate_limits_of_revoked_sources_go_with_the_gate(much: Plane) -> None:
-    much.rates.add({HOST: BUCKET})
+    much.rate_limits.add({HOST: BUCKET})
     much.kernel.journal.clear()
     much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
     assert words(much.kernel.journal)[1] == f"delete rates4 3 . 10.0.0.4, {GATE}, add enforced 2"
@@ -319,18 +319,16 @@ def test_the_rate_limits_of_revoked_sources_go_with_the_gate(much: Plane) -> Non
 def test_the_kernel_says_that_a_change_is_in_force_from_the_gate_on(much: Plane) -> None:
     said = []
     for after in range(4):
-        much.kernel.meanwhile(
-            lambda: said.append((much.learned.enforces(2), much.learned.synced() == 2)), after=after
-        )
+        much.kernel.meanwhile(lambda: said.append((much.cache.enforces(2), much.cache.synced() == 2)), after=after)
     much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
     assert said == [(False, False), (False, False), (True, False), (True, False)]
-    assert (much.learned.enforces(2), much.learned.enforces(1)) == (True, False)
+    assert (much.cache.enforces(2), much.cache.enforces(1)) == (True, False)
 
 
 def test_a_search_that_fails_behind_the_gate_ends_in_a_repair_without_it(much: Plane) -> None:
     much.kernel.meanwhile(lambda: much.kernel.unreadable(errno.EIO), after=1)
     much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
-    assert (much.cached(), much.keeper.repairs, much.learned.synced()) == ({}, 1, 2)
+    assert (much.cached(), much.reconciler.repairs, much.cache.synced()) == ({}, 1, 2)
     assert not is_gated(much.kernel.tables, LINK)
     assert not much.kernel.tables[TABLE].sets["enforced"].elements
 
@@ -341,15 +339,15 @@ def test_a_gate_that_a_failed_change_has_left_stays_until_everything_is_forgotte
     much.kernel.meanwhile(lambda: much.kernel.unreadable(errno.EIO), after=1)
     much.kernel.refuse(errno.ENOMEM, after=2)
     much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
-    assert (bool(much.enforcement.broken), stale(much.kernel.tables, {HOST})) == (True, {HOST})
+    assert (bool(much.sync.broken), stale(much.kernel.tables, {HOST})) == (True, {HOST})
     assert is_gated(much.kernel.tables, LINK)
-    much.learned.sizes["allow4"] = size
+    much.cache.sizes["allow4"] = size
     much.kernel.history.clear()
     much.enforce(committed(3, "10.9.9.0/24")._replace(opens=False))
     much.check()
     assert all(is_gated(tables, LINK) for tables in much.kernel.history if stale(tables, {HOST}))
-    assert (is_gated(much.kernel.tables, LINK), much.enforcement.broken) == (False, "")
-    assert (much.learned.synced(), stale(much.kernel.tables, {HOST})) == (3, set())
+    assert (is_gated(much.kernel.tables, LINK), much.sync.broken) == (False, "")
+    assert (much.cache.synced(), stale(much.kernel.tables, {HOST})) == (3, set())
 
 
 # --- a start ---
@@ -364,8 +362,8 @@ def test_a_start_keeps_what_agrees_with_the_table_and_forgets_the_rest(
     again = Plane(plane.kernel, generation=1 if kept else synced)
     assert again.start() is said
     assert set(again.cached()) == (set(ALL) if kept else set())
-    assert again.learned.synced() == again.generation
-    assert again.learned.epoch() == again.generation
+    assert again.cache.synced() == again.generation
+    assert again.cache.epoch() == again.generation
 
 
 @pytest.mark.parametrize("how", ["flush set inet portward synced", "delete table inet portward", ""])
@@ -377,7 +375,7 @@ def test_a_start_that_does_not_know_what_is_cached_forgets_everything(plane: Pla
     again = Plane(plane.kernel)
     again.start()
     assert not again.cached()
-    assert again.learned.synced() == 1
+    assert again.cache.synced() == 1
 
 
 def test_a_start_that_is_refused_leaves_the_kernel_as_it_was(kernel: FakeKernel) -> None:
@@ -408,8 +406,8 @@ def test_whichever_transaction_is_refused_nothing_stale_is_left(
     plane.enforce(change(2)._replace(opens=opens))
     assert not stale(plane.kernel.tables, reached)
     assert not is_gated(plane.kernel.tables, LINK)
-    assert (plane.learned.epoch(), plane.learned.synced()) == (2, 2)
-    assert (plane.enforcement.broken, plane.enforcement.generation) == ("", 2)
+    assert (plane.cache.epoch(), plane.cache.synced()) == (2, 2)
+    assert (plane.sync.broken, plane.sync.generation) == ("", 2)
     assert plane.check()
 
 
@@ -421,19 +419,19 @@ def test_while_the_kernel_refuses_everything_it_is_said_and_tried_until_it_works
     reached, change = CHANGES[kind]
     plane.kernel.refuse(errno.ENOMEM, after=after, times=20)
     plane.enforce(change(2)._replace(opens=opens))
-    if not plane.enforcement.broken:
+    if not plane.sync.broken:
         assert len(plane.kernel.journal) == after, "there were no more transactions"
         return
-    assert "Cannot allocate memory" in plane.enforcement.broken
-    assert plane.enforcement.generation == 1, "the kernel is behind, and that is known"
+    assert "Cannot allocate memory" in plane.sync.broken
+    assert plane.sync.generation == 1, "the kernel is behind, and that is known"
     tries = 0
     while not plane.check():
         tries += 1
         assert tries <= 20
-        if not plane.enforcement.broken:
+        if not plane.sync.broken:
             break
     assert not stale(plane.kernel.tables, reached)
-    assert (plane.learned.synced(), plane.enforcement.generation, plane.enforcement.broken) == (2, 2, "")
+    assert (plane.cache.synced(), plane.sync.generation, plane.sync.broken) == (2, 2, "")
     assert not is_gated(plane.kernel.tables, LINK)
     assert plane.check()
 
@@ -442,16 +440,16 @@ def test_a_reading_that_fails_ends_in_everything_forgotten(plane: Plane) -> None
     plane.kernel.unreadable(errno.EINTR, 2)  # of the epoch before, and of the first set
     plane.enforce(committed(2, "10.0.0.0/24"))
     assert not plane.cached()
-    assert plane.learned.synced() == 2
+    assert plane.cache.synced() == 2
 
 
 def test_without_the_privilege_any_more_it_is_said(plane: Plane) -> None:
     plane.kernel.permitted = False
     plane.enforce(committed(2, "10.0.0.4/32"))
-    assert "not permitted" in plane.enforcement.broken
+    assert "not permitted" in plane.sync.broken
     plane.kernel.permitted = True
     plane.check()
-    assert (plane.enforcement.broken, plane.cached(), plane.learned.synced()) == ("", {}, 2)
+    assert (plane.sync.broken, plane.cached(), plane.cache.synced()) == ("", {}, 2)
 
 
 # --- full sets, and elements that go by themselves ---
@@ -474,7 +472,7 @@ def test_full_sets_lose_what_a_change_reaches(plane: Plane, kind: str) -> None:
     plane.enforce(change(2))
     assert not stale(plane.kernel.tables, reached)
     assert stale(plane.kernel.tables, set(ALL)) == set(ALL) - reached, "the others keep their verdicts"
-    assert plane.learned.synced() == 2
+    assert plane.cache.synced() == 2
 
 
 def test_an_element_that_vanishes_between_reading_and_deleting_is_no_harm(plane: Plane) -> None:
@@ -489,7 +487,7 @@ def test_an_element_that_vanishes_between_reading_and_deleting_is_no_harm(plane:
     plane.kernel.meanwhile(vanish, after=2)
     plane.enforce(committed(2, "10.0.0.4/32", "10.9.9.9/32"))
     assert set(plane.cached()) - {source("192.0.2.1")} == {HOST6, ELSEWHERE}
-    assert (plane.learned.synced(), plane.keeper.repairs) == (2, 0)
+    assert (plane.cache.synced(), plane.reconciler.repairs) == (2, 0)
 
 
 @pytest.mark.parametrize("network", ["10.0.0.0/24", "10.9.9.9/32"])
@@ -498,7 +496,7 @@ def test_elements_that_expire_at_any_moment_are_no_harm(plane: Plane, network: s
         plane.kernel.meanwhile(lambda: setattr(plane.kernel, "now", plane.kernel.now + 61), after=after)
     plane.enforce(committed(2, network))
     assert not plane.elements.rows("allow4")
-    assert (plane.learned.synced(), plane.keeper.repairs) == (2, 0)
+    assert (plane.cache.synced(), plane.reconciler.repairs) == (2, 0)
 
 
 def test_a_reading_that_misses_elements_is_followed_by_another(plane: Plane) -> None:
@@ -539,7 +537,7 @@ def test_what_another_program_takes_away_in_between_is_put_back(
     plane.check()
     assert judges(plane.kernel.tables)
     assert not stale(plane.kernel.tables, reached)
-    assert (plane.learned.synced(), plane.enforcement.broken) == (2, "")
+    assert (plane.cache.synced(), plane.sync.broken) == (2, "")
     assert plane.check()
 
 
@@ -585,7 +583,7 @@ def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_noth
         assert not stale(plane.kernel.tables, reached)
         plane.kernel.die(None)
     again = Plane(plane.kernel, generation=2)
-    if plane.learned.epoch() == 2:
+    if plane.cache.epoch() == 2:
         assert not plane.learn(Class.ALLOW, *reached, generation=1)
     again.start()
     in_force = False
@@ -600,7 +598,7 @@ def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_noth
     assert judges(plane.kernel.tables)
     assert not stale(plane.kernel.tables, reached)
     assert not is_gated(plane.kernel.tables, LINK)
-    assert (again.learned.epoch(), again.learned.synced()) == (2, 2)
+    assert (again.cache.epoch(), again.cache.synced()) == (2, 2)
     assert again.check()
 
 
@@ -611,25 +609,25 @@ def test_a_change_behind_one_that_was_lost_forgets_everything(plane: Plane) -> N
     """What the lost one reaches is not known, and `synced` must not say that nothing older is cached."""
     plane.enforce(committed(3, "10.0.0.4"))
     assert plane.cached() == {}
-    assert plane.learned.synced() == 3
+    assert plane.cache.synced() == 3
 
 
 def test_changes_carried_out_together_forget_only_what_they_reach(plane: Plane) -> None:
     plane.enforce(merged([committed(2, "10.0.0.4"), committed(3, "2001:db8::/64")]))
     assert set(plane.cached()) == {OTHER, ELSEWHERE}
-    assert plane.learned.synced() == 3
+    assert plane.cache.synced() == 3
 
 
 def test_a_change_while_the_ruleset_is_broken_says_nothing_of_the_one_before(plane: Plane) -> None:
     plane.kernel.refuse(errno.ENOMEM, times=3)
     plane.enforce(committed(2, "10.9.9.9"))
-    assert plane.enforcement.broken
+    assert plane.sync.broken
     plane.enforce(committed(3, "10.0.0.4"))
-    assert plane.enforcement.broken or plane.cached() == {}
-    plane.enforcement.repair(3)
-    assert not plane.enforcement.broken
+    assert plane.sync.broken or plane.cached() == {}
+    plane.sync.repair(3)
+    assert not plane.sync.broken
     assert plane.cached() == {}
-    assert plane.learned.synced() == 3
+    assert plane.cache.synced() == 3
 
 
 @pytest.mark.parametrize("generation", [6, 7])
@@ -639,7 +637,7 @@ def test_a_start_that_died_before_it_forgot_is_not_taken_for_one_that_is_in_step
     """`synced` names neither the generation that was loaded nor one near it: the table may have that one by then,
     or a verb wait for it."""
     state = ruleset.State(generation, synced=False)
-    plane.keeper.load(ruleset.wanted(plane.config, PRESET, native=plane.kernel.native, state=state))
-    synced = plane.learned.synced()
+    plane.reconciler.load(ruleset.wanted(plane.config, PRESET, native=plane.kernel.native, state=state))
+    synced = plane.cache.synced()
     assert synced is not None
     assert abs(synced - generation) == 2**31

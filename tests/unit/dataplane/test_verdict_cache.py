@@ -26,40 +26,40 @@ def test_a_cached_verdict_is_found_with_its_count_and_its_time(plane: Plane) -> 
     plane.kernel.learn("allow4", FOUR.key, packets=7)
     plane.kernel.now += 10
     plane.kernel.learn("deny6", SIX.key)
-    assert plane.learned.get(FOUR) == Element(Class.ALLOW, FOUR, 7, 50)
-    assert plane.learned.get(SIX) == Element(Class.DENY, SIX, 0, 60)
-    assert plane.learned.get(source("10.0.0.5")) is None
-    assert set(plane.learned.elements()) == {Element(Class.ALLOW, FOUR, 7, 50), Element(Class.DENY, SIX, 0, 60)}
+    assert plane.cache.get(FOUR) == Element(Class.ALLOW, FOUR, 7, 50)
+    assert plane.cache.get(SIX) == Element(Class.DENY, SIX, 0, 60)
+    assert plane.cache.get(source("10.0.0.5")) is None
+    assert set(plane.cache.elements()) == {Element(Class.ALLOW, FOUR, 7, 50), Element(Class.DENY, SIX, 0, 60)}
 
 
 def test_an_expired_verdict_is_no_verdict(plane: Plane) -> None:
     plane.kernel.learn("allow4", FOUR.key)
     plane.kernel.now += 60
-    assert plane.learned.get(FOUR) is None
-    assert not list(plane.learned.elements())
+    assert plane.cache.get(FOUR) is None
+    assert not list(plane.cache.elements())
 
 
 def test_without_the_table_nothing_is_known(plane: Plane) -> None:
     plane.kernel.load("flush ruleset")
-    assert (plane.learned.epoch(), plane.learned.synced(), plane.learned.definitions()) == (None, None, None)
-    assert plane.learned.get(FOUR) is None
+    assert (plane.cache.epoch(), plane.cache.synced(), plane.cache.definitions()) == (None, None, None)
+    assert plane.cache.get(FOUR) is None
     with pytest.raises(FileNotFoundError):
-        list(plane.learned.elements())
+        list(plane.cache.elements())
 
 
 @pytest.mark.parametrize("elements", ["", "{ 1, 2 }"])
 def test_a_number_that_is_not_there_once_is_not_known(plane: Plane, elements: str) -> None:
     text = "flush set inet portward synced\n"
     plane.kernel.load(text + (f"add element inet portward synced {elements}" if elements else ""))
-    assert plane.learned.synced() is None
+    assert plane.cache.synced() is None
 
 
 @pytest.mark.parametrize("generation", [1, 8190, 8191, 8192, 2**32 - 1])
 def test_the_epoch_is_that_of_the_generation(plane: Plane, generation: int) -> None:
-    plane.learned.move_epoch(generation)
-    assert plane.learned.epoch() == mark.epoch_of(generation)
-    assert plane.keeper.epoch_is(generation)
-    assert not plane.keeper.epoch_is(generation + 1)
+    plane.cache.move_epoch(generation)
+    assert plane.cache.epoch() == mark.epoch_of(generation)
+    assert plane.reconciler.epoch_is(generation)
+    assert not plane.reconciler.epoch_is(generation + 1)
 
 
 @pytest.mark.parametrize("start", [1, 7900, 8189, 8190])
@@ -70,8 +70,8 @@ def test_the_epochs_that_follow_are_known_after_each_step(plane: Plane, start: i
         generation += step
         if step == 2:
             plane.kernel.load("flush set inet portward coming")
-            plane.learned.move_epoch(generation + 4_000)
-        plane.learned.move_epoch(generation)
+            plane.cache.move_epoch(generation + 4_000)
+        plane.cache.move_epoch(generation)
         found = {
             int.from_bytes(key, "little") >> 3 for key in plane.kernel.tables["portward"].sets["coming"].elements
         }
@@ -80,7 +80,7 @@ def test_the_epochs_that_follow_are_known_after_each_step(plane: Plane, start: i
 
 def test_packets_over_a_segments_rate_are_read_by_interface(plane: Plane) -> None:
     plane.kernel.learn("limited_segments", (3).to_bytes(4, "little"), packets=9)
-    assert plane.learned.over_miss_limit() == {3: 9}
+    assert plane.cache.over_miss_limit() == {3: 9}
 
 
 @pytest.mark.parametrize("one", [FOUR, SIX])
@@ -91,7 +91,7 @@ def test_a_key_is_read_back_as_its_source(one: Source) -> None:
 def test_sources_that_are_refused_or_unknown_are_forgotten_with_the_others(plane: Plane) -> None:
     for name in ("deny4", "observed4", "refused4", "unknown4"):
         plane.kernel.learn(name, FOUR.key)
-    plane.learned.forget([FOUR, SIX], 5)
+    plane.cache.forget([FOUR, SIX], 5)
     assert not plane.cached()
-    assert plane.learned.synced() == 5
+    assert plane.cache.synced() == 5
     assert not plane.kernel.tables[TABLE].sets["allow4"].elements
