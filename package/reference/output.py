@@ -13,7 +13,7 @@ from portward.daemon.runtime import STATUS_FORMAT
 from portward.exemptions.lifecycle import State
 from portward.model import Reason
 from portward.ops.diagnosis.advice import Step
-from portward.ops.diagnosis.answer import Diagnosis, Told
+from portward.ops.diagnosis.answer import Diagnosis, MatterReport
 from portward.ops.diagnosis.facts import Asked, Drops, Facts, Machine, SinceStart
 from portward.ops.effect import Now
 from portward.ops.explanation import Explanation
@@ -23,7 +23,7 @@ from portward.store.chain import IntegrityIssueKind
 # Verb → its structs, the outermost first.
 _STRUCTS: Final[dict[str, tuple[type[msgspec.Struct], ...]]] = {
     "explain": (Explanation, Now),
-    "diagnose": (Diagnosis, Told, Facts, Machine, Drops, SinceStart, Asked),
+    "diagnose": (Diagnosis, MatterReport, Facts, Machine, Drops, SinceStart, Asked),
 }
 # Verb with a table in meanings.toml → what stands before it.
 VERBS: Final = {

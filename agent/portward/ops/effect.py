@@ -14,7 +14,7 @@ from portward.dataplane.ruleset import COUNTED_SETS
 from portward.dataplane.stacking import Fate
 from portward.ipc import mark
 from portward.ipc.mark import Class
-from portward.ops.host import Agent, Cached, Host, Left, Ruleset, Workers
+from portward.ops.host_state import Agent, CachedState, Host, Ruleset, TableVerdict, Workers
 
 
 class Effect(StrEnum):
@@ -27,19 +27,19 @@ class Effect(StrEnum):
     UNKNOWN = "unknown"
 
 
-class Here(StrEnum):
+class Handling(StrEnum):
     """What this host does to sources that it has no cached verdict for. UNWATCHED: workers have bound the queues,
     and no running agent says whether they answer, or by what policy."""
 
-    JUDGES = "judges"
+    BY_POLICY = "judges"
     OBSERVES = "observes"  # whoever sends, it passes, and the verdict is only counted
     PART = "part"  # judged, or dropped if the packet falls into a queue that no worker answers
     UNWATCHED = "unwatched"
     STACKED = "stacked"  # other devices take the packets before they are judged
     OPEN = "open"  # whoever sends, it passes
     CLOSED = "closed"  # whoever sends, it is dropped
-    NOBODY_ANSWERS = "nobody-answers"  # dropped
-    NOBODY_ANSWERS_OPEN = "nobody-answers-open"  # passes
+    UNANSWERED = "nobody-answers"  # dropped
+    UNANSWERED_OPEN = "nobody-answers-open"  # passes
     UNKNOWN = "unknown"
 
 
@@ -61,36 +61,36 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     internal: bool = False
 
 
-def here(host: Host) -> Here:
+def here(host: Host) -> Handling:
     """What this host does to sources without a cached verdict."""
     if host.agent is Agent.AWAY or host.unclear:
-        return Here.UNKNOWN
+        return Handling.UNKNOWN
     if host.ruleset is Ruleset.NOT_PERMITTED:
-        return Here.UNKNOWN
+        return Handling.UNKNOWN
     if host.ruleset is Ruleset.CLOSED:
-        return Here.CLOSED
+        return Handling.CLOSED
     if host.ruleset is Ruleset.NONE:
-        return Here.OPEN
+        return Handling.OPEN
     if host.agent is Agent.ELSEWHERE:
-        return Here.UNKNOWN
+        return Handling.UNKNOWN
     if host.stacked:
-        return Here.STACKED
+        return Handling.STACKED
     if host.workers in (Workers.ANSWER, Workers.PART):
         return _answered(host)
     if host.workers is Workers.NONE and host.opens:
-        return Here.NOBODY_ANSWERS_OPEN
-    return Here.NOBODY_ANSWERS
+        return Handling.UNANSWERED_OPEN
+    return Handling.UNANSWERED
 
 
-def _answered(host: Host) -> Here:
+def _answered(host: Host) -> Handling:
     if host.agent is not Agent.RUNS:
-        return Here.UNWATCHED
+        return Handling.UNWATCHED
     if host.workers is Workers.PART:
-        return Here.PART
-    return Here.OBSERVES if host.observed else Here.JUDGES
+        return Handling.PART
+    return Handling.OBSERVES if host.observed else Handling.BY_POLICY
 
 
-def now(host: Host, found: Cached | None, policy: Policy, left: Left | None = None) -> Now:
+def now(host: Host, found: CachedState | None, policy: Policy, left: TableVerdict | None = None) -> Now:
     """What happens to the next packet of a source; `found` is what the kernel has cached for it, None if its
     segment is no interface here now. `left` is what workers find for it while no agent runs or reports; it may not
     be what the policy says by now."""
@@ -102,26 +102,26 @@ def now(host: Host, found: Cached | None, policy: Policy, left: Left | None = No
     return msgspec.structs.replace(made, as_policy=as_policy)
 
 
-def lasts(place: Here, made: Now) -> bool:
+def lasts(place: Handling, made: Now) -> bool:
     """Whether a source passes on even if no worker answers, because the kernel itself has its limit: only an agent
     takes that away."""
     return made.effect is Effect.LIMITED and place in (
-        Here.NOBODY_ANSWERS,
-        Here.NOBODY_ANSWERS_OPEN,
-        Here.UNWATCHED,
+        Handling.UNANSWERED,
+        Handling.UNANSWERED_OPEN,
+        Handling.UNWATCHED,
     )
 
 
-def _now(host: Host, found: Cached | None, policy: Policy, left: Left | None) -> Now:
+def _now(host: Host, found: CachedState | None, policy: Policy, left: TableVerdict | None) -> Now:
     place = here(host)
     match place:
-        case Here.UNKNOWN if host.elsewhere:
+        case Handling.UNKNOWN if host.elsewhere:
             return Now(Effect.UNKNOWN, host.elsewhere)
-        case Here.UNKNOWN:
+        case Handling.UNKNOWN:
             return Now(Effect.UNKNOWN, "asking the kernel needs root or CAP_NET_ADMIN")
-        case Here.CLOSED:
+        case Handling.CLOSED:
             return Now(Effect.DROPPED, _CLOSED)
-        case Here.OPEN:
+        case Handling.OPEN:
             error = f" ({host.ruleset_error})" if host.ruleset_error else ""
             return Now(Effect.PASSES, f"{_OPEN}{error}; {_AGENTS[host.agent]}")
     if host.stacked and not policy.internal:
@@ -138,8 +138,8 @@ def _now(host: Host, found: Cached | None, policy: Policy, left: Left | None) ->
         )
     if found.verdict is not None:
         return _by_cache(host, found, found.verdict)
-    if place is Here.UNWATCHED:
-        return _by_left(host, left or Left(error="the policy table was not asked"))
+    if place is Handling.UNWATCHED:
+        return _by_left(host, left or TableVerdict(error="the policy table was not asked"))
     return _by_worker(host, place, policy)
 
 
@@ -154,7 +154,7 @@ def _stacked(host: Host) -> Now:
     return Now(Effect.PASSES if host.fate is Fate.OBSERVED else Effect.DROPPED, why)
 
 
-def _by_cache(host: Host, found: Cached, verdict: Class) -> Now:
+def _by_cache(host: Host, found: CachedState, verdict: Class) -> Now:
     why = f"the kernel has cached {COUNTED_SETS[verdict]!r} for {found.expires:.0f} s more"
     effect = Effect.PASSES if verdict in mark.PASSING else Effect.DROPPED
     if verdict is Class.REFUSED:
@@ -164,10 +164,10 @@ def _by_cache(host: Host, found: Cached, verdict: Class) -> Now:
     return Now(effect, why if host.agent is Agent.RUNS else f"{why}; {_AGENTS[host.agent]}")
 
 
-def _by_worker(host: Host, place: Here, policy: Policy) -> Now:
-    if place is Here.NOBODY_ANSWERS:
+def _by_worker(host: Host, place: Handling, policy: Policy) -> Now:
+    if place is Handling.UNANSWERED:
         return Now(Effect.DROPPED, f"nothing is cached for it, and {_nobody(host)}")
-    if place is Here.NOBODY_ANSWERS_OPEN:
+    if place is Handling.UNANSWERED_OPEN:
         because = "the segment is only observed" if host.observed else 'on_agent_down = "open"'
         return Now(
             Effect.PASSES,
@@ -182,7 +182,7 @@ def _by_worker(host: Host, place: Here, policy: Policy) -> Now:
     return Now(Effect.REJECTED if policy.verdict == "reject" else Effect.DROPPED, words)
 
 
-def _by_left(host: Host, left: Left) -> Now:
+def _by_left(host: Host, left: TableVerdict) -> Now:
     """By a worker that goes by the policy table as it is, whatever the store says by now."""
     if left.error:
         words = f"nothing is cached for it, and what a worker makes of it is not known: {left.error}"

@@ -30,8 +30,8 @@ from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import PortwardError, StoreError
 from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
 from portward.ops import effect, host, sources
-from portward.ops.effect import Effect, Here, Now, Policy
-from portward.ops.host import Ruleset
+from portward.ops.effect import Effect, Handling, Now, Policy
+from portward.ops.host_state import Ruleset
 from portward.policy.decide import decide, rule_in_words
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_in_words, remedy
@@ -96,10 +96,10 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
 
 
 # What passes there by a cached verdict, an answered queue, or a worker that nobody watches may be dropped next.
-_UNSURE: Final = (Here.NOBODY_ANSWERS, Here.PART, Here.UNWATCHED)
+_UNSURE: Final = (Handling.UNANSWERED, Handling.PART, Handling.UNWATCHED)
 
 
-def _remedy(found: Explanation, place: Here, here: Now) -> str:
+def _remedy(found: Explanation, place: Handling, here: Now) -> str:
     """What the customer can do, as far as it is the customer's."""
     if here.effect is Effect.UNKNOWN:
         if found.verdict != "allow":
@@ -281,7 +281,7 @@ def _explanation(
     )
 
 
-def _now(config: Config, found: Explanation, source: Address) -> tuple[Here, Now]:
+def _now(config: Config, found: Explanation, source: Address) -> tuple[Handling, Now]:
     """What this host does to sources without a cached verdict, and what happens to the source's next packet."""
     here = host.at_segment(host.look(config, [found.segment]), host.devices(), config, found.segment)
     try:
@@ -289,7 +289,7 @@ def _now(config: Config, found: Explanation, source: Address) -> tuple[Here, Now
     except (OSError, PortwardError):
         here, cached = replace(here, ruleset=Ruleset.NOT_PERMITTED), None
     place = effect.here(here)
-    left = host.left(config, found.segment, source) if place is Here.UNWATCHED else None
+    left = host.left(config, found.segment, source) if place is Handling.UNWATCHED else None
     return place, effect.now(
         here,
         cached,

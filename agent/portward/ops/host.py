@@ -1,15 +1,15 @@
-"""What this host does now: whether an agent runs, what the kernel has loaded and has cached for a source, who
-answers the queues. Facts alone; `effect` says what comes of them."""
+"""Reads the state of this host: the agent, the loaded ruleset, the queues, and what is cached for a source.
+
+The values are in `host_state`. `effect` decides from them what happens to a source's next packet.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import closing
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 from msgspec.structs import replace
 
 from portward.base.interfaces import shown
@@ -25,13 +25,13 @@ from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.queue_statistics import states
 from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.ruleset import LIMITED_SETS, RATE_LIMITS, TABLE, LimitResult
-from portward.dataplane.stacking import Fate
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError, PortwardError
 from portward.ipc.counters import PacketOutcome
 from portward.ipc.mark import Class
 from portward.ipc.verdict import classify
 from portward.model import Address
+from portward.ops.host_state import Agent, CachedState, Host, Ruleset, TableVerdict, Workers
 from portward.store import open_store
 from portward.table.database import DatabaseError
 from portward.table.history import same_history
@@ -42,78 +42,6 @@ _STALE_S: Final = 5.0
 # A worker is asked every two seconds and has two to answer. For so long after it has bound its queue it may not
 # have been asked yet.
 _UNASKED_S: Final = 5.0
-
-
-class Agent(StrEnum):
-    """Whether an agent works on this table. ELSEWHERE: one with another table folder enforces in this network
-    namespace. AWAY: it runs in another one. SILENT: one runs, and has not reported for some seconds."""
-
-    RUNS = "runs"
-    STARTING = "starting"
-    SILENT = "silent"
-    NONE = "none"
-    ELSEWHERE = "elsewhere"
-    AWAY = "away"
-    HIDDEN = "hidden"
-
-
-class Ruleset(StrEnum):
-    """What of portward the kernel has loaded. CLOSED: the table that forwards nothing to the judged ports."""
-
-    LOADED = "loaded"
-    CLOSED = "closed"
-    NONE = "none"
-    NOT_PERMITTED = "not-permitted"
-
-
-class Workers(StrEnum):
-    """Who answers the queues: every one is answered, some are, none is. DEAF: none is answered, although processes
-    have bound them, so what waits there is dropped."""
-
-    ANSWER = "answer"
-    PART = "part"
-    DEAF = "deaf"
-    NONE = "none"
-
-
-class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """This host now. `opens`: in the ruleset that is loaded, sources of all segments in question pass while nobody
-    answers, `observed` because these are only observed. `elsewhere` is who enforces here instead; `ruleset_error`
-    is why the kernel has no ruleset, as the agent says; `stacked` is what takes the packets of the segment in
-    question before they are judged, and `fate` what becomes of them. `unclear`: whether a segment in
-    question is judged is not known, and `elsewhere` says why."""
-
-    agent: Agent = Agent.RUNS
-    ruleset: Ruleset = Ruleset.LOADED
-    workers: Workers = Workers.ANSWER
-    opens: bool = False
-    observed: bool = False
-    ruleset_error: str = ""
-    elsewhere: str = ""
-    stacked: tuple[str, ...] = ()
-    fate: Fate = Fate.FREE
-    unclear: bool = False
-
-
-class Cached(msgspec.Struct, frozen=True, kw_only=True):
-    """What the kernel has cached for a source: a verdict for `expires` seconds more, or the rate limit of its
-    subscription; `packets` so far (with a limit: those dropped beyond it lately)."""
-
-    verdict: Class | None = None
-    expires: float = 0.0
-    packets: int = 0
-    limit: str = ""
-
-
-class Left(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker without a running agent finds for a source in the policy table, which stands at `revision`: a
-    verdict, None if the table knows no segment behind its interface. `waits`: the source may send within a limit,
-    which only an agent writes to the kernel. `error` is why the table does not say."""
-
-    verdict: Class | None = None
-    waits: bool = False
-    revision: int = 0
-    error: str = ""
 
 
 def look(config: Config, segments: Iterable[str]) -> Host:
@@ -141,7 +69,7 @@ def look(config: Config, segments: Iterable[str]) -> Host:
     )
 
 
-def cached(segment: str, address: Address) -> Cached | None:
+def cached(segment: str, address: Address) -> CachedState | None:
     """What the kernel has cached for a source; None if the segment is no interface here now. Raises PortwardError
     or OSError if the kernel may not be asked."""
     index = index_of(segment)
@@ -150,34 +78,34 @@ def cached(segment: str, address: Address) -> Cached | None:
     source = Source(index, address.packed)
     with closing(NfNetlink()) as netlink:
         if not netlink.sets(TABLE):
-            return Cached()
+            return CachedState()
         limit = netlink.element(TABLE, RATE_LIMITS + source.family, source.key)
         if limit is not None:
             bucket = Bucket.named(limit.object)
             words = limit.object if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
             beyond = netlink.element(TABLE, LIMITED_SETS[LimitResult.OVER] + source.family, source.key)
-            return Cached(limit=words, packets=0 if beyond is None else beyond.packets)
+            return CachedState(limit=words, packets=0 if beyond is None else beyond.packets)
         held = VerdictCache(KernelElements(netlink)).get(source)
     if held is None or not isinstance(held.verdict, Class):
-        return Cached()
-    return Cached(verdict=held.verdict, expires=held.expires, packets=held.packets)
+        return CachedState()
+    return CachedState(verdict=held.verdict, expires=held.expires, packets=held.packets)
 
 
-def left(config: Config, segment: str, address: Address) -> Left:
+def left(config: Config, segment: str, address: Address) -> TableVerdict:
     """What the workers find for a source in the policy table, the way they look it up."""
     index = index_of(segment)
     try:
         with closing(Reader.open_left(config.table)) as reader, reader.view():
             head = reader.head()
             if head is None:
-                return Left(error="the policy table holds no policy")
+                return TableVerdict(error="the policy table holds no policy")
             finding = None if index is None else reader.lookup(index, address.packed)
     except (PortwardError, DatabaseError) as error:
-        return Left(error=str(error))
+        return TableVerdict(error=str(error))
     if finding is None:
-        return Left(revision=head.revision)
+        return TableVerdict(revision=head.revision)
     verdict, outcome = classify(finding)
-    return Left(verdict=verdict, waits=outcome is PacketOutcome.DEFERRED, revision=head.revision)
+    return TableVerdict(verdict=verdict, waits=outcome is PacketOutcome.DEFERRED, revision=head.revision)
 
 
 def behind_store(config: Config) -> str:

@@ -7,13 +7,13 @@ import pytest
 
 from portward.dataplane.stacking import Fate
 from portward.ipc.mark import Class
-from portward.ops.effect import Effect, Here, Policy, here, now
-from portward.ops.host import Agent, Cached, Host, Left, Ruleset, Workers
+from portward.ops.effect import Effect, Handling, Policy, here, now
+from portward.ops.host_state import Agent, CachedState, Host, Ruleset, TableVerdict, Workers
 
 ALLOW, DENY, REJECT = Policy(verdict="allow"), Policy(verdict="deny"), Policy(verdict="reject")
 OBSERVED = Policy(verdict="deny", observed=True)
 LIMITED = Policy(verdict="allow", limited=True)
-NOTHING = Cached()
+NOTHING = CachedState()
 DOWN = Host(agent=Agent.NONE, workers=Workers.NONE)
 DOWN_OBSERVED = Host(agent=Agent.NONE, workers=Workers.NONE, opens=True, observed=True)
 DOWN_OPEN = Host(agent=Agent.NONE, workers=Workers.NONE, opens=True)
@@ -24,9 +24,9 @@ BRIDGE = ("bridge br0 takes the packets",)
 STOPPED = Host(stacked=BRIDGE, fate=Fate.STOPPED)
 
 
-def cached(verdict: Class) -> Cached:
+def cached(verdict: Class) -> CachedState:
     """A cached verdict."""
-    return Cached(verdict=verdict, expires=30.4, packets=2)
+    return CachedState(verdict=verdict, expires=30.4, packets=2)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def cached(verdict: Class) -> Cached:
         (Host(), NOTHING, REJECT, Effect.REJECTED, True),
         (Host(), NOTHING, OBSERVED, Effect.PASSES, True),
         (Host(), NOTHING, LIMITED, Effect.LIMITED, True),
-        (Host(), Cached(limit="10 a minute, 5 at once"), LIMITED, Effect.LIMITED, True),
+        (Host(), CachedState(limit="10 a minute, 5 at once"), LIMITED, Effect.LIMITED, True),
         (Host(), cached(Class.ALLOW), ALLOW, Effect.PASSES, True),
         (Host(), cached(Class.ALLOW), DENY, Effect.PASSES, False),
         (Host(), cached(Class.OBSERVED), OBSERVED, Effect.PASSES, True),
@@ -87,7 +87,7 @@ def cached(verdict: Class) -> Cached:
     ],
 )
 def test_the_effect_follows_from_host_cache_and_policy(
-    host: Host, found: Cached | None, policy: Policy, effect: Effect, as_policy: bool | None
+    host: Host, found: CachedState | None, policy: Policy, effect: Effect, as_policy: bool | None
 ) -> None:
     made = now(host, found, policy)
     assert (made.effect, made.as_policy) == (effect, as_policy)
@@ -100,7 +100,7 @@ def test_the_effect_follows_from_host_cache_and_policy(
 @pytest.mark.parametrize("opens", [True, False])
 def test_every_state_of_a_host_has_an_answer(agent: Agent, loaded: Ruleset, workers: Workers, opens: bool) -> None:
     host = Host(agent=agent, ruleset=loaded, workers=workers, opens=opens)
-    assert here(host) in Here
+    assert here(host) in Handling
     for policy in (ALLOW, DENY, OBSERVED, LIMITED):
         for found in (None, NOTHING, cached(Class.ALLOW)):
             assert now(host, found, policy).why
@@ -109,18 +109,18 @@ def test_every_state_of_a_host_has_an_answer(agent: Agent, loaded: Ruleset, work
 @pytest.mark.parametrize(
     ("host", "observed", "place"),
     [
-        (Host(), False, Here.JUDGES),
-        (Host(), True, Here.OBSERVES),
-        (Host(workers=Workers.PART), False, Here.PART),
-        (Host(workers=Workers.PART), True, Here.PART),
-        (Host(agent=Agent.SILENT), False, Here.UNWATCHED),
-        (Host(agent=Agent.STARTING), False, Here.UNWATCHED),
-        (Host(agent=Agent.NONE), False, Here.UNWATCHED),
-        (Host(agent=Agent.NONE), True, Here.UNWATCHED),
-        (Host(agent=Agent.SILENT, workers=Workers.NONE), False, Here.NOBODY_ANSWERS),
+        (Host(), False, Handling.BY_POLICY),
+        (Host(), True, Handling.OBSERVES),
+        (Host(workers=Workers.PART), False, Handling.PART),
+        (Host(workers=Workers.PART), True, Handling.PART),
+        (Host(agent=Agent.SILENT), False, Handling.UNWATCHED),
+        (Host(agent=Agent.STARTING), False, Handling.UNWATCHED),
+        (Host(agent=Agent.NONE), False, Handling.UNWATCHED),
+        (Host(agent=Agent.NONE), True, Handling.UNWATCHED),
+        (Host(agent=Agent.SILENT, workers=Workers.NONE), False, Handling.UNANSWERED),
     ],
 )
-def test_only_a_host_whose_agent_reports_is_said_to_judge(host: Host, observed: bool, place: Here) -> None:
+def test_only_a_host_whose_agent_reports_is_said_to_judge(host: Host, observed: bool, place: Handling) -> None:
     assert here(msgspec.structs.replace(host, observed=observed)) is place
 
 
@@ -137,29 +137,29 @@ def test_why_names_what_is_missing() -> None:
     assert "'allow' for 30 s more" in now(Host(), cached(Class.ALLOW), ALLOW).why
     assert (
         "NOT ALL QUEUES ARE ANSWERED"
-        in now(Host(agent=Agent.NONE, workers=Workers.PART), NOTHING, ALLOW, Left(revision=3)).why
+        in now(Host(agent=Agent.NONE, workers=Workers.PART), NOTHING, ALLOW, TableVerdict(revision=3)).why
     )
 
 
 @pytest.mark.parametrize(
     ("left", "policy", "effect", "as_policy"),
     [
-        (Left(verdict=Class.ALLOW), ALLOW, Effect.PASSES, True),
-        (Left(verdict=Class.ALLOW), DENY, Effect.PASSES, False),
-        (Left(verdict=Class.ALLOW, waits=True), LIMITED, Effect.DROPPED, False),
-        (Left(verdict=Class.OBSERVED), DENY, Effect.PASSES, False),
-        (Left(verdict=Class.DENY), DENY, Effect.DROPPED, True),
-        (Left(verdict=Class.DENY), ALLOW, Effect.DROPPED, False),
-        (Left(verdict=Class.UNKNOWN), ALLOW, Effect.DROPPED, False),
-        (Left(verdict=Class.REFUSED), REJECT, Effect.REJECTED, True),
-        (Left(), ALLOW, Effect.DROPPED, False),
-        (Left(error="Permission denied"), ALLOW, Effect.UNKNOWN, None),
+        (TableVerdict(verdict=Class.ALLOW), ALLOW, Effect.PASSES, True),
+        (TableVerdict(verdict=Class.ALLOW), DENY, Effect.PASSES, False),
+        (TableVerdict(verdict=Class.ALLOW, waits=True), LIMITED, Effect.DROPPED, False),
+        (TableVerdict(verdict=Class.OBSERVED), DENY, Effect.PASSES, False),
+        (TableVerdict(verdict=Class.DENY), DENY, Effect.DROPPED, True),
+        (TableVerdict(verdict=Class.DENY), ALLOW, Effect.DROPPED, False),
+        (TableVerdict(verdict=Class.UNKNOWN), ALLOW, Effect.DROPPED, False),
+        (TableVerdict(verdict=Class.REFUSED), REJECT, Effect.REJECTED, True),
+        (TableVerdict(), ALLOW, Effect.DROPPED, False),
+        (TableVerdict(error="Permission denied"), ALLOW, Effect.UNKNOWN, None),
         (None, ALLOW, Effect.UNKNOWN, None),
     ],
 )
 @pytest.mark.parametrize("agent", [Agent.NONE, Agent.SILENT, Agent.STARTING])
 def test_workers_without_an_agent_go_by_their_table_and_not_by_the_policy(
-    agent: Agent, left: Left | None, policy: Policy, effect: Effect, as_policy: bool | None
+    agent: Agent, left: TableVerdict | None, policy: Policy, effect: Effect, as_policy: bool | None
 ) -> None:
     made = now(Host(agent=agent), NOTHING, policy, left)
     assert (made.effect, made.as_policy) == (effect, as_policy)

@@ -12,7 +12,7 @@ from portward.dataplane import loaded, stacking
 from portward.dataplane.links import Device
 from portward.dataplane.ruleset import NO_INTERFACE
 from portward.dataplane.setdump import SetElement
-from portward.ops import effect, host
+from portward.ops import effect, host, host_state
 
 
 def bounds(pattern: str) -> tuple[bytes, bytes]:
@@ -81,17 +81,17 @@ def test_while_the_agent_says_that_its_ruleset_is_not_in_force_nobody_knows_what
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     status = {"ruleset_error": "No buffer space available", "workers": []}
-    monkeypatch.setattr(host, "_agent", lambda _: (host.Agent.RUNS, status))
+    monkeypatch.setattr(host, "_agent", lambda _: (host_state.Agent.RUNS, status))
     monkeypatch.setattr(host, "NfNetlink", lambda: Kernel(open_segments=(NO_INTERFACE,)))
     config = Config(segments=("vni*",), uplinks=("up0",), table=tmp_path)
-    monkeypatch.setattr(host, "_ruleset", lambda _: (host.Ruleset.LOADED, ""))
+    monkeypatch.setattr(host, "_ruleset", lambda _: (host_state.Ruleset.LOADED, ""))
     found = host.look(config, ["vni1"])
-    assert effect.here(found) is effect.Here.UNKNOWN
-    why = effect.now(found, host.Cached(), effect.Policy(verdict="deny")).why
+    assert effect.here(found) is effect.Handling.UNKNOWN
+    why = effect.now(found, host_state.CachedState(), effect.Policy(verdict="deny")).why
     assert why.startswith("the agent says that its ruleset is not in force")
     assert why.endswith("No buffer space available")
-    monkeypatch.setattr(host, "_ruleset", lambda _: (host.Ruleset.NONE, ""))
-    assert effect.here(host.look(config, ["vni1"])) is effect.Here.OPEN
+    monkeypatch.setattr(host, "_ruleset", lambda _: (host_state.Ruleset.NONE, ""))
+    assert effect.here(host.look(config, ["vni1"])) is effect.Handling.OPEN
 
 
 def test_a_segment_with_nothing_on_it_costs_no_look_at_what_stands_on_others(
@@ -107,7 +107,7 @@ def test_a_segment_with_nothing_on_it_costs_no_look_at_what_stands_on_others(
     monkeypatch.setattr(stacking, "concerning", concerning)
     config = Config(segments=("vni*",), uplinks=("up0",))
     devices = (Device(1, "vni1"), Device(2, "vni2", master=3), Device(3, "br0", "bridge"))
-    seen = host.Host()
+    seen = host_state.Host()
     assert host.at_segment(seen, devices, config, "vni1") == seen
     assert host.at_segment(seen, devices, config, "vni7") == seen, "not here"
     assert not looked

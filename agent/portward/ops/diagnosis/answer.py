@@ -17,7 +17,7 @@ from portward.ops.diagnosis.advice import Step, Way, in_order, matters
 from portward.ops.diagnosis.facts import Drops, Facts, FactSource, Kernel, Machine, Metrics
 from portward.ops.diagnosis.letter import letter
 from portward.ops.diagnosis.outcome import Blocking
-from portward.ops.effect import Here
+from portward.ops.effect import Handling
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_in_words, remedy
 
@@ -85,29 +85,31 @@ _KERNEL: Final = {
     Kernel.AWAY: marked("not known: the agent runs in another network namespace"),
 }
 _HERE: Final = {
-    Here.JUDGES: marked("this gateway judges by the policy"),
-    Here.OBSERVES: marked("this gateway only observes these segments: their packets pass, whoever sends them"),
-    Here.PART: marked(
+    Handling.BY_POLICY: marked("this gateway judges by the policy"),
+    Handling.OBSERVES: marked("this gateway only observes these segments: their packets pass, whoever sends them"),
+    Handling.PART: marked(
         "NOT ALL QUEUES ARE ANSWERED on this gateway: it judges by the policy, but some connections are dropped, "
         "allowed or not: see `portward status`"
     ),
-    Here.UNWATCHED: marked(
+    Handling.UNWATCHED: marked(
         "NOT KNOWN: no agent reports on this gateway; its workers, if they answer, judge by the policy table as "
         "it was left: see `portward status`"
     ),
-    Here.OPEN: marked("NOTHING IS ENFORCED on this gateway, every source may send: see `portward status`"),
-    Here.CLOSED: marked(
+    Handling.OPEN: marked("NOTHING IS ENFORCED on this gateway, every source may send: see `portward status`"),
+    Handling.CLOSED: marked(
         "this gateway forwards nothing to these ports, whoever sends it: see `portward rules show`"
     ),
-    Here.NOBODY_ANSWERS: marked(
+    Handling.UNANSWERED: marked(
         "NO WORKER ANSWERS on this gateway: sources without a cached verdict are dropped, allowed or not"
     ),
-    Here.NOBODY_ANSWERS_OPEN: marked(
+    Handling.UNANSWERED_OPEN: marked(
         "NO WORKER ANSWERS on this gateway: sources of these segments without a cached verdict pass, allowed or "
         "not"
     ),
-    Here.STACKED: marked("other devices take the packets of these segments before they are judged: see STACKED"),
-    Here.UNKNOWN: _NOT_PERMITTED,
+    Handling.STACKED: marked(
+        "other devices take the packets of these segments before they are judged: see STACKED"
+    ),
+    Handling.UNKNOWN: _NOT_PERMITTED,
 }
 _METRICS: Final = {
     Metrics.NO_AGENT: marked("what was dropped before that is not known: no agent on this table reports it"),
@@ -116,7 +118,7 @@ _METRICS: Final = {
 }
 
 
-class Told(msgspec.Struct, frozen=True):
+class MatterReport(msgspec.Struct, frozen=True):
     """A matter in codes, with the number of machines that it holds for. `observed`: the rule is only observed."""
 
     reason: Reason
@@ -132,7 +134,7 @@ class Diagnosis(msgspec.Struct, frozen=True):
 
     facts: Facts
     exemption_state: State
-    matters: tuple[Told, ...]
+    matters: tuple[MatterReport, ...]
     language: str
     customer: str
     remarks: tuple[str, ...] = ()
@@ -143,7 +145,8 @@ def diagnosis(preset: Preset, facts: Facts, say: Language) -> Diagnosis:
     facts = _ordered(facts)
     found = matters(preset, facts)
     told = tuple(
-        Told(matter.reason, len(matter.machines), matter.observed, matter.ways, matter.outcome) for matter in found
+        MatterReport(matter.reason, len(matter.machines), matter.observed, matter.ways, matter.outcome)
+        for matter in found
     )
     return Diagnosis(facts, facts.state, told, say.code, letter(preset, facts, found, say))
 
@@ -202,8 +205,8 @@ def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> It
 
 def _now(facts: Facts, say: Language) -> Iterator[str]:
     """What this host does to these segments; to which, if not to all the same."""
-    unknown = say(_ELSEWHERE, why=facts.elsewhere) if facts.elsewhere else say(_HERE[Here.UNKNOWN])
-    places: dict[Here, list[str]] = {}
+    unknown = say(_ELSEWHERE, why=facts.elsewhere) if facts.elsewhere else say(_HERE[Handling.UNKNOWN])
+    places: dict[Handling, list[str]] = {}
     for segment, place in facts.places.items():
         places.setdefault(place, []).append(shown(segment))
     if not places and facts.elsewhere:
@@ -212,7 +215,7 @@ def _now(facts: Facts, say: Language) -> Iterator[str]:
         yield say("not known: no segment in question is an interface of this host now")
     for place, segments in places.items():
         of = f"{', '.join(segments[:_SEGMENTS])}{' …' if len(segments) > _SEGMENTS else ''}: "
-        text = unknown if place is Here.UNKNOWN else say(_HERE[place])
+        text = unknown if place is Handling.UNKNOWN else say(_HERE[place])
         yield f"{of if len(places) > 1 else ''}{text}"
 
 
@@ -369,7 +372,7 @@ def _source(facts: Facts, say: Language) -> str:
     return told
 
 
-def _next(told: tuple[Told, ...], say: Language) -> Iterator[tuple[str, str]]:
+def _next(told: tuple[MatterReport, ...], say: Language) -> Iterator[tuple[str, str]]:
     """The ways on, each in one line; with several matters, for which reason."""
     first = True
     for matter in told:

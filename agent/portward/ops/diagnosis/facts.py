@@ -11,7 +11,7 @@ import msgspec
 from portward.exemptions.lifecycle import State, state_of
 from portward.model import Exemption, Network, Reason, Subscription, Workload
 from portward.ops.diagnosis.outcome import Blocking
-from portward.ops.effect import Here, Now
+from portward.ops.effect import Handling, Now
 from portward.policy.decide import rule
 from portward.policy.preset import Preset
 
@@ -119,8 +119,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     kernel: Kernel = Kernel.ASKED
     remembered: int = 60
     nobody: Drops | None = None
-    here: Here | None = None
-    places: dict[str, Here] = {}
+    here: Handling | None = None
+    places: dict[str, Handling] = {}
     stacked: tuple[str, ...] = ()
     elsewhere: str = ""
     behind: str = ""

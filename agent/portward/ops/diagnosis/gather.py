@@ -19,12 +19,12 @@ from portward.errors import PortwardError
 from portward.i18n.language import Language
 from portward.model import Address, Mode, Network, Reason
 from portward.ops import host, sources
-from portward.ops.diagnosis import counted, kernel, meant
+from portward.ops.diagnosis import agent_counts, recent_drops, suggestion
+from portward.ops.diagnosis.accounts import Accounts, Matched, accounts
 from portward.ops.diagnosis.answer import Diagnosis, diagnosis
 from portward.ops.diagnosis.facts import Asked, Facts, FactSource, Kernel, Machine
-from portward.ops.diagnosis.places import Accounts, Matched, accounts
-from portward.ops.diagnosis.sight import Sight
-from portward.ops.effect import Here, Policy
+from portward.ops.diagnosis.host_view import HostView
+from portward.ops.effect import Handling, Policy
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
 from portward.store.subscription_records import SubscriptionRecords, uuid_of
@@ -33,8 +33,8 @@ from portward.store.subscription_records import SubscriptionRecords, uuid_of
 _CANDIDATES: Final = 10
 # Of several segments the first of these is told in one word.
 _WORST: Final = (
-    Here.UNKNOWN, Here.CLOSED, Here.OPEN, Here.NOBODY_ANSWERS, Here.UNWATCHED, Here.PART, Here.NOBODY_ANSWERS_OPEN,
-    Here.STACKED, Here.JUDGES, Here.OBSERVES,
+    Handling.UNKNOWN, Handling.CLOSED, Handling.OPEN, Handling.UNANSWERED, Handling.UNWATCHED, Handling.PART,
+    Handling.UNANSWERED_OPEN, Handling.STACKED, Handling.BY_POLICY, Handling.OBSERVES,
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[
     return preset, replace(diagnosis(preset, facts, say), remarks=(*remarks, *behind))
 
 
-def judged(
+def machines_of(
     config: Config, preset: Preset, place: Accounts, held: SubscriptionRecords, matched: Matched | None = None
 ) -> tuple[Machine, ...]:
     """The account's machines as they come out at the place's time, that of `matched` first."""
@@ -94,22 +94,22 @@ def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, ad
         if held:
             return replace(_facts(config, preset, place, held[0], matched), asked=asked)
     away = in_another_network(config.table) is not None
-    drops, answer = (None, Kernel.AWAY) if away else kernel.of_nobody(segment, address)
+    drops, answer = (None, Kernel.AWAY) if away else recent_drops.of_nobody(segment, address)
     return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer)
 
 
 def _facts(
     config: Config, preset: Preset, place: Accounts, held: SubscriptionRecords, matched: Matched | None = None
 ) -> Facts:
-    machines = judged(config, preset, place, held, matched)
+    machines = machines_of(config, preset, place, held, matched)
 
     def owner(segment: str, address: Address) -> Network | None:
         found = place.matched(segment, address)
         return None if found is None else found.prefix
 
     away = in_another_network(config.table) is not None
-    machines, answer = (machines, Kernel.AWAY) if away else kernel.with_drops(machines, owner)
-    metrics, since_start = counted.since_start(config, held.id)
+    machines, answer = (machines, Kernel.AWAY) if away else recent_drops.with_drops(machines, owner)
+    metrics, since_start = agent_counts.since_start(config, held.id)
     return replace(
         _bare(config, preset, place),
         id=held.id,
@@ -124,7 +124,7 @@ def _facts(
 
 def _seen(config: Config, facts: Facts, source: Address | None) -> Facts:
     """The facts with what happens on this host now, to each machine or to a source of nobody."""
-    sight = Sight(config)
+    sight = HostView(config)
     segments = [machine.segment for machine in facts.machines]
     if facts.asked is not None and source is not None and not segments:
         segments, observed = [facts.asked.segment], config.observes(facts.asked.segment)
@@ -176,7 +176,7 @@ def _the_one(config: Config, place: Accounts, who: str) -> SubscriptionRecords:
     what = "with this id" if uuid_of(who) else "with exactly this name"
     raise PortwardError(
         f"{brief(who)}: no subscription {what} in the {place.place.value} at revision {place.revision}; "
-        f"{meant.hint(config, place, who)}"
+        f"{suggestion.hint(config, place, who)}"
     )
 
 

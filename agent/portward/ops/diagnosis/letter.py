@@ -89,7 +89,7 @@ def letter(preset: Preset, facts: Facts, found: tuple[Matter, ...], say: Languag
     if facts.behind:
         parts.append(say("A change of our records is not in force yet; once it is, this may change."))
     for matter in found:
-        told = _Told(preset, facts, matter, say)
+        told = _MatterText(preset, facts, matter, say)
         first = facts.asked is not None and matter is found[0]
         heading = _heading(matter.machines, facts.asked if first else None, say) if len(found) > 1 else ""
         parts.append("\n".join(filter(None, (heading, " ".join(told.what_is_the_matter())))))
@@ -154,7 +154,7 @@ def _heading(machines: tuple[Machine, ...], asked: AskedSource | None, say: Lang
     return say.many("Machine {machines}:", "Machines {machines}:", 2 if several else 1, machines=told)
 
 
-class _Told:
+class _MatterText:
     """One matter in words."""
 
     def __init__(self, preset: Preset, facts: Facts, matter: Matter, say: Language) -> None:

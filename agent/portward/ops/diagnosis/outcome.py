@@ -9,10 +9,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-from portward.ops.effect import Effect, Here, Now, lasts
+from portward.ops.effect import Effect, Handling, Now, lasts
 
 # What the policy lets pass is dropped there, or as soon as its cached verdict has ended.
-_DROPPING: Final = (Here.NOBODY_ANSWERS, Here.PART)
+_DROPPING: Final = (Handling.UNANSWERED, Handling.PART)
 
 
 class Blocking(StrEnum):
@@ -25,7 +25,7 @@ class Blocking(StrEnum):
     UNKNOWN = "unknown"
 
 
-def outcome(place: Here, made: Now, *, passes: bool, prefix: bool = False, opens: bool = False) -> Blocking:
+def outcome(place: Handling, made: Now, *, passes: bool, prefix: bool = False, opens: bool = False) -> Blocking:
     """The outcome for a source that the policy lets pass (`passes`) or not. `prefix`: it stands for several, of
     which each may have another cached verdict, and `made` holds without one. `opens`: sources of its segment pass
     if nobody has bound their queue."""
@@ -35,8 +35,8 @@ def outcome(place: Here, made: Now, *, passes: bool, prefix: bool = False, opens
         return Blocking.AS_POLICY
     if passes and (made.as_policy is False or place in _DROPPING):
         return Blocking.SHUT
-    opened = place is Here.NOBODY_ANSWERS_OPEN or (place is Here.PART and opens)
+    opened = place is Handling.UNANSWERED_OPEN or (place is Handling.PART and opens)
     if not passes and (made.as_policy is False or opened):
         return Blocking.OPEN
-    cached_otherwise = prefix and place in (Here.NOBODY_ANSWERS, Here.NOBODY_ANSWERS_OPEN)
-    return Blocking.UNKNOWN if place is Here.UNWATCHED or cached_otherwise else Blocking.AS_POLICY
+    cached_otherwise = prefix and place in (Handling.UNANSWERED, Handling.UNANSWERED_OPEN)
+    return Blocking.UNKNOWN if place is Handling.UNWATCHED or cached_otherwise else Blocking.AS_POLICY

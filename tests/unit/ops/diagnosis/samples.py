@@ -14,7 +14,7 @@ from portward.model import Attachment, Exemption, ExemptionState, Standing, Subs
 from portward.ops.diagnosis.facts import Facts, FactSource, Machine
 from portward.ops.diagnosis.outcome import outcome
 from portward.ops.effect import Policy, here, now
-from portward.ops.host import Cached, Host
+from portward.ops.host_state import CachedState, Host
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
 
@@ -22,7 +22,7 @@ ID = UUID("11111111-0000-4000-8000-000000000002")
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
 BEFORE, AFTER = GRANTED - timedelta(days=8), GRANTED + timedelta(days=8)
-JUDGES, NOTHING_CACHED = Host(), Cached()
+JUDGES, NOTHING_CACHED = Host(), CachedState()
 REASON = "the terms of use were broken"
 
 
@@ -65,7 +65,7 @@ def facts(
     *attachments: Attachment,
     observed: bool = False,
     host: Host = JUDGES,
-    found: Cached | None = NOTHING_CACHED,
+    found: CachedState | None = NOTHING_CACHED,
     **more: Any,
 ) -> Facts:
     """What is known of an account with these records, on this host. `found` is what the kernel has cached for each
@@ -92,7 +92,7 @@ def facts(
     return Facts(subscription=owner, exemption=granted, machines=machines, **fields)
 
 
-def _met(host: Host, found: Cached | None, machine: Machine) -> Machine:
+def _met(host: Host, found: CachedState | None, machine: Machine) -> Machine:
     """The machine with what happens to it on this host."""
     passes = machine.reason.allows or machine.observed
     verdict = "allow" if machine.reason.allows else "deny"

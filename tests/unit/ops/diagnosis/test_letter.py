@@ -18,8 +18,8 @@ from portward.model import Mode, RateLimit, Reason, Standing, Workload
 from portward.ops.diagnosis.advice import Step
 from portward.ops.diagnosis.answer import LISTED, diagnosis, lines
 from portward.ops.diagnosis.facts import Asked, Drops, Kernel
-from portward.ops.effect import Here
-from portward.ops.host import Agent, Cached, Host, Ruleset, Workers
+from portward.ops.effect import Handling
+from portward.ops.host_state import Agent, CachedState, Host, Ruleset, Workers
 from portward.policy import presets
 from portward.policy.preset import Asked as ReviewAsks
 from portward.policy.remedy import reason_in_words, remedy
@@ -286,8 +286,8 @@ LEFT = Host(agent=Agent.NONE)
 SILENT = Host(agent=Agent.SILENT)
 USER = Host(ruleset=Ruleset.NOT_PERMITTED)
 ELSEWHERE = Host(agent=Agent.ELSEWHERE, elsewhere="process 7")
-CACHED_ALLOW = Cached(verdict=Class.ALLOW, expires=30.0)
-CACHED_DENY = Cached(verdict=Class.DENY, expires=30.0)
+CACHED_ALLOW = CachedState(verdict=Class.ALLOW, expires=30.0)
+CACHED_DENY = CachedState(verdict=Class.DENY, expires=30.0)
 NOTHING = "Nothing is blocked here: connections to {ports} pass."
 PASSING = (
     "At this moment these connections may pass all the same, since our block is not in force; what follows counts "
@@ -306,7 +306,7 @@ def told(
     say: Language,
     offer: str,
     host: Host,
-    found: Cached | None = NOTHING_CACHED,
+    found: CachedState | None = NOTHING_CACHED,
     address: str = "10.0.0.4",
     **more: Any,
 ) -> tuple[str, str]:
@@ -316,7 +316,7 @@ def told(
     return "\n".join(lines(AZURE, made, say)), made.customer
 
 
-def _dropped(say: Language, host: Host, found: Cached) -> str:
+def _dropped(say: Language, host: Host, found: CachedState) -> str:
     """The lines for the support engineer, if the kernel counts nothing for the machine."""
     known = facts(AZURE, subscription(ALLOWED), None, attachment(), host=host, found=found)
     machines = tuple(msgspec_replace(machine, drops=Drops()) for machine in known.machines)
@@ -338,7 +338,7 @@ def _dropped(say: Language, host: Host, found: Cached) -> str:
     ],
 )
 def test_a_denied_customer_is_not_said_to_be_blocked_while_his_mail_passes(
-    say: Language, host: Host, found: Cached, address: str
+    say: Language, host: Host, found: CachedState, address: str
 ) -> None:
     engineer, text = told(say, DENIED, host, found, address)
     assert say(PASSING) in text
@@ -361,7 +361,7 @@ def test_a_denied_customer_is_not_said_to_be_blocked_while_his_mail_passes(
         (BRIDGED, CACHED_ALLOW),
     ],
 )
-def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: Host, found: Cached) -> None:
+def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: Host, found: CachedState) -> None:
     engineer, text = told(say, ALLOWED, host, found)
     assert say(NOTHING, ports=say("port {ports}", ports=25)) not in text
     assert say(FAULT) in text
@@ -377,7 +377,7 @@ def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: H
 @pytest.mark.parametrize("host", [LEFT, SILENT, UNCLEAR, USER, ELSEWHERE])
 @pytest.mark.parametrize("found", [NOTHING_CACHED, None])
 def test_what_is_not_known_is_not_told_the_customer_as_a_fact(
-    say: Language, host: Host, found: Cached | None
+    say: Language, host: Host, found: CachedState | None
 ) -> None:
     engineer, text = told(say, ALLOWED, host, found)
     assert say(NOT_SEEN) in text
@@ -404,9 +404,9 @@ def test_who_enforces_in_place_of_an_agent_on_this_table_is_named(say: Language)
 
 @BOTH
 def test_why_it_is_not_known_is_said_of_that_segment(say: Language) -> None:
-    places = {"vni1001": Here.JUDGES, "vni1002": Here.UNKNOWN}
+    places = {"vni1001": Handling.BY_POLICY, "vni1002": Handling.UNKNOWN}
     why = "the ruleset has vni1002 among those that are no segments"
-    engineer, _ = told(say, DENIED, ELSEWHERE, places=places, here=Here.UNKNOWN, elsewhere=why)
+    engineer, _ = told(say, DENIED, ELSEWHERE, places=places, here=Handling.UNKNOWN, elsewhere=why)
     assert f"vni1001: {say('this gateway judges by the policy')}" in engineer
     assert f"vni1002: {say('not known: {why}', why=why)}" in engineer
 
@@ -476,7 +476,7 @@ def test_the_letter_says_that_a_change_of_the_records_is_not_in_force(say: Langu
 
 @BOTH
 def test_a_gateway_that_only_observes_is_said_to(say: Language) -> None:
-    places: dict[str, Any] = {"here": Here.OBSERVES, "places": {"vni1002": Here.OBSERVES}}
+    places: dict[str, Any] = {"here": Handling.OBSERVES, "places": {"vni1002": Handling.OBSERVES}}
     engineer, _ = told(say, DENIED, Host(), observed=True, **places)
     assert say("this gateway judges by the policy") not in engineer
     assert say("this gateway only observes these segments: their packets pass, whoever sends them") in engineer

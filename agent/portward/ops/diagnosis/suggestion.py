@@ -12,7 +12,7 @@ from portward.base.interfaces import shown
 from portward.config.documents import brief
 from portward.config.keys import Config
 from portward.dataplane.links import index_of
-from portward.ops.diagnosis.places import Accounts
+from portward.ops.diagnosis.accounts import Accounts
 from portward.store.subscription_records import uuid_of
 
 _HEX_DIGITS: Final = 32

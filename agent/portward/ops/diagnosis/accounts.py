@@ -78,7 +78,7 @@ class TableAccounts:
         with self._reader.view():
             account = None if id_ is None else self._reader.account_of(id_)
             held = self._reader.accounts_named(wanted) if account is None else [account]
-            return [self._belongings(one) for one in held]
+            return [self._records(one) for one in held]
 
     def names(self) -> list[str]:
         """See `Accounts`."""
@@ -93,7 +93,7 @@ class TableAccounts:
         """See `Accounts`."""
         self._reader.close()
 
-    def _belongings(self, account: Account) -> SubscriptionRecords:
+    def _records(self, account: Account) -> SubscriptionRecords:
         attached = tuple(_attachment(one, account.id) for one in self._reader.attached(account.id))
         return SubscriptionRecords(account.id, account.subscription, account.exemption, attached)
 

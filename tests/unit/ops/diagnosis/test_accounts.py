@@ -18,13 +18,13 @@ from portward.errors import InputError, PortwardError, StoreError
 from portward.i18n.language import ENGLISH
 from portward.model import Exemption, ExemptionState, Reason, Record, Workload
 from portward.ops import explanation, host
-from portward.ops.diagnosis import gather, meant
+from portward.ops.diagnosis import gather, suggestion
+from portward.ops.diagnosis.accounts import Accounts, StoreAccounts, TableAccounts
+from portward.ops.diagnosis.agent_counts import counts_of
 from portward.ops.diagnosis.answer import lines
-from portward.ops.diagnosis.counted import counts_of
 from portward.ops.diagnosis.facts import FactSource
 from portward.ops.diagnosis.outcome import Blocking
-from portward.ops.diagnosis.places import Accounts, StoreAccounts, TableAccounts
-from portward.ops.host import Agent, Host, Ruleset, Workers
+from portward.ops.host_state import Agent, Host, Ruleset, Workers
 from portward.policy import presets
 from portward.store.protocol import Put, encode, key_of
 from portward.store.sqlite import SqliteStore
@@ -85,7 +85,7 @@ def test_an_account_is_found_by_id_and_by_name_with_all_its_machines(place: Acco
         (held,) = place.found(wanted)
         assert (held.id, held.subscription, held.exemption) == (ID, RECORDS[0], RECORDS[3])
         assert set(held.attachments) == set(RECORDS[4:9])
-        machines = gather.judged(load_config(config), AZURE, place, held)
+        machines = gather.machines_of(load_config(config), AZURE, place, held)
         assert {(one.segment, str(one.address), one.reason) for one in machines} == {
             ("vni1002", "10.0.0.4/32", Reason.DENIED_RESTART_REQUIRED),
             ("vni1002", "10.0.0.5/32", Reason.ALLOWED_EXEMPT),
@@ -221,7 +221,7 @@ def test_who_is_not_found_is_told_what_was_likely_meant(
 def test_a_segment_that_is_here_is_said_to_be_one(
     place: Accounts, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meant, "index_of", {"vni1002": 7}.get)
+    monkeypatch.setattr(suggestion, "index_of", {"vni1002": 7}.get)
     with pytest.raises(PortwardError, match="this is a segment: `portward diagnose vni1002 ADDRESS` asks about a"):
         gather._the_one(load_config(config), place, "vni1002")
 

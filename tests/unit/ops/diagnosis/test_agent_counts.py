@@ -11,7 +11,7 @@ import pytest
 
 from portward.config.keys import Config
 from portward.daemon.runtime import Runtime
-from portward.ops.diagnosis import counted
+from portward.ops.diagnosis import agent_counts
 from portward.ops.diagnosis.facts import Metrics
 
 CUSTOMER = UUID("11111111-0000-4000-8000-000000000002")
@@ -22,7 +22,7 @@ SCRAPE = f'portward_subscription_packets_total{{subscription="{CUSTOMER}",verdic
 def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Runtime, Config]]:
     """An agent that runs, and what it has in force; whoever has the address answers a scrape."""
     monkeypatch.setattr("portward.daemon.runtime.faulthandler.enable", lambda _: None)
-    monkeypatch.setattr(counted, "_read", lambda *_: SCRAPE)
+    monkeypatch.setattr(agent_counts, "_read", lambda *_: SCRAPE)
     runtime = Runtime(tmp_path)
     yield runtime, Config(segments=("vni*",), uplinks=("up0",), table=tmp_path)
     runtime.close()
@@ -35,7 +35,7 @@ def status(**more: Any) -> dict[str, Any]:
 def test_the_agents_counts_are_read(agent: tuple[Runtime, Config]) -> None:
     runtime, config = agent
     runtime.write_status(status(metrics_error=""))
-    known, found = counted.since_start(config, CUSTOMER)
+    known, found = agent_counts.since_start(config, CUSTOMER)
     assert known is Metrics.READ
     assert found is not None
     assert found.refused == 7
@@ -45,4 +45,4 @@ def test_who_answers_in_the_agents_place_is_not_asked(agent: tuple[Runtime, Conf
     """Two agents on one host, of which the first one has the address."""
     runtime, config = agent
     runtime.write_status(status(metrics_error="127.0.0.1:9125: Address already in use"))
-    assert counted.since_start(config, CUSTOMER) == (Metrics.UNREACHABLE, None)
+    assert agent_counts.since_start(config, CUSTOMER) == (Metrics.UNREACHABLE, None)

@@ -15,11 +15,11 @@ from portward.model import Address
 from portward.ops import effect, host
 from portward.ops.diagnosis.facts import Machine
 from portward.ops.diagnosis.outcome import Blocking, outcome
-from portward.ops.effect import Here, Now, Policy
-from portward.ops.host import Cached, Host, Ruleset
+from portward.ops.effect import Handling, Now, Policy
+from portward.ops.host_state import CachedState, Host, Ruleset
 
 
-class Sight:
+class HostView:
     """One look at this host."""
 
     def __init__(self, config: Config) -> None:
@@ -35,7 +35,7 @@ class Sight:
         """What takes the packets of these segments before they are judged."""
         return tuple(stacking.concerning(self._devices, self._config, set(segments)))
 
-    def places(self, segments: Iterable[str]) -> dict[str, Here]:
+    def places(self, segments: Iterable[str]) -> dict[str, Handling]:
         """For each of these segments that is an interface here: what happens to its sources without a cached
         verdict."""
         present = sorted(segment for segment in set(segments) if index_of(segment))
@@ -62,7 +62,7 @@ class Sight:
             here, cached = replace(here, ruleset=Ruleset.NOT_PERMITTED), None
         place = effect.here(here)
         left = None
-        if place is Here.UNWATCHED and address is not None:
+        if place is Handling.UNWATCHED and address is not None:
             left = host.left(self._config, segment, address)
         made = effect.now(here, cached, policy, left)
         passes = policy.verdict == "allow" or policy.observed
@@ -72,7 +72,7 @@ class Sight:
         return host.at_segment(host.look(self._config, [segment]), self._devices, self._config, segment)
 
     @staticmethod
-    def _cached(segment: str, address: Address | None) -> Cached | None:
+    def _cached(segment: str, address: Address | None) -> CachedState | None:
         if address is None:
-            return None if index_of(segment) is None else Cached()
+            return None if index_of(segment) is None else CachedState()
         return host.cached(segment, address)
