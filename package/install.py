@@ -1,9 +1,9 @@
-"""`make install`: what the package would put on a machine, for machines that do without the package.
+"""`make install`: copies the files of the package to a machine that shall not have the package itself.
 
     python -m package.install PACKAGE.deb [--prefix FOLDER] [--destdir FOLDER]
 
-The program gets a folder of its own, the prefix. The units lie in /etc and not in /usr/local, and name the program
-there: what closes the port at boot is to be known before anything but the root file system is mounted.
+The program gets a folder of its own, the prefix. The units lie in /etc, not in /usr/local, and name the program in
+the prefix, because port 25 is closed at boot when perhaps only the root file system is mounted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HOME: Final = Path("usr/lib/portward")
 _PROGRAM: Final = Path("usr/bin/portward")
 _CONFIGURATION: Final = Path("etc/portward/portward.toml")
 _UNIT: Final = Path("etc/systemd/system/portward.service")
-# Below the root folder: where the package has it → where it goes here. What is under none of these stays behind.
+# Path in the package → path here, both below the root folder. A file below none of these is not installed.
 _PLACES: Final = {
     _PROGRAM: Path("usr/local/bin/portward"),
     Path("etc"): Path("etc"),
@@ -36,10 +36,10 @@ _PLACES: Final = {
     Path("usr/share/fish"): Path("usr/local/share/fish"),
     Path("usr/share/zsh/vendor-completions"): Path("usr/local/share/zsh/site-functions"),
 }
-# All that can be in the prefix.
+# All names that portward makes in the prefix.
 _OWN: Final = {"bin", "lib", "root", "pyvenv.cfg", "baseline", "closed.nft", "nftables"}
 _GZIP: Final = b"\x1f\x8b"
-# Home folders and the like, which the units do not see.
+# ProtectHome= and PrivateTmp= hide these from the units; /run is empty after each boot.
 _UNSEEN: Final = ("home", "root", "run", "tmp")
 _NEXT: Final = """\
 The program is /usr/bin/portward, all of it in /usr/lib/portward. Nothing was started, nothing is enforced yet:
@@ -64,12 +64,12 @@ def main() -> None:
         stage = Path(folder)
         subprocess.run(["dpkg-deb", "--extract", arguments.package, stage], check=True)
         install(stage, root, prefix)
-    print(told(_NEXT, prefix))
+    print(relocated(_NEXT, prefix))
 
 
 def refused(prefix: Path, root: Path) -> str:
-    """Why nothing can be installed there; an empty text where nothing is in the way. What the prefix holds gives
-    way to the new, so nothing may be there that portward did not make."""
+    """The reason why nothing can be installed in `prefix` below `root`; an empty text if there is none. An
+    installation replaces the whole prefix, so it may hold nothing that portward did not make."""
     if not prefix.is_absolute() or ".." in prefix.parts or prefix.name != HOME.name:
         return f"PREFIX={prefix}: a folder named {HOME.name} is wanted, by its whole path, as in /opt/portward"
     if prefix.parts[1] in _UNSEEN:
@@ -84,21 +84,21 @@ def refused(prefix: Path, root: Path) -> str:
     return ""
 
 
-def told(text: str, prefix: Path, places: Mapping[Path, Path] = _PLACES) -> str:
-    """A text that names the package's places, with those of here."""
+def relocated(text: str, prefix: Path, places: Mapping[Path, Path] = _PLACES) -> str:
+    """The text with each path of the package replaced by the path that the file has here."""
     for place, own in {HOME: prefix.relative_to("/"), **places}.items():
         text = re.sub(rf"(?<![\w.-])/{place}(?![\w-]|\.\w)", f"/{own}", text)
     return text
 
 
 def _direct(prefix: Path) -> Mapping[Path, Path]:
-    """The places for what starts before /usr/local may be there."""
+    """The paths for what runs at boot: the program is named in the prefix, since /usr/local may not be mounted."""
     return {**_PLACES, _PROGRAM: prefix.relative_to("/") / "bin" / "portward"}
 
 
 def install(stage: Path, root: Path, prefix: Path) -> None:
-    """Copies what is staged as for the package to its places below `root`. What is there is replaced, save the
-    configuration, by new files: a running agent keeps those that it has open."""
+    """Copies the package's files, unpacked in `stage`, to their paths below `root`. Replaces what is there, but
+    keeps a configuration. Each file is a new one, so a running agent keeps those that it has open."""
     _program(stage, root, prefix)
     for source, place in _rest(stage):
         target = root / place
@@ -111,7 +111,7 @@ def install(stage: Path, root: Path, prefix: Path) -> None:
             beside.symlink_to(prefix / "bin" / "portward")
         else:
             shutil.copy(source, beside)
-            _tell(beside, prefix, _direct(prefix) if _UNIT.parent in place.parents else _PLACES)
+            _relocate(beside, prefix, _direct(prefix) if _UNIT.parent in place.parents else _PLACES)
         beside.replace(target)
     unit = root / _UNIT
     unit.write_text(unit.read_text().replace("\n[Service]\n", f"\n[Service]\nBindReadOnlyPaths={prefix}\n"))
@@ -124,7 +124,7 @@ def _program(stage: Path, root: Path, prefix: Path) -> None:
         new = Path(folder) / "new"
         shutil.copytree(stage / HOME, new, symlinks=True)
         for text in (new / "bin" / "portward", new / "baseline", new / "nftables"):
-            _tell(text, prefix, _direct(prefix))
+            _relocate(text, prefix, _direct(prefix))
         _interpreter(new, prefix)
         if home.exists():
             home.rename(Path(folder) / "old")
@@ -144,7 +144,7 @@ def _interpreter(home: Path, prefix: Path) -> None:
 
 
 def _rest(stage: Path) -> Iterator[tuple[Path, Path]]:
-    """All files and links but those of the program's folder, and their places below the root folder."""
+    """All files and links but those of the program's folder, each with its path below the root folder."""
     for there, here in _PLACES.items():
         above = stage / there
         for source in [above] if above.is_symlink() else sorted(above.rglob("*")):
@@ -152,13 +152,13 @@ def _rest(stage: Path) -> Iterator[tuple[Path, Path]]:
                 yield source, here / source.relative_to(above)
 
 
-def _tell(path: Path, prefix: Path, places: Mapping[Path, Path]) -> None:
-    """Gives a text, compressed or not, the places of here."""
+def _relocate(path: Path, prefix: Path, places: Mapping[Path, Path]) -> None:
+    """Replaces the package's paths in a text file, compressed or not."""
     data = path.read_bytes()
     if data.startswith(_GZIP):
-        data = gzip.compress(told(gzip.decompress(data).decode(), prefix, places).encode(), 9, mtime=0)
+        data = gzip.compress(relocated(gzip.decompress(data).decode(), prefix, places).encode(), 9, mtime=0)
     else:
-        data = told(data.decode(), prefix, places).encode()
+        data = relocated(data.decode(), prefix, places).encode()
     path.write_bytes(data)
 
 

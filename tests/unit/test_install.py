@@ -1,4 +1,4 @@
-"""`make install` as far as it can be seen in a folder: where things go, what they name there, what is refused."""
+"""`make install` into a folder: the paths of the files, the paths that they name, and what is refused."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_beside_the_package_it_is_refused(tmp_path: Path) -> None:
     assert "apt remove portward" in install.refused(PREFIX, tmp_path)
 
 
-def test_only_whole_places_are_told_anew() -> None:
+def test_only_whole_paths_are_replaced() -> None:
     text = "/usr/bin/portward /usr/lib/portward. /usr/share/doc/portward/a /usr/bin/portwardx /etc/portward"
-    assert install.told(text, PREFIX) == (
+    assert install.relocated(text, PREFIX) == (
         "/usr/local/bin/portward /opt/portward. /usr/local/share/doc/portward/a /usr/bin/portwardx /etc/portward"
     )
