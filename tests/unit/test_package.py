@@ -82,6 +82,7 @@ def test_the_package_has_all_that_the_program_imports_and_nothing_of_the_tests()
 
 
 def test_the_package_has_the_programs_version() -> None:
+    """pyproject.toml reads it from the program; debian/changelog cannot."""
     first = (ROOT / "debian" / "changelog").read_text().splitlines()[0]
     assert first.startswith(f"portward ({__version__}) ")
 
