@@ -103,7 +103,7 @@ soak: setup ## The long forms of faults, floods and fuzzers: about an hour (root
 	$(BIN)/python -m tests.bench neighbours counted stale
 
 # All that people read; pyproject.toml says what is left out.
-SPELLED := agent tests package docs rules systemd .ci $(wildcard *.md *.py) Makefile pyproject.toml
+SPELLED := agent tests package debian docs rules systemd .ci $(wildcard *.md *.py) Makefile pyproject.toml
 
 lint: setup ## ruff, mypy --strict, spelling and plain English
 	$(BIN)/ruff check agent tests package
