@@ -205,7 +205,7 @@ def naming(pattern: str) -> set[str]:
     return {name for name, text in sources().items() if re.search(pattern, text)}
 
 
-# What names a typical example, and the files that use it without having to know of it.
+# A pattern that names a typical example, and the files that use the example without having to know of it.
 EXAMPLES: Final[dict[str, tuple[str, set[str]]]] = {
     # The lab keeps its policy in one kind of store.
     "store": (r"\bSqliteStore\b|sqlite:", {"lab/agent.py"}),

@@ -31,7 +31,7 @@ _SHOWN: Final = 20
 # Below these, and what lies in the project's folder itself.
 _FOLDERS: Final = ("agent", "tests", "package", "docs", "rules", "systemd", ".ci", ".github", "debian")
 _COMMENTED: Final = (".toml", ".nft", ".sh", ".service", ".yaml", ".yml", "Makefile", "run", "rules")
-_SENTENCE: Final = r"(?:\A|(?<=[.!?]\s)|(?<=\n\n))(?:[-*>|] |\d+\. |\*\*)?"
+_SENTENCE: Final = r"(?:\A|(?<=[.!?]\s)|(?<=\n\n))(?:[-*>|] |\d+\. )?"
 
 
 class Block(NamedTuple):
