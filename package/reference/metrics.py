@@ -8,19 +8,18 @@ from typing import Final
 
 from package.reference.tables import code, meanings, sentence, table
 from portward.base.resources import rules
-from portward.daemon.report import _OUTCOMES
+from portward.daemon.metrics import FAMILIES, OUTCOMES
 from portward.daemon.steps import Step
 from portward.dataplane.accounting import NAMES
 from portward.dataplane.selfcheck import DifferenceKind
 from portward.ipc.counters import WorkerEvent
-from portward.metrics.registry import Exporter
-from portward.metrics.snapshot import Snapshot
+from portward.metrics.exporter import Exporter
 from portward.model import Reason
 
 # Label → its values, if the code has a list of them.
 _VALUES: Final[Mapping[str, list[str]]] = {
     "reason": [reason.value for reason in Reason],
-    "outcome": list(_OUTCOMES.values()),
+    "outcome": list(OUTCOMES.values()),
     "event": [*(event.name.lower() for event in WorkerEvent), "foreign_line"],
     "kind": [kind.value for kind in DifferenceKind],
     "step": [step.value for step in Step],
@@ -30,7 +29,7 @@ _COUNTER: Final = re.compile(r'(?m)^\s*counter (\w+) \{ comment "([^"]*)" \}')
 
 def fills() -> dict[str, object]:
     """The values for the text of the page."""
-    families = sorted(Exporter(Snapshot).collect(), key=lambda family: family.name)
+    families = sorted(Exporter(FAMILIES, dict).collect(), key=lambda family: family.name)
     labels: dict[str, tuple[str, ...]] = {family.name: vars(family)["_labelnames"] for family in families}
     rows = (
         (

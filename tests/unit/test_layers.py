@@ -33,7 +33,7 @@ HOMES = {
     "sqlite3": {"store.sqlite"},
     "inotify_simple": {"store.notifier"},
     "netfilterqueue": {"worker.single"},
-    "prometheus_client": {"metrics.registry"},
+    "prometheus_client": {"metrics.exporter"},
     "aiosmtpd": {"lab.mail"},
     "yaml": {"inventory.document"},
 }

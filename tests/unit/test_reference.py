@@ -17,7 +17,7 @@ from package.reference.tables import MEANINGS
 from typer.testing import CliRunner
 
 from portward.cli.program import app
-from portward.daemon import composition, report
+from portward.daemon import status
 from portward.inventory.difference import check_offers, check_references
 from portward.inventory.records import read_inventory
 from portward.policy import presets
@@ -104,8 +104,8 @@ def test_the_verbs_print_the_keys_that_the_page_names(lab: Lab) -> None:
 
 def test_the_page_names_every_key_of_the_status() -> None:
     """A status takes a running agent. So this reads in the source which keys there are."""
-    written = {one for function in (report.status, composition.Daemon._report) for one in _keys_in(function)}
-    # By the verb itself, and by report.status through a helper.
+    written = {one for function in status.PARTS for one in _keys_in(function)}
+    # The verb itself adds these two.
     assert {key.removeprefix("?") for key in MEANINGS["status"]} == written | {"newest", "remarks"}
 
 

@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -28,13 +27,15 @@ from portward.base import clock, descriptors
 from portward.base.interfaces import matches
 from portward.config.keys import Config
 from portward.config.load import load_config
-from portward.daemon import report, settings, shutdown, workers
+from portward.daemon import settings, shutdown, workers
 from portward.daemon.core import Core
 from portward.daemon.health import HealthCheck
 from portward.daemon.linkfeed import LinkFeed, followed
+from portward.daemon.metrics import FAMILIES, MetricsCollector
 from portward.daemon.periodic import LimitRequests, PeriodicJobs
 from portward.daemon.ruleset_watch import RulesetWatch
 from portward.daemon.runtime import Runtime
+from portward.daemon.status import status
 from portward.daemon.steps import Step, StepRunner
 from portward.daemon.systemd import log_formatter, notify
 from portward.daemon.threads import Threads
@@ -45,8 +46,8 @@ from portward.dataplane.monitor import NoticeFilter
 from portward.dataplane.namespacelock import NamespaceLock
 from portward.dataplane.reconciler import hearing
 from portward.errors import PortwardError
+from portward.metrics.family import Snapshot
 from portward.metrics.server import MetricsServer
-from portward.metrics.snapshot import Snapshot
 from portward.policy import presets
 from portward.policy.preset import Preset
 from portward.store.flips import HeldError
@@ -82,8 +83,6 @@ class Daemon:
         self._count_step = self._threads.counting
         self._stopping = asyncio.Event()
         self._reload = asyncio.Event()
-        # The numbers of the last second, and when they were made, by `clock.monotonic`.
-        self._snapshot, self._snapshot_at = Snapshot(), clock.monotonic()
         self._reload_failed = False
         self._slow = _SLOW_SECONDS
         # Whether a thread may still be at work: then the process must end without waiting for it.
@@ -93,6 +92,7 @@ class Daemon:
         self._began = clock.monotonic()
         self._core: Core
         self._metrics: MetricsServer
+        self._collector: MetricsCollector
         self._opened = False
         self._workers: list[Worker] = []
         self._limit_requests = LimitRequests()
@@ -161,11 +161,15 @@ class Daemon:
         # The library behind the metrics takes longer to load than all else of the daemon. Meanwhile the workers'
         # processes load theirs, and the core asks the kernel.
         from portward.dataplane import rtnetlink  # noqa: PLC0415 # as said above
-        from portward.metrics import registry  # noqa: PLC0415 # as said above
+        from portward.metrics.exporter import scrape_handler  # noqa: PLC0415 # as said above
 
         await opening
         await self._count_step(lambda: None)  # no thread begins later, when there may be none
-        self._metrics = MetricsServer(self._config.metrics_endpoints(), registry.answering(self._newest))
+        answer = scrape_handler(FAMILIES, self._newest)
+        self._metrics = MetricsServer(self._config.metrics_endpoints(), answer)
+        self._collector = MetricsCollector(
+            self._core, self._workers, self._metrics, self._steps, self._threads.heartbeat
+        )
         self._follow_links = rtnetlink.follow
         return await stack.enter_async_context(contextlib.aclosing(rtnetlink.follow()))
 
@@ -233,20 +237,15 @@ class Daemon:
         self._tell_ready(first)
         await reading
 
+    def _newest(self) -> Snapshot:
+        """The metrics of the last second. Any thread."""
+        return self._collector.newest()
+
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload.set)
-
-    def _newest(self) -> Snapshot:
-        """The snapshot of the last second, with what must be right also if the thread that makes it is stuck."""
-        lanes = self._threads.heartbeat.lanes
-        return replace(
-            report.refreshed(self._snapshot, self._core, self._snapshot_at),
-            step_failures={(step.value,): times for step, times in self._steps.failures.items()},
-            step_seconds={(lane.name,): lane.silent_for() for lane in lanes},
-        )
 
     async def _serve(self, links: AsyncIterator[Links], first: Links, reading: asyncio.Future[None]) -> None:
         feed = LinkFeed(self._core, self._threads, self._steps, first)
@@ -368,19 +367,10 @@ class Daemon:
 
     def _report(self) -> None:
         self._report_slow()
-        began = clock.monotonic()
-        self._snapshot = report.snapshot(
-            self._core, self._workers, self._metrics, reload_failed=self._reload_failed
-        )
-        self._snapshot_at = began
-        told = report.status(
-            self._core, self._workers, self._snapshot, self._metrics,
-            config=str(self._path), began=self._began,
-        )  # fmt: skip
-        told["failing"] = self._steps.failing_now()
-        told["stuck"] = self._threads.heartbeat.stuck()
+        reading, numbers = self._collector.refresh(reload_failed=self._reload_failed)
+        document = status(reading, numbers, config=str(self._path), began=self._began)
         with contextlib.suppress(OSError):  # a full disk must not stop enforcement; `status` says how old it is
-            self._runtime.write_status(told)
+            self._runtime.write_status(document)
 
     def _report_slow(self) -> None:
         """Logs that the policy thread has been at one step for long: enforcement goes on, changes wait."""

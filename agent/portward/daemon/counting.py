@@ -57,7 +57,7 @@ class Counting:
         self._file, self._kernel = CountsFile(folder), _this_kernel()
         self._unsaved = ""
         self.counts = PacketAccounting(self._owner, deletions)
-        self.remembered: Counter[Verdict] = Counter()
+        self.cached_sources: Counter[Verdict] = Counter()
         # When the elements were last read, by the monotonic clock; None: not yet.
         self.read: float | None = None
         self._latest: dict[str, list[SetRow]] = {}
@@ -122,10 +122,10 @@ class Counting:
         rows = {name: self._latest[name] if name in self._latest else self._rows(name) for name in found}
         self._latest = {}
         dataplane.cache.sizes.update({name: len(part) for name, part in rows.items()})
-        self.remembered = Counter()
+        self.cached_sources = Counter()
         for name, part in rows.items():
             rated = isinstance(found[name], LimitResult)
-            self.remembered[found[name]] += (
+            self.cached_sources[found[name]] += (
                 sum(Source.of(key) in limited for key, _, _ in part) if rated else len(part)
             )
         passing = [name for name in rows if found[name] in mark.PASSING]

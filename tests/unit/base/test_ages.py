@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,12 @@ import msgspec
 import pytest
 
 from portward.base import clock
+from portward.base.heartbeat import Heartbeat
 from portward.cli.status import _lines
-from portward.daemon import report
+from portward.daemon.metrics import MetricsCollector
 from portward.daemon.runtime import age_of, read_status
+from portward.daemon.steps import StepRunner
 from portward.dataplane.selfcheck import DifferenceKind, SelfCheck
-from portward.metrics.snapshot import Snapshot
 
 AGENT = Path(clock.__file__).parents[1]
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -145,8 +147,11 @@ def test_ages_in_the_metrics_go_on_while_the_thread_that_makes_the_numbers_is_st
     core = SimpleNamespace(
         enforced=7, store_read=host.seconds - 1, selfcheck=SimpleNamespace(answered=host.seconds - 2)
     )
-    made = host.seconds
+    collector = MetricsCollector(cast(Any, core), (), cast(Any, None), StepRunner(), Heartbeat())
+    reading, _ = collector._newest
+    collector._newest = replace(reading, counted_at=host.seconds - 3), {"attachments": 5}
     host.passes(50)
-    found = report.refreshed(Snapshot(counters_age=3.0), cast(Any, core), made)
-    assert (found.store_age, found.self_check_age, found.counters_age) == (51.0, 52.0, 53.0)
-    assert found.enforced_revision == 7
+    found = collector.newest()
+    ages = found["store_age_seconds"], found["self_check_age_seconds"], found["counters_age_seconds"]
+    assert ages == (51.0, 52.0, 53.0)
+    assert (found["enforced_revision"], found["attachments"]) == (7, 5)

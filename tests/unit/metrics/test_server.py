@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from portward.config.endpoint import Endpoint, parse
-from portward.metrics import listeners, registry
+from portward.daemon.metrics import FAMILIES
+from portward.metrics import exporter, listeners
 from portward.metrics import server as metricsserver
 from portward.metrics.http import Answer, Request
 from portward.metrics.server import MAX_ANSWERS, MAX_CONNECTIONS, MetricsServer
-from portward.metrics.snapshot import Snapshot
 from unit.scarce import count, no_descriptors
 
 SECONDS = 60.0
@@ -97,7 +97,7 @@ def test_a_scrape_is_answered_as_a_client_expects_it(ground: Ground) -> None:
 
 
 def test_the_metrics_come_in_the_format_that_is_asked_for() -> None:
-    answer = registry.answering(Snapshot)
+    answer = exporter.scrape_handler(FAMILIES, dict)
     plain = answer(Request("GET", "", "", ""))
     assert plain.status == "200 OK"
     assert b"portward_build_info" in plain.body

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from portward.cli import status
-from portward.daemon import report
+from portward.daemon import status as daemon_status
 from portward.errors import StoreError
 from portward.ops import check
 from portward.store import open_store
@@ -83,9 +83,9 @@ def test_more_than_are_known_are_not_said_to_be_all(store: SqliteStore, tmp_path
         follower = Follower(store, writer)
         follower.step(NOON)
         assert follower.refused == KNOWN + 1
-        found = report._unreadable(list(follower.unreadable.now.values()))
+        found = daemon_status._unreadable(list(follower.unreadable.now.values()))
     assert status._unreadable(found)[0].startswith("records   AT LEAST 1000 RECORDS OF THE STORE CANNOT BE READ")
-    assert status._unreadable(report._unreadable(["one"]))[0].startswith("records   1 RECORD OF")
+    assert status._unreadable(daemon_status._unreadable(["one"]))[0].startswith("records   1 RECORD OF")
 
 
 def test_status_names_a_store_that_is_gone_once_and_says_what_stays_in_force(path: Path) -> None:
