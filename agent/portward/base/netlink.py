@@ -4,7 +4,7 @@ Headers are in the host's byte order, but for the last field of nfgenmsg; what a
 matter (linux/netlink.h, linux/netfilter/nfnetlink.h).
 
 Why this is not pyroute2: it does not notice that a dump was interrupted, and needs 9 s for 10,000 interfaces. What
-was tried stands in docs/explanation/packet.md, "Interfaces are read by code of our own".
+was tried stands in docs/adr/0006-netlink-code-of-our-own.md.
 """
 
 from __future__ import annotations
