@@ -63,7 +63,7 @@ _WHAT: Final = {
     "metrics.address": 'ADDRESS:PORT, ":PORT" for all addresses, "" for none; other hosts take IPAddressAllow=',
     "metrics.subscriptions": "also count by subscription",
     "exemptions": "What is asked before a person decides a request for review.",
-    "exemptions.check": "a program with its arguments that looks at each of them, see exemptions.md; none: no check",
+    "exemptions.check": "a program with its arguments that looks at each (see exemptions.md); none: no check",
     "exemptions.check_seconds": "what it may take; longer means that a person has to look",
 }
 
