@@ -1,12 +1,13 @@
-"""The daemon, and the only composition root: workers, core, links, metrics and signals, wired together.
+"""The daemon: it builds everything, starts it in order, runs the jobs, and ends them in order.
 
-    policy thread    store, links, time ─► Writer (decide) ─┐
-    kernel thread    Enforcement (epoch, then forget) ◄──────┘   ruleset changed by others ─► repair
-    counting thread  what the kernel has counted
+    policy thread    store, interfaces, time ─► policy table ─┐
+    kernel thread    epoch, then verdict cache ◄──────────────┘   ruleset changed by another program ─► repair
+    counting thread  reads what the kernel has counted
 
-These are the steps of `Core`. The asyncio loop beside them only waits: for sockets, processes, signals and time.
-Stopping (SIGTERM) leaves ruleset and cached verdicts in the kernel: nothing opens. The locks of table folder and
-network namespace are held as long as a thread may write: if one does not end in time, until the process is gone.
+The threads run the steps of `Core`. The asyncio loop beside them only waits: for sockets, processes, signals and
+time. A stop (SIGTERM) leaves ruleset and cached verdicts in the kernel, so nothing opens. The locks of the table
+folder and of the network namespace are held as long as a thread may write. If a thread does not end in time, they
+are held until the process is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +28,7 @@ from portward.base.interfaces import matches
 from portward.config.keys import Config
 from portward.config.load import load_config
 from portward.daemon import settings, shutdown, workers
+from portward.daemon.config_reload import ConfigReload
 from portward.daemon.core import Core
 from portward.daemon.health import HealthCheck
 from portward.daemon.linkfeed import LinkFeed, followed
@@ -35,39 +36,32 @@ from portward.daemon.metrics import FAMILIES, MetricsCollector
 from portward.daemon.periodic import LimitRequests, PeriodicJobs
 from portward.daemon.ruleset_watch import RulesetWatch
 from portward.daemon.runtime import Runtime
-from portward.daemon.status import status
+from portward.daemon.status_writer import StatusWriter
 from portward.daemon.steps import Step, StepRunner
+from portward.daemon.store_watch import StoreWatch
 from portward.daemon.systemd import log_formatter, notify
 from portward.daemon.threads import Threads
-from portward.daemon.timers import readable, until_tick
 from portward.daemon.workers import Worker
 from portward.dataplane.links import Links
 from portward.dataplane.monitor import NoticeFilter
 from portward.dataplane.namespacelock import NamespaceLock
 from portward.dataplane.reconciler import hearing
-from portward.errors import PortwardError
 from portward.metrics.family import Snapshot
 from portward.metrics.server import MetricsServer
 from portward.policy import presets
 from portward.policy.preset import Preset
-from portward.store.flips import HeldError
 from portward.table.database import put_aside
 
-# What is done again and again is done at the same moments: a process that wakes finds its caches cold, and what it
-# does then costs several times as much as when it is awake already.
-_STATUS_SECONDS: Final = 1.0
-# The store's bell wakes at once; the poll is for a store that changed without it, or came back.
-_POLL_SECONDS: Final = 1.0
-_SWITCH_SECONDS: Final = 0.0005
-# How long READY may wait for what the store changed while no agent ran, in seconds. A store that is locked or a
-# bulk change must not keep a gateway from starting; it enforces the last known policy until then.
-_FIRST_READING: Final = 1.0
-# How long a stop waits for the jobs, and then for the threads, in seconds. What takes longer (a bulk change, a
-# kernel that is busy) is abandoned with the process: SQLite, LMDB and nftables keep the state before.
-_STOP_SECONDS: Final = 1.0
-# After this many seconds at one step the policy thread is reported in the log, then each time it has doubled.
-_SLOW_SECONDS: Final = 10.0
-# Changes of these take another process: sockets and files are opened at the start.
+# Four threads share one interpreter. With Python's default of 5 ms a change of policy could wait that long for a
+# count.
+_SWITCH_S: Final = 0.0005
+# READY waits at most this long for changes that the store got while no agent ran. A locked store or a bulk change
+# must not keep a gateway from starting; until then it enforces the last known policy.
+_FIRST_READING_S: Final = 1.0
+# A stop waits this long for the jobs, and then for the threads. Work that takes longer (a bulk change, a busy
+# kernel) is abandoned with the process: SQLite, LMDB and nftables keep the state before it. systemd kills after
+# 10 s (`TimeoutStopSec`).
+_STOP_S: Final = 1.0
 
 _log = logging.getLogger("portward")
 
@@ -76,16 +70,14 @@ class Daemon:
     """One running gateway."""
 
     def __init__(self, path: Path, config: Config) -> None:
-        """`path` is where `config` was read, and is read again on SIGHUP."""
+        """`config` was read from `path`, which is read again on SIGHUP."""
         self._path, self._config = path, config
         self._threads = Threads()
         self._policy_step, self._kernel_step = self._threads.policy, self._threads.kernel
         self._count_step = self._threads.counting
         self._stopping = asyncio.Event()
         self._reload = asyncio.Event()
-        self._reload_failed = False
-        self._slow = _SLOW_SECONDS
-        # Whether a thread may still be at work: then the process must end without waiting for it.
+        # Whether a thread may still be at work. Then the process must end without waiting for it.
         self.abandoned = False
         # The locks that keep other agents away.
         self._locks = contextlib.ExitStack()
@@ -99,18 +91,18 @@ class Daemon:
         self._steps = StepRunner()
 
     async def run(self) -> None:
-        """Runs until SIGTERM or SIGINT. Raises PortwardError where the gateway cannot begin; then nothing has
-        been loaded. If `abandoned` then, the locks are still held."""
-        # First of all: a signal that comes while the gateway starts must not end it half-way.
+        """Runs until SIGTERM or SIGINT. Raises PortwardError if the gateway cannot start; then nothing is loaded.
+        If `abandoned` is set afterwards, the locks are still held."""
+        # First of all, because a signal during the start must not end it half-way.
         self._catch_signals()
         async with contextlib.AsyncExitStack() as stack:
-            # What ends the gateway, last things first. All of it stands here before anything begins, so an error
-            # or a signal at any step ends it in this order.
+            # The steps that end the gateway, the last one first. They are registered before anything starts, so
+            # that an error or a signal at any step of the start ends it in this order.
             stack.callback(self._threads.close)
             stack.callback(self._release)
             stack.push_async_callback(lambda: workers.stop(self._workers))
             stack.push_async_callback(self._close)
-            # Until `_close` has seen all threads end: an error on the way there leaves it so.
+            # Until `_close` has seen all threads end. An error on the way there leaves it set.
             self.abandoned = True
             starting = asyncio.ensure_future(self._start(stack))
             if await self._stopped_before(starting):
@@ -121,35 +113,35 @@ class Daemon:
     async def _start(
         self, stack: contextlib.AsyncExitStack
     ) -> tuple[AsyncIterator[Links], Links, asyncio.Future[None]]:
-        """Loads the ruleset: from then on it has to be kept, and interfaces followed. Gives those to follow, those
-        that the table has, and the first reading of the store, which may still go on."""
+        """Loads the ruleset. From then on it must be kept as it is, and interfaces must be followed. Returns the
+        changes of interfaces, the interfaces that the table has, and the first reading of the store, which may
+        still be going on."""
         links = await self._open(stack)
         await self._policy_step(self._core.first_policy)
         first = await anext(links)
         await self._policy_step(lambda: self._core.first_links(first))
-        # While the workers load their libraries.
+        # Meanwhile the workers load their libraries.
         reading = asyncio.ensure_future(
             self._steps.run(Step.STORE, lambda: self._policy_step(self._first_sync), None)
         )
         await asyncio.gather(self._kernel_step(self._core.prepare), *(worker.start() for worker in self._workers))
         await self._kernel_step(self._core.load)
         settings.leave(self._path, self._core.config, self._core.preset)
-        # Not before the gateway enforces, which depends on no address.
+        # The gateway enforces first, because enforcement needs no address to listen at.
         stack.callback(self._metrics.close)
         self._metrics.start()
         return links, first, reading
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> AsyncIterator[Links]:
-        """Takes all that another process could have: the locks of table folder and network namespace, the kernel's
-        queues. Gives the interfaces to follow."""
+        """Takes everything that another process could have: the locks of the table folder and of the network
+        namespace, and the kernel's queues. Returns the changes of interfaces."""
         runtime = Runtime(self._config.table)
         self._locks.callback(runtime.close)
         self._runtime = runtime
         settings.forget(self._config.table)
         if runtime.crashed:
             _log.error("portward crashed the last time: %s", runtime.crashed)
-        # Before anything is written: a second agent here would take this one's rules away, and this one would put
-        # them back, for ever.
+        # Before anything is written. Otherwise two agents would each remove the other's rules, for ever.
         await self._kernel_step(lambda: self._locks.callback(NamespaceLock().close))
         if runtime.table_cut_off:
             put_aside(self._config.table, f"{self._config.table}: the policy table was cut off")
@@ -158,13 +150,14 @@ class Daemon:
         for worker in self._workers:
             await worker.prepare()
         opening = asyncio.ensure_future(self._kernel_step(lambda: self._open_core(preset)))
-        # The library behind the metrics takes longer to load than all else of the daemon. Meanwhile the workers'
-        # processes load theirs, and the core asks the kernel.
-        from portward.dataplane import rtnetlink  # noqa: PLC0415 # as said above
-        from portward.metrics.exporter import scrape_handler  # noqa: PLC0415 # as said above
+        # The library behind the metrics takes longer to load than the rest of the daemon. So it is loaded while
+        # the workers load their libraries and the core asks the kernel.
+        from portward.dataplane import rtnetlink  # noqa: PLC0415 # see above
+        from portward.metrics.exporter import scrape_handler  # noqa: PLC0415 # see above
 
         await opening
-        await self._count_step(lambda: None)  # no thread begins later, when there may be none
+        # The counting thread starts now, because later the process may have no threads left.
+        await self._count_step(lambda: None)
         answer = scrape_handler(FAMILIES, self._newest)
         self._metrics = MetricsServer(self._config.metrics_endpoints(), answer)
         self._collector = MetricsCollector(
@@ -174,7 +167,7 @@ class Daemon:
         return await stack.enter_async_context(contextlib.aclosing(rtnetlink.follow()))
 
     def _open_core(self, preset: Preset) -> None:
-        """Kernel thread: there `_close_core` finds it, also if nothing waits for it any more."""
+        """Runs on the kernel thread, where `_close_core` finds the core even if nothing waits for this step."""
         self._core = Core(self._config, preset, self._threads.on_kernel)
         self._opened = True
 
@@ -183,12 +176,12 @@ class Daemon:
             self._core.close()
 
     async def _close(self) -> None:
-        """Ends the threads, and closes what they use once none of them is at work."""
+        """Ends the threads, and closes what they use when none of them is at work any more."""
         nothing: Callable[[], None] = lambda: None  # noqa: E731 # typed
         if self._opened:
             self._core.stop()
         try:
-            async with asyncio.timeout(_STOP_SECONDS):
+            async with asyncio.timeout(_STOP_S):
                 policy, counting = nothing, nothing
                 if self._opened:
                     policy, counting = self._core.close_store, self._core.close_counts
@@ -200,41 +193,41 @@ class Daemon:
             self.abandoned = False
 
     def _release(self) -> None:
-        """Lets other agents in. Not while a thread may write: the kernel ends both locks with the process."""
+        """Releases both locks, unless a thread may still write. Then the kernel releases them with the process."""
         if not self.abandoned:
             self._locks.close()
 
     async def _stopped_before(self, work: Awaitable[object]) -> bool:
-        """Waits for `work`, or for a signal to stop; True if that came first."""
+        """Waits for `work` or for a signal to stop; True if the signal came first. Raises what `work` raises."""
         working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if working.done():
             working.result()
             return False
-        # It waits for no process any more. A step that a thread is at goes on; what `work` raises is ignored.
-        await shutdown.cancelled({working}, _STOP_SECONDS)
+        # A step that a thread has begun goes on. What `work` raises now is ignored.
+        await shutdown.cancel({working}, _STOP_S)
         return True
 
     def _first_sync(self) -> None:
-        """Takes in what the store has changed while no agent ran. Policy thread."""
-        until = time.monotonic() + _FIRST_READING
+        """Takes changes from the store that it got while no agent ran. Policy thread."""
+        until = time.monotonic() + _FIRST_READING_S
         while self._core.sync() and time.monotonic() < until:
             pass
 
     async def _become_ready(self, reading: asyncio.Future[None], first: Links) -> None:
-        """Says READY once what `reading` takes in is enforced, or after `_FIRST_READING` seconds. Returns when
+        """Sends READY when the changes of `reading` are enforced, or after `_FIRST_READING_S`. Returns when
         `reading` has ended."""
-        await asyncio.wait({reading}, timeout=_FIRST_READING)
+        await asyncio.wait({reading}, timeout=_FIRST_READING_S)
         if reading.done():
-            # Behind the changes that it has handed over.
+            # This step runs behind the changes that `reading` has handed over to the kernel thread.
             await self._kernel_step(lambda: None)
         else:
             _log.warning(
                 "the store has not been read within %g s: the policy of the last run is in force until it is",
-                _FIRST_READING,
+                _FIRST_READING_S,
             )
-        self._tell_ready(first)
+        self._announce_ready(first)
         await reading
 
     def _newest(self) -> Snapshot:
@@ -253,23 +246,28 @@ class Daemon:
         health = HealthCheck(
             self._core, self._workers, self._count_step, self._threads.heartbeat.stuck, self._steps
         )
+        store_watch = StoreWatch(self._core, self._policy_step, self._steps)
+        reload = ConfigReload(self._path, self._config, self._core, self._threads, self._steps)
+        status_writer = StatusWriter(
+            self._path, self._core, self._collector, self._runtime, lambda: reload.failed, self._began
+        )
         ready = asyncio.ensure_future(self._become_ready(reading, first))
         changes = followed(links, self._follow_links, self._steps)
-        # What fails in a job outside of its steps counts as the one that must not stand still.
+        # An error in a job outside of its steps counts as a failure of this step.
         jobs = [
             asyncio.create_task(self._steps.keep_running(step, job))
             for step, job in (
-                (Step.SETTLE, lambda: self._follow_store(ready)),
+                (Step.SETTLE, lambda: store_watch.run(ready)),
                 (Step.OWNERS, lambda: feed.follow(changes)),
                 (Step.DEVICES, feed.see),
                 (Step.LINKS, feed.write),
                 (Step.OWNERS, feed.guard),
-                (Step.RELOAD, self._follow_config),
+                (Step.RELOAD, lambda: reload.run(self._reload)),
                 (Step.RULESET, self._keep_ruleset),
                 (Step.SELF_CHECK, health.run),
                 (Step.COUNT, periodic.count),
                 (Step.LIMITS, periodic.install_limits),
-                (Step.STATUS, self._write_status),
+                (Step.STATUS, lambda: status_writer.run(self._threads, self._steps)),
                 *((Step.WORKER, worker.watch) for worker in self._workers),
             )
         ]
@@ -278,80 +276,12 @@ class Daemon:
             done, _ = await asyncio.wait({stopping, *jobs}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             notify("STOPPING=1")
-            await shutdown.cancelled({stopping, *jobs}, _STOP_SECONDS)
+            await shutdown.cancel({stopping, *jobs}, _STOP_S)
         for job in done - {stopping}:
-            job.result()  # a job never ends by itself: this raises what ended it
-
-    async def _follow_store(self, ready: Awaitable[None]) -> None:
-        await ready
-        tried: datetime | None = None
-        due: datetime | None = None
-        again, run = time.monotonic(), self._steps.run
-        while True:
-            # What could not be settled is tried again each second, and not all the time.
-            pause = _POLL_SECONDS if due in (None, tried) else (due - self._core.clock.now()).total_seconds()
-            # Nothing silences the bell while the step waits.
-            bell = None if self._steps.seconds_to_retry(Step.STORE) else self._core.bell()
-            await readable(bell, min(max(pause, 0.01), until_tick(_POLL_SECONDS)))
-            changed = True
-            while changed:
-                changed, due = await self._sync()
-                # Also between two changes: a store that always has another one must not keep grants from ending.
-                retry = not changed or time.monotonic() >= again
-                if due is not None and due <= self._core.clock.now() and (retry or due != tried):
-                    await run(Step.SETTLE, lambda: self._policy_step(self._core.settle), None)
-                    tried = due
-                if retry:
-                    again = time.monotonic() + _POLL_SECONDS
-                    if self._core.links_due:
-                        await run(Step.LINKS, lambda: self._policy_step(self._core.retry_links), None)
-
-    async def _sync(self) -> tuple[bool, datetime | None]:
-        """Takes in what the store has: whether there was anything, and when the next grant ends. That is asked for
-        also if the store's step fails: no failure there keeps a grant from ending."""
-        both = lambda: (self._core.sync(), self._core.next_expiry())  # noqa: E731 # one step of the thread
-        found = await self._steps.run(Step.STORE, lambda: self._policy_step(both), None)
-        return found or (False, await self._policy_step(self._core.next_expiry))
-
-    async def _follow_config(self) -> None:
-        while True:
-            await self._reload.wait()
-            self._reload.clear()
-            notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            try:
-                await self._take(load_config(self._path))
-                self._reload_failed = False
-                _log.info("%s: read again and in force", self._path)
-            except PortwardError as error:
-                self._reload_failed = True
-                self._steps.record_success(Step.RELOAD)
-                for line in error.lines():
-                    _log.error("the configuration before stays in force: %s", line)
-            except Exception as error:
-                self._reload_failed = True
-                self._steps.record_failure(Step.RELOAD, error)
-            else:
-                self._steps.record_success(Step.RELOAD)
-            notify("READY=1")
-
-    async def _take(self, config: Config) -> None:
-        """Puts another configuration in force; raises PortwardError, and then the one before stays."""
-        preset = presets.load(config.preset, named_in=self._path)
-        for name in settings.FIXED:
-            if getattr(config, name) != getattr(self._config, name):
-                raise PortwardError(f"{self._path}: {name} cannot change while portward runs: restart it")
-        try:
-            await self._policy_step(lambda: self._core.reload(config, preset))
-        except HeldError as error:
-            raise PortwardError(
-                f"{self._path}: preset {preset.name} {error}; where that is meant, raise max_flip_share with it"
-            ) from None
-        self._config = config
-        settings.leave(self._path, self._core.config, self._core.preset)
+            job.result()  # a job never returns, so this raises the error that ended it
 
     async def _keep_ruleset(self) -> None:
-        """Looks at the ruleset when the kernel says that something of it was changed, and in any case again and
-        again."""
+        """Checks the ruleset when the kernel reports a change, and periodically."""
         with (
             contextlib.closing(hearing(self._core.own_ports)) as ours,
             contextlib.closing(
@@ -360,31 +290,7 @@ class Daemon:
         ):
             await RulesetWatch(self._core, self._kernel_step, (ours, others), self._steps).run()
 
-    async def _write_status(self) -> None:
-        while True:
-            await self._steps.run(Step.STATUS, lambda: self._count_step(self._report), None)
-            await asyncio.sleep(until_tick(_STATUS_SECONDS))
-
-    def _report(self) -> None:
-        self._report_slow()
-        reading, numbers = self._collector.refresh(reload_failed=self._reload_failed)
-        document = status(reading, numbers, config=str(self._path), began=self._began)
-        with contextlib.suppress(OSError):  # a full disk must not stop enforcement; `status` says how old it is
-            self._runtime.write_status(document)
-
-    def _report_slow(self) -> None:
-        """Logs that the policy thread has been at one step for long: enforcement goes on, changes wait."""
-        work = self._core.work
-        if work is None or work.seconds() < _SLOW_SECONDS:
-            self._slow = _SLOW_SECONDS
-        elif work.seconds() >= self._slow:
-            _log.warning(
-                "%s has been going on for %.0f s: changes of policy wait, the last known policy stays in force",
-                work.what, work.seconds(),
-            )  # fmt: skip
-            self._slow = 2 * work.seconds()
-
-    def _tell_ready(self, links: Links) -> None:
+    def _announce_ready(self, links: Links) -> None:
         segments = self._core.segments()
         _log.info(
             "enforcing %s on %d segments, revision %d, by %s",
@@ -397,7 +303,7 @@ class Daemon:
 
 
 def missing(config: Config, links: Links) -> list[str]:
-    """A line for each configured interface that is not there (yet)."""
+    """A line for each pattern of the configuration that no interface has now."""
     names = set(links.names.values())
     return [
         f"{kind}: no interface {pattern!r} is there now"
@@ -408,24 +314,23 @@ def missing(config: Config, links: Links) -> list[str]:
 
 
 def run(path: Path) -> None:
-    """Runs the daemon with the configuration at `path`; raises PortwardError where it cannot begin."""
+    """Runs the daemon with the configuration at `path`. Raises PortwardError if it cannot start."""
     out = logging.StreamHandler(sys.stderr)
     out.setFormatter(log_formatter())
     logging.basicConfig(level=logging.INFO, handlers=[out])
     config = load_config(path)
-    # What is made beside the table is for the agent's user alone.
+    # Files beside the table are for the agent's user alone.
     os.umask(0o077)
-    # Four threads share one interpreter: a change of policy must not wait 5 ms, Python's default, for a count.
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(_SWITCH_S)
     if (limit := descriptors.raise_limit()) < descriptors.ENOUGH:
         _log.warning("%s", descriptors.few(limit))
-    # It must live as long as the process: with it would go what it holds, among that the locks.
+    # It must live as long as the process, because it holds the locks.
     daemon = Daemon(path, config)
     try:
         asyncio.run(daemon.run())
     except BaseException as error:
         if daemon.abandoned:
-            shutdown.end(error)
+            shutdown.exit_now(error)
         raise
     if daemon.abandoned:
-        shutdown.end(None)
+        shutdown.exit_now(None)

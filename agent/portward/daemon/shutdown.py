@@ -1,4 +1,4 @@
-"""How the daemon ends: its jobs within a bound, its process also while a thread is at work."""
+"""How the daemon ends: its jobs within a time limit, and its process even while a thread is at work."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, NoReturn
 from portward.errors import PortwardError
 
 
-async def cancelled(tasks: set[asyncio.Future[Any]], seconds: float) -> None:
-    """Cancels tasks and waits until they have ended, but at most for these seconds. Ignores what they raise."""
+async def cancel(tasks: set[asyncio.Future[Any]], seconds: float) -> None:
+    """Cancels tasks and waits until they have ended, at most `seconds`. Ignores what they raise."""
     for task in tasks:
         task.cancel()
-        # Else asyncio reports an exception that nothing has asked for.
+        # Otherwise asyncio logs an exception that no caller has fetched.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     await asyncio.wait(tasks, timeout=seconds)
 
 
-def end(error: BaseException | None) -> NoReturn:
-    """Ends the process at once, and with it the threads that are at work. Prints `error` as the program does, and
-    gives its exit code; 0 if there is none.
+def exit_now(error: BaseException | None) -> NoReturn:
+    """Ends the process at once, with the threads that are at work. Prints `error` as the program does, and exits
+    with its exit code; with 0 if there is no error.
 
-    Python's own end would wait for those threads.
+    Python's own exit would wait for these threads.
     """
     code = 1
     try:

@@ -26,12 +26,14 @@ from portward.base.clock import Clock
 from portward.cli.status import _lines
 from portward.config.keys import QueueReader
 from portward.config.load import load_config
-from portward.daemon import composition, health
+from portward.daemon import composition, config_reload, health, store_watch
 from portward.daemon.composition import Daemon, missing
 from portward.daemon.core import Core
 from portward.daemon.metrics import FAMILIES
 from portward.daemon.runtime import read_status
 from portward.daemon.runtime import running as process_of
+from portward.daemon.steps import StepRunner
+from portward.daemon.store_watch import StoreWatch
 from portward.daemon.workers import Worker
 from portward.dataplane import namespacelock
 from portward.dataplane.links import Links
@@ -159,7 +161,8 @@ class Running(Ground):
             "hearing",
             lambda _, notice_filter=None: self.notices if notice_filter is None else Notices(),
         )
-        monkeypatch.setattr(composition, "notify", lambda *words: self.said.extend(words))
+        for module in (composition, config_reload):
+            monkeypatch.setattr(module, "notify", lambda *words: self.said.extend(words))
 
     def configure(self, **settings: Any) -> None:
         """Writes portward.toml."""
@@ -533,25 +536,23 @@ class Churning:
 
 
 def test_a_store_that_always_has_another_change_keeps_no_grant_from_ending(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nor interfaces from being written. What fails is tried again after a pause, and not after each change."""
-    monkeypatch.setattr(composition, "_POLL_SECONDS", 3600.0)
-    monkeypatch.setattr(composition, "readable", lambda *_: asyncio.sleep(0))  # the bell has rung
+    monkeypatch.setattr(store_watch, "_POLL_S", 3600.0)
+    monkeypatch.setattr(store_watch, "readable", lambda *_: asyncio.sleep(0))  # the store has notified
 
     async def follow() -> Counter[str]:
         enough = asyncio.Event()
-        followed = Daemon(running.path, running.config)
-        followed._core = core = cast("Any", Churning(enough))
+        core = cast("Any", Churning(enough))
 
         async def step(work: Callable[[], Any]) -> Any:
             await asyncio.sleep(0)
             return work()
 
-        monkeypatch.setattr(followed, "_policy_step", step)
         reading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         reading.set_result(None)
-        following = asyncio.create_task(followed._follow_store(reading))
+        following = asyncio.create_task(StoreWatch(core, step, StepRunner()).run(reading))
         async with asyncio.timeout(SECONDS):
             await enough.wait()
         following.cancel()
@@ -680,7 +681,7 @@ def test_a_stop_does_not_wait_for_what_the_last_step_of_a_change_hands_to_the_ke
 def test_a_stop_waits_for_no_step_of_a_start(
     running: Running, held: Held, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    monkeypatch.setattr(composition, "_FIRST_READING", 2 * SECONDS)
+    monkeypatch.setattr(composition, "_FIRST_READING_S", 2 * SECONDS)
     monkeypatch.setattr(Daemon if step == "_first_sync" else Core, step, held)
 
     async def stop() -> None:
@@ -702,7 +703,7 @@ def test_a_stop_waits_for_no_step_of_a_start(
 def test_rules_are_kept_and_interfaces_followed_while_a_start_waits_for_the_store(
     running: Running, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(composition, "_FIRST_READING", 2 * SECONDS)
+    monkeypatch.setattr(composition, "_FIRST_READING_S", 2 * SECONDS)
     monkeypatch.setattr(Daemon, "_first_sync", held)
 
     async def work() -> None:
