@@ -1,12 +1,18 @@
-"""What a document names exists: files, folders, modules of the package and what is in them, targets of make."""
+"""What a document names exists: files, folders, modules, targets of make, metrics, verbs and their options."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from package import reference
+from typer.main import get_command
+
+from portward.cli.program import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "agent/portward"
@@ -19,6 +25,7 @@ FOLDER = re.compile(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})(?:/[\w.-]+)*/?)(?![\
 MODULE = re.compile(
     r"(?:\bportward|(?<=-m )(?:tests|package))(?:\.(?!(?:toml|db|conf|service|head|nft)\b)[A-Za-z_]\w*)+"
 )
+METRICS = set(re.findall(r"(?m)^\| `(portward_\w+)` \|", reference.pages()["metrics.md"]))
 
 
 def text(document: Path) -> str:
@@ -80,3 +87,66 @@ def test_a_module_that_is_named_exists(document: str, name: str) -> None:
 @pytest.mark.parametrize(("document", "target"), documents(re.compile(r"(?<=`make )[a-z][a-z-]*")))
 def test_a_target_of_make_that_is_named_exists(document: str, target: str) -> None:
     assert re.search(rf"(?m)^{target}:", (ROOT / "Makefile").read_text()), f"{document} names make {target}"
+
+
+@pytest.mark.parametrize(("document", "metric"), documents(re.compile(r"\bportward_[a-z_]*[a-z]\b")))
+def test_a_metric_that_is_named_exists(document: str, metric: str) -> None:
+    # The tables of nftables have names like that, too.
+    assert metric in METRICS | {"portward_closed", "portward_lock"}, f"{document} names {metric}"
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each command line of portward that a document shows, in backticks or at a prompt of root."""
+    found = set()
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for line in re.findall(r"`portward ([a-z][^`]*)`", text) + re.findall(r"(?m)^\s*# portward (.+)$", text):
+            found.add((str(document.relative_to(ROOT)), " ".join(line.split())))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("document", "line"), commands())
+def test_a_command_that_is_shown_exists(document: str, line: str) -> None:
+    """The verb is one, and it takes the options that are shown."""
+    words = re.split(r"\s", line.partition("|")[0])
+    command: Any = get_command(app)
+    while words and hasattr(command, "commands") and words[0] in command.commands:
+        command = command.commands[words.pop(0)]
+    # `portward exemption` alone names the group.
+    assert command.name or not words, f"{document} shows portward {line}"
+    if words and not words[0].startswith("-"):
+        assert not hasattr(command, "commands"), f"{document} shows portward {line}"
+    options = {option for one in command.params for option in one.opts}
+    for word in words:
+        if re.fullmatch(r"--[a-z-]+", word):
+            assert word in options, f"{document} shows {word} of portward {line}"
+
+
+def quoted() -> list[str]:
+    """The parts of log and status lines that the runbook quotes; `…`, N, LINE and numbers stand for values."""
+    runbook = (ROOT / "docs/how-to/runbook.md").read_text()
+    after = re.findall(r"(?:log|status): ((?:`[^`]+`(?:, )?)+)", runbook)
+    cells = re.findall(r"(?m)^\| (`[^`]+`) \|", "".join(re.findall(r"(?s)says \| then \|\n(.*?)\n\n", runbook)))
+    parts = {part for text in (*after, *cells) for one in re.findall(r"`([^`]+)`", text)
+             for part in re.split(r"…|\bN\b|\bLINE\b|\d+|:\s|`", one)}  # fmt: skip
+    return sorted(part.strip() for part in parts if len(part.split()) > 1)
+
+
+@pytest.mark.parametrize("part", quoted())
+def test_a_message_that_the_runbook_quotes_is_one_of_the_program(part: str) -> None:
+    # The last word may be a value, as the name of a file is.
+    assert part in MESSAGES or part.rpartition(" ")[0] in MESSAGES, f"no message has {part!r}"
+
+
+def messages() -> str:
+    """All texts of the program, one after the other."""
+    trees = [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
+    return "\n".join(
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+
+
+MESSAGES = messages()
