@@ -19,10 +19,10 @@ _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc] # comes without types
-    """What hatchling calls before it builds."""
+    """Hatchling calls it before it builds."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compiles what is there; a catalogue that cannot be read fails the build."""
+        """Compiles all catalogues. Raises PoFileError, which fails the build, for one that cannot be read."""
         compile_catalogues(LOCALE)
 
 
@@ -31,7 +31,7 @@ def compile_catalogues(folder: Path) -> None:
     for path in sorted(folder.glob("*/LC_MESSAGES/*.po")):
         with path.open("rb") as source:
             catalogue = read_po(source, abort_invalid=True)
-        # Else babel writes the time of the build: the same sources are to give the same wheel.
+        # Otherwise babel writes the time of the build, but the same sources must give the same wheel.
         catalogue.creation_date = catalogue.revision_date = _NO_TIME
         with path.with_suffix(".mo").open("wb") as target:
             write_mo(target, catalogue)

@@ -1,4 +1,4 @@
-"""What only a build needs: programs for manual pages, completions, documents and `make install`.
+"""Programs that only a build needs: for manual pages, completions, documents and `make install`.
 
 `debian/` builds the Debian package with them. `environment/` has the files of the program's own Python environment
 that pip does not make.

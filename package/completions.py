@@ -1,8 +1,8 @@
-"""The shells' completions, as the command line's own library writes them; the words come from the program.
+"""The completions for bash, zsh and fish. Typer writes them, from the program's verbs and options.
 
     python -m package.completions FOLDER
 
-FOLDER then has what belongs below /usr/share.
+The files in FOLDER have the paths that they have below /usr/share in the package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the package is made of, as far as that can be seen without building it."""
+"""The package, as far as it can be checked without building it: manual, completions, libraries, units, scripts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGES = dict(manual.pages("1.2.3", datetime(2026, 1, 1, tzinfo=UTC)))
 
 
 def unit(name: str) -> ConfigParser:
-    """A unit file; of a key that stands several times the last one."""
+    """A unit file. If a key occurs several times, the last value."""
     parser = ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment, method-assign] # keys keep their case
     parser.read_string((SYSTEMD / name).read_text())
@@ -40,7 +40,7 @@ def test_every_verb_has_a_page_with_its_options() -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_roff_that_is_taken_without_a_warning(name: str) -> None:
+def test_groff_takes_a_page_without_a_warning(name: str) -> None:
     groff = shutil.which("groff")
     assert groff, "the Makefile installs groff-base"
     said = subprocess.run(
@@ -55,7 +55,7 @@ def test_every_shell_gets_completions_for_the_program() -> None:
 
 
 def needed(program: str) -> set[str]:
-    """The names of all packages that a requirement needs here, but not its own."""
+    """The names of all packages that a requirement needs here, without its own."""
     found: set[str] = set()
     waiting = [Requirement(program)]
     while waiting:
@@ -88,7 +88,7 @@ def test_the_package_has_the_programs_version() -> None:
 
 
 def test_units_of_the_package_are_those_that_debhelper_is_given() -> None:
-    """dh_installsystemd enables each unit that it is given; one that it is not given would never start."""
+    """A unit that dh_installsystemd is not given is not enabled, so it would never start."""
     units = {path.name for path in SYSTEMD.glob("*.service")}
     installed = (ROOT / "debian" / "portward.install").read_text()
     rules = (ROOT / "debian" / "rules").read_text()
@@ -96,18 +96,18 @@ def test_units_of_the_package_are_those_that_debhelper_is_given() -> None:
     assert set(re.findall(r"dh_installsystemd .* (\S+\.service)", rules)) == units
 
 
-def test_stopping_takes_no_rule_away() -> None:
+def test_a_stopped_unit_removes_no_rule() -> None:
     for name in ("portward.service", "portward-baseline.service"):
         assert not [key for key in unit(name)["Service"] if key.startswith("ExecStop")]
 
 
-def test_workers_stay_as_long_as_systemd_lets_them() -> None:
+def test_systemd_lets_workers_stay_after_the_agent() -> None:
     service = unit("portward.service")["Service"]
     assert service["KillMode"] == "process"
     assert re.fullmatch(rf"{STAY}=\d+", service["Environment"])
 
 
-def test_what_root_has_left_beside_the_table_does_not_keep_the_agent_from_starting() -> None:
+def test_files_of_root_beside_the_table_do_not_keep_the_agent_from_starting() -> None:
     service = unit("portward.service")["Service"]
     folder = Path("/var/cache") / service["CacheDirectory"]
     assert folder == Config(segments=("a",), uplinks=("b",)).table
@@ -122,7 +122,7 @@ def test_the_port_is_closed_before_the_network() -> None:
     assert "nftables.service" in section["After"].split()
 
 
-def test_the_port_is_closed_again_after_whatever_nftables_service_does() -> None:
+def test_the_port_is_closed_again_after_each_action_of_nftables_service() -> None:
     """Its file begins with `flush ruleset`, and is loaded by a start, a restart and a reload."""
     baseline = unit("portward-baseline.service")
     assert "nftables.service" in baseline["Install"]["WantedBy"].split()
@@ -133,9 +133,9 @@ def test_the_port_is_closed_again_after_whatever_nftables_service_does() -> None
         assert wanted in (SYSTEMD / "nftables.service.d" / "portward.conf").read_text()
 
 
-# What debhelper puts into the script in place of its mark, as far as it concerns an agent that runs, or not.
+# The line of debhelper that restarts the agent after an upgrade; debhelper puts it in place of its mark.
 RESTART = 'if [ -n "$2" ]; then deb-systemd-invoke try-restart portward.service || true; fi'
-# `systemctl is-active` succeeds as long as there is a file `active`.
+# `systemctl is-active` succeeds while a file `active` exists.
 STUBS = {
     "deb-systemd-invoke": '[ "$STATE" != failing ] || { rm "${0%/*}/active"; exit 1; }',
     "systemctl": '[ -e "${0%/*}/active" ]',
@@ -152,7 +152,7 @@ STUBS = {
         ("abort-remove", "inactive", "the agent does not run"),
     ],
 )
-def test_what_an_installation_says_of_an_agent_that_does_not_run(
+def test_an_installation_prints_that_the_agent_does_not_run(
     tmp_path: Path, arguments: str, state: str, said: str
 ) -> None:
     for name, text in STUBS.items():
