@@ -6,7 +6,8 @@ table or the kernel. A helper that returns before the next step (a check, a code
 a reader can take its name for what it does. For the packet it counts too, because nothing else is on the fast
 path. "in all" is every file in which a function ran. Names that are only read, as constants are, do not count.
 
-- *packet*: the batch reader gets one plain SYN of a source that it has no verdict for yet.
+- *packet*: the batch reader gets one plain SYN of a source that it has no verdict for yet. It has answered another
+  source before, so its message template and the segment behind the interface are cached, as in a running worker.
 - *apply*: the verb `portward apply` changes the offer of a subscription. Then the daemon takes the change in
   (`Core.sync`), from the store to a fake kernel, which stands for `nfnetlink` and counts as one file.
 - *revocation*: the verb `portward exemption revoke`, then the same.
@@ -129,8 +130,9 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def packet(folder: Path) -> Way:
-    """One plain SYN through the batch reader."""
+    """One plain SYN through the batch reader of a worker that has answered another source before."""
     bench = test_batch.Bench(folder / "packet")
+    assert test_batch.classes(bench.answer(message(test_batch.syn("10.0.0.9"))))
     with Way() as way:
         answered = bench.answer(message(test_batch.syn("10.0.0.4")))
     assert test_batch.classes(answered) == [Class.DENY]

@@ -38,7 +38,7 @@ from portward.dataplane.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, LimitRes
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import PortwardError
 from portward.inventory.document import json_text
-from portward.ipc.verdict import classify
+from portward.ipc.mark import classify
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant

@@ -38,8 +38,7 @@ from portward.dataplane.underway import UnderWay
 from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.errors import KernelError
 from portward.ipc import mark
-from portward.ipc.counters import PacketOutcome
-from portward.ipc.verdict import classify
+from portward.ipc.mark import PacketOutcome, classify
 from portward.model import ExemptionState
 from portward.policy.preset import Preset
 from portward.table.reader import Reader

@@ -3,8 +3,7 @@
 What always holds here: the layout of what is shared has explicit numbers, and a change of it raises a version,
 because an upgrade lets an old daemon start a new worker.
 
-- `mark`: the bits of the packet mark
-- `verdict`: from a lookup result to the class of the verdict
+- `mark`: verdicts, and the bits of the packet mark that carry them
 - `counters`: the block of counters in shared memory
 - `lines`: the lines that a worker writes to the daemon
 - `probe`: the self-check's question to a worker

@@ -21,17 +21,8 @@ from typing import Final
 
 from portward.base.codes import REASON_NUMBERS, REASON_OF
 from portward.errors import PortwardError
+from portward.ipc.mark import PacketOutcome
 from portward.model import Reason
-
-
-class PacketOutcome(IntEnum):
-    """What became of a packet. The numbers are places in the shared block, and none is ever used again."""
-
-    PASSED = 0
-    DROPPED = 1
-    RESET = 2
-    OBSERVED = 3  # would have been dropped
-    DEFERRED = 4  # dropped until the kernel knows the rate limit of its source
 
 
 class WorkerEvent(IntEnum):

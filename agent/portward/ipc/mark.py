@@ -1,4 +1,4 @@
-"""The bits of the packet mark that portward owns, and what they mean.
+"""Verdicts, and the bits of the packet mark that carry them. Does no I/O.
 
 portward owns the low 16 bits, and only between its two prerouting chains (both at priority raw − 2; no chain of
 another program stands between them). Chain `screen` writes PASSED or a miss into every packet that goes from a
@@ -19,6 +19,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 from typing import Final
+
+from portward.model import Reason
+from portward.table.layout import LookupResult
 
 OWN: Final = 0x0000FFFF
 KEEP: Final = 0xFFFF0000
@@ -57,6 +60,16 @@ PASSED: Final = EPOCH | Class.ALLOW
 AGAIN: Final = EPOCH | Class.REFUSED
 
 
+class PacketOutcome(IntEnum):
+    """What became of a packet. The numbers are places in the shared block, and none is ever used again."""
+
+    PASSED = 0
+    DROPPED = 1
+    RESET = 2
+    OBSERVED = 3  # would have been dropped
+    DEFERRED = 4  # dropped until the kernel knows the rate limit of its source
+
+
 def epoch_of(generation: int) -> int:
     """The epoch (0 … 8190) of a generation of the policy table."""
     return generation % EPOCHS
@@ -70,3 +83,19 @@ def coming(epoch: int, number: int = AHEAD) -> list[int]:
 def stamp(mark: int, verdict: Class, epoch: int) -> int:
     """The mark with a verdict: other programs' bits of `mark`, and our class and epoch."""
     return (mark & KEEP) | (epoch << EPOCH_SHIFT) | verdict
+
+
+def classify(result: LookupResult) -> tuple[Class, PacketOutcome]:
+    """The class of verdict for a lookup result, and how the packet is counted. A DEFERRED packet is dropped
+    without a verdict mark, because the daemon must write the rate limit first."""
+    if result.reason.allows:
+        if result.limited and not result.observed:
+            return Class.ALLOW, PacketOutcome.DEFERRED
+        return Class.ALLOW, PacketOutcome.PASSED
+    if result.observed:
+        return Class.OBSERVED, PacketOutcome.OBSERVED
+    if result.reason is Reason.DENIED_UNKNOWN_SOURCE:
+        return Class.UNKNOWN, PacketOutcome.DROPPED
+    if result.reject:
+        return Class.REFUSED, PacketOutcome.RESET
+    return Class.DENY, PacketOutcome.DROPPED

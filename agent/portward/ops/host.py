@@ -27,9 +27,7 @@ from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.ruleset import LIMITED_SETS, RATE_LIMITS, TABLE, LimitResult
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError, PortwardError
-from portward.ipc.counters import PacketOutcome
-from portward.ipc.mark import Class
-from portward.ipc.verdict import classify
+from portward.ipc.mark import Class, PacketOutcome, classify
 from portward.model import Address
 from portward.ops.host_state import Agent, CachedState, Host, Ruleset, TableVerdict, Workers
 from portward.store import open_store

@@ -18,10 +18,9 @@ from portward.model import Attachment, Exemption, Network, Reason, Record, Subsc
 from portward.table import layout
 from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload, grant_end
 from portward.table.damage import Damage
-from portward.table.database import Part, TableError, Transaction
+from portward.table.database import Part, Rows, TableError, Transaction
 from portward.table.denials import BLOCKED, Level, level_of
 from portward.table.load import Loadable, load
-from portward.table.rows import Rows
 from portward.table.segments import Segments
 
 # The number of no subscription: they begin at 1.

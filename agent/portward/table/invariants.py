@@ -26,8 +26,7 @@ from typing import Final, NamedTuple
 from portward.base.interfaces import decoded, encoded, shown
 from portward.table import layout
 from portward.table.account import Account, grant_end
-from portward.table.database import DatabaseError, Part, TableError, Transaction, open_database, open_parts
-from portward.table.rows import Rows
+from portward.table.database import DatabaseError, Part, Rows, TableError, Transaction, open_database, open_parts
 
 # Findings that are told one by one.
 _TOLD: Final = 10
@@ -179,7 +178,7 @@ class Walk:
             yield f"an entry stands for no prefix: {row.hex()}"
         elif segment not in self._segments:
             yield f"an entry stands in segment {segment}, which has no name: {row.hex()}"
-        if layout.finding(row).damaged:
+        if layout.meaning_of(row).damaged:
             yield f"the code of the entry for {_where(place)} has no meaning: {row[-1]}"
         if int.from_bytes(row[-12:-8], "big") not in self.accounts:
             yield f"the entry for {_where(place)} refers to no account"

@@ -1,6 +1,7 @@
-"""How the policy table lies in its file: the keys and values of each of its parts. Pure bytes.
+"""How the policy table lies in its file: the keys and values of each part. Encodes and decodes bytes, and does no
+I/O.
 
-Parts of records have a key for each:
+Parts of records have a key for each record:
 
 | part | key | value |
 | --- | --- | --- |
@@ -11,27 +12,29 @@ Parts of records have a key for each:
 | lengths | segment number, family | the prefix lengths in use, most specific first, with their counts |
 | accounts | subscription number | subscription and exemption: `table/account.py` |
 
-Parts of rows (`table/rows.py`) are sorted lists of rows of one size; what comes first finds a row:
+Parts of rows (`Rows` in `database`) are sorted lists of rows of one size. A row is found by the bytes that it
+begins with:
 
 | part | bytes | row |
 | --- | --- | --- |
 | entries4, entries6 | 20, 32 | place, subscription number, outcome: `Entry` |
 | holdings4, holdings6 | 12, 24 | subscription number, place of an entry of its own |
 | ids | 20 | UUID of the subscription, its number |
-| expiries | 12 | microseconds since 1970, number of a subscription that is to be decided again then |
+| expiries | 12 | microseconds since 1970, number of a subscription that must be decided again then |
 | early | 4 | number of a subscription that was denied ahead of a held change: see `Head.held` |
 
-A *place* is segment number (3 bytes), prefix length (1) and network address (4 or 16). An *outcome* is one number
-of 8 bytes: the last start in microseconds since 1970 (0: unknown) in 7 bytes, and the code in the last byte: the
-reason's number (`codes.py`) in bits 0 to 4, bit 5 if the subscription is only observed, bit 6 for the workload
-`paas`, bit 7 if the exemption carries a limit. Numbers are big-endian, so that they sort; addresses are in network
-byte order.
+A *place* is the segment number (3 bytes), the prefix length (1) and the network address (4 or 16). An *outcome* is
+a number of 8 bytes. Its first 7 bytes are the last start in microseconds since 1970, or 0 if it is unknown. Its
+last byte is the code: the number of the reason (`base.codes`) in bits 0 to 4, bit 5 if the subscription is only
+observed, bit 6 for the workload `paas`, bit 7 if the exemption has a rate limit. Numbers are big-endian, so that
+they sort. Addresses are in network byte order.
 
-A change of this layout raises `FORMAT`, which stands in the head and in the name of each part. A table of another
-format, older or newer, is never read: the store is read anew, and the other table goes once that is done.
+A change of this layout raises `FORMAT`, which is in the head and in the name of each part. A table of another
+format, older or newer, is never read. The daemon reads the store anew instead, and removes the other table after
+that.
 
-Nothing in a row says that it is whole. What a row cannot mean raises `DamagedError`, so that its reader can deny
-the one source that it is about.
+A row has no checksum. A row that no portward writes raises `DamagedError`, so that its reader can deny the one
+source that it is about.
 """
 
 from __future__ import annotations
@@ -59,24 +62,41 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
-# An outcome's bits: eight for the code, and 56 for a time.
+# The bits of an outcome: 8 for the code, 56 for a time.
 CODE_BITS: Final = 8
 _REASON: Final = (1 << REASON_BITS) - 1
 _OBSERVED, _PAAS, _LIMITED = 0x20, 0x40, 0x80
 _CODE: Final = (1 << CODE_BITS) - 1
-# Of segments and subscriptions: 3 and 4 bytes.
+# The largest numbers of segments (3 bytes) and subscriptions (4 bytes).
 LAST_SEGMENT: Final = (1 << 24) - 1
 LAST_NUMBER: Final = (1 << 32) - 1
-# The latest start that fits, in the year 4253. A later one is kept as this one: it has not come either.
+# The latest start that fits, in the year 4253. A later one is stored as this one: it has not come either.
 LATEST_START: Final = (1 << 56) - 1
 
 
 class CodeMeaning(NamedTuple):
-    """What a worker needs of an entry's code. `damaged` if no portward writes it: the source is denied."""
+    """What an entry's code means to a worker. `damaged` if no portward writes that code; the source is denied
+    then."""
 
     reason: Reason
     observed: bool
     limited: bool
+    damaged: bool = False
+
+
+class LookupResult(NamedTuple):
+    """What the table says of a source, and the generation under which it says so.
+
+    `observed` if the gateway, the segment or the subscription is only observed. `reject` if a denied packet is
+    answered with a TCP reset. `limited` if the exemption has a rate limit. `damaged` if the entry of the source
+    cannot be read, so that the source is denied.
+    """
+
+    reason: Reason
+    observed: bool
+    reject: bool
+    generation: int
+    limited: bool = False
     damaged: bool = False
 
 
@@ -87,7 +107,7 @@ def _meaning(code: int) -> CodeMeaning:
     return CodeMeaning(reason, bool(code & _OBSERVED), limited)
 
 
-# By the code: a worker looks one up for each packet.
+# By code, because a worker looks one up for each packet.
 _MEANINGS: Final = tuple(map(_meaning, range(_CODE + 1)))
 
 _HEAD = struct.Struct("<HQIBd32s16s32sQQ32s")
@@ -102,12 +122,15 @@ class DamagedError(ValueError):
 
 
 class Head(NamedTuple):
-    """What the whole table agrees with. `generation` counts the changes of verdicts; `decided_at` is in
-    seconds since 1970; `preset` is the digest of the preset; `store` says which store it was read from.
+    """The state of the store, preset and time that the whole table agrees with.
 
-    `hash` is the hash of the store's log at `revision`: two histories of one store can share a number, never a
-    hash. `held` is the revision of the store that waits for confirmation, 0 if none does. While it waits, denials
-    of later revisions are in the table up to the revision `ahead` of the log, whose hash is `ahead_hash`."""
+    `generation` counts the changes of verdicts. `decided_at` is in seconds since 1970. `preset` is the digest of
+    the preset. `store` identifies the store that the table was read from. `hash` is the hash of the store's log at
+    `revision`: two histories of one store can share a revision, but never a hash.
+
+    `held` is the revision of the store that waits for confirmation, or 0. While it waits, the table also holds the
+    denials of later revisions, up to the revision `ahead` of the log, whose hash is `ahead_hash`.
+    """
 
     revision: int
     generation: int
@@ -122,7 +145,7 @@ class Head(NamedTuple):
     ahead_hash: bytes = NO_HASH
 
     def pack(self) -> bytes:
-        """The head as bytes."""
+        """The head as bytes, in the format `FORMAT`."""
         answers = self.observe | self.reject << 1
         return _HEAD.pack(
             FORMAT, self.revision, self.generation, answers, self.decided_at, self.preset, self.store,
@@ -135,18 +158,18 @@ class Head(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Head | None:
-        """The head, or None where the bytes are of another format or damaged: the store is read anew then."""
+        """The head; None if the bytes are damaged or of another format, so that the store must be read anew."""
         if len(data) != _HEAD.size:
             return None
         form, revision, generation, answers, decided_at, *rest = _HEAD.unpack(data)
-        # Else it is no time, after a damage; the agent's clock goes on from it.
+        # Another value is damage. It must not pass, because the agent's clock goes on from this time.
         if form != FORMAT or not 0 <= decided_at <= LAST_TIME.timestamp():
             return None
         return cls(revision, generation, bool(answers & 1), bool(answers & 2), decided_at, *rest)
 
 
 class Link(NamedTuple):
-    """The segment behind an interface index; `observed` where the segment is only observed."""
+    """The segment behind an interface index; `observed` if the segment is only observed."""
 
     segment: int
     observed: bool
@@ -158,7 +181,7 @@ class Link(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Link:
-        """The link that `pack` wrote; raises DamagedError."""
+        """The link that `pack` encoded. Raises DamagedError."""
         try:
             segment, observed = _LINK.unpack_from(data)
         except struct.error:
@@ -167,9 +190,9 @@ class Link(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What is held of one attachment. `observed` where its subscription is only observed; `subscription` is
-    the table's own number; `started` in microseconds since 1970, 0 where unknown; `limited` where the exemption by
-    which it may send carries a limit."""
+    """The decision on one attachment. `observed` if its subscription is only observed. `subscription` is the
+    table's own number. `started` is in microseconds since 1970, or 0 if it is unknown. `limited` if the attachment
+    may send by an exemption that has a rate limit."""
 
     reason: Reason
     observed: bool
@@ -180,7 +203,7 @@ class Entry(NamedTuple):
 
     @property
     def by_exemption(self) -> bool:
-        """True if it may send by a grant."""
+        """True if the attachment may send by an exemption."""
         return self.reason is Reason.ALLOWED_EXEMPT
 
     def row(self, place: bytes) -> bytes:
@@ -198,7 +221,7 @@ class Entry(NamedTuple):
 
     @classmethod
     def closed_if_damaged(cls, row: bytes) -> tuple[Entry, bool]:
-        """The entry of a row, and whether its code has no meaning: such an entry comes out as denied."""
+        """The entry of a row, and whether its code has no meaning. Such an entry is denied."""
         subscription, outcome = OUTCOME.unpack_from(row, len(row) - OUTCOME.size)
         reason, observed, limited, damaged = _MEANINGS[outcome & _CODE]
         entry = cls(reason, observed, bool(outcome & _PAAS), subscription, outcome >> CODE_BITS, limited)
@@ -206,12 +229,12 @@ class Entry(NamedTuple):
 
 
 def code_of(reason: Reason, *, observed: bool, paas: bool, limited: bool = False) -> int:
-    """The last byte of an outcome; `limited` is for those that an exemption lets through."""
+    """The last byte of an outcome."""
     flags = (_OBSERVED if observed else 0) | (_PAAS if paas else 0) | (_LIMITED if limited else 0)
     return REASON_NUMBER[reason] | flags
 
 
-def finding(row: bytes) -> CodeMeaning:
+def meaning_of(row: bytes) -> CodeMeaning:
     """What an entry's row means to a worker. Never raises: a damaged row denies its source."""
     return _MEANINGS[row[-1]]
 
@@ -222,7 +245,7 @@ def place_of(row: bytes) -> bytes:
 
 
 def make_holdings(rows: list[bytes]) -> None:
-    """Turns the rows of entries into those of holdings, in their place: so many are not to be there twice."""
+    """Turns rows of entries into rows of holdings in place, because a copy of a million rows would take memory."""
     for number, row in enumerate(rows):
         rows[number] = row[-12:-8] + row[:-12]
 
@@ -233,12 +256,13 @@ def stored_name(part: bytes) -> bytes:
 
 
 def number(value: int) -> bytes:
-    """A segment's or subscription's number as a key: 4 bytes, big-endian."""
+    """The number of a segment or a subscription as a key: 4 bytes, big-endian."""
     return value.to_bytes(4, "big")
 
 
 def due(at: int, subscription: int) -> bytes:
-    """The row of a time (microseconds) at which a subscription comes out otherwise: a grant ends, say."""
+    """The row in `expiries` for a time (microseconds) at which the decision on a subscription changes by itself,
+    for example because a grant ends."""
     return at.to_bytes(8, "big") + number(subscription)
 
 
@@ -248,13 +272,13 @@ def family_key(segment: int, address_bytes: int) -> bytes:
 
 
 def pack_lengths(counts: dict[int, int]) -> bytes:
-    """Prefix length → how many entries have it, as bytes, the longest first; without those that none has."""
+    """Encodes prefix length → number of entries, the longest prefix first, without lengths that no entry has."""
     used = sorted(((length, count) for length, count in counts.items() if count > 0), reverse=True)
     return b"".join(_LENGTH.pack(length, count) for length, count in used)
 
 
 def unpack_lengths(data: bytes, address_bytes: int) -> dict[int, int]:
-    """What `pack_lengths` wrote for a family, in its order; raises DamagedError."""
+    """The counts that `pack_lengths` encoded for a family (addresses of 4 or 16 bytes). Raises DamagedError."""
     try:
         counts = dict(_LENGTH.iter_unpack(data))
     except struct.error:
@@ -267,17 +291,17 @@ def unpack_lengths(data: bytes, address_bytes: int) -> dict[int, int]:
 
 
 def format_of(head: bytes) -> int:
-    """The format of the table with these bytes as its head. Every format begins with it."""
+    """The format of a table, from the bytes of its head. The head of every format begins with it."""
     return int.from_bytes(head[:2], "little")
 
 
 def prefix_of(segment: int, length: int) -> bytes:
-    """What the places of the same segment and prefix length begin with."""
+    """The 4 bytes with which all places of a segment and a prefix length begin."""
     return (segment << 8 | length).to_bytes(4, "big")
 
 
 def after(prefix: bytes) -> bytes:
-    """The `prefix_of` the next prefix length, behind all that begin with this one."""
+    """The `prefix_of` the next prefix length. It sorts behind all places that begin with `prefix`."""
     return (int.from_bytes(prefix, "big") + 1).to_bytes(4, "big")
 
 
@@ -300,12 +324,12 @@ def segment_and_length(place: bytes) -> tuple[int, int]:
 
 
 def address_bytes(place: bytes) -> int:
-    """How large the address of a place is: 4 or 16."""
+    """The size of the address in a place: 4 or 16 bytes."""
     return len(place) - 4
 
 
 def address_of(row: bytes, size: int) -> int:
-    """The network address of an entry's row, which has so many bytes, as a number."""
+    """The network address in an entry's row, of `size` bytes (4 or 16), as a number."""
     return int.from_bytes(row[4 : 4 + size], "big")
 
 
@@ -321,10 +345,11 @@ def microseconds(at: datetime | None) -> int:
 
 
 def instant(at: int) -> datetime | None:
-    """What `microseconds` was given; None for 0."""
+    """The inverse of `microseconds`: None for 0."""
     return None if at == 0 else datetime.fromtimestamp(at // 1_000_000, UTC).replace(microsecond=at % 1_000_000)
 
 
 def moment(at: int) -> datetime:
-    """The time of a row in `expiries`; the last one there is if the row is damaged and says a later one."""
+    """The time of a row in `expiries`. A later time than Python knows is damage, and gives the last one it
+    knows."""
     return _EPOCH + min(at, (_LAST - _EPOCH) // _MICROSECOND) * _MICROSECOND

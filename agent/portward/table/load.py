@@ -16,8 +16,7 @@ from portward.model import Attachment, Exemption, Subscription
 from portward.store.packed import Packed, packed
 from portward.table import layout
 from portward.table.account import Account, ByWorkload, Rule, by_workload, grant_end
-from portward.table.database import Part, Transaction
-from portward.table.rows import Rows
+from portward.table.database import Part, Rows, Transaction
 from portward.table.segments import Segments
 
 Loadable: TypeAlias = Subscription | Exemption | Attachment | Packed

@@ -1,7 +1,7 @@
-"""Looking a source up in the policy table: most specific prefix within the segment behind an interface.
+"""Looks a source up in the policy table: the most specific prefix within the segment behind an interface.
 
-Made for the worker: a lookup is one read transaction, in which the entry and the generation that it belongs
-to are read together, so a verdict is never stamped with a policy that it was not found under.
+A lookup is one read transaction. It reads the entry together with the generation that the entry belongs to, so a
+verdict never carries the epoch of a policy under which it was not found.
 """
 
 from __future__ import annotations
@@ -18,30 +18,23 @@ from portward.model import Address, Attachment, Exemption, Network, Reason, Reco
 from portward.table import layout
 from portward.table.account import Account
 from portward.table.damage import Damage
-from portward.table.database import Environment, Part, TableError, Transaction, open_database, open_parts
-from portward.table.rows import Rows, find
+from portward.table.database import (
+    Environment,
+    Part,
+    Rows,
+    TableError,
+    Transaction,
+    find,
+    open_database,
+    open_parts,
+)
+from portward.table.layout import LookupResult
 
 _MASKS = {4: layout.masks(4), 16: layout.masks(16)}
 
 
-class LookupResult(NamedTuple):
-    """What the table says of a source, and the generation under which it says so.
-
-    `observed` where gateway, segment or subscription are only observed; `reject` where a refusal is answered
-    with a TCP reset; `limited` where the exemption carries a limit of new connections; `damaged` if the entry of
-    the source cannot be read, so that it is denied.
-    """
-
-    reason: Reason
-    observed: bool
-    reject: bool
-    generation: int
-    limited: bool = False
-    damaged: bool = False
-
-
 class EntryLookup(NamedTuple):
-    """An entry for people: the prefix that matched, whose it is, and how it was decided."""
+    """An entry for display: the prefix that matched, its account, and the decision."""
 
     prefix: Network
     entry: layout.Entry
@@ -49,7 +42,7 @@ class EntryLookup(NamedTuple):
 
 
 class Attached(NamedTuple):
-    """An entry of an account, with the segment and the prefix that it is of."""
+    """An entry of an account, with its segment and prefix."""
 
     segment: str
     prefix: Network
@@ -57,33 +50,33 @@ class Attached(NamedTuple):
 
 
 class Reader:
-    """A read-only view of the policy table; follows every commit of the daemon by itself. It belongs to the thread
-    that uses it first: on another one it raises RuntimeError."""
+    """A read-only view of the policy table that follows every commit of the daemon by itself. It belongs to the
+    thread that uses it first, and raises RuntimeError on any other."""
 
     def __init__(self, environment: Environment, parts: dict[bytes, Part], damage: Damage | None = None) -> None:
-        """A view of a table that this process has open; LMDB lets a process open a file only once. `damage` takes
-        the rows that cannot be read."""
+        """Reads a table that this process has open, because LMDB lets a process open a file only once. `damage`
+        takes the rows that cannot be read."""
         self._environment, self._parts = environment, parts
         self._damage = damage or Damage()
         self._snapshot = -1
         self._head: layout.Head | None = None
         self._links: dict[int, layout.Link | None] = {}
         self._steps: dict[tuple[int, int], tuple[tuple[bytes, int], ...]] = {}
-        self._findings: dict[tuple[bool, layout.CodeMeaning | None], LookupResult] = {}
+        self._results: dict[tuple[bool, layout.CodeMeaning | None], LookupResult] = {}
         self._viewed: Transaction | None = None
-        # The only thread that may use it: the first one that does.
+        # The thread that used it first.
         self._thread: int | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Reader:
-        """Opens the table in `folder`; raises TableError where there is none."""
+        """Opens the table in `folder`. Raises TableError if there is none."""
         environment = open_database(folder, write=False)
         return cls(environment, open_parts(environment, write=False))
 
     @classmethod
     def open_left(cls, folder: Path) -> Reader:
-        """Opens the table that an agent left, which a power cut may have shortened; raises TableError also then,
-        because to read it would end the process (SIGBUS)."""
+        """Opens the table that an agent left. Raises TableError if there is none, or if a power cut has shortened
+        it: reading it would end the process (SIGBUS)."""
         environment = open_database(folder, write=False)
         if environment.cut_off():
             environment.close()
@@ -96,10 +89,10 @@ class Reader:
 
     @contextmanager
     def view(self) -> Iterator[int]:
-        """Within, all methods read the same commit; gives a number that another commit does not have.
+        """A context in which all methods read the same commit. Yields a number that no other commit has.
 
-        For many look-ups at once. Never to be held while waiting for anything: the longer it lasts, the older is
-        what it gives, and the pages that it sees cannot be used again. Raises lmdb's errors.
+        It makes many lookups cheap. Never keep it open while waiting: what it gives becomes older, and LMDB cannot
+        reuse the pages that it sees. Raises lmdb's errors.
         """
         with self._begin() as transaction:
             self._follow(transaction)
@@ -110,20 +103,20 @@ class Reader:
                 self._viewed = None
 
     def lookup(self, index: int, source: bytes) -> LookupResult | None:
-        """The finding for a source address (4 or 16 bytes, network order) behind the interface `index`.
+        """The result for a source address (4 or 16 bytes, network byte order) behind the interface `index`.
 
-        None where the table knows no segment behind that interface (yet), or holds no policy at all: such a
-        packet is dropped and nothing is remembered. Raises lmdb's errors where the file cannot be read.
+        None if the table knows no segment behind that interface yet, or holds no policy. Such a packet is dropped,
+        and the kernel caches nothing. Raises lmdb's errors if the file cannot be read.
         """
         if self._viewed is not None:
-            return self._finding(self._viewed, index, source)
+            return self._look_up(self._viewed, index, source)
         with self._begin() as transaction:
-            return self._finding(transaction, index, source)
+            return self._look_up(transaction, index, source)
 
     def reach(self, index: int, source: bytes) -> tuple[int, int]:
-        """The first and the last address around a source that are sure to be found as it is: no entry begins or
-        ends between them. As numbers, of the source's own family. Only within `view`, behind an interface of a
-        segment.
+        """The range of addresses around a source for which `lookup` gives the same result, because no entry begins
+        or ends in it: the first and the last address, as numbers. Only inside `view`, and only for an interface
+        that is a segment.
         """
         assert self._viewed is not None  # noqa: S101 # said above
         link = self._link(self._viewed, index)
@@ -137,7 +130,7 @@ class Reader:
             if after is not None and after.startswith(start):
                 found = layout.address_of(after, size)
                 if found == network:
-                    # Those of less specific prefixes may lie where they like.
+                    # The entry covers the whole range: less specific prefixes cannot divide it.
                     return max(first, network), min(last, network | rest)
                 last = min(last, found - 1)
             if before is not None and before.startswith(start):
@@ -145,7 +138,7 @@ class Reader:
         return first, last
 
     def head(self) -> layout.Head | None:
-        """What the table agrees with; None where it holds no policy yet."""
+        """The head of the table; None if it holds no policy yet."""
         if self._viewed is not None:
             return self._head
         with self._begin() as transaction:
@@ -153,13 +146,14 @@ class Reader:
             return self._head
 
     def links(self) -> dict[int, layout.Link]:
-        """Interface index → the segment behind it, as the daemon last wrote it."""
+        """Interface index → the segment behind it, as the daemon wrote it last."""
         with self._snapshot_of() as transaction, transaction.cursor(self._parts[b"links"]) as cursor:
             links = {int.from_bytes(key, "big"): self._link_of(value) for key, value in cursor}
             return {index: link for index, link in links.items() if link is not None}
 
     def holding(self, segment: str, address: Address) -> EntryLookup | None:
-        """What the table holds of an address in the segment of that name; None: a source of nobody."""
+        """The entry that covers an address in the segment of that name; None if the source is unknown. Raises
+        TableError if the table is damaged there."""
         with self._snapshot_of() as transaction:
             if transaction is not self._viewed:
                 self._follow(transaction)
@@ -176,8 +170,8 @@ class Reader:
             return EntryLookup(layout.network_of(layout.place_of(found))[1], entry, account)
 
     def owner(self, index: int, source: bytes) -> tuple[layout.Link, layout.Entry | None] | None:
-        """The segment behind an interface, and the entry of a source in it, as denied if its code has no meaning;
-        None: no such segment."""
+        """The segment behind an interface, and the entry that covers a source in it; None if there is no segment.
+        An entry whose code has no meaning is denied."""
         with self._snapshot_of() as transaction:
             link = self._link(transaction, index)
             if link is None:
@@ -197,8 +191,8 @@ class Reader:
             return None if number is None else self._account(transaction, number)
 
     def accounts_named(self, name: str) -> list[Account]:
-        """The accounts of all subscriptions with exactly this name. Looks at every account: a second for a
-        million."""
+        """The accounts of all subscriptions with exactly this name. Reads every account, which takes a second for
+        a million."""
         wanted = encoded(name)
         with self._snapshot_of() as transaction, transaction.cursor(self._parts[b"accounts"]) as cursor:
             near = (self._account_in(data) for data in cursor.iternext(keys=False) if wanted in data)
@@ -224,8 +218,8 @@ class Reader:
             ]
 
     def number_of(self, record: Record) -> int | None:
-        """The table's number of the subscription that a record is about: of an attachment, the one that holds the
-        very prefix now. None if the table does not know it."""
+        """The table's number of the subscription that a record is about; None if the table has none. For an
+        attachment it is the subscription that has exactly this prefix now."""
         with self._snapshot_of() as transaction:
             match record:
                 case Subscription():
@@ -236,8 +230,8 @@ class Reader:
             return None if row is None else self._closed_if_damaged(row).subscription
 
     def record_like(self, record: Record) -> Record | None:
-        """The record that the table holds under the key of this one; None: nothing. Raises DamagedError if there
-        is something that cannot be read, so that it is not known what it was."""
+        """The record with the same key in the table; None if there is none. Raises DamagedError if there is one
+        that cannot be read."""
         with self._snapshot_of() as transaction:
             if isinstance(record, Attachment):
                 row = self._row_at(transaction, record)
@@ -251,25 +245,25 @@ class Reader:
             return account.subscription if isinstance(record, Subscription) else account.exemption
 
     def counts(self) -> tuple[int, int]:
-        """How many attachments and subscriptions the table holds."""
+        """The numbers of attachments and of subscriptions in the table."""
         with self._snapshot_of() as transaction:
             return (
                 sum(transaction.stat(self._parts[name])["entries"] for name in layout.ENTRIES.values()),
                 transaction.stat(self._parts[b"ids"])["entries"],
             )
 
-    def _finding(self, transaction: Transaction, index: int, source: bytes) -> LookupResult | None:
+    def _look_up(self, transaction: Transaction, index: int, source: bytes) -> LookupResult | None:
         link, head = self._link(transaction, index), self._head
         if head is None or link is None:
             return None
         found = self._entry(transaction, link.segment, source)
-        # There are some few findings in the whole table, so each is made once.
-        kind = (link.observed, None if found is None else layout.finding(found))
-        finding = self._findings.get(kind)
-        if finding is None:
+        # The whole table has few different results, so each is created once for a commit.
+        kind = (link.observed, None if found is None else layout.meaning_of(found))
+        result = self._results.get(kind)
+        if result is None:
             meaning = kind[1] or layout.CodeMeaning(Reason.DENIED_UNKNOWN_SOURCE, observed=False, limited=False)
             reason, observed, limited, damaged = meaning
-            finding = self._findings[kind] = LookupResult(
+            result = self._results[kind] = LookupResult(
                 reason,
                 observed or head.observe or link.observed,
                 head.reject and found is not None,
@@ -277,11 +271,11 @@ class Reader:
                 limited,
                 damaged,
             )
-        return finding
+        return result
 
     @contextmanager
     def _snapshot_of(self) -> Iterator[Transaction]:
-        """The transaction of `view`, or one of its own outside of it."""
+        """The transaction of `view`, or a new one outside of it."""
         if self._viewed is not None:
             yield self._viewed
             return
@@ -289,7 +283,7 @@ class Reader:
             yield transaction
 
     def _row_at(self, transaction: Transaction, attachment: Attachment) -> bytes | None:
-        """The row of the entry of the very prefix of an attachment."""
+        """The row of the entry with exactly the prefix of an attachment."""
         segment = transaction.get(encoded(attachment.segment), db=self._parts[b"segments"])
         if segment is None:
             return None
@@ -297,7 +291,7 @@ class Reader:
         return Rows(transaction, self._parts[layout.ENTRIES[layout.address_bytes(place)]]).find(place)
 
     def _attachment_in(self, transaction: Transaction, row: bytes, like: Attachment) -> Attachment:
-        """The attachment in a row, under the key of `like`; raises DamagedError."""
+        """The attachment in a row, with the key of `like`. Raises DamagedError."""
         entry = layout.Entry.of(row)
         return Attachment(
             segment=like.segment,
@@ -321,7 +315,7 @@ class Reader:
         return Attached(decoded(name), prefix, _whole(row))
 
     def _begin(self) -> AbstractContextManager[Transaction]:
-        # What was read under one commit is kept for the next lookup, so two threads would mix two commits.
+        # Caches belong to one commit, so two threads would mix two commits.
         thread = get_ident()
         if self._thread != thread:
             if self._thread is not None:
@@ -330,11 +324,11 @@ class Reader:
         return self._environment.begin()
 
     def _follow(self, transaction: Transaction) -> None:
-        """Forgets what was read under an older commit than the one that `transaction` sees."""
+        """Clears the caches if `transaction` sees another commit than the last one did."""
         if transaction.id() != self._snapshot:
             self._links.clear()
             self._steps.clear()
-            self._findings.clear()
+            self._results.clear()
             data = transaction.get(layout.HEAD)
             self._head = None if data is None else layout.Head.unpack(data)
             self._snapshot = transaction.id()
@@ -354,11 +348,12 @@ class Reader:
             return link
 
     def _is_segment(self, transaction: Transaction, link: layout.Link) -> bool:
-        """Whether the segment with the link's number has the link's name. It is asked once for each commit."""
+        """Whether the segment with the link's number has the link's name. Called once for each commit."""
         return transaction.get(layout.number(link.segment), db=self._parts[b"names"]) == encoded(link.name)
 
     def _link_of(self, data: bytes) -> layout.Link | None:
-        """None if the bytes are damaged: as without a segment, every packet is dropped."""
+        """The link in the bytes; None if they are damaged, so that every packet is dropped as without a
+        segment."""
         try:
             return layout.Link.unpack(data)
         except layout.DamagedError as error:
@@ -385,8 +380,8 @@ class Reader:
         return None
 
     def _steps_of(self, transaction: Transaction, segment: int, size: int) -> tuple[tuple[bytes, int], ...]:
-        """How a source of so many bytes is looked up in a segment: for each prefix length, the most specific
-        first, what the keys begin with, and the netmask."""
+        """The steps of a lookup of a source of `size` bytes in a segment: for each prefix length, the most
+        specific first, the bytes that the keys begin with, and the netmask."""
         steps = self._steps.get((segment, size))
         if steps is None:
             data = transaction.get(layout.family_key(segment, size), db=self._parts[b"lengths"])
@@ -396,7 +391,7 @@ class Reader:
         return steps
 
     def _lengths(self, data: bytes, size: int) -> Iterable[int]:
-        """The prefix lengths to look for; all of them if the bytes are damaged: no entry is passed over."""
+        """The prefix lengths to search; all of them if the bytes are damaged, so that no entry is missed."""
         try:
             return layout.unpack_lengths(data, size)
         except layout.DamagedError as error:
@@ -408,7 +403,7 @@ class Reader:
         return None if data is None else self._account_in(data)
 
     def _whole_account(self, transaction: Transaction, subscription: int) -> Account:
-        """The account with this number; raises DamagedError if there is none, or none that can be read."""
+        """The account with this number. Raises DamagedError if there is none, or if it cannot be read."""
         account = self._account(transaction, subscription)
         if account is None:
             raise layout.DamagedError(f"no account that can be read has the number {subscription}")
@@ -423,7 +418,7 @@ class Reader:
 
 
 def _whole(row: bytes) -> layout.Entry:
-    """The entry of a row; raises TableError if it is damaged."""
+    """The entry of a row. Raises TableError if it is damaged."""
     try:
         return layout.Entry.of(row)
     except layout.DamagedError as error:

@@ -24,6 +24,7 @@ from portward.table.database import (
     MAP_SIZE,
     DatabaseError,
     MapFullError,
+    Rows,
     TableError,
     Transaction,
     drop_other_formats,
@@ -33,7 +34,6 @@ from portward.table.denials import Group, groups, weigh
 from portward.table.edit import MANY_CHANGES, ChangedPlace, Edit
 from portward.table.load import Loadable
 from portward.table.reader import Reader
-from portward.table.rows import Rows
 
 _LARGEST_MAP = 1 << 40
 

@@ -24,9 +24,10 @@ from typing import Final
 
 from portward.base.codes import REASON_NUMBER
 from portward.ipc import mark
-from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
-from portward.ipc.verdict import classify
-from portward.table.reader import LookupResult, Reader
+from portward.ipc.counters import WorkerCounters, WorkerEvent
+from portward.ipc.mark import PacketOutcome, classify
+from portward.table.layout import LookupResult
+from portward.table.reader import Reader
 from portward.worker.handover import POLL_INTERVAL_S, GracePeriod, bound
 from portward.worker.messages import (
     ACCEPT,

@@ -12,10 +12,9 @@ from typing import Protocol
 
 from portward.base.codes import REASON_NUMBER
 from portward.ipc import mark
-from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
-from portward.ipc.verdict import classify
-from portward.table.layout import Head
-from portward.table.reader import LookupResult
+from portward.ipc.counters import WorkerCounters, WorkerEvent
+from portward.ipc.mark import PacketOutcome, classify
+from portward.table.layout import Head, LookupResult
 from portward.worker.messages import PREROUTING
 from portward.worker.packet import parse
 from portward.worker.reset import Budget, Resetter

@@ -8,8 +8,8 @@ import pytest
 
 from portward.base.codes import REASON_NUMBER, REASON_NUMBERS, REASON_OF
 from portward.dataplane.selfcheck import DifferenceKind
-from portward.ipc.counters import PacketOutcome, WorkerEvent
-from portward.ipc.mark import Class
+from portward.ipc.counters import WorkerEvent
+from portward.ipc.mark import Class, PacketOutcome
 from portward.model import Authentication, ExemptionState, FraudCheck, Mode, Reason, Standing, Workload
 from portward.store.chain import IntegrityIssueKind
 from unit.golden import golden

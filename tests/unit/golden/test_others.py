@@ -14,7 +14,8 @@ from portward.base.codes import REASON_NUMBER
 from portward.cli.status import _lines
 from portward.daemon.runtime import read_status
 from portward.errors import PortwardError, StoreError
-from portward.ipc.counters import CountersError, PacketOutcome, WorkerCounters, WorkerEvent
+from portward.ipc.counters import CountersError, WorkerCounters, WorkerEvent
+from portward.ipc.mark import PacketOutcome
 from portward.model import Reason
 from portward.store.protocol import decode, key_of
 from portward.store.sqlite import SqliteStore

@@ -44,7 +44,7 @@ def test_an_entry_is_read_as_it_was_meant(told: dict[str, Any]) -> None:
     assert layout.Entry.of(row) == entry
     assert layout.place_of(row) == place
     assert layout.network_of(place) == (told["segment"], ip_network(told["prefix"]))
-    assert layout.finding(row) == (reason, told["observed"], told["limited"], False)
+    assert layout.meaning_of(row) == (reason, told["observed"], told["limited"], False)
     assert entry.row(place) == row
 
 

@@ -26,9 +26,8 @@ from portward.dataplane.verdict_cache import Source
 from portward.model import Attachment, Exemption, ExemptionState, Reason, Record, Standing
 from portward.table import layout
 from portward.table.account import Account
-from portward.table.database import TableError
+from portward.table.database import ROW_KEY, TableError
 from portward.table.invariants import Verified, verify
-from portward.table.rows import KEY
 from portward.table.writer import Writer
 from unit.table.test_table import AZURE, ENFORCE, NOW, STORE, attachment, reason, subscription
 
@@ -268,7 +267,7 @@ def test_whatever_bit_is_another_one_no_step_fails(flips: list[tuple[bytes, int,
     parts = {part for part, _, _ in flips}
     with TemporaryDirectory() as folder:
         with closing(made(Path(folder))) as writer:
-            change(writer, b"early", KEY, None, layout.number(1))
+            change(writer, b"early", ROW_KEY, None, layout.number(1))
             for flip in flips:
                 _flip(writer, *flip)
         with closing(Writer(Path(folder), AZURE, ENFORCE)) as again:

@@ -13,8 +13,8 @@ import pytest
 from portward.model import Record
 from portward.store.protocol import Put, confirmation
 from portward.table import layout
+from portward.table.database import Rows
 from portward.table.history import count_in_table, is_in_table
-from portward.table.rows import Rows
 from unit.store.samples import write
 from unit.table.test_behind import CUSTOMERS, DAY, MISTAKE, OTHERS, SPAMMER, Gateway, grant, revoked
 from unit.table.test_table import NOW, attachment, subscription

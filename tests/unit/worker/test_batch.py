@@ -19,7 +19,8 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 
 from portward.ipc import mark
-from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
+from portward.ipc.counters import WorkerCounters, WorkerEvent
+from portward.ipc.mark import PacketOutcome
 from portward.model import Reason
 from portward.table.reader import Reader
 from portward.table.writer import Writer

@@ -10,10 +10,10 @@ import pytest
 from scapy.layers.inet import IP, TCP, UDP
 
 from portward.ipc import mark
-from portward.ipc.counters import PacketOutcome, WorkerCounters, WorkerEvent
-from portward.ipc.verdict import classify
+from portward.ipc.counters import WorkerCounters, WorkerEvent
+from portward.ipc.mark import PacketOutcome, classify
 from portward.model import Reason
-from portward.table.reader import LookupResult
+from portward.table.layout import LookupResult
 from portward.worker.batch import BatchReader
 from portward.worker.messages import FORWARD, PREROUTING
 from portward.worker.nfqueue import SLOT
