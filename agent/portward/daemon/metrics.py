@@ -18,7 +18,8 @@ from portward.daemon.steps import StepRunner
 from portward.daemon.workers import Worker
 from portward.dataplane.accounting import NAMES
 from portward.dataplane.queue_statistics import QueueStatistics, states
-from portward.ipc.counters import PacketOutcome, WorkerEvent
+from portward.ipc.counters import WorkerEvent
+from portward.ipc.mark import PacketOutcome
 from portward.metrics.family import Family, Labels, Numbers, Snapshot
 from portward.metrics.server import MetricsServer
 from portward.model import Mode
