@@ -48,7 +48,7 @@ from portward.cli import usage
 from portward.dataplane import fake
 from portward.ipc.mark import Class
 from portward.model import Reason
-from portward.store import sqlite
+from portward.store.sqlite import store as sqlite
 from portward.table import database
 from unit.daemon import test_core  # the path above must be there first
 from unit.worker import test_batch  # as above

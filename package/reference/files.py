@@ -9,7 +9,7 @@ from portward.config.keys import DEFAULT_PATH, DEFAULT_TABLE, Config
 from portward.daemon import runtime, settings
 from portward.daemon.countsfile import _MAGIC, _SLOTS
 from portward.ipc import counters
-from portward.store import sqlite
+from portward.store.sqlite import schema
 from portward.table import account, layout
 
 _STORE: Final = Config(segments=("_",), uplinks=("_",)).store.removeprefix("sqlite:")
@@ -43,8 +43,8 @@ def fills() -> dict[str, object]:
     formats = (
         (
             "store",
-            f"`user_version` {sqlite._FORMAT}",
-            f"{sqlite._UNSEALED} is read, and sealed by the first write",
+            f"`user_version` {schema.FORMAT}",
+            f"{schema.UNSEALED} is read, and sealed by the first write",
             "refused",
         ),
         (

@@ -25,8 +25,9 @@ from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, Tenant
 from portward.model import Standing, Subscription
-from portward.store import open_store
-from portward.store.protocol import Put, encode, key_of
+from portward.store.backends import open_store
+from portward.store.codec import encode, key_of
+from portward.store.values import Put
 
 SOURCE = "10.0.0.50"
 _EVERY = 0.0002

@@ -22,8 +22,9 @@ from portward.dataplane.verdict_cache import VerdictCache
 from portward.lab import namespaces
 from portward.lab.topology import FABRIKAM
 from portward.model import Attachment, Record, Standing, Subscription
-from portward.store import open_store
-from portward.store.protocol import Put, encode, key_of
+from portward.store.backends import open_store
+from portward.store.codec import encode, key_of
+from portward.store.values import Put
 
 _SUBSCRIPTIONS = 10_000
 _FIRST = int(ip_address("10.128.0.0"))

@@ -29,9 +29,10 @@ from bench.figures import Curve, Figure
 from portward.base.clock import utc_now
 from portward.model import Standing, Subscription
 from portward.policy import presets
-from portward.store import open_store
-from portward.store.protocol import Put, encode, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.backends import open_store
+from portward.store.codec import encode, key_of
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 from portward.table.database import FILE
 from portward.table.follower import Follower
 from portward.table.reader import Reader

@@ -22,8 +22,9 @@ from kernel.conftest import Gateway, running_gateway
 from portward.lab.agent import until
 from portward.lab.topology import FABRIKAM
 from portward.model import Attachment, Exemption, ExemptionState, Record, Standing, Subscription
-from portward.store import open_store
-from portward.store.protocol import Put, encode, key_of
+from portward.store.backends import open_store
+from portward.store.codec import encode, key_of
+from portward.store.values import Put
 
 _GRANTED: Final = datetime(2026, 1, 9, 12, tzinfo=UTC)
 _CUSTOMERS: Final = 5_000

@@ -27,8 +27,10 @@ from portward.lab.demo import start_mail
 from portward.lab.mail import OpenSession, Postbox
 from portward.lab.topology import FABRIKAM, MAIL4
 from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
-from portward.store import open_store
-from portward.store.protocol import Put, confirmation, encode, key_of
+from portward.store.backends import open_store
+from portward.store.codec import encode, key_of
+from portward.store.confirmation import confirmation
+from portward.store.values import Put
 
 _GRANTED: Final = datetime(2026, 1, 9, 12, tzinfo=UTC)
 _ONE: Final = UUID("33333333-0000-4000-8000-000000000001")

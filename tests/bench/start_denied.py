@@ -17,8 +17,9 @@ from kernel.conftest import ALLOWED, running_gateway
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO
 from portward.model import Standing, Subscription
-from portward.store import open_store
-from portward.store.protocol import Put, decode, encode
+from portward.store.backends import open_store
+from portward.store.codec import decode, encode
+from portward.store.values import Put
 
 _EVERY = 0.001
 _AFTERWARDS = 1.0

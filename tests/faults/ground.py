@@ -44,8 +44,8 @@ from portward.lab.agent import PROGRAM, Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
 from portward.model import Attachment, Record, Subscription
 from portward.ops.explanation import explain
-from portward.store import open_store
-from portward.store.protocol import KINDS, key_of
+from portward.store.backends import open_store
+from portward.store.codec import KINDS, key_of
 from portward.table.reader import Reader
 
 INJECT: Final = Path(__file__).parent / "inject"

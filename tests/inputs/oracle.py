@@ -17,7 +17,8 @@ from portward.inventory.difference import Difference, check_offers, check_refere
 from portward.inventory.document import json_text, yaml_text
 from portward.inventory.records import read_inventory
 from portward.policy import presets
-from portward.store.protocol import RecordError, decode, encode, key_of, named
+from portward.store.codec import decode, encode, key_of, key_only
+from portward.store.values import RecordError
 from portward.table.writer import Answers, Writer
 
 NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
@@ -79,11 +80,11 @@ class Oracle:
             record = decode(key, body)
         except RecordError as error:
             _is_a_line(str(error), "")
-            named(key)
+            key_only(key)
             return False
         assert decode(key, encode(record)) == record
         assert key_of(record) == key
-        away = named(key)
+        away = key_only(key)
         assert away is not None
         self._revision += 1
         writer.apply([record], [], revision=self._revision, now=NOW)

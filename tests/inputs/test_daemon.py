@@ -15,7 +15,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.demo import records
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 from portward.model import Attachment, Subscription
-from portward.store.protocol import key_of
+from portward.store.codec import key_of
 
 pytestmark = pytest.mark.kernel
 

@@ -20,7 +20,7 @@ from inputs.rows import row, write_rows
 from portward.base.characters import unshown
 from portward.model import Reason
 from portward.policy import presets
-from portward.store.sqlite import SqliteStore
+from portward.store.sqlite.store import SqliteStore
 from portward.table.follower import Follower
 from portward.table.writer import Answers, Writer
 from unit.store.samples import CONTOSO, EXAMPLE, FABRIKAM

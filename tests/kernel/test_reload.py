@@ -32,8 +32,9 @@ from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Standing, Subscription
 from portward.policy import presets
-from portward.store.protocol import Put, encode, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.codec import encode, key_of
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 from portward.table.database import TableError
 
 _OWNER = UUID("11111111-0000-4000-8000-000000000001")

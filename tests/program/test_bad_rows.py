@@ -12,7 +12,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.demo import attachments, records
 from portward.lab.topology import CONTOSO, FABRIKAM
 from portward.model import Attachment, Subscription
-from portward.store.protocol import key_of
+from portward.store.codec import key_of
 
 MACHINE = next(one for one in attachments(CONTOSO) if isinstance(one, Attachment))
 OWNERS = [one for one in records() if isinstance(one, Subscription)]

@@ -22,7 +22,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.demo import attachments, records
 from portward.lab.topology import CONTOSO
 from portward.model import Record, Standing
-from portward.store.protocol import key_of
+from portward.store.codec import key_of
 from program.test_run import ruleset, until_status, without_learned
 
 _CONTOSO = records()[0]

@@ -17,8 +17,9 @@ from portward.lab.agent import Agent, until
 from portward.lab.demo import records
 from portward.lab.topology import CONTOSO
 from portward.model import Attachment, Exemption, ExemptionState, Record, Standing, Subscription
-from portward.store.protocol import Put, encode, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.codec import encode, key_of
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 from portward.table.reader import Reader
 
 COUNT = 12

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from portward.dataplane import around, others, tunnels
-from portward.store.sqlite import SqliteStore
+from portward.store.sqlite.store import SqliteStore
 from unit.store.samples import opened
 
 

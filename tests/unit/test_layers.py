@@ -30,7 +30,7 @@ ROOMS = (
 # Library → the modules that may import it. Standard ones if a single place is wanted.
 HOMES = {
     "lmdb": {"table.database"},
-    "sqlite3": {"store.sqlite"},
+    "sqlite3": {"store.sqlite.database"},
     "inotify_simple": {"store.notifier"},
     "netfilterqueue": {"worker.single"},
     "prometheus_client": {"metrics.exporter"},

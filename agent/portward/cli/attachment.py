@@ -20,7 +20,7 @@ from portward.exemptions.service import ExemptionService
 from portward.ops.behind import behind_held
 from portward.policy import presets
 from portward.policy.remedy import reason_in_words
-from portward.store import open_store
+from portward.store.backends import open_store
 
 app = typer.Typer(help="The machines behind addresses.", no_args_is_help=True, rich_markup_mode=None)
 

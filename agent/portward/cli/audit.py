@@ -15,7 +15,7 @@ from portward.config.load import load_config
 from portward.errors import InputError
 from portward.ops import audit as audits
 from portward.ops.audit import Wanted
-from portward.store import open_store
+from portward.store.backends import open_store
 from portward.store.chain import Check, parse_mark
 
 # Findings that are printed before they are only counted.

@@ -31,8 +31,9 @@ from portward.ops.behind import Behind, behind_held
 from portward.ops.enforcement_waiter import EnforcementWaiter
 from portward.policy import presets
 from portward.policy.preset import Preset
-from portward.store import open_store
-from portward.store.protocol import Store, readable
+from portward.store.backends import open_store
+from portward.store.codec import readable
+from portward.store.protocol import Store
 
 app = typer.Typer(
     help="Exemptions: asked for, granted or rejected, revoked.", no_args_is_help=True, rich_markup_mode=None

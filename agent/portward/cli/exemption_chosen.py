@@ -15,8 +15,8 @@ from portward.errors import InputError, PortwardError, together
 from portward.exemptions.lifecycle import State
 from portward.exemptions.service import ExemptionService
 from portward.policy.preset import Preset
+from portward.store.lookup import records_of
 from portward.store.protocol import Store
-from portward.store.subscription_records import records_of
 
 # A list of a million ids, in bytes, with comments.
 _LARGEST_LIST: Final = 64 * 1024 * 1024

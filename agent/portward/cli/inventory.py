@@ -34,9 +34,10 @@ from portward.ops import mistyped
 from portward.ops.behind import behind_held, held_here, held_unknown, lost_store, nothing_held, other_store
 from portward.policy import presets
 from portward.policy.preset import Preset
-from portward.store import open_store
+from portward.store.backends import open_store
+from portward.store.confirmation import CONFIRMED, confirmation
 from portward.store.flips import HeldError, check_flips
-from portward.store.protocol import CONFIRMED, NoStoreError, confirmation
+from portward.store.values import NoStoreError
 
 # What a person reads before it is only counted.
 _LINES: Final = 40

@@ -6,7 +6,6 @@ Only `segments` and `uplinks` have no default. A key that is not listed here is 
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -17,13 +16,12 @@ from msgspec import Meta
 from portward.base.interfaces import matches
 from portward.config import endpoint
 from portward.config.endpoint import Endpoint
+from portward.config.store_url import DEFAULT_STORE
 from portward.model import Mode
 
 DEFAULT_PATH: Final = Path("/etc/portward/portward.toml")
 DEFAULT_TABLE: Final = Path("/var/cache/portward")
 
-# The URL of a store that there is a backend for; its path.
-STORE: Final = re.compile(r"sqlite:(.+)", re.DOTALL)
 _LAST_PORT: Final = 65_535
 
 Seconds = Annotated[int, Meta(ge=1, le=86_400)]
@@ -121,7 +119,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     segments: Annotated[tuple[str, ...], Meta(min_length=1)]
     uplinks: Annotated[tuple[str, ...], Meta(min_length=1)]
-    store: str = "sqlite:/var/lib/portward/portward.db"
+    store: str = DEFAULT_STORE
     table: Path = DEFAULT_TABLE
     preset: str = "azure-2020"
     mode: Mode = Mode.ENFORCE

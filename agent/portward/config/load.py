@@ -10,9 +10,9 @@ from typing import Final
 from msgspec.structs import replace
 
 from portward.base.interfaces import is_pattern, matches
-from portward.config import paths
+from portward.config import paths, store_url
 from portward.config.files import mistake, read_toml
-from portward.config.keys import STORE, Config
+from portward.config.keys import Config
 from portward.errors import together
 
 # Queue numbers have 16 bits.
@@ -34,7 +34,7 @@ def located(config: Config, file: Path) -> Config:
     command = (paths.program(check[0], file), *(os.fsdecode(word.encode()) for word in check[1:])) if check else ()
     return replace(
         config,
-        store=STORE.sub(lambda found: f"sqlite:{paths.from_file(found[1], file)}", config.store),
+        store=store_url.located(config.store, lambda path: paths.from_file(path, file)),
         table=Path(paths.from_file(str(config.table), file)),
         preset=paths.from_file(config.preset, file) if paths.is_path(config.preset) else config.preset,
         exemptions=replace(config.exemptions, check=command),
@@ -63,7 +63,7 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
         config.metrics_endpoints()
     except ValueError as error:
         yield str(error), ("metrics", "address")
-    if problem := _store_problem(config.store):
+    if problem := store_url.problem(config.store):
         yield problem, ("store",)
     if config.table == Path():  # so is ""
         yield "names no folder of its own", ("table",)
@@ -71,21 +71,6 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
         yield "names no program: its path comes first, then its arguments", ("exemptions", "check", 0)
     if config.queue.first + config.queue.workers > _QUEUES:
         yield f"the last queue must not be beyond {_QUEUES - 1}", ("queue", "workers")
-
-
-def _store_problem(url: str) -> str:
-    """What is wrong with the URL of a store; empty if nothing is."""
-    found = STORE.fullmatch(url)
-    path = found[1].lstrip("/") if found else ""
-    if found is None or not path:
-        return f"{url!r} is no store that this version knows: sqlite:PATH"
-    # In a URL a host would follow. As a path it would be /x on Linux, which is not what `sqlite://x` looks like.
-    if found[1].startswith("//") and not found[1].startswith("///"):
-        return (
-            f"{url!r} has two slashes, after which a URL has a host: 'sqlite:{path}' is a file beside this one, "
-            f"'sqlite:/{path}' one in /"
-        )
-    return ""
 
 
 def _overlaps(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:

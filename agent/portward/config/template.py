@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from portward.config.keys import Config
+from portward.config.store_url import FORMS
 
 # What has no default: names that many gateways use.
 _EXAMPLES: Final = {"segments": ["vni*"], "uplinks": ["eth0"]}
@@ -28,7 +29,7 @@ _HEAD: Final = """\
 _WHAT: Final = {
     "segments": "tenant-facing interfaces, one for each virtual network; '*' only at the end of a name",
     "uplinks": "interfaces towards the Internet: what comes in there is never judged",
-    "store": "where policy is kept: sqlite:PATH",
+    "store": f"where policy is kept: {FORMS}",
     "table": "folder of the cached policy: a restart enforces it at once, also without the store",
     "preset": "the published policy, see `portward policy list`, or the path of your own",
     "mode": '"enforce", or "observe": every verdict is worked out and counted, every packet passes',

@@ -30,7 +30,7 @@ from portward.base.resources import PYTHON
 from portward.daemon.systemd import log_formatter
 from portward.errors import StoreError
 from portward.policy.preset import Preset
-from portward.store import open_store
+from portward.store.backends import open_store
 from portward.store.flips import Flips, HeldError
 from portward.table.database import TableError, open_database
 from portward.table.follower import Follower, Waiting

@@ -26,7 +26,7 @@ from portward.dataplane.underway import UnderWay
 from portward.errors import StoreError
 from portward.model import Mode
 from portward.policy.preset import Preset
-from portward.store import open_store
+from portward.store.backends import open_store
 from portward.store.protocol import Store
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower, Held

@@ -21,8 +21,12 @@ from portward.inventory.records import mistakes
 from portward.model import Address, Attachment, Exemption, RateLimit, Reason, Subscription
 from portward.policy.decide import decide
 from portward.policy.preset import ExemptionPath, Preset
-from portward.store.protocol import Change, Put, Store, confirmation, encode, find, key_of, readable
+from portward.store.codec import encode, key_of, readable
+from portward.store.confirmation import confirmation
+from portward.store.lookup import find
+from portward.store.protocol import Store
 from portward.store.update import Reading, Written, update
+from portward.store.values import Change, Put
 
 
 class NotFoundError(PortwardError):

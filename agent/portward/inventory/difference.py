@@ -15,17 +15,9 @@ from portward.inventory.records import Inventory
 from portward.model import Attachment, Exemption, ExemptionState, Reason, Record, Subscription, Workload
 from portward.policy.decide import rule
 from portward.policy.preset import Preset
-from portward.store.protocol import (
-    CONFIRMED,
-    UNREADABLE,
-    Put,
-    confirmed,
-    confirmed_alone,
-    confirmed_hold,
-    decode,
-    readable,
-    told_key,
-)
+from portward.store.codec import UNREADABLE, decode, readable, shown_key
+from portward.store.confirmation import CONFIRMED, confirmed, confirmed_alone, confirmed_hold
+from portward.store.values import Put
 
 # How many grants are named.
 _NAMED: Final = 5
@@ -160,10 +152,10 @@ def described_change(key: str, before: str | None, after: str | None, find: Find
         return f"! confirmed everything up to revision {confirmed(after) or after}{instead}"
     if before is not None and after is not None:
         record = readable(key, after)
-        called = told_key(key) if record is None else _changed(record, owners)
+        called = shown_key(key) if record is None else _changed(record, owners)
         return f"~ {called}: {_fields(before, after)}"
     record = readable(key, before if after is None else after)
-    return f"{'-' if after is None else '+'} {told_key(key) if record is None else _title(record, owners)}"
+    return f"{'-' if after is None else '+'} {shown_key(key) if record is None else _title(record, owners)}"
 
 
 class _Owners:

@@ -23,7 +23,7 @@ from portward.config.files import read_text, text_of
 from portward.errors import InputError
 from portward.inventory.days import with_times
 from portward.model import Record
-from portward.store.protocol import KINDS, decode
+from portward.store.codec import KINDS, decode
 
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 # Bytes: a million attachments take some 150 MB of JSON. YAML takes 40 times its size of memory while it is read.

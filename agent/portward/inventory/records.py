@@ -18,8 +18,9 @@ from portward.config.documents import Steps, brief
 from portward.errors import InputError, together
 from portward.inventory.document import Document, read_document
 from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
-from portward.store.protocol import Progress, encode, key_of
+from portward.store.codec import encode, key_of
 from portward.store.validity import INSTANTS, flaws
+from portward.store.values import Progress
 
 # How many mistakes of an inventory are reported.
 _MOST_MISTAKES: Final = 20

@@ -21,7 +21,7 @@ from portward.config.documents import enc_hook
 from portward.errors import PortwardError
 from portward.lab import namespaces
 from portward.model import Record
-from portward.store.protocol import key_of
+from portward.store.codec import key_of
 
 PROGRAM: Final = (*PYTHON, "-m", "portward")
 _START_SECONDS: Final = 60.0  # seconds; generous, as in `until`

@@ -26,7 +26,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.mail import READY, Fate, OpenSession, Outcome, Postbox, send
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
 from portward.model import Attachment, Exemption, ExemptionState, RateLimit, Record, Subscription
-from portward.store.protocol import encode, key_of
+from portward.store.codec import encode, key_of
 
 _IDS: Final = {
     CONTOSO: UUID("11111111-0000-4000-8000-000000000001"),

@@ -18,7 +18,10 @@ from portward.config.documents import nearest
 from portward.errors import InputError, printable
 from portward.inventory.difference import described_change
 from portward.store.chain import Check, IntegrityIssue
-from portward.store.protocol import CONFIRMED, KINDS, Cell, Entry, LogRow, Store, named
+from portward.store.codec import KINDS, key_only
+from portward.store.confirmation import CONFIRMED
+from portward.store.protocol import Store
+from portward.store.values import Cell, Entry, LogRow
 
 # A revision with more changes is told by their counts.
 _LINES: Final = 40
@@ -53,7 +56,7 @@ def check_key(key: str) -> None:
     if kind not in known:
         raise InputError(f"{key!r} is no key; {nearest(kind, known)}", field="--key")
     beginning = not rest or (kind == "attachments" and "/" not in rest)
-    if kind != CONFIRMED and not beginning and named(key) is None:
+    if kind != CONFIRMED and not beginning and key_only(key) is None:
         right = {"attachments": "attachments/SEGMENT/ADDRESS"}.get(kind, f"{kind}/UUID")
         raise InputError(f"{key!r} is no key; {right} would be, as the log writes it", field="--key")
 
@@ -84,7 +87,7 @@ def _matches(key: Cell, wanted: str | None) -> bool:
         return True
     # 10.0.0.0 is no beginning of 10.0.0.0/24.
     beginning = wanted.rstrip("/") + "/"
-    return named(wanted) is None and str(key).startswith(beginning)
+    return key_only(wanted) is None and str(key).startswith(beginning)
 
 
 def _sign(row: LogRow) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from portward.config import paths
-from portward.config.keys import STORE, Config
+from portward.config.keys import Config
+from portward.config.store_url import path_of
 from portward.daemon.runtime import hidden, read_status, running
 from portward.errors import PortwardError
-from portward.store import open_store
+from portward.store.backends import open_store
 from portward.store.protocol import Store
 from portward.table.history import ahead_of, count_in_table, held_history, same_history
 from portward.table.layout import Head
@@ -120,8 +121,7 @@ def _same_store(its: str, ours: str) -> bool:
     of another locale may read the same path as other text."""
     if its in (ours, paths.to_text(ours)):
         return True
-    found = [STORE.fullmatch(url) for url in (its, ours)]
-    one, other = (Path(match[1]) if match else None for match in found)
+    one, other = (None if (path := path_of(url)) is None else Path(path) for url in (its, ours))
     if one is None or other is None:
         return False
     try:

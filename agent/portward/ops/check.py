@@ -36,7 +36,7 @@ from portward.errors import KernelError, PortwardError, StoreError, together
 from portward.metrics.listeners import try_to_listen
 from portward.ops.behind import other_store
 from portward.policy import presets
-from portward.store import open_store
+from portward.store.backends import open_store
 from portward.store.unreadable import unreadable
 from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
 from portward.table.invariants import verify

@@ -35,8 +35,8 @@ from portward.ops.host_state import Ruleset
 from portward.policy.decide import decide, rule_in_words
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_in_words, remedy
-from portward.store import open_store
-from portward.store.protocol import find
+from portward.store.backends import open_store
+from portward.store.lookup import find
 from portward.table import layout
 from portward.table.database import DatabaseError
 from portward.table.history import held_history

@@ -30,7 +30,7 @@ from portward.errors import KernelError, PortwardError
 from portward.ipc.mark import Class, PacketOutcome, classify
 from portward.model import Address
 from portward.ops.host_state import Agent, CachedState, Host, Ruleset, TableVerdict, Workers
-from portward.store import open_store
+from portward.store.backends import open_store
 from portward.table.database import DatabaseError
 from portward.table.history import same_history
 from portward.table.reader import Reader

@@ -1,20 +1,16 @@
-"""The stores of policy; `open_store` picks the backend by the URL of the configuration."""
+"""The policy store: where an operator's policy is kept, with a log of who changed what and when.
 
-from __future__ import annotations
+What always holds:
 
-from pathlib import Path
+- A batch of writes is one revision, all of it or nothing. It is written only if the store is still at the revision
+  that the writer has read, so no change is lost.
+- The log only grows, and its entries form a chain of hashes.
+- A record that cannot be read costs only its own subscription or attachment.
 
-from portward.config.keys import STORE
-from portward.errors import InputError
-from portward.store.protocol import Store
-from portward.store.sqlite import SqliteStore
-
-
-def open_store(url: str, *, create: bool = False, agent: bool = False) -> Store:
-    """The store at `sqlite:PATH`, made where it is missing if `create`. An `agent` does not wait for long if
-    another process holds the store locked. Raises InputError for another kind of URL, NoStoreError where it is
-    missing, StoreError where it cannot be opened."""
-    found = STORE.fullmatch(url)
-    if found is None:
-        raise InputError(f"{url!r} is no store that this version knows: sqlite:PATH", field="store")
-    return SqliteStore(Path(found[1]), create=create, agent=agent)
+In reading order: `values` and `protocol`, what every store takes, returns and does · `codec`, how keys and records
+are written · `validity`, what a valid record may contain · `backends`, which stores there are · `sqlite/`, the one
+that is a file · `notifier`, how its followers wake · `update`, read, decide and write again after a conflict ·
+`lookup`, the records of one subscription or address · `chain`, the hashes and the check of the log · `flips`, how
+many customers a change turns over · `confirmation`, how an operator confirms such a change · `packed`, attachments
+without objects, for bulk loads · `unreadable`, the records that cannot be read.
+"""

@@ -29,7 +29,9 @@ from typing import Final, NamedTuple
 import msgspec
 
 from portward.errors import InputError
-from portward.store.protocol import Cell, Entry, LogRow, Origin, Store, told_key
+from portward.store.codec import shown_key
+from portward.store.protocol import Store
+from portward.store.values import Cell, Entry, LogRow, Origin
 
 # Changes that are hashed at once: the encoder is called seldom, and a million changes need no memory.
 _PIECE: Final = 1000
@@ -219,7 +221,7 @@ class Check:
             sealing.add(piece)
             self.changes += len(piece)
             if len(keys) < _NAMED:
-                keys += [told_key(str(key)) for key, _, _ in piece[: _NAMED - len(keys)]]
+                keys += [shown_key(str(key)) for key, _, _ in piece[: _NAMED - len(keys)]]
             self._leave(entry.number, piece)
         return entry.previous is not None and entry.hash == sealing.hash(), tuple(keys)
 
@@ -232,7 +234,7 @@ class Check:
                 left[str(key)] = (number, _digest(str(after)))
 
     def _first_keys(self, number: int) -> tuple[str, ...]:
-        return tuple(told_key(str(key)) for key, _, _ in islice(self._store.rows(number), _NAMED))
+        return tuple(shown_key(str(key)) for key, _, _ in islice(self._store.rows(number), _NAMED))
 
     def _strays(self) -> Iterator[IntegrityIssue]:
         for number in self._store.strays():
@@ -268,7 +270,7 @@ class Check:
 
 
 def _record(key: str, number: int | None, told: str) -> IntegrityIssue:
-    name = told_key(key)
+    name = shown_key(key)
     text = f"{name}: the record {told}: it was changed past the log, or newer entries of the log were cut off"
     return IntegrityIssue(IntegrityIssueKind.RECORD, number, (name,), text)
 

@@ -18,7 +18,8 @@ from portward.errors import PortwardError
 from portward.model import Attachment, Exemption, Mode, Record, Subscription
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
-from portward.store.protocol import Put, readable
+from portward.store.codec import readable
+from portward.store.values import Put
 
 # So few are never held: in a small store one change of one customer is a large share.
 _FEW: Final = 10

@@ -17,7 +17,7 @@ import msgspec
 
 from portward.base.limits import FIRST_TIME, LAST_TIME
 from portward.model import Attachment, Instant, Workload
-from portward.store.protocol import UNREADABLE
+from portward.store.codec import UNREADABLE
 from portward.store.validity import is_interface
 
 

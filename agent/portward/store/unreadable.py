@@ -11,8 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from portward.model import Record
+from portward.store.codec import decode
+from portward.store.confirmation import CONFIRMED
 from portward.store.packed import Packer
-from portward.store.protocol import CONFIRMED, RecordError, Store, decode
+from portward.store.protocol import Store
+from portward.store.values import RecordError
 
 # So many are known by their keys; beyond that only their readings are counted.
 KNOWN: Final = 1_000

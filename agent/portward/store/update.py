@@ -14,7 +14,9 @@ from typing import Final, NamedTuple
 from portward.base.clock import DRIFT
 from portward.errors import ConflictError, PortwardError
 from portward.model import Record
-from portward.store.protocol import Put, Store, decode
+from portward.store.codec import decode
+from portward.store.protocol import Store
+from portward.store.values import Put
 
 # Others that write all the time: a few of them in a row are chance.
 _TRIES: Final = 20

@@ -6,14 +6,16 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from portward.model import Record
-from portward.store.protocol import CONFIRMED, Change, confirmed, confirmed_alone, named, readable
+from portward.store.codec import key_only, readable
+from portward.store.confirmation import CONFIRMED, confirmed, confirmed_alone
+from portward.store.values import Change
 
 
 def records_of(batch: list[Change]) -> tuple[list[Record], list[Record]]:
     """What a revision puts and removes. A record that cannot be read is named and counted when its revision is
     taken in."""
     put = (readable(change.key, change.after) for change in batch if change.key != CONFIRMED)
-    removed = (named(change.key) for change in batch if change.after is None)
+    removed = (key_only(change.key) for change in batch if change.after is None)
     return [one for one in put if one is not None], [one for one in removed if one is not None]
 
 

@@ -22,10 +22,13 @@ from itertools import groupby, islice
 from typing import Final, NamedTuple, TypeVar
 
 from portward.model import Record
+from portward.store.codec import key_only
+from portward.store.confirmation import CONFIRMED, confirmed, confirmed_alone, confirmed_hold
 from portward.store.flips import Flips, HeldError
 from portward.store.packed import Packer
-from portward.store.protocol import CONFIRMED, Change, Store, confirmed, confirmed_alone, confirmed_hold, named
+from portward.store.protocol import Store
 from portward.store.unreadable import Unreadable
+from portward.store.values import Change
 from portward.table.changes import by_itself, confirmed_in, confirms, is_among, records_of
 from portward.table.history import (
     ahead_of,
@@ -410,7 +413,7 @@ class Follower:
     def _gone(self, keys: Iterable[str]) -> Iterator[Record]:
         for key in keys:
             self.unreadable.right(key)
-            if (record := named(key)) is not None:
+            if (record := key_only(key)) is not None:
                 yield record
 
     def _quickly(self, records: Iterable[tuple[str, str]]) -> Iterator[Loadable]:

@@ -6,7 +6,10 @@ from __future__ import annotations
 from secrets import token_bytes
 from typing import Final
 
-from portward.store.protocol import CONFIRMED, HASH_BYTES, HOLD_BYTES, Store, named, readable
+from portward.store.codec import key_only, readable
+from portward.store.confirmation import CONFIRMED, HOLD_BYTES
+from portward.store.protocol import Store
+from portward.store.values import HASH_BYTES
 from portward.table import layout
 from portward.table.reader import Reader
 
@@ -53,7 +56,7 @@ def ahead_of(head: layout.Head, store: Store) -> int:
 def is_in_table(reader: Reader, key: str, body: str | None, *, damaged: bool = False) -> bool:
     """Whether the table holds under a key what a change of the store has left there; None: nothing. `damaged` is
     the answer if the table holds something there that cannot be read."""
-    record = named(key) if body is None else readable(key, body)
+    record = key_only(key) if body is None else readable(key, body)
     if record is None:
         return False
     try:

@@ -70,7 +70,7 @@ POINTS: Final = (
     Point("worker", "start", f"{_T}.reader:Reader.open"),
     # `portward apply`
     Point("apply", "change", f"{_S}.sqlite:SqliteStore.write"),
-    Point("apply", "change", f"{_S}.sqlite:SqliteStore._put"),
+    Point("apply", "change", f"{_S}.sqlite.store:SqliteStore._put"),
     Point("apply", "change", f"{_S}.sqlite:ring"),
 )
 

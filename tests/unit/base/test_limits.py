@@ -38,8 +38,9 @@ from portward.model import (
     Subscription,
     Workload,
 )
-from portward.store.protocol import Put, RecordError, decode, encode, key_of
+from portward.store.codec import decode, encode, key_of
 from portward.store.validity import flaws
+from portward.store.values import Put, RecordError
 from portward.table.follower import Follower
 from portward.table.invariants import verify
 from portward.table.writer import Writer

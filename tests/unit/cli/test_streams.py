@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from portward.base.characters import unshown
 from portward.cli import main, streams
 from portward.errors import PortwardError
-from portward.store.protocol import encode
+from portward.store.codec import encode
 from unit.store.samples import CONTOSO, EXAMPLE, FABRIKAM
 
 TEXT = "“é→\u202f☃” \U0001f4bb"

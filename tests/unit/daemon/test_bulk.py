@@ -23,9 +23,10 @@ from portward.daemon.bulk import Bulk, BulkResult, Job
 from portward.errors import StoreError
 from portward.model import Attachment, Record, Standing, Subscription
 from portward.policy import presets
+from portward.store.codec import encode, key_of
 from portward.store.flips import HeldError
-from portward.store.protocol import Put, encode, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 from portward.table.database import TableError
 from portward.table.edit import ChangedPlace
 from portward.table.follower import BulkError, Follower

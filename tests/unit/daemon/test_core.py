@@ -37,9 +37,10 @@ from portward.ipc import mark
 from portward.ipc.mark import Class
 from portward.model import Attachment, Exemption, ExemptionState, Mode, RateLimit, Record, Subscription
 from portward.policy import presets
+from portward.store.codec import encode, key_of
 from portward.store.flips import HeldError
-from portward.store.protocol import Put, encode, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 from portward.table.database import TableError
 from portward.table.layout import HEAD
 

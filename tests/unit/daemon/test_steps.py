@@ -23,7 +23,8 @@ from portward.dataplane.links import Links
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.underway import UnderWay
 from portward.model import Record
-from portward.store.protocol import Put, encode, key_of
+from portward.store.codec import encode, key_of
+from portward.store.values import Put
 from portward.table.database import TableError
 from portward.table.edit import Edit
 from portward.table.writer import Writer

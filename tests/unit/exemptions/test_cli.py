@@ -18,7 +18,8 @@ from portward.cli.program import app
 from portward.errors import InputError, PortwardError
 from portward.exemptions.lifecycle import RefusedError
 from portward.model import Exemption, ExemptionState, RateLimit, Standing, Subscription
-from portward.store.protocol import confirmed_alone, decode
+from portward.store.codec import decode
+from portward.store.confirmation import confirmed_alone
 from unit.store.samples import CONTOSO, FABRIKAM, MACHINE, PREFIX, opened, put, write
 
 PAYG = FABRIKAM

@@ -24,8 +24,9 @@ from portward.exemptions.lifecycle import Action, Application, FraudResult, Refu
 from portward.exemptions.service import ExemptionService
 from portward.model import Exemption, ExemptionState, FraudCheck, RateLimit, Subscription
 from portward.policy import presets
-from portward.store.protocol import Put, decode, encode, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.codec import decode, encode, key_of
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 
 _PRESET: Final = presets.load("azure-2020")
 _OFFERS: Final = {1: "pay-as-you-go", 2: "azure-sponsorship", 3: "free-trial", 4: "enterprise-agreement"}
@@ -192,7 +193,7 @@ class Exempt(RuleBasedStateMachine):
     def _act_and_die(self, id_: UUID, action: Action, days: int | None, statement: int) -> int:
         with closing(SqliteStore(self._path)) as store:
             left = iter(range(statement - 1, -1, -1))
-            store._connection.set_trace_callback(lambda _: next(left, 1) == 0 and os._exit(_CRASHED))
+            store._database.connection.set_trace_callback(lambda _: next(left, 1) == 0 and os._exit(_CRASHED))
             try:
                 self._act(store, id_, action, days)
             except RefusedError:

@@ -17,8 +17,8 @@ from portward.errors import PortwardError, StoreError
 from portward.ipc.counters import CountersError, WorkerCounters, WorkerEvent
 from portward.ipc.mark import PacketOutcome
 from portward.model import Reason
-from portward.store.protocol import decode, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.codec import decode, key_of
+from portward.store.sqlite.store import SqliteStore
 from unit.golden import FOLDER, golden, store
 from unit.store.samples import CONTOSO, FABRIKAM, GRANT, MACHINE, PREFIX
 

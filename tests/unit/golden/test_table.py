@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from portward.model import Exemption, Reason, Subscription
-from portward.store.protocol import encode
+from portward.store.codec import encode
 from portward.table import account, layout
 from portward.table.account import Account
 from portward.table.database import TableError

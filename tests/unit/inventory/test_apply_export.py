@@ -21,7 +21,8 @@ from portward.cli.program import app
 from portward.errors import ConflictError, InputError, PortwardError, StoreError
 from portward.inventory.difference import Difference, difference
 from portward.inventory.records import Inventory
-from portward.store.protocol import Change, key_of
+from portward.store.codec import key_of
+from portward.store.values import Change
 from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, held, opened, put, texts, write
 from unit.store.test_sqlite import environment
 

@@ -12,7 +12,7 @@ from portward.errors import InputError
 from portward.inventory.difference import check_offers, check_references, described, difference
 from portward.model import Record, Standing
 from portward.policy import presets
-from portward.store.protocol import encode, key_of
+from portward.store.codec import encode, key_of
 from unit.inventory.test_document import read
 from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, GRANT, MACHINE, PREFIX, put, texts
 

@@ -15,7 +15,7 @@ from portward.cli.times import instant
 from portward.errors import InputError
 from portward.inventory.records import Inventory, read_inventory
 from portward.model import Record
-from portward.store.protocol import decode, encode, key_of
+from portward.store.codec import decode, encode, key_of
 from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, GRANT, MACHINE
 
 ID = "11111111-0000-4000-8000-000000000001"

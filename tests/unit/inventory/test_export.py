@@ -17,7 +17,8 @@ from portward.inventory.difference import difference
 from portward.inventory.document import JsonDocument, YamlDocument, json_text, yaml_text
 from portward.inventory.records import Inventory
 from portward.model import Attachment, Exemption, ExemptionState, Mode, Record, Standing, Subscription, Workload
-from portward.store.protocol import RecordError, decode, encode, key_of
+from portward.store.codec import decode, encode, key_of
+from portward.store.values import RecordError
 from unit.store.samples import ALL, EXAMPLE, texts
 
 instants = st.datetimes(datetime(1970, 1, 2), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 # naive is asked for

@@ -21,8 +21,10 @@ from typer.testing import CliRunner, Result
 from portward.base.characters import unshown
 from portward.cli.program import app
 from portward.errors import InputError, PortwardError
-from portward.store.protocol import NoStoreError, Put, confirmation, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.codec import key_of
+from portward.store.confirmation import confirmation
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import NoStoreError, Put
 from unit.store.samples import CONTOSO, FABRIKAM, GRANT, MACHINE, PREFIX, opened, put, write
 from unit.store.test_chain import fill, format_1, tamper, version
 

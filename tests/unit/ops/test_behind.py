@@ -20,7 +20,7 @@ from portward.config.keys import Config
 from portward.config.load import load_config
 from portward.daemon.runtime import Runtime
 from portward.ops.behind import held_unknown, lost_store, other_store
-from portward.store.sqlite import SqliteStore
+from portward.store.sqlite.store import SqliteStore
 from portward.table.follower import Follower
 from portward.table.writer import Writer
 from unit.store.samples import ALL, CONTOSO, EXAMPLE, NOON, put, write

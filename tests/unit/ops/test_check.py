@@ -14,7 +14,7 @@ from portward.dataplane import namespacelock, others, rtnetlink, tunnels, xtable
 from portward.dataplane.links import Device
 from portward.errors import InputError
 from portward.ops import check
-from portward.store import open_store
+from portward.store.backends import open_store
 
 LEAST = 'segments = ["vni*"]\nuplinks = ["up0"]\n'
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from uuid import UUID
 
 from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
-from portward.store.protocol import Put, encode, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.codec import encode, key_of
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from portward.errors import InputError, StoreError
 from portward.store.chain import Check, IntegrityIssue, IntegrityIssueKind, Mark, Sealing, origin_hash, parse_mark
-from portward.store.protocol import Put, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.codec import key_of
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 from unit.store.samples import (
     ALL,
     CONTOSO,
@@ -143,7 +144,7 @@ def rehash(path: Path, number: int, *, also_after: bool = False) -> None:
             sealing = Sealing(previous, entry.number, entry.at, entry.actor)
             sealing.add(list(store.rows(entry.number)))
             row = (previous, sealing.hash(), entry.number)
-            store._connection.execute("UPDATE revision SET previous = ?, hash = ? WHERE number = ?", row)
+            store._database.connection.execute("UPDATE revision SET previous = ?, hash = ? WHERE number = ?", row)
             previous = sealing.hash()
 
 
@@ -511,15 +512,16 @@ def test_a_failure_to_hash_leaves_nothing(log: Path, monkeypatch: pytest.MonkeyP
 # Stops for ever in `_hashed`, when it has come to a revision; what was done so far is in the database's WAL.
 STOPPED = """
 import sys, time
+from portward.store.sqlite.log import Log
 from unit.store.samples import *
-hashed = SqliteStore._hashed
+hashed = Log._hashed
 def stop(self, previous, number, at, actor):
     if number == int(sys.argv[2]):
-        self._connection.execute("PRAGMA cache_size = 1")
+        self._database.execute("PRAGMA cache_size = 1")
         print("stopped", flush=True)
         time.sleep(60)
     return hashed(self, previous, number, at, actor)
-SqliteStore._hashed = stop
+Log._hashed = stop
 store = opened(Path(sys.argv[1]))
 write(store, *(Put(f"attachments/vni1/{number}", "x" * 200) for number in range(20_000)))
 """

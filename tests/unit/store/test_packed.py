@@ -17,8 +17,9 @@ from inputs.rows import row, write_rows
 from portward.base.limits import FIRST_TIME, LAST_TIME
 from portward.config.documents import network_text
 from portward.model import Attachment, Network, Workload
+from portward.store.codec import attachment_key, decode, encode, key_of
 from portward.store.packed import Packed, Packer, packed
-from portward.store.protocol import RecordError, attachment_key, decode, encode, key_of
+from portward.store.values import RecordError
 from unit.store.samples import CONTOSO, MACHINE, PREFIX, held, opened
 
 RECORDS = cases("records")

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from portward.errors import ConflictError, StoreError
-from portward.store import open_store
-from portward.store.protocol import NoStoreError, Put, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.backends import open_store
+from portward.store.codec import key_of
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import NoStoreError, Put
 from unit.store.samples import ALL, CONTOSO, FABRIKAM, MACHINE, NOON, held, opened, put, texts, write
 
 PERMISSIONS = "check the permissions of the file and of its folder, and that their file system is not read-only"
@@ -281,7 +282,7 @@ def test_an_empty_file_is_no_store_and_becomes_one(path: Path) -> None:
 
 
 def test_a_store_that_is_locked_for_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("portward.store.sqlite._PATIENCE", 0.05)
+    monkeypatch.setattr("portward.store.sqlite.database._LOCK_TIMEOUT_S", 0.05)
     with closing(opened(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="another process has held it locked"):
@@ -290,7 +291,7 @@ def test_a_store_that_is_locked_for_too_long(path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_writer_that_waits_says_so_and_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("portward.store.sqlite._SILENT_S", 0.05)
+    monkeypatch.setattr("portward.store.sqlite.database._SILENT_S", 0.05)
     said: list[str] = []
     with closing(opened(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
 
@@ -298,7 +299,7 @@ def test_a_writer_that_waits_says_so_and_goes_on(path: Path, monkeypatch: pytest
             said.append(text % values)
             other.execute("ROLLBACK")
 
-        monkeypatch.setattr("portward.store.sqlite._log.warning", release)
+        monkeypatch.setattr("portward.store.sqlite.database._log.warning", release)
         assert write(store, put(CONTOSO)) == 1
         assert said == []
         other.execute("BEGIN IMMEDIATE")
@@ -310,8 +311,8 @@ def test_a_reader_of_a_store_without_wal_that_waits_says_so(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened(path).close()
-    monkeypatch.setattr("portward.store.sqlite._SILENT_S", 0.05)
-    monkeypatch.setattr("portward.store.sqlite._PATIENCE", 0.1)
+    monkeypatch.setattr("portward.store.sqlite.database._SILENT_S", 0.05)
+    monkeypatch.setattr("portward.store.sqlite.database._LOCK_TIMEOUT_S", 0.1)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("PRAGMA journal_mode = DELETE")
         other.execute("BEGIN EXCLUSIVE")
@@ -352,8 +353,8 @@ def test_who_only_looks_leaves_the_journal_mode_as_it_is(path: Path) -> None:
 def test_an_agent_that_cannot_put_wal_back_says_so_and_does_not_wait_for_long(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("portward.store.sqlite.AGENT_PATIENCE", 0.05)
-    monkeypatch.setattr("portward.store.sqlite._PATIENCE", 3600)
+    monkeypatch.setattr("portward.store.sqlite.database.AGENT_LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("portward.store.sqlite.database._LOCK_TIMEOUT_S", 3600)
     opened(path).close()
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("PRAGMA journal_mode = DELETE")
@@ -370,7 +371,7 @@ def test_an_agent_that_cannot_put_wal_back_says_so_and_does_not_wait_for_long(
 
 def test_a_full_disk_is_told_and_leaves_nothing(store: SqliteStore) -> None:
     write(store, put(CONTOSO))
-    store._connection.execute("PRAGMA max_page_count = 12")
+    store._database.connection.execute("PRAGMA max_page_count = 12")
     with pytest.raises(StoreError, match="the disk is full; nothing was written"):
         write(store, *(Put(f"attachments/vni1/{number}", "x" * 500) for number in range(1_000)))
     assert (store.revision(), len(held(store))) == (1, 1)
@@ -412,8 +413,8 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 def test_accepted_changes_survive_a_power_cut(store: SqliteStore) -> None:
     # 2 is FULL: the WAL is synced at every commit (sqlite.org/pragma.html#pragma_synchronous).
-    assert store._connection.execute("PRAGMA synchronous").fetchone() == (2,)
-    assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert store._database.connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert store._database.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_whoever_may_not_write_is_told_so(tmp_path: Path) -> None:

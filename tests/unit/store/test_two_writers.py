@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from portward.store.sqlite import SqliteStore
+from portward.store.sqlite.store import SqliteStore
 from unit.store.samples import CONTOSO, held, opened, put, texts, write
 from unit.store.test_sqlite import environment
 

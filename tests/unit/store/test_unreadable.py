@@ -11,10 +11,11 @@ from portward.cli import status
 from portward.daemon import status as daemon_status
 from portward.errors import StoreError
 from portward.ops import check
-from portward.store import open_store
-from portward.store.protocol import NoStoreError, Put, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.backends import open_store
+from portward.store.codec import key_of
+from portward.store.sqlite.store import SqliteStore
 from portward.store.unreadable import KNOWN, unreadable
+from portward.store.values import NoStoreError, Put
 from portward.table.follower import Follower
 from portward.table.writer import Writer
 from unit.store.samples import ALL, FABRIKAM, GRANT, MACHINE, NOON, PREFIX, put, write

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from portward.model import Attachment, Exemption, ExemptionState, Mode, RateLimit, Reason, Record, Standing
 from portward.policy import presets
-from portward.store.protocol import Put, confirmation, key_of
+from portward.store.codec import key_of
+from portward.store.confirmation import confirmation
+from portward.store.values import Put
 from portward.table.follower import Follower
 from portward.table.writer import Writer
 from unit.store.samples import opened, put, write

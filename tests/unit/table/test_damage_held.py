@@ -11,7 +11,8 @@ from uuid import UUID
 import pytest
 
 from portward.model import Record
-from portward.store.protocol import Put, confirmation
+from portward.store.confirmation import confirmation
+from portward.store.values import Put
 from portward.table import layout
 from portward.table.database import Rows
 from portward.table.history import count_in_table, is_in_table

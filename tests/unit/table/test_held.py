@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portward.model import Exemption, ExemptionState, Mode, Record, Standing
+from portward.store.codec import encode, key_of
+from portward.store.confirmation import CONFIRMED, confirmation
 from portward.store.flips import Flips, HeldError, flips
-from portward.store.protocol import CONFIRMED, Put, confirmation, encode, key_of
+from portward.store.values import Put
 from portward.table.follower import Follower
 from portward.table.history import held_history
 from portward.table.writer import Writer

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from portward.model import Reason, Standing
-from portward.store.protocol import Put, confirmation
+from portward.store.confirmation import confirmation
+from portward.store.values import Put
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower
 from portward.table.history import held_history

@@ -20,8 +20,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from portward.model import Standing
-from portward.store.protocol import Put, confirmation, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.codec import key_of
+from portward.store.confirmation import confirmation
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 from portward.table.follower import Follower
 from portward.table.history import held_history
 from portward.table.invariants import Walk

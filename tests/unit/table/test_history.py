@@ -16,8 +16,9 @@ import pytest
 
 from portward.errors import StoreError
 from portward.model import Exemption, ExemptionState, Reason, Standing
-from portward.store.protocol import Put, confirmation
-from portward.store.sqlite import SqliteStore
+from portward.store.confirmation import confirmation
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 from portward.table.follower import Follower
 from portward.table.history import held_history
 from portward.table.writer import Writer

@@ -12,9 +12,10 @@ from portward.daemon.runtime import running
 from portward.model import Address, Attachment, Network, Subscription, Workload
 from portward.ops.diagnosis.facts import FactSource
 from portward.policy.preset import Preset
-from portward.store import open_store
-from portward.store.protocol import Store, find, readable
-from portward.store.subscription_records import SubscriptionRecords, records_of, uuid_of
+from portward.store.backends import open_store
+from portward.store.codec import readable
+from portward.store.lookup import SubscriptionRecords, find, records_of, uuid_of
+from portward.store.protocol import Store
 from portward.table import layout
 from portward.table.account import Account
 from portward.table.reader import Attached, Reader

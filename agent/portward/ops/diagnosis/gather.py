@@ -27,7 +27,7 @@ from portward.ops.diagnosis.host_view import HostView
 from portward.ops.effect import Handling, Policy
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
-from portward.store.subscription_records import SubscriptionRecords, uuid_of
+from portward.store.lookup import SubscriptionRecords, uuid_of
 
 # How many subscriptions of the same name are told.
 _CANDIDATES: Final = 10

@@ -13,7 +13,7 @@ from portward.config.documents import brief
 from portward.config.keys import Config
 from portward.dataplane.links import index_of
 from portward.ops.diagnosis.accounts import Accounts
-from portward.store.subscription_records import uuid_of
+from portward.store.lookup import uuid_of
 
 _HEX_DIGITS: Final = 32
 # A part of an id, or one with a digit too many.

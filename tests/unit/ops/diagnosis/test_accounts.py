@@ -26,8 +26,9 @@ from portward.ops.diagnosis.facts import FactSource
 from portward.ops.diagnosis.outcome import Blocking
 from portward.ops.host_state import Agent, Host, Ruleset, Workers
 from portward.policy import presets
-from portward.store.protocol import Put, encode, key_of
-from portward.store.sqlite import SqliteStore
+from portward.store.codec import encode, key_of
+from portward.store.sqlite.store import SqliteStore
+from portward.store.values import Put
 from portward.table.reader import Reader
 from portward.table.writer import Answers, Writer
 from unit.ops.diagnosis.samples import AFTER, BEFORE, GRANTED, ID, attachment, subscription
