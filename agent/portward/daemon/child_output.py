@@ -1,7 +1,7 @@
-"""What a child process prints, line by line: whatever it is, it neither ends the reader nor fills log or memory.
+"""Reads what a child process prints, line by line, and limits how much of it is logged.
 
-A library that a worker loads may print at any time: half a line, a very long one, bytes that are no text. All
-of it is read, because a process whose pipe is full stands still.
+A library that a worker loads may print at any time: half a line, a very long line, or bytes that are not text. All
+of it is read, because a process blocks if its pipe is full. None of it ends the reader or fills the memory.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from typing import Final
 
 from portward.errors import printable
 
-# No line of ours is longer, in bytes; of a longer one the beginning is kept.
-LONGEST: Final = 4_096
-_CHUNK: Final = 65_536
-# Lines of one child that are logged within this many seconds; the others are counted.
-_LOGGED: Final = 20
+# portward's own messages are shorter. Of a longer line only the beginning is kept.
+MAX_LINE_BYTES: Final = 4_096
+# A pipe holds this much by default (pipe(7)).
+_CHUNK_BYTES: Final = 65_536
+# At most 20 lines of one child are logged in a minute, so that the log keeps room; the others are counted.
+_MAX_LOGGED_LINES: Final = 20
 _WINDOW_S: Final = 60.0
 
 
-async def lines_of(stream: asyncio.StreamReader, longest: int = LONGEST) -> AsyncIterator[bytes]:
-    """The lines of a stream, without their ends, until it ends; of each at most the first `longest` bytes. What
-    stands behind the last line end counts as a line, too."""
+async def lines_of(stream: asyncio.StreamReader, longest: int = MAX_LINE_BYTES) -> AsyncIterator[bytes]:
+    """The lines of a stream without their line ends, until the stream ends. Each line is cut to `longest` bytes.
+    Text behind the last line end is a line, too."""
     line = b""
-    while data := await stream.read(_CHUNK):
+    while data := await stream.read(_CHUNK_BYTES):
         first, *others = data.split(b"\n")
         line += first[: longest - len(line)]
         for following in others:
@@ -37,7 +38,7 @@ async def lines_of(stream: asyncio.StreamReader, longest: int = LONGEST) -> Asyn
 
 
 class LogLimiter:
-    """Logs lines that others wrote, a bounded number of them in a minute, and says how many it left out."""
+    """Logs lines of another program, at most `_MAX_LOGGED_LINES` a minute, and then how many it left out."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log, self._clock = log, clock
@@ -45,7 +46,7 @@ class LogLimiter:
         self._logged = self._left_out = 0
 
     def line(self, level: int, prefix: str, line: bytes) -> str:
-        """Logs a line unless too many were logged lately. Gives it as printable text."""
+        """Logs a line unless too many were logged in this minute. Returns it as printable text."""
         text = printable(line.decode(errors="backslashreplace").rstrip())
         now = self._clock()
         if now >= self._until:
@@ -53,7 +54,7 @@ class LogLimiter:
             if self._left_out:
                 self._log.log(level, "%s%d more lines, which are not shown", prefix, self._left_out)
                 self._left_out = 0
-        if self._logged < _LOGGED:
+        if self._logged < _MAX_LOGGED_LINES:
             self._logged += 1
             self._log.log(level, "%s%s", prefix, text)
         else:

@@ -1,8 +1,8 @@
 """A process that the daemon starts, and that may outlive it.
 
-asyncio's own subprocesses do not fit: closing their transport kills the process, and since Python 3.12 a loop that
-ends closes the transports of all. A worker that is to stay would end with a daemon that ends by an error. So
-`subprocess` starts the process here, a descriptor of it (pidfd) says when it has ended, and only `kill` ends it.
+asyncio's own subprocesses do not fit. Closing their transport kills the process, and since Python 3.12 a loop that
+ends closes all transports. So a worker that should stay would end together with a daemon that fails. Here
+`subprocess` starts the process, a descriptor of it (pidfd) becomes readable at its end, and only `kill` ends it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import IO
 
 
 class Child:
-    """One process. Its stdout and stderr are streams, its stdin is the daemon's. For the event loop's thread.
+    """One process. Its stdout and stderr are streams; its stdin is the daemon's. Use it on the event loop's
+    thread.
 
-    `returncode` is None until the loop has seen the end: the exit code, or less the number of the signal.
+    `returncode` is the exit code, or the negative number of the signal that ended the process. It is None until
+    the loop has seen the end.
     """
 
     def __init__(self, argv: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
-        """Starts the process, which gets these descriptors too; raises OSError."""
+        """Starts the process with the descriptors `pass_fds` open. Raises OSError."""
         self._loop = asyncio.get_running_loop()
         self._process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=pass_fds)
         self.pid = self._process.pid
@@ -32,7 +34,7 @@ class Child:
         self._descriptor = -1
 
     async def watch(self) -> None:
-        """Reads what the process prints, and waits for its end; raises OSError."""
+        """Begins to read what the process prints, and to wait for its end. Raises OSError."""
         self._descriptor = os.pidfd_open(self.pid)
         self._loop.add_reader(self._descriptor, self._ended)
         for stream, pipe in ((self.stdout, self._process.stdout), (self.stderr, self._process.stderr)):
@@ -44,34 +46,34 @@ class Child:
         return transport
 
     async def wait(self) -> int:
-        """Waits for the end; gives the exit code. Never returns after `leave`."""
+        """Waits for the end and returns the exit code. Never returns after `leave`."""
         await self._over.wait()
         assert self.returncode is not None  # noqa: S101 # by `_ended`
         return self.returncode
 
     def kill(self) -> None:
-        """Ends the process by force; nothing happens if it has ended. Until the end is seen here, its number is
-        nobody else's."""
+        """Ends the process by force; does nothing if it has ended. Its process id cannot belong to another
+        process, because the kernel keeps it until `_ended` has waited for it."""
         self._process.kill()
 
     def leave(self) -> None:
-        """Leaves the process alone: it goes on, and nobody reads what it prints. Idempotent."""
-        self._forget()
+        """Lets the process go on without the daemon; nothing reads what it prints. Idempotent."""
+        self._close_descriptor()
         for pipe in self._pipes:
             pipe.close()
 
     def discard(self) -> None:
-        """Ends a process that cannot be watched."""
+        """Ends a process that `watch` has failed for."""
         self._process.kill()
         self._process.wait()
         self.leave()
 
     def _ended(self) -> None:
         self.returncode = self._process.wait()
-        self._forget()
+        self._close_descriptor()
         self._over.set()
 
-    def _forget(self) -> None:
+    def _close_descriptor(self) -> None:
         if self._descriptor >= 0:
             self._loop.remove_reader(self._descriptor)
             os.close(self._descriptor)
@@ -79,7 +81,7 @@ class Child:
 
 
 async def start(argv: Sequence[str], pass_fds: Sequence[int] = ()) -> Child:
-    """Starts a process; it is watched, and what it prints is read. Raises OSError, and then none runs."""
+    """Starts a process and watches it. Raises OSError, and then no process runs."""
     child = Child(argv, pass_fds)
     try:
         await child.watch()

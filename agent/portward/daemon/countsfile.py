@@ -1,9 +1,9 @@
-"""The file with the sums of the metrics and the readings behind them, which outlive a restart of the agent.
+"""The file with the sums of the metrics and the readings that they come from, so that they outlive a restart.
 
-It is written after each reading and before anyone sees the new sums, so what a scrape has seen is never more than
-what the file holds. It lies beside the policy table in two slots that are written in turn, in place, so a process
-that dies while it writes one leaves the other. Nothing is forced to the disk: after a power cut the kernel's
-elements are gone too.
+It is written after each reading of the counters, before a scrape can see the new sums. So a scrape never shows
+more than the file has. The file consists of two slots beside the policy table, written in turn and in place. If a
+process dies while it writes one slot, the other slot is whole. The data is not synced to disk, because after a
+power cut the kernel's counters are gone, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 from zlib import crc32
 
 _SLOTS: Final = ("counts-0", "counts-1")
-# Raised if what is kept gets another meaning; a file of another version is not read.
+# Changed if the content gets another meaning. A file with another magic is ignored.
 _MAGIC: Final = b"pwcount1"
 _HEADER: Final = struct.Struct("<8sQQI")  # magic, sequence number, bytes, checksum of the rest
 
@@ -29,7 +29,7 @@ class CountsFile:
         self._sequence = 0
 
     def load(self) -> bytes | None:
-        """What was saved last; None if there is nothing that can be read."""
+        """The content that was saved last; None if no slot is whole."""
         newest: tuple[int, bytes] | None = None
         for slot in _SLOTS:
             with contextlib.suppress(OSError, struct.error):
@@ -45,7 +45,7 @@ class CountsFile:
         return newest[1]
 
     def save(self, content: bytes) -> None:
-        """Keeps this instead of what was kept; raises OSError, and then what was kept is still there."""
+        """Replaces the content. Raises OSError, and then the content before is still there."""
         sequence = self._sequence + 1
         path = self._folder / _SLOTS[sequence % 2]
         data = _HEADER.pack(_MAGIC, sequence, len(content), crc32(content)) + content

@@ -1,4 +1,4 @@
-"""The self-check of the workers: each is asked a question through the kernel, again and again."""
+"""The health check of the workers: each one gets a query through the kernel, again and again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from portward.daemon.workers import Worker
 from portward.dataplane.selfcheck import PATIENCE, PAUSE, DifferenceKind
 from portward.ipc.probe import Prober
 
-# After a silence: is the worker that took the place of the silent one any better?
-_ASK_AGAIN: Final = 0.5
-# Rounds in a row without an answer under the kernel's policy until that is logged.
-_STRANGE: Final = 3
-# The counters of answers: under the kernel's policy, and under another one.
+# After a round in which a worker was silent: half a second gives its replacement time to start.
+_RETRY_S: Final = 0.5
+# This many rounds in a row without an answer under the kernel's policy are logged. One or two can happen while a
+# change is on its way.
+_MAX_STALE_ROUNDS: Final = 3
+# The wait for an answer polls the counters after 5 ms, then after twice as long, up to 100 ms.
+_FIRST_POLL_S, _LONGEST_POLL_S = 0.005, 0.1
+# The ruleset's counters of answers: under the kernel's policy, and under another one.
 _ANSWERS: Final = ("answered", "answered_stale")
 
 CountStep: TypeAlias = Callable[[Callable[[], dict[str, int]]], Awaitable[dict[str, int]]]
@@ -29,7 +32,7 @@ _log = logging.getLogger("portward")
 
 
 class HealthCheck:
-    """Whether the workers answer, and under which policy."""
+    """Finds out whether the workers answer, and under which policy; feeds systemd's watchdog."""
 
     def __init__(
         self,
@@ -39,46 +42,48 @@ class HealthCheck:
         stuck: Callable[[], list[str]],
         steps: StepRunner,
     ) -> None:
-        """`count_step` runs a step on the thread that only reads and counts. `stuck` gives a sentence for each
-        thread that does not get further. A round that fails (`steps`) feeds no watchdog."""
+        """`count_step` runs a step on the counting thread. `stuck` returns a sentence for each thread that makes
+        no progress. A round that fails (`steps`) does not feed the watchdog."""
         self._steps, self._core, self._workers, self._count_step = steps, core, workers, count_step
         self._stuck, self._reported = stuck, False
-        self._strange = 0
-        # Answers that the kernel had counted when the last round ended, under its policy and under another one.
+        self._stale_rounds = 0
+        # `_ANSWERS` at the end of the last round.
         self._answered = 0, 0
-        self._unasked = False
-        # The counting thread's answer that is still awaited.
+        # Whether the last queries could not be sent.
+        self._unsent = False
+        # The reading of the counters that has not returned yet.
         self._counted: asyncio.Future[dict[str, int]] | None = None
 
     async def run(self) -> None:
-        """Asks each worker a question through the kernel, again and again; one that does not answer is ended, and
-        `watch` starts it anew. The service manager's watchdog is fed only if all have answered and no thread is
-        stuck; this job runs on the event loop, so it is not fed either while that hangs."""
+        """Queries each worker through the kernel, again and again; never returns.
+
+        A worker that does not answer is ended, and `Worker.watch` starts it again. systemd's watchdog is fed only
+        if all workers have answered and no thread is stuck. This job runs on the event loop, so the watchdog is
+        not fed either while the loop hangs.
+        """
         prober = Prober()
         try:
             while True:
-                await asyncio.sleep(
-                    await self._steps.run(Step.SELF_CHECK, lambda: self._round(prober), _ASK_AGAIN)
-                )
+                await asyncio.sleep(await self._steps.run(Step.SELF_CHECK, lambda: self._round(prober), _RETRY_S))
         finally:
             prober.close()
 
     async def _round(self, prober: Prober) -> float:
-        """Asks each worker; gives the seconds until the next round."""
+        """Queries each worker. Returns the seconds until the next round."""
         asked = [worker for worker in self._workers if worker.ready]
         began = time.monotonic()
         silent = await self._silent(prober, asked)
         if silent and self._core.reconciler.loaded_at > began:
-            return 0.0  # the query may have gone with the rules that somebody took away
+            return 0.0  # the query may have been lost with rules that another program removed
         for worker in asked:
-            self._judge_worker(worker, silent=worker in silent)
+            self._rate_worker(worker, silent=worker in silent)
         if not silent and len(asked) == len(self._workers):
             self._take_answers(await self._screen())
-        return _ASK_AGAIN if silent else until_tick(self._pause)
+        return _RETRY_S if silent else until_tick(self._pause)
 
     async def _screen(self) -> dict[str, int] | None:
-        """The named counters; None if the counting thread has not given them within the time of patience. Nothing
-        else waits for it: whether it is stuck is for its heartbeat to say."""
+        """The named counters of the ruleset. None if the counting thread does not return them within `PATIENCE`.
+        The next round takes them then; whether the thread is stuck is its heartbeat's concern."""
         counted = self._counted or asyncio.ensure_future(self._count_step(self._core.screen))
         self._counted = counted
         await asyncio.wait({counted}, timeout=PATIENCE)
@@ -88,23 +93,21 @@ class HealthCheck:
         return counted.result()
 
     async def _silent(self, prober: Prober, asked: list[Worker]) -> list[Worker]:
-        """Those of the workers that handle nothing within the time of patience. Under a flood the query may find
-        the queue full; whoever handles other packets meanwhile answers too."""
+        """The workers that handle no packet within `PATIENCE`. In a flood the queue may be full and drop the
+        query, so a worker that handles other packets counts as answering, too."""
         before = {worker: (worker.process, worker.counters.handled()) for worker in asked}
         for worker in asked:
             try:
                 prober.ask(self._workers.index(worker), self._core.preset.ports[0])
             except OSError as error:
-                if not self._unasked:
-                    _log.error(
-                        "the workers cannot be asked whether they answer: lo: %s: `ip link set lo up`?", error
-                    )
-                self._unasked = True
+                if not self._unsent:
+                    _log.error("the workers cannot be queried: lo: %s: `ip link set lo up`?", error)
+                self._unsent = True
                 return []
-        self._unasked = False
-        deadline, pause = time.monotonic() + PATIENCE, 0.005
+        self._unsent = False
+        deadline, pause = time.monotonic() + PATIENCE, _FIRST_POLL_S
         while True:
-            # One that has ended meanwhile was not silent, and the one in its place was not asked.
+            # A worker that has ended meanwhile was not silent, and the one in its place got no query.
             silent = [
                 worker
                 for worker in asked
@@ -113,13 +116,13 @@ class HealthCheck:
             if not silent or time.monotonic() > deadline:
                 return silent
             await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.1)
+            pause = min(2 * pause, _LONGEST_POLL_S)
 
-    def _judge_worker(self, worker: Worker, *, silent: bool) -> None:
-        """Ends a worker that does not answer. Where a new one does not either, it is seldom to blame: something
-        keeps packets from its queue, so each further try waits twice as long."""
-        # Without a question there was no answer either.
-        worker.answers = not silent and not self._unasked
+    def _rate_worker(self, worker: Worker, *, silent: bool) -> None:
+        """Ends a worker that does not answer. If its replacement does not answer either, the worker is rarely the
+        cause: something keeps packets from its queue. So workers are ended after 1, 2, 4, 8 … silent rounds."""
+        # If no query was sent, it is unknown whether it answers.
+        worker.answers = not silent and not self._unsent
         if not silent:
             worker.silences = 0
             return
@@ -134,33 +137,36 @@ class HealthCheck:
         self._core.selfcheck.differs(DifferenceKind.WORKER, what)
 
     def _take_answers(self, screen: dict[str, int] | None) -> None:
-        """Feeds the watchdog where no worker was silent. Answers under another policy than the kernel's are met
-        while a change is on its way, so only the third round in a row counts. Where neither kind came, the query
-        waits behind a flood, or was dropped by a full queue: `portward_self_check_age_seconds` rises."""
+        """Feeds the watchdog, because no worker was silent.
+
+        Answers under another policy than the kernel's are normal while a change is on its way, so only the third
+        such round in a row counts. If there was no answer of either kind, the query waits behind a flood or was
+        dropped by a full queue. Then `portward_self_check_age_seconds` rises.
+        """
         screen = screen or {}
         answered, stale = (screen.get(name, last) for name, last in zip(_ANSWERS, self._answered, strict=True))
         if answered != self._answered[0]:
-            self._strange = 0
+            self._stale_rounds = 0
             self._core.selfcheck.well()
         elif stale != self._answered[1]:
-            self._strange += 1
+            self._stale_rounds += 1
         self._answered = answered, stale
-        if self._strange < _STRANGE and self._all_get_on() and watchdog_seconds() is not None:
+        if self._stale_rounds < _MAX_STALE_ROUNDS and self._all_make_progress() and watchdog_seconds() is not None:
             notify("WATCHDOG=1")
-        if self._strange == _STRANGE:
+        if self._stale_rounds == _MAX_STALE_ROUNDS:
             self._core.selfcheck.differs(
                 DifferenceKind.ANSWER,
                 "workers answer, but not under the policy in the kernel: is the policy table another file? "
                 "restart portward",
             )
 
-    def _all_get_on(self) -> bool:
-        """Whether every thread makes progress; logs once which do not, and once that all do again."""
+    def _all_make_progress(self) -> bool:
+        """Whether every thread makes progress. Logs once which threads do not, and once that all do again."""
         stuck = self._stuck()
         if stuck and not self._reported:
             _log.critical("%s: the service manager's watchdog is not fed until this ends", "; ".join(stuck))
         elif self._reported and not stuck:
-            _log.warning("all threads get on again")
+            _log.warning("all threads make progress again")
         self._reported = bool(stuck)
         return not stuck
 

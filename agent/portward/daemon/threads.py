@@ -1,8 +1,8 @@
-"""The three threads of the daemon: policy, kernel, counting. Each runs one step at a time, in the order of the
-calls.
+"""The three threads of the daemon: policy, kernel and counting.
 
-The event loop waits for their steps. To cancel such a wait does not end a step that has begun. So before a lock is
-given up that the steps need, `end` must have returned; what they use is closed by its last steps.
+Each thread runs one step at a time, in the order of the calls. The event loop waits for the steps. If such a wait
+is cancelled, a step that has begun goes on. So a lock that the steps need may be released only after `end` has
+returned. The last steps of `end` close what the threads use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 class Threads:
-    """The threads; each begins with its first step."""
+    """The three threads. Each starts with its first step."""
 
     def __init__(self) -> None:
         self.heartbeat = Heartbeat()
@@ -27,53 +27,54 @@ class Threads:
         )
 
     async def policy(self, work: Callable[[], _T]) -> _T:
-        """Runs a step on the thread that alone writes the policy table."""
+        """Runs a step on the only thread that writes the policy table."""
         return await _run(self._policy, self.heartbeat.policy, work)
 
     async def kernel(self, work: Callable[[], _T]) -> _T:
-        """Runs a step on the thread that alone writes the kernel."""
+        """Runs a step on the only thread that writes the kernel."""
         return await _run(self._kernel, self.heartbeat.kernel, work)
 
     def on_kernel(self, work: Callable[[], _T]) -> Future[_T]:
-        """The same for the policy thread, which need not wait."""
+        """Like `kernel`, for callers on other threads: returns a future at once."""
         return self._kernel.submit(self.heartbeat.kernel.step, work)
 
     async def counting(self, work: Callable[[], _T]) -> _T:
-        """Runs a step on the thread that only reads and counts."""
+        """Runs a step on the thread that only reads the kernel and counts."""
         return await _run(self._counting, self.heartbeat.counting, work)
 
     async def end(
         self, policy: Callable[[], None], counting: Callable[[], None], kernel: Callable[[], None]
     ) -> None:
-        """Runs a last step on the policy thread, then one on the counting thread when the kernel thread is
-        idle, then one on the kernel thread. Returns when all three have ended. Raises what a last step
-        raised; then, and if this is cancelled, a thread may still be at work, and a last step that has not begun
-        never does."""
+        """Runs a last step on each thread: policy; then, when the kernel thread is idle, counting; then kernel.
+
+        Returns when all three have ended. Raises what a last step raises. If it raises or is cancelled, a thread
+        may still be at work, and last steps that have not begun never run.
+        """
         nothing: Callable[[], None] = lambda: None  # noqa: E731 # typed
         await _last(self._policy, policy)
-        # Not before: a step of the policy thread hands steps to the kernel thread.
+        # Only now, because a step of the policy thread hands steps over to the kernel thread.
         await asyncio.get_running_loop().run_in_executor(self._kernel, nothing)
         await _last(self._counting, counting)
         await _last(self._kernel, kernel)
 
     @property
     def all(self) -> tuple[ThreadPoolExecutor, ...]:
-        """The three of them."""
+        """All three."""
         return self._policy, self._kernel, self._counting
 
     def close(self) -> None:
-        """Lets no thread begin another step that it was not given before; waits for none. Idempotent."""
+        """Accepts no more steps; does not wait for the threads. Idempotent."""
         for thread in self.all:
             thread.shutdown(wait=False)
 
 
 async def _run(thread: ThreadPoolExecutor, lane: Lane, work: Callable[[], _T]) -> _T:
-    """Runs a step on a thread, and notes in its lane that it is at it."""
+    """Runs a step on a thread, and records in its lane that it runs."""
     return await asyncio.get_running_loop().run_in_executor(thread, lambda: lane.step(work))
 
 
 async def _last(thread: ThreadPoolExecutor, work: Callable[[], None]) -> None:
-    """Runs a step behind all others of a thread, which from here on takes no other."""
+    """Runs a step behind all others of a thread, and accepts no more steps for it."""
     ended = asyncio.get_running_loop().run_in_executor(thread, work)
     thread.shutdown(wait=False)
     await ended

@@ -1,5 +1,8 @@
-"""When jobs of the event loop run: periodic ones at the same moments, so that the process wakes seldom, and others
-when a descriptor can be read."""
+"""When jobs of the event loop run: at common periodic moments, or when a descriptor becomes readable.
+
+Periodic jobs run at the same moments. A process that wakes finds its processor caches cold, so a job then costs
+several times as much as a job in a process that is awake already.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ def until_tick(seconds: float) -> float:
 
 
 async def readable(descriptor: int | None, seconds: float) -> None:
-    """Waits until a descriptor can be read, or for so many seconds.
+    """Waits until a descriptor is readable, at most `seconds`. Without a descriptor it only waits.
 
-    It is let go of as soon as it can: until it is drained the loop would turn around it all the time, and keep the
-    threads that work waiting.
+    The descriptor is unregistered as soon as it is readable. Otherwise the loop would spin until it is drained,
+    and take processor time from the threads.
     """
     loop = asyncio.get_running_loop()
     woken: asyncio.Future[None] = loop.create_future()

@@ -281,6 +281,6 @@ def test_a_reload_that_failed_is_said_to_wait_for_the_next_one(caplog: pytest.Lo
     """Nothing tries it again by itself."""
     steps = StepRunner(Time())
     steps.record_failure(Step.RELOAD, OverflowError("too large"))
-    assert "step reload failed, and is tried again at the next one" in caplog.text
+    assert "step reload failed and is retried at the next reload" in caplog.text
     (told,) = steps.failing_now()
     assert "`systemctl reload portward` tries it again, see the log" in _failing(told)
