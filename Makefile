@@ -129,7 +129,7 @@ bench-short: setup ## The ratios alone, in a minute; fails below a floor (root)
 DOCS := .venv-docs
 
 $(DOCS)/ready: requirements-docs.txt
-	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -m venv --clear $(DOCS)
 	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-docs.txt
 	@touch $@
 
