@@ -1,6 +1,7 @@
-"""The counting thread's work: what the kernel has counted, for metrics and status.
+"""The counting thread's work: it reads the kernel's counters for metrics and status.
 
-It only reads the kernel. What is about to expire it names, and the kernel thread deletes it (`Dataplane.end`).
+It never writes the kernel. It returns the elements that are about to expire with their counters, and the kernel
+thread deletes them (`Dataplane.end`), because the kernel reports the last count of an element only on a deletion.
 """
 
 from __future__ import annotations
@@ -35,21 +36,23 @@ from portward.ipc import mark
 from portward.table.reader import Reader
 
 _NETWORK: Final = Path("/proc/thread-self/ns/net")
-# Seconds between two looks for numbers of customers and interfaces that are gone.
+# How often the sums of removed subscriptions and interfaces are dropped. They change rarely.
 _PRUNE_S: Final = 60.0
 
 _log = logging.getLogger("portward")
 
 
 class Counting:
-    """The counts of one gateway. Every method runs on the counting thread, unless it says otherwise."""
+    """The counts of one gateway. Methods run on the counting thread, unless they say otherwise."""
 
     def __init__(
         self, folder: Path, netlink: NfNetlink, reader: Reader, deletions: Deletions, changes: Callable[[], int]
     ) -> None:
-        """Goes on with what the agent before has counted, from the file in `folder`. `netlink` and `reader` belong
-        to this thread alone from here on. `changes` is how many changes of policy the table has taken: the numbers
-        of its subscriptions can be given anew by one. Any thread."""
+        """Continues the counts of the agent before, from the file in `folder`.
+
+        From now on only this thread may use `netlink` and `reader`. `changes` returns how many changes of policy
+        the table has taken, because a change may give a subscription's number to another one. Any thread.
+        """
         self._netlink = netlink
         self._elements = KernelElements(self._netlink)
         self._cache = VerdictCache(self._elements)
@@ -58,28 +61,28 @@ class Counting:
         self._unsaved = ""
         self.counts = PacketAccounting(self._owner, deletions)
         self.cached_sources: Counter[Verdict] = Counter()
-        # When the elements were last read, by the monotonic clock; None: not yet.
+        # When the elements were last read (monotonic, s); None: not yet.
         self.read: float | None = None
         self._latest: dict[str, list[SetRow]] = {}
         self._sample: list[tuple[str, SetRow]] = []
         self._subscriptions: tuple[int, dict[int, str]] = 0, {}
         self._pruned = time.monotonic()
-        self._go_on()
+        self._continue()
 
     def close(self) -> None:
-        """Closes the socket. Once the thread has ended."""
+        """Closes the socket. To be called when the thread has ended."""
         self._netlink.close()
 
     def end(self) -> None:
-        """PacketAccounting and saves what was deleted since the last reading, once nothing is deleted any more:
-        the kernel says it only once, and the next agent would not know of it."""
+        """Counts and saves what was deleted since the last reading; to be called when nothing is deleted any more.
+        The kernel reports a deletion only once, so the next agent could not count it."""
         try:
             self.counts.take_deleted()
             self._save()
-        except Exception:  # nothing of this may keep the agent from ending in order
+        except Exception:  # no error here may keep the agent from ending in order
             _log.exception("what was deleted last is not counted")
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         self.counts.since = clock.utc_now().timestamp()
         data = self._file.load()
         if data is not None:
@@ -89,8 +92,8 @@ class Counting:
                 _log.warning("the counters of the last run cannot be read, and begin anew: %s", error)
 
     def count(self, dataplane: Dataplane, pause: float) -> ExpiringKeys | None:
-        """Adds up what the kernel has counted since the last time; nothing if the ruleset is not there. The next
-        reading begins in `pause` seconds; gives what would expire until then."""
+        """Adds what the kernel has counted since the last call; does nothing if no ruleset is loaded. The next
+        call is in `pause` seconds; returns the elements that would expire before it."""
         due = None
         with contextlib.suppress(OSError):
             now = time.monotonic()
@@ -104,8 +107,8 @@ class Counting:
         return due
 
     def look(self, dataplane: Dataplane) -> list[Source]:
-        """The sources, of a sample of those whose verdict is cached, whose cached verdict is not the table's now.
-        A change of policy under way makes suspects too: `Dataplane.correct` looks again."""
+        """The sources in the sample whose cached verdict differs from the table's. A change of policy that is on
+        its way to the kernel causes differences, too, so `Dataplane.correct` checks them again."""
         sample = [element_of(name, row) for name, row in self._sample]
         return [element.source for element in sample if dataplane.differs(self._reader, element)]
 
@@ -114,10 +117,10 @@ class Counting:
         return rows
 
     def _take_sizes(self, dataplane: Dataplane) -> None:
-        """PacketAccounting the cached verdicts, and takes a sample of them. A verdict that passes what it must not
-        is the worse mistake, and there are fewer of them: as many of these are looked at as of the others."""
+        """Counts the cached verdicts, and takes a sample of them. A verdict that wrongly lets packets pass is the
+        worse error, and such verdicts are fewer. So half of the sample are verdicts that let packets pass."""
         found = {f"{name}{family}": verdict for verdict, name in COUNTED_SETS.items() for family in "46"}
-        # What was counted under a limit stays for a minute after the limit has gone.
+        # An element that counts under a limit stays for a minute after the limit was removed.
         limited = dataplane.rate_limits_seen = RateLimits.sources_in_kernel(self._elements)
         rows = {name: self._latest[name] if name in self._latest else self._rows(name) for name in found}
         self._latest = {}
@@ -150,14 +153,14 @@ class Counting:
             if str(error) != self._unsaved:
                 _log.warning("the counters cannot be saved, and a restart will miss some packets: %s", error)
             self._unsaved = str(error)
-            self.counts.changed = True  # it is tried again, also if nothing is counted meanwhile
+            self.counts.changed = True  # so that it is retried even if nothing is counted meanwhile
 
     def age(self) -> float:
         """Seconds since the kernel's counters were last read."""
         return float("inf") if self.read is None else time.monotonic() - self.read
 
     def limited(self, names: dict[int, str]) -> dict[str, int]:
-        """Packets refused beyond a segment's rate, by segment. `names` are those of the interfaces."""
+        """Packets refused beyond a segment's rate, by segment. `names`: interface index → name."""
         with contextlib.suppress(OSError):
             return {
                 shown(names.get(index, str(index))): packets
@@ -172,7 +175,7 @@ class Counting:
         return {}
 
     def sizes(self) -> tuple[int, int]:
-        """Attachments and subscriptions in the table."""
+        """The numbers of attachments and of subscriptions in the table."""
         return self._reader.counts()
 
     def _owner(self, source: Source) -> Owner | None:
@@ -186,19 +189,19 @@ class Counting:
         changes, names = self._subscriptions
         if changes != self._changes():
             self._subscriptions = self._changes(), (names := {})
-        known = names.get(number)
-        if known is None:
+        name = names.get(number)
+        if name is None:
             account = self._reader.account(number)
-            known = names[number] = "" if account is None else str(account.id)
-        return known
+            name = names[number] = "" if account is None else str(account.id)
+        return name
 
 
 def _some(rows: dict[str, list[SetRow]], names: list[str]) -> list[tuple[str, SetRow]]:
-    """A sample of the rows of these sets."""
+    """A random sample of the rows of these sets."""
     every = [(name, row) for name in names for row in rows[name]]
     return random.sample(every, min(len(every), SAMPLE_SOURCES))
 
 
 def _this_kernel() -> str:
-    """What no other boot or network namespace has, as far as this process may read it."""
+    """A text that identifies this boot and this network namespace. Counters of another one are not continued."""
     return f"{clock.boot()} {_NETWORK.stat().st_ino}"

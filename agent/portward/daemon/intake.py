@@ -19,7 +19,7 @@ from portward.base import clock
 from portward.base.clock import Clock
 from portward.base.descriptors import Reserve
 from portward.config.keys import Config, Refusal
-from portward.daemon.bulk import LIMIT, Bulk, Job
+from portward.daemon.bulk import MAX_INLINE_CHANGES, Bulk, Job
 from portward.dataplane.links import Links, only_ports
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.underway import UnderWay
@@ -260,7 +260,7 @@ class Intake:
             with self._reserve.lent():
                 self._store = open_store(self._config.store, agent=True)
             if self._follower is None:
-                self._follower = Follower(self._store, self._writer, LIMIT)
+                self._follower = Follower(self._store, self._writer, MAX_INLINE_CHANGES)
             self._follower.reopened(self._store)
         assert self._follower is not None  # noqa: S101 # made with the store
         self._store.drain()
@@ -300,7 +300,7 @@ class Intake:
         nothing was decided under the configuration."""
         before = self._writer.head()
         try:
-            if not self._writer.is_decided_otherwise() or self._writer.attachments() <= LIMIT:
+            if not self._writer.is_decided_otherwise() or self._writer.attachments() <= MAX_INLINE_CHANGES:
                 return self._writer.settle(now=self._clock.now(), may_flip=may_flip)
             committed = self._bulk.run(self._job(may_flip=may_flip)).committed
         except TableError:

@@ -1,9 +1,9 @@
-"""Interfaces on their way into the policy table, and what holds until the table has taken them in.
+"""Brings changes of network interfaces into the policy table, and closes interfaces until the table has them.
 
-A new interface is not in the table yet, so its packets are dropped. But the index of an interface that is gone, or
-has another name, may already belong to another tenant's interface, and the table would give the old tenant's
-verdicts for it. If the table is busy, for example with a bulk change of some seconds, the kernel thread
-therefore drops what comes from such an index, at once, until the table names its new owner.
+A new interface is not in the table yet, so its packets are dropped. But the index of an interface that was removed
+or renamed may already belong to another tenant's interface, and the table would give it the old tenant's verdicts.
+If the table is busy, for example with a bulk change of some seconds, the kernel thread therefore drops packets of
+such an index at once, until the table has its new owner.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from portward.daemon.steps import Step, StepRunner
 from portward.daemon.threads import Threads
 from portward.dataplane.links import Links, only_ports
 
-# How long an idle table may take for a change of interfaces before the kernel thread steps in, in seconds: it
-# takes some milliseconds, most of them to sync the disk.
-_PATIENCE: Final = 0.01
+# An idle table takes a change of interfaces within some milliseconds, most of them to sync the disk. If it takes
+# longer than this, the kernel thread closes the interfaces.
+_PATIENCE_S: Final = 0.01
 
 
 class LinkFeed:
-    """Follows interfaces. `follow`, `see`, `write` and `guard` are jobs that run side by side and never end."""
+    """Follows interfaces. `follow`, `see`, `write` and `guard` are jobs that run side by side and never return."""
 
     def __init__(self, core: Core, threads: Threads, steps: StepRunner, first: Links) -> None:
-        """`first` is what the table has taken in already. A step that fails (`steps`) is tried again."""
+        """`first` are the interfaces that the table has already."""
         self._core, self._threads, self._steps = core, threads, steps
         self._seen = self._due = first
         self._new, self._changed, self._wrote = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        # Events are numbered. All up to `_written` are in the table.
+        # Changes are numbered from 1. The table has all up to `_written`.
         self._number = self._written = 0
+        # Indexes that may have another owner than the table says.
         self._uncertain: set[int] = set()
         self._doubt = asyncio.Event()
 
     async def follow(self, links: AsyncIterator[Links]) -> None:
-        """Notes each change as it comes, however long the table takes for the one before."""
+        """Records each change when it comes, however long the table takes for the one before."""
         async for change in links:
             self._number += 1
             self._uncertain |= in_doubt(self._seen, change, self._core.config.segment)
@@ -49,7 +50,7 @@ class LinkFeed:
                 self._doubt.set()
 
     async def see(self) -> None:
-        """Lets the kernel thread know of each change, whatever the table does."""
+        """Passes each change to the kernel thread, whatever the table does."""
         while True:
             await self._new.wait()
             self._new.clear()
@@ -57,7 +58,7 @@ class LinkFeed:
                 self._new.set()
 
     async def write(self) -> None:
-        """Brings into the table what has changed, all that came meanwhile at once."""
+        """Writes changes into the table; those that come while it writes are written together."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -68,12 +69,13 @@ class LinkFeed:
                 self._wrote.set()
 
     async def _write(self, due: Links, number: int) -> bool:
-        """Whether the table took it. If not, `Core.retry_links` tries it again: newer changes must not wait."""
+        """Whether the table took the change. If not, `Core.retry_links` retries it, so that newer changes do not
+        wait."""
         step = lambda: self._core.links_changed(due, number)  # noqa: E731 # for a thread
         return await self._steps.run(Step.LINKS, lambda: self._threads.policy(step), otherwise=False, anyway=True)
 
     async def _on_kernel(self, step: Step, work: Callable[[], None]) -> bool:
-        """Whether a step on the kernel thread worked. If not, returns when it is to be tried again."""
+        """Whether a step on the kernel thread succeeded. If not, returns when the step may be retried."""
 
         async def done() -> bool:
             await self._threads.kernel(work)
@@ -84,7 +86,7 @@ class LinkFeed:
         return worked
 
     async def guard(self) -> None:
-        """Has the kernel drop what comes from interfaces that the table takes for others, if the table is busy."""
+        """If the table is busy, makes the kernel drop packets of interfaces that the table takes for others."""
         while True:
             await self._doubt.wait()
             self._doubt.clear()
@@ -99,12 +101,12 @@ class LinkFeed:
             self._doubt.set()
 
     async def _is_written(self, number: int) -> bool:
-        """Whether the table has taken in all events up to this one. Waits a moment for a table that is not
-        busy."""
+        """Whether the table has all changes up to `number`. If the table is not busy, waits up to
+        `_PATIENCE_S`."""
         work = self._core.work
-        if work is None or work.seconds() < _PATIENCE:
+        if work is None or work.seconds() < _PATIENCE_S:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_PATIENCE):
+                async with asyncio.timeout(_PATIENCE_S):
                     while self._written < number:
                         await self._wrote.wait()
                         self._wrote.clear()
@@ -114,8 +116,9 @@ class LinkFeed:
 async def followed(
     links: AsyncIterator[Links], again: Callable[[], AsyncGenerator[Links]], steps: StepRunner
 ) -> AsyncIterator[Links]:
-    """The changes of interfaces in `links`; after an error, those of `again()`, which begins with all that there
-    are. Whatever happened in between is not known, so each interface may have taken the index of another one."""
+    """The changes of interfaces from `links`; after an error, those from `again()`, which starts with all
+    interfaces. What happened in between is unknown, so each of these may have taken the index of another
+    interface."""
     source: AsyncIterator[Links] = links
     while True:
         try:
@@ -137,8 +140,8 @@ async def _from_the_start(links: AsyncGenerator[Links]) -> AsyncIterator[Links]:
 
 
 def in_doubt(before: Links, after: Links, is_segment: Callable[[str], bool]) -> set[int]:
-    """The indexes whose verdicts in the table are another interface's now: of segments, and of VRFs whose one port
-    is another one (the table has the port's entries for the VRF, too)."""
+    """The indexes for which the table has the verdicts of another interface: indexes of segments, and of VRFs
+    whose only port has changed, because the table has the port's entries for the VRF, too."""
     reused = {index for index in after.touched if is_segment(before.names.get(index, ""))}
     had, has = (
         only_ports(links, [index for index, name in links.names.items() if is_segment(name)])

@@ -1,7 +1,7 @@
-"""What a running daemon leaves beside its policy table: a lock, so that there is one, its status, and what Python
-said when it crashed.
+"""Files of a running daemon beside its policy table: the lock, the status, and Python's report of a crash.
 
-The status is a small JSON file, written anew each second and by renaming, so a reader never sees half of it.
+The lock lets only one daemon use a table. The status is a small JSON file. It is written once a second and renamed
+into place, so a reader never sees half of it.
 """
 
 from __future__ import annotations
@@ -23,47 +23,49 @@ from portward.errors import PortwardError
 _LOCK: Final = "daemon.lock"
 _STATUS: Final = "status.json"
 _CRASH: Final = "crash"
-# Who reads a page of a mapped file that has been cut off gets this signal, and cannot go on.
+# A process that reads a page of a mapped file that was cut off gets this signal, and ends.
 _CUT_OFF: Final = "Bus error"
-# Raised if a key of the status goes or gets another meaning. New keys may come without.
+# Increased if a key of the status is removed or gets another meaning. New keys do not change it.
 STATUS_FORMAT: Final = 1
-_TRIES: Final = 10
-_PAUSE: Final = 0.02  # seconds
+# `running` holds the lock for some microseconds to find out whether it is free. Ten tries within 0.2 s outlast
+# that.
+_MAX_TRIES: Final = 10
+_PAUSE_S: Final = 0.02
 
 
 class Runtime:
-    """The lock of a table folder, held as long as this object's process lives.
+    """The lock of a table folder. It is held until `close`, or until the process ends.
 
-    `crashed` is what the process before said when it crashed; empty where it did not, or could say nothing.
+    `crashed` is the first line of the report of a crash of the process before; empty if there is none.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Takes the lock, making the folder where it is missing; raises PortwardError where another daemon
-        has it, and names that one's process id, or where others may change what is in the folder."""
+        """Takes the lock, and makes the folder if it is missing. Raises PortwardError if another daemon has the
+        lock (with its process id), or if other users may change files in the folder."""
         self._folder = folder
-        for _ in range(_TRIES):
+        for _ in range(_MAX_TRIES):
             self._take()
             if self._in_place():
                 break
-            # A refused start has just removed the folder that it made: a lock on a file that is gone keeps nobody
-            # away.
+            # A refused start has just removed the folder that it had made. A lock on a removed file would not keep
+            # another daemon away.
             os.close(self._lock)
         else:
             raise PortwardError(f"table {folder}: another process removes this folder again and again")
-        # Of a process that was killed, or of an earlier boot: from here on a reader would take it for this one's.
+        # The status of a killed process or an earlier boot. From now on a reader would take it for this daemon's.
         with contextlib.suppress(OSError):
             (folder / _STATUS).unlink()
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        self.crashed = self._listen_for_crashes()
-        # For the new status.
+        self.crashed = self._record_crashes()
+        # A descriptor to write the status with, even if the process has no other one left.
         self._reserve = Reserve(1)
 
     def _take(self) -> None:
-        """Opens the lock file and locks it, making the folder where it is missing; raises PortwardError."""
+        """Opens the lock file and locks it; makes the folder if it is missing. Raises PortwardError."""
         folder = self._folder
         try:
-            # The deepest first.
+            # The innermost folder first, so that `_unmake` can remove them in this order.
             self._made = [place for place in (folder, *folder.parents) if not place.exists()]
             ownership.make(folder)
             self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -75,15 +77,16 @@ class Runtime:
             raise PortwardError(f"table {folder}: portward runs already, as process {other}")
 
     def _in_place(self) -> bool:
-        """Whether the file that is locked is the one that another agent would lock."""
+        """Whether the locked file is the one that another agent would open."""
         try:
             found = (self._folder / _LOCK).lstat()
         except OSError:
             return False
         return os.path.samestat(found, os.fstat(self._lock))
 
-    def _listen_for_crashes(self) -> str:
-        """From now on a crash is written down; gives what is written there."""
+    def _record_crashes(self) -> str:
+        """From now on Python writes the report of a crash into a file. Returns the first line of the report
+        before."""
         path = self._folder / _CRASH
         before = ""
         with contextlib.suppress(OSError):
@@ -96,15 +99,15 @@ class Runtime:
 
     @property
     def table_cut_off(self) -> bool:
-        """Whether the process before ended since the table's file was shorter than what it says of itself."""
+        """Whether the process before crashed because the table's file was cut off."""
         return _CUT_OFF in self.crashed
 
     def _locked(self) -> bool:
-        """Takes the lock; some tries, since `running` holds it for a moment to find out."""
-        for _ in range(_TRIES):
+        """Takes the lock, with some tries, because `running` may hold it for a moment."""
+        for _ in range(_MAX_TRIES):
             if locks.taken(self._lock):
                 return True
-            time.sleep(_PAUSE)
+            time.sleep(_PAUSE_S)
         return False
 
     def write_status(self, status: dict[str, Any]) -> None:
@@ -113,12 +116,12 @@ class Runtime:
         with self._reserve.lent():
             ownership.write(new, msgspec.json.encode(status))
         new.replace(self._folder / _STATUS)
-        # What LMDB and the workers have made since.
+        # Files that LMDB and the workers have made since the last call.
         ownership.hand_over(self._folder)
 
     def close(self) -> None:
-        """Gives the lock back and takes the status away; also the folder, if it was made here and nothing of use
-        came into it."""
+        """Removes the status and releases the lock. Also removes the folder if this daemon made it and it has no
+        other files."""
         (self._folder / _STATUS).unlink(missing_ok=True)
         ownership.hand_over(self._folder)
         self._unmake()
@@ -126,9 +129,11 @@ class Runtime:
         os.close(self._lock)
 
     def _unmake(self) -> None:
-        """A refused start, with a mistyped `table` for example, leaves no folder behind."""
+        """Removes the folder that this daemon made, so that a refused start (a mistyped `table`) leaves none
+        behind."""
         with contextlib.suppress(OSError):
-            # Not in place: somebody removed the folder, and what is there now may be another agent's.
+            # If the lock file is not in place, another process removed the folder, and the folder there now may be
+            # another agent's.
             if (
                 self._made
                 and self._in_place()
@@ -141,7 +146,7 @@ class Runtime:
 
 
 def running(folder: Path) -> int | None:
-    """The process id of the daemon that works on this table, 0 if that is not known; None where none runs."""
+    """The process id of the daemon on this table; 0 if its id is unknown, None if no daemon runs."""
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -153,14 +158,14 @@ def running(folder: Path) -> int | None:
 
 
 def in_another_network(folder: Path) -> int | None:
-    """The process id of the daemon that works on this table, if its network namespace is not that of this thread.
-    None if it is, if no daemon runs, or if this user may not see it."""
+    """The process id of the daemon on this table, if it runs in another network namespace than this thread. None
+    if it runs in this one, if no daemon runs, or if this user may not see it."""
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        # A number in the file may be of another pid namespace: what counts is who holds the lock.
+        # The kernel says which process holds the lock. The number in the file may be from another pid namespace.
         process = None if locks.taken(descriptor, shared=True) else locks.holder(descriptor)
         if process is None:
             return None
@@ -173,25 +178,26 @@ def in_another_network(folder: Path) -> int | None:
 
 
 def _owner(descriptor: int) -> int:
-    """The process that has the lock; what it says itself if this user may not look into it, 0 if it says nothing.
-    Only for people: nothing is sent to it."""
+    """The process that holds the lock. If this user may not see that, the number in the file; 0 if there is none.
+    It is only shown to people; no signal is sent to it."""
     return locks.holder(descriptor) or locks.written(descriptor) or 0
 
 
 def age_of(status: dict[str, Any]) -> float:
-    """Seconds since a status was written, by a clock that nobody can set. An older agent's has only the time of
-    the wall clock; it counts as 0 s old if that lies in the future."""
+    """Seconds since a status was written, by a clock that cannot be set. The status of an older version has only
+    the time of the wall clock; if that is in the future, the age is 0."""
     found = status.get("clock")
     if found is None:
         written = datetime.fromisoformat(status["at"])
         return max(0.0, (clock.utc_now() - written).total_seconds())
     age = msgspec.convert(found, clock.Stamp).age()
-    # Of an earlier boot: older than all that this boot can say.
+    # A status of an earlier boot is older than this boot.
     return clock.monotonic() if age is None else age
 
 
 def hidden(folder: Path) -> bool:
-    """Whether this user may not see if a daemon works on this table; `running` and `read_status` say None."""
+    """Whether this user may not see if a daemon runs on this table. Then `running` and `read_status` return
+    None."""
     try:
         os.close(os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
@@ -200,8 +206,8 @@ def hidden(folder: Path) -> bool:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """The status that the running daemon last wrote; None where there is none. Raises PortwardError for one in a
-    newer format. One without a format is of the first."""
+    """The status that the running daemon last wrote; None if there is none. Raises PortwardError for another
+    format. A status without a format has format 1."""
     try:
         status: dict[str, Any] = msgspec.json.decode((folder / _STATUS).read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError):

@@ -1,10 +1,10 @@
-"""What the agent that runs here has in force, for verbs that say what is so.
+"""The configuration and the preset that are in force here, for verbs that report the present state.
 
-A mistake in portward.toml is a mistake for the next start or reload. The agent that runs goes on with what it has
-read before. So it leaves that beside its policy table (`in-force.json`), and `status`, `explain`, `diagnose` and
-`top` go by it as long as the agent runs. They say first if the file has a mistake, or says something else by now.
-Without an agent the file itself counts, with its mistakes. What is loaded in the kernel is still from before: the
-kernel is asked what that is, and these verbs say first if the file has changed since.
+A mistake in portward.toml affects only the next start or reload; a running agent continues with what it has read.
+So the agent writes that beside its policy table (`in-force.json`). `status`, `explain`, `diagnose` and `top` use
+it while the agent runs. They first report if portward.toml has a mistake or differs. If no agent runs,
+portward.toml itself counts, with its mistakes. The ruleset in the kernel may still be an older one: the verbs read
+it from the kernel, and first report if portward.toml has changed since the last agent ran.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from portward.policy import presets
 from portward.policy.preset import Preset
 
 _FILE: Final = "in-force.json"
-# Raised if a key goes or gets another meaning; another one is not read.
+# Increased if a key is removed or gets another meaning. A file of another format is ignored.
 _FORMAT: Final = 1
-# The line that names the table folder, in a file that cannot be read as TOML.
+# The line with the table folder, for a file that is not valid TOML.
 _TABLE: Final = re.compile(r"(?m)^table\s*=\s*[\"']([^\"'\n]*)[\"']")
-_LARGEST_BYTES: Final = 16 * 1024 * 1024
-# What an agent that runs cannot change: it refuses a reload that brings another one.
+# Far more than any configuration has; it bounds the memory if the file is not ours.
+_MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+# Keys that a reload cannot change, because sockets and files are opened at the start.
 FIXED: Final = ("store", "table", "queue", "metrics")
 
 _log = logging.getLogger("portward")
 
 
 class Settings(NamedTuple):
-    """The configuration and the preset that count here now. `remarks`: what a reader must know before anything
-    else, a sentence each."""
+    """The configuration and the preset in force here. `remarks`: sentences that a reader must see first."""
 
     config: Config
     preset: Preset
@@ -50,7 +50,7 @@ class Settings(NamedTuple):
 
 
 class _InForce(msgspec.Struct, frozen=True):
-    """What the file holds; `path` is where the agent has read it."""
+    """The content of the file. `path` is the file from which the agent read the configuration."""
 
     path: str
     config: Config
@@ -59,8 +59,8 @@ class _InForce(msgspec.Struct, frozen=True):
 
 
 def leave(path: Path, config: Config, preset: Preset) -> None:
-    """Writes down what the agent has read at `path` and put in force, beside its table. If that fails it is only
-    logged: then verbs go by the file."""
+    """Writes what the agent has read from `path` and put in force beside its table. An error is only logged; then
+    verbs use the file at `path`."""
     document = _InForce(paths.to_text(str(path.absolute())), _in_text(config), preset)
     new = config.table / f"{_FILE}.new"
     try:
@@ -68,20 +68,20 @@ def leave(path: Path, config: Config, preset: Preset) -> None:
         new.replace(config.table / _FILE)
     except OSError as error:
         _log.warning("what is in force cannot be written down beside the table: %s", error.strerror)
-        # What an earlier reload left there is not in force any more.
+        # A file that an earlier reload wrote is not in force any more.
         with contextlib.suppress(OSError):
             (config.table / _FILE).unlink()
 
 
 def forget(folder: Path) -> None:
-    """Takes away what an agent before had in force: the one that starts has nothing in force yet."""
+    """Removes the file of an agent before, because a starting agent has nothing in force yet."""
     with contextlib.suppress(OSError):
         (folder / _FILE).unlink()
 
 
 def settings(path: Path) -> Settings:
-    """What counts here now for the configuration at `path`: what the running agent has in force; without one the
-    file. Raises InputError for a mistake in the file, if no agent runs that has it in force."""
+    """What is in force here for the configuration at `path`: what the running agent has read from it; if none
+    runs, the file itself. Raises InputError for a mistake in the file if no agent runs that has read it."""
     try:
         config = load_config(path)
         preset = presets.load(config.preset, named_in=path)
@@ -101,21 +101,21 @@ def settings(path: Path) -> Settings:
 
 
 def _away(folder: Path) -> tuple[str, ...]:
-    """What is to be said first if this command sees another gateway than the agent's."""
+    """A remark if the agent runs in another network namespace, so that this command does not see its gateway."""
     process = in_another_network(folder)
     return () if process is None else (away(process),)
 
 
 def away(process: int) -> str:
-    """Where an agent is whose network namespace is not this one, and what to do."""
+    """The remark for an agent in another network namespace, with the command to run there."""
     return (
         f"the agent (process {process}) runs in another network namespace: ask there (`nsenter -t {process} -n`)"
     )
 
 
 def last(config: Config) -> Config:
-    """What the agent that runs, or ran, on this table has in force, if it has left that behind; else `config`. It
-    may be older than the ruleset that is loaded: a boot loads one before there is an agent."""
+    """What the agent that runs or last ran on this table has in force, if it wrote that; otherwise `config`. The
+    loaded ruleset may be newer, because a boot loads one before the agent starts."""
     found = _left(config.table, None)
     return config if found is None else found.config
 
@@ -133,7 +133,7 @@ def _differences(path: Path, config: Config, preset: Preset, found: _InForce) ->
 
 
 def _since(path: Path, config: Config, preset: Preset, found: _InForce) -> tuple[str, ...]:
-    """What is to be said of a file that has changed since an agent last ran."""
+    """A remark if the file has changed since an agent last ran."""
     keys = _changed(config, preset, found)
     if not keys:
         return ()
@@ -144,7 +144,7 @@ def _since(path: Path, config: Config, preset: Preset, found: _InForce) -> tuple
 
 
 def _changed(config: Config, preset: Preset, found: _InForce) -> list[str]:
-    """The keys of the file that say something else than what is in force."""
+    """The keys whose values in the file differ from those in force."""
     keys = [key for key in Config.__struct_fields__ if getattr(config, key) != getattr(found.config, key)]
     if not keys and preset.digest != found.preset.digest:
         return [f"the preset {config.preset!r}"]
@@ -152,15 +152,15 @@ def _changed(config: Config, preset: Preset, found: _InForce) -> list[str]:
 
 
 def _in_force(folder: Path, path: Path) -> _InForce | None:
-    """What the running agent of this table has read at `path`; None if none runs there, or it does not say."""
+    """What the running agent of this table has read from `path`; None if no agent runs, or it wrote nothing."""
     return None if running(folder) is None else _left(folder, path)
 
 
 def _left(folder: Path, path: Path | None) -> _InForce | None:
-    """What an agent of this table has left, if it has read it at `path` (None: anywhere)."""
+    """What an agent of this table wrote, if it had read it from `path` (None: from any file)."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         with (folder / _FILE).open("rb") as file:
-            found = msgspec.json.decode(file.read(_LARGEST_BYTES), type=_InForce, dec_hook=path_hook)
+            found = msgspec.json.decode(file.read(_MAX_FILE_BYTES), type=_InForce, dec_hook=path_hook)
         if found.format != _FORMAT:
             return None
         if path is None:
@@ -171,8 +171,8 @@ def _left(folder: Path, path: Path | None) -> _InForce | None:
 
 
 def folder(path: Path) -> Path:
-    """The table folder that a configuration names, also one with a mistake; the default if that line cannot be
-    read."""
+    """The table folder that a configuration names, even if it has a mistake; the default if the line is
+    unreadable."""
     with contextlib.suppress(OSError):
         if named := _TABLE.findall(path.read_text("utf-8", "replace")):
             return Path(paths.from_file(named[-1], path))
@@ -180,7 +180,8 @@ def folder(path: Path) -> Path:
 
 
 def _in_text(config: Config) -> Config:
-    """The configuration as an agent and a verb of different locales write it alike."""
+    """The configuration with paths as text, so that an agent and a verb in different locales compare them
+    equal."""
     replace, check = msgspec.structs.replace, config.exemptions.check
     return replace(
         config,

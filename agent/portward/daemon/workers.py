@@ -1,6 +1,7 @@
-"""The worker processes: started, watched, started again. Each has one queue and one block of counters.
+"""The worker processes: the daemon starts them, watches them, and starts them again.
 
-While a worker is down its queue drops what comes: nothing opens. Its counters outlive it.
+Each worker has one queue and one block of shared counters. While a worker is down, its queue drops every packet,
+so nothing opens. The counters outlive the process.
 """
 
 from __future__ import annotations
@@ -26,21 +27,27 @@ from portward.errors import InputError, KernelError
 from portward.ipc.counters import WorkerCounters
 from portward.ipc.lines import READY, asked_source
 
-# Set in portward.service, where `KillMode=process` stands.
+# Set in portward.service, together with `KillMode=process`.
 STAY = "PORTWARD_WORKERS_STAY"
-_LONGEST_STAY = 3600
-_START_SECONDS = 10.0
-_STOP_SECONDS = 3.0
-# A worker that dies at once is started again after a pause that grows to this.
-_LONGEST_PAUSE = 2.0
+# An hour without an agent is a fault to repair, not a restart.
+_MAX_GRACE_S = 3600
+# A start takes 0.3 s on an idle machine.
+_START_TIMEOUT_S = 10.0
+# systemd kills the whole agent 10 s after SIGTERM (`TimeoutStopSec`).
+_STOP_TIMEOUT_S = 3.0
+# A worker that ends at once is started again after a pause that doubles between these two.
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 2.0
 
 _log = logging.getLogger("portward.worker")
 
 
-class Standing(NamedTuple):
-    """What a worker does, for the status: `answers`, `unanswered` (its queue is bound, and it has answered no
-    question since), `starting`, `trying` (it ended, and is started again). `seconds` is for how long it has done
-    so, `why` is why it has to be started again."""
+class WorkerState(NamedTuple):
+    """The state of a worker, for the status.
+
+    `state` is `answers`, `unanswered` (its queue is bound, but it has not answered a query since), `starting`, or
+    `trying` (it ended and is being started again). `seconds` is how long it has been in this state. `why` is why
+    it must be started again.
+    """
 
     state: str
     seconds: float
@@ -48,7 +55,7 @@ class Standing(NamedTuple):
 
 
 class Worker:
-    """One worker process and what it needs: its queue, its counters, its lifeline."""
+    """One worker process with its queue, its counters and its lifeline (a pipe whose end tells it to stop)."""
 
     def __init__(
         self,
@@ -59,50 +66,50 @@ class Worker:
         asked: Callable[[Source], None],
         stay: float = 0.0,
     ) -> None:
-        """`asked` is told of sources whose limit the kernel does not know; for `stay` seconds the process outlives
-        the daemon."""
+        """`asked` is called with each source whose rate limit the kernel does not have. The process outlives the
+        daemon for `stay` seconds."""
         self._asked, self._stay = asked, stay
         self.queue, self._length, self._reader, self._table = queue, length, reader, table
         self._block = WorkerCounters.create()
-        # To start a process takes nine, for a moment.
+        # Starting a process takes nine descriptors for a moment; three more are spare.
         self._reserve = Reserve(12)
         self.counters = WorkerCounters(self._block)
         self.process: Child | None = None
         self.restarts = 0
-        # How often in a row nothing was handled from this queue, by one process or by several.
+        # How many health checks in a row found no packet handled from this queue, by one process or several.
         self.silences = 0
-        # Whether the process has said that its queue is bound.
+        # Whether the process has reported that its queue is bound.
         self.ready = False
-        # Whether it has answered the last question since then.
+        # Whether it has answered the last query since then.
         self.answers = False
-        # Why it has to be started again, if it has.
+        # Why it must be started again; empty if it need not be.
         self.trouble = ""
-        # What it does, and since when by the monotonic clock: see `standing`.
+        # The state that `standing` last returned, and since when (monotonic, s).
         self._noted = "", 0.0
         self._lifeline = -1
         self._said: asyncio.Task[str] | None = None
         self._listening: asyncio.Task[None] | None = None
-        # Lines on the process's stdout that are no message of ours: other programs' output.
+        # Lines on the process's stdout that are not messages of portward.
         self.foreign_lines = 0
         self._foreign = LogLimiter(_log)
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process exists."""
         return self.process is not None and self.process.returncode is None
 
-    def standing(self) -> Standing:
-        """What the worker does now."""
+    def standing(self) -> WorkerState:
+        """The state of the worker now."""
         state = "trying" if self.trouble else "starting"
         if self.ready:
             state = "answers" if self.answers else "unanswered"
         now = time.monotonic()
         if state != self._noted[0]:
             self._noted = state, now
-        return Standing(state, now - self._noted[1], "" if self.ready else self.trouble)
+        return WorkerState(state, now - self._noted[1], "" if self.ready else self.trouble)
 
     async def prepare(self) -> None:
-        """Starts the process, which loads its program and then waits for `start`; raises OSError."""
+        """Starts the process. It loads its program and then waits for `start`. Raises OSError."""
         with self._reserve.lent():
             await self._prepare()
 
@@ -121,13 +128,13 @@ class Worker:
         self._said = asyncio.create_task(_forward(self.process))
 
     async def start(self) -> None:
-        """Lets the process begin, a new one where there is none, and waits until its queue is bound. The policy
-        table must be there. Raises KernelError with what the process said, or OSError."""
+        """Lets the process begin (first starts one if none runs), and waits until its queue is bound. The policy
+        table must exist. Raises KernelError with the last line that the process logged, or OSError."""
         if not self.running:
             self._close_lifeline()
             await self.prepare()
         assert self.process is not None and self._said is not None  # noqa: S101, PT018 # by `prepare`
-        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said follows
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its last line is read below
             os.write(self._lifeline, b"\n")
         lines = lines_of(self.process.stdout)
         if not await self._is_ready(lines):
@@ -139,10 +146,10 @@ class Worker:
         self._listening = asyncio.create_task(self._listen(lines))
 
     async def _is_ready(self, lines: AsyncIterator[bytes]) -> bool:
-        """Waits until the process says that its queue is bound; False if it ends or takes too long."""
+        """Waits until the process reports that its queue is bound; False if it ends or takes too long."""
         with contextlib.suppress(TimeoutError):
-            # Not `wait_for`: it forgets a cancellation that comes together with the line.
-            async with asyncio.timeout(_START_SECONDS):
+            # `wait_for` would lose a cancellation that comes together with the line.
+            async with asyncio.timeout(_START_TIMEOUT_S):
                 async for line in lines:
                     if line == READY:
                         return True
@@ -150,8 +157,8 @@ class Worker:
         return False
 
     async def watch(self) -> None:
-        """Starts the process again whenever it ends; never returns."""
-        pause = 0.05
+        """Starts the process again each time that it ends; never returns."""
+        pause = _FIRST_PAUSE_S
         while True:
             assert self.process is not None  # noqa: S101 # watched after its start only
             code = await self.process.wait()
@@ -168,11 +175,11 @@ class Worker:
                     self.trouble = str(error)
                     _log.error("the worker of queue %d cannot be started: %s", self.queue, error)
                     await asyncio.sleep(pause)
-                    pause = min(pause * 2, _LONGEST_PAUSE)
-            pause = 0.05
+                    pause = min(pause * 2, _MAX_PAUSE_S)
+            pause = _FIRST_PAUSE_S
 
     async def _listen(self, lines: AsyncIterator[bytes]) -> None:
-        """Takes the sources that the process asks about, until it ends."""
+        """Passes on the sources that the process asks about, until it ends."""
         async for line in lines:
             asked = asked_source(line)
             if asked is None:
@@ -181,16 +188,16 @@ class Worker:
                 self._asked(Source(*asked))
 
     def _skip(self, line: bytes) -> None:
-        """Counts a line that is no message of ours: a library printed it, or a worker of another version. An empty
-        one stands before `READY`."""
+        """Counts and logs a line that is not a message of portward: a library printed it, or a worker of another
+        version. An empty line comes before `READY`."""
         if not line:
             return
         self.foreign_lines += 1
         self._foreign.line(logging.WARNING, f"worker of queue {self.queue}: not understood, and skipped: ", line)
 
     async def stop(self) -> None:
-        """Ends the process: by its lifeline, and by force after some seconds. One that stays is left alone with
-        its queue. Idempotent."""
+        """Ends the process by its lifeline, and by force after `_STOP_TIMEOUT_S`. A process that outlives the
+        daemon is left alone with its queue. Idempotent."""
         self._close_lifeline()
         if self.process is None or self.process.returncode is not None:
             return
@@ -198,7 +205,7 @@ class Worker:
             self.process.leave()
             return
         try:
-            async with asyncio.timeout(_STOP_SECONDS):
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await self.process.wait()
         except TimeoutError:
             self.kill()
@@ -218,33 +225,33 @@ class Worker:
 
 
 async def stop(running: Iterable[Worker]) -> None:
-    """Ends all of these processes, as `Worker.stop`; side by side, since the service manager waits 10 s for the
-    whole agent (`TimeoutStopSec`)."""
+    """Ends all these workers at the same time, because systemd waits 10 s for the whole agent
+    (`TimeoutStopSec`)."""
     await asyncio.gather(*(worker.stop() for worker in running))
 
 
 def make(queue: Queue, table: Path, asked: Callable[[Source], None]) -> list[Worker]:
-    """The workers of a configuration, not yet started; `asked` as for each of them."""
+    """The workers of a configuration, not yet started. `asked` is as for `Worker`."""
     numbers = range(queue.first, queue.first + queue.workers)
     stay = stay_seconds() if queue.reader is QueueReader.BATCH else 0.0
     return [Worker(number, queue.length, queue.reader, table, asked, stay) for number in numbers]
 
 
 def stay_seconds() -> float:
-    """For how many seconds workers outlive the daemon: as the service manager's unit says, since that must not end
-    them either; else not at all. Raises InputError for what is no number of seconds."""
+    """How many seconds workers outlive the daemon. The systemd unit says it, because systemd must not end them
+    either; without it 0. Raises InputError if it is not a number of seconds in range."""
     text = os.environ.get(STAY, "0")
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 <= seconds <= _LONGEST_STAY:
-        raise InputError(f"{text!r}: seconds from 0 to {_LONGEST_STAY} are wanted", field=STAY)
+    if not 0 <= seconds <= _MAX_GRACE_S:
+        raise InputError(f"{text!r}: seconds from 0 to {_MAX_GRACE_S} are wanted", field=STAY)
     return seconds
 
 
 async def _forward(process: Child) -> str:
-    """Writes what a worker says on its stderr into the log; gives the last line."""
+    """Logs what a worker prints on stderr. Returns the last line."""
     last, limited = "", LogLimiter(_log)
     async for line in lines_of(process.stderr):
         last = limited.line(logging.INFO, "worker: ", line)

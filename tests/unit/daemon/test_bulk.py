@@ -315,7 +315,7 @@ def test_only_a_child_that_gets_on_keeps_the_policy_thread_from_being_stuck(
 ) -> None:
     looks: list[bool] = []
     started: list[subprocess.Popen[bytes]] = []
-    monkeypatch.setattr(module, "_LOOK_S", 0.1)
+    monkeypatch.setattr(module, "_CHECK_S", 0.1)
     monkeypatch.setattr("portward.base.heartbeat.beat", lambda: looks.append(True))
     real = module._processor_ticks
 

@@ -702,19 +702,19 @@ def test_a_reload_that_the_kernel_refuses_half_way_is_in_force_in_the_end(starte
 
 def small(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the core of a gateway leave what is more than one change to a child, after a restart."""
-    monkeypatch.setattr("portward.daemon.intake.LIMIT", 1)
+    monkeypatch.setattr("portward.daemon.intake.MAX_INLINE_CHANGES", 1)
     ground.restart()
 
 
 def killed_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has each child killed after its work, before its outcome was read."""
-    told = bulk._told
+    told = bulk._result_of
 
     def cut_off(process: subprocess.Popen[bytes], outcomes: BinaryIO, job: bulk.Job) -> bulk.BulkResult:
         told(process, outcomes, job)
         raise EOFError
 
-    monkeypatch.setattr(bulk, "_told", cut_off)
+    monkeypatch.setattr(bulk, "_result_of", cut_off)
 
 
 def killed_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -821,7 +821,7 @@ def test_no_snapshot_of_the_store_is_kept_while_a_child_reads_it(
 ) -> None:
     """SQLite's log of writes would grow for as long as a bulk change takes, and with it every reading of the
     store: what was read of it before the limit was met is half-read."""
-    monkeypatch.setattr("portward.daemon.intake.LIMIT", 2)
+    monkeypatch.setattr("portward.daemon.intake.MAX_INLINE_CHANGES", 2)
     ground.start()
     ground.put(*(attachment("vni2", f"10.0.{number}.4", MAY) for number in range(5, 10)))
     ground.core.close_store()

@@ -110,7 +110,7 @@ def test_a_table_that_is_busy_takes_all_changes_at_once_and_the_kernel_drops_unt
 def test_a_table_that_is_free_takes_a_change_in_and_the_kernel_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("portward.daemon.linkfeed._PATIENCE", 60.0)
+    monkeypatch.setattr("portward.daemon.linkfeed._PATIENCE_S", 60.0)
 
     async def scenario() -> None:
         gateway = Gateway()
