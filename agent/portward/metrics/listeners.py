@@ -1,4 +1,4 @@
-"""Sockets that listen, and what is wrong if they do not."""
+"""Listening sockets, and the reason if one cannot listen."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Final
 
 from portward.config.endpoint import Endpoint
 
+# Clients that connect while the server rests wait here.
 _BACKLOG: Final = 1_024
-# `localhost` and `:PORT` name an address of each family; a host may lack one of them.
+# `localhost` and `:PORT` name an address of each family, and a host may lack one of them.
 _NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 
 def unreachable(errors: Mapping[Endpoint, OSError | None]) -> str:
-    """Why a server does not listen at each of its addresses; empty if it does. `errors` has None for each one at
-    which it listens. Of several, those of a family that the host lacks do not count."""
+    """Why a server does not listen at one of its addresses; empty if it listens at all. `errors` has None for an
+    address at which it listens. If it listens at one address, a family that the host lacks does not count."""
     listens = None in errors.values()
     for endpoint, error in errors.items():
         if error is not None and not (listens and error.errno in _NO_SUCH_FAMILY):
@@ -25,7 +26,7 @@ def unreachable(errors: Mapping[Endpoint, OSError | None]) -> str:
 
 
 def try_to_listen(endpoints: Sequence[Endpoint]) -> str:
-    """Why a server could not listen at these addresses now, as `unreachable` says it."""
+    """Why a server could not listen at one of these addresses now, as `unreachable` returns it."""
     errors: dict[Endpoint, OSError | None] = dict.fromkeys(endpoints)
     for endpoint in endpoints:
         try:
@@ -36,8 +37,8 @@ def try_to_listen(endpoints: Sequence[Endpoint]) -> str:
 
 
 def listening(endpoint: Endpoint, *, alone: bool) -> socket.socket:
-    """A socket that listens at `endpoint`; raises OSError. `alone`: the only one of its configuration; then `[::]`
-    also takes IPv4."""
+    """A socket that listens at `endpoint`. Raises OSError. `alone`: the configuration has no other endpoint; then
+    `[::]` also accepts IPv4."""
     family = socket.AF_INET6 if endpoint.version == 6 else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:

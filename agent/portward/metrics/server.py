@@ -1,18 +1,18 @@
-"""The HTTP server of the metrics: one thread, and a bound for everything that a client can take.
+"""The HTTP server of the metrics: one thread, with a limit for everything that a client can take.
 
-It runs in the agent, so whatever clients do, the agent must go on enforcing. What is bounded:
-- descriptors: at most `MAX_CONNECTIONS` connections, in descriptors that are held for them. The oldest one that
-  has not asked for anything gives way to a new one, so idle connections neither use up the agent's descriptors nor
-  keep a scrape waiting;
-- time: `HEAD_SECONDS` for a request, `STALL_SECONDS` without progress and `ANSWER_SECONDS` in all for an answer;
-- memory: `scrape.MAX_HEAD_BYTES` of a request, and `MAX_ANSWERS` answers at a time;
-- processor: after an answer was made no other one is made for as long as that took, and after all other work the
-  thread sleeps for as long as that took (`_rest`), so each costs at most half a core.
+It runs in the agent, and the agent must go on enforcing whatever clients do. Limits:
+- descriptors: at most `MAX_CONNECTIONS` connections, in descriptors that are reserved for them. A new connection
+  closes the oldest idle one, so idle connections neither use up descriptors nor delay a scrape;
+- time: `HEAD_TIMEOUT_S` for a request; for an answer `STALL_TIMEOUT_S` without progress, `ANSWER_TIMEOUT_S` in
+  all;
+- memory: `http.MAX_HEAD_BYTES` for a request, and `MAX_ANSWERS` answers at a time;
+- processor: after each answer the thread makes no other one for as long as it took, and after other work it sleeps
+  for as long as that took (`_rest`). So each of the two takes at most half a core.
 
-The addresses need not be there: each is tried again until it can be had (`problem` says what is wrong meanwhile).
+An address need not exist yet: listening is retried until it works, and `problem` says what is wrong meanwhile.
 
-Descriptors are closed by the thread alone, each through its own socket object. The one exception is the eventfd
-that wakes the thread: `close` closes it, after the thread has ended.
+Only the thread closes descriptors, each through its own socket object. The one exception is the eventfd that wakes
+the thread: `close` closes it after the thread has ended.
 """
 
 from __future__ import annotations
@@ -37,51 +37,58 @@ from portward.metrics import http
 from portward.metrics.http import Answer, BadRequestError, Request
 from portward.metrics.listeners import listening, unreachable
 
+# More than the Prometheus servers of any site, with room for people.
 MAX_CONNECTIONS: Final = 32
-HEAD_SECONDS: Final = 5.0
-# Connections never have more than this part of the agent's descriptors.
+# Connections take at most one in this many of the agent's descriptors.
 _LIMIT_PARTS: Final = 8
-# An answer makes progress, or its connection ends. A request waits no longer than Prometheus does, 10 s.
-STALL_SECONDS: Final = 5.0
-WAIT_SECONDS: Final = 10.0
-ANSWER_SECONDS: Final = 30.0
-# An answer about 100,000 subscriptions has some 10 MB.
+# A client sends the head of its request at once.
+HEAD_TIMEOUT_S: Final = 5.0
+# A request waits no longer than Prometheus does: 10 s (`scrape_timeout`).
+WAIT_TIMEOUT_S: Final = 10.0
+# An answer without progress for 5 s, or not sent within 30 s, ends with its connection.
+STALL_TIMEOUT_S: Final = 5.0
+ANSWER_TIMEOUT_S: Final = 30.0
+# An answer for 100,000 subscriptions has some 10 MB, so four take 40 MB.
 MAX_ANSWERS: Final = 4
-# So long an answer keeps its place if another request waits for one.
-_FAIR_SECONDS: Final = 1.0
-# How long the end of an answered connection is awaited. To close before would reset it if the client had sent more
-# than a head, and a reset destroys what the client has not read.
-_LINGER_SECONDS: Final = 1.0
-# Between two tries to listen; each one doubles it up to the second value.
-_RETRY_SECONDS, _LONGEST_RETRY = 1.0, 30.0
-# Without descriptors or memory for a connection: between two tries.
-_PAUSE_SECONDS: Final = 0.5
-# New connections in a row before the others have their turn.
-_ACCEPTED: Final = 64
+# An answer keeps its place for this long if another request waits for one.
+_FAIR_S: Final = 1.0
+# How long the server waits for the client to close an answered connection. If it closed first and the client had
+# sent more than a head, the kernel would send a reset, which destroys data that the client has not read.
+_LINGER_S: Final = 1.0
+# The first pause between two attempts to listen; each attempt doubles it up to the second value.
+_RETRY_S, _MAX_RETRY_S = 1.0, 30.0
+# The pause between two attempts if there is no descriptor or memory for a connection.
+_PAUSE_S: Final = 0.5
+# New connections in a row before other connections get their turn.
+_MAX_ACCEPTED: Final = 64
 _READ_BYTES: Final = 4_096
-_END_SECONDS: Final = 0.5
-# Processor time after which the thread looks whether it has slept as long.
-_WORK_SECONDS: Final = 0.01
-_LOG_SECONDS: Final = 60.0
+# `close` waits this long for the thread.
+_CLOSE_TIMEOUT_S: Final = 0.5
+# After this much processor time the thread checks whether it has slept for as long.
+_WORK_S: Final = 0.01
+# A client may cause the same error again and again; it is logged once in this time.
+_LOG_S: Final = 60.0
+# The errors of accept(2) if a descriptor or memory is missing.
 _SCARCE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_log = logging.getLogger("portward.metrics.registry")
+_log = logging.getLogger("portward.metrics")
 
 
 @dataclass(eq=False)
 class _Listener:
-    """An address, and the socket that listens there once it can be had. Times by the monotonic clock."""
+    """An address, and its listening socket if there is one. Times are of the monotonic clock."""
 
     endpoint: Endpoint
     socket: socket.socket | None = None
     error: OSError | None = None
     retry_at: float = 0.0
-    pause: float = _RETRY_SECONDS
+    pause: float = _RETRY_S
     paused: bool = False
 
 
 @dataclass(eq=False)
 class _Connection:
-    """A client: it sends its request, waits, receives its answer, and ends. `since`: when that state began."""
+    """A client: it sends its request, waits, receives its answer, and ends. `since`: when its present state
+    began."""
 
     socket: socket.socket
     since: float
@@ -90,33 +97,33 @@ class _Connection:
     answer: memoryview | None = None
     progress: float = 0.0
     ending: bool = False
-    watched: int = 0  # the events that the selector is asked for
+    watched: int = 0  # the events that the selector waits for
 
     @property
     def idle(self) -> bool:
-        """Whether it has asked for nothing, or has got everything."""
+        """Whether it has not sent a request yet, or has received its answer."""
         return self.ending or (self.request is None and self.answer is None)
 
     def expires(self) -> float:
-        """When it has taken too long."""
+        """When its present state times out."""
         if self.ending:
-            return self.since + _LINGER_SECONDS
+            return self.since + _LINGER_S
         if self.answer is not None:
-            return min(self.progress + STALL_SECONDS, self.since + ANSWER_SECONDS)
-        return self.since + (WAIT_SECONDS if self.request is not None else HEAD_SECONDS)
+            return min(self.progress + STALL_TIMEOUT_S, self.since + ANSWER_TIMEOUT_S)
+        return self.since + (WAIT_TIMEOUT_S if self.request is not None else HEAD_TIMEOUT_S)
 
 
 class MetricsServer:
-    """Answers scrapes at some addresses. `refused` (cause → connections that ended without an answer), `retries`
-    (failed tries to listen) and `problem` may be read on any thread."""
+    """Answers scrapes at some addresses. Any thread may read `refused` (cause → connections that ended without an
+    answer), `retries` (failed attempts to listen) and `problem`."""
 
     def __init__(self, endpoints: Sequence[Endpoint], answer: Callable[[Request], Answer]) -> None:
-        """`answer` is called on the server's thread. Opens nothing."""
+        """`answer` is called on the server's thread. Nothing is opened yet."""
         self._answer = answer
         self._listeners = [_Listener(endpoint) for endpoint in endpoints]
         self._connections: dict[int, _Connection] = {}
         self._rest_until = self._log_again = 0.0
-        # Processor time of the thread, without answers, and the time, when it last had slept enough.
+        # When the thread had last slept enough: its processor time without answers, and the monotonic time.
         self._worked = self._rested = 0.0
         self.refused: Counter[str] = Counter(dict.fromkeys(("crowded", "slow", "malformed", "descriptors"), 0))
         self.retries = 0
@@ -129,14 +136,14 @@ class MetricsServer:
         self._wake = -1
 
     def start(self) -> None:
-        """Listens at once at the addresses that can be had, and begins to answer. Never raises: without
-        descriptors or threads there are no metrics, which is logged and stands in `problem`."""
+        """Listens at the addresses that exist, and begins to answer. Never raises: without descriptors or threads
+        there are no metrics, which is logged and set in `problem`."""
         if not self._listeners:
             return
         with contextlib.ExitStack() as opened:
             try:
                 self._selector = opened.enter_context(selectors.DefaultSelector())
-                # Connections take these descriptors and no others: none of what else the agent needs.
+                # Connections use only these descriptors, so the rest of the agent keeps its own.
                 self._share = max(1, min(MAX_CONNECTIONS, descriptors.limit() // _LIMIT_PARTS))
                 self._reserve = Reserve(self._share)
                 opened.callback(self._reserve.release)
@@ -152,17 +159,17 @@ class MetricsServer:
                 _log.error("there are no metrics until portward is restarted: %s", error)
                 return
             self._thread = thread
-            opened.pop_all()  # from here on the thread closes all of it, and `close` the eventfd
+            opened.pop_all()  # from now on the thread closes all of it, except the eventfd
 
     def close(self) -> None:
-        """Frees addresses and descriptors. Waits a moment for the thread; idempotent."""
+        """Frees addresses and descriptors. Waits up to `_CLOSE_TIMEOUT_S` for the thread. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
         self._closing = True
         os.eventfd_write(self._wake, 1)
-        thread.join(_END_SECONDS)
-        if not thread.is_alive():  # else it is making a large answer, and ends with the process
+        thread.join(_CLOSE_TIMEOUT_S)
+        if not thread.is_alive():  # otherwise it makes a large answer, and ends with the process
             os.close(self._wake)
 
     @property
@@ -180,15 +187,15 @@ class MetricsServer:
                 self._turn()
                 self._rest()
             except Exception:
-                # No memory, or a fault of portward's own: it costs the connections, and nothing else.
-                _log.exception("the metrics server begins anew")
+                # No memory, or a bug. It costs the connections and nothing else.
+                _log.exception("the metrics server closes all connections and continues")
                 self._drop_all()
-                time.sleep(_PAUSE_SECONDS)
+                time.sleep(_PAUSE_S)
         self._end()
 
     def _turn(self) -> None:
-        """Waits for what happens next, and does it."""
-        for key, _ in self._selector.select(self._patience()):
+        """Waits for the next events, and handles them."""
+        for key, _ in self._selector.select(self._timeout()):
             if isinstance(key.data, _Listener):
                 self._accept(key.data)
             elif isinstance(key.data, _Connection) and self._connections.get(key.fd) is key.data:
@@ -198,18 +205,18 @@ class MetricsServer:
         self._listen()
 
     def _rest(self) -> None:
-        """Sleeps if the thread has worked for longer than it has slept: clients can connect, or send what nobody
-        asked for, as fast as they like."""
+        """Sleeps if the thread has worked for longer than it has slept, because clients can connect and send data
+        as fast as they like."""
         worked = time.thread_time() - self._worked
-        if worked < _WORK_SECONDS:
+        if worked < _WORK_S:
             return
         slept = time.monotonic() - self._rested - worked
         if slept < worked:
-            time.sleep(min(worked - slept, _PAUSE_SECONDS))
+            time.sleep(min(worked - slept, _PAUSE_S))
         self._worked, self._rested = time.thread_time(), time.monotonic()
 
-    def _patience(self) -> float | None:
-        """Seconds until something is due; None: nothing is."""
+    def _timeout(self) -> float | None:
+        """Seconds until the next timeout or attempt; None if none is due."""
         due = [connection.expires() for connection in self._connections.values()]
         due += [one.retry_at for one in self._listeners if one.socket is None or one.paused]
         if self._waiting():
@@ -219,7 +226,7 @@ class MetricsServer:
     # --- addresses ---
 
     def _listen(self) -> None:
-        """Opens what does not listen yet, and lets in again what had to wait for descriptors."""
+        """Retries addresses that do not listen yet, and accepts again at those that waited for descriptors."""
         now = time.monotonic()
         for listener in self._listeners:
             if now < listener.retry_at:
@@ -235,18 +242,18 @@ class MetricsServer:
             opened = self._watched(listener)
         except OSError as error:
             self.retries += 1
-            # Once for each cause: a second agent may have the address for days.
+            # Logged once for each cause, because a second agent may have the address for days.
             if listener.error is None or listener.error.errno != error.errno:
-                _log.warning("metrics.address %s: %s: it is tried again", listener.endpoint, error.strerror)
+                _log.warning("metrics.address %s: %s: retrying", listener.endpoint, error.strerror)
             listener.error, listener.retry_at = error, now + listener.pause
-            listener.pause = min(2 * listener.pause, _LONGEST_RETRY)
+            listener.pause = min(2 * listener.pause, _MAX_RETRY_S)
             return
         if listener.error is not None:
             _log.info("metrics.address %s: metrics can be scraped now", listener.endpoint)
-        listener.socket, listener.error, listener.pause = opened, None, _RETRY_SECONDS
+        listener.socket, listener.error, listener.pause = opened, None, _RETRY_S
 
     def _watched(self, listener: _Listener) -> socket.socket:
-        """A socket that listens, and that the selector waits for; raises OSError, and then there is none."""
+        """A listening socket that the selector waits for. Raises OSError, and then there is none."""
         opened = listening(listener.endpoint, alone=len(self._listeners) == 1)
         try:
             self._selector.register(opened, selectors.EVENT_READ, listener)
@@ -258,15 +265,15 @@ class MetricsServer:
     # --- connections ---
 
     def _accept(self, listener: _Listener) -> None:
-        for turn in range(_ACCEPTED):
+        for turn in range(_MAX_ACCEPTED):
             accepted = self._accepted(listener, waits=turn == 0)
             if accepted is None:
                 return
             self._take(accepted)
 
     def _accepted(self, listener: _Listener, *, waits: bool) -> socket.socket | None:
-        """The next client, if there is one and a descriptor for it. `waits`: the selector says that there is one.
-        Without a descriptor the kernel does not say it: it fails before it looks."""
+        """The next client, if there is one and a descriptor for it. `waits`: the selector has reported a client.
+        Without a free descriptor, accept(2) fails before it looks for a client, so its error does not tell."""
         assert listener.socket is not None  # noqa: S101 # it is registered
         while True:
             self._reserve.give_one()
@@ -274,22 +281,23 @@ class MetricsServer:
                 return listener.socket.accept()[0]
             except OSError as error:
                 self._reserve.refill(len(self._connections))
-                # Else nobody waits, or the client has left.
+                # Otherwise no client waits, or it has left.
                 if not waits or error.errno not in _SCARCE:
                     return None
-            if not self._give_way():
+            if not self._close_oldest_idle():
                 self.refused["descriptors"] += 1
                 self._pause(listener)
                 return None
 
     def _pause(self, listener: _Listener) -> None:
-        """Without a descriptor the listener would wake the thread over and over."""
+        """Stops accepting for `_PAUSE_S`. Without a free descriptor the listener would wake the thread all the
+        time."""
         assert listener.socket is not None  # noqa: S101 # it is registered
         self._selector.unregister(listener.socket)
-        listener.paused, listener.retry_at = True, time.monotonic() + _PAUSE_SECONDS
+        listener.paused, listener.retry_at = True, time.monotonic() + _PAUSE_S
 
     def _take(self, accepted: socket.socket) -> None:
-        if len(self._connections) >= self._share and not self._give_way():
+        if len(self._connections) >= self._share and not self._close_oldest_idle():
             self.refused["crowded"] += 1
             accepted.close()
             return
@@ -297,10 +305,10 @@ class MetricsServer:
         connection = _Connection(accepted, time.monotonic(), bytearray())
         self._connections[accepted.fileno()] = connection
         self._watch(connection, selectors.EVENT_READ)
-        self._serve(connection)  # a scrape's request is often there already
+        self._serve(connection)  # the request has often arrived already
 
     def _watch(self, connection: _Connection, events: int) -> None:
-        """Has the selector wait for these events of a connection, or for none."""
+        """Makes the selector wait for these events of a connection; 0: for none."""
         if not events:
             if connection.watched:
                 self._selector.unregister(connection.socket)
@@ -310,8 +318,8 @@ class MetricsServer:
             self._selector.register(connection.socket, events, connection)
         connection.watched = events
 
-    def _give_way(self) -> bool:
-        """Closes the oldest connection that is idle; False if none is."""
+    def _close_oldest_idle(self) -> bool:
+        """Closes the oldest idle connection; False if there is none."""
         for connection in self._connections.values():  # in the order in which they came
             if connection.idle:
                 self._drop(connection, "" if connection.ending else "crowded")
@@ -354,7 +362,7 @@ class MetricsServer:
             return
         if request is not None:
             connection.request, connection.since = request, time.monotonic()
-            # Not until it is answered: whoever goes on sending would wake the thread over and over.
+            # Until it is answered. A client that goes on sending would wake the thread all the time.
             self._watch(connection, 0)
 
     def _send(self, connection: _Connection) -> None:
@@ -370,20 +378,21 @@ class MetricsServer:
     # --- answers ---
 
     def _waiting(self) -> list[_Connection]:
-        """Those whose request is not answered yet."""
+        """The connections whose request has no answer yet."""
         return [one for one in self._connections.values() if one.request is not None and one.answer is None]
 
     def _sending(self) -> list[_Connection]:
-        """Those that receive an answer now."""
+        """The connections that receive their answer now."""
         return [one for one in self._connections.values() if one.answer is not None]
 
     def _answer_next(self) -> None:
-        """Makes the answer for the request that has waited for longest, if it is time and there is room."""
+        """Answers the request that has waited longest, if the thread has rested and there is room for an
+        answer."""
         now, waiting = time.monotonic(), self._waiting()
         if not waiting or now < self._next_answer():
             return
         sending = self._sending()
-        if len(sending) >= MAX_ANSWERS:  # it has had its time
+        if len(sending) >= MAX_ANSWERS:  # the oldest one has had `_FAIR_S`
             self._drop(min(sending, key=_since), "slow")
         connection = min(waiting, key=_since)
         assert connection.request is not None  # noqa: S101 # it waits
@@ -394,20 +403,20 @@ class MetricsServer:
         self._begin(connection, made)
 
     def _next_answer(self) -> float:
-        """When the next answer may be made: after a rest, and if all places are taken, once the oldest answer has
-        had `_FAIR_SECONDS`."""
+        """When the next answer may be made: after a rest, and, if `MAX_ANSWERS` are being sent, when the oldest
+        one has had `_FAIR_S`."""
         sending = self._sending()
         if len(sending) < MAX_ANSWERS:
             return self._rest_until
-        return max(self._rest_until, min(map(_since, sending)) + _FAIR_SECONDS)
+        return max(self._rest_until, min(map(_since, sending)) + _FAIR_S)
 
     def _made(self, request: Request) -> bytes:
         try:
             return http.encoded(self._answer(request), with_body=request.method == "GET")
         except Exception:
-            if time.monotonic() >= self._log_again:  # a client may ask for the same again and again
+            if time.monotonic() >= self._log_again:
                 _log.exception("a scrape could not be answered")
-                self._log_again = time.monotonic() + _LOG_SECONDS
+                self._log_again = time.monotonic() + _LOG_S
             return http.encoded(Answer("500 Internal Server Error", (), b"The log of portward says why.\n"))
 
     def _begin(self, connection: _Connection, answer: bytes) -> None:
@@ -428,7 +437,7 @@ class MetricsServer:
             self._drop(connection)
 
     def _end(self) -> None:
-        """Closes everything but the eventfd."""
+        """Closes everything except the eventfd."""
         self._drop_all()
         self._close_listeners()
         self._selector.close()

@@ -124,7 +124,7 @@ def test_a_request_that_is_half_written_counts_as_idle(ground: Ground) -> None:
 
 
 def test_who_does_not_ask_in_time_is_closed(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metricsserver, "HEAD_SECONDS", 0.05)
+    monkeypatch.setattr(metricsserver, "HEAD_TIMEOUT_S", 0.05)
     client = ground.connect(b"GET /metrics")
     assert client.recv(1) == b""
     until(lambda: ground.server.refused["slow"] == 1)
@@ -132,7 +132,7 @@ def test_who_does_not_ask_in_time_is_closed(ground: Ground, monkeypatch: pytest.
 
 
 def test_who_sends_bytes_one_by_one_is_closed_too(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metricsserver, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(metricsserver, "HEAD_TIMEOUT_S", 0.1)
     client = ground.connect()
 
     def ends() -> bool:
@@ -149,7 +149,7 @@ def test_who_sends_bytes_one_by_one_is_closed_too(ground: Ground, monkeypatch: p
 
 
 def test_who_does_not_read_is_closed(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metricsserver, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(metricsserver, "STALL_TIMEOUT_S", 0.05)
     ground.answer = lambda _: ANSWER._replace(body=LARGE)
     ground.connect(SCRAPE)
     until(lambda: ground.server.refused["slow"] == 1)
@@ -216,8 +216,8 @@ def test_an_answer_that_fails_is_a_500_and_logged_once(ground: Ground, caplog: p
 def test_an_address_that_is_taken_is_tried_again(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metricsserver, "_RETRY_SECONDS", 0.02)
-    monkeypatch.setattr(metricsserver, "_LONGEST_RETRY", 0.02)
+    monkeypatch.setattr(metricsserver, "_RETRY_S", 0.02)
+    monkeypatch.setattr(metricsserver, "_MAX_RETRY_S", 0.02)
     caplog.set_level(logging.INFO)
     ground = Ground()
     with socket.create_server((ground.endpoint.host, ground.endpoint.port)):
@@ -309,7 +309,7 @@ def test_its_end_frees_address_and_descriptors_and_nothing_else() -> None:
 def test_a_fault_of_its_own_costs_the_connections_and_not_the_server(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metricsserver, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(metricsserver, "_PAUSE_S", 0.01)
     real = ground.server._expire
     faults = [MemoryError()]
 
@@ -336,7 +336,7 @@ def test_a_listener_that_cannot_be_waited_for_is_opened_again(monkeypatch: pytes
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().register(fileobj, events, data)
 
-    monkeypatch.setattr(metricsserver, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(metricsserver, "_RETRY_S", 0.01)
     monkeypatch.setattr(selectors, "DefaultSelector", Scarce)
     other = Ground()
     other.server.start()
@@ -365,7 +365,7 @@ def test_who_keeps_the_thread_busy_has_half_of_a_core(monkeypatch: pytest.Monkey
         work, now = work + 0.001, now + 0.001
         server._rest()
     assert sum(pauses) == pytest.approx(work, rel=0.05)
-    assert max(pauses) < metricsserver._END_SECONDS
+    assert max(pauses) < metricsserver._CLOSE_TIMEOUT_S
     pauses.clear()
     for _ in range(1_000):
         work, now = work + 0.001, now + 0.003
