@@ -10,7 +10,7 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup program packages demo messages clean
-.PHONY: test test-trixie test-mail test-vm soak lint house bench bench-short
+.PHONY: test coverage test-lowest test-trixie test-mail test-vm soak lint house bench bench-short
 .PHONY: docs deb install
 
 help: ## Show the targets
@@ -55,8 +55,35 @@ demo: program ## Send real mail through a gateway in network namespaces (root)
 # share a lab.
 PROCESSES := $(shell echo $$((2 * $$(nproc))))
 
+# For a part of them: make test ONLY="tests/kernel tests/program".
+ONLY :=
+
 test: setup ## Run all tests: unit, kernel, whole program (root)
-	$(BIN)/pytest -n $(PROCESSES) --dist loadfile
+	$(BIN)/pytest -n $(PROCESSES) --dist loadfile $(ONLY)
+
+coverage: setup ## Run the unit tests, and print which branches they take, by room
+	@mkdir -p build
+	$(BIN)/pytest -n $(PROCESSES) --dist loadfile --cov --cov-report=json:build/coverage.json tests/unit
+	$(BIN)/python -m tests.covered build/coverage.json
+
+# An environment of its own, with the libraries of requirements-lowest.txt in place of the newer ones.
+LOWEST := .venv-lowest
+
+# The rooms that a library does something for.
+USERS := $(addprefix tests/unit/,cli config inventory metrics policy store table)
+
+$(LOWEST)/ready: INSTALL = $(LOWEST)/bin/pip install --quiet --disable-pip-version-check
+$(LOWEST)/ready: pyproject.toml requirements.txt requirements-test.txt requirements-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(INSTALL) --require-hashes -r requirements.txt -r requirements-test.txt
+	$(INSTALL) --require-hashes --no-deps -r requirements-lowest.txt
+	$(INSTALL) --no-deps --no-build-isolation -e .
+	$(LOWEST)/bin/pip check
+	@touch $@
+
+test-lowest: packages $(LOWEST)/ready ## Run the tests of what libraries do, with the oldest that pyproject.toml allows
+	$(LOWEST)/bin/portward --version
+	$(LOWEST)/bin/pytest -n $(PROCESSES) --dist loadfile $(USERS)
 
 test-mail: setup ## Send mail with Postfix, Exim, swaks and Python, tcpdump beside it, some four minutes (root)
 	$(MAKE) packages PACKAGES="debootstrap"
@@ -147,4 +174,4 @@ install: deb ## Install program and units without the package: PREFIX (/opt/port
 	$(BIN)/python -m package.install dist/portward_$(VERSION)_amd64.deb --prefix "$(PREFIX)" --destdir "$(DESTDIR)/"
 
 clean: ## Remove what the other targets made in this folder
-	rm -rf $(VENV) $(DOCS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(LOWEST) $(DOCS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -222,7 +222,8 @@ def edits(what: str) -> set[str]:
     if what == "reason code":
         return set.intersection(*(naming(rf"\b{reason.name}\b") for reason in Reason))
     pattern, users = EXAMPLES[what]
-    return naming(pattern) - users
+    # A backend is one thing to write, in as many files as it likes.
+    return {re.sub(r"^store/(\w+)/.*", r"store/\1", name) for name in naming(pattern) - users}
 
 
 # --- what the files are like ---

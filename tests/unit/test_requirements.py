@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -42,6 +43,20 @@ def test_the_program_its_lab_and_its_build_need_one_file() -> None:
 @pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"lab"}))
 def test_each_other_purpose_has_a_file_beside_it(extra: str) -> None:
     satisfied(EXTRAS[extra], RUN, f"requirements-{extra}.txt")
+
+
+def test_the_oldest_libraries_are_tried_as_the_bounds_say() -> None:
+    bounds = {
+        canonicalize_name(requirement.name): specifier.version
+        for requirement in map(Requirement, PROJECT["project"]["dependencies"])
+        for specifier in requirement.specifier
+        if specifier.operator == ">="
+    }
+    lowest = locked("requirements-lowest.txt")
+    assert lowest.keys() == bounds.keys()
+    assert {name: Version(version) for name, version in lowest.items()} == {
+        name: Version(version) for name, version in bounds.items()
+    }
 
 
 def test_a_package_has_the_same_version_in_every_file() -> None:
