@@ -14,7 +14,10 @@ from portward.config.load import load_config
 
 CONFIGS, PRESETS, INVENTORIES = cases("config"), cases("preset"), cases("inventory")
 # Each of these ended the process, or filled the memory, before it was bounded.
-WORST = ("deep-maps.yaml", "merges-of-merges.yaml", "aliases-in-an-id.yaml", "deep-objects.json")
+WORST = (
+    "deep-maps.yaml", "merges-of-merges.yaml", "aliases-in-a-key.yaml", "aliases-in-an-id.yaml",
+    "deep-objects.json",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

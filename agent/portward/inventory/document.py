@@ -300,8 +300,9 @@ class YamlDocument(Document):
     def _refuse_double(self, node: yaml.MappingNode) -> None:
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            line = key.start_mark.line + 1
-            name = str(key.value)
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # the constructor refuses it; as text, aliases in it would fill the memory
+            line, name = key.start_mark.line + 1, key.value
             if name in lines:
                 problem = f"stands twice in one mapping, first in line {lines[name]}"
                 raise InputError(problem, file=self.name, line=line, field=field_name((name,)))
