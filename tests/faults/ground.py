@@ -37,7 +37,7 @@ from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.ruleset import COUNTED_SETS, FIXED_SETS, TABLE, LimitResult
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import PortwardError
-from portward.inventory.document import json_text
+from portward.inventory.json_document import json_text
 from portward.ipc.mark import classify
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, Agent, until

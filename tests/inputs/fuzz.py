@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Only what is read in there is followed; the tests' own code is not.
 with atheris.instrument_imports(include=["portward", "tomllib", "yaml", "json", "ipaddress"]):
-    from portward.inventory import records  # noqa: F401 # for what it imports
+    from portward.inventory import files  # noqa: F401 # for what it imports
 
 from inputs.mutate import KINDS, mutated  # the path above must be there first
 from inputs.oracle import Oracle  # as above

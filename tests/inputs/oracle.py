@@ -14,8 +14,9 @@ from portward.config.documents import enc_hook
 from portward.config.load import load_config
 from portward.errors import InputError
 from portward.inventory.difference import Difference, check_offers, check_references, described, difference
-from portward.inventory.document import json_text, yaml_text
-from portward.inventory.records import read_inventory
+from portward.inventory.files import read_inventory
+from portward.inventory.json_document import json_text
+from portward.inventory.yaml_document import yaml_text
 from portward.policy import presets
 from portward.store.codec import decode, encode, key_of, key_only
 from portward.store.values import RecordError

@@ -16,7 +16,7 @@ from inputs.corpus import one_line, portward
 from inputs.held import Held, hold
 from inputs.test_corpus import INVENTORIES
 from portward.config import files
-from portward.inventory import document
+from portward.inventory import files as inventory_files
 
 PROGRAM: Final = (sys.executable, "-m", "portward")
 
@@ -145,7 +145,7 @@ def test_what_is_piped_in_is_read_to_its_end(name: str, held: Held) -> None:
 
 
 def test_standard_input_without_an_end_is_refused(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document, "_LARGEST", 4 << 20)
+    monkeypatch.setattr(inventory_files, "_MAX_BYTES", 4 << 20)
     with Path("/dev/zero").open() as zero:
         monkeypatch.setattr(sys, "stdin", zero)
         result = portward("apply", "-", "--config", str(held.config))

@@ -35,7 +35,7 @@ HOMES = {
     "netfilterqueue": {"worker.single"},
     "prometheus_client": {"metrics.exporter"},
     "aiosmtpd": {"lab.mail"},
-    "yaml": {"inventory.document"},
+    "yaml": {"inventory.yaml_document"},
 }
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from portward.cli.program import app
 from portward.daemon import status
 from portward.inventory.difference import check_offers, check_references
-from portward.inventory.records import read_inventory
+from portward.inventory.files import read_inventory
 from portward.policy import presets
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs/reference"

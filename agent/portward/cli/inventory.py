@@ -28,8 +28,10 @@ from portward.inventory.difference import (
     late_creation,
     useless_grants,
 )
-from portward.inventory.document import json_text, yaml_text
-from portward.inventory.records import Inventory, read_inventory
+from portward.inventory.files import read_inventory
+from portward.inventory.json_document import json_text
+from portward.inventory.records import Inventory
+from portward.inventory.yaml_document import yaml_text
 from portward.ops import mistyped
 from portward.ops.behind import behind_held, held_here, held_unknown, lost_store, nothing_held, other_store
 from portward.policy import presets

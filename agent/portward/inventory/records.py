@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from portward.base.characters import unshown
 from portward.config.documents import Steps, brief
 from portward.errors import InputError, together
-from portward.inventory.document import Document, read_document
+from portward.inventory.document import Document
 from portward.model import Attachment, Exemption, ExemptionState, Record, Subscription
 from portward.store.codec import encode, key_of
 from portward.store.validity import INSTANTS, flaws
@@ -92,11 +92,6 @@ class Inventory:
     def _first_place(self, key: str) -> str:
         document, steps = self._first(key)
         return f"{document.name}:{document.line(steps)}"
-
-
-def read_inventory(names: Sequence[str], progress: Progress | None = None) -> Inventory:
-    """The inventory in these files, `-` for standard input; raises InputError."""
-    return Inventory([read_document(name) for name in names], progress)
 
 
 def _in_utc(record: Attachment | Exemption) -> Record:

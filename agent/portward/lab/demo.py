@@ -20,7 +20,7 @@ from rich.table import Table
 from portward.base import locks
 from portward.base.resources import PYTHON
 from portward.errors import PortwardError
-from portward.inventory.document import yaml_text
+from portward.inventory.yaml_document import yaml_text
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.mail import READY, Fate, OpenSession, Outcome, Postbox, send

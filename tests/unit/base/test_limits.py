@@ -23,7 +23,8 @@ from portward.cli.program import app
 from portward.cli.times import instant
 from portward.dataplane.rate_limits import Bucket
 from portward.errors import InputError
-from portward.inventory.records import mistakes, read_inventory
+from portward.inventory.files import read_inventory
+from portward.inventory.records import mistakes
 from portward.model import (
     Attachment,
     Authentication,

@@ -10,7 +10,7 @@ import pytest
 
 from portward.config.load import load_config
 from portward.errors import InputError
-from portward.inventory.records import read_inventory
+from portward.inventory.files import read_inventory
 
 CONFIG = """\
 segments = ["vni*"]

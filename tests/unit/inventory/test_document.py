@@ -13,7 +13,8 @@ import yaml
 
 from portward.cli.times import instant
 from portward.errors import InputError
-from portward.inventory.records import Inventory, read_inventory
+from portward.inventory.files import read_inventory
+from portward.inventory.records import Inventory
 from portward.model import Record
 from portward.store.codec import decode, encode, key_of
 from unit.store.samples import ALL, CONTOSO, EXAMPLE, FABRIKAM, GRANT, MACHINE

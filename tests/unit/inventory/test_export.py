@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from portward.base.characters import unshown
 from portward.inventory.difference import difference
-from portward.inventory.document import JsonDocument, YamlDocument, json_text, yaml_text
+from portward.inventory.json_document import JsonDocument, json_text
 from portward.inventory.records import Inventory
+from portward.inventory.yaml_document import YamlDocument, yaml_text
 from portward.model import Attachment, Exemption, ExemptionState, Mode, Record, Standing, Subscription, Workload
 from portward.store.codec import decode, encode, key_of
 from portward.store.values import RecordError
