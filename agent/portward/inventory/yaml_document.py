@@ -31,16 +31,20 @@ _TAGS: Final = tuple(_TAG + name for name in ("null", "bool", "int", "float", "s
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # C where it is built
-    """YAML whose values are those that JSON has too.
+    """YAML whose values are those that JSON has too, and in which no mapping has a key twice.
 
     Dates stay text, so that a wrong date is reported with its line like any other value. Depth and merges have
     bounds: libyaml's composer recurses for each level, so deep nesting would overflow the stack and end the
     process; merges of merges would fill the memory.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, name: str, text: str) -> None:
+        """`name` is the file as the operator named it."""
         super().__init__(text)
+        self._name = name
         self._depth = 0
+        # Identities of the mappings that hold merged keys already. The root keeps all nodes alive.
+        self._merged: set[int] = set()
 
     def descend_resolver(self, parent: yaml.Node | None, index: Any) -> None:
         """Called by the composer before each node."""
@@ -54,7 +58,14 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         self._depth -= 1
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Called by the constructor before it makes a mapping: puts merged keys into it."""
+        """Called by the constructor before it makes a mapping: refuses double keys and puts merged keys into it.
+
+        A mapping comes again for each merge that names it. Once it holds merged keys, a key of its own that
+        overrides one of these looks as if it stood twice.
+        """
+        if id(node) in self._merged:
+            return
+        self._refuse_double_key(node)
         merged = [value for key, value in node.value if key.tag == f"{_TAG}merge"]
         if not merged:
             return
@@ -63,6 +74,18 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         super().flatten_mapping(node)
         if len(node.value) > _MAX_MERGED_KEYS:
             self._refuse_merge(node)
+        self._merged.add(id(node))
+
+    def _refuse_double_key(self, node: yaml.MappingNode) -> None:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # the constructor refuses it; as text, aliases in it would fill the memory
+            line, name = key.start_mark.line + 1, key.value
+            if name in lines:
+                problem = f"stands twice in one mapping, first in line {lines[name]}"
+                raise InputError(problem, file=self._name, line=line, field=field_name((name,)))
+            lines[name] = line
 
     def _refuse_merge(self, node: yaml.Node) -> None:
         problem = f"<< makes a mapping of more than {_MAX_MERGED_KEYS} keys"
@@ -125,14 +148,13 @@ class YamlDocument(Document):
 
     def _parsed(self, text: str) -> tuple[yaml.Node, Any]:
         try:
-            loader = _Loader(text)
+            loader = _Loader(self.name, text)
         except yaml.YAMLError as error:  # a character that YAML does not allow
             raise self._malformed(error, text) from None
         try:
             node = loader.get_single_node()
             if node is None:
                 raise InputError("the document is empty", file=self.name)
-            self._refuse_double_keys(node)
             return node, loader.construct_document(node)
         except yaml.YAMLError as error:
             raise self._malformed(error, text) from None
@@ -146,31 +168,6 @@ class YamlDocument(Document):
         place = getattr(error, "position", None)
         line = None if place is None else text.encode().count(b"\n", 0, place) + 1
         return InputError(f"not YAML: {str(error).splitlines()[0]}", file=self.name, line=line)
-
-    def _refuse_double_keys(self, root: yaml.Node) -> None:
-        # Each node once: an alias is the same node again, and aliases of aliases would never come to an end.
-        seen, waiting = {id(root)}, [root]
-        while waiting:
-            node = waiting.pop()
-            children = node.value if isinstance(node, yaml.SequenceNode) else []
-            if isinstance(node, yaml.MappingNode):
-                self._refuse_double(node)
-                children = [value for _, value in node.value]
-            for child in children:
-                if id(child) not in seen:
-                    seen.add(id(child))
-                    waiting.append(child)
-
-    def _refuse_double(self, node: yaml.MappingNode) -> None:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # the constructor refuses it; as text, aliases in it would fill the memory
-            line, name = key.start_mark.line + 1, key.value
-            if name in lines:
-                problem = f"stands twice in one mapping, first in line {lines[name]}"
-                raise InputError(problem, file=self.name, line=line, field=field_name((name,)))
-            lines[name] = line
 
 
 def yaml_text(records: Mapping[str, str]) -> Iterator[str]:

@@ -253,6 +253,26 @@ def test_a_document_of_another_form_is_refused(tmp_path: Path, text: str, told: 
     assert refused(tmp_path, text).startswith(told)
 
 
+MERGED = f"""\
+subscriptions:
+- &one {{id: {ID}, offer: csp, created: 2020-01-01}}
+- &two {{<<: *one, id: {OTHER}}}
+- {{<<: *two, id: 11111111-0000-4000-8000-000000000003}}
+- {{<<: [*two, *one], id: 11111111-0000-4000-8000-000000000004, offer: trial}}
+"""
+
+
+def test_a_key_that_overrides_a_merged_one_does_not_stand_twice(tmp_path: Path) -> None:
+    records = [json.loads(body) for body in read(tmp_path, MERGED).records.values()]
+    assert [record["offer"] for record in records] == ["csp", "csp", "csp", "trial"]
+
+
+def test_of_two_mistakes_in_yaml_the_first_is_told(tmp_path: Path) -> None:
+    text = EXAMPLE.replace("payment_history: true", "payment_history: !mine true")
+    text = text.replace("    by: self\n", "    by: self\n    by: other\n")
+    assert refused(tmp_path, text).startswith("inventory.yaml:11: not YAML: the tag '!mine' is not taken")
+
+
 def test_a_wrong_document_is_not_printed_whole(tmp_path: Path) -> None:
     assert len(refused(tmp_path, json.dumps(["x" * 100_000]))) < 500
 
