@@ -33,6 +33,7 @@ def pages() -> dict[str, str]:
         "exit-codes.md": commands.exit_codes_fills(),
         "json.md": output.fills(),
         "files.md": files.fills(),
+        "store.md": files.store_fills(),
     }
     return {
         name: (_HEAD + (TEXT / name).read_text().format(**filled)).rstrip() + "\n"

@@ -1,7 +1,12 @@
-"""The page on files and their formats. Names of files and numbers of formats come from the code."""
+"""The pages on files, their formats, and the store. Names of files, numbers of formats and the store's schema come
+from the code."""
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from package.reference.tables import code, table
@@ -9,6 +14,7 @@ from portward.config.keys import DEFAULT_PATH, DEFAULT_TABLE, Config
 from portward.daemon import runtime, settings
 from portward.daemon.countsfile import _MAGIC, _SLOTS
 from portward.ipc import counters
+from portward.store.backends import open_store
 from portward.store.sqlite import schema
 from portward.table import account, layout
 
@@ -72,6 +78,16 @@ def fills() -> dict[str, object]:
         "files": table(("path", "what it is"), ((_coded(path), what) for path, what in _FILES.items())),
         "formats": table(("what", "format", "one that is older", "one that is newer"), formats),
     }
+
+
+def store_fills() -> dict[str, object]:
+    """The values for the page on the store: the schema of a new one."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "store.db"
+        open_store(f"sqlite:{path}", create=True).close()
+        with closing(sqlite3.connect(path)) as database:
+            found = database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND type = 'table'")
+            return {"schema": "\n".join(f"{sql};" for (sql,) in found)}
 
 
 def _coded(paths: str) -> str:

@@ -122,6 +122,14 @@ def test_a_command_that_is_shown_exists(document: str, line: str) -> None:
             assert word in options, f"{document} shows {word} of portward {line}"
 
 
+def test_every_room_of_the_package_is_explained() -> None:
+    text = (ROOT / "docs/explanation/architecture.md").read_text()
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    rooms |= {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    explained = {room for row in re.findall(r"(?m)^\| (`[^|]*) \|", text) for room in re.findall(r"`(\w+)`", row)}
+    assert rooms == explained
+
+
 def quoted() -> list[str]:
     """The parts of log and status lines that the runbook quotes; `…`, N, LINE and numbers stand for values."""
     runbook = (ROOT / "docs/how-to/runbook.md").read_text()
