@@ -36,9 +36,8 @@ _WIDTH: Final = 100
 
 
 def sources() -> list[Path]:
-    """The files whose texts a reader may get in another language. Those of the command line have none: their `say`
-    prints."""
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if PACKAGE / "cli" not in path.parents]
+    """The files that may have texts which a reader can get in another language."""
+    return sorted(PACKAGE.rglob("*.py"))
 
 
 def collected() -> Catalog:

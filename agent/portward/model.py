@@ -132,8 +132,8 @@ class RateLimit(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unkn
     """New connections to the judged ports that a whole subscription may open, however many sources it has:
     `per_minute`, and `burst` of them at once."""
 
-    per_minute: Annotated[int, msgspec.Meta(ge=1, le=limits.MOST_PER_MINUTE)]
-    burst: Annotated[int, msgspec.Meta(ge=1, le=limits.MOST_AT_ONCE)] = 5
+    per_minute: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_RATE_PER_MINUTE)]
+    burst: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_BURST)] = 5
 
     def __str__(self) -> str:
         return f"{self.per_minute} new connections a minute, {self.burst} at once"
@@ -143,7 +143,7 @@ class Details(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknow
     """What a request for review tells of the mail that is to be sent; `volume` in messages a day."""
 
     mail_software: str = ""
-    volume: Annotated[int, msgspec.Meta(ge=1, le=limits.MOST_MESSAGES)] | None = None
+    volume: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_MESSAGES_PER_DAY)] | None = None
     reverse_dns: str = ""
     authentication: tuple[Authentication, ...] = ()
     terms_accepted: bool = False

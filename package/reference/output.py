@@ -53,8 +53,7 @@ def fills() -> dict[str, object]:
 
 
 def _struct(struct: type[msgspec.Struct]) -> str:
-    name = "facts.Asked" if struct is Asked else struct.__name__
-    return f"### {struct.__name__}\n\n" + struct_table(struct, name, typed=_type, filled=_filled)
+    return f"### {struct.__name__}\n\n" + struct_table(struct, struct.__name__, typed=_type, filled=_filled)
 
 
 def _type(type_: inspect.Type) -> str:

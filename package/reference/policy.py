@@ -13,8 +13,8 @@ from portward.base.codes import REASON_NUMBER
 from portward.config.documents import network_text
 from portward.model import Attachment, Details, Exemption, RateLimit, Reason, Subscription
 from portward.policy import presets
-from portward.policy.preset import Asked, ExemptionPath, Offer, Preset
-from portward.policy.remedy import reason_in_words
+from portward.policy.preset import ExemptionPath, Offer, Preset, ReviewQuestion
+from portward.policy.remedy import reason_text
 
 # The inventory that the page shows; a test applies it.
 EXAMPLE: Final[Path] = HERE / "inventory.yaml"
@@ -26,7 +26,7 @@ def presets_fills() -> dict[str, object]:
         "preset": struct_table(Preset),
         "offer": struct_table(Offer),
         "paths": enum_table(ExemptionPath, "`exemption`"),
-        "asked": enum_table(Asked, "`asks`"),
+        "asked": enum_table(ReviewQuestion, "`asks`"),
         "bundled": "\n".join(_bundled(presets.load(name)) for name in presets.bundled()),
     }
 
@@ -42,15 +42,15 @@ def inventory_fills() -> dict[str, object]:
         "limit": struct_table(RateLimit),
         "first": limits.FIRST_TIME.date(),
         "last": limits.LAST_TIME.date(),
-        "name": limits.LONGEST_NAME,
-        "long": limits.LONGEST_TEXT,
+        "name": limits.MAX_NAME_CHARS,
+        "long": limits.MAX_TEXT_CHARS,
     }
 
 
 def reasons_fills() -> dict[str, object]:
     """The values for the page on reason codes."""
     rows = (
-        (code(one), str(REASON_NUMBER[one]), "allow" if one.allows else "deny", sentence(reason_in_words(one)))
+        (code(one), str(REASON_NUMBER[one]), "allow" if one.allows else "deny", sentence(reason_text(one)))
         for one in Reason
     )
     return {"reasons": table(("code", "number", "verdict", "meaning"), rows)}

@@ -38,7 +38,7 @@ def test_the_kernel_takes_the_ends_of_every_range(make_gateway: MakeGateway, lar
     assert {"segment_rate", "burst", "length"} <= queue.keys()
     assert {"allow_seconds", "sources"} <= verdicts.keys()
     gateway = make_gateway(queue=queue, verdicts=verdicts)
-    most = RateLimit(per_minute=limits.MOST_PER_MINUTE, burst=limits.MOST_AT_ONCE)
+    most = RateLimit(per_minute=limits.MAX_RATE_PER_MINUTE, burst=limits.MAX_BURST)
     _, records = customer(CONTOSO, "10.0.0.99", limit=most if largest else RateLimit(per_minute=1, burst=1))
     gateway.agent.apply(*records)
     if largest:  # with one packet a second for all, a source may wait for ever

@@ -20,7 +20,7 @@ _LONGEST = 100
 _LEADING_ZERO = re.compile(r"^(?=[0-9.]+$)(?:.*\.)?0[0-9]")
 
 
-def asked(text: str, field: str) -> Address:
+def parse_address(text: str, field: str) -> Address:
     """The address that `text` means; raises InputError that names `field` and says what would be right."""
     try:
         address = ip_address(text)

@@ -31,7 +31,7 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def as_agent(decided: datetime | None) -> datetime:
+def agent_time(decided: datetime | None) -> datetime:
     """The time that an agent holds ends of grants against, whose policy table was last decided then; for whoever
     looks into the table for a moment. None: there is no table."""
     now = utc_now()

@@ -34,7 +34,7 @@ def raise_limit() -> int:
     return soft
 
 
-def few(number: int) -> str:
+def few_text(number: int) -> str:
     """A line that says that there are few descriptors."""
     return (
         f"this process may have {number} file descriptors: {ENOUGH} or more would be right (LimitNOFILE=, "

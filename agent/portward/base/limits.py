@@ -18,24 +18,24 @@ FIRST_TIME: Final = datetime(1970, 1, 2, tzinfo=UTC)
 LAST_TIME: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 # Messages a day: more than all the mail of the world (some 4 * 10^11). MessagePack has no integer beyond 64 bits.
-MOST_MESSAGES: Final = 10**12
+MAX_MESSAGES_PER_DAY: Final = 10**12
 
 # New connections a minute. nftables keeps a rate in 64 bits as nanoseconds for each, and a burst in 32 bits.
-MOST_PER_MINUTE: Final = 1_000_000
-MOST_AT_ONCE: Final = 100_000
+MAX_RATE_PER_MINUTE: Final = 1_000_000
+MAX_BURST: Final = 100_000
 
 # Characters of what is one line on a screen: names of customers, offers, software, hosts, persons.
-LONGEST_NAME: Final = 1_000
+MAX_NAME_CHARS: Final = 1_000
 # Characters of what people write: justifications, reasons, notes. It lies in each gateway's table, and a gateway
 # reads it whenever it decides the subscription again.
-LONGEST_TEXT: Final = 100_000
+MAX_TEXT_CHARS: Final = 100_000
 
 # SQLite's integers have 63 bits and a sign; the next revision must still be one.
-LAST_REVISION: Final = 2**63 - 2
+MAX_REVISION: Final = 2**63 - 2
 
 # Seconds between two readings of `top`. Each reads all that the kernel has cached, and no sleep is infinite.
-SHORTEST_INTERVAL: Final = 0.2
-LONGEST_INTERVAL: Final = 86_400.0
+MIN_INTERVAL_S: Final = 0.2
+MAX_INTERVAL_S: Final = 86_400.0
 
 # Half of a pair of UTF-16. In a text it stands for a byte that was no UTF-8, and no file or socket takes it.
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -53,7 +53,7 @@ def text_problem(text: str, longest: int) -> str | None:
     if len(text) > longest:
         return f"{len(text)} characters are too many: at most {longest} are kept"
     if not text.isascii() and _SURROGATE.search(text):
-        return f"{text[:LONGEST_NAME]!a} holds bytes that are not UTF-8"
+        return f"{text[:MAX_NAME_CHARS]!a} holds bytes that are not UTF-8"
     return None
 
 

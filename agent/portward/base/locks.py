@@ -21,7 +21,7 @@ _PROC: Final = Path("/proc")
 _NUMBER_BYTES: Final = 32
 
 
-def taken(descriptor: int, *, shared: bool = False) -> bool:
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     """Takes the lock on an open file; False if another one has it."""
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -37,7 +37,7 @@ def holder(descriptor: int) -> int | None:
     return None
 
 
-def send(descriptor: int, signal_number: int) -> bool:
+def signal_holder(descriptor: int, signal_number: int) -> bool:
     """Sends a signal to the other process that holds the lock on an open file, and to no third one. False if there
     is none that can be seen, or it may get no signal from this user."""
     number = holder(descriptor)
@@ -55,7 +55,7 @@ def send(descriptor: int, signal_number: int) -> bool:
     return False
 
 
-def written(descriptor: int) -> int | None:
+def recorded_pid(descriptor: int) -> int | None:
     """The number that the file begins with; None if it is none of a process."""
     text = os.pread(descriptor, _NUMBER_BYTES, 0).split(b"\n")[0].strip()
     return int(text) if text.isdigit() and int(text) > 0 else None
@@ -63,7 +63,7 @@ def written(descriptor: int) -> int | None:
 
 def _candidates(descriptor: int) -> Iterator[int]:
     """All processes, first the one that the file names, which is right nearly always."""
-    named = written(descriptor)
+    named = recorded_pid(descriptor)
     if named is not None:
         yield named
     with contextlib.suppress(OSError):

@@ -48,7 +48,9 @@ def _outcome() -> tuple[int, str]:
             raise
         return _unprinted(error)
     # typer makes an exit code of an interrupt within a verb.
-    return code, _after_writing("interrupted") if code == _INTERRUPTED and streams.written() is not None else ""
+    return code, _after_writing(
+        "interrupted"
+    ) if code == _INTERRUPTED and streams.noted_revision() is not None else ""
 
 
 def _run() -> int:
@@ -66,13 +68,13 @@ def _unprinted(error: OSError) -> tuple[int, str]:
     """What to make of output that could not be printed. A reader that has left (| head) is no failure of a verb
     that has done its work, nor a reason for any words."""
     if isinstance(error, BrokenPipeError):
-        return (1 if streams.written() is None else 0), ""
+        return (1 if streams.noted_revision() is None else 0), ""
     return 1, _after_writing(f"standard output: {error.strerror}")
 
 
 def _after_writing(problem: str) -> str:
     """The problem, and the revision that was written all the same: else it looks as if nothing was done."""
-    revision = streams.written()
+    revision = streams.noted_revision()
     if revision is None or re.search(rf"\brevision {revision}\b", problem):
         return problem
     return f"{problem}; the store was changed, as revision {revision}"
@@ -82,7 +84,7 @@ def _complain(problem: str) -> None:
     # Standard error may be gone too: then the exit code says it.
     with contextlib.suppress(streams.OutputError):
         for line in problem.splitlines():
-            streams.say(f"portward: {line}", err=True)
+            streams.echo(f"portward: {line}", err=True)
 
 
 def _finish() -> None:

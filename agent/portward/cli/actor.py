@@ -21,7 +21,7 @@ ActorOption: TypeAlias = Annotated[
 ]
 
 
-def acting(named: str | None) -> str:
+def actor_name(named: str | None) -> str:
     """Who the log is to name; raises InputError for what would spoil its lines."""
     if named is None:
         return _login()

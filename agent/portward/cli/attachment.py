@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
-from portward.base.addresses import asked
+from portward.base.addresses import parse_address
 from portward.base.clock import utc_now
-from portward.cli.actor import ActorOption, acting
+from portward.cli.actor import ActorOption, actor_name
 from portward.cli.exemption import ClockOption
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark_other_store
-from portward.cli.streams import say, say_json, wrote
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn_other_store
+from portward.cli.streams import echo, echo_json, note_revision
 from portward.cli.times import instant
 from portward.config.documents import network_text
 from portward.config.load import load_config
 from portward.exemptions.service import ExemptionService
 from portward.ops.behind import behind_held
 from portward.policy import presets
-from portward.policy.remedy import reason_in_words
+from portward.policy.remedy import reason_text
 from portward.store.backends import open_store
 
 app = typer.Typer(help="The machines behind addresses.", no_args_is_help=True, rich_markup_mode=None)
@@ -48,32 +48,32 @@ def started(
 
     Example: portward attachment started vni1002 10.0.0.4 --at 2026-01-10T08:00:00Z
     """
-    source = asked(address, "ADDRESS")
+    source = parse_address(address, "ADDRESS")
     settings = load_config(config)
-    remark_other_store(settings)
+    warn_other_store(settings)
     with closing(open_store(settings.store)) as store:
         service = ExemptionService(
             store,
             presets.load(settings.preset, named_in=config),
             settings,
-            actor=acting(actor),
+            actor=actor_name(actor),
             clock=utc_now,
             trust_clock=trust_clock,
         )
         found = service.started(segment, source, instant(at, "--at"))
-        wrote(found.written.revision)
+        note_revision(found.written.revision)
     behind = behind_held(settings, found.written.revision)
     if json:
         told = {"revision": found.written.revision, "attachment": found.attachment, "reason": found.reason}
         told |= {} if behind is None else {"behind": behind.as_json()}
-        say_json(told)
+        echo_json(told)
         return
     place = network_text(found.attachment.address)
-    say(
+    echo(
         f"{segment} {place}: started {found.attachment.started:%Y-%m-%d %H:%M:%SZ}, "
         f"as revision {found.written.revision}"
     )
     verdict = "may send" if found.reason.allows else "may NOT send"
-    say(f"  it {verdict}: {reason_in_words(found.reason)} ({found.reason})")
+    echo(f"  it {verdict}: {reason_text(found.reason)} ({found.reason})")
     if behind is not None:
-        say(f"  {behind}")
+        echo(f"  {behind}")

@@ -8,9 +8,9 @@ from typing import Annotated, Final
 
 import typer
 
-from portward.base.limits import LAST_REVISION
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark_other_store
-from portward.cli.streams import say, say_json
+from portward.base.limits import MAX_REVISION
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn_other_store
+from portward.cli.streams import echo, echo_json
 from portward.config.load import load_config
 from portward.errors import InputError
 from portward.ops import audit as audits
@@ -27,7 +27,7 @@ def audit(
     since: Annotated[
         int | None,
         typer.Option(
-            "--since", metavar="REVISION", min=0, max=LAST_REVISION, help="Print the entries after this one."
+            "--since", metavar="REVISION", min=0, max=MAX_REVISION, help="Print the entries after this one."
         ),
     ] = None,
     last: Annotated[
@@ -36,7 +36,7 @@ def audit(
             "--last",
             metavar="N",
             min=1,
-            max=LAST_REVISION,
+            max=MAX_REVISION,
             help=f"Print the last N entries; {_LAST} if not given.",
         ),
     ] = None,
@@ -78,22 +78,22 @@ def audit(
         raise InputError(f"prints no entries, so {given[0]} says nothing: leave one of them out", field="--check")
     wanted = None if only_check else Wanted(since, last or _LAST, key, actor)
     settings = load_config(config)
-    remark_other_store(settings)
+    warn_other_store(settings)
     with contextlib.closing(open_store(settings.store)) as store, store.reading():
         check = Check(store, mark)
         if json:
             told = audits.as_json(store, wanted, check, _FINDINGS)
-            say_json(told)
+            echo_json(told)
             found = told["findings_total"]
         else:
             if wanted is not None:
                 line = None
                 for line in audits.lines(store, audits.shown(store, wanted)):
-                    say(line)
+                    echo(line)
                 if line is None:
-                    say(audits.nothing(store, wanted))
+                    echo(audits.nothing(store, wanted))
             found = _print_findings(check)
-            say(audits.verdict(check, found))
+            echo(audits.verdict(check, found))
     if found:
         raise typer.Exit(1)
 
@@ -102,9 +102,9 @@ def _print_findings(check: Check) -> int:
     """Prints what is found, and gives how much it is."""
     walk, printed = check.findings(), 0
     for finding in islice(walk, _FINDINGS):
-        say(f"portward: {finding.text}", err=True)
+        echo(f"portward: {finding.text}", err=True)
         printed += 1
     more = sum(1 for _ in walk)
     if more:
-        say(f"portward: … and {more} more", err=True)
+        echo(f"portward: … and {more} more", err=True)
     return printed + more

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark
-from portward.cli.streams import say, say_json, say_text
-from portward.cli.words import text
+from portward.cli.arguments import text
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn
+from portward.cli.streams import echo, echo_json, echo_text
 
 
 def diagnose(
@@ -42,11 +42,11 @@ def diagnose(
     words = catalogues.chosen(lang, os.environ)
     preset, found = gather.diagnose(config, who, address, words)
     if json:
-        say_json(found)
+        echo_json(found)
     elif customer:
-        remark(found.remarks, err=True)
-        say_text(found.customer)
+        warn(found.remarks, err=True)
+        echo_text(found.customer)
     else:
-        remark(found.remarks)
+        warn(found.remarks)
         for line in answer.lines(preset, found, words, listed=None if everything else answer.LISTED):
-            say(line)
+            echo(line)

@@ -13,12 +13,12 @@ import typer
 from portward.base import limits
 from portward.base.clock import utc_now
 from portward.base.words import counted
-from portward.cli.actor import ActorOption, acting
+from portward.cli.actor import ActorOption, actor_name
 from portward.cli.exemption_chosen import confirm as confirm_count
 from portward.cli.exemption_chosen import granted, id_of, known_offer, listed
 from portward.cli.exemption_text import checked, in_a_line, lines, next_step
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption, remark_other_store
-from portward.cli.streams import say, say_json, wrote
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption, warn_other_store
+from portward.cli.streams import echo, echo_json, note_revision
 from portward.cli.times import instant
 from portward.config.keys import Config
 from portward.config.load import load_config
@@ -62,14 +62,14 @@ RateOption: TypeAlias = Annotated[
         "--rate",
         metavar="N",
         min=1,
-        max=limits.MOST_PER_MINUTE,
+        max=limits.MAX_RATE_PER_MINUTE,
         help="New connections a minute, of the whole subscription.",
     ),
 ]
 BurstOption: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        "--burst", metavar="N", min=1, max=limits.MOST_AT_ONCE, help=f"How many of them at once, else {_BURST}."
+        "--burst", metavar="N", min=1, max=limits.MAX_BURST, help=f"How many of them at once, else {_BURST}."
     ),
 ]
 ClockOption: TypeAlias = Annotated[
@@ -83,7 +83,7 @@ def request(
     justification: Annotated[str, typer.Option(metavar="TEXT", help="Why mail cannot go through a relay.")] = "",
     mail_software: Annotated[str, typer.Option(metavar="TEXT", help="What sends the mail.")] = "",
     volume: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=limits.MOST_MESSAGES, help="Messages a day.")
+        int | None, typer.Option(metavar="N", min=1, max=limits.MAX_MESSAGES_PER_DAY, help="Messages a day.")
     ] = None,
     reverse_dns: Annotated[str, typer.Option(metavar="NAME", help="The name that the address points to.")] = "",
     authentication: Annotated[
@@ -109,9 +109,9 @@ def request(
         terms_accepted=terms,
     )
     asked = Application(justification, None if details == Details() else details, instant(until, "--until"))
-    with _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset):
+    with _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset):
         done = service.request(id_of(id_, service.store), asked)
-    _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
+    _print_change(done, preset, behind_held(settings, note_revision(done.written.revision)), json=json)
     if done.exemption.state is ExemptionState.REJECTED:
         raise typer.Exit(1)
 
@@ -143,9 +143,9 @@ def grant(
         if not fraud_check.strip():
             raise InputError("says nothing: how was it checked, and by whom?", field="--fraud-check")
         check = FraudResult(FraudCheck.PASS, printable(fraud_check))
-    with _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset):
+    with _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset):
         done = service.grant(id_of(id_, service.store), check=check, until=instant(until, "--until"), limit=limit)
-    _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
+    _print_change(done, preset, behind_held(settings, note_revision(done.written.revision)), json=json)
 
 
 @app.command()
@@ -161,9 +161,9 @@ def reject(
 
     Example: portward exemption reject 11111111-0000-4000-8000-000000000003 --reason "a relay will do"
     """
-    with _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset):
+    with _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset):
         done = service.reject(id_of(id_, service.store), reason)
-    _tell_done(done, preset, behind_held(settings, wrote(done.written.revision)), json=json)
+    _print_change(done, preset, behind_held(settings, note_revision(done.written.revision)), json=json)
 
 
 @app.command()
@@ -184,10 +184,10 @@ def limit(
     wanted = _limit(rate, burst)
     if (wanted is None) is not none:
         raise InputError("say either --rate or --none", field="--rate")
-    with _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset):
+    with _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset):
         done = service.limit(id_of(id_, service.store), wanted)
-    behind = behind_held(settings, wrote(done.written.revision))
-    _tell_done(done, preset, behind, json=json, limited=True)
+    behind = behind_held(settings, note_revision(done.written.revision))
+    _print_change(done, preset, behind, json=json, limited=True)
 
 
 @app.command()
@@ -223,32 +223,32 @@ def revoke(
     if id_ is not None and confirm is not None:
         raise InputError("goes with --file and --offer: one subscription needs no count", field="--confirm")
     with (
-        _desk(config, actor, trust_clock=trust_clock) as (service, settings, preset),
+        _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset),
         _waiting(settings, service.store, wait=wait) as agent,
     ):
         known_offer(preset, offer)
         if id_ is not None:
             one, began = id_of(id_, service.store), time.monotonic()
             done = service.revoke(one, reason)
-            took = _wait(agent, wrote(done.written.revision), began)
+            took = _wait(agent, note_revision(done.written.revision), began)
             behind = behind_held(settings, done.written.revision) if agent is None else agent.behind()
-            _tell_done(done, preset, behind, json=json, took=took)
+            _print_change(done, preset, behind, json=json, took=took)
             return
         ids = granted(service, offer or "") if file is None else listed(service, file)
         confirm_count(len(ids), confirm)
         began = time.monotonic()
-        revision = wrote(service.revoke_all(ids, reason).revision) if ids else service.store.revision()
+        revision = note_revision(service.revoke_all(ids, reason).revision) if ids else service.store.revision()
         took = _wait(agent, revision, began)
         behind = behind_held(settings, revision) if agent is None else agent.behind()
     if json:
         told = {"revoked": len(ids), "revision": revision, "enforced_after_ms": _ms(took)}
-        say_json(told | _behind(behind))
+        echo_json(told | _behind(behind))
     elif not ids:
-        say(f"nothing to revoke, the store stays at revision {revision}")
+        echo(f"nothing to revoke, the store stays at revision {revision}")
     else:
-        say(f"revoked {counted(len(ids), 'exemption')}, as revision {revision}{_enforced(took)}")
+        echo(f"revoked {counted(len(ids), 'exemption')}, as revision {revision}{_enforced(took)}")
         if behind is not None:
-            say(f"  {behind}")
+            echo(f"  {behind}")
 
 
 @app.command("list")
@@ -268,7 +268,7 @@ def list_(
 
     Example: portward exemption list --state requested
     """
-    with _desk(config, None) as (service, _, preset):
+    with _open_service(config, None) as (service, _, preset):
         known_offer(preset, offer)
         printed = total = 0
         for total, row in enumerate(service.rows(utc_now()), start=1):  # noqa: B007 # said below
@@ -281,12 +281,12 @@ def list_(
                 continue
             printed += 1
             if json:
-                say_json(_machine(row))
+                echo_json(_as_json(row))
             else:
-                told = lifecycle.told(row.state, row.exemption)
-                say(f"{row.subscription}  {_owner(row):<40}  {told}")
+                told = lifecycle.state_text(row.state, row.exemption)
+                echo(f"{row.subscription}  {_owner(row):<40}  {told}")
     if not (printed or json):
-        say(_none(total))
+        echo(_none(total))
 
 
 @app.command()
@@ -296,15 +296,15 @@ def show(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAU
     Example: portward exemption show 11111111-0000-4000-8000-000000000002
     """
     now = utc_now()
-    with _desk(config, None) as (service, _, preset):
+    with _open_service(config, None) as (service, _, preset):
         row = service.row(id_of(id_, service.store), now)
     if json:
-        say_json(_machine(row))
+        echo_json(_as_json(row))
         return
-    say(f"{row.subscription}  {_owner(row)}")
+    echo(f"{row.subscription}  {_owner(row)}")
     for line in lines(row.exemption):
-        say(f"  {line}")
-    say(f"  next      {next_step(row, preset, now)}")
+        echo(f"  {line}")
+    echo(f"  next      {next_step(row, preset, now)}")
 
 
 @app.command()
@@ -313,30 +313,30 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
 
     Example: portward exemption history 11111111-0000-4000-8000-000000000002
     """
-    with _desk(config, None) as (service, _, _):
+    with _open_service(config, None) as (service, _, _):
         changes = service.history(id_of(id_, service.store))
     for change in changes:
         record = readable(change.key, change.after)
         state = record.state.value if isinstance(record, Exemption) else "taken out of the store"
         if json:
-            say_json({"revision": change.revision, "at": change.at, "actor": change.actor, "exemption": record})
+            echo_json({"revision": change.revision, "at": change.at, "actor": change.actor, "exemption": record})
             continue
-        say(f"{change.at:%Y-%m-%d %H:%M:%SZ}  revision {change.revision}  {change.actor}: {state}")
+        echo(f"{change.at:%Y-%m-%d %H:%M:%SZ}  revision {change.revision}  {change.actor}: {state}")
         if isinstance(record, Exemption):
             for line in lines(record)[1:]:
-                say(f"    {line}")
+                echo(f"    {line}")
 
 
 @contextmanager
-def _desk(
+def _open_service(
     path: Path, actor: str | None, *, trust_clock: bool = False
 ) -> Iterator[tuple[ExemptionService, Config, Preset]]:
     settings = load_config(path)
     preset = presets.load(settings.preset, named_in=path)
-    remark_other_store(settings)
+    warn_other_store(settings)
     with closing(open_store(settings.store)) as store:
         service = ExemptionService(
-            store, preset, settings, actor=acting(actor), clock=utc_now, trust_clock=trust_clock
+            store, preset, settings, actor=actor_name(actor), clock=utc_now, trust_clock=trust_clock
         )
         yield service, settings, preset
 
@@ -364,7 +364,7 @@ def _limit(rate: int | None, burst: int | None) -> RateLimit | None:
     return None if rate is None else RateLimit(per_minute=rate, burst=burst or _BURST)
 
 
-def _tell_done(
+def _print_change(
     done: ExemptionChange,
     preset: Preset,
     behind: Behind | None,
@@ -377,27 +377,27 @@ def _tell_done(
     exemption = done.exemption
     state = lifecycle.state_of(exemption, done.written.at)
     if json:
-        say_json(
+        echo_json(
             {"revision": done.written.revision, "state": state, "exemption": exemption}
             | ({} if took is None else {"enforced_after_ms": _ms(took)})
             | _behind(behind)
         )
         return
     name = f" ({done.subscription.name})" if done.subscription.name else ""
-    say(
-        f"exemption of {done.subscription.id}{name}: {lifecycle.told(state, exemption)}, "
+    echo(
+        f"exemption of {done.subscription.id}{name}: {lifecycle.state_text(state, exemption)}, "
         f"as revision {done.written.revision}{_enforced(took)}"
     )
     if behind is not None:
-        say(f"  {behind}")
+        echo(f"  {behind}")
     if exemption.reason:
-        say(f"  reason    {in_a_line(exemption.reason)}")
+        echo(f"  reason    {in_a_line(exemption.reason)}")
     if exemption.fraud_check is not None:
-        say(f"  checked   {in_a_line(checked(exemption))}")
+        echo(f"  checked   {in_a_line(checked(exemption))}")
     if exemption.limit is not None and state is State.GRANTED:
-        say(f"  limit     {exemption.limit}")
+        echo(f"  limit     {exemption.limit}")
     row = ExemptionRow(done.subscription.id, done.subscription, exemption, state)
-    say(f"  next      {next_step(row, preset, done.written.at, limited=limited)}")
+    echo(f"  next      {next_step(row, preset, done.written.at, limited=limited)}")
 
 
 def _none(total: int) -> str:
@@ -411,7 +411,7 @@ def _owner(row: ExemptionRow) -> str:
     return f"{row.owner.name} ({row.owner.offer})".strip()
 
 
-def _machine(row: ExemptionRow) -> dict[str, Any]:
+def _as_json(row: ExemptionRow) -> dict[str, Any]:
     owner = row.owner
     return {
         "subscription": row.subscription,

@@ -34,7 +34,7 @@ def lines(exemption: Exemption) -> list[str]:
 
 
 def in_a_line(text: str) -> str:
-    """What somebody wrote, which may have several lines."""
+    """A text of several lines as one line."""
     return " ".join(text.split())
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark
-from portward.cli.streams import say, say_json
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn
+from portward.cli.streams import echo, echo_json
 
 
 def explain(
@@ -27,8 +27,8 @@ def explain(
 
     found = explanation.explain(config, segment, address, to)
     if json:
-        say_json(found)
+        echo_json(found)
     else:
-        remark(found.remarks)
+        warn(found.remarks)
         for line in explanation.lines(found):
-            say(line)
+            echo(line)

@@ -12,9 +12,9 @@ import msgspec
 import typer
 
 from portward.base.clock import utc_now
-from portward.cli.actor import ActorOption, acting
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark, remark_other_store
-from portward.cli.streams import put, say, say_json, wrote
+from portward.cli.actor import ActorOption, actor_name
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn, warn_other_store
+from portward.cli.streams import echo, echo_json, note_revision, put
 from portward.config.keys import Config
 from portward.config.load import load_config
 from portward.errors import InputError, PortwardError
@@ -38,7 +38,7 @@ from portward.policy import presets
 from portward.policy.preset import Preset
 from portward.store.backends import open_store
 from portward.store.confirmation import CONFIRMED, confirmation
-from portward.store.flips import HeldError, check_flips
+from portward.store.flips import UnconfirmedError, check_flips
 from portward.store.values import NoStoreError
 
 # What a person reads before it is only counted.
@@ -88,7 +88,7 @@ def apply(
     Example: portward apply --dry-run inventory.yaml
     """
     settings = load_config(config)
-    who = acting(actor)
+    who = actor_name(actor)
     if not files:
         if not confirm or dry_run or prune:
             raise InputError("missing: name an inventory, or - for standard input", field="FILE")
@@ -110,20 +110,20 @@ def apply(
     if json:
         if refused and held is None:
             warnings.append(f"it {refused}: to be applied with --confirm only")
-        told = _machine(plan, revision, held, dry_run=dry_run)
+        told = _as_json(plan, revision, held, dry_run=dry_run)
         told |= {} if behind is None else {"behind": behind.as_json()}
         told |= {"warnings": warnings} if warnings else {}
-        say_json(told)
+        echo_json(told)
         return
-    remark(warnings)
+    warn(warnings)
     for line in _lines(plan, settings.store, revision, dry_run=dry_run):
-        say(line)
+        echo(line)
     if confirm and not dry_run and revision == plan.revision:
-        say(_nothing_held(revision))
+        echo(_nothing_held(revision))
     if behind is not None:
-        say(str(behind))
+        echo(str(behind))
     if refused:
-        say(f"it {refused}: to be applied with --confirm only")
+        echo(f"it {refused}: to be applied with --confirm only")
 
 
 def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
@@ -132,7 +132,7 @@ def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
     Example: portward export > inventory.yaml
     """
     settings = load_config(config)
-    remark_other_store(settings)
+    warn_other_store(settings)
     have, _ = _stored(settings.store)
     for piece in json_text(have) if json else yaml_text(have):
         put(piece)
@@ -166,11 +166,11 @@ def _stored(url: str) -> tuple[dict[str, str], int]:
         return {key: body for key, body in records if key != CONFIRMED}, revision
 
 
-def _too_many(settings: Config, preset: Preset, plan: _Plan) -> HeldError | None:
+def _too_many(settings: Config, preset: Preset, plan: _Plan) -> UnconfirmedError | None:
     """Why the agents would hold the change; None where they would not."""
     try:
         check_flips(plan.have, plan.change.puts(), preset, share=settings.max_flip_share, now=utc_now())
-    except HeldError as held:
+    except UnconfirmedError as held:
         return held
     return None
 
@@ -191,18 +191,18 @@ def _confirm(settings: Config, who: str, *, json: bool) -> None:
         newest = store.revision()
         if nothing_held(settings):
             if json:
-                say_json({"revision": newest, "confirmed": None})
+                echo_json({"revision": newest, "confirmed": None})
             else:
-                say(_nothing_held(newest))
+                echo(_nothing_held(newest))
             return
         warnings = [line] if (line := other_store(settings) or held_unknown(settings)) else []
         confirming = confirmation(newest + 1, hold=held_here(settings))
-        wrote(store.write([confirming], expected=newest, actor=who, at=utc_now()))
+        note_revision(store.write([confirming], expected=newest, actor=who, at=utc_now()))
     if json:
-        say_json({"revision": newest + 1, "confirmed": newest} | ({"warnings": warnings} if warnings else {}))
+        echo_json({"revision": newest + 1, "confirmed": newest} | ({"warnings": warnings} if warnings else {}))
         return
-    remark(warnings)
-    say(_confirmed(newest + 1))
+    warn(warnings)
+    echo(_confirmed(newest + 1))
 
 
 def _nothing_held(revision: int) -> str:
@@ -224,10 +224,10 @@ def _write(settings: Config, plan: _Plan, who: str, step: Step, *, confirm: bool
         return plan.revision
     with contextlib.closing(open_store(settings.store, create=True)) as store:
         progress = step("writing", len(puts))
-        return wrote(store.write(puts, expected=plan.revision, actor=who, at=utc_now(), progress=progress))
+        return note_revision(store.write(puts, expected=plan.revision, actor=who, at=utc_now(), progress=progress))
 
 
-def _machine(plan: _Plan, revision: int, held: HeldError | None, *, dry_run: bool) -> dict[str, object]:
+def _as_json(plan: _Plan, revision: int, held: UnconfirmedError | None, *, dry_run: bool) -> dict[str, object]:
     told: dict[str, object] = {"revision": revision, "dry_run": dry_run, **plan.change.counts()}
     told |= {"new_store": True} if plan.new else {}
     if dry_run:

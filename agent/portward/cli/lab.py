@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from portward.cli.streams import say
+from portward.cli.streams import echo
 from portward.lab.topology import DEFAULT_NAME
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ def up(name: NameOption = DEFAULT_NAME) -> None:
     from portward.lab import standing  # noqa: PLC0415 # only this verb needs it
 
     for line in standing.up(name):
-        say(line)
+        echo(line)
 
 
 @app.command()
@@ -37,7 +37,7 @@ def down(name: NameOption = DEFAULT_NAME) -> None:
     """
     from portward.lab import standing  # noqa: PLC0415 # only this verb needs it
 
-    say(standing.down(name))
+    echo(standing.down(name))
 
 
 @app.command()

@@ -8,8 +8,8 @@ from typing import Annotated, Final, TypeAlias
 
 import typer
 
-from portward.base.limits import LONGEST_INTERVAL, SHORTEST_INTERVAL
-from portward.cli.streams import say
+from portward.base.limits import MAX_INTERVAL_S, MIN_INTERVAL_S
+from portward.cli.streams import echo
 from portward.config.keys import DEFAULT_PATH, Config
 
 ConfigOption: TypeAlias = Annotated[
@@ -24,24 +24,24 @@ JsonLinesOption: TypeAlias = Annotated[
 STOPPED: Final = "stopped at the question: nothing was changed"
 
 
-def remark(lines: Iterable[str], *, err: bool = False) -> None:
+def warn(lines: Iterable[str], *, err: bool = False) -> None:
     """Prints what a reader must know before anything else."""
     for line in lines:
-        say(f"WARNING   {line}", err=err)
+        echo(f"WARNING   {line}", err=err)
 
 
-def remark_other_store(config: Config) -> None:
+def warn_other_store(config: Config) -> None:
     """Says on standard error if the agent here reads another store than `config` names, for a verb on that one."""
     from portward.ops.behind import other_store  # noqa: PLC0415 # a verb without a store does not load it
 
-    remark(filter(None, [other_store(config)]), err=True)
+    warn(filter(None, [other_store(config)]), err=True)
 
 
 def seconds(value: float) -> float:
     """The value of an option, if it is a number of seconds that one can wait for; `min` and `max` let NaN pass."""
-    if SHORTEST_INTERVAL <= value <= LONGEST_INTERVAL:
+    if MIN_INTERVAL_S <= value <= MAX_INTERVAL_S:
         return value
-    raise typer.BadParameter(f"{value:g} is not in the range {SHORTEST_INTERVAL:g}<=x<={LONGEST_INTERVAL:g}")
+    raise typer.BadParameter(f"{value:g} is not in the range {MIN_INTERVAL_S:g}<=x<={MAX_INTERVAL_S:g}")
 
 
 __all__ = [
@@ -49,7 +49,7 @@ __all__ = [
     "ConfigOption",
     "JsonLinesOption",
     "JsonOption",
-    "remark",
-    "remark_other_store",
     "seconds",
+    "warn",
+    "warn_other_store",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption
-from portward.cli.streams import say, say_json
+from portward.cli.streams import echo, echo_json
 from portward.config.documents import network_text
 from portward.config.load import load_config
 from portward.policy import presets
@@ -38,11 +38,11 @@ def list_(
             }
             for preset in found
         ]
-        say_json(rows)
+        echo_json(rows)
         return
     for preset in found:
         default = " (default)" if preset.name == presets.DEFAULT else ""
-        say(f"{preset.name:<14}{preset.title}, ports {_numbers(preset)}{default}")
+        echo(f"{preset.name:<14}{preset.title}, ports {_numbers(preset)}{default}")
 
 
 @app.command()
@@ -63,15 +63,15 @@ def show(
     """
     preset = presets.load(load_config(config).preset, named_in=config) if name is None else presets.load(name)
     if json:
-        say_json(preset)
+        echo_json(preset)
         return
-    say(f"{preset.name}: {preset.title}")
-    say(f"  source    {preset.source} ({preset.source_date})")
-    say(f"  ports     {_numbers(preset)}")
-    say(f"  internal  {', '.join(map(network_text, preset.internal))}")
-    say(f"  restart   {preset.restart or 'not needed for an exemption to count'}")
+    echo(f"{preset.name}: {preset.title}")
+    echo(f"  source    {preset.source} ({preset.source_date})")
+    echo(f"  ports     {_numbers(preset)}")
+    echo(f"  internal  {', '.join(map(network_text, preset.internal))}")
+    echo(f"  restart   {preset.restart or 'not needed for an exemption to count'}")
     paas = "blocked, whatever the offer" if preset.paas_blocked else "as any other workload"
-    say(f"  paas      {paas}")
+    echo(f"  paas      {paas}")
     for offer in preset.offers:
         _print_offer(", ".join(offer.ids), offer)
     if preset.otherwise is not None:
@@ -79,16 +79,16 @@ def show(
 
 
 def _print_offer(ids: str, offer: Offer) -> None:
-    say(f"  offer     {ids}")
-    say(f"              {offer.title}")
+    echo(f"  offer     {ids}")
+    echo(f"              {offer.title}")
     if offer.exemption is ExemptionPath.NOT_NEEDED:
-        say("              allowed")
+        echo("              allowed")
         return
     before = f"allowed if created before {offer.created_before}, else " if offer.created_before else ""
     needs = f" (takes {', '.join(offer.requires)})" if offer.requires else ""
-    say(f"              {before}blocked; exemption: {offer.exemption}{needs}")
+    echo(f"              {before}blocked; exemption: {offer.exemption}{needs}")
     if offer.asks:
-        say(f"              a request has to tell, beside its reason: {', '.join(offer.asks)}")
+        echo(f"              a request has to tell, beside its reason: {', '.join(offer.asks)}")
 
 
 def _numbers(preset: Preset) -> str:

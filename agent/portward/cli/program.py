@@ -18,8 +18,8 @@ from portward.cli import (
     run,
     status,
 )
-from portward.cli.streams import say
-from portward.cli.words import every_verb
+from portward.cli.arguments import every_verb
+from portward.cli.streams import echo
 
 app = typer.Typer(
     name="portward",
@@ -49,7 +49,7 @@ every_verb(app)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        say(f"portward {__version__}")
+        echo(f"portward {__version__}")
         raise typer.Exit
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from portward.cli.options import DEFAULT_PATH, STOPPED, ConfigOption
-from portward.cli.streams import put, say
+from portward.cli.streams import echo, put
 from portward.errors import InputError, PortwardError
 
 app = typer.Typer(help="What is loaded in the kernel.", no_args_is_help=True, rich_markup_mode=None)
@@ -42,7 +42,7 @@ def baseline(config: ConfigOption = DEFAULT_PATH) -> None:
     """
     from portward.ops import rules  # noqa: PLC0415 # as above
 
-    say(rules.baseline(config))
+    echo(rules.baseline(config))
 
 
 @app.command()
@@ -62,7 +62,7 @@ def remove(
     if not yes:
         rules.check_removable()
         _ask("Every tenant may then send on port 25. Stop enforcing?")
-    say(rules.remove())
+    echo(rules.remove())
 
 
 def _ask(question: str) -> None:
@@ -74,6 +74,6 @@ def _ask(question: str) -> None:
     except UnicodeDecodeError:  # no text, so no yes
         agreed = False
     if not sys.stdin.isatty():
-        say("")  # a pipe shows no answer, and so no end of the question's line
+        echo("")  # a pipe shows no answer, and so no end of the question's line
     if not agreed:
         raise PortwardError(STOPPED)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from portward.cli.options import DEFAULT_PATH, ConfigOption
-from portward.cli.streams import say
+from portward.cli.streams import echo
 
 
 def run(config: ConfigOption = DEFAULT_PATH) -> None:
@@ -39,4 +39,4 @@ def check(
     from portward.ops import check as checks  # noqa: PLC0415 # as above
 
     for line in checks.check(config, with_store=not without_store):
-        say(line)
+        echo(line)

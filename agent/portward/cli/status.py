@@ -12,8 +12,8 @@ import typer
 
 from portward.base import characters
 from portward.base.words import counted, times
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, remark, seconds
-from portward.cli.streams import say, say_json, say_text
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, seconds, warn
+from portward.cli.streams import echo, echo_json, echo_text
 from portward.config.keys import Config
 from portward.daemon import settings
 from portward.daemon.runtime import age_of, hidden, read_status, running
@@ -49,11 +49,11 @@ def status(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
     found = settings.settings(config)
     told = _status(found.config)
     if json:
-        say_json(told | {"remarks": found.remarks})
+        echo_json(told | {"remarks": found.remarks})
         return
-    remark(found.remarks)
+    warn(found.remarks)
     for line in _lines(told):
-        say(line)
+        echo(line)
 
 
 def top(
@@ -73,7 +73,7 @@ def top(
     from portward.ops.top_talkers import TopTalkers  # noqa: PLC0415 # only this verb needs it
 
     found = settings.settings(config)
-    remark(found.remarks)
+    warn(found.remarks)
     talkers = TopTalkers(found.config)
     with _screen() as show:
         show(talkers.read(time.monotonic()), first=True)
@@ -94,7 +94,7 @@ def _screen() -> Iterator[Show]:
 
     console = Console()
     if not console.is_terminal:
-        yield lambda rows, *, first: None if first else say_text("\n".join(_top_lines(rows)))
+        yield lambda rows, *, first: None if first else echo_text("\n".join(_top_lines(rows)))
         return
     with Live(console=console, auto_refresh=False, transient=False) as live:
 

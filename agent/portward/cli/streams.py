@@ -23,7 +23,7 @@ from portward.config.documents import enc_hook
 _ERRORS: Final = "portward"
 _STREAMS: Final = 3
 # The newest revision that this process has written; none yet.
-_written: list[int] = []
+_revisions: list[int] = []
 
 
 class OutputError(Exception):
@@ -38,7 +38,7 @@ def prepare() -> None:
     """Makes standard output and error take every character. Called once, before anything is opened: a closed
     stream's number is given to /dev/null, because else the next file that is opened (the store) gets it, and
     whatever a library prints is written into that."""
-    _written.clear()
+    _revisions.clear()
     for number in range(_STREAMS):
         try:
             os.fstat(number)
@@ -52,18 +52,18 @@ def prepare() -> None:
             stream.reconfigure(errors=_ERRORS)
 
 
-def say(line: str, *, err: bool = False) -> None:
+def echo(line: str, *, err: bool = False) -> None:
     """Prints one line; what would make another of it is escaped."""
     _write(sys.stderr if err else sys.stdout, f"{shown(line)}\n")
 
 
-def say_text(text: str) -> None:
+def echo_text(text: str) -> None:
     """Prints a text of several lines."""
     for line in text.split("\n"):
-        say(line)
+        echo(line)
 
 
-def say_json(value: Any) -> None:
+def echo_json(value: Any) -> None:
     """Prints a value as one line of JSON: UTF-8, or ASCII if the stream is not UTF-8."""
     try:
         text = msgspec.json.encode(value, enc_hook=enc_hook).decode()
@@ -93,16 +93,16 @@ def flush() -> None:
                 stream.flush()
 
 
-def wrote(revision: int) -> int:
+def note_revision(revision: int) -> int:
     """Notes that the store was changed, as this revision, so that a failure from now on does not look as if
     nothing had been done. Gives the revision."""
-    _written[:] = [revision]
+    _revisions[:] = [revision]
     return revision
 
 
-def written() -> int | None:
+def noted_revision() -> int | None:
     """The revision that this process has written last; None if it has written none."""
-    return _written[0] if _written else None
+    return _revisions[0] if _revisions else None
 
 
 def _write(stream: TextIO | None, text: str) -> None:

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import typer
 
+from portward.cli.arguments import drop_unreadable_variables
 from portward.cli.options import STOPPED
 from portward.cli.program import app
-from portward.cli.streams import say
-from portward.cli.words import drop_unreadable_variables
+from portward.cli.streams import echo
 from portward.errors import InputError, PortwardError
 
 # typer's words → field and problem, as `portward.errors` has them.
@@ -40,7 +40,7 @@ def run() -> int:
     try:
         code = app(_words(sys.argv[1:]), prog_name="portward", standalone_mode=False)
     except typer.Abort:
-        say("")  # ends the question's line
+        echo("")  # ends the question's line
         raise PortwardError(STOPPED) from None
     except typer.TyperException as error:
         raised: Any = error

@@ -31,7 +31,7 @@ from portward.daemon.systemd import log_formatter
 from portward.errors import StoreError
 from portward.policy.preset import Preset
 from portward.store.backends import open_store
-from portward.store.flips import Flips, HeldError
+from portward.store.flips import Flips, UnconfirmedError
 from portward.table.database import TableError, open_database
 from portward.table.follower import Follower, Waiting
 from portward.table.writer import Answers, Committed, Writer
@@ -97,8 +97,8 @@ class Bulk:
         self._reserve = Reserve(6)
 
     def run(self, job: Job) -> BulkResult:
-        """Runs a job and returns its result. Raises StoreError or HeldError, and then the table has not changed.
-        Raises TableError, and then the child has ended, but may have committed before."""
+        """Runs a job and returns its result. Raises StoreError or UnconfirmedError, and then the table has not
+        changed. Raises TableError, and then the child has ended, but may have committed before."""
         with self._lock:
             if self._stopped:
                 raise TableError(f"{job.table}: the agent is stopping")
@@ -194,7 +194,7 @@ def _processor_ticks(process: int) -> int:
 def _checked(result: BulkResult, job: Job) -> BulkResult:
     """The result. Raises the error that it contains as the exception that it was."""
     if result.flips is not None:
-        raise HeldError(result.flips, job.max_flip_share)
+        raise UnconfirmedError(result.flips, job.max_flip_share)
     if result.error is not None:
         kind, words = result.error
         raise StoreError(words) if kind == "store" else TableError(words)
@@ -218,7 +218,7 @@ def _done(job: Job) -> BulkResult:
 def _result(job: Job) -> BulkResult:
     try:
         return _done(job)
-    except HeldError as error:
+    except UnconfirmedError as error:
         return BulkResult(flips=error.flips)
     except StoreError as error:
         return BulkResult(error=("store", str(error)))

@@ -323,7 +323,7 @@ def run(path: Path) -> None:
     os.umask(0o077)
     sys.setswitchinterval(_SWITCH_S)
     if (limit := descriptors.raise_limit()) < descriptors.ENOUGH:
-        _log.warning("%s", descriptors.few(limit))
+        _log.warning("%s", descriptors.few_text(limit))
     # It must live as long as the process, because it holds the locks.
     daemon = Daemon(path, config)
     try:

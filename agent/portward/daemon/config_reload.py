@@ -16,7 +16,7 @@ from portward.daemon.systemd import notify
 from portward.daemon.threads import Threads
 from portward.errors import PortwardError
 from portward.policy import presets
-from portward.store.flips import HeldError
+from portward.store.flips import UnconfirmedError
 
 _log = logging.getLogger("portward")
 
@@ -65,7 +65,7 @@ class ConfigReload:
                 raise PortwardError(f"{self._path}: {name} cannot change while portward runs: restart it")
         try:
             await self._threads.policy(lambda: self._core.reload(config, preset))
-        except HeldError as error:
+        except UnconfirmedError as error:
             raise PortwardError(
                 f"{self._path}: preset {preset.name} {error}; if you intend that, raise max_flip_share with it"
             ) from None

@@ -159,9 +159,9 @@ class Core:
         self._intake.settle()
 
     def reload(self, config: Config, preset: Preset) -> None:
-        """Takes another configuration and enforces it; raises KernelError, TableError, or HeldError for a preset
-        that would flip too many subscriptions, and then nothing has changed. What fails once the table was decided
-        anew does not take it back: it is logged, and tried again until it works. Policy thread."""
+        """Takes another configuration and enforces it; raises KernelError, TableError, or UnconfirmedError for a
+        preset that would flip too many subscriptions, and then nothing has changed. What fails once the table was
+        decided anew does not take it back: it is logged, and tried again until it works. Policy thread."""
         self._intake.reload(config, preset)
 
     # --- kernel thread ---

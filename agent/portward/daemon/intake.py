@@ -296,8 +296,8 @@ class Intake:
         return outcome.committed
 
     def _decide_again(self, *, may_flip: bool) -> Committed:
-        """Decides what the configuration changes, and what has ended; raises TableError or HeldError, and then
-        nothing was decided under the configuration."""
+        """Decides what the configuration changes, and what has ended; raises TableError or UnconfirmedError, and
+        then nothing was decided under the configuration."""
         before = self._writer.head()
         try:
             if not self._writer.is_decided_otherwise() or self._writer.attachments() <= MAX_INLINE_CHANGES:

@@ -105,7 +105,7 @@ class Runtime:
     def _locked(self) -> bool:
         """Takes the lock, with some tries, because `running` may hold it for a moment."""
         for _ in range(_MAX_TRIES):
-            if locks.taken(self._lock):
+            if locks.try_lock(self._lock):
                 return True
             time.sleep(_PAUSE_S)
         return False
@@ -152,7 +152,7 @@ def running(folder: Path) -> int | None:
     except OSError:
         return None
     try:
-        return None if locks.taken(descriptor, shared=True) else _owner(descriptor)
+        return None if locks.try_lock(descriptor, shared=True) else _owner(descriptor)
     finally:
         os.close(descriptor)
 
@@ -166,7 +166,7 @@ def in_another_network(folder: Path) -> int | None:
         return None
     try:
         # The kernel says which process holds the lock. The number in the file may be from another pid namespace.
-        process = None if locks.taken(descriptor, shared=True) else locks.holder(descriptor)
+        process = None if locks.try_lock(descriptor, shared=True) else locks.holder(descriptor)
         if process is None:
             return None
         theirs, ours = (Path(f"/proc/{who}/ns/net").stat() for who in (process, "thread-self"))
@@ -180,7 +180,7 @@ def in_another_network(folder: Path) -> int | None:
 def _owner(descriptor: int) -> int:
     """The process that holds the lock. If this user may not see that, the number in the file; 0 if there is none.
     It is only shown to people; no signal is sent to it."""
-    return locks.holder(descriptor) or locks.written(descriptor) or 0
+    return locks.holder(descriptor) or locks.recorded_pid(descriptor) or 0
 
 
 def age_of(status: dict[str, Any]) -> float:

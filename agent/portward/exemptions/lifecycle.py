@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from portward.errors import PortwardError
 from portward.i18n.language import marked
 from portward.model import Details, Exemption, ExemptionState, FraudCheck, RateLimit, Standing, Subscription
-from portward.policy.preset import Asked, ExemptionPath, Offer, Preset
+from portward.policy.preset import ExemptionPath, Offer, Preset, ReviewQuestion
 
 # Who decided, where it was no person.
 SELF_SERVICE: Final = marked("self-service")
@@ -181,7 +181,7 @@ def check_application(case: Case, asked: Application) -> ExemptionPath:
     if asked.until is not None and asked.until <= case.now:
         raise _refused(case, f"it would end at {_time(asked.until)}, which has passed")
     if path is ExemptionPath.REVIEW:
-        _check_told(case, asked)
+        _check_details(case, asked)
     return path
 
 
@@ -264,7 +264,7 @@ def check_revocable(case: Case) -> None:
     _expect(case, Action.REVOKE)
 
 
-def told(state: State, exemption: Exemption | None) -> str:
+def state_text(state: State, exemption: Exemption | None) -> str:
     """The state in a few words, with the time that mattered."""
     return state.value if exemption is None else f"{state.value} {_when(state, exemption)}"
 
@@ -291,15 +291,15 @@ def _offer(case: Case) -> Offer:
     return offer
 
 
-def _check_told(case: Case, asked: Application) -> None:
+def _check_details(case: Case, asked: Application) -> None:
     """Raises RefusedError that names all that a review still wants to know."""
     details = asked.details or Details()
     has = {
-        Asked.MAIL_SOFTWARE: bool(details.mail_software.strip()),
-        Asked.VOLUME: details.volume is not None,
-        Asked.REVERSE_DNS: bool(details.reverse_dns.strip()),
-        Asked.AUTHENTICATION: bool(details.authentication),
-        Asked.TERMS: details.terms_accepted,
+        ReviewQuestion.MAIL_SOFTWARE: bool(details.mail_software.strip()),
+        ReviewQuestion.VOLUME: details.volume is not None,
+        ReviewQuestion.REVERSE_DNS: bool(details.reverse_dns.strip()),
+        ReviewQuestion.AUTHENTICATION: bool(details.authentication),
+        ReviewQuestion.TERMS: details.terms_accepted,
     }
     missing = [] if asked.justification.strip() else ["justification: why mail cannot go through a relay"]
     missing += [item.value for item in _offer(case).asks if not has[item]]

@@ -237,7 +237,7 @@ def alone(lab: Lab) -> Iterator[None]:
     _LOCKS.mkdir(parents=True, exist_ok=True)
     # The file stays: if it were removed, two could each lock one of this name.
     with (_LOCKS / f"{lab.name}.lock").open("a+b") as file:
-        if not locks.taken(file.fileno()):
+        if not locks.try_lock(file.fileno()):
             raise PortwardError(
                 f"another demo, process {locks.holder(file.fileno()) or 'unknown'}, runs in the lab {lab.name}: "
                 "wait for it, or choose another lab with --name"

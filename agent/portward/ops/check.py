@@ -85,7 +85,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
     yield from _metrics(config)
     if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[1]) < descriptors.ENOUGH:
-        yield f"WARNING: {descriptors.few(limit)}"
+        yield f"WARNING: {descriptors.few_text(limit)}"
     for line in translating.why:
         yield f"{line}: what is forwarded is judged again (forward guard)"
     if not with_store:

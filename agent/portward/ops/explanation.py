@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from portward.base.clock import as_agent
+from portward.base.clock import agent_time
 from portward.base.interfaces import shown
 from portward.config.documents import network_text
 from portward.config.keys import Config, Refusal
@@ -32,9 +32,9 @@ from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reas
 from portward.ops import effect, host, sources
 from portward.ops.effect import Effect, Handling, Now, Policy
 from portward.ops.host_state import Ruleset
-from portward.policy.decide import decide, rule_in_words
+from portward.policy.decide import decide, rule_text
 from portward.policy.preset import Preset
-from portward.policy.remedy import reason_in_words, remedy
+from portward.policy.remedy import reason_text, remedy
 from portward.store.backends import open_store
 from portward.store.lookup import find
 from portward.table import layout
@@ -241,7 +241,7 @@ def _explanation(
     destination: Address | None,
 ) -> Explanation:
     # The agent holds ends of grants against the later one.
-    now = as_agent(known.decided)
+    now = agent_time(known.decided)
     decision = decide(
         preset,
         subscription=known.subscription,
@@ -260,12 +260,12 @@ def _explanation(
         destination=None if destination is None else str(destination),
         verdict="allow" if decision.reason.allows else refusal,
         reason=decision.reason.value,
-        reason_in_words=reason_in_words(decision.reason),
+        reason_in_words=reason_text(decision.reason),
         subscription=None if subscription is None else str(subscription.id),
         name=None if subscription is None else subscription.name,
         offer=None if subscription is None else subscription.offer,
         matched=None if known.attachment is None else network_text(known.attachment.address),
-        rule=rule_in_words(
+        rule=rule_text(
             preset,
             decision.reason,
             subscription=subscription,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from portward.base.addresses import asked, is_address
+from portward.base.addresses import is_address, parse_address
 from portward.base.interfaces import is_name
 from portward.config.documents import brief
 from portward.config.keys import Config
@@ -21,7 +21,7 @@ def source(config: Config, path: Path, segment: str, address: str) -> Address:
     configuration at `path`, or that no interface can have as its name."""
     if is_address(segment) and config.segment(address):
         raise InputError(f"{brief(segment)} is an address: the segment comes before it", field=_SEGMENT)
-    found = asked(address, "ADDRESS")
+    found = parse_address(address, "ADDRESS")
     if not config.segment(segment):
         raise InputError(
             f"{brief(segment)} is none of the segments of {path}: {', '.join(config.segments)}", field=_SEGMENT
@@ -39,7 +39,7 @@ def source(config: Config, path: Path, segment: str, address: str) -> Address:
 def destination(text: str, of: Address) -> Address:
     """The destination of packets of a source. Raises InputError for what is no address, and for one of the other
     family, which no packet can have."""
-    found = asked(text, "--to")
+    found = parse_address(text, "--to")
     if found.version != of.version:
         raise InputError(
             f"{found} is an IPv{found.version} address, and the source {of} is an IPv{of.version} address: no "

@@ -115,7 +115,7 @@ def _exempt(preset: Preset, exemption: Exemption | None, now: datetime) -> Rulin
     return Ruling(Reason.ALLOWED_EXEMPT)
 
 
-def rule_in_words(
+def rule_text(
     preset: Preset,
     reason: Reason,
     *,
@@ -131,30 +131,30 @@ def rule_in_words(
     title = "offer" if offer is None else f"offer {offer.title}"
     match reason:
         case Reason.ALLOWED_INTERNAL:
-            told = "internal: the destination is not on the Internet"
+            text = "internal: the destination is not on the Internet"
         case Reason.DENIED_UNKNOWN_SOURCE:
-            told = "a source of no known subscription is denied"
+            text = "a source of no known subscription is denied"
         case Reason.DENIED_DISABLED:
-            told = "a disabled subscription is denied, whatever its offer"
+            text = "a disabled subscription is denied, whatever its offer"
         case Reason.DENIED_PAAS:
-            told = "paas_blocked: platform services are denied, whatever the offer"
+            text = "paas_blocked: platform services are denied, whatever the offer"
         case Reason.ALLOWED_OFFER:
-            told = f"{title}: always allowed"
+            text = f"{title}: always allowed"
         case Reason.ALLOWED_GRANDFATHERED:
-            told = f"{title}: created {_day(subscription)}, before {offer.created_before if offer else None}"
+            text = f"{title}: created {_day(subscription)}, before {offer.created_before if offer else None}"
         case Reason.DENIED_INELIGIBLE if offer is None:
             unknown = None if subscription is None else subscription.offer
-            told = f"offer {unknown!r} is not in the preset, so it can never be exempt"
+            text = f"offer {unknown!r} is not in the preset, so it can never be exempt"
         case Reason.DENIED_INELIGIBLE:
-            told = f"{title}: never exempt"
+            text = f"{title}: never exempt"
         case Reason.DENIED_RESTART_REQUIRED:
             started = attachment.started if attachment else None
             granted = exemption.decided if exemption else None
-            told = f"{title}: granted {_time(granted)}, machine last started {_time(started)}"
+            text = f"{title}: granted {_time(granted)}, machine last started {_time(started)}"
         case _:
             path = offer.exemption if offer else "nothing"
-            told = f"{title}: exemption by {path}{_exemption_state(exemption)}"
-    return f"{preset.name}: {told}"
+            text = f"{title}: exemption by {path}{_exemption_state(exemption)}"
+    return f"{preset.name}: {text}"
 
 
 def _exemption_state(exemption: Exemption | None) -> str:

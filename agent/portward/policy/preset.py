@@ -30,7 +30,7 @@ class ExemptionPath(StrEnum):
     NEVER = "never"
 
 
-class Asked(StrEnum):
+class ReviewQuestion(StrEnum):
     """What a request for review has to tell, beside the reason why mail cannot go through a relay."""
 
     MAIL_SOFTWARE = "mail-software"
@@ -53,7 +53,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     exemption: ExemptionPath
     created_before: date | None = None
     requires: tuple[str, ...] = ()
-    asks: tuple[Asked, ...] = ()
+    asks: tuple[ReviewQuestion, ...] = ()
 
 
 class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):

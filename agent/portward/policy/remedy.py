@@ -27,7 +27,7 @@ _RELAY: Final = marked("Send through an authenticated relay on port 587, which i
 _API: Final = marked("Send through a mail provider's API")
 
 
-def reason_in_words(reason: Reason, say: Language = ENGLISH) -> str:
+def reason_text(reason: Reason, say: Language = ENGLISH) -> str:
     """The reason as half a sentence."""
     return say(_WORDS[reason])
 

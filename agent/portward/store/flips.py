@@ -42,7 +42,7 @@ class Flips(NamedTuple):
     def _limit(self, share: float) -> float:
         return max(_FEW, share * self.subscriptions)
 
-    def told(self, share: float) -> str:
+    def describe(self, share: float) -> str:
         """In words, with the limit."""
         return (
             f"would flip the verdict of {self.flipped} of {counted(self.subscriptions, 'subscription')}, more "
@@ -50,26 +50,26 @@ class Flips(NamedTuple):
         )
 
 
-class HeldError(PortwardError):
+class UnconfirmedError(PortwardError):
     """A change would flip too many subscriptions, and nobody has confirmed that."""
 
     def __init__(self, flips: Flips, share: float, turned: Sequence[int] = ()) -> None:
         """`turned` are the policy table's numbers of the subscriptions that would flip, sorted."""
-        super().__init__(flips.told(share))
+        super().__init__(flips.describe(share))
         self.flips, self.turned = flips, turned
 
 
 def check_flips(
     have: Mapping[str, str], batch: Sequence[Put], preset: Preset, *, share: float, now: datetime
 ) -> None:
-    """Raises HeldError where writing a batch over the records `have` (key → JSON) would flip too many, as a
+    """Raises UnconfirmedError where writing a batch over the records `have` (key → JSON) would flip too many, as a
     gateway with this preset sees it."""
     # One record flips one subscription at most: a million new ones need not be gone through.
     possible = sum(put.key in have or not put.key.startswith("attachments/") for put in batch)
     if possible > _FEW:
         found = flips(have, batch, preset, now)
         if found.too_many(share):
-            raise HeldError(found, share)
+            raise UnconfirmedError(found, share)
 
 
 def flips(have: Mapping[str, str], batch: Sequence[Put], preset: Preset, now: datetime) -> Flips:

@@ -17,14 +17,14 @@ from portward.config.documents import brief
 from portward.model import Attachment, Details, Exemption, RateLimit, Record, Subscription
 
 # Field → how many characters it may have.
-_SUBSCRIPTION_TEXTS: Final = {"offer": limits.LONGEST_NAME, "name": limits.LONGEST_NAME}
+_SUBSCRIPTION_TEXTS: Final = {"offer": limits.MAX_NAME_CHARS, "name": limits.MAX_NAME_CHARS}
 _EXEMPTION_TEXTS: Final = {
-    "by": limits.LONGEST_NAME,
-    "justification": limits.LONGEST_TEXT,
-    "reason": limits.LONGEST_TEXT,
-    "fraud_note": limits.LONGEST_TEXT,
+    "by": limits.MAX_NAME_CHARS,
+    "justification": limits.MAX_TEXT_CHARS,
+    "reason": limits.MAX_TEXT_CHARS,
+    "fraud_note": limits.MAX_TEXT_CHARS,
 }
-_DETAILS_TEXTS: Final = {"mail_software": limits.LONGEST_NAME, "reverse_dns": limits.LONGEST_NAME}
+_DETAILS_TEXTS: Final = {"mail_software": limits.MAX_NAME_CHARS, "reverse_dns": limits.MAX_NAME_CHARS}
 
 INSTANTS: Final[dict[type[Record], tuple[str, ...]]] = {
     Subscription: (),
@@ -75,15 +75,17 @@ def _attachment_flaws(record: Attachment) -> Iterator[tuple[str, str]]:
 def _details_flaws(details: Details) -> Iterator[tuple[str, str]]:
     for name, problem in _texts(details, _DETAILS_TEXTS):
         yield f"details.{name}", problem
-    if details.volume is not None and (wrong := limits.number_problem(details.volume, limits.MOST_MESSAGES)):
+    if details.volume is not None and (
+        wrong := limits.number_problem(details.volume, limits.MAX_MESSAGES_PER_DAY)
+    ):
         yield "details.volume", wrong
     # Each of them once is all that can be said.
-    if len(details.authentication) > limits.LONGEST_NAME:
+    if len(details.authentication) > limits.MAX_NAME_CHARS:
         yield "details.authentication", f"{len(details.authentication)} entries are too many"
 
 
 def _limit_flaws(limit: RateLimit) -> Iterator[tuple[str, str]]:
-    bounds = {"per_minute": limits.MOST_PER_MINUTE, "burst": limits.MOST_AT_ONCE}
+    bounds = {"per_minute": limits.MAX_RATE_PER_MINUTE, "burst": limits.MAX_BURST}
     for name, most in bounds.items():
         if (problem := limits.number_problem(getattr(limit, name), most)) is not None:
             yield f"limit.{name}", problem

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple, TypeVar
 from portward.model import Record
 from portward.store.codec import key_only
 from portward.store.confirmation import CONFIRMED, confirmed, confirmed_alone, confirmed_hold
-from portward.store.flips import Flips, HeldError
+from portward.store.flips import Flips, UnconfirmedError
 from portward.store.packed import Packer
 from portward.store.protocol import Store
 from portward.store.unreadable import Unreadable
@@ -214,7 +214,7 @@ class Follower:
         whole = "all that the store holds up to " if held.whole else ""
         _log.error(
             "%srevision %d %s: it is held, and the policy before stays in force, with later denials; "
-            "`portward apply --confirm` lets it through", whole, held.revision, held.flips.told(held.share),
+            "`portward apply --confirm` lets it through", whole, held.revision, held.flips.describe(held.share),
         )  # fmt: skip
 
     def _deny_behind(self, revision: int, now: datetime, *, up_to_confirmation: bool = True) -> Committed | None:
@@ -246,7 +246,7 @@ class Follower:
         alone = any(confirmed_alone(change.after) == number for change in batch if change.key == CONFIRMED)
         try:
             committed = self._writer.tighten(put, removed, ahead=ahead, now=now, confirmed=alone, since=since)
-        except HeldError as error:
+        except UnconfirmedError as error:
             _log.error("revision %d %s: it waits behind the held revision %d", number, error, held)
             head = self._writer.head()
             return Committed(0, 0) if head is None else Committed(head.revision, head.generation)
@@ -270,7 +270,7 @@ class Follower:
         changes = by_itself(every)
         try:
             return self._apply(changes, every, head, now)
-        except HeldError as error:
+        except UnconfirmedError as error:
             # Not the error itself: it would keep this frame, and with it all changes.
             of_all, turned = error.flips, error.turned
         # What came before the change that flips too many is none of its fault; one revision in each step.
@@ -281,7 +281,7 @@ class Follower:
         elif len(first) < len(changes):
             try:
                 return self._apply(first, every, head, now)
-            except HeldError as error:
+            except UnconfirmedError as error:
                 flips = error.flips
         held = Held(first[0].revision, flips, self._writer.max_flip_share)
         return self._waits(held, of_all, turned, revision, head)
@@ -299,7 +299,7 @@ class Follower:
                 return self._replace(head, now)
             except GrownError:
                 continue  # read again: there may be too many to keep
-            except HeldError as error:
+            except UnconfirmedError as error:
                 assert head is not None  # noqa: S101 # a table without a head has nothing that could flip
                 # It stays the same change for those who confirm it, however much is written behind it.
                 number = head.held if ahead_of(head, self._store) else revision

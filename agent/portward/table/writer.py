@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from portward.model import Exemption, Record, Subscription, Workload
 from portward.policy.decide import Ruling, rule
 from portward.policy.preset import Preset
-from portward.store.flips import Flips, HeldError
+from portward.store.flips import Flips, UnconfirmedError
 from portward.table import layout
 from portward.table.damage import Damage
 from portward.table.database import (
@@ -205,8 +205,8 @@ class Writer:
         since: layout.Head | None = None,
     ) -> Committed:
         """Takes a change of policy in; the table then stands at `revision` of its store, whose log has `hash_`
-        there. `since`: the head that the change was worked out from. Raises HeldError, and TableError, also if
-        another process has changed the table since then."""
+        there. `since`: the head that the change was worked out from. Raises UnconfirmedError, and TableError, also
+        if another process has changed the table since then."""
         put, removed = tuple(put), tuple(removed)
         fields: dict[str, Any] = {"revision": revision, "hash": hash_, "held": 0}
 
@@ -231,7 +231,7 @@ class Writer:
     ) -> Committed:
         """Makes the table hold these records and nothing else, those of the store with the id `store`
         (16 bytes), whose log has `hash_` at `revision`; subscriptions and exemptions before all attachments.
-        Readers see the old table until the new one is whole. Raises TableError, HeldError, and GrownError:
+        Readers see the old table until the new one is whole. Raises TableError, UnconfirmedError, and GrownError:
         `records` may be too many to be kept."""
         fields: dict[str, Any] = {"revision": revision, "store": store, "hash": hash_}
         fields |= {"held": 0, "ahead": 0, "ahead_hash": layout.NO_HASH}
@@ -269,9 +269,10 @@ class Writer:
     ) -> Committed:
         """Takes in what a revision behind the held one makes stricter, and nothing that frees a source. The
         table's own revision stays. If it would refuse too many subscriptions, nothing goes in unless it is
-        `confirmed`, and HeldError is raised once `ahead` is noted. `since` as for `apply`. Raises TableError."""
+        `confirmed`, and UnconfirmedError is raised once `ahead` is noted. `since` as for `apply`. Raises
+        TableError."""
         put, removed = tuple(put), tuple(removed)
-        held: HeldError | None = None
+        held: UnconfirmedError | None = None
         chosen: list[Group] | None = None
 
         def work(edit: Edit, head: layout.Head | None) -> None:
@@ -292,7 +293,7 @@ class Writer:
                 committed = self._commit(work, now, fields=fields, check=check, since=since)
             except _FreerError as error:
                 chosen = error.kept
-            except HeldError as error:
+            except UnconfirmedError as error:
                 chosen, held = [], error
             else:
                 if held is None:
@@ -304,8 +305,8 @@ class Writer:
 
     def settle(self, *, now: datetime, may_flip: bool = True) -> Committed:
         """Decides again what has changed by itself: grants that have ended, and, where preset or answers are
-        not those that the table was decided under, everything. Raises TableError, and HeldError where `may_flip`
-        is not given."""
+        not those that the table was decided under, everything. Raises TableError, and UnconfirmedError where
+        `may_flip` is not given."""
 
         def work(edit: Edit, head: layout.Head | None) -> None:
             ended = edit.expired(layout.microseconds(now))
@@ -390,7 +391,7 @@ class Writer:
             raise TableError(f"{self._folder}: another process has changed the policy table meanwhile")
 
     def _check_flips(self, edit: Edit) -> None:
-        """Raises HeldError, and with it the transaction ends and leaves the table as it is."""
+        """Raises UnconfirmedError, and with it the transaction ends and leaves the table as it is."""
         with self._environment.begin() as before:
             closed, opened = edit.turned(before)
             self._limit(closed | opened, before)
@@ -404,8 +405,8 @@ class Writer:
             self._limit(closed | (opened ^ early), before)
 
     def _check_stricter(self, edit: Edit, chosen: list[Group], *, confirmed: bool) -> None:
-        """Raises _FreerError with the groups that may stay if any makes a source freer, and HeldError if too many
-        subscriptions would be refused."""
+        """Raises _FreerError with the groups that may stay if any makes a source freer, and UnconfirmedError if
+        too many subscriptions would be refused."""
         with self._environment.begin() as before:
             old = edit.before(before)
             weighed = [weigh(old, edit, group) for group in chosen]
@@ -417,10 +418,10 @@ class Writer:
                 edit.deny_early(losers)
 
     def _limit(self, turned: set[int], before: Transaction) -> None:
-        """Raises HeldError if so many subscriptions (the table's numbers) may not flip at once."""
+        """Raises UnconfirmedError if so many subscriptions (the table's numbers) may not flip at once."""
         flips = Flips(len(turned), before.stat(self._parts[b"accounts"])["entries"])
         if flips.too_many(self.max_flip_share):
-            raise HeldError(flips, self.max_flip_share, array("I", sorted(turned)))
+            raise UnconfirmedError(flips, self.max_flip_share, array("I", sorted(turned)))
 
     def _next_head(self, before: layout.Head | None, now: datetime, *, new: bool, whole: bool) -> layout.Head:
         if before is None:

@@ -96,16 +96,16 @@ def take_over_queue(folder: Path, queue: int) -> int:
 def _cleared(descriptor: int) -> bool:
     """Takes the lock. Asks its holder to leave first, and then ends it. False if the lock is still taken."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if locks.taken(descriptor):
+        if locks.try_lock(descriptor):
             return True
-        if not locks.send(descriptor, number):
+        if not locks.signal_holder(descriptor, number):
             continue
         deadline = time.monotonic() + _SIGNAL_TIMEOUT_S
         while time.monotonic() < deadline:
-            if locks.taken(descriptor):
+            if locks.try_lock(descriptor):
                 return True
             time.sleep(_RETRY_INTERVAL_S)
-    return locks.taken(descriptor)
+    return locks.try_lock(descriptor)
 
 
 def _same(path: Path, descriptor: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from portward.base.addresses import asked, unmapped
+from portward.base.addresses import parse_address, unmapped
 from portward.cli import main
 from portward.errors import InputError
 from unit.store.samples import EXAMPLE
@@ -21,13 +21,13 @@ MAPPED = ("::ffff:10.0.0.4", "::FFFF:a00:4", "0:0:0:0:0:ffff:10.0.0.4")
 
 @pytest.mark.parametrize("text", MAPPED)
 def test_an_ipv4_address_within_ipv6_is_the_ipv4_address(text: str) -> None:
-    assert asked(text, "ADDRESS") == IPv4Address(SOURCE)
+    assert parse_address(text, "ADDRESS") == IPv4Address(SOURCE)
     assert unmapped(ip_network(text)) == ip_network(SOURCE)
 
 
 @pytest.mark.parametrize("text", ["2001:db8::1", "::10.0.0.4", "64:ff9b::a00:4", "::ffff:0:a00:4"])
 def test_others_are_what_they_are(text: str) -> None:
-    assert asked(text, "ADDRESS") == IPv6Address(text)
+    assert parse_address(text, "ADDRESS") == IPv6Address(text)
     assert unmapped(ip_network(text)) == ip_network(text)
 
 
@@ -58,7 +58,7 @@ def test_a_prefix_of_them_is_refused() -> None:
 )
 def test_what_is_none_is_said_with_what_would_be_right(text: str, told: str) -> None:
     with pytest.raises(InputError, match="ADDRESS: ") as caught:
-        asked(text, "ADDRESS")
+        parse_address(text, "ADDRESS")
     assert told in str(caught.value)
     assert len(str(caught.value)) < 300
 

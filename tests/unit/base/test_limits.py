@@ -72,10 +72,10 @@ times = st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=st.jus
     (limits.FIRST_TIME, limits.LAST_TIME)
 )
 texts = st.text(max_size=40) | st.sampled_from(
-    ("", "a\0b", "é" * limits.LONGEST_NAME, "x" * (limits.LONGEST_NAME + 1))
+    ("", "a\0b", "é" * limits.MAX_NAME_CHARS, "x" * (limits.MAX_NAME_CHARS + 1))
 )
 counts = st.integers(-1, 2**70) | st.sampled_from(
-    (1, limits.MOST_MESSAGES, limits.MOST_MESSAGES + 1, 2**63, 2**64)
+    (1, limits.MAX_MESSAGES_PER_DAY, limits.MAX_MESSAGES_PER_DAY + 1, 2**63, 2**64)
 )
 subscriptions = st.builds(
     Subscription,

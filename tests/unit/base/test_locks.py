@@ -31,7 +31,7 @@ ASK = """
 import os, sys
 from portward.base import locks
 descriptor = os.open(sys.argv[1], os.O_RDONLY)
-print(locks.taken(descriptor), locks.holder(descriptor), locks.send(descriptor, 15))
+print(locks.try_lock(descriptor), locks.holder(descriptor), locks.signal_holder(descriptor, 15))
 """
 
 
@@ -59,11 +59,11 @@ def other(tmp_path: Path, file: int) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.parametrize("text", ["", "no number", "-5", "0", "99999999999999999999", "1"])
 def test_it_is_found_whatever_the_file_says(file: int, other: subprocess.Popen[bytes], text: str) -> None:
     os.pwrite(file, f"{text}\n".encode(), 0)
-    assert not locks.taken(file)
+    assert not locks.try_lock(file)
     assert locks.holder(file) == other.pid
-    assert locks.send(file, signal.SIGTERM)
+    assert locks.signal_holder(file, signal.SIGTERM)
     assert other.wait(60) == -signal.SIGTERM
-    assert locks.taken(file)
+    assert locks.try_lock(file)
 
 
 def test_of_a_lock_that_nobody_holds_there_is_none(file: int, tmp_path: Path) -> None:
@@ -71,21 +71,21 @@ def test_of_a_lock_that_nobody_holds_there_is_none(file: int, tmp_path: Path) ->
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     with (tmp_path / "lock").open("rb"):
         assert locks.holder(file) is None
-        assert not locks.send(file, signal.SIGKILL)
+        assert not locks.signal_holder(file, signal.SIGKILL)
 
 
 def test_no_process_sends_a_signal_to_itself(file: int, tmp_path: Path) -> None:
     with (tmp_path / "lock").open("rb") as another:
         fcntl.flock(another, fcntl.LOCK_EX)
         assert locks.holder(file) == os.getpid()
-        assert not locks.send(file, signal.SIGKILL)
+        assert not locks.signal_holder(file, signal.SIGKILL)
 
 
 def test_readers_do_not_keep_each_other_out(file: int, tmp_path: Path) -> None:
     with (tmp_path / "lock").open("rb") as another:
-        assert locks.taken(another.fileno(), shared=True)
-        assert locks.taken(file, shared=True)
-        assert not locks.taken(file)
+        assert locks.try_lock(another.fileno(), shared=True)
+        assert locks.try_lock(file, shared=True)
+        assert not locks.try_lock(file)
 
 
 @pytest.mark.kernel

@@ -47,14 +47,14 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], io.BytesIO]:
 )
 def test_a_line_can_be_printed_everywhere(stream: Callable[[str], io.BytesIO], encoding: str, told: bytes) -> None:
     data = stream(encoding)
-    streams.say(TEXT)
+    streams.echo(TEXT)
     assert data.getvalue() == told
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8", "cp1252", "koi8-r", "shift_jis"])
 def test_json_is_json_everywhere(stream: Callable[[str], io.BytesIO], encoding: str) -> None:
     data = stream(encoding)
-    streams.say_json({"name": TEXT + "\u202e\x9b\n"})
+    streams.echo_json({"name": TEXT + "\u202e\x9b\n"})
     assert json.loads(data.getvalue().decode("utf-8")) == {"name": TEXT + "\u202e\x9b\n"}
     assert data.getvalue().count(b"\n") == 1
     assert b"\xe2\x80\xae" not in data.getvalue(), "a terminal would turn the line"
@@ -62,7 +62,7 @@ def test_json_is_json_everywhere(stream: Callable[[str], io.BytesIO], encoding: 
 
 def test_a_name_of_bytes_is_json_too(stream: Callable[[str], io.BytesIO]) -> None:
     data = stream("utf-8")
-    streams.say_json({"segment": "vni\udcff"})
+    streams.echo_json({"segment": "vni\udcff"})
     assert json.loads(data.getvalue()) == {"segment": "vni\udcff"}
 
 
@@ -76,7 +76,7 @@ def test_a_document_is_utf_8_everywhere(stream: Callable[[str], io.BytesIO], enc
 
 def test_what_others_wrote_makes_no_line(stream: Callable[[str], io.BytesIO]) -> None:
     data = stream("utf-8")
-    streams.say("by eve\nby alice\r\x1b[2K")
+    streams.echo("by eve\nby alice\r\x1b[2K")
     assert data.getvalue() == rb"by eve\nby alice\r\x1b[2K" + b"\n"
 
 

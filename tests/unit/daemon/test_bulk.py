@@ -24,7 +24,7 @@ from portward.errors import StoreError
 from portward.model import Attachment, Record, Standing, Subscription
 from portward.policy import presets
 from portward.store.codec import encode, key_of
-from portward.store.flips import HeldError
+from portward.store.flips import UnconfirmedError
 from portward.store.sqlite.store import SqliteStore
 from portward.store.values import Put
 from portward.table.database import TableError
@@ -157,7 +157,7 @@ def test_a_child_decides_everything_for_another_preset(store: SqliteStore, write
     before = writer.head()
     other = presets.load("aws")
     again = job(tmp_path)._replace(store=None, preset=other)
-    with pytest.raises(HeldError) as told:
+    with pytest.raises(UnconfirmedError) as told:
         Bulk().run(again._replace(may_flip=False))
     assert told.value.flips.flipped == NUMBER
     after = writer.head()

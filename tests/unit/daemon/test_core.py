@@ -38,7 +38,7 @@ from portward.ipc.mark import Class
 from portward.model import Attachment, Exemption, ExemptionState, Mode, RateLimit, Record, Subscription
 from portward.policy import presets
 from portward.store.codec import encode, key_of
-from portward.store.flips import HeldError
+from portward.store.flips import UnconfirmedError
 from portward.store.sqlite.store import SqliteStore
 from portward.store.values import Put
 from portward.table.database import TableError
@@ -650,7 +650,7 @@ REFUSED: dict[str, Callable[[Ground], tuple[Config, type[Exception]]]] = {
     "by the kernel": lambda ground: (ground.config, KernelError),
     "since too many would flip": lambda ground: (
         msgspec.structs.replace(ground.config, max_flip_share=0.01),
-        HeldError,
+        UnconfirmedError,
     ),
 }
 

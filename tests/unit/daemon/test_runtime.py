@@ -65,14 +65,14 @@ def test_a_lock_on_a_file_that_is_gone_is_taken_anew(tmp_path: Path, monkeypatch
     """A start that is refused removes its folder while the next agent waits for the lock in it."""
     folder = tmp_path / "table"
     refused = Runtime(folder)
-    taken = locks.taken
+    taken = locks.try_lock
 
     def ends_first(descriptor: int, *, shared: bool = False) -> bool:
-        monkeypatch.setattr(locks, "taken", taken)
+        monkeypatch.setattr(locks, "try_lock", taken)
         refused.close()
         return taken(descriptor, shared=shared)
 
-    monkeypatch.setattr(locks, "taken", ends_first)
+    monkeypatch.setattr(locks, "try_lock", ends_first)
     runtime = Runtime(folder)
     assert running(folder) == os.getpid()
     runtime.close()

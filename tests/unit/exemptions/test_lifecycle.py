@@ -23,7 +23,7 @@ from portward.model import (
     Subscription,
 )
 from portward.policy import presets
-from portward.policy.preset import Asked, ExemptionPath, Offer
+from portward.policy.preset import ExemptionPath, Offer, ReviewQuestion
 
 AZURE = presets.load("azure-2020")
 ID = UUID("11111111-0000-4000-8000-000000000002")
@@ -154,7 +154,12 @@ def test_a_review_needs_a_justification() -> None:
 
 def test_a_review_asks_what_the_preset_says() -> None:
     asking = replace(
-        AZURE, offers=(Offer(ids=("asked",), title="Asked", exemption=ExemptionPath.REVIEW, asks=tuple(Asked)),)
+        AZURE,
+        offers=(
+            Offer(
+                ids=("asked",), title="ReviewQuestion", exemption=ExemptionPath.REVIEW, asks=tuple(ReviewQuestion)
+            ),
+        ),
     )
     told = Details(
         mail_software="postfix", volume=900, reverse_dns="mx.example.net",

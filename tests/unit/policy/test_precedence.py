@@ -28,7 +28,7 @@ from portward.model import (
     Workload,
 )
 from portward.policy import presets
-from portward.policy.decide import decide, rule_in_words
+from portward.policy.decide import decide, rule_text
 from portward.policy.preset import ExemptionPath, Offer
 
 settings.register_profile("policy", deadline=None)  # a busy machine is no failure
@@ -121,7 +121,7 @@ def reason(
     decision = decide(PRESET, **facts, now=now, destination=destination)
     assert decision.allows is decision.reason.name.startswith("ALLOWED")
     assert decision == decide(PRESET, **facts, now=now, destination=destination)
-    assert rule_in_words(PRESET, decision.reason, **facts).startswith("azure-2020: ")
+    assert rule_text(PRESET, decision.reason, **facts).startswith("azure-2020: ")
     return decision.reason
 
 

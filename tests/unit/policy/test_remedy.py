@@ -11,7 +11,7 @@ from portward.i18n.catalogues import language
 from portward.i18n.language import ENGLISH
 from portward.model import Reason, Subscription
 from portward.policy import presets
-from portward.policy.remedy import reason_in_words, remedy
+from portward.policy.remedy import reason_text, remedy
 
 AZURE = presets.load("azure-2020")
 DENIED = [reason for reason in Reason if not reason.allows]
@@ -25,7 +25,7 @@ def of(offer: str) -> Subscription:
 
 @pytest.mark.parametrize("reason", list(Reason))
 def test_every_reason_has_words_of_its_own(reason: Reason) -> None:
-    assert [other for other in Reason if reason_in_words(other) == reason_in_words(reason)] == [reason]
+    assert [other for other in Reason if reason_text(other) == reason_text(reason)] == [reason]
 
 
 @pytest.mark.parametrize("name", presets.bundled())

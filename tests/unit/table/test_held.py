@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from portward.model import Exemption, ExemptionState, Mode, Record, Standing
 from portward.store.codec import encode, key_of
 from portward.store.confirmation import CONFIRMED, confirmation
-from portward.store.flips import Flips, HeldError, flips
+from portward.store.flips import Flips, UnconfirmedError, flips
 from portward.store.values import Put
 from portward.table.follower import Follower
 from portward.table.history import held_history
@@ -191,7 +191,7 @@ def test_another_store_is_held_too(gateway: Gateway, tmp_path: Path) -> None:
 
 def test_another_preset_is_held(gateway: Gateway) -> None:
     gateway.writer.preset = msgspec.structs.replace(AZURE, offers=())
-    with pytest.raises(HeldError, match="would flip the verdict of 40 of 40 subscriptions"):
+    with pytest.raises(UnconfirmedError, match="would flip the verdict of 40 of 40 subscriptions"):
         gateway.writer.settle(now=NOW, may_flip=False)
     assert reason(gateway.writer, "10.0.0.4").allows
 

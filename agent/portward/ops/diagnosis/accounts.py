@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
-from portward.base.clock import as_agent, utc_now
+from portward.base.clock import agent_time, utc_now
 from portward.config.keys import Config
 from portward.daemon.runtime import running
 from portward.model import Address, Attachment, Network, Subscription, Workload
@@ -71,7 +71,7 @@ class TableAccounts:
         self.revision = head.revision
         self.other_preset = head.preset.hex() != preset.digest
         # The agent's clock may have been ahead when it decided; its decisions stand until ours has come there too.
-        self.at = as_agent(head.decided())
+        self.at = agent_time(head.decided())
 
     def found(self, wanted: str) -> list[SubscriptionRecords]:
         """See `Accounts`."""

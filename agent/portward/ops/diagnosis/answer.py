@@ -19,7 +19,7 @@ from portward.ops.diagnosis.letter import letter
 from portward.ops.diagnosis.outcome import Blocking
 from portward.ops.effect import Handling
 from portward.policy.preset import Preset
-from portward.policy.remedy import reason_in_words, remedy
+from portward.policy.remedy import reason_text, remedy
 
 # How many segments are named.
 _SEGMENTS: Final = 5
@@ -272,7 +272,7 @@ def _machines(facts: Facts, say: Language, listed: int | None) -> Iterator[tuple
             may_not=say.number(len(machines) - may)),
     )  # fmt: skip
     for reason, number in Counter(machine.reason for machine in machines).items():
-        yield "", f"{say.number(number)} × {reason_in_words(reason, say)} ({reason.value})"
+        yield "", f"{say.number(number)} × {reason_text(reason, say)} ({reason.value})"
     listed_ones = machines[:listed]
     same = len({machine.outcome for machine in machines}) == 1
     for number, machine in enumerate(listed_ones):

@@ -15,21 +15,20 @@ from portward.exemptions.lifecycle import ANTI_FRAUD, SELF_SERVICE, State
 from portward.i18n.language import Language, marked
 from portward.model import Reason, Standing, Workload
 from portward.ops.diagnosis.advice import Matter, Step, Way
-from portward.ops.diagnosis.facts import Asked as AskedSource
-from portward.ops.diagnosis.facts import Facts, Machine
+from portward.ops.diagnosis.facts import Asked, Facts, Machine
 from portward.ops.diagnosis.outcome import Blocking
-from portward.policy.preset import Asked, ExemptionPath, Preset
+from portward.policy.preset import ExemptionPath, Preset, ReviewQuestion
 from portward.policy.remedy import relay_is_free
 
 # How many machines a heading names.
 _NAMED: Final = 10
 
 _ASKED: Final = {
-    Asked.MAIL_SOFTWARE: marked("which mail software you use"),
-    Asked.VOLUME: marked("how many messages you send a day"),
-    Asked.REVERSE_DNS: marked("which name your sending address has in the reverse DNS"),
-    Asked.AUTHENTICATION: marked("which of SPF, DKIM and DMARC your domain publishes"),
-    Asked.TERMS: marked("that you accept the terms of use"),
+    ReviewQuestion.MAIL_SOFTWARE: marked("which mail software you use"),
+    ReviewQuestion.VOLUME: marked("how many messages you send a day"),
+    ReviewQuestion.REVERSE_DNS: marked("which name your sending address has in the reverse DNS"),
+    ReviewQuestion.AUTHENTICATION: marked("which of SPF, DKIM and DMARC your domain publishes"),
+    ReviewQuestion.TERMS: marked("that you accept the terms of use"),
 }
 _NOTHING: Final = marked("Nothing is blocked here: connections to {ports} pass.")
 # `title` and `when` are empty, or begin with a space.
@@ -105,7 +104,7 @@ def letter(preset: Preset, facts: Facts, found: tuple[Matter, ...], say: Languag
 
 
 def named(
-    machines: Iterable[Machine], say: Language, *, asked: AskedSource | None = None, most: int | None = None
+    machines: Iterable[Machine], say: Language, *, asked: Asked | None = None, most: int | None = None
 ) -> str:
     """The addresses of the machines in one line, without their segments, up to `most` of them; the first one as it
     was asked about, if it was."""
@@ -146,7 +145,7 @@ def ports_in_words(preset: Preset, say: Language) -> str:
     return say.many("port {ports}", "ports {ports}", len(preset.ports), ports=ports)
 
 
-def _heading(machines: tuple[Machine, ...], asked: AskedSource | None, say: Language) -> str:
+def _heading(machines: tuple[Machine, ...], asked: Asked | None, say: Language) -> str:
     # A prefix stands for several machines, but for the one that was asked about.
     wide = [machine for machine in machines if machine.address.num_addresses > 1]
     several = len(machines) > 1 or (bool(wide) and asked is None)

@@ -24,7 +24,7 @@ from portward.store.sqlite.schema import (
 from portward.store.values import Cell, Change, Entry, LogRow, Odd, Origin
 
 # SQLite's integers have 63 bits and a sign; the next revision must still be one.
-_LAST_REVISION: Final = 2**63 - 1
+_MAX_REVISION: Final = 2**63 - 1
 # Rows that are fetched at once: a single fetch costs as much as decoding a row.
 _PIECE_ROWS: Final = 1000
 
@@ -38,7 +38,7 @@ class Log:
     def newest(self) -> int:
         """The newest revision; 0 if there is none. Raises StoreError for an impossible number."""
         newest = int(self._database.execute("SELECT ifnull(max(number), 0) FROM revision").fetchone()[0])
-        if not 0 <= newest < _LAST_REVISION:
+        if not 0 <= newest < _MAX_REVISION:
             raise StoreError(
                 f"{self._database.name}: {newest} is no revision that can be; restore it from a backup"
             )

@@ -21,8 +21,8 @@ from portward.ops.diagnosis.facts import Asked, Drops, Kernel
 from portward.ops.effect import Handling
 from portward.ops.host_state import Agent, CachedState, Host, Ruleset, Workers
 from portward.policy import presets
-from portward.policy.preset import Asked as ReviewAsks
-from portward.policy.remedy import reason_in_words, remedy
+from portward.policy.preset import ReviewQuestion
+from portward.policy.remedy import reason_text, remedy
 from unit.ops.diagnosis.samples import (
     AFTER,
     BEFORE,
@@ -105,7 +105,7 @@ def test_every_case_has_a_text_without_internal_words_and_in_one_language(name: 
 @pytest.mark.parametrize("reason", Reason)
 def test_reasons_and_remedies_are_said_in_the_language(say: Language, reason: Reason) -> None:
     for name, offer in itertools.product(presets.bundled(), ("csp", "azure-sponsorship", "free-trial", "x")):
-        told = remedy(presets.load(name), reason, subscription(offer), say) + reason_in_words(reason, say)
+        told = remedy(presets.load(name), reason, subscription(offer), say) + reason_text(reason, say)
         assert "{" not in told
         if say is FRENCH:
             assert not [text for text in ENGLISH_TEXTS if text in told], told
@@ -135,7 +135,9 @@ def test_the_customer_is_told_the_matter_and_the_step(offer: str, state: State, 
 
 def test_a_review_says_what_it_asks() -> None:
     offers = tuple(
-        offer if offer.ids[0] != "microsoft-partner-network" else msgspec_replace(offer, asks=tuple(ReviewAsks))
+        offer
+        if offer.ids[0] != "microsoft-partner-network"
+        else msgspec_replace(offer, asks=tuple(ReviewQuestion))
         for offer in AZURE.offers
     )
     preset = msgspec_replace(AZURE, offers=offers)
