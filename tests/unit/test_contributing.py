@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import house
+from portward import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -64,3 +65,10 @@ def test_the_hooks_run_what_make_lint_runs() -> None:
 
 def test_type_checkers_may_use_the_annotations() -> None:
     assert (ROOT / "agent" / "portward" / "py.typed").exists()
+
+
+def test_the_changelog_has_a_section_for_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"(?m)^## \[(.+?)\]", text)[0] in ("Unreleased", __version__)
+    kinds = set(re.findall(r"(?m)^### (.+)$", text))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
