@@ -158,3 +158,42 @@ def messages() -> str:
 
 
 MESSAGES = messages()
+
+
+def defined() -> set[str]:
+    """The classes of the package, and their methods and fields as `Class.name`."""
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found.add(node.name)
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+                        found.add(f"{node.name}.{inner.name}")
+                    elif isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
+                        found.add(f"{node.name}.{inner.target.id}")
+    return found
+
+
+CLASSES = defined()
+# Classes of Python and of libraries that a page names.
+FOREIGN = {"MemoryError", "OverflowError", "NetlinkDumpInterrupted"}
+
+
+@pytest.mark.parametrize(
+    ("document", "name"), documents(re.compile(r"(?<=`)(?:\w+\.)?[A-Z][a-z]\w*[a-z](?:\.\w+)?(?=`)"))
+)
+def test_a_class_that_is_named_exists(document: str, name: str) -> None:
+    if document.startswith("docs/reference/"):  # made from the code, and full of headings of HTTP, units and so on
+        return
+    bare = re.sub(r"^[a-z_]+\.", "", name)
+    assert bare in CLASSES | FOREIGN, f"{document} names {name}"
+
+
+@pytest.mark.parametrize(
+    ("document", "name"), documents(re.compile(r"(?<=chain `)\w+(?=`)|(?<=set `)\w+(?=`)|(?<=counter `)\w+(?=`)"))
+)
+def test_a_chain_set_or_counter_that_is_named_exists(document: str, name: str) -> None:
+    texts = [path.read_text() for path in (ROOT / "rules/nftables").glob("*.nft")]
+    known = re.findall(r"(?m)^\s*(?:chain|set|map|counter) (\w+)", "\n".join(texts))
+    assert name in known, f"{document} names {name}"
