@@ -16,7 +16,7 @@ from uuid import UUID
 
 from bench.figures import Figure, percentile
 from kernel.conftest import Gateway, running_gateway
-from portward.dataplane.elements import KernelElements
+from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.lab import namespaces

@@ -16,8 +16,8 @@ from bench import inventory
 from bench.figures import Figure, percentile
 from kernel.conftest import Gateway, running_gateway
 from portward.base.netlink import attribute, string
+from portward.dataplane.names import FIXED_SETS, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM
 

@@ -22,8 +22,8 @@ from bench.start import first_verdict
 from kernel.conftest import ALLOWED, lab_name, source_records
 from kernel.foreign import traffic
 from kernel.wire import Sender, same, seen, segment
+from portward.dataplane.names import FIXED_SETS, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.lab import namespaces
 from portward.lab.agent import Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab

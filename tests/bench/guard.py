@@ -13,9 +13,9 @@ from bench.fast_path import SOURCES, portward, sources
 from bench.figures import Figure
 from bench.lanes import Lane, ratio
 from kernel.conftest import ALLOWED, DENIED
+from portward.dataplane.names import GUARD_HOOKS, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.ruleset import GUARD_HOOKS, TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 

@@ -20,8 +20,9 @@ from typing import Final, NamedTuple
 from bench.figures import Figure, percentile
 from kernel.conftest import lab_name
 from portward.config.keys import Config, Verdicts
-from portward.dataplane import ruleset, xtables
-from portward.dataplane.elements import Add, Change, Flush, KernelElements
+from portward.dataplane import ruleset, templates, xtables
+from portward.dataplane.elements import Add, Change, Flush
+from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.monitor import RulesetMonitor
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
@@ -120,7 +121,9 @@ class Gateway:
         )
 
         def want(generation: int) -> ruleset.Wanted:
-            return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
+            return ruleset.wanted(
+                templates.read(), config, preset, native=native, state=ruleset.State(generation, synced=True)
+            )
 
         self.sync = VerdictSync(
             RulesetReconciler(nft, self._netlink, self._cache), self._cache, want,

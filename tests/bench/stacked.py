@@ -13,8 +13,8 @@ from typing import Final
 
 from bench.figures import Figure, percentile
 from kernel.conftest import running_gateway
+from portward.dataplane.names import TABLE
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 

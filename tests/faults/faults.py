@@ -24,7 +24,7 @@ from faults.ground import Ground, Outcome
 from faults.inject.points import POINTS, Point
 from kernel.conftest import DENIED, source_records
 from portward.base.resources import rules
-from portward.dataplane.ruleset import FAMILY_TABLE
+from portward.dataplane.names import FAMILY_TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Tenant

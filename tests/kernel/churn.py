@@ -23,8 +23,8 @@ from kernel.wire import Sender, meanwhile, segment
 from portward.base.clock import utc_now
 from portward.config.keys import Config, Queue, QueueReader
 from portward.daemon import workers
-from portward.dataplane import ruleset, xtables
-from portward.dataplane.elements import KernelElements
+from portward.dataplane import ruleset, templates, xtables
+from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import RateLimits
@@ -104,7 +104,7 @@ class Churn:
 
     def _want(self, generation: int) -> ruleset.Wanted:
         state = ruleset.State(generation, synced=self.cache.synced() == generation)
-        return ruleset.wanted(self._config, self._preset, native=self._native, state=state)
+        return ruleset.wanted(templates.read(), self._config, self._preset, native=self._native, state=state)
 
     @contextmanager
     def _traffic(self) -> Iterator[None]:

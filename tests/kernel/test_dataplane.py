@@ -23,8 +23,8 @@ from scapy.packet import Packet, Raw
 from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway
 from kernel.wire import same, seen, segment
 from portward.config.keys import QueueReader
+from portward.dataplane.names import TABLE
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant

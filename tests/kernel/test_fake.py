@@ -24,15 +24,15 @@ from portward.dataplane.elements import (
     Draw,
     Flush,
     InsertRule,
-    KernelElements,
     RefusedError,
 )
 from portward.dataplane.fake import FakeKernel
+from portward.dataplane.kernel_elements import KernelElements
+from portward.dataplane.names import FIXED_SETS, TABLE
 from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.reconciler import CLOSED
-from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.dataplane.verdict_cache import Source
 from portward.errors import KernelError
 from portward.lab import namespaces

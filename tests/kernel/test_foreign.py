@@ -13,12 +13,13 @@ from kernel.conftest import ALLOWED, Gateway, lab_name, running_gateway
 from kernel.foreign import crowd, traffic
 from portward.base.netlink import attribute, string
 from portward.config.keys import Config
-from portward.dataplane import compiled, ruleset
-from portward.dataplane.elements import KernelElements
+from portward.dataplane import compiled, ruleset, templates
+from portward.dataplane.kernel_elements import KernelElements
+from portward.dataplane.names import FIXED_SETS, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.reconciler import RulesetReconciler, hearing
-from portward.dataplane.ruleset import FIXED_SETS, TABLE, State, Wanted
+from portward.dataplane.ruleset import State, Wanted
 from portward.dataplane.surroundings import NOTHING
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import KernelError
@@ -131,7 +132,7 @@ def want(generation: int = 9, *, guard: bool = True, stacked: frozenset[int] = f
     """A ruleset with all its parts."""
     state = State(generation, synced=True, unsettled=frozenset((77,)))
     around = NOTHING._replace(guard=guard, stacked=stacked)
-    return ruleset.wanted(CONFIG, AZURE, native=False, state=state, surroundings=around)
+    return ruleset.wanted(templates.read(), CONFIG, AZURE, native=False, state=state, surroundings=around)
 
 
 def listing(namespace: str) -> str:
@@ -309,7 +310,7 @@ def test_a_large_ruleset_of_others_that_changes_keeps_no_load(namespace: str, pl
 
 def test_the_devices_above_segments_are_closed_before_the_ruleset_is_loaded(namespace: str, place: Place) -> None:
     place.reconciler.load(want(stacked=frozenset()))
-    text = ruleset.stacked_alone(CONFIG, AZURE, NOTHING._replace(stacked=frozenset((1,))))
+    text = ruleset.stacked_alone(templates.read(), CONFIG, AZURE, NOTHING._replace(stacked=frozenset((1,))))
     sets = namespaces.run(namespace, ["nft", "list", "set", "inet", TABLE, "internal4"]).stdout
     with traffic(namespace):
         place.reconciler.add(text)

@@ -15,8 +15,9 @@ import pytest
 from kernel.conftest import lab_name
 from portward.base.netlink import attribute, nest, string
 from portward.config.keys import Config, Verdicts
-from portward.dataplane import ruleset, xtables
-from portward.dataplane.elements import Add, Delete, KernelElements, RefusedError
+from portward.dataplane import ruleset, templates, xtables
+from portward.dataplane.elements import Add, Delete, RefusedError
+from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import Bucket, RateLimits
@@ -45,7 +46,9 @@ class Forgetting:
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(self.nft)
 
         def want(generation: int) -> ruleset.Wanted:
-            return ruleset.wanted(config, preset, native=native, state=ruleset.State(generation, synced=True))
+            return ruleset.wanted(
+                templates.read(), config, preset, native=native, state=ruleset.State(generation, synced=True)
+            )
 
         self.reconciler = RulesetReconciler(self.nft, self.netlink, self.cache)
         self.sync = VerdictSync(self.reconciler, self.cache, want, self.rate_limits, lambda sources: None)

@@ -20,14 +20,15 @@ from kernel.wire import Sender, same, seen, segment
 from portward.base.clock import utc_now
 from portward.config.keys import Config, Queue
 from portward.daemon import workers
-from portward.dataplane import ruleset, xtables
+from portward.dataplane import ruleset, templates, xtables
 from portward.dataplane import verdict_cache as cache
-from portward.dataplane.elements import Add, KernelElements
+from portward.dataplane.elements import Add
+from portward.dataplane.kernel_elements import KernelElements
+from portward.dataplane.names import FIXED_SETS, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.dataplane.setdump import SetRow
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
@@ -123,7 +124,7 @@ class Gated:
     def want(self, generation: int) -> ruleset.Wanted:
         """The ruleset for a generation of the policy table."""
         state = ruleset.State(generation, synced=self.cache.synced() == generation)
-        return ruleset.wanted(self.config, self._preset, native=self._native, state=state)
+        return ruleset.wanted(templates.read(), self.config, self._preset, native=self._native, state=state)
 
     @property
     def generation(self) -> int:
@@ -275,7 +276,7 @@ def test_without_the_gate_the_revoked_source_is_seen_to_pass(
     tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That the test above can fail: the same without a gate."""
-    monkeypatch.setattr(cache, "WORTH_A_GATE", 1 << 30)
+    monkeypatch.setattr(cache, "MIN_GATED_ELEMENTS", 1 << 30)
 
     async def body(gated: Gated, _: workers.Worker) -> None:
         with gated.revoking():

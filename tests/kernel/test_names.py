@@ -20,7 +20,7 @@ from scapy.layers.l2 import Ether
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
 from portward.base import interfaces
 from portward.config.keys import Config
-from portward.dataplane import rtnetlink, ruleset
+from portward.dataplane import rtnetlink, ruleset, templates
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.surroundings import Surroundings
@@ -77,6 +77,7 @@ class Ports:
     def stopped(self, pattern: str) -> set[bytes]:
         """The names whose packets the ruleset for this pattern stops: those of segments."""
         want = ruleset.wanted(
+            templates.read(),
             Config(segments=(pattern,), uplinks=("no uplink",)),
             _AZURE,
             native=False,

@@ -13,8 +13,8 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from kernel.conftest import Gateway
+from portward.dataplane.names import TABLE
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Tenant

@@ -19,9 +19,11 @@ from portward.base.resources import rules
 from portward.config.keys import Config
 from portward.daemon.core import Core, at_once
 from portward.daemon.intake import OnKernel
-from portward.dataplane import ruleset, xtables
-from portward.dataplane.elements import Add, KernelElements
+from portward.dataplane import xtables
+from portward.dataplane.elements import Add
+from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.links import Device, Links
+from portward.dataplane.names import GUARD_HOOKS, HOOKS, RENEWED, STACKED_HOOKS, TABLE, TUNNELS_HOOKS
 from portward.dataplane.nft import Nft
 from portward.dataplane.reconciler import closed, loaded
 from portward.dataplane.verdict_cache import Source
@@ -74,12 +76,12 @@ def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once, lab: Lab | None = N
 
 def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Core) -> None:
     """Others would be made anew at each load, and what waits in queues be dropped."""
-    in_order = [*ruleset.HOOKS.items()]
+    in_order = [*HOOKS.items()]
     # The lab translates addresses, so the guard is there.
-    always = {*in_order, *ruleset.TUNNELS_HOOKS.items(), *ruleset.GUARD_HOOKS.items()}
+    always = {*in_order, *TUNNELS_HOOKS.items(), *GUARD_HOOKS.items()}
 
     def found() -> list[tuple[str, tuple[int, int]]]:
-        return list(core._netlink.hooks(ruleset.TABLE).items())
+        return list(core._netlink.hooks(TABLE).items())
 
     assert found()[:2] == in_order
     assert set(found()) == always
@@ -87,7 +89,7 @@ def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Co
     for _ in range(2):
         core.surround(now._replace(stacked=frozenset((1,))))
         assert found()[:2] == in_order
-        assert set(found()) == always | ruleset.STACKED_HOOKS.items()
+        assert set(found()) == always | STACKED_HOOKS.items()
         assert core.reconciler.intact()
         core.surround(now)
         assert found()[:2] == in_order
@@ -103,7 +105,7 @@ def test_chains_that_act_at_once_are_there_while_the_whole_ruleset_is_not_taken(
     monkeypatch.setattr(core.reconciler, "_load_once", once(KernelError("busy"), core.reconciler._load_once))
     monkeypatch.setattr(core._dataplane.sync, "repair", lambda _: None)
     core.surround(core._dataplane._surroundings._replace(stacked=frozenset((1,))))
-    assert core._netlink.hooks(ruleset.TABLE)["stacked"] == ruleset.STACKED_HOOKS["stacked"]
+    assert core._netlink.hooks(TABLE)["stacked"] == STACKED_HOOKS["stacked"]
 
 
 _VRF = 900
@@ -134,7 +136,7 @@ def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long
 
     def left() -> int:
         """Milliseconds."""
-        ((_, _, expires_ms),) = cache._elements.rows(ruleset.RENEWED)
+        ((_, _, expires_ms),) = cache._elements.rows(RENEWED)
         return expires_ms
 
     cache.renew([5])

@@ -17,8 +17,8 @@ import pytest
 from kernel.conftest import ALLOWED, DENIED, Gateway
 from kernel.test_rates import counted, customer
 from kernel.wire import same, seen, segment
+from portward.dataplane.names import TABLE
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import TABLE
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant

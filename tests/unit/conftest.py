@@ -17,10 +17,8 @@ from unit.store.samples import opened
 def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Legacy iptables is not in use here, and no tunnel but those of devices ends here."""
     monkeypatch.setattr(others, "_LEGACY", ())
-    found = SimpleNamespace(
-        of_devices=tunnels.of_devices, find=lambda devices: tunnels.Ports(tunnels.of_devices(devices))
-    )
-    monkeypatch.setattr(around, "tunnels", found)
+    found = SimpleNamespace(tunnel_ports=lambda devices: tunnels.Ports(tunnels.of_devices(devices)))
+    monkeypatch.setattr(around, "genetlink", found)
 
 
 @pytest.fixture

@@ -21,12 +21,13 @@ from portward.base.descriptors import Reserve
 from portward.config.keys import Config
 from portward.daemon.counting import Counting
 from portward.daemon.intake import First, Intake, OnKernel, answers
-from portward.dataplane import ruleset, xtables
+from portward.dataplane import templates, xtables
 from portward.dataplane.accounting import ExpiringKeys
 from portward.dataplane.around import SurroundingsMonitor
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.links import Links
 from portward.dataplane.monitor import RulesetChanges
+from portward.dataplane.names import FAMILY_TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import Others
@@ -60,7 +61,7 @@ class Core:
         self._netlink = NfNetlink()
         self._nft = Nft(self._netlink.generation, self._netlink.transact)
         self._ask_privilege()
-        ruleset.read()
+        templates.read()
         # For what a repair opens that nobody has thought of.
         self._reserve = Reserve(4)
         self.native = xtables.has_native_queue(self._nft)
@@ -135,7 +136,7 @@ class Core:
         since. Kernel thread. Raises KernelError."""
         assert self._first is not None  # noqa: S101 # by `first_links`
         if not loaded(self._netlink):
-            self.counting.counts.begin_anew()
+            self.counting.counts.discard_readings()
         self._dataplane.load(*self._first)
 
     # --- and then, again and again: policy thread ---
@@ -392,7 +393,7 @@ class Core:
 
     def _ask_privilege(self) -> None:
         try:
-            self._nft.check("", f"add table {ruleset.FAMILY_TABLE}\n")
+            self._nft.check("", f"add table {FAMILY_TABLE}\n")
         except KernelError as error:
             raise KernelError(
                 f"the kernel takes no ruleset from this process (root or CAP_NET_ADMIN?): {error}"

@@ -21,14 +21,13 @@ import msgspec
 from portward.base import clock
 from portward.base.interfaces import shown
 from portward.daemon.countsfile import CountsFile
-from portward.dataplane import ruleset
-from portward.dataplane.accounting import ExpiringKeys, Owner, PacketAccounting
+from portward.dataplane.accounting import ExpiringKeys, PacketAccounting, SourceOwner
 from portward.dataplane.deletions import Deletions
-from portward.dataplane.elements import KernelElements
+from portward.dataplane.kernel_elements import KernelElements
+from portward.dataplane.names import COUNTED_SETS, TABLE, VERDICT_SETS, LimitResult, Verdict
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.rate_limits import RateLimits
-from portward.dataplane.ruleset import COUNTED_SETS, VERDICT_SETS, LimitResult, Verdict
 from portward.dataplane.selfcheck import SAMPLE_SOURCES
 from portward.dataplane.setdump import SetRow
 from portward.dataplane.verdict_cache import Source, VerdictCache, element_of
@@ -87,7 +86,7 @@ class Counting:
         data = self._file.load()
         if data is not None:
             try:
-                self.counts.go_on(data, self._kernel, time.monotonic())
+                self.counts.restore(data, self._kernel, time.monotonic())
             except (msgspec.MsgspecError, ValueError) as error:
                 _log.warning("the counters of the last run cannot be read, and begin anew: %s", error)
 
@@ -147,7 +146,7 @@ class Counting:
         if not self.counts.changed:
             return
         try:
-            self._file.save(self.counts.kept(self._kernel))
+            self._file.save(self.counts.saved(self._kernel))
             self._unsaved = ""
         except OSError as error:
             if str(error) != self._unsaved:
@@ -171,19 +170,19 @@ class Counting:
     def screen(self) -> dict[str, int]:
         """The named counters of the ruleset."""
         with contextlib.suppress(OSError):
-            return self._netlink.counters(ruleset.TABLE)
+            return self._netlink.counters(TABLE)
         return {}
 
     def sizes(self) -> tuple[int, int]:
         """The numbers of attachments and of subscriptions in the table."""
         return self._reader.counts()
 
-    def _owner(self, source: Source) -> Owner | None:
+    def _owner(self, source: Source) -> SourceOwner | None:
         found = self._reader.owner(source.link, source.address)
         if found is None:
             return None
         link, entry = found
-        return Owner(shown(link.name), "" if entry is None else self._subscription(entry.subscription))
+        return SourceOwner(shown(link.name), "" if entry is None else self._subscription(entry.subscription))
 
     def _subscription(self, number: int) -> str:
         changes, names = self._subscriptions

@@ -13,7 +13,7 @@ from portward.daemon.steps import Step, StepRunner
 from portward.daemon.systemd import notify, watchdog_seconds
 from portward.daemon.timers import until_tick
 from portward.daemon.workers import Worker
-from portward.dataplane.selfcheck import PATIENCE, PAUSE, DifferenceKind
+from portward.dataplane.selfcheck import ANSWER_TIMEOUT_S, PAUSE_S, DifferenceKind
 from portward.ipc.probe import Prober
 
 # After a round in which a worker was silent: half a second gives its replacement time to start.
@@ -82,19 +82,20 @@ class HealthCheck:
         return _RETRY_S if silent else until_tick(self._pause)
 
     async def _screen(self) -> dict[str, int] | None:
-        """The named counters of the ruleset. None if the counting thread does not return them within `PATIENCE`.
-        The next round takes them then; whether the thread is stuck is its heartbeat's concern."""
+        """The named counters of the ruleset. None if the counting thread does not return them within
+        `ANSWER_TIMEOUT_S`. The next round takes them then; whether the thread is stuck is its heartbeat's
+        concern."""
         counted = self._counted or asyncio.ensure_future(self._count_step(self._core.screen))
         self._counted = counted
-        await asyncio.wait({counted}, timeout=PATIENCE)
+        await asyncio.wait({counted}, timeout=ANSWER_TIMEOUT_S)
         if not counted.done():
             return None
         self._counted = None
         return counted.result()
 
     async def _silent(self, prober: Prober, asked: list[Worker]) -> list[Worker]:
-        """The workers that handle no packet within `PATIENCE`. In a flood the queue may be full and drop the
-        query, so a worker that handles other packets counts as answering, too."""
+        """The workers that handle no packet within `ANSWER_TIMEOUT_S`. In a flood the queue may be full and drop
+        the query, so a worker that handles other packets counts as answering, too."""
         before = {worker: (worker.process, worker.counters.handled()) for worker in asked}
         for worker in asked:
             try:
@@ -105,7 +106,7 @@ class HealthCheck:
                 self._unsent = True
                 return []
         self._unsent = False
-        deadline, pause = time.monotonic() + PATIENCE, _FIRST_POLL_S
+        deadline, pause = time.monotonic() + ANSWER_TIMEOUT_S, _FIRST_POLL_S
         while True:
             # A worker that has ended meanwhile was not silent, and the one in its place got no query.
             silent = [
@@ -173,4 +174,4 @@ class HealthCheck:
     @property
     def _pause(self) -> float:
         every = watchdog_seconds()
-        return PAUSE if every is None else min(PAUSE, every / 4)
+        return PAUSE_S if every is None else min(PAUSE_S, every / 4)

@@ -8,7 +8,7 @@ from typing import Final
 
 from portward.base.descriptors import Reserve
 from portward.config.keys import Config
-from portward.dataplane import rtnetlink, stacking, tunnels
+from portward.dataplane import genetlink, rtnetlink, stacking, tunnels
 from portward.dataplane.links import Device
 from portward.dataplane.surroundings import NOTHING, Surroundings
 
@@ -39,7 +39,7 @@ class SurroundingsMonitor:
         found = before._replace(stacked=stacked(devices, config), known=known(devices, config))
         try:
             with self._reserve.lent():
-                ports = tunnels.find(devices)
+                ports = genetlink.tunnel_ports(devices)
         except OSError as error:
             if str(error) != self._error:
                 _log.error("the kernel does not say which tunnels of FOU, L2TP and WireGuard end here: %s", error)

@@ -1,12 +1,12 @@
 """Cached elements that were deleted, with what they had counted: from the kernel thread to the counting thread.
 
-The kernel says what an element had counted when it deletes it, if it is asked to (NLM_F_ECHO). So no packet is
-lost between the last reading of an element and its deletion, but for those that another processor has in hand at
+When the kernel deletes an element it reports, if asked (NLM_F_ECHO), what the element had counted. So no packet is
+lost between the last reading of an element and its deletion, except those that another processor is handling at
 that moment.
 
-A reading and a deletion may overlap. Whoever reads asks `take` before and after. What it gives afterwards was
-deleted before the reading, during it or a moment later, so the rows with these keys may be of the old element or
-of a new one.
+A reading and a deletion may overlap, so the reader calls `take` before and after the reading. The elements of the
+second call were deleted before the reading, during it, or a moment later. A row with one of these keys may be of
+the old element or of a new one.
 """
 
 from __future__ import annotations
@@ -14,70 +14,64 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Condition
-from typing import Final, NamedTuple
+from typing import Final
 
 from portward.base.netlink import attributes_of
 from portward.dataplane import setdump
+from portward.dataplane.nf_tables import NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET
+from portward.dataplane.setdump import DeletedElement
 
-# Elements of one transaction that the kernel reports. Each takes some 300 bytes of the socket's buffer; to flush a
-# full set must not wait for a quarter of a million of them.
-REPORTED: Final = 20_000
-# How long a reading waits for transactions of the kernel thread.
-_PATIENCE_S: Final = 2.0
-
-
-class Gone(NamedTuple):
-    """A deleted element: its set, its key (empty: all that were in the set), and the packets that it had counted;
-    None: the kernel was not asked."""
-
-    set: str
-    key: bytes
-    packets: int | None
+# Elements of one transaction that the kernel reports. Each takes some 300 bytes of the socket's buffer, and the
+# flush of a full set must not wait for 262,144 reports.
+MAX_REPORTED_ELEMENTS: Final = 20_000
+# How long a reading waits for transactions of the kernel thread: longer than any but a load of the ruleset.
+_TRANSACTION_TIMEOUT_S: Final = 2.0
 
 
 class Deletions:
-    """What was deleted since it was last taken. May be used on two threads."""
+    """The elements that were deleted since the last `take`. May be used on two threads."""
 
     def __init__(self) -> None:
         self._changed = Condition()
-        self._under_way = 0
-        self._gone: list[Gone | bytes] = []
-        # Set → elements at the last reading.
+        self._transactions = 0  # under way
+        self._deleted: list[DeletedElement | bytes] = []
+        # Set → number of elements at the last reading.
         self.sizes: dict[str, int] = {}
 
     @contextmanager
-    def transaction(self) -> Iterator[list[Gone | bytes]]:
-        """Stands around a transaction of the kernel thread; takes what it deleted, in that order: replies of the
-        kernel as they came, or `Gone`. If the transaction fails, nothing was deleted."""
+    def transaction(self) -> Iterator[list[DeletedElement | bytes]]:
+        """Stands around a transaction of the kernel thread, which appends what it deleted, in that order: the
+        kernel's reports as they came, or `DeletedElement`. If the transaction fails, nothing was deleted."""
         with self._changed:
-            self._under_way += 1
-        gone: list[Gone | bytes] = []
+            self._transactions += 1
+        deleted: list[DeletedElement | bytes] = []
         try:
-            yield gone
+            yield deleted
         except BaseException:
-            gone = []
+            deleted = []
             raise
         finally:
             with self._changed:
-                self._under_way -= 1
-                self._gone += gone
+                self._transactions -= 1
+                self._deleted += deleted
                 self._changed.notify_all()
 
-    def take(self) -> list[Gone] | None:
-        """What was deleted since the last time, once no transaction is under way; None if one is for long."""
+    def take(self) -> list[DeletedElement] | None:
+        """The elements that were deleted since the last call. Waits until no transaction is under way; None if one
+        takes longer than two seconds."""
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._under_way, _PATIENCE_S):
+            if not self._changed.wait_for(lambda: not self._transactions, _TRANSACTION_TIMEOUT_S):
                 return None
-            gone, self._gone = self._gone, []
-        return list(_read(gone))
+            deleted, self._deleted = self._deleted, []
+        return list(_parsed(deleted))
 
 
-def _read(gone: Iterable[Gone | bytes]) -> Iterator[Gone]:
-    for one in gone:
-        if isinstance(one, Gone):
+def _parsed(deleted: Iterable[DeletedElement | bytes]) -> Iterator[DeletedElement]:
+    for one in deleted:
+        if isinstance(one, DeletedElement):
             yield one
             continue
         attributes = dict(attributes_of(one))
-        name = attributes[2].rstrip(b"\0").decode()
-        for element in setdump.elements(attributes.get(3, b"")):
-            yield Gone(name, element.key, element.packets)
+        name = attributes[NFTA_SET_ELEM_LIST_SET].rstrip(b"\0").decode()
+        for element in setdump.elements(attributes.get(NFTA_SET_ELEM_LIST_ELEMENTS, b"")):
+            yield DeletedElement(name, element.key, element.packets)

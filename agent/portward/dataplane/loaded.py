@@ -7,8 +7,8 @@ import sys
 from typing import Final
 
 from portward.base.interfaces import decoded, encoded
+from portward.dataplane.names import KNOWN_INTERFACES, NO_INTERFACE, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import KNOWN_INTERFACES, NO_INTERFACE, TABLE
 
 # Segments whose sources pass while no worker answers; and those of them that are only observed.
 OPEN: Final = "open_segments"

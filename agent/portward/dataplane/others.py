@@ -19,9 +19,9 @@ from typing import Final, NamedTuple, TypeVar
 
 from portward.base.descriptors import Reserve
 from portward.base.netlink import ATTRIBUTE
+from portward.dataplane.names import HOOKS, TABLE
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink
-from portward.dataplane.ruleset import HOOKS, TABLE
 from portward.errors import KernelError
 
 _OWN_TABLES: Final = (TABLE, f"{TABLE}_closed", LOCK_TABLE)

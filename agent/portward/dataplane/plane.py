@@ -18,11 +18,11 @@ from ipaddress import ip_address
 from typing import Final
 
 from portward.config.keys import Config
-from portward.dataplane import around, ruleset
+from portward.dataplane import around, ruleset, templates
 from portward.dataplane.accounting import ExpiringKeys
 from portward.dataplane.around import SurroundingsMonitor
 from portward.dataplane.deletions import Deletions
-from portward.dataplane.elements import KernelElements
+from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.lessons import GuardBudget
 from portward.dataplane.links import Links, only_ports
 from portward.dataplane.monitor import RulesetChanges
@@ -177,7 +177,9 @@ class Dataplane:
         intact = self.sync.intact()
         if new:
             with contextlib.suppress(KernelError):  # without a ruleset there is nothing to add to
-                self.reconciler.add(ruleset.stacked_alone(self.config, self.preset, surroundings))
+                self.reconciler.add(
+                    ruleset.stacked_alone(templates.read(), self.config, self.preset, surroundings)
+                )
         # To load would put a ruleset back that another program has changed, uncounted, and keep what it cached.
         if not intact:
             self._put_back()
@@ -450,4 +452,6 @@ class Dataplane:
             synced=self.cache.synced() == generation,
             unsettled=frozenset(self.sync.unsettled),
         )
-        return ruleset.wanted(config, preset, native=self.native, state=state, surroundings=surroundings)
+        return ruleset.wanted(
+            templates.read(), config, preset, native=self.native, state=state, surroundings=surroundings
+        )

@@ -1,13 +1,13 @@
-"""The limits of exempt subscriptions in the kernel: so many new connections a minute, for all sources together.
+"""The rate limits of exempt subscriptions in the kernel: new connections per minute of all sources together. Pure.
 
-A limit is a named object of the ruleset, the token bucket of one subscription; a map says which sources draw on
-it. Packets cannot learn that by themselves, as they learn verdicts: the map's values are not theirs to write. So
-the worker drops the first packet of a source with a limit and asks the daemon, which looks it up in the table as
-it is then, on the thread on which no change of policy can come between, and writes source and limit. Until the
-sender has tried again, a second later, its source is known.
+A limit is a named object of the ruleset: the token bucket of one subscription. A map holds which sources draw on
+it. A packet cannot write that map itself, as it writes its source into a verdict set, because a rule cannot write
+the names of objects. So the worker drops the first packet of a source with a limit and asks the daemon. The
+daemon looks the source up on the kernel thread, so that no change of policy can come between the lookup and the
+write, and writes source and limit. One second later the sender tries again, and its source is in the map.
 
-Elements have no lifetime and nobody else writes them: what is in the kernel is what is held here. They are taken
-away where a change of policy forgets the source.
+These elements have no lifetime, and only the agent writes them. So `RateLimits` holds a copy of what is in the
+kernel. A change of policy that forgets a source deletes its element.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from portward.dataplane.elements import AddLimit, Change, Delete, DeleteLimit, Draw, Elements
+from portward.dataplane.names import RATE_LIMITS
 from portward.dataplane.prefixes import Prefixes
-from portward.dataplane.ruleset import RATE_LIMITS
 from portward.dataplane.verdict_cache import Source
 from portward.model import RateLimit
 
-# Sources of one subscription, and of all: with another one, the oldest goes. So nobody with a large prefix fills
-# the map, and who comes last finds room.
-_SOURCES: Final = 4_096
-_ALL_SOURCES: Final = 260_000
-_READINGS: Final = 5
+# With one more source of a subscription its oldest source is deleted. So no subscription with a large prefix can
+# fill the map.
+_MAX_SOURCES_PER_LIMIT: Final = 4_096
+# Just below the size of each map in portward.nft (262,144): a new source always finds room.
+_MAX_SOURCES: Final = 260_000
+_MAX_READINGS: Final = 5
 _NAME: Final = re.compile(r"s(\d+)-(\d+)-(\d+)")
 
 
 class Bucket(NamedTuple):
-    """A limit as the kernel holds it: of a subscription (the table's number), new connections a minute and at
-    once."""
+    """A limit as it is in the kernel: the subscription's number in the policy table, new connections per minute,
+    and new connections at once."""
 
     subscription: int
     per_minute: int
@@ -48,7 +49,7 @@ class Bucket(NamedTuple):
 
     @classmethod
     def named(cls, name: str) -> Bucket | None:
-        """The bucket with this name; None where it is none of ours."""
+        """The bucket with this name; None if another program has chosen the name."""
         found = _NAME.fullmatch(name)
         return cls(*map(int, found.groups())) if found else None
 
@@ -57,41 +58,42 @@ class Bucket(NamedTuple):
 
 
 class RateLimits:
-    """The limits and their sources in the table of this network namespace."""
+    """The limits of one network namespace, and the sources that draw on them. For one thread."""
 
     def __init__(self, elements: Elements) -> None:
         self._elements = elements
-        # In the order in which they were added.
+        # Sources in the order in which they were added.
         self._sources: dict[Bucket, dict[Source, None]] = {}
         self._bucket: dict[Source, Bucket] = {}
-        # By the digit of the family: the same sources by their keys in the kernel.
+        # Digit of the family → key in the kernel → the same sources.
         self._keys: dict[str, dict[bytes, Source]] = {"4": {}, "6": {}}
 
     def reload(self) -> None:
-        """Holds from now on what the kernel has: an earlier run left it there, or somebody has changed it. Raises
-        OSError where the table is not loaded."""
+        """Reads from the kernel what an earlier run has left there, or another program has changed. Raises OSError
+        if the table is not loaded."""
         loaded: dict[Bucket, dict[Source, None]] = {
             bucket: {} for name in self._elements.limits() if (bucket := Bucket.named(name)) is not None
         }
-        held = self._settled()
-        for source, bucket in held.items():
+        drawing = self._stable_reading()
+        for source, bucket in drawing.items():
             loaded.setdefault(bucket, {})[source] = None
-        self._sources, self._bucket = loaded, held
-        self._keys = {family: {s.key: s for s in held if s.family == family} for family in "46"}
+        self._sources, self._bucket = loaded, drawing
+        self._keys = {family: {s.key: s for s in drawing if s.family == family} for family in "46"}
 
-    def _settled(self) -> dict[Source, Bucket]:
-        """What two readings in a row agree on. A single one may miss sources (see `elements`), and one that is in
-        the kernel and not held here would not be taken away by a change of policy."""
-        held = self.sources_in_kernel(self._elements)
-        for _ in range(_READINGS):
-            before, held = held, self.sources_in_kernel(self._elements)
-            if held == before:
-                return held
+    def _stable_reading(self) -> dict[Source, Bucket]:
+        """The result on which two readings in a row agree. A single reading may miss sources (see `elements`), and
+        a change of policy would not delete a source that is in the kernel but not in this object."""
+        found = self.sources_in_kernel(self._elements)
+        for _ in range(_MAX_READINGS):
+            before, found = found, self.sources_in_kernel(self._elements)
+            if found == before:
+                return found
         raise OSError(EAGAIN, "the limits in the kernel change faster than they can be read")
 
     @staticmethod
     def sources_in_kernel(elements: Elements) -> dict[Source, Bucket]:
-        """What the kernel has, over a socket of the calling thread's own; raises OSError."""
+        """The sources in the kernel and their limits. May be called on any thread with its own `elements`. Raises
+        OSError."""
         return {
             Source.of(element.key): bucket
             for family in "46"
@@ -100,24 +102,24 @@ class RateLimits:
         }
 
     def equals(self, found: dict[Source, Bucket]) -> bool:
-        """Whether just these sources are held, with these limits."""
+        """Whether exactly these sources draw on these limits."""
         return found == self._bucket
 
     def bucket(self, source: Source) -> Bucket | None:
-        """The limit that a source draws on."""
+        """The limit that a source draws on; None if it draws on none."""
         return self._bucket.get(source)
 
     def add(self, wanted: dict[Source, Bucket]) -> None:
-        """Lets these sources draw on these limits; raises KernelError, and then nothing has changed.
-        Idempotent."""
+        """Lets these sources draw on these limits. Idempotent. Raises KernelError, and then nothing has
+        changed."""
         new = {source: bucket for source, bucket in wanted.items() if self._bucket.get(source) != bucket}
-        new = _few(new)
+        new = _newest(new)
         if not new:
             return
         crowded = self._crowded(new)
         gone = [source for source in (*new, *crowded) if source in self._bucket]
         changes: list[Change] = [
-            AddLimit(str(bucket), bucket.per_minute, bucket.burst) for bucket in self._unknown(new)
+            AddLimit(str(bucket), bucket.per_minute, bucket.burst) for bucket in self._without_object(new)
         ]
         changes += _deletions(gone)
         for family in "46":
@@ -126,63 +128,67 @@ class RateLimits:
                 changes.append(Draw(RATE_LIMITS + family, limits))
         self._elements.commit(changes)
         for source in gone:
-            self._let_go(source)
+            self._discard(source)
         for source, bucket in new.items():
-            self._hold(source, bucket)
+            self._store(source, bucket)
 
     def recheck(self, sources: Iterable[Source]) -> None:
-        """Looks in the kernel for those of these sources that are held: a worker has met them, so they may not be
-        there any more, and then they are held no longer. Raises OSError."""
+        """Checks whether these sources are still in the kernel, and discards those that are not. A worker has met
+        them, so another program may have deleted them. Raises OSError."""
         for source in [source for source in sources if source in self._bucket]:
             if self._elements.element(RATE_LIMITS + source.family, source.key) is None:
-                self._let_go(source)
+                self._discard(source)
 
     def deletions(self, sources: Iterable[Source]) -> list[Change]:
-        """What takes those of these sources away that are held; `deleted` is to follow it."""
+        """The changes that delete these sources, if they draw on a limit. The caller must call `deleted` after the
+        transaction."""
         return _deletions([source for source in sources if source in self._bucket])
 
     def deleted(self, sources: Iterable[Source]) -> None:
-        """These sources were taken away."""
+        """Takes note that these sources were deleted in the kernel."""
         for source in sources:
             if source in self._bucket:
-                self._let_go(source)
+                self._discard(source)
 
     def all_deleted(self) -> None:
-        """All sources were taken away; the limits are there still, with what was used of them."""
+        """Takes note that all sources were deleted in the kernel. The limits are still there, with their fill
+        levels."""
         self._bucket.clear()
         self._keys = {"4": {}, "6": {}}
         for sources in self._sources.values():
             sources.clear()
 
     def sources(self) -> Iterable[Source]:
-        """All that draw on some limit."""
+        """All sources that draw on a limit."""
         return self._bucket.keys()
 
     def within(self, prefixes: Prefixes) -> list[Source]:
-        """All of them that lie in these prefixes."""
+        """The sources that draw on a limit and are in these prefixes."""
         keys = self._keys
         return [keys[family][key] for family in "46" for key in prefixes.among(family, list(keys[family]))]
 
     def delete_unused(self, in_force: Callable[[Bucket], bool]) -> None:
-        """Takes away limits on which no source draws and that are not in force any more; raises KernelError.
-        Others stay: a new one would begin full."""
+        """Deletes the limits on which no source draws and that are not in force any more. Raises KernelError. A
+        limit in force stays even without a source, because a new one would begin with a full bucket."""
         idle = [bucket for bucket, sources in self._sources.items() if not sources and not in_force(bucket)]
         if idle:
             self._elements.commit([DeleteLimit(str(bucket)) for bucket in idle])
         for bucket in idle:
             del self._sources[bucket]
 
-    def _unknown(self, new: dict[Source, Bucket]) -> list[Bucket]:
+    def _without_object(self, new: dict[Source, Bucket]) -> list[Bucket]:
+        """The limits that have no object in the kernel yet."""
         return [bucket for bucket in dict.fromkeys(new.values()) if bucket not in self._sources]
 
     def _crowded(self, new: dict[Source, Bucket]) -> list[Source]:
-        """The oldest sources of limits that would have too many, and the oldest of the largest where all would."""
+        """The sources that must go: the oldest of each limit that would have too many, and the oldest of the
+        largest limit if all limits together would have too many."""
         more = Counter(new.values())
         crowded: list[Source] = []
         for bucket, count in more.items():
-            held = [source for source in self._sources.get(bucket, ()) if source not in new]
-            crowded += held[: max(0, len(held) + count - _SOURCES)]
-        excess = len(self._bucket) + len(new) - len(crowded) - _ALL_SOURCES
+            old = [source for source in self._sources.get(bucket, ()) if source not in new]
+            crowded += old[: max(0, len(old) + count - _MAX_SOURCES_PER_LIMIT)]
+        excess = len(self._bucket) + len(new) - len(crowded) - _MAX_SOURCES
         if excess > 0:
             largest = max(self._sources, key=lambda bucket: len(self._sources[bucket]))
             gone = set(crowded)
@@ -190,25 +196,25 @@ class RateLimits:
             crowded += islice(rest, excess)
         return crowded
 
-    def _hold(self, source: Source, bucket: Bucket) -> None:
+    def _store(self, source: Source, bucket: Bucket) -> None:
         self._bucket[source] = bucket
         self._keys[source.family][source.key] = source
         self._sources.setdefault(bucket, {})[source] = None
 
-    def _let_go(self, source: Source) -> None:
+    def _discard(self, source: Source) -> None:
         del self._sources[self._bucket.pop(source)][source]
         del self._keys[source.family][source.key]
 
 
-def _few(wanted: dict[Source, Bucket]) -> dict[Source, Bucket]:
-    """The last sources of each limit, as many as it may have."""
-    left: Counter[Bucket] = Counter()
-    few = {}
+def _newest(wanted: dict[Source, Bucket]) -> dict[Source, Bucket]:
+    """The last sources of each limit, at most as many as it may have, in the order given."""
+    taken: Counter[Bucket] = Counter()
+    newest = {}
     for source, bucket in reversed(wanted.items()):
-        left[bucket] += 1
-        if left[bucket] <= _SOURCES:
-            few[source] = bucket
-    return dict(reversed(few.items()))  # in the order given: the first one is the oldest
+        taken[bucket] += 1
+        if taken[bucket] <= _MAX_SOURCES_PER_LIMIT:
+            newest[source] = bucket
+    return dict(reversed(newest.items()))
 
 
 def _deletions(sources: list[Source]) -> list[Change]:

@@ -16,10 +16,11 @@ from typing import Final
 from portward.base.resources import rules
 from portward.dataplane import xtables
 from portward.dataplane.monitor import NoticeFilter, RulesetChanges, RulesetMonitor
+from portward.dataplane.names import COUNTING_SETS, FIXED_SETS, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import WRITING
-from portward.dataplane.ruleset import COUNTING_SETS, FIXED_SETS, TABLE, Wanted, head
+from portward.dataplane.ruleset import Wanted, head
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import KernelError
 from portward.ipc import mark

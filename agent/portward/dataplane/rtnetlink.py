@@ -1,7 +1,7 @@
-"""Interfaces as they come, go, change their index, and are put on top of each other, followed over rtnetlink.
+"""Reads the interfaces over rtnetlink, and follows their changes.
 
-An interface index can be used again by another tenant's interface, so a link that was deleted or renamed is
-reported as touched even when everything looks as before by the time it is reported.
+The kernel can give the index of a deleted interface to an interface of another tenant. So an interface that was
+deleted or renamed is reported as touched, even if everything looks as before when the report is made.
 """
 
 from __future__ import annotations
@@ -9,34 +9,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import struct
 from collections.abc import AsyncGenerator, Iterator
 from typing import Final, NamedTuple
 
 from portward.base.descriptors import Reserve
-from portward.base.interfaces import decoded
+from portward.base.interfaces import decoded, encoded
 from portward.base.netlink import attributes_of, messages_of
-from portward.dataplane.conversation import BUFFER, Conversation
+from portward.dataplane.dumpsocket import BUFFER_BYTES, DumpSocket
 from portward.dataplane.links import Device, Links
 from portward.dataplane.tunnels import ports_of
 
 _NETLINK_ROUTE: Final = 0
 _GROUP_LINK: Final = 1  # RTMGRP_LINK
-_NEW_LINK, _DEL_LINK, _GET_LINK = 16, 17, 18
+# linux/rtnetlink.h
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
 # linux/if_link.h
-_NAME, _LOWER, _MASTER, _INFO, _LOWER_NAMESPACE = 3, 5, 10, 18, 37
-_INFO_KIND, _INFO_DATA = 1, 2
-# Both ends of these name the other one as what they stand on; packets that one sends come in at the other.
+_IFLA_IFNAME, _IFLA_LINK, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_LINK_NETNSID = 3, 5, 10, 18, 37
+_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
+# IFLA_LINK of these kinds names the other end of a pair, at which packets come in that this end sends. IFLA_LINK
+# of all other kinds names the interface on which they stand.
 _PAIRS: Final = ("veth", "netkit", "vxcan")
 # struct ifinfomsg: family, type of hardware, index, flags, change.
 _LINK: Final = struct.Struct("=BxHiII")
 _INDEX: Final = struct.Struct("=I")
-# Some thousand interfaces that come at once are not more than this.
+# Enough for the events of some thousand interfaces that come at once.
 _RECEIVE_BYTES: Final = 8 << 20
 _SO_RCVBUFFORCE: Final = 33
-# Between a broken conversation with the kernel and the next, in seconds.
-_PAUSE: Final = 0.1
+# After rtnetlink has failed, before it is tried again.
+_RETRY_S: Final = 0.1
 
 _log = logging.getLogger("portward.links")
 
@@ -47,41 +50,50 @@ class _Event(NamedTuple):
 
 
 def devices() -> tuple[Device, ...]:
-    """The interfaces that are there now, in this thread's network namespace. Raises OSError."""
-    with Conversation(_NETLINK_ROUTE) as kernel:
-        found = kernel.dump(_GET_LINK, _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
+    """The interfaces that are in this thread's network namespace now. Raises OSError."""
+    with DumpSocket(_NETLINK_ROUTE) as kernel:
+        found = kernel.dump(_RTM_GETLINK, _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
     return tuple(event.device for kind, body in found if (event := _event(kind, body)) is not None)
 
 
-async def follow() -> AsyncGenerator[Links, None]:
-    """Yields the interfaces there are, then again after each change; the first one touches nothing.
+def index_of(name: str) -> int | None:
+    """The index of an interface; None if no interface has this name now."""
+    try:
+        # With LC_ALL of another charset Python decodes file names in another way than `decoded`.
+        return socket.if_nametoindex(os.fsdecode(encoded(name)))
+    except (OSError, ValueError):
+        return None
 
-    If the kernel dropped messages (it does so to slow readers), everything is read anew and every index known
+
+async def follow() -> AsyncGenerator[Links, None]:
+    """Yields the interfaces, then yields them again after each change. The first `Links` has nothing touched.
+
+    If the kernel has dropped messages, because the reader was slow, everything is read anew and every index from
     before counts as touched. Raises OSError if rtnetlink cannot be used at all."""
     known: dict[int, Device] = {}
-    first, said = True, ""
-    # While interfaces are not followed, an index may get another owner unseen.
+    first, logged = True, ""
+    # Descriptors are kept free, because while interfaces are not followed an index may change its owner unnoticed.
     reserve = Reserve(3)
     while True:
         try:
             async for links in _follow_once(known, reserve, first=first):
-                first, said = False, ""
+                first, logged = False, ""
                 known = {device.ifindex: device for device in links.devices}
                 yield links
         except (OSError, ValueError, struct.error) as error:
             if first:
                 raise
-            if str(error) != said:
-                _log.warning("interfaces are read anew: %s", error)
-            said = str(error)
-        await asyncio.sleep(_PAUSE)
+            if str(error) != logged:
+                _log.warning("rtnetlink failed, the interfaces are read anew: %s", error)
+            logged = str(error)
+        await asyncio.sleep(_RETRY_S)
 
 
 async def _follow_once(before: dict[int, Device], reserve: Reserve, *, first: bool) -> AsyncGenerator[Links, None]:
     with reserve.lent():
         opened = _events()
     with opened as events:
-        # Events first, then the list: what changes in between is seen in both.
+        # Events first, then the list, so that a change in between is in both.
         with reserve.lent():
             known = {device.ifindex: device for device in devices()}
         yield _links(known, frozenset() if first else frozenset(before))
@@ -93,71 +105,71 @@ def _events() -> socket.socket:
     events = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_ROUTE
     )
-    with contextlib.suppress(PermissionError):  # it takes CAP_NET_ADMIN; without it events are lost earlier
+    with contextlib.suppress(PermissionError):  # without CAP_NET_ADMIN the buffer is smaller
         events.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
     events.bind((0, _GROUP_LINK))
     return events
 
 
 async def _next(known: dict[int, Device], events: socket.socket) -> Links:
-    """Waits for a change, takes all that have come by then into `known`, and says what they touched."""
+    """Waits for a change, applies all events that have come by then to `known`, and returns the result."""
     loop = asyncio.get_running_loop()
     touched: set[int] = set()
     before = dict(known)
     while known == before and not touched:
-        data, sender = await loop.sock_recvfrom(events, BUFFER)
+        data, sender = await loop.sock_recvfrom(events, BUFFER_BYTES)
         for event in _all_of(data, sender, events):
-            _take(event, known, touched)
+            _apply(event, known, touched)
     return _links(known, frozenset(touched))
 
 
 def _all_of(data: bytes, sender: tuple[int, int], events: socket.socket) -> Iterator[_Event]:
-    """The events in `data`, and those that wait behind it. `sender` is an address of netlink: port and groups.
-    What does not come from port 0, the kernel, says nothing: another process with CAP_NET_ADMIN has sent it."""
+    """The events in `data`, and those that wait in the socket. `sender` is a netlink address: port and groups.
+    Only the kernel, which has port 0, is believed: another process with CAP_NET_ADMIN can send messages too."""
     while True:
         for kind, _, _, body in messages_of(data) if sender[0] == 0 else ():
             if (event := _event(kind, body)) is not None:
                 yield event
         try:
-            data, sender = events.recvfrom(BUFFER)
+            data, sender = events.recvfrom(BUFFER_BYTES)
         except BlockingIOError:
             return
 
 
 def _event(kind: int, body: bytes) -> _Event | None:
-    """What a message says of an interface; None for what says nothing of one.
+    """The event of an interface in a message; None if the message is about something else.
 
-    A bridge announces its ports by messages of its own family: one that a port has left says RTM_DELLINK, and the
-    interface is still there.
+    A bridge announces its ports by messages of its own address family. When a port leaves the bridge, the message
+    is an RTM_DELLINK although the interface is still there. So only AF_UNSPEC counts.
     """
-    if kind not in (_NEW_LINK, _DEL_LINK):
+    if kind not in (_RTM_NEWLINK, _RTM_DELLINK):
         return None
     family, _, index, _, _ = _LINK.unpack_from(body)
     if family != socket.AF_UNSPEC:
         return None
     found = dict(attributes_of(body, _LINK.size))
-    if _NAME not in found:  # a wireless driver's own news
+    if _IFLA_IFNAME not in found:  # an event of a wireless driver
         return None
-    info = dict(attributes_of(found.get(_INFO, b"")))
-    driver = _text(info.get(_INFO_KIND, b""))
-    # A number of another namespace names no interface here.
-    other = 0 if _LOWER_NAMESPACE in found else _index(found.get(_LOWER))
+    info = dict(attributes_of(found.get(_IFLA_LINKINFO, b"")))
+    driver = _text(info.get(_IFLA_INFO_KIND, b""))
+    # With IFLA_LINK_NETNSID the index is of another namespace, and names no interface here.
+    other = 0 if _IFLA_LINK_NETNSID in found else _index(found.get(_IFLA_LINK))
     lower, peer = (0, other) if driver in _PAIRS else (other, 0)
     return _Event(
-        kind == _DEL_LINK,
+        kind == _RTM_DELLINK,
         Device(
             index,
-            _text(found.get(_NAME, b"")),
+            _text(found[_IFLA_IFNAME]),
             driver,
-            _index(found.get(_MASTER)),
+            _index(found.get(_IFLA_MASTER)),
             0 if lower == index else lower,
-            ports_of(driver, dict(attributes_of(info.get(_INFO_DATA, b"")))),
+            ports_of(driver, dict(attributes_of(info.get(_IFLA_INFO_DATA, b"")))),
             peer,
         ),
     )
 
 
-def _take(event: _Event, known: dict[int, Device], touched: set[int]) -> None:
+def _apply(event: _Event, known: dict[int, Device], touched: set[int]) -> None:
     device = event.device
     before = known.get(device.ifindex)
     if event.deleted:

@@ -1,8 +1,9 @@
-"""The verdicts that the kernel has cached: reading them, counting them, and making it forget them.
+"""The verdicts that the kernel has cached: reads them, adds them, and deletes them. Pure, over `Elements`.
 
-An element is (interface index, source); its set says the verdict. Each is counted by the kernel and expires by
-itself. What must be forgotten earlier goes in two steps, in this order: `move_epoch`, then `forget` or
-`forget_within`. In one transaction a verdict stored between its walk and its commit survived 20 times of 20.
+A cached verdict is an element (interface index, source address) of the set of its verdict. The kernel counts the
+packets of each and lets each expire. A change of policy deletes cached verdicts in two steps, in this order:
+`move_epoch`, then `forget`, `forget_within` or `forget_everything`. One transaction for both is not enough: a
+verdict that a packet stored between the kernel's walk of the set and its commit survived in 20 of 20 tries.
 """
 
 from __future__ import annotations
@@ -15,27 +16,34 @@ from itertools import product
 from typing import Final, NamedTuple
 
 from portward.dataplane.elements import Add, Change, Delete, Elements, Flush, RefusedError
-from portward.dataplane.gate import WORTH_A_GATE, Gate
-from portward.dataplane.prefixes import Prefixes
-from portward.dataplane.ruleset import (
+from portward.dataplane.gate import MIN_GATED_ELEMENTS, Gate
+from portward.dataplane.names import (
+    COMING_EPOCHS,
     COUNTED_SETS,
     ENFORCED,
+    EPOCH,
     GATED,
     KNOWN_INTERFACES,
+    MISS_LIMITED_SEGMENTS,
     RATE_LIMITS,
+    RECENT_EPOCHS,
     RENEWED,
+    SYNCED,
     UNSETTLED,
     VERDICT_SETS,
     Verdict,
 )
+from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.setdump import SetRow
 from portward.dataplane.sweep import Sweep
 from portward.ipc import mark
 
-_INDEX = struct.Struct("=I")
-_TRIES: Final = 3
-# Up to this many sources are looked for one by one in full sets; each takes a message for each set.
-_ONE_BY_ONE: Final = 500
+# An interface index or a mark, in the byte order of the host.
+_NUMBER: Final = struct.Struct("=I")
+# An element can expire between its reading and its deletion, which fails the transaction: then both are repeated.
+_FORGET_TRIES: Final = 3
+# Up to this many sources are read one by one if a set is full; each takes one message for each set.
+_MAX_READ_ONE_BY_ONE: Final = 500
 
 _PASSING_SETS: Final = tuple(name for verdict, name in VERDICT_SETS.items() if verdict in mark.PASSING)
 _STOPPING_SETS: Final = tuple(name for verdict, name in VERDICT_SETS.items() if verdict not in mark.PASSING)
@@ -43,33 +51,33 @@ _VERDICTS: Final = {name: verdict for verdict, name in COUNTED_SETS.items()}
 
 
 class Source(NamedTuple):
-    """A key of the learned sets: interface index and address (4 or 16 bytes, network order)."""
+    """A key of a verdict set: interface index and address (4 or 16 bytes, network order)."""
 
     link: int
     address: bytes
 
     @classmethod
     def of(cls, key: bytes) -> Source:
-        """The source of a key as the kernel keeps it."""
-        return cls(_INDEX.unpack_from(key)[0], key[4:])
+        """The source of a key in the kernel's form."""
+        return cls(_NUMBER.unpack_from(key)[0], key[_NUMBER.size :])
 
     @property
     def family(self) -> str:
-        """The digit in the name of its sets."""
+        """The digit of its address family in the names of sets: 4 or 6."""
         return "4" if len(self.address) == 4 else "6"
 
     @property
     def key(self) -> bytes:
-        """The key as the kernel keeps it."""
-        return _INDEX.pack(self.link) + self.address
+        """The key in the kernel's form: the index in the byte order of the host, then the address."""
+        return _NUMBER.pack(self.link) + self.address
 
     def __str__(self) -> str:
         return f"{self.link} . {ip_address(self.address)}"
 
 
 class Element(NamedTuple):
-    """A cached verdict: packets counted since it was learned, seconds until it expires. Of a source with a limit
-    there are up to two: what it sent within the limit, and beyond it."""
+    """A cached verdict: the packets counted since it was cached, and the seconds until it expires. A source with a
+    rate limit has up to two: packets within the limit, and packets over it."""
 
     verdict: Verdict
     source: Source
@@ -78,25 +86,25 @@ class Element(NamedTuple):
 
 
 class VerdictCache:
-    """The cached verdicts of the table in this network namespace. Whatever changes them raises KernelError (a
-    RefusedError), whatever reads them OSError."""
+    """The cached verdicts of one network namespace. Methods that change them raise RefusedError (a KernelError),
+    and methods that read them raise OSError."""
 
     def __init__(self, elements: Elements) -> None:
         self._elements = elements
         self._gate = Gate(elements)
-        # Set → elements at the last reading. Another thread may bring newer figures in.
+        # Set → number of elements at the last reading. Another thread may write newer figures.
         self.sizes: dict[str, int] = {}
 
     def elements(self) -> Iterator[Element]:
-        """All cached verdicts, each as it was within the time that the reading takes; a few may be missing or be
-        there twice. Raises OSError if the table is not loaded."""
+        """All cached verdicts, each as it was at some moment during the reading. A few may be missing or appear
+        twice. Raises OSError if the table is not loaded."""
         for verdict, name in COUNTED_SETS.items():
             for family in "46":
                 for row in self._rows(name + family):
                     yield _element(verdict, row)
 
     def get(self, source: Source) -> Element | None:
-        """The cached verdict of a source now; None: the next packet asks a worker."""
+        """The cached verdict of a source; None if there is none, so that the next packet asks a worker."""
         for verdict, name in VERDICT_SETS.items():
             found = self._elements.element(name + source.family, source.key)
             if found is not None:
@@ -104,61 +112,62 @@ class VerdictCache:
         return None
 
     def epoch(self) -> int | None:
-        """The epoch under which verdicts are cached; None: not known."""
-        number = self._number("epoch")
+        """The epoch under which verdicts are cached; None if it cannot be read."""
+        number = self._number(EPOCH)
         return None if number is None else number >> mark.EPOCH_SHIFT
 
     def over_miss_limit(self) -> dict[int, int]:
-        """Interface index → packets refused since they were over the segment's rate of misses."""
-        return {_INDEX.unpack(key)[0]: packets for key, packets, _ in self._elements.rows("limited_segments")}
+        """Interface index → packets that were dropped because the segment was over its miss limit."""
+        return {_NUMBER.unpack(key)[0]: packets for key, packets, _ in self._elements.rows(MISS_LIMITED_SEGMENTS)}
 
     def synced(self) -> int | None:
-        """The generation of the policy table that everything cached agrees with; None: not known."""
-        return self._number("synced")
+        """The generation of the policy table that all cached verdicts agree with; None if it cannot be read."""
+        return self._number(SYNCED)
 
     def enforces(self, generation: int) -> bool:
         """Whether no cached verdict of an older generation of the policy table has any effect: none is left, or
-        those that are left are behind the gate."""
-        # The gate's first: if it goes between the two readings, `synced` is written with that.
+        all that are left are behind the gate."""
+        # ENFORCED first: the transaction that removes the gate writes SYNCED, so one of the two readings sees it.
         return generation in (self._number(ENFORCED), self.synced())
 
     def definitions(self) -> int | None:
-        """The checksum of the definitions of the loaded sets; None: not known."""
+        """The checksum of the definitions of the loaded sets; None if it cannot be read."""
         return self._number("definitions")
 
     def move_epoch(self, generation: int, links: Iterable[int] = ()) -> None:
-        """Step one of a change: from here on only verdicts of this generation are cached; `links` as for `renew`.
+        """Step one of a change: from now on only verdicts of this generation are cached. `links` as for `renew`.
 
-        If the process dies right after it, what is cached may be old until it expires or the agent starts again:
-        `synced` still names the older generation, so the next start forgets everything.
+        If the process dies right after it, cached verdicts may be old until they expire or the agent starts again.
+        SYNCED still has the older generation, so the next start forgets everything.
         """
         epoch, before = mark.epoch_of(generation), self.epoch()
-        changes: list[Change] = [Flush("epoch"), Add("epoch", _marks([epoch]))]
-        if before is not None:  # its verdicts may still be on their way: `learn` acts on them once
-            changes.append(Add("recent", _marks([before])))
+        changes: list[Change] = [Flush(EPOCH), Add(EPOCH, _marks([epoch]))]
+        if (
+            before is not None
+        ):  # workers may still send verdicts of it: they count for one packet, and are not cached
+            changes.append(Add(RECENT_EPOCHS, _marks([before])))
         self._elements.commit([*changes, *_coming(before, epoch), *_renewed(links)])
 
     def renew(self, links: Iterable[int]) -> None:
-        """The owners of these interfaces have changed. For ten seconds from here on no verdict on their packets
-        counts that was found under an older epoch, or for the forward guard. Raises KernelError."""
+        """Takes note that these interfaces have other owners. For ten seconds a verdict on their packets does not
+        count if it was found under an older epoch, or for the forward guard. Raises KernelError."""
         self._elements.commit(_renewed(links))
 
     def add(self, verdicts: Mapping[Source, mark.Class]) -> None:
-        """Caches these verdicts, as if packets had brought them; raises KernelError, and then none is cached. Only
-        the kernel thread may call it, with verdicts of the policy that the kernel stands at."""
+        """Caches these verdicts, as packets with a verdict mark do. Raises KernelError, and then none is cached.
+        Only the kernel thread may call it, with verdicts of the generation that the kernel enforces."""
         keys: dict[str, list[bytes]] = {}
         for source, verdict in verdicts.items():
             keys.setdefault(VERDICT_SETS[verdict] + source.family, []).append(source.key)
         self._elements.commit([Add(set_, found) for set_, found in keys.items()])
 
     def forget(self, sources: Iterable[Source], generation: int, more: Sequence[Change] = ()) -> None:
-        """Step two for single sources: they are asked about anew, and what is still cached agrees with
-        `generation` of the policy table. It does not matter which of the sources are cached. `more` is done in the
-        same transaction.
+        """Step two for single sources: deletes their cached verdicts, if there are any, and records that all
+        others agree with `generation` of the policy table. `more` are changes for the same transaction.
 
-        Each goes by `Add` and then `Delete` in every set of its family: a plain `Delete` of an element that has
-        expired meanwhile would fail the whole transaction. If the kernel does not take the `Add`, since a set is
-        full, those that are there are read and deleted.
+        Each source is added to every set of its family and then deleted, because the `Delete` of an element that
+        has expired would fail the whole transaction. If the kernel refuses the `Add` because a set is full, the
+        elements that exist are read and deleted.
         """
         wanted = list(sources)
         end = [*more, *_synced(generation)]
@@ -170,13 +179,13 @@ class VerdictCache:
         try:
             self._elements.commit([*changes, *end])
         except RefusedError:
-            if len(wanted) > _ONE_BY_ONE or not self._forget_present(wanted, end):
+            if len(wanted) > _MAX_READ_ONE_BY_ONE or not self._forget_present(wanted, end):
                 self.forget_within(_hosts(wanted), generation, more)
 
     def _forget_present(self, sources: list[Source], end: list[Change]) -> bool:
-        """Deletes what is there of these sources, without an `Add`; False if it could not. Since the epoch has
-        moved on, what a set does not hold when it is read is not stored later under the older policy."""
-        for _ in range(_TRIES):
+        """Deletes the cached verdicts of these sources without an `Add`; False if it could not. A verdict that is
+        not in a set when the set is read is not stored there later, because the epoch has moved on."""
+        for _ in range(_FORGET_TRIES):
             changes: list[Change] = [
                 Delete(name + source.family, [source.key])
                 for source in sources
@@ -186,7 +195,7 @@ class VerdictCache:
             try:
                 self._elements.commit([*changes, *end])
                 return True
-            except RefusedError:  # one has expired between reading and deleting
+            except RefusedError:  # one has expired between its reading and its deletion
                 continue
         return False
 
@@ -199,20 +208,21 @@ class VerdictCache:
         opens: bool = True,
         closes: bool = True,
     ) -> set[Source]:
-        """Step two for prefixes: the same as `forget` for all sources that lie in them, at a cost that does not
-        grow with the number of prefixes. Gives the sources found in sets that let packets pass.
+        """Step two for prefixes: the same as `forget` for all sources in them, at a cost that does not grow with
+        the number of prefixes. Returns the sources found in sets that let packets pass.
 
-        `first` is done before everything else. `opens`: the change may let packets pass, so verdicts that stop
-        them may be wrong, too. `closes`: it may stop packets, so the gate stands before the interfaces meanwhile
-        if there is much to read.
+        `first` are changes that are made before all others. `opens`: the change may let packets pass, so cached
+        verdicts that stop packets may be wrong too. `closes`: the change may stop packets, so the gate shuts the
+        interfaces during a long search.
 
-        The sets that let packets pass come first, and are read until a reading finds nothing to delete. The others
-        follow: before `synced` is written if they may be wrong, else after it. A set that cannot be read well, or
-        of which nearly everything would go, is flushed: that costs others a question each, and opens nothing.
+        The sets that let packets pass come first, and are read until a reading finds nothing to delete. The sets
+        that stop packets follow, before SYNCED is written if they may be wrong, else after it. A set is flushed if
+        it cannot be read reliably, or if nearly all of it would go. A flush costs each other source in the set
+        one question, and opens nothing.
         """
         families = prefixes.families()
         passing, stopping = product(_PASSING_SETS, families), list(product(_STOPPING_SETS, families))
-        gated = closes and self._reads(families) > WORTH_A_GATE
+        gated = closes and self._passing_elements(families) > MIN_GATED_ELEMENTS
         if gated:
             self._gate.shut(prefixes.links, None if opens else generation, first)
         elif first:
@@ -232,21 +242,22 @@ class VerdictCache:
         return found
 
     def delete_expiring(self, due: Mapping[str, Sequence[bytes]]) -> None:
-        """Deletes elements (set → keys) that are about to expire, so that all that they have counted is known.
-        Raises KernelError, and then none is deleted: a set is full."""
-        # As in `forget`: one may have expired by now.
+        """Deletes elements (set → keys) that are about to expire, so that the kernel reports what they have
+        counted. Raises KernelError if a set is full, and then none is deleted."""
+        # Added first for the reason in `forget`: one may have expired by now.
         changes: list[Change] = []
         for set_, keys in due.items():
             changes += [Add(set_, keys), Delete(set_, keys)]
         self._elements.commit(changes)
 
     def flush(self, sets: Iterable[str]) -> None:
-        """Deletes all elements of these sets, which are about to be made anew; raises KernelError."""
+        """Deletes all elements of these sets. Raises KernelError."""
         self._elements.commit([Flush(set_) for set_ in sets])
 
     def forget_behind_gate(self) -> None:
-        """If a gate stands, forgets every verdict that lets packets pass, so that a reload, which removes it,
-        lets no revoked source pass. Does nothing if the table is not loaded. Raises OSError or KernelError."""
+        """If a gate is shut, forgets every verdict that lets packets pass, because the reload that follows removes
+        the gate, and no revoked source may pass then. Does nothing if the table is not loaded. Raises OSError or
+        KernelError."""
         try:
             gated = self._elements.rows(GATED)
         except FileNotFoundError:
@@ -254,12 +265,12 @@ class VerdictCache:
         if gated:
             self._elements.commit([Flush(name + family) for name, family in product(_PASSING_SETS, "46")])
 
-    def _reads(self, families: str) -> int:
-        """How many elements there were, at the last reading, in the sets that let packets pass."""
+    def _passing_elements(self, families: str) -> int:
+        """The number of elements, at the last reading, in the sets that let packets pass."""
         return sum(self.sizes.get(name + family, 0) for name, family in product(_PASSING_SETS, families))
 
     def forget_everything(self, generation: int) -> None:
-        """Step two if everything may have changed."""
+        """Step two if everything may have changed: deletes all cached verdicts and all sources of rate limits."""
         flushes = [Flush(name + family) for name in (*COUNTED_SETS.values(), RATE_LIMITS) for family in "46"]
         self._elements.commit([*flushes, *_synced(generation)])
 
@@ -269,46 +280,48 @@ class VerdictCache:
         return rows
 
     def unsettle(self, indexes: Iterable[int]) -> None:
-        """From here on nothing from these interfaces is asked about or learned, but dropped, also what waits for
-        a worker now; raises KernelError."""
+        """From now on packets of these interfaces to policy ports are dropped without a question, and their
+        verdicts are not cached, also of packets that wait for a worker now. Raises KernelError."""
         indexes = list(indexes)
-        unsettled = Add(UNSETTLED, [_INDEX.pack(index) for index in indexes])
+        unsettled = Add(UNSETTLED, [_NUMBER.pack(index) for index in indexes])
         self._elements.commit([unsettled, *_renewed(indexes)])
 
     def settle(self, indexes: Iterable[int]) -> None:
-        """Ends `unsettle` for these interfaces; raises KernelError."""
-        self._elements.commit([Delete(UNSETTLED, [_INDEX.pack(index) for index in indexes])])
+        """Ends `unsettle` for these interfaces. Raises KernelError."""
+        self._elements.commit([Delete(UNSETTLED, [_NUMBER.pack(index) for index in indexes])])
 
     def set_known_interfaces(self, indexes: frozenset[int]) -> bool:
-        """Brings the set of known interfaces to these indexes; False if that was all it held. Raises KernelError,
-        also without the set."""
+        """Makes these indexes the elements of KNOWN_INTERFACES; False if they already were. Raises KernelError,
+        also if there is no such set."""
         had = self._known_interfaces()
         if had == indexes:
             return False
-        gone, new = ([_INDEX.pack(index) for index in sorted(part)] for part in (had - indexes, indexes - had))
+        gone, new = ([_NUMBER.pack(index) for index in sorted(part)] for part in (had - indexes, indexes - had))
         self._elements.commit([Delete(KNOWN_INTERFACES, gone), Add(KNOWN_INTERFACES, new)])
         return True
 
     def retain_known_interfaces(self, indexes: frozenset[int]) -> None:
-        """Takes out of the set of known interfaces all but these; raises KernelError, also without the set."""
+        """Deletes all but these indexes from KNOWN_INTERFACES. Raises KernelError as `set_known_interfaces`
+        does."""
         self.set_known_interfaces(self._known_interfaces() & indexes)
 
     def _known_interfaces(self) -> frozenset[int]:
         try:
-            return frozenset(_INDEX.unpack(key)[0] for key, _, _ in self._elements.rows(KNOWN_INTERFACES))
+            return frozenset(_NUMBER.unpack(key)[0] for key, _, _ in self._elements.rows(KNOWN_INTERFACES))
         except OSError as error:
-            raise RefusedError(error.errno or ENOENT) from error
+            raise RefusedError(error.errno or ENOENT, error.strerror or str(error)) from error
 
     def _number(self, name: str) -> int | None:
+        """The only element of a set; None if there is not exactly one, or if it cannot be read."""
         try:
             keys = [key for key, _, _ in self._elements.rows(name)]
         except OSError:
             return None
-        return _INDEX.unpack(keys[0])[0] if len(keys) == 1 else None
+        return _NUMBER.unpack(keys[0])[0] if len(keys) == 1 else None
 
 
 def element_of(set_: str, row: SetRow) -> Element:
-    """The cached verdict that a row of this set is."""
+    """The cached verdict in a row of this set."""
     return _element(_VERDICTS[set_[:-1]], row)
 
 
@@ -325,29 +338,30 @@ def _hosts(sources: Iterable[Source]) -> Prefixes:
 
 
 def _renewed(links: Iterable[int]) -> list[Change]:
-    keys = [_INDEX.pack(index) for index in sorted(links)]
-    # An `Add` of what is there would not start its time anew.
+    keys = [_NUMBER.pack(index) for index in sorted(links)]
+    # An `Add` of an element that is there would not extend its time.
     return [Add(RENEWED, keys), Delete(RENEWED, keys), Add(RENEWED, keys)] if keys else []
 
 
 def _coming(before: int | None, epoch: int) -> list[Change]:
-    """What brings the set of the epochs that follow from an epoch to another one: verdicts of the table that come
-    before the kernel's step are acted on."""
+    """Moves COMING_EPOCHS from one epoch to another. A worker may find a verdict in the table some milliseconds
+    before the kernel's epoch moves, and that verdict counts for its packet."""
     steps = mark.AHEAD + 1 if before is None else (epoch - before) % mark.EPOCHS
     if steps > mark.AHEAD:
-        return [Flush("coming"), Add("coming", _marks(mark.coming(epoch)))]
+        return [Flush(COMING_EPOCHS), Add(COMING_EPOCHS, _marks(mark.coming(epoch)))]
     if not steps or before is None:
         return []
     gone = _marks(mark.coming(before, steps))
     new = _marks(mark.coming((before + mark.AHEAD) % mark.EPOCHS, steps))
-    # Added before it is deleted: to delete what another program has removed would be refused.
-    return [Add("coming", [*gone, *new]), Delete("coming", gone)]
+    # Added before the deletion, which would be refused if another program has removed one of them.
+    return [Add(COMING_EPOCHS, [*gone, *new]), Delete(COMING_EPOCHS, gone)]
 
 
 def _marks(epochs: Iterable[int]) -> list[bytes]:
-    return [_INDEX.pack(epoch << mark.EPOCH_SHIFT) for epoch in epochs]
+    return [_NUMBER.pack(epoch << mark.EPOCH_SHIFT) for epoch in epochs]
 
 
 def _synced(generation: int) -> list[Change]:
-    """Says, in the transaction that makes it true, that everything cached agrees with this generation."""
-    return [Flush("synced"), Add("synced", [_INDEX.pack(generation)])]
+    """Records that all cached verdicts agree with this generation. It belongs into the transaction that makes this
+    true."""
+    return [Flush(SYNCED), Add(SYNCED, [_NUMBER.pack(generation)])]

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from typing import Final
 
 from portward.base.netlink import attribute, nest, string
+from portward.dataplane.names import TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.ruleset import TABLE, QueueStatement
+from portward.dataplane.ruleset import QueueStatement
 from portward.errors import KernelError
 
 _PROBE_TABLE: Final = "portward_probe"

@@ -20,12 +20,14 @@ from portward.config.paths import is_path
 from portward.daemon.runtime import read_status, running
 from portward.dataplane import (
     around,
+    genetlink,
     namespacelock,
     others,
     reconciler,
     rtnetlink,
     ruleset,
     stacking,
+    templates,
     tunnels,
     xtables,
 )
@@ -75,7 +77,9 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     translating = others.seen(netlink)
     surroundings = around.found(config, printed=warnings)._replace(guard=translating.guard)
     try:
-        want = ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings)
+        want = ruleset.wanted(
+            templates.read(), config, preset, native=native, state=state, surroundings=surroundings
+        )
         nft.check(want.whole)
     except KernelError as error:
         raise KernelError(f"the kernel does not take the ruleset: {error}") from None
@@ -212,7 +216,7 @@ def _tunnels(config: Config, devices: Sequence[Device]) -> Iterator[str]:
     """Which tunnels end here, and what the host's own firewall must do about them."""
     ends = tunnels.ending_here(devices)
     try:
-        ports = tunnels.find(devices)
+        ports = genetlink.tunnel_ports(devices)
     except OSError as error:
         ports = tunnels.Ports(tunnels.of_devices(devices))
         yield f"tunnels of FOU, L2TP and WireGuard: the kernel does not say: {error.strerror}"

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
-from portward.dataplane.ruleset import COUNTED_SETS
+from portward.dataplane.names import COUNTED_SETS
 from portward.dataplane.stacking import Fate
 from portward.ipc import mark
 from portward.ipc.mark import Class

@@ -16,8 +16,9 @@ from portward.config.load import load_config
 from portward.config.paths import from_file, is_path
 from portward.daemon import settings
 from portward.dataplane import loaded as opened
-from portward.dataplane import namespacelock, others, reconciler, ruleset, xtables
+from portward.dataplane import namespacelock, others, reconciler, ruleset, templates, xtables
 from portward.dataplane.around import found
+from portward.dataplane.names import FAMILY_TABLE
 from portward.dataplane.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
@@ -42,7 +43,7 @@ def loaded(path: Path) -> str:
     """The ruleset as nft prints it; raises KernelError where there is none, or the kernel may not be asked. `path`
     is the configuration, of which nothing counts but the table folder."""
     netlink = NfNetlink()
-    tables = [ruleset.FAMILY_TABLE] if reconciler.loaded(netlink) else []
+    tables = [FAMILY_TABLE] if reconciler.loaded(netlink) else []
     tables += [f"inet {reconciler.CLOSED}"] if reconciler.closed(netlink) else []
     if not tables:
         raise host.nothing_loaded(settings.folder(path))
@@ -101,7 +102,9 @@ def wanted(path: Path) -> str:
     netlink = NfNetlink()
     native = xtables.has_native_queue(Nft(netlink.generation, netlink.transact))
     surroundings = found(config)._replace(guard=others.seen(netlink).guard)
-    return ruleset.wanted(config, preset, native=native, state=state, surroundings=surroundings).whole
+    return ruleset.wanted(
+        templates.read(), config, preset, native=native, state=state, surroundings=surroundings
+    ).whole
 
 
 def baseline(path: Path) -> str:
@@ -138,7 +141,10 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
         state = ruleset.State(0, synced=False)
         # With the guard: nobody watches here whether others translate packets.
         surroundings = found(config)._replace(guard=True)
-        reconciler.begin(nft, ruleset.wanted(config, preset, native=False, state=state, surroundings=surroundings))
+        reconciler.begin(
+            nft,
+            ruleset.wanted(templates.read(), config, preset, native=False, state=state, surroundings=surroundings),
+        )
     except PortwardError as error:
         ports = _ports(path)
         reconciler.close(nft, ports)

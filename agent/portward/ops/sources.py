@@ -9,7 +9,7 @@ from portward.base.addresses import is_address, parse_address
 from portward.base.interfaces import is_name
 from portward.config.documents import brief
 from portward.config.keys import Config
-from portward.dataplane.links import index_of
+from portward.dataplane.rtnetlink import index_of
 from portward.errors import InputError
 from portward.model import Address
 

@@ -38,8 +38,8 @@ from portward.daemon.workers import Worker
 from portward.dataplane import namespacelock
 from portward.dataplane.links import Links
 from portward.dataplane.monitor import RulesetChanges
+from portward.dataplane.names import TABLE
 from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock, NamespaceTakenError
-from portward.dataplane.ruleset import TABLE
 from portward.errors import KernelError, PortwardError
 from portward.ipc.counters import WorkerEvent
 from portward.table.database import TableError
@@ -366,7 +366,7 @@ def test_a_configuration_is_read_again_and_a_bad_one_refused(
 def test_a_worker_that_does_not_answer_is_ended_and_started_again(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "PATIENCE", 0.05)
+    monkeypatch.setattr(health, "ANSWER_TIMEOUT_S", 0.05)
 
     async def work() -> None:
         await running.until(lambda: _answered(running) > 0, "it has answered")
@@ -438,7 +438,7 @@ def test_a_worker_that_is_tried_again_does_not_run(running: Running, monkeypatch
         await running.until(lambda: states() == ["answers"], "it answers")
         lines = _lines(read_status(running.config.table) or {})
         assert any("worker 0 runs" in line for line in lines)
-        monkeypatch.setattr(health, "PATIENCE", 0.05)
+        monkeypatch.setattr(health, "ANSWER_TIMEOUT_S", 0.05)
         free = asyncio.Event()
 
         async def start() -> None:

@@ -24,7 +24,7 @@ def test_a_counting_thread_that_hangs_is_named_and_no_sooner_the_end_of_the_agen
     said: list[str] = []
     monkeypatch.setattr(health, "notify", said.append)
     monkeypatch.setattr(health, "watchdog_seconds", lambda: 0.1)
-    monkeypatch.setattr(health, "PATIENCE", 0.01)
+    monkeypatch.setattr(health, "ANSWER_TIMEOUT_S", 0.01)
     stuck: list[str] = []
     well: list[bool] = []
     core = SimpleNamespace(

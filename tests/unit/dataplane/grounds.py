@@ -8,7 +8,7 @@ from ipaddress import ip_address, ip_network
 from typing import Final
 
 from portward.config.keys import Config
-from portward.dataplane import ruleset
+from portward.dataplane import ruleset, templates
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.elements import (
     Add,
@@ -20,14 +20,14 @@ from portward.dataplane.elements import (
     Draw,
     Flush,
     InsertRule,
-    KernelElements,
 )
 from portward.dataplane.fake import FakeKernel, Transaction
+from portward.dataplane.kernel_elements import KernelElements
+from portward.dataplane.names import COUNTED_SETS, RATE_LIMITS, TABLE, VERDICT_SETS
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.ruleset import COUNTED_SETS, RATE_LIMITS, TABLE, VERDICT_SETS
 from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc import mark
@@ -82,7 +82,7 @@ class Plane:
     def want(self, generation: int) -> ruleset.Wanted:
         """The ruleset for a generation of the policy table."""
         state = ruleset.State(generation, synced=self.cache.synced() == generation)
-        return ruleset.wanted(self.config, PRESET, native=self.kernel.native, state=state)
+        return ruleset.wanted(templates.read(), self.config, PRESET, native=self.kernel.native, state=state)
 
     def start(self) -> bool:
         """Starts enforcing."""

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portward.dataplane.accounting import GRACE_S, ExpiringKeys, Owner, PacketAccounting
-from portward.dataplane.deletions import Deletions, Gone
-from portward.dataplane.setdump import SetRow
+from portward.dataplane.accounting import GRACE_S, ExpiringKeys, PacketAccounting, SourceOwner
+from portward.dataplane.deletions import Deletions
+from portward.dataplane.setdump import DeletedElement, SetRow
 from portward.dataplane.verdict_cache import Source
 from portward.ipc import mark
 
@@ -20,13 +20,13 @@ SOURCE = Source(3, b"\x0a\0\0\x04")
 KEY = SOURCE.key
 
 
-def owner(source: Source) -> Owner | None:
+def owner(source: Source) -> SourceOwner | None:
     """Every source behind interface 3 is of one customer."""
-    return Owner("vni1001", "contoso") if source.link == 3 else None
+    return SourceOwner("vni1001", "contoso") if source.link == 3 else None
 
 
 class World:
-    """PacketAccounting, and the sets that they read."""
+    """Packet accounting, and the sets that it reads."""
 
     def __init__(self) -> None:
         self.deletions = Deletions()
@@ -49,7 +49,7 @@ class World:
     def delete(self, packets: int | None, key: bytes = KEY) -> None:
         """The kernel thread deletes the element."""
         with self.deletions.transaction() as gone:
-            gone.append(Gone("deny4", key, packets))
+            gone.append(DeletedElement("deny4", key, packets))
 
     @property
     def total(self) -> int:
@@ -146,7 +146,7 @@ def test_what_is_about_to_expire_is_named(world: World) -> None:
 def test_nothing_is_counted_while_the_kernel_thread_is_at_a_deletion(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("portward.dataplane.deletions._PATIENCE_S", 0.01)
+    monkeypatch.setattr("portward.dataplane.deletions._TRANSACTION_TIMEOUT_S", 0.01)
     with world.deletions.transaction():
         assert world.read(5, 0) is None
     assert world.read(5, 1) is not None
@@ -156,7 +156,7 @@ def test_nothing_is_counted_while_the_kernel_thread_is_at_a_deletion(
 def test_a_transaction_that_fails_has_deleted_nothing(world: World) -> None:
     world.read(5, 0)
     with pytest.raises(ZeroDivisionError), world.deletions.transaction() as gone:
-        gone.append(Gone("deny4", KEY, 9 // 0))
+        gone.append(DeletedElement("deny4", KEY, 9 // 0))
     world.read(6, 1)
     assert world.total == 6
 
@@ -217,7 +217,7 @@ def test_what_an_interface_sent_that_is_gone_by_now_is_counted_under_its_name() 
     counts.take_all(lambda set_: [(KEY, 5, 60_000)] if set_ == "deny4" else [], 0, 1)
     there[0] = False
     with deletions.transaction() as gone:
-        gone.append(Gone("deny4", KEY, 7))
+        gone.append(DeletedElement("deny4", KEY, 7))
     counts.take_all(lambda set_: [], 1, 1)
     assert counts.segments["vni1001", "deny"] == 7
 
@@ -228,7 +228,7 @@ def test_what_an_interface_sent_that_is_gone_by_now_is_counted_under_its_name() 
 def restarted(world: World, kernel: str = "this") -> World:
     """The next agent's counts, with what the kernel holds."""
     after = World()
-    after.counts.go_on(world.counts.kept("this"), kernel, 0)
+    after.counts.restore(world.counts.saved("this"), kernel, 0)
     return after
 
 
@@ -256,14 +256,14 @@ def test_in_another_kernel_the_elements_are_others(world: World) -> None:
 def test_where_the_ruleset_was_gone_the_elements_are_others(world: World) -> None:
     world.read(500, 0)
     after = restarted(world)
-    after.counts.begin_anew()
+    after.counts.discard_readings()
     after.read(600, 1)
     assert after.total == 1_100
 
 
 def test_what_is_no_state_of_ours_is_refused(world: World) -> None:
     with pytest.raises(msgspec.MsgspecError):
-        world.counts.go_on(b"\x93\x01\x02\x03", "this", 0)
+        world.counts.restore(b"\x93\x01\x02\x03", "this", 0)
 
 
 # --- what is gone ---
@@ -282,12 +282,12 @@ def test_numbers_of_who_is_gone_go_after_the_grace_period(world: World) -> None:
 
 def test_interfaces_that_are_gone_leave_nothing(world: World) -> None:
     """Each one that comes has another index."""
-    counts = PacketAccounting(lambda source: Owner("vni1001", "contoso"), world.deletions)
+    counts = PacketAccounting(lambda source: SourceOwner("vni1001", "contoso"), world.deletions)
     for index in range(1, 100):
         world.sets["deny4"] = [(Source(index, SOURCE.address).key, 1, 1_000)]
         counts.take_all(world.rows, 2.0 * index, pause=1.0)
     counts.prune(200, lambda name: True, lambda name: True)
-    assert list(counts._names) == [99], "of its element something may still be to count"
+    assert list(counts._segment_names) == [99], "of its element something may still be to count"
 
 
 def test_what_was_deleted_last_is_known_to_the_next_agent(world: World) -> None:
@@ -297,7 +297,7 @@ def test_what_was_deleted_last_is_known_to_the_next_agent(world: World) -> None:
     world.counts.take_deleted()
     assert world.total == 8
     after = World()
-    after.counts.go_on(world.counts.kept("this"), "this", 1)
+    after.counts.restore(world.counts.saved("this"), "this", 1)
     after.read(6, 1)
     assert after.total == 8 + 6
 

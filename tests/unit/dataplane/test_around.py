@@ -27,7 +27,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, found: Ports | None) -> None:
             raise OSError(1, "refused")
         return found
 
-    monkeypatch.setattr("portward.dataplane.around.tunnels.find", find)
+    monkeypatch.setattr("portward.dataplane.around.genetlink.tunnel_ports", find)
 
 
 def test_a_device_above_a_segment_is_logged_once_until_it_is_gone(

@@ -19,10 +19,10 @@ from portward.dataplane.elements import (
     Draw,
     Flush,
     InsertRule,
-    KernelElements,
     RefusedError,
     messages,
 )
+from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.setdump import elements
 
 

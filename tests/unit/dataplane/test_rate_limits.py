@@ -9,8 +9,8 @@ import pytest
 from portward.dataplane import rate_limits as module
 from portward.dataplane.elements import AddLimit, Draw
 from portward.dataplane.fake import FakeKernel
+from portward.dataplane.names import TABLE
 from portward.dataplane.rate_limits import Bucket, RateLimits
-from portward.dataplane.ruleset import TABLE
 from portward.errors import KernelError
 from unit.dataplane.grounds import Plane, source, words
 
@@ -87,7 +87,7 @@ def test_a_full_map_refuses_until_there_is_room(plane: Plane) -> None:
 def test_a_source_too_many_of_one_subscription_sends_its_oldest_away(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_SOURCES", 3)
+    monkeypatch.setattr(module, "_MAX_SOURCES_PER_LIMIT", 3)
     crowd = [source(f"10.0.0.{n}") for n in range(1, 8)]
     for one in crowd[:4]:
         plane.rate_limits.add({one: TEN})
@@ -100,7 +100,7 @@ def test_a_source_too_many_of_one_subscription_sends_its_oldest_away(
 def test_the_whole_map_full_sends_the_oldest_of_the_largest_away(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ALL_SOURCES", 3)
+    monkeypatch.setattr(module, "_MAX_SOURCES", 3)
     large = [source(f"10.0.0.{n}") for n in range(1, 4)]
     plane.rate_limits.add(dict.fromkeys(large, TEN))
     plane.rate_limits.add({SIX: FIVE})

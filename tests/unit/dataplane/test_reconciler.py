@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from portward.config.keys import Verdicts
-from portward.dataplane import reconciler, ruleset
+from portward.dataplane import reconciler
 from portward.dataplane.fake import FakeKernel, FakeNft, ProcessDied
 from portward.dataplane.monitor import NOTHING, RulesetChanges
+from portward.dataplane.names import FIXED_SETS, HOOKS, TABLE, TUNNELS_HOOKS
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.ruleset import FIXED_SETS, TABLE
 from portward.dataplane.sync import VerdictSync
 from portward.errors import KernelError
 from portward.ipc.mark import Class
@@ -98,7 +98,7 @@ def test_sets_and_chains_of_an_older_ruleset_are_replaced() -> None:
     found = Plane(kernel)
     found.start()
     assert "segments" not in found.netlink.sets(TABLE)
-    assert list(found.netlink.hooks(TABLE).items()) == list((ruleset.HOOKS | ruleset.TUNNELS_HOOKS).items())
+    assert list(found.netlink.hooks(TABLE).items()) == list((HOOKS | TUNNELS_HOOKS).items())
     assert kernel.tables[TABLE].sets["allow4"].size == 262_144
 
 

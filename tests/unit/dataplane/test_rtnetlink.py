@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from portward.base.netlink import attribute, attributes_of, nest
-from portward.dataplane import rtnetlink, tunnels
+from portward.dataplane import genetlink, rtnetlink, tunnels
 from portward.dataplane.links import Device
 
 
@@ -128,7 +128,9 @@ class Kernel:
 
 
 def test_ports_without_a_device_come_from_generic_netlink(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnels, "Conversation", Kernel)
+    monkeypatch.setattr(genetlink, "DumpSocket", Kernel)
     devices = [Device(8, "vx", "vxlan", ports=frozenset((4790,))), Device(9, "wg0", "wireguard")]
-    assert tunnels.find(devices) == tunnels.Ports(frozenset((4790, 5555, 5556, 1701)), frozenset((51820,)))
+    assert genetlink.tunnel_ports(devices) == tunnels.Ports(
+        frozenset((4790, 5555, 5556, 1701)), frozenset((51820,))
+    )
     assert tunnels.ending_here(devices) == devices

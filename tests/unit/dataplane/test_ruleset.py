@@ -10,11 +10,13 @@ import pytest
 
 from portward.base.resources import rules
 from portward.config.keys import Config, Encrypted, OnAgentDown, Queue, Tunnels, Verdicts
+from portward.dataplane import templates
 from portward.dataplane.ruleset import QueueStatement, State, Wanted, replacement, wanted
 from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.model import Mode
 from portward.policy import presets
 
+TEMPLATES = templates.read()
 CONFIG = Config(segments=("vni*",), uplinks=("up0",))
 AZURE = presets.load("azure-2020")
 STATE = State(generation=0, synced=True)
@@ -22,7 +24,7 @@ STATE = State(generation=0, synced=True)
 
 def changed(config: Config, preset: str = "azure-2020", state: State = STATE) -> list[str]:
     """The lines of the ruleset that are not in the shipped file, without those that are added after it."""
-    text = wanted(config, presets.load(preset), native=False, state=state).text
+    text = wanted(TEMPLATES, config, presets.load(preset), native=False, state=state).text
     shipped = rules("nftables", "portward.nft").read_text()
     lines = difflib.ndiff(shipped.splitlines(), text.splitlines())
     found = [line[2:].strip() for line in lines if line.startswith("+ ")]
@@ -31,7 +33,7 @@ def changed(config: Config, preset: str = "azure-2020", state: State = STATE) ->
 
 def added(config: Config, *, native: bool) -> list[str]:
     """The lines after the shipped file, but for the epochs that follow."""
-    text = wanted(config, AZURE, native=native, state=STATE).text
+    text = wanted(TEMPLATES, config, AZURE, native=native, state=STATE).text
     return [line for line in text.splitlines() if line.startswith("add ") and " coming " not in line]
 
 
@@ -113,7 +115,7 @@ def test_a_name_that_a_wildcard_covers_is_left_out() -> None:
 
 def test_bypass_stands_only_where_nobody_is_to_be_cut_off() -> None:
     def bypasses(config: Config) -> tuple[bool, set[str]]:
-        want = wanted(config, AZURE, native=True, state=STATE)
+        want = wanted(TEMPLATES, config, AZURE, native=True, state=STATE)
         chains = {statement.chain for statement in want.statements if statement.bypass}
         return "add rule inet portward to_workers_open queue flags bypass to 0\n" in want.text, chains
 
@@ -134,7 +136,7 @@ def test_open_when_the_agent_is_down_observes_nothing() -> None:
 
 def test_each_worker_has_a_queue_and_is_asked_by_a_source_port_of_its_own() -> None:
     config = msgspec.structs.replace(CONFIG, queue=Queue(first=3, workers=2))
-    want = wanted(config, AZURE, native=False, state=STATE)
+    want = wanted(TEMPLATES, config, AZURE, native=False, state=STATE)
     assert want.statements == (
         QueueStatement("to_workers", 3, 2),
         QueueStatement("to_worker_1", 3, 1),
@@ -160,7 +162,7 @@ HOOKS = {"learn": (0, -302), "screen": (0, -302)}
 
 
 def test_base_chains_that_stand_elsewhere_are_made_anew() -> None:
-    want = wanted(CONFIG, AZURE, native=False, state=STATE)
+    want = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE)
     hooks = {**HOOKS, "theirs": (0, -301)}
     assert removed(want, hooks) == ["theirs"]
 
@@ -177,7 +179,7 @@ def test_base_chains_that_stand_elsewhere_are_made_anew() -> None:
 )
 def test_screen_and_learn_are_made_anew_together(hooks: dict[str, tuple[int, int]]) -> None:
     """Alone, the newer one would come before the other, or leave room for a chain of others between them."""
-    assert removed(wanted(CONFIG, AZURE, native=False, state=STATE), hooks) == list(hooks)
+    assert removed(wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE), hooks) == list(hooks)
 
 
 def removed(want: Wanted, hooks: dict[str, tuple[int, int]]) -> list[str]:
@@ -187,7 +189,7 @@ def removed(want: Wanted, hooks: dict[str, tuple[int, int]]) -> list[str]:
 
 
 def test_the_text_registers_learn_before_screen() -> None:
-    text = wanted(CONFIG, AZURE, native=False, state=STATE).text
+    text = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE).text
     assert re.findall(r"(?m)^  chain (\w+) \{\n    type filter hook (.*?);.*$", text) == [
         ("learn", "prerouting priority raw - 2"),
         ("screen", "prerouting priority raw - 2"),
@@ -200,8 +202,8 @@ GUARD_HOOKS = {"settled": (2, 2**31 - 1), "guard": (2, 2**31 - 1)}
 
 
 def test_the_guard_stands_in_the_text_only_if_it_is_needed() -> None:
-    without = wanted(CONFIG, AZURE, native=False, state=STATE)
-    guarded = wanted(CONFIG, AZURE, native=False, state=STATE, surroundings=GUARDED)
+    without = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE)
+    guarded = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE, surroundings=GUARDED)
     assert "hook forward" not in without.text
     assert "guarded" not in without.text
     assert "hook forward priority 2147483647" in guarded.text
@@ -215,7 +217,7 @@ def test_the_guard_stands_in_the_text_only_if_it_is_needed() -> None:
 @pytest.mark.parametrize("names", [["guard"], ["settled"], ["guard", "settled"]], ids=" and ".join)
 def test_the_guard_and_what_looks_at_its_answers_are_made_anew_together(names: list[str]) -> None:
     """Alone, the newer one would come before the other. An older release had the guard alone."""
-    guarded = wanted(CONFIG, AZURE, native=False, state=STATE, surroundings=GUARDED)
+    guarded = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE, surroundings=GUARDED)
     assert removed(guarded, HOOKS | dict.fromkeys(names, (2, 2**31 - 1))) == names
 
 
@@ -224,7 +226,7 @@ def test_a_limit_is_counted_once() -> None:
 
     def limits(surroundings: Surroundings) -> list[str]:
         """The first rule of each chain that a source with a limit comes to."""
-        text = wanted(CONFIG, AZURE, native=False, state=STATE, surroundings=surroundings).text
+        text = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE, surroundings=surroundings).text
         return re.findall(r"(?m)^  chain (?:guarded_)?rated \{\n(?:    #.*\n)*    (.*)$", text)
 
     counted = "tcp flags & (syn | ack) != syn goto within_rate"
@@ -236,7 +238,7 @@ def test_the_guard_has_the_limits_of_the_screen() -> None:
     config = msgspec.structs.replace(
         CONFIG, queue=Queue(segment_rate=7, segment_burst=8, segment_committed=3, rate=9, burst=10)
     )
-    text = wanted(config, AZURE, native=False, state=STATE, surroundings=GUARDED).text
+    text = wanted(TEMPLATES, config, AZURE, native=False, state=STATE, surroundings=GUARDED).text
     for limit, times in (
         ("iif limit rate over 7/second burst 8 packets", 2),
         ("iif limit rate 3/second burst 12 packets", 3),  # `refused` draws on it, too
@@ -246,7 +248,7 @@ def test_the_guard_has_the_limits_of_the_screen() -> None:
 
 
 def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> None:
-    want = wanted(CONFIG, AZURE, native=False, state=STATE)
+    want = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE)
     kept = replacement(want, {"allow4", "segments", "open_segments", "epoch"}, HOOKS, same_definitions=True)
     assert "flush set inet portward open_segments" in kept
     assert "delete set inet portward segments" in kept, "an older ruleset had it"
@@ -260,12 +262,20 @@ def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> Non
 
 def test_definitions_differ_where_a_learned_set_does() -> None:
     same = wanted(
-        msgspec.structs.replace(CONFIG, mode=Mode.OBSERVE), AZURE, native=True, state=State(9, synced=False)
+        TEMPLATES,
+        msgspec.structs.replace(CONFIG, mode=Mode.OBSERVE),
+        AZURE,
+        native=True,
+        state=State(9, synced=False),
     )
     other = wanted(
-        msgspec.structs.replace(CONFIG, verdicts=Verdicts(sources=1024)), AZURE, native=False, state=STATE
+        TEMPLATES,
+        msgspec.structs.replace(CONFIG, verdicts=Verdicts(sources=1024)),
+        AZURE,
+        native=False,
+        state=STATE,
     )
-    base = wanted(CONFIG, AZURE, native=False, state=STATE)
+    base = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE)
     assert same.definitions == base.definitions
     assert other.definitions != base.definitions
 
@@ -291,7 +301,9 @@ def test_the_forward_chain_is_there_only_while_something_stands_on_a_segment() -
 def test_the_forward_chain_goes_when_nothing_stands_on_a_segment_any_more() -> None:
     hooks = HOOKS | {"tunnels": (1, -302), "stacked": (2, -302)}
     for stacked, gone in ((frozenset((7,)), False), (frozenset(), True)):
-        want = wanted(CONFIG, AZURE, native=False, state=STATE, surroundings=Surroundings(stacked=stacked))
+        want = wanted(
+            TEMPLATES, CONFIG, AZURE, native=False, state=STATE, surroundings=Surroundings(stacked=stacked)
+        )
         before = replacement(want, (), hooks, same_definitions=True).split(want.text)[0]
         assert ("delete chain inet portward stacked\n" in before) is gone
         assert "delete chain inet portward tunnels" not in before
@@ -299,7 +311,7 @@ def test_the_forward_chain_goes_when_nothing_stands_on_a_segment_any_more() -> N
 
 def text_of(config: Config, surroundings: Surroundings) -> str:
     """The ruleset in these surroundings."""
-    return wanted(config, AZURE, native=False, state=STATE, surroundings=surroundings).text
+    return wanted(TEMPLATES, config, AZURE, native=False, state=STATE, surroundings=surroundings).text
 
 
 @pytest.mark.parametrize(
@@ -310,5 +322,5 @@ def test_mail_from_unknown_interfaces_is_dropped_only_while_a_segment_is_enforce
     observe: tuple[str, ...], *, stands: bool
 ) -> None:
     config = Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(observe=observe))
-    text = wanted(config, presets.load("azure-2020"), native=True, state=State(1, synced=True)).text
+    text = wanted(TEMPLATES, config, presets.load("azure-2020"), native=True, state=State(1, synced=True)).text
     assert ("goto unknown_interface" in text) is stands

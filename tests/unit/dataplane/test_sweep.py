@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Iterable
 from ipaddress import ip_address, ip_network
-from types import SimpleNamespace
 
 import pytest
 
 from portward.dataplane import sweep as sweeping
 from portward.dataplane.elements import Add, Change, Delete, DeleteRule, Flush, InsertRule, RefusedError
+from portward.dataplane.names import COUNTED_SETS
 from portward.dataplane.prefixes import Prefixes
-from portward.dataplane.ruleset import COUNTED_SETS
 from portward.dataplane.setdump import SetElement, SetRow
 from portward.dataplane.verdict_cache import Source, VerdictCache
 
@@ -45,6 +45,7 @@ class Sets:
         self.readings: list[str] = []
         self.transactions: list[list[Change]] = []
         self.full: set[str] = set()
+        self.clock: Callable[[], float] = time.monotonic
         self.disturb: Callable[[str, list[SetRow]], list[SetRow]] = lambda set_, rows: rows
         self.before_commit: Callable[[list[Change]], None] = lambda changes: None
 
@@ -68,6 +69,9 @@ class Sets:
     def rules_on(self, chain: str, set_: str) -> list[int]:
         return [place for place, rule in enumerate(self.rules) if (rule.chain, rule.set) == (chain, set_)]
 
+    def now(self) -> float:
+        return self.clock()
+
     def commit(self, changes: Iterable[Change]) -> None:
         changes = list(changes)
         self.before_commit(changes)
@@ -76,12 +80,12 @@ class Sets:
             match change:
                 case Add(set_, keys):
                     if set_ in self.full and any(new not in sets[set_] for new in keys):
-                        raise RefusedError(errno.ENFILE)
+                        raise RefusedError(errno.ENFILE, "refused")
                     sets[set_] = dict.fromkeys(keys, 60_000) | sets[set_]
                 case Delete(set_, keys):
                     for gone in keys:
                         if gone not in sets[set_]:
-                            raise RefusedError(errno.ENOENT)
+                            raise RefusedError(errno.ENOENT, "refused")
                         del sets[set_][gone]
                 case Flush(set_):
                     sets[set_] = {}
@@ -178,10 +182,10 @@ def test_a_set_that_is_resized_all_the_time_is_flushed(kernel: Sets) -> None:
     assert not kernel.sets["allow6"]
 
 
-def test_readings_too_far_apart_are_not_believed(kernel: Sets, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readings_too_far_apart_are_not_believed(kernel: Sets) -> None:
     """The kernel collects once a second, so both may have been disturbed."""
     clock = iter(range(1_000_000))
-    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    kernel.clock = lambda: float(next(clock))
     kernel.fill("allow6", *(key(number, "2001:db8:2::") for number in range(500)))
     VerdictCache(kernel).forget_within(prefixes(), GENERATION)
     assert not kernel.sets["allow6"]
@@ -219,7 +223,7 @@ def test_a_set_from_which_nothing_can_be_deleted_is_flushed(kernel: Sets) -> Non
 
     def refuse(changes: list[Change]) -> None:
         if any(isinstance(change, Delete) for change in changes):
-            raise RefusedError(errno.EBUSY)
+            raise RefusedError(errno.EBUSY, "refused")
 
     kernel.before_commit = refuse
     VerdictCache(kernel).forget_within(prefixes(), GENERATION)
@@ -231,7 +235,7 @@ def test_a_flush_that_is_refused_is_an_error_and_nothing_is_said_to_be_synced(ke
     kernel.fill("allow6", key(1))
 
     def refuse(changes: list[Change]) -> None:
-        raise RefusedError(errno.ENOBUFS)
+        raise RefusedError(errno.ENOBUFS, "refused")
 
     kernel.before_commit = refuse
     with pytest.raises(RefusedError):
@@ -281,8 +285,8 @@ def test_single_sources_go_also_from_full_sets(kernel: Sets, count: int) -> None
 
 def test_a_set_that_turns_out_to_be_huge_is_read_once_and_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its size is not known before the first reading, after a start for instance; each reading takes seconds."""
-    monkeypatch.setattr(sweeping, "_READABLE", 10)
-    monkeypatch.setattr(sweeping, "_ONE_MESSAGE", 5)
+    monkeypatch.setattr(sweeping, "_MAX_READ_ELEMENTS", 10)
+    monkeypatch.setattr(sweeping, "_SNAPSHOT_ELEMENTS", 5)
     sets = Sets()
     sets.fill("allow6", *(key(number, "2001:db8:2::") for number in range(11)))
     VerdictCache(sets).forget_within(prefixes(), GENERATION)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from portward.dataplane import ruleset
+from portward.dataplane import ruleset, templates
 from portward.dataplane import verdict_cache as cache
-from portward.dataplane.deletions import Gone
 from portward.dataplane.elements import Add, Delete
 from portward.dataplane.fake import FakeKernel, ProcessDied
 from portward.dataplane.faketables import FakeTable
+from portward.dataplane.names import TABLE, VERDICT_SETS
 from portward.dataplane.rate_limits import Bucket
-from portward.dataplane.ruleset import TABLE, VERDICT_SETS
+from portward.dataplane.setdump import DeletedElement
 from portward.dataplane.verdict_cache import Source
 from portward.ipc.mark import PASSING, Class
 from portward.table.writer import Committed, merged
@@ -66,7 +66,7 @@ def plane(kernel: FakeKernel) -> Plane:
 def opens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether changes may let packets pass, too. Some find that a gate pays however little is cached."""
     if request.param != "no gate":
-        monkeypatch.setattr(cache, "WORTH_A_GATE", -1)
+        monkeypatch.setattr(cache, "MIN_GATED_ELEMENTS", -1)
     return bool(request.param != "gate")
 
 
@@ -107,7 +107,7 @@ def test_a_host_is_forgotten_after_the_epoch_has_moved_and_synced_is_written_wit
         "forget 3 . 10.0.0.4, flush synced, add synced 2",
     ]
     gone = [one for one in plane.deletions.take() or [] if one.packets]
-    assert gone == [Gone("allow4", HOST.key, 7)], "the kernel says what it had counted"
+    assert gone == [DeletedElement("allow4", HOST.key, 7)], "the kernel says what it had counted"
 
 
 def test_a_prefix_is_read_and_taken_out_of_the_sets_that_hold_it(plane: Plane) -> None:
@@ -637,7 +637,9 @@ def test_a_start_that_died_before_it_forgot_is_not_taken_for_one_that_is_in_step
     """`synced` names neither the generation that was loaded nor one near it: the table may have that one by then,
     or a verb wait for it."""
     state = ruleset.State(generation, synced=False)
-    plane.reconciler.load(ruleset.wanted(plane.config, PRESET, native=plane.kernel.native, state=state))
+    plane.reconciler.load(
+        ruleset.wanted(templates.read(), plane.config, PRESET, native=plane.kernel.native, state=state)
+    )
     synced = plane.cache.synced()
     assert synced is not None
     assert abs(synced - generation) == 2**31

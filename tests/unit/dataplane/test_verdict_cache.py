@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from portward.dataplane.fake import FakeKernel
-from portward.dataplane.ruleset import TABLE
+from portward.dataplane.names import TABLE
 from portward.dataplane.verdict_cache import Element, Source
 from portward.ipc import mark
 from portward.ipc.mark import Class

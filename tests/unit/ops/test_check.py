@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from portward.dataplane import namespacelock, others, rtnetlink, tunnels, xtables
+from portward.dataplane import genetlink, namespacelock, others, rtnetlink, tunnels, xtables
 from portward.dataplane.links import Device
 from portward.errors import InputError
 from portward.ops import check
@@ -44,8 +44,8 @@ def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
     monkeypatch.setattr(others, "seen", lambda _: others.NO_OTHERS)
     monkeypatch.setattr(rtnetlink, "devices", lambda: devices)
     monkeypatch.setattr(
-        tunnels,
-        "find",
+        genetlink,
+        "tunnel_ports",
         lambda found: tunnels.Ports(tunnels.of_devices(found), frozenset((51820,) if found else ())),
     )
 

@@ -10,7 +10,7 @@ from portward.base.interfaces import matches
 from portward.config.keys import Config
 from portward.dataplane import loaded, stacking
 from portward.dataplane.links import Device
-from portward.dataplane.ruleset import NO_INTERFACE
+from portward.dataplane.names import NO_INTERFACE
 from portward.dataplane.setdump import SetElement
 from portward.ops import effect, host, host_state
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from portward.config.keys import Config
 from portward.dataplane import stacking
-from portward.dataplane.links import index_of
+from portward.dataplane.rtnetlink import index_of
 from portward.errors import PortwardError
 from portward.model import Address
 from portward.ops import effect, host

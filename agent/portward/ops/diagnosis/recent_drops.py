@@ -9,9 +9,9 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from portward.dataplane.links import index_of
+from portward.dataplane.names import LIMITED_SETS, TABLE, VERDICT_SETS, LimitResult
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.ruleset import LIMITED_SETS, TABLE, VERDICT_SETS, LimitResult
+from portward.dataplane.rtnetlink import index_of
 from portward.dataplane.verdict_cache import Source
 from portward.errors import PortwardError
 from portward.ipc.mark import Class

@@ -11,7 +11,7 @@ from portward.base.addresses import is_address
 from portward.base.interfaces import shown
 from portward.config.documents import brief
 from portward.config.keys import Config
-from portward.dataplane.links import index_of
+from portward.dataplane.rtnetlink import index_of
 from portward.ops.diagnosis.accounts import Accounts
 from portward.store.lookup import uuid_of
 

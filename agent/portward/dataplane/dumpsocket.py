@@ -1,6 +1,6 @@
-"""Questions to the kernel's routing and generic netlink: a dump goes out, the bodies of its messages come back.
+"""Dumps over rtnetlink and generic netlink: a request goes out, the bodies of all messages come back.
 
-nf_tables has a conversation of its own in `nfnetlink`, with transactions and batches.
+nf_tables has its own socket class in `nfnetlink`, with transactions and batches.
 """
 
 from __future__ import annotations
@@ -12,51 +12,51 @@ from typing import Final
 
 from portward.base.netlink import HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, messages_of
 
-# The kernel gives as much in one message of a dump as fits here, and no event is as long.
-BUFFER: Final = 1 << 17
-_DUMP_INTERRUPTED: Final = 0x10
-# How often a dump is asked for again that a change interrupted. Each try takes milliseconds.
+# The kernel fills a message of a dump up to the size of this buffer. No event is as long.
+BUFFER_BYTES: Final = 1 << 17
+_NLM_F_DUMP_INTR: Final = 0x10
+# A dump that a change interrupts is repeated this many times. Each try takes milliseconds.
 _TRIES: Final = 100
 
 
-class Conversation:
+class DumpSocket:
     """A netlink socket in the network namespace of the thread that makes it."""
 
     def __init__(self, protocol: int) -> None:
-        """Raises OSError if the kernel does not have this protocol (NETLINK_…)."""
+        """`protocol` is NETLINK_…. Raises OSError if the kernel does not have it."""
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.bind((0, 0))
         self._sequence = 0
 
-    def __enter__(self) -> Conversation:
+    def __enter__(self) -> DumpSocket:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
     def dump(self, kind: int, payload: bytes) -> list[tuple[int, bytes]]:
-        """All messages of a dump: type and body. Raises OSError with the kernel's errno, and EAGAIN if what is
-        asked for changes all the time."""
+        """All messages of a dump: type and body. Raises OSError with the kernel's errno, and BlockingIOError if
+        changes interrupt every try."""
         for _ in range(_TRIES):
-            found = self._once(kind, payload)
+            found = self._dump_once(kind, payload)
             if found is not None:
                 return found
         raise BlockingIOError("the kernel's list changes all the time")
 
-    def _once(self, kind: int, payload: bytes) -> list[tuple[int, bytes]] | None:
-        """None if a change interrupted the dump, which then may miss something."""
+    def _dump_once(self, kind: int, payload: bytes) -> list[tuple[int, bytes]] | None:
+        """None if a change interrupted the dump, so that it may lack something."""
         self._sequence += 1
         head = HEADER.pack(HEADER.size + len(payload), kind, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0)
         self._socket.send(head + payload)
         found: list[tuple[int, bytes]] = []
         interrupted = False
         while True:
-            for kind_in, flags, sequence, body in messages_of(self._socket.recv(BUFFER)):
+            for kind_in, flags, sequence, body in messages_of(self._socket.recv(BUFFER_BYTES)):
                 if sequence != self._sequence:
                     continue
-                interrupted |= bool(flags & _DUMP_INTERRUPTED)
+                interrupted |= bool(flags & _NLM_F_DUMP_INTR)
                 if kind_in in (NLMSG_DONE, NLMSG_ERROR):
-                    # A dump that fails half-way says so in its last message.
+                    # The last message of a dump that fails half-way has the errno.
                     code = -struct.unpack_from("=i", body)[0] if len(body) >= 4 else 0
                     if code > 0:
                         raise OSError(code, os.strerror(code))
