@@ -1,4 +1,4 @@
-"""What the table holds of a subscription, and how its attachments come out."""
+"""The account of a subscription in the table, and the decisions on its attachments."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from portward.policy.decide import Ruling
 from portward.table import layout
 from portward.table.layout import DamagedError
 
-# Gives what holds for the attachments of (subscription, exemption, workload), at a time of its own.
+# Decides on the attachments of a subscription with an exemption and a workload, at a time that the rule knows.
 Rule: TypeAlias = Callable[[Subscription | None, Exemption | None, Workload], Ruling]
 
 
 class Account(msgspec.Struct, frozen=True, gc=False):
-    """What the table holds of a subscription; None for what the store does not name (any more)."""
+    """A subscription and its exemption. A record that the store does not have is None."""
 
     id: UUID
     subscription: Subscription | None = None
@@ -35,7 +35,7 @@ class Account(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def unpack(cls, data: bytes) -> Account:
-        """The account that `pack` wrote; raises DamagedError, also for one of another version."""
+        """The account that `pack` encoded. Raises DamagedError, also for an account of another version."""
         try:
             _, id_, subscription, exemption = _decoder.decode(data)
         except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
@@ -50,17 +50,17 @@ class Account(msgspec.Struct, frozen=True, gc=False):
 
 
 def _check_times(*times: datetime | None) -> None:
-    """Raises DamagedError for a time that no boundary takes: a bit of the row has turned."""
+    """Raises DamagedError for a time that the limits refuse, because then a bit of the row has flipped."""
     for at in times:
         if at is not None and (problem := time_problem(at)) is not None:
             raise DamagedError(f"an account cannot be read: {problem}")
 
 
-# Raised with every change of the positions below. An account of another version is damaged: what one version does
-# not know of an exemption may be its limit.
+# Raise it with every change of the positions below. An account of another version counts as damaged, because a
+# field that this version does not know may be the exemption's limit.
 VERSION: Final = 1
-# The position of each field of a record, from 0; the id stands before both records. The order of the fields in
-# `model.py` does not matter. A new field comes last.
+# The position of each field in its record, from 0. The id comes before both records. The order of the fields in
+# `model` does not matter. Add a new field at the end.
 SUBSCRIPTION_FIELDS: Final = ("offer", "created", "name", "standing", "payment_history", "mode")
 EXEMPTION_FIELDS: Final = (
     "state", "requested", "decided", "until", "by", "justification", "reason", "details", "fraud_check",
@@ -72,7 +72,7 @@ _exemption_values: Final = attrgetter(*EXEMPTION_FIELDS)
 
 
 def _packed(type_: type[Subscription | Exemption], names: tuple[str, ...]) -> type[msgspec.Struct]:
-    """A struct that is written as an array of these fields, in this order."""
+    """A struct that is encoded as an array of these fields, in this order."""
     types = {field.name: field.type for field in msgspec.structs.fields(type_)}
     fields = [(name, types[name]) for name in names]
     return msgspec.defstruct(f"Packed{type_.__name__}", fields, array_like=True, forbid_unknown_fields=True)
@@ -82,14 +82,16 @@ _encoder: Final = msgspec.msgpack.Encoder(uuid_format="bytes")
 _PackedSubscription: Final = _packed(Subscription, SUBSCRIPTION_FIELDS)
 _PackedExemption: Final = _packed(Exemption, EXEMPTION_FIELDS)
 _decoder: Final = msgspec.msgpack.Decoder(
-    tuple[Literal[VERSION], UUID, _PackedSubscription | None, _PackedExemption | None]  # type: ignore[valid-type] # made just here
+    tuple[Literal[VERSION], UUID, _PackedSubscription | None, _PackedExemption | None]  # type: ignore[valid-type] # the types are created above
 )
 
 
 class Outcomes(msgspec.Struct, frozen=True, gc=False):
-    """How an account's attachments with one workload come out: the codes of their entries, for those whose machine
-    was started after `since` (0: for none of them) and not after `now`, and for the others. Both are microseconds
-    since 1970."""
+    """The codes of the entries of an account's attachments with one workload.
+
+    `started_since` is the code if the machine was started after `since` (0: never) and not after `now`, both in
+    microseconds since 1970. `others` is the code of all others. `number` is the table's number of the account.
+    """
 
     number: int
     others: int
@@ -98,28 +100,29 @@ class Outcomes(msgspec.Struct, frozen=True, gc=False):
     started_since: int
 
     def row(self, place: bytes, started: int) -> bytes:
-        """The row of the entry at a place, for a machine that was last started then (0: unknown)."""
+        """The row of the entry at a place, for a machine whose last start was at `started` (microseconds; 0:
+        unknown)."""
         code = self.started_since if 0 < self.since < started <= self.now else self.others
         return place + layout.OUTCOME.pack(self.number, started << layout.CODE_BITS | code)
 
     def later(self, started: int) -> bool:
-        """Whether a machine that was started then, by its record, comes out otherwise once that time has come."""
+        """Whether the decision changes at `started`, a recorded start that has not come yet."""
         return self.since > 0 and started > self.now
 
 
 def grant_end(exemption: Exemption | None) -> int | None:
-    """When a grant ends, in microseconds since 1970; None for one without an end, and for what is no grant."""
+    """The end of a grant in microseconds since 1970; None if it has no end, or if there is no grant."""
     if exemption is None or exemption.state is not ExemptionState.GRANTED or exemption.until is None:
         return None
     return layout.microseconds(exemption.until)
 
 
-# Of virtual machines, and of platform services: `paas` is the place.
+# The outcomes for virtual machines and for platform services, in this order, so that `paas` is the index.
 ByWorkload: TypeAlias = tuple[Outcomes, Outcomes]
 
 
 def by_workload(number: int, account: Account, rule: Rule) -> ByWorkload:
-    """How the attachments of the account with the table's number `number` come out."""
+    """The outcomes for the attachments of the account with the table's number `number`."""
     return _outcomes(number, account, Workload.VM, rule), _outcomes(number, account, Workload.PAAS, rule)
 
 

@@ -1,4 +1,4 @@
-"""What the changes of a store say: which records they put and remove, and what they confirm. Pure."""
+"""What the changes of a store say: the records that they put and remove, and what they confirm. Does no I/O."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from portward.store.values import Change
 
 
 def records_of(batch: list[Change]) -> tuple[list[Record], list[Record]]:
-    """What a revision puts and removes. A record that cannot be read is named and counted when its revision is
-    taken in."""
+    """The records that a revision puts and removes. Skips a record that cannot be read: it is named and counted
+    when the revision is taken in."""
     put = (readable(change.key, change.after) for change in batch if change.key != CONFIRMED)
     removed = (key_only(change.key) for change in batch if change.after is None)
     return [one for one in put if one is not None], [one for one in removed if one is not None]
@@ -31,15 +31,15 @@ def is_among(number: int, turned: Sequence[int]) -> bool:
 
 
 def confirms(change: Change) -> int:
-    """The revision that a confirmation confirms; none that came after itself."""
+    """The revision up to which a confirmation confirms, at most its own."""
     if confirmed_alone(change.after) == change.revision:
         return change.revision
     return min(confirmed(change.after), change.revision)
 
 
 def by_itself(changes: list[Change]) -> list[Change]:
-    """Of these changes what may be taken in at once: a revision that is confirmed alone confirms nothing before
-    it, so what comes before it is a step of its own, and so is it."""
+    """The changes that may be taken in as one step. A revision that is confirmed alone does not confirm what is
+    before it. So what is before it is one step, and the revision itself is another."""
     confirming = [change for change in changes if change.key == CONFIRMED]
     of_all = max((min(confirmed(change.after), change.revision) for change in confirming), default=0)
     for change in confirming:

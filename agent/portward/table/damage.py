@@ -1,7 +1,6 @@
-"""Rows of the policy table that cannot be what they are: counted, and logged once each.
+"""Rows of the policy table that cannot be read: counted, and each logged once.
 
-A damaged row costs the one source that it is about, which is denied, and never the start or the change of another
-source.
+A damaged row denies the one source that it is about. It never stops a start or the change of another source.
 """
 
 from __future__ import annotations
@@ -9,30 +8,31 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-# Rows that are told apart; beyond that many the table is of no use, and each is counted as often as it is met.
-_KNOWN: Final = 10_000
-# Rows that are logged; the count says how many there are.
-_LOGGED: Final = 20
+# Rows that are remembered, so that each is counted once. With more damaged rows the table is useless anyway, and
+# each is counted as often as it is read.
+_MAX_DISTINCT: Final = 10_000
+# Rows that are logged. The counter has the total.
+_MAX_LOGGED: Final = 20
 
 _log = logging.getLogger("portward.table")
 
 
 class Damage:
-    """What was found so far by one process."""
+    """The damaged rows that one process has found."""
 
     def __init__(self) -> None:
         self.rows = 0
         self._known: set[str] = set()
-        # What was logged, for `status`.
+        # The logged lines, for `portward status`.
         self.first: list[str] = []
 
     def found(self, what: str) -> None:
-        """Counts and logs a damaged row, once; `what` says which one, and what holds instead."""
+        """Counts and logs a damaged row, once. `what` names the row and says what holds instead."""
         if what in self._known:
             return
         self.rows += 1
-        if len(self._known) < _KNOWN:
+        if len(self._known) < _MAX_DISTINCT:
             self._known.add(what)
-        if self.rows <= _LOGGED:
+        if self.rows <= _MAX_LOGGED:
             self.first.append(what)
             _log.error("the policy table is damaged: %s; `portward check` says what to do", what)

@@ -1,8 +1,8 @@
-"""The LMDB file of the policy table: opening it, its parts, and its errors in one line.
+"""The LMDB file of the policy table: opening it, its parts, its rows, and its errors in one line.
 
-One writer (the daemon), many readers (workers, CLI). It must be opened after a process starts, never
-across a fork. `sync=True` stays on: the table is what a gateway enforces after a power cut when the store
-is not to be reached, and without it LMDB may leave a file that cannot be read.
+It has one writer (the daemon) and many readers (workers, verbs). A process must open it after it has started,
+never before a fork. `sync=True` stays on, because a gateway enforces this table after a power cut if it cannot
+reach the store, and without it LMDB may leave a file that cannot be read.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from portward.base import ownership
 from portward.errors import PortwardError
 from portward.table import layout
 
-# Address space, not disk: the file grows as it fills. 4 GiB hold some 60 million attachments; a table
+# 4 GiB of address space, not of disk: the file grows as it fills. They hold about 60 million attachments. A table
 # that outgrows its map gets one of twice the size.
 MAP_SIZE: Final = 4 << 30
 MAX_READERS: Final = 512
-# Parts of another format, which are opened to be dropped.
+# How many parts of another format may be opened to be dropped.
 _OTHER_PARTS: Final = 32
-# How often a transaction is tried if the map is too small for what another process has committed. Each time, that
-# process has made the file twice as large: eight times lead from MAP_SIZE to the largest map of a `Writer`.
+# How often to try a transaction if the map is too small for what another process has committed. Each time that
+# process has made the file twice as large, and eight times lead from MAP_SIZE to the largest map of a `Writer`.
 _TRIES: Final = 8
 
 Transaction: TypeAlias = "lmdb.Transaction[bytes]"
@@ -41,7 +41,7 @@ ROW_KEY: Final = b"r"
 DatabaseError = lmdb.Error
 MapFullError = lmdb.MapFullError
 MapResizedError = lmdb.MapResizedError
-# What LMDB says of a file that it did not write, or that was damaged since.
+# LMDB's errors for a file that it did not write, or that is damaged.
 _DAMAGED: Final = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PageNotFoundError)
 FILE, LOCK_FILE, _ASIDE = "data.mdb", "lock.mdb", "data.mdb.damaged"
 
@@ -59,31 +59,31 @@ class OtherFormatError(TableError):
 class _Gate:
     """Keeps a change of the map's size and the transactions of all threads apart.
 
-    The change waits until no thread has a transaction open. While it waits, a thread without one may not begin
-    one: threads that read all the time would keep the change out. A thread that has one open may begin another one
-    in it: the change waits for that thread, so the two would wait for each other.
+    The change waits until no thread has a transaction open. While it waits, a thread without a transaction may not
+    begin one, because threads that read all the time would starve the change. A thread with an open transaction
+    may begin another one inside it, because the change waits for that thread, and blocking it would be a deadlock.
     """
 
     def __init__(self) -> None:
         # Thread → how many transactions it has open. Each thread writes its own item only.
         self._open: dict[int, int] = {}
         self._moved = Condition(Lock())
-        # How many threads wait to change the size, and how often it was changed.
+        # The number of threads that wait to change the size, and the number of changes so far.
         self._waiting = self._changes = 0
 
     def enter(self) -> int:
-        """To be called before a transaction begins. Gives how often the size was changed before."""
+        """Call it before a transaction begins. Returns the number of changes so far."""
         thread, opened = get_ident(), self._open
         before = opened.get(thread, 0)
-        # Without the lock, which costs a fifth of a microsecond. This thread writes its item and then looks for
-        # one that waits, `change` does both the other way round: so one of them sees the other.
+        # No lock, because it costs 0.2 µs. This thread writes its item and then checks for a waiting change.
+        # `change` does both in the other order. So one of them sees the other.
         opened[thread] = before + 1
         if self._waiting and not before:
             self._let_change(thread)
         return self._changes
 
     def leave(self) -> bool:
-        """To be called on the same thread when the transaction has ended. True if this thread has another one."""
+        """Call it on the same thread when the transaction has ended. True if this thread has another one open."""
         thread, opened = get_ident(), self._open
         left = opened[thread] - 1
         if left:
@@ -110,7 +110,7 @@ class _Gate:
                 self._moved.notify_all()
 
     def _let_change(self, thread: int) -> None:
-        """Lets those go first that wait to change the size."""
+        """Waits until no thread waits to change the size."""
         with self._moved:
             del self._open[thread]
             self._moved.notify_all()
@@ -122,7 +122,7 @@ class _Gate:
 
 
 class _Begun:
-    """A transaction for a `with` statement: committed at its end, or aborted if an exception ends it."""
+    """A transaction for a `with` statement. It is committed at the end, or aborted by an exception."""
 
     __slots__ = ("_environment", "_transaction", "_write")
 
@@ -140,7 +140,7 @@ class _Begun:
                 nested, tries = environment._gate.leave(), tries - 1
                 if nested or not tries or not isinstance(error, MapResizedError):
                     raise
-            environment._take_size_over(changes)
+            environment._adapt_size(changes)
 
     def __exit__(self, *raised: object) -> None:
         try:
@@ -150,10 +150,10 @@ class _Begun:
 
 
 class Environment:
-    """The file of the table, as this process has it open. Any thread may use it, and several at once.
+    """The file of the table in this process. Several threads may use it at once.
 
-    LMDB maps the whole file. To change the size of the map it replaces the map, and every transaction that the
-    process has open fails from then on. So both go through one gate, and only this class calls LMDB's environment.
+    LMDB maps the whole file. To change the size of the map it replaces the map, and from then on every open
+    transaction of the process fails. So both go through one gate, and only this class calls LMDB's environment.
 
     A change of size waits for the longest transaction of another thread. In the daemon that is one lookup, because
     what walks through the table (`portward check`, `diagnose`) is a process of its own. The daemon's long
@@ -165,16 +165,17 @@ class Environment:
         self._lmdb, self._gate = opened, _Gate()
 
     def begin(self, *, write: bool = False) -> AbstractContextManager[Transaction, None]:
-        """A transaction, for a `with` statement on one thread. A thread may begin one within another one.
+        """A transaction for a `with` statement on one thread. A thread may begin one inside another one.
 
-        Takes the map's size over first if another process has made the file larger: the daemon, or its process of
-        a bulk change. Entering raises lmdb's errors; MapResizedError only if this thread has a transaction open.
+        Adapts the size of the map first if another process has made the file larger: the daemon, or its process
+        for bulk changes. Entering raises lmdb's errors; MapResizedError only if this thread has a transaction
+        open.
         """
         return _Begun(self, write=write)
 
     def open_part(self, name: bytes, *, create: bool, rows: bool) -> Part:
-        """The part of the file with this name, of `rows` or of keys with values. Not within a transaction. Raises
-        lmdb's errors."""
+        """Opens the part with this name: a list of rows if `rows`, else keys with values. Not inside a
+        transaction. Raises lmdb's errors."""
         while True:
             self._gate.enter()
             try:
@@ -183,19 +184,19 @@ class Environment:
                 pass
             finally:
                 self._gate.leave()
-            with self.begin():  # takes the size over
+            with self.begin():  # adapts the size
                 pass
 
     def drop_part(self, name: bytes, transaction: Transaction) -> None:
-        """Takes out a part with all that it holds."""
+        """Removes a part with its contents."""
         transaction.drop(self._lmdb.open_db(name, txn=transaction, create=False), delete=True)
 
     def grow(self, largest: int) -> None:
-        """Makes the map twice as large, once no other thread has a transaction open. The calling thread must have
-        none. Raises TableError if the map would be larger than `largest` bytes."""
+        """Doubles the map when no other thread has a transaction open. The calling thread must have none. Raises
+        TableError if the map would be larger than `largest` bytes."""
 
         def grown() -> None:
-            # Not twice what this process has opened it with: another process may have made it larger.
+            # The size now, not the one at the start: another process may have made it larger.
             size = self._lmdb.info()["map_size"]
             if 2 * size > largest:
                 raise TableError(f"{self.path()}: the policy table is full at {size} bytes")
@@ -208,36 +209,39 @@ class Environment:
         return self._lmdb.path()
 
     def cut_off(self) -> bool:
-        """Whether the file is shorter than the pages that it says were used: to read one that is not there ends
-        the process (SIGBUS). Rarely True of a whole file whose last page was given back before it was written."""
+        """Whether the file is shorter than the pages that it says are used. Reading a missing page ends the
+        process (SIGBUS). In rare cases also True for an intact file, whose last page was freed before it was
+        written."""
         pages = self._lmdb.info()["last_pgno"] + 1
         return (Path(self.path()) / FILE).stat().st_size < pages * self._lmdb.stat()["psize"]
 
     def reader_check(self) -> None:
-        """Frees the slots of readers that were killed: there are only so many, and they keep old pages alive."""
+        """Frees the slots of killed readers. There are MAX_READERS slots, and each keeps old pages alive."""
         self._lmdb.reader_check()
 
     def close(self) -> None:
         """Closes the file, once no thread uses it."""
         self._lmdb.close()
 
-    def _take_size_over(self, since: int) -> None:
-        """Makes the map as large as another process has made its own. Not if another thread has done so after
-        `enter` gave `since`: it may have begun a change of policy meanwhile, which would be waited for."""
+    def _adapt_size(self, since: int) -> None:
+        """Makes the map as large as another process has made its own. Does nothing if another thread has done so
+        after `enter` returned `since`: it may have begun a change of policy, and this would wait for it."""
         self._gate.change(lambda: self._lmdb.set_mapsize(0), since)
 
 
 def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Environment:
-    """Opens the table in `folder`. A writer makes folder and file where missing; raises TableError."""
+    """Opens the table in `folder`. A writer creates folder and file if they are missing. Raises TableError."""
     try:
-        if not write and not (folder / FILE).exists():  # PermissionError for who may not enter the folder
+        if (
+            not write and not (folder / FILE).exists()
+        ):  # raises PermissionError if this user may not enter the folder
             raise TableError(
                 f"{folder}: there is no policy table here: an agent makes it when it starts "
                 "(`systemctl restart portward`)"
             )
         if write:
             folder.mkdir(mode=ownership.FOLDER_MODE, parents=True, exist_ok=True)
-        # LMDB makes it for readers too: if root reads, the agent must be able to open it.
+        # LMDB creates it for readers too. If root reads first, the agent must still be able to open it.
         ownership.create(folder / LOCK_FILE)
         opened = lmdb.open(
             os.fspath(folder),
@@ -247,7 +251,7 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
             max_readers=MAX_READERS,
             readonly=not write,
             create=write,
-            # Keys are looked up at random: reading ahead would only fill the page cache.
+            # Lookups are random, so reading ahead would only fill the page cache.
             readahead=False,
         )
     except (lmdb.Error, OSError) as error:
@@ -259,10 +263,10 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
 
 
 def open_for_writing(folder: Path, map_size: int) -> tuple[Environment, dict[bytes, Part]]:
-    """The table in `folder` and its parts; raises TableError.
+    """Opens the table in `folder` and its parts. Raises TableError.
 
-    What LMDB cannot read is put aside and named in the log, and an empty table takes its place: it holds only
-    what the store holds too, and the gateway begins with nothing until the store was read.
+    A file that LMDB cannot read is put aside and named in the log, and an empty table replaces it. The store has
+    all that the table had, and the gateway denies every source until the store was read.
     """
     try:
         environment = open_database(folder, write=True, map_size=map_size)
@@ -280,7 +284,7 @@ def open_for_writing(folder: Path, map_size: int) -> tuple[Environment, dict[byt
 
 
 def put_aside(folder: Path, why: str) -> None:
-    """Keeps a damaged table under another name, and says so; raises TableError."""
+    """Renames a damaged table and logs it. Raises TableError."""
     _log.error("%s: it is put aside as %s, and read from the store anew", why, _ASIDE)
     try:
         if (folder / FILE).exists():
@@ -291,7 +295,7 @@ def put_aside(folder: Path, why: str) -> None:
 
 
 def open_parts(environment: Environment, *, write: bool) -> dict[bytes, Part]:
-    """The named parts of the table; raises TableError where a reader finds none yet."""
+    """Opens the parts of the table. Raises TableError if a reader finds none yet."""
     try:
         return {
             part: environment.open_part(layout.stored_name(part), create=write, rows=part in layout.ROWS)
@@ -307,7 +311,7 @@ def open_parts(environment: Environment, *, write: bool) -> dict[bytes, Part]:
 
 
 def _other_format(environment: Environment) -> int | None:
-    """The format of the table in the file, unless it is ours or there is none."""
+    """The format of the table in the file; None if it is ours, or if there is none."""
     try:
         with environment.begin() as transaction:
             data = transaction.get(layout.HEAD)
@@ -317,7 +321,7 @@ def _other_format(environment: Environment) -> int | None:
 
 
 def drop_other_formats(environment: Environment, transaction: Transaction) -> None:
-    """Takes out what another version of portward left in the file."""
+    """Removes the parts that another version of portward left in the file."""
     ours = {layout.HEAD, *map(layout.stored_name, layout.PARTS)}
     with transaction.cursor() as cursor:
         others = [key for key in cursor.iternext(values=False) if key not in ours]
@@ -361,17 +365,17 @@ class Rows:
                     yield row
 
     def put(self, row: bytes) -> None:
-        """Takes a row in; nothing happens where it is there."""
+        """Adds a row. Does nothing if it is there."""
         self._cursor.put(ROW_KEY, row)
 
     def remove(self, row: bytes) -> None:
-        """Takes a row out; nothing happens where it is not there."""
+        """Removes a row. Does nothing if it is not there."""
         if self._cursor.set_key_dup(ROW_KEY, row):
             self._cursor.delete()
 
     def extend(self, rows: Sequence[bytes]) -> None:
-        """Takes in many sorted rows, none of them there yet. What sorts behind all that are there is appended,
-        which is the quickest, and fills every page."""
+        """Adds sorted rows, none of which is there yet. If all sort behind the present ones they are appended,
+        which is fastest and fills every page. Raises TableError if one is there."""
         if not rows:
             return
         last = self._cursor.value() if self._cursor.last() else b""

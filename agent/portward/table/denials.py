@@ -1,8 +1,8 @@
 """What of a later revision may be enforced while an earlier one is held: only what makes no source freer.
 
-A level says how freely a source may send, now and later by itself. Changes are weighed in groups: those of one
-subscription, and of all that it exchanges attachments with. A group goes in as a whole if no source of it gets a
-higher level, and waits as a whole otherwise.
+A level says how freely a source may send, now and later by itself. Changes are weighed in groups: the changes of
+one subscription, and of all subscriptions that it exchanges attachments with. A group is taken in whole if no
+source in it gets a higher level. Otherwise the whole group waits.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from portward.table.account import Account, ByWorkload
 
 
 class Level(NamedTuple):
-    """How freely a source may send: new connections a minute, how many of them at once, until when, in
-    microseconds since 1970, and from when on, as `early`: 0 for now, else the negated microseconds, so that what
-    begins later is less."""
+    """How freely a source may send: new connections a minute, how many of them at once, until when (microseconds
+    since 1970), and from when on. `early` is 0 for now, else the negated microseconds since 1970, so that a later
+    begin is less."""
 
     per_minute: float
     burst: float
@@ -33,7 +33,7 @@ class Level(NamedTuple):
         return self.per_minute > 0
 
     def within(self, other: Level) -> bool:
-        """True if nothing is allowed here that `other` does not allow."""
+        """True if `other` allows all that this level allows."""
         return all(mine <= its for mine, its in zip(self, other, strict=True))
 
 
@@ -42,7 +42,7 @@ FREE: Final = Level(inf, inf, inf)
 
 
 class Group(NamedTuple):
-    """Changes of records that are taken in together or not at all, and the subscriptions that they are about."""
+    """Changes of records that are taken in together or not at all, and the subscriptions that they concern."""
 
     owners: frozenset[UUID]
     put: tuple[Record, ...]
@@ -50,16 +50,16 @@ class Group(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """What a group does: `freer` if any source may send more than before; `losers` are the table's numbers of the
-    subscriptions of which a source may no longer send."""
+    """The effect of a group: `freer` if any source may send more than before; `losers` are the subscriptions (the
+    table's numbers) of which a source may no longer send."""
 
     freer: bool
     losers: frozenset[int] = frozenset()
 
 
 def level_of(entry: layout.Entry | None, account: Account | None, outcomes: ByWorkload | None) -> Level:
-    """The level of a source under the entry that covers it. `account` is the one that the entry belongs to, and
-    `outcomes` are how that one's attachments come out."""
+    """The level of a source under the entry that covers it. `account` is the entry's account, and `outcomes` are
+    the outcomes for its attachments."""
     if entry is None or account is None or outcomes is None:
         return BLOCKED
     if entry.observed:
@@ -70,7 +70,7 @@ def level_of(entry: layout.Entry | None, account: Account | None, outcomes: ByWo
     if entry.reason.allows:
         return _granted(account.exemption)
     granted = _granted(account.exemption) if starts else BLOCKED
-    # Who may send from a later start on may not send before it, under whatever subscription.
+    # A source that may send from a later start on must not send before it, under any subscription.
     return granted._replace(early=-entry.started) if granted.passes else granted
 
 
@@ -83,7 +83,7 @@ def groups(
     for records, keep in ((removed, False), (put, True)):
         for record in records:
             owners = list(_owners(record, owner, keep=keep))
-            if owners:  # else there is nothing to remove
+            if owners:  # without an owner there is nothing to remove
                 joined.join(owners)
                 changes.append((record, keep, owners[0]))
     found: dict[UUID, tuple[list[Record], list[Record]]] = {}
@@ -94,7 +94,7 @@ def groups(
 
 
 class Levels(Protocol):
-    """What is asked of a table to weigh a change of it: an `Edit` answers."""
+    """What weighing a change needs of a table. `Edit` has it."""
 
     def place_of(self, attachment: Attachment) -> bytes:
         """Where the entry of an attachment is, or would be."""
@@ -110,7 +110,7 @@ class Levels(Protocol):
 
 
 def weigh(before: Levels, after: Levels, group: Group) -> Weighed:
-    """What a group has done, between a reading of the table as it was and the edit that took the group in."""
+    """The effect of a group: `before` is the table without it, `after` the edit that took it in."""
     attachments = (record for record in (*group.put, *group.removed) if isinstance(record, Attachment))
     places = {after.place_of(attachment) for attachment in attachments}
     for id_ in group.owners:
@@ -124,7 +124,7 @@ def weigh(before: Levels, after: Levels, group: Group) -> Weighed:
         tighter = tighter or new != old
         if old.passes and not new.passes:
             losers.add(number)
-    # A grant that frees nobody yet does so with the next start of a machine: it waits like any other grant.
+    # A grant that allows no source yet does so at the next start of a machine. It waits like any other grant.
     grows = any(_grows(before.exemption(id_), after.exemption(id_)) for id_ in group.owners)
     return Weighed(grows and not tighter, frozenset(losers))
 
@@ -141,12 +141,12 @@ def _granted(exemption: Exemption | None) -> Level:
 
 
 def _grows(old: Exemption | None, new: Exemption | None) -> bool:
-    """Whether an exemption allows, of itself, what the one before did not."""
+    """Whether an exemption by itself allows more than the one before."""
     if not _granted(new).within(_granted(old)):
         return True
     if new is None or old is None or new.state is not ExemptionState.GRANTED:
         return False
-    # An earlier grant counts for machines that were started before the later one.
+    # An earlier grant also counts for machines that were started before the later one.
     return layout.microseconds(new.decided) < layout.microseconds(old.decided)
 
 
@@ -164,19 +164,19 @@ def _owners(record: Record, owner: Callable[[Attachment], UUID | None], *, keep:
 
 
 class _Joined:
-    """Subscriptions in sets that grow together (union-find)."""
+    """Sets of subscriptions that are merged (union-find)."""
 
     def __init__(self) -> None:
         self._parents: dict[UUID, UUID] = {}
 
     def join(self, ids: list[UUID]) -> None:
-        """Puts all of these into one set."""
+        """Merges the sets of all these subscriptions."""
         first = self.root(ids[0])
         for other in ids[1:]:
             self._parents[self.root(other)] = first
 
     def root(self, id_: UUID) -> UUID:
-        """The one that stands for the whole set."""
+        """The subscription that represents its set."""
         parents = self._parents
         parent = parents.setdefault(id_, id_)
         while parent != id_:
@@ -185,7 +185,7 @@ class _Joined:
         return id_
 
     def members(self) -> dict[UUID, list[UUID]]:
-        """Each set, by the one that stands for it."""
+        """Each set, by the subscription that represents it."""
         found: dict[UUID, list[UUID]] = {}
         for id_ in self._parents:
             found.setdefault(self.root(id_), []).append(id_)

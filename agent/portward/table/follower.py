@@ -1,15 +1,15 @@
-"""The policy table follows the store: what was committed there since is taken in, as one change.
+"""Brings the policy table up to the store: takes in what was committed there since, as one change.
 
-A change that would flip too many subscriptions is held until it is confirmed, or until the store's next revisions
-take it back. Later revisions wait behind it, except for what only refuses: a revocation is enforced at once,
-whatever is held before it. The table's own revision stays where it is meanwhile, so all of it is taken in again
-with the held change.
+A change that would flip too many subscriptions is held until it is confirmed, or until later revisions of the
+store take it back. Later revisions wait behind it. Only what they deny is enforced at once, so a held change never
+delays a revocation. The table's own revision stays where it is, so the later revisions are taken in again, whole,
+together with the held change.
 
-Revisions are told apart by the hash of the log (`table.history`). If the store does not have the entry that the
-table stands at, its history is another one, and everything is read anew.
+Revisions are compared by the hash of the store's log (`table.history`). If the store does not have the log entry
+at which the table stands, it has another history, and everything is read anew.
 
-A record that cannot be read is refused by itself: it is named, counted, and what the table holds under its
-key stays in force; the rest of the change stands.
+A record that cannot be read is refused by itself: it is named and counted, the record that the table has under its
+key stays in force, and the rest of the change is taken in.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ _T = TypeVar("_T")
 
 
 class BulkError(Exception):
-    """There is more to take in than the follower may; nothing was taken in."""
+    """There is more to take in than this follower may take. Nothing was taken in."""
 
 
 class Held(NamedTuple):
-    """The change that became `revision` is not taken in: what it would flip, and the share that is allowed.
-    `whole`: it is all up to `revision`, since the store's history is not the table's (a restored backup, say)."""
+    """A held change, which became `revision`: the subscriptions that it would flip, and the share that may flip.
+    `whole` if it is everything up to `revision`, because the store's history is not the table's (for example after
+    a backup was restored)."""
 
     revision: int
     flips: Flips
@@ -63,8 +64,11 @@ class Held(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A held change as it was worked out, with all that the store held behind it: under which circumstances, which
-    subscriptions (the table's numbers, sorted) would have flipped, and how many of how many."""
+    """A held change as it was derived, together with all later revisions that the store had (`upto`).
+
+    `base` is the point at which the table stood, and `preset` the digest of the preset. `turned` are the
+    subscriptions that would have flipped (the table's numbers, sorted), `flips` how many of how many.
+    """
 
     held: Held
     upto: Point
@@ -75,9 +79,12 @@ class Waiting(NamedTuple):
 
 
 class Follower:
-    """Brings a table up to the revision of a store. `held` is the change that waits for confirmation, if any;
-    `in_step` says whether the table stood at the store's newest revision after the last step; `unreadable`
-    has the records that were refused, and `histories` how often the store's history was not the table's."""
+    """Brings a table up to the newest revision of a store.
+
+    `held` is the change that waits for confirmation. `in_step` says whether the table stood at the store's newest
+    revision after the last step. `unreadable` has the records that were refused. `histories` counts how often the
+    store's history was not the table's.
+    """
 
     def __init__(
         self,
@@ -86,22 +93,22 @@ class Follower:
         limit: int | None = None,
         unreadable: Mapping[str, str] | None = None,
     ) -> None:
-        """A step that would take in more than `limit` changes or records raises BulkError instead; None: any
-        number may be."""
+        """A step that would take in more than `limit` changes or records raises BulkError instead. None: no
+        limit."""
         self._store, self._writer, self._reader, self._limit = store, writer, writer.reader(), limit
         self.histories = 0
         self.unreadable = Unreadable(unreadable)
         self.in_step = False
         self._waiting: Waiting | None = None
-        # Of the subscriptions that the held change flips, those that later revisions are about.
+        # The subscriptions that the held change flips and that a later revision is about.
         self._hit: set[int] = set()
         self._confirmed = False
-        # What of the table's head it was said already that the store has another history.
+        # The table's head (revision, hash, store) for which the log has said that the store has another history.
         self._other: tuple[int, bytes, bytes] | None = None
 
     @property
     def refused(self) -> int:
-        """How many records could not be read so far."""
+        """The number of records that could not be read so far."""
         return self.unreadable.total
 
     @property
@@ -110,12 +117,12 @@ class Follower:
         return None if self._waiting is None else self._waiting.held
 
     def reopened(self, store: Store) -> None:
-        """Follows a store that was opened again; what was counted stays."""
+        """Follows a store that was opened again. The counters go on."""
         self._store = store
 
     @property
     def waiting(self) -> Waiting | None:
-        """The held change as it was worked out; None if none is held."""
+        """The held change as it was derived; None if none is held."""
         return self._waiting
 
     def take_over(
@@ -127,7 +134,7 @@ class Follower:
         histories: int,
         in_step: bool,
     ) -> None:
-        """Goes on from a step that a follower in another process has made, on the same table."""
+        """Goes on from a step that a follower in another process made on the same table."""
         self._waiting, self.in_step = waiting, in_step
         self._confirmed = False
         self._hit.clear()
@@ -136,9 +143,9 @@ class Follower:
         self.histories += histories
 
     def step(self, now: datetime) -> Committed | None:
-        """Takes in what is new; None if nothing is, or it is held. Raises StoreError, TableError or BulkError, and
-        then the table stands as it stood."""
-        # Hashes and changes have to be of one state: another process may write, or restore a backup, in between.
+        """Takes in what is new. Returns None if nothing is new or it is held. Raises StoreError, TableError or
+        BulkError, and then leaves the table as it was."""
+        # Hashes and changes must come from one state: another process may write, or restore a backup, in between.
         with self._store.reading():
             committed = self._step(self._store.revision(), now)
             head = self._writer.head()
@@ -151,9 +158,9 @@ class Follower:
         return committed
 
     def _step(self, revision: int, now: datetime) -> Committed | None:
-        known = self._is_as_worked_out()
-        # Denials come first: to work a large change out again takes long. After a restart the table still says
-        # that one is held.
+        known = self._is_as_derived()
+        # Denials come first, because deriving a large change again takes long. The table's head says that a change
+        # is held, also after a restart.
         committed = self._deny_behind(revision, now)
         if committed is not None or (known and not self._may_have_changed()):
             return committed
@@ -163,18 +170,18 @@ class Follower:
         if not isinstance(found, Waiting):
             return found
         self._hold(found, waited, now)
-        # A confirmation that did not let the held change through stops nothing behind it.
+        # A confirmation that did not release the held change must not delay denials behind it.
         return self._deny_behind(revision, now, up_to_confirmation=False)
 
     # --- a held change, and what comes behind it ---
 
-    def _is_as_worked_out(self) -> bool:
-        """Whether the held change would be the same again, later revisions aside."""
+    def _is_as_derived(self) -> bool:
+        """Whether deriving the held change again would give the same, apart from later revisions."""
         waiting, head = self._waiting, self._writer.head()
         if waiting is None or head is None or head.held != waiting.held.revision:
             return False
-        # A backup that was made between the two may still have what the change was worked out from, and not what
-        # the table was told since. A history that is held as a whole is the store's if its denials are.
+        # A restored backup may have the revision from which the change was derived, but not what the table took in
+        # since. If a whole history is held, it is the store's if the denials ahead of it are.
         own = ahead_of(head, self._store) > 0 if waiting.held.whole else same_history(head, self._store)
         same = own and (waiting.held.share, waiting.preset, waiting.base) == (
             self._writer.max_flip_share, self._writer.digest, Point(head.revision, head.hash),
@@ -182,9 +189,9 @@ class Follower:
         return same and waiting.upto.hash == hash_at(self._store, waiting.upto.revision)
 
     def _may_have_changed(self) -> bool:
-        """Whether later revisions may let the held change through: by a confirmation, since they are about enough
-        of the subscriptions that it flips, or since there are more subscriptions now, so that more may flip. A
-        revision takes no more back than it is about."""
+        """Whether later revisions may release the held change: by a confirmation, or because they are about enough
+        of the subscriptions that it flips, or because there are more subscriptions now, so that more may flip. A
+        revision can take back only what it is about."""
         waiting = self._waiting
         if waiting is None or self._confirmed:
             return True
@@ -194,17 +201,18 @@ class Follower:
     def _hold(self, waiting: Waiting, before: Waiting | None, now: datetime) -> None:
         held, head = waiting.held, self._writer.head()
         if head is None or Point(head.revision, head.hash) != waiting.base:
-            return  # another process has moved the table on: the next step works it out again
+            return  # another process has changed the table: the next step derives the change again
         ahead = ahead_of(head, self._store)
-        # Denials of the lost history may be in the table, and `ahead` is now of the store's: without its own hash,
-        # the table would be taken for one of the store's history as soon as that has the table's revision.
+        # The table may hold denials of the lost history, while `ahead` now counts in the store's. Without a hash
+        # of its own the table would pass for one of the store's history as soon as the store reaches the table's
+        # revision.
         lost = held.whole and held_history(head) is None
         if lost or head.held != held.revision or ahead < held.revision:
             ahead = max(ahead, held.revision)
             hash_ = hash_of_other_history() if held.whole else None
             point = Point(ahead, hash_at(self._store, ahead))
             self._writer.hold(held.revision, point, now=now, hash_=hash_, since=head)
-        # Only now: if the table cannot be written, the change is worked out again, and the hold noted then.
+        # Only now, so that a table that cannot be written makes the next step derive the change and hold it again.
         noted = self._writer.head() or head
         base = Point(noted.revision, noted.hash)
         self._waiting, self._confirmed = waiting._replace(base=base), False
@@ -218,8 +226,8 @@ class Follower:
         )  # fmt: skip
 
     def _deny_behind(self, revision: int, now: datetime, *, up_to_confirmation: bool = True) -> Committed | None:
-        """Takes in what revisions behind the held one refuse, up to the first that refuses anything, or that
-        confirms the held one."""
+        """Takes in what revisions behind the held one deny, up to the first that denies anything or that confirms
+        the held one."""
         head = self._writer.head()
         ahead = 0 if head is None or not head.held else ahead_of(head, self._store)
         if head is None or not ahead or ahead >= revision:
@@ -257,12 +265,13 @@ class Follower:
     # --- what the store holds, taken in ---
 
     def _take(self, revision: int, now: datetime, known: Waiting | None) -> Committed | Waiting | None:
-        """`known` is the held change as it was worked out before, if that still holds."""
+        """Takes in what the store has. `known` is the held change as it was derived before, if that is still
+        right."""
         head = self._writer.head()
         same = head is not None and same_history(head, self._store)
         if head is not None and same and head.revision == revision:
             return None
-        self.in_step = False  # also while it takes long
+        self.in_step = False  # before the work, which may take long
         if head is None or not same:
             return self._take_all(head, now)
         with closing(self._store.changes(head.revision)) as new:
@@ -271,9 +280,9 @@ class Follower:
         try:
             return self._apply(changes, every, head, now)
         except UnconfirmedError as error:
-            # Not the error itself: it would keep this frame, and with it all changes.
+            # Keep the values and not the error, which would keep this frame and all changes in memory.
             of_all, turned = error.flips, error.turned
-        # What came before the change that flips too many is none of its fault; one revision in each step.
+        # Revisions before the one that flips too many must not wait for it, so take in one revision in each step.
         first = [change for change in changes if change.revision == changes[0].revision]
         flips = of_all
         if known is not None and known.held.revision == first[0].revision:
@@ -287,9 +296,9 @@ class Follower:
         return self._waits(held, of_all, turned, revision, head)
 
     def _take_all(self, head: Head | None, now: datetime) -> Committed | Waiting:
-        """Reads everything anew: there is no table yet, or the store's history is not the table's."""
+        """Reads everything anew, because there is no table yet, or the store's history is not the table's."""
         if head is None and (old := self._writer.attachments()):
-            # Damaged. With a new head, the next step compares the store with what is left, and may hold it.
+            # The table is damaged. It gets a new head, and the next step compares the store with what is left.
             if self._limit is not None and old > self._limit:
                 raise BulkError
             return self._writer.recover(store=self._store.identity(), hash_=hash_of_other_history(), now=now)
@@ -298,10 +307,10 @@ class Follower:
             try:
                 return self._replace(head, now)
             except GrownError:
-                continue  # read again: there may be too many to keep
+                continue  # read the records again, because there may be too many to keep in memory
             except UnconfirmedError as error:
                 assert head is not None  # noqa: S101 # a table without a head has nothing that could flip
-                # It stays the same change for those who confirm it, however much is written behind it.
+                # The number stays the same while more is written behind it, so that a confirmation can name it.
                 number = head.held if ahead_of(head, self._store) else revision
                 held = Held(number, error.flips, self._writer.max_flip_share, whole=True)
                 return self._waits(held, error.flips, error.turned, revision, head)
@@ -316,9 +325,9 @@ class Follower:
             flips,
         )
 
-    def _say_other(self, head: Head) -> None:
+    def _log_other_history(self, head: Head) -> None:
         at = (head.revision, head.hash, head.store)
-        # A table that got a new head holds nothing yet: it was damaged, whatever the store's history is.
+        # A table that was damaged and got a new head is no sign of another history.
         held_already = held_history(head) is not None and (not head.held or ahead_of(head, self._store) > 0)
         if self._other == at or held_already:
             return
@@ -339,15 +348,15 @@ class Follower:
         hash_ = hash_at(self._store, revision)
         with closing(self._store.read_all()[1]) as read:
             records = read if self._limit is None else iter(self._within(read))
-            # Only now: what is too much is left to a follower without a limit, which says it.
+            # Only now: if there is too much, a follower without a limit takes it in and logs this.
             if head is not None and head.store != _NO_STORE:
-                self._say_other(head)
+                self._log_other_history(head)
             return self._writer.replace(
                 self._quickly(records), revision=revision, hash_=hash_, store=identity, now=now, confirmed=sure
             )
 
     def _within(self, items: Iterable[_T]) -> list[_T]:
-        """The items, all of them; raises BulkError if they are more than may be taken in."""
+        """All of the items. Raises BulkError if there are more than this follower may take in."""
         if self._limit is None:
             return list(items)
         found = list(islice(items, self._limit + 1))
@@ -356,11 +365,11 @@ class Follower:
         return found
 
     def _is_confirmed(self, head: Head) -> bool:
-        """Whether it was confirmed that this history takes the place of the table's."""
+        """Whether a confirmation says that the store's history may replace the table's."""
         body = self._store.get(CONFIRMED)
         upto = min(confirmed(body), self._store.revision())
-        # A backup may hold confirmations of its own time, and neither its numbers nor its clocks tell them apart
-        # from a new one. Only the name of the hold does: it was made when the table began to hold this.
+        # A restored backup may hold old confirmations, and neither numbers nor times distinguish them from a new
+        # one. The name of the hold does, because it was made when the table began to hold this.
         hold = held_history(head)
         if not upto or hold is None or not ahead_of(head, self._store):
             return False
@@ -371,13 +380,13 @@ class Follower:
                     "--confirm` writes a confirmation that does, with this agent's configuration", upto,
                 )  # fmt: skip
             return False
-        # Each later change flips one subscription at most.
+        # Each later change flips at most one subscription.
         later = sum(1 for _ in self._store.changes(upto))
         return not Flips(later, self._reader.counts()[1]).too_many(self._writer.max_flip_share)
 
     def _apply(self, changes: list[Change], every: list[Change], head: Head, now: datetime) -> Committed | None:
-        """Takes the first of these changes in. `every` are all that came since, also those that wait."""
-        # What came after a confirmation is not confirmed by it: the next step takes it in.
+        """Takes in the first of these changes. `every` has all changes since, also those that wait."""
+        # A confirmation does not cover later changes: the next step takes them in.
         upto = max((confirms(change) for change in changes if change.key == CONFIRMED), default=0)
         sure = upto > head.revision
         newest: dict[str, Change] = {}
@@ -392,8 +401,8 @@ class Follower:
         for key in self._early_keys(newest, every, revision, head):
             del newest[key]
         put = self._readable((change.key, change.after) for change in newest.values() if change.after is not None)
-        # By its key alone: what the store held there last may be a record that was refused, and then the table
-        # holds the one before.
+        # By its key alone: the store's last record there may have been refused, and then the table has the one
+        # before.
         removed = list(self._gone(change.key for change in newest.values() if change.after is None))
         hash_ = hash_at(self._store, revision)
         return self._writer.apply(
@@ -401,11 +410,11 @@ class Follower:
         )
 
     def _early_keys(self, newest: dict[str, Change], every: list[Change], revision: int, head: Head) -> set[str]:
-        """The keys of which the table holds what a revision after `revision` left them with, which was taken in
-        ahead: what is older must not come back in its place."""
+        """The keys under which the table has the record of a later revision than `revision`, because it was taken
+        in ahead. The older record must not replace it."""
         ahead = ahead_of(head, self._store)
         later = [change for change in every if revision < change.revision <= ahead and change.key in newest]
-        # Of what cannot be read it is not known: it stays denied until the later revision itself is taken in.
+        # A record that cannot be read may be one of them. It stays denied until the later revision is taken in.
         return {
             change.key for change in later if is_in_table(self._reader, change.key, change.after, damaged=True)
         }
@@ -417,7 +426,7 @@ class Follower:
                 yield record
 
     def _quickly(self, records: Iterable[tuple[str, str]]) -> Iterator[Loadable]:
-        """The records that can be read, in their order; attachments as bytes where that can be done."""
+        """The records that can be read, in their order; attachments as bytes if possible, which is faster."""
         quick = Packer().quick
         for key, body in records:
             found = quick(key, body)

@@ -1,5 +1,6 @@
-"""Whether the table stands in the history of a store. The hash of the log says so: numbers alone are the same
-again after a backup was restored and written on."""
+"""Does the table stand in the history of a store? The hash of the store's log says so. Revisions alone cannot,
+because they repeat after a backup was restored and written to.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from portward.store.values import HASH_BYTES
 from portward.table import layout
 from portward.table.reader import Reader
 
-# What the hash in the head of a table begins with while another history is held: no hash of a log (SHA-256) looks
-# like this. The other 24 bytes are the name of the hold.
+# The first 8 bytes of the hash in the table's head while another history is held. No SHA-256 of a log begins so.
+# The other 24 bytes are the name of the hold.
 _OTHER_HISTORY: Final = b"\xff" * (HASH_BYTES - HOLD_BYTES)
 
 
 def hash_of_other_history() -> bytes:
-    """The hash for the head of a table that holds back another history than its own. No log has it, so the table
-    is in no history until everything was read anew. It carries a name that no other hold has (random bytes), so a
-    confirmation that names it was written while it was held, whatever the clocks say."""
+    """The hash for the head of a table that holds back another history than its own. No log has this hash, so the
+    table is in no history until everything was read anew. It has a random name, so a confirmation with this name
+    was written during this hold, whatever the clocks say."""
     return _OTHER_HISTORY + token_bytes(HOLD_BYTES)
 
 
@@ -31,13 +32,13 @@ def held_history(head: layout.Head) -> bytes | None:
 
 
 def hash_at(store: Store, revision: int) -> bytes:
-    """The hash of the store's log at a revision, as the table keeps it; raises StoreError."""
+    """The hash of the store's log at a revision, NO_HASH if the log has none. Raises StoreError."""
     return store.hash_of(revision) or layout.NO_HASH
 
 
 def same_history(head: layout.Head, store: Store) -> bool:
-    """Whether the store's log still has every entry that the table was written from; raises StoreError."""
-    # A store that ends before has no hash there, and the table has none of a revision whose entry lost it.
+    """Whether the store's log still has every entry from which the table was written. Raises StoreError."""
+    # A store with fewer revisions has no hash there, and the table may have none either.
     if head.store != store.identity() or head.revision > store.revision():
         return False
     if head.hash != hash_at(store, head.revision):
@@ -54,8 +55,8 @@ def ahead_of(head: layout.Head, store: Store) -> int:
 
 
 def is_in_table(reader: Reader, key: str, body: str | None, *, damaged: bool = False) -> bool:
-    """Whether the table holds under a key what a change of the store has left there; None: nothing. `damaged` is
-    the answer if the table holds something there that cannot be read."""
+    """Whether the table has under `key` what a change of the store left there: the record `body`, or none. Returns
+    `damaged` if the table's record cannot be read."""
     record = key_only(key) if body is None else readable(key, body)
     if record is None:
         return False
@@ -66,8 +67,8 @@ def is_in_table(reader: Reader, key: str, body: str | None, *, damaged: bool = F
 
 
 def count_in_table(reader: Reader, store: Store, revision: int) -> tuple[int, int]:
-    """How many of the records that a revision of the store changed are in the table as it left them, and how many
-    it changed. Raises StoreError."""
+    """How many records of a revision are in the table as the revision left them, and how many the revision
+    changed. Raises StoreError."""
     changed = [(str(key), None if body is None else str(body)) for key, _, body in store.rows(revision)]
     records = [(key, body) for key, body in changed if key != CONFIRMED]
     return sum(is_in_table(reader, key, body) for key, body in records), len(records)

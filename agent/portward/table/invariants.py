@@ -28,12 +28,13 @@ from portward.table import layout
 from portward.table.account import Account, grant_end
 from portward.table.database import DatabaseError, Part, Rows, TableError, Transaction, open_database, open_parts
 
-# Findings that are told one by one.
+# Violations that are listed one by one.
 _TOLD: Final = 10
 
 
 class Verified(NamedTuple):
-    """What a walk has seen: attachments and subscriptions, and what does not hold, the first of it in words."""
+    """The result of a walk: the numbers of attachments and subscriptions, and of violations, the first ones in
+    words."""
 
     attachments: int
     subscriptions: int
@@ -63,10 +64,10 @@ def verify(folder: Path, now: datetime) -> Verified:
 
 
 class Walk:
-    """One walk through a table, as a read transaction sees it."""
+    """One walk through a table in a read transaction."""
 
     def __init__(self, transaction: Transaction, parts: dict[bytes, Part], now: datetime) -> None:
-        """`now` is the time: grants that end later must be listed."""
+        """Grants that end after `now` must have a row in `expiries`."""
         self._transaction, self._parts, self._now = transaction, parts, layout.microseconds(now)
         self.attachments = 0
         # Number → when its grant ends, in microseconds since 1970, if it does.
@@ -78,7 +79,7 @@ class Walk:
         self._lengths: dict[bytes, Counter[int]] = {}
 
     def findings(self) -> Iterator[str]:
-        """What does not hold, one line each."""
+        """The violations, a line for each."""
         data = self._transaction.get(layout.HEAD)
         if data is None:  # a table that holds no policy yet
             return
@@ -172,7 +173,7 @@ class Walk:
             yield f"subscriptions hold {held} entries of IPv{4 if size == 4 else 6}, and there are {count}"
 
     def _flaws(self, row: bytes, place: bytes, masks: tuple[int, ...]) -> Iterator[str]:
-        """What is wrong with an entry in itself."""
+        """The violations within one entry."""
         segment, length = layout.segment_and_length(place)
         if length >= len(masks) or layout.address_of(row, len(place) - 4) & ~masks[length]:
             yield f"an entry stands for no prefix: {row.hex()}"

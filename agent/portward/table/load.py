@@ -1,7 +1,7 @@
-"""Filling an empty table with all records of a store, some microseconds for each attachment.
+"""Fills an empty table with all records of a store, in some microseconds for each attachment.
 
-Rows are made as bytes, sorted, and appended: so they fill their pages, and are the ones that an `Edit` would have
-written. Kept in memory meanwhile are a row of some 60 bytes for each attachment, and the accounts.
+Rows are encoded, sorted and appended, so that they fill their pages. They are the rows that an `Edit` would have
+written. A row of about 60 bytes for each attachment, and the accounts, are in memory meanwhile.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def load(
     now: int,
     records: Iterable[Loadable],
 ) -> None:
-    """Fills the parts that hold records, decided at `now` (microseconds since 1970). Subscriptions and exemptions
-    come before all attachments, which they decide, else it raises ValueError; no key of a store stands twice, else
-    TableError."""
+    """Fills the parts that hold records, decided at `now` (microseconds since 1970). Raises ValueError if a
+    subscription or an exemption comes after an attachment, because it would decide that one. Raises TableError if
+    a key comes twice."""
     accounts, attachments = _Accounts(transaction, parts, rule, now), _Attachments(transaction, parts, segments)
     known, put = accounts.known, attachments.put
     for record in records:
@@ -51,13 +51,14 @@ def load(
 
 
 class _Accounts:
-    """Subscriptions and exemptions; from the first attachment on, only how theirs come out."""
+    """Subscriptions and exemptions. From the first attachment on, it has only the outcomes for their
+    attachments."""
 
     def __init__(self, transaction: Transaction, parts: dict[bytes, Part], rule: Rule, now: int) -> None:
         self._transaction, self._parts, self._rule, self._now = transaction, parts, rule, now
         self._subscriptions: dict[UUID, Subscription] = {}
         self._exemptions: dict[UUID, Exemption] = {}
-        # What `outcomes` has given already, by the UUID as text, as attachments name it.
+        # The outcomes so far, by the UUID as text, as attachments name it.
         self.known: dict[str, ByWorkload] = {}
         self._ids: list[bytes] = []
 
@@ -72,7 +73,7 @@ class _Accounts:
         self._exemptions[exemption.subscription] = exemption
 
     def outcomes(self, subscription: str) -> ByWorkload:
-        """How the attachments of a subscription come out, also of one that no record is about."""
+        """The outcomes for the attachments of a subscription (UUID as text), also if it has no record."""
         found = self.known.get(subscription)
         if found is None:
             self._write_all()
@@ -80,7 +81,7 @@ class _Accounts:
         return found
 
     def write(self) -> None:
-        """Writes what `outcomes` has not written already."""
+        """Writes the accounts that `outcomes` has not written yet."""
         self._write_all()
         Rows(self._transaction, self._parts[b"ids"]).extend(sorted(self._ids))
 
@@ -112,7 +113,7 @@ class _Attachments:
         self._rows: dict[int, list[bytes]] = {size: [] for size in layout.ENTRIES}
 
     def put(self, attachment: Packed, outcomes: ByWorkload) -> None:
-        """Takes an attachment in, whose subscription's come out like that."""
+        """Adds an attachment of a subscription with these outcomes."""
         start, address = (attachment.segment, attachment.length), attachment.address
         prefix = self._prefixes.get(start)
         if prefix is None:
@@ -125,7 +126,7 @@ class _Attachments:
             Rows(self._transaction, self._parts[b"expiries"]).put(layout.due(started, outcome.number))
 
     def write(self) -> None:
-        """Writes all that were put."""
+        """Writes all attachments."""
         for size, rows in self._rows.items():
             rows.sort()
             Rows(self._transaction, self._parts[layout.ENTRIES[size]]).extend(rows)

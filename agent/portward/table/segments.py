@@ -1,4 +1,4 @@
-"""The table's numbers of segments: keys are shorter by them. A number once given is kept."""
+"""The table's numbers of segments, which make keys shorter. A segment keeps its number for ever."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from portward.table.database import Part, TableError, Transaction
 
 
 class Segments:
-    """The numbers as a write transaction sees them; asked one by one, since there may be many thousands."""
+    """The numbers in a write transaction. They are read one by one, because there may be many thousands."""
 
     def __init__(self, transaction: Transaction, parts: dict[bytes, Part], damage: Damage) -> None:
         self._transaction, self._parts, self._damage = transaction, parts, damage
         self._numbers: dict[str, int] = {}
 
     def number(self, name: str) -> int:
-        """The number of a segment, a new one where it has none."""
+        """The number of a segment, a new one if it has none. Raises TableError if all numbers are used."""
         number = self._numbers.get(name)
         if number is None:
             number = self._numbers[name] = self._known(name) or self._add(name)
         return number
 
     def name(self, number: int) -> str:
-        """The name of the segment with that number; raises TableError."""
+        """The name of the segment with this number. Raises TableError if there is none."""
         name = self._transaction.get(layout.number(number), db=self._parts[b"names"])
         if name is None:
             raise TableError(f"no segment has the number {number}")
         return decoded(name)
 
     def _known(self, name: str) -> int | None:
-        """The number that a segment has; None without one, or if it is another segment's."""
+        """The number of a segment; None if it has none, or if the number belongs to another segment."""
         known = self._transaction.get(encoded(name), db=self._parts[b"segments"])
         if known is None:
             return None

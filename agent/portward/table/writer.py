@@ -1,7 +1,7 @@
-"""The daemon's side of the policy table: each verb is one transaction, and says which verdicts are new.
+"""The daemon's access to the policy table: each method is one transaction, and returns which verdicts are new.
 
-After a verb returns, the table is on disk and every reader sees it. What the kernel remembers does not agree
-with it until the caller has moved the epoch and forgotten what `Committed` names, in that order.
+When a method returns, the table is on disk and every reader sees it. The kernel's cached verdicts do not agree
+with it until the caller has moved the epoch and then deleted what `Committed` names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from portward.table.edit import MANY_CHANGES, ChangedPlace, Edit
 from portward.table.load import Loadable
 from portward.table.reader import Reader
 
-_LARGEST_MAP = 1 << 40
+# 1 TiB of address space, not of disk: more than any table needs, and far below what x86-64 and arm64 offer.
+_LARGEST_MAP_BYTES = 1 << 40
 
 _log = logging.getLogger("portward.table")
 
@@ -43,10 +44,10 @@ _log = logging.getLogger("portward.table")
 class Committed(NamedTuple):
     """What a transaction has changed: prefixes, interface indexes, or everything.
 
-    `generation` is that of the table now; it is a new one where any verdict is. If `opens` is False, every prefix
-    in `changed` is stopped now, so verdicts cached there that stop packets are not wrong. If `closes` is False,
-    every prefix in `changed` was stopped before, so no verdict cached there lets packets pass. `steps` is how many
-    generations it is of: changes can be carried out together, see `merged`.
+    `revision` and `generation` are the table's now; the generation is new if any verdict is new. If `opens` is
+    False, every prefix in `changed` is denied now, so cached verdicts that deny are still right. If `closes` is
+    False, every prefix in `changed` was denied before, so no cached verdict allows. `steps` is the number of
+    generations that it covers: more than one if changes were `merged`.
     """
 
     revision: int
@@ -60,12 +61,12 @@ class Committed(NamedTuple):
 
     @property
     def new(self) -> bool:
-        """True where any remembered verdict may be out of date."""
+        """True if any cached verdict may be wrong now."""
         return bool(self.changed or self.links or self.everything)
 
 
 def merged(commits: Sequence[Committed]) -> Committed:
-    """Commits that follow each other, as one change. At least one."""
+    """One change that covers commits that follow each other; at least one."""
     new = [one for one in commits if one.new]
     changed = tuple(dict.fromkeys(place for one in new for place in one.changed))
     everything = any(one.everything for one in new) or len(changed) > MANY_CHANGES
@@ -82,18 +83,18 @@ def merged(commits: Sequence[Committed]) -> Committed:
 
 
 class GrownError(TableError):
-    """The table was full and is larger now: what was to be written can be given again."""
+    """The table was full and is larger now. The caller can try again."""
 
 
 class Answers(NamedTuple):
-    """What holds for every verdict of this gateway: only observed; refused by a reset instead of silence."""
+    """How this gateway acts on denials: `observe` only counts them, `reject` answers them with a TCP reset."""
 
     observe: bool
     reject: bool
 
 
 class _FreerError(Exception):
-    """Not all groups of an edit may go in before the held change: only `kept` may."""
+    """Some groups of an edit make a source freer and must wait behind the held change; `kept` are the others."""
 
     def __init__(self, kept: list[Group]) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class Point(NamedTuple):
 
 
 class Writer:
-    """The policy table, open for writing; there is one in a running gateway."""
+    """The policy table, open for writing. A running gateway has one."""
 
     def __init__(
         self,
@@ -119,23 +120,24 @@ class Writer:
         max_flip_share: float = 1.0,
         map_size: int = MAP_SIZE,
     ) -> None:
-        """Opens or makes the table in `folder`, anew where it is damaged; raises TableError. A change that would
-        flip more than `max_flip_share` (0 to 1) of all subscriptions is held, unless it is confirmed."""
+        """Opens the table in `folder`, or creates it if there is none or if it is damaged. Raises TableError. A
+        change that would flip more than `max_flip_share` (0 to 1) of all subscriptions is held, unless it is
+        confirmed."""
         self._folder, self.preset, self.answers = folder, preset, answers
         self.max_flip_share = max_flip_share
         self._environment, self._parts = open_for_writing(folder, map_size)
-        # Rows that cannot be read, found by this writer and its readers.
+        # The rows that this writer and its readers could not read.
         self.damage = Damage()
-        self._tell_other_format()
+        self._log_other_format()
 
     def close(self) -> None:
         """Closes the table."""
         self._environment.close()
 
-    def _tell_other_format(self) -> None:
+    def _log_other_format(self) -> None:
         with self._environment.begin() as transaction:
             data = transaction.get(layout.HEAD)
-        # With entries of this format it is not another version's, but damaged.
+        # A table with entries of this format is damaged, and not of another version.
         if data is not None and (form := layout.format_of(data)) != layout.FORMAT and not self.attachments():
             version = "a newer" if form > layout.FORMAT else "an older"
             _log.warning(
@@ -144,49 +146,51 @@ class Writer:
             )  # fmt: skip
 
     def reader(self) -> Reader:
-        """A view of this table for the same process; it ends with the writer."""
+        """A reader of this table for the same process. It ends with the writer."""
         return Reader(self._environment, self._parts, self.damage)
 
     def head(self) -> layout.Head | None:
-        """What the table agrees with; None where it holds no policy yet, or one of another format."""
+        """The head of the table; None if it holds no policy yet, or one of another format."""
         with self._environment.begin() as transaction:
             return _head_in(transaction)
 
     @property
     def of_other_format(self) -> bool:
-        """True if the file holds the table of another version of portward, which is not looked at."""
+        """True if the file holds the table of another version of portward, which is never read."""
         with self._environment.begin() as transaction:
             data = transaction.get(layout.HEAD)
         return data is not None and layout.Head.unpack(data) is None
 
     @property
     def digest(self) -> bytes:
-        """Says which preset the table is decided by."""
+        """The digest of the preset in force."""
         return bytes.fromhex(self.preset.digest)
 
     def next_expiry(self) -> datetime | None:
-        """When something next changes by itself: a grant ends, or a start comes that was recorded ahead."""
+        """When a decision next changes by itself: a grant ends, or a start comes that was recorded ahead. None:
+        never."""
         with self._environment.begin() as transaction:
             first = Rows(transaction, self._parts[b"expiries"]).first()
             return None if first is None else layout.moment(int.from_bytes(first[:8], "big"))
 
     def attachments(self) -> int:
-        """How many attachments the table holds."""
+        """The number of attachments in the table."""
         with self._environment.begin() as transaction:
             return sum(transaction.stat(self._parts[name])["entries"] for name in layout.ENTRIES.values())
 
     def is_decided_otherwise(self) -> bool:
-        """Whether the table was decided under another preset or other answers than those that hold now, so that
-        `settle` decides everything again."""
+        """Whether the table was decided under another preset or other answers than those in force, so that
+        `settle` would decide everything again."""
         head = self.head()
         return head is None or head.preset != self.digest or Answers(head.observe, head.reject) != self.answers
 
     def recover(self, *, store: bytes, hash_: bytes, now: datetime) -> Committed:
-        """Gives a table whose head cannot be read a new one: the store's id is `store` (16 bytes), and `hash_` one
-        that no log has. What can be read of its records stays in force, decided anew. Raises TableError."""
+        """Writes a new head into a table whose head cannot be read: `store` is the store's id (16 bytes), `hash_`
+        a hash that no log has. All records that can be read stay in force and are decided again. Raises
+        TableError."""
 
         def work(edit: Edit, head: layout.Head | None) -> None:
-            # Preset and answers by which they were decided stood in the head.
+            # The lost head held the preset and the answers by which the records were decided.
             edit.settle_everything()
             edit.everything = True
 
@@ -204,9 +208,9 @@ class Writer:
         confirmed: bool = False,
         since: layout.Head | None = None,
     ) -> Committed:
-        """Takes a change of policy in; the table then stands at `revision` of its store, whose log has `hash_`
-        there. `since`: the head that the change was worked out from. Raises UnconfirmedError, and TableError, also
-        if another process has changed the table since then."""
+        """Takes a change of policy in. The table then agrees with `revision` of its store, whose log has `hash_`
+        there. `since` is the head from which the change was derived. Raises UnconfirmedError, and TableError, also if
+        another process has changed the table since that head."""
         put, removed = tuple(put), tuple(removed)
         fields: dict[str, Any] = {"revision": revision, "hash": hash_, "held": 0}
 
@@ -229,10 +233,10 @@ class Writer:
         hash_: bytes = layout.NO_HASH,
         confirmed: bool = False,
     ) -> Committed:
-        """Makes the table hold these records and nothing else, those of the store with the id `store`
-        (16 bytes), whose log has `hash_` at `revision`; subscriptions and exemptions before all attachments.
-        Readers see the old table until the new one is whole. Raises TableError, UnconfirmedError, and GrownError:
-        `records` may be too many to be kept."""
+        """Replaces all records by those of the store with the id `store` (16 bytes), whose log has `hash_` at
+        `revision`. Subscriptions and exemptions must come before all attachments. Readers see the old table until
+        the new one is complete. Raises TableError, UnconfirmedError, and GrownError, after which the caller must pass
+        `records` again."""
         fields: dict[str, Any] = {"revision": revision, "store": store, "hash": hash_}
         fields |= {"held": 0, "ahead": 0, "ahead_hash": layout.NO_HASH}
         check = None if confirmed else self._check_change
@@ -249,9 +253,8 @@ class Writer:
         hash_: bytes | None = None,
         since: layout.Head | None = None,
     ) -> None:
-        """Notes that `revision` of the store is held, and that denials behind it are in force up to `ahead`.
-        `hash_` takes the place of the hash of the table's own revision; `since` as for `apply`. Raises
-        TableError."""
+        """Records that `revision` of the store is held, and that denials behind it are in force up to `ahead`.
+        `hash_` replaces the hash of the table's own revision. `since` as for `apply`. Raises TableError."""
         fields: dict[str, Any] = {"held": revision, "ahead": ahead.revision, "ahead_hash": ahead.hash}
         if hash_ is not None:
             fields["hash"] = hash_
@@ -267,9 +270,9 @@ class Writer:
         confirmed: bool = False,
         since: layout.Head | None = None,
     ) -> Committed:
-        """Takes in what a revision behind the held one makes stricter, and nothing that frees a source. The
-        table's own revision stays. If it would refuse too many subscriptions, nothing goes in unless it is
-        `confirmed`, and UnconfirmedError is raised once `ahead` is noted. `since` as for `apply`. Raises
+        """Takes in what a revision behind the held one makes stricter, and nothing that makes a source freer. The
+        table's own revision stays. If it would deny too many subscriptions, nothing is taken in unless it is
+        `confirmed`, and UnconfirmedError is raised after `ahead` is recorded. `since` as for `apply`. Raises
         TableError."""
         put, removed = tuple(put), tuple(removed)
         held: UnconfirmedError | None = None
@@ -304,9 +307,9 @@ class Writer:
                     del held  # else the error keeps this frame, which keeps the error
 
     def settle(self, *, now: datetime, may_flip: bool = True) -> Committed:
-        """Decides again what has changed by itself: grants that have ended, and, where preset or answers are
-        not those that the table was decided under, everything. Raises TableError, and UnconfirmedError where
-        `may_flip` is not given."""
+        """Decides again what changes by itself: grants that have ended and recorded starts that have come. If the
+        preset or the answers are not those that the table was decided under, decides everything again. Raises
+        TableError, and UnconfirmedError unless `may_flip`."""
 
         def work(edit: Edit, head: layout.Head | None) -> None:
             ended = edit.expired(layout.microseconds(now))
@@ -320,8 +323,8 @@ class Writer:
         return self._commit(work, now, whole=True, check=None if may_flip else self._check_flips)
 
     def put_links(self, want: dict[int, tuple[str, bool]], *, touched: frozenset[int], now: datetime) -> Committed:
-        """Says which segment is behind which interface index: index → (name, only observed). The indexes in
-        `touched` meanwhile belonged to another interface, and count as changed in any case."""
+        """Writes which segment is behind which interface: index → (name, only observed). The indexes in `touched`
+        belonged to another interface in between, so they count as changed in any case."""
         moved: set[int] = set()
 
         def work(edit: Edit, head: layout.Head | None) -> None:
@@ -342,20 +345,20 @@ class Writer:
         anew: bool = False,
         since: layout.Head | None = None,
     ) -> Committed:
-        """`work` is given the head before it, and `fields` go into it. `whole`: afterwards every entry agrees
-        with this preset, these answers and this time. `check` raises after `work` what keeps the table as it was.
-        `anew`: nothing that another version wrote stays in the file, and `work` can be done only once. `since` as
-        for `apply`."""
+        """Runs `work` with the edit and the head before it in one transaction, and writes the next head with
+        `fields`. `whole`: after `work` every entry agrees with this preset, these answers and this time. `check`
+        runs after `work`; what it raises leaves the table as it was. `anew`: drops what another version wrote, and
+        `work` can run only once. `since` as for `apply`."""
 
         def ruling(subscription: Subscription | None, exemption: Exemption | None, workload: Workload) -> Ruling:
             return rule(self.preset, subscription, exemption, workload, now=now)
 
-        # Workers that were killed leave their places behind, and there are only so many.
+        # Killed workers leave their reader slots behind, and LMDB has a fixed number of them.
         self._environment.reader_check()
         while True:
             try:
                 with self._environment.begin(write=True) as transaction:
-                    # Read here: another process may have written while this one waited for its turn.
+                    # Read inside the transaction: another process may have written while this one waited.
                     before = _head_in(transaction)
                     self._require(since, before)
                     if anew:
@@ -369,7 +372,7 @@ class Writer:
                     transaction.put(layout.HEAD, head.pack())
                 break
             except MapFullError:
-                self._environment.grow(_LARGEST_MAP)
+                self._environment.grow(_LARGEST_MAP_BYTES)
                 if anew:
                     raise GrownError(f"{self._folder}: the policy table was full, and is larger now") from None
             except DatabaseError as error:
@@ -385,28 +388,31 @@ class Writer:
         )
 
     def _require(self, since: layout.Head | None, before: layout.Head | None) -> None:
-        """Raises TableError if another process has taken a revision in, or held one, after `since`. Interfaces and
-        grants that ended may have moved the generation: that changes nothing of what a revision means."""
+        """Raises TableError if another process has taken in or held a revision after `since`. Changes of
+        interfaces and grants that end move the generation, but do not change what a revision means, so they do not
+        count."""
         if since is not None and (before is None or _standing(since) != _standing(before)):
             raise TableError(f"{self._folder}: another process has changed the policy table meanwhile")
 
     def _check_flips(self, edit: Edit) -> None:
-        """Raises UnconfirmedError, and with it the transaction ends and leaves the table as it is."""
+        """Raises UnconfirmedError if the edit flips too many subscriptions. The transaction then leaves the table as it
+        was."""
         with self._environment.begin() as before:
             closed, opened = edit.turned(before)
             self._limit(closed | opened, before)
 
     def _check_change(self, edit: Edit) -> None:
-        """As `_check_flips`, for a change of the store. What was denied ahead of it counts as well, unless the
-        change takes that back: otherwise early denials could make a held change small enough to pass."""
+        """As `_check_flips`, for a change of the store. Subscriptions that were denied ahead of it count too,
+        unless the change allows them again. Otherwise early denials could make a held change small enough to
+        pass."""
         with self._environment.begin() as before:
             closed, opened = edit.turned(before)
             early = {int.from_bytes(row, "big") for row in Rows(before, self._parts[b"early"])}
             self._limit(closed | (opened ^ early), before)
 
     def _check_stricter(self, edit: Edit, chosen: list[Group], *, confirmed: bool) -> None:
-        """Raises _FreerError with the groups that may stay if any makes a source freer, and UnconfirmedError if
-        too many subscriptions would be refused."""
+        """Raises _FreerError with the groups that may stay if any group makes a source freer, and UnconfirmedError if too
+        many subscriptions would be denied."""
         with self._environment.begin() as before:
             old = edit.before(before)
             weighed = [weigh(old, edit, group) for group in chosen]
@@ -418,15 +424,15 @@ class Writer:
                 edit.deny_early(losers)
 
     def _limit(self, turned: set[int], before: Transaction) -> None:
-        """Raises UnconfirmedError if so many subscriptions (the table's numbers) may not flip at once."""
+        """Raises UnconfirmedError if this many subscriptions (the table's numbers) must not flip at once."""
         flips = Flips(len(turned), before.stat(self._parts[b"accounts"])["entries"])
         if flips.too_many(self.max_flip_share):
             raise UnconfirmedError(flips, self.max_flip_share, array("I", sorted(turned)))
 
     def _next_head(self, before: layout.Head | None, now: datetime, *, new: bool, whole: bool) -> layout.Head:
         if before is None:
-            # A table begins at a random generation: what a kernel remembers of an older table is never taken
-            # for what it remembers of this one.
+            # A new table begins at a random generation, so that a kernel's cache from an older table is never
+            # taken for this table's.
             return layout.Head(0, randbits(31), *self.answers, now.timestamp(), self.digest, bytes(16))
         head = before._replace(generation=(before.generation + new) % 2**32)
         if whole:
@@ -440,11 +446,11 @@ class Writer:
 
 
 def _head_in(transaction: Transaction) -> layout.Head | None:
-    """The head that a transaction sees; None if there is none, or one of another format."""
+    """The head in a transaction; None if there is none, or one of another format."""
     data = transaction.get(layout.HEAD)
     return None if data is None else layout.Head.unpack(data)
 
 
 def _standing(head: layout.Head) -> tuple[object, ...]:
-    """Where a table stands in the history of its store."""
+    """The fields that say which point in the store's history a table agrees with."""
     return head.store, head.revision, head.hash, head.held, head.ahead, head.ahead_hash

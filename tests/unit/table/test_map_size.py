@@ -274,7 +274,7 @@ def test_a_size_that_another_thread_has_taken_over_is_not_waited_for(
     writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The policy thread takes the size over and begins a long change just before the kernel thread would do so."""
-    environment, found, take_over = writer._environment, [], Environment._take_size_over
+    environment, found, take_over = writer._environment, [], Environment._adapt_size
     writing, over = threading.Event(), threading.Event()
 
     def change() -> None:
@@ -290,7 +290,7 @@ def test_a_size_that_another_thread_has_taken_over_is_not_waited_for(
             assert writing.wait(PATIENCE_S)
         take_over(self, since)
 
-    monkeypatch.setattr(Environment, "_take_size_over", late)
+    monkeypatch.setattr(Environment, "_adapt_size", late)
     with other_process(tmp_path / "table") as grow:
         grow()
     try:
