@@ -209,8 +209,8 @@ class Writer:
         since: layout.Head | None = None,
     ) -> Committed:
         """Takes a change of policy in. The table then agrees with `revision` of its store, whose log has `hash_`
-        there. `since` is the head from which the change was derived. Raises UnconfirmedError, and TableError, also if
-        another process has changed the table since that head."""
+        there. `since` is the head from which the change was derived. Raises UnconfirmedError, and TableError, also
+        if another process has changed the table since that head."""
         put, removed = tuple(put), tuple(removed)
         fields: dict[str, Any] = {"revision": revision, "hash": hash_, "held": 0}
 
@@ -235,8 +235,8 @@ class Writer:
     ) -> Committed:
         """Replaces all records by those of the store with the id `store` (16 bytes), whose log has `hash_` at
         `revision`. Subscriptions and exemptions must come before all attachments. Readers see the old table until
-        the new one is complete. Raises TableError, UnconfirmedError, and GrownError, after which the caller must pass
-        `records` again."""
+        the new one is complete. Raises TableError, UnconfirmedError, and GrownError, after which the caller must
+        pass `records` again."""
         fields: dict[str, Any] = {"revision": revision, "store": store, "hash": hash_}
         fields |= {"held": 0, "ahead": 0, "ahead_hash": layout.NO_HASH}
         check = None if confirmed else self._check_change
@@ -395,8 +395,8 @@ class Writer:
             raise TableError(f"{self._folder}: another process has changed the policy table meanwhile")
 
     def _check_flips(self, edit: Edit) -> None:
-        """Raises UnconfirmedError if the edit flips too many subscriptions. The transaction then leaves the table as it
-        was."""
+        """Raises UnconfirmedError if the edit flips too many subscriptions. The transaction then leaves the table
+        as it was."""
         with self._environment.begin() as before:
             closed, opened = edit.turned(before)
             self._limit(closed | opened, before)
@@ -411,8 +411,8 @@ class Writer:
             self._limit(closed | (opened ^ early), before)
 
     def _check_stricter(self, edit: Edit, chosen: list[Group], *, confirmed: bool) -> None:
-        """Raises _FreerError with the groups that may stay if any group makes a source freer, and UnconfirmedError if too
-        many subscriptions would be denied."""
+        """Raises _FreerError with the groups that may stay if any group makes a source freer, and UnconfirmedError
+        if too many subscriptions would be denied."""
         with self._environment.begin() as before:
             old = edit.before(before)
             weighed = [weigh(old, edit, group) for group in chosen]
