@@ -1,8 +1,8 @@
 """The nouns of the policy, as frozen values: subscription, attachment, exemption, reason.
 
-They are what the store keeps (as JSON), what operators write (as YAML or JSON) and what `decide()` takes.
-Parsed once, at the edge; unknown fields are refused there. Instants are aware datetimes in UTC.
-No record can be part of a cycle, so the garbage collector need not look at a million of them (`gc=False`).
+The store holds them as JSON, operators write them as YAML or JSON, and `decide()` takes them. They are parsed
+once, at the edge, which refuses unknown fields. Instants are aware datetimes in UTC. A record cannot be part of a
+reference cycle, so the garbage collector does not track a million of them (`gc=False`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Address: TypeAlias = IPv4Address | IPv6Address
 if TYPE_CHECKING:
     Network: TypeAlias = IPv4Network | IPv6Network
 else:
-    # msgspec takes one custom type in a field, no union of two: at run time it is their common base.
+    # A field of a msgspec struct takes one custom type, not a union of two. At run time it is their common base.
     class Network(ABC):  # noqa: B024 # it only names what two types have in common
         """A prefix of either family."""
 
@@ -34,7 +34,7 @@ Instant: TypeAlias = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class Standing(StrEnum):
-    """How the provider sees the subscription's account."""
+    """The state of the subscription's account with the provider."""
 
     GOOD = "good"
     PAST_DUE = "past-due"
@@ -42,21 +42,21 @@ class Standing(StrEnum):
 
 
 class Workload(StrEnum):
-    """What sends: a virtual machine, or a platform service (a managed firewall, say)."""
+    """The kind of sender: a virtual machine, or a platform service such as a managed firewall."""
 
     VM = "vm"
     PAAS = "paas"
 
 
 class Mode(StrEnum):
-    """Whether a verdict is carried out, or only worked out and counted."""
+    """Whether a verdict is enforced, or only decided and counted."""
 
     ENFORCE = "enforce"
     OBSERVE = "observe"
 
 
 class ExemptionState(StrEnum):
-    """The latest recorded state of an exemption. A grant that has ended is still a record of a grant."""
+    """The latest recorded state of an exemption. After its end, a grant is still recorded as granted."""
 
     REQUESTED = "requested"
     GRANTED = "granted"
@@ -65,7 +65,7 @@ class ExemptionState(StrEnum):
 
 
 class FraudCheck(StrEnum):
-    """What an anti-fraud check found; `refer`: a person has to look."""
+    """The result of an anti-fraud check. `refer`: a person must decide."""
 
     PASS = "pass"  # noqa: S105 # no password
     FAIL = "fail"
@@ -73,7 +73,7 @@ class FraudCheck(StrEnum):
 
 
 class Authentication(StrEnum):
-    """What a domain publishes so that others can tell its mail from forged mail (RFC 7208, 6376, 7489)."""
+    """A standard by which a domain shows that mail in its name is genuine (RFC 7208, 6376, 7489)."""
 
     SPF = "spf"
     DKIM = "dkim"
@@ -81,7 +81,7 @@ class Authentication(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a source may or may not send. Fixed: tools rely on these codes."""
+    """Why a source may or may not send. Other tools rely on these codes, so they never change."""
 
     ALLOWED_OFFER = "allowed-offer"
     ALLOWED_GRANDFATHERED = "allowed-grandfathered"
@@ -99,12 +99,12 @@ class Reason(StrEnum):
 
     @property
     def allows(self) -> bool:
-        """True where a source with this reason may open connections."""
+        """Whether a source with this reason may open connections."""
         return self.value.startswith("allowed-")
 
 
 class Subscription(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
-    """Who pays. `created` is a UTC date; `offer` is an id that the preset knows."""
+    """A customer's contract. `created` is a UTC date. `offer` is the id of an offer in the preset."""
 
     id: UUID
     offer: str
@@ -118,7 +118,7 @@ class Subscription(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_u
 class Attachment(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
     """A source behind the gateway: a segment (interface name) and an address or prefix in it.
 
-    `started` is when the workload was last started; None where nobody has said.
+    `started` is when the workload was last started; None if that is not recorded.
     """
 
     segment: str
@@ -129,8 +129,8 @@ class Attachment(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unk
 
 
 class RateLimit(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
-    """New connections to the judged ports that a whole subscription may open, however many sources it has:
-    `per_minute`, and `burst` of them at once."""
+    """The rate limit of a whole subscription, however many sources it has: new connections to the policy ports,
+    `per_minute`, and up to `burst` at once."""
 
     per_minute: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_RATE_PER_MINUTE)]
     burst: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_BURST)] = 5
@@ -140,7 +140,7 @@ class RateLimit(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unkn
 
 
 class Details(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
-    """What a request for review tells of the mail that is to be sent; `volume` in messages a day."""
+    """The description of the mail in a request for review; `volume` is in messages a day."""
 
     mail_software: str = ""
     volume: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_MESSAGES_PER_DAY)] | None = None
@@ -150,11 +150,11 @@ class Details(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknow
 
 
 class Exemption(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
-    """The latest state of a subscription's permission to send; there is one for each subscription.
+    """The latest state of a subscription's permission to send. A subscription has at most one.
 
-    `decided` is when it was granted, rejected or revoked, by whom and for what `reason`; a grant counts until
-    `until`, for ever if None, and within `limit`, if any. `fraud_check` is what an anti-fraud check found, in the
-    words of `fraud_note`.
+    `decided` is when it was granted, rejected or revoked; `by` is who did it, or who requested it, and `reason` is
+    why. A grant is valid until `until`, or for ever if that is None, and within `limit`, if there is one.
+    `fraud_check` is the result of an anti-fraud check, and `fraud_note` its explanation.
     """
 
     subscription: UUID

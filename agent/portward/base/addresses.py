@@ -1,8 +1,8 @@
-"""Addresses as people write them, for every verb the same.
+"""Reads addresses as people write them, for every verb in the same way.
 
-`::ffff:10.0.0.4` is how a program with an IPv6 socket logs 10.0.0.4 (RFC 4291, 2.5.5.2), and no packet has such a
-source (RFC 4038, 4.2). So it means 10.0.0.4 wherever a person or another tool writes it. A prefix of such
-addresses is refused: whether it means IPv4 can only be guessed.
+A program with an IPv6 socket logs 10.0.0.4 as `::ffff:10.0.0.4` (RFC 4291, 2.5.5.2), and no packet has such a
+source (RFC 4038, 4.2). So that text means 10.0.0.4 here. A prefix of such addresses is refused, because it is
+unclear whether IPv4 is meant.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from portward.model import Address, Network
 
 # ::ffff:0:0/96
 _MAPPED_BITS = 96
-# What is quoted of a text in a message, in characters.
+# Messages quote a text up to this length, in characters.
 _LONGEST = 100
 _LEADING_ZERO = re.compile(r"^(?=[0-9.]+$)(?:.*\.)?0[0-9]")
 
 
 def parse_address(text: str, field: str) -> Address:
-    """The address that `text` means; raises InputError that names `field` and says what would be right."""
+    """The address that `text` means. Raises InputError with `field` and what would be right."""
     try:
         address = ip_address(text)
     except ValueError:
@@ -35,7 +35,7 @@ def parse_address(text: str, field: str) -> Address:
 
 
 def is_address(text: str) -> bool:
-    """Whether the text is an address."""
+    """Whether a text is an IPv4 or IPv6 address."""
     try:
         ip_address(text)
     except ValueError:
@@ -44,7 +44,8 @@ def is_address(text: str) -> bool:
 
 
 def unmapped(network: Network) -> Network:
-    """The network, an IPv4 address within IPv6 as the IPv4 address; raises ValueError for a prefix of such."""
+    """The network; an IPv4-mapped IPv6 address as the IPv4 address. Raises ValueError for a prefix of such
+    addresses."""
     if not isinstance(network, IPv6Network) or network.prefixlen < _MAPPED_BITS:
         return network
     mapped = network.network_address.ipv4_mapped
@@ -52,14 +53,15 @@ def unmapped(network: Network) -> Network:
         return network
     right = IPv4Network((mapped, network.prefixlen - _MAPPED_BITS))
     if network.prefixlen < network.max_prefixlen:
-        # Not the network as text: Python writes such an address in another way since 3.13.
+        # Not `str(network)`, because Python 3.13 changed how it writes such an address.
         written = f"::ffff:{mapped}/{network.prefixlen}"
         raise ValueError(f"{written} is an IPv4 prefix within IPv6: {right} would be right")
     return right
 
 
 def _hint(text: str) -> str:
-    """What the writer may not see. `010` is 8 for some programs and 10 for others, so it is not guessed."""
+    """The end of an error text that names a mistake which is easy to overlook. `010` is 8 to some programs and 10
+    to others, so no address is suggested for it."""
     bare = text.strip().strip("[]")
     if _LEADING_ZERO.search(bare):
         return ": no number in it may begin with a 0"

@@ -1,21 +1,24 @@
-"""Which characters a text may hold, and how a text that others wrote is shown. Pure.
+"""Which characters a text may contain, and how to print an untrusted text. Pure.
 
-| kind of text | what it may hold |
+| kind of text | allowed characters |
 | --- | --- |
-| customers' names, who acted, titles | every character but the unshown ones |
+| customers' names, actors, titles | every character but the unshown ones |
 | reasons and justifications | the same, and line breaks and tabs |
 | names of segments, ids of offers | what `str.isprintable` accepts |
 
-The *unshown* characters are those that change what a reader sees of the text around them, or that nobody sees:
-control characters (a terminal obeys them, and a line break forges a line), line and paragraph separators, marks
-that turn the direction of the text that follows, annotation marks, what is invisible and part of no letter
-(U+200B, say), and what is no character (noncharacters, and lone surrogates, which Python puts in the place of
-bytes that are not UTF-8). They are listed by number, because `str.isprintable` asks the Unicode tables of the
-Python version: two gateways could then disagree about one customer. It also refuses joiners, which Persian and
-Indian names and emoji need, and every space but U+0020.
+The *unshown* characters change how the text around them looks, or are invisible:
 
-Left and right marks (U+200E, U+200F, U+061C) are accepted: each turns no more of its surroundings than a letter of
-its direction does.
+- control characters: a terminal obeys them, and a line break forges a line;
+- line and paragraph separators, marks that change the direction of the text that follows, annotation marks;
+- invisible characters that are part of no letter, such as U+200B;
+- noncharacters, and lone surrogates, which Python puts in place of bytes that are not UTF-8.
+
+They are listed by number, because `str.isprintable` depends on the Unicode tables of the Python version: two
+gateways could disagree about one customer. It also refuses joiners, which Persian and Indian names and emoji need,
+and every space but U+0020.
+
+Left and right marks (U+200E, U+200F, U+061C) are accepted, because they affect their neighbours no more than a
+letter of that direction does.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ _UNSHOWN: Final = re.compile(
     + "]"
 )
 _NOT_ASCII: Final = re.compile(r"[^\x00-\x7e]")
-# What a reader still understands if the terminal has no such character.
+# Replacements that a reader understands if the terminal lacks the character.
 _ALIKE: Final = {
     "→": "->", "←": "<-", "–": "-", "—": "-", "−": "-", "…": "...", "“": '"', "”": '"', "„": '"', "‘": "'",
     "’": "'", "×": "x", "\u202f": " ", "\u2009": " ", "\u3000": " ",
@@ -44,8 +47,8 @@ _ALIKE: Final = {
 
 
 def unshown(text: str, *, lines: bool = False) -> str | None:
-    """The first character that no text may hold; None if there is none. With `lines`, line breaks and tabs are
-    right."""
+    """The first unshown character of a text; None if there is none. With `lines`, line breaks and tabs are
+    allowed."""
     if lines:
         text = text.replace("\n", "").replace("\t", "")
     found = _UNSHOWN.search(text)
@@ -53,26 +56,26 @@ def unshown(text: str, *, lines: bool = False) -> str | None:
 
 
 def shown(text: str) -> str:
-    """The text as one line that changes nothing around it: each unshown character as an escape, `\\x1b` for ESC,
-    and a byte that was not UTF-8 as `\\xNN`."""
+    """The text as one line that is safe to print: each unshown character becomes an escape, for example `\\x1b`
+    for ESC, and a byte that was not UTF-8 becomes `\\xNN`."""
     return _UNSHOWN.sub(lambda found: _escape(found[0]), text)
 
 
 def json_shown(text: str, *, ascii_only: bool = False) -> str:
-    """A JSON text that means the same, with the unshown characters as `\\uNNNN`; with `ascii_only`, all that are
-    not ASCII. Outside of its strings JSON has only ASCII, and a line break there stays."""
+    """An equal JSON text with the unshown characters as `\\uNNNN`; with `ascii_only`, all characters that are not
+    ASCII. Outside its strings, JSON contains only ASCII; line breaks there stay."""
     pattern = _NOT_ASCII if ascii_only else _UNSHOWN
     return pattern.sub(lambda found: found[0] if found[0] < " " else _json_escape(found[0]), text)
 
 
 def alike(text: str) -> str:
-    """ASCII for characters that a terminal cannot show: what looks like them, else `\\uNNNN`."""
+    """ASCII for characters that a terminal cannot show: a similar character, else `\\uNNNN`."""
     return "".join(_ALIKE.get(sign) or _json_escape(sign) for sign in text)
 
 
 def from_bytes(text: str) -> str:
-    """A word of the command line or the environment as it was meant: Python reads these words by the locale, and
-    bytes that it cannot read become lone surrogates. If they are UTF-8, they are read as that."""
+    """Decodes a word of the command line or the environment as UTF-8, if it is. Python decodes these words by the
+    locale, and turns bytes that it cannot decode into lone surrogates."""
     try:
         return text.encode("utf-8", "surrogateescape").decode() if unreadable(text) else text
     except UnicodeError:
@@ -80,7 +83,8 @@ def from_bytes(text: str) -> str:
 
 
 def unreadable(text: str) -> bool:
-    """Whether the text holds lone surrogates: bytes that could not be read. No UTF-8 can be written of it."""
+    """Whether a text contains lone surrogates, which stand for undecodable bytes. It cannot be encoded as
+    UTF-8."""
     return any("\ud800" <= sign <= "\udfff" for sign in text) if not text.isascii() else False
 
 

@@ -1,8 +1,8 @@
-"""The time that ends of grants are held against: it is never earlier than what the monotonic clock says since the
-start, nor than the time at which the policy table was last decided.
+"""The clock that decides when a grant has ended. It is never earlier than its start plus the time that the
+monotonic clock has counted since, nor than the time at which the policy table was last decided.
 
-So a wall clock that is set back prolongs no grant, and lets nobody in again whose grant had ended: not while the
-agent runs, nor by a restart. One that is set forward ends grants early, and no longer than it is wrong.
+So a wall clock that is set back neither prolongs a grant nor revives one that has ended: not while the agent runs,
+and not by a restart. A wall clock that is set forward ends grants early, but only while it is wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-# Clocks that are kept in step, of one host or of two, differ by less.
+# Synchronised clocks of two hosts differ by less.
 DRIFT: Final = timedelta(seconds=2)
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -32,38 +32,39 @@ def utc_now() -> datetime:
 
 
 def agent_time(decided: datetime | None) -> datetime:
-    """The time that an agent holds ends of grants against, whose policy table was last decided then; for whoever
-    looks into the table for a moment. None: there is no table."""
+    """The time of an agent's clock, if its policy table was last decided at `decided`; None if there is no table.
+    For verbs that read the table."""
     now = utc_now()
     return now if decided is None else max(now, decided)
 
 
 def monotonic() -> float:
-    """Seconds since the host was booted, also while it sleeps: nobody can set this clock. Every age is taken from
-    it, in each process of one boot. A time-out within one process takes `time.monotonic`, which stands while the
-    host sleeps."""
+    """Seconds since the host booted, including the time that it slept. This clock cannot be set, and is the same
+    in all processes of one boot, so every age is computed with it. Timeouts within one process use
+    `time.monotonic`, which stops while the host sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def at(moment: float) -> datetime:
-    """When the monotonic clock stood at `moment`, by the wall clock as it is set now; in UTC."""
+    """The wall time, in UTC, at which the monotonic clock was `moment`, by the present setting of the wall
+    clock."""
     return utc_now() - timedelta(seconds=monotonic() - moment)
 
 
 class Stamp(msgspec.Struct, frozen=True):
-    """A moment of the monotonic clock that another process can read: `boot` is the kernel's id of this boot, empty
-    if the process that made it may not read that."""
+    """A time of the monotonic clock for another process: `seconds` since boot, and the kernel's id of this `boot`,
+    empty if the process that made the stamp may not read it."""
 
     boot: str
     seconds: float
 
     @classmethod
     def now(cls) -> Stamp:
-        """This moment."""
+        """The present time."""
         return cls(boot(), monotonic())
 
     def age(self) -> float | None:
-        """Seconds since then; None if the host was booted since, as far as both sides know the boot."""
+        """Seconds since then; None if both processes know the boot and it is another one."""
         here = boot()
         if self.boot and here and self.boot != here:
             return None
@@ -72,7 +73,8 @@ class Stamp(msgspec.Struct, frozen=True):
 
 @cache
 def boot() -> str:
-    """The kernel's id of this boot; empty under the unit, whose /proc holds processes alone (ProcSubset=pid)."""
+    """The kernel's id of this boot; empty under the systemd unit, because its /proc shows only processes
+    (ProcSubset=pid)."""
     with contextlib.suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return ""

@@ -1,8 +1,7 @@
-"""The numbers by which reasons are written: into rows of the policy table, and into the counters of workers.
+"""The numbers of the reasons, in rows of the policy table and in the counters of workers.
 
-A number stands for its reason for ever. A new reason takes the next free number, wherever its place in the enum
-is. The number of a reason that is gone is never given again, because rows that were written with it may still be
-there.
+A reason keeps its number for ever. A new reason gets the next free number, whatever its place in the enum is. The
+number of a removed reason is never used again, because old rows may still contain it.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from typing import Final
 
 from portward.model import Reason
 
-# Bits that hold a reason's number.
+# The width of a reason's number in a row of the policy table.
 REASON_BITS: Final = 5
-# As many numbers as fit. 0 is no reason, so that a row of zeros is not taken for one.
+# 0 is not a reason, so that a row of zeros is not read as one.
 REASON_NUMBERS: Final = 1 << REASON_BITS
 
 REASON_NUMBER: Final[dict[Reason, int]] = {

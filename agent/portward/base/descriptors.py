@@ -1,8 +1,8 @@
 """File descriptors for an emergency.
 
-A process that is out of descriptors cannot do what repairs a gateway: libnftables calls exit() if it gets no
-socket, and a worker that ended cannot be started again. So each part of the agent that must work then keeps a
-`Reserve`: it holds descriptors that it does not need, and gives them back for as long as they are needed.
+A process without free descriptors cannot repair a gateway: libnftables calls exit() if it gets no socket, and a
+worker that ended cannot be restarted. So each part of the agent that must work then keeps a `Reserve` of open
+descriptors, and closes them while it needs free ones.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ import resource
 from collections.abc import Iterator
 from typing import Final
 
-# With fewer the agent runs too, but nothing is left for what nobody has thought of.
+# The agent also runs with fewer, but without a margin for the unexpected.
 ENOUGH: Final = 1024
 
 
 def limit() -> int:
-    """The number of descriptors that this process may have."""
+    """The maximum number of descriptors of this process (the soft limit)."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def raise_limit() -> int:
-    """Raises the soft limit of this process to its hard one, as far as that is allowed. Gives the number of
-    descriptors that the process may have now."""
+    """Raises the soft limit of this process to its hard limit, if that is allowed. Returns the new soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):  # a sandbox forbids it: the soft limit stays
@@ -35,7 +34,7 @@ def raise_limit() -> int:
 
 
 def few_text(number: int) -> str:
-    """A line that says that there are few descriptors."""
+    """A warning for a low limit."""
     return (
         f"this process may have {number} file descriptors: {ENOUGH} or more would be right (LimitNOFILE=, "
         "`ulimit -Hn`)"
@@ -43,14 +42,14 @@ def few_text(number: int) -> str:
 
 
 class Reserve:
-    """Descriptors that one part of the agent can have whenever it needs them. For one thread at a time.
+    """Descriptors that one part of the agent can free whenever it needs some. For one thread at a time.
 
-    Each is an open file of its own, not a copy of one: so it also counts where the whole machine is out of files
-    (ENFILE), which root alone may exceed.
+    Each is an open file of its own, not a duplicate. So the reserve also helps if the whole machine is out of
+    files (ENFILE), a limit that only root may exceed.
     """
 
     def __init__(self, size: int) -> None:
-        """Opens `size` descriptors, or as many as there are: see `missing`."""
+        """Opens `size` descriptors, or as many as the process can get: see `missing`."""
         self._size = size
         self._held: list[int] = []
         self._blocks = 0
@@ -62,27 +61,27 @@ class Reserve:
         return self._size - len(self._held)
 
     def refill(self, used: int = 0) -> None:
-        """Takes what is missing, as far as there are descriptors; `used` of them the owner uses now. Never
-        raises."""
+        """Opens the missing descriptors, as many as the process can get, except the `used` ones that the owner
+        uses now. Never raises."""
         with contextlib.suppress(OSError):
             while self.missing > used:
                 self._held.append(os.eventfd(0, os.EFD_CLOEXEC))
 
     def release(self) -> None:
-        """Gives all descriptors back. Idempotent."""
+        """Closes all descriptors. Idempotent."""
         while self._held:
-            # It leaves the list first: no descriptor is closed twice, whatever happens here.
+            # It leaves the list first, so that no descriptor is closed twice whatever happens here.
             os.close(self._held.pop())
 
     def give_one(self) -> None:
-        """Gives one descriptor back, if there is one."""
+        """Closes one descriptor, if there is one."""
         if self._held:
             os.close(self._held.pop())
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Within this block the reserve's descriptors are free for others; afterwards it takes them again. Such
-        blocks may stand in each other."""
+        """Within this context the reserve is closed, and its descriptors are free; afterwards it opens them again.
+        Contexts may be nested."""
         self._blocks += 1
         self.release()
         try:
@@ -94,8 +93,8 @@ class Reserve:
 
     @contextlib.contextmanager
     def ensured(self, number: int) -> Iterator[None]:
-        """As `lent`; raises OSError (EMFILE) if fewer than `number` descriptors are free even so. For code of
-        others that ends the process then."""
+        """As `lent`, but raises OSError (EMFILE) if fewer than `number` descriptors are free even then. For
+        libraries that end the process in that case."""
         with self.lent():
             if not available(number):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -106,8 +105,7 @@ class Reserve:
 
 
 def available(number: int) -> bool:
-    """Whether this process could open so many descriptors now. Needs no memory that is worth counting, and leaves
-    none of them open."""
+    """Whether this process can open `number` descriptors now. Opens and closes them."""
     probe = Reserve(number)
     enough = not probe.missing
     probe.release()

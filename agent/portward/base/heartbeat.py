@@ -1,11 +1,11 @@
-"""Whether the threads that enforce make progress: policy, kernel, counting.
+"""Watches whether the threads that enforce the policy make progress: policy, kernel, counting.
 
-A *lane* is one of these threads. It is idle, or at a step that began at some time. A step that takes long by its
-nature beats (`beat`) each time that it has got further. A lane is stuck if its step has not beaten for longer than
-its bound: only then is the service manager's watchdog left unfed, which ends the agent and starts it again. The
-ruleset and the cached verdicts stay in the kernel meanwhile, so nothing opens.
+A *lane* is one of these threads. It is idle, or runs a step. A step that takes long calls `beat` whenever it has
+made progress. A lane is stuck if its step has not called `beat` for longer than the lane's bound. Only then does
+the agent stop feeding the service manager's watchdog, which restarts it. The ruleset and the cached verdicts stay
+in the kernel meanwhile, so port 25 does not open.
 
-All times are of the monotonic clock, in seconds. `beat` and `stuck` may be called on any thread.
+All times are seconds of `time.monotonic`. `beat` and `stuck` may be called on any thread.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Final, TypeVar
 
 _T = TypeVar("_T")
 
-# The lane of the calling thread; a thread without one has no attribute `lane`.
+# The lane of the calling thread. A thread without a lane has no attribute `lane`.
 _here = threading.local()
 
-# A kernel or counting step takes 0.5 s with full sets. Sixty times that: a machine may be busy.
+# A kernel or counting step takes 0.5 s with full sets. This is sixty times as long, for a busy machine.
 QUICK_S: Final = 30.0
-# A policy step may wait for a disk to sync, which a busy one can hold up for many seconds. What takes longer by
-# its nature beats: each entry that is decided, and a child process (`bulk`) as long as it gets on.
+# A policy step may wait for the disk to sync, which takes many seconds on a busy disk. Longer steps beat: for each
+# entry that they decide, and while a child process (`bulk`) makes progress.
 SLOW_S: Final = 60.0
 
 
 class Lane:
-    """One thread: what it is called, and for how long its step may go without a beat."""
+    """One thread: its name, and its bound, the longest time in seconds between two beats of a step."""
 
     def __init__(self, name: str, bound: float) -> None:
         self.name, self.bound = name, bound
         self._last: float | None = None
 
     def step(self, work: Callable[[], _T]) -> _T:
-        """Runs a step of this lane on the calling thread; gives and raises what it does."""
+        """Runs a step of this lane on the calling thread. Returns and raises what `work` does."""
         _here.lane = self
         self._last = time.monotonic()
         try:
@@ -44,18 +44,18 @@ class Lane:
             self._last = None
 
     def beat(self) -> None:
-        """The step that runs has got further."""
+        """Notes progress of the running step."""
         if self._last is not None:
             self._last = time.monotonic()
 
     def silent_for(self) -> float:
-        """For how many seconds the step that runs has not beaten; 0 if none runs."""
+        """Seconds since the last beat of the running step; 0 if none runs."""
         last = self._last
         return 0.0 if last is None else time.monotonic() - last
 
     @property
     def stuck(self) -> bool:
-        """Whether the step that runs has not beaten for longer than the bound."""
+        """Whether the running step has been silent for longer than the bound."""
         return self.silent_for() > self.bound
 
 
@@ -81,7 +81,7 @@ class Heartbeat:
 
 
 def beat() -> None:
-    """The calling thread's step has got further. Does nothing on a thread without a lane (a verb, a child)."""
+    """Notes progress of the calling thread's step. Does nothing on a thread without a lane (a verb, a child)."""
     lane: Lane | None = getattr(_here, "lane", None)
     if lane is not None:
         lane.beat()

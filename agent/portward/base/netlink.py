@@ -1,7 +1,7 @@
-"""How netlink messages are written and read: headers and attributes as bytes. Pure.
+"""Netlink messages: headers and attributes as bytes. Pure.
 
-Headers are in the host's byte order, but for the last field of nfgenmsg; what attributes hold is their owner's
-matter (linux/netlink.h, linux/netfilter/nfnetlink.h).
+Headers are in the host's byte order, except the last field of nfgenmsg (linux/netlink.h,
+linux/netfilter/nfnetlink.h). The caller defines the byte order of attribute values.
 
 Why this is not pyroute2: it does not notice that a dump was interrupted, and needs 9 s for 10,000 interfaces. What
 was tried stands in docs/adr/0006-netlink-code-of-our-own.md.
@@ -33,17 +33,17 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def nest(kind: int, attributes: bytes) -> bytes:
-    """An attribute that holds attributes."""
+    """An attribute that contains attributes."""
     return attribute(kind | NESTED, attributes)
 
 
 def string(value: str) -> bytes:
-    """A name as an attribute's value."""
+    """A name as the value of an attribute."""
     return value.encode() + b"\0"
 
 
 def messages_of(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """The messages of a datagram: type, flags, sequence number, body. Ends at the first one that cannot be."""
+    """The messages of a datagram: (type, flags, sequence number, body). Ends at the first malformed one."""
     start = 0
     while start + HEADER.size <= len(data):
         length, kind, flags, sequence, _ = HEADER.unpack_from(data, start)
@@ -54,7 +54,7 @@ def messages_of(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 
 
 def attributes_of(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The attributes of a message or of a nest: (type, value). Ends at the first one that cannot be."""
+    """The attributes of a message or of a nest: (type, value). Ends at the first malformed one."""
     end = len(data)
     while start + ATTRIBUTE.size <= end:
         length, kind = ATTRIBUTE.unpack_from(data, start)

@@ -1,11 +1,12 @@
-"""Whose the policy table's folder and files are, and who else may open them.
+"""The owner and the permissions of the policy table's folder and files.
 
-In them stands every customer's standing, and whoever may open a lock file can hold it and so keep the agent from
-starting. So the folder is for the agent's user alone (its group may enter it), and so are the files. What is ours
-and open to others is closed; what somebody else may have put there is refused, with the command that mends it.
+They contain every customer's standing, and a user who can open a lock file can lock it and so keep the agent from
+starting. So only the agent's user may use the folder (its group may enter it) and the files. portward closes its
+own files if they are open to others. It refuses files that another user may have put there, and names the command
+that repairs it.
 
-root may run the agent and every verb by hand. What root makes in a folder of another user goes to that user, since
-the agent could not open it the next time.
+root may run the agent and every verb by hand. A file that root makes in a folder of another user is given to that
+user, because the agent could not open it otherwise.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import Final, NamedTuple
 
 from portward.errors import PortwardError
 
-# As the package makes it (systemd/tmpfiles.d/portward.conf).
+# The same as in systemd/tmpfiles.d/portward.conf, by which the package makes the folder.
 FOLDER_MODE: Final = 0o750
 FILE_MODE: Final = 0o600
-# What the agent and the verbs make beside the table. Other files there are not looked at.
+# The files that the agent and the verbs make in the folder. Other files are ignored.
 _OURS: Final = re.compile(
     r"(data\.mdb|data\.mdb\.damaged|lock\.mdb|daemon\.lock|status\.json|in-force\.json|crash|counts-\d+|worker-\d+)"
     r"(\.new)?"
@@ -33,15 +34,16 @@ _OURS: Final = re.compile(
 
 
 class Found(NamedTuple):
-    """What was found in a folder: what is wrong in a sentence each, and what to change to which mode."""
+    """The problems of a folder: `refused` has a sentence for each that portward cannot repair, and `open` has the
+    paths that need another mode, with that mode."""
 
     refused: tuple[str, ...]
     open: tuple[tuple[Path, int], ...]
 
 
 def make(folder: Path) -> None:
-    """Makes the folder where it is missing, and closes what is open to others. Raises PortwardError for what is
-    not safe, or OSError."""
+    """Makes the folder if it is missing, and closes files that are open to others. Raises PortwardError for what
+    is not safe, or OSError."""
     if not folder.exists():
         folder.mkdir(mode=FOLDER_MODE, parents=True)
         folder.chmod(FOLDER_MODE)  # whatever the umask is
@@ -54,14 +56,14 @@ def make(folder: Path) -> None:
 
 
 def look(folder: Path) -> Found:
-    """What is wrong with the folder and our files in it, for an agent of this user. Raises OSError."""
+    """The problems of the folder and of portward's files in it, for an agent of this user. Raises OSError."""
     if not folder.exists():
         return Found((), ())
     whole = folder.stat()
     refused, opened = [*_folder_refused(folder, whole)], []
     if refused:
         return Found(tuple(refused), ())
-    # A folder that holds other things too may be anybody's to enter: it stays as it is.
+    # A folder with other files in it may have users of its own, so its mode stays.
     if (mode := stat.S_IMODE(whole.st_mode)) & ~FOLDER_MODE & 0o777 and _alone(folder):
         opened.append((folder, mode & (FOLDER_MODE | stat.S_ISGID)))
     for path, status in _ours(folder):
@@ -72,8 +74,8 @@ def look(folder: Path) -> Found:
 
 
 def hand_over(folder: Path) -> None:
-    """Gives what root has made in the folder to the folder's owner, if this is root. Raises nothing: what cannot
-    be given away stays root's."""
+    """If this process is root, gives root's files in the folder to the folder's owner. Never raises: a file that
+    cannot be given away stays root's."""
     if os.geteuid() != 0:
         return
     with contextlib.suppress(OSError):
@@ -86,15 +88,15 @@ def hand_over(folder: Path) -> None:
 
 
 def create(path: Path) -> None:
-    """Makes an empty file of the agent's, which belongs to its folder's owner if root makes it. Nothing happens
-    if it is there, or cannot be made."""
+    """Makes an empty file of the agent. If root makes it, it belongs to the folder's owner. Does nothing if it
+    exists or cannot be made."""
     with contextlib.suppress(OSError):
         os.close(_opened(path, os.O_EXCL))
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes one of the agent's files anew, which belongs to its folder's owner if root writes it. Follows no
-    link; raises OSError."""
+    """Writes one of the agent's files from its beginning. If root writes it, it belongs to the folder's owner.
+    Does not follow a link. Raises OSError."""
     with open(_opened(path, os.O_TRUNC), "wb") as file:
         file.write(data)
 
@@ -124,7 +126,7 @@ def _folder_refused(folder: Path, status: os.stat_result) -> Iterator[str]:
             f"{_name(os.geteuid())}'s: run it as {_name(status.st_uid)}, or, if {_name(os.geteuid())} is the "
             f"agent's user, `chown -R {_name(os.geteuid())}: {_quoted(folder)}`"
         )
-    # In one with the sticky bit, as a tmpfs has it, nobody can have replaced what is ours.
+    # In a folder with the sticky bit, such as the root of a tmpfs, other users cannot replace these files.
     if status.st_mode & stat.S_IWOTH and not (status.st_mode & stat.S_ISVTX and _alone(folder)):
         yield (
             f"table {folder}: everybody may write in this folder, so what is in it may be anybody's: name a "
@@ -151,14 +153,14 @@ def _file_refused(folder: Path, path: Path, status: os.stat_result, whole: os.st
 def _ours(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for path in sorted(folder.iterdir()):
         if _OURS.fullmatch(path.name):
-            with contextlib.suppress(FileNotFoundError):  # a status that has just been put in place
+            with contextlib.suppress(FileNotFoundError):  # `status.json.new` was just renamed
                 status = path.lstat()
                 if not stat.S_ISDIR(status.st_mode):
                     yield path, status
 
 
 def _alone(folder: Path) -> bool:
-    """Whether the folder holds nothing but what is ours, and what every file system has."""
+    """Whether the folder contains only portward's files and what every file system has."""
     return all(_OURS.fullmatch(path.name) or path.name == "lost+found" for path in folder.iterdir())
 
 
@@ -171,7 +173,7 @@ def _quoted(path: Path) -> str:
 
 
 def _name(user: int) -> str:
-    """The name of a user, or its number."""
+    """The name of a user; its number if it has no name."""
     try:
         return pwd.getpwuid(user).pw_name
     except KeyError:

@@ -1,6 +1,6 @@
-"""What portward's own files are, and how its own processes begin.
+"""portward's shipped files, and how it starts its own processes.
 
-The shipped `rules/` folder is inside the installed package, or beside `agent/` in a checkout.
+The folder `rules/` is inside the installed package, or beside `agent/` in a checkout.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 from typing import Final
 
-# The words before `-m MODULE`. Where this process keeps the caller's folder and environment out (-I, as in the
-# package), those that it starts do too: `-m` alone imports from the folder that they start in.
+# The words before `-m MODULE`. If this process is isolated from the caller's folder and environment (-I, as in the
+# package), so are its children. Without -I, `-m` imports from their working folder.
 PYTHON: Final = (sys.executable, "-I") if sys.flags.isolated else (sys.executable,)
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def rules(*parts: str) -> Path:
-    """Path of a shipped file or folder, for example `rules("nftables", "portward.nft")`."""
+    """The path of a shipped file or folder, for example `rules("nftables", "portward.nft")`."""
     installed = _PACKAGE / "rules"
     root = installed if installed.is_dir() else _PACKAGE.parent.parent / "rules"
     return root.joinpath(*parts)
@@ -25,5 +25,6 @@ def rules(*parts: str) -> Path:
 
 @functools.cache
 def text(*parts: str) -> str:
-    """A shipped file, read once: a ruleset must be put back also if no descriptor is left for its file."""
+    """The text of a shipped file. It is read once, because a ruleset must be restored even if the process has no
+    descriptor left to open its file."""
     return rules(*parts).read_text("utf-8")

@@ -100,7 +100,7 @@ def audit(
 
 def _print_findings(check: Check) -> int:
     """Prints what is found, and gives how much it is."""
-    walk, printed = check.findings(), 0
+    walk, printed = check.issues(), 0
     for finding in islice(walk, _FINDINGS):
         echo(f"portward: {finding.text}", err=True)
         printed += 1

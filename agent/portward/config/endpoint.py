@@ -1,8 +1,8 @@
-"""Where a server listens, as text → addresses that a socket takes. Pure.
+"""The address of a server, as text → addresses for a socket. Pure.
 
-A name is never looked up. A resolver that does not answer would hold the start of the agent up for ten seconds
-and more, on the very network that the gateway serves. So what is written is an address, `:PORT` for all addresses
-of the host, or `localhost`, which RFC 6761 defines without a resolver.
+A name is never looked up: a resolver that does not answer would delay the start of the agent by ten seconds or
+more, on the network that the gateway serves. So the text is an address and a port, `:PORT` for all addresses of
+the host, or `localhost:PORT`, which RFC 6761 defines without a resolver.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _WRITTEN: Final = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*):(?P<port>[0-9]{1
 _LAST_PORT: Final = 65_535
 _ANY4, _ANY6 = "0.0.0.0", "::"  # noqa: S104 # listens there only if it is configured
 _SPECIAL: Final = {"": (_ANY4, _ANY6), "localhost": ("127.0.0.1", "::1")}
-# To reach a server that listens on all addresses from the same host.
+# The address that reaches, from the same host, a server that listens on all addresses.
 _LOOPBACK: Final = {_ANY4: "127.0.0.1", _ANY6: "::1"}
 
 
@@ -35,12 +35,12 @@ class Endpoint(NamedTuple):
 
     @property
     def reachable(self) -> str:
-        """The address by which a program on this host reaches a server that listens here."""
+        """The address for a client on this host."""
         return _LOOPBACK.get(self.host, self.host)
 
 
 def parse(text: str) -> tuple[Endpoint, ...]:
-    """The addresses that `text` stands for, at least one; raises ValueError that says what would be right."""
+    """The addresses that `text` means, at least one. Raises ValueError with what would be right."""
     written = _WRITTEN.fullmatch(text)
     if written is None or not 0 < int(written["port"]) <= _LAST_PORT:
         raise ValueError(f"{text!r} is no HOST:PORT like 127.0.0.1:9125")
@@ -60,6 +60,6 @@ def _endpoint(host: str, port: int) -> Endpoint:
             ":9125 for all addresses of this host would be right"
         ) from None
     if address.is_multicast or "%" in host or (address.is_link_local and address.version == 6):
-        # A link-local address is one of an interface, and `bind` would take the interface's index with it.
+        # `bind` needs the interface with a link-local address, and the configuration has no place for it.
         raise ValueError(f"no server can listen on {address}: an address of this host would be right")
     return Endpoint(str(address), port)

@@ -31,21 +31,21 @@ Size = Annotated[int, Meta(ge=16, le=4_194_304)]
 
 
 class OnAgentDown(StrEnum):
-    """What becomes of unknown sources while no agent runs: dropped, or let pass."""
+    """The verdict on unknown sources while no agent runs: dropped, or passed."""
 
     CLOSED = "closed"
     OPEN = "open"
 
 
 class Refusal(StrEnum):
-    """How a denied packet is answered: not at all, or with a TCP reset."""
+    """The answer to a denied packet: none, or a TCP reset."""
 
     DROP = "drop"
     REJECT = "reject"
 
 
 class QueueReader(StrEnum):
-    """How a worker reads its queue: many packets at a time on a socket of its own, or one by one through
+    """How a worker reads its queue: many packets at a time on its own socket, or one by one through the library
     NetfilterQueue."""
 
     BATCH = "batch"
@@ -53,8 +53,8 @@ class QueueReader(StrEnum):
 
 
 class Queue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[queue]`: the way of unremembered sources to the workers. Rates are in packets a second; those of resets
-    are what rejected sources are answered beyond their first packet."""
+    """`[queue]`: how packets of sources without a cached verdict reach the workers. Rates are in packets a second.
+    The rates of resets limit the answers to a rejected source after its first packet."""
 
     first: Annotated[int, Meta(ge=0, le=65_535)] = 0
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
@@ -71,7 +71,8 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Verdicts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[verdicts]`: how a source is refused, what is only observed, and what the kernel remembers how long."""
+    """`[verdicts]`: how a source is refused, which segments are only observed, and how many verdicts the kernel
+    caches for how long."""
 
     refuse_with: Refusal = Refusal.DROP
     observe: tuple[str, ...] = ()
@@ -84,38 +85,38 @@ class Verdicts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Encrypted(StrEnum):
-    """What becomes of encrypted tunnels from segments to this host: let through, or dropped."""
+    """The verdict on encrypted tunnels from segments to this host: passed, or dropped."""
 
     PASS = "pass"  # noqa: S105 # no password
     DROP = "drop"
 
 
 class Tunnels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[tunnels]`: packets from segments to tunnels that end on this host. Those of protocols without a proof of
-    the sender are always dropped; `ports` are further UDP ports of such tunnels, `encrypted` says what becomes of
-    IPsec and WireGuard."""
+    """`[tunnels]`: packets from segments to tunnels that end on this host. Tunnel protocols that do not
+    authenticate the sender are always dropped. `ports` are more UDP ports of such tunnels. `encrypted` is the
+    verdict on IPsec and WireGuard, which do."""
 
     encrypted: Encrypted = Encrypted.PASS
     ports: tuple[Annotated[int, Meta(ge=1, le=_LAST_PORT)], ...] = ()
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[metrics]`: where Prometheus scrapes (empty: nowhere), and whether by subscription too."""
+    """`[metrics]`: the address that Prometheus scrapes (empty: none), and whether to count by subscription too."""
 
     address: str = "127.0.0.1:9125"
     subscriptions: bool = True
 
 
 class Exemptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[exemptions]`: a command, with its arguments, that is asked about each request for review before a person
-    is, and the seconds that it may take. Empty: none is asked."""
+    """`[exemptions]`: a command, with its arguments, that checks each request for review before a person decides,
+    and how long it may take. Empty: no check."""
 
     check: tuple[str, ...] = ()
     check_seconds: Annotated[float, Meta(gt=0, le=600)] = 10.0
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The whole configuration. `segments` and `uplinks` are interface names, `*` allowed at their end."""
+    """The whole configuration. `segments` and `uplinks` are interface names, which may end with a `*`."""
 
     segments: Annotated[tuple[str, ...], Meta(min_length=1)]
     uplinks: Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -144,6 +145,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.mode is Mode.OBSERVE or matches(self.verdicts.observe, interface)
 
     def metrics_endpoints(self) -> tuple[Endpoint, ...]:
-        """Where the metrics are served; empty if they are switched off. Raises ValueError for what is no
-        address."""
+        """The addresses that serve the metrics; empty if metrics are off. Raises ValueError if `metrics.address`
+        is not valid."""
         return endpoint.parse(self.metrics.address) if self.metrics.address else ()

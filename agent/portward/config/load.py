@@ -20,8 +20,8 @@ _QUEUES: Final = 65_536
 
 
 def load_config(path: Path) -> Config:
-    """Reads portward.toml, and gives it with all paths absolute; raises InputError with file, line, field and what
-    would be right."""
+    """Reads portward.toml, and returns it with all paths absolute. Raises InputError with all mistakes: file,
+    line, field and what would be right."""
     config = read_toml(path, Config)
     if found := [mistake(path, problem, *steps) for problem, steps in _problems(config)]:
         raise together(found)
@@ -29,7 +29,7 @@ def load_config(path: Path) -> Config:
 
 
 def located(config: Config, file: Path) -> Config:
-    """The configuration with the paths in it as `paths` has it."""
+    """The configuration with its paths made absolute, as `paths` does."""
     check = config.exemptions.check
     command = (paths.program(check[0], file), *(os.fsdecode(word.encode()) for word in check[1:])) if check else ()
     return replace(
@@ -42,7 +42,7 @@ def located(config: Config, file: Path) -> Config:
 
 
 def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
-    """What is wrong beyond types and bounds: what would be right, and the steps to the field."""
+    """The mistakes beyond types and bounds: the problem, and the steps to the field."""
     lists: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         (("segments",), config.segments),
         (("uplinks",), config.uplinks),
@@ -56,7 +56,7 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
                     "'/', ':', '%', '\"' or '\\', a '*' only at its end and not alone",
                     (*steps, place),
                 )
-    # One that is wrong in itself would make others look wrong that are not.
+    # A pattern that is not valid would make valid ones look wrong.
     if all(is_pattern(pattern) for _, patterns in lists for pattern in patterns):
         yield from _overlaps(config)
     try:
@@ -74,17 +74,17 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
 
 
 def _overlaps(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
-    """What is wrong with the lists of interfaces together."""
+    """The mistakes in the combination of the lists of interfaces."""
     for place, uplink in enumerate(config.uplinks):
         if any(_overlap(uplink, segment) for segment in config.segments):
-            yield f"{uplink!r} is also a segment: mail that comes in would be judged", ("uplinks", place)
+            yield f"{uplink!r} is also a segment: incoming mail would get a verdict too", ("uplinks", place)
     for place, pattern in enumerate(config.verdicts.observe):
         if not any(_overlap(pattern, segment) for segment in config.segments):
             yield f"{pattern!r} is none of the segments", ("verdicts", "observe", place)
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether some name matches both patterns."""
+    """Whether an interface name can match both patterns."""
     stems = one.removesuffix("*"), other.removesuffix("*")
     if one.endswith("*") and other.endswith("*"):
         return stems[0].startswith(stems[1]) or stems[1].startswith(stems[0])

@@ -1,8 +1,8 @@
-"""What a path in portward.toml means: relative to the folder of the file that names it, for every verb and the
-agent, whatever folder they are started in. Paths on the command line are relative to the working folder, as ever.
+"""The meaning of a path in portward.toml: relative to the folder of that file, for every verb and the agent,
+whatever their working folder is. Paths on the command line are relative to the working folder, as usual.
 
-A path in the file is UTF-8, as the file is. Python translates file names by the locale, so a verb on a Latin-1
-terminal would look for another file than the agent. `from_file` and `to_text` go round that.
+A path in the file is UTF-8, like the file. Python encodes file names by the locale, so a verb on a Latin-1
+terminal would open another file than the agent. `from_file` and `to_text` avoid that.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from pathlib import Path
 
 
 def from_file(text: str, file: Path) -> str:
-    """The path that `text` in `file` means, absolute. A link is not followed: what counts is the folder of the
-    name that `file` was opened by."""
+    """The absolute path that `text` in `file` means. It is relative to the folder in the name of `file`: if that
+    is a symbolic link, the folder of the link."""
     return os.path.join(file.absolute().parent, os.fsdecode(text.encode()))  # noqa: PTH118 # it may end with a /
 
 
 def to_text(path: str) -> str:
-    """An absolute path as its text, which is the same for every locale."""
+    """An absolute path as text that is the same in every locale."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_path(name: str) -> bool:
-    """Whether a preset is named by its path: with a `/`, or ending in `.toml`."""
+    """Whether the name of a preset is a path: it contains a `/` or ends in `.toml`."""
     return "/" in name or name.endswith(".toml")
 
 
 def program(word: str, file: Path) -> str:
-    """The program that the first word of a command in `file` names: a path if it has a `/`, else a name that is
-    looked up in PATH, as a shell does."""
+    """The program that the first word of a command in `file` names: as in a shell, a path if it contains a `/`,
+    else a name for PATH."""
     return from_file(word, file) if "/" in word else word

@@ -1,8 +1,8 @@
-"""A portward.toml in which every key stands with its default and a line that says what it is.
+"""A portward.toml with every key, its default, and a line that explains it.
 
     python -m portward.config.template > systemd/portward.toml
 
-Values come from `config.py`; a key that has no line here is an error, so that none is forgotten.
+The defaults come from `config.keys`. A key without a line here raises KeyError, so none can be forgotten.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 from portward.config.keys import Config
 from portward.config.store_url import FORMS
 
-# What has no default: names that many gateways use.
+# The keys without a default: names that many gateways use.
 _EXAMPLES: Final = {"segments": ["vni*"], "uplinks": ["eth0"]}
 
 _HEAD: Final = """\
@@ -70,7 +70,7 @@ _WHAT: Final = {
 
 
 def template() -> str:
-    """The text."""
+    """The text of the file."""
     settings = msgspec.to_builtins(Config(segments=("_",), uplinks=("_",)), enc_hook=str) | _EXAMPLES
     return _HEAD + "".join(_lines(settings, ""))
 
@@ -79,7 +79,7 @@ def _lines(settings: dict[str, Any], prefix: str) -> Iterator[str]:
     tables = {name: value for name, value in settings.items() if isinstance(value, dict)}
     for name, value in settings.items():
         if name not in tables:
-            # JSON's strings, numbers, lists and truth values are TOML's too.
+            # JSON writes strings, numbers, lists and booleans as TOML does.
             yield f"\n# {_WHAT[prefix + name]}\n{name} = {json.dumps(value)}\n"
     for name, table in tables.items():
         yield f"\n\n# {_WHAT[name]}\n[{name}]\n"

@@ -1,11 +1,11 @@
-"""The anti-fraud check that a provider plugs in: a command that gets a request and says pass, fail or refer.
+"""The provider's own anti-fraud check: a command that answers pass, fail or refer to a request.
 
-It is given the request as one JSON object on stdin, and answers with one on stdout:
+It gets the request as one JSON object on stdin, and answers with one on stdout:
 
     {"result": "pass", "note": "known since 2019, no complaints"}
 
-Whatever else happens (it takes too long, crashes, is not there, answers something else) means refer: a person has
-to look. Nothing but that answer, from a command that ended with 0, means pass.
+If the command fails in any way (it takes too long, crashes, is missing, answers something else), the result is
+refer: a person must decide. Only this answer, from a command that exits with 0, means pass.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from portward.errors import printable
 from portward.exemptions.lifecycle import Application, Case, FraudResult
 from portward.model import FraudCheck
 
-# What an answer may have, in bytes; a longer one is none.
-_LONGEST: Final = 65_536
-_LONGEST_NOTE: Final = 500
+# A longer answer counts as a failure of the command. An answer has two short fields.
+_MAX_ANSWER_BYTES: Final = 65_536
+# A note is shown on one screen, with the rest of the request.
+_MAX_NOTE_CHARS: Final = 500
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -36,7 +37,7 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 def check(command: tuple[str, ...], seconds: float, case: Case, asked: Application, by: str) -> FraudResult:
-    """What the command finds about a request, within so many seconds; never raises."""
+    """Runs the command for a request, for at most `seconds`, and returns its result. Never raises."""
     try:
         code, out = _run(command, seconds, _request(case, asked, by))
     except subprocess.TimeoutExpired:
@@ -47,17 +48,17 @@ def check(command: tuple[str, ...], seconds: float, case: Case, asked: Applicati
         return _refer(f"{command[0]} cannot be run: {error}")
     if code:
         return _refer(f"it ended with {code}")
-    if len(out) > _LONGEST:
-        return _refer(f"its answer is longer than {_LONGEST} bytes")
+    if len(out) > _MAX_ANSWER_BYTES:
+        return _refer(f"its answer is longer than {_MAX_ANSWER_BYTES} bytes")
     try:
         answer = msgspec.json.decode(out, type=_Answer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return _refer(f"its answer is not understood: {error}")
-    return FraudResult(answer.result, printable(answer.note)[:_LONGEST_NOTE])
+    return FraudResult(answer.result, printable(answer.note)[:_MAX_NOTE_CHARS])
 
 
 def _request(case: Case, asked: Application, by: str) -> bytes:
-    """What the command is given."""
+    """The command's input, as JSON."""
     return msgspec.json.encode(
         {
             "subscription": case.subscription,
@@ -74,26 +75,27 @@ def _request(case: Case, asked: Application, by: str) -> bytes:
 
 
 def _run(command: tuple[str, ...], seconds: float, request: bytes) -> tuple[int, bytes]:
-    """Exit code and output; of an output that is too long only so much that it shows. Raises TimeoutExpired,
-    OSError or ValueError."""
+    """The exit code and the output of a command. If the output is too long, only the beginning, which is longer
+    than the limit. Raises TimeoutExpired, OSError or ValueError."""
     with _file(request) as given, subprocess.Popen(
         command, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:  # fmt: skip
         try:
             deadline = time.monotonic() + seconds
             out = _output(process, deadline)
-            code = 0 if len(out) > _LONGEST else process.wait(max(0.0, deadline - time.monotonic()))
+            code = 0 if len(out) > _MAX_ANSWER_BYTES else process.wait(max(0.0, deadline - time.monotonic()))
         except TimeoutError as error:
             raise subprocess.TimeoutExpired(command, seconds) from error
         finally:
-            # What it has started ends with it: a child that keeps the pipe open must not hold anybody up.
+            # Kills its children too: one that keeps the pipe open must not block the verb.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return code, out
 
 
 def _file(data: bytes) -> BinaryIO:
-    """A file in memory with this content: a command that does not read it does not hold up who writes it."""
+    """A file in memory with this content. Unlike a pipe, it does not block the writer if the command never
+    reads."""
     file = os.fdopen(os.memfd_create("portward-request"), "w+b")
     file.write(data)
     file.seek(0)
@@ -101,14 +103,14 @@ def _file(data: bytes) -> BinaryIO:
 
 
 def _output(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    """What a command prints until it closes its output, or until that is too long; raises TimeoutError at the
-    deadline, by the monotonic clock."""
-    assert process.stdout is not None  # noqa: S101 # asked for in `_run`
+    """The output of a command until it closes it, or until it is too long. Raises TimeoutError at the deadline,
+    which is a time of `time.monotonic`."""
+    assert process.stdout is not None  # noqa: S101 # `_run` opens it as a pipe
     out = b""
-    while len(out) <= _LONGEST:
+    while len(out) <= _MAX_ANSWER_BYTES:
         if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise TimeoutError
-        data = os.read(process.stdout.fileno(), _LONGEST)
+        data = os.read(process.stdout.fileno(), _MAX_ANSWER_BYTES)
         if not data:
             break
         out += data
@@ -116,4 +118,5 @@ def _output(process: subprocess.Popen[bytes], deadline: float) -> bytes:
 
 
 def _refer(why: str) -> FraudResult:
-    return FraudResult(FraudCheck.REFER, f"the anti-fraud check decided nothing: {printable(why)[:_LONGEST_NOTE]}")
+    note = f"the anti-fraud check decided nothing: {printable(why)[:_MAX_NOTE_CHARS]}"
+    return FraudResult(FraudCheck.REFER, note)

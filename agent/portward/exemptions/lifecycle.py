@@ -1,14 +1,14 @@
 """The life of an exemption: requested → granted or rejected, granted → revoked or ended, and a new request after
 each. Pure: no clock, no files.
 
-Which way an offer takes is the preset's to say (the policy page of the default preset, December 2020): not needed,
-self-service (decided at once by standing and payment history), review (a person decides, after an anti-fraud
-check), or never.
+The preset says how an offer gets an exemption (the policy page of the default preset, December 2020): it is not
+needed, by self-service (decided at once by standing and payment history), by review (a person decides, after an
+anti-fraud check), or never.
 
     case = Case(preset, subscription, exemption, now)
     record = request(case, Application(justification="…"), by="alice")      # raises RefusedError
 
-Each action gives the record that the store is to hold from then on, or refuses with a text of its own.
+Each action returns the new record for the store, or raises RefusedError with the reason.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from portward.i18n.language import marked
 from portward.model import Details, Exemption, ExemptionState, FraudCheck, RateLimit, Standing, Subscription
 from portward.policy.preset import ExemptionPath, Offer, Preset, ReviewQuestion
 
-# Who decided, where it was no person.
+# `Exemption.by` if no person decided.
 SELF_SERVICE: Final = marked("self-service")
 ANTI_FRAUD: Final = marked("anti-fraud check")
 
 
-# Why self-service says no. The customer reads these, so they are in the catalogues.
+# Why self-service rejects a request. Customers read these texts, so they are in the catalogues.
 _BY_STANDING: Final = {
     Standing.PAST_DUE: marked("the account's standing is past-due: settle that with the provider, and ask again"),
     Standing.DISABLED: marked("the account's standing is disabled: settle that with the provider, and ask again"),
@@ -41,7 +41,7 @@ _NO_PAYMENT_HISTORY: Final = marked(
 
 
 class State(StrEnum):
-    """Where an exemption stands at a time: its recorded state, none, or ended by its own date."""
+    """The state of an exemption at a time: the recorded state, none, or expired at its own end."""
 
     NONE = "none"
     REQUESTED = "requested"
@@ -52,7 +52,7 @@ class State(StrEnum):
 
 
 class Action(StrEnum):
-    """What can be done to an exemption."""
+    """An operation on an exemption."""
 
     REQUEST = "request"
     GRANT = "grant"
@@ -62,11 +62,11 @@ class Action(StrEnum):
 
 
 class RefusedError(PortwardError):
-    """An action that the policy or the exemption's state does not allow; the text says what would be right."""
+    """The policy or the exemption's state does not allow an action. The text says what to do instead."""
 
 
 class Case(NamedTuple):
-    """What an action is decided on: the facts as they stand at `now`."""
+    """The facts that an action is decided on, at the time `now`."""
 
     preset: Preset
     subscription: Subscription
@@ -75,7 +75,7 @@ class Case(NamedTuple):
 
 
 class Application(NamedTuple):
-    """What somebody asks for: why not through a relay, what a review wants to know, until when."""
+    """A request for an exemption: why mail cannot go through a relay, the details for a review, and its end."""
 
     justification: str = ""
     details: Details | None = None
@@ -83,7 +83,7 @@ class Application(NamedTuple):
 
 
 class FraudResult(NamedTuple):
-    """What an anti-fraud check found, and in which words."""
+    """The result of an anti-fraud check, and its explanation."""
 
     result: FraudCheck
     note: str = ""
@@ -128,7 +128,7 @@ _REFUSED: Final = {
 
 
 def state_of(exemption: Exemption | None, now: datetime) -> State:
-    """Where an exemption stands at `now`."""
+    """The state of an exemption at `now`."""
     if exemption is None:
         return State.NONE
     if exemption.state is ExemptionState.GRANTED and exemption.until is not None and now >= exemption.until:
@@ -137,19 +137,20 @@ def state_of(exemption: Exemption | None, now: datetime) -> State:
 
 
 def refusal(state: State, action: Action) -> str | None:
-    """Why an action is not possible in a state, with `{when}` for the time that mattered; None where it is."""
+    """Why an action is not possible in a state, with `{when}` in place of the time that matters; None if it is
+    possible."""
     return _REFUSED.get((state, action))
 
 
 def path_of(case: Case) -> ExemptionPath:
-    """The way that the subscription's request would take; raises RefusedError where there is none."""
+    """How the subscription gets an exemption. Raises RefusedError if it cannot get one."""
     if why := no_path(case):
         raise _refused(case, why)
     return _offer(case).exemption
 
 
 def no_path(case: Case) -> str:
-    """Why no request of the subscription can be granted; empty if one can."""
+    """Why no request of the subscription can be granted; empty if it can be."""
     offer = case.preset.offer(case.subscription.offer)
     if offer is None:
         return f"the preset {case.preset.name} does not know the offer {case.subscription.offer!r}"
@@ -166,7 +167,7 @@ def no_path(case: Case) -> str:
 
 
 def useless(case: Case) -> str:
-    """Why a grant makes no difference, whatever machine it is for; empty if it can. The order is that of
+    """Why a grant changes nothing, for any machine; empty if it can change something. The order is that of
     `policy.decide`."""
     if case.subscription.standing is Standing.DISABLED:
         return "the account's standing is disabled, and then no machine may send"
@@ -174,8 +175,8 @@ def useless(case: Case) -> str:
 
 
 def check_application(case: Case, asked: Application) -> ExemptionPath:
-    """The way that this request would take, and RefusedError where it would take none: so that an anti-fraud
-    check need not run for it."""
+    """How this request would be decided. Raises RefusedError if it cannot be granted: then the anti-fraud check
+    need not run."""
     _expect(case, Action.REQUEST)
     path = path_of(case)
     if asked.until is not None and asked.until <= case.now:
@@ -186,8 +187,8 @@ def check_application(case: Case, asked: Application) -> ExemptionPath:
 
 
 def request(case: Case, asked: Application, *, by: str, check: FraudResult | None = None) -> Exemption:
-    """Asks for an exemption: decided at once, or pending. `check` is what an anti-fraud check found, for a request
-    that a person is to review."""
+    """Requests an exemption, which is decided at once or stays pending. `check` is the result of the anti-fraud
+    check for a request that a person will review."""
     path = check_application(case, asked)
     pending = Exemption(
         subscription=case.subscription.id,
@@ -216,8 +217,8 @@ def grant(
     until: datetime | None = None,
     limit: RateLimit | None = None,
 ) -> Exemption:
-    """Says yes to what was asked for. It needs an anti-fraud check that was passed: the one on record, or `check`,
-    which the one who decides states. `until` takes the place of the end that was asked for."""
+    """Grants a request. It needs a passed anti-fraud check: the recorded one, or `check`, which the person who
+    decides states. `until` replaces the requested end."""
     record = _expect(case, Action.GRANT)
     path_of(case)
     found = check or (None if record.fraud_check is None else FraudResult(record.fraud_check, record.fraud_note))
@@ -243,34 +244,35 @@ def grant(
 
 
 def reject(case: Case, *, by: str, reason: str) -> Exemption:
-    """Says no to what was asked for."""
+    """Rejects a request."""
     return _rejected(case, _expect(case, Action.REJECT), by, _given(case, reason, "rejection"))
 
 
 def limit(case: Case, limit: RateLimit | None) -> Exemption:
-    """Gives a grant another limit, or none; it counts for the same machines as before."""
+    """Changes or removes the rate limit of a grant. It counts for the same machines as before."""
     return replace(_expect(case, Action.LIMIT), limit=limit)
 
 
 def revoke(case: Case, *, by: str, reason: str) -> Exemption:
-    """Takes a grant back, at once."""
+    """Revokes a grant at once."""
     record = _expect(case, Action.REVOKE)
     reason = _given(case, reason, "revocation")
     return replace(record, state=ExemptionState.REVOKED, decided=case.now, by=by, reason=reason)
 
 
 def check_revocable(case: Case) -> None:
-    """Raises RefusedError if there is no grant that could be revoked."""
+    """Raises RefusedError if there is no grant to revoke."""
     _expect(case, Action.REVOKE)
 
 
 def state_text(state: State, exemption: Exemption | None) -> str:
-    """The state in a few words, with the time that mattered."""
+    """The state in a few words, with the time that matters."""
     return state.value if exemption is None else f"{state.value} {_when(state, exemption)}"
 
 
 def _decided_at_once(case: Case, pending: Exemption) -> Exemption:
-    """The policy page: a subscription that is valid, in good standing and has a payment history qualifies."""
+    """Decides by self-service: a subscription in good standing with a payment history gets the exemption (the
+    policy page of the default preset)."""
     if (lacking := _BY_STANDING.get(case.subscription.standing)) is not None:
         return _rejected(case, pending, SELF_SERVICE, lacking)
     if not case.subscription.payment_history:
@@ -285,14 +287,14 @@ def _rejected(case: Case, record: Exemption, by: str, reason: str) -> Exemption:
 
 
 def _offer(case: Case) -> Offer:
-    """The offer, after `no_path` has said that the preset knows it."""
+    """The rule for the offer, which `no_path` has found in the preset."""
     offer = case.preset.offer(case.subscription.offer)
     assert offer is not None  # noqa: S101 # as the docstring says
     return offer
 
 
 def _check_details(case: Case, asked: Application) -> None:
-    """Raises RefusedError that names all that a review still wants to know."""
+    """Raises RefusedError with everything that a review needs and the request does not state."""
     details = asked.details or Details()
     has = {
         ReviewQuestion.MAIL_SOFTWARE: bool(details.mail_software.strip()),
@@ -314,7 +316,8 @@ def _given(case: Case, reason: str, what: str) -> str:
 
 
 def _expect(case: Case, action: Action) -> Exemption:
-    """The record on which an action is possible; raises RefusedError where it is not. A request begins anew."""
+    """The record that an action starts from. Raises RefusedError if the action is not possible. A request without
+    a record starts from an empty one."""
     state = state_of(case.exemption, case.now)
     if (why := refusal(state, action)) is not None:
         raise _refused(case, why.format(when=_when(state, case.exemption)))

@@ -1,5 +1,7 @@
-"""What people do to exemptions, and to the starts of machines, in the store: each verb reads, decides by
-`exemptions`, and writes, so that nothing is decided on facts that are not those that are written over.
+"""The verbs on exemptions and on the starts of machines, on a store.
+
+Each verb reads the store, decides by `lifecycle`, and writes only if the store has not changed meanwhile. So every
+decision is made on the records that it replaces.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from portward.store.values import Change, Put
 
 
 class NotFoundError(PortwardError):
-    """The store does not have what was named."""
+    """The store has no record of what was named."""
 
 
 class ExemptionRow(NamedTuple):
-    """An exemption with whose it is, and where it stands now."""
+    """An exemption, its subscription (None if the store has none) and its state now."""
 
     subscription: UUID
     owner: Subscription | None
@@ -43,7 +45,7 @@ class ExemptionRow(NamedTuple):
 
 
 class ExemptionChange(NamedTuple):
-    """An action that was carried out: the record as it is now, and what it was written as."""
+    """The result of an action: the new record, and the revision that it was written as."""
 
     subscription: Subscription
     exemption: Exemption
@@ -51,8 +53,8 @@ class ExemptionChange(NamedTuple):
 
 
 class RecordedStart(NamedTuple):
-    """A start that was recorded, of the attachment that covers the address, and what it comes to: may the machine
-    send now, and why."""
+    """A start that was recorded: the attachment that covers the address, and the reason why its machine may or may
+    not send now."""
 
     attachment: Attachment
     reason: Reason
@@ -60,7 +62,7 @@ class RecordedStart(NamedTuple):
 
 
 class ExemptionService:
-    """The cases of one store, under one preset."""
+    """The exemptions of one store, under one preset. Every method raises StoreError."""
 
     def __init__(
         self,
@@ -72,39 +74,39 @@ class ExemptionService:
         clock: Callable[[], datetime],
         trust_clock: bool = False,
     ) -> None:
-        """`actor` is who acts, for the log; `clock` gives the time in UTC. Every verb raises StoreError."""
+        """`actor` is the name for the log. `clock` returns the time in UTC."""
         self.store, self._preset, self._config = store, preset, config
         self._actor, self._clock, self._trust_clock = actor, clock, trust_clock
 
     def request(self, id_: UUID, asked: Application) -> ExemptionChange:
-        """Asks for an exemption; raises NotFoundError and RefusedError."""
-        finding = self._check(id_, asked)
-        return self._change(id_, lambda case: lifecycle.request(case, asked, by=self._actor, check=finding))
+        """Requests an exemption; raises NotFoundError and RefusedError."""
+        found = self._check(id_, asked)
+        return self._change(id_, lambda case: lifecycle.request(case, asked, by=self._actor, check=found))
 
     def grant(
         self, id_: UUID, *, check: FraudResult | None, until: datetime | None, limit: RateLimit | None
     ) -> ExemptionChange:
-        """Says yes to a request; raises NotFoundError and RefusedError."""
+        """Grants a request; raises NotFoundError and RefusedError."""
         return self._change(
             id_,
             lambda case: lifecycle.grant(case, by=self._actor, check=check, until=until, limit=limit),
         )
 
     def reject(self, id_: UUID, reason: str) -> ExemptionChange:
-        """Says no to a request; raises NotFoundError and RefusedError."""
+        """Rejects a request; raises NotFoundError and RefusedError."""
         return self._change(id_, lambda case: lifecycle.reject(case, by=self._actor, reason=reason))
 
     def limit(self, id_: UUID, limit: RateLimit | None) -> ExemptionChange:
-        """Gives a grant another limit, or none; raises NotFoundError and RefusedError."""
+        """Changes or removes the rate limit of a grant; raises NotFoundError and RefusedError."""
         return self._change(id_, lambda case: lifecycle.limit(case, limit))
 
     def revoke(self, id_: UUID, reason: str) -> ExemptionChange:
-        """Takes a grant back; raises NotFoundError and RefusedError."""
+        """Revokes a grant; raises NotFoundError and RefusedError."""
         return self._change(id_, lambda case: lifecycle.revoke(case, by=self._actor, reason=reason))
 
     def revoke_all(self, ids: Sequence[UUID], reason: str) -> Written:
-        """Takes many grants back, all of them or none, however many subscriptions that flips; raises NotFoundError
-        and RefusedError."""
+        """Revokes many grants, all of them or none, however many subscriptions that flips: the revision confirms
+        itself. Raises NotFoundError and RefusedError."""
 
         def decide(reading: Reading) -> list[Put]:
             puts = []
@@ -116,7 +118,7 @@ class ExemptionService:
         return self._update(decide)
 
     def not_revocable(self, ids: Iterable[UUID]) -> Iterator[tuple[UUID, PortwardError]]:
-        """Those whose exemption cannot be revoked, and why not. Writes nothing."""
+        """The subscriptions whose exemption cannot be revoked, and why. Writes nothing."""
         reading = Reading(self.store, self._clock, trust_clock=self._trust_clock)
         for id_ in ids:
             try:
@@ -125,8 +127,8 @@ class ExemptionService:
                 yield id_, error
 
     def started(self, segment: str, address: Address, at: datetime | None) -> RecordedStart:
-        """Records that the machine behind an address was started, at `at` or now; raises NotFoundError and
-        PortwardError. A start that lies before the recorded one is refused: it would take nothing back."""
+        """Records that the machine behind an address was started, at `at` or now. Raises NotFoundError, and
+        PortwardError for a start before the recorded one, which could not undo that one."""
         found: list[tuple[Attachment, Reason]] = []
 
         def record_start(reading: Reading) -> list[Put]:
@@ -157,7 +159,7 @@ class ExemptionService:
                 yield ExemptionRow(record.subscription, owner, record, lifecycle.state_of(record, now))
 
     def row(self, id_: UUID, now: datetime) -> ExemptionRow:
-        """The exemption of a subscription; raises NotFoundError where there is none."""
+        """The exemption of a subscription; raises NotFoundError if there is none."""
         owner = self._subscription(id_)
         record = readable(f"exemptions/{id_}", self.store.get(f"exemptions/{id_}"))
         if isinstance(record, Exemption):
@@ -169,15 +171,15 @@ class ExemptionService:
         raise NotFoundError(f"nobody has asked for an exemption of {id_}{_named(owner)}")
 
     def history(self, id_: UUID) -> list[Change]:
-        """All that has happened to a subscription's exemption, the oldest first; raises NotFoundError."""
+        """All changes of a subscription's exemption, oldest first; raises NotFoundError."""
         changes = list(self.store.history(f"exemptions/{id_}"))
         if not changes:
-            self.row(id_, self._clock())  # says what there is
+            self.row(id_, self._clock())  # raises NotFoundError with the reason
         return changes
 
     def _check(self, id_: UUID, asked: Application) -> FraudResult | None:
-        """What the provider's anti-fraud check finds, for a request that a person is to review. It runs before
-        anything is written, and takes as long as it takes."""
+        """The result of the provider's anti-fraud check, for a request that a person will review; else None. It
+        runs before the write, because it may take minutes."""
         reading = Reading(self.store, self._clock, trust_clock=self._trust_clock)
         case = self._case(reading, id_)
         command = self._config.exemptions.check
@@ -214,7 +216,8 @@ class ExemptionService:
 
 
 def _checked(record: Exemption) -> Exemption:
-    """The record, as an inventory may hold it; raises InputError for a text that cannot be printed, say."""
+    """The record. Raises InputError if an inventory could not contain it, for example because a text is not
+    printable."""
     for field, problem in mistakes(record):
         raise InputError(problem, field=field)
     return record

@@ -1,6 +1,6 @@
-"""The languages that there are, and which one a reader gets: gettext's catalogues in `locale/`.
+"""Reads gettext's catalogues in `locale/`, and picks the language of a reader.
 
-English needs no catalogue; the build compiles the others.
+English needs no catalogue. The build compiles those of the other languages.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from portward.i18n.language import ENGLISH, SOURCE, Language
 
 DOMAIN: Final = "portward"
 FOLDER: Final = Path(__file__).resolve().parents[1] / "locale"
-# The order in which gettext looks at the environment.
+# In the order of gettext.
 _VARIABLES: Final = ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")
 
 
 def available() -> tuple[str, ...]:
-    """The codes of all languages, English first."""
+    """The codes of all languages that have a compiled catalogue, English first."""
     found = (path.parent.parent.name for path in FOLDER.glob(f"*/LC_MESSAGES/{DOMAIN}.mo"))
     return (SOURCE, *sorted(code for code in found if code != SOURCE))
 
 
 def language(code: str) -> Language:
-    """The language with this code; raises InputError that names those there are."""
+    """The language with this code. Raises InputError, with all codes, for another code."""
     if code not in available():
         raise InputError(f"{code!r} is no language that is there: {', '.join(available())}", field="--lang")
     if code == SOURCE:
@@ -36,7 +36,7 @@ def language(code: str) -> Language:
 
 
 def preferred(environment: Mapping[str, str]) -> Language:
-    """The language that the environment asks for; English where it asks for none, or for one that is not there."""
+    """The language that the environment names; English if it names none, or none that has a catalogue."""
     asked = next((value for name in _VARIABLES if (value := environment.get(name))), "")
     known = available()
     for locale in asked.split(":"):
@@ -47,5 +47,5 @@ def preferred(environment: Mapping[str, str]) -> Language:
 
 
 def chosen(code: str | None, environment: Mapping[str, str]) -> Language:
-    """The language with this code, or else the one of the environment."""
+    """The language with this code; if the code is None, that of the environment."""
     return preferred(environment) if code is None else language(code)

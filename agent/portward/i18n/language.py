@@ -22,12 +22,12 @@ SOURCE: Final = "en"
 
 
 def marked(text: str) -> str:
-    """The text as it is; says that it is in the catalogues."""
+    """Returns the text itself. The call marks it for the catalogues."""
     return text
 
 
 def marked_many(one: str, several: str) -> tuple[str, str]:
-    """The same for a text that counts: what `Language.many` takes first."""
+    """As `marked`, for the first two arguments of `Language.many`."""
     return one, several
 
 
@@ -71,21 +71,21 @@ class Language:
         self.code, self._translations = code, translations
 
     def __call__(self, text: str, /, **values: object) -> str:
-        """The text in this language, with the values in the places that name them."""
+        """The text in this language, with the values in place of their names in braces."""
         found = self._translations.gettext(text) if text else ""
         return found.format(**values) if values else found
 
     def many(self, one: str, several: str, count: int, /, **values: object) -> str:
-        """The text for so many things, `one` or `several`, in the language's own way of counting."""
+        """The text for `count` things: `one` or `several`, by the plural rule of the language."""
         found = self._translations.ngettext(one, several, count)
         return found.format(**values) if values else found
 
     def number(self, value: int) -> str:
-        """A whole number with its thousands set apart."""
+        """A whole number with separators between the thousands."""
         return f"{value:,}".replace(",", self._translations.pgettext("between thousands", ","))
 
     def day(self, at: date) -> str:
-        """A date: 30 June 2022."""
+        """A date, for example 30 June 2022."""
         month = self(_MONTHS[at.month - 1])
         if at.day == 1:
             return self("1 {month} {year}", month=month, year=at.year)
@@ -98,14 +98,14 @@ class Language:
         return self("{day} at {time} UTC", day=self.day(at), time=time)
 
     def both(self, things: Sequence[str]) -> str:
-        """All of the things in one line: a, b and c."""
+        """A list in one line: a, b and c. At least one thing."""
         *others, last = things
         if not others:
             return last
         return self("{things} and {last}", things=", ".join(others), last=last)
 
     def quoted(self, text: str) -> str:
-        """Somebody's own words, in quotation marks."""
+        """A text in quotation marks."""
         return self("“{text}”", text=text)
 
 

@@ -152,7 +152,7 @@ def verdict(check: Check, findings: int) -> str:
 def as_json(store: Store, wanted: Wanted | None, check: Check, most_findings: int) -> dict[str, Any]:
     """All of it for `--json`; entries only if any are wanted. All findings are counted; at most so many, told."""
     entries = None if wanted is None else [_entry(each) for each in shown(store, wanted, _MOST)]
-    walk = check.findings()
+    walk = check.issues()
     findings = [_finding(finding) for finding in islice(walk, most_findings)]
     number = len(findings) + sum(1 for _ in walk)
     told: dict[str, Any] = {

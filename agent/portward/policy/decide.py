@@ -1,9 +1,15 @@
-"""May this source open a connection, and why? Pure: no clock, no files, the same inputs give the same answer.
+"""May this source open a connection, and why? Pure: no clock and no files, and equal inputs give equal answers.
 
-Where several things hold, the first of these decides (the policy page of the default preset, December 2020):
-destination not on the Internet; source unknown; subscription disabled; workload `paas`; offer always allowed;
-created before the date; offer that can never be exempt, also where an old exemption says granted; the latest
-state of the exemption; an exemption granted after the machine's last start.
+The first of these that applies decides (the policy page of the default preset, December 2020):
+
+1. The destination is not on the Internet: allowed.
+2. No attachment covers the source, or its subscription is unknown: denied.
+3. The subscription is disabled: denied.
+4. The workload is a platform service and the preset blocks those: denied.
+5. The offer may always send, or the subscription was created before the offer's date: allowed.
+6. The offer can never be exempt: denied, even if an old exemption is recorded as granted.
+7. The latest state of the exemption. If the preset asks for a restart, a grant counts for a machine only after its
+   next start.
 """
 
 from __future__ import annotations
@@ -16,30 +22,34 @@ from portward.policy.preset import ExemptionPath, Preset
 
 
 class Decision(NamedTuple):
-    """Whether a source may open connections, by its reason."""
+    """A verdict on a source: the reason says whether it may open connections."""
 
     reason: Reason
 
     @property
     def allows(self) -> bool:
-        """True where it may."""
+        """Whether the source may open connections."""
         return self.reason.allows
 
 
+# Made once: a bulk load decides a million times.
 _DECISIONS = {reason: Decision(reason) for reason in Reason}
 
 
 class Ruling(NamedTuple):
-    """What holds for all attachments of one subscription with one workload: `reason`, but where the machine was
-    started after `unless_started_after`, and not later than `now`, a grant counts. What nobody has recorded has
-    not happened, and what is recorded for later, by a clock that is fast, has not happened yet."""
+    """The decision for all attachments of one subscription with one workload.
+
+    It is `reason`, except that a grant counts for a machine that was started after `unless_started_after` and not
+    later than `now`. A start that is not recorded has not happened. A start that is recorded for a later time, by
+    a clock that is fast, has not happened yet.
+    """
 
     reason: Reason
     unless_started_after: datetime | None = None
     now: datetime | None = None
 
     def of(self, started: datetime | None) -> Reason:
-        """The reason for an attachment whose machine was last started at `started`; None where nobody knows."""
+        """The reason for an attachment whose machine was last started at `started`; None if that is unknown."""
         if self.unless_started_after is None or self.now is None or started is None:
             return self.reason
         return Reason.ALLOWED_EXEMPT if self.unless_started_after < started <= self.now else self.reason
@@ -54,8 +64,9 @@ def decide(
     now: datetime,
     destination: Address | None = None,
 ) -> Decision:
-    """The decision for a source at the time `now`. `destination` None stands for anywhere on the Internet;
-    `attachment` or `subscription` None for a source of nobody; `exemption` is the subscription's, if any."""
+    """The decision for a source at the time `now`. `destination` None means any address on the Internet.
+    `attachment` or `subscription` None means an unknown source. `exemption` is the subscription's, if it has
+    one."""
     if destination is not None and is_internal(preset, destination):
         return _DECISIONS[Reason.ALLOWED_INTERNAL]
     if attachment is None:
@@ -72,8 +83,8 @@ def rule(
     *,
     now: datetime,
 ) -> Ruling:
-    """What holds for the attachments of a subscription with this workload at the time `now`: all that `decide`
-    asks, but for the last start of each machine. So a million need not be decided one by one."""
+    """The decision for all attachments of a subscription with this workload at the time `now`. It leaves open only
+    the last start of each machine, so that a subscription with a million attachments is decided once."""
     if subscription is None:
         return Ruling(Reason.DENIED_UNKNOWN_SOURCE)
     if subscription.standing is Standing.DISABLED:
@@ -93,8 +104,8 @@ def rule(
 
 
 def is_internal(preset: Preset, destination: Address) -> bool:
-    """Whether a destination is not on the Internet. An IPv4-mapped IPv6 address is never on the wire as such
-    (RFC 4038, 4.2), and so is judged by the IPv6 prefixes, as the kernel does."""
+    """Whether a destination is not on the Internet. An IPv4-mapped IPv6 address is compared with the IPv6
+    prefixes, as the kernel does, because no packet has such an address (RFC 4038, 4.2)."""
     return any(destination.version == net.version and destination in net for net in preset.internal)
 
 
@@ -123,9 +134,9 @@ def rule_text(
     exemption: Exemption | None,
     attachment: Attachment | None,
 ) -> str:
-    """Which rule of the preset gave `reason` to these facts, with the dates that mattered.
+    """The rule of the preset that gave `reason` for these records, with the dates that mattered, for an operator.
 
-    Apart from `decide`, since a bulk load decides a million times and nobody reads the words.
+    Separate from `decide`, because a bulk load decides a million times and needs no text.
     """
     offer = None if subscription is None else preset.offer(subscription.offer)
     title = "offer" if offer is None else f"offer {offer.title}"

@@ -1,4 +1,4 @@
-"""A cloud's published policy as data: which ports, which destinations are internal, which offers may send.
+"""A cloud's published policy as data: its ports, its internal destinations, and which offers may send.
 
 A preset is a TOML file under `rules/policy/`, or an operator's own; `policy.presets` reads it. Its keys are the
 fields of the structs here. Pure.
@@ -22,7 +22,7 @@ Port = Annotated[int, Meta(ge=1, le=65_535)]
 
 
 class ExemptionPath(StrEnum):
-    """How an exemption can be had."""
+    """How a subscription gets an exemption."""
 
     NOT_NEEDED = "not-needed"
     SELF_SERVICE = "self-service"
@@ -31,7 +31,7 @@ class ExemptionPath(StrEnum):
 
 
 class ReviewQuestion(StrEnum):
-    """What a request for review has to tell, beside the reason why mail cannot go through a relay."""
+    """What a request for review must state, beside the reason why mail cannot go through a relay."""
 
     MAIL_SOFTWARE = "mail-software"
     VOLUME = "volume"
@@ -41,11 +41,11 @@ class ReviewQuestion(StrEnum):
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What holds for the subscriptions of some offers.
+    """The rule for the subscriptions with one of these offers.
 
-    With `exemption = "not-needed"` they are always let through. Else those created before `created_before`
-    are, and the others as their exemption says. `requires` are conditions of the path, in words; `asks` is what
-    a request for review has to tell, beside its justification.
+    With `exemption = "not-needed"` they may always send. Otherwise a subscription may send if it was created
+    before `created_before`, or if it has an exemption. `requires` lists conditions for the exemption, as text.
+    `asks` lists what a request for review must state, beside its justification.
     """
 
     ids: tuple[str, ...] = ()
@@ -57,18 +57,20 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """A policy. `otherwise` holds for offers that are not listed; without it they can never send.
+    """A policy.
 
-    `internal` are the destinations that are not on the Internet. `restart` says how a machine is restarted
-    for a grant to count; empty where none is needed. `paas_blocked`: workload `paas` is blocked whatever the
-    offer. `request` says how a review is asked for, as the end of a sentence.
+    `ports` are the *policy ports*: the TCP ports that the policy covers. `internal` are the destinations that are
+    not on the Internet. `otherwise` is the rule for offers that are not listed; without it they can never send.
+    `restart` is the text that tells a customer how to restart a machine so that a grant counts; empty if no
+    restart is needed. With `paas_blocked`, workload `paas` is blocked whatever the offer. `request` tells a
+    customer how to ask for a review, as the end of a sentence.
     """
 
     name: str
     title: str
     source: str
     source_date: date
-    # Mail has four (25, 465, 587, 2525): a long list is a mistake, and each port of it would be judged.
+    # Mail uses four ports (25, 465, 587, 2525), so a long list is a mistake.
     ports: Annotated[tuple[Port, ...], Meta(min_length=1, max_length=15)]
     internal: tuple[Network, ...]
     restart: str = ""
@@ -78,7 +80,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     otherwise: Offer | None = None
 
     def offer(self, id_: str) -> Offer | None:
-        """What holds for an offer; None where the preset does not know it."""
+        """The rule for the offer with this id; None if the preset has none."""
         return self._by_id.get(id_, self.otherwise)
 
     @cached_property
@@ -87,5 +89,5 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @cached_property
     def digest(self) -> str:
-        """A checksum (64 hex digits) of all that the preset says: another one, other verdicts."""
+        """A SHA-256 checksum (64 hex digits) of the whole preset. If it changes, verdicts may change."""
         return sha256(msgspec.json.encode(self, enc_hook=enc_hook)).hexdigest()

@@ -1,6 +1,6 @@
-"""The presets that come with portward, and an operator's own files: finds them, reads them, checks them.
+"""Finds, reads and checks presets: those that come with portward, and an operator's own files.
 
-A key that `policy.preset` does not name is refused with its place.
+Refuses a key that `policy.preset` does not name, with its file and line.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def bundled() -> tuple[str, ...]:
 
 
 def load(name: str, *, named_in: Path | None = None) -> Preset:
-    """The preset of that name, or the file at that path (with a `/`, or ending in `.toml`).
+    """The preset with this name, or in the file at this path: a text with a `/`, or ending in `.toml`.
 
-    Raises InputError with file, line and field of what is wrong, or with the names that there are; `named_in` is
-    the configuration whose `preset` says the name.
+    Raises InputError with the file, line and field of a mistake, or with the existing names. `named_in` is the
+    configuration file that names the preset, if there is one.
     """
     if is_path(name):
         return _read(Path(name))
@@ -43,7 +43,7 @@ def _read(path: Path) -> Preset:
     preset = read_toml(path, Preset)
     for place, net in enumerate(preset.internal):
         if net.prefixlen == 0:
-            raise mistake(path, f"{net} is the whole Internet: nothing would be judged", "internal", place)
+            raise mistake(path, f"{net} is the whole Internet: the policy would cover nothing", "internal", place)
         if getattr(net.network_address, "scope_id", None):
             raise mistake(path, f"{net} has a zone: a destination has none, leave it out", "internal", place)
     _check_once(path, preset.ports, "ports")
@@ -61,8 +61,8 @@ def _check_once(path: Path, values: tuple[object, ...], field: str) -> None:
 
 
 def _check_printable(path: Path, text: str, *steps: str | int) -> None:
-    """Every text of a preset is shown by some verb, and a terminal obeys what is not printable."""
-    if unshown(text) is not None or (steps[-1] == "ids" and not text.isprintable()):  # ids are compared
+    """Verbs print every text of a preset, and a terminal would obey control characters."""
+    if unshown(text) is not None or (steps[-1] == "ids" and not text.isprintable()):  # ids must be typable
         raise mistake(path, f"{brief(text)} holds what cannot be printed: leave it out", *steps)
 
 

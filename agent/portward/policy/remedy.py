@@ -1,4 +1,4 @@
-"""What a reason means, and what the customer can do next. Pure texts, in English where no language is given."""
+"""Texts for customers: what a reason means, and what they can do next. Pure. English if no language is given."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _API: Final = marked("Send through a mail provider's API")
 
 
 def reason_text(reason: Reason, say: Language = ENGLISH) -> str:
-    """The reason as half a sentence."""
+    """The meaning of a reason, as half a sentence."""
     return say(_WORDS[reason])
 
 
@@ -40,7 +40,7 @@ def remedy(
     *,
     limited: bool = False,
 ) -> str:
-    """What the customer can do next, in one or two sentences. `limited`: an exemption carries a rate limit."""
+    """What the customer can do next, in one or two sentences. `limited`: the exemption has a rate limit."""
     if reason.allows and limited:
         return say(
             "New connections beyond the limit are dropped: spread the mail over more time, or ask for a higher "
@@ -78,18 +78,18 @@ def remedy(
 
 
 def relay_is_free(preset: Preset) -> bool:
-    """Whether mail can be handed to a relay on port 587 (RFC 6409): the preset does not judge it."""
+    """Whether customers can send to a relay on port 587 (RFC 6409), because it is not a policy port."""
     return 587 not in preset.ports
 
 
 def some_may_send(preset: Preset) -> bool:
-    """Whether the preset lets any new subscription through, at once or by an exemption."""
+    """Whether the preset allows any new subscription to send, at once or with an exemption."""
     offers = preset.offers if preset.otherwise is None else (*preset.offers, preset.otherwise)
     return any(offer.exemption is not ExemptionPath.NEVER for offer in offers)
 
 
 def _asking(preset: Preset, offer: Offer | None, say: Language) -> str:
-    """How an exemption is asked for, as the end of a sentence."""
+    """How to ask for an exemption, as the end of a sentence."""
     if offer is None or offer.exemption is ExemptionPath.NEVER:
         return say("use another kind of subscription")
     if offer.exemption is ExemptionPath.SELF_SERVICE:

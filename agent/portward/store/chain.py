@@ -1,20 +1,20 @@
-"""The chain of hashes through a store's log: how an entry is hashed, and what of a log no longer fits.
+"""The chain of hashes through a store's log: how an entry is hashed, and how a changed log is found.
 
 The hash of a revision is SHA-256 over lines of JSON, in the short form and with the escapes of RFC 8785:
 
     ["<hash of the revision before, in hex>",<number>,"<at>","<actor>"]
     ["<key>",<before>,<after>]          for each of its changes, in the order of their keys
 
-The hash before the first revision is that of the log's origin, one line that names the store, so that no two
-stores have a beginning in common:
+The hash before the first revision is that of the log's origin, one line that names the store, so that the logs of
+two stores have no common beginning:
 
     ["portward log","<identity of the store, in hex>","<at>",<sealed>]
 
-Each entry also carries the hash of the one before, so that where two of them do not fit, it is known which of
-the two was changed.
+Each entry also stores the hash of the one before. So if two neighbours do not fit, the check can say which one was
+changed.
 
-Whoever may write to the store can take all of it back to an older state, or write a log of their own from some
-entry on, with hashes that fit. That is found by who has kept the hash of a later entry: see `Mark`.
+A person who can write to the store can restore an older state of it, or rewrite the log from some entry on with
+hashes that fit. Only a hash of a later entry, kept elsewhere, reveals that: see `Mark`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from portward.store.codec import shown_key
 from portward.store.protocol import Store
 from portward.store.values import Cell, Entry, LogRow, Origin
 
-# Changes that are hashed at once: the encoder is called seldom, and a million changes need no memory.
-_PIECE: Final = 1000
-# Keys that a finding names.
-_NAMED: Final = 5
-# Of what a key was left with, so much is kept to compare: 16 bytes, and nobody finds another text with the same.
+# Changes that are hashed at once: enough to make the encoder's calls cheap, and few enough to need no memory.
+_PIECE_ROWS: Final = 1000
+# Keys that a text about an issue names.
+_NAMED_KEYS: Final = 5
+# The check keeps a digest of each record. At 128 bits, finding a second text with the same digest is infeasible.
 _DIGEST_BYTES: Final = 16
 
 _MARK: Final = re.compile(r"([0-9]{1,18}):([0-9a-fA-F]{64})")
@@ -46,19 +46,19 @@ _encoder: Final = msgspec.json.Encoder()
 
 
 class Sealing:
-    """The hash of one revision, while its changes go by."""
+    """Computes the hash of one revision."""
 
     def __init__(self, previous: bytes, number: int, at: Cell, actor: Cell) -> None:
-        """`previous` is the hash of the revision before, or of the origin; `at` and `actor` as the log holds
+        """`previous` is the hash of the revision before, or of the origin. `at` and `actor` are as the log stores
         them."""
         self._hash = hashlib.sha256(_encoder.encode_lines([(previous.hex(), number, at, actor)]))
 
     def add(self, rows: Sequence[LogRow]) -> None:
-        """Takes the next changes, in the order of their keys."""
+        """Adds the next changes, in the order of their keys."""
         self._hash.update(_encoder.encode_lines(rows))
 
     def hash(self) -> bytes:
-        """The hash over what was taken."""
+        """The hash of everything added so far, 32 bytes."""
         return self._hash.digest()
 
 
@@ -69,8 +69,8 @@ def origin_hash(identity: bytes, at: Cell, sealed: int) -> bytes:
 
 
 class Mark(NamedTuple):
-    """An entry that somebody has noted down, to find it in the log later: the number of a revision and its hash.
-    As text `120:6f1e…`, the hash in hex. Number 0 stands for the log's origin."""
+    """A revision and its hash, kept outside the store to find the entry in the log later. Its text is `120:6f1e…`,
+    with the hash in hex. Number 0 is the log's origin."""
 
     number: int
     hash: bytes
@@ -80,7 +80,7 @@ class Mark(NamedTuple):
 
 
 def parse_mark(text: str) -> Mark:
-    """The mark in a text; raises InputError."""
+    """The mark that a text writes; raises InputError if it is not one."""
     found = _MARK.fullmatch(text.strip())
     if found is None:
         problem = f"{text!r} is not REVISION:HASH with all 64 digits, as `portward audit` prints it"
@@ -89,7 +89,7 @@ def parse_mark(text: str) -> Mark:
 
 
 class IntegrityIssueKind(StrEnum):
-    """What kind of thing was found. Fixed: tools rely on these codes."""
+    """The kind of an issue. Other tools rely on these codes, so they never change."""
 
     UNSEALED = "unsealed"
     ORIGIN = "origin-changed"
@@ -101,8 +101,8 @@ class IntegrityIssueKind(StrEnum):
 
 
 class IntegrityIssue(NamedTuple):
-    """Something that is not as the log says, or as it was noted down. `revision` is the one that it is about, the
-    first of several; `keys` are those that it is about, the first few."""
+    """A difference between the log, the records and the expected mark. `revision` is the one that it is about, or
+    the first of them; `keys` are the first few keys that it is about."""
 
     kind: IntegrityIssueKind
     revision: int | None
@@ -114,26 +114,29 @@ class IntegrityIssue(NamedTuple):
 
 
 class Check:
-    """One walk through a store's log. After `findings` has come to its end, `revisions` and `changes` say how many
-    were there, `head` is the newest entry (the origin, where there is none), `origin` the beginning; both are None
-    for a log without hashes. `newer` is how many entries follow the one that is expected; None if none is
-    expected, or it is not there."""
+    """One check of a store's log.
+
+    After the iterator `issues` has ended, `revisions` and `changes` are the numbers of those in the log, `head` is
+    the newest entry (or the origin, if there is none), and `origin` is the beginning of the chain. Both are None
+    for a log without hashes. `newer` is the number of entries after the expected mark; None if no mark is
+    expected, or if it is not in the log.
+    """
 
     def __init__(self, store: Store, expect: Mark | None = None) -> None:
         self._store, self._expect = store, expect
         self.revisions = self.changes = 0
         self.origin: Origin | None = None
         self.head: Mark | None = None
-        # Of the entry before, or of the origin: whether it fits its own hash.
+        # Whether the entry before, or the origin, fits its own hash.
         self._fitted = True
         self._last: Entry | None = None
         self.newer: int | None = None
-        # What the log left each key with: the number of the revision, and a digest of the text.
+        # For each key, the revision that wrote it last, and a digest of the record's JSON.
         self._left: dict[str, tuple[int, bytes]] = {}
 
-    def findings(self) -> Iterator[IntegrityIssue]:
-        """Everything that does not fit, in the order of the log, and then of the records. Has to be asked while
-        the store is held at one state (`Store.reading`). Keeps some 250 bytes for each record."""
+    def issues(self) -> Iterator[IntegrityIssue]:
+        """All issues, in the order of the log, then of the records. Call it within `Store.reading`, so that the
+        store stays in one state. Needs about 250 bytes of memory for each record."""
         yield from self._begin()
         for entry in self._store.log():
             if entry.number < 1:
@@ -165,7 +168,7 @@ class Check:
         self._at(0, origin.hash)
 
     def _at(self, number: int, found: bytes | None) -> None:
-        """The head, as far as the walk has come."""
+        """Moves the head to a revision with this hash."""
         self.head = None if found is None else Mark(number, found)
         if self._expect is not None and self._expect == self.head:
             self.newer = 0
@@ -198,30 +201,30 @@ class Check:
             yield self._replaced(entry)
 
     def _replaced(self, entry: Entry) -> IntegrityIssue:
-        """`entry` fits its own hash, and so does what comes before it; but it carries another hash of that."""
-        told = f"{_called(entry)} carries another hash of it"
+        """The issue if `entry` and the one before each fit their own hash, but `entry` stores another hash of the
+        one before."""
+        differs = f"{_called(entry)} carries another hash of it"
         last = self._last
         if last is None:
-            return IntegrityIssue(
-                IntegrityIssueKind.ORIGIN, None, (), f"the log's origin was changed, and its hash with it: {told}"
-            )
+            text = f"the log's origin was changed, and its hash with it: {differs}"
+            return IntegrityIssue(IntegrityIssueKind.ORIGIN, None, (), text)
         keys = self._first_keys(last.number)
         return IntegrityIssue(
             IntegrityIssueKind.CHANGED, last.number, keys,
-            f"{_called(last)} was changed, and its hash with it: {told}; it holds now "
+            f"{_called(last)} was changed, and its hash with it: {differs}; it holds now "
             f"{_counted(last.changes, keys)}",
         )  # fmt: skip
 
     def _walk(self, entry: Entry) -> tuple[bool, tuple[str, ...]]:
-        """Whether the entry fits its hash, and its first keys. Takes its changes to what the log has left."""
+        """Whether the entry fits its hash, and its first keys. Applies its changes to the expected records."""
         sealing = Sealing(entry.previous or b"", entry.number, entry.at, entry.actor)
         rows = self._store.rows(entry.number)
         keys: list[str] = []
-        while piece := list(islice(rows, _PIECE)):
+        while piece := list(islice(rows, _PIECE_ROWS)):
             sealing.add(piece)
             self.changes += len(piece)
-            if len(keys) < _NAMED:
-                keys += [shown_key(str(key)) for key, _, _ in piece[: _NAMED - len(keys)]]
+            if len(keys) < _NAMED_KEYS:
+                keys += [shown_key(str(key)) for key, _, _ in piece[: _NAMED_KEYS - len(keys)]]
             self._leave(entry.number, piece)
         return entry.previous is not None and entry.hash == sealing.hash(), tuple(keys)
 
@@ -234,15 +237,15 @@ class Check:
                 left[str(key)] = (number, _digest(str(after)))
 
     def _first_keys(self, number: int) -> tuple[str, ...]:
-        return tuple(shown_key(str(key)) for key, _, _ in islice(self._store.rows(number), _NAMED))
+        return tuple(shown_key(str(key)) for key, _, _ in islice(self._store.rows(number), _NAMED_KEYS))
 
     def _strays(self) -> Iterator[IntegrityIssue]:
         for number in self._store.strays():
             keys = self._first_keys(number) if isinstance(number, int) else ()
-            told = f", among them {', '.join(keys)}" if keys else ""
+            named = f", among them {', '.join(keys)}" if keys else ""
             yield IntegrityIssue(
                 IntegrityIssueKind.STRAY, number if isinstance(number, int) else None, keys,
-                f"changes stand under revision {number}, which has no entry{told}",
+                f"changes stand under revision {number}, which has no entry{named}",
             )  # fmt: skip
 
     def _expected(self) -> Iterator[IntegrityIssue]:
@@ -251,10 +254,10 @@ class Check:
         number = self._expect.number
         newest = 0 if self._last is None else self._last.number
         if number > newest:
-            told = f"the log ends with {newest}: it was taken back to an older state"
+            why = f"the log ends with {newest}: it was taken back to an older state"
         else:
-            told = "the log holds another entry, or none, in its place: it was written anew"
-        text = f"revision {number} with the hash that is expected is not there: {told}"
+            why = "the log holds another entry, or none, in its place: it was written anew"
+        text = f"revision {number} with the hash that is expected is not there: {why}"
         yield IntegrityIssue(IntegrityIssueKind.EXPECTED, number, (), text)
 
     def _records(self) -> Iterator[IntegrityIssue]:
@@ -269,9 +272,9 @@ class Check:
             yield _record(key, number, f"is not there, and revision {number} left one")
 
 
-def _record(key: str, number: int | None, told: str) -> IntegrityIssue:
+def _record(key: str, number: int | None, problem: str) -> IntegrityIssue:
     name = shown_key(key)
-    text = f"{name}: the record {told}: it was changed past the log, or newer entries of the log were cut off"
+    text = f"{name}: the record {problem}: it was changed past the log, or newer entries of the log were cut off"
     return IntegrityIssue(IntegrityIssueKind.RECORD, number, (name,), text)
 
 
@@ -280,7 +283,7 @@ def _called(entry: Entry) -> str:
 
 
 def _counted(changes: int, keys: Sequence[str]) -> str:
-    """How many changes, and the first keys of them."""
+    """The number of changes, and their first keys."""
     if not changes:
         return "no change"
     more = f" and {changes - len(keys)} more" if changes > len(keys) else ""

@@ -1,7 +1,7 @@
-"""How many customers a change turns over: what turns too many at once is more likely a mistake than meant.
+"""How many customers a change turns over. A change that turns over too many at once is probably a mistake.
 
-A subscription flips where a source of its own that could open connections no longer can, or the other way round.
-Customers and sources that are new flip nothing.
+A subscription *flips* if one of its sources could open connections before and cannot after, or the other way
+round. New subscriptions and new sources do not count.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from portward.policy.preset import Preset
 from portward.store.codec import readable
 from portward.store.values import Put
 
-# So few are never held: in a small store one change of one customer is a large share.
+# This many flips never need a confirmation: in a small store, one customer is a large share.
 _FEW: Final = 10
 
 
 class Flips(NamedTuple):
-    """Subscriptions that a change would flip, of so many that there are."""
+    """The number of subscriptions that a change would flip, and of all subscriptions."""
 
     flipped: int
     subscriptions: int
 
     def too_many(self, share: float) -> bool:
-        """Whether it is more than `share` (0 to 1) of all, which is `max_flip_share`."""
+        """Whether more than `share` of all would flip. `share` is `max_flip_share`, 0 to 1."""
         return self.flipped > self._limit(share)
 
     def excess(self, share: float) -> int:
-        """How many fewer would have to flip for the change to pass; 0 or less if it passes."""
+        """How many flips fewer the change would need to pass; 0 or less if it passes."""
         return ceil(self.flipped - self._limit(share))
 
     def _limit(self, share: float) -> float:
         return max(_FEW, share * self.subscriptions)
 
     def describe(self, share: float) -> str:
-        """In words, with the limit."""
+        """A text for operators, with the limit."""
         return (
             f"would flip the verdict of {self.flipped} of {counted(self.subscriptions, 'subscription')}, more "
             f"than max_flip_share = {share:g} lets pass"
@@ -51,10 +51,10 @@ class Flips(NamedTuple):
 
 
 class UnconfirmedError(PortwardError):
-    """A change would flip too many subscriptions, and nobody has confirmed that."""
+    """A change would flip too many subscriptions, and is not confirmed."""
 
     def __init__(self, flips: Flips, share: float, turned: Sequence[int] = ()) -> None:
-        """`turned` are the policy table's numbers of the subscriptions that would flip, sorted."""
+        """`turned` are the numbers in the policy table of the subscriptions that would flip, sorted."""
         super().__init__(flips.describe(share))
         self.flips, self.turned = flips, turned
 
@@ -62,9 +62,9 @@ class UnconfirmedError(PortwardError):
 def check_flips(
     have: Mapping[str, str], batch: Sequence[Put], preset: Preset, *, share: float, now: datetime
 ) -> None:
-    """Raises UnconfirmedError where writing a batch over the records `have` (key → JSON) would flip too many, as a
-    gateway with this preset sees it."""
-    # One record flips one subscription at most: a million new ones need not be gone through.
+    """Raises UnconfirmedError if a batch, written over the records `have` (key → JSON), would flip too many
+    subscriptions under this preset."""
+    # A record flips at most one subscription. This bound saves decoding a million new records.
     possible = sum(put.key in have or not put.key.startswith("attachments/") for put in batch)
     if possible > _FEW:
         found = flips(have, batch, preset, now)
@@ -73,7 +73,7 @@ def check_flips(
 
 
 def flips(have: Mapping[str, str], batch: Sequence[Put], preset: Preset, now: datetime) -> Flips:
-    """What a batch over the records `have` flips."""
+    """The flips of a batch over the records `have` (key → JSON)."""
     put: MutableMapping[str, str | None] = {put.key: put.body for put in batch}
     touched = {key.partition("/")[2] for key in put if not key.startswith("attachments/")}
     after = ChainMap[str, str | None](put, cast("MutableMapping[str, str | None]", have))
@@ -90,7 +90,7 @@ def flips(have: Mapping[str, str], batch: Sequence[Put], preset: Preset, now: da
 
 
 def _passes(records: Mapping[str, str | None], attachment: Record | None, preset: Preset, now: datetime) -> bool:
-    """Whether the attachment's sources can open connections."""
+    """Whether the sources of the attachment can open connections."""
     if not isinstance(attachment, Attachment):
         return False
     subscription, exemption = (

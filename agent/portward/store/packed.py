@@ -1,8 +1,8 @@
-"""An attachment as bytes and numbers, without the objects that a record is made of: a load of millions has no time
-and no memory for those.
+"""Attachments as bytes and numbers, without the objects of a record: a load of millions of attachments has neither
+the time nor the memory for those.
 
-`Packer.quick` takes only what `protocol.decode` takes, and gives what `packed` makes of its record; of whatever it
-does not recognise it says nothing, and `decode` is to be asked.
+`Packer.quick` accepts only what `codec.decode` accepts, and returns what `packed` returns for that record. For a
+text that it does not recognise it returns None, and the caller must use `decode`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from portward.store.validity import is_interface
 
 
 class Packed(msgspec.Struct, frozen=True, gc=False):
-    """An attachment: a prefix length with the network address (4 or 16 bytes), the subscription's UUID in the
-    usual 36 characters, and the last start in microseconds since 1970, 0 where unknown."""
+    """An attachment: prefix length in bits, network address (4 or 16 bytes, network byte order), the
+    subscription's UUID in 36 characters, and the last start in microseconds since 1970, 0 if it is unknown."""
 
     segment: str
     length: int
@@ -34,7 +34,7 @@ class Packed(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Written(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    """The fields of `model.Attachment`; address and UUID as they are written."""
+    """The fields of `model.Attachment`, with address and UUID as text."""
 
     segment: str
     address: str
@@ -65,16 +65,17 @@ def packed(attachment: Attachment) -> Packed:
 
 
 class Packer:
-    """Reads many attachments. What it remembers meanwhile ends with it: a thousand words that are kept, each among
-    records that are not, would keep the memory of all of them."""
+    """Reads many attachments. Its caches end with it: small strings that outlive the records around them would
+    keep the allocator from returning the memory of all of them."""
 
     def __init__(self) -> None:
         self._segments: set[str] = set()
-        # The attachments of a customer often stand near each other.
+        # The attachments of one customer are often near each other.
         self._is_uuid = lru_cache(maxsize=4_096)(_is_uuid)
 
     def quick(self, key: str, body: str) -> Packed | None:
-        """The attachment under a key, if it is written as portward writes it; None where `decode` has to look."""
+        """The attachment with this key, if key and JSON are written as portward writes them; None if only `decode`
+        can say."""
         if not key.startswith("attachments/"):
             return None
         try:
@@ -105,12 +106,12 @@ class Packer:
 
 
 def _prefix(text: str) -> tuple[int, bytes] | None:
-    """Prefix length and network address of an address or prefix in its shortest form; None for any other."""
+    """Prefix length and network address of an address or prefix in its shortest form; None for any other text."""
     written, slash, digits = text.partition("/")
     try:
         if ":" in written:
             bits, address = 128, inet_pton(AF_INET6, written)
-            # The C library writes some addresses with an IPv4 address at their end, Python does not.
+            # The C library writes some addresses with an IPv4 address at their end, unlike Python.
             if "." in written or inet_ntop(AF_INET6, address) != written:
                 return None
         else:

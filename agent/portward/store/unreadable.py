@@ -1,7 +1,8 @@
-"""The records of a store that no gateway can read, by their keys: another tool wrote them, or a disk turned a bit.
+"""The records of a store that no gateway can read: another tool wrote them, or a disk flipped a bit.
 
-Each costs what it is about, and nothing else. A gateway goes on with the record that it took in before; if it has
-none (the table is read anew), what the record is about is denied.
+Such a record affects only its own subscription or attachment. A gateway goes on with the version of the record
+that it loaded before. If it has none, because the table is built anew, it denies the sources that the record is
+about.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from portward.store.packed import Packer
 from portward.store.protocol import Store
 from portward.store.values import RecordError
 
-# So many are known by their keys; beyond that only their readings are counted.
+# Beyond this number, unreadable records are only counted: the list is in memory and in the status.
 KNOWN: Final = 1_000
 
 _log = logging.getLogger("portward.store")
 
 
 class Unreadable:
-    """What one follower of a store could not read. `total` counts readings; `now` has the records that are like
-    that still, with what is wrong with each, in the order in which they were found."""
+    """The records that one follower of a store could not read. `total` counts failed reads. `now` maps the key of
+    each record that is still unreadable to its error, in the order in which they were found."""
 
     def __init__(self, now: Mapping[str, str] | None = None) -> None:
-        """`now` as an earlier follower of the same store left it."""
+        """`now` is that of an earlier follower of the same store."""
         self.total = 0
         self.now: dict[str, str] = dict(now or {})
 
     def read(self, key: str, body: str) -> Record | None:
-        """The record under a key; None, counted and logged, if it cannot be read."""
+        """The record with this key; None if it cannot be read, which is counted and logged."""
         try:
             record = decode(key, body)
         except RecordError as error:
@@ -46,13 +47,14 @@ class Unreadable:
         return record
 
     def right(self, key: str) -> None:
-        """The record under this key can be read, or is gone."""
+        """Notes that the record with this key is readable or removed."""
         if self.now:
             self.now.pop(key, None)
 
 
 def unreadable(store: Store) -> Iterator[RecordError]:
-    """Each record of a store that no gateway can read, now. Looks at all of them: some seconds for a million."""
+    """The errors of all records of a store that no gateway can read now. Reads every record, which takes some
+    seconds for a million."""
     quick = Packer().quick
     for key, body in store.read_all()[1]:
         if key == CONFIRMED or quick(key, body) is not None:

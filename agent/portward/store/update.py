@@ -1,8 +1,7 @@
-"""One change of a store that depends on what it holds: read, decide, write; and again where somebody else was
-quicker.
+"""One change of a store that depends on its records: read, decide, write; and again after a conflict.
 
-What is decided on is what the store held at the revision that is written over, so two people who decide the same
-case at the same time do not both get their way: the second one is refused by what the first has written.
+The decision is made on the revision that it replaces. So if two people decide the same case at the same time, the
+second decision is made, or refused, on what the first one wrote.
 """
 
 from __future__ import annotations
@@ -18,31 +17,31 @@ from portward.store.codec import decode
 from portward.store.protocol import Store
 from portward.store.values import Put
 
-# Others that write all the time: a few of them in a row are chance.
+# Each try takes milliseconds. So many conflicts in a row mean that another process writes without a pause.
 _TRIES: Final = 20
 
 
 class ClockError(PortwardError):
-    """This host's clock lies before what the store holds already."""
+    """This host's clock is behind the newest revision of the store."""
 
 
 class Reading:
-    """What a store holds at a revision, and the time of the change."""
+    """The records of a store at a revision, and the time of the change."""
 
     def __init__(self, store: Store, clock: Callable[[], datetime], *, trust_clock: bool) -> None:
-        """Raises ClockError where the clock goes back behind the newest revision, unless it is trusted."""
+        """Raises ClockError if the clock is behind the newest revision, unless it is trusted."""
         self._store = store
         self.revision = store.revision()
         self.now = _moment(clock(), store.written(), trust_clock=trust_clock)
 
     def get(self, key: str) -> Record | None:
-        """The record under a key; raises RecordError for one that cannot be read."""
+        """The record with this key, None if there is none. Raises RecordError if it cannot be read."""
         body = self._store.get(key)
         return None if body is None else decode(key, body)
 
 
 class Written(NamedTuple):
-    """The revision that the store stands at after a change, and the time that the change has."""
+    """The store's revision after a change, and the time of the change."""
 
     revision: int
     at: datetime
@@ -56,8 +55,8 @@ def update(
     clock: Callable[[], datetime],
     trust_clock: bool = False,
 ) -> Written:
-    """Writes what `decide` makes of the store, which is called again after each conflict. Raises what it raises,
-    StoreError, and ClockError."""
+    """Writes the batch that `decide` returns, and calls it again after each conflict. Raises the errors of
+    `decide`, StoreError, and ClockError."""
     for left in reversed(range(_TRIES)):
         reading = Reading(store, clock, trust_clock=trust_clock)
         puts = decide(reading)
@@ -71,8 +70,8 @@ def update(
 
 
 def _moment(now: datetime, newest: datetime | None, *, trust_clock: bool) -> datetime:
-    """The time of a change: never before that of the change before, or a grant could lie before the start of a
-    machine that it comes after, and count without a restart."""
+    """The time of a change, which is always after that of the change before. Otherwise a grant could be dated
+    before a machine's start that it follows, and count without a restart."""
     if newest is None or trust_clock or now > newest:
         return now
     if newest - now > DRIFT:

@@ -1,8 +1,8 @@
-"""What in a record of the right types no gateway can hold: the one check that every record passes, whether an
-operator wrote it, a verb made it, or another tool put it into the store.
+"""What no gateway can hold, in a record of the right types. Every record passes this check, whether an operator
+wrote it, a verb made it, or another tool put it into the store.
 
-It takes all that the policy table and the kernel can hold. What an inventory must not say beyond that (an offer
-without an id, say) is `store.inventory`'s to know: a store may have such records, and they are judged as they are.
+It accepts everything that the policy table and the kernel can hold. `inventory.records` refuses more (an empty id
+of an offer, for example). A store may have such records, and they get a verdict like any other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from portward.base.interfaces import is_segment_name
 from portward.config.documents import brief
 from portward.model import Attachment, Details, Exemption, RateLimit, Record, Subscription
 
-# Field → how many characters it may have.
+# Field → its maximum length in characters.
 _SUBSCRIPTION_TEXTS: Final = {"offer": limits.MAX_NAME_CHARS, "name": limits.MAX_NAME_CHARS}
 _EXEMPTION_TEXTS: Final = {
     "by": limits.MAX_NAME_CHARS,
@@ -34,7 +34,7 @@ INSTANTS: Final[dict[type[Record], tuple[str, ...]]] = {
 
 
 def flaws(record: Record) -> Iterator[tuple[str, str]]:
-    """What is wrong with a record: (field, what would be right). Nothing, if every gateway can hold it."""
+    """The flaws of a record: (field, what would be right). None if every gateway can hold it."""
     for name in INSTANTS[type(record)]:
         at = getattr(record, name)
         if at is not None and (problem := limits.time_problem(at)) is not None:
@@ -53,11 +53,11 @@ def flaws(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def is_interface(name: str) -> bool:
-    """Whether an attachment can be in a segment of that name."""
+    """Whether an attachment can be in a segment with this name."""
     return is_segment_name(name)
 
 
-# A gateway's segments: each is in many attachments.
+# Each segment has many attachments. 65,536 is more than a gateway has interfaces.
 _is_interface: Final = lru_cache(maxsize=65_536)(is_interface)
 
 
@@ -79,7 +79,7 @@ def _details_flaws(details: Details) -> Iterator[tuple[str, str]]:
         wrong := limits.number_problem(details.volume, limits.MAX_MESSAGES_PER_DAY)
     ):
         yield "details.volume", wrong
-    # Each of them once is all that can be said.
+    # Each value once is enough; the limit only bounds the memory.
     if len(details.authentication) > limits.MAX_NAME_CHARS:
         yield "details.authentication", f"{len(details.authentication)} entries are too many"
 

@@ -110,7 +110,7 @@ def checked(path: Path, expect: Mark | None = None) -> tuple[list[IntegrityIssue
     """The check of a store, and what it found."""
     with closing(SqliteStore(path)) as store, store.reading():
         check = Check(store, expect)
-        return list(check.findings()), check
+        return list(check.issues()), check
 
 
 def head(path: Path) -> Mark:
@@ -645,7 +645,7 @@ def test_a_reader_goes_on_while_others_seal_the_store(path: Path) -> None:
         assert [change.revision for change in reader.changes(5)] == [6]
         assert reader.origin() is not None
         with reader.reading():
-            assert list(Check(reader).findings()) == []
+            assert list(Check(reader).issues()) == []
         assert write(reader, put(GRANT)) == 7
 
 
@@ -681,7 +681,7 @@ def test_a_check_is_of_one_state_while_others_write(store: SqliteStore, path: Pa
         reader.get("x")
         write(store, Put(key_of(GRANT), None))
         check = Check(reader)
-        assert list(check.findings()) == []
+        assert list(check.issues()) == []
         assert (check.revisions, reader.revision()) == (5, 5)
         write(store, put(GRANT))
         assert reader.revision() == 5
