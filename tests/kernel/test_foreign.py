@@ -205,7 +205,7 @@ def test_a_libnftables_that_prints_otherwise_loads_by_itself(
     nft.replace("", want())
     assert not nft.compiles
     assert "chain screen" in listing(namespace)
-    assert "loaded by libnftables itself" in caplog.text
+    assert "libnftables loads the rulesets itself" in caplog.text
     netlink.close()
 
 

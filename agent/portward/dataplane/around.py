@@ -34,7 +34,7 @@ class SurroundingsMonitor:
                 _log.error("%s", line)
         for line in self.warnings:
             if line not in warnings:
-                _log.info("no more so: %s", line)
+                _log.info("no longer: %s", line)
         self.warnings = warnings
         found = before._replace(stacked=stacked(devices, config), known=known(devices, config))
         try:

@@ -1,14 +1,16 @@
-"""An nftables text → the netlink messages that libnftables would send, without a question to the kernel.
+"""Compiles an nftables text to the netlink messages that libnftables would send, without a request to the kernel.
+Pure: the caller gives what libnftables has printed.
 
-Left to itself, libnftables first fetches the tables, chains, sets and objects of all programs, and begins again
-each time that a transaction of anybody comes in between: with 20,000 chains of kube-proxy, which changes them
-all the time, it never ends. It fetches nothing for a text that begins with `flush ruleset`. So that line is put
-first, for family arp and in a dry run, which changes nothing, and libnftables is asked to print its messages
-(the debug level `mnl`). The message of that line is left out, and `NfNetlink.transact` sends the others.
+By default libnftables first fetches the tables, chains, sets and objects of all programs, and starts again each
+time that a transaction of any program comes in between. With 20,000 chains of kube-proxy, which changes them all
+the time, it never ends. It fetches nothing for a text that begins with `flush ruleset`. So that command is put
+first, for family arp and in a dry run, which changes nothing, and libnftables prints its messages (debug level
+`mnl`). The message of that command is dropped, and `NfNetlink.transact` sends the others.
 
-What libmnl prints is a table of words of four bytes, see `mnl_nlmsg_fprintf`: a header of five words for each
-message, one line for each attribute's header, and the data as hexadecimal bytes. Lengths are checked, so what is
-not understood is an error and not another ruleset."""
+libmnl prints a table of words of four bytes (`mnl_nlmsg_fprintf`): a header of five words for each message, one
+line for the header of each attribute, and the data as hexadecimal bytes. Lengths are checked, so a message that is
+not understood is an error, and never another ruleset.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,42 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from portward.base.netlink import ATTRIBUTE, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, attribute, string
+from portward.base.netlink import (
+    ATTRIBUTE,
+    HEADER,
+    NFGEN,
+    NLM_F_APPEND,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    attribute,
+    string,
+)
+from portward.dataplane.nf_tables import (
+    NFNL_SUBSYS_NFTABLES,
+    NFPROTO_INET,
+    NFT_MSG_DELCHAIN,
+    NFT_MSG_DELRULE,
+    NFT_MSG_DELSET,
+    NFT_MSG_DELSETELEM,
+    NFT_MSG_DELTABLE,
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWRULE,
+    NFT_MSG_NEWTABLE,
+    NFTA_CHAIN_NAME,
+    NFTA_SET_ELEM_LIST_SET,
+    NFTA_SET_NAME,
+    NFTA_TABLE_NAME,
+)
 
-# Makes libnftables fetch nothing. Nothing is flushed: it is used in dry runs, and its message is left out.
-# Lines keep their numbers in errors.
+# Makes libnftables fetch nothing. It flushes nothing, because it is used in dry runs and its message is dropped.
+# It has no line of its own, so that errors have the right line numbers.
 FETCH_NOTHING: Final = "flush ruleset arp; "
 _NESTED, _NET_ORDER = 0x8000, 0x4000
-_SUBSYS_NFTABLES: Final = 10
-_NEW_RULE: Final = 6
-_HEADER_BYTES: Final = 20
+_HEADER_BYTES: Final = HEADER.size + NFGEN.size
+_FAMILY_OFFSET: Final = HEADER.size
 
-# The rows of libmnl's table that hold something, without colours: length of a message; its type; its family and
-# what follows; an attribute's length, flags and type; data.
+# The rows of libmnl's table that hold values, without colours: the length of a message; its type; its family and
+# the rest of nfgenmsg; an attribute's length, flags and type; data.
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _ROW: Final = re.compile(
     r"^\|  (?P<length>\d{10})  \|\t\| message length \|$"
@@ -41,7 +67,7 @@ _ROW: Final = re.compile(
 
 
 class Message(NamedTuple):
-    """One message of a transaction: type (without nf_tables' number), NFPROTO_…, flags beside NLM_F_REQUEST, and
+    """One message of a transaction: type (NFT_MSG_…), family (NFPROTO_…), flags in addition to NLM_F_REQUEST, and
     attributes."""
 
     kind: int
@@ -51,33 +77,34 @@ class Message(NamedTuple):
 
 
 class UnreadableError(ValueError):
-    """libmnl prints messages in another way than the one that is known here."""
+    """libmnl printed messages in a form that this module does not understand."""
 
 
 def messages(printed: str) -> list[Message]:
-    """The messages in what libnftables printed at debug level `mnl`, without that of FETCH_NOTHING and without
+    """The messages that libnftables printed at debug level `mnl`, without the message of FETCH_NOTHING and without
     begin and end of the transaction. Raises UnreadableError."""
     found = []
     for number, words in enumerate(_words(_COLOUR.sub("", printed))):
         length, kind = struct.unpack_from("=II", words)
         if length != len(words):
             raise UnreadableError(f"message {number} of libnftables has {len(words)} bytes, and not {length}")
-        if kind >> 8 == _SUBSYS_NFTABLES:
-            flags = NLM_F_CREATE | (NLM_F_APPEND if kind & 0xFF == _NEW_RULE else 0)
-            found.append(Message(kind & 0xFF, words[16], flags, words[_HEADER_BYTES:]))
+        if kind >> 8 == NFNL_SUBSYS_NFTABLES:
+            flags = NLM_F_CREATE | (NLM_F_APPEND if kind & 0xFF == NFT_MSG_NEWRULE else 0)
+            found.append(Message(kind & 0xFF, words[_FAMILY_OFFSET], flags, words[_HEADER_BYTES:]))
     return _without_flush(found)
 
 
 def _without_flush(found: list[Message]) -> list[Message]:
-    """The generation that is asked for first is printed, too."""
+    """The messages after that of FETCH_NOTHING. libnftables also prints its request for the generation before
+    it."""
     for place, message in enumerate(found):
-        if message.kind == 2 and not message.body:  # NFT_MSG_DELTABLE of all tables of a family
+        if message.kind == NFT_MSG_DELTABLE and not message.body:  # of all tables of a family
             return found[place + 1 :]
     raise UnreadableError("libnftables has not printed the messages of the transaction")
 
 
 def _words(printed: str) -> Iterator[bytes]:
-    """The bytes of each message, with the type, as 32 bits, in the second word, and zeros in the next two."""
+    """The bytes of each message. The second word has the type alone, as 32 bits, and the next two are zeros."""
     words: list[bytes] = []
     for row in _ROW.finditer(printed):
         kind, value = row.lastgroup, row[row.lastgroup or 0]
@@ -96,41 +123,37 @@ def _words(printed: str) -> Iterator[bytes]:
         yield b"".join(words)
 
 
-# Commands that need no libnftables: the verb and what it is about → message type. `flush table` deletes its rules.
+# Commands that need no libnftables: verb and object → message type, and the attribute that names the object. The
+# attribute that names the table is the same in all of them. `flush table` deletes the table's rules.
 _PLAIN: Final = {
-    ("add", "table"): 0,
-    ("create", "table"): 0,
-    ("delete", "table"): 2,
-    ("add", "chain"): 3,
-    ("delete", "chain"): 5,
-    ("flush", "table"): 8,
-    ("delete", "set"): 11,
-    ("delete", "map"): 11,
-    ("flush", "set"): 14,
+    ("add", "table"): (NFT_MSG_NEWTABLE, NFTA_TABLE_NAME),
+    ("create", "table"): (NFT_MSG_NEWTABLE, NFTA_TABLE_NAME),
+    ("delete", "table"): (NFT_MSG_DELTABLE, NFTA_TABLE_NAME),
+    ("flush", "table"): (NFT_MSG_DELRULE, NFTA_TABLE_NAME),
+    ("add", "chain"): (NFT_MSG_NEWCHAIN, NFTA_CHAIN_NAME),
+    ("delete", "chain"): (NFT_MSG_DELCHAIN, NFTA_CHAIN_NAME),
+    ("delete", "set"): (NFT_MSG_DELSET, NFTA_SET_NAME),
+    ("delete", "map"): (NFT_MSG_DELSET, NFTA_SET_NAME),
+    ("flush", "set"): (NFT_MSG_DELSETELEM, NFTA_SET_ELEM_LIST_SET),
 }
-_NFPROTO_INET: Final = 1
 _FLAGS: Final = {"add": NLM_F_CREATE, "create": NLM_F_CREATE | NLM_F_EXCL}
-# The attribute that names a chain; of sets and elements it is 2.
-_CHAIN_NAME: Final = {3: 3, 5: 3}
 
 
 def inet(message: tuple[int, bytes]) -> Message:
-    """A message about family inet that makes something, or changes elements."""
+    """A message of family inet that makes an object, or changes elements."""
     kind, body = message
-    return Message(kind, _NFPROTO_INET, NLM_F_CREATE, body)
+    return Message(kind, NFPROTO_INET, NLM_F_CREATE, body)
 
 
 def plain(text: str) -> list[Message]:
-    """The messages of commands that only name a table, a chain or a set of family inet, one in each line. Raises
-    KeyError or ValueError for other commands."""
+    """The messages of commands that only name a table, a chain or a set of family inet, one command in each line.
+    Raises KeyError or ValueError for other commands."""
     found = []
     for line in text.splitlines():
         verb, what, family, table, *names = line.split()
         if family != "inet" or len(names) != (what != "table"):
             raise ValueError(line)
-        kind = _PLAIN[verb, what]
-        body = attribute(1, string(table)) + b"".join(
-            attribute(_CHAIN_NAME.get(kind, 2), string(n)) for n in names
-        )
-        found.append(Message(kind, _NFPROTO_INET, _FLAGS.get(verb, 0), body))
+        kind, naming = _PLAIN[verb, what]
+        body = attribute(NFTA_TABLE_NAME, string(table)) + b"".join(attribute(naming, string(n)) for n in names)
+        found.append(Message(kind, NFPROTO_INET, _FLAGS.get(verb, 0), body))
     return found

@@ -1,8 +1,8 @@
-"""The kernel says when a ruleset has changed: what matters here is told from what other programs do among
-themselves.
+"""Receives the kernel's notices of changed rulesets, and picks out the changes that matter to portward.
 
-kube-proxy and CrowdSec change their own tables hundreds of times a second. A notice names the table, and the
-address of the socket whose transaction it was, so neither needs a look at the ruleset."""
+kube-proxy and CrowdSec change their own tables hundreds of times a second. A notice names the table and the
+address of the socket that made the transaction, so most changes need no reading of the ruleset.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ from collections.abc import Callable, Collection
 from enum import Enum, auto
 from typing import Final, NamedTuple
 
-from portward.base.netlink import HEADER, NETLINK_NETFILTER, attributes_of, messages_of, string
+from portward.base.netlink import HEADER, NETLINK_NETFILTER, NFGEN, attributes_of, messages_of, string
 from portward.dataplane import monitor_filter
+from portward.dataplane.nf_tables import (
+    NFNL_SUBSYS_NFTABLES,
+    NFNLGRP_NFTABLES,
+    NFPROTO_INET,
+    NFT_MSG_DELCHAIN,
+    NFT_MSG_DELRULE,
+    NFT_MSG_DELTABLE,
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWGEN,
+    NFT_MSG_NEWRULE,
+    NFTA_CHAIN_HOOK,
+    NFTA_TABLE_NAME,
+)
 
-_NFNLGRP_NFTABLES: Final = 7  # linux/netfilter/nfnetlink.h
-_LARGEST: Final = 65_536
-_SUBSYS_NFTABLES: Final = 10
-_SO_RCVBUFFORCE: Final = 33
-# linux/netfilter/nf_tables.h
-_NEW_CHAIN, _NEW_RULE, _NEW_GENERATION = 3, 6, 15
-_DELETE_TABLE, _DELETE_CHAIN, _DELETE_RULE = 2, 5, 8
-_NFGEN_SIZE: Final = 4
-_INET: Final = 1  # NFPROTO_INET
-_CHAIN_HOOK: Final = 4
+_MAX_DATAGRAM_BYTES: Final = 65_536
+_SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
+_DELETIONS: Final = frozenset((NFT_MSG_DELTABLE, NFT_MSG_DELCHAIN, NFT_MSG_DELRULE))
 
 
 class NoticeFilter(Enum):
-    """What the kernel does not even queue: nothing; what others do with sets, elements and objects of their own;
-    all that they do in tables of their own. For the last two, ours are those whose name begins with
-    `portward`."""
+    """The notices that the kernel drops before they are queued. NONE: it drops none. FOREIGN_ELEMENTS: those about
+    sets, elements and objects in tables of other programs. FOREIGN_TABLES: all those about tables of other
+    programs. A table whose name begins with `portward` is never foreign."""
 
     NONE = auto()
     FOREIGN_ELEMENTS = auto()
@@ -39,10 +45,10 @@ class NoticeFilter(Enum):
 
 
 class RulesetChanges(NamedTuple):
-    """What was changed by others since the last time. `ours`: something of the tables that were asked for.
-    `gained`: a chain at a hook, or a rule that writes into packets. `gone`: a table, chain or rule was deleted,
-    perhaps one of these. `others`: anything at all. `lost`: the kernel has dropped notices, so all of it may
-    have happened."""
+    """What other programs have changed since the last reading. `ours`: something in the tables of the monitor.
+    `gained`: a chain with a hook, or a rule that writes into packets, was added to another table. `gone`: a table,
+    chain or rule was deleted from another table. `others`: anything at all. `lost`: the kernel has dropped
+    notices, so all of the above may have happened."""
 
     ours: bool = False
     gained: bool = False
@@ -59,8 +65,7 @@ LOST: Final = RulesetChanges(True, True, True, True, True)
 
 
 class RulesetMonitor:
-    """Hears of the changes of rulesets in the network namespace of the thread that makes it. `read` may be
-    called on one thread."""
+    """Receives the notices of the network namespace of the thread that makes it. `read` is for one thread."""
 
     def __init__(
         self,
@@ -71,9 +76,10 @@ class RulesetMonitor:
         receive_bytes: int = 0,
         notice_filter: NoticeFilter = NoticeFilter.NONE,
     ) -> None:
-        """`tables` of family inet are those that matter; transactions by sockets with the addresses `own` do not
-        count. `writing`: a rule with any of these bytes may write into packets. `receive_bytes`: how much the
-        kernel keeps for us; 0: what it usually does. Raises OSError if the kernel gives no such socket."""
+        """`tables` are the tables of family inet that belong to portward. `own` returns the addresses of sockets
+        whose transactions do not count. `writing`: a rule with any of these byte strings may write into packets.
+        `receive_bytes` is the size of the receive buffer; 0: the kernel's default. Raises OSError if the kernel
+        has no such socket."""
         self._tables = {string(table) for table in tables}
         self._own, self._writing = own, tuple(writing)
         self._socket = socket.socket(
@@ -81,57 +87,56 @@ class RulesetMonitor:
         )
         if receive_bytes:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_bytes)
-        # Before the first notice can come.
+        # Before `bind`, so that the filter sees the first notice.
         if notice_filter is not NoticeFilter.NONE:
-            # Without it the agent only wakes more often.
+            # Without the filter the agent only wakes more often.
             with contextlib.suppress(OSError):
                 monitor_filter.attach(self._socket, everything=notice_filter is NoticeFilter.FOREIGN_TABLES)
-        self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
+        self._socket.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
 
     def fileno(self) -> int:
-        """A descriptor that can be read after a change."""
+        """A descriptor that is readable after a change."""
         return self._socket.fileno()
 
     def read(self) -> RulesetChanges:
-        """What the notices say that have come since the last time."""
-        heard, own = NOTHING, self._own()
+        """The changes since the last call. Raises OSError."""
+        changes, own = NOTHING, self._own()
         while True:
             try:
-                data, sender = self._socket.recvfrom(_LARGEST)
+                data, sender = self._socket.recvfrom(_MAX_DATAGRAM_BYTES)
             except BlockingIOError:
-                return heard
+                return changes
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                heard = LOST  # the rest is still to be read
+                changes = LOST  # the socket still holds the notices after the dropped ones
                 continue
-            if sender[0] == 0 and heard is not LOST:  # only the kernel is believed
-                heard |= self._datagram(data, own)
+            # Only the kernel has port 0: another process with CAP_NET_ADMIN can send messages too.
+            if sender[0] == 0 and changes is not LOST:
+                changes |= self._datagram(data, own)
 
     def _datagram(self, data: bytes, own: Collection[int]) -> RulesetChanges:
-        heard, start = NOTHING, 0
+        changes, start = NOTHING, 0
         for kind, _, _, body in messages_of(data):
-            # Not in what `messages_of` gives: whose transaction it was.
+            # `messages_of` leaves out the port of the socket that made the transaction.
             length, *_, port = HEADER.unpack_from(data, start)
             start += (length + 3) & ~3
-            if port not in own and kind >> 8 == _SUBSYS_NFTABLES and kind & 0xFF != _NEW_GENERATION:
-                heard |= self._message(kind & 0xFF, body)
-        return heard
+            if port not in own and kind >> 8 == NFNL_SUBSYS_NFTABLES and kind & 0xFF != NFT_MSG_NEWGEN:
+                changes |= self._message(kind & 0xFF, body)
+        return changes
 
     def _message(self, kind: int, body: bytes) -> RulesetChanges:
-        """What one message about a table, or about something in it, says."""
-        first, table = next(attributes_of(body, _NFGEN_SIZE), (0, b""))
-        if first != 1:  # each begins with the table's name
+        """The changes in one message. It is about a table, or about something in a table."""
+        first, table = next(attributes_of(body, NFGEN.size), (0, b""))
+        if first != NFTA_TABLE_NAME:  # every message begins with the table's name, so this one is not understood
             return LOST
-        if body[0] == _INET and table in self._tables:
+        if body[0] == NFPROTO_INET and table in self._tables:
             return RulesetChanges(ours=True, others=True)
-        gained = (kind == _NEW_CHAIN and _CHAIN_HOOK in dict(attributes_of(body, _NFGEN_SIZE))) or (
-            kind == _NEW_RULE and any(part in body for part in self._writing)
+        gained = (kind == NFT_MSG_NEWCHAIN and NFTA_CHAIN_HOOK in dict(attributes_of(body, NFGEN.size))) or (
+            kind == NFT_MSG_NEWRULE and any(part in body for part in self._writing)
         )
-        return RulesetChanges(
-            gained=gained, gone=kind in (_DELETE_TABLE, _DELETE_CHAIN, _DELETE_RULE), others=True
-        )
+        return RulesetChanges(gained=gained, gone=kind in _DELETIONS, others=True)
 
     def close(self) -> None:
-        """Stops listening."""
+        """Closes the socket."""
         self._socket.close()

@@ -1,12 +1,14 @@
-"""One writer for each network namespace: the lock that everything takes that writes portward's rules.
+"""One writer for each network namespace: the lock that a process takes before it writes portward's rules.
 
-The lock is an empty nftables table with an owner (`flags owner`): the kernel ties it to the netlink socket that
-made it, refuses it to every other socket with EPERM, leaves it out of `nft flush ruleset`, and removes it when the
-socket closes, also after SIGKILL. So it cannot be left behind, and it is of the namespace whose rules it guards.
-Making it takes CAP_NET_ADMIN. Any local user could take an abstract Unix socket or a netlink port number instead,
-and a locked file in /run is another file for each container and each sandbox.
+The lock is an empty nftables table with an owner (`flags owner`). The kernel ties it to the netlink socket that
+made it, refuses it to every other socket with EPERM, keeps it when `nft flush ruleset` runs, and removes it when
+the socket closes, also after SIGKILL. So no process can leave it behind, and it belongs to the namespace whose
+rules it guards. It takes CAP_NET_ADMIN to make it.
 
-The lock on the table folder (`runtime.Runtime`) stays: it guards the policy table, this one guards the kernel.
+Other locks would not do: any local user can take an abstract Unix socket or a netlink port number, and a locked
+file in /run is another file in each container and each sandbox.
+
+The lock on the table folder (`runtime.Runtime`) guards the policy table; this one guards the kernel.
 """
 
 from __future__ import annotations
@@ -19,25 +21,28 @@ from types import TracebackType
 from typing import Final
 
 from portward.base.netlink import attribute, string
+from portward.dataplane.nf_tables import (
+    NFT_MSG_DELTABLE,
+    NFT_MSG_NEWTABLE,
+    NFT_TABLE_F_OWNER,
+    NFTA_TABLE_FLAGS,
+    NFTA_TABLE_NAME,
+    NFTA_TABLE_USERDATA,
+    NFTNL_UDATA_TABLE_COMMENT,
+)
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.errors import KernelError
 
 LOCK_TABLE: Final = "portward_lock"
-# How long a new agent waits for one that is still ending, in seconds.
+# A new agent waits this long for one that is still ending.
 PATIENCE_S: Final = 2.0
-_PAUSE_S: Final = 0.02
-
-# linux/netfilter/nf_tables.h: messages, attributes of a table, and its flag.
-_NEW_TABLE, _DELETE_TABLE = 0, 2
-_TABLE_NAME, _TABLE_FLAGS, _TABLE_USERDATA = 1, 2, 6
-_OWNER: Final = 2
-_COMMENT: Final = 0  # NFTNL_UDATA_TABLE_COMMENT: nft lists it as the table's comment
+_RETRY_S: Final = 0.02
 _HOLDER: Final = re.compile(r"portward, process (\d+)")
 
 
 class NamespaceTakenError(KernelError):
-    """Another process writes portward's rules in this network namespace. `process` is its id, as that process
-    itself counts (it may live in another pid namespace); None if the holder is not portward."""
+    """Another process writes portward's rules in this network namespace. `process` is its process id in its own
+    pid namespace; None if the holder is not portward."""
 
     def __init__(self, process: int | None) -> None:
         self.process = process
@@ -53,8 +58,9 @@ class NamespaceLock:
     with `close`, with the `with` block, or with the process; child processes do not inherit it."""
 
     def __init__(self, patience: float = PATIENCE_S) -> None:
-        """Waits at most `patience` seconds for the holder to end. Raises NamespaceTakenError if it does not, and
-        KernelError without CAP_NET_ADMIN or on a kernel older than Linux 5.12; then nothing has changed."""
+        """Waits at most `patience` seconds for the holder to end. Raises NamespaceTakenError if it does not end.
+        Raises KernelError without CAP_NET_ADMIN, and on a kernel older than Linux 5.12. Then nothing has
+        changed."""
         self._netlink = NfNetlink()
         try:
             self._take(time.monotonic() + patience)
@@ -64,13 +70,13 @@ class NamespaceLock:
 
     def _take(self, deadline: float) -> None:
         while not _commit(self._netlink):
-            # A holder that is gone by now leaves None: then the next try gets the lock.
+            # If the holder has ended by now, there is none, and the next try gets the lock.
             if (taken := holder(self._netlink)) is not None and time.monotonic() >= deadline:
                 raise taken
-            time.sleep(_PAUSE_S)
+            time.sleep(_RETRY_S)
 
     def close(self) -> None:
-        """Gives the lock back. Idempotent."""
+        """Releases the lock. Idempotent."""
         self._netlink.close()
 
     def __enter__(self) -> NamespaceLock:
@@ -83,8 +89,8 @@ class NamespaceLock:
 
 
 def holder(netlink: NfNetlink) -> NamespaceTakenError | None:
-    """Who has the lock of this network namespace, as the error that `NamespaceLock` would raise; None if it is
-    free. Raises KernelError if the kernel may not be asked."""
+    """The holder of the lock of this network namespace, as the error that `NamespaceLock` would raise; None if the
+    lock is free. Raises KernelError without CAP_NET_ADMIN."""
     try:
         comment = netlink.owned_table(LOCK_TABLE)
     except PermissionError as error:
@@ -98,28 +104,30 @@ def holder(netlink: NfNetlink) -> NamespaceTakenError | None:
 
 
 def lasting_holder(netlink: NfNetlink, patience: float = PATIENCE_S) -> NamespaceTakenError | None:
-    """Like `holder`, after waiting at most `patience` seconds for the holder to end, as `NamespaceLock` does."""
+    """Waits at most `patience` seconds for the holder to end, as `NamespaceLock` does. Returns and raises like
+    `holder`."""
     deadline = time.monotonic() + patience
     while (taken := holder(netlink)) is not None and time.monotonic() < deadline:
-        time.sleep(_PAUSE_S)
+        time.sleep(_RETRY_S)
     return taken
 
 
 def require(netlink: NfNetlink) -> None:
-    """Raises KernelError if this process could not take the lock even if nobody held it; changes nothing."""
+    """Raises KernelError if this process could not take the lock even if it was free. Changes nothing."""
     if not _commit(netlink, dry_run=True):
-        holder(netlink)  # raises without CAP_NET_ADMIN; else another process has it, so this kernel can do it
+        # Raises without CAP_NET_ADMIN. Otherwise another process has the lock, so this kernel has such tables.
+        holder(netlink)
 
 
 def _commit(netlink: NfNetlink, *, dry_run: bool = False) -> bool:
-    """Makes the owned table; False if another socket owns it, or without CAP_NET_ADMIN."""
-    name = attribute(_TABLE_NAME, string(LOCK_TABLE))
+    """Makes the owned table; False if another socket owns it, or without CAP_NET_ADMIN. Raises KernelError."""
+    name = attribute(NFTA_TABLE_NAME, string(LOCK_TABLE))
     comment = string(f"portward, process {os.getpid()}")
-    owned = name + attribute(_TABLE_FLAGS, _OWNER.to_bytes(4, "big"))
-    owned += attribute(_TABLE_USERDATA, bytes((_COMMENT, len(comment))) + comment)
-    # A table of this name without an owner holds nothing back (a saved ruleset that was loaded again leaves one),
-    # and the kernel gives no owner to a table that exists: so it goes first, in the same transaction.
-    messages = [(_NEW_TABLE, name), (_DELETE_TABLE, name), (_NEW_TABLE, owned)]
+    owned = name + attribute(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER.to_bytes(4, "big"))
+    owned += attribute(NFTA_TABLE_USERDATA, bytes((NFTNL_UDATA_TABLE_COMMENT, len(comment))) + comment)
+    # A table of this name without an owner is not a lock: a saved ruleset that was loaded again leaves one. The
+    # kernel gives no owner to a table that exists, so the same transaction deletes it first.
+    messages = [(NFT_MSG_NEWTABLE, name), (NFT_MSG_DELTABLE, name), (NFT_MSG_NEWTABLE, owned)]
     try:
         netlink.commit(messages, dry_run=dry_run)
     except PermissionError:

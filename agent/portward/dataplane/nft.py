@@ -1,8 +1,9 @@
-"""The one place that runs nftables: a ruleset text goes in, nothing or a one-line error comes out.
+"""The only module that calls libnftables: a ruleset text goes in, a KernelError with one line comes out if it
+fails.
 
-libnftables is called in the process: starting the `nft` program costs some milliseconds, a call 0.3 ms. A text is
-one transaction: all of it or none. What changes all the time, the elements of sets, is written by netlink
-(`elements`).
+The library is called in the process, because a start of the `nft` program takes some milliseconds, and a call 0.3
+ms. Each text is one transaction: all of it takes effect, or nothing. The elements of sets, which change all the
+time, are written by netlink (`elements`).
 """
 
 from __future__ import annotations
@@ -24,33 +25,33 @@ from portward.dataplane.elements import Add, messages
 from portward.dataplane.ruleset import Wanted
 from portward.errors import KernelError
 
-# From nftables/libnftables.h: leave the elements of sets out of listings; print the messages of a transaction.
+# nftables/libnftables.h: NFT_CTX_OUTPUT_TERSE leaves the elements of sets out of listings, NFT_DEBUG_MNL prints
+# the messages of a transaction.
 _OUTPUT_TERSE = 1 << 11
 _DEBUG_MNL = 1 << 4
-# Marks and interface indexes are kept in the host's byte order.
+# A mark or an interface index, in the byte order of the host.
 _NUMBER: Final = struct.Struct("=I")
-# Compiled texts that are kept: a repair loads what was loaded before.
-_KEPT: Final = 4
-
-
-# The type of the message with which a transaction begins, as it is printed; a text with a mistake gives none.
-_MESSAGES: Final = b"| 00016 |"
+# Compiled texts that are cached, because a repair loads the same text again.
+_MAX_CACHED_TEXTS: Final = 4
+# The type of the message that begins a transaction (NFNL_MSG_BATCH_BEGIN), as libmnl prints it. For a text with a
+# mistake libnftables prints no messages.
+_BATCH_BEGIN_PRINTED: Final = b"| 00016 |"
 
 _log = logging.getLogger("portward.ruleset")
 
 
-# A call opens a socket to nf_tables, one to rtnetlink for interfaces, and files of names, one at a time. More are
-# held, since other threads may take some of those that are given back.
-_NEEDED, _RESERVED = 3, 8
+# A call opens a socket to nf_tables, a socket to rtnetlink, and files of names, one at a time. More descriptors
+# are reserved, because other threads may take some of those that are released for the call.
+_NEEDED_DESCRIPTORS, _RESERVED_DESCRIPTORS = 3, 8
 
 _P = ParamSpec("_P")
 _Call: TypeAlias = "Callable[Concatenate[Nft, _P], str]"
 
 
 def _library() -> ctypes.CDLL:
-    """The C library, typed; raises KernelError where Debian's libnftables1 is not installed."""
+    """The C library with the types of its functions. Raises KernelError if libnftables1 is not installed."""
     try:
-        # By its name: `find_library` would start ldconfig at each start of the agent.
+        # By its full name, because `find_library` would start ldconfig.
         lib = ctypes.CDLL("libnftables.so.1")
     except OSError as error:
         raise KernelError(f"libnftables cannot be loaded ({error}): install the package nftables") from error
@@ -72,13 +73,13 @@ def _library() -> ctypes.CDLL:
 
 
 def _with_descriptors(call: _Call[_P]) -> _Call[_P]:
-    """Refuses a call of libnftables that would get no socket: it ends the process then, by exit()."""
+    """Raises KernelError instead of calling libnftables without free descriptors, because it then calls exit()."""
 
     @functools.wraps(call)
     def ensured(self: Nft, /, *arguments: _P.args, **named: _P.kwargs) -> str:
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self.reserve.ensured(_NEEDED))
+                stack.enter_context(self.reserve.ensured(_NEEDED_DESCRIPTORS))
             except OSError as error:
                 raise KernelError(f"no descriptor is left for nftables: {error.strerror}") from error
             return call(self, *arguments, **named)
@@ -87,7 +88,7 @@ def _with_descriptors(call: _Call[_P]) -> _Call[_P]:
 
 
 class Transact(Protocol):
-    """Sends a transaction to the kernel; raises OSError, and then nothing has changed (`NfNetlink.transact`)."""
+    """`NfNetlink.transact`: sends a transaction to the kernel. Raises OSError, and then nothing has changed."""
 
     def __call__(self, messages: list[Message], *, dry_run: bool = False) -> object: ...
 
@@ -98,14 +99,15 @@ class Nft:
     _transact: Transact | None = None
 
     def __init__(self, generation: Callable[[], int] = int, transact: Transact | None = None) -> None:
-        """`generation` gives the kernel's number of ruleset transactions (`NfNetlink.generation`). With `transact`
-        libnftables only compiles what `replace`, `add`, `check` and `delete` are given, so it reads nothing of the
-        kernel's, see `compiled`. Raises KernelError where libnftables is missing."""
+        """`generation` returns the kernel's number of ruleset transactions (`NfNetlink.generation`). With
+        `transact` libnftables only compiles the texts of `replace`, `add`, `check` and `delete`, so it reads
+        nothing from the kernel (module `compiled`). Raises KernelError if libnftables is missing."""
         self._lib = _library()
         self._generation, self._transact = generation, transact
-        self._kept: dict[str, list[Message]] = {}
-        self.reserve = Reserve(_RESERVED)
-        # The generation after our last transaction, and whether one of somebody else's came between ours.
+        self._compiled_texts: dict[str, list[Message]] = {}
+        self.reserve = Reserve(_RESERVED_DESCRIPTORS)
+        # The generation after portward's last transaction, and whether another program made a transaction in
+        # between.
         self.left_at: int | None = None
         self.disturbed = False
 
@@ -116,59 +118,59 @@ class Nft:
         return context
 
     def _run(self, context: Any, text: str, *, printed: bool = False) -> str:
-        """What libnftables prints. With `printed` it does not matter what the kernel says to it."""
+        """The output of libnftables. With `printed` an error of the kernel does not matter."""
         failed = self._lib.nft_run_cmd_from_buffer(context, encoded(text))
         errors: bytes = self._lib.nft_ctx_get_error_buffer(context)
         output: bytes = self._lib.nft_ctx_get_output_buffer(context)
-        if failed and not (printed and _MESSAGES in output):
+        if failed and not (printed and _BATCH_BEGIN_PRINTED in output):
             raise KernelError(f"nft: {_first_error(_text(errors))}")
         return _text(output)
 
     def load(self, ruleset: str) -> None:
-        """Commits a whole ruleset as one transaction; raises KernelError, and then nothing has changed."""
+        """Commits a whole ruleset as one transaction. Raises KernelError, and then nothing has changed."""
         with self.committing():
             self._once(ruleset, dry_run=False)
 
     def check(self, ruleset: str, head: str = "") -> None:
-        """Asks the kernel whether it would take the ruleset, after the plain commands in `head`, without changing
-        anything; raises KernelError."""
+        """Asks the kernel whether it would take the ruleset after the plain commands in `head`. Changes nothing.
+        Raises KernelError if not."""
         if not self._sent(head, ruleset, dry_run=True):
             self._once(head + ruleset, dry_run=True)
 
     def check_replacement(self, head: str, want: Wanted) -> None:
-        """Asks the kernel whether `replace` would work, without changing anything; raises KernelError."""
+        """Asks the kernel whether `replace` would work. Changes nothing. Raises KernelError if not."""
         if not self._sent(head, want.fixed, _elements(want), dry_run=True):
             self._once(head + want.text, dry_run=True)
 
     def prepare(self, want: Wanted) -> None:
-        """Makes the next `replace` with the same `want.fixed` cost less; raises KernelError."""
+        """Compiles `want.fixed` in advance for the next `replace`. Raises KernelError."""
         if self._transact is not None:
             with contextlib.suppress(UnreadableError):
                 self._compiled(want.fixed)
 
     def replace(self, head: str, want: Wanted) -> None:
-        """Commits `want` after the plain commands in `head` as one transaction; raises KernelError, and then
+        """Commits `want` after the plain commands in `head` as one transaction. Raises KernelError, and then
         nothing has changed."""
         with self.committing():
             if not self._sent(head, want.fixed, _elements(want)):
                 self._once(head + want.text, dry_run=False)
 
     def add(self, ruleset: str) -> None:
-        """Commits a text that names nothing but what it defines itself; raises KernelError."""
+        """Commits a text that names only objects that it defines itself. Raises KernelError."""
         with self.committing():
             if not self._sent("", ruleset):
                 self._once(ruleset, dry_run=False)
 
     def create(self, table: str, ruleset: str) -> None:
-        """Commits a text that names nothing but what it defines itself, unless there is this table of family inet
-        already; raises KernelError."""
+        """Commits a text that names only objects that it defines itself. Raises KernelError, also if this table of
+        family inet exists already."""
         head = f"create table inet {table}\n"
         with self.committing():
             if not self._sent(head, ruleset):
                 self._once(head + ruleset, dry_run=False)
 
     def delete(self, table: str) -> None:
-        """Deletes a table of family inet; raises KernelError, also if there is none."""
+        """Deletes a table of family inet. Raises KernelError, also if there is none."""
         with self.committing():
             if not self._sent(f"delete table inet {table}\n", ""):
                 self._once(f"delete table inet {table}\n", dry_run=False)
@@ -176,14 +178,14 @@ class Nft:
     def _sent(
         self, head: str, text: str, more: list[tuple[int, bytes]] | None = None, *, dry_run: bool = False
     ) -> bool:
-        """Sends the messages of the plain commands in `head`, of `text`, and `more`; False without `transact`,
-        or if this libnftables prints them in another way. Raises KernelError."""
+        """Sends the messages of the plain commands in `head`, of `text`, and `more`. False without `transact`, or
+        if this libnftables prints messages in another form. Raises KernelError."""
         if self._transact is None:
             return False
         try:
             transaction = [*compiled.plain(head), *self._compiled(text), *map(compiled.inet, more or [])]
         except UnreadableError as error:
-            _log.warning("rulesets are loaded by libnftables itself: %s", error)
+            _log.warning("libnftables loads the rulesets itself: %s", error)
             self._transact = None
             return False
         try:
@@ -194,29 +196,29 @@ class Nft:
         return True
 
     def _compiled(self, text: str) -> list[Message]:
-        """The messages of a text. Raises KernelError for one that libnftables does not understand."""
+        """The messages of a text. Raises KernelError if libnftables does not understand the text."""
         if not text:
             return []
-        if text not in self._kept:
+        if text not in self._compiled_texts:
             printed = self._once(compiled.FETCH_NOTHING + text, dry_run=True, debug=_DEBUG_MNL)
-            self._kept[text] = compiled.messages(printed)
-            for old in list(self._kept)[:-_KEPT]:
-                del self._kept[old]
-        return self._kept[text]
+            self._compiled_texts[text] = compiled.messages(printed)
+            for old in list(self._compiled_texts)[:-_MAX_CACHED_TEXTS]:
+                del self._compiled_texts[old]
+        return self._compiled_texts[text]
 
     @property
     def compiles(self) -> bool:
-        """Whether all transactions of this object are those of `transact`."""
+        """Whether `transact` makes all transactions of this object."""
         return self._transact is not None
 
     def listing(self, table: str) -> str:
-        """The table as nft prints it, without the elements of its sets; raises KernelError if there is none."""
+        """The table as nft prints it, without the elements of its sets. Raises KernelError if there is none."""
         return self._once(f"list table {table}", dry_run=False, flags=_OUTPUT_TERSE)
 
     @contextmanager
     def committing(self) -> Iterator[None]:
-        """Notes whether the generation rose by more than our own transaction, which adds one or, where there is
-        nothing to change, none."""
+        """Stands around a transaction, and sets `disturbed` if the generation rises by more than this transaction
+        does. It raises the generation by one, or not at all if it changes nothing."""
         before = self._generation()
         if self.left_at is not None and before != self.left_at:
             self.disturbed = True
@@ -228,7 +230,7 @@ class Nft:
 
     @_with_descriptors
     def _once(self, text: str, *, dry_run: bool, flags: int = 0, debug: int = 0) -> str:
-        # A context of its own: `define`s outlive the command in a context.
+        # Each command has its own context, because a `define` outlives the command in its context.
         context = self._context()
         try:
             self._lib.nft_ctx_set_dry_run(context, dry_run)
@@ -248,14 +250,14 @@ def _elements(want: Wanted) -> list[tuple[int, bytes]]:
     ]
 
 
-def _text(said: bytes) -> str:
-    # nft quotes the names of interfaces, which need not be UTF-8.
-    return said.decode(errors="backslashreplace")
+def _text(output: bytes) -> str:
+    # nft prints the names of interfaces, which need not be UTF-8.
+    return output.decode(errors="backslashreplace")
 
 
 def _first_error(errors: str) -> str:
-    """The first line of what nft says, and the command that it points at."""
+    """The first line of nft's errors, and the command that it points at."""
     lines = errors.strip().splitlines() or ["failed without a word"]
-    told = lines[0].removeprefix("/dev/stdin:")
-    where = lines[1].strip().removeprefix(compiled.FETCH_NOTHING) if len(lines) > 1 else ""
-    return f"{told}: {where}" if where else told
+    message = lines[0].removeprefix("/dev/stdin:")
+    command = lines[1].strip().removeprefix(compiled.FETCH_NOTHING) if len(lines) > 1 else ""
+    return f"{message}: {command}" if command else message

@@ -1,11 +1,12 @@
-"""What other programs have in the kernel that can turn a packet into one that portward has not judged: address
-translation, rewrites without state, and chains at the priority of portward's own.
+"""Finds rules of other programs that can change a packet after portward has classified it: address translation,
+stateless rewrites, and chains at the priority of portward's own.
 
-`screen` judges destination and port as the tenant wrote them. If something behind it can change them, the ruleset
-needs the forward guard. It costs every forwarded packet a hook, so it is loaded only then. The kernel is asked
-when it says that a ruleset has changed, and every ten seconds: legacy iptables says nothing.
+`screen` classifies destination and port as the tenant wrote them. If a later rule can change them, the ruleset
+needs the forward guard. The guard costs every forwarded packet one hook, so it is loaded only then. The agent
+looks when the kernel reports a change of a ruleset, and every ten seconds, because legacy iptables reports
+nothing.
 
-Not found here: IPVS, and programs of tc and BPF. Found, but behind the guard: rewrites in hook postrouting.
+Not found: IPVS, and programs of tc and BPF. Found, although the guard comes before them: rewrites in postrouting.
 """
 
 from __future__ import annotations
@@ -19,31 +20,33 @@ from typing import Final, NamedTuple, TypeVar
 
 from portward.base.descriptors import Reserve
 from portward.base.netlink import ATTRIBUTE
+from portward.dataplane import nf_tables as nf
 from portward.dataplane.names import HOOKS, TABLE
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink
 from portward.errors import KernelError
 
 _OWN_TABLES: Final = (TABLE, f"{TABLE}_closed", LOCK_TABLE)
-# linux/netfilter.h: NFPROTO_…, the families in which packets meet our chains, and NF_INET_PRE_ROUTING.
-_FAMILIES: Final = {0: "unspec", 1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
-_ROUTED: Final = (1, 2, 10)
-_PREROUTING: Final = 0
-# xtables targets that change addresses or ports, by nft_compat (a rule of iptables-nft).
+_FAMILIES: Final = {
+    nf.NFPROTO_UNSPEC: "unspec", nf.NFPROTO_INET: "inet", nf.NFPROTO_IPV4: "ip", nf.NFPROTO_ARP: "arp",
+    nf.NFPROTO_NETDEV: "netdev", nf.NFPROTO_BRIDGE: "bridge", nf.NFPROTO_IPV6: "ip6",
+}  # fmt: skip
+# The families whose chains see the same packets as portward's chains.
+_ROUTED: Final = (nf.NFPROTO_INET, nf.NFPROTO_IPV4, nf.NFPROTO_IPV6)
+# xtables targets that change addresses or ports. A rule of iptables-nft has them by nft_compat.
 _TARGETS: Final = frozenset({"DNAT", "SNAT", "MASQUERADE", "NETMAP", "REDIRECT", "TPROXY"})
-# The tables of legacy iptables that are in use, root's to read, or the group's that the unit gives them to.
+# The names of the tables of legacy iptables in use. Root can read the files, and the group that the unit gives
+# them.
 _LEGACY: Final = (Path("/proc/thread-self/net/ip_tables_names"), Path("/proc/thread-self/net/ip6_tables_names"))
-# nft_payload: attributes base, offset, length, source register; bases link, network and transport header.
-_BASE, _OFFSET, _LENGTH, _SOURCE_REGISTER = 2, 3, 4, 5
-_LINK, _NETWORK, _TRANSPORT = 0, 1, 2
-_LINK_END: Final = 14
-# Where the destination begins in an IPv4 header; before it are type of service, length, time to live and source.
-_DESTINATION: Final = 16
-# The ports are the first bytes of the transport header.
-_PORTS_END: Final = 4
-_TARGET_NAME: Final = 1
-# Bytes of which a rule that writes has at least one: names of expressions, and the header of a source register.
-WRITING: Final = (b"nat\0", b"redir\0", b"tproxy\0", b"target\0", ATTRIBUTE.pack(8, _SOURCE_REGISTER))
+# Bytes of an Ethernet header.
+_LINK_HEADER_BYTES: Final = 14
+# The offset of the destination in an IPv4 header. Before it are type of service, length, time to live and source.
+_DESTINATION_OFFSET: Final = 16
+# The two ports are the first bytes of the transport header.
+_PORTS_BYTES: Final = 4
+# A rule that writes into packets contains one of these: the name of an expression, or the header of the attribute
+# for the source register of a payload expression (eight bytes with its value).
+WRITING: Final = (b"nat\0", b"redir\0", b"tproxy\0", b"target\0", ATTRIBUTE.pack(8, nf.NFTA_PAYLOAD_SREG))
 
 _T = TypeVar("_T")
 
@@ -51,10 +54,11 @@ _log = logging.getLogger("portward")
 
 
 class Others(NamedTuple):
-    """What was found, each as a line for the operator."""
+    """The rules of other programs that matter, each as a line for the operator: `translating` are those that
+    change packets, `beside` are chains at the priority of portward's own."""
 
     translating: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()  # chains at the priority of portward's own
+    beside: tuple[str, ...] = ()
 
     @property
     def guard(self) -> bool:
@@ -63,7 +67,7 @@ class Others(NamedTuple):
 
     @property
     def why(self) -> tuple[str, ...]:
-        """The lines that say why."""
+        """The reasons for the forward guard."""
         return self.translating + self.beside
 
 
@@ -71,9 +75,9 @@ NO_OTHERS: Final = Others()
 
 
 def look(netlink: NfNetlink, legacy: Iterable[Path] | None = None) -> Others:
-    """What others have in the network namespace of the calling thread; raises OSError. The rules are read only if
-    no chain says enough: a host with kube-proxy has tens of thousands of them, and chains for address translation.
-    """
+    """The rules of other programs in the network namespace of the calling thread. Raises OSError. The rules are
+    read only if no chain is a reason by itself: a host with kube-proxy has tens of thousands of rules, but also
+    chains for address translation. `legacy` are the files of legacy iptables."""
     read, whole = _read(netlink.chains())
     chains = [chain for chain in read if not _ours(chain)]
     translating = [*_nat(chains), *_legacy(_LEGACY if legacy is None else legacy)]
@@ -81,26 +85,26 @@ def look(netlink: NfNetlink, legacy: Iterable[Path] | None = None) -> Others:
         expressions, all_rules = _read(netlink.expressions(WRITING))
         translating, whole = list(dict.fromkeys(_rewriting(expressions))), whole and all_rules
     found = Others(tuple(translating), tuple(_beside(chains)))
-    # What was found is there, whatever was missed.
+    # An incomplete reading is good enough if it has found a reason.
     if not whole and not found.guard:
         raise InterruptedError(errno.EINTR, "the rulesets change faster than they can be read")
     return found
 
 
 def _read(rows: Iterable[_T]) -> tuple[list[_T], bool]:
-    """The rows, and whether they are all that there are: others may change their rules faster than they can be
-    read."""
+    """The rows, and whether they are complete. They are not if other programs change their rules faster than they
+    can be read."""
     found: list[_T] = []
     try:
         for row in rows:
-            found.append(row)  # what was read before an error counts
+            found.append(row)  # one by one, because the rows before an error count
     except InterruptedError:
         return found, False
     return found, True
 
 
 def seen(netlink: NfNetlink) -> Others:
-    """As `look`; if the kernel does not say, the guard is needed."""
+    """The same as `look`. If the kernel cannot be read, that is a reason for the guard."""
     try:
         return look(netlink)
     except (OSError, KernelError) as error:
@@ -108,29 +112,29 @@ def seen(netlink: NfNetlink) -> Others:
 
 
 class OthersMonitor:
-    """What others have in the kernel, as it was last found. Each line is logged when it is new. `found`, and
-    `looked_at` (when that was, by the monotonic clock), may be read on any thread."""
+    """The rules of other programs, as they were last found. Each reason is logged when it is new. `found` and
+    `looked_at` (the time by the monotonic clock, in seconds) may be read on any thread."""
 
     def __init__(self, netlink: NfNetlink) -> None:
-        """`netlink` belongs to the thread that calls `look`."""
+        """`netlink` must belong to the thread that calls `look`."""
         self._netlink = netlink
         self.found, self.looked_at = NO_OTHERS, 0.0
-        # For the files of legacy iptables: what cannot be read counts as in use.
+        # Descriptors for the files of legacy iptables: a file that cannot be read counts as a reason.
         self._reserve = Reserve(2)
 
     def look(self) -> bool:
-        """Looks again; whether the ruleset needs the forward guard."""
+        """Looks again. Returns whether the ruleset needs the forward guard."""
         self.looked_at = time.monotonic()
         with self._reserve.lent():
             found = seen(self._netlink)
         for line in found.why:
             if line not in self.found.why:
-                _log.warning("%s: what is forwarded is judged again (forward guard)", line)
+                _log.warning("%s: forwarded packets are classified again (forward guard)", line)
         for line in self.found.why:
             if line not in found.why:
-                _log.info("no more so: %s", line)
+                _log.info("no longer: %s", line)
         if self.found.guard and not found.guard:
-            _log.info("nobody else translates packets any more: the forward guard is taken out")
+            _log.info("no other program translates packets any more: the forward guard is removed")
         self.found = found
         return found.guard
 
@@ -140,17 +144,17 @@ def _ours(found: Chain | Expression) -> bool:
 
 
 def _nat(chains: list[Chain]) -> Iterator[str]:
-    """The first such chain of each table. Also one that translates only sources: answers to what it let in are
-    translated back, to an address that `screen` has not seen."""
+    """The first nat chain of each table. A chain that translates only sources counts too: answers to packets that
+    it let in are translated back, to an address that `screen` has not seen."""
     tables = {(chain.family, chain.table): chain for chain in reversed(chains) if chain.type == "nat"}
     for chain in reversed(tables.values()):
         yield f"{_called(chain)} translates addresses"
 
 
 def _beside(chains: list[Chain]) -> Iterator[str]:
-    places = set(HOOKS.values())
+    own = set(HOOKS.values())
     for chain in chains:
-        if chain.family in _ROUTED and (chain.hook, chain.priority) in places:
+        if chain.family in _ROUTED and (chain.hook, chain.priority) in own:
             yield f"{_called(chain)} stands at portward's own priority ({chain.priority} in prerouting)"
 
 
@@ -161,7 +165,7 @@ def _legacy(files: Iterable[Path]) -> Iterator[str]:
                 yield f"legacy iptables has a table nat ({file.name})"
         except FileNotFoundError:
             continue
-        except OSError as error:  # it is in use, and what it does cannot be known
+        except OSError as error:  # legacy iptables is in use, and may translate
             yield f"legacy iptables is in use, and {file} cannot be read ({error.strerror})"
 
 
@@ -173,21 +177,23 @@ def _rewriting(expressions: Iterable[Expression]) -> Iterator[str]:
 
 
 def _written(found: Expression) -> str:
-    """What an expression writes into a packet; empty if neither address nor port."""
+    """What an expression writes into a packet; empty if it writes neither address nor port."""
     if found.name in ("nat", "redir", "tproxy"):
         return "addresses"
     if found.name == "target":
-        target = found.attributes.get(_TARGET_NAME, b"").rstrip(b"\0").decode(errors="replace")
+        target = found.attributes.get(nf.NFTA_TARGET_NAME, b"").rstrip(b"\0").decode(errors="replace")
         return f"addresses (target {target})" if target in _TARGETS else ""
-    if found.name != "payload" or _SOURCE_REGISTER not in found.attributes:
+    if found.name != "payload" or nf.NFTA_PAYLOAD_SREG not in found.attributes:
         return ""
-    base, offset, length = (_number(found.attributes, kind) for kind in (_BASE, _OFFSET, _LENGTH))
-    if base == _NETWORK:
-        return "addresses" if offset + length > _DESTINATION else ""
-    if base == _TRANSPORT:
-        return "ports" if offset < _PORTS_END else ""
-    # An offset can lead out of the link header.
-    return "bytes of any header" if base != _LINK or offset + length > _LINK_END else ""
+    kinds = (nf.NFTA_PAYLOAD_BASE, nf.NFTA_PAYLOAD_OFFSET, nf.NFTA_PAYLOAD_LEN)
+    base, offset, length = (_number(found.attributes, kind) for kind in kinds)
+    if base == nf.NFT_PAYLOAD_NETWORK_HEADER:
+        return "addresses" if offset + length > _DESTINATION_OFFSET else ""
+    if base == nf.NFT_PAYLOAD_TRANSPORT_HEADER:
+        return "ports" if offset < _PORTS_BYTES else ""
+    # An offset can reach beyond the link header.
+    beyond = base != nf.NFT_PAYLOAD_LL_HEADER or offset + length > _LINK_HEADER_BYTES
+    return "bytes of any header" if beyond else ""
 
 
 def _number(attributes: dict[int, bytes], kind: int) -> int:

@@ -1,8 +1,8 @@
-"""The queue step on kernels without nft_queue: the xtables target NFQUEUE, in our own chains.
+"""The queue statement on kernels without nft_queue: the xtables target NFQUEUE in portward's own chains.
 
-The kernel's nft_compat runs an xtables target as an expression of an nftables rule; that is how iptables works on
-Debian. nft itself has no words for it, so the rules are written by netlink. They stand where nft's own `queue`
-would, and a packet meets no hook more.
+The kernel's nft_compat runs an xtables target as an expression of an nftables rule. Debian's iptables works this
+way. nft has no syntax for it, so these rules are written by netlink. They stand in the same place as nft's own
+`queue` statement, so a packet passes no additional hook.
 """
 
 from __future__ import annotations
@@ -13,6 +13,23 @@ from typing import Final
 
 from portward.base.netlink import attribute, nest, string
 from portward.dataplane.names import TABLE
+from portward.dataplane.nf_tables import (
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWRULE,
+    NFT_MSG_NEWTABLE,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_TABLE,
+    NFTA_EXPR_DATA,
+    NFTA_EXPR_NAME,
+    NFTA_LIST_ELEM,
+    NFTA_RULE_CHAIN,
+    NFTA_RULE_EXPRESSIONS,
+    NFTA_RULE_TABLE,
+    NFTA_TABLE_NAME,
+    NFTA_TARGET_INFO,
+    NFTA_TARGET_NAME,
+    NFTA_TARGET_REV,
+)
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.ruleset import QueueStatement
@@ -22,15 +39,15 @@ _PROBE_TABLE: Final = "portward_probe"
 _PROBE: Final = (
     f"table inet {_PROBE_TABLE} {{ chain probe {{ type filter hook prerouting priority 0; queue to 0; }}; }}\n"
 )
-_NEW_TABLE, _NEW_CHAIN, _NEW_RULE = 0, 3, 6  # linux/netfilter/nf_tables.h
-# struct xt_NFQ_info_v3 (linux/netfilter/xt_NFQUEUE.h): first queue, how many, flags; padded as xtables aligns it.
-_INFO = struct.Struct("=HHH2x")
+# struct xt_NFQ_info_v3 (linux/netfilter/xt_NFQUEUE.h): first queue, number of queues, flags; padded to eight
+# bytes, as xtables aligns it.
+_INFO: Final = struct.Struct("=HHH2x")
 _REVISION: Final = 3
-_BYPASS: Final = 1
+_BYPASS: Final = 1  # NFQ_FLAG_BYPASS
 
 
 def has_native_queue(nft: Nft) -> bool:
-    """Whether the kernel takes nft's own `queue` statement; nothing is loaded to find out."""
+    """Whether the kernel takes nft's own `queue` statement. A dry run finds out, so nothing is loaded."""
     try:
         nft.check(_PROBE)
     except KernelError:
@@ -39,12 +56,13 @@ def has_native_queue(nft: Nft) -> bool:
 
 
 def require(netlink: NfNetlink) -> None:
-    """Raises KernelError where the kernel does not take the xtables target either; changes nothing."""
-    table = attribute(1, string(_PROBE_TABLE))
+    """Raises KernelError if the kernel does not take the xtables target either. Changes nothing."""
+    table = attribute(NFTA_TABLE_NAME, string(_PROBE_TABLE))
+    chain = attribute(NFTA_CHAIN_TABLE, string(_PROBE_TABLE)) + attribute(NFTA_CHAIN_NAME, string("probe"))
     messages = [
-        (_NEW_TABLE, table),
-        (_NEW_CHAIN, table + attribute(3, string("probe"))),
-        (_NEW_RULE, _rule(_PROBE_TABLE, QueueStatement("probe", 0, 1))),
+        (NFT_MSG_NEWTABLE, table),
+        (NFT_MSG_NEWCHAIN, chain),
+        (NFT_MSG_NEWRULE, _rule(_PROBE_TABLE, QueueStatement("probe", 0, 1))),
     ]
     try:
         netlink.commit(messages, dry_run=True)
@@ -55,16 +73,24 @@ def require(netlink: NfNetlink) -> None:
 
 
 def install(netlink: NfNetlink, statements: Iterable[QueueStatement]) -> None:
-    """Adds each statement to its chain of the loaded table, in one transaction; raises KernelError."""
+    """Adds each statement to its chain of the loaded table, in one transaction. Raises KernelError."""
     try:
-        netlink.commit([(_NEW_RULE, _rule(TABLE, statement)) for statement in statements])
+        netlink.commit([(NFT_MSG_NEWRULE, _rule(TABLE, statement)) for statement in statements])
     except OSError as error:
         raise KernelError(f"the kernel does not take the target NFQUEUE: {error.strerror}") from error
 
 
 def _rule(table: str, statement: QueueStatement) -> bytes:
-    """The attributes of a rule whose one expression is the target."""
+    """The attributes of a rule with the target as its only expression."""
     info = _INFO.pack(statement.first, statement.queues, _BYPASS if statement.bypass else 0)
-    target = attribute(1, string("NFQUEUE")) + attribute(2, struct.pack(">I", _REVISION)) + attribute(3, info)
-    expression = attribute(1, string("target")) + nest(2, target)
-    return attribute(1, string(table)) + attribute(2, string(statement.chain)) + nest(4, nest(1, expression))
+    target = (
+        attribute(NFTA_TARGET_NAME, string("NFQUEUE"))
+        + attribute(NFTA_TARGET_REV, struct.pack(">I", _REVISION))
+        + attribute(NFTA_TARGET_INFO, info)
+    )
+    expression = attribute(NFTA_EXPR_NAME, string("target")) + nest(NFTA_EXPR_DATA, target)
+    return (
+        attribute(NFTA_RULE_TABLE, string(table))
+        + attribute(NFTA_RULE_CHAIN, string(statement.chain))
+        + nest(NFTA_RULE_EXPRESSIONS, nest(NFTA_LIST_ELEM, expression))
+    )

@@ -42,7 +42,7 @@ def test_a_device_above_a_segment_is_logged_once_until_it_is_gone(
             assert len(lookout.warnings) == bool(devices)
     levels = [record.levelno for record in caplog.records]
     assert levels == [logging.ERROR, logging.INFO, logging.ERROR], "that it is gone is logged too"
-    assert caplog.messages[1] == f"no more so: {caplog.messages[0]}"
+    assert caplog.messages[1] == f"no longer: {caplog.messages[0]}"
 
 
 def test_ports_stay_while_the_kernel_does_not_say_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def asking(*answers: list[list[tuple[int, int, int, bytes]]]) -> tuple[NfNetlink
     netlink = NfNetlink.__new__(NfNetlink)
     kernel = Kernel(*answers)
     netlink._socket = kernel  # type: ignore[assignment]
-    netlink._sequence, netlink._largest = 0, 1_000
+    netlink._sequence, netlink._max_sent = 0, 1_000
     return netlink, kernel
 
 

@@ -165,6 +165,6 @@ def test_what_ends_is_logged_as_what_began(caplog: pytest.LogCaptureFixture) -> 
     assert not watch.look()
     assert [message.split(":")[0] for message in caplog.messages] == [
         "table ip nat, chain c, translates addresses",
-        "no more so",
-        "nobody else translates packets any more",
+        "no longer",
+        "no other program translates packets any more",
     ]
