@@ -1,16 +1,16 @@
-"""A fake of the kernel's nf_tables as portward uses it, so that all that writes it can be tested without root.
+"""A fake of the kernel's nf_tables as portward uses it, for tests without root of all code that writes the kernel.
 
-`FakeKernel` is one network namespace. `netlink()` and `nft()` give what stands in the place of `NfNetlink` and
-`Nft`: the real classes, with the kernel behind them replaced. `tests/kernel/test_fake.py` runs the same commands
-here and in the kernel, and compares.
+`FakeKernel` is one network namespace. `netlink()` and `nft()` return the real classes `NfNetlink` and `Nft` with
+the kernel replaced. `tests/kernel/test_fake.py` runs the same commands on the fake and in the kernel, and
+compares.
 
-What holds, as in the kernel: a transaction is all or nothing and raises the generation by one, or not at all if it
-changes nothing. A full set refuses another element (ENFILE), also for an element that has expired and was not
-collected. To delete an element that is not there, or has expired, fails (ENOENT). A table with an owner belongs to
-one socket (EPERM). Rules are opaque text: the fake passes no packets.
+What holds, as in the kernel: a transaction is all or nothing. It raises the generation by one, or not at all if it
+changes nothing. A full set refuses another element (ENFILE); an element that has expired and was not collected
+still takes room. The deletion of an element that is missing or has expired fails (ENOENT). A table with an owner
+belongs to one socket (EPERM). Rules are opaque text: no packet passes the fake.
 
-Each committed transaction stands in `journal`. A test puts faults in beforehand: `refuse`, `meanwhile`, `die`,
-`unreadable`, `overlook`, `permitted`.
+`journal` has each committed transaction. A test prepares faults with `refuse`, `meanwhile`, `die`, `unreadable`,
+`overlook` and `permitted`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import struct
 from collections.abc import Callable, Container, Iterable, Iterator
 from hashlib import blake2b
 from math import inf
-from typing import Final, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from portward.base.netlink import attribute, attributes_of, nest, string
 from portward.dataplane import faketext
+from portward.dataplane import nf_tables as nf
 from portward.dataplane.elements import (
     Add,
     AddLimit,
@@ -43,27 +44,24 @@ from portward.dataplane.nft import Nft
 from portward.dataplane.setdump import SetElement, SetRow
 from portward.errors import KernelError
 
-_INET: Final = 1  # NFPROTO_INET
-_OWNER: Final = 2  # NFT_TABLE_F_OWNER
+
+class ProcessDied(BaseException):  # no code under test may catch it
+    """The process ended right after a transaction; see `FakeKernel.die`."""
 
 
-class ProcessDied(BaseException):  # nothing of the code under test may catch it
-    """The process was ended right after a transaction; see `FakeKernel.die`."""
-
-
-# nft's text, or what netlink messages do: changes of elements, or in words.
+# nft's text; or what netlink messages do: changes of elements, or a description.
 Done: TypeAlias = str | tuple[Change | str, ...]
 
 
 class Transaction(NamedTuple):
-    """What was committed, and the generation that it led to."""
+    """A committed transaction, and the generation after it."""
 
     done: Done
     generation: int
 
 
 class FakeKernel:
-    """One network namespace. `native`: whether it has nft_queue; `xtables`: whether it has the xtables target."""
+    """One network namespace. `native`: it has nft_queue. `xtables`: it has the xtables target NFQUEUE."""
 
     def __init__(self, *, native: bool = True, xtables: bool = True) -> None:
         self.native, self.xtables = native, xtables
@@ -72,7 +70,8 @@ class FakeKernel:
         self.now = 1_000.0  # seconds
         self.permitted = True
         self.journal: list[Transaction] = []
-        self.history: list[dict[str, FakeTable]] = []  # the tables after each transaction of the journal
+        # The tables after each transaction of the journal.
+        self.history: list[dict[str, FakeTable]] = []
         self._faults: list[tuple[int, Callable[[], object]]] = []
         self._unreadable: list[int] = []
         self._overlooked: dict[str, set[bytes]] = {}
@@ -91,34 +90,34 @@ class FakeKernel:
     # --- faults ---
 
     def refuse(self, number: int, *, after: int = 0, times: int = 1) -> None:
-        """The kernel refuses `times` transactions with this errno, once `after` more were tried."""
+        """Lets the kernel refuse `times` transactions with this errno, after `after` more attempts."""
         for place in range(after, after + times):
             self._faults.append((place, lambda: refuse(number)))
 
     def meanwhile(self, work: Callable[[], object], *, after: int = 0) -> None:
-        """Another program's work, right before a transaction, once `after` more were tried."""
+        """Runs another program's work right before a transaction, after `after` more attempts."""
         self._faults.append((after, work))
 
     def die(self, after: int | None) -> None:
-        """The process ends (ProcessDied) right after `after` more transactions; None: it lives on."""
+        """Raises ProcessDied right after `after` more transactions; None: not at all."""
         self._dies_after = after
 
     def unreadable(self, number: int, times: int = 1) -> None:
-        """The next readings of elements fail with this errno."""
+        """Lets the next `times` readings of elements fail with this errno."""
         self._unreadable += [number] * times
 
     def overlook(self, set_: str, keys: Iterable[bytes]) -> None:
-        """The next reading of a set misses these keys, as a reading that the kernel's collector disturbs."""
+        """Lets the next reading of a set miss these keys, as if the kernel's collector had disturbed it."""
         self._overlooked[set_] = set(keys)
 
     def collect(self) -> None:
-        """Takes expired elements out, as the kernel does from time to time."""
+        """Deletes expired elements, as the kernel does once a second."""
         for table in self.tables.values():
             for set_ in table.sets.values():
                 set_.elements = {key: one for key, one in set_.elements.items() if one.expires > self.now}
 
     def learn(self, set_: str, key: bytes, packets: int = 0, table: str = "portward") -> bool:
-        """A packet puts a key into a set, which is no transaction; False if the set is full."""
+        """Lets a packet put a key into a set, which is no transaction. False if the set is full."""
         found = self.tables[table].sets[set_]
         if key not in found.elements and found.size and len(found.elements) >= found.size:
             return False
@@ -130,8 +129,8 @@ class FakeKernel:
     def transact(
         self, work: Callable[[Draft], None], done: Callable[[], Done], socket: object, *, dry_run: bool = False
     ) -> None:
-        """Does `work` on a draft of the tables, which `socket` asks for; `done` is what the journal says of it.
-        Raises OSError, and then nothing has changed."""
+        """Does `work` on a draft of the tables for `socket`. `done` returns the entry of the journal. Raises
+        OSError, and then nothing has changed."""
         if not self.permitted:
             refuse(errno.EPERM)
         if not dry_run:
@@ -151,11 +150,11 @@ class FakeKernel:
                 raise ProcessDied
 
     def state(self) -> dict[str, FakeTable]:
-        """The tables as they are now, which later transactions do not change."""
+        """A copy of the tables."""
         return {name: table.copy() for name, table in self.tables.items()}
 
     def release(self, socket: object) -> None:
-        """A socket is closed: its tables go."""
+        """Closes a socket, which deletes its tables."""
         self.tables = {name: table for name, table in self.tables.items() if table.owner is not socket}
 
     def _inject(self) -> None:
@@ -165,13 +164,13 @@ class FakeKernel:
             fault()
 
     def load(self, text: str, socket: object = None) -> None:
-        """Another program's `nft -f`; raises KernelError."""
+        """Runs `nft -f` of another program. Raises KernelError."""
         FakeNft(self, lambda: self.generation, socket).load(text)
 
     # --- readings ---
 
     def read(self, table: str, set_: str) -> list[SetElement]:
-        """The elements of a set that have not expired; raises OSError."""
+        """The elements of a set that have not expired. Raises OSError."""
         if not self.permitted:
             refuse(errno.EPERM)
         if self._unreadable:
@@ -184,7 +183,7 @@ class FakeKernel:
         ]
 
     def found(self, table: str, set_: str) -> FakeSet:
-        """A set as it stands; raises FileNotFoundError."""
+        """A set with all its elements. Raises FileNotFoundError."""
         if table not in self.tables or set_ not in self.tables[table].sets:
             refuse(errno.ENOENT)
         return self.tables[table].sets[set_]
@@ -205,7 +204,7 @@ class FakeNft(Nft):
         self.disturbed = False
 
     def _once(self, text: str, *, dry_run: bool, flags: int = 0, debug: int = 0) -> str:
-        assert not debug  # noqa: S101 # nothing is compiled
+        assert not debug  # noqa: S101 # without `transact` no text is compiled
         try:
             if text.startswith("list table "):
                 return self._listed(text.removeprefix("list table inet "))
@@ -262,7 +261,7 @@ class FakeNetlink(NfNetlink):
             found = self._table(table)
             for name, chain in {} if found is None else found.chains.items():
                 if chain.base is not None:
-                    yield Chain(_INET, table, name, *chain.base)
+                    yield Chain(nf.NFPROTO_INET, table, name, *chain.base)
 
     def expressions(self, holding: tuple[bytes, ...]) -> Iterator[Expression]:
         """None, since rules are opaque here."""
@@ -314,7 +313,7 @@ class FakeNetlink(NfNetlink):
         return blake2b(repr(what).encode(), digest_size=16).digest()
 
     def expect(self, messages: int) -> None:
-        """See `NfNetlink`: here there is room for all."""
+        """See `NfNetlink`. The fake has room for all reports."""
 
     def commit(
         self, messages: Iterable[tuple[int, bytes]], *, dry_run: bool = False, reported: Container[int] = ()
@@ -333,19 +332,21 @@ class FakeNetlink(NfNetlink):
 
     def _do(self, draft: Draft, kind: int, body: bytes) -> None:
         attributes = dict(attributes_of(body))
-        table = _text(attributes[1])
+        table = _text(attributes[nf.NFTA_TABLE_NAME])  # the same attribute in all messages
         match kind:
-            case 0:  # NFT_MSG_NEWTABLE: name, flags, user data with the comment
-                owned = attributes.get(2) == struct.pack(">I", _OWNER)
-                draft.add_table(table, "owner" if owned else "", _text(attributes.get(6, b"")[2:]))
-            case 2:  # NFT_MSG_DELTABLE
+            case nf.NFT_MSG_NEWTABLE:
+                owned = attributes.get(nf.NFTA_TABLE_FLAGS) == struct.pack(">I", nf.NFT_TABLE_F_OWNER)
+                comment = _text(attributes.get(nf.NFTA_TABLE_USERDATA, b"")[2:])
+                draft.add_table(table, "owner" if owned else "", comment)
+            case nf.NFT_MSG_DELTABLE:
                 draft.delete_table(table)
-            case 3:  # NFT_MSG_NEWCHAIN: table, handle, name
-                draft.add_chain(table, _text(attributes[3]))
-            case 6 if b"NFQUEUE" in attributes[4]:  # NFT_MSG_NEWRULE: table, chain, handle, expressions
+            case nf.NFT_MSG_NEWCHAIN:
+                draft.add_chain(table, _text(attributes[nf.NFTA_CHAIN_NAME]))
+            case nf.NFT_MSG_NEWRULE if b"NFQUEUE" in attributes[nf.NFTA_RULE_EXPRESSIONS]:
                 if not self._kernel.xtables:
                     refuse(errno.ENOENT)
-                draft.insert_rule(table, _text(attributes[2]), f"xtables {attributes[4].hex()}")
+                chain, target = _text(attributes[nf.NFTA_RULE_CHAIN]), attributes[nf.NFTA_RULE_EXPRESSIONS]
+                draft.insert_rule(table, chain, f"xtables {target.hex()}")
             case _:
                 change = _change(kind, attributes)
                 draft.change(table, change)
@@ -357,57 +358,84 @@ class FakeNetlink(NfNetlink):
 
 
 def _read(messages: Iterable[tuple[int, bytes]]) -> Iterator[Change | str]:
-    """What messages do, for the journal."""
-    names = {0: "add table", 2: "delete table", 3: "add chain", 6: "add rule"}
+    """The entry of the journal for these messages."""
+    names = {
+        nf.NFT_MSG_NEWTABLE: "add table", nf.NFT_MSG_DELTABLE: "delete table",
+        nf.NFT_MSG_NEWCHAIN: "add chain", nf.NFT_MSG_NEWRULE: "add rule",
+    }  # fmt: skip
     for kind, body in messages:
         attributes = dict(attributes_of(body))
-        if kind in names and (kind != 6 or b"NFQUEUE" in attributes[4]):
-            yield f"{names[kind]} {_text(attributes[1])}"
+        is_change = kind == nf.NFT_MSG_NEWRULE and b"NFQUEUE" not in attributes[nf.NFTA_RULE_EXPRESSIONS]
+        if kind in names and not is_change:
+            yield f"{names[kind]} {_text(attributes[nf.NFTA_TABLE_NAME])}"
         else:
             yield _change(kind, attributes)
 
 
 def _change(kind: int, attributes: dict[int, bytes]) -> Change:
     """The change that a message about elements or objects makes; the reverse of `elements.messages`."""
-    name = _text(attributes[2])
+    name = _text(attributes[nf.NFTA_SET_ELEM_LIST_SET])  # the same attribute as of chains and objects
     match kind:
-        case 6:  # NFT_MSG_NEWRULE: table, chain, handle, the expressions meta, lookup and immediate
-            _, lookup, immediate = (dict(attributes_of(one)) for _, one in attributes_of(attributes[4]))
-            set_, verdict = dict(attributes_of(lookup[2]))[1], dict(attributes_of(immediate[2]))[2]
-            return InsertRule(name, _text(set_), _text(dict(attributes_of(dict(attributes_of(verdict))[2]))[2]))
-        case 8:  # NFT_MSG_DELRULE: table, chain, handle
-            return DeleteRule(name, int.from_bytes(attributes[3], "big"))
-        case 12:  # NFT_MSG_NEWSETELEM: table, set, elements
-            found = list(_elements(attributes[3]))
+        case nf.NFT_MSG_NEWRULE:
+            return _inserted(name, attributes[nf.NFTA_RULE_EXPRESSIONS])
+        case nf.NFT_MSG_DELRULE:
+            return DeleteRule(name, int.from_bytes(attributes[nf.NFTA_RULE_HANDLE], "big"))
+        case nf.NFT_MSG_NEWSETELEM:
+            found = list(_elements(attributes[nf.NFTA_SET_ELEM_LIST_ELEMENTS]))
             if any(limit for _, limit in found):
                 return Draw(name, dict(found))
             return Add(name, [key for key, _ in found])
-        case 14:  # NFT_MSG_DELSETELEM: the same; all elements if there are none in it
-            return Delete(name, [key for key, _ in _elements(attributes[3])]) if 3 in attributes else Flush(name)
-        case 18:  # NFT_MSG_NEWOBJ: table, name, type, data
-            data = dict(attributes_of(attributes[4]))
-            return AddLimit(name, int.from_bytes(data[1], "big"), int.from_bytes(data[3], "big"))
-        case 20:  # NFT_MSG_DELOBJ
+        case nf.NFT_MSG_DELSETELEM:
+            elements = attributes.get(nf.NFTA_SET_ELEM_LIST_ELEMENTS)
+            return Flush(name) if elements is None else Delete(name, [key for key, _ in _elements(elements)])
+        case nf.NFT_MSG_NEWOBJ:
+            data = dict(attributes_of(attributes[nf.NFTA_OBJ_DATA]))
+            rate, burst = data[nf.NFTA_LIMIT_RATE], data[nf.NFTA_LIMIT_BURST]
+            return AddLimit(name, int.from_bytes(rate, "big"), int.from_bytes(burst, "big"))
+        case nf.NFT_MSG_DELOBJ:
             return DeleteLimit(name)
     raise NotImplementedError(f"the fake knows no message {kind}")
 
 
+def _inserted(chain: str, expressions: bytes) -> InsertRule:
+    """The rule of the expressions meta, lookup and immediate."""
+    _, lookup, immediate = (
+        dict(attributes_of(dict(attributes_of(one))[nf.NFTA_EXPR_DATA])) for _, one in attributes_of(expressions)
+    )
+    verdict = dict(attributes_of(dict(attributes_of(immediate[nf.NFTA_IMMEDIATE_DATA]))[nf.NFTA_DATA_VERDICT]))
+    return InsertRule(chain, _text(lookup[nf.NFTA_LOOKUP_SET]), _text(verdict[nf.NFTA_VERDICT_CHAIN]))
+
+
 def _reports(draft: Draft, body: bytes) -> Iterator[bytes]:
-    """What the kernel reports of the elements that a message deletes, as far as portward reads it."""
+    """The kernel's reports of the elements that a message deletes, as far as portward reads them."""
     attributes = dict(attributes_of(body))
-    held = draft.set(_text(attributes[1]), _text(attributes[2])).elements
-    for key in [key for key, _ in _elements(attributes[3])] if 3 in attributes else [*held]:
-        if key in held:
-            counter = attribute(1, bytes(8)) + attribute(2, struct.pack(">Q", held[key].packets))
-            element = nest(1, attribute(1, key)) + nest(7, attribute(1, string("counter")) + nest(2, counter))
-            yield attribute(1, attributes[1]) + attribute(2, attributes[2]) + nest(3, nest(1, element))
+    table, set_ = attributes[nf.NFTA_SET_ELEM_LIST_TABLE], attributes[nf.NFTA_SET_ELEM_LIST_SET]
+    present = draft.set(_text(table), _text(set_)).elements
+    deleted = attributes.get(nf.NFTA_SET_ELEM_LIST_ELEMENTS)
+    for key in [*present] if deleted is None else [key for key, _ in _elements(deleted)]:
+        if key in present:
+            element = nest(nf.NFTA_LIST_ELEM, _counted_element(key, present[key].packets))
+            yield (
+                attribute(nf.NFTA_SET_ELEM_LIST_TABLE, table)
+                + attribute(nf.NFTA_SET_ELEM_LIST_SET, set_)
+                + nest(nf.NFTA_SET_ELEM_LIST_ELEMENTS, element)
+            )
+
+
+def _counted_element(key: bytes, packets: int) -> bytes:
+    counter = attribute(nf.NFTA_COUNTER_BYTES, bytes(8)) + attribute(
+        nf.NFTA_COUNTER_PACKETS, struct.pack(">Q", packets)
+    )
+    expression = attribute(nf.NFTA_EXPR_NAME, string("counter")) + nest(nf.NFTA_EXPR_DATA, counter)
+    return nest(nf.NFTA_SET_ELEM_KEY, attribute(nf.NFTA_DATA_VALUE, key)) + nest(nf.NFTA_SET_ELEM_EXPR, expression)
 
 
 def _elements(nested: bytes) -> Iterator[tuple[bytes, str]]:
     """Key and object of each element in a message."""
     for _, element in attributes_of(nested):
         parts = dict(attributes_of(element))
-        yield dict(attributes_of(parts[1]))[1], _text(parts.get(9, b""))
+        key = dict(attributes_of(parts[nf.NFTA_SET_ELEM_KEY]))[nf.NFTA_DATA_VALUE]
+        yield key, _text(parts.get(nf.NFTA_SET_ELEM_OBJREF, b""))
 
 
 def _text(value: bytes) -> str:

@@ -1,6 +1,6 @@
-"""The tables of the fake of the kernel (`fake`), and what a transaction does to them. Pure.
+"""The tables of the fake kernel (`fake`), and what a transaction does to them. Pure.
 
-Every refusal is an OSError with the errno that the kernel gives.
+Every refusal is an OSError with the errno of the kernel.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def refuse(number: int) -> NoReturn:
 
 
 def handle(rule: str) -> int:
-    """The handle of a rule, which equal rules share here."""
+    """The handle of a rule. Equal rules share a handle in the fake."""
     return crc32(rule.encode())
 
 
 class FakeElement(NamedTuple):
-    """An element: when it expires by the fake's clock, packets counted, and the object that a map gives."""
+    """An element: its expiry by the fake's clock in seconds, packets counted, and the object that a map
+    assigns."""
 
     expires: float = inf
     packets: int = 0
@@ -78,7 +79,7 @@ class FakeTable:
     counters: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> FakeTable:
-        """A copy that a transaction may change."""
+        """A copy that shares nothing with this table."""
         return replace(
             self,
             chains={name: replace(chain, rules=[*chain.rules]) for name, chain in self.chains.items()},
@@ -88,23 +89,24 @@ class FakeTable:
         )
 
     def uses(self, what: str) -> bool:
-        """Whether a rule names a set (`@name`) or goes to a chain (`name`)."""
+        """Whether a rule matches this pattern: a set (`@name`), or a jump to a chain."""
         named = re.compile(rf"{what}(?![\w])")
         return any(named.search(rule) for chain in self.chains.values() for rule in chain.rules)
 
 
 class Draft:
-    """The tables as a transaction makes them."""
+    """A copy of the tables that a transaction changes."""
 
     def __init__(self, tables: dict[str, FakeTable], now: float, socket: object, *, native: bool) -> None:
-        """`now` in seconds of the fake's clock; `socket` asks; `native`: rules may say `queue`."""
+        """`now` is the fake's clock in seconds, `socket` the one that makes the transaction. `native`: a rule may
+        have the statement `queue`."""
         self.tables = {name: table.copy() for name, table in tables.items()}
         self._now, self._socket, self._native = now, socket, native
-        # Whether there is anything to commit: else the generation stays.
+        # Whether anything has changed. If not, the generation stays.
         self.touched = False
 
     def table(self, name: str) -> FakeTable:
-        """A table to be changed; raises OSError if it is missing, or belongs to another socket."""
+        """A table to change. Raises OSError if it is missing, or if it belongs to another socket."""
         if name not in self.tables:
             refuse(errno.ENOENT)
         found = self.tables[name]
@@ -113,14 +115,14 @@ class Draft:
         return found
 
     def set(self, table: str, name: str) -> FakeSet:
-        """A set to be changed; raises OSError."""
+        """A set to change. Raises OSError."""
         sets = self.table(table).sets
         if name not in sets:
             refuse(errno.ENOENT)
         return sets[name]
 
     def add_table(self, name: str, flags: str = "", comment: str = "") -> None:
-        """Makes a table, or finds it with the same flags."""
+        """Makes a table. One with the same ownership may exist already."""
         if name in self.tables:
             found = self.table(name)
             if ("owner" in found.flags) != ("owner" in flags):
@@ -133,28 +135,28 @@ class Draft:
         self.touched = True
 
     def delete_table(self, name: str) -> None:
-        """Takes a table away with all that is in it."""
+        """Deletes a table with all its objects."""
         self.table(name)
         del self.tables[name]
         self.touched = True
 
     def add_chain(self, table: str, chain: str, base: Base | None = None) -> None:
-        """Makes a chain, or finds it with the same type, hook and priority."""
+        """Makes a chain. One with the same type, hook and priority may exist already."""
         chains = self.table(table).chains
         if base is not None and chain in chains and chains[chain].base != base:
             refuse(errno.EOPNOTSUPP)
         chains.setdefault(chain, FakeChain(base))
-        self.touched = True  # a chain that is there counts as updated
+        self.touched = True  # the kernel counts a chain that exists as updated
 
     def add_rule(self, table: str, chain: str, rule: str) -> None:
-        """Puts a rule at a chain's end."""
+        """Puts a rule at the end of a chain."""
         if chain not in self.table(table).chains or (not self._native and " queue " in f" {rule} "):
             refuse(errno.ENOENT)
         self.table(table).chains[chain].rules.append(rule)
         self.touched = True
 
     def insert_rule(self, table: str, chain: str, rule: str) -> None:
-        """Puts a rule at a chain's head."""
+        """Puts a rule at the head of a chain."""
         self.add_rule(table, chain, rule)
         rules = self.table(table).chains[chain].rules
         rules.insert(0, rules.pop())
@@ -175,7 +177,7 @@ class Draft:
         self.touched = True
 
     def change(self, table: str, change: Change) -> None:
-        """One change of elements or limits."""
+        """Makes one change of elements, limits or rules."""
         match change:
             case Add(set_, keys):
                 for key in keys:
@@ -232,7 +234,7 @@ class Draft:
     # --- what nft's text does ---
 
     def run(self, commands: Iterable[Command]) -> None:
-        """Does the commands of a text, in their order."""
+        """Runs the commands of a text in their order."""
         for command in commands:
             kind = {"map": "set", "insert": "rule"}.get(command.kind, command.kind)
             getattr(self, f"_{command.verb}_{kind}")(command)
@@ -317,6 +319,6 @@ class Draft:
 
 
 def _kind(definition: str) -> str:
-    """What two definitions of one set must have in common. A set that is there keeps its own size and timeout, and
-    nft says nothing of that."""
+    """The part of a definition that must be the same when a set is added again. An existing set keeps its size and
+    timeout, and nft reports no error."""
     return re.sub(r"(size|timeout) \w+(; )?", "", definition)

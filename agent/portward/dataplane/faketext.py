@@ -1,7 +1,7 @@
-"""The part of nft's language that portward writes, read for the fake of the kernel (`fake`). Pure.
+"""A parser of the part of nft's language that portward writes, for the fake kernel (`fake`). Pure.
 
-A text becomes commands: what is done, to which table, to which thing in it, and with which body. Rules stay opaque
-text. `table inet t { … }` becomes the commands that nft makes of it, one for each thing in the block.
+A text becomes commands: verb, table, object in the table, and body. Rules stay opaque text. `table inet t { … }`
+becomes one command for each object in the block, as in nft.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _NUMBER: Final = re.compile(r'0x[0-9a-f]+|\d+|"\d{16}"')
 _UNITS_MS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
 
-class SyntaxFault(Exception):  # noqa: N818 # what nft would say, not an error of ours
-    """What the fake cannot read, as nft would say it."""
+class SyntaxFault(Exception):  # noqa: N818 # an error message of nft, not a PortwardError
+    """The fake cannot read a text. The message is like nft's."""
 
 
 class Command(NamedTuple):
-    """`verb` is add, create, delete, flush or insert; `kind` what it is done to: ruleset, table, chain, rule, set,
-    map, element, counter, limit. `name` is empty for a table, `body` the text in the braces, or the rule."""
+    """`verb` is add, create, delete, flush or insert. `kind` is ruleset, table, chain, rule, set, map, element,
+    counter or limit. `name` is empty for a table. `body` is the text in the braces, or the rule."""
 
     verb: str
     kind: str
@@ -41,8 +41,8 @@ class Command(NamedTuple):
 
 
 class SetDefinition(NamedTuple):
-    """What a set's body says: `text` without its elements, most elements (0: no limit), lifetime in milliseconds
-    (0: for ever), and the elements as keys."""
+    """The definition of a set: its `text` without elements, the maximum number of elements (0: no maximum), the
+    lifetime of an element in milliseconds (0: no end), and the elements as keys."""
 
     text: str
     size: int
@@ -52,7 +52,7 @@ class SetDefinition(NamedTuple):
 
 @lru_cache
 def commands(text: str) -> tuple[Command, ...]:
-    """The commands of a text, with its `define`s in place; raises SyntaxFault."""
+    """The commands of a text, with the values of its `define`s. Raises SyntaxFault."""
     return tuple(_commands(text))
 
 
@@ -73,7 +73,7 @@ def _commands(text: str) -> Iterator[Command]:
 
 
 class Base(NamedTuple):
-    """What makes a chain a base chain: its type, hook (NF_INET_…) and priority."""
+    """Type, hook (NF_INET_…) and priority of a base chain."""
 
     type: str
     hook: int
@@ -81,7 +81,7 @@ class Base(NamedTuple):
 
 
 def base(body: str) -> Base | None:
-    """What a chain's body says of its hook; None for a regular chain."""
+    """The hook in the body of a chain; None for a regular chain."""
     found = _HOOK.search(body)
     if found is None:
         return None
@@ -91,13 +91,13 @@ def base(body: str) -> Base | None:
 
 @lru_cache
 def rules_of(body: str) -> tuple[str, ...]:
-    """The rules in a chain's body."""
+    """The rules in the body of a chain."""
     return tuple(rule for rule in _statements(body) if not rule.startswith(("type ", "policy ")))
 
 
 @lru_cache
 def set_definition(body: str) -> SetDefinition:
-    """What a set's body says."""
+    """The definition in the body of a set."""
     parts = [part for part in _statements(body) if not part.startswith("elements")]
     elements = next((part for part in _statements(body) if part.startswith("elements")), "= {}")
     size = next((int(part.split()[1]) for part in parts if part.startswith("size ")), 0)
@@ -106,19 +106,19 @@ def set_definition(body: str) -> SetDefinition:
 
 
 def keys(text: str) -> Iterator[bytes]:
-    """Elements in braces as keys: numbers as the kernel keeps them, all else as it is written."""
+    """Elements in braces as keys: numbers in the byte order of the host, everything else as text."""
     for item in text.strip().removeprefix("{").removesuffix("}").split(","):
         if word := item.strip():
             yield struct.pack("=I", _number(word)) if _NUMBER.fullmatch(word) else word.encode()
 
 
 def _number(word: str) -> int:
-    """A number; an interface's index in quotes has zeros before it, see `ruleset`."""
+    """A number. An interface index is in quotes and has leading zeros (module `ruleset`)."""
     return int(word, 16) if word.startswith("0x") else int(word.strip('"'))
 
 
 def _expanded(text: str) -> str:
-    """The text without comments, with the value of each `define` in place of its name."""
+    """The text without comments, with each name of a `define` replaced by its value."""
     values: dict[str, str] = {}
     lines = []
     for line in text.splitlines():
@@ -131,7 +131,7 @@ def _expanded(text: str) -> str:
 
 
 def _statements(text: str) -> Iterator[str]:
-    """The parts between line ends and semicolons outside of braces and quotes, one space between words."""
+    """The parts between line ends and semicolons outside of braces and quotes, with one space between words."""
     depth, quoted, part = 0, False, ""
     for sign in text + "\n":
         if sign == '"':
