@@ -492,7 +492,7 @@ def rules_removed(ground: Ground, rounds: int) -> Iterator[Outcome]:
         "nft delete table": lambda: ground.nft(f"delete table {table}"),
         "the table made dormant": lambda: ground.nft(f"add table {table} {{ flags dormant; }}"),
         "chain screen flushed": lambda: ground.nft(f"flush chain {table} screen"),
-        "chain judge flushed": lambda: ground.nft(f"flush chain {table} judge"),
+        "chain cached6 flushed": lambda: ground.nft(f"flush chain {table} cached6"),
         "chain verdict flushed": lambda: ground.nft(f"flush chain {table} verdict"),
         "the rule that judges deleted": delete_rule,
         "an accepting rule inserted": lambda: ground.nft(f"insert rule {table} screen accept"),

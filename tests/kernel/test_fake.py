@@ -49,9 +49,9 @@ table inet portward {
   chain screen {
     type filter hook prerouting priority raw - 2; policy accept;
     iif . ip saddr @deny4 drop
-    goto judge
+    goto classify
   }
-  chain judge {
+  chain classify {
     counter name internal accept
   }
 }
@@ -175,18 +175,18 @@ def test_an_element_that_has_expired_is_not_there_any_more(sides: tuple[Side, Si
 
 def test_a_rule_goes_to_the_head_of_its_chain_and_away_by_its_handle(sides: tuple[Side, Side]) -> None:
     for side in sides:
-        side.nft.load(SMALL.replace("chain judge", "set gated { typeof iif; }\n  chain judge"))
+        side.nft.load(SMALL.replace("chain classify", "set gated { typeof iif; }\n  chain classify"))
     before = [side.netlink.fingerprint(TABLE, ("epoch",)) for side in sides]
-    gate = InsertRule("screen", "gated", "judge")
+    gate = InsertRule("screen", "gated", "classify")
     same(sides, lambda side: side.elements.commit([Add("gated", [KEYS[0][:4]]), gate]))
     for side in sides:
         rules = side.nft.listing("inet portward").partition("chain screen {")[2].split("}")[0]
         (first, *_) = [line.strip() for line in rules.splitlines() if line.strip() and "type filter" not in line]
-        assert first == "iif @gated goto judge"
+        assert first == "iif @gated goto classify"
     assert same(sides, lambda side: len(side.elements.rules_on("screen", "gated"))) == (1, 0)
     assert same(sides, lambda side: side.elements.rules_on("screen", "deny4") != []) == (True, 0)
-    assert same(sides, lambda side: side.elements.rules_on("judge", "gated")) == ([], 0)
-    for wrong in (InsertRule("absent", "gated", "judge"), InsertRule("screen", "absent", "judge")):
+    assert same(sides, lambda side: side.elements.rules_on("classify", "gated")) == ([], 0)
+    for wrong in (InsertRule("absent", "gated", "classify"), InsertRule("screen", "absent", "classify")):
         assert same(sides, lambda side, wrong=wrong: side.elements.commit([wrong])) == ("ENOENT", 0)  # type: ignore[misc]
 
     def away(side: Side) -> None:
@@ -204,19 +204,19 @@ TEXTS = [
     "delete table inet portward",
     "delete table inet portward\ndelete table inet portward",
     "flush table inet portward",
-    "flush table inet portward\ndelete chain inet portward judge",
-    "delete chain inet portward judge",
+    "flush table inet portward\ndelete chain inet portward classify",
+    "delete chain inet portward classify",
     "flush set inet portward epoch\nadd element inet portward epoch { 0x10 }",
     "delete set inet portward deny4",
     "flush table inet portward\ndelete set inet portward deny4\ndelete map inet portward rates4",
     "delete set inet portward absent",
-    "flush chain inet portward judge",
-    "add chain inet portward judge",
+    "flush chain inet portward classify",
+    "add chain inet portward classify",
     "add chain inet portward learn { type filter hook prerouting priority raw - 1; policy accept; }",
     "add chain inet portward screen { type filter hook prerouting priority raw - 5; policy accept; }",
     "add rule inet portward absent accept",
-    "add rule inet portward judge accept",
-    "insert rule inet portward judge accept",
+    "add rule inet portward classify accept",
+    "insert rule inet portward classify accept",
     "table inet portward { flags dormant; }",
     "add set inet portward deny4 { type iface_index . ipv4_addr; flags dynamic,timeout; timeout 60s; size 4; }",
     SMALL.replace("timeout 60s; size 4", "timeout 9s; size 9"),

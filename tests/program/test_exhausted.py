@@ -84,7 +84,7 @@ def survives(agent: Agent) -> None:
         until(lambda worker=worker: status(agent)["workers"][0]["pid"] not in (worker, None), "another is there")  # type: ignore[misc]
         until(lambda: status(agent)["workers"][0]["running"], "it runs")
         namespaces.load(agent.lab.gateway, "flush ruleset")
-        until(lambda: "chain judge" in ruleset(agent.lab), "the ruleset is back")
+        until(lambda: "chain classify" in ruleset(agent.lab), "the ruleset is back")
     namespaces.batch(agent.lab.gateway, ["link add vni7777 type veth peer name peer7777"])
     try:
         until(lambda: any(one["name"] == "vni7777" for one in status(agent)["segments"]), "a new segment is seen")

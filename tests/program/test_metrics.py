@@ -51,7 +51,7 @@ def test_an_address_in_use_keeps_no_gateway_from_enforcing(agent: Agent) -> None
         assert checked.returncode == 0
         assert "WARNING: metrics.address 127.0.0.1:9125: Address already in use" in checked.stdout
         agent.start()
-        assert "chain judge" in ruleset(agent.lab)
+        assert "chain classify" in ruleset(agent.lab)
         until(lambda: problem(agent) == "127.0.0.1:9125: Address already in use", "status says so")
         until(
             lambda: (
@@ -70,7 +70,7 @@ def test_an_address_that_comes_later_is_taken_then(agent: Agent) -> None:
     agent.configure(metrics={"address": "192.0.2.125:9125"})
     assert "192.0.2.125:9125: Cannot assign requested address" in agent.portward("check").stdout
     agent.start()
-    assert "chain judge" in ruleset(agent.lab)
+    assert "chain classify" in ruleset(agent.lab)
     until(lambda: "Cannot assign requested address" in problem(agent), "status says so")
     namespaces.batch(agent.lab.gateway, ["address add 192.0.2.125/32 dev lo"])
     try:

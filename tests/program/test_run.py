@@ -143,12 +143,12 @@ def test_a_missing_interface_is_warned_of_and_followed_later(agent: Agent) -> No
 def test_sigterm_leaves_rules_and_remove_takes_them(agent: Agent) -> None:
     agent.apply(*records())
     agent.start()
-    assert "chain judge" in ruleset(agent.lab)
+    assert "chain classify" in ruleset(agent.lab)
     refusal = agent.portward("rules", "remove", "--yes")
     assert refusal.returncode == 1
     assert "stop it first" in refusal.stderr
     assert agent.stop() == 0
-    assert "chain judge" in ruleset(agent.lab)
+    assert "chain classify" in ruleset(agent.lab)
     removed = agent.portward("rules", "remove", "--yes")
     assert removed.returncode == 0, removed.stderr
     assert ruleset(agent.lab) == ""
@@ -163,7 +163,7 @@ def test_rules_show_prints_what_is_loaded_and_what_would_be(agent: Agent) -> Non
     assert checked.returncode == 0, checked.stderr
     agent.start()
     shown = agent.portward("rules", "show").stdout
-    assert "chain judge" in shown
+    assert "chain classify" in shown
     assert "elements" not in shown.split("set allow4")[1].split("}")[0], "remembered sources are left out"
 
 

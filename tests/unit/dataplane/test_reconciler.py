@@ -188,7 +188,7 @@ def test_the_number_of_transactions_may_wrap(plane: Plane) -> None:
 
 def test_somebody_who_writes_all_the_time_is_named_as_the_reason(plane: Plane) -> None:
     for after in range(20):
-        plane.kernel.meanwhile(lambda: plane.kernel.load("add chain inet portward judge"), after=2 * after)
+        plane.kernel.meanwhile(lambda: plane.kernel.load("add chain inet portward cached6"), after=2 * after)
     with pytest.raises(KernelError, match="changes faster than it can be loaded"):
         plane.reconciler.load(plane.want(plane.generation))
 

@@ -89,7 +89,7 @@ def test_values_stand_where_they_belong() -> None:
             for source in ("4 { iif . ip saddr", "6 { iif . ip6 saddr")
         ),
         "update @reset_segments { iif limit rate over 15/second burst 15 packets } counter name held drop",
-        "update @committed_rate { iif limit rate 3/second burst 12 packets } goto again",
+        "update @committed_rate { iif limit rate 3/second burst 12 packets } goto ask_reset",
         "limit rate over 16/second burst 16 packets counter name held drop",
         *(
             f"update @share {{ iif limit rate over 500/minute burst 100 packets }} counter name unlearned {after}"
@@ -227,9 +227,9 @@ def test_a_limit_is_counted_once() -> None:
     def limits(surroundings: Surroundings) -> list[str]:
         """The first rule of each chain that a source with a limit comes to."""
         text = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE, surroundings=surroundings).text
-        return re.findall(r"(?m)^  chain (?:guarded_)?rated \{\n(?:    #.*\n)*    (.*)$", text)
+        return re.findall(r"(?m)^  chain (?:rate_limited|guarded_limited) \{\n(?:    #.*\n)*    (.*)$", text)
 
-    counted = "tcp flags & (syn | ack) != syn goto within_rate"
+    counted = "tcp flags & (syn | ack) != syn goto within_limit"
     assert limits(NOTHING) == [counted]
     assert limits(GUARDED) == ["accept", counted]
 
