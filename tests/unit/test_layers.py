@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import house
+
 ROOT = Path(__file__).resolve().parents[2] / "agent" / "portward"
 
 # From the top. Rooms in one row do not import each other, but for the last row, which all others stand on.
@@ -37,6 +39,14 @@ HOMES = {
     "aiosmtpd": {"lab.mail"},
     "yaml": {"inventory.yaml_document"},
 }
+
+# What decides and what checks: no file, no clock, no network, also not through what it imports.
+FREE_OF_IO = (
+    "config/documents.py", "config/toml.py", "exemptions/lifecycle.py", "inventory/difference.py",
+    "inventory/document.py", "inventory/json_document.py", "inventory/records.py", "policy/decide.py",
+    "policy/preset.py", "policy/remedy.py", "store/chain.py", "store/codec.py", "store/confirmation.py",
+    "store/protocol.py", "store/update.py", "store/validity.py", "store/values.py",
+)  # fmt: skip
 
 
 def _name(path: Path) -> str:
@@ -98,6 +108,12 @@ def test_the_two_processes_know_nothing_of_each_other() -> None:
     """What the worker loads is none of the daemon's, and the reverse, also through others."""
     assert not {name for name in _reached("worker.process") if _room(name)[1] in ("daemon", "dataplane")}
     assert not {name for name in _reached("daemon.composition") if _room(name)[1] == "worker"}
+
+
+@pytest.mark.parametrize("name", FREE_OF_IO)
+def test_what_decides_is_free_of_io(name: str) -> None:
+    assert name in house.sources()
+    assert name in house.pure()
 
 
 @pytest.mark.parametrize("name", MODULES)

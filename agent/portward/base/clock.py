@@ -18,8 +18,7 @@ from typing import Final
 
 import msgspec
 
-# Synchronised clocks of two hosts differ by less.
-DRIFT: Final = timedelta(seconds=2)
+from portward.base.limits import CLOCK_DRIFT
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -93,7 +92,7 @@ class Clock:
         self._wall, self._monotonic = wall, monotonic
         self._start, self._since = wall(), monotonic()
         if not_before is not None and not_before > self._start:
-            if not_before - self._start > DRIFT:
+            if not_before - self._start > CLOCK_DRIFT:
                 _log.warning(
                     "this host's clock says %s, and the policy table was decided at %s: ends of grants are held "
                     "against the later one (where that was wrong, take the table away: it is read from the store)",

@@ -8,13 +8,15 @@ refused, and their customers cut off.
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 # The policy table stores times as microseconds since 1970, and 0 means none. One day at each end is a margin, so
 # that Python can represent the time in every time zone.
 FIRST_TIME: Final = datetime(1970, 1, 2, tzinfo=UTC)
 LAST_TIME: Final = datetime(9999, 12, 30, tzinfo=UTC)
+# How far a time may lie ahead of this host's clock: synchronised clocks of two hosts differ by less.
+CLOCK_DRIFT: Final = timedelta(seconds=2)
 
 # More than all the mail of the world (some 4 * 10^11). MessagePack has no integers beyond 64 bits.
 MAX_MESSAGES_PER_DAY: Final = 10**12

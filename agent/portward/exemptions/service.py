@@ -13,7 +13,7 @@ from uuid import UUID
 
 from msgspec.structs import replace
 
-from portward.base.clock import DRIFT
+from portward.base.limits import CLOCK_DRIFT
 from portward.config.documents import network_text
 from portward.config.keys import Config
 from portward.errors import InputError, PortwardError
@@ -225,7 +225,7 @@ def _checked(record: Exemption) -> Exemption:
 
 def _check_start(attachment: Attachment, started: datetime, now: datetime) -> None:
     place = f"{attachment.segment} {network_text(attachment.address)}"
-    if started > now + DRIFT:
+    if started > now + CLOCK_DRIFT:
         raise PortwardError(f"{place}: {started:%Y-%m-%d %H:%M:%SZ} lies in the future: a start has happened")
     if attachment.started is not None and started < attachment.started:
         raise PortwardError(

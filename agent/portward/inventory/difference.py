@@ -9,7 +9,7 @@ from uuid import UUID
 
 import msgspec
 
-from portward.base.clock import DRIFT
+from portward.base.limits import CLOCK_DRIFT
 from portward.config.documents import nearest, network_text
 from portward.inventory.records import Inventory
 from portward.model import Attachment, Exemption, ExemptionState, Reason, Record, Subscription, Workload
@@ -66,7 +66,7 @@ def check_offers(inventory: Inventory, preset: Preset) -> None:
 def check_starts(inventory: Inventory, now: datetime) -> None:
     """Raises InputError for a machine that is started later than `now`, by a clock that is fast: it would count
     for a grant without having been restarted."""
-    if inventory.latest_start is not None and inventory.latest_start[0] > now + DRIFT:
+    if inventory.latest_start is not None and inventory.latest_start[0] > now + CLOCK_DRIFT:
         started, key = inventory.latest_start
         problem = (
             f"{started:%Y-%m-%dT%H:%M:%SZ} lies in the future, this host's clock says {now:%Y-%m-%dT%H:%M:%SZ}"

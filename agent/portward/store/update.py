@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
-from portward.base.clock import DRIFT
+from portward.base.limits import CLOCK_DRIFT
 from portward.errors import ConflictError, PortwardError
 from portward.model import Record
 from portward.store.codec import decode
@@ -74,7 +74,7 @@ def _moment(now: datetime, newest: datetime | None, *, trust_clock: bool) -> dat
     before a machine's start that it follows, and count without a restart."""
     if newest is None or trust_clock or now > newest:
         return now
-    if newest - now > DRIFT:
+    if newest - now > CLOCK_DRIFT:
         raise ClockError(
             f"this host's clock says {now:%Y-%m-%d %H:%M:%SZ}, and the store's newest change is of "
             f"{newest:%Y-%m-%d %H:%M:%SZ}: set the clock, or say --trust-clock where that change was dated wrongly"
