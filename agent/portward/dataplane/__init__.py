@@ -1,0 +1,32 @@
+"""What the daemon does to the kernel of one network namespace.
+
+Responsible for the ruleset in the table `inet portward`, the cached verdicts and rate limits in it, and all that
+is read from the kernel: counters, interfaces, tunnels, rules of other programs, queues.
+
+What always holds:
+- Only the kernel thread of the daemon writes, over one netlink socket, and only with the namespace lock. Other
+  threads and verbs read over sockets of their own.
+- Each write is one transaction: all of it takes effect, or nothing. At each step a source that the policy denies
+  stays blocked if the process dies right there.
+- A change of policy first moves the epoch, so that no older verdict is cached any more, and then deletes what is
+  cached.
+- Modules marked *pure* do no I/O, also not through what they import.
+
+Modules in reading order:
+- `names`: the table's sets, maps and base chains (pure). `ruleset`: configuration → nft text (pure). `templates`:
+  reads the shipped files.
+- `plane`: the entry point of the daemon. `reconciler`: keeps the loaded ruleset as it should be. `sync`: brings
+  cached verdicts in line with the policy table. `underway`: the changes that are on their way.
+- `elements`: the changes of a transaction (pure). `verdict_cache`, `sweep`, `prefixes`, `gate`, `rate_limits`:
+  cached verdicts and rate limits (pure). `kernel_elements`: the kernel behind `elements`. `lessons`: how much the
+  forward guard may cache.
+- `accounting`: packets by segment, subscription and verdict (pure). `deletions`: what deleted elements had
+counted.
+- `links`, `tunnels`, `stacking`, `surroundings`: what stands around the ruleset (pure). `rtnetlink`, `genetlink`,
+  `dumpsocket`, `others`, `around`: find it out.
+- `monitor`, `monitor_filter`: notices of changed rulesets. `selfcheck`: differences that were found. `loaded`,
+  `queue_statistics`: what verbs read from the kernel.
+- `nft`, `compiled`: libnftables. `nf_tables`, `setdump` (pure), `nfsocket`, `nfnetlink`, `xtables`,
+  `namespacelock`: nf_tables over netlink.
+- `fake`, `faketables`, `fakemessages`, `faketext`: a fake kernel for tests without root.
+"""

@@ -16,28 +16,23 @@ belongs to one socket (EPERM). Rules are opaque text: no packet passes the fake.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import struct
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from math import inf
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 
-from portward.base.netlink import attribute, attributes_of, nest, string
+from portward.base.netlink import attributes_of
 from portward.dataplane import faketext
 from portward.dataplane import nf_tables as nf
 from portward.dataplane.elements import (
-    Add,
-    AddLimit,
     Change,
-    Delete,
-    DeleteLimit,
-    DeleteRule,
-    Draw,
-    Flush,
-    InsertRule,
 )
-from portward.dataplane.faketables import Draft, FakeElement, FakeSet, FakeTable, handle, refuse
+from portward.dataplane.fakemessages import change_of, read, reports_of, text_of
+from portward.dataplane.faketables import Draft, FakeElement, FakeSet, FakeTable, handle
 from portward.dataplane.faketext import SyntaxFault
 from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink
 from portward.dataplane.nft import Nft
@@ -47,6 +42,20 @@ from portward.errors import KernelError
 
 class ProcessDied(BaseException):  # no code under test may catch it
     """The process ended right after a transaction; see `FakeKernel.die`."""
+
+
+@contextmanager
+def _kernel_text() -> Iterator[None]:
+    """Adds the kernel's text to the errors of `faketables`, which have only the errno."""
+    try:
+        yield
+    except OSError as error:
+        refuse(error.errno or 0)
+
+
+def refuse(number: int) -> NoReturn:
+    """Raises OSError with this errno and the kernel's text."""
+    raise OSError(number, os.strerror(number))
 
 
 # nft's text; or what netlink messages do: changes of elements, or a description.
@@ -136,7 +145,8 @@ class FakeKernel:
         if not dry_run:
             self._inject()
         draft = Draft(self.tables, self.now, socket, native=self.native)
-        work(draft)
+        with _kernel_text():
+            work(draft)
         if dry_run or not draft.touched:
             return
         self.tables = draft.tables
@@ -324,119 +334,33 @@ class FakeNetlink(NfNetlink):
         def work(draft: Draft) -> None:
             for place, (kind, body) in enumerate(found):
                 if place in reported:
-                    reports.extend(_reports(draft, body))
+                    reports.extend(reports_of(draft, body))
                 self._do(draft, kind, body)
 
-        self._kernel.transact(work, lambda: tuple(_read(found)), self, dry_run=dry_run)
+        self._kernel.transact(work, lambda: tuple(read(found)), self, dry_run=dry_run)
         return reports
 
     def _do(self, draft: Draft, kind: int, body: bytes) -> None:
         attributes = dict(attributes_of(body))
-        table = _text(attributes[nf.NFTA_TABLE_NAME])  # the same attribute in all messages
+        table = text_of(attributes[nf.NFTA_TABLE_NAME])  # the same attribute in all messages
         match kind:
             case nf.NFT_MSG_NEWTABLE:
                 owned = attributes.get(nf.NFTA_TABLE_FLAGS) == struct.pack(">I", nf.NFT_TABLE_F_OWNER)
-                comment = _text(attributes.get(nf.NFTA_TABLE_USERDATA, b"")[2:])
+                comment = text_of(attributes.get(nf.NFTA_TABLE_USERDATA, b"")[2:])
                 draft.add_table(table, "owner" if owned else "", comment)
             case nf.NFT_MSG_DELTABLE:
                 draft.delete_table(table)
             case nf.NFT_MSG_NEWCHAIN:
-                draft.add_chain(table, _text(attributes[nf.NFTA_CHAIN_NAME]))
+                draft.add_chain(table, text_of(attributes[nf.NFTA_CHAIN_NAME]))
             case nf.NFT_MSG_NEWRULE if b"NFQUEUE" in attributes[nf.NFTA_RULE_EXPRESSIONS]:
                 if not self._kernel.xtables:
                     refuse(errno.ENOENT)
-                chain, target = _text(attributes[nf.NFTA_RULE_CHAIN]), attributes[nf.NFTA_RULE_EXPRESSIONS]
+                chain, target = text_of(attributes[nf.NFTA_RULE_CHAIN]), attributes[nf.NFTA_RULE_EXPRESSIONS]
                 draft.insert_rule(table, chain, f"xtables {target.hex()}")
             case _:
-                change = _change(kind, attributes)
-                draft.change(table, change)
+                draft.change(table, change_of(kind, attributes))
 
     def _table(self, name: str) -> FakeTable | None:
         if not self._kernel.permitted:
             refuse(errno.EPERM)
         return self._kernel.tables.get(name)
-
-
-def _read(messages: Iterable[tuple[int, bytes]]) -> Iterator[Change | str]:
-    """The entry of the journal for these messages."""
-    names = {
-        nf.NFT_MSG_NEWTABLE: "add table", nf.NFT_MSG_DELTABLE: "delete table",
-        nf.NFT_MSG_NEWCHAIN: "add chain", nf.NFT_MSG_NEWRULE: "add rule",
-    }  # fmt: skip
-    for kind, body in messages:
-        attributes = dict(attributes_of(body))
-        is_change = kind == nf.NFT_MSG_NEWRULE and b"NFQUEUE" not in attributes[nf.NFTA_RULE_EXPRESSIONS]
-        if kind in names and not is_change:
-            yield f"{names[kind]} {_text(attributes[nf.NFTA_TABLE_NAME])}"
-        else:
-            yield _change(kind, attributes)
-
-
-def _change(kind: int, attributes: dict[int, bytes]) -> Change:
-    """The change that a message about elements or objects makes; the reverse of `elements.messages`."""
-    name = _text(attributes[nf.NFTA_SET_ELEM_LIST_SET])  # the same attribute as of chains and objects
-    match kind:
-        case nf.NFT_MSG_NEWRULE:
-            return _inserted(name, attributes[nf.NFTA_RULE_EXPRESSIONS])
-        case nf.NFT_MSG_DELRULE:
-            return DeleteRule(name, int.from_bytes(attributes[nf.NFTA_RULE_HANDLE], "big"))
-        case nf.NFT_MSG_NEWSETELEM:
-            found = list(_elements(attributes[nf.NFTA_SET_ELEM_LIST_ELEMENTS]))
-            if any(limit for _, limit in found):
-                return Draw(name, dict(found))
-            return Add(name, [key for key, _ in found])
-        case nf.NFT_MSG_DELSETELEM:
-            elements = attributes.get(nf.NFTA_SET_ELEM_LIST_ELEMENTS)
-            return Flush(name) if elements is None else Delete(name, [key for key, _ in _elements(elements)])
-        case nf.NFT_MSG_NEWOBJ:
-            data = dict(attributes_of(attributes[nf.NFTA_OBJ_DATA]))
-            rate, burst = data[nf.NFTA_LIMIT_RATE], data[nf.NFTA_LIMIT_BURST]
-            return AddLimit(name, int.from_bytes(rate, "big"), int.from_bytes(burst, "big"))
-        case nf.NFT_MSG_DELOBJ:
-            return DeleteLimit(name)
-    raise NotImplementedError(f"the fake knows no message {kind}")
-
-
-def _inserted(chain: str, expressions: bytes) -> InsertRule:
-    """The rule of the expressions meta, lookup and immediate."""
-    _, lookup, immediate = (
-        dict(attributes_of(dict(attributes_of(one))[nf.NFTA_EXPR_DATA])) for _, one in attributes_of(expressions)
-    )
-    verdict = dict(attributes_of(dict(attributes_of(immediate[nf.NFTA_IMMEDIATE_DATA]))[nf.NFTA_DATA_VERDICT]))
-    return InsertRule(chain, _text(lookup[nf.NFTA_LOOKUP_SET]), _text(verdict[nf.NFTA_VERDICT_CHAIN]))
-
-
-def _reports(draft: Draft, body: bytes) -> Iterator[bytes]:
-    """The kernel's reports of the elements that a message deletes, as far as portward reads them."""
-    attributes = dict(attributes_of(body))
-    table, set_ = attributes[nf.NFTA_SET_ELEM_LIST_TABLE], attributes[nf.NFTA_SET_ELEM_LIST_SET]
-    present = draft.set(_text(table), _text(set_)).elements
-    deleted = attributes.get(nf.NFTA_SET_ELEM_LIST_ELEMENTS)
-    for key in [*present] if deleted is None else [key for key, _ in _elements(deleted)]:
-        if key in present:
-            element = nest(nf.NFTA_LIST_ELEM, _counted_element(key, present[key].packets))
-            yield (
-                attribute(nf.NFTA_SET_ELEM_LIST_TABLE, table)
-                + attribute(nf.NFTA_SET_ELEM_LIST_SET, set_)
-                + nest(nf.NFTA_SET_ELEM_LIST_ELEMENTS, element)
-            )
-
-
-def _counted_element(key: bytes, packets: int) -> bytes:
-    counter = attribute(nf.NFTA_COUNTER_BYTES, bytes(8)) + attribute(
-        nf.NFTA_COUNTER_PACKETS, struct.pack(">Q", packets)
-    )
-    expression = attribute(nf.NFTA_EXPR_NAME, string("counter")) + nest(nf.NFTA_EXPR_DATA, counter)
-    return nest(nf.NFTA_SET_ELEM_KEY, attribute(nf.NFTA_DATA_VALUE, key)) + nest(nf.NFTA_SET_ELEM_EXPR, expression)
-
-
-def _elements(nested: bytes) -> Iterator[tuple[bytes, str]]:
-    """Key and object of each element in a message."""
-    for _, element in attributes_of(nested):
-        parts = dict(attributes_of(element))
-        key = dict(attributes_of(parts[nf.NFTA_SET_ELEM_KEY]))[nf.NFTA_DATA_VALUE]
-        yield key, _text(parts.get(nf.NFTA_SET_ELEM_OBJREF, b""))
-
-
-def _text(value: bytes) -> str:
-    return value.rstrip(b"\0").decode()

@@ -6,7 +6,6 @@ Every refusal is an OSError with the errno of the kernel.
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -30,8 +29,8 @@ from portward.dataplane.faketext import Base, Command
 
 
 def refuse(number: int) -> NoReturn:
-    """Raises OSError with this errno."""
-    raise OSError(number, os.strerror(number))
+    """Raises OSError with this errno. `fake` adds the kernel's text."""
+    raise OSError(number, "")
 
 
 def handle(rule: str) -> int:

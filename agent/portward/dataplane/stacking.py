@@ -1,8 +1,9 @@
-"""Devices that take a segment's packets before portward sees them under the segment's name. Pure.
+"""Devices that take a segment's packets before the ruleset sees them under the segment's name. Pure.
 
-A packet that comes in on a port of a bridge, or is meant for a macvlan, has that device as its input interface
-when it reaches the ruleset, so it matches no segment. A VRF is no such device: the ruleset sees the packet with
-the port's name first."""
+A packet that comes in on a port of a bridge, or is for a macvlan, has that device as its input interface when it
+reaches the ruleset, so it matches no segment. A VRF is not such a device: the ruleset sees the packet with the
+name of the port first.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +16,26 @@ from portward.config.keys import Config
 from portward.dataplane.links import VRF, Device
 
 _BRIDGE: Final = "bridge"
-# Kinds whose devices give out the packets of their ports.
+# Devices of these kinds send the packets of their ports under their own name.
 _WITH_PORTS: Final = frozenset((_BRIDGE, "bond", "team", "batadv"))
-# Masters that take every packet of a port. A batadv takes only those of its own protocol.
+# Masters that take every packet of a port. A batadv takes only packets of its own protocol.
 _TAKES_ALL: Final = frozenset((_BRIDGE, "bond", "team", "openvswitch"))
-# Its ports have one device as their master (ovs-system), and packets come out of any other one of this kind.
+# All ports have the same master (ovs-system), and their packets come out of any other device of this kind.
 _OPEN_VSWITCH: Final = "openvswitch"
 
 
 class Stacked(NamedTuple):
-    """A device that takes packets of a segment."""
+    """A device that takes packets of a segment, and the segment."""
 
     device: Device
     segment: Device
 
 
 class Fate(StrEnum):
-    """What becomes of a segment's packets to a judged port. FREE: no device takes them. STOPPED: all are taken,
-    and the ruleset of a running agent drops them, whoever sends. OBSERVED: the segment is only observed, and so
-    they pass. UNCLEAR: devices take some of them, judge them by another name, or forward them past the ruleset."""
+    """What happens to a segment's packets to a policy port. FREE: no device takes them. STOPPED: devices take all
+    of them, and the ruleset of a running agent drops them, whatever their source is. OBSERVED: devices take them,
+    and they pass because the segment is only observed. UNCLEAR: devices take some of them, send them under the
+    name of another segment, or forward them past the ruleset."""
 
     FREE = "free"
     STOPPED = "stopped"
@@ -42,8 +44,9 @@ class Fate(StrEnum):
 
 
 def stacked(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> list[Stacked]:
-    """Each device that takes packets of a segment, with each such segment. One that is itself a segment is judged
-    under its own name and is left out; what stands on it is found from there."""
+    """Each device that takes packets of a segment, with each such segment. A device that is itself a segment is
+    left out, because its packets are classified under its own name. The devices on top of it are found from
+    there."""
     devices = sorted(devices)
     above = _above(devices)
     return [
@@ -56,14 +59,16 @@ def stacked(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> lis
 
 
 def enforced(found: Iterable[Stacked], config: Config) -> frozenset[int]:
-    """The indexes of those devices whose packets must be stopped: all but those of observed segments alone."""
+    """The indexes of the devices whose packets must be dropped: all that take packets of a segment that is not
+    only observed."""
     return frozenset(one.device.ifindex for one in found if not config.observes(one.segment.name))
 
 
 def known(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> frozenset[int]:
-    """The indexes of the interfaces, other than segments, of which it is clear whether they give out a segment's
-    packets. Not clear is a device that still has no port: the first one may be a segment, and by the time that
-    this shows, packets have come out. Neither is what stands on such a device (a VLAN), or has no other ports."""
+    """The indexes of the interfaces, other than segments, that are known to send a segment's packets or not to
+    send them. A bridge or bond without a port is not known: its first port may be a segment, and packets come out
+    of it before the agent notices. A device on top of such a device (a VLAN) is not known either, and neither is a
+    bridge or bond that has only such devices as ports."""
     devices = list(devices)
     found = frozenset(device.ifindex for device in devices if not is_segment(device.name))
     clear, before = found, None
@@ -78,14 +83,14 @@ def known(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> froze
 
 
 def _is_empty(device: Device, masters: Set[int], *, switched: bool) -> bool:
-    """Whether a device whose packets come out of its ports has none; `masters` have one."""
+    """Whether a device that sends the packets of its ports has no known port. `masters` have one."""
     if device.kind == _OPEN_VSWITCH:
         return not switched
     return device.kind in _WITH_PORTS and device.ifindex not in masters
 
 
 def warnings(devices: Iterable[Device], config: Config) -> list[str]:
-    """What an operator must know of these devices, a line each."""
+    """The warnings about these devices for the operator, one line each."""
     devices = list(devices)
     found = stacked(devices, config.segment)
     stopped = enforced(found, config)
@@ -93,8 +98,8 @@ def warnings(devices: Iterable[Device], config: Config) -> list[str]:
 
 
 def concerning(devices: Iterable[Device], config: Config, segments: Set[str]) -> list[str]:
-    """Those of the warnings that are about these segments; and which devices, segments themselves, take their
-    packets."""
+    """The warnings about these segments, and about the devices that take their packets and are segments
+    themselves."""
     devices = list(devices)
     bridged = [line for ports, line in _bridged(devices, config) if ports & segments]
     found = stacked(devices, config.segment)
@@ -102,7 +107,7 @@ def concerning(devices: Iterable[Device], config: Config, segments: Set[str]) ->
     above = (one for one in found if one.segment.name in segments)
     other = [
         f"{one.kind} {shown(one.name)}, a segment itself, takes the packets of segment {shown(segment)}: those "
-        f"are judged as sources of {shown(one.name)}"
+        f"are classified as sources of {shown(one.name)}"
         for segment in sorted(segments)
         for one in _segments_above(devices, config, segment)
     ]
@@ -122,7 +127,7 @@ def _segments_above(devices: list[Device], config: Config, segment: str) -> list
 
 
 def fate(devices: Iterable[Device], config: Config, segment: str) -> Fate:
-    """What the devices above a segment do to its packets."""
+    """What the devices on top of a segment do with its packets."""
     devices = list(devices)
     all_found = stacked(devices, config.segment)
     found = [one for one in all_found if one.segment.name == segment]
@@ -140,33 +145,33 @@ def fate(devices: Iterable[Device], config: Config, segment: str) -> Fate:
 
 
 def is_bare(devices: Iterable[Device], segment: str) -> bool:
-    """Whether nothing stands on a segment, as on most: then `concerning` has no line and its fate is FREE. That is
-    found sooner than what devices above it do, which matters for an account with hundreds of segments."""
+    """Whether no device is on top of a segment. Then `concerning` has no line and the fate is FREE. This takes
+    less time than `concerning` and `fate`, which matters for an account with hundreds of segments."""
     devices = list(devices)
     found = {device.ifindex for device in devices if device.name == segment}
     return not any(one.lower in found or (one.master and one.ifindex in found) for one in devices)
 
 
 def _warning(one: Stacked, config: Config, stopped: Set[int]) -> str:
-    """`stopped` are the devices whose packets the ruleset drops."""
+    """The warning about one device. `stopped` are the devices whose packets the ruleset drops."""
     name, segment = shown(one.device.name), shown(one.segment.name)
     begin = f"{one.device.kind} {name} takes the packets of segment {segment}"
     if config.observes(one.segment.name) and one.device.ifindex not in stopped:
         return f"{begin}, which is only observed: they pass, and are not counted"
     if config.uplink(one.device.name):
         return (
-            f"{begin} and is an uplink: nothing that comes from it may reach a judged port beyond the segments, "
+            f"{begin} and is an uplink: nothing that comes from it may reach a policy port beyond the segments, "
             f"until {segment} is taken off it"
         )
     return (
-        f"{begin}: nothing that comes from it may reach a judged port, whoever sends it, until {segment} is taken "
-        f"off it or {name} is one of `segments`"
+        f"{begin}: nothing that comes from it may reach a policy port, whatever its source is, until {segment} is "
+        f"taken off it or {name} is one of `segments`"
     )
 
 
 def _bridged(devices: list[Device], config: Config) -> Iterator[tuple[Set[str], str]]:
-    """Bridges that can forward frames between a segment and an uplink, which never reach the ruleset: the names of
-    the segments, and the warning."""
+    """The bridges that can forward frames between a segment and an uplink. Such frames never reach the ruleset.
+    Yields the names of the segments, and the warning."""
     members: dict[int, list[Device]] = {}
     for device in devices:
         members.setdefault(device.master, []).append(device)
@@ -186,7 +191,7 @@ def _bridged(devices: list[Device], config: Config) -> Iterator[tuple[Set[str], 
 
 
 def _above(devices: list[Device]) -> dict[int, set[Device]]:
-    """For each index the devices that take its packets, each with the next step only."""
+    """Index of an interface → the devices directly on top of it, which take its packets."""
     known = {device.ifindex: device for device in devices}
     switches = {device for device in devices if device.kind == _OPEN_VSWITCH}
     above: dict[int, set[Device]] = {}
@@ -196,7 +201,7 @@ def _above(devices: list[Device]) -> dict[int, set[Device]]:
         master = known.get(device.master)
         if master is not None and master.kind != VRF:
             above.setdefault(device.ifindex, set()).add(master)
-            if device.peer in known:  # what a bridge sends out of one end of a pair comes in at the other
+            if device.peer in known:  # a frame that a bridge sends out of one end of a pair comes in at the other
                 above.setdefault(master.ifindex, set()).add(known[device.peer])
             if master.kind == _OPEN_VSWITCH:
                 above[device.ifindex] |= switches
@@ -204,7 +209,7 @@ def _above(devices: list[Device]) -> dict[int, set[Device]]:
 
 
 def _reached(segment: Device, above: dict[int, set[Device]]) -> set[Device]:
-    """All devices above a segment."""
+    """All devices on top of a segment, directly or not."""
     found: set[Device] = set()
     ahead = [segment]
     while ahead:

@@ -227,7 +227,6 @@ class VerdictCache:
             self._gate.shut(prefixes.links, None if opens else generation, first)
         elif first:
             self._elements.commit(first)
-
         sweep = Sweep(self._elements, self.sizes, prefixes)
         for name, family in passing:
             sweep.clear(name, family)

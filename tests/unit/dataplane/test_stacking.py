@@ -82,8 +82,8 @@ def test_of_observed_segments_nothing_is_stopped() -> None:
 
 def test_the_warnings_name_both_and_what_to_do() -> None:
     assert warnings((VNI, Device(2, "t\udcff", "macvlan", lower=1)), CONFIG) == [
-        r"macvlan t\xff takes the packets of segment vni1: nothing that comes from it may reach a judged port, "
-        r"whoever sends it, until vni1 is taken off it or t\xff is one of `segments`"
+        r"macvlan t\xff takes the packets of segment vni1: nothing that comes from it may reach a policy port, "
+        r"whatever its source is, until vni1 is taken off it or t\xff is one of `segments`"
     ]
 
 
@@ -135,7 +135,7 @@ def test_packets_of_an_observed_segment_pass_unless_an_enforced_one_shares_the_d
     assert fate((UNDER, TOP), config, "vni1") is Fate.OBSERVED
     assert fate((UNDER, TOP, Device(3, "vni2", master=2)), config, "vni1") is Fate.STOPPED
     (line,) = concerning((UNDER, TOP, Device(3, "vni2", master=2)), config, {"vni1"})
-    assert "nothing that comes from it may reach a judged port, whoever sends it" in line
+    assert "nothing that comes from it may reach a policy port, whatever its source is" in line
     assert "only observed: they pass" in concerning((UNDER, TOP), config, {"vni1"})[0]
     everything = Config(segments=("vni*",), uplinks=("up*",), mode=Mode.OBSERVE)
     assert fate((UNDER, TOP, Device(3, "vni2", master=2)), everything, "vni1") is Fate.OBSERVED
