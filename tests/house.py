@@ -21,7 +21,8 @@ typical example (`EXAMPLES`). Tests, documents and files that only use the examp
 **Functions** are measured from `def` to their last line, with docstring, without decorators.
 
 **Free of I/O** is a line of a module that neither imports a library of `IO` nor calls open, print or input, and
-that imports no module of portward that does, also through others. The `__init__` of a package counts as imported
+that imports no module of portward that does, also through others. `pathlib` counts if the module calls a method
+that reaches the file system. The `__init__` of a package counts as imported
 by its modules, because Python runs it first.
 """
 
@@ -64,6 +65,13 @@ IO: Final = frozenset((
     "subprocess", "syslog", "tempfile", "termios", "threading", "time", "tty", "typer", "urllib", "yaml",
 ))  # fmt: skip
 _CALLS: Final = frozenset(("open", "print", "input"))
+# The methods of `Path` that reach the file system. A module that only names paths, as the types of the
+# configuration do, and calls none of them, does no I/O.
+_PATH_METHODS: Final = frozenset((
+    "chmod", "cwd", "exists", "expanduser", "glob", "group", "home", "is_dir", "is_file", "is_mount", "is_symlink",
+    "iterdir", "lstat", "mkdir", "open", "owner", "read_bytes", "read_text", "readlink", "rename", "resolve",
+    "rglob", "rmdir", "samefile", "stat", "symlink_to", "touch", "unlink", "walk", "write_bytes", "write_text",
+))  # fmt: skip
 # co_flags of a function, and of neither a module nor a class body.
 _FUNCTION: Final = 1
 
@@ -247,7 +255,7 @@ def undocumented() -> list[str]:
 
 def imports(name: str) -> tuple[set[str], set[str]]:
     """The files of the package that a file imports, and what of `IO` it imports or calls."""
-    modules, io = set[str](), set[str]()
+    modules, io, methods = set[str](), set[str](), set[str]()
     for node in ast.walk(ast.parse(sources()[name])):
         match node:
             case ast.ImportFrom(module=str(module), names=names):
@@ -256,7 +264,11 @@ def imports(name: str) -> tuple[set[str], set[str]]:
                 modules |= {alias.name for alias in names}
             case ast.Call(func=ast.Name(id=called)) if called in _CALLS:
                 io.add(called)
+            case ast.Call(func=ast.Attribute(attr=method)):
+                methods.add(method)
     io |= {module.split(".")[0] for module in modules} & IO
+    if not methods & _PATH_METHODS:
+        io.discard("pathlib")
     return {file for module in modules for file in _files(module)}, io
 
 

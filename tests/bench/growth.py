@@ -33,10 +33,11 @@ from portward.store.backends import open_store
 from portward.store.codec import encode, key_of
 from portward.store.sqlite.store import SqliteStore
 from portward.store.values import Put
+from portward.table.commits import Answers
 from portward.table.database import FILE
 from portward.table.follower import Follower
 from portward.table.reader import Reader
-from portward.table.writer import Answers, Writer
+from portward.table.writer import Writer
 
 SIZES: Final = {"1k": 1_000, "10k": 10_000, "100k": 100_000, "1m": 1_000_000, "5m": 5_000_000}
 _CHANGES, _LOOKUPS, _VIEW = 40, 64_000, 64

@@ -33,8 +33,7 @@ from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.policy import presets
-from portward.table.edit import ChangedPlace
-from portward.table.writer import Committed
+from portward.table.commits import ChangedPlace, Committed
 
 _FIRST_LINK: Final = 2
 _FIRST6: Final = int(IPv6Network("2001:db8::/32").network_address)

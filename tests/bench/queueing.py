@@ -38,7 +38,8 @@ from portward.lab.agent import until
 from portward.lab.topology import MAIL4
 from portward.model import Attachment, Record, Subscription
 from portward.policy import presets
-from portward.table.writer import Answers, Writer
+from portward.table.commits import Answers
+from portward.table.writer import Writer
 
 SEGMENT = "vni1"
 # Each core has one thing to do: the flood with the kernel's way up to the queue, and the reader.

@@ -20,7 +20,8 @@ from portward.inventory.yaml_document import yaml_text
 from portward.policy import presets
 from portward.store.codec import decode, encode, key_of, key_only
 from portward.store.values import RecordError
-from portward.table.writer import Answers, Writer
+from portward.table.commits import Answers
+from portward.table.writer import Writer
 
 NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
 ENDINGS: Final = {"config": "toml", "preset": "toml", "yaml": "yaml", "json": "json"}

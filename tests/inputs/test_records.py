@@ -21,8 +21,9 @@ from portward.base.characters import unshown
 from portward.model import Reason
 from portward.policy import presets
 from portward.store.sqlite.store import SqliteStore
+from portward.table.commits import Answers
 from portward.table.follower import Follower
-from portward.table.writer import Answers, Writer
+from portward.table.writer import Writer
 from unit.store.samples import CONTOSO, EXAMPLE, FABRIKAM
 
 NOW: Final = datetime(2026, 6, 3, tzinfo=UTC)

@@ -36,7 +36,8 @@ from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Subscription
 from portward.policy import presets
-from portward.table.writer import Answers, Committed, Writer
+from portward.table.commits import Answers, Committed
+from portward.table.writer import Writer
 
 _SUBSCRIPTION = UUID(int=5)
 _SLOW = Path(__file__).parent / "slow"

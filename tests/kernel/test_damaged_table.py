@@ -13,7 +13,8 @@ from portward.lab.topology import CONTOSO, FABRIKAM
 from portward.model import Attachment
 from portward.policy import presets
 from portward.table import layout
-from portward.table.writer import Answers, Writer
+from portward.table.commits import Answers
+from portward.table.writer import Writer
 
 _YESTERDAY = datetime.now(UTC) - timedelta(days=1)
 

@@ -27,8 +27,7 @@ from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.policy import presets
-from portward.table.edit import ChangedPlace
-from portward.table.writer import Committed
+from portward.table.commits import ChangedPlace, Committed
 
 _LINKS = {"vni1": 11, "vni2": 12}
 _LEARNED = ("allow", "deny", "observed", "refused", "unknown")

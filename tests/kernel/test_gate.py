@@ -37,7 +37,8 @@ from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
 from portward.model import Attachment, Exemption, Mode, Subscription
 from portward.policy import presets
-from portward.table.writer import Answers, Writer
+from portward.table.commits import Answers
+from portward.table.writer import Writer
 
 REVOKED, STAYS, OTHERS = UUID(int=1), UUID(int=2), UUID(int=3)
 # Addresses of each, one of each family; the revoked ones lie in prefixes that are revoked as a whole.

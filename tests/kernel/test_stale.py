@@ -21,7 +21,8 @@ from portward.dataplane.elements import Add
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 from portward.policy import presets
-from portward.table.writer import Answers, Committed, Writer
+from portward.table.commits import Answers, Committed
+from portward.table.writer import Writer
 
 
 @pytest.mark.parametrize("reader", QueueReader)

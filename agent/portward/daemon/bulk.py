@@ -32,9 +32,10 @@ from portward.errors import StoreError
 from portward.policy.preset import Preset
 from portward.store.backends import open_store
 from portward.store.flips import Flips, UnconfirmedError
+from portward.table.commits import Answers, Committed
 from portward.table.database import TableError, open_database
 from portward.table.follower import Follower, Waiting
-from portward.table.writer import Answers, Committed, Writer
+from portward.table.writer import Writer
 
 # Up to this many changes the policy thread works itself, because starting the child takes 0.2 s.
 MAX_INLINE_CHANGES: Final = 20_000

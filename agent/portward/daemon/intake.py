@@ -28,10 +28,11 @@ from portward.model import Mode
 from portward.policy.preset import Preset
 from portward.store.backends import open_store
 from portward.store.protocol import Store
+from portward.table.commits import Answers, Committed, merged
 from portward.table.database import TableError
 from portward.table.follower import BulkError, Follower, Held
 from portward.table.layout import Head
-from portward.table.writer import Answers, Committed, Writer, merged
+from portward.table.writer import Writer
 
 _log = logging.getLogger("portward")
 _T = TypeVar("_T")

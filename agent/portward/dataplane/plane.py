@@ -41,8 +41,8 @@ from portward.ipc import mark
 from portward.ipc.mark import PacketOutcome, classify
 from portward.model import ExemptionState
 from portward.policy.preset import Preset
+from portward.table.commits import Committed
 from portward.table.reader import Reader
-from portward.table.writer import Committed
 
 # Verdicts of the forward guard that are cached in one step, at most 20 steps a second: a flood of new sources
 # fills neither the sets of denied sources (262,144 in 60 s) nor those of unknown ones (16,384 in 10 s).

@@ -19,7 +19,7 @@ from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import Wanted
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError
-from portward.table.writer import Committed
+from portward.table.commits import Committed
 
 # Up to this many single sources are forgotten without reading the sets, by writing each into all of them: see
 # `VerdictCache.forget`.

@@ -10,6 +10,7 @@ In reading order:
 - `database`: the LMDB file, its transactions and its rows
 - `reader`: a lookup, as the worker does it
 - `account`: subscription and exemption in the table, and how they decide entries
+- `commits`: what a transaction has changed
 - `edit`: one write transaction; `accounts`, `lengths`, `segments`: its parts; `load`: filling an empty table
 - `writer`: the daemon's transactions, and what each has changed
 - `follower`: the table follows the store; `changes`: what the store's changes say; `history`: is it the same

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Final
 from uuid import UUID
 
 import msgspec
 
 from portward.base.heartbeat import beat
-from portward.model import Attachment, Exemption, Network, Reason, Record, Subscription, Workload
+from portward.model import Attachment, Exemption, Reason, Record, Subscription, Workload
 from portward.table import layout
 from portward.table.account import Account, ByWorkload, Outcomes, Rule, by_workload, grant_end
 from portward.table.accounts import Accounts
+from portward.table.commits import MANY_CHANGES, ChangedPlace
 from portward.table.damage import Damage
 from portward.table.database import Part, Rows, TableError, Transaction
 from portward.table.denials import BLOCKED, Level, level_of
@@ -27,16 +28,6 @@ from portward.table.segments import Segments
 
 # Numbers of subscriptions begin at 1.
 _NO_SUBSCRIPTION: Final = 0
-# If more prefixes than this change, it is cheaper to clear the kernel's verdict cache than to delete each of them
-# from it.
-MANY_CHANGES: Final = 20_000
-
-
-class ChangedPlace(NamedTuple):
-    """A prefix in a segment whose verdict has changed."""
-
-    segment: str
-    network: Network
 
 
 class Edit:

@@ -30,6 +30,7 @@ from portward.store.protocol import Store
 from portward.store.unreadable import Unreadable
 from portward.store.values import Change
 from portward.table.changes import by_itself, confirmed_in, confirms, is_among, records_of
+from portward.table.commits import Committed, Point
 from portward.table.history import (
     ahead_of,
     hash_at,
@@ -40,7 +41,7 @@ from portward.table.history import (
 )
 from portward.table.layout import Head
 from portward.table.load import Loadable
-from portward.table.writer import Committed, GrownError, Point, Writer
+from portward.table.writer import GrownError, Writer
 
 _NO_STORE: Final = bytes(16)
 

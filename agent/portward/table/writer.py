@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from secrets import randbits
-from typing import Any, NamedTuple
+from typing import Any
 
 from portward.model import Exemption, Record, Subscription, Workload
 from portward.policy.decide import Ruling, rule
 from portward.policy.preset import Preset
 from portward.store.flips import Flips, UnconfirmedError
 from portward.table import layout
+from portward.table.commits import Answers, Committed, Point
 from portward.table.damage import Damage
 from portward.table.database import (
     MAP_SIZE,
@@ -31,7 +32,7 @@ from portward.table.database import (
     open_for_writing,
 )
 from portward.table.denials import Group, groups, weigh
-from portward.table.edit import MANY_CHANGES, ChangedPlace, Edit
+from portward.table.edit import Edit
 from portward.table.load import Loadable
 from portward.table.reader import Reader
 
@@ -41,56 +42,8 @@ _LARGEST_MAP_BYTES = 1 << 40
 _log = logging.getLogger("portward.table")
 
 
-class Committed(NamedTuple):
-    """What a transaction has changed: prefixes, interface indexes, or everything.
-
-    `revision` and `generation` are the table's now; the generation is new if any verdict is new. If `opens` is
-    False, every prefix in `changed` is denied now, so cached verdicts that deny are still right. If `closes` is
-    False, every prefix in `changed` was denied before, so no cached verdict allows. `steps` is the number of
-    generations that it covers: more than one if changes were `merged`.
-    """
-
-    revision: int
-    generation: int
-    changed: tuple[ChangedPlace, ...] = ()
-    links: frozenset[int] = frozenset()
-    everything: bool = False
-    opens: bool = True
-    closes: bool = True
-    steps: int = 1
-
-    @property
-    def new(self) -> bool:
-        """True if any cached verdict may be wrong now."""
-        return bool(self.changed or self.links or self.everything)
-
-
-def merged(commits: Sequence[Committed]) -> Committed:
-    """One change that covers commits that follow each other; at least one."""
-    new = [one for one in commits if one.new]
-    changed = tuple(dict.fromkeys(place for one in new for place in one.changed))
-    everything = any(one.everything for one in new) or len(changed) > MANY_CHANGES
-    return Committed(
-        commits[-1].revision,
-        commits[-1].generation,
-        () if everything else changed,
-        frozenset().union(*(one.links for one in new)),
-        everything,
-        opens=any(one.opens for one in new),
-        closes=any(one.closes for one in new),
-        steps=sum(one.steps for one in new),
-    )
-
-
 class GrownError(TableError):
     """The table was full and is larger now. The caller can try again."""
-
-
-class Answers(NamedTuple):
-    """How this gateway acts on denials: `observe` only counts them, `reject` answers them with a TCP reset."""
-
-    observe: bool
-    reject: bool
 
 
 class _FreerError(Exception):
@@ -99,13 +52,6 @@ class _FreerError(Exception):
     def __init__(self, kept: list[Group]) -> None:
         super().__init__()
         self.kept = kept
-
-
-class Point(NamedTuple):
-    """A revision of a store's log and its hash (32 bytes)."""
-
-    revision: int
-    hash: bytes
 
 
 class Writer:

@@ -27,10 +27,10 @@ from portward.store.codec import encode, key_of
 from portward.store.flips import UnconfirmedError
 from portward.store.sqlite.store import SqliteStore
 from portward.store.values import Put
+from portward.table.commits import Answers, ChangedPlace, Committed
 from portward.table.database import TableError
-from portward.table.edit import ChangedPlace
 from portward.table.follower import BulkError, Follower
-from portward.table.writer import Answers, Committed, Writer
+from portward.table.writer import Writer
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ANSWERS = Answers(observe=False, reject=False)

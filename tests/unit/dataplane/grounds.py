@@ -32,8 +32,7 @@ from portward.dataplane.sync import VerdictSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc import mark
 from portward.policy import presets
-from portward.table.edit import ChangedPlace
-from portward.table.writer import Committed
+from portward.table.commits import ChangedPlace, Committed
 
 CONFIG: Final = Config(segments=("vni*",), uplinks=("up0",))
 PRESET: Final = presets.load("azure-2020")

@@ -20,7 +20,7 @@ from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.setdump import DeletedElement
 from portward.dataplane.verdict_cache import Source
 from portward.ipc.mark import PASSING, Class
-from portward.table.writer import Committed, merged
+from portward.table.commits import Committed, merged
 from unit.dataplane.grounds import LINK, PRESET, Plane, committed, source, words
 
 HOST, OTHER, HOST6 = source("10.0.0.4"), source("10.9.9.9"), source("2001:db8::4")

@@ -9,8 +9,9 @@ import pytest
 
 from portward.base.clock import utc_now
 from portward.policy import presets
+from portward.table.commits import Answers
 from portward.table.database import TableError
-from portward.table.writer import Answers, Writer
+from portward.table.writer import Writer
 
 
 def writer(folder: Path) -> Writer:

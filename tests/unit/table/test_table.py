@@ -32,9 +32,10 @@ from portward.model import (
 )
 from portward.policy import presets
 from portward.policy.decide import decide
+from portward.table.commits import Answers, Committed
 from portward.table.database import TableError
 from portward.table.reader import Reader
-from portward.table.writer import Answers, Committed, Writer
+from portward.table.writer import Writer
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 STORE = b"a store's 16 ids"

@@ -29,8 +29,9 @@ from portward.policy import presets
 from portward.store.codec import encode, key_of
 from portward.store.sqlite.store import SqliteStore
 from portward.store.values import Put
+from portward.table.commits import Answers
 from portward.table.reader import Reader
-from portward.table.writer import Answers, Writer
+from portward.table.writer import Writer
 from unit.ops.diagnosis.samples import AFTER, BEFORE, GRANTED, ID, attachment, subscription
 
 AZURE = presets.load("azure-2020")
