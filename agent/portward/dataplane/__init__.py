@@ -1,9 +1,9 @@
-"""What the daemon does to the kernel of one network namespace.
+"""The daemon's work on the kernel of one network namespace.
 
 Responsible for the ruleset in the table `inet portward`, the cached verdicts and rate limits in it, and all that
 is read from the kernel: counters, interfaces, tunnels, rules of other programs, queues.
 
-What always holds:
+Invariants:
 - Only the kernel thread of the daemon writes, over one netlink socket, and only with the namespace lock. Other
   threads and verbs read over sockets of their own.
 - Each write is one transaction: all of it takes effect, or nothing. At each step a source that the policy denies

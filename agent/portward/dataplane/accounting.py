@@ -75,7 +75,7 @@ ExpiringKeys: TypeAlias = dict[str, list[bytes]]
 
 
 class DeletionLog(Protocol):
-    """What `PacketAccounting` needs of `Deletions`."""
+    """The part of `Deletions` that `PacketAccounting` uses."""
 
     # Set → number of elements at the last reading.
     sizes: dict[str, int]

@@ -4,7 +4,7 @@
 the kernel replaced. `tests/kernel/test_fake.py` runs the same commands on the fake and in the kernel, and
 compares.
 
-What holds, as in the kernel: a transaction is all or nothing. It raises the generation by one, or not at all if it
+As in the kernel, a transaction is all or nothing. It raises the generation by one, or not at all if it
 changes nothing. A full set refuses another element (ENFILE); an element that has expired and was not collected
 still takes room. The deletion of an element that is missing or has expired fails (ENOENT). A table with an owner
 belongs to one socket (EPERM). Rules are opaque text: no packet passes the fake.

@@ -79,7 +79,7 @@ class _ReportPlan:
         self.places: set[int] = set()
         # Elements that will be reported.
         self.elements = 0
-        # What is deleted without a report. A flush also ends all readings of the set, with or without a report.
+        # Deletions without a report. A flush also ends all readings of the set, with or without a report.
         self.unreported: list[DeletedElement | bytes] = []
         place = 0
         for change, length in changes:

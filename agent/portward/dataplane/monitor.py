@@ -45,7 +45,7 @@ class NoticeFilter(Enum):
 
 
 class RulesetChanges(NamedTuple):
-    """What other programs have changed since the last reading. `ours`: something in the tables of the monitor.
+    """The changes of other programs since the last reading. `ours`: something in the tables of the monitor.
     `gained`: a chain with a hook, or a rule that writes into packets, was added to another table. `gone`: a table,
     chain or rule was deleted from another table. `others`: anything at all. `lost`: the kernel has dropped
     notices, so all of the above may have happened."""

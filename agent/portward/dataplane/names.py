@@ -26,7 +26,7 @@ class NoVerdict(Enum):
     PASSED = auto()
 
 
-# What each element of a set counts.
+# The packets that an element of a set counts.
 Verdict: TypeAlias = mark.Class | LimitResult | NoVerdict
 
 TABLE: Final = "portward"
@@ -51,7 +51,7 @@ VERDICT_SETS: Final[dict[mark.Class, str]] = {
     mark.Class.REFUSED: "refused",
     mark.Class.UNKNOWN: "unknown",
 }
-# What sources with a rate limit sent.
+# Packets of sources with a rate limit.
 LIMITED_SETS: Final = {LimitResult.WITHIN: "rated", LimitResult.OVER: "throttled"}
 COUNTED_SETS: Final[dict[Verdict, str]] = dict([*VERDICT_SETS.items(), *LIMITED_SETS.items()])
 # Packets that were handled by a verdict that is not cached, by source and mark; when this set is full, by segment

@@ -31,7 +31,8 @@ from portward.errors import KernelError
 
 # A base chain has one of these types; other chains have none.
 _CHAIN_TYPES: Final = (b"filter\0", b"nat\0", b"route\0")
-# What a fingerprint covers. The kernel changes the other attributes by itself (handles, use counts).
+# The parts of a table that a fingerprint covers. The kernel changes the other attributes by itself (handles, use
+# counts).
 _FINGERPRINT: Final = (
     (nf.NFT_MSG_GETRULE, (nf.NFTA_RULE_CHAIN, nf.NFTA_RULE_EXPRESSIONS)),
     (nf.NFT_MSG_GETSET, (nf.NFTA_SET_NAME, nf.NFTA_SET_FLAGS, nf.NFTA_SET_KEY_LEN, nf.NFTA_SET_TIMEOUT)),

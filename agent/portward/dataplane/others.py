@@ -177,7 +177,7 @@ def _rewriting(expressions: Iterable[Expression]) -> Iterator[str]:
 
 
 def _written(found: Expression) -> str:
-    """What an expression writes into a packet; empty if it writes neither address nor port."""
+    """The part of a packet that an expression writes; empty if that is neither address nor port."""
     if found.name in ("nat", "redir", "tproxy"):
         return "addresses"
     if found.name == "target":

@@ -24,7 +24,7 @@ _log = logging.getLogger("portward.dataplane.selfcheck")
 
 
 class DifferenceKind(StrEnum):
-    """What differs. The values are labels of a metric."""
+    """The kinds of differences. The values are labels of a metric."""
 
     RULESET = "ruleset"  # rules, sets or queue rules are not the loaded ones, or the epoch is another
     CACHED = "remembered"  # the kernel has cached a verdict that is not the policy table's

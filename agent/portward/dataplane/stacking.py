@@ -32,7 +32,7 @@ class Stacked(NamedTuple):
 
 
 class Fate(StrEnum):
-    """What happens to a segment's packets to a policy port. FREE: no device takes them. STOPPED: devices take all
+    """The fate of a segment's packets to a policy port. FREE: no device takes them. STOPPED: devices take all
     of them, and the ruleset of a running agent drops them, whatever their source is. OBSERVED: devices take them,
     and they pass because the segment is only observed. UNCLEAR: devices take some of them, send them under the
     name of another segment, or forward them past the ruleset."""
@@ -127,7 +127,7 @@ def _segments_above(devices: list[Device], config: Config, segment: str) -> list
 
 
 def fate(devices: Iterable[Device], config: Config, segment: str) -> Fate:
-    """What the devices on top of a segment do with its packets."""
+    """The fate of a segment's packets because of the devices on top of it."""
     devices = list(devices)
     all_found = stacked(devices, config.segment)
     found = [one for one in all_found if one.segment.name == segment]

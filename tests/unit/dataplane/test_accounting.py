@@ -53,7 +53,7 @@ class World:
 
     @property
     def total(self) -> int:
-        """What was counted for the customer."""
+        """The packets counted for the customer."""
         assert self.counts.segments["vni1001", "deny"] == self.counts.subscriptions["contoso", "deny"]
         return self.counts.segments["vni1001", "deny"]
 

@@ -1,4 +1,4 @@
-"""What the agent sees around it: told once, and never less closed because the kernel does not answer."""
+"""The surroundings are logged once, and never open anything because the kernel does not answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VXLAN = Device(3, "vx", "vxlan", ports=frozenset((4790,)))
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, found: Ports | None) -> None:
-    """What generic netlink says; None: nothing."""
+    """The answer of generic netlink; None: an error."""
 
     def find(_: Iterable[Device]) -> Ports:
         if found is None:
@@ -34,26 +34,26 @@ def test_a_device_above_a_segment_is_logged_once_until_it_is_gone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers(monkeypatch, Ports())
-    lookout = SurroundingsMonitor()
+    monitor = SurroundingsMonitor()
     with caplog.at_level(logging.INFO):
         for devices in (BRIDGED, BRIDGED, (), BRIDGED):
-            found = lookout.look(devices, CONFIG, NOTHING)
+            found = monitor.look(devices, CONFIG, NOTHING)
             assert found.stacked == ({2} if devices else set())
-            assert len(lookout.warnings) == bool(devices)
+            assert len(monitor.warnings) == bool(devices)
     levels = [record.levelno for record in caplog.records]
     assert levels == [logging.ERROR, logging.INFO, logging.ERROR], "that it is gone is logged too"
     assert caplog.messages[1] == f"no longer: {caplog.messages[0]}"
 
 
 def test_ports_stay_while_the_kernel_does_not_say_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    lookout = SurroundingsMonitor()
+    monitor = SurroundingsMonitor()
     answers(monkeypatch, Ports(frozenset((5555,)), frozenset((51820,))))
-    before = lookout.look((), CONFIG, NOTHING)
+    before = monitor.look((), CONFIG, NOTHING)
     answers(monkeypatch, None)
-    found = lookout.look((VXLAN,), CONFIG, before)
+    found = monitor.look((VXLAN,), CONFIG, before)
     assert found == Surroundings(frozenset((5555, 4790)), frozenset((51820,)), known=frozenset((3,)))
     answers(monkeypatch, Ports())
-    assert lookout.look((), CONFIG, found) == NOTHING
+    assert monitor.look((), CONFIG, found) == NOTHING
 
 
 def test_what_others_have_found_stays(monkeypatch: pytest.MonkeyPatch) -> None:

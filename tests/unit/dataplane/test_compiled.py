@@ -1,4 +1,4 @@
-"""What libnftables prints of its messages is read word by word, and nothing that is not understood."""
+"""The messages that libnftables prints are read word by word, and refused if they are not understood."""
 
 from __future__ import annotations
 

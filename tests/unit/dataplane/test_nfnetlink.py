@@ -118,7 +118,7 @@ def test_a_dump_that_the_kernel_refuses_raises_its_errno() -> None:
 
 
 def test_a_dump_that_fails_half_way_raises_the_errno_of_its_last_message() -> None:
-    """What came before it is not all there is."""
+    """The replies before it are incomplete."""
     failed = (NLMSG_DONE, _MULTI, 0, struct.pack("=i", -errno.ENOMEM))
     netlink, _ = asking([[listed([b"a" * 8])], [failed]])
     with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):

@@ -1,4 +1,4 @@
-"""What is made of nft's answers, and how transactions of others are told from ours."""
+"""nft's answers become errors of one line, and transactions of other programs are noticed."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class Library:
     nft_ctx_buffer_error = nft_ctx_buffer_output
 
     def nft_ctx_get_output_buffer(self, _: int) -> bytes:
-        """What it lists."""
+        """The listing."""
         return self._output
 
     def nft_ctx_get_error_buffer(self, _: int) -> bytes:
-        """What is wrong."""
+        """The error."""
         return self._errors
 
     def nft_run_cmd_from_buffer(self, context: int, text: bytes) -> int:
-        """Fails if there is an error to tell."""
+        """Fails if there is an error."""
         self.asked.append((text.decode(), *self.open[context]))
         return -bool(self._errors)
 

@@ -1,4 +1,4 @@
-"""What others have in the kernel: which of it changes addresses and ports, and what is left alone."""
+"""Rules of other programs: which of them change addresses and ports, and which do not matter."""
 
 from __future__ import annotations
 

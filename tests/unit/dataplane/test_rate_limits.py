@@ -28,7 +28,7 @@ def plane() -> Plane:
 
 
 def drawing(plane: Plane) -> dict[str, str]:
-    """What the kernel has: source → limit."""
+    """The content of the kernel: source → limit."""
     return {str(one): str(bucket) for one, bucket in RateLimits.sources_in_kernel(plane.elements).items()}
 
 

@@ -1,4 +1,4 @@
-"""What messages of the kernel say of interfaces, and at which ports tunnels end."""
+"""Messages of the kernel become interfaces, and the ports of tunnels that end here."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ UNDER = VNI._replace(master=2)
         ((UNDER, TOP._replace(kind="batadv")), Fate.UNCLEAR),
         # Frames to the uplink never meet the ruleset.
         ((UNDER, TOP, Device(3, "up0", master=2)), Fate.UNCLEAR),
-        # Judged as a source of another segment.
+        # Its packets are classified as those of another segment.
         ((UNDER, TOP._replace(name="vni9")), Fate.UNCLEAR),
         ((UNDER, TOP, Device(3, "vni9", "macvlan", lower=2)), Fate.UNCLEAR),
     ],

@@ -1,4 +1,4 @@
-"""What is read of the cached verdicts, and what is made of a kernel that does not answer as it should."""
+"""Cached verdicts are read and changed, also if the kernel does not answer as it should."""
 
 from __future__ import annotations
 
