@@ -28,7 +28,7 @@ _D, _K, _W, _I = "portward.daemon", "portward.dataplane", "portward.worker", "po
 _T, _S = "portward.table", "portward.store"
 POINTS: Final = (
     # a change of policy, in its order
-    Point("daemon", "change", f"{_S}.sqlite:SqliteStore.revision"),
+    Point("daemon", "change", f"{_S}.sqlite.store:SqliteStore.revision"),
     Point("daemon", "change", f"{_T}.follower:Follower.step"),
     Point("daemon", "change", f"{_T}.writer:Writer.apply"),
     Point("daemon", "change", f"{_T}.writer:Writer._next_head"),
@@ -36,9 +36,9 @@ POINTS: Final = (
     Point("daemon", "change", f"{_K}.verdict_cache:VerdictCache.move_epoch"),
     Point("daemon", "change", f"{_K}.sync:VerdictSync._sources"),
     Point("daemon", "change", f"{_K}.verdict_cache:VerdictCache.forget"),
-    Point("daemon", "change", f"{_K}.elements:KernelElements.commit"),
-    Point("daemon", "change", f"{_K}.elements:KernelElements.commit", 2),
-    Point("daemon", "change", f"{_K}.nfnetlink:NfNetlink._wait"),
+    Point("daemon", "change", f"{_K}.kernel_elements:KernelElements.commit"),
+    Point("daemon", "change", f"{_K}.kernel_elements:KernelElements.commit", 2),
+    Point("daemon", "change", f"{_K}.nfsocket:NfSocket._wait"),
     # the start, in its order
     Point("daemon", "start", "portward.daemon.runtime:Runtime.__init__"),
     Point("daemon", "start", f"{_T}.writer:Writer.settle"),
@@ -69,9 +69,9 @@ POINTS: Final = (
     Point("worker", "start", f"{_W}.nfqueue:Queue.__init__"),
     Point("worker", "start", f"{_T}.reader:Reader.open"),
     # `portward apply`
-    Point("apply", "change", f"{_S}.sqlite:SqliteStore.write"),
+    Point("apply", "change", f"{_S}.sqlite.store:SqliteStore.write"),
     Point("apply", "change", f"{_S}.sqlite.store:SqliteStore._put"),
-    Point("apply", "change", f"{_S}.sqlite:ring"),
+    Point("apply", "change", f"{_S}.sqlite.store:notify_followers"),
 )
 
 

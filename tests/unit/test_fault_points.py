@@ -1,0 +1,12 @@
+"""The functions at which the fault suite ends a process exist: a rename must not wait for a run as root."""
+
+from __future__ import annotations
+
+import pytest
+
+from faults.inject.points import POINTS, Point, find
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
+def test_each_point_names_a_function(point: Point) -> None:
+    assert callable(getattr(*find(point)[:2]))
