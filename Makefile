@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PREFIX ?= /opt/portward
 
-# What portward runs on, what building NetfilterQueue takes, and what lab and tests send packets with.
+# The programs that portward runs, those that build NetfilterQueue, and those with which lab and tests send packets.
 PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlink-dev \
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base locales
 
@@ -106,7 +106,7 @@ package = rm -rf build/package && mkdir -p $(COPY) $(2) && \
           (cd $(COPY) && BUILDER=$(CURDIR)/$(BIN)/python dpkg-buildpackage --build=binary --no-sign) && \
           mv build/package/portward_$(1)_amd64.deb $(2)
 
-# What the virtual machine takes beyond that.
+# The virtual machine needs these beside PACKAGES.
 VM_PACKAGES := debhelper qemu-system-x86 debootstrap e2fsprogs lintian
 # The same package as a later version, to be upgraded to.
 NEXT := $(VERSION)+next
