@@ -54,6 +54,12 @@ def test_every_suite_is_described() -> None:
     assert suites == set(re.findall(r"(?m)^\| `tests/(\w+)` \|", TEXT))
 
 
+def test_what_ci_runs_is_described() -> None:
+    targets = re.findall(r"(?m)^\s*make ([a-z-]+)", (ROOT / ".ci" / "run").read_text())
+    assert targets[-1] == "test", "CI ends with the summary of the tests"
+    assert not [target for target in targets if f"`make {target}`" not in TEXT and f"make {target} " not in TEXT]
+
+
 def test_the_hooks_run_what_make_lint_runs() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     entries = {hook["entry"].removeprefix(".venv/bin/") for hook in hooks}
