@@ -1,7 +1,7 @@
-"""What happens to a source's next packet to the Internet on this host, and why. Pure.
+"""Decides what happens to a source's next packet to the Internet on this host, and why. Pure.
 
-The policy says what should happen. That is not always what happens: no agent may run, the ruleset may be missing,
-or a verdict of before may be cached. Both are said, each by itself.
+The policy says what should happen. Something else may happen if no agent runs, if the ruleset is missing, or if an
+older verdict is cached. So both are reported, separately.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from portward.ops.host_state import Agent, CachedState, Host, Ruleset, TableVerd
 
 
 class Effect(StrEnum):
-    """What becomes of the packet. LIMITED: new connections pass within the limit of the subscription."""
+    """What happens to the packet. LIMITED: new connections pass within the rate limit of the subscription."""
 
     PASSES = "passes"
     LIMITED = "limited"
@@ -28,23 +28,25 @@ class Effect(StrEnum):
 
 
 class Handling(StrEnum):
-    """What this host does to sources that it has no cached verdict for. UNWATCHED: workers have bound the queues,
-    and no running agent says whether they answer, or by what policy."""
+    """How this host handles packets of sources without a cached verdict.
+
+    UNWATCHED: workers have bound the queues, but no running agent says whether they answer, or under which policy.
+    """
 
     BY_POLICY = "judges"
-    OBSERVES = "observes"  # whoever sends, it passes, and the verdict is only counted
-    PART = "part"  # judged, or dropped if the packet falls into a queue that no worker answers
+    OBSERVES = "observes"  # every packet passes, and its verdict is only counted
+    PART = "part"  # by policy, but dropped if no worker answers the packet's queue
     UNWATCHED = "unwatched"
-    STACKED = "stacked"  # other devices take the packets before they are judged
-    OPEN = "open"  # whoever sends, it passes
-    CLOSED = "closed"  # whoever sends, it is dropped
+    STACKED = "stacked"  # other devices take the packets before portward sees them
+    OPEN = "open"  # every packet passes
+    CLOSED = "closed"  # every packet is dropped
     UNANSWERED = "nobody-answers"  # dropped
     UNANSWERED_OPEN = "nobody-answers-open"  # passes
     UNKNOWN = "unknown"
 
 
 class Now(msgspec.Struct, frozen=True):
-    """What happens now and why. `as_policy`: that is what the policy says; None if the effect is not known."""
+    """What happens now, and why. `as_policy`: whether the policy says the same; None if the effect is unknown."""
 
     effect: Effect
     why: str
@@ -52,8 +54,8 @@ class Now(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """What the policy says: the verdict (`allow`, `deny`, `reject`), whether it is only observed, whether a limit
-    goes with it, whether the destination is internal."""
+    """What the policy says: the verdict (`allow`, `deny` or `reject`), whether it is only observed, whether it has
+    a rate limit, and whether the destination is internal."""
 
     verdict: str
     observed: bool = False
@@ -61,8 +63,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     internal: bool = False
 
 
-def here(host: Host) -> Handling:
-    """What this host does to sources without a cached verdict."""
+def handling(host: Host) -> Handling:
+    """How this host handles packets of sources without a cached verdict."""
     if host.agent is Agent.AWAY or host.unclear:
         return Handling.UNKNOWN
     if host.ruleset is Ruleset.NOT_PERMITTED:
@@ -91,9 +93,11 @@ def _answered(host: Host) -> Handling:
 
 
 def now(host: Host, found: CachedState | None, policy: Policy, left: TableVerdict | None = None) -> Now:
-    """What happens to the next packet of a source; `found` is what the kernel has cached for it, None if its
-    segment is no interface here now. `left` is what workers find for it while no agent runs or reports; it may not
-    be what the policy says by now."""
+    """What happens to the next packet of a source.
+
+    `found` is what the kernel has cached for it; None if its segment is not an interface here now. `left` is what
+    workers find in the table while no agent runs or reports; the policy may have changed since.
+    """
     made = _now(host, found, policy, left)
     passes = policy.verdict == "allow" or policy.observed
     if made.effect is Effect.UNKNOWN:
@@ -102,10 +106,10 @@ def now(host: Host, found: CachedState | None, policy: Policy, left: TableVerdic
     return msgspec.structs.replace(made, as_policy=as_policy)
 
 
-def lasts(place: Handling, made: Now) -> bool:
-    """Whether a source passes on even if no worker answers, because the kernel itself has its limit: only an agent
-    takes that away."""
-    return made.effect is Effect.LIMITED and place in (
+def lasts(how: Handling, made: Now) -> bool:
+    """Whether a source goes on passing although no worker answers, because the kernel has its rate limit, and only
+    an agent removes that."""
+    return made.effect is Effect.LIMITED and how in (
         Handling.UNANSWERED,
         Handling.UNANSWERED_OPEN,
         Handling.UNWATCHED,
@@ -113,8 +117,8 @@ def lasts(place: Handling, made: Now) -> bool:
 
 
 def _now(host: Host, found: CachedState | None, policy: Policy, left: TableVerdict | None) -> Now:
-    place = here(host)
-    match place:
+    how = handling(host)
+    match how:
         case Handling.UNKNOWN if host.elsewhere:
             return Now(Effect.UNKNOWN, host.elsewhere)
         case Handling.UNKNOWN:
@@ -138,9 +142,9 @@ def _now(host: Host, found: CachedState | None, policy: Policy, left: TableVerdi
         )
     if found.verdict is not None:
         return _by_cache(host, found, found.verdict)
-    if place is Handling.UNWATCHED:
+    if how is Handling.UNWATCHED:
         return _by_left(host, left or TableVerdict(error="the policy table was not asked"))
-    return _by_worker(host, place, policy)
+    return _by_worker(host, how, policy)
 
 
 def _stacked(host: Host) -> Now:
@@ -148,8 +152,8 @@ def _stacked(host: Host) -> Now:
     if host.fate not in (Fate.OBSERVED, Fate.STOPPED):
         return Now(Effect.UNKNOWN, why)
     if host.agent is not Agent.RUNS:
-        # Only an agent writes such a device into the ruleset, to stop it or to let it pass. One from before its
-        # end may be in it.
+        # Only an agent writes such a device into the ruleset, to stop or to pass its packets. The loaded ruleset
+        # may still have the device from the last agent.
         return Now(Effect.UNKNOWN, f"{why}; {_AGENTS[host.agent]}, so whether the ruleset has it is not known")
     return Now(Effect.PASSES if host.fate is Fate.OBSERVED else Effect.DROPPED, why)
 
@@ -159,20 +163,20 @@ def _by_cache(host: Host, found: CachedState, verdict: Class) -> Now:
     effect = Effect.PASSES if verdict in mark.PASSING else Effect.DROPPED
     if verdict is Class.REFUSED:
         if host.workers in (Workers.NONE, Workers.DEAF):
-            return Now(effect, f"{why}, and {_nobody(host)} it with a reset")
+            return Now(effect, f"{why}, and {_no_worker(host)} it with a reset")
         effect = Effect.REJECTED
     return Now(effect, why if host.agent is Agent.RUNS else f"{why}; {_AGENTS[host.agent]}")
 
 
-def _by_worker(host: Host, place: Handling, policy: Policy) -> Now:
-    if place is Handling.UNANSWERED:
-        return Now(Effect.DROPPED, f"nothing is cached for it, and {_nobody(host)}")
-    if place is Handling.UNANSWERED_OPEN:
+def _by_worker(host: Host, how: Handling, policy: Policy) -> Now:
+    if how is Handling.UNANSWERED:
+        return Now(Effect.DROPPED, f"nothing is cached for it, and {_no_worker(host)}")
+    if how is Handling.UNANSWERED_OPEN:
         because = "the segment is only observed" if host.observed else 'on_agent_down = "open"'
         return Now(
             Effect.PASSES,
-            f"nothing is cached for it, and {_nobody(host)}: it passes because {because} in the ruleset that is "
-            "loaded",
+            f"nothing is cached for it, and {_no_worker(host)}: it passes because {because} in the ruleset "
+            "that is loaded",
         )
     words = f"nothing is cached for it: its next packet asks a worker{_in_part(host)}"
     if policy.verdict == "allow" and policy.limited:
@@ -183,7 +187,7 @@ def _by_worker(host: Host, place: Handling, policy: Policy) -> Now:
 
 
 def _by_left(host: Host, left: TableVerdict) -> Now:
-    """By a worker that goes by the policy table as it is, whatever the store says by now."""
+    """The effect if a worker answers from the policy table as it is, whatever the store has now."""
     if left.error:
         words = f"nothing is cached for it, and what a worker makes of it is not known: {left.error}"
         return Now(Effect.UNKNOWN, f"{words}; {_AGENTS[host.agent]}")
@@ -210,7 +214,7 @@ def _in_part(host: Host) -> str:
     return f". NOT ALL QUEUES ARE ANSWERED: what falls into the others {rest}, see `portward status`"
 
 
-def _nobody(host: Host) -> str:
+def _no_worker(host: Host) -> str:
     if host.agent in (Agent.RUNS, Agent.SILENT):
         return f"{_AGENTS[host.agent]}, but no worker answers"
     return f"{_AGENTS[host.agent]}, so no worker answers"

@@ -1,7 +1,7 @@
 """`portward explain`: why a source may or may not send, from the same table that the workers read.
 
-Where no agent runs it decides from the store or, if that cannot be read, from the table that an agent left, and
-says so. Where the kernel may be asked (CAP_NET_ADMIN) it also tells whether the verdict is remembered now.
+If no agent runs, it decides from the store; if the store cannot be read, from the table that the last agent wrote.
+It says which. If the user may read the kernel (CAP_NET_ADMIN), it also says whether a verdict is cached now.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from portward.table.reader import Reader
 
 
 class SubscriptionFacts(msgspec.Struct, frozen=True):
-    """What is known of a source, where it was read, and when that was last decided as a whole."""
+    """What is known of a source, where it was read, and when all of it was last decided."""
 
     source: str
     revision: int
@@ -55,9 +55,12 @@ class SubscriptionFacts(msgspec.Struct, frozen=True):
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """An answer to "why can't I send mail?": what the policy says, in `now` what happens on this host now and why,
-    in `remarks` what the reader must know first. `kernel` is what the kernel has cached for the source, or why
-    that is not known; `decided_from` is `table` or `store`."""
+    """An answer to "why can't I send mail?".
+
+    It has what the policy says; `now` is what happens on this host now, and why. `kernel` is what the kernel has
+    cached for the source, or why that is unknown. `decided_from` begins with `table` or `store`. `remarks` must be
+    shown first.
+    """
 
     segment: str
     address: str
@@ -81,53 +84,54 @@ class Explanation(msgspec.Struct, frozen=True):
 
 
 def explain(path: Path, segment: str, address: str, to: str | None) -> Explanation:
-    """Explains the source `address` in `segment`, for packets to `to` or anywhere on the Internet. Raises
-    InputError for what is no address, PortwardError where neither table nor store can be read."""
+    """Explains the source `address` in `segment`, for packets to `to`, or to any address on the Internet. Raises
+    InputError for an invalid address or segment, PortwardError if neither table nor store can be read."""
     config, preset, remarks = settings(path)
     source = sources.source(config, path, segment, address)
     destination = None if to is None else sources.destination(to, source)
     known = _known(config, preset, segment, source)
     found = _explanation(config, preset, known, segment, source, destination)
-    place, here = _now(config, found, source)
-    found = replace(found, now=here, remedy=_remedy(found, place, here), remarks=(*remarks, *_behind(config)))
+    handling, now = _now(config, found, source)
+    found = replace(found, now=now, remedy=_remedy(found, handling, now), remarks=(*remarks, *_behind(config)))
     if in_another_network(config.table) is not None:
         return replace(found, kernel="not asked: the agent runs in another network namespace")
     return found
 
 
-# What passes there by a cached verdict, an answered queue, or a worker that nobody watches may be dropped next.
+# With these, a packet may pass now (by a cached verdict, an answered queue, an unwatched worker) and the next one
+# be dropped.
 _UNSURE: Final = (Handling.UNANSWERED, Handling.PART, Handling.UNWATCHED)
 
 
-def _remedy(found: Explanation, place: Handling, here: Now) -> str:
-    """What the customer can do, as far as it is the customer's."""
-    if here.effect is Effect.UNKNOWN:
+def _remedy(found: Explanation, handling: Handling, now: Now) -> str:
+    """What the customer can do, if the customer can do anything."""
+    if now.effect is Effect.UNKNOWN:
         if found.verdict != "allow":
             return found.remedy
         return "The policy allows it. Whether this gateway lets it pass now is not known, see `now`."
-    if not here.as_policy and here.effect in (Effect.DROPPED, Effect.REJECTED):
+    if not now.as_policy and now.effect in (Effect.DROPPED, Effect.REJECTED):
         lets = "the policy allows it" if found.verdict == "allow" else "the policy only observes it"
         return f"Nothing: {lets}, and it is this gateway that drops it. See `portward status`."
-    if not here.as_policy:
+    if not now.as_policy:
         return f"{found.remedy} At this moment the packets pass all the same, since this gateway lets them."
-    unsure = place in _UNSURE and not effect.lasts(place, here)
+    unsure = handling in _UNSURE and not effect.lasts(handling, now)
     if found.verdict == "allow" and unsure and found.reason != Reason.ALLOWED_INTERNAL:
         return "Nothing: the policy allows it. But this gateway may soon drop it, see `portward status`."
     return found.remedy
 
 
 def _behind(config: Config) -> Iterator[str]:
-    """What the agent here has not taken in yet."""
+    """A remark if the store has changes that the agent here has not taken yet."""
     if running(config.table) is not None and (why := host.behind_store(config)):
         yield host.not_taken_in(why)
 
 
 def lines(found: Explanation) -> Iterator[str]:
-    """The explanation in a few lines for people."""
+    """The explanation as lines for people."""
     to = f" to {found.destination}" if found.destination else ""
     observed = ""
     if found.observed and found.verdict != "allow":
-        # An observed packet can be dropped all the same, for example if no worker answers.
+        # An observed packet can still be dropped, for example if no worker answers.
         passes = found.now is None or found.now.effect in (Effect.PASSES, Effect.LIMITED)
         observed = " (observed only: the packet passes)" if passes else " (observed only)"
     yield f"{shown(found.segment)} {found.address}{to}: {found.verdict.upper()}{observed}"
@@ -161,7 +165,8 @@ _EFFECTS: Final = {
 
 
 def _known(config: Config, preset: Preset, segment: str, source: Address) -> SubscriptionFacts:
-    """What the running agent enforces; else what the store holds; if that cannot be read, what an agent left."""
+    """The facts from the running agent's table; if none runs, from the store; if that cannot be read, from the
+    table that the last agent wrote."""
     if running(config.table) is not None and (found := _from_table(config, preset, segment, source)) is not None:
         return found
     try:
@@ -181,7 +186,7 @@ def _from_table(
     address: Address,
     open_table: Callable[[Path], Reader] = Reader.open,
 ) -> SubscriptionFacts | None:
-    """What the policy table holds; None if that is no policy yet. Raises TableError."""
+    """The facts from the policy table; None if it has no policy yet. Raises TableError."""
     reader = open_table(config.table)
     try:
         head, holding = reader.head(), reader.holding(segment, address)
@@ -210,7 +215,7 @@ def _from_table(
 
 
 def _held(head: layout.Head) -> str:
-    """What the table does not have of the store, and what of later revisions it has all the same."""
+    """Which revision of the store is held, and which later denials are nevertheless in force."""
     if held_history(head) is not None:
         return f"the store has another history (a restored backup?), which is held up to its revision {head.held}"
     more = f", and denials up to revision {head.ahead} are in force ahead of it" if head.ahead > head.held else ""
@@ -226,9 +231,9 @@ def _from_store(config: Config, segment: str, address: Address) -> SubscriptionF
     if hidden(config.table):
         why = "whether an agent runs is not known"
     elif running(config.table) is None:
-        why = "no agent runs on this table"  # perhaps on another one
+        why = "no agent runs on this table"  # one may run on another table
     else:
-        why = "the agent has no policy yet"  # it is reading the store
+        why = "the agent has no policy yet"  # it is still reading the store
     return SubscriptionFacts(f"store ({why})", revision, attachment, subscription, exemption)
 
 
@@ -240,7 +245,7 @@ def _explanation(
     source: Address,
     destination: Address | None,
 ) -> Explanation:
-    # The agent holds ends of grants against the later one.
+    # The agent compares ends of grants with the later of wall clock and last decision.
     now = agent_time(known.decided)
     decision = decide(
         preset,
@@ -282,16 +287,16 @@ def _explanation(
 
 
 def _now(config: Config, found: Explanation, source: Address) -> tuple[Handling, Now]:
-    """What this host does to sources without a cached verdict, and what happens to the source's next packet."""
-    here = host.at_segment(host.look(config, [found.segment]), host.devices(), config, found.segment)
+    """How this host handles sources without a cached verdict, and what happens to the source's next packet."""
+    state = host.at_segment(host.look(config, [found.segment]), host.devices(), config, found.segment)
     try:
         cached = host.cached(found.segment, source)
     except (OSError, PortwardError):
-        here, cached = replace(here, ruleset=Ruleset.NOT_PERMITTED), None
-    place = effect.here(here)
-    left = host.left(config, found.segment, source) if place is Handling.UNWATCHED else None
-    return place, effect.now(
-        here,
+        state, cached = replace(state, ruleset=Ruleset.NOT_PERMITTED), None
+    handling = effect.handling(state)
+    left = host.left(config, found.segment, source) if handling is Handling.UNWATCHED else None
+    return handling, effect.now(
+        state,
         cached,
         Policy(
             verdict=found.verdict,
@@ -325,7 +330,7 @@ def _kernel(segment: str, source: Address) -> str:
 
 
 def _within(netlink: NfNetlink, source: Source, name: str) -> str:
-    """What the kernel does with the packets of a source with a limit."""
+    """What the kernel does with packets of a source with a rate limit."""
     bucket = Bucket.named(name)
     limit = name if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
     beyond = netlink.element(TABLE, LIMITED_SETS[LimitResult.OVER] + source.family, source.key)

@@ -36,17 +36,17 @@ from portward.table.database import DatabaseError
 from portward.table.history import same_history
 from portward.table.reader import Reader
 
-# The agent writes its status each second: an older one says that it hangs.
+# The agent writes its status each second, so an older status means that it hangs.
 _STALE_S: Final = 5.0
-# A worker is asked every two seconds and has two to answer. For so long after it has bound its queue it may not
-# have been asked yet.
+# A worker gets a query every 2 s and has 2 s to answer. So it may have had no query yet for up to 5 s after it has
+# bound its queue.
 _UNASKED_S: Final = 5.0
 
 
 def look(config: Config, segments: Iterable[str]) -> Host:
-    """This host now for these segments; `config` is what counts (`settings`)."""
+    """The state of this host for these segments. `config` is the one in force (`settings`)."""
     if (process := in_another_network(config.table)) is not None:
-        # What this namespace has loaded and cached says nothing of the agent's gateway.
+        # Ruleset and cache of this namespace are not those of the agent's gateway.
         return Host(agent=Agent.AWAY, workers=Workers.NONE, elsewhere=away(process))
     agent, status = _agent(config)
     loaded, elsewhere = _ruleset(config)
@@ -55,7 +55,7 @@ def look(config: Config, segments: Iterable[str]) -> Host:
     segments = list(segments)
     opens, observed = _opens(segments) if loaded is Ruleset.LOADED else (False, False)
     broken = str(status.get("ruleset_error", ""))
-    if loaded is Ruleset.LOADED and not elsewhere and (other := _not_in_force(broken) or _not_judged(segments)):
+    if loaded is Ruleset.LOADED and not elsewhere and (other := _not_in_force(broken) or _not_covered(segments)):
         return Host(agent=agent, elsewhere=other, unclear=True)
     return Host(
         agent=agent,
@@ -69,8 +69,8 @@ def look(config: Config, segments: Iterable[str]) -> Host:
 
 
 def cached(segment: str, address: Address) -> CachedState | None:
-    """What the kernel has cached for a source; None if the segment is no interface here now. Raises PortwardError
-    or OSError if the kernel may not be asked."""
+    """What the kernel has cached for a source; None if the segment is not an interface here now. Raises
+    PortwardError or OSError if this user may not read it."""
     index = index_of(segment)
     if index is None:
         return None
@@ -91,7 +91,7 @@ def cached(segment: str, address: Address) -> CachedState | None:
 
 
 def left(config: Config, segment: str, address: Address) -> TableVerdict:
-    """What the workers find for a source in the policy table, the way they look it up."""
+    """What the workers find for a source in the policy table, by their own lookup."""
     index = index_of(segment)
     try:
         with closing(Reader.open_left(config.table)) as reader, reader.view():
@@ -108,8 +108,8 @@ def left(config: Config, segment: str, address: Address) -> TableVerdict:
 
 
 def behind_store(config: Config) -> str:
-    """What the store holds that the running agent's table has not taken in, in words; empty if it is in step, or
-    if that cannot be found out."""
+    """What the store has and the running agent's table does not, in words; empty if nothing, or if it is
+    unknown."""
     try:
         with closing(Reader.open(config.table)) as reader, closing(open_store(config.store)) as store:
             head = reader.head()
@@ -124,12 +124,12 @@ def behind_store(config: Config) -> str:
 
 
 def not_taken_in(what: str) -> str:
-    """The remark on what `behind_store` says."""
+    """The remark for a text of `behind_store`."""
     return f"{what}, which this gateway has not taken in: see `portward status`"
 
 
 def in_words(taken: NamespaceTakenError) -> str:
-    """Who has this network namespace instead of an agent on the table that was asked about, and what to do."""
+    """Which process has this network namespace instead of an agent on the table in question, and what to do."""
     if taken.process is None:
         return str(taken)
     return (
@@ -139,7 +139,7 @@ def in_words(taken: NamespaceTakenError) -> str:
 
 
 def nothing_loaded(folder: Path) -> KernelError:
-    """What is to be said if no ruleset is loaded here; `folder` is the policy table's."""
+    """The error if no ruleset is loaded here. `folder` is the policy table's."""
     if (process := in_another_network(folder)) is not None:
         return KernelError(f"no ruleset of portward is loaded in this network namespace: {away(process)}")
     process = running(folder)
@@ -151,7 +151,7 @@ def nothing_loaded(folder: Path) -> KernelError:
 
 
 def devices() -> tuple[Device, ...]:
-    """The network devices of this host; none if the kernel does not say."""
+    """The network devices of this host; empty if they cannot be read."""
     try:
         return tuple(rtnetlink.devices())
     except OSError:
@@ -159,7 +159,7 @@ def devices() -> tuple[Device, ...]:
 
 
 def at_segment(seen: Host, found: Iterable[Device], config: Config, segment: str) -> Host:
-    """The host as the packets of this segment meet it; `found` are its devices."""
+    """The state of the host for packets of one segment. `found` are the devices of the host."""
     found = list(found)
     if stacking.is_bare(found, segment):
         return seen
@@ -182,7 +182,7 @@ def _agent(config: Config) -> tuple[Agent, dict[str, Any]]:
 
 
 def _ruleset(config: Config) -> tuple[Ruleset, str]:
-    """What is loaded; and who enforces here instead of an agent on this table, empty if nobody does."""
+    """What is loaded, and which process enforces here instead of an agent on this table; empty if none does."""
     try:
         with closing(NfNetlink()) as netlink:
             taken = None if running(config.table) is not None else namespacelock.holder(netlink)
@@ -195,8 +195,8 @@ def _ruleset(config: Config) -> tuple[Ruleset, str]:
 
 
 def _opens(segments: list[str]) -> tuple[bool, bool]:
-    """Whether all these segments are open while nobody answers, and whether that is because they are observed. The
-    kernel says so: a configuration that was edited since counts from the next start on."""
+    """Whether all these segments are open while no worker answers, and whether that is because they are observed.
+    It is read from the kernel, because an edited configuration is in force only after the next start."""
     try:
         with closing(NfNetlink()) as netlink:
             opens = all(opened.holds(netlink, opened.OPEN, segment) for segment in segments)
@@ -206,14 +206,14 @@ def _opens(segments: list[str]) -> tuple[bool, bool]:
 
 
 def _not_in_force(error: str) -> str:
-    """Why it is not known what the loaded ruleset does; empty if the agent has no error with it."""
+    """Why it is unknown what the loaded ruleset does; empty if the agent reports no error with it."""
     if not error:
         return ""
     return f"the agent says that its ruleset is not in force, so what is loaded may let anything pass: {error}"
 
 
-def _not_judged(segments: list[str]) -> str:
-    """Why it is not known whether the ruleset judges these segments; empty if it does, or if none is loaded."""
+def _not_covered(segments: list[str]) -> str:
+    """Why it is unknown whether the ruleset covers these segments; empty if it does, or if none is loaded."""
     try:
         with closing(NfNetlink()) as netlink:
             if not opened.has_rules(netlink):
@@ -231,9 +231,9 @@ def _not_judged(segments: list[str]) -> str:
 
 
 def _workers(config: Config, agent: Agent, status: dict[str, Any]) -> Workers:
-    """Who answers. A running agent asks its workers again and again and says so; without one it shows only whether
-    a process has bound the queue."""
-    queue = last(config).queue  # workers that an agent left have the queues of its configuration
+    """How many queues are answered. A running agent reports that, because it queries its workers. Without one, it
+    is only visible whether a process has bound a queue."""
+    queue = last(config).queue  # workers that outlive an agent have the queues of its configuration
     queues = range(queue.first, queue.first + queue.workers)
     bound = {state.number for state in states()} & set(queues)
     answering = len(bound)
@@ -247,7 +247,8 @@ def _workers(config: Config, agent: Agent, status: dict[str, Any]) -> Workers:
 
 
 def _answers(worker: dict[str, Any]) -> bool:
-    """Whether a worker answers, as the status says. An older version says only that its process is there."""
+    """Whether a worker answers, by the status. The status of an older version only says that its process
+    exists."""
     if "state" not in worker:
         return bool(worker["running"])
     unasked = worker["state"] == "unanswered" and worker["seconds"] < _UNASKED_S

@@ -7,7 +7,7 @@ import pytest
 
 from portward.dataplane.stacking import Fate
 from portward.ipc.mark import Class
-from portward.ops.effect import Effect, Handling, Policy, here, now
+from portward.ops.effect import Effect, Handling, Policy, handling, now
 from portward.ops.host_state import Agent, CachedState, Host, Ruleset, TableVerdict, Workers
 
 ALLOW, DENY, REJECT = Policy(verdict="allow"), Policy(verdict="deny"), Policy(verdict="reject")
@@ -100,7 +100,7 @@ def test_the_effect_follows_from_host_cache_and_policy(
 @pytest.mark.parametrize("opens", [True, False])
 def test_every_state_of_a_host_has_an_answer(agent: Agent, loaded: Ruleset, workers: Workers, opens: bool) -> None:
     host = Host(agent=agent, ruleset=loaded, workers=workers, opens=opens)
-    assert here(host) in Handling
+    assert handling(host) in Handling
     for policy in (ALLOW, DENY, OBSERVED, LIMITED):
         for found in (None, NOTHING, cached(Class.ALLOW)):
             assert now(host, found, policy).why
@@ -121,7 +121,7 @@ def test_every_state_of_a_host_has_an_answer(agent: Agent, loaded: Ruleset, work
     ],
 )
 def test_only_a_host_whose_agent_reports_is_said_to_judge(host: Host, observed: bool, place: Handling) -> None:
-    assert here(msgspec.structs.replace(host, observed=observed)) is place
+    assert handling(msgspec.structs.replace(host, observed=observed)) is place
 
 
 def test_why_names_what_is_missing() -> None:

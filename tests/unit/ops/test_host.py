@@ -86,12 +86,12 @@ def test_while_the_agent_says_that_its_ruleset_is_not_in_force_nobody_knows_what
     config = Config(segments=("vni*",), uplinks=("up0",), table=tmp_path)
     monkeypatch.setattr(host, "_ruleset", lambda _: (host_state.Ruleset.LOADED, ""))
     found = host.look(config, ["vni1"])
-    assert effect.here(found) is effect.Handling.UNKNOWN
+    assert effect.handling(found) is effect.Handling.UNKNOWN
     why = effect.now(found, host_state.CachedState(), effect.Policy(verdict="deny")).why
     assert why.startswith("the agent says that its ruleset is not in force")
     assert why.endswith("No buffer space available")
     monkeypatch.setattr(host, "_ruleset", lambda _: (host_state.Ruleset.NONE, ""))
-    assert effect.here(host.look(config, ["vni1"])) is effect.Handling.OPEN
+    assert effect.handling(host.look(config, ["vni1"])) is effect.Handling.OPEN
 
 
 def test_a_segment_with_nothing_on_it_costs_no_look_at_what_stands_on_others(

@@ -1,4 +1,4 @@
-"""Where accounts are looked up: in the policy table of the running agent, or in the store where none runs."""
+"""Looks up accounts: in the policy table of the running agent, or in the store if no agent runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from portward.table.reader import Attached, Reader
 
 
 class Matched(NamedTuple):
-    """Whose a source is, and by which prefix in which segment."""
+    """The subscription of a source, and the attachment (segment and prefix) that covers it."""
 
     segment: str
     prefix: Network
@@ -30,7 +30,7 @@ class Matched(NamedTuple):
 
 
 class Accounts(Protocol):
-    """A place to look accounts up. `at` is the time at which they are to be judged."""
+    """A place to look accounts up. `at` is the time for which to decide about them."""
 
     place: FactSource
     revision: int
@@ -38,20 +38,20 @@ class Accounts(Protocol):
     other_preset: bool
 
     def found(self, wanted: str) -> list[SubscriptionRecords]:
-        """The account of the subscription with this UUID or, where there is none, all with exactly this name."""
+        """The account of the subscription with this UUID; if there is none, all with exactly this name."""
 
     def names(self) -> list[str]:
         """The names of all subscriptions."""
 
     def matched(self, segment: str, address: Address) -> Matched | None:
-        """Whose a source is; None for one of nobody."""
+        """The subscription of a source; None if it is unknown."""
 
     def close(self) -> None:
-        """Frees the place."""
+        """Closes table or store."""
 
 
 def accounts(config: Config, preset: Preset) -> Accounts:
-    """The running agent's table, else the store. Raises PortwardError where neither can be read."""
+    """The running agent's table; without one, the store. Raises PortwardError if neither can be read."""
     if running(config.table) is not None:
         reader = Reader.open(config.table)
         head = reader.head()
@@ -70,7 +70,8 @@ class TableAccounts:
         self._reader = reader
         self.revision = head.revision
         self.other_preset = head.preset.hex() != preset.digest
-        # The agent's clock may have been ahead when it decided; its decisions stand until ours has come there too.
+        # The agent's clock may have been ahead when it decided. Its decisions hold until this clock gets there,
+        # too.
         self.at = agent_time(head.decided())
 
     def found(self, wanted: str) -> list[SubscriptionRecords]:

@@ -1,7 +1,7 @@
-"""What is the matter with an account, and which ways lead on. Pure, and without words: codes.
+"""Decides what blocks an account, and which ways lead to a solution. Pure; it works with codes, not with texts.
 
-A *matter* is a reason with the machines that it holds for; a *way* is one or several steps, to be done one after
-the other; the ways of a matter are alternatives, the first one the quickest.
+A *matter* is a reason with the machines that it applies to. A *way* is a sequence of steps. The ways of a matter
+are alternatives; the first one is the quickest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from portward.policy.remedy import relay_is_free, some_may_send
 
 
 class Step(StrEnum):
-    """One thing to do. Fixed: tools rely on these codes."""
+    """One thing to do. The values are fixed, because tools rely on them."""
 
     NONE = "none"
     STAY_WITHIN_LIMIT = "stay-within-limit"
@@ -44,7 +44,7 @@ class Step(StrEnum):
 
 Way: TypeAlias = tuple[Step, ...]
 
-# What needs something comes first, and of that what the customer can do at once.
+# Reasons that need an action come first; of these, the ones that the customer can act on at once.
 _ORDER: Final = (
     Reason.DENIED_UNKNOWN_SOURCE, Reason.DENIED_DISABLED, Reason.DENIED_RESTART_REQUIRED, Reason.DENIED_PENDING,
     Reason.DENIED_REJECTED, Reason.DENIED_REVOKED, Reason.DENIED_NOT_EXEMPT, Reason.DENIED_INELIGIBLE,
@@ -53,13 +53,13 @@ _ORDER: Final = (
 )  # fmt: skip
 
 
-# What is not as the policy says comes first.
+# Outcomes that differ from the policy come first.
 _OUTCOMES: Final = (Blocking.SHUT, Blocking.OPEN, Blocking.UNKNOWN, Blocking.AS_POLICY)
 
 
 class Matter(msgspec.Struct, frozen=True):
-    """A reason, the machines that it holds for and have the same outcome, and the ways on. `observed`: the policy
-    lets them pass all the same, as the rule is only observed."""
+    """A reason, the machines with this reason and the same outcome, and the ways to a solution. `observed`: the
+    machines pass nevertheless, because the rule is only observed."""
 
     reason: Reason
     machines: tuple[Machine, ...]
@@ -69,12 +69,12 @@ class Matter(msgspec.Struct, frozen=True):
 
     @property
     def beyond_limit(self) -> int:
-        """New connections of its machines that were dropped as beyond the limit, lately."""
+        """New connections of its machines that the kernel dropped beyond the rate limit within about a minute."""
         return sum(machine.drops.beyond_limit for machine in self.machines if machine.drops)
 
 
 def in_order(machines: tuple[Machine, ...], first: Machine | None = None) -> tuple[Machine, ...]:
-    """The machines with those that need something first; `first` before all others."""
+    """The machines in order: those that need an action first, and `first` before all others."""
 
     def place(machine: Machine) -> tuple[object, ...]:
         network = machine.address
@@ -94,12 +94,15 @@ def in_order(machines: tuple[Machine, ...], first: Machine | None = None) -> tup
 
 
 def matters(preset: Preset, facts: Facts) -> tuple[Matter, ...]:
-    """The matters of an account: that of the source that was asked about first, then what needs something. An
-    account without machines has one, what would hold for its virtual machines; so has a source of nobody."""
+    """The matters of an account: first that of the source in question, then those that need an action.
+
+    An account without machines has one matter, that of its virtual machines if it had any. A source of an unknown
+    subscription has one, too.
+    """
     if facts.subscription is None or not facts.machines:
         reason = facts.reason_of_machines(preset)
         if reason is Reason.DENIED_RESTART_REQUIRED and facts.exemption and facts.exemption.decided:
-            reason = Reason.ALLOWED_EXEMPT  # for all that is started from now on
+            reason = Reason.ALLOWED_EXEMPT  # for every machine that is started from now on
         without = _matter(preset, facts, reason, (), facts.outcome, observed=facts.observed)
         return _split(preset, facts, reason, facts.machines) or (without,)
     found = sorted({machine.reason for machine in facts.machines}, key=_ORDER.index)
@@ -110,7 +113,7 @@ def matters(preset: Preset, facts: Facts) -> tuple[Matter, ...]:
 
 
 def _split(preset: Preset, facts: Facts, reason: Reason, machines: tuple[Machine, ...]) -> tuple[Matter, ...]:
-    """The matters of the machines that the reason holds for: one for each outcome, and apart what is observed."""
+    """The matters of the machines with this reason: one for each outcome, and separate ones if observed."""
     kinds: dict[tuple[int, bool], list[Machine]] = {}
     for machine in machines:
         if machine.reason is reason:
@@ -164,7 +167,7 @@ def _ways(preset: Preset, facts: Facts, reason: Reason, machines: tuple[Machine,
 
 
 def _from_virtual_machines(preset: Preset, facts: Facts) -> tuple[Way, ...]:
-    """How a customer whose platform service may not send comes to a virtual machine that may."""
+    """How a customer whose platform service may not send gets a virtual machine that may."""
     reason = facts.reason_of_machines(preset)
     if reason.allows:
         return ((Step.VIRTUAL_MACHINE,),)
@@ -174,7 +177,7 @@ def _from_virtual_machines(preset: Preset, facts: Facts) -> tuple[Way, ...]:
         case Reason.DENIED_PENDING:
             return ((Step.VIRTUAL_MACHINE, Step.WAIT, *_restart_after(preset)),)
         case Reason.DENIED_RESTART_REQUIRED if facts.exemption and facts.exemption.decided:
-            # One that is started from now on is started after the grant.
+            # A machine that is started from now on is started after the grant.
             return ((Step.VIRTUAL_MACHINE,),)
         case Reason.DENIED_RESTART_REQUIRED:
             return ((Step.VIRTUAL_MACHINE, Step.RECORD_GRANT),)
@@ -183,7 +186,7 @@ def _from_virtual_machines(preset: Preset, facts: Facts) -> tuple[Way, ...]:
 
 
 def _asking(preset: Preset, facts: Facts) -> Way:
-    """From where the account stands to an exemption that counts."""
+    """The steps from the present state of the account to an exemption that is in force."""
     subscription = facts.subscription
     offer = None if subscription is None else preset.offer(subscription.offer)
     if subscription is None or offer is None:
@@ -192,7 +195,7 @@ def _asking(preset: Preset, facts: Facts) -> Way:
     if _was_decided_by_a_person(facts):
         steps.append(Step.PUT_RIGHT)
     if offer.exemption is ExemptionPath.SELF_SERVICE:
-        # What self-service looks at (the policy page): whoever lacks it would only be rejected.
+        # Self-service checks these (see the preset), and rejects an account that lacks one.
         if subscription.standing is not Standing.GOOD:
             steps.append(Step.SETTLE_ACCOUNT)
         if not subscription.payment_history:
@@ -202,7 +205,8 @@ def _asking(preset: Preset, facts: Facts) -> Way:
 
 
 def _was_decided_by_a_person(facts: Facts) -> bool:
-    """Whether what was said no to must be put right: self-service only says what the account lacks."""
+    """Whether a person rejected or revoked the exemption, so that the cause must be resolved first. Self-service
+    only states what the account lacks."""
     refused = facts.state in (State.REJECTED, State.REVOKED)
     return refused and facts.exemption is not None and facts.exemption.by != SELF_SERVICE
 

@@ -1,4 +1,4 @@
-"""What is known of an account and of its machines at a time."""
+"""What is known of an account and of its machines at one time. Pure."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ class FactSource(StrEnum):
 
 
 class Kernel(StrEnum):
-    """Whether the kernel said what it dropped; NO_INTERFACE: the segment of a machine is not on this host; AWAY:
-    the agent enforces in another network namespace."""
+    """Whether the kernel's counters of drops are known.
+
+    NO_INTERFACE: no segment of the machines is an interface of this host. AWAY: the agent enforces in another
+    network namespace.
+    """
 
     ASKED = "asked"
     NO_INTERFACE = "no-interface"
@@ -35,7 +38,7 @@ class Kernel(StrEnum):
 
 
 class Metrics(StrEnum):
-    """Whether the agent's own counters are known."""
+    """Whether the agent's counters are known."""
 
     READ = "read"
     NO_AGENT = "no-agent"
@@ -44,9 +47,12 @@ class Metrics(StrEnum):
 
 
 class Drops(msgspec.Struct, frozen=True):
-    """Packets of a machine as the kernel's elements have counted them, which live a minute or so: those refused,
-    new connections beyond the limit of an exemption, and those that only passed since the rule is observed.
-    `sources` is how many addresses were concerned. `nobody`: the source is held as one of nobody, uncounted."""
+    """Packets of a machine that the kernel's elements have counted. An element lives for about a minute.
+
+    `refused`: refused packets. `beyond_limit`: new connections beyond the rate limit of an exemption. `observed`:
+    packets that passed only because the rule is observed. `sources`: the number of addresses that sent them.
+    `nobody`: the source is cached as one of an unknown subscription; such packets are not counted.
+    """
 
     refused: int = 0
     beyond_limit: int = 0
@@ -65,8 +71,11 @@ class Drops(msgspec.Struct, frozen=True):
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """An attachment: an address, or a prefix. `observed`: the reason is only observed. `drops` is None where the
-    kernel did not say. `now` is what happens on this host (to a prefix: to what has no cached verdict)."""
+    """An attachment: an address or a prefix.
+
+    `observed`: the rule is only observed. `drops` is None if the kernel's counters are unknown. `now` is what
+    happens on this host; for a prefix, to sources without a cached verdict.
+    """
 
     segment: str
     address: Network
@@ -80,8 +89,8 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class SinceStart(msgspec.Struct, frozen=True):
-    """What the agent, and those before it, have counted for the subscription since `started`, in packets. Those of
-    the last `age` seconds may be missing."""
+    """Packets of the subscription that this agent and those before it have counted since `started`. Packets of the
+    last `age` seconds may be missing."""
 
     started: datetime
     age: int
@@ -97,14 +106,20 @@ class Asked(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a diagnosis is made from. `asked` is the source that was asked about, and then its machine,
-    if any, comes first in `machines`; of a source of nobody, `now` and `outcome` say what happens to it, and
-    `observed` whether its segment is only observed. `here` is what this host does to sources without a cached
-    verdict, None if no machine's segment is an interface of it, and `places` says it for each segment; `stacked`
-    is what takes packets of these segments before they are judged. `elsewhere` is who enforces here in place of an
-    agent on this table. `behind` is what the store holds and the running agent has not taken in. `subscription` is
-    None for a source of nobody, and where the records lack it: then `id` says whose it should be. `remembered` is
-    for how many seconds the kernel counts what it drops."""
+    """Everything that a diagnosis is made from.
+
+    `asked` is the source in question, if a source was given; its machine then comes first in `machines`. For a
+    source of an unknown subscription, `now` and `outcome` say what happens to it, and `observed` whether its
+    segment is only observed. `id` is the subscription of the account; `subscription` is None if there is no record
+    of it.
+
+    `here` is how this host handles sources without a cached verdict; None if no machine's segment is an interface
+    of this host. `places` has the same for each segment. `stacked` has a sentence for each device that takes
+    packets of these segments before portward sees them. `elsewhere` is the process that enforces here instead of
+    an agent on this table. `behind` is what the store has and the running agent's table has not.
+
+    `remembered` is for how many seconds the kernel counts what it drops.
+    """
 
     at: datetime
     place: FactSource
@@ -132,16 +147,16 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def state(self) -> State:
-        """Where the exemption stands."""
+        """The state of the exemption at `at`."""
         return state_of(self.exemption, self.at)
 
     @property
     def drops(self) -> Drops | None:
-        """What was dropped of all machines together; None where that is not known of any."""
+        """The drops of all machines together; None if they are unknown for every machine."""
         known = [machine.drops for machine in self.machines if machine.drops is not None]
         return sum(known, Drops()) if known else None
 
     def reason_of_machines(self, preset: Preset) -> Reason:
-        """What holds for the account's virtual machines, whatever their last start: a grant that needs one comes
-        out as DENIED_RESTART_REQUIRED."""
+        """The reason for the account's virtual machines, whatever their last start. A grant that needs a restart
+        gives DENIED_RESTART_REQUIRED."""
         return rule(preset, self.subscription, self.exemption, Workload.VM, now=self.at).reason

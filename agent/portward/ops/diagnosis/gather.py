@@ -1,5 +1,5 @@
-"""Gathering the facts of a diagnosis: whose account, from the running agent's table or from the store; what the
-kernel dropped lately; what the agent has counted since its start.
+"""Gathers the facts of a diagnosis: the account, from the running agent's table or from the store; what the kernel
+dropped recently; what the agents have counted; what happens on this host now.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from portward.policy.decide import decide
 from portward.policy.preset import Preset
 from portward.store.lookup import SubscriptionRecords, uuid_of
 
-# How many subscriptions of the same name are told.
+# How many subscriptions of the same name an error lists.
 _CANDIDATES: Final = 10
-# Of several segments the first of these is told in one word.
+# If segments are handled differently, `here` is the first of these.
 _WORST: Final = (
     Handling.UNKNOWN, Handling.CLOSED, Handling.OPEN, Handling.UNANSWERED, Handling.UNWATCHED, Handling.PART,
     Handling.UNANSWERED_OPEN, Handling.STACKED, Handling.BY_POLICY, Handling.OBSERVES,
@@ -40,15 +40,15 @@ _WORST: Final = (
 
 def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[Preset, Diagnosis]:
     """The diagnosis of the subscription `who` (UUID or name), or of the owner of the source `address` in the
-    segment `who`, and the preset by which it is judged. Raises InputError for what is no address or segment,
-    PortwardError where nothing is found, or a name is that of several."""
+    segment `who`; and the preset in force. Raises InputError for an invalid address or segment, PortwardError if
+    no subscription is found, or several have the name."""
     config, preset, remarks = settings(path)
     source = None if address is None else sources.source(config, path, who, address)
     with closing(accounts(config, preset)) as place:
         facts = _of_account(config, preset, place, who) if source is None else (
             _of_source(config, preset, place, who, source)
         )  # fmt: skip
-    # The table is open only once in a process, and what follows opens it anew.
+    # After `place` is closed, because a process can have the table open only once, and `_seen` opens it.
     facts = _seen(config, facts, source)
     behind = (host.not_taken_in(facts.behind),) if facts.behind else ()
     return preset, replace(diagnosis(preset, facts, say), remarks=(*remarks, *behind))
@@ -57,7 +57,7 @@ def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[
 def machines_of(
     config: Config, preset: Preset, place: Accounts, held: SubscriptionRecords, matched: Matched | None = None
 ) -> tuple[Machine, ...]:
-    """The account's machines as they come out at the place's time, that of `matched` first."""
+    """The account's machines with their reasons at the time `place.at`; the machine of `matched` first."""
     mode = held.subscription.mode if held.subscription else Mode.ENFORCE
     found = [
         Machine(
@@ -94,7 +94,7 @@ def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, ad
         if held:
             return replace(_facts(config, preset, place, held[0], matched), asked=asked)
     away = in_another_network(config.table) is not None
-    drops, answer = (None, Kernel.AWAY) if away else recent_drops.of_nobody(segment, address)
+    drops, answer = (None, Kernel.AWAY) if away else recent_drops.of_unknown_subscription(segment, address)
     return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer)
 
 
@@ -123,7 +123,7 @@ def _facts(
 
 
 def _seen(config: Config, facts: Facts, source: Address | None) -> Facts:
-    """The facts with what happens on this host now, to each machine or to a source of nobody."""
+    """The facts with what happens on this host now to each machine, or to a source of an unknown subscription."""
     sight = HostView(config)
     segments = [machine.segment for machine in facts.machines]
     if facts.asked is not None and source is not None and not segments:
@@ -152,7 +152,7 @@ def _seen(config: Config, facts: Facts, source: Address | None) -> Facts:
 
 
 def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:
-    """What holds whoever is asked about."""
+    """The facts that do not depend on the account."""
     return Facts(
         at=place.at,
         place=place.place,
@@ -164,7 +164,7 @@ def _bare(config: Config, preset: Preset, place: Accounts) -> Facts:
 
 
 def _the_one(config: Config, place: Accounts, who: str) -> SubscriptionRecords:
-    """The one account that is meant."""
+    """The account with this UUID or name. Raises PortwardError if there is none, or several."""
     found = place.found(who) if who.strip() else []
     if len(found) == 1:
         return found[0]

@@ -1,4 +1,4 @@
-"""What this host does now with the sources of an account, as `explain` says it of one source."""
+"""What this host does now to the sources of an account, as `explain` says it for one source."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from portward.ops.host_state import CachedState, Host, Ruleset
 
 
 class HostView:
-    """One look at this host."""
+    """The state of this host, read once for each segment."""
 
     def __init__(self, config: Config) -> None:
         self._config, self._devices = config, host.devices()
         self._at = cache(self._at_segment)
 
     def elsewhere(self, segments: Iterable[str]) -> str:
-        """Who enforces here in place of an agent on this table, or why else it is not known what happens to one of
-        these segments; empty if it is known."""
+        """The process that enforces here instead of an agent on this table, or another reason why it is unknown
+        what happens to one of these segments; empty if it is known."""
         return next(filter(None, (self._at(segment).elsewhere for segment in segments)), "")
 
     def stacked(self, segments: Iterable[str]) -> tuple[str, ...]:
-        """What takes the packets of these segments before they are judged."""
+        """A sentence for each device that takes packets of these segments before portward sees them."""
         return tuple(stacking.concerning(self._devices, self._config, set(segments)))
 
     def places(self, segments: Iterable[str]) -> dict[str, Handling]:
-        """For each of these segments that is an interface here: what happens to its sources without a cached
-        verdict."""
+        """For each of these segments that is an interface here: how its sources without a cached verdict are
+        handled."""
         present = sorted(segment for segment in set(segments) if index_of(segment))
-        return {segment: effect.here(self._at(segment)) for segment in present}
+        return {segment: effect.handling(self._at(segment)) for segment in present}
 
     def met(self, machine: Machine, *, limited: bool, source: Address | None = None) -> Machine:
-        """The machine with what happens to it; of a prefix to `source`, if one of it was asked about."""
+        """The machine with what happens to it. For a prefix: to `source`, if that was asked about."""
         one = machine.address.prefixlen == machine.address.max_prefixlen
         address = machine.address.network_address if one and source is None else source
         verdict = "allow" if machine.reason.allows else "deny"
@@ -51,22 +51,22 @@ class HostView:
         return replace(machine, now=made, outcome=found)
 
     def source(self, segment: str, address: Address | None, policy: Policy) -> tuple[Now, Blocking]:
-        """What happens to a source; None stands for several of a prefix."""
-        here = self._at(segment)
-        if index_of(segment) is None and not here.elsewhere:
-            # Whatever this host does, it does not do it to this source.
+        """What happens to a source. The address None stands for all sources of a prefix."""
+        state = self._at(segment)
+        if index_of(segment) is None and not state.elsewhere:
+            # This host gets no packets of this source.
             return effect.now(Host(), None, policy), Blocking.UNKNOWN
         try:
             cached = self._cached(segment, address)
         except (OSError, PortwardError):
-            here, cached = replace(here, ruleset=Ruleset.NOT_PERMITTED), None
-        place = effect.here(here)
+            state, cached = replace(state, ruleset=Ruleset.NOT_PERMITTED), None
+        how = effect.handling(state)
         left = None
-        if place is Handling.UNWATCHED and address is not None:
+        if how is Handling.UNWATCHED and address is not None:
             left = host.left(self._config, segment, address)
-        made = effect.now(here, cached, policy, left)
+        made = effect.now(state, cached, policy, left)
         passes = policy.verdict == "allow" or policy.observed
-        return made, outcome(place, made, passes=passes, prefix=address is None, opens=here.opens)
+        return made, outcome(how, made, passes=passes, prefix=address is None, opens=state.opens)
 
     def _at_segment(self, segment: str) -> Host:
         return host.at_segment(host.look(self._config, [segment]), self._devices, self._config, segment)

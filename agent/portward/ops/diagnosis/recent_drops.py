@@ -1,4 +1,5 @@
-"""What the kernel has dropped lately, by machine: the counters of the elements that remember refused sources."""
+"""What the kernel has dropped recently, by machine: the counters of the cached verdicts, which live a minute or
+so."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from portward.ipc.mark import Class
 from portward.model import Address, Network
 from portward.ops.diagnosis.facts import Drops, Kernel, Machine
 
-# Set → what its elements' packets are.
+# Name of a set → the field of `Drops` that its elements count.
 _FIELDS: Final = {
     VERDICT_SETS[Class.DENY]: "refused",
     VERDICT_SETS[Class.REFUSED]: "refused",
@@ -27,13 +28,16 @@ _FIELDS: Final = {
 }
 _UNKNOWN: Final = VERDICT_SETS[Class.UNKNOWN]
 
-# Gives the prefix whose attachment a source is of.
+# (segment, address) → the prefix of the attachment that covers the source.
 Owner = Callable[[str, Address], Network | None]
 
 
 def with_drops(machines: Sequence[Machine], owner: Owner) -> tuple[tuple[Machine, ...], Kernel]:
-    """The machines with what the kernel dropped of each, as far as it says so, and whether it does. `owner` says
-    of which prefix a source in a segment is: a more specific one may be somebody else's."""
+    """The machines with what the kernel dropped of each, and whether the kernel's counters are known.
+
+    `owner` returns the prefix that covers a source, because a more specific prefix may belong to another
+    subscription.
+    """
     try:
         netlink = NfNetlink()
     except PortwardError:
@@ -51,8 +55,8 @@ def with_drops(machines: Sequence[Machine], owner: Owner) -> tuple[tuple[Machine
     return found, Kernel.ASKED if known else Kernel.NO_INTERFACE
 
 
-def of_nobody(segment: str, address: Address) -> tuple[Drops | None, Kernel]:
-    """What the kernel holds of a source of nobody."""
+def of_unknown_subscription(segment: str, address: Address) -> tuple[Drops | None, Kernel]:
+    """What the kernel has cached for a source of an unknown subscription."""
     index = _index(segment)
     if index is None:
         return None, Kernel.NO_INTERFACE
@@ -73,14 +77,14 @@ def of_nobody(segment: str, address: Address) -> tuple[Drops | None, Kernel]:
 
 
 class _Reading:
-    """One reading of the sets: single elements where the source is known, all of them once for prefixes."""
+    """One reading of the sets: single elements for addresses, and all elements once for prefixes."""
 
     def __init__(self, netlink: NfNetlink, owner: Owner) -> None:
         self._netlink, self._owner = netlink, owner
         self._all = lru_cache(maxsize=None)(self._elements)
 
     def of(self, machine: Machine) -> Drops | None:
-        """What was dropped of a machine; None where its segment is no interface here."""
+        """What was dropped of a machine; None if its segment is not an interface here."""
         index = _index(machine.segment)
         if index is None:
             return None
@@ -121,5 +125,5 @@ def _drops(packets: dict[str, int], sources: int) -> Drops:
 
 @lru_cache(maxsize=1024)
 def _index(segment: str) -> int | None:
-    """The interface's index; this process asks within a moment, so once is enough."""
+    """The index of the interface. It is read once, because the process lives only for a moment."""
     return index_of(segment)

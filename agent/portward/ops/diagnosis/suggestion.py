@@ -1,4 +1,4 @@
-"""What an operator likely meant by a word that names no subscription."""
+"""Suggests what an operator probably meant by a word that names no subscription."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from portward.ops.diagnosis.accounts import Accounts
 from portward.store.lookup import uuid_of
 
 _HEX_DIGITS: Final = 32
-# A part of an id, or one with a digit too many.
+# A part of a UUID, or a UUID with a digit too many.
 _LIKE_ID: Final = re.compile(r"(?=(?:.*[0-9]){3})[0-9A-Fa-f]{8}[0-9A-Fa-f-]{4,40}")
-# Comparing takes some microseconds for each name.
-_COMPARED: Final = 20_000
-_LENGTH_APART: Final = 3
+# Comparing takes some microseconds for each name, so this many take some 0.1 s.
+_MAX_COMPARED: Final = 20_000
+# Names whose lengths differ by more cannot be similar enough.
+_MAX_LENGTH_DIFFERENCE: Final = 3
 _ALL: Final = "`portward diagnose SEGMENT ADDRESS` finds it by one of its machines, `portward export` lists all"
 
 
 def hint(config: Config, place: Accounts, who: str) -> str:
-    """What to type next."""
+    """A sentence on what to type next."""
     if is_address(who):
         return f"this is an address: `portward diagnose SEGMENT {who}` asks about a source"
     segment = config.segment(who)
@@ -42,7 +43,7 @@ def hint(config: Config, place: Accounts, who: str) -> str:
 
 
 def _nearest(place: Accounts, who: str) -> str:
-    """The name of a subscription that is nearly this one; empty if there is none."""
+    """The most similar name of a subscription; empty if none is similar."""
     if not who.strip() or uuid_of(who) is not None:
         return ""
     folded = who.strip().casefold()
@@ -50,7 +51,7 @@ def _nearest(place: Accounts, who: str) -> str:
     same = next((name for name in names if name.strip().casefold() == folded), "")
     if same:
         return same
-    near = (name for name in names if abs(len(name) - len(who)) <= _LENGTH_APART)
-    by_folded = {name.casefold(): name for name in islice(near, _COMPARED)}
+    near = (name for name in names if abs(len(name) - len(who)) <= _MAX_LENGTH_DIFFERENCE)
+    by_folded = {name.casefold(): name for name in islice(near, _MAX_COMPARED)}
     found = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.75)
     return by_folded[found[0]] if found else ""

@@ -13,7 +13,7 @@ from portward.exemptions.lifecycle import State
 from portward.model import Attachment, Exemption, ExemptionState, Standing, Subscription, Workload
 from portward.ops.diagnosis.facts import Facts, FactSource, Machine
 from portward.ops.diagnosis.outcome import outcome
-from portward.ops.effect import Policy, here, now
+from portward.ops.effect import Policy, handling, now
 from portward.ops.host_state import CachedState, Host
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
@@ -85,7 +85,7 @@ def facts(
         )
         for one in attachments
     )
-    place = here(host)
+    place = handling(host)
     if found is not None and machines:
         more = {"here": place, "places": {one.segment: place for one in machines}, **more}
     fields = {"at": NOW, "place": FactSource.STORE, "revision": 7, "preset": preset.name, "id": ID, **more}
@@ -99,7 +99,7 @@ def _met(host: Host, found: CachedState | None, machine: Machine) -> Machine:
     made = now(host, found, Policy(verdict=verdict, observed=machine.observed))
     prefix = machine.address.num_addresses > 1
     return replace(
-        machine, now=made, outcome=outcome(here(host), made, passes=passes, prefix=prefix, opens=host.opens)
+        machine, now=made, outcome=outcome(handling(host), made, passes=passes, prefix=prefix, opens=host.opens)
     )
 
 
