@@ -4,7 +4,7 @@ Three threads work: policy, kernel and counting (`threads`). Only the policy thr
 only the kernel thread writes the kernel. The asyncio loop only waits. The daemon never imports the worker: the two
 processes share the table, a block of counters and a pipe.
 
-What always holds: a step that fails is retried and counted, and opens nothing. A stop leaves ruleset and cached
+Invariants: a step that fails is retried and counted, and opens nothing. A stop leaves ruleset and cached
 verdicts in the kernel. The locks are held until no thread can write any more.
 
 In reading order:

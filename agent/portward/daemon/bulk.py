@@ -7,7 +7,7 @@ change. It ends with the daemon. If it is killed, the table is as before or as a
 table shows which, because the child can be killed between its commit and its report.
 
 Job and result are pickled, because both processes are the same program and nothing else writes to these pipes. The
-result has a pipe of its own, because a library may print at any time. What the child prints goes to the log.
+result has a pipe of its own, because a library may print at any time. The output of the child goes to the log.
 """
 
 from __future__ import annotations

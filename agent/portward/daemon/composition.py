@@ -205,7 +205,7 @@ class Daemon:
         if working.done():
             working.result()
             return False
-        # A step that a thread has begun goes on. What `work` raises now is ignored.
+        # A step that a thread has begun goes on. Errors of `work` are ignored now.
         await shutdown.cancel({working}, _STOP_S)
         return True
 

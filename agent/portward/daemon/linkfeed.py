@@ -117,7 +117,7 @@ async def followed(
     links: AsyncIterator[Links], again: Callable[[], AsyncGenerator[Links]], steps: StepRunner
 ) -> AsyncIterator[Links]:
     """The changes of interfaces from `links`; after an error, those from `again()`, which starts with all
-    interfaces. What happened in between is unknown, so each of these may have taken the index of another
+    interfaces. Changes in between are unknown, so each of these may have taken the index of another
     interface."""
     source: AsyncIterator[Links] = links
     while True:

@@ -36,7 +36,7 @@ OUTCOMES: Final = {
 
 @dataclass(frozen=True)
 class Reading:
-    """What one snapshot is read from. `counted_at`: when the sums in it were last read from the kernel, by
+    """The sources of one snapshot. `counted_at`: when the sums in it were last read from the kernel, by
     `clock.monotonic`; None: never yet."""
 
     core: Core

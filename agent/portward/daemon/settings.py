@@ -80,7 +80,7 @@ def forget(folder: Path) -> None:
 
 
 def settings(path: Path) -> Settings:
-    """What is in force here for the configuration at `path`: what the running agent has read from it; if none
+    """The settings in force here for the configuration at `path`: what the running agent has read from it; if none
     runs, the file itself. Raises InputError for a mistake in the file if no agent runs that has read it."""
     try:
         config = load_config(path)
@@ -114,8 +114,8 @@ def away(process: int) -> str:
 
 
 def last(config: Config) -> Config:
-    """What the agent that runs or last ran on this table has in force, if it wrote that; otherwise `config`. The
-    loaded ruleset may be newer, because a boot loads one before the agent starts."""
+    """The configuration that the agent which runs or last ran on this table has in force, if it wrote that;
+    otherwise `config`. The loaded ruleset may be newer, because a boot loads one before the agent starts."""
     found = _left(config.table, None)
     return config if found is None else found.config
 
@@ -152,12 +152,13 @@ def _changed(config: Config, preset: Preset, found: _InForce) -> list[str]:
 
 
 def _in_force(folder: Path, path: Path) -> _InForce | None:
-    """What the running agent of this table has read from `path`; None if no agent runs, or it wrote nothing."""
+    """The settings that the running agent of this table has read from `path`; None if no agent runs, or it wrote
+    nothing."""
     return None if running(folder) is None else _left(folder, path)
 
 
 def _left(folder: Path, path: Path | None) -> _InForce | None:
-    """What an agent of this table wrote, if it had read it from `path` (None: from any file)."""
+    """The settings that an agent of this table wrote, if it had read it from `path` (None: from any file)."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         with (folder / _FILE).open("rb") as file:
             found = msgspec.json.decode(file.read(_MAX_FILE_BYTES), type=_InForce, dec_hook=path_hook)

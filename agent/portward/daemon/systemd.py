@@ -1,4 +1,4 @@
-"""What systemd gets from the agent: notifications by sd_notify(3), and log lines with priorities by
+"""Messages to systemd: notifications by sd_notify(3), and log lines with priorities by
 sd-daemon(3)."""
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class WorkerState(NamedTuple):
 
 
 class Worker:
-    """One worker process with its queue, its counters and its lifeline (a pipe whose end tells it to stop)."""
+    """One worker process with its queue, its counters and its lifeline (a pipe whose end makes it stop)."""
 
     def __init__(
         self,

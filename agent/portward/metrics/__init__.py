@@ -1,7 +1,7 @@
 """How numbers get to Prometheus: families, exporter and HTTP server. Which metrics there are is in
 `daemon.metrics`.
 
-What always holds: a scrape never waits for the kernel and never delays a packet. A client, whatever it does, can
+Invariants: a scrape never waits for the kernel and never delays a packet. A client, whatever it does, can
 take only bounded descriptors, memory and processor time. Without an address to listen at, the agent enforces all
 the same.
 

@@ -1,4 +1,4 @@
-"""What a metric is, and the numbers of one moment. Pure."""
+"""The type of a metric, and of the numbers of one moment. Pure."""
 
 from __future__ import annotations
 

@@ -273,7 +273,8 @@ class MetricsServer:
 
     def _accepted(self, listener: _Listener, *, waits: bool) -> socket.socket | None:
         """The next client, if there is one and a descriptor for it. `waits`: the selector has reported a client.
-        Without a free descriptor, accept(2) fails before it looks for a client, so its error does not tell."""
+        Without a free descriptor, accept(2) fails before it looks for a client, so its error says nothing about
+        clients."""
         assert listener.socket is not None  # noqa: S101 # it is registered
         while True:
             self._reserve.give_one()

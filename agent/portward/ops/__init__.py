@@ -1,6 +1,6 @@
-"""What the verbs of the command line do: they read the agent's files, the store and the kernel, and report.
+"""The work of the command line's verbs: they read the agent's files, the store and the kernel, and report.
 
-What always holds: a verb reports what happens on this host apart from what the policy says. If it cannot find out
+Invariants: a verb reports what happens on this host apart from what the policy says. If it cannot find out
 something, it says so and why. Only `rules` changes the kernel, and no verb here writes the store or the table.
 
 In reading order:

@@ -1,6 +1,6 @@
-"""What `portward audit` tells: the entries of the store's log in words, and whether the log is whole.
+"""`portward audit`: the entries of the store's log in words, and whether the log is whole.
 
-Entries and check are of one state of the store, whatever is written to it meanwhile. Nothing is written here.
+Entries and check are of one state of the store, even if it is written meanwhile. Nothing is written here.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from portward.store.confirmation import CONFIRMED
 from portward.store.protocol import Store
 from portward.store.values import Cell, Entry, LogRow
 
-# A revision with more changes is told by their counts.
-_LINES: Final = 40
-# Of a revision with more changes `--json` gives their counts, and null for themselves: it is made in memory.
-_MOST: Final = 10_000
+# A revision with more changes is printed as their counts, because a reader wants an overview.
+_MAX_LINES: Final = 40
+# With `--json` a revision with more changes has their counts, and null instead of the changes, because the
+# document is made in memory.
+_MAX_JSON_CHANGES: Final = 10_000
 _WHAT: Final = {"+": "added", "~": "changed", "-": "removed"}
 
 
 class Wanted(NamedTuple):
-    """Which entries are told: those after revision `since`, or the `last` ones if that is None; of them those that
-    change `key` (or a key below it, `attachments/vni1002`), and those of `actor`."""
+    """Which entries are printed: those after revision `since`, or the `last` ones if that is None. Of these, those
+    that change `key` (or a key below it, as below `attachments/vni1002`) and those of `actor`."""
 
     since: int | None = None
     last: int = 20
@@ -41,8 +42,8 @@ class Wanted(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """An entry, and its changes as far as they are wanted: how many of each sign (`+ ~ -`) and kind, and the
-    changes themselves if they are no more than were asked for."""
+    """An entry and those of its changes that are wanted: their number by sign (`+ ~ -`) and kind, and the changes
+    themselves unless there are too many."""
 
     entry: Entry
     counts: Counter[tuple[str, str]]
@@ -50,7 +51,7 @@ class Shown(NamedTuple):
 
 
 def check_key(key: str) -> None:
-    """Raises InputError for what can be the key, or the beginning of the keys, of no record."""
+    """Raises InputError for a text that cannot be a record's key, or the beginning of one."""
     kind, _, rest = key.rstrip("/").partition("/")
     known = [*KINDS, CONFIRMED]
     if kind not in known:
@@ -61,8 +62,8 @@ def check_key(key: str) -> None:
         raise InputError(f"{key!r} is no key; {right} would be, as the log writes it", field="--key")
 
 
-def shown(store: Store, wanted: Wanted, most: int = _LINES) -> Iterator[Shown]:
-    """The entries that are wanted, oldest first, with at most so many changes each."""
+def shown(store: Store, wanted: Wanted, most: int = _MAX_LINES) -> Iterator[Shown]:
+    """The wanted entries, oldest first. An entry with more than `most` wanted changes has only their counts."""
     for entry in _chosen(store, wanted):
         rows = (row for row in store.rows(entry.number) if _matches(row[0], wanted.key))
         first = list(islice(rows, most + 1))
@@ -85,7 +86,7 @@ def _is_wanted(store: Store, entry: Entry, wanted: Wanted) -> bool:
 def _matches(key: Cell, wanted: str | None) -> bool:
     if wanted is None or key == wanted:
         return True
-    # 10.0.0.0 is no beginning of 10.0.0.0/24.
+    # A whole key is not the beginning of another one: 10.0.0.0 is not the beginning of 10.0.0.0/24.
     beginning = wanted.rstrip("/") + "/"
     return key_only(wanted) is None and str(key).startswith(beginning)
 
@@ -101,15 +102,15 @@ def _kind(row: LogRow) -> str:
 
 
 def lines(store: Store, entries: Iterable[Shown]) -> Iterator[str]:
-    """Entries for people: a line for the revision, and one for each of its changes, or for each kind of them."""
+    """Entries as lines for people: one for the revision, then one for each change, or for each sign."""
     for entry, counts, changes in entries:
         number = counts.total()
         yield printable(
             f"revision {entry.number}  {_instant(entry.at)}  {entry.actor}  "
             f"{number} {'change' if number == 1 else 'changes'}"
         )
-        told = _in_counts(counts) if changes is None else (_in_words(store, row) for row in changes)
-        yield from (f"  {printable(line)}" for line in told)
+        described = _in_counts(counts) if changes is None else (_in_words(store, row) for row in changes)
+        yield from (f"  {printable(line)}" for line in described)
 
 
 def _in_words(store: Store, row: LogRow) -> str:
@@ -125,7 +126,7 @@ def _in_counts(counts: Counter[tuple[str, str]]) -> Iterator[str]:
 
 
 def nothing(store: Store, wanted: Wanted) -> str:
-    """What to say where no entry is wanted."""
+    """The line if no entry matches."""
     newest = store.revision()
     if not newest:
         return "the log has no entry yet"
@@ -136,10 +137,10 @@ def nothing(store: Store, wanted: Wanted) -> str:
 
 
 def verdict(check: Check, findings: int) -> str:
-    """The outcome of a check that came to its end, in one line."""
+    """The result of a complete check, in one line."""
     outcome = "whole" if not findings else f"NOT WHOLE, {findings} {'finding' if findings == 1 else 'findings'}"
     head = "no hash" if check.head is None else f"head {check.head}"
-    # In a rehearsal of a restore it says that something newer than the backup was left.
+    # In a rehearsal of a restore, this shows that revisions newer than the backup exist.
     if check.newer:
         head += f", {counted(check.newer, 'revision')} after the one expected"
     sealed = ""
@@ -150,12 +151,13 @@ def verdict(check: Check, findings: int) -> str:
 
 
 def as_json(store: Store, wanted: Wanted | None, check: Check, most_findings: int) -> dict[str, Any]:
-    """All of it for `--json`; entries only if any are wanted. All findings are counted; at most so many, told."""
-    entries = None if wanted is None else [_entry(each) for each in shown(store, wanted, _MOST)]
+    """The document for `--json`; it has entries only if `wanted` is given. `findings` has at most `most_findings`,
+    but all are counted."""
+    entries = None if wanted is None else [_entry(each) for each in shown(store, wanted, _MAX_JSON_CHANGES)]
     walk = check.issues()
     findings = [_finding(finding) for finding in islice(walk, most_findings)]
     number = len(findings) + sum(1 for _ in walk)
-    told: dict[str, Any] = {
+    document: dict[str, Any] = {
         "whole": not number,
         "revisions": check.revisions,
         "changes": check.changes,
@@ -166,8 +168,8 @@ def as_json(store: Store, wanted: Wanted | None, check: Check, most_findings: in
         "findings": findings,
     }
     if check.origin is not None and check.origin.sealed:
-        told["sealed"] = {"revision": check.origin.sealed, "at": str(check.origin.at)}
-    return told if entries is None else {**told, "entries": entries}
+        document["sealed"] = {"revision": check.origin.sealed, "at": str(check.origin.at)}
+    return document if entries is None else {**document, "entries": entries}
 
 
 def _entry(each: Shown) -> dict[str, Any]:
@@ -199,7 +201,7 @@ def _finding(finding: IntegrityIssue) -> dict[str, Any]:
 
 
 def _raw(body: Cell) -> msgspec.Raw | str | None:
-    """A record as JSON within JSON; as a text where it is none."""
+    """A record as JSON within JSON; as a text if it is not JSON."""
     if body is None:
         return None
     text = str(body)

@@ -1,6 +1,7 @@
-"""What the agent here does with a revision that was written: whether it reads that store at all, and what it does
-while it holds an earlier revision. Denials are enforced ahead of the held revision, everything else waits behind
-it.
+"""How far the agent here is with a revision that a verb has written.
+
+It may read another store, or hold an earlier revision until that is confirmed. Then denials are enforced ahead of
+the held revision, and everything else waits behind it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from portward.table.history import ahead_of, count_in_table, held_history, same_
 from portward.table.layout import Head
 from portward.table.reader import Reader
 
-# The agent takes a revision in within some milliseconds; while it works out a large change, later.
+# The agent takes a revision within some milliseconds, or later while it works on a large change.
 _PATIENCE_S: Final = 2.0
 _PAUSE_S: Final = 0.005
 
@@ -36,7 +37,7 @@ class Behind(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        """True if anything of it is not in force."""
+        """Whether a part of it is not in force."""
         return self.enforced < self.records
 
     def __str__(self) -> str:
@@ -55,8 +56,8 @@ class Behind(NamedTuple):
 
 
 def held_here(config: Config) -> bytes | None:
-    """The name of what the gateway here holds because the store has another history than its policy, for a
-    confirmation; None if it holds no such thing, or if that cannot be found out."""
+    """The name of the history that the gateway here holds because it is not that of its policy, for a
+    confirmation. None if it holds none, or if that is unknown."""
     try:
         with closing(Reader.open(config.table)) as reader:
             head = reader.head()
@@ -66,8 +67,8 @@ def held_here(config: Config) -> bytes | None:
 
 
 def nothing_held(config: Config) -> bool:
-    """Whether the agent here has taken in all that the store holds, so that there is nothing to confirm. False if
-    no agent runs here, or if that cannot be found out: agents elsewhere may hold something."""
+    """Whether the agent here has taken everything that the store has, so that there is nothing to confirm. False
+    if no agent runs here, or if that is unknown, because agents elsewhere may hold a change."""
     if running(config.table) is None:
         return False
     try:
@@ -84,7 +85,7 @@ def nothing_held(config: Config) -> bool:
 
 
 def held_unknown(config: Config) -> str:
-    """Why it is not known whether the agent here holds anything, in words; empty if it is known."""
+    """Why it is unknown whether the agent here holds a change; empty if it is known."""
     if hidden(config.table):
         why = "this user may not see whether an agent runs here"
     elif running(config.table) is None:
@@ -99,8 +100,8 @@ def held_unknown(config: Config) -> str:
 
 
 def other_store(config: Config) -> str:
-    """What a writer must know if the agent that runs on the table of `config` reads another store; empty if it
-    reads this one, or if that cannot be found out."""
+    """A warning for a writer if the agent on the table of `config` reads another store. Empty if it reads this
+    one, or if that is unknown."""
     if running(config.table) is None:
         return ""
     try:
@@ -117,8 +118,8 @@ def other_store(config: Config) -> str:
 
 
 def _same_store(its: str, ours: str) -> bool:
-    """Whether the URL that an agent reports and that of a verb are one store, whatever way they go there. An agent
-    of another locale may read the same path as other text."""
+    """Whether the URL that an agent reports and the URL of a verb are the same store, also by different paths. An
+    agent in another locale may report the same path as another text."""
     if its in (ours, paths.to_text(ours)):
         return True
     one, other = (None if (path := path_of(url)) is None else Path(path) for url in (its, ours))
@@ -131,10 +132,11 @@ def _same_store(its: str, ours: str) -> bool:
 
 
 def lost_store(config: Config) -> str:
-    """What a writer must know before it makes a store where there is none, if the policy table here was read from
-    one; empty if it was not, or if that cannot be found out."""
+    """A warning for a writer before it makes a missing store, if the policy table here was read from a store.
+    Empty if it was not, or if that is unknown."""
     try:
-        # What took the store may have cut the table off too, and nothing must end the verb that mends both.
+        # Whatever removed the store may have damaged the table, too, and no error may end the verb that repairs
+        # both.
         with closing(Reader.open_left(config.table)) as reader:
             head = reader.head()
     except (PortwardError, OSError):
@@ -148,8 +150,9 @@ def lost_store(config: Config) -> str:
 
 
 def behind_held(config: Config, revision: int) -> Behind | None:
-    """What the agent here does with `revision` of the store, if it holds an earlier one; waits until the agent has
-    looked at it. None if the agent holds none, or if that cannot be found out. Raises StoreError."""
+    """How far the agent here is with `revision` of the store, if it holds an earlier one. Waits up to
+    `_PATIENCE_S` until the agent has read it. None if the agent holds no change, or if that is unknown. Raises
+    StoreError."""
     if running(config.table) is None:
         return None
     try:

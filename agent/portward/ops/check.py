@@ -1,4 +1,4 @@
-"""`portward check`: would `portward run` begin with this configuration? Changes nothing."""
+"""`portward check`: whether `portward run` would start with this configuration. It changes nothing."""
 
 from __future__ import annotations
 
@@ -43,16 +43,17 @@ from portward.store.unreadable import unreadable
 from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
 from portward.table.invariants import verify
 
-# So many devices of each kind are named, the others are counted; and so many records of the store.
+# How many devices of each kind, and how many records of the store, are named; the others are counted.
 _NAMED: Final = 3
 _NAMED_RECORDS: Final = 20
 
 
 def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
-    """Lines that say what was found, as it is found; raises PortwardError at the first thing that is wrong.
+    """Yields a line for each result as it is found. Raises PortwardError at the first mistake.
 
-    Not `with_store`: an agent that has a policy table begins also where its store cannot be reached. The table is
-    not looked through then either: no start waits for that, since a damaged row costs one source only."""
+    Without `with_store`, store and table are not checked. An agent with a policy table starts even if its store
+    cannot be reached, and no start waits for a check of the table, because a damaged row affects only one source.
+    """
     config = load_config(path)
     yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
     if config.table.exists() and not config.table.is_dir():
@@ -70,7 +71,8 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     yield from (f"WARNING: {line}" for line in warnings)
     yield from _tunnels(config, devices)
     netlink = NfNetlink()
-    reconciler.loaded(netlink)  # libnftables would write to stderr itself where the kernel may not be asked
+    # Raises KernelError if this user may not read the kernel. libnftables would write to stderr itself.
+    reconciler.loaded(netlink)
     nft = Nft(netlink.generation, netlink.transact)
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)
@@ -94,7 +96,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
         yield f"{line}: what is forwarded is judged again (forward guard)"
     if not with_store:
         return
-    # It is the verbs' to run, not the agent's, which begins without it and sees less of the file system.
+    # The verbs run this program, not the agent, which starts without it and sees less of the file system.
     yield from _fraud_check(config)
     yield from _table(config.table)
     if line := other_store(config):
@@ -103,7 +105,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
 
 
 def _store(url: str) -> Iterator[str]:
-    """Whether each record of the store can be read; raises StoreError if not, and says what to do."""
+    """Checks that each record of the store can be read. Raises StoreError with what to do if one cannot."""
     with closing(open_store(url)) as store:
         yield f"store {url}: revision {store.revision()}"
         number = 0
@@ -120,8 +122,8 @@ def _store(url: str) -> Iterator[str]:
 
 
 def _ownership(folder: Path) -> Iterator[str]:
-    """Whether the table's folder and files are the agent's alone; raises PortwardError if the agent would refuse
-    them."""
+    """Checks that only the agent can use the table's folder and files. Raises PortwardError if the agent would
+    refuse them."""
     try:
         found = ownership.look(folder)
     except OSError as error:
@@ -133,7 +135,7 @@ def _ownership(folder: Path) -> Iterator[str]:
 
 
 def _fraud_check(config: Config) -> Iterator[str]:
-    """Whether the anti-fraud program can be run, and which it is."""
+    """Checks that the anti-fraud program can be run, and shows its path."""
     if not config.exemptions.check:
         return
     program = config.exemptions.check[0]
@@ -147,7 +149,8 @@ def _fraud_check(config: Config) -> Iterator[str]:
 
 
 def _starting(folder: Path) -> bool:
-    """Whether the agent that runs on this table has not reported since its start: it may be about to make it."""
+    """Whether the agent on this table has not reported since its start, so that it may be about to make the
+    table."""
     try:
         return read_status(folder) is None
     except PortwardError:  # an agent of another version has
@@ -155,7 +158,7 @@ def _starting(folder: Path) -> bool:
 
 
 def _table(folder: Path) -> Iterator[str]:
-    """Whether the policy table is whole; raises TableError with what to do if it is not."""
+    """Checks that the policy table is whole. Raises TableError with what to do if it is not."""
     if not (folder / FILE).exists():
         if (process := running(folder)) is None:
             yield f"table {folder}: there is none yet"
@@ -192,8 +195,8 @@ def _table(folder: Path) -> Iterator[str]:
 
 
 def _lock(config: Config, netlink: NfNetlink) -> Iterator[str]:
-    """Whether `portward run` would get the network namespace; raises KernelError. The agent of this very table may
-    have it: then this is a check before a reload."""
+    """Checks that `portward run` would get the network namespace. Raises KernelError. If the agent on this table
+    has the namespace, this is a check before a reload."""
     namespacelock.require(netlink)
     own = running(config.table)
     taken = namespacelock.holder(netlink) if own is not None else namespacelock.lasting_holder(netlink)
@@ -204,7 +207,7 @@ def _lock(config: Config, netlink: NfNetlink) -> Iterator[str]:
 
 
 def _metrics(config: Config) -> Iterator[str]:
-    """Whether the metrics can be scraped at their address. That decides about nothing else."""
+    """Checks that the metrics can be scraped at their address. If not, it is only a warning."""
     if running(config.table) is None and (problem := try_to_listen(config.metrics_endpoints())):
         yield (
             f"WARNING: metrics.address {problem}: `portward run` enforces all the same, and tries again until it "
@@ -213,7 +216,7 @@ def _metrics(config: Config) -> Iterator[str]:
 
 
 def _tunnels(config: Config, devices: Sequence[Device]) -> Iterator[str]:
-    """Which tunnels end here, and what the host's own firewall must do about them."""
+    """The tunnels that end here, and what the host's own firewall must do about them."""
     ends = tunnels.ending_here(devices)
     try:
         ports = genetlink.tunnel_ports(devices)
@@ -232,7 +235,7 @@ def _tunnels(config: Config, devices: Sequence[Device]) -> Iterator[str]:
     numbers = ", ".join(map(str, sorted(ports.open | ports.encrypted))) or "none"
     yield f"tunnels that end here: {'; '.join(named) or 'no device'}; UDP ports {numbers}"
     yield (
-        "from segments nobody reaches them"
+        "no segment reaches them"
         + (", but IPsec and WireGuard" if config.tunnels.encrypted is Encrypted.PASS else "")
-        + "; from the uplinks THIS HOST'S OWN FIREWALL must close them: what comes in there is not judged"
+        + "; from the uplinks THIS HOST'S OWN FIREWALL must close them: packets that come in there get no verdict"
     )

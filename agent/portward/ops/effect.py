@@ -18,7 +18,7 @@ from portward.ops.host_state import Agent, CachedState, Host, Ruleset, TableVerd
 
 
 class Effect(StrEnum):
-    """What happens to the packet. LIMITED: new connections pass within the rate limit of the subscription."""
+    """The fate of the packet. LIMITED: new connections pass within the rate limit of the subscription."""
 
     PASSES = "passes"
     LIMITED = "limited"
@@ -46,7 +46,7 @@ class Handling(StrEnum):
 
 
 class Now(msgspec.Struct, frozen=True):
-    """What happens now, and why. `as_policy`: whether the policy says the same; None if the effect is unknown."""
+    """The effect now, and why. `as_policy`: whether the policy says the same; None if the effect is unknown."""
 
     effect: Effect
     why: str
@@ -54,8 +54,8 @@ class Now(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """What the policy says: the verdict (`allow`, `deny` or `reject`), whether it is only observed, whether it has
-    a rate limit, and whether the destination is internal."""
+    """The policy for the source: the verdict (`allow`, `deny` or `reject`), whether it is only observed, whether
+    it has a rate limit, and whether the destination is internal."""
 
     verdict: str
     observed: bool = False
@@ -93,7 +93,7 @@ def _answered(host: Host) -> Handling:
 
 
 def now(host: Host, found: CachedState | None, policy: Policy, left: TableVerdict | None = None) -> Now:
-    """What happens to the next packet of a source.
+    """The effect on the next packet of a source.
 
     `found` is what the kernel has cached for it; None if its segment is not an interface here now. `left` is what
     workers find in the table while no agent runs or reports; the policy may have changed since.
@@ -194,7 +194,7 @@ def _by_left(host: Host, left: TableVerdict) -> Now:
     words = (
         "nothing is cached for it: its next packet asks a worker, which goes by the policy table as it was left, "
         f"at revision {left.revision} ({_AGENTS[host.agent]}; whether the worker answers is not known, because "
-        f"nobody asks it){_in_part(host)}"
+        f"no agent queries it){_in_part(host)}"
     )
     if left.verdict is None:
         return Now(Effect.DROPPED, f"{words}; that table knows no segment behind its interface")
@@ -210,8 +210,8 @@ def _by_left(host: Host, left: TableVerdict) -> Now:
 def _in_part(host: Host) -> str:
     if host.workers is not Workers.PART:
         return ""
-    rest = "is dropped, or passes if nobody has bound its queue" if host.opens else "is dropped"
-    return f". NOT ALL QUEUES ARE ANSWERED: what falls into the others {rest}, see `portward status`"
+    rest = "is dropped, or passes if no process has bound its queue" if host.opens else "is dropped"
+    return f". NOT ALL QUEUES ARE ANSWERED: a packet in one of the others {rest}, see `portward status`"
 
 
 def _no_worker(host: Host) -> str:

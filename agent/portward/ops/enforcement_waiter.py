@@ -1,8 +1,8 @@
-"""Whether the agent of this gateway enforces a revision of the store, asked of table, kernel and workers.
+"""Waits until the agent of this gateway enforces a revision of the store: table, kernel and workers.
 
-The kernel may remember nothing older any more while a worker still holds a packet that it judged under the policy
-before: its verdict would act once. A queue is answered in its order, so who has answered a question that was put
-behind that packet holds it no longer.
+When the kernel has no older verdict cached any more, a worker may still have a packet that it classified under the
+policy before. Its verdict would act once more. A worker answers its queue in order. So if it has answered a query
+that was sent after that packet, it no longer has the packet.
 """
 
 from __future__ import annotations
@@ -24,33 +24,35 @@ from portward.store.protocol import Store
 from portward.table.history import ahead_of, count_in_table, same_history
 from portward.table.reader import Reader
 
-_PAUSE: Final = 0.0005
-# A question that a full queue has dropped is put again after this, in seconds.
-_ASK_AGAIN: Final = 0.05
+# A change is in force within 3 to 5 ms, so the wait polls often.
+_POLL_S: Final = 0.0005
+# After this long a query counts as dropped by a full queue, and is sent again.
+_RETRY_S: Final = 0.05
 
 
 class EnforcementWaiter:
-    """The agent that runs on this gateway. Opened before a change is written, so that waiting for it costs no more
-    than it takes."""
+    """Waits for the agent on this gateway. It is made before a change is written, so that the wait takes no longer
+    than the change."""
 
     def __init__(self, config: Config, store: Store) -> None:
-        """Raises PortwardError where no agent runs here, or it follows another store, or the kernel may not be
-        asked."""
+        """Raises PortwardError if no agent runs here, if it follows another store, or if this user may not read
+        the kernel."""
         self._config, self._store = config, store
         self._behind: Behind | None = None
         if running(config.table) is None:
             raise PortwardError(
-                f"no agent runs on table {config.table}, so there is nobody to wait for; nothing was written"
+                f"no agent runs on table {config.table}, so there is none to wait for; nothing was written"
             )
         self._reader = Reader.open(config.table)
         head = self._reader.head()
         if head is None or not (same_history(head, store) or ahead_of(head, store)):
             self._reader.close()
             raise PortwardError(
-                f"the agent here does not stand at what {config.store} holds, see `portward status`; nothing was "
+                f"the agent here has not loaded the policy in {config.store}, see `portward status`; nothing was "
                 "written"
             )
-        # Those of the agent that runs: the file may name others by now, which count from the next start on.
+        # The queues of the running agent. The configuration may have others, which are used from the next start
+        # on.
         workers = (read_status(config.table) or {}).get("workers", ())
         first, number = config.queue.first, config.queue.workers
         self._queues = [worker["queue"] for worker in workers] or list(range(first, first + number))
@@ -69,52 +71,56 @@ class EnforcementWaiter:
             )
 
     def wait(self, revision: int, seconds: float) -> None:
-        """Returns once kernel and workers act on this revision of the store, or a later one, and on no other. A
-        revision behind a held one counts if all that it changed is enforced ahead of that. Raises PortwardError if
-        they do not within so many seconds."""
+        """Returns when kernel and workers act only on this revision of the store, or a later one.
+
+        A revision behind a held one counts if everything that it changed is enforced ahead of the held one. Raises
+        PortwardError if that takes more than `seconds`.
+        """
         deadline = time.monotonic() + seconds
-        while not self._is(revision):
+        while not self._is_enforced(revision):
             if time.monotonic() > deadline:
                 status = read_status(self._config.table) or {}
                 held = "; the agent holds it, see `portward status`" if status.get("held") else ""
                 raise PortwardError(
                     f"written as revision {revision}, and NOT enforced here after {seconds:g} s{held}"
                 )
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_S)
         for place in range(len(self._queues)):
-            self._settle(place, revision, deadline, seconds)
+            self._drain(place, revision, deadline, seconds)
 
     def behind(self) -> Behind | None:
-        """What was enforced ahead of a held revision, of the revision that was waited for last; None if none is
-        held. It waited for all of it."""
+        """How much of the last awaited revision was enforced ahead of a held one (all of it); None if none is
+        held."""
         return self._behind
 
-    def _settle(self, place: int, revision: int, deadline: float, seconds: float) -> None:
-        """Returns once the worker at `place` has answered a question that was put from now on. The agent asks each
-        worker too, one question at a time, and answers are counted together: so one more is put than it may have
-        under way, all to this worker."""
-        questions = len(self._queues) + 1
+    def _drain(self, place: int, revision: int, deadline: float, seconds: float) -> None:
+        """Returns when the worker at `place` has answered a query that was sent from now on.
+
+        The agent queries each worker, too, one query at a time, and all answers are counted together. So this
+        sends one query more than the agent may have on its way, all to this worker.
+        """
+        queries = len(self._queues) + 1
         while time.monotonic() < deadline:
             before = self._answered()
-            for _ in range(questions):
+            for _ in range(queries):
                 self._ask(place)
-            again = time.monotonic() + _ASK_AGAIN
+            again = time.monotonic() + _RETRY_S
             while time.monotonic() < again:
-                if self._answered() - before >= questions:
+                if self._answered() - before >= queries:
                     return
-                time.sleep(_PAUSE)
+                time.sleep(_POLL_S)
         raise PortwardError(
             f"revision {revision} is enforced here, but the worker of queue {self._queues[place]} has not "
-            f"answered within {seconds:g} s: a packet that it judged before may still come out"
+            f"answered within {seconds:g} s: a packet with a verdict from before may still pass"
         )
 
     def _ask(self, place: int) -> None:
-        assert self._prober is not None  # noqa: S101 # else this object would not be
+        assert self._prober is not None  # noqa: S101 # `__init__` raises otherwise
         try:
             self._prober.ask(place, self._port)
         except OSError as error:
             raise PortwardError(
-                f"the workers cannot be asked: lo: {error.strerror}: `ip link set lo up`?"
+                f"the workers cannot be queried: lo: {error.strerror}: `ip link set lo up`?"
             ) from error
 
     def _answered(self) -> int:
@@ -128,7 +134,7 @@ class EnforcementWaiter:
         if self._prober is not None:
             self._prober.close()
 
-    def _is(self, revision: int) -> bool:
+    def _is_enforced(self, revision: int) -> bool:
         with self._reader.view():
             head = self._reader.head()
             if head is None:

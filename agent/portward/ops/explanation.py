@@ -44,7 +44,7 @@ from portward.table.reader import Reader
 
 
 class SubscriptionFacts(msgspec.Struct, frozen=True):
-    """What is known of a source, where it was read, and when all of it was last decided."""
+    """The records of a source, where they were read, and when everything was last decided."""
 
     source: str
     revision: int
@@ -104,7 +104,7 @@ _UNSURE: Final = (Handling.UNANSWERED, Handling.PART, Handling.UNWATCHED)
 
 
 def _remedy(found: Explanation, handling: Handling, now: Now) -> str:
-    """What the customer can do, if the customer can do anything."""
+    """The remedy for the customer; a sentence that there is none if only the provider can act."""
     if now.effect is Effect.UNKNOWN:
         if found.verdict != "allow":
             return found.remedy
@@ -145,7 +145,7 @@ def lines(found: Explanation) -> Iterator[str]:
         if found.matched and found.matched != found.address:
             yield f"  matched   {found.matched}"
     else:
-        yield "  whose     nobody's: no attachment covers this address in this segment"
+        yield "  whose     unknown: no attachment covers this address in this segment"
     yield f"  rule      {found.rule}"
     if found.limit is not None:
         yield f"  limit     {found.limit}, for all sources of the subscription together"
@@ -196,7 +196,7 @@ def _from_table(
         return None
     place = "table"
     if head.preset.hex() != preset.digest:
-        place += f" judged by the preset in {config.preset!r} as it is now, which the agent has not taken"
+        place += f" decided by the preset in {config.preset!r} as it is now, which the agent has not taken"
     if head.held:
         place += f"; {_held(head)}"
     if holding is None:
@@ -309,7 +309,7 @@ def _now(config: Config, found: Explanation, source: Address) -> tuple[Handling,
 
 
 def _kernel(segment: str, source: Address) -> str:
-    """What the kernel does with the source's next packet, in words."""
+    """The kernel's treatment of the source's next packet, in words."""
     index = index_of(segment)
     if index is None:
         return f"there is no interface {shown(segment)} here now"
@@ -330,7 +330,7 @@ def _kernel(segment: str, source: Address) -> str:
 
 
 def _within(netlink: NfNetlink, source: Source, name: str) -> str:
-    """What the kernel does with packets of a source with a rate limit."""
+    """The kernel's treatment of packets of a source with a rate limit."""
     bucket = Bucket.named(name)
     limit = name if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
     beyond = netlink.element(TABLE, LIMITED_SETS[LimitResult.OVER] + source.family, source.key)

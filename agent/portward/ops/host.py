@@ -69,8 +69,8 @@ def look(config: Config, segments: Iterable[str]) -> Host:
 
 
 def cached(segment: str, address: Address) -> CachedState | None:
-    """What the kernel has cached for a source; None if the segment is not an interface here now. Raises
-    PortwardError or OSError if this user may not read it."""
+    """The verdict or rate limit that the kernel has cached for a source; None if the segment is not an interface
+    here now. Raises PortwardError or OSError if this user may not read it."""
     index = index_of(segment)
     if index is None:
         return None
@@ -91,7 +91,7 @@ def cached(segment: str, address: Address) -> CachedState | None:
 
 
 def left(config: Config, segment: str, address: Address) -> TableVerdict:
-    """What the workers find for a source in the policy table, by their own lookup."""
+    """The verdict that workers find for a source in the policy table, by their own lookup."""
     index = index_of(segment)
     try:
         with closing(Reader.open_left(config.table)) as reader, reader.view():
@@ -108,7 +108,7 @@ def left(config: Config, segment: str, address: Address) -> TableVerdict:
 
 
 def behind_store(config: Config) -> str:
-    """What the store has and the running agent's table does not, in words; empty if nothing, or if it is
+    """The revision that the store has and the running agent's table has not, in words; empty if none, or if it is
     unknown."""
     try:
         with closing(Reader.open(config.table)) as reader, closing(open_store(config.store)) as store:
@@ -182,7 +182,8 @@ def _agent(config: Config) -> tuple[Agent, dict[str, Any]]:
 
 
 def _ruleset(config: Config) -> tuple[Ruleset, str]:
-    """What is loaded, and which process enforces here instead of an agent on this table; empty if none does."""
+    """The loaded ruleset, and which process enforces here instead of an agent on this table; empty if none
+    does."""
     try:
         with closing(NfNetlink()) as netlink:
             taken = None if running(config.table) is not None else namespacelock.holder(netlink)

@@ -1,4 +1,4 @@
-"""What is known of this host now, as values: the agent, the ruleset, the workers, and what is cached for a source.
+"""The state of this host, as values: the agent, the ruleset, the workers, and what is cached for a source.
 
 `host` reads these facts. `effect` decides from them what happens to a source's next packet.
 """
@@ -75,7 +75,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CachedState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the kernel has cached for a source: a verdict for `expires` more seconds, or a rate limit in words.
+    """The kernel's cache for a source: a verdict for `expires` more seconds, or a rate limit in words.
 
     `packets` counts the packets that the verdict acted on; with a limit, the packets dropped beyond it within
     about the last minute. With neither `verdict` nor `limit`, nothing is cached.
@@ -88,7 +88,8 @@ class CachedState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TableVerdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker finds for a source in the policy table while no agent runs; the table is at `revision`.
+    """The result of a worker's lookup for a source in the policy table while no agent runs; the table is at
+    `revision`.
 
     `verdict` is None if the interface is not a segment in the table. `waits`: the source may send within a rate
     limit, but only an agent can install it. `error`: why the table could not be read; empty if it could.

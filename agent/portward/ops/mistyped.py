@@ -1,5 +1,5 @@
-"""Segments that an inventory names and that are likely mistyped: a warning, since other gateways of the same store
-may have interfaces that this host has not."""
+"""Warns of segments in an inventory that are probably mistyped. It is only a warning, because other gateways of
+the same store may have interfaces that this host lacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from portward.config.documents import nearest
 from portward.config.keys import Config
 from portward.dataplane import rtnetlink
 
-# How many segments are named.
+# How many segments are named; the others are counted.
 _NAMED: Final = 5
 
 
@@ -22,7 +22,7 @@ def segments_of(keys: Iterable[str]) -> list[str]:
 
 
 def here() -> list[str]:
-    """The names of all interfaces of this host; none if it does not say."""
+    """The names of all interfaces of this host; empty if they cannot be read."""
     try:
         return [device.name for device in rtnetlink.devices()]
     except OSError:
@@ -30,8 +30,8 @@ def here() -> list[str]:
 
 
 def warnings(config: Config, segments: Iterable[str], interfaces: Iterable[str]) -> Iterator[str]:
-    """A line for each segment that is none of the configuration, or no interface of this host. A host without any
-    segment is no gateway, and then only the configuration is asked."""
+    """A line for each segment that the configuration lacks, or that is not an interface of this host. A host
+    without any segment is not a gateway; then only the configuration counts."""
     have = [name for name in interfaces if config.segment(name)]
     found = [line for segment in segments if (line := _warning(config, segment, have))]
     yield from found[:_NAMED]
@@ -43,7 +43,7 @@ def _warning(config: Config, segment: str, have: list[str]) -> str:
     if not config.segment(segment):
         return (
             f"segment {shown(segment)}: none of `segments` in the configuration ({', '.join(config.segments)}), "
-            "so this gateway judges nothing there"
+            "so this gateway enforces nothing there"
         )
     if not have or segment in have:
         return ""

@@ -1,5 +1,7 @@
-"""The verbs of `portward rules`: what is loaded, what would be, what a gateway boots with, and the one way to stop
-enforcing."""
+"""The verbs of `portward rules`: show the loaded ruleset, show the wanted one, load one at boot, and remove it.
+
+Removing the ruleset is the only way to stop enforcement.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,15 @@ _ALREADY: Final = "portward's ruleset is loaded already: nothing is changed"
 
 # The line of the configuration that names the preset.
 _PRESET: Final = re.compile(r"(?m)^preset\s*=\s*[\"']([^\"'\n]*)[\"']")
+# The ports to close if no preset can be read.
 _LEAST_PORTS: Final = (25,)
-# The number of standard error for what is not Python.
+# The descriptor of stderr, which C libraries write to.
 _STDERR: Final = 2
 
 
 def loaded(path: Path) -> str:
-    """The ruleset as nft prints it; raises KernelError where there is none, or the kernel may not be asked. `path`
-    is the configuration, of which nothing counts but the table folder."""
+    """The loaded ruleset as nft prints it. Raises KernelError if none is loaded, or if this user may not read the
+    kernel. `path` is the configuration; only its table folder is used."""
     netlink = NfNetlink()
     tables = [FAMILY_TABLE] if reconciler.loaded(netlink) else []
     tables += [f"inet {reconciler.CLOSED}"] if reconciler.closed(netlink) else []
@@ -53,7 +56,7 @@ def loaded(path: Path) -> str:
 
 
 def without_agent(config: Config) -> str:
-    """What becomes of packets here while no agent runs on the table of `config`, and what to do, in words."""
+    """The fate of packets here while no agent runs on the table of `config`, and what to do."""
     try:
         netlink = NfNetlink()
         if (taken := namespacelock.holder(netlink)) is not None:
@@ -65,7 +68,7 @@ def without_agent(config: Config) -> str:
 
 
 def _without_agent(config: Config, netlink: NfNetlink) -> str:
-    """What becomes of packets by what is loaded; `config` is what the last agent ran with, if that is known."""
+    """The effect of the loaded ruleset. `config` is that of the last agent, if it is known."""
     if reconciler.closed(netlink):
         return (
             f"no packet to port 25 is forwarded: table inet {reconciler.CLOSED} is loaded "
@@ -88,7 +91,7 @@ def _without_agent(config: Config, netlink: NfNetlink) -> str:
     if not bound:
         return f"sources without a cached verdict {become}; {cached}"
     left = f"{len(bound)} of {len(queues)} workers that it left have their queue still"
-    rest = "" if len(bound) == len(queues) else "; what falls into the other queues is not judged"
+    rest = "" if len(bound) == len(queues) else "; packets in the other queues get no verdict"
     return (
         f"{left}, and go by the policy table as it was left{rest}; once they end, sources without a cached "
         f"verdict {become}"
@@ -96,7 +99,7 @@ def _without_agent(config: Config, netlink: NfNetlink) -> str:
 
 
 def wanted(path: Path) -> str:
-    """The ruleset that `portward run` would load here with the configuration at `path`."""
+    """The ruleset that `portward run` would load here with the configuration at `path`, as nft text."""
     config = load_config(path)
     preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
     netlink = NfNetlink()
@@ -108,16 +111,16 @@ def wanted(path: Path) -> str:
 
 
 def baseline(path: Path) -> str:
-    """Sees to it that the judged ports are closed before there is an agent, and says what it did. It needs neither
-    store nor policy table.
+    """Closes the policy ports before the agent starts, and returns what it did. It needs neither store nor table.
 
-    If portward's ruleset is loaded nothing is changed: an agent has put it there, and may run. What it says then
-    names the segments that this ruleset leaves open against the configuration at `path`. Else the ruleset of
-    the configuration at `path` is loaded, without a worker behind its queue; if that cannot be had, no packet to
-    the ports of its preset is forwarded any more (if these cannot be read either: to port 25), and PortwardError
-    says why. A crash between any two steps leaves what was there before, or a closed port. Raises
-    NamespaceTakenError, and changes nothing, if another process has the namespace and its ruleset is not there
-    yet."""
+    If portward's ruleset is loaded, nothing changes, because an agent has loaded it and may run. Then the result
+    names the segments that this ruleset leaves open, if the configuration at `path` differs. Otherwise the ruleset
+    of that configuration is loaded, with no worker behind its queue. If that is impossible, packets to the ports
+    of its preset are no longer forwarded (if the preset is unreadable: to port 25), and PortwardError says why.
+
+    A crash between any two steps leaves the state before, or a closed port. If another process has the namespace
+    and its ruleset is not loaded yet, nothing changes, and PortwardError is raised.
+    """
     netlink = NfNetlink()
     if reconciler.loaded(netlink):
         return _already(path, netlink)
@@ -131,15 +134,15 @@ def baseline(path: Path) -> str:
 
 
 def _begin(path: Path, netlink: NfNetlink) -> str:
-    """`baseline`, with the lock of the namespace held."""
-    if reconciler.loaded(netlink):  # an agent was quicker, and has ended
+    """`baseline`, while this process has the lock of the namespace."""
+    if reconciler.loaded(netlink):  # an agent was faster, and has ended
         return _already(path, netlink)
     nft = Nft(netlink.generation, netlink.transact)
     try:
         config = load_config(path)
         preset = presets.load(config.preset, named_in=path)
         state = ruleset.State(0, synced=False)
-        # With the guard: nobody watches here whether others translate packets.
+        # With the guard, because no agent watches yet whether other programs translate packets.
         surroundings = found(config)._replace(guard=True)
         reconciler.begin(
             nft,
@@ -151,15 +154,15 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
         closed = f"{'port' if len(ports) == 1 else 'ports'} {', '.join(map(str, ports))}"
         raise PortwardError(f"no packet to {closed} is forwarded until this is mended: {error}") from error
     reconciler.lift(nft, netlink)
-    return _told(config, preset)
+    return _without_workers(config, preset)
 
 
 def _already(path: Path, netlink: NfNetlink) -> str:
-    """That nothing is changed, and what the ruleset that is loaded does not do as the configuration wants it."""
+    """The result if nothing changes, with the differences between the loaded ruleset and the configuration."""
     try:
         config = load_config(path)
         found = opened.patterns(netlink, opened.OPEN)
-    except (InputError, OSError):  # nothing that this ruleset needs: an agent, or a boot, has read it before
+    except (InputError, OSError):  # the loaded ruleset does not need the file: it was read before
         return _ALREADY
     wanted = uncovered(ruleset.opened(config))
     if set(found) == set(wanted):
@@ -175,8 +178,8 @@ def _named(patterns: Sequence[str]) -> str:
 
 
 def _ports(path: Path) -> tuple[int, ...]:
-    """The ports of the preset that the configuration at `path` names, also if nothing else of it can be read; port
-    25 if the preset cannot be read."""
+    """The ports of the preset that the configuration at `path` names, even if the rest of it is unreadable; port
+    25 if the preset is unreadable."""
     with contextlib.suppress(OSError, UnicodeDecodeError, InputError):
         if named := _PRESET.findall(path.read_text("utf-8")):
             name = named[-1]
@@ -184,8 +187,8 @@ def _ports(path: Path) -> tuple[int, ...]:
     return _LEAST_PORTS
 
 
-def _told(config: Config, preset: Preset) -> str:
-    """What a ruleset without an agent does."""
+def _without_workers(config: Config, preset: Preset) -> str:
+    """The effect of the new ruleset while no agent runs."""
     segments, ports = ", ".join(config.segments), ", ".join(map(str, preset.ports))
     if config.mode is Mode.OBSERVE:
         return f'nothing is closed: mode = "observe", segments {segments}'
@@ -196,8 +199,9 @@ def _told(config: Config, preset: Preset) -> str:
 
 
 def check_removable() -> None:
-    """Raises PortwardError where `remove` would: if no ruleset is loaded, and if an agent runs in this network
-    namespace, whatever its configuration, which would put it back within a second. Changes nothing."""
+    """Raises PortwardError if `remove` would: if no ruleset is loaded, or if an agent runs in this network
+    namespace, whatever its configuration, because it would load the ruleset again within a second. Changes
+    nothing."""
     netlink = NfNetlink()
     _require_loaded(netlink)
     if (taken := namespacelock.lasting_holder(netlink)) is not None:
@@ -205,7 +209,7 @@ def check_removable() -> None:
 
 
 def remove() -> str:
-    """Takes the ruleset out and says so; raises PortwardError as `check_removable` does."""
+    """Removes the ruleset and returns a sentence about it. Raises PortwardError as `check_removable` does."""
     netlink = NfNetlink()
     _require_loaded(netlink)
     try:
@@ -222,7 +226,7 @@ def _require_loaded(netlink: NfNetlink) -> None:
 
 
 def _taken(error: NamespaceTakenError) -> PortwardError:
-    """Why the ruleset cannot be removed, if another process has the lock of the namespace."""
+    """The error if another process has the lock of the namespace, so that the ruleset cannot be removed."""
     if error.process is None:
         return error
     return PortwardError(
@@ -232,9 +236,11 @@ def _taken(error: NamespaceTakenError) -> PortwardError:
 
 @contextlib.contextmanager
 def _without_libxtables() -> Iterator[None]:
-    """Keeps what C libraries write to standard error themselves off the terminal, in a process of one thread:
-    libxtables does not know the family inet, and says so for each rule of its target, which is listed all the
-    same. What nft itself has to say comes as an error."""
+    """Discards what C libraries write to stderr, in a process with one thread.
+
+    libxtables does not know the family inet, and writes so for each rule with its target, although nft lists the
+    rule. nft's own errors are raised as exceptions.
+    """
     kept = os.dup(_STDERR)
     try:
         with Path(os.devnull).open("wb") as nowhere:

@@ -1,4 +1,4 @@
-"""A source as an operator names it to `explain` and `diagnose`: a segment, and an address in it."""
+"""Checks a source as an operator gives it to `explain` and `diagnose`: a segment, and an address in it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SEGMENT: Final = "SEGMENT"
 
 
 def source(config: Config, path: Path, segment: str, address: str) -> Address:
-    """The source address; raises InputError for what is no address, and for a segment that is none of those of the
-    configuration at `path`, or that no interface can have as its name."""
+    """The source address. Raises InputError for an invalid address, and for a segment that the configuration at
+    `path` lacks, or that cannot be the name of an interface."""
     if is_address(segment) and config.segment(address):
         raise InputError(f"{brief(segment)} is an address: the segment comes before it", field=_SEGMENT)
     found = parse_address(address, "ADDRESS")
     if not config.segment(segment):
         raise InputError(
-            f"{brief(segment)} is none of the segments of {path}: {', '.join(config.segments)}", field=_SEGMENT
+            f"{brief(segment)} is not a segment of {path}: {', '.join(config.segments)}", field=_SEGMENT
         )
-    # An interface can have such a name, and then its sources may be asked about.
+    # An interface may have a name with an asterisk. Then it is a segment like any other.
     if "*" in segment and index_of(segment) is None:
         raise InputError(f"{brief(segment)} is a pattern: name one segment, such as vni1002", field=_SEGMENT)
     if not is_name(segment):
@@ -37,8 +37,8 @@ def source(config: Config, path: Path, segment: str, address: str) -> Address:
 
 
 def destination(text: str, of: Address) -> Address:
-    """The destination of packets of a source. Raises InputError for what is no address, and for one of the other
-    family, which no packet can have."""
+    """The destination of packets of a source. Raises InputError for an invalid address, and for one of the other
+    address family, because no packet has both."""
     found = parse_address(text, "--to")
     if found.version != of.version:
         raise InputError(

@@ -1,4 +1,5 @@
-"""`portward top`: which remembered sources send how much, from two readings of the kernel's counters."""
+"""`portward top`: the sources with a cached verdict by their packet rate, from two readings of the kernel's
+counters."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from portward.table.reader import Reader
 
 
 class Talker(NamedTuple):
-    """A source: its packets since it was learned and in a second since the last reading, and whose it is."""
+    """A source: packets since its verdict was cached, packets a second since the last reading, and its owner."""
 
     segment: str
     source: str
@@ -33,8 +34,8 @@ class TopTalkers:
     """Sources by their rate."""
 
     def __init__(self, config: Config) -> None:
-        """Raises KernelError where no ruleset is loaded or the kernel may not be asked, TableError where there
-        is no policy table."""
+        """Raises KernelError if no ruleset is loaded or this user may not read the kernel, TableError if there is
+        no policy table."""
         netlink = NfNetlink()
         if not reconciler.loaded(netlink):
             raise host.nothing_loaded(config.table)
@@ -45,7 +46,8 @@ class TopTalkers:
         self._at: float | None = None
 
     def read(self, now: float) -> list[Talker]:
-        """The sources, busiest first; `now` is a monotonic time in seconds. The first reading has no rates."""
+        """The sources, those with the highest rate first. `now` is the monotonic time in seconds. In the first
+        reading all rates are 0."""
         elements = list(self._current())
         elapsed = None if self._at is None else max(now - self._at, 1e-3)
         rows = [self._row(element, elapsed) for element in elements]
@@ -54,8 +56,8 @@ class TopTalkers:
         return sorted(rows, key=lambda row: (-row.rate, -row.packets))
 
     def _current(self) -> Iterator[Element]:
-        """The sources by the verdict that counts now. What was counted under a limit stays in the kernel for a
-        minute after the limit has gone, with a revocation say."""
+        """The sources with the verdict that is in force. An element that counts under a rate limit stays in the
+        kernel for a minute after the limit was removed, for example by a revocation."""
         limited = RateLimits.sources_in_kernel(self._elements)
         for element in self._cache.elements():
             if not isinstance(element.verdict, LimitResult) or element.source in limited:

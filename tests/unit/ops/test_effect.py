@@ -133,7 +133,7 @@ def test_why_names_what_is_missing() -> None:
     assert "Operation not permitted" in now(BARE, NOTHING, DENY).why
     assert "NOT ALL QUEUES ARE ANSWERED" in now(Host(workers=Workers.PART), NOTHING, ALLOW).why
     open_ = now(Host(workers=Workers.PART, opens=True), NOTHING, ALLOW).why
-    assert "into the others is dropped, or passes if nobody has bound its queue, see" in open_
+    assert "a packet in one of the others is dropped, or passes if no process has bound its queue, see" in open_
     assert "'allow' for 30 s more" in now(Host(), cached(Class.ALLOW), ALLOW).why
     assert (
         "NOT ALL QUEUES ARE ANSWERED"
@@ -168,4 +168,4 @@ def test_workers_without_an_agent_go_by_their_table_and_not_by_the_policy(
     else:
         assert "by the policy table as it was left, at revision 0" in made.why
         # A process that has bound a queue and hangs drops what waits there, and only an agent finds that out.
-        assert "whether the worker answers is not known, because nobody asks it" in made.why
+        assert "whether the worker answers is not known, because no agent queries it" in made.why

@@ -107,8 +107,8 @@ def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypat
     monkeypatch.setattr(rules, "states", lambda: [QueueStatistics(0, 0, 0, 0)])
     two = replace(CONFIG, queue=replace(CONFIG.queue, workers=2))
     assert rules.without_agent(two) == (
-        "1 of 2 workers that it left have their queue still, and go by the policy table as it was left; what "
-        "falls into the other queues is not judged; once they end, sources without a cached verdict are dropped, "
+        "1 of 2 workers that it left have their queue still, and go by the policy table as it was left; "
+        "packets in the other queues get no verdict; once they end, sources without a cached verdict are dropped, "
         "allowed or not (start it: `systemctl start portward`)"
     )
 

@@ -1,7 +1,7 @@
 """`portward diagnose`: what blocks an account and each of its machines, and the exact next step.
 
-What always holds: texts are in the requested language; the codes of reasons and steps never change. A diagnosis says
-what it does not know, and why. It changes nothing.
+Invariants: texts are in the requested language; the codes of reasons and steps never change. A diagnosis
+says what it does not know, and why. It changes nothing.
 
 In reading order:
 

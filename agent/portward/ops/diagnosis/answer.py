@@ -1,4 +1,5 @@
-"""A diagnosis: one value for machines, and lines for the support engineer, with the customer's text set apart."""
+"""A diagnosis as one value for programs, and as lines for the support engineer with the customer's text apart.
+Pure."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ from portward.ops.effect import Handling
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_text, remedy
 
-# How many segments are named.
+# How many segments a line names.
 _SEGMENTS: Final = 5
-# How many machines are listed where nobody asks for all.
+# How many machines are listed without `--all`, so that the customer's text stays on the screen.
 LISTED: Final = 20
 
 _STATES: Final = {
@@ -119,7 +120,7 @@ _METRICS: Final = {
 
 
 class MatterReport(msgspec.Struct, frozen=True):
-    """A matter in codes, with the number of machines that it holds for. `observed`: the rule is only observed."""
+    """A matter in codes, with the number of its machines. `observed`: the rule is only observed."""
 
     reason: Reason
     machines: int
@@ -129,8 +130,11 @@ class MatterReport(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """What `--json` prints. `exemption_state` is the exemption's at the time of the facts; `customer` is the text
-    for the customer, in `language`; `remarks` what the reader must know first (see `settings`)."""
+    """The document that `--json` prints.
+
+    `exemption_state` is the state of the exemption at the time of the facts. `customer` is the text for the
+    customer, in `language`. `remarks` must be shown first (see `settings`).
+    """
 
     facts: Facts
     exemption_state: State
@@ -141,18 +145,18 @@ class Diagnosis(msgspec.Struct, frozen=True):
 
 
 def diagnosis(preset: Preset, facts: Facts, say: Language) -> Diagnosis:
-    """What follows from the facts; its machines are in order, those that need something first."""
+    """The diagnosis that follows from the facts. Machines that need an action come first."""
     facts = _ordered(facts)
     found = matters(preset, facts)
-    told = tuple(
+    reports = tuple(
         MatterReport(matter.reason, len(matter.machines), matter.observed, matter.ways, matter.outcome)
         for matter in found
     )
-    return Diagnosis(facts, facts.state, told, say.code, letter(preset, facts, found, say))
+    return Diagnosis(facts, facts.state, reports, say.code, letter(preset, facts, found, say))
 
 
 def lines(preset: Preset, made: Diagnosis, say: Language, *, listed: int | None = LISTED) -> Iterator[str]:
-    """The diagnosis for people: facts, up to `listed` machines (None: all), and the customer's text."""
+    """The diagnosis as lines for people: facts, up to `listed` machines (None: all), and the customer's text."""
     rows = [*_rows(preset, made.facts, say, listed), *_next(made.matters, say)]
     width = max(len(label) for label, _ in rows)
     yield _title(preset, made.facts, say)
@@ -204,7 +208,7 @@ def _rows(preset: Preset, facts: Facts, say: Language, listed: int | None) -> It
 
 
 def _now(facts: Facts, say: Language) -> Iterator[str]:
-    """What this host does to these segments; to which, if not to all the same."""
+    """How this host handles these segments; with their names if it handles them differently."""
     unknown = say(_ELSEWHERE, why=facts.elsewhere) if facts.elsewhere else say(_HERE[Handling.UNKNOWN])
     places: dict[Handling, list[str]] = {}
     for segment, place in facts.places.items():
@@ -232,7 +236,8 @@ def _account(facts: Facts, subscription: Subscription, say: Language) -> str:
 
 
 def _exemption(state: State, exemption: Exemption | None, say: Language) -> Iterator[str]:
-    """The state with its times and who decided; below it the reason and what a fraud check noted, the limit."""
+    """The state, its times and who decided; then the reason, the note of the anti-fraud check, and the rate
+    limit."""
     words = [say(_STATES[state])]
     if exemption is None:
         yield words[0]
@@ -276,8 +281,8 @@ def _machines(facts: Facts, say: Language, listed: int | None) -> Iterator[tuple
     listed_ones = machines[:listed]
     same = len({machine.outcome for machine in machines}) == 1
     for number, machine in enumerate(listed_ones):
-        told = _machine(machine, facts.kernel, say, doubt=not same)
-        yield ("→" if number == 0 and facts.asked else ""), told
+        line = _machine(machine, facts.kernel, say, doubt=not same)
+        yield ("→" if number == 0 and facts.asked else ""), line
     if (rest := len(machines) - len(listed_ones)) > 0:
         yield "", say.many("and {n} more: --all", "and {n} more: --all", rest, n=say.number(rest))
 
@@ -317,7 +322,7 @@ def _blocked(drops: Drops, say: Language) -> Iterator[str]:
 
 
 def _passed(facts: Facts, say: Language) -> Iterator[str]:
-    """What the policy denies, and only passed since it is observed."""
+    """Packets that the policy denies, and that passed only because the rule is observed."""
     drops = facts.drops
     if drops is not None and drops.observed:
         packets = say.many(*_OBSERVED, drops.observed, n=say.number(drops.observed))
@@ -325,9 +330,9 @@ def _passed(facts: Facts, say: Language) -> Iterator[str]:
 
 
 def _dropped(facts: Facts, say: Language) -> Iterator[str]:
-    """What the kernel dropped lately, and the agent's own count."""
+    """Recent drops in the kernel, and the counts of the agents."""
     if facts.id is None:
-        yield from _dropped_of_nobody(facts, say)
+        yield from _dropped_of_unknown(facts, say)
         return
     drops = facts.drops
     if drops is None and facts.machines:
@@ -351,7 +356,7 @@ def _dropped(facts: Facts, say: Language) -> Iterator[str]:
         yield say(_METRICS[facts.metrics])
 
 
-def _dropped_of_nobody(facts: Facts, say: Language) -> Iterator[str]:
+def _dropped_of_unknown(facts: Facts, say: Language) -> Iterator[str]:
     if facts.nobody is None:
         yield say(_KERNEL.get(facts.kernel, _KERNEL[Kernel.NO_INTERFACE]))
     elif facts.nobody.nobody:
@@ -363,21 +368,21 @@ def _dropped_of_nobody(facts: Facts, say: Language) -> Iterator[str]:
 def _source(facts: Facts, say: Language) -> str:
     at = say.time(facts.at)
     if facts.place is FactSource.TABLE:
-        told = say("the running agent's table, revision {n}, {when}", n=facts.revision, when=at)
+        text = say("the running agent's table, revision {n}, {when}", n=facts.revision, when=at)
     else:
-        told = say("the store (not the table of a running agent), revision {n}, {when}", n=facts.revision, when=at)
-    told += say(", preset {preset}", preset=facts.preset)
+        text = say("the store (not the table of a running agent), revision {n}, {when}", n=facts.revision, when=at)
+    text += say(", preset {preset}", preset=facts.preset)
     if facts.other_preset:
-        told += say(" as it is now, which the agent has not taken")
-    return told
+        text += say(" as it is now, which the agent has not taken")
+    return text
 
 
-def _next(told: tuple[MatterReport, ...], say: Language) -> Iterator[tuple[str, str]]:
-    """The ways on, each in one line; with several matters, for which reason."""
+def _next(reports: tuple[MatterReport, ...], say: Language) -> Iterator[tuple[str, str]]:
+    """The ways to a solution, one in each line, with the reason if there are several matters."""
     first = True
-    for matter in told:
+    for matter in reports:
         for way in matter.ways:
             words = say(" → ").join(say(_STEPS[step]) for step in way)
-            of = f" ({matter.reason.value})" if len(told) > 1 else ""
+            of = f" ({matter.reason.value})" if len(reports) > 1 else ""
             yield say("next step") if first else "", f"{words}{of}"
             first = False

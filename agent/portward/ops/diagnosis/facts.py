@@ -1,4 +1,4 @@
-"""What is known of an account and of its machines at one time. Pure."""
+"""The facts about an account and its machines at one time. Pure."""
 
 from __future__ import annotations
 

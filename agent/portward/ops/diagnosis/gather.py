@@ -181,10 +181,10 @@ def _the_one(config: Config, place: Accounts, who: str) -> SubscriptionRecords:
 
 
 def _candidates(found: Sequence[SubscriptionRecords]) -> str:
-    told = [
+    listed = [
         f"{one.id} ({one.subscription.offer}, created {one.subscription.created})"
         for one in sorted(found, key=lambda one: one.id)[:_CANDIDATES]
         if one.subscription is not None
     ]
     more = [f"and {len(found) - _CANDIDATES} more"] if len(found) > _CANDIDATES else []
-    return ", ".join(told + more)
+    return ", ".join(listed + more)

@@ -1,4 +1,4 @@
-"""What this host does now to the sources of an account, as `explain` says it for one source."""
+"""The effect of this host now on the sources of an account, as `explain` says it for one source."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class HostView:
         return replace(machine, now=made, outcome=found)
 
     def source(self, segment: str, address: Address | None, policy: Policy) -> tuple[Now, Blocking]:
-        """What happens to a source. The address None stands for all sources of a prefix."""
+        """The effect on a source. The address None stands for all sources of a prefix."""
         state = self._at(segment)
         if index_of(segment) is None and not state.elsewhere:
             # This host gets no packets of this source.

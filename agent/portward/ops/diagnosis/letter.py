@@ -1,5 +1,8 @@
-"""The text for the customer, to be pasted as it is: what is the matter, what can be done, and that the receiver
-may still refuse the mail. It names no reason codes and no segments: these are the provider's own words.
+"""The text for the customer: what blocks the mail, what can be done, and that the receiver may still refuse it.
+Pure.
+
+The support engineer can paste it as it is. It contains no reason codes and no segments, because these are internal
+to the provider.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from portward.ops.diagnosis.outcome import Blocking
 from portward.policy.preset import ExemptionPath, Preset, ReviewQuestion
 from portward.policy.remedy import relay_is_free
 
-# How many machines a heading names.
+# How many machines a heading names; the others are counted.
 _NAMED: Final = 10
 
 _ASKED: Final = {
@@ -88,11 +91,11 @@ def letter(preset: Preset, facts: Facts, found: tuple[Matter, ...], say: Languag
     if facts.behind:
         parts.append(say("A change of our records is not in force yet; once it is, this may change."))
     for matter in found:
-        told = _MatterText(preset, facts, matter, say)
+        text = _MatterText(preset, facts, matter, say)
         first = facts.asked is not None and matter is found[0]
         heading = _heading(matter.machines, facts.asked if first else None, say) if len(found) > 1 else ""
-        parts.append("\n".join(filter(None, (heading, " ".join(told.what_is_the_matter())))))
-        parts.append("\n".join(told.what_can_be_done()))
+        parts.append("\n".join(filter(None, (heading, " ".join(text.what_is_the_matter())))))
+        parts.append("\n".join(text.what_can_be_done()))
     parts.append(
         say(
             "Please note that the receiving provider may still refuse your mail, by rules of its own, also where "
@@ -106,8 +109,8 @@ def letter(preset: Preset, facts: Facts, found: tuple[Matter, ...], say: Languag
 def named(
     machines: Iterable[Machine], say: Language, *, asked: Asked | None = None, most: int | None = None
 ) -> str:
-    """The addresses of the machines in one line, without their segments, up to `most` of them; the first one as it
-    was asked about, if it was."""
+    """The addresses of the machines in one line, at most `most`, without their segments. With `asked`, the first
+    one is the address in question."""
     addresses = [network_text(machine.address) for machine in machines]
     if asked is not None:
         addresses[0] = asked.address
@@ -140,21 +143,21 @@ def _opening(preset: Preset, facts: Facts, say: Language) -> str:
 
 
 def ports_in_words(preset: Preset, say: Language) -> str:
-    """The ports that the preset judges: port 25."""
+    """The policy ports in words: port 25."""
     ports = say.both([str(port) for port in preset.ports])
     return say.many("port {ports}", "ports {ports}", len(preset.ports), ports=ports)
 
 
 def _heading(machines: tuple[Machine, ...], asked: Asked | None, say: Language) -> str:
-    # A prefix stands for several machines, but for the one that was asked about.
+    # A prefix stands for several machines, unless one of them is in question.
     wide = [machine for machine in machines if machine.address.num_addresses > 1]
     several = len(machines) > 1 or (bool(wide) and asked is None)
-    told = named(machines, say, asked=asked, most=_NAMED)
-    return say.many("Machine {machines}:", "Machines {machines}:", 2 if several else 1, machines=told)
+    names = named(machines, say, asked=asked, most=_NAMED)
+    return say.many("Machine {machines}:", "Machines {machines}:", 2 if several else 1, machines=names)
 
 
 class _MatterText:
-    """One matter in words."""
+    """One matter in sentences."""
 
     def __init__(self, preset: Preset, facts: Facts, matter: Matter, say: Language) -> None:
         self._preset, self._facts, self._matter, self._say = preset, facts, matter, say
@@ -162,7 +165,7 @@ class _MatterText:
         self._offer = None if subscription is None else preset.offer(subscription.offer)
 
     def what_is_the_matter(self) -> Iterator[str]:
-        """Sentences."""
+        """Sentences on what is blocked, and why."""
         yield self._matter_itself()
         if self._matter.reason is Reason.DENIED_PAAS and self._turned_down() in _TURNED_DOWN:
             yield self._say(
@@ -180,7 +183,7 @@ class _MatterText:
             )
 
     def _now(self) -> Iterator[str]:
-        """What happens at this moment, if it is not what the policy says."""
+        """The effect at this moment, if it differs from the policy."""
         found, passes = self._matter.outcome, self._matter.reason.allows or self._matter.observed
         if found is Blocking.AS_POLICY:
             return
@@ -205,7 +208,7 @@ class _MatterText:
             )
 
     def what_can_be_done(self) -> Iterator[str]:
-        """A line for each way; a list where there are several."""
+        """A line for each way; a list if there are several."""
         ways = [" ".join(self._way(way)) for way in self._matter.ways]
         if len(ways) == 1:
             yield ways[0]
@@ -232,13 +235,14 @@ class _MatterText:
         return self._say(text, ports=ports, title=self._title(), when=self._on(at))
 
     def _turned_down(self) -> Reason:
-        """The matter's reason; of a platform service that of virtual machines, which it is told to change to."""
+        """The matter's reason. For a platform service, the reason for virtual machines, which the customer should
+        use."""
         paas = self._matter.reason is Reason.DENIED_PAAS
         return self._facts.reason_of_machines(self._preset) if paas else self._matter.reason
 
     def _decision(self) -> Iterator[str]:
-        """The reason that was recorded with a rejection or revocation. What an anti-fraud check noted is for the
-        provider alone."""
+        """The reason that was recorded with a rejection or revocation. The note of an anti-fraud check is only for
+        the provider."""
         say, exemption = self._say, self._facts.exemption
         if exemption is None or self._turned_down() not in _TURNED_DOWN:
             return
@@ -358,7 +362,7 @@ class _MatterText:
             yield self._say("What it takes: {things}.", things=things)
 
     def _others(self) -> Iterator[str]:
-        """Which kinds of subscription may send, and which may ask to."""
+        """The kinds of subscription that may send, and those that may ask for an exemption."""
         say = self._say
         for sentence, paths in (
             (marked("Without an exemption: {offers}."), (ExemptionPath.NOT_NEEDED,)),
@@ -369,7 +373,8 @@ class _MatterText:
                 yield say(sentence, offers="; ".join(titles))
 
     def _to_be_restarted(self) -> str:
-        """All of them by name, since it is to be done with each; their number where it is every one of many."""
+        """The addresses of all machines to restart, because each must be; only their number if it is every one of
+        many."""
         say, machines = self._say, self._matter.machines
         virtual = [machine for machine in self._facts.machines if machine.workload is Workload.VM]
         if len(machines) > _NAMED and len(machines) >= len(virtual):
@@ -380,7 +385,7 @@ class _MatterText:
         return say("That is to be done with: {machines}.", machines=named(machines, say))
 
     def _title(self) -> str:
-        """The kind of subscription, where the policy knows several."""
+        """The kind of subscription, if the preset has several."""
         if self._offer is None or not self._preset.offers or self._offer is self._preset.otherwise:
             return ""
         return f" ({self._say(self._offer.title)})"

@@ -1,4 +1,4 @@
-"""What the kernel has dropped recently, by machine: the counters of the cached verdicts, which live a minute or
+"""Recent drops of the kernel by machine: the counters of the cached verdicts, which live a minute or
 so."""
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def with_drops(machines: Sequence[Machine], owner: Owner) -> tuple[tuple[Machine
 
 
 def of_unknown_subscription(segment: str, address: Address) -> tuple[Drops | None, Kernel]:
-    """What the kernel has cached for a source of an unknown subscription."""
+    """The cached verdict for a source of an unknown subscription."""
     index = _index(segment)
     if index is None:
         return None, Kernel.NO_INTERFACE
@@ -84,7 +84,7 @@ class _Reading:
         self._all = lru_cache(maxsize=None)(self._elements)
 
     def of(self, machine: Machine) -> Drops | None:
-        """What was dropped of a machine; None if its segment is not an interface here."""
+        """The recent drops of a machine; None if its segment is not an interface here."""
         index = _index(machine.segment)
         if index is None:
             return None

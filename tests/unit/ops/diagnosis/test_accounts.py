@@ -173,7 +173,7 @@ def test_what_is_no_address_or_no_segment_is_bad_usage(config: Path, segment: st
         ("vni*", "10.0.0.4", "'vni*' is a pattern: name one segment, such as vni1002"),
         ("vni-of-twenty-letters", "10.0.0.4", "'vni-of-twenty-letters' is no interface name: up to 15 bytes"),
         ("vni/1", "10.0.0.4", "'vni/1' is no interface name"),
-        ("eth0", "10.0.0.4", "'eth0' is none of the segments of"),
+        ("eth0", "10.0.0.4", "'eth0' is not a segment of"),
     ],
 )
 def test_what_can_be_no_source_is_refused_by_both_verbs(
