@@ -7,29 +7,15 @@ from typing import Final
 from portward.i18n.language import ENGLISH, Language, marked
 from portward.model import Reason, Subscription
 from portward.policy.preset import ExemptionPath, Offer, Preset
+from portward.policy.reasons import REASONS
 
-_WORDS: Final = {
-    Reason.ALLOWED_OFFER: marked("the subscription's offer may always send"),
-    Reason.ALLOWED_GRANDFATHERED: marked("the subscription was created before the policy came into force"),
-    Reason.ALLOWED_EXEMPT: marked("the subscription's exemption counts for this machine"),
-    Reason.ALLOWED_INTERNAL: marked("the destination is not on the Internet"),
-    Reason.DENIED_NOT_EXEMPT: marked("the offer needs an exemption and there is none in force"),
-    Reason.DENIED_INELIGIBLE: marked("the offer can never be exempt"),
-    Reason.DENIED_PENDING: marked("an exemption was asked for and is not decided yet"),
-    Reason.DENIED_REJECTED: marked("the request for an exemption was rejected"),
-    Reason.DENIED_REVOKED: marked("the exemption was revoked"),
-    Reason.DENIED_RESTART_REQUIRED: marked("an exemption is granted, but the machine was not restarted since"),
-    Reason.DENIED_PAAS: marked("traffic through a platform service stays blocked"),
-    Reason.DENIED_DISABLED: marked("the subscription is disabled"),
-    Reason.DENIED_UNKNOWN_SOURCE: marked("no known subscription has this source"),
-}
 _RELAY: Final = marked("Send through an authenticated relay on port 587, which is never limited")
 _API: Final = marked("Send through a mail provider's API")
 
 
 def reason_text(reason: Reason, say: Language = ENGLISH) -> str:
     """The meaning of a reason, as half a sentence."""
-    return say(_WORDS[reason])
+    return say(REASONS[reason].short)
 
 
 def remedy(

@@ -16,6 +16,7 @@ from portward.model import Reason, Standing
 from portward.ops.diagnosis.facts import Facts, Machine
 from portward.ops.diagnosis.outcome import Blocking
 from portward.policy.preset import ExemptionPath, Preset
+from portward.policy.reasons import REASONS
 from portward.policy.remedy import relay_is_free, some_may_send
 
 
@@ -44,15 +45,7 @@ class Step(StrEnum):
 
 Way: TypeAlias = tuple[Step, ...]
 
-# Reasons that need an action come first; of these, the ones that the customer can act on at once.
-_ORDER: Final = (
-    Reason.DENIED_UNKNOWN_SOURCE, Reason.DENIED_DISABLED, Reason.DENIED_RESTART_REQUIRED, Reason.DENIED_PENDING,
-    Reason.DENIED_REJECTED, Reason.DENIED_REVOKED, Reason.DENIED_NOT_EXEMPT, Reason.DENIED_INELIGIBLE,
-    Reason.DENIED_PAAS, Reason.ALLOWED_EXEMPT, Reason.ALLOWED_GRANDFATHERED, Reason.ALLOWED_OFFER,
-    Reason.ALLOWED_INTERNAL,
-)  # fmt: skip
-
-
+_URGENCY: Final = tuple(REASONS)
 # Outcomes that differ from the policy come first.
 _OUTCOMES: Final = (Blocking.SHUT, Blocking.OPEN, Blocking.UNKNOWN, Blocking.AS_POLICY)
 
@@ -81,7 +74,7 @@ def in_order(machines: tuple[Machine, ...], first: Machine | None = None) -> tup
         return (
             machine != first,
             machine.reason.allows and machine.outcome is not Blocking.SHUT,
-            _ORDER.index(machine.reason),
+            _URGENCY.index(machine.reason),
             _OUTCOMES.index(machine.outcome),
             machine.observed,
             not (machine.drops and machine.drops.beyond_limit),
@@ -105,7 +98,7 @@ def matters(preset: Preset, facts: Facts) -> tuple[Matter, ...]:
             reason = Reason.ALLOWED_EXEMPT  # for every machine that is started from now on
         without = _matter(preset, facts, reason, (), facts.outcome, observed=facts.observed)
         return _split(preset, facts, reason, facts.machines) or (without,)
-    found = sorted({machine.reason for machine in facts.machines}, key=_ORDER.index)
+    found = sorted({machine.reason for machine in facts.machines}, key=_URGENCY.index)
     made = [one for reason in found for one in _split(preset, facts, reason, facts.machines)]
     if facts.asked is not None:
         made.sort(key=lambda matter: facts.machines[0] not in matter.machines)

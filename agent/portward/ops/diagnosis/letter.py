@@ -21,6 +21,7 @@ from portward.ops.diagnosis.advice import Matter, Step, Way
 from portward.ops.diagnosis.facts import Asked, Facts, Machine
 from portward.ops.diagnosis.outcome import Blocking
 from portward.policy.preset import ExemptionPath, Preset, ReviewQuestion
+from portward.policy.reasons import REASONS
 from portward.policy.remedy import relay_is_free
 
 # How many machines a heading names; the others are counted.
@@ -32,45 +33,6 @@ _ASKED: Final = {
     ReviewQuestion.REVERSE_DNS: marked("which name your sending address has in the reverse DNS"),
     ReviewQuestion.AUTHENTICATION: marked("which of SPF, DKIM and DMARC your domain publishes"),
     ReviewQuestion.TERMS: marked("that you accept the terms of use"),
-}
-_NOTHING: Final = marked("Nothing is blocked here: connections to {ports} pass.")
-# `title` and `when` are empty, or begin with a space.
-_MATTERS: Final = {
-    Reason.ALLOWED_OFFER: _NOTHING,
-    Reason.ALLOWED_GRANDFATHERED: _NOTHING,
-    Reason.ALLOWED_INTERNAL: _NOTHING,
-    Reason.ALLOWED_EXEMPT: marked(
-        "Nothing is blocked here: an exemption was granted{when}, and connections to {ports} pass."
-    ),
-    Reason.DENIED_NOT_EXEMPT: marked(
-        "Connections to {ports} are blocked: this kind of subscription{title} needs an exemption for them, and "
-        "none has been asked for."
-    ),
-    Reason.DENIED_INELIGIBLE: marked(
-        "Connections to {ports} are blocked for this kind of subscription{title}, and it can never be exempt from "
-        "that."
-    ),
-    Reason.DENIED_PENDING: marked(
-        "You asked for an exemption{when}. It is not decided yet, and until then connections to {ports} stay "
-        "blocked."
-    ),
-    Reason.DENIED_REJECTED: marked(
-        "Connections to {ports} are blocked, as your request for an exemption was rejected{when}."
-    ),
-    Reason.DENIED_REVOKED: marked("Connections to {ports} are blocked, as the exemption was revoked{when}."),
-    Reason.DENIED_RESTART_REQUIRED: marked(
-        "An exemption was granted{when}, but it counts for a virtual machine only once that was restarted. Until "
-        "then its connections to {ports} are blocked."
-    ),
-    Reason.DENIED_PAAS: marked(
-        "Mail on {ports} through a platform service, such as a managed firewall, is not supported: it stays "
-        "blocked whatever the subscription."
-    ),
-    Reason.DENIED_DISABLED: marked("The subscription is disabled, and so connections to {ports} are blocked."),
-    Reason.DENIED_UNKNOWN_SOURCE: marked(
-        "Our records do not say which subscription this address belongs to, so its connections to {ports} are "
-        "blocked."
-    ),
 }
 _WITHIN_LIMIT: Final = marked("An exemption was granted{when}, and connections to {ports} pass within its limit.")
 _MAY: Final = marked("By our policy you may open connections to {ports}.")
@@ -169,7 +131,7 @@ class _MatterText:
         yield self._matter_itself()
         if self._matter.reason is Reason.DENIED_PAAS and self._turned_down() in _TURNED_DOWN:
             yield self._say(
-                _MATTERS[self._turned_down()],
+                REASONS[self._turned_down()].letter,
                 ports=ports_in_words(self._preset, self._say),
                 when=self._on(self._facts.exemption.decided if self._facts.exemption else None),
             )
@@ -218,7 +180,7 @@ class _MatterText:
 
     def _matter_itself(self) -> str:
         exemption, reason = self._facts.exemption, self._matter.reason
-        text, at = _MATTERS[reason], exemption.decided if exemption else None
+        text, at = REASONS[reason].letter, exemption.decided if exemption else None
         if reason is Reason.DENIED_UNKNOWN_SOURCE and self._facts.asked is None:
             text = _NO_RECORD
         elif reason is Reason.DENIED_RESTART_REQUIRED and Step.RECORD_GRANT in self._matter.ways[0]:
