@@ -11,5 +11,6 @@ In reading order:
     exporter    snapshot → the text of a scrape; the only module that imports prometheus_client
     http        bytes → request, answer → bytes (pure)
     listeners   sockets that listen
+    connection  one client, and its timeouts
     server      the thread that answers scrapes, within its limits
 """

@@ -34,6 +34,7 @@ from portward.base import descriptors
 from portward.base.descriptors import Reserve
 from portward.config.endpoint import Endpoint
 from portward.metrics import http
+from portward.metrics.connection import Connection
 from portward.metrics.http import Answer, BadRequestError, Request
 from portward.metrics.listeners import listening, unreachable
 
@@ -41,20 +42,10 @@ from portward.metrics.listeners import listening, unreachable
 MAX_CONNECTIONS: Final = 32
 # Connections take at most one in this many of the agent's descriptors.
 _LIMIT_PARTS: Final = 8
-# A client sends the head of its request at once.
-HEAD_TIMEOUT_S: Final = 5.0
-# A request waits no longer than Prometheus does: 10 s (`scrape_timeout`).
-WAIT_TIMEOUT_S: Final = 10.0
-# An answer without progress for 5 s, or not sent within 30 s, ends with its connection.
-STALL_TIMEOUT_S: Final = 5.0
-ANSWER_TIMEOUT_S: Final = 30.0
 # An answer for 100,000 subscriptions has some 10 MB, so four take 40 MB.
 MAX_ANSWERS: Final = 4
 # An answer keeps its place for this long if another request waits for one.
 _FAIR_S: Final = 1.0
-# How long the server waits for the client to close an answered connection. If it closed first and the client had
-# sent more than a head, the kernel would send a reset, which destroys data that the client has not read.
-_LINGER_S: Final = 1.0
 # The first pause between two attempts to listen; each attempt doubles it up to the second value.
 _RETRY_S, _MAX_RETRY_S = 1.0, 30.0
 # The pause between two attempts if there is no descriptor or memory for a connection.
@@ -85,34 +76,6 @@ class _Listener:
     paused: bool = False
 
 
-@dataclass(eq=False)
-class _Connection:
-    """A client: it sends its request, waits, receives its answer, and ends. `since`: when its present state
-    began."""
-
-    socket: socket.socket
-    since: float
-    received: bytearray
-    request: Request | None = None
-    answer: memoryview | None = None
-    progress: float = 0.0
-    ending: bool = False
-    watched: int = 0  # the events that the selector waits for
-
-    @property
-    def idle(self) -> bool:
-        """Whether it has not sent a request yet, or has received its answer."""
-        return self.ending or (self.request is None and self.answer is None)
-
-    def expires(self) -> float:
-        """When its present state times out."""
-        if self.ending:
-            return self.since + _LINGER_S
-        if self.answer is not None:
-            return min(self.progress + STALL_TIMEOUT_S, self.since + ANSWER_TIMEOUT_S)
-        return self.since + (WAIT_TIMEOUT_S if self.request is not None else HEAD_TIMEOUT_S)
-
-
 class MetricsServer:
     """Answers scrapes at some addresses. Any thread may read `refused` (cause → connections that ended without an
     answer), `retries` (failed attempts to listen) and `problem`."""
@@ -121,7 +84,7 @@ class MetricsServer:
         """`answer` is called on the server's thread. Nothing is opened yet."""
         self._answer = answer
         self._listeners = [_Listener(endpoint) for endpoint in endpoints]
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[int, Connection] = {}
         self._rest_until = self._log_again = 0.0
         # When the thread had last slept enough: its processor time without answers, and the monotonic time.
         self._worked = self._rested = 0.0
@@ -198,7 +161,7 @@ class MetricsServer:
         for key, _ in self._selector.select(self._timeout()):
             if isinstance(key.data, _Listener):
                 self._accept(key.data)
-            elif isinstance(key.data, _Connection) and self._connections.get(key.fd) is key.data:
+            elif isinstance(key.data, Connection) and self._connections.get(key.fd) is key.data:
                 self._serve(key.data)
         self._expire()
         self._answer_next()
@@ -303,12 +266,12 @@ class MetricsServer:
             accepted.close()
             return
         accepted.setblocking(False)
-        connection = _Connection(accepted, time.monotonic(), bytearray())
+        connection = Connection(accepted, time.monotonic(), bytearray())
         self._connections[accepted.fileno()] = connection
         self._watch(connection, selectors.EVENT_READ)
         self._serve(connection)  # the request has often arrived already
 
-    def _watch(self, connection: _Connection, events: int) -> None:
+    def _watch(self, connection: Connection, events: int) -> None:
         """Makes the selector wait for these events of a connection; 0: for none."""
         if not events:
             if connection.watched:
@@ -327,7 +290,7 @@ class MetricsServer:
                 return True
         return False
 
-    def _drop(self, connection: _Connection, cause: str = "") -> None:
+    def _drop(self, connection: Connection, cause: str = "") -> None:
         """Closes a connection; `cause` says why it got no answer."""
         if cause:
             self.refused[cause] += 1
@@ -336,7 +299,7 @@ class MetricsServer:
         connection.socket.close()
         self._reserve.refill(len(self._connections))
 
-    def _serve(self, connection: _Connection) -> None:
+    def _serve(self, connection: Connection) -> None:
         try:
             if connection.answer is not None:
                 self._send(connection)
@@ -347,7 +310,7 @@ class MetricsServer:
         except OSError:  # the client has left
             self._drop(connection)
 
-    def _receive(self, connection: _Connection) -> None:
+    def _receive(self, connection: Connection) -> None:
         data = connection.socket.recv(_READ_BYTES)
         if not data:  # the client has left
             self._drop(connection)
@@ -366,7 +329,7 @@ class MetricsServer:
             # Until it is answered. A client that goes on sending would wake the thread all the time.
             self._watch(connection, 0)
 
-    def _send(self, connection: _Connection) -> None:
+    def _send(self, connection: Connection) -> None:
         assert connection.answer is not None  # noqa: S101 # asked by `_serve`
         while connection.answer:
             sent = connection.socket.send(connection.answer)
@@ -378,11 +341,11 @@ class MetricsServer:
 
     # --- answers ---
 
-    def _waiting(self) -> list[_Connection]:
+    def _waiting(self) -> list[Connection]:
         """The connections whose request has no answer yet."""
         return [one for one in self._connections.values() if one.request is not None and one.answer is None]
 
-    def _sending(self) -> list[_Connection]:
+    def _sending(self) -> list[Connection]:
         """The connections that receive their answer now."""
         return [one for one in self._connections.values() if one.answer is not None]
 
@@ -420,7 +383,7 @@ class MetricsServer:
                 self._log_again = time.monotonic() + _LOG_S
             return http.encoded(Answer("500 Internal Server Error", (), b"The log of portward says why.\n"))
 
-    def _begin(self, connection: _Connection, answer: bytes) -> None:
+    def _begin(self, connection: Connection, answer: bytes) -> None:
         connection.answer, connection.since = memoryview(answer), time.monotonic()
         connection.progress = connection.since
         self._watch(connection, selectors.EVENT_WRITE)
@@ -451,5 +414,5 @@ class MetricsServer:
                 listener.socket = None
 
 
-def _since(connection: _Connection) -> float:
+def _since(connection: Connection) -> float:
     return connection.since

@@ -18,7 +18,7 @@ import pytest
 
 from portward.config.endpoint import Endpoint, parse
 from portward.daemon.metrics import FAMILIES
-from portward.metrics import exporter, listeners
+from portward.metrics import connection, exporter, listeners
 from portward.metrics import server as metricsserver
 from portward.metrics.http import Answer, Request
 from portward.metrics.server import MAX_ANSWERS, MAX_CONNECTIONS, MetricsServer
@@ -124,7 +124,7 @@ def test_a_request_that_is_half_written_counts_as_idle(ground: Ground) -> None:
 
 
 def test_who_does_not_ask_in_time_is_closed(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metricsserver, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.05)
     client = ground.connect(b"GET /metrics")
     assert client.recv(1) == b""
     until(lambda: ground.server.refused["slow"] == 1)
@@ -132,7 +132,7 @@ def test_who_does_not_ask_in_time_is_closed(ground: Ground, monkeypatch: pytest.
 
 
 def test_who_sends_bytes_one_by_one_is_closed_too(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metricsserver, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.1)
     client = ground.connect()
 
     def ends() -> bool:
@@ -149,7 +149,7 @@ def test_who_sends_bytes_one_by_one_is_closed_too(ground: Ground, monkeypatch: p
 
 
 def test_who_does_not_read_is_closed(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metricsserver, "STALL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(connection, "STALL_TIMEOUT_S", 0.05)
     ground.answer = lambda _: ANSWER._replace(body=LARGE)
     ground.connect(SCRAPE)
     until(lambda: ground.server.refused["slow"] == 1)
