@@ -1,11 +1,11 @@
-"""A gateway's work, step by step, on three threads that do not wait for each other.
+"""The work of a gateway, in steps on three threads that do not wait for each other.
 
-- The policy thread (`intake`) takes what store, interfaces, time and configuration say into the policy table. It
-  may be slow: the store may be locked, and a bulk change takes seconds.
-- The kernel thread (`dataplane`) writes the kernel, and nothing else does. It never waits for store or table.
-- The counting thread only reads and counts: to read the elements of full sets takes half a second.
+- The policy thread (`intake`) writes the policy table from store, interfaces, time and configuration. It may be
+  slow, because the store may be locked, and a bulk change takes seconds.
+- The kernel thread (`dataplane`) writes the kernel, and no other thread does. It never waits for store or table.
+- The counting thread only reads and counts, because reading the elements of full sets takes half a second.
 
-Each public method says on which thread it runs. Each thread has a view of the table and a socket of its own.
+Each public method says on which thread it runs. Each thread has its own view of the table and its own socket.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _T = TypeVar("_T")
 
 
 def at_once(work: Callable[[], _T]) -> Future[_T]:
-    """Runs work on the calling thread: for a caller that does everything on one."""
+    """Runs work on the calling thread, for a caller that has only one."""
     done: Future[_T] = Future()
     done.set_result(work())
     return done
@@ -57,12 +57,12 @@ class Core:
 
     def __init__(self, config: Config, preset: Preset, on_kernel: OnKernel = at_once) -> None:
         """Opens kernel and table; changes nothing in the kernel. `on_kernel` runs work on the kernel thread.
-        Runs on that thread itself. Raises KernelError or TableError."""
+        Raises KernelError or TableError. Kernel thread."""
         self._netlink = NfNetlink()
         self._nft = Nft(self._netlink.generation, self._netlink.transact)
         self._ask_privilege()
         templates.read()
-        # For what a repair opens that nobody has thought of.
+        # Spare descriptors for a repair, so that it does not fail for lack of one.
         self._reserve = Reserve(4)
         self.native = xtables.has_native_queue(self._nft)
         if not self.native:
@@ -71,7 +71,7 @@ class Core:
         head = self._writer.head()
         self.clock = Clock(None if head is None else head.decided())
         self._watching = NfNetlink()
-        # For the kernel thread, which reads it when it looks: nothing wakes for it.
+        # The kernel thread reads it when it checks the ruleset. It wakes no thread.
         self._notices = hearing(self.own_ports) if self._nft.compiles else None
         deletions = Deletions()
         self.counting = Counting(config.table, NfNetlink(), self._writer.reader(), deletions, lambda: self.changes)
@@ -93,7 +93,7 @@ class Core:
         self._first: First | None = None
 
     def stop(self) -> None:
-        """Ends a bulk change that is being made; its table stays as it was. Any thread."""
+        """Ends a running bulk change. The table then has all of it or nothing. Any thread."""
         self._intake.stop()
 
     def close_store(self) -> None:
@@ -101,11 +101,12 @@ class Core:
         self._intake.close()
 
     def close_counts(self) -> None:
-        """Saves what is counted, with what was deleted since the last reading. Counting thread."""
+        """Saves the counts, including elements deleted since the last reading. Counting thread."""
         self.counting.end()
 
     def close(self) -> None:
-        """Closes table and sockets, once no thread uses them; ruleset and cached verdicts stay in the kernel."""
+        """Closes table and sockets when no thread uses them any more. Ruleset and cached verdicts stay in the
+        kernel."""
         self._writer.close()
         self._netlink.close()
         self.counting.close()
@@ -116,87 +117,88 @@ class Core:
     # --- the start, in this order ---
 
     def first_policy(self) -> None:
-        """Sees to it that there is a policy to enforce. A table of an earlier run serves as it is, and `sync`
-        takes in what the store has changed since. Without one the store is read first; raises StoreError if that
-        fails too. Policy thread."""
+        """Makes sure that there is a policy to enforce. A table of an earlier run is used as it is, and `sync`
+        later takes changes of the store. Without a table, the store is read first; raises StoreError if that
+        fails. Policy thread."""
         self._intake.first_policy()
 
     def first_links(self, links: Links) -> None:
-        """Says which interfaces are segments, before the ruleset is there. Policy thread."""
+        """Writes into the table which interfaces are segments, before the ruleset is loaded. Policy thread."""
         self._first = self._intake.first_links(links)
 
     def prepare(self) -> None:
-        """Compiles the ruleset that `load` is going to load, while the workers load their libraries; changes
-        nothing. Kernel thread."""
+        """Compiles the ruleset for `load`, while the workers load their libraries. Changes nothing. Kernel
+        thread."""
         assert self._first is not None  # noqa: S101 # by `first_links`
         self._dataplane.prepare(self._first[-1])
 
     def load(self) -> None:
-        """Loads the ruleset; from here on the gateway enforces what `first_links` left and what was committed
-        since. Kernel thread. Raises KernelError."""
+        """Loads the ruleset. From now on the gateway enforces the state of the table after `first_links`, and
+        later changes. Raises KernelError. Kernel thread."""
         assert self._first is not None  # noqa: S101 # by `first_links`
         if not loaded(self._netlink):
             self.counting.counts.discard_readings()
         self._dataplane.load(*self._first)
 
-    # --- and then, again and again: policy thread ---
+    # --- policy thread, repeatedly after the start ---
 
     def sync(self) -> bool:
-        """Takes in what is new in the store and hands it to the kernel thread; False if nothing was, or it could
-        not be read. Policy thread."""
+        """Writes changes of the store into the table, and hands them over to the kernel thread. False if there was
+        no change, or the store could not be read. Policy thread."""
         return self._intake.sync()
 
     def links_changed(self, links: Links, number: int = 0) -> bool:
-        """Follows interfaces that came, went or changed their index, up to event `number`. False if the table
-        could not be written; then `retry_links` tries it again. Policy thread."""
+        """Writes interfaces that were added, removed or got another index into the table; `number` is that of the
+        newest change. False if the table could not be written; then `retry_links` retries it. Policy thread."""
         return self._intake.links_changed(links, number)
 
     def retry_links(self) -> None:
-        """Writes interfaces again that the table did not take. Policy thread."""
+        """Retries interfaces that could not be written into the table. Policy thread."""
         self._intake.retry_links()
 
     def settle(self) -> None:
-        """Enforces what changes by itself: grants that end. Policy thread."""
+        """Ends grants whose time is over. Policy thread."""
         self._intake.settle()
 
     def reload(self, config: Config, preset: Preset) -> None:
-        """Takes another configuration and enforces it; raises KernelError, TableError, or UnconfirmedError for a
-        preset that would flip too many subscriptions, and then nothing has changed. What fails once the table was
-        decided anew does not take it back: it is logged, and tried again until it works. Policy thread."""
+        """Puts another configuration in force.
+
+        Raises KernelError, TableError, or UnconfirmedError for a preset that would flip too many subscriptions,
+        and then nothing has changed. An error after the table was decided again changes nothing back: it is
+        logged, and the rest is retried until it succeeds. Policy thread.
+        """
         self._intake.reload(config, preset)
 
     # --- kernel thread ---
 
     def links_seen(self, links: Links) -> None:
-        """Takes note of interfaces as they are now, however busy the policy thread is, and loads the ruleset again
-        if other tunnels end here or other devices stand on top of segments: what stands there lets the segment's
+        """Records the present interfaces, however busy the policy thread is. Loads the ruleset again if other
+        tunnels end here or other devices are stacked on segments, because a stacked device lets the segment's
         packets pass until then. Kernel thread."""
         self._dataplane.links_seen(links)
 
     def unsettle(self, indexes: frozenset[int], number: int) -> None:
-        """Drops what interfaces with these indexes send until `links_changed` up to event `number` is carried out:
-        the table still takes them for the interfaces that had the indexes before. Kernel thread."""
+        """Drops packets of interfaces with these indexes until `links_changed` with at least this `number` is
+        enforced, because the table still has the interfaces that had these indexes before. Kernel thread."""
         self._dataplane.unsettle(indexes, number)
 
     def surround(self, surroundings: Surroundings) -> None:
-        """Loads the ruleset again if what stands around it has changed. Cached verdicts stay. What the kernel
-        refuses is repaired by `check`. Kernel thread."""
+        """Loads the ruleset again if its surroundings have changed. Cached verdicts stay. If the kernel refuses
+        it, `check` repairs that. Kernel thread."""
         self._dataplane.surround(surroundings)
 
     def check(self) -> None:
-        """Puts the ruleset back if another process has changed it, and looks what stands around it. Kernel
-        thread."""
+        """Repairs the ruleset if another process has changed it, and reads its surroundings. Kernel thread."""
         with self._reserve.lent():
             self._dataplane.check()
 
     def correct(self, suspects: list[Source]) -> None:
-        """Makes the kernel forget those of these sources whose cached verdict is not the table's. Kernel
-        thread."""
+        """Deletes the cached verdicts of these sources that differ from the table. Kernel thread."""
         self._dataplane.correct(suspects)
 
     def end(self, due: ExpiringKeys) -> None:
-        """Deletes cached verdicts that are about to expire, so that all that they have counted is known. Kernel
-        thread."""
+        """Deletes cached verdicts that are about to expire, because the kernel reports the last count of an
+        element only on a deletion. Kernel thread."""
         self._dataplane.end(due)
 
     def keep_rates(self) -> None:
@@ -204,20 +206,19 @@ class Core:
         self._dataplane.keep_rates()
 
     def asked(self, sources: Iterable[Source]) -> None:
-        """Lets sources send within their rate limit that a worker has met. Kernel thread."""
+        """Installs the rate limits of sources for which workers have asked. Kernel thread."""
         self._dataplane.asked(sources)
 
-    # --- the thread that waits ---
+    # --- event loop ---
 
     def own_ports(self) -> tuple[int, ...]:
-        """The addresses of the sockets whose transactions are ours. What libnftables loads by itself, without
-        `Nft.compiles`, counts as another program's, and leads to a look."""
+        """The netlink port numbers of the sockets that write for this agent. If libnftables loads by itself (not
+        `Nft.compiles`), its writes count as another program's and lead to a check."""
         return (self._netlink.port,)
 
     def at_rest(self, heard: RulesetChanges | None = None) -> bool:
-        """Whether `check` has nothing to do, by what was `heard` since the last time. It is asked on the thread
-        that waits, so that the kernel thread is woken for a reason only. Without `heard` it is
-        asked on the kernel thread."""
+        """Whether `check` has nothing to do, given the changes `heard` since the last call. It is called on the
+        event loop, so that the kernel thread wakes only for a reason; without `heard`, on the kernel thread."""
         with contextlib.suppress(OSError, KernelError):
             due = self.broken or self._dataplane.behind or self._dataplane.unwatched
             return not due and self.reconciler.at_rest(self._watching, heard)
@@ -225,14 +226,15 @@ class Core:
 
     @property
     def links_due(self) -> bool:
-        """Whether `retry_links` has something to do."""
+        """Whether `retry_links` has work to do."""
         return self._intake.links_failed
 
     # --- counting thread ---
 
     def count(self, pause: float) -> ExpiringKeys | None:
-        """Adds up what the kernel has counted since the last time; nothing if the ruleset is not there. The next
-        reading begins in `pause` seconds; gives what would expire until then, for `end`. Counting thread."""
+        """Adds what the kernel has counted since the last call; does nothing if no ruleset is loaded. The next
+        call is in `pause` seconds; returns the elements that would expire before it, for `end`. Counting
+        thread."""
         return self.counting.count(self._dataplane, pause)
 
     def suspects(self) -> list[Source]:
@@ -249,10 +251,10 @@ class Core:
         return self.counting.screen()
 
     def sizes(self) -> tuple[int, int]:
-        """Attachments and subscriptions in the table. Counting thread."""
+        """The numbers of attachments and subscriptions in the table. Counting thread."""
         return self.counting.sizes()
 
-    # --- what may be asked on any thread ---
+    # --- any thread ---
 
     @property
     def config(self) -> Config:
@@ -277,83 +279,83 @@ class Core:
 
     @property
     def revision(self) -> int:
-        """The revision of the store that the table stands at."""
+        """The revision of the store that the table has."""
         head = self._writer.head()
         return 0 if head is None else head.revision
 
     @property
     def enforced(self) -> int:
-        """The revision that the kernel acts on: the table's, once everything older is forgotten."""
+        """The revision that the kernel enforces: the table's, when no older verdict is cached any more."""
         return self._dataplane.enforced
 
     @property
     def broken(self) -> str:
-        """Why the kernel does not have the ruleset that it should have; empty if it has."""
+        """Why the kernel does not have the wanted ruleset; empty if it has."""
         return self._dataplane.broken
 
     @property
     def guarded(self) -> bool:
-        """Whether the forward guard belongs to the ruleset in the kernel."""
+        """Whether the loaded ruleset has the forward guard."""
         return self._dataplane.guarded
 
     @property
     def lookout(self) -> SurroundingsMonitor:
-        """The devices that take the packets of segments, as they were last found."""
+        """The devices that take packets of segments before portward sees them, as last found."""
         return self._dataplane.lookout
 
     @property
     def others(self) -> Others:
-        """What others have in the kernel that can turn a packet into another one, as it was last found."""
+        """Rules of other programs that may translate packets, as last found."""
         return self._dataplane.watch.found
 
     @property
     def work(self) -> Work | None:
-        """What the policy thread does now; None while it waits."""
+        """The present work of the policy thread; None while it waits."""
         return self._under_way.work
 
     @property
     def changes(self) -> int:
-        """Changes of policy taken into the table."""
+        """The number of changes of policy written to the table."""
         return self._intake.changes
 
     @property
     def store_errors(self) -> int:
-        """Failed readings of the store."""
+        """The number of failed readings of the store."""
         return self._intake.store_errors
 
     @property
     def store_error(self) -> str:
-        """Why the store could not be read the last time; empty if it could."""
+        """Why the last reading of the store failed; empty if it did not."""
         return self._intake.store_error
 
     @property
     def store_read(self) -> float | None:
-        """When the store was last read, by `clock.monotonic`; None: not yet."""
+        """When the store was last read, by `clock.monotonic`; None if it was not read yet."""
         return self._intake.store_read
 
     @property
     def store_waits(self) -> str:
-        """Why reading the store may wait for who writes it; empty if it never does."""
+        """Why reading the store may wait for a writer; empty if it never does."""
         return self._intake.store_waits
 
     @property
     def refused(self) -> int:
-        """Records of the store that could not be read."""
+        """The number of records of the store that could not be read."""
         return self._intake.refused
 
     @property
     def unreadable(self) -> list[str]:
-        """What is wrong with records of the store that cannot be read now, a sentence for each."""
+        """A sentence for each record of the store that cannot be read now."""
         return list(dict(self._intake.unreadable).values())
 
     @property
     def damaged_rows(self) -> list[str]:
-        """The first rows of the policy table that were found damaged, a sentence for each."""
+        """A sentence for each of the first rows of the policy table that were found damaged."""
         return list(self._writer.damage.first)
 
     @property
     def damaged(self) -> int:
-        """Rows of the policy table that could not be read."""
+        """The number of rows of the policy table that could not be read."""
         return self._writer.damage.rows
 
     @property
@@ -363,7 +365,7 @@ class Core:
 
     @property
     def in_step(self) -> bool:
-        """True if the table stood at the store's newest revision when the store was last read."""
+        """Whether the table had the store's newest revision when the store was last read."""
         return self._intake.in_step
 
     @property
@@ -374,7 +376,7 @@ class Core:
 
     @property
     def held(self) -> Held | None:
-        """The change of policy that waits for confirmation; None if none does."""
+        """The change of policy that waits for confirmation; None if there is none."""
         return self._intake.held
 
     def next_expiry(self) -> datetime | None:
@@ -382,14 +384,14 @@ class Core:
         return self._writer.next_expiry()
 
     def bell(self) -> int | None:
-        """A descriptor that can be read when the store has changed; None while there is no store."""
+        """A descriptor that is readable after a change of the store; None while there is no store."""
         return self._intake.bell()
 
     def segments(self) -> dict[int, str]:
         """The interfaces that are segments: index → name."""
         return self._intake.segments()
 
-    # --- what they are made of ---
+    # --- private ---
 
     def _ask_privilege(self) -> None:
         try:

@@ -1,9 +1,8 @@
-"""The policy side of a running gateway: store, interfaces, time and configuration go into the policy table.
+"""The policy thread's work: it writes the policy table from store, interfaces, time and configuration.
 
-Every method runs on the policy thread, one after the other, so no two changes of the table meet. What takes long
-happens here and holds nothing up but later changes: another process's lock on the store, a bulk change, a preset
-that decides everything again. What was committed goes to the kernel thread in the order of the commits, without
-waiting.
+Methods run on the policy thread, one after the other, so two changes of the table never overlap. Slow work happens
+here: waiting for another process's lock on the store, a bulk change, a preset that decides everything again. It
+delays only later changes. Each commit is handed over to the kernel thread, in order, without waiting for it.
 """
 
 from __future__ import annotations
@@ -46,12 +45,12 @@ class OnKernel(Protocol):
 
 
 def answers(config: Config) -> Answers:
-    """What the configuration says of every verdict."""
+    """The settings of the configuration that apply to every verdict."""
     return Answers(config.mode is Mode.OBSERVE, config.verdicts.refuse_with is Refusal.REJECT)
 
 
 class First(NamedTuple):
-    """What the ruleset is first loaded for: the table's state, segment → interface index, and all interfaces."""
+    """The state for the first load of the ruleset: the table's, segment → interface index, and all interfaces."""
 
     committed: Committed
     links: dict[str, int]
@@ -67,7 +66,7 @@ class _Pending(NamedTuple):
 
 
 class Intake:
-    """Brings the policy table up to date, and hands each change over to the kernel thread."""
+    """Writes changes into the policy table, and hands each over to the kernel thread."""
 
     def __init__(
         self,
@@ -78,13 +77,13 @@ class Intake:
         under_way: UnderWay,
         on_kernel: OnKernel,
     ) -> None:
-        """`writer` belongs to the policy thread alone."""
+        """Only the policy thread may use `writer`."""
         self._config, self._writer, self._clock, self._dataplane = config, writer, clock, dataplane
         self._under_way, self._on_kernel = under_way, on_kernel
         self._bulk = Bulk()
-        # For the store's three files and its bell.
+        # Descriptors for the store's three files and its change notifier.
         self._reserve = Reserve(6)
-        # Changes that the kernel thread has not begun to carry out.
+        # Changes that the kernel thread has not begun to enforce.
         self._pending: deque[_Pending] = deque()
         self._store: Store | None = None
         self._follower: Follower | None = None
@@ -103,7 +102,7 @@ class Intake:
             self._store = None
 
     def stop(self) -> None:
-        """Ends what takes long; any thread."""
+        """Ends a running bulk change. Any thread."""
         self._bulk.stop()
 
     # --- the start, in this order ---
@@ -133,7 +132,7 @@ class Intake:
         with self._under_way.working("writing the interfaces"):
             return First(self._put_links(links), self._by_name(), links)
 
-    # --- and then, again and again ---
+    # --- repeatedly after the start ---
 
     def sync(self) -> bool:
         """See `Core.sync`."""
@@ -148,7 +147,7 @@ class Intake:
                 self.close()
                 return False
             except Exception as error:
-                # It may have left a reading half-way; the table is as it was before the transaction, or after it.
+                # The store may be half-read. The table has all of the transaction, or nothing.
                 self.store_errors += 1
                 self.store_error = f"{type(error).__name__}: {error}"
                 self.close()
@@ -164,9 +163,9 @@ class Intake:
             try:
                 committed = self._put_links(links)
             except Exception as error:
-                # Whatever it is, `retry_links` tries it again.
+                # Whatever the error is, `retry_links` retries.
                 if not self.links_failed:
-                    _log.error("new interfaces are not judged yet, all their packets are dropped: %s", error)
+                    _log.error("the table lacks new interfaces, so all their packets are dropped: %s", error)
                 self.links_failed, self._links_due, self._links_number = True, links.touched, number
                 if not isinstance(error, TableError):
                     raise
@@ -176,7 +175,7 @@ class Intake:
             return True
 
     def retry_links(self) -> None:
-        """Writes interfaces again that the table did not take."""
+        """Retries interfaces that could not be written into the table."""
         if self.links_failed:
             self.links_changed(self.links, self._links_number)
 
@@ -196,7 +195,7 @@ class Intake:
             try:
                 self._take(config, preset)
                 self._on_kernel(lambda: self._dataplane.would_take(config, preset)).result()
-                # Another preset may flip no more than another inventory.
+                # Another preset must not flip more subscriptions than a change of the inventory may.
                 same = preset.digest == before[1].digest
                 settled = self._decide_again(may_flip=same)
             except Exception:
@@ -205,12 +204,12 @@ class Intake:
             changes: list[tuple[Committed, dict[str, int] | None]] = [(settled, None)]
             try:
                 changes.append((self._put_links(self.links), self._by_name()))
-            except Exception as error:  # the table is decided anew already: the rest must follow
+            except Exception as error:  # the table is decided again already, so the rest must follow
                 _log.error("the configuration is in force in part, and is tried again: %s", error)
                 self.links_failed = True
             self._on_kernel(lambda: self._dataplane.adopt(config, preset, changes)).result()
 
-    # --- what others ask, on any thread ---
+    # --- any thread ---
 
     @property
     def refused(self) -> int:
@@ -254,7 +253,7 @@ class Intake:
         config = self._config
         return {index: name for index, name in self.links.names.items() if config.segment(name)}
 
-    # --- what they are made of ---
+    # --- private ---
 
     def _take_in(self) -> Committed | None:
         if self._store is None:
@@ -270,7 +269,7 @@ class Intake:
             committed = self._follower.step(self._clock.now())
         except BulkError:
             bulk = True
-        # Not while the error is handled: its frames keep what was read so far, and the store's snapshot with it.
+        # Only after the handler, because the error's frames keep the records read so far and the store's snapshot.
         if bulk:
             committed = self._take_in_bulk(self._follower)
         self.store_read, self.store_error = clock.monotonic(), ""
@@ -297,8 +296,8 @@ class Intake:
         return outcome.committed
 
     def _decide_again(self, *, may_flip: bool) -> Committed:
-        """Decides what the configuration changes, and what has ended; raises TableError or UnconfirmedError, and
-        then nothing was decided under the configuration."""
+        """Decides again what the configuration changes, and grants that have ended. Raises TableError or
+        UnconfirmedError, and then nothing has changed."""
         before = self._writer.head()
         try:
             if not self._writer.is_decided_otherwise() or self._writer.attachments() <= MAX_INLINE_CHANGES:
@@ -312,8 +311,8 @@ class Intake:
         return committed
 
     def _committed_since(self, before: Head | None) -> Committed | None:
-        """What was committed after the head `before`; None if nothing was. Only the table says it: a child can be
-        killed between its commit and its outcome."""
+        """The commit after the head `before`; None if there was none. It is read from the table, because a child
+        can be killed between its commit and its report."""
         head = self._writer.head()
         if head is None or (before is not None and head.generation == before.generation):
             return None
@@ -337,26 +336,26 @@ class Intake:
         )
 
     def _hand_over(self, committed: Committed, links: dict[str, int] | None = None, settled: int = 0) -> None:
-        """Has the kernel thread carry a change out; does not wait for it."""
+        """Makes the kernel thread enforce a change; does not wait for it."""
         self._under_way.handed_over()
         self._pending.append(_Pending(committed, links, settled))
         self._on_kernel(self._carry_out)
 
     def _carry_out(self) -> None:
-        """Carries out all changes that wait, as one, on the kernel thread. Changes may be committed faster than
-        the kernel takes each, and neither a revocation nor a repair is to wait behind a row of them."""
+        """Enforces all waiting changes as one, on the kernel thread. Changes may be committed faster than the
+        kernel can take each, and neither a revocation nor a repair may wait behind many of them."""
         waiting: list[_Pending] = []
         with contextlib.suppress(IndexError):
             while True:
                 waiting.append(self._pending.popleft())
-        if not waiting:  # an earlier call has taken it along
+        if not waiting:  # an earlier call has enforced it together with others
             return
         committed = merged([one.committed for one in waiting])
         links = next((one.links for one in reversed(waiting) if one.links is not None), None)
         try:
             self._dataplane.enforce(committed, links, max(one.settled for one in waiting))
         except Exception:
-            # No memory, or a fault of portward's own. `Dataplane.check` finds the kernel behind the table.
+            # No memory, or a bug. `Dataplane.check` finds that the kernel is behind the table.
             _log.exception("revision %d is not enforced yet: the ruleset is loaded anew", committed.revision)
         finally:
             for _ in waiting:
@@ -371,7 +370,7 @@ class Intake:
         self.links = links
         segments = self.segments()
         want = {index: (name, self._config.observes(name)) for index, name in segments.items()}
-        # A worker that the forward guard asks is given the VRF's index.
+        # A worker that gets a packet from the forward guard sees the VRF's index.
         ports = only_ports(links, segments)
         want |= {master: want[port] for master, port in ports.items() if master not in want}
         return self._writer.put_links(want, touched=links.touched, now=self._clock.now())
