@@ -7,10 +7,10 @@ the same.
 
 In reading order:
 
-    family      what a metric is; a snapshot of numbers (pure)
-    exporter    snapshot → the text of a scrape; the only module that imports prometheus_client
-    http        bytes → request, answer → bytes (pure)
-    listeners   sockets that listen
-    connection  one client, and its timeouts
-    server      the thread that answers scrapes, within its limits
+- `family`: what a metric is; a snapshot of numbers (pure)
+- `exporter`: snapshot → the text of a scrape; the only module that imports prometheus_client
+- `http`: bytes → request, answer → bytes (pure)
+- `listeners`: sockets that listen
+- `connection`: one client, and its timeouts
+- `server`: the thread that answers scrapes, within its limits
 """

@@ -5,17 +5,17 @@ something, it says so and why. Only `rules` changes the kernel, and no verb here
 
 In reading order:
 
-    host_state          what is known of this host, as values (pure)
-    host                reads these values
-    effect              host state + policy → what happens to the next packet (pure)
-    sources             a source as an operator names it
-    explanation         `portward explain`
-    diagnosis           `portward diagnose`
-    check               `portward check`
-    rules               `portward rules`
-    top_talkers         `portward top`
-    audit               `portward audit`
-    enforcement_waiter  waits until the agent here enforces a revision
-    behind              what the agent here has not taken from the store yet
-    mistyped            segments of an inventory that are probably mistyped
+- `host_state`: what is known of this host, as values (pure)
+- `host`: reads these values
+- `effect`: host state + policy → what happens to the next packet (pure)
+- `sources`: a source as an operator names it
+- `explanation`: `portward explain`
+- `diagnosis`: `portward diagnose`
+- `check`: `portward check`
+- `rules`: `portward rules`
+- `top_talkers`: `portward top`
+- `audit`: `portward audit`
+- `enforcement_waiter`: waits until the agent here enforces a revision
+- `behind`: what the agent here has not taken from the store yet
+- `mistyped`: segments of an inventory that are probably mistyped
 """

@@ -1,4 +1,4 @@
-"""A bulk change in a process of its own comes out as one that the daemon makes itself."""
+"""A bulk change by a child process has the same result as one by the daemon itself."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[Writer]:
-    """The daemon's own hold on the table."""
+    """The daemon's own access to the table."""
     found = Writer(tmp_path / "table", PRESET, ANSWERS, max_flip_share=0.1)
     yield found
     found.close()
@@ -74,7 +74,7 @@ def write(store: SqliteStore, *records: Record) -> None:
 
 
 def job(tmp_path: Path) -> Job:
-    """What the daemon has a child do that takes in the store."""
+    """The job with which the daemon makes a child read the store."""
     return Job(tmp_path / "table", PRESET, ANSWERS, 0.1, NOW, f"sqlite:{tmp_path / 'portward.db'}")
 
 
@@ -107,7 +107,7 @@ def test_a_child_takes_the_store_in(store: SqliteStore, writer: Writer, tmp_path
 def test_a_child_is_heard_by_an_agent_with_many_descriptors(
     store: SqliteStore, writer: Writer, tmp_path: Path
 ) -> None:
-    """An agent with 64 workers has more than 1,024, which is the most that select() takes."""
+    """An agent with 64 workers has more than 1,024 descriptors, the most that select() takes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 2_048:
         pytest.skip(f"this process may have {hard} descriptors")
@@ -225,7 +225,7 @@ class Slow:
         self._environment, self._meanwhile = environment, [meanwhile]
 
     def begin(self, *, write: bool = False) -> Any:
-        """Begins a transaction; what another process does comes before the first one that writes."""
+        """Begins a transaction. The work of the other process comes before the first one that writes."""
         if write and self._meanwhile:
             self._meanwhile.pop()()
         return self._environment.begin(write=write)
@@ -253,7 +253,7 @@ def test_a_commit_of_another_process_just_before_ones_own_is_kept(
 def test_a_change_that_was_worked_out_from_an_older_table_is_not_taken_in(
     store: SqliteStore, writer: Writer, tmp_path: Path
 ) -> None:
-    """It would bring back what a later revision has changed, which another process took in meanwhile."""
+    """It would undo a later revision that another process has written to the table meanwhile."""
     Follower(store, writer).step(NOW)
     write(store, subscription(1, Standing.PAST_DUE))
 
@@ -276,7 +276,7 @@ def test_a_change_that_was_worked_out_from_an_older_table_is_not_taken_in(
 
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """Has `code` (Python) run in place of the child of a bulk change."""
+    """Runs `code` (Python) instead of the child of a bulk change."""
     monkeypatch.setattr(module, "PYTHON", (sys.executable, "-I", "-c", code, "--"))
 
 

@@ -1,4 +1,4 @@
-"""What child processes print is read line by line, whatever it is, and fills neither log nor memory."""
+"""The output of child processes is read line by line, and fills neither log nor memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from portward.daemon.child_output import LogLimiter, lines_of
 
 
 def read(parts: list[bytes], longest: int) -> list[bytes]:
-    """The lines of what arrives in these parts."""
+    """The lines of a stream that arrives in these parts."""
 
     async def collected() -> list[bytes]:
         stream = asyncio.StreamReader(limit=16)

@@ -1,4 +1,4 @@
-"""A process that outlives its daemon: real processes, of which nothing but `kill` is the end."""
+"""A process that outlives its daemon. The tests use real processes, which only `kill` ends."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def ran(work: Callable[[], Awaitable[None]]) -> None:
 
 @pytest.mark.parametrize("way", ["left", "forgotten"])
 def test_it_goes_on_when_the_program_that_started_it_ends_by_an_error(way: str) -> None:
-    """Whatever the loop and Python close and collect at their end."""
+    """The process survives although the loop and Python close and collect their objects."""
     ended = subprocess.run([sys.executable, "-c", FAIL, way], capture_output=True, timeout=60, check=False)
     number = int(ended.stdout)
     descriptor = os.pidfd_open(number)
@@ -127,7 +127,7 @@ def test_a_program_that_is_not_there_is_an_error() -> None:
 
 
 def test_one_that_cannot_be_watched_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If there is no descriptor left for it, nobody would see its end."""
+    """Without a descriptor for it, the daemon could not see its end."""
     begun: list[Child] = []
     watch = Child.watch
 

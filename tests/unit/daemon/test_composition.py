@@ -1,6 +1,6 @@
 """The whole daemon on a fake kernel, without root: its start, its jobs, its signals and its end.
 
-Its workers are no processes, and its interfaces are those that a test names.
+Its workers are not processes, and a test names its interfaces.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CHANGES = 100
 
 
 class FakeWorker(Worker):
-    """A worker without a process, that notes what is done to it."""
+    """A worker without a process. It records the calls."""
 
     def __init__(self, ground: Running) -> None:
         super().__init__(0, 16, QueueReader.BATCH, ground.config.table, lambda source: None)
@@ -107,7 +107,7 @@ class Notices:
         return RulesetChanges()
 
     def wake(self) -> None:
-        """Says that rules were changed."""
+        """Reports a change of the rules."""
         os.write(self._ours, b"x")
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ class Notices:
 
 
 class Running(Ground):
-    """A daemon that is run in the test's own loop."""
+    """A daemon that runs in the test's own loop."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(folder, monkeypatch)
@@ -385,7 +385,7 @@ def test_a_worker_that_does_not_answer_is_ended_and_started_again(
 def test_the_watchdog_is_not_fed_while_a_thread_hangs(
     running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lane: str
 ) -> None:
-    """The workers answer all the while, by the table as it was left."""
+    """Meanwhile the workers answer from the table of the last run."""
     monkeypatch.setenv("WATCHDOG_USEC", "200000")
     monkeypatch.setattr("portward.base.heartbeat.QUICK_S", 0.3)
     monkeypatch.setattr("portward.base.heartbeat.SLOW_S", 0.3)
@@ -420,7 +420,7 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
 
 
 def _answered(running: Running) -> float:
-    """When every worker last answered, as the status says, by the monotonic clock; 0 if none has."""
+    """When every worker last answered, by the status (monotonic, s); 0 if none has."""
     status = read_status(running.config.table)
     if status is None or status["self_check"]["age"] is None:
         return 0.0
@@ -428,7 +428,7 @@ def _answered(running: Running) -> float:
 
 
 def test_a_worker_that_is_tried_again_does_not_run(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does one that has bound its queue and has answered nothing."""
+    """A worker that has bound its queue but answers nothing does not feed it either."""
 
     def states() -> list[str]:
         found = read_status(running.config.table) or {"workers": []}
@@ -504,8 +504,8 @@ def test_interfaces_that_are_not_there_are_named(running: Running) -> None:
 
 
 class Churning:
-    """A core whose store always has something new, with a grant that has ended and interfaces that are not
-    written; it notes what is done."""
+    """A core whose store always has a new change, with a grant that has ended and interfaces that are not written.
+    It counts the calls."""
 
     def __init__(self, enough: asyncio.Event) -> None:
         self.clock, self.done, self._enough = Clock(None), Counter[str](), enough
@@ -516,7 +516,7 @@ class Churning:
         """There is none."""
 
     def sync(self) -> bool:
-        """Takes a change in."""
+        """Takes a change."""
         self.done["sync"] += 1
         if self.done["sync"] == CHANGES:
             self._enough.set()
@@ -538,7 +538,7 @@ class Churning:
 def test_a_store_that_always_has_another_change_keeps_no_grant_from_ending(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nor interfaces from being written. What fails is tried again after a pause, and not after each change."""
+    """Interfaces are written, too. A failed step is retried after a pause, not after each change."""
     monkeypatch.setattr(store_watch, "_POLL_S", 3600.0)
     monkeypatch.setattr(store_watch, "readable", lambda *_: asyncio.sleep(0))  # the store has notified
 
@@ -589,7 +589,7 @@ def held(running: Running) -> Iterator[Held]:
 
 
 async def take(running: Running, held: Held, thread: str) -> None:
-    """Makes the daemon take a step that is held."""
+    """Makes the daemon run a step that is held."""
     if thread == "policy":
         running.links.put_nowait(Links({4: "vni2", 9: "up0"}, frozenset({3})))
     elif thread == "kernel":
@@ -608,7 +608,7 @@ class FaultError(TableError):
 
 
 def fail(*_: object) -> None:
-    """Fails as nothing expects it."""
+    """Raises an unexpected error."""
     raise FaultError
 
 
@@ -617,7 +617,7 @@ def fail(*_: object) -> None:
 def test_the_locks_stay_if_a_thread_is_still_at_work(
     running: Running, held: Held, monkeypatch: pytest.MonkeyPatch, thread: str, failed: bool
 ) -> None:
-    """It may write kernel and table until the process is gone, so no other agent may begin before."""
+    """The thread may write kernel and table until the process is gone, so no other agent may start before."""
     monkeypatch.setattr(Core, STEPS[thread], held)
     fault = asyncio.Event()
 
@@ -755,7 +755,7 @@ def test_an_error_while_it_ends_leaves_the_locks(
 
 
 def test_a_job_that_does_not_end_keeps_no_stop_waiting(running: Running) -> None:
-    """Nor does it write the kernel when another agent may."""
+    """It does not write the kernel either when another agent may."""
     late: list[Exception] = []
 
     async def watch() -> None:

@@ -1,5 +1,5 @@
-"""The steps of a gateway on a fake kernel: what each leaves in the policy table and in the kernel when store or
-kernel do not do what they should."""
+"""The steps of a gateway on a fake kernel: the state of policy table and kernel after errors of store or
+kernel."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Ground:
         }
 
     def in_step(self) -> bool:
-        """Whether the kernel says that all it has cached agrees with the policy table."""
+        """Whether all cached verdicts agree with the policy table."""
         core = self.core
         return self.cache.epoch() == mark.epoch_of(core.generation) and self.cache.synced() == core.generation
 
@@ -220,7 +220,7 @@ def test_a_kernel_that_refuses_the_ruleset_ends_the_start(ground: Ground) -> Non
 def test_a_start_on_a_table_with_a_damaged_head_holds_a_mistake_in_the_store(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It starts with the policy that can be read, and holds what would flip too many."""
+    """It starts with the readable policy, and holds a change that would flip too many subscriptions."""
     monkeypatch.setattr("portward.store.flips._FEW", 0)
     ground.start()
     ground.learn(ALLOWED)
@@ -452,7 +452,7 @@ def known(ground: Ground) -> set[int]:
 
 
 def test_an_interface_that_comes_or_goes_is_written_alone(started: Ground) -> None:
-    """Without a load of the whole ruleset: a host may start a thousand containers."""
+    """The whole ruleset is not loaded, because a host may start a thousand containers."""
     one, two = (LINKS._replace(devices=(Device(7, "one"), *more)) for more in ((), (Device(9, "two"),)))
     started.core.links_seen(two)
     assert known(started) == {7, 9}
@@ -485,7 +485,7 @@ def test_known_interfaces_that_another_program_has_removed_are_put_back(started:
 def test_known_interfaces_that_another_program_has_changed_are_put_back_though_no_interface_changes(
     started: Ground, change: str
 ) -> None:
-    """Else mail from all others would be dropped until an interface comes or goes."""
+    """Otherwise mail from all other interfaces would be dropped until an interface is added or removed."""
     started.core.links_seen(LINKS._replace(devices=(Device(7, "one"), Device(9, "two"))))
     started.learn(ALLOWED)
     started.kernel.load(change)
@@ -497,7 +497,7 @@ def test_known_interfaces_that_another_program_has_changed_are_put_back_though_n
 
 
 def test_a_bridge_that_loses_its_ports_is_unknown_before_its_chain_is_gone(started: Ground) -> None:
-    """Else what comes out of it passes if a segment becomes its port again in between."""
+    """Otherwise its packets pass if a segment becomes its port again in between."""
     bridge = next(device for device in BRIDGED.devices if device.kind == "bridge")
     started.core.links_seen(BRIDGED)
     assert bridge.ifindex in known(started)
@@ -701,13 +701,13 @@ def test_a_reload_that_the_kernel_refuses_half_way_is_in_force_in_the_end(starte
 
 
 def small(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the core of a gateway leave what is more than one change to a child, after a restart."""
+    """Makes the core give more than one change to a child, after a restart."""
     monkeypatch.setattr("portward.daemon.intake.MAX_INLINE_CHANGES", 1)
     ground.restart()
 
 
 def killed_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has each child killed after its work, before its outcome was read."""
+    """Makes each child be killed after its work, before its result was read."""
     told = bulk._result_of
 
     def cut_off(process: subprocess.Popen[bytes], outcomes: BinaryIO, job: bulk.Job) -> bulk.BulkResult:
@@ -718,7 +718,7 @@ def killed_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def killed_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has each child killed before its work."""
+    """Makes each child be killed before its work."""
     code = "import os, sys; sys.stdin.buffer.read(1); os.kill(os.getpid(), 9)"
     monkeypatch.setattr(bulk, "PYTHON", (sys.executable, "-I", "-c", code, "--"))
 
@@ -733,7 +733,7 @@ def decided_by(ground: Ground) -> str:
 def test_a_reload_whose_child_is_killed_after_its_commit_is_in_force(
     started: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The table is decided under the other preset: to go on under the old one would enforce one and report the
+    """The table is decided under the other preset. With the old one the agent would enforce one and report the
     other."""
     small(started, monkeypatch)
     killed_late(monkeypatch)
@@ -802,7 +802,8 @@ def test_a_bulk_change_whose_child_is_killed_before_its_commit_is_made_again(
 
 
 def truncates(path: Path) -> bool:
-    """Whether SQLite can empty the log of writes of a store now: nobody reads an older state of it."""
+    """Whether SQLite can empty the write-ahead log of a store now, because no process reads an older state of
+    it."""
     with closing(sqlite3.connect(path, timeout=0)) as connection:
         busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     return not busy
@@ -819,8 +820,8 @@ SNAPSHOTS: dict[str, Callable[[Ground], None]] = {
 def test_no_snapshot_of_the_store_is_kept_while_a_child_reads_it(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    """SQLite's log of writes would grow for as long as a bulk change takes, and with it every reading of the
-    store: what was read of it before the limit was met is half-read."""
+    """SQLite's write-ahead log would grow during a bulk change and slow down every reading: the store was
+    half-read when the limit was reached."""
     monkeypatch.setattr("portward.daemon.intake.MAX_INLINE_CHANGES", 2)
     ground.start()
     ground.put(*(attachment("vni2", f"10.0.{number}.4", MAY) for number in range(5, 10)))
@@ -849,7 +850,7 @@ def test_no_snapshot_of_the_store_is_kept_while_a_child_reads_it(
 
 
 class Later:
-    """The kernel thread, which comes to its work when it is told to."""
+    """A kernel thread that works only when the test lets it."""
 
     def __init__(self) -> None:
         self.work: list[Callable[[], object]] = []
@@ -859,7 +860,7 @@ class Later:
         return Future()
 
     def catch_up(self) -> None:
-        """Does all that waits."""
+        """Runs all waiting work."""
         while self.work:
             self.work.pop(0)()
 
@@ -873,7 +874,7 @@ def late(started: Ground) -> tuple[Ground, Later]:
 
 
 def test_changes_that_wait_for_the_kernel_thread_are_carried_out_together(late: tuple[Ground, Later]) -> None:
-    """So neither a revocation nor a repair waits behind a long row of them."""
+    """So neither a revocation nor a repair waits behind many changes."""
     ground, later = late
     before = len(ground.kernel.journal)
     for name in range(20):

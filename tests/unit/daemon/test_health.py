@@ -1,4 +1,4 @@
-"""The rounds that feed the service manager's watchdog."""
+"""The rounds of the health check, which feed systemd's watchdog."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ STUCK = "the counting thread has been at one step for 31 s without getting furth
 def test_a_counting_thread_that_hangs_is_named_and_no_sooner_the_end_of_the_agent(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A round does not wait for it: a step that is only slow must not starve the watchdog before its bound."""
+    """A round does not wait for the counting thread, because a slow step must not starve the watchdog before its
+    bound."""
     said: list[str] = []
     monkeypatch.setattr(health, "notify", said.append)
     monkeypatch.setattr(health, "watchdog_seconds", lambda: 0.1)

@@ -22,7 +22,7 @@ FIRST = Links({1: "lo", 7: "vni7001", 8: "vni7002"}, frozenset())
 
 
 class Gateway:
-    """A table that takes changes in when it is free, and a kernel thread. Both say what they were given."""
+    """A table that takes changes when it is free, and a kernel thread. Both record their calls."""
 
     def __init__(self) -> None:
         self.free = asyncio.Event()
@@ -61,7 +61,7 @@ class Gateway:
             yield await self.events.get()
 
     def busy(self) -> None:
-        """The table is at a change that takes long."""
+        """The table is busy with a long change."""
         self._core.work = Work("a bulk change", time.monotonic() - 10)
 
     async def run(self, script: Callable[[], Any]) -> None:
@@ -77,7 +77,7 @@ class Gateway:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Waits until it is; the test's own time limit ends it."""
+    """Waits until it is true, within the time limit of the test."""
     async with asyncio.timeout(60):
         while not true():
             await asyncio.sleep(0.001)  # pause: of a poll
@@ -199,5 +199,5 @@ def in_vrf(*ports: int, touched: frozenset[int] = frozenset()) -> Links:
     ids=["first", "same", "other", "second", "left", "reused", "one-left", "no-segment"],
 )
 def test_a_vrf_whose_one_port_is_another_one_is_in_doubt(before: Links, after: Links, doubt: set[int]) -> None:
-    """The table has the port's entries for the VRF too, since the forward guard's questions name the VRF."""
+    """The table has the port's entries for the VRF, too, because packets from the forward guard name the VRF."""
     assert in_doubt(before, after, lambda name: name.startswith("vni")) == doubt

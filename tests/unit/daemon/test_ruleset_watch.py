@@ -1,4 +1,4 @@
-"""When the ruleset is looked at: at once for what is ours, seldom for what others do."""
+"""When the ruleset is checked: at once for portward's own tables, seldom for those of other programs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from portward.dataplane.monitor import LOST, NOTHING, RulesetChanges
 
 
 class Ears:
-    """Hears what a test says."""
+    """Notices that a test gives."""
 
     def __init__(self) -> None:
         self.heard: list[RulesetChanges] = []
         self._theirs, self._ours = os.pipe()
 
     def fileno(self) -> int:
-        """Readable when something was heard."""
+        """Readable after a notice."""
         return self._theirs
 
     def say(self, heard: RulesetChanges) -> None:
-        """Lets it be heard."""
+        """Gives a notice."""
         self.heard.append(heard)
         os.write(self._ours, b"x")
 
     def read(self) -> RulesetChanges:
-        """What was said since the last time."""
+        """The notices since the last call."""
         found = NOTHING
         for heard in self.heard:
             os.read(self._theirs, 1)
@@ -47,7 +47,7 @@ class Ears:
 
 
 class Gateway:
-    """A core that counts its looks, and a clock that a test sets."""
+    """A core that counts its checks, and a clock that a test sets."""
 
     def __init__(self) -> None:
         self.now, self.took, self.looks = 100.0, 0.0, 0
@@ -58,11 +58,11 @@ class Gateway:
         )
 
     def at_rest(self, _: RulesetChanges) -> bool:
-        """Whether nothing else is a reason to look."""
+        """Whether nothing else is a reason for a check."""
         return self.rest
 
     def check(self) -> None:
-        """A look."""
+        """A check."""
         self.looks += 1
         self.now += self.took
 
@@ -71,7 +71,7 @@ class Gateway:
         work()
 
     def take(self) -> int:
-        """How many looks follow from what was heard."""
+        """The number of checks that these notices cause."""
         before = self.looks
         asyncio.run(self.watch._take())
         return self.looks - before
@@ -182,7 +182,7 @@ def test_a_look_that_fails_is_made_again_without_a_notice(
 
 
 def test_what_was_changed_before_anybody_listened_is_looked_at_first(gateway: Gateway) -> None:
-    """Another program may write our rules right behind the load, before the first notice can be heard."""
+    """Another program may change the rules right after the load, before the first notice."""
 
     async def first_look() -> None:
         keeping = asyncio.create_task(gateway.watch.run())

@@ -1,4 +1,4 @@
-"""What a daemon that crashed leaves behind is told by the next one."""
+"""The next daemon reports the crash of the one before."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_folder_that_cannot_hold_the_file_does_not_keep_it_from_starting(tmp_p
 
 
 def test_a_start_that_is_refused_leaves_no_folder_behind(tmp_path: Path) -> None:
-    """Nor those above it that were made for it; what was there stays."""
+    """Folders above it that it made are removed, too; others stay."""
     Runtime(tmp_path / "typo" / "table").close()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "table").mkdir()
@@ -79,7 +79,7 @@ def test_a_lock_on_a_file_that_is_gone_is_taken_anew(tmp_path: Path, monkeypatch
 
 
 def test_the_folder_of_the_agent_after_it_stays(tmp_path: Path) -> None:
-    """Somebody has removed the folder of an agent, and another agent has made it anew."""
+    """A user has removed the folder of an agent, and another agent has made it again."""
     folder = tmp_path / "table"
     first = Runtime(folder)
     shutil.rmtree(folder)
@@ -111,7 +111,7 @@ def test_a_folder_with_a_policy_stays(tmp_path: Path) -> None:
 
 
 def test_who_may_not_see_whether_a_daemon_runs_is_not_told_that_none_does() -> None:
-    """`portward status` as anybody: the folder is the agent's alone."""
+    """`portward status` as another user, who may not read the agent's folder."""
     program = (
         "import os, sys; from pathlib import Path; from portward.daemon.runtime import hidden; "
         "os.setuid(65534); print(hidden(Path(sys.argv[1])))"

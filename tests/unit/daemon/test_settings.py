@@ -1,4 +1,4 @@
-"""Verbs go by what the running agent has in force, also if portward.toml has a mistake by now."""
+"""Verbs use what the running agent has in force, even if portward.toml has a mistake now."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_all_mistakes_of_the_file_are_said(path: Path, agent: Config) -> None:
 
 
 def test_a_file_that_is_gone_is_a_mistake_too(path: Path, agent: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then its table cannot be named either: it is looked for where it is by default."""
+    """Then its table is unknown, too, and is looked for at the default place."""
     path.unlink()
     with pytest.raises(InputError):
         settings(path)
@@ -126,7 +126,7 @@ def test_what_a_reload_takes_in_is_said_to_need_one(path: Path, agent: Config) -
 
 
 def test_a_file_that_was_edited_since_an_agent_ran_counts_and_that_is_said(path: Path) -> None:
-    """The kernel has the ruleset of before, and workers may have its queues."""
+    """The kernel has the ruleset of the last agent, and workers may have its queues."""
     before = load_config(path)
     before.table.mkdir()
     leave(path, before, presets.load("aws"))

@@ -1,4 +1,4 @@
-"""What `portward status` says of the store: in step, or what is not loaded yet."""
+"""`portward status` says whether the agent is in step with the store, or what is not loaded yet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANOTHER = "the store has another history, at revision 5 (a restored backup?)"
 def test_the_stores_own_revision_is_named_whatever_the_agent_has_seen(
     monkeypatch: pytest.MonkeyPatch, in_step: bool, behind: str, told: str
 ) -> None:
-    """Also of a store that went back: there its newest revision is an old one."""
+    """This includes a store that went back, whose newest revision is an old one."""
     monkeypatch.setattr(host, "behind_store", lambda _: behind)
     found = {"in_step": in_step, "store_error": "", "held": None}
     assert status._store(found | status._in_step(CONFIG, found)) == told

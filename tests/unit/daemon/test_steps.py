@@ -1,5 +1,5 @@
-"""An error that nobody expects stops one step of the daemon for a while, and never the daemon; unless nothing else
-keeps closed what has to be closed."""
+"""An unexpected error stops one step of the daemon for a while. It ends the daemon only if a vital step keeps
+failing."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_interfaces_that_failed_by_any_error_are_due_again(
 
 
 def test_a_reload_that_failed_is_said_to_wait_for_the_next_one(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing tries it again by itself."""
+    """It is not retried by itself."""
     steps = StepRunner(Time())
     steps.record_failure(Step.RELOAD, OverflowError("too large"))
     assert "step reload failed and is retried at the next reload" in caplog.text

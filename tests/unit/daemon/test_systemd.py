@@ -1,4 +1,4 @@
-"""Words to the service manager arrive where there is one, and harm nobody where there is none."""
+"""Notifications arrive at the service manager if there is one, and do no harm if there is none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_words_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_words_arrive_though_no_descriptor_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the watchdog would end an agent that enforces."""
+    """Otherwise the watchdog would end an agent that enforces."""
     path = tmp_path / "notify"
     monkeypatch.setenv("NOTIFY_SOCKET", os.fspath(path))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

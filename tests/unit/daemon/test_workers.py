@@ -38,7 +38,7 @@ asyncio.run(begin())
 
 @pytest.mark.parametrize("option", ["-I", "-B"])
 def test_a_worker_of_an_isolated_daemon_imports_nothing_from_its_folder(tmp_path: Path, option: str) -> None:
-    """The package's program is isolated; without that the folder counts, as always with `-m`."""
+    """The package's program runs isolated. Otherwise `-m` would import from the current folder."""
     (tmp_path / "argparse.py").write_text("open('taken', 'w').close()\n")
     begin = tmp_path / "begin" / "begin.py"
     begin.parent.mkdir()
@@ -100,7 +100,7 @@ FOREIGN = {
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Worker]]:
-    """Makes workers without a process; what they ask about goes into a list."""
+    """Makes workers without a process. Their requests go into a list."""
     made: list[Worker] = []
 
     def one(asked: Callable[[Source], None] = print) -> Worker:
@@ -116,7 +116,7 @@ def make() -> Iterator[Callable[..., Worker]]:
 def test_foreign_output_is_skipped_and_counted(
     make: Callable[..., Worker], line: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What comes before it and after it is still asked about."""
+    """Requests before and after it still arrive."""
     asked: list[Source] = []
     worker = make(asked.append)
 
@@ -136,7 +136,7 @@ def test_foreign_output_is_skipped_and_counted(
 
 
 def printing(script: str) -> tuple[str, ...]:
-    """A command for a process that runs this script (Python) in place of a worker."""
+    """A command for a process that runs this script (Python) instead of a worker."""
     return sys.executable, "-I", "-c", f"import os, sys, time\n{script}", "--"
 
 
@@ -168,7 +168,7 @@ def test_a_worker_starts_whatever_is_printed_before_it_is_ready(
 def test_a_worker_that_prints_without_an_end_on_stderr_does_not_stand_still(
     make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pipe that nobody reads holds 64 KiB; then who writes waits."""
+    """A pipe that no process reads holds 64 KiB; then the writer waits."""
     monkeypatch.setattr(module, "PYTHON", printing("os.write(2, b'x' * 1_000_000); os.write(1, b'ready\\n')"))
     worker = make()
 
@@ -207,7 +207,7 @@ def test_a_worker_whose_messages_nobody_reads_goes_on(tmp_path: Path) -> None:
 
 
 class Ended:
-    """A process that is over."""
+    """A process that has ended."""
 
     returncode = 1
 

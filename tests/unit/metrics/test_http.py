@@ -1,4 +1,4 @@
-"""The heads of requests: what is a scrape, and what each other request is told."""
+"""The heads of requests: which are scrapes, and which answer each other request gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics server under clients that do harm: it answers who asks, and takes no more than its share."""
+"""The metrics server under harmful clients: it answers scrapes, and takes no more than its share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LARGE = b"x" * (64 << 20)
 
 
 def free() -> Endpoint:
-    """An address that nobody has now."""
+    """An address that no process has now."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return Endpoint("127.0.0.1", taken.getsockname()[1])
 
@@ -66,7 +66,7 @@ class Ground:
         return client
 
     def ask(self, sends: bytes = SCRAPE) -> bytes:
-        """All that a client is sent until the end."""
+        """Everything that a client receives until the end."""
         with socket.create_connection((self.endpoint.host, self.endpoint.port), timeout=SECONDS) as client:
             client.sendall(sends)
             return b"".join(iter(lambda: client.recv(65536), b""))
@@ -325,7 +325,8 @@ def test_a_fault_of_its_own_costs_the_connections_and_not_the_server(
 
 
 def test_a_listener_that_cannot_be_waited_for_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel has no memory for epoll, say. One that listens and never accepts would say that all is well."""
+    """For example, the kernel has no memory for epoll. A server that listens and never accepts would look
+    healthy."""
 
     class Scarce(selectors.DefaultSelector):
         failed = False
@@ -349,7 +350,7 @@ def test_a_listener_that_cannot_be_waited_for_is_opened_again(monkeypatch: pytes
 
 
 def test_who_keeps_the_thread_busy_has_half_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By connecting, or by sending what nobody asked for, as fast as can be."""
+    """They connect, or send useless data, as fast as they can."""
     work, pauses = 0.0, list[float]()
     now = 1_000.0
 

@@ -59,7 +59,7 @@ def audit(*arguments: str, code: int = 0) -> list[str]:
 
 
 def run(*arguments: str) -> Result:
-    """Runs it; raises what the program would tell in a line."""
+    """Runs it; raises the error that the program would print."""
     result = CliRunner().invoke(app, ["audit", "--config", "portward.toml", *arguments])
     if isinstance(result.exception, PortwardError):
         raise result.exception
@@ -67,7 +67,7 @@ def run(*arguments: str) -> Result:
 
 
 def machine(*arguments: str) -> dict[str, Any]:
-    """What it tells a machine."""
+    """The document that it prints for programs."""
     found: dict[str, Any] = json.loads(run("--json", *arguments).stdout)
     return found
 
@@ -277,7 +277,7 @@ def test_the_head_that_was_printed_is_expected_later(log: Path) -> None:
 
 
 def test_what_is_newer_than_the_head_that_is_expected_is_counted(log: Path) -> None:
-    """After a restore the head is the backup's: a newer one says that the restore has not worked."""
+    """After a restore, the head is the backup's. A newer one means that the restore has failed."""
     mark = machine("--check")["head"]
     assert machine("--check")["newer_than_expected"] is None
     assert re.fullmatch(f"checked .*: whole, {HEAD}", audit("--check", "--expect", mark)[0])

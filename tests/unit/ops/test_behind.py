@@ -1,4 +1,4 @@
-"""What a writer is told about the agent here: whether it reads this store, and whether it holds anything of it."""
+"""Warnings for a writer about the agent here: that it reads another store, or holds a change of this one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def config(file: Path) -> Config:
 
 @pytest.fixture
 def agent(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
-    """An agent that runs on that table and says that it reads that store."""
+    """An agent that runs on that table and reports that it reads that store."""
     monkeypatch.setattr("portward.daemon.runtime.faulthandler.enable", lambda _: None)
     runtime = Runtime(config.table)
     runtime.write_status({"format": 1, "store": config.store})
@@ -58,7 +58,7 @@ def configure(file: Path, store: str) -> None:
 
 
 def read_into_table(config: Config) -> None:
-    """What an agent has done that has ended: the table is read from the store."""
+    """The work of an agent that has ended: the table is read from the store."""
     path = Path(config.store.removeprefix("sqlite:"))
     with closing(SqliteStore(path, create=True)) as store, closing(Writer(config.table, AZURE, ENFORCE)) as writer:
         write(store, *map(put, ALL))
@@ -72,7 +72,7 @@ def portward(file: Path, *arguments: str) -> Result:
 
 
 def test_the_store_that_the_agent_reads_needs_no_warning(config: Config, file: Path, agent: Runtime) -> None:
-    """Whatever way its URL goes there."""
+    """The URL may use another path."""
     assert agent
     assert other_store(config) == ""
     (file.parent / "link.db").symlink_to("portward.db")
@@ -162,7 +162,7 @@ def test_apply_says_so_before_it_is_done_and_after(file: Path, config: Config, a
 
 
 def test_a_table_that_is_cut_off_does_not_end_the_verb_that_makes_a_store(file: Path, config: Config) -> None:
-    """To read a page that is not there would: in a process of its own."""
+    """Reading a missing page would end the process, so the test uses a process of its own."""
     read_into_table(config)
     for beside in file.parent.glob("portward.db*"):
         beside.unlink()

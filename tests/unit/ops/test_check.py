@@ -27,7 +27,7 @@ def test_a_file_where_the_tables_folder_should_be_is_told_with_its_line(tmp_path
 
 
 class Kernel:
-    """Takes everything, and nobody has its lock."""
+    """Takes everything, and no process has its lock."""
 
     def owned_table(self, _: str) -> None:
         """None."""
@@ -51,7 +51,7 @@ def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
 
 
 def said(tmp_path: Path) -> list[str]:
-    """What `check --without-store` says."""
+    """The lines of `check --without-store`."""
     path = tmp_path / "portward.toml"
     path.write_text(LEAST)
     return list(check.check(path, with_store=False))
@@ -70,7 +70,7 @@ def test_it_names_tunnels_that_end_here_and_whose_matter_they_are(
 def test_it_warns_of_a_device_that_takes_a_segments_packets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once: what is logged would be printed on the terminal as well."""
+    """It is printed only once, because a log line would be on the terminal, too."""
     on_a_host(monkeypatch, Device(1, "vni1"), Device(2, "mv0", "macvlan", lower=1))
     assert any(
         line.startswith("WARNING: macvlan mv0 takes the packets of segment vni1") for line in said(tmp_path)

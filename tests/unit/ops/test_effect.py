@@ -1,4 +1,4 @@
-"""What becomes of a source's next packet, from the state of the host, the cache and the policy."""
+"""The fate of a source's next packet, from the state of the host, the cache and the policy."""
 
 from __future__ import annotations
 

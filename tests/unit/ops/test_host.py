@@ -1,4 +1,4 @@
-"""What is said of this host is what the kernel has loaded, not what a file says by now."""
+"""The state of this host is what the kernel has loaded, not what a file says now."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from portward.ops import effect, host, host_state
 
 
 def bounds(pattern: str) -> tuple[bytes, bytes]:
-    """The first name that a pattern matches, and the first one behind, as the kernel keeps them."""
+    """The first name that a pattern matches, and the first one behind it, in the kernel's form."""
     first = pattern.removesuffix("*").encode().ljust(16, b"\0")
     width = 1 << 8 * (16 - len(pattern) + 1) if pattern.endswith("*") else 1
     return first, (int.from_bytes(first, "big") + width).to_bytes(16, "big")
@@ -34,14 +34,14 @@ class Kernel:
         return SetElement(key, 0, 0) if found else None
 
     def elements(self, _: str, set_: str) -> list[SetElement]:
-        """Begin and end of each interval, the last ones first, and the end of nothing."""
+        """Begin and end of each interval, the last ones first, and the kernel's closing end."""
         if set_ not in self._sets:
             raise FileNotFoundError
         keys = sorted((key for pattern in self._sets[set_] for key in bounds(pattern)), reverse=True)
         return [SetElement(key, 0, 0) for key in (*keys, bytes(16))]
 
     def rules_on(self, _: str, chain: str, set_: str) -> list[int]:
-        """The rules are there."""
+        """The rules are loaded."""
         assert (chain, set_) == ("screen", "deny4")
         return [7]
 

@@ -1,4 +1,4 @@
-"""Segments of an inventory that nobody has are warned of."""
+"""A warning for segments of an inventory that this host lacks."""
 
 from __future__ import annotations
 

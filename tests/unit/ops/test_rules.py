@@ -1,4 +1,4 @@
-"""What `portward rules` and `portward status` say of the kernel, also where it may not be asked."""
+"""The texts of `portward rules` and `portward status` on the kernel, also if the user may not read it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = Config(segments=("vni*",), uplinks=("up0",))
 
 
 class Forbidden:
-    """The kernel for who has no CAP_NET_ADMIN."""
+    """The kernel for a user without CAP_NET_ADMIN."""
 
     def sets(self, _: str) -> set[str]:
         """Is refused."""
@@ -49,13 +49,13 @@ class Held:
         self._comment, self._opens = comment, opens
 
     def elements(self, _: str, set_: str) -> list[SetElement]:
-        """The segments that the loaded ruleset leaves open, as the kernel keeps them."""
+        """The segments that the loaded ruleset leaves open, in the kernel's form."""
         assert set_ == "open_segments"
         keys = [key for pattern in self._opens for key in bounds(pattern)]
         return [SetElement(key, 0, 0) for key in keys]
 
     def rules_on(self, _: str, chain: str, set_: str) -> list[int]:
-        """The rules are there."""
+        """The rules are loaded."""
         assert (chain, set_) == ("screen", "deny4")
         return [7]
 
@@ -89,7 +89,7 @@ def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
 def test_without_an_agent_what_is_said_is_what_the_kernel_does(
     monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, opens: tuple[str, ...], told: str
 ) -> None:
-    """Whatever the configuration says by now: it has not been loaded."""
+    """The configuration may differ; it is not loaded."""
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
     monkeypatch.setattr(reconciler, "loaded", lambda _: loaded)
     monkeypatch.setattr(reconciler, "closed", lambda _: closed)

@@ -68,8 +68,8 @@ def facts(
     found: CachedState | None = NOTHING_CACHED,
     **more: Any,
 ) -> Facts:
-    """What is known of an account with these records, on this host. `found` is what the kernel has cached for each
-    machine, None if their segment is not there."""
+    """The facts about an account with these records, on this host. `found` is the kernel's cache for each machine;
+    None if their segment is not there."""
     machines = tuple(
         _met(
             host,

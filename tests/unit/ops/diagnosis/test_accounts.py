@@ -262,7 +262,7 @@ def test_files_of_the_store_are_only_read(config: Path, tmp_path: Path) -> None:
 def test_what_this_host_does_is_not_said_of_a_segment_that_is_not_here(
     config: Path, monkeypatch: pytest.MonkeyPatch, loaded: Ruleset
 ) -> None:
-    """Support may ask on a host that is no gateway at all, without a ruleset: nothing passes there for that."""
+    """Support may ask on a host that is not a gateway. Although it has no ruleset, nothing passes there."""
     monkeypatch.setattr(host, "look", lambda *_: Host(agent=Agent.NONE, ruleset=loaded, workers=Workers.NONE))
     _, made = gather.diagnose(config, "fabrikam", None, ENGLISH)
     assert {machine.outcome for machine in made.facts.machines} == {Blocking.UNKNOWN}

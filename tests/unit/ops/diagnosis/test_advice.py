@@ -46,8 +46,8 @@ _NEVER = ((RELAY,), (OTHER,))
 
 
 def expected(path: ExemptionPath, state: State) -> tuple[tuple[Step, ...], ...]:
-    """The ways of a virtual machine that was last started before the grant, account in order: written down once
-    more, by hand."""
+    """The ways for a virtual machine that was last started before the grant, with the account in order, written a
+    second time by hand."""
     if path is ExemptionPath.NOT_NEEDED:
         return ((NONE,),)
     if path is ExemptionPath.NEVER:

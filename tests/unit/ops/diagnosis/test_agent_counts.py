@@ -20,7 +20,7 @@ SCRAPE = f'portward_subscription_packets_total{{subscription="{CUSTOMER}",verdic
 
 @pytest.fixture
 def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Runtime, Config]]:
-    """An agent that runs, and what it has in force; whoever has the address answers a scrape."""
+    """A running agent and its settings. The process that has the address answers a scrape."""
     monkeypatch.setattr("portward.daemon.runtime.faulthandler.enable", lambda _: None)
     monkeypatch.setattr(agent_counts, "_read", lambda *_: SCRAPE)
     runtime = Runtime(tmp_path)

@@ -1,4 +1,4 @@
-"""The words: what the customer gets and what the support engineer sees, in both languages."""
+"""The texts: the customer's letter and the support engineer's lines, in both languages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def customer(say: Language, offer: str, state: State, *attachments: object, **mo
 
 
 def english_texts() -> list[str]:
-    """Every English text of more than two words, with anything in its places, but for those that are the same."""
+    """Every English text of more than two words, with any values in its fields, except texts that are equal in
+    both languages."""
     same = {str(text.id) for text in messages.catalogue_of(CATALOGUE) if text.id == text.string}
     texts = [one for text in messages.collected() for one in ([text.id] if isinstance(text.id, str) else text.id)]
     pieces = [piece.strip() for text in texts if text not in same for piece in re.split(r"\{\w+\}", text)]
@@ -224,7 +225,7 @@ def test_a_source_of_nobody_says_so(say: Language) -> None:
 
 
 def many(number: int) -> tuple[list[str], list[str], str]:
-    """The lines for an account with so many machines, short and whole, and the customer's text."""
+    """The lines for an account with this number of machines, short and whole, and the customer's text."""
     machines = [attachment(f"10.0.{n // 250}.{n % 250 + 1}", BEFORE if n % 2 else AFTER) for n in range(number)]
     made = diagnosis(AZURE, facts(AZURE, subscription("csp"), exemption(State.GRANTED), *machines), ENGLISH)
     short, whole = (list(lines(AZURE, made, ENGLISH, listed=listed)) for listed in (LISTED, None))
@@ -415,7 +416,7 @@ def test_why_it_is_not_known_is_said_of_that_segment(say: Language) -> None:
 
 @BOTH
 def test_who_is_only_observed_is_not_said_to_pass_while_he_is_dropped(say: Language) -> None:
-    """His subscription is observed, which the kernel does not know."""
+    """The subscription is observed, which the kernel cannot know."""
     passing = say(
         "For the time being these connections pass all the same, since the rule is only observed for you; what "
         "follows counts once it is enforced."
@@ -432,7 +433,7 @@ def test_who_is_only_observed_is_not_said_to_pass_while_he_is_dropped(say: Langu
 
 @BOTH
 def test_who_is_only_observed_reads_that_no_policy_blocks_him(say: Language) -> None:
-    """If workers are dead or bridges take his packets, it is the gateway that drops them."""
+    """If workers are down or bridges take the packets, the gateway drops them."""
     should_pass = say(
         "For the time being the rule is only observed for you, so these connections should pass; what follows "
         "counts once it is enforced."

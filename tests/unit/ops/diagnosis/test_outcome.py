@@ -1,4 +1,4 @@
-"""Whether what happens to a source is what the policy says, also minutes later."""
+"""The outcome compares what happens to a source with the policy, also some minutes later."""
 
 from __future__ import annotations
 
