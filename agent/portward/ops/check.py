@@ -38,6 +38,7 @@ from portward.errors import KernelError, PortwardError, StoreError, together
 from portward.metrics.listeners import try_to_listen
 from portward.ops.behind import other_store
 from portward.policy import presets
+from portward.policy.preset import Preset
 from portward.store.backends import open_store
 from portward.store.unreadable import unreadable
 from portward.table.database import FILE, LOCK_FILE, OtherFormatError, TableError
@@ -63,32 +64,15 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     origin = f" ({config.preset})" if is_path(config.preset) else ""
     yield f"preset {preset.name}{origin}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
     devices = rtnetlink.devices()
-    for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks)):
-        for pattern in patterns:
-            found = [shown(device.name) for device in devices if matches((pattern,), device.name)]
-            yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
+    yield from _interfaces(config, devices)
     warnings = stacking.warnings(devices, config)
     yield from (f"WARNING: {line}" for line in warnings)
     yield from _tunnels(config, devices)
     netlink = NfNetlink()
     # Raises KernelError if this user may not read the kernel. libnftables would write to stderr itself.
     reconciler.loaded(netlink)
-    nft = Nft(netlink.generation, netlink.transact)
-    native = xtables.has_native_queue(nft)
-    state = ruleset.State(0, synced=False)
     translating = others.seen(netlink)
-    surroundings = around.found(config, printed=warnings)._replace(guard=translating.guard)
-    try:
-        want = ruleset.wanted(
-            templates.read(), config, preset, native=native, state=state, surroundings=surroundings
-        )
-        nft.check(want.whole)
-    except KernelError as error:
-        raise KernelError(f"the kernel does not take the ruleset: {error}") from None
-    if not native:
-        xtables.require(netlink)
-    yield from _lock(config, netlink)
-    yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
+    yield from _ruleset(config, preset, netlink, warnings, guard=translating.guard)
     yield from _metrics(config)
     if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[1]) < descriptors.ENOUGH:
         yield f"WARNING: {descriptors.few_text(limit)}"
@@ -102,6 +86,36 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     if line := other_store(config):
         yield f"WARNING: {line}"
     yield from _store(config.store)
+
+
+def _interfaces(config: Config, devices: Sequence[Device]) -> Iterator[str]:
+    """The interfaces that the patterns of the configuration match."""
+    for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks)):
+        for pattern in patterns:
+            found = [shown(device.name) for device in devices if matches((pattern,), device.name)]
+            yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
+
+
+def _ruleset(
+    config: Config, preset: Preset, netlink: NfNetlink, warnings: Sequence[str], *, guard: bool
+) -> Iterator[str]:
+    """Checks that the kernel would take the ruleset, and that the namespace is free. Raises KernelError.
+    `warnings` on stacked devices are printed already, so they are not logged."""
+    nft = Nft(netlink.generation, netlink.transact)
+    native = xtables.has_native_queue(nft)
+    state = ruleset.State(0, synced=False)
+    surroundings = around.found(config, printed=warnings)._replace(guard=guard)
+    try:
+        want = ruleset.wanted(
+            templates.read(), config, preset, native=native, state=state, surroundings=surroundings
+        )
+        nft.check(want.whole)
+    except KernelError as error:
+        raise KernelError(f"the kernel does not take the ruleset: {error}") from None
+    if not native:
+        xtables.require(netlink)
+    yield from _lock(config, netlink)
+    yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
 
 
 def _store(url: str) -> Iterator[str]:

@@ -255,27 +255,21 @@ def _explanation(
         now=now,
         destination=destination,
     )
-    subscription = known.subscription
+    subscription, attachment = known.subscription, known.attachment
     limit = known.exemption.limit if known.exemption and decision.reason is Reason.ALLOWED_EXEMPT else None
-    reject = config.verdicts.refuse_with is Refusal.REJECT and subscription is not None
-    refusal = "reject" if reject else "deny"
     return Explanation(
         segment=segment,
         address=str(source),
         destination=None if destination is None else str(destination),
-        verdict="allow" if decision.reason.allows else refusal,
+        verdict="allow" if decision.reason.allows else _refusal(config, subscription),
         reason=decision.reason.value,
         reason_in_words=reason_text(decision.reason),
         subscription=None if subscription is None else str(subscription.id),
         name=None if subscription is None else subscription.name,
         offer=None if subscription is None else subscription.offer,
-        matched=None if known.attachment is None else network_text(known.attachment.address),
+        matched=None if attachment is None else network_text(attachment.address),
         rule=rule_text(
-            preset,
-            decision.reason,
-            subscription=subscription,
-            exemption=known.exemption,
-            attachment=known.attachment,
+            preset, decision.reason, subscription=subscription, exemption=known.exemption, attachment=attachment
         ),
         revision=known.revision,
         decided_from=known.source,
@@ -284,6 +278,12 @@ def _explanation(
         remedy=remedy(preset, decision.reason, subscription, limited=limit is not None),
         limit=limit,
     )
+
+
+def _refusal(config: Config, subscription: Subscription | None) -> str:
+    """The verdict of a denied source. Packets of an unknown subscription are always dropped."""
+    reject = config.verdicts.refuse_with is Refusal.REJECT and subscription is not None
+    return "reject" if reject else "deny"
 
 
 def _now(config: Config, found: Explanation, source: Address) -> tuple[Handling, Now]:

@@ -34,6 +34,31 @@ _ASKED: Final = {
     ReviewQuestion.AUTHENTICATION: marked("which of SPF, DKIM and DMARC your domain publishes"),
     ReviewQuestion.TERMS: marked("that you accept the terms of use"),
 }
+# Steps whose sentence depends on nothing else; `_MatterText._step` has the others.
+_STEPS: Final = {
+    Step.NONE: marked(
+        "If your mail does not arrive all the same, please look into the log of your mail server for the "
+        "receiving server's answer."
+    ),
+    Step.STAY_WITHIN_LIMIT: marked("Please spread your mail over more time, or ask us for a higher limit."),
+    Step.RELAY: marked("Send your mail through an authenticated relay on port 587: that is never limited."),
+    Step.API: marked("Send your mail through the API of a mail provider: that is never limited."),
+    Step.SETTLE_ACCOUNT: marked("First, please settle what is due on your account."),
+    Step.PAY_INVOICE: marked(
+        "An exemption takes a payment history: first, please pay an invoice of this subscription."
+    ),
+    Step.PUT_RIGHT: marked(
+        "Before you ask again, please put right what led to this decision, and contact us where that is not clear."
+    ),
+    Step.WAIT: marked("Please wait for the decision on your request."),
+    Step.RECORD_GRANT: marked("We have to complete our record; you need not do anything for that."),
+    Step.VIRTUAL_MACHINE: marked("Send from a virtual machine instead of the platform service."),
+    Step.GATEWAY: marked("You need not do anything: please try again later."),
+    Step.LOOK: marked(
+        "If your mail does not arrive, please look into the log of your mail server, and tell us what it says."
+    ),
+    Step.TELL_SUBSCRIPTION: marked("We have to complete our records; you need not do anything for that."),
+}
 _WITHIN_LIMIT: Final = marked("An exemption was granted{when}, and connections to {ports} pass within its limit.")
 _MAY: Final = marked("By our policy you may open connections to {ports}.")
 _TURNED_DOWN: Final = (Reason.DENIED_REJECTED, Reason.DENIED_REVOKED)
@@ -245,37 +270,13 @@ class _MatterText:
     def _step(self, step: Step) -> Iterator[str]:
         say = self._say
         match step:
-            case Step.NONE:
-                yield say(
-                    "If your mail does not arrive all the same, please look into the log of your mail server for "
-                    "the receiving server's answer."
-                )
-            case Step.STAY_WITHIN_LIMIT:
-                yield say("Please spread your mail over more time, or ask us for a higher limit.")
-            case Step.RELAY:
-                yield say("Send your mail through an authenticated relay on port 587: that is never limited.")
-            case Step.API:
-                yield say("Send your mail through the API of a mail provider: that is never limited.")
             case Step.SETTLE_ACCOUNT if self._standing() is Standing.DISABLED:
                 yield say("Please contact us about your account, so that it can be put in order.")
-            case Step.SETTLE_ACCOUNT:
-                yield say("First, please settle what is due on your account.")
-            case Step.PAY_INVOICE:
-                yield say(
-                    "An exemption takes a payment history: first, please pay an invoice of this subscription."
-                )
-            case Step.PUT_RIGHT:
-                yield say(
-                    "Before you ask again, please put right what led to this decision, and contact us where that "
-                    "is not clear."
-                )
             case Step.ASK_SELF_SERVICE:
                 yield say("Ask for an exemption yourself: it is decided at once.")
                 yield from self._requires()
             case Step.ASK_REVIEW:
                 yield from self._review()
-            case Step.WAIT:
-                yield say("Please wait for the decision on your request.")
             case Step.RESTART:
                 yield say("Please {restart}.", restart=say(self._preset.restart))
                 yield self._to_be_restarted()
@@ -284,26 +285,15 @@ class _MatterText:
                     "After the grant, please {restart}: only then does the exemption count for a machine.",
                     restart=say(self._preset.restart),
                 )
-            case Step.RECORD_GRANT:
-                yield say("We have to complete our record; you need not do anything for that.")
-            case Step.VIRTUAL_MACHINE:
-                yield say("Send from a virtual machine instead of the platform service.")
             case Step.OTHER_SUBSCRIPTION:
                 yield say("Use another kind of subscription for your mail.")
                 yield from self._others()
-            case Step.GATEWAY:
-                yield say("You need not do anything: please try again later.")
-            case Step.LOOK:
-                yield say(
-                    "If your mail does not arrive, please look into the log of your mail server, and tell us what "
-                    "it says."
-                )
             case Step.TELL_SUBSCRIPTION if self._facts.asked:
                 yield say(
                     "Please tell us the name or the number of the subscription that this machine belongs to."
                 )
-            case Step.TELL_SUBSCRIPTION:
-                yield say("We have to complete our records; you need not do anything for that.")
+            case _:
+                yield say(_STEPS[step])
 
     def _review(self) -> Iterator[str]:
         say = self._say
