@@ -125,7 +125,7 @@ def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number
     core.links_changed(links)
     address = ip_address("10.0.0.4").packed
     assert (core._dataplane._reader.lookup(_VRF, address) is not None) is (number == 1)
-    core.asked([Source(_VRF, address)])
+    core.install_limits([Source(_VRF, address)])
     held = core._dataplane.cache.get(Source(port, address))
     assert (held is not None and held.verdict is mark.Class.ALLOW) is (number == 1)
     assert core._dataplane.cache.get(Source(_VRF, address)) is None, "the sets know ports"
@@ -171,9 +171,9 @@ def test_a_table_that_cannot_be_written_half_way_leaves_no_old_verdict_in_force(
     core.reload(core.config, presets.load("aws"))
     assert core.preset.name == "aws"
     assert in_step(core)
-    assert core.links_due, "the interfaces are to be written yet"
+    assert core.has_links_to_retry, "the interfaces are to be written yet"
     core.retry_links()
-    assert not core.links_due
+    assert not core.has_links_to_retry
     assert in_step(core)
     assert core.at_rest()
 

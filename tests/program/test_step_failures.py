@@ -31,7 +31,10 @@ def failing(name, step):
         return step(*arguments)
     return wrapped
 
-for name in ("sync", "count", "suspects", "keep_rates", "screen", "links_changed", "settle", "check", "bell"):
+for name in (
+    "sync", "count", "suspects", "sync_rate_limits", "screen", "links_changed", "settle", "check",
+    "store_descriptor",
+):
     setattr(Core, name, failing(name, getattr(Core, name)))
 sys.argv = ["portward", *sys.argv[sys.argv.index("run"):]]
 from portward.cli import main
@@ -64,7 +67,7 @@ def test_steps_that_fail_are_survived_counted_shown_and_recover(agent: Agent, tm
     assert agent.process is not None
     pid = agent.process.pid
     assert failures(agent, "store") == 0
-    armed.write_text("sync count suspects keep_rates screen links_changed")
+    armed.write_text("sync count suspects sync_rate_limits screen links_changed")
     mine = next(one for one in attachments(CONTOSO) if isinstance(one, Attachment))
     more = replace(mine, address=ip_network("10.9.9.9"))
     before = agent.revision()
@@ -106,11 +109,11 @@ def test_a_ruleset_that_nobody_can_look_at_ends_the_agent(agent: Agent, tmp_path
 
 
 def test_a_job_that_fails_outside_its_steps_begins_anew(agent: Agent, tmp_path: Path) -> None:
-    """To ask for the bell of the store is no step of a thread."""
+    """No thread runs a step to read the descriptor of the store."""
     agent.apply(*records())
     armed = started(agent, tmp_path)
     assert agent.process is not None
-    armed.write_text("bell")
+    armed.write_text("store_descriptor")
     until(lambda: failures(agent, "settle") >= 1, "the job has failed")
     armed.write_text("")
     until(lambda: failing(agent) == {}, "it works again")

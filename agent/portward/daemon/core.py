@@ -196,16 +196,16 @@ class Core:
         """Deletes the cached verdicts of these sources that differ from the table. Kernel thread."""
         self._dataplane.correct(suspects)
 
-    def end(self, due: ExpiringKeys) -> None:
+    def delete_expiring(self, due: ExpiringKeys) -> None:
         """Deletes cached verdicts that are about to expire, because the kernel reports the last count of an
         element only on a deletion. Kernel thread."""
         self._dataplane.end(due)
 
-    def keep_rates(self) -> None:
+    def sync_rate_limits(self) -> None:
         """Brings the rate limits in the kernel in line with the table. Kernel thread."""
         self._dataplane.keep_rates()
 
-    def asked(self, sources: Iterable[Source]) -> None:
+    def install_limits(self, sources: Iterable[Source]) -> None:
         """Installs the rate limits of sources for which workers have asked. Kernel thread."""
         self._dataplane.asked(sources)
 
@@ -225,7 +225,7 @@ class Core:
         return False
 
     @property
-    def links_due(self) -> bool:
+    def has_links_to_retry(self) -> bool:
         """Whether `retry_links` has work to do."""
         return self._intake.links_failed
 
@@ -383,9 +383,9 @@ class Core:
         """When `settle` is next due."""
         return self._writer.next_expiry()
 
-    def bell(self) -> int | None:
+    def store_descriptor(self) -> int | None:
         """A descriptor that is readable after a change of the store; None while there is no store."""
-        return self._intake.bell()
+        return self._intake.store_descriptor()
 
     def segments(self) -> dict[int, str]:
         """The interfaces that are segments: index → name."""

@@ -243,7 +243,7 @@ class Intake:
         store = self._store
         return "" if store is None else store.waits()
 
-    def bell(self) -> int | None:
+    def store_descriptor(self) -> int | None:
         """A descriptor that can be read when the store has changed; None while there is no store."""
         store = self._store
         return None if store is None else store.fileno()

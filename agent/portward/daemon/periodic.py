@@ -48,14 +48,14 @@ class PeriodicJobs:
             if began >= compare_at:
                 compare_at = began + _COMPARE_S - _COUNT_S / 2
                 await run(Step.COMPARE, self._compare, None)
-                await run(Step.RATES, lambda: threads.kernel(core.keep_rates), None)
+                await run(Step.RATES, lambda: threads.kernel(core.sync_rate_limits), None)
             self._pause = max(min(_COUNT_SHARE * took, _MAX_COUNT_PAUSE_S), _MIN_COUNT_SHARE * took, _COUNT_S)
             await asyncio.sleep(max(until_tick(_COUNT_S), self._pause - _COUNT_S / 2))
 
     async def _count(self) -> None:
         due = await self._threads.counting(lambda: self._core.count(self._pause))
         if due:
-            await self._threads.kernel(lambda: self._core.end(due))
+            await self._threads.kernel(lambda: self._core.delete_expiring(due))
 
     async def _compare(self) -> None:
         if suspects := await self._threads.counting(self._core.suspects):
@@ -69,7 +69,9 @@ class PeriodicJobs:
             await asyncio.sleep(_LIMIT_PAUSE_S)
 
     async def _take(self, batch: list[Source]) -> None:
-        await self._steps.run(Step.LIMITS, lambda: self._threads.kernel(lambda: self._core.asked(batch)), None)
+        await self._steps.run(
+            Step.LIMITS, lambda: self._threads.kernel(lambda: self._core.install_limits(batch)), None
+        )
 
 
 class LimitRequests:

@@ -57,7 +57,7 @@ class StoreWatch:
         else:
             pause = (self._due - self._core.clock.now()).total_seconds()
         # While the step waits for its retry, nothing reads the notifier's descriptor, so it would stay readable.
-        notifier = None if self._steps.seconds_to_retry(Step.STORE) else self._core.bell()
+        notifier = None if self._steps.seconds_to_retry(Step.STORE) else self._core.store_descriptor()
         await readable(notifier, min(max(pause, _SHORTEST_PAUSE_S), until_tick(_POLL_S)))
 
     async def _sync(self) -> bool:
@@ -76,5 +76,5 @@ class StoreWatch:
             self._tried = due
 
     async def _retry_links(self) -> None:
-        if self._core.links_due:
+        if self._core.has_links_to_retry:
             await self._steps.run(Step.LINKS, lambda: self._on_policy_thread(self._core.retry_links), None)

@@ -510,9 +510,9 @@ class Churning:
     def __init__(self, enough: asyncio.Event) -> None:
         self.clock, self.done, self._enough = Clock(None), Counter[str](), enough
         self.ended = self.clock.now()
-        self.links_due = True
+        self.has_links_to_retry = True
 
-    def bell(self) -> None:
+    def store_descriptor(self) -> None:
         """There is none."""
 
     def sync(self) -> bool:

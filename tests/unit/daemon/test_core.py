@@ -533,10 +533,10 @@ def test_the_guards_question_is_answered_unless_the_interface_is_unsettled(start
     started.core.check()
     assert started.core.guarded
     started.core.unsettle(frozenset({3}), 7)
-    started.core.asked([ALLOWED, DENIED])
+    started.core.install_limits([ALLOWED, DENIED])
     assert set(started.cached()) == {DENIED}
     started.core.links_changed(LINKS, 7)
-    started.core.asked([ALLOWED])
+    started.core.install_limits([ALLOWED])
     assert started.cached() == {ALLOWED: Class.ALLOW, DENIED: Class.DENY}
 
 
@@ -601,37 +601,37 @@ def rates(ground: Ground) -> dict[Source, tuple[int, int]]:
 
 
 def test_a_source_that_a_worker_met_gets_the_limit_of_its_subscription(limited: Ground) -> None:
-    limited.core.asked([DENIED, ALLOWED, Source(9, DENIED.address)])
+    limited.core.install_limits([DENIED, ALLOWED, Source(9, DENIED.address)])
     assert rates(limited) == {DENIED: (10, 2)}
 
 
 def test_a_refused_limit_is_written_when_the_source_sends_again(limited: Ground) -> None:
     limited.kernel.refuse(errno.ENOMEM)
-    limited.core.asked([DENIED])
+    limited.core.install_limits([DENIED])
     assert rates(limited) == {}
-    limited.core.asked([DENIED])
+    limited.core.install_limits([DENIED])
     assert rates(limited) == {DENIED: (10, 2)}
 
 
 def test_another_limit_takes_the_place_of_the_first_and_an_end_takes_it_away(limited: Ground) -> None:
-    limited.core.asked([DENIED])
+    limited.core.install_limits([DENIED])
     limited.put(exemption(MAY_NOT, RateLimit(per_minute=20, burst=2)))
     limited.core.sync()
     assert rates(limited) == {DENIED: (20, 2)}
     limited.remove(exemption(MAY_NOT, None))
     limited.core.sync()
     assert rates(limited) == {}
-    limited.core.keep_rates()
+    limited.core.sync_rate_limits()
     assert limited.elements.limits() == [], "and the limits that are not in force go"
 
 
 def test_a_limit_that_is_not_the_tables_is_found_and_forgotten(limited: Ground) -> None:
-    limited.core.asked([DENIED])
+    limited.core.install_limits([DENIED])
     limited.kernel.load("flush map inet portward rates4")
     wrong = Bucket(99, 1, 1)
     RateLimits(limited.elements).add({ALLOWED: wrong})
     limited.core.count(1.0)
-    limited.core.keep_rates()
+    limited.core.sync_rate_limits()
     assert rates(limited) == {}
     assert limited.core.selfcheck.divergences[DifferenceKind.CACHED] == 1
 
