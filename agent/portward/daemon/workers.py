@@ -63,12 +63,12 @@ class Worker:
         length: int,
         reader: QueueReader,
         table: Path,
-        asked: Callable[[Source], None],
-        stay: float = 0.0,
+        on_limit_request: Callable[[Source], None],
+        grace_s: float = 0.0,
     ) -> None:
-        """`asked` is called with each source whose rate limit the kernel does not have. The process outlives the
-        daemon for `stay` seconds."""
-        self._asked, self._stay = asked, stay
+        """`on_limit_request` is called with each source whose rate limit the kernel does not have. The process
+        outlives the daemon for `grace_s` seconds."""
+        self._on_limit_request, self._grace_s = on_limit_request, grace_s
         self.queue, self._length, self._reader, self._table = queue, length, reader, table
         self._block = WorkerCounters.create()
         # Starting a process takes nine descriptors for a moment; three more are spare.
@@ -120,7 +120,7 @@ class Worker:
                 *PYTHON, "-m", "portward.worker.process",
                 "--queue", str(self.queue), "--length", str(self._length), "--reader", self._reader,
                 "--table", os.fspath(self._table), "--counters", str(self._block), "--lifeline", str(theirs),
-                "--stay", str(self._stay),
+                "--stay", str(self._grace_s),
             )  # fmt: skip
             self.process = await children.start(argv, pass_fds=(self._block, theirs))
         finally:
@@ -185,7 +185,7 @@ class Worker:
             if asked is None:
                 self._skip(line)
             else:
-                self._asked(Source(*asked))
+                self._on_limit_request(Source(*asked))
 
     def _skip(self, line: bytes) -> None:
         """Counts and logs a line that is not a message of portward: a library printed it, or a worker of another
@@ -201,7 +201,7 @@ class Worker:
         self._close_lifeline()
         if self.process is None or self.process.returncode is not None:
             return
-        if self._stay:
+        if self._grace_s:
             self.process.leave()
             return
         try:
@@ -230,14 +230,14 @@ async def stop(running: Iterable[Worker]) -> None:
     await asyncio.gather(*(worker.stop() for worker in running))
 
 
-def make(queue: Queue, table: Path, asked: Callable[[Source], None]) -> list[Worker]:
-    """The workers of a configuration, not yet started. `asked` is as for `Worker`."""
+def make(queue: Queue, table: Path, on_limit_request: Callable[[Source], None]) -> list[Worker]:
+    """The workers of a configuration, not yet started. `on_limit_request` is as for `Worker`."""
     numbers = range(queue.first, queue.first + queue.workers)
-    stay = stay_seconds() if queue.reader is QueueReader.BATCH else 0.0
-    return [Worker(number, queue.length, queue.reader, table, asked, stay) for number in numbers]
+    grace_s = grace_seconds() if queue.reader is QueueReader.BATCH else 0.0
+    return [Worker(number, queue.length, queue.reader, table, on_limit_request, grace_s) for number in numbers]
 
 
-def stay_seconds() -> float:
+def grace_seconds() -> float:
     """How many seconds workers outlive the daemon. The systemd unit says it, because systemd must not end them
     either; without it 0. Raises InputError if it is not a number of seconds in range."""
     text = os.environ.get(STAY, "0")

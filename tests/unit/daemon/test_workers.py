@@ -16,7 +16,7 @@ import pytest
 from portward.config.keys import QueueReader
 from portward.daemon import workers as module
 from portward.daemon.child_output import lines_of
-from portward.daemon.workers import STAY, Worker, stay_seconds
+from portward.daemon.workers import STAY, Worker, grace_seconds
 from portward.dataplane.verdict_cache import Source
 from portward.errors import InputError, KernelError
 
@@ -49,9 +49,9 @@ def test_a_worker_of_an_isolated_daemon_imports_nothing_from_its_folder(tmp_path
 
 def test_workers_stay_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(STAY, raising=False)
-    assert stay_seconds() == 0
+    assert grace_seconds() == 0
     monkeypatch.setenv(STAY, "60")
-    assert stay_seconds() == 60
+    assert grace_seconds() == 60
 
 
 def test_a_worker_runs_only_once_it_has_bound_its_queue_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_a_worker_runs_only_once_it_has_bound_its_queue_and_answered(monkeypatch
 def test_what_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(STAY, text)
     with pytest.raises(InputError, match=rf"^{STAY}: '{text}': seconds from 0 to 3600 are wanted$"):
-        stay_seconds()
+        grace_seconds()
 
 
 FOREIGN = {
