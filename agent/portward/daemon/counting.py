@@ -79,7 +79,7 @@ class Counting:
             self.counts.take_deleted()
             self._save()
         except Exception:  # no error here may keep the agent from ending in order
-            _log.exception("what was deleted last is not counted")
+            _log.exception("the elements deleted last are not counted")
 
     def _continue(self) -> None:
         self.counts.since = clock.utc_now().timestamp()

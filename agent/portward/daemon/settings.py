@@ -67,7 +67,7 @@ def leave(path: Path, config: Config, preset: Preset) -> None:
         ownership.write(new, msgspec.json.encode(document, enc_hook=_encoded))
         new.replace(config.table / _FILE)
     except OSError as error:
-        _log.warning("what is in force cannot be written down beside the table: %s", error.strerror)
+        _log.warning("the settings in force cannot be written beside the table: %s", error.strerror)
         # A file that an earlier reload wrote is not in force any more.
         with contextlib.suppress(OSError):
             (config.table / _FILE).unlink()

@@ -35,6 +35,7 @@ class StoreWatch:
     async def run(self, ready: Awaitable[None]) -> None:
         """Waits for `ready`, and then never returns."""
         await ready
+        self._due = self._tried = None
         retry_at = time.monotonic()
         while True:
             await self._wait()
