@@ -221,7 +221,7 @@ EXAMPLES: Final[dict[str, tuple[str, set[str]]]] = {
     "store": (r"\bSqliteStore\b|sqlite:", {"lab/agent.py"}),
     "preset key": (r"\bpaas_blocked\b", set()),
     "metric": (r"\bguard_loaded\b", set()),
-    "verb": (r"\b(status\.top|TopTalkers)\b", set()),
+    "verb": (r"\b(top\.top|TopTalkers)\b", set()),
 }
 
 

@@ -1,7 +1,14 @@
-"""The command line: one file for each group of verbs, and no thinking here.
+"""The command line: one file for each group of verbs. A verb reads its options, calls `ops` or `exemptions`, and
+prints the result.
 
-Exit codes: 0 done; 1 refused, or not found; 2 bad usage or bad input; 130 interrupted. An error is one line on
-stderr.
+What always holds: an error is one line on stderr. Exit codes: 0 done; 1 refused, or not found; 2 bad usage or bad
+input; 130 interrupted. If a verb fails after it has written to the store, the error names the revision.
+
+In reading order: here, the program's `main` · `usage`, runs a verb and words its usage errors · `program`, all
+verbs · `options`, `actor`, `times`, `arguments`, what many verbs take · `streams`, all output. Then the verbs:
+`run` (and check), `inventory` (apply, export), `audit`, `explain`, `diagnose`, `status` and `status_text`, `top`,
+`attachment`, `rules`, `policy`, `lab`, and `exemption` with `exemption_options`, `exemption_chosen` and
+`exemption_text`.
 """
 
 from __future__ import annotations
@@ -16,14 +23,14 @@ from typing import Final
 from portward.cli import streams
 from portward.errors import PortwardError
 
-# Where standard output goes to has no room, or does not take what is written.
+# Standard output has no room, or cannot be written.
 _NOT_TAKEN: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 # 128 and the number of SIGINT, as shells have it.
 _INTERRUPTED: Final = 130
 
 
 def main() -> None:
-    """The program; turns a PortwardError into one line and its exit code."""
+    """Runs the program. Prints a PortwardError in one line, and exits with its exit code."""
     streams.prepare()
     code, problem = _outcome()
     if problem:
@@ -33,7 +40,7 @@ def main() -> None:
 
 
 def _outcome() -> tuple[int, str]:
-    """Runs what the command line says. Gives the exit code, and what is wrong, a line for each problem."""
+    """Runs the verb of the command line. Returns the exit code, and the error text, one line for each problem."""
     try:
         code = _run()
         streams.flush()
@@ -43,11 +50,11 @@ def _outcome() -> tuple[int, str]:
         code = _INTERRUPTED
     except streams.OutputError as error:
         return _unprinted(error.reason)
-    except OSError as error:  # of a library that prints, rich or typer
+    except OSError as error:  # from a library that prints, rich or typer
         if not isinstance(error, BrokenPipeError) and error.errno not in _NOT_TAKEN:
             raise
         return _unprinted(error)
-    # typer makes an exit code of an interrupt within a verb.
+    # typer turns an interrupt within a verb into an exit code.
     return code, _after_writing(
         "interrupted"
     ) if code == _INTERRUPTED and streams.noted_revision() is not None else ""
@@ -55,7 +62,7 @@ def _outcome() -> tuple[int, str]:
 
 def _run() -> int:
     if (config := _of_service(sys.argv[1:])) is not None:
-        from portward.daemon import composition  # noqa: PLC0415 # a start waits for no other verb's libraries
+        from portward.daemon import composition  # noqa: PLC0415 # a start does not load the other verbs' libraries
 
         composition.run(config)
         return 0
@@ -65,15 +72,15 @@ def _run() -> int:
 
 
 def _unprinted(error: OSError) -> tuple[int, str]:
-    """What to make of output that could not be printed. A reader that has left (| head) is no failure of a verb
-    that has done its work, nor a reason for any words."""
+    """Exit code and error text if the output could not be printed. If the reader has gone (`| head`), a verb that
+    has written to the store has not failed, and nothing is printed."""
     if isinstance(error, BrokenPipeError):
         return (1 if streams.noted_revision() is None else 0), ""
     return 1, _after_writing(f"standard output: {error.strerror}")
 
 
 def _after_writing(problem: str) -> str:
-    """The problem, and the revision that was written all the same: else it looks as if nothing was done."""
+    """The problem, and the revision that was written before it: otherwise it looks as if nothing was written."""
     revision = streams.noted_revision()
     if revision is None or re.search(rf"\brevision {revision}\b", problem):
         return problem
@@ -81,14 +88,14 @@ def _after_writing(problem: str) -> str:
 
 
 def _complain(problem: str) -> None:
-    # Standard error may be gone too: then the exit code says it.
+    # If standard error cannot be written either, only the exit code reports the error.
     with contextlib.suppress(streams.OutputError):
         for line in problem.splitlines():
             streams.echo(f"portward: {line}", err=True)
 
 
 def _finish() -> None:
-    """Drops what cannot be written: Python's own end would try again, and complain in words of its own."""
+    """Drops output that cannot be written: at its exit, Python would try again and print an error of its own."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         try:
@@ -99,9 +106,9 @@ def _finish() -> None:
 
 
 def _of_service(words: list[str]) -> Path | None:
-    """FILE, where the words are `run --config FILE`, as a service manager starts the agent. A gateway that starts
-    drops the packets of new sources, so it does not wait for the libraries that read any other command line: they
-    take a fifth of the whole start."""
+    """FILE, if the command line is `run --config FILE`, as the service manager starts the agent; else None. It
+    skips the libraries that parse other command lines, which take a fifth of the start. A gateway drops the
+    packets of new sources until the agent has started."""
     if len(words) == 3 and words[:2] == ["run", "--config"] and not words[2].startswith("-"):
         return Path(words[2])
     return None

@@ -1,4 +1,4 @@
-"""Who acts, for the log."""
+"""The name of the person who acts, for the log."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 from portward.base.characters import from_bytes, shown, unshown
 from portward.errors import InputError
 
-# The order in which these say it: sudo's own word first, then as `getpass.getuser`.
+# The person behind sudo first, then in the order of `getpass.getuser`.
 _VARIABLES: Final = ("SUDO_USER", "LOGNAME", "USER", "LNAME", "USERNAME")
-# A login name has up to 32 characters; a variable may have megabytes, and each entry of the log keeps it.
-_LONGEST: Final = 100
+# A login name has up to 32 characters. A variable may have megabytes, and each entry of the log stores the name.
+_MAX_CHARS: Final = 100
 
 ActorOption: TypeAlias = Annotated[
     str | None, typer.Option("--as", metavar="NAME", help="Who changes it, for the log.")
@@ -22,7 +22,8 @@ ActorOption: TypeAlias = Annotated[
 
 
 def actor_name(named: str | None) -> str:
-    """Who the log is to name; raises InputError for what would spoil its lines."""
+    """The name for the log: `named`, or else that of the login. Raises InputError for a name that is empty or not
+    printable."""
     if named is None:
         return _login()
     if not named.strip() or unshown(named) is not None:
@@ -31,12 +32,12 @@ def actor_name(named: str | None) -> str:
 
 
 def _login() -> str:
-    """Who is at the keyboard, also behind sudo. The environment is anybody's to set: what could forge a line of
-    the log stands in it as an escape."""
+    """The login name, also behind sudo. The user controls the environment, so characters that could forge a line
+    of the log are escaped."""
     for name in _VARIABLES:
         found = shown(from_bytes(os.environ.get(name, ""))).strip()
         if found:
-            return found[:_LONGEST]
+            return found[:_MAX_CHARS]
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except (KeyError, OSError):

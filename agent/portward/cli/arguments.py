@@ -1,5 +1,5 @@
-"""The words that a verb is given, as text: arguments and the variables that libraries read. Both are bytes to the
-system, and need not be UTF-8."""
+"""Arguments, and the environment variables that libraries read, as text. To the system, both are bytes that need
+not be UTF-8."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import typer
 from portward.base.characters import from_bytes, shown, unreadable
 from portward.errors import InputError
 
-# Names of files and interfaces are bytes to the kernel, so any are right there.
+# Names of files and interfaces are bytes to the kernel, so any bytes are valid here.
 _BYTES: Final = frozenset(("FILE", "PRESET", "SEGMENT", "SUBSCRIPTION|SEGMENT"))
 
 
 def text_only(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The verb, with its texts read as UTF-8; raises InputError that names the one that is not."""
+    """Wraps a verb so that its text arguments are decoded as UTF-8. The wrapper raises InputError with the name of
+    an argument that is not UTF-8."""
 
     @functools.wraps(verb)
     def checked(**given: Any) -> Any:
@@ -29,7 +30,7 @@ def text_only(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def text(word: str, field: str) -> str:
-    """A word of the command line as text; raises InputError."""
+    """A word of the command line, decoded as UTF-8; raises InputError."""
     word = from_bytes(word)
     if unreadable(word):
         sign = next(sign for sign in word if unreadable(sign))
@@ -38,7 +39,7 @@ def text(word: str, field: str) -> str:
 
 
 def every_verb(app: typer.Typer) -> None:
-    """Makes all verbs of `app` `text_only`."""
+    """Wraps all verbs of `app` with `text_only`."""
     for info in app.registered_commands:
         if info.callback is not None:
             info.callback = text_only(info.callback)
@@ -48,8 +49,8 @@ def every_verb(app: typer.Typer) -> None:
 
 
 def drop_unreadable_variables() -> None:
-    """Takes those variables out of the environment whose values would end a library with a traceback."""
-    for name in ("COLUMNS", "LINES"):  # rich takes "²" for a number
+    """Removes environment variables with values that would make a library fail with a traceback."""
+    for name in ("COLUMNS", "LINES"):  # rich reads "²" as a number
         if not _is_number(os.environ.get(name, "0")):
             del os.environ[name]
     if not _is_number(os.environ.get("COMP_CWORD", "0")):  # typer's completions for bash
@@ -70,11 +71,11 @@ def _read(verb: Callable[..., Any], name: str, value: Any) -> Any:
 
 
 def _field(verb: Callable[..., Any], name: str) -> str:
-    """What an operator calls a parameter: `--reason`, `ADDRESS`."""
+    """The name of a parameter on the command line: `--reason`, `ADDRESS`."""
     annotation = inspect.signature(verb, eval_str=True).parameters[name].annotation
     for found in getattr(annotation, "__metadata__", ()):
         if isinstance(found, typer.models.ArgumentInfo):
             return str(found.metavar)
         if isinstance(found, typer.models.OptionInfo) and str(found.default).startswith("--"):
-            return str(found.default)  # typer keeps the first name of an annotated option here
+            return str(found.default)  # typer stores the first name of an annotated option here
     return f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""`portward attachment …`: the machines behind addresses."""
+"""`portward attachment …`: records the starts of machines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from portward.base.addresses import parse_address
 from portward.base.clock import utc_now
 from portward.cli.actor import ActorOption, actor_name
-from portward.cli.exemption import ClockOption
+from portward.cli.exemption_options import ClockOption
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn_other_store
 from portward.cli.streams import echo, echo_json, note_revision
 from portward.cli.times import instant
@@ -27,7 +27,7 @@ app = typer.Typer(help="The machines behind addresses.", no_args_is_help=True, r
 
 @app.callback()
 def _group() -> None:
-    """Keeps `started` a verb of its own: typer would merge a group of one."""
+    """Keeps the group: typer would merge a group with one verb into its parent."""
 
 
 @app.command()
@@ -44,7 +44,7 @@ def started(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Record that a machine was started: a grant counts for it from the first start after the grant on.
+    """Record that a machine was started: a grant counts for a machine from its first start after the grant.
 
     Example: portward attachment started vni1002 10.0.0.4 --at 2026-01-10T08:00:00Z
     """
@@ -64,9 +64,8 @@ def started(
         note_revision(found.written.revision)
     behind = behind_held(settings, found.written.revision)
     if json:
-        told = {"revision": found.written.revision, "attachment": found.attachment, "reason": found.reason}
-        told |= {} if behind is None else {"behind": behind.as_json()}
-        echo_json(told)
+        shown = {"revision": found.written.revision, "attachment": found.attachment, "reason": found.reason}
+        echo_json(shown | ({} if behind is None else {"behind": behind.as_json()}))
         return
     place = network_text(found.attachment.address)
     echo(

@@ -18,8 +18,9 @@ from portward.ops.audit import Wanted
 from portward.store.backends import open_store
 from portward.store.chain import Check, parse_mark
 
-# Findings that are printed before they are only counted.
-_FINDINGS: Final = 100
+# Issues that are printed. More are only counted.
+_MAX_ISSUES: Final = 100
+# Entries that are printed by default: about one screen.
 _LAST: Final = 20
 
 
@@ -59,11 +60,11 @@ def audit(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Print the log of who changed what and when, and check that nobody has changed the log.
+    """Print the log of who changed what and when, and check that the log itself is unchanged.
 
-    The whole log is checked, whatever is printed. Exit code 1 where something was found, each of it a line on
-    stderr. A log that was taken back to an older state as a whole fits in itself: keep the head that is printed
-    elsewhere, and pass it to --expect the next time.
+    Checks the whole log, whichever entries it prints. Prints each issue on a line of stderr, with exit code 1. If
+    an older state of the whole store was restored, its log is consistent: keep the printed head elsewhere, and
+    pass it to --expect the next time.
 
     Example: portward audit --last 5
     """
@@ -82,7 +83,7 @@ def audit(
     with contextlib.closing(open_store(settings.store)) as store, store.reading():
         check = Check(store, mark)
         if json:
-            told = audits.as_json(store, wanted, check, _FINDINGS)
+            told = audits.as_json(store, wanted, check, _MAX_ISSUES)
             echo_json(told)
             found = told["findings_total"]
         else:
@@ -92,19 +93,19 @@ def audit(
                     echo(line)
                 if line is None:
                     echo(audits.nothing(store, wanted))
-            found = _print_findings(check)
+            found = _print_issues(check)
             echo(audits.verdict(check, found))
     if found:
         raise typer.Exit(1)
 
 
-def _print_findings(check: Check) -> int:
-    """Prints what is found, and gives how much it is."""
-    walk, printed = check.issues(), 0
-    for finding in islice(walk, _FINDINGS):
-        echo(f"portward: {finding.text}", err=True)
+def _print_issues(check: Check) -> int:
+    """Prints the issues on stderr, and returns their number."""
+    issues, printed = check.issues(), 0
+    for issue in islice(issues, _MAX_ISSUES):
+        echo(f"portward: {issue.text}", err=True)
         printed += 1
-    more = sum(1 for _ in walk)
+    more = sum(1 for _ in issues)
     if more:
         echo(f"portward: … and {more} more", err=True)
     return printed + more

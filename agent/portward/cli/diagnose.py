@@ -27,10 +27,10 @@ def diagnose(
     everything: Annotated[bool, typer.Option("--all", help="List all machines.")] = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Say what is the matter with an account and its machines, what was dropped lately, and the next step.
+    """Explain why an account and its machines may or may not send, what was dropped lately, and the next step.
 
-    Ends with a text that can be sent to the customer as it is. SUBSCRIPTION is a UUID or a name; with SEGMENT
-    ADDRESS the account is that of the source.
+    Ends with a text that can be sent to the customer unchanged. SUBSCRIPTION is a UUID or a name. With SEGMENT
+    ADDRESS, the account is that of the source.
 
     Example: portward diagnose fabrikam --lang fr
     """

@@ -1,4 +1,4 @@
-"""`portward exemption …`: the life of an exemption."""
+"""`portward exemption …`: requests, decisions and lists of exemptions."""
 
 from __future__ import annotations
 
@@ -6,75 +6,58 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Final, NamedTuple
 
 import typer
 
 from portward.base import limits
 from portward.base.clock import utc_now
 from portward.base.words import counted
+from portward.cli import exemption_text as texts
 from portward.cli.actor import ActorOption, actor_name
 from portward.cli.exemption_chosen import confirm as confirm_count
 from portward.cli.exemption_chosen import granted, id_of, known_offer, listed
-from portward.cli.exemption_text import checked, in_a_line, lines, next_step
+from portward.cli.exemption_options import (
+    BurstOption,
+    ClockOption,
+    IdArgument,
+    RateOption,
+    ReasonOption,
+    UntilOption,
+    WaitOption,
+    rate_limit,
+)
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption, warn_other_store
 from portward.cli.streams import echo, echo_json, note_revision
 from portward.cli.times import instant
 from portward.config.keys import Config
 from portward.config.load import load_config
 from portward.errors import InputError, printable
-from portward.exemptions import lifecycle
-from portward.exemptions.lifecycle import Application, FraudResult, State
+from portward.exemptions.lifecycle import Application, FraudResult, State, state_text
 from portward.exemptions.service import ExemptionChange, ExemptionRow, ExemptionService
-from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck, RateLimit
-from portward.ops.behind import Behind, behind_held
+from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck
+from portward.ops.behind import behind_held
 from portward.ops.enforcement_waiter import EnforcementWaiter
 from portward.policy import presets
 from portward.policy.preset import Preset
 from portward.store.backends import open_store
 from portward.store.codec import readable
-from portward.store.protocol import Store
 
 app = typer.Typer(
     help="Exemptions: asked for, granted or rejected, revoked.", no_args_is_help=True, rich_markup_mode=None
 )
 
-_WAIT_SECONDS: Final = 10.0
+# How long `--wait` waits: a gateway enforces a change within a second, and a large one within a few.
+_WAIT_S: Final = 10.0
 _STATES: Final = ", ".join(State)
-_BURST: Final = RateLimit(per_minute=1).burst
 
-IdArgument: TypeAlias = Annotated[
-    str, typer.Argument(metavar="SUBSCRIPTION", help="The subscription's id or name; it has one exemption.")
-]
-ReasonOption: TypeAlias = Annotated[
-    str, typer.Option("--reason", metavar="TEXT", help="Why, for the log and the customer.")
-]
-UntilOption: TypeAlias = Annotated[
-    str | None, typer.Option("--until", metavar="TIME", help="When it ends; without it, never.")
-]
-WaitOption: TypeAlias = Annotated[
-    bool,
-    typer.Option("--wait", help="Return once the kernel of this gateway enforces it, and say how long it took."),
-]
-RateOption: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        "--rate",
-        metavar="N",
-        min=1,
-        max=limits.MAX_RATE_PER_MINUTE,
-        help="New connections a minute, of the whole subscription.",
-    ),
-]
-BurstOption: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        "--burst", metavar="N", min=1, max=limits.MAX_BURST, help=f"How many of them at once, else {_BURST}."
-    ),
-]
-ClockOption: TypeAlias = Annotated[
-    bool, typer.Option("--trust-clock", help="Also where the store's newest change lies after this host's time.")
-]
+
+class _Opened(NamedTuple):
+    """What a verb works on: the store's exemptions, the configuration and the preset."""
+
+    service: ExemptionService
+    config: Config
+    preset: Preset
 
 
 @app.command()
@@ -97,7 +80,7 @@ def request(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Ask for an exemption. Where the offer says so it is decided at once; exit code 1 where it is rejected.
+    """Request an exemption. If the offer allows it, it is decided at once; exit code 1 if it is rejected.
 
     Example: portward exemption request 11111111-0000-4000-8000-000000000002 --justification "own mail servers"
     """
@@ -109,10 +92,10 @@ def request(
         terms_accepted=terms,
     )
     asked = Application(justification, None if details == Details() else details, instant(until, "--until"))
-    with _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset):
-        done = service.request(id_of(id_, service.store), asked)
-    _print_change(done, preset, behind_held(settings, note_revision(done.written.revision)), json=json)
-    if done.exemption.state is ExemptionState.REJECTED:
+    with _open(config, actor, trust_clock=trust_clock) as opened:
+        change = opened.service.request(id_of(id_, opened.service.store), asked)
+    _print_change(change, opened, json=json)
+    if change.exemption.state is ExemptionState.REJECTED:
         raise typer.Exit(1)
 
 
@@ -122,7 +105,7 @@ def grant(
     fraud_check: Annotated[
         str | None,
         typer.Option(
-            "--fraud-check", metavar="TEXT", help="How an anti-fraud check was passed, where none is on record."
+            "--fraud-check", metavar="TEXT", help="How an anti-fraud check was passed, if none is on record."
         ),
     ] = None,
     rate: RateOption = None,
@@ -133,19 +116,20 @@ def grant(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Say yes to a request that waits for a decision.
+    """Grant a pending request.
 
     Example: portward exemption grant 11111111-0000-4000-8000-000000000003 --fraud-check "called back" --rate 60
     """
-    limit = _limit(rate, burst)
+    limit = rate_limit(rate, burst)
     check = None
     if fraud_check is not None:
         if not fraud_check.strip():
             raise InputError("says nothing: how was it checked, and by whom?", field="--fraud-check")
         check = FraudResult(FraudCheck.PASS, printable(fraud_check))
-    with _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset):
-        done = service.grant(id_of(id_, service.store), check=check, until=instant(until, "--until"), limit=limit)
-    _print_change(done, preset, behind_held(settings, note_revision(done.written.revision)), json=json)
+    with _open(config, actor, trust_clock=trust_clock) as opened:
+        id_found, end = id_of(id_, opened.service.store), instant(until, "--until")
+        change = opened.service.grant(id_found, check=check, until=end, limit=limit)
+    _print_change(change, opened, json=json)
 
 
 @app.command()
@@ -157,13 +141,13 @@ def reject(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Say no to a request that waits for a decision.
+    """Reject a pending request.
 
     Example: portward exemption reject 11111111-0000-4000-8000-000000000003 --reason "a relay will do"
     """
-    with _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset):
-        done = service.reject(id_of(id_, service.store), reason)
-    _print_change(done, preset, behind_held(settings, note_revision(done.written.revision)), json=json)
+    with _open(config, actor, trust_clock=trust_clock) as opened:
+        change = opened.service.reject(id_of(id_, opened.service.store), reason)
+    _print_change(change, opened, json=json)
 
 
 @app.command()
@@ -177,17 +161,16 @@ def limit(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Give a grant another limit, or none, at once: no machine needs a restart.
+    """Change or remove the rate limit of a grant, at once: no machine needs a restart.
 
     Example: portward exemption limit 11111111-0000-4000-8000-000000000003 --rate 120
     """
-    wanted = _limit(rate, burst)
+    wanted = rate_limit(rate, burst)
     if (wanted is None) is not none:
         raise InputError("say either --rate or --none", field="--rate")
-    with _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset):
-        done = service.limit(id_of(id_, service.store), wanted)
-    behind = behind_held(settings, note_revision(done.written.revision))
-    _print_change(done, preset, behind, json=json, limited=True)
+    with _open(config, actor, trust_clock=trust_clock) as opened:
+        change = opened.service.limit(id_of(id_, opened.service.store), wanted)
+    _print_change(change, opened, json=json, limited=True)
 
 
 @app.command()
@@ -205,7 +188,7 @@ def revoke(
     ] = None,
     confirm: Annotated[
         int | None,
-        typer.Option("--confirm", metavar="COUNT", min=0, help="How many --file or --offer are to revoke."),
+        typer.Option("--confirm", metavar="COUNT", min=0, help="The number that --file or --offer will revoke."),
     ] = None,
     wait: WaitOption = False,
     actor: ActorOption = None,
@@ -213,8 +196,8 @@ def revoke(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Take a grant back, at once: also for connections that are open. Many by --file or --offer, which say how
-    many that would be and do it with --confirm COUNT.
+    """Revoke a grant, at once: also for open connections. --file or --offer revokes many: without --confirm COUNT,
+    it only says how many.
 
     Example: portward exemption revoke 11111111-0000-4000-8000-000000000002 --reason "spam, case 4711" --wait
     """
@@ -223,30 +206,48 @@ def revoke(
     if id_ is not None and confirm is not None:
         raise InputError("goes with --file and --offer: one subscription needs no count", field="--confirm")
     with (
-        _open_service(config, actor, trust_clock=trust_clock) as (service, settings, preset),
-        _waiting(settings, service.store, wait=wait) as agent,
+        _open(config, actor, trust_clock=trust_clock) as opened,
+        _waiter(opened, wait=wait) as waiter,
     ):
-        known_offer(preset, offer)
-        if id_ is not None:
-            one, began = id_of(id_, service.store), time.monotonic()
-            done = service.revoke(one, reason)
-            took = _wait(agent, note_revision(done.written.revision), began)
-            behind = behind_held(settings, done.written.revision) if agent is None else agent.behind()
-            _print_change(done, preset, behind, json=json, took=took)
-            return
-        ids = granted(service, offer or "") if file is None else listed(service, file)
-        confirm_count(len(ids), confirm)
-        began = time.monotonic()
-        revision = note_revision(service.revoke_all(ids, reason).revision) if ids else service.store.revision()
-        took = _wait(agent, revision, began)
-        behind = behind_held(settings, revision) if agent is None else agent.behind()
+        known_offer(opened.preset, offer)
+        if id_ is None:
+            _revoke_many(opened, waiter, file, offer or "", reason, confirm=confirm, json=json)
+        else:
+            _revoke_one(opened, waiter, id_, reason, json=json)
+
+
+def _revoke_one(opened: _Opened, waiter: EnforcementWaiter | None, id_: str, reason: str, *, json: bool) -> None:
+    found, began = id_of(id_, opened.service.store), time.monotonic()
+    change = opened.service.revoke(found, reason)
+    took_s = _wait(waiter, note_revision(change.written.revision), began)
+    _print_change(change, opened, json=json, waiter=waiter, took_s=took_s)
+
+
+def _revoke_many(
+    opened: _Opened,
+    waiter: EnforcementWaiter | None,
+    file: Path | None,
+    offer: str,
+    reason: str,
+    *,
+    confirm: int | None,
+    json: bool,
+) -> None:
+    """Revokes the exemptions of a list or of an offer. Raises PortwardError unless their number is confirmed."""
+    service = opened.service
+    ids = granted(service, offer) if file is None else listed(service, file)
+    confirm_count(len(ids), confirm)
+    began = time.monotonic()
+    revision = note_revision(service.revoke_all(ids, reason).revision) if ids else service.store.revision()
+    took_s = _wait(waiter, revision, began)
+    behind = behind_held(opened.config, revision) if waiter is None else waiter.behind()
     if json:
-        told = {"revoked": len(ids), "revision": revision, "enforced_after_ms": _ms(took)}
-        echo_json(told | _behind(behind))
+        found = {"revoked": len(ids), "revision": revision, "enforced_after_ms": texts.milliseconds(took_s)}
+        echo_json(found | texts.behind_json(behind))
     elif not ids:
         echo(f"nothing to revoke, the store stays at revision {revision}")
     else:
-        echo(f"revoked {counted(len(ids), 'exemption')}, as revision {revision}{_enforced(took)}")
+        echo(f"revoked {counted(len(ids), 'exemption')}, as revision {revision}{texts.enforced(took_s)}")
         if behind is not None:
             echo(f"  {behind}")
 
@@ -259,62 +260,56 @@ def list_(
     ] = None,
     offer: Annotated[str | None, typer.Option("--offer", metavar="OFFER", help="Only those of an offer.")] = None,
     name: Annotated[
-        str | None, typer.Option("--name", metavar="TEXT", help="Only those whose name holds this.")
+        str | None, typer.Option("--name", metavar="TEXT", help="Only those whose name contains this.")
     ] = None,
     json: JsonLinesOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """List exemptions, with what each waits for.
+    """List exemptions with their states.
 
     Example: portward exemption list --state requested
     """
-    with _open_service(config, None) as (service, _, preset):
-        known_offer(preset, offer)
+    with _open(config, None) as opened:
+        known_offer(opened.preset, offer)
         printed = total = 0
-        for total, row in enumerate(service.rows(utc_now()), start=1):  # noqa: B007 # said below
-            owner = row.owner
-            if (
-                (state and row.state not in state)
-                or (offer is not None and (owner is None or owner.offer != offer))
-                or (name is not None and (owner is None or name.lower() not in owner.name.lower()))
-            ):
+        for total, row in enumerate(opened.service.rows(utc_now()), start=1):  # noqa: B007 # used after the loop
+            if not _matches(row, state, offer, name):
                 continue
             printed += 1
             if json:
-                echo_json(_as_json(row))
+                echo_json(texts.row_json(row))
             else:
-                told = lifecycle.state_text(row.state, row.exemption)
-                echo(f"{row.subscription}  {_owner(row):<40}  {told}")
+                echo(f"{row.subscription}  {texts.owner_text(row):<40}  {state_text(row.state, row.exemption)}")
     if not (printed or json):
-        echo(_none(total))
+        echo(texts.none_listed(total))
 
 
 @app.command()
 def show(id_: IdArgument, json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
-    """Show an exemption: what was asked for, what was decided, what comes next.
+    """Show an exemption: the request, the decision, and the next step.
 
     Example: portward exemption show 11111111-0000-4000-8000-000000000002
     """
     now = utc_now()
-    with _open_service(config, None) as (service, _, preset):
-        row = service.row(id_of(id_, service.store), now)
+    with _open(config, None) as opened:
+        row = opened.service.row(id_of(id_, opened.service.store), now)
     if json:
-        echo_json(_as_json(row))
+        echo_json(texts.row_json(row))
         return
-    echo(f"{row.subscription}  {_owner(row)}")
-    for line in lines(row.exemption):
+    echo(f"{row.subscription}  {texts.owner_text(row)}")
+    for line in texts.lines(row.exemption):
         echo(f"  {line}")
-    echo(f"  next      {next_step(row, preset, now)}")
+    echo(f"  next      {texts.next_step(row, opened.preset, now)}")
 
 
 @app.command()
 def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
-    """Print all that has happened to an exemption, the oldest first.
+    """Print all changes of an exemption, oldest first.
 
     Example: portward exemption history 11111111-0000-4000-8000-000000000002
     """
-    with _open_service(config, None) as (service, _, _):
-        changes = service.history(id_of(id_, service.store))
+    with _open(config, None) as opened:
+        changes = opened.service.history(id_of(id_, opened.service.store))
     for change in changes:
         record = readable(change.key, change.after)
         state = record.state.value if isinstance(record, Exemption) else "taken out of the store"
@@ -323,113 +318,67 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
             continue
         echo(f"{change.at:%Y-%m-%d %H:%M:%SZ}  revision {change.revision}  {change.actor}: {state}")
         if isinstance(record, Exemption):
-            for line in lines(record)[1:]:
+            for line in texts.lines(record)[1:]:
                 echo(f"    {line}")
 
 
+def _matches(row: ExemptionRow, states: list[State] | None, offer: str | None, name: str | None) -> bool:
+    """Whether a row passes the filters of `list`; None passes everything."""
+    owner = row.owner
+    return (
+        (not states or row.state in states)
+        and (offer is None or (owner is not None and owner.offer == offer))
+        and (name is None or (owner is not None and name.lower() in owner.name.lower()))
+    )
+
+
 @contextmanager
-def _open_service(
-    path: Path, actor: str | None, *, trust_clock: bool = False
-) -> Iterator[tuple[ExemptionService, Config, Preset]]:
-    settings = load_config(path)
-    preset = presets.load(settings.preset, named_in=path)
-    warn_other_store(settings)
-    with closing(open_store(settings.store)) as store:
+def _open(path: Path, actor: str | None, *, trust_clock: bool = False) -> Iterator[_Opened]:
+    """Opens the store that the configuration names, and warns if the agent here reads another one."""
+    config = load_config(path)
+    preset = presets.load(config.preset, named_in=path)
+    warn_other_store(config)
+    with closing(open_store(config.store)) as store:
         service = ExemptionService(
-            store, preset, settings, actor=actor_name(actor), clock=utc_now, trust_clock=trust_clock
+            store, preset, config, actor=actor_name(actor), clock=utc_now, trust_clock=trust_clock
         )
-        yield service, settings, preset
+        yield _Opened(service, config, preset)
 
 
 @contextmanager
-def _waiting(settings: Config, store: Store, *, wait: bool) -> Iterator[EnforcementWaiter | None]:
+def _waiter(opened: _Opened, *, wait: bool) -> Iterator[EnforcementWaiter | None]:
+    """What waits for the agent, made before the change so that it misses nothing; None without `--wait`."""
     if not wait:
         yield None
         return
-    with closing(EnforcementWaiter(settings, store)) as agent:
-        yield agent
+    with closing(EnforcementWaiter(opened.config, opened.service.store)) as waiter:
+        yield waiter
 
 
-def _wait(agent: EnforcementWaiter | None, revision: int, began: float) -> float | None:
-    """Waits for a revision where that is wanted; gives the seconds since `began`."""
-    if agent is None:
+def _wait(waiter: EnforcementWaiter | None, revision: int, began: float) -> float | None:
+    """Waits until a revision is enforced. Returns the seconds since `began`, a time of `time.monotonic`; None
+    without a waiter."""
+    if waiter is None:
         return None
-    agent.wait(revision, _WAIT_SECONDS)
+    waiter.wait(revision, _WAIT_S)
     return time.monotonic() - began
 
 
-def _limit(rate: int | None, burst: int | None) -> RateLimit | None:
-    if burst is not None and rate is None:
-        raise InputError("a burst needs a rate: --rate says it", field="--burst")
-    return None if rate is None else RateLimit(per_minute=rate, burst=burst or _BURST)
-
-
 def _print_change(
-    done: ExemptionChange,
-    preset: Preset,
-    behind: Behind | None,
+    change: ExemptionChange,
+    opened: _Opened,
     *,
     json: bool,
-    took: float | None = None,
+    waiter: EnforcementWaiter | None = None,
+    took_s: float | None = None,
     limited: bool = False,
 ) -> None:
-    """Prints what was done. `limited`: the limit alone was changed."""
-    exemption = done.exemption
-    state = lifecycle.state_of(exemption, done.written.at)
+    """Prints a change. `waiter` and `took_s`: of a verb that waited; `limited`: only the rate limit was
+    changed."""
+    revision = note_revision(change.written.revision)
+    behind = behind_held(opened.config, revision) if waiter is None else waiter.behind()
     if json:
-        echo_json(
-            {"revision": done.written.revision, "state": state, "exemption": exemption}
-            | ({} if took is None else {"enforced_after_ms": _ms(took)})
-            | _behind(behind)
-        )
+        echo_json(texts.change_json(change, behind, took_s))
         return
-    name = f" ({done.subscription.name})" if done.subscription.name else ""
-    echo(
-        f"exemption of {done.subscription.id}{name}: {lifecycle.state_text(state, exemption)}, "
-        f"as revision {done.written.revision}{_enforced(took)}"
-    )
-    if behind is not None:
-        echo(f"  {behind}")
-    if exemption.reason:
-        echo(f"  reason    {in_a_line(exemption.reason)}")
-    if exemption.fraud_check is not None:
-        echo(f"  checked   {in_a_line(checked(exemption))}")
-    if exemption.limit is not None and state is State.GRANTED:
-        echo(f"  limit     {exemption.limit}")
-    row = ExemptionRow(done.subscription.id, done.subscription, exemption, state)
-    echo(f"  next      {next_step(row, preset, done.written.at, limited=limited)}")
-
-
-def _none(total: int) -> str:
-    """What a list without a line says, if the store has so many exemptions."""
-    return f"none of {counted(total, 'exemption')} is such a one" if total else "the store has no exemption"
-
-
-def _owner(row: ExemptionRow) -> str:
-    if row.owner is None:
-        return "(no such subscription any more)"
-    return f"{row.owner.name} ({row.owner.offer})".strip()
-
-
-def _as_json(row: ExemptionRow) -> dict[str, Any]:
-    owner = row.owner
-    return {
-        "subscription": row.subscription,
-        "name": None if owner is None else owner.name,
-        "offer": None if owner is None else owner.offer,
-        "state": row.state,
-        "exemption": row.exemption,
-    }
-
-
-def _enforced(took: float | None) -> str:
-    return "" if took is None else f", enforced after {took * 1000:.1f} ms"
-
-
-def _behind(behind: Behind | None) -> dict[str, Any]:
-    """What JSON says more while the agent here holds an earlier revision."""
-    return {} if behind is None else {"behind": behind.as_json()}
-
-
-def _ms(took: float | None) -> float | None:
-    return None if took is None else round(took * 1000, 3)
+    for line in texts.change_lines(change, opened.preset, behind, took_s, limited=limited):
+        echo(line)

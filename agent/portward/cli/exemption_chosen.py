@@ -1,4 +1,4 @@
-"""Which exemptions the words of `portward exemption` mean: an id or a name, a list in a file, an offer."""
+"""Finds the exemptions that an id, a name, a list in a file or an offer means."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from portward.policy.preset import Preset
 from portward.store.lookup import records_of
 from portward.store.protocol import Store
 
-# A list of a million ids, in bytes, with comments.
-_LARGEST_LIST: Final = 64 * 1024 * 1024
-# How many subscriptions of one name are named.
+# Enough for a million ids of 36 characters, with comments.
+_MAX_LIST_BYTES: Final = 64 * 1024 * 1024
+# If several subscriptions have the name, the error lists this many ids.
 _NAMED: Final = 5
-# How many lines of a list are reported.
-_MOST_LINES: Final = 20
+# This many bad lines of a list are reported; more are counted.
+_MAX_LINES: Final = 20
 
 
 def id_of(text: str, store: Store) -> UUID:
-    """The id that is meant: `text` itself, or that of the one subscription whose name it is. Raises InputError if
-    nobody or more than one has this name."""
+    """The id in `text`, or that of the only subscription with this name. Raises InputError if no subscription or
+    more than one has the name."""
     try:
         return UUID(text)
     except ValueError:
@@ -51,10 +51,10 @@ def id_of(text: str, store: Store) -> UUID:
 
 
 def listed(service: ExemptionService, file: Path) -> list[UUID]:
-    """The ids in a file, an id on each line; a # begins a comment. Raises InputError for a line that is no id, and
-    PortwardError that names each line whose exemption cannot be revoked."""
+    """The ids in a file, one on each line; a # begins a comment. Raises InputError for a line that is not an id,
+    and PortwardError with each line whose exemption cannot be revoked."""
     lines: dict[UUID, int] = {}
-    for number, line in enumerate(read_text(file, _LARGEST_LIST).splitlines(), start=1):
+    for number, line in enumerate(read_text(file, _MAX_LIST_BYTES).splitlines(), start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
@@ -63,7 +63,7 @@ def listed(service: ExemptionService, file: Path) -> list[UUID]:
         except ValueError:
             raise InputError(f"{text!r} is no subscription's id", file=str(file), line=number) from None
     refused = service.not_revocable(lines)
-    found = [PortwardError(f"{file}:{lines[id_]}: {why}") for id_, why in islice(refused, _MOST_LINES)]
+    found = [PortwardError(f"{file}:{lines[id_]}: {why}") for id_, why in islice(refused, _MAX_LINES)]
     if more := sum(1 for _ in refused):
         found.append(PortwardError(f"{file}: and {counted(more, 'line')} more like these"))
     if found:
@@ -72,7 +72,7 @@ def listed(service: ExemptionService, file: Path) -> list[UUID]:
 
 
 def granted(service: ExemptionService, offer: str) -> list[UUID]:
-    """The subscriptions of an offer that have a grant."""
+    """The subscriptions with this offer and a grant."""
     return [
         row.subscription
         for row in service.rows(utc_now())
@@ -81,14 +81,14 @@ def granted(service: ExemptionService, offer: str) -> list[UUID]:
 
 
 def known_offer(preset: Preset, offer: str | None) -> None:
-    """Raises InputError for an offer that the preset does not know: nobody has it, or it is mistyped."""
+    """Raises InputError if the preset has no rule for the offer: it is probably mistyped."""
     if offer is not None and preset.offer(offer) is None:
         known = [id_ for entry in preset.offers for id_ in entry.ids]
         raise InputError(f"the preset {preset.name} knows no {offer!r}; {nearest(offer, known)}", field="--offer")
 
 
 def confirm(count: int, confirmed: int | None) -> None:
-    """Raises PortwardError unless just this count was confirmed; to revoke nothing needs no confirmation."""
+    """Raises PortwardError unless exactly this count is confirmed. A count of 0 needs no confirmation."""
     if confirmed == count or (confirmed is None and not count):
         return
     if not count:

@@ -1,20 +1,69 @@
-"""What `portward exemption` prints of an exemption, in lines."""
+"""The output of `portward exemption`, as lines and as JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
 from portward.base.words import counted
-from portward.exemptions.lifecycle import Case, State, no_path, useless
-from portward.exemptions.service import ExemptionRow
+from portward.exemptions.lifecycle import Case, State, no_path, state_of, state_text, useless
+from portward.exemptions.service import ExemptionChange, ExemptionRow
 from portward.model import Details, Exemption, ExemptionState, FraudCheck
+from portward.ops.behind import Behind
 from portward.policy.preset import Preset
 
 
+def row_json(row: ExemptionRow) -> dict[str, Any]:
+    """An exemption of a list, for `--json`."""
+    owner = row.owner
+    return {
+        "subscription": row.subscription,
+        "name": None if owner is None else owner.name,
+        "offer": None if owner is None else owner.offer,
+        "state": row.state,
+        "exemption": row.exemption,
+    }
+
+
+def change_json(change: ExemptionChange, behind: Behind | None, took_s: float | None) -> dict[str, Any]:
+    """A change, for `--json`. `behind` and `took_s` as for `change_lines`."""
+    exemption, written = change.exemption, change.written
+    return (
+        {"revision": written.revision, "state": state_of(exemption, written.at), "exemption": exemption}
+        | ({} if took_s is None else {"enforced_after_ms": milliseconds(took_s)})
+        | behind_json(behind)
+    )
+
+
+def change_lines(
+    change: ExemptionChange, preset: Preset, behind: Behind | None, took_s: float | None, *, limited: bool
+) -> Iterator[str]:
+    """A change, for people. `behind`: the agent here has an earlier revision; `took_s`: after how many seconds the
+    kernel enforced the change, if the verb waited for that; `limited`: only the rate limit was changed."""
+    exemption, written = change.exemption, change.written
+    state = state_of(exemption, written.at)
+    name = f" ({change.subscription.name})" if change.subscription.name else ""
+    yield (
+        f"exemption of {change.subscription.id}{name}: {state_text(state, exemption)}, "
+        f"as revision {written.revision}{enforced(took_s)}"
+    )
+    if behind is not None:
+        yield f"  {behind}"
+    if exemption.reason:
+        yield f"  reason    {one_line(exemption.reason)}"
+    if exemption.fraud_check is not None:
+        yield f"  checked   {one_line(_checked(exemption))}"
+    if exemption.limit is not None and state is State.GRANTED:
+        yield f"  limit     {exemption.limit}"
+    row = ExemptionRow(change.subscription.id, change.subscription, exemption, state)
+    yield f"  next      {next_step(row, preset, written.at, limited=limited)}"
+
+
 def lines(exemption: Exemption) -> list[str]:
-    """What is on record, a line for each field that says something."""
+    """The record, with a line for each field that has a value."""
     details = exemption.details or Details()
-    told = [
+    fields = [
         ("state", exemption.state.value),
         ("requested", _time(exemption.requested)),
         ("why", exemption.justification),
@@ -23,23 +72,18 @@ def lines(exemption: Exemption) -> list[str]:
         ("rdns", details.reverse_dns),
         ("domain", ", ".join(item.value.upper() for item in details.authentication)),
         ("terms", "accepted" if details.terms_accepted else ""),
-        ("checked", checked(exemption)),
+        ("checked", _checked(exemption)),
         ("decided", _time(exemption.decided)),
         ("by", exemption.by),
         ("reason", exemption.reason),
         ("until", _time(exemption.until)),
         ("limit", str(exemption.limit) if exemption.limit and exemption.state is ExemptionState.GRANTED else ""),
     ]
-    return [f"{name:<10}{in_a_line(text)}" for name, text in told if text]
-
-
-def in_a_line(text: str) -> str:
-    """A text of several lines as one line."""
-    return " ".join(text.split())
+    return [f"{name:<10}{one_line(text)}" for name, text in fields if text]
 
 
 def next_step(row: ExemptionRow, preset: Preset, now: datetime, *, limited: bool = False) -> str:
-    """The next step for the support engineer. `limited`: it is asked for a limit that was changed just now."""
+    """The next step for the support engineer. `limited`: only the rate limit was changed just now."""
     if row.owner is None:
         return "nothing: the store has no such subscription any more"
     case, id_ = Case(preset, row.owner, row.exemption, now), row.subscription
@@ -66,7 +110,39 @@ def next_step(row: ExemptionRow, preset: Preset, now: datetime, *, limited: bool
             return f"a new request is possible: `portward exemption request {id_}`"
 
 
-def checked(exemption: Exemption) -> str:
+def owner_text(row: ExemptionRow) -> str:
+    """Name and offer of the subscription."""
+    if row.owner is None:
+        return "(no such subscription any more)"
+    return f"{row.owner.name} ({row.owner.offer})".strip()
+
+
+def none_listed(total: int) -> str:
+    """The line of an empty list, if the store has `total` exemptions."""
+    return f"none of {counted(total, 'exemption')} is such a one" if total else "the store has no exemption"
+
+
+def behind_json(behind: Behind | None) -> dict[str, Any]:
+    """The additional keys while the agent here has an earlier revision."""
+    return {} if behind is None else {"behind": behind.as_json()}
+
+
+def enforced(took_s: float | None) -> str:
+    """The end of a line: after how long the change was enforced; empty if the verb did not wait."""
+    return "" if took_s is None else f", enforced after {took_s * 1000:.1f} ms"
+
+
+def milliseconds(took_s: float | None) -> float | None:
+    """Seconds → milliseconds with three digits."""
+    return None if took_s is None else round(took_s * 1000, 3)
+
+
+def one_line(text: str) -> str:
+    """A text of several lines as one line."""
+    return " ".join(text.split())
+
+
+def _checked(exemption: Exemption) -> str:
     if exemption.fraud_check is None:
         return ""
     note = f": {exemption.fraud_note}" if exemption.fraud_note else ""

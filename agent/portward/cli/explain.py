@@ -19,7 +19,7 @@ def explain(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Say whether a source may open connections to port 25, why, and what its customer can do.
+    """Explain whether a source may open connections to port 25, why, and what its customer can do.
 
     Example: portward explain vni1002 10.0.0.4
     """

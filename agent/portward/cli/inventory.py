@@ -41,16 +41,17 @@ from portward.store.confirmation import CONFIRMED, confirmation
 from portward.store.flips import UnconfirmedError, check_flips
 from portward.store.values import NoStoreError
 
-# What a person reads before it is only counted.
-_LINES: Final = 40
+# Changes that a dry run prints, about one screen. More are only counted.
+_MAX_LINES: Final = 40
 
-# A title and, if known, a total → what is to be told how many are done.
+# Begins a step of the progress display: title and total (None: unknown) → the function to call with the number
+# done.
 Step: TypeAlias = Callable[[str, int | None], Callable[[int], None]]
 
 
 class _Plan(NamedTuple):
-    """What an inventory would change: whether the store has to be made, its records and their revision, the
-    inventory, the difference. `warnings`: what an operator must know about it, a sentence each."""
+    """The changes that an inventory would make. `new`: the store must be made; `have` and `revision`: its records
+    (key → JSON) and their revision; `warnings`: sentences for the operator."""
 
     new: bool
     have: dict[str, str]
@@ -80,10 +81,10 @@ def apply(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Bring subscriptions, attachments and exemptions into the store: all of the files, or nothing.
+    """Write the subscriptions, attachments and exemptions of the files to the store: all of them, or none.
 
-    A running agent enforces the change at once. One that would flip the verdict of more than max_flip_share of
-    all subscriptions, or remove every one, is refused, unless it is confirmed.
+    A running agent enforces the change at once. A change that would flip the verdict of more than max_flip_share
+    of all subscriptions, or remove every subscription, needs --confirm.
 
     Example: portward apply --dry-run inventory.yaml
     """
@@ -127,7 +128,7 @@ def apply(
 
 
 def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
-    """Print all that the store holds, as `portward apply` takes it.
+    """Print all records of the store, as an inventory for `portward apply`.
 
     Example: portward export > inventory.yaml
     """
@@ -139,7 +140,7 @@ def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
 
 
 def _plan(settings: Config, preset: Preset, files: list[str], step: Step, *, prune: bool) -> _Plan:
-    """Reads and checks everything; raises InputError at the first mistake."""
+    """Reads the inventory and the store, and checks the inventory. Raises InputError at the first mistake."""
     inventory = read_inventory(files, step("reading", None))
     check_offers(inventory, preset)
     check_starts(inventory, utc_now())
@@ -160,14 +161,14 @@ def _plan(settings: Config, preset: Preset, files: list[str], step: Step, *, pru
 
 
 def _stored(url: str) -> tuple[dict[str, str], int]:
-    """All records of a store, and their revision."""
+    """All records of a store (key → JSON), and their revision."""
     with contextlib.closing(open_store(url)) as store:
         revision, records = store.read_all()
         return {key: body for key, body in records if key != CONFIRMED}, revision
 
 
 def _too_many(settings: Config, preset: Preset, plan: _Plan) -> UnconfirmedError | None:
-    """Why the agents would hold the change; None where they would not."""
+    """The error if the change needs a confirmation because of its flips; else None."""
     try:
         check_flips(plan.have, plan.change.puts(), preset, share=settings.max_flip_share, now=utc_now())
     except UnconfirmedError as held:
@@ -176,8 +177,8 @@ def _too_many(settings: Config, preset: Preset, plan: _Plan) -> UnconfirmedError
 
 
 def _emptied(plan: _Plan) -> str:
-    """That a change leaves no customer of those that the store has, in words; empty if it leaves one. A store of a
-    few customers flips too few for `_too_many`."""
+    """A text if the change removes every subscription of the store; else empty. In a store with few customers,
+    that is too few flips for `_too_many`."""
     had, gone = (
         sum(key.startswith("subscriptions/") for key in keys) for keys in (plan.have, plan.change.removed)
     )
@@ -185,8 +186,9 @@ def _emptied(plan: _Plan) -> str:
 
 
 def _confirm(settings: Config, who: str, *, json: bool) -> None:
-    """Confirms everything that the store holds, for agents that hold a part of it. All of it, as another history,
-    is confirmed for the agent here alone."""
+    """Confirms everything in the store, for agents that hold back a part of it. If the agent here holds back the
+    whole store, because it has another history, the confirmation names that hold, and so is for this agent
+    alone."""
     with contextlib.closing(open_store(settings.store)) as store:
         newest = store.revision()
         if nothing_held(settings):
@@ -210,14 +212,14 @@ def _nothing_held(revision: int) -> str:
 
 
 def _confirmed(revision: int) -> str:
-    # The number that `portward audit` gives.
+    # The same number as in `portward audit`.
     return f"applied revision {revision}: everything up to it is confirmed"
 
 
 def _write(settings: Config, plan: _Plan, who: str, step: Step, *, confirm: bool) -> int:
-    """Brings the difference into the store, and gives the revision; makes the store where it is missing."""
+    """Writes the difference to the store, and returns the revision. Makes the store if it is missing."""
     puts = plan.change.puts()
-    # Also if nothing changes: the agents may hold what is there already.
+    # Also if nothing changes, because agents may hold back what is in the store already.
     if confirm and (puts or not nothing_held(settings)):
         puts.append(confirmation(plan.revision + 1, hold=held_here(settings)))
     if not puts:
@@ -256,9 +258,9 @@ def _lines(plan: _Plan, url: str, revision: int, *, dry_run: bool) -> Iterator[s
             yield f"made a new store: {url}"
         yield f"applied revision {revision}: {summary}"
     else:
-        yield from itertools.islice(described(plan.have, plan.inventory, plan.change), _LINES)
-        if total > _LINES:
-            yield f"… and {total - _LINES} more"
+        yield from itertools.islice(described(plan.have, plan.inventory, plan.change), _MAX_LINES)
+        if total > _MAX_LINES:
+            yield f"… and {total - _MAX_LINES} more"
         if plan.new:
             yield f"would make a new store: {url}"
         yield f"would change revision {revision}: {summary}"
@@ -266,7 +268,7 @@ def _lines(plan: _Plan, url: str, revision: int, *, dry_run: bool) -> Iterator[s
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Step]:
-    """Bars on stderr for a person who waits; silent where stderr is no terminal."""
+    """Progress bars on stderr, if it is a terminal."""
     from rich.console import Console  # noqa: PLC0415 # a start of the agent does not wait for it
     from rich.progress import (  # noqa: PLC0415 # as above
         BarColumn,

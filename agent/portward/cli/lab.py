@@ -14,12 +14,12 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-NameOption = Annotated[str, typer.Option("--name", metavar="NAME", help="Several labs can stand side by side.")]
+NameOption = Annotated[str, typer.Option("--name", metavar="NAME", help="Several labs can exist side by side.")]
 
 
 @app.command()
 def up(name: NameOption = DEFAULT_NAME) -> None:
-    """Make a lab with a running agent, and leave it standing.
+    """Make a lab with a running agent, and leave it running.
 
     Example: portward lab up
     """
@@ -31,7 +31,7 @@ def up(name: NameOption = DEFAULT_NAME) -> None:
 
 @app.command()
 def down(name: NameOption = DEFAULT_NAME) -> None:
-    """Remove a lab and end everything in it. Exit code 1 where there is none.
+    """Remove a lab and end all processes in it. Exit code 1 if there is none.
 
     Example: portward lab down
     """
@@ -43,9 +43,9 @@ def down(name: NameOption = DEFAULT_NAME) -> None:
 @app.command()
 def demo(
     name: NameOption = "pw-demo",
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the namespaces standing.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Do not remove the namespaces.")] = False,
 ) -> None:
-    """Send real mail as each tenant and compare what happens with what should. Exit code 1 where it differs.
+    """Send real mail as each tenant, and compare the results with the expected ones. Exit code 1 if one differs.
 
     Example: portward lab demo
     """

@@ -20,25 +20,26 @@ JsonLinesOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON, for a machine: an object on each line.")
 ]
 
-# The error of a verb whose question was not answered by yes.
+# The error of a verb if its question is not answered by yes.
 STOPPED: Final = "stopped at the question: nothing was changed"
 
 
 def warn(lines: Iterable[str], *, err: bool = False) -> None:
-    """Prints what a reader must know before anything else."""
+    """Prints warnings that belong before the output."""
     for line in lines:
         echo(f"WARNING   {line}", err=err)
 
 
 def warn_other_store(config: Config) -> None:
-    """Says on standard error if the agent here reads another store than `config` names, for a verb on that one."""
+    """Warns on standard error if the agent here reads another store than `config` names. For verbs on the
+    store."""
     from portward.ops.behind import other_store  # noqa: PLC0415 # a verb without a store does not load it
 
     warn(filter(None, [other_store(config)]), err=True)
 
 
 def seconds(value: float) -> float:
-    """The value of an option, if it is a number of seconds that one can wait for; `min` and `max` let NaN pass."""
+    """Checks an option in seconds; raises BadParameter. typer's own `min` and `max` accept NaN."""
     if MIN_INTERVAL_S <= value <= MAX_INTERVAL_S:
         return value
     raise typer.BadParameter(f"{value:g} is not in the range {MIN_INTERVAL_S:g}<=x<={MAX_INTERVAL_S:g}")

@@ -21,7 +21,7 @@ app = typer.Typer(
 @app.command("list")
 def list_(
     json: JsonOption = False,
-    config: ConfigOption = DEFAULT_PATH,  # not read: the same presets come with portward everywhere
+    config: ConfigOption = DEFAULT_PATH,  # not read, because the presets come with portward
 ) -> None:
     """List the presets that come with portward.
 
@@ -57,7 +57,7 @@ def show(
     json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Show what a preset says, offer by offer.
+    """Show a preset, offer by offer.
 
     Example: portward policy show azure-2020
     """

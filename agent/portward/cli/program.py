@@ -1,4 +1,4 @@
-"""All verbs of the command line, put together."""
+"""All verbs of the command line."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from portward.cli import (
     rules,
     run,
     status,
+    top,
 )
 from portward.cli.arguments import every_verb
 from portward.cli.streams import echo
 
 app = typer.Typer(
     name="portward",
-    help="Enforces who may open connections to TCP port 25, on the gateway that it runs on.\n\n"
+    help="Controls who may open connections to TCP port 25 through this gateway.\n\n"
     "Example: portward explain vni1002 10.0.0.4",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["--help", "-h"]},  # of every verb: their contexts take it over
+    context_settings={"help_option_names": ["--help", "-h"]},  # the contexts of all verbs inherit it
 )
 app.command("run")(run.run)
 app.command("check")(run.check)
@@ -38,7 +39,7 @@ app.command("audit")(audit.audit)
 app.command("explain")(explain.explain)
 app.command("diagnose")(diagnose.diagnose)
 app.command("status")(status.status)
-app.command("top")(status.top)
+app.command("top")(top.top)
 app.add_typer(exemption.app, name="exemption")
 app.add_typer(attachment.app, name="attachment")
 app.add_typer(rules.app, name="rules")

@@ -21,7 +21,7 @@ def show(
     ] = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Print the ruleset that is loaded, without the remembered sources.
+    """Print the ruleset that is loaded, without the cached verdicts.
 
     Example: portward rules show | less
     """
@@ -34,9 +34,9 @@ def show(
 def baseline(config: ConfigOption = DEFAULT_PATH) -> None:
     """Close port 25 before there is an agent, as a gateway does when it boots.
 
-    Loads the ruleset with nobody behind its queue: unknown sources are dropped. What is only observed, or open
-    while no agent runs, passes. Changes nothing where the ruleset is loaded already. Where the configuration
-    cannot be read, no packet to port 25 is forwarded any more, and the exit code is 1.
+    Loads the ruleset without a worker behind its queue, so unknown sources are dropped. Segments that are only
+    observed, or that are open while no agent runs, pass. Changes nothing if the ruleset is loaded already. If the
+    configuration cannot be read, no packet to port 25 is forwarded, and the exit code is 1.
 
     Example: portward rules baseline
     """
@@ -48,9 +48,9 @@ def baseline(config: ConfigOption = DEFAULT_PATH) -> None:
 @app.command()
 def remove(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    config: ConfigOption = DEFAULT_PATH,  # not read: what runs in this network namespace decides
+    config: ConfigOption = DEFAULT_PATH,  # not read, because the ruleset in this network namespace is removed
 ) -> None:
-    """Stop enforcing: take portward's ruleset and all remembered verdicts out of the kernel.
+    """Stop enforcing: remove portward's ruleset and all cached verdicts from the kernel.
 
     Every source may then open connections to port 25. A running agent would put the ruleset back, so it must be
     stopped first: systemctl stop portward.
@@ -66,14 +66,14 @@ def remove(
 
 
 def _ask(question: str) -> None:
-    """Returns if the answer is yes; raises PortwardError if it is not, and typer.Abort if there is none."""
+    """Asks on the terminal. Raises PortwardError if the answer is not yes, and typer.Abort if there is none."""
     if sys.stdin is None:
-        raise InputError("is closed, so nobody can be asked: --yes needs no answer", file="standard input")
+        raise InputError("is closed, so no answer can be read: use --yes", file="standard input")
     try:
         agreed = typer.confirm(question)
-    except UnicodeDecodeError:  # no text, so no yes
+    except UnicodeDecodeError:  # the answer is not text, so it is not yes
         agreed = False
     if not sys.stdin.isatty():
-        echo("")  # a pipe shows no answer, and so no end of the question's line
+        echo("")  # the answer from a pipe is not shown, so the question's line has no end
     if not agreed:
         raise PortwardError(STOPPED)

@@ -13,8 +13,8 @@ from portward.cli.streams import echo
 def run(config: ConfigOption = DEFAULT_PATH) -> None:
     """Enforce the policy on this gateway until stopped.
 
-    SIGHUP reads the configuration again; a bad one is refused and the old one stays in force. SIGTERM stops the
-    agent and leaves ruleset and verdicts in place: nothing opens. `portward rules remove` stops enforcing.
+    SIGHUP reads the configuration again. If it is not valid, the old one stays in force. SIGTERM stops the agent,
+    and the ruleset and the cached verdicts stay in force. `portward rules remove` stops enforcing.
 
     Example: portward run --config /etc/portward/portward.toml
     """
@@ -25,14 +25,15 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
 
 def check(
     without_store: Annotated[
-        bool, typer.Option("--without-store", help="Do not ask for the store, which a later start does without.")
+        bool, typer.Option("--without-store", help="Do not check the store, which a restart does not need.")
     ] = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
-    """Check configuration, preset, policy table, store and whether the kernel takes the ruleset.
+    """Check configuration, preset, policy table and store, and whether the kernel accepts the ruleset.
 
-    Nothing is changed. Exit code 0: `portward run` would begin; 2: a mistake in a file; 1: the kernel refuses, or
-    the policy table is damaged. --without-store leaves out the table too, which takes seconds if it is large.
+    Changes nothing. Exit code 0: `portward run` would start; 2: a mistake in a file; 1: the kernel refuses the
+    ruleset, or the policy table is damaged. --without-store skips the table too, which takes seconds if it is
+    large.
 
     Example: portward check --config ./portward.toml
     """

@@ -1,8 +1,9 @@
-"""What a verb prints, on every terminal: no character, and no state of the streams, ends a verb that has written.
+"""The output of verbs. Neither a character nor the state of the streams can make a verb fail after it has written
+to the store.
 
-Everything that a verb prints goes through here. Texts of others are escaped (`characters`); what the terminal's
-encoding lacks is printed as what looks like it, or as an escape; and a stream that cannot be written to is an
-`OutputError`, so that the program can say whether the verb did its work.
+All output goes through here. Untrusted texts are escaped (`characters`). A character that the terminal's encoding
+lacks is printed as a similar one, or as an escape. A stream that cannot be written raises `OutputError`, so that
+the program can report whether the verb has written to the store.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from portward.config.documents import enc_hook
 
 _ERRORS: Final = "portward"
 _STREAMS: Final = 3
-# The newest revision that this process has written; none yet.
+# The newest revision that this process has written; empty before the first one.
 _revisions: list[int] = []
 
 
 class OutputError(Exception):
-    """Standard output or standard error takes nothing more; `reason` is the system's error."""
+    """Standard output or standard error cannot be written; `reason` is the system's error."""
 
     def __init__(self, reason: OSError) -> None:
         super().__init__(str(reason))
@@ -35,9 +36,9 @@ class OutputError(Exception):
 
 
 def prepare() -> None:
-    """Makes standard output and error take every character. Called once, before anything is opened: a closed
-    stream's number is given to /dev/null, because else the next file that is opened (the store) gets it, and
-    whatever a library prints is written into that."""
+    """Makes standard output and error accept every character. Called once, before any file is opened: if a
+    standard stream is closed, /dev/null takes its number. Otherwise the next file that is opened, the store, would
+    get the number, and the output of libraries would be written into it."""
     _revisions.clear()
     for number in range(_STREAMS):
         try:
@@ -53,7 +54,7 @@ def prepare() -> None:
 
 
 def echo(line: str, *, err: bool = False) -> None:
-    """Prints one line; what would make another of it is escaped."""
+    """Prints one line. Line breaks and other unshown characters are escaped."""
     _write(sys.stderr if err else sys.stdout, f"{shown(line)}\n")
 
 
@@ -73,7 +74,7 @@ def echo_json(value: Any) -> None:
 
 
 def put(text: str) -> None:
-    """Writes a piece of a document for another program: always UTF-8, whatever the locale says."""
+    """Writes a piece of a document for another program: always in UTF-8, whatever the locale is."""
     if sys.stdout is None:
         return
     with _taken():
@@ -86,7 +87,7 @@ def put(text: str) -> None:
 
 
 def flush() -> None:
-    """Hands over what is still buffered."""
+    """Writes out what is still buffered."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             with _taken():
@@ -94,19 +95,19 @@ def flush() -> None:
 
 
 def note_revision(revision: int) -> int:
-    """Notes that the store was changed, as this revision, so that a failure from now on does not look as if
-    nothing had been done. Gives the revision."""
+    """Notes that this process has written a revision, so that the error of a later failure names it. Returns the
+    revision."""
     _revisions[:] = [revision]
     return revision
 
 
 def noted_revision() -> int | None:
-    """The revision that this process has written last; None if it has written none."""
+    """The newest revision that this process has written; None if it has written none."""
     return _revisions[0] if _revisions else None
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    if stream is None:  # closed when the program began: nobody wants to read it
+    if stream is None:  # it was closed when the program started
         return
     with _taken():
         stream.write(text)
@@ -127,8 +128,8 @@ def _is_utf_8(stream: TextIO | None) -> bool:
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
-    """codecs' hook for what an encoding lacks. A stream may also be read with it, if it is a file that a caller of
-    `main` has put in place of standard output."""
+    """The error handler for characters that an encoding lacks (`codecs.register_error`). It also handles decoding
+    errors, because a caller of `main` may have replaced standard output by a file that is read."""
     if not isinstance(error, UnicodeEncodeError):
         replaced, end = codecs.replace_errors(error)
         return str(replaced), end

@@ -9,12 +9,12 @@ from portward.errors import InputError
 
 
 def instant(text: str | None, field: str) -> datetime | None:
-    """A time in UTC from `2027-01-09T12:00:00Z`, or from a day, which stands for its beginning; None for None.
-    Raises InputError that names the field."""
+    """A time in UTC from a text such as `2027-01-09T12:00:00Z`, or from a date, which means its beginning; None
+    for None. Raises InputError with the field."""
     if text is None:
         return None
     found = _read(text, field)
-    # Before it is turned into UTC, in which a time may lie beyond all that Python can hold.
+    # Before the conversion to UTC, in which the time may be out of Python's range.
     if (problem := time_problem(found)) is not None:
         raise InputError(problem, field=field)
     return found.astimezone(UTC)

@@ -1,5 +1,5 @@
-"""Running a verb, so that bad usage is told as every other mistake is: in one line, with the field and what would
-be right. typer would take three, and words of its own."""
+"""Runs a verb, and reports bad usage like every other mistake: in one line, with the field and what would be
+right. typer itself prints three lines in words of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from portward.cli.program import app
 from portward.cli.streams import echo
 from portward.errors import InputError, PortwardError
 
-# typer's words → field and problem, as `portward.errors` has them.
+# typer's texts → field and problem, as in `portward.errors`.
 _MISSING: Final = re.compile(r"Missing (?:argument|option|parameter) (?P<field>'.+')\.")
 _INVALID: Final = re.compile(r"Invalid value for (?P<field>'[^:]+'): (?P<problem>.*)", re.DOTALL)
 _WORDS: Final = tuple(
@@ -35,7 +35,7 @@ _WORDS: Final = tuple(
 
 
 def run() -> int:
-    """Runs the verb that the command line names, and gives the exit code; raises PortwardError."""
+    """Runs the verb that the command line names, and returns the exit code. Raises PortwardError."""
     drop_unreadable_variables()
     try:
         code = app(_words(sys.argv[1:]), prog_name="portward", standalone_mode=False)
@@ -47,17 +47,17 @@ def run() -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group without a verb: its help
             raised.show()
             return int(raised.exit_code)
-        raise InputError(_told(raised.format_message()) + _help(getattr(raised, "ctx", None))) from None
+        raise InputError(_reworded(raised.format_message()) + _help(getattr(raised, "ctx", None))) from None
     return code if isinstance(code, int) else 0
 
 
 def _words(given: list[str]) -> list[str]:
-    """The words of the command line; `help VERB` is `VERB --help`."""
+    """The words of the command line, with `help VERB` as `VERB --help`."""
     return [*given[1:], "--help"] if given[:1] == ["help"] else given
 
 
-def _told(message: str) -> str:
-    """typer's message in our words, the field first."""
+def _reworded(message: str) -> str:
+    """typer's message in portward's words, with the field first."""
     if found := _MISSING.match(message):
         return f"{_field(found['field'])}: is missing"
     if found := _INVALID.match(message):

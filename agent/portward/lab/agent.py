@@ -1,4 +1,5 @@
-"""The real agent on a lab's gateway, driven as an operator would: by its program, its files and its signals."""
+"""The real agent on a lab's gateway, operated as an operator would: with its program, its files and its
+signals."""
 
 from __future__ import annotations
 
@@ -24,15 +25,15 @@ from portward.model import Record
 from portward.store.codec import key_of
 
 PROGRAM: Final = (*PYTHON, "-m", "portward")
-_START_SECONDS: Final = 60.0  # seconds; generous, as in `until`
-# A series that is there as soon as the agent has counted, and how long a reader waits for it.
+_START_S: Final = 60.0  # generous, as in `until`
+# A series that appears when the agent has counted for the first time, and how long a reader waits for it.
 _COUNTED: Final = 'portward_divergence_total{kind="ruleset"}'
-_COUNTED_SECONDS: Final = 5.0
+_COUNTED_S: Final = 5.0
 _METRICS: Final = "127.0.0.1:9125"
 
 
 class Place(Protocol):
-    """Where an agent can run: a lab, or another set of namespaces, of which `gateway` is the agent's."""
+    """A place where an agent can run: a lab, or another set of namespaces. `gateway` is the agent's namespace."""
 
     gateway: str
 
@@ -44,10 +45,10 @@ class Agent:
     """`portward run` in the gateway of a lab, with its files in `folder`."""
 
     def __init__(self, lab: Place, folder: Path, **settings: Any) -> None:
-        """`settings` go into portward.toml, tables as dicts."""
+        """`settings` are keys of portward.toml; a table is a dict."""
         self.lab, self.folder = lab, folder
         self.config, self.log = folder / "portward.toml", folder / "portward.log"
-        # Words that stand before the program and become it, as in `env LC_ALL=C portward run`.
+        # A command before the program's, which executes the program: `env LC_ALL=C portward run`.
         self.before: tuple[str, ...] = ()
         self.process: subprocess.Popen[bytes] | None = None
         self._notified: socket.socket | None = None
@@ -55,7 +56,7 @@ class Agent:
         self.configure(**settings)
 
     def configure(self, **settings: Any) -> None:
-        """Writes portward.toml with these settings on top of those before."""
+        """Writes portward.toml. The settings replace or add to the earlier ones."""
         base = {
             "segments": ["vni*"],
             "uplinks": ["up0"],
@@ -70,11 +71,11 @@ class Agent:
         *,
         wait: bool = True,
         detached: bool = False,
-        seconds: float = _START_SECONDS,
+        seconds: float = _START_S,
         within: Sequence[str] = (),
     ) -> None:
-        """Starts the daemon and, with `wait`, returns when it says that it is ready; raises PortwardError with
-        what it said else. `within`: a program, with its arguments, that becomes the daemon's command."""
+        """Starts the daemon and, with `wait`, returns when it reports that it is ready. Raises PortwardError, with
+        its last line of output, if it does not. `within`: a command that executes the daemon's command."""
         self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         path = self.folder / "notify.sock"
         path.unlink(missing_ok=True)
@@ -88,25 +89,25 @@ class Agent:
             self._wait_ready(seconds)
 
     def reload(self) -> None:
-        """SIGHUP, and waits until the daemon has read its configuration again."""
+        """Sends SIGHUP, and waits until the daemon has read its configuration again."""
         self._signal(signal.SIGHUP)
         self._wait_ready()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Ends the daemon and gives its exit code; idempotent."""
+        """Stops the daemon with a signal, and returns its exit code. Idempotent."""
         if self.process is None:
             return 0
         if self.process.poll() is None:
             self._signal(number)
-        code = self.process.wait(_START_SECONDS)
+        code = self.process.wait(_START_S)
         if self._notified is not None:
             self._notified.close()
         return code
 
     @property
     def notified(self) -> socket.socket:
-        """Where the daemon's words to the service manager arrive; after a start only."""
-        assert self._notified is not None  # noqa: S101 # tells the type checker
+        """The socket that receives the daemon's messages to the service manager; only after a start."""
+        assert self._notified is not None  # noqa: S101 # for the type checker
         return self._notified
 
     def portward(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -115,8 +116,8 @@ class Agent:
         return namespaces.run(self.lab.gateway, verb, text=text)
 
     def apply(self, *records: Record, prune: bool = False, confirm: bool = False) -> int:
-        """Applies records and waits until the daemon enforces them; gives the revision. `confirm`: however many
-        subscriptions flip."""
+        """Applies records, waits until the daemon enforces them, and returns the revision. `confirm`: with
+        `--confirm`, however many subscriptions flip."""
         lists: dict[str, list[Record]] = {}
         for record in records:
             lists.setdefault(key_of(record).partition("/")[0], []).append(record)
@@ -131,11 +132,11 @@ class Agent:
         return revision
 
     def revision(self) -> int:
-        """The revision that the daemon enforces, by its own metrics."""
+        """The revision that the daemon enforces, from its metrics."""
         return int(self.metrics().get("portward_enforced_revision", 0))
 
     def explain(self, segment: str, address: str, *more: str) -> dict[str, Any]:
-        """What `portward explain --json` says."""
+        """The output of `portward explain --json`."""
         result = self.portward("explain", segment, address, *more, "--json")
         if result.returncode:
             raise PortwardError(f"explain: {result.stderr.strip()}")
@@ -143,9 +144,9 @@ class Agent:
         return answer
 
     def metrics(self) -> dict[str, float]:
-        """All metrics, scraped from the gateway's own loopback, once the agent has counted. Until then, for less
-        than a second after its start, series with labels are missing."""
-        deadline = time.monotonic() + _COUNTED_SECONDS
+        """All metrics, scraped in the gateway's namespace, after the agent has counted for the first time. Before
+        that, for less than a second after its start, series with labels are missing."""
+        deadline = time.monotonic() + _COUNTED_S
         while _COUNTED not in (found := self._scraped()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return found
@@ -160,27 +161,28 @@ class Agent:
 
     def _signal(self, number: int) -> None:
         if self.process is None or self.process.poll() is not None:
-            raise PortwardError(f"portward does not run: {self._last_words()}")
+            raise PortwardError(f"portward does not run: {self._last_line()}")
         self.process.send_signal(number)
 
-    def _wait_ready(self, seconds: float = _START_SECONDS) -> None:
+    def _wait_ready(self, seconds: float = _START_S) -> None:
         assert self._notified is not None and self.process is not None  # noqa: S101, PT018 # after a start only
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if select.select([self._notified], [], [], 0.05)[0] and b"READY=1" in self._notified.recv(4096):
                 return
             if self.process.poll() is not None:
-                raise PortwardError(f"portward ended: {self._last_words()}")
-        raise PortwardError(f"portward was not ready within {seconds:.0f} s: {self._last_words()}")
+                raise PortwardError(f"portward ended: {self._last_line()}")
+        raise PortwardError(f"portward was not ready within {seconds:.0f} s: {self._last_line()}")
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         lines = self.log.read_text("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
 
 def until(true: Callable[[], object], what: str, *, seconds: float = 60.0, every_s: float = 0.01) -> None:
-    """Polls `true` until what it returns is true; raises TimeoutError that names `what` after this many seconds.
-    The deadline is generous: it costs nothing when things work, and other programs may keep the machine busy."""
+    """Calls `true` until it returns a true value. Raises TimeoutError with `what` after this many seconds. The
+    deadline is generous, because it costs nothing in the normal case, and other programs may keep the machine
+    busy."""
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""`make demo`: real mail through a real gateway, act by act, with what was expected beside what happened."""
+"""`make demo`: real mail through a real gateway, act by act, with the expected result beside the real one."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _IDS: Final = {
     CONTOSO: UUID("11111111-0000-4000-8000-000000000001"),
     FABRIKAM: UUID("11111111-0000-4000-8000-000000000002"),
 }
-# Wide enough for a row on one line where no terminal says how wide it is.
+# Columns, if there is no terminal: wide enough for a row on one line.
 _WIDTH: Final = 120
 _LOCKS: Final = Path("/run/portward-lab")
 _GRANTED: Final = datetime(2026, 1, 9, 12, tzinfo=UTC)
-# Customers without a machine here: one whose request a person reviews, one whose offer can never be exempt.
+# Customers without a machine here: a person reviews the request of the first, and the second can never be exempt.
 _REVIEWED: Final = UUID("11111111-0000-4000-8000-000000000003")
 _NEVER: Final = UUID("11111111-0000-4000-8000-000000000004")
 
 
 class Act(NamedTuple):
-    """An act of the demo."""
+    """An act of the demo: its title, the expected and the real result, and whether they agree."""
 
     what: str
     expected: str
@@ -51,8 +51,8 @@ class Act(NamedTuple):
 
 
 def records() -> tuple[Record, ...]:
-    """Two customers with the same address: one whose offer may send, one whose offer may not. And two more for the
-    other ways to an exemption."""
+    """Two customers with the same address: the offer of the first may send, that of the second may not. And two
+    more for the other ways to an exemption."""
     return (
         Subscription(
             id=_IDS[CONTOSO], name="contoso-prod", offer="enterprise-agreement", created=date(2021, 3, 2)
@@ -72,7 +72,7 @@ def records() -> tuple[Record, ...]:
 
 
 def attachments(tenant: Tenant, started: datetime = _GRANTED - timedelta(days=30)) -> tuple[Record, ...]:
-    """A tenant's machine, by both its addresses, last started at `started`."""
+    """The attachments of a tenant's machine, one for each address, last started at `started`."""
     return tuple(
         Attachment(segment=tenant.segment, address=ip_network(address), subscription=_IDS[tenant], started=started)
         for address in (tenant.address4, tenant.address6)
@@ -80,7 +80,7 @@ def attachments(tenant: Tenant, started: datetime = _GRANTED - timedelta(days=30
 
 
 def exemption(limit: RateLimit | None = None) -> Exemption:
-    """A grant for the one that may not send without, from before its machine was started."""
+    """A grant for fabrikam, which needs one, from before its machine was started."""
     return Exemption(
         subscription=_IDS[FABRIKAM], state=ExemptionState.GRANTED, requested=_GRANTED, decided=_GRANTED, by="demo",
         limit=limit,
@@ -89,7 +89,7 @@ def exemption(limit: RateLimit | None = None) -> Exemption:
 
 @contextmanager
 def stage(lab: Lab, folder: Path) -> Iterator[tuple[Agent, Postbox]]:
-    """A lab with its mail servers and the agent, both running; the lab itself must be up."""
+    """Runs the mail servers and the agent in a lab that is up."""
     postbox = Postbox(folder / "mail.jsonl")
     server = start_mail(lab, postbox)
     agent = Agent(lab, folder)
@@ -104,14 +104,14 @@ def stage(lab: Lab, folder: Path) -> Iterator[tuple[Agent, Postbox]]:
 
 
 def start_mail(lab: Lab, postbox: Postbox, *, detached: bool = False) -> subprocess.Popen[bytes]:
-    """Starts the mail servers and waits until they listen; raises PortwardError. What they say on stderr goes
-    into a log beside the postbox: a server that outlives this process must not hold its terminal or pipe."""
+    """Starts the mail servers, and waits until they listen. Raises PortwardError. Their stderr is a log file
+    beside the postbox, because a server that outlives this process must not keep its terminal or pipe open."""
     with postbox.path.with_suffix(".log").open("ab") as log:
         server = namespaces.start(
             lab.internet, [*PYTHON, "-m", "portward.lab.mail", str(postbox.path)],
             stdout=subprocess.PIPE, stderr=log, detached=detached,
         )  # fmt: skip
-    assert server.stdout is not None  # noqa: S101 # asked for
+    assert server.stdout is not None  # noqa: S101 # opened as a pipe above
     if server.stdout.readline().strip() != READY.encode():
         server.kill()
         raise PortwardError("the lab's mail servers did not start: is portward installed with its [lab] extra?")
@@ -119,13 +119,14 @@ def start_mail(lab: Lab, postbox: Postbox, *, detached: bool = False) -> subproc
 
 
 class Demo:
-    """The acts, played on a stage."""
+    """All acts."""
 
-    def __init__(self, lab: Lab, agent: Agent, postbox: Postbox, tell: Callable[[Act], None]) -> None:
-        self._lab, self._agent, self._postbox, self._tell = lab, agent, postbox, tell
+    def __init__(self, lab: Lab, agent: Agent, postbox: Postbox, show: Callable[[Act], None]) -> None:
+        """`show` is called with each act when it has ended."""
+        self._lab, self._agent, self._postbox, self._show = lab, agent, postbox, show
 
     def play(self) -> None:
-        """All acts, in order."""
+        """Plays all acts in order."""
         self._mail("Enterprise Agreement, port 25", CONTOSO, Fate.DELIVERED)
         self._mail("Pay-As-You-Go of 2022, port 25, the same 10.0.0.4", FABRIKAM, Fate.TIMED_OUT)
         self._mail("the same customer through a relay, port 587", FABRIKAM, Fate.DELIVERED, port=587)
@@ -147,7 +148,7 @@ class Demo:
         self._counters()
 
     def _other_ways(self) -> None:
-        """Who needs no exemption, who never gets one, and who waits for a person."""
+        """Requests of customers that need no exemption, never get one, or wait for a person."""
         self._verb("asks for an exemption: not needed", "none is needed", "request", _IDS[CONTOSO])
         self._verb("asks for an exemption: never", "can never be exempt", "request", _NEVER)
         self._verb("… review, without a reason", "wants to know more", "request", _REVIEWED)
@@ -157,12 +158,12 @@ class Demo:
         self._verb("… granted after one", "granted", "grant", _REVIEWED, "--fraud-check", "called back")
 
     def _exemption(self) -> None:
-        """Self-service: granted at once, and it counts once the machine was restarted."""
+        """Self-service: granted at once, and valid after a restart of the machine."""
         self._verb("asks for an exemption: self-service", "granted", "request", _IDS[FABRIKAM])
         self._mail("exemption granted, machine not restarted", FABRIKAM, Fate.TIMED_OUT)
         self._reason("denied-restart-required")
-        told = self._agent.portward("diagnose", str(_IDS[FABRIKAM]), "--customer", "--lang", "en").stdout
-        self._found("portward diagnose, for the customer", "stop the virtual machine and start it again", told)
+        letter = self._agent.portward("diagnose", str(_IDS[FABRIKAM]), "--customer", "--lang", "en").stdout
+        self._found("portward diagnose, for the customer", "stop the virtual machine and start it again", letter)
         for address in (FABRIKAM.address4, FABRIKAM.address6):
             self._agent.portward("attachment", "started", FABRIKAM.segment, address)
         until(
@@ -173,8 +174,8 @@ class Demo:
         self._reason("allowed-exempt")
 
     def _revocation(self, expected: Fate) -> None:
-        """Revokes the exemption in the middle of an open session. A session whose packets vanish times out; one
-        that is answered with a reset is cut."""
+        """Revokes the exemption in the middle of an open session. The session times out if its packets are
+        dropped, and is cut if they are answered with a reset."""
         session = OpenSession(self._lab, FABRIKAM, MAIL4, 25)
         session.go_on()
         self._verb("revoked with --wait", "enforced after", "revoke", _IDS[FABRIKAM], "--reason", "spam", "--wait")
@@ -185,7 +186,7 @@ class Demo:
         self._reason("denied-revoked")
 
     def _limit(self) -> None:
-        """An exemption that carries a limit."""
+        """An exemption with a rate limit."""
         self._agent.apply(exemption(RateLimit(per_minute=1, burst=2)))
         for number in ("first", "second"):
             self._mail(f"exempt for two connections: the {number}", FABRIKAM, Fate.DELIVERED)
@@ -193,49 +194,49 @@ class Demo:
         self._agent.apply(exemption())
 
     def _audit(self) -> None:
-        """The log of all that was done is whole."""
+        """The log of everything above is unchanged."""
         result = self._agent.portward("audit")
         self._found("portward audit", "whole", result.stdout + result.stderr)
 
     def _verb(self, what: str, expected: str, verb: str, subscription: UUID, *options: str) -> None:
-        """A verb of `portward exemption`, and what it is to say."""
+        """An act that runs a verb of `portward exemption`, with a part of its expected output."""
         result = self._agent.portward("exemption", verb, str(subscription), *options)
         self._found(what, expected, result.stdout or result.stderr)
 
-    def _found(self, what: str, expected: str, told: str) -> None:
-        """A row for an output that is to hold some words: the rest of its line is shown."""
-        line = next((line for line in told.splitlines() if expected in line), told.strip() or "nothing")
+    def _found(self, what: str, expected: str, output: str) -> None:
+        """An act with an output that must contain `expected`. Shows the rest of that line."""
+        line = next((line for line in output.splitlines() if expected in line), output.strip() or "nothing")
         place = line.find(expected)
         happened = re.split(r"[:,]", line[place:])[0] if place >= 0 else line
-        self._tell(Act(what, expected, happened, expected in told))
+        self._show(Act(what, expected, happened, expected in output))
 
     def _mail(self, what: str, tenant: Tenant, expected: Fate, *, server: str = MAIL4, port: int = 25) -> None:
         self._row(what, expected, send(self._lab, tenant, server, port, self._postbox))
 
     def _row(self, what: str, expected: Fate, outcome: Outcome) -> None:
-        self._tell(Act(what, expected, str(outcome), outcome.fate is expected))
+        self._show(Act(what, expected, str(outcome), outcome.fate is expected))
 
     def _reason(self, expected: str) -> None:
         found = self._agent.explain(FABRIKAM.segment, FABRIKAM.address4)["reason"]
-        self._tell(
+        self._show(
             Act(f"portward explain {FABRIKAM.segment} {FABRIKAM.address4}", expected, found, found == expected)
         )
 
     def _counters(self) -> None:
-        """The kernel's counters reach the metrics by subscription: what was denied is there."""
+        """The metrics by subscription contain the denied packets, which the kernel counts."""
         name = f'portward_subscription_packets_total{{subscription="{_IDS[FABRIKAM]}",verdict="deny"}}'
         until(lambda: self._agent.metrics().get(name, 0) > 0, "the denied packets in the metrics")
         count = self._agent.metrics()[name]
-        self._tell(Act("packets denied to fabrikam, in the metrics", "some", f"{count:.0f}", count > 0))
+        self._show(Act("packets denied to fabrikam, in the metrics", "some", f"{count:.0f}", count > 0))
 
 
 @contextmanager
 def alone(lab: Lab) -> Iterator[None]:
-    """While it lasts, no other demo runs in a lab of this name: each would remove the other's namespaces. Raises
-    PortwardError if there is one."""
+    """Within this context, no other demo runs in a lab with this name, because each would remove the namespaces of
+    the other. Raises PortwardError if one runs already."""
     namespaces.require_root()
     _LOCKS.mkdir(parents=True, exist_ok=True)
-    # The file stays: if it were removed, two could each lock one of this name.
+    # The file is never removed: otherwise two demos could each lock a file with this name.
     with (_LOCKS / f"{lab.name}.lock").open("a+b") as file:
         if not locks.try_lock(file.fileno()):
             raise PortwardError(
@@ -246,7 +247,7 @@ def alone(lab: Lab) -> Iterator[None]:
 
 
 def run(name: str, *, keep: bool = False) -> bool:
-    """Plays the demo in a lab of this name and prints what happened; True where it was all as expected. Raises
+    """Plays the demo in a lab with this name, and prints the results. Returns whether all are as expected. Raises
     PortwardError, also if another demo runs there."""
     lab = Lab(name)
     with alone(lab):
@@ -266,11 +267,11 @@ def _run(lab: Lab, *, keep: bool) -> bool:
             try:
                 with console.status("") as line:
 
-                    def tell(row: Act) -> None:
+                    def show(row: Act) -> None:
                         rows.append(row)
                         line.update(f"{row.what}: {row.happened}")
 
-                    Demo(lab, agent, postbox, tell).play()
+                    Demo(lab, agent, postbox, show).play()
             finally:
                 console.print(_table(rows))
             _epilogue(console, agent)
@@ -284,15 +285,15 @@ def _run(lab: Lab, *, keep: bool) -> bool:
 
 
 def _epilogue(console: Console, agent: Agent) -> None:
-    """The counters, and the two customers' answers to "why can't I send mail?"."""
+    """Prints the counters, and for each customer the answer to "why can't I send mail?"."""
     console.print("\nWhat the agent counted:")
     for metric, value in sorted(agent.metrics().items()):
         if "_total" in metric and value:
             console.print(f"  {metric} {value:.0f}", highlight=False, soft_wrap=True)
     for tenant in (FABRIKAM, CONTOSO):
         console.print(f"\n$ portward explain {tenant.segment} {tenant.address4}")
-        told = agent.portward("explain", tenant.segment, tenant.address4).stdout
-        console.print(told.rstrip(), highlight=False, soft_wrap=True)
+        answer = agent.portward("explain", tenant.segment, tenant.address4).stdout
+        console.print(answer.rstrip(), highlight=False, soft_wrap=True)
     console.print()
 
 
@@ -306,5 +307,5 @@ def _table(rows: list[Act]) -> Table:
 
 
 def sample_inventory() -> str:
-    """The demo's inventory as YAML, for a lab that is left standing."""
+    """The demo's inventory as YAML, for a lab that keeps running."""
     return "".join(yaml_text({key_of(record): encode(record) for record in records()}))

@@ -1,7 +1,7 @@
 """Real mail for the lab: SMTP servers on the Internet side, and tenants that send to them.
 
-Server, in the namespace of the Internet side: `python -m portward.lab.mail FILE`. It listens on ports 25 and
-587, IPv4 and IPv6, writes each message that it took as a line of JSON to FILE, and prints `ready`.
+The server runs in the namespace of the Internet side: `python -m portward.lab.mail FILE`. It listens on ports 25
+and 587, IPv4 and IPv6, prints `ready`, and writes each message that it accepts to FILE, as a line of JSON.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ READY: Final = "ready"
 
 
 class Fate(StrEnum):
-    """What became of a mail."""
+    """What happened to a mail."""
 
     DELIVERED = "delivered"
     TIMED_OUT = "timed out"
     REFUSED = "refused"
-    CUT = "cut"  # the session ended while the mail was on its way
+    CUT = "cut"  # the session ended before the mail was delivered
 
 
 class Outcome(NamedTuple):
-    """A mail's fate, and the seconds until it was known."""
+    """The fate of a mail, and the seconds until it was known."""
 
     fate: Fate
     seconds: float
@@ -43,13 +43,13 @@ class Outcome(NamedTuple):
 
 
 class Postbox:
-    """The messages that the server took."""
+    """The messages that the server has accepted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def messages(self) -> list[dict[str, Any]]:
-        """All of them, oldest first."""
+        """All messages, oldest first."""
         return (
             [json.loads(line) for line in self.path.read_text("utf-8").splitlines()] if self.path.exists() else []
         )
@@ -60,8 +60,8 @@ class Postbox:
 
 
 def send(lab: Lab, tenant: Tenant, server: str, port: int, postbox: Postbox, *, timeout: float = 3.0) -> Outcome:
-    """Sends a mail from a tenant's machine by SMTP; it counts as delivered once the server's own record of it
-    is there. `timeout` in seconds, for each step of the session."""
+    """Sends a mail from a tenant's machine by SMTP. It counts as delivered only if it is in the postbox. `timeout`
+    is in seconds, for each step of the session."""
     id_, began = uuid.uuid4().hex, time.monotonic()
     try:
         with lab.as_tenant(tenant), smtplib.SMTP(server, port, timeout=timeout) as session:
@@ -81,7 +81,7 @@ class OpenSession:
     """An SMTP session that stays open in the middle of a mail."""
 
     def __init__(self, lab: Lab, tenant: Tenant, server: str, port: int, *, timeout: float = 3.0) -> None:
-        """Connects, and goes as far as the mail's text; raises OSError."""
+        """Connects, and sends all commands before the text of the mail; raises OSError."""
         with lab.as_tenant(tenant):
             self._session = smtplib.SMTP(server, port, timeout=timeout)
         self._session.ehlo()
@@ -91,22 +91,22 @@ class OpenSession:
         self._id = uuid.uuid4().hex
 
     def go_on(self) -> None:
-        """Sends some more of the mail's text; raises OSError where the session was reset."""
+        """Sends a line of the mail's text; raises OSError if the session was reset."""
         self._session.send(f"line {time.monotonic()}\r\n")
 
     def close(self) -> None:
-        """Hangs up in the middle of the mail."""
+        """Closes the connection in the middle of the mail."""
         self._session.close()
 
     def finish(self, postbox: Postbox) -> Outcome:
-        """Ends the mail, and tells what became of it."""
+        """Ends the mail, and returns what happened to it."""
         began = time.monotonic()
         try:
             self._session.send(f"id {self._id}\r\n.\r\n")
             self._session.getreply()
             fate = Fate.DELIVERED if postbox.holds(self._id) else Fate.CUT
         except (OSError, smtplib.SMTPException) as error:
-            # smtplib tells a reply that did not come in time as a disconnection, with the time-out behind it.
+            # smtplib reports a timeout as a disconnection, with the TimeoutError as its context.
             silent = isinstance(error, TimeoutError) or isinstance(error.__context__, TimeoutError)
             fate = Fate.TIMED_OUT if silent else Fate.CUT
         self._session.close()
@@ -114,11 +114,11 @@ class OpenSession:
 
 
 async def serve(path: Path) -> None:
-    """Takes mail on all of `PORTS` until it is ended."""
+    """Accepts mail on all of `PORTS` until the process is killed."""
     from aiosmtpd.smtp import SMTP, Envelope, Session  # noqa: PLC0415 # only the server's side needs it
 
     class Recorder:
-        """Writes down each message that was taken, and on which port."""
+        """Appends each accepted message, with its port, to the file."""
 
         def __init__(self, port: int) -> None:
             self._port = port

@@ -1,7 +1,6 @@
-"""Network namespaces for the lab: made, entered and removed. Everything here needs root.
+"""Makes, enters and removes network namespaces for the lab. Everything here needs root.
 
-Packets stay inside: a namespace has no link to the machine's own network unless somebody gives it one, and
-nothing here does.
+No packet leaves the machine: a new namespace has no link to the machine's own network, and nothing here adds one.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _TIMEOUT: Final = 30.0
 
 
 def require_root() -> None:
-    """Raises KernelError where namespaces cannot be made: not root, or `ip` and `nft` are missing."""
+    """Raises KernelError if namespaces cannot be made: the user is not root, or `ip` or `nft` is missing."""
     if os.geteuid() != 0:
         raise KernelError("the lab makes network namespaces, and that needs root: try sudo")
     for program in ("ip", "nft"):
@@ -45,7 +44,7 @@ def make(name: str) -> None:
 
 
 def remove(name: str) -> None:
-    """Removes a namespace and everything in it; processes in it are ended first."""
+    """Kills all processes in a namespace, and removes it."""
     found = subprocess.run(
         ["ip", "netns", "pids", name],
         capture_output=True,
@@ -60,7 +59,7 @@ def remove(name: str) -> None:
 
 
 def ip(*arguments: str) -> None:
-    """Runs `ip`; raises KernelError with what it said."""
+    """Runs `ip`; raises KernelError with its error text."""
     _call(["ip", *arguments])
 
 
@@ -82,7 +81,7 @@ def sysctl(namespace: str, *settings: str) -> None:
 def run(
     namespace: str, argv: Sequence[str], *, text: str | None = None, timeout: float = _TIMEOUT
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program in a namespace to its end; raises subprocess.TimeoutExpired."""
+    """Runs a program in a namespace until it exits; raises subprocess.TimeoutExpired after `timeout` seconds."""
     return subprocess.run(
         ["ip", "netns", "exec", namespace, *argv],
         input=text, capture_output=True, encoding="utf-8", errors="backslashreplace", timeout=timeout, check=False,
@@ -98,8 +97,8 @@ def start(
     environment: dict[str, str] | None = None,
     detached: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Starts a program in a namespace. `ip netns exec` becomes the program, so its process id is the program's;
-    `detached`: it goes on when the terminal is closed."""
+    """Starts a program in a namespace. `ip netns exec` executes the program in its own process, so the process id
+    is the program's. `detached`: it goes on when the terminal is closed."""
     return subprocess.Popen(
         ["ip", "netns", "exec", namespace, *argv],
         stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=detached,
@@ -109,7 +108,7 @@ def start(
 
 @contextlib.contextmanager
 def inside(namespace: str) -> Iterator[None]:
-    """The calling thread is in the namespace: sockets that it opens live there, also later."""
+    """Within this context, the calling thread is in the namespace. Sockets that it opens stay there afterwards."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open("/proc/thread-self/ns/net", "rb") as home, open(_FOLDER / namespace, "rb") as there:  # noqa: PTH123 # descriptors
         _enter(libc, there.fileno())

@@ -1,4 +1,4 @@
-"""A lab that is left standing: with mail servers, an agent, its files, and a word on what to type next."""
+"""A lab that keeps running: with mail servers, an agent, its files, and hints on what to type next."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOLDER: Final = Path("/run/portward-lab")
 
 
 def up(name: str) -> Iterator[str]:
-    """Makes the lab `name`, and yields lines that say what stands there; raises PortwardError."""
+    """Makes the lab `name`, and yields lines that describe it. Raises PortwardError."""
     lab = Lab(name)
     namespaces.require_root()
     if lab.standing():
@@ -51,7 +51,7 @@ def up(name: str) -> Iterator[str]:
 
 
 def down(name: str) -> str:
-    """Removes the lab `name` and says so; raises PortwardError where there is none."""
+    """Removes the lab `name`, and returns a line on that. Raises PortwardError if there is none."""
     namespaces.require_root()
     found = Lab(name).down()
     shutil.rmtree(_FOLDER / name, ignore_errors=True)

@@ -6,10 +6,10 @@
     NAME-fabrikam ─ VXLAN 1002 ──┘
       10.0.0.4, 2001:db8:1002::4
 
-Each tenant's namespace is its machine and the host under it: the VXLAN runs over a veth pair to the gateway.
-The gateway translates each segment's IPv4 sources to a public address of its own, since 10.0.0.4 exists twice;
-answers find their segment by a mark in bits 16 and up, set after portward's own bits are gone. IPv6 is routed.
-All addresses of the Internet side are for documentation (RFC 5737, RFC 3849).
+Each tenant's namespace is both its machine and the host of that machine: the VXLAN runs over a veth pair to the
+gateway. The gateway translates the IPv4 sources of each segment to a public address of its own, because 10.0.0.4
+exists twice. Answers find their segment by a mark in bits 16 and up, which is set after portward has cleared its
+own bits. IPv6 is routed. All addresses of the Internet side are for documentation (RFC 5737, RFC 3849).
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A customer's machine: its segment is `vni<vni>`, and both its addresses are in it. `public` is the IPv4
-    address under which the Internet side sees it."""
+    """A customer's machine, with an IPv4 and an IPv6 address in the segment `vni<vni>`."""
 
     name: str
     vni: int
@@ -54,7 +53,7 @@ class Tenant:
 
     @property
     def public(self) -> str:
-        """Its IPv4 address beyond the gateway."""
+        """The IPv4 address that the Internet side sees."""
         return f"{_UPLINK}.{100 + self.vni % 100}"
 
 
@@ -63,10 +62,10 @@ FABRIKAM: Final = Tenant("fabrikam", 1002)
 
 
 class Lab:
-    """The namespaces of one lab. Several can stand side by side under different names."""
+    """The namespaces of one lab. Several labs can exist side by side under different names."""
 
     def __init__(self, name: str = DEFAULT_NAME, tenants: Sequence[Tenant] = (CONTOSO, FABRIKAM)) -> None:
-        """Raises InputError where `name` cannot be a part of the names of namespaces and folders."""
+        """Raises InputError if `name` cannot be part of the names of namespaces and folders."""
         if not _NAME.fullmatch(name):
             raise InputError(
                 f"{name!r} is no name for a lab: up to 32 lower-case letters, digits and '-', a letter first"
@@ -79,7 +78,7 @@ class Lab:
         return f"{self.name}-{tenant.name}"
 
     def up(self) -> None:
-        """Makes it all; what stood before under this name is removed. After a failure nothing is left. Raises
+        """Makes all namespaces, after removing a lab with the same name. Leaves nothing after a failure. Raises
         KernelError."""
         namespaces.require_root()
         self.down()
@@ -96,12 +95,12 @@ class Lab:
             raise
 
     def standing(self) -> list[str]:
-        """The namespaces of this lab that are there now; those of other labs never, however they are called."""
+        """The namespaces of this lab that exist now. Never those of another lab, even if its name begins alike."""
         own = {self.gateway, self.internet, *map(self.home, self.tenants)}
         return [name for name in namespaces.names(f"{self.name}-") if name in own]
 
     def down(self) -> list[str]:
-        """Removes all namespaces of this lab, and ends what runs in them; gives their names. Idempotent."""
+        """Removes all namespaces of this lab, kills the processes in them, and returns their names. Idempotent."""
         found = self.standing()
         for name in found:
             namespaces.remove(name)
@@ -120,7 +119,7 @@ class Lab:
 
     @contextmanager
     def as_tenant(self, tenant: Tenant) -> Iterator[None]:
-        """Sockets opened by this thread are on the tenant's machine."""
+        """Within this context, sockets that this thread opens are on the tenant's machine."""
         with namespaces.inside(self.home(tenant)):
             yield
 
@@ -129,7 +128,7 @@ class Lab:
             self.gateway,
             "net.ipv4.ip_forward=1",
             "net.ipv6.conf.all.forwarding=1",
-            # Overlapping tenants: the way back is not the way that the main table knows.
+            # Tenants overlap, so the route back to a source is not the one in the main table.
             "net.ipv4.conf.all.rp_filter=0",
             "net.ipv4.conf.default.rp_filter=0",
         )
@@ -207,13 +206,14 @@ class Lab:
         )
 
     def _translation(self) -> Iterator[str]:
-        """A zone for each segment's connections, so that equal ones are kept apart; the answers' way back."""
+        """A ruleset with a conntrack zone for each segment, so that equal connections of two segments stay apart,
+        and with marks that route the answers."""
         yield "table inet lab {"
         yield "  chain zones { type filter hook prerouting priority -250; policy accept;"
         for tenant in self.tenants:
             yield f'    iifname "{tenant.segment}" ct original zone set {tenant.vni}'
         yield "  }"
-        # mangle − 1: conntrack has found the answer's connection, and portward's bits are gone.
+        # mangle − 1: conntrack has found the connection of an answer, and portward has cleared its bits.
         yield "  chain back { type filter hook prerouting priority -151; policy accept;"
         for tenant in self.tenants:
             yield f'    iifname "{tenant.segment}" ct mark set {_mark(tenant)}'
@@ -227,7 +227,7 @@ class Lab:
 
 
 def _mark(tenant: Tenant) -> str:
-    """Bits 16 and up: the lower ones are portward's."""
+    """The mark of a tenant's connections, in bits 16 and up, because the lower ones are portward's."""
     return f"{tenant.vni << 16:#x}"
 
 

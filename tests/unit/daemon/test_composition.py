@@ -23,7 +23,7 @@ import msgspec
 import pytest
 
 from portward.base.clock import Clock
-from portward.cli.status import _lines
+from portward.cli.status_text import lines as status_lines
 from portward.config.keys import QueueReader
 from portward.config.load import load_config
 from portward.daemon import composition, config_reload, health, store_watch
@@ -436,7 +436,7 @@ def test_a_worker_that_is_tried_again_does_not_run(running: Running, monkeypatch
 
     async def work() -> None:
         await running.until(lambda: states() == ["answers"], "it answers")
-        lines = _lines(read_status(running.config.table) or {})
+        lines = status_lines(read_status(running.config.table) or {})
         assert any("worker 0 runs" in line for line in lines)
         monkeypatch.setattr(health, "ANSWER_TIMEOUT_S", 0.05)
         free = asyncio.Event()
@@ -449,7 +449,7 @@ def test_a_worker_that_is_tried_again_does_not_run(running: Running, monkeypatch
         running.worker.start = start  # type: ignore[method-assign]
         running.silent = True
         await running.until(lambda: states() == ["trying"], "it is tried again")
-        line = next(line for line in _lines(read_status(running.config.table) or {}) if "worker 0" in line)
+        line = next(line for line in status_lines(read_status(running.config.table) or {}) if "worker 0" in line)
         assert "worker 0 IS DOWN for " in line
         assert "queue 0 cannot be bound: another process has it" in line
         free.set()
@@ -472,7 +472,7 @@ def test_a_revision_that_the_kernel_refuses_is_not_enforced_and_the_status_says_
         await running.until(lambda: told()["revision"] == 2 and told()["ruleset_error"], "the kernel refuses it")
         assert running.number("enforced_revision") == 1
         assert told()["enforced_revision"] == 1
-        lines = _lines(told())
+        lines = status_lines(told())
         assert any(
             "revision 2 in the table, NOT enforced yet: the kernel acts on revision 1" in line for line in lines
         )
@@ -782,6 +782,6 @@ def test_a_job_that_does_not_end_keeps_no_stop_waiting(running: Running) -> None
 
 def _says_stuck(running: Running, lane: str) -> bool:
     """Whether the status begins with the thread that hangs."""
-    return _lines(read_status(running.config.table) or {})[0].startswith(
+    return status_lines(read_status(running.config.table) or {})[0].startswith(
         f"STUCK     the {lane} thread has been at"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from portward.cli import status
+from portward.cli import status, status_text
 from portward.config.keys import Config
 from portward.ops import host
 
@@ -26,7 +26,7 @@ def test_the_stores_own_revision_is_named_whatever_the_agent_has_seen(
     """This includes a store that went back, whose newest revision is an old one."""
     monkeypatch.setattr(host, "behind_store", lambda _: behind)
     found = {"in_step": in_step, "store_error": "", "held": None}
-    assert status._store(found | status._in_step(CONFIG, found)) == told
+    assert status_text.store(found | status._in_step(CONFIG, found)) == told
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_a_store_that_cannot_be_asked_is_what_the_agent_says(
 ) -> None:
     monkeypatch.setattr(host, "behind_store", lambda _: "")
     found = {"in_step": in_step, "store_error": "", "held": None}
-    assert status._store(found | status._in_step(CONFIG, found)) == told
+    assert status_text.store(found | status._in_step(CONFIG, found)) == told

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from portward.base.clock import Clock
-from portward.cli.status import _failing
+from portward.cli.status_text import failing
 from portward.config.keys import Config
 from portward.daemon.intake import Intake, answers
 from portward.daemon.linkfeed import followed
@@ -283,4 +283,4 @@ def test_a_reload_that_failed_is_said_to_wait_for_the_next_one(caplog: pytest.Lo
     steps.record_failure(Step.RELOAD, OverflowError("too large"))
     assert "step reload failed and is retried at the next reload" in caplog.text
     (told,) = steps.failing_now()
-    assert "`systemctl reload portward` tries it again, see the log" in _failing(told)
+    assert "`systemctl reload portward` tries it again, see the log" in failing(told)

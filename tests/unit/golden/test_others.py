@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from portward.base.codes import REASON_NUMBER
-from portward.cli.status import _lines
+from portward.cli.status_text import lines as status_lines
 from portward.daemon.runtime import read_status
 from portward.errors import PortwardError, StoreError
 from portward.ipc.counters import CountersError, WorkerCounters, WorkerEvent
@@ -87,7 +87,7 @@ def test_the_status_of_an_older_agent_can_be_told(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_bytes((FOLDER / "status-1.json").read_bytes())
     told = read_status(tmp_path)
     assert told is not None
-    lines = _lines(told)
+    lines = status_lines(told)
     for line in (
         "HELD      revision 8 would flip the verdict of 21 of 40 subscriptions: `portward apply --confirm` lets "
         "it through",
@@ -95,8 +95,8 @@ def test_the_status_of_an_older_agent_can_be_told(tmp_path: Path) -> None:
         "policy    revision 7, 1000 attachments of 40 subscriptions",
         "store     sqlite:/var/lib/portward/portward.db, in step",
         "queue     nft queue; worker 0 runs (2 restarts)",
-        "kernel    remembers 30 allow, 9 deny",
-        "segment   vni1001: 12 packets to the judged ports",
+        "kernel    caches 30 allow, 9 deny",
+        "segment   vni1001: 12 packets to the policy ports",
         "ruleset   put back once: another program had changed it, or the kernel had refused a change",
     ):
         assert line in lines

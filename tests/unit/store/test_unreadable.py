@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from portward.cli import status
+from portward.cli import status_text
 from portward.daemon import status as daemon_status
 from portward.errors import StoreError
 from portward.ops import check
@@ -85,8 +85,10 @@ def test_more_than_are_known_are_not_said_to_be_all(store: SqliteStore, tmp_path
         follower.step(NOON)
         assert follower.refused == KNOWN + 1
         found = daemon_status._unreadable(list(follower.unreadable.now.values()))
-    assert status._unreadable(found)[0].startswith("records   AT LEAST 1000 RECORDS OF THE STORE CANNOT BE READ")
-    assert status._unreadable(daemon_status._unreadable(["one"]))[0].startswith("records   1 RECORD OF")
+    assert next(status_text.unreadable(found)).startswith(
+        "records   AT LEAST 1000 RECORDS OF THE STORE CANNOT BE READ"
+    )
+    assert next(status_text.unreadable(daemon_status._unreadable(["one"]))).startswith("records   1 RECORD OF")
 
 
 def test_status_names_a_store_that_is_gone_once_and_says_what_stays_in_force(path: Path) -> None:
@@ -94,4 +96,4 @@ def test_status_names_a_store_that_is_gone_once_and_says_what_stays_in_force(pat
     with pytest.raises(NoStoreError) as gone:
         open_store(url)
     told = {"store": url, "store_error": str(gone.value)}
-    assert told["store"] + status._store(told) == f"{gone.value}; the last known policy stays in force"
+    assert told["store"] + status_text.store(told) == f"{gone.value}; the last known policy stays in force"
