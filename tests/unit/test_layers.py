@@ -42,13 +42,14 @@ HOMES = {
 
 # What decides and what checks: no file, no clock, no network, also not through what it imports.
 FREE_OF_IO = (
-    "config/documents.py", "config/toml.py",
+    "cli/exemption_text.py", "cli/status_text.py", "config/documents.py", "config/keys.py", "config/toml.py",
     "dataplane/accounting.py", "dataplane/compiled.py", "dataplane/elements.py", "dataplane/gate.py",
     "dataplane/links.py", "dataplane/nf_tables.py", "dataplane/prefixes.py", "dataplane/rate_limits.py",
     "dataplane/setdump.py", "dataplane/sweep.py", "dataplane/tunnels.py", "dataplane/verdict_cache.py",
-    "exemptions/lifecycle.py", "inventory/difference.py",
+    "exemptions/lifecycle.py", "exemptions/service.py", "i18n/language.py", "inventory/difference.py",
     "inventory/document.py", "inventory/json_document.py", "inventory/records.py", "policy/decide.py",
     "policy/preset.py", "policy/remedy.py", "store/chain.py", "store/codec.py", "store/confirmation.py",
+    "store/flips.py", "store/lookup.py",
     "store/protocol.py", "store/update.py", "store/validity.py", "store/values.py",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from portward.cli.streams import echo, echo_json, note_revision
 from portward.cli.times import instant
 from portward.config.documents import network_text
 from portward.config.load import load_config
-from portward.exemptions.service import ExemptionService
+from portward.exemptions.service import ExemptionService, RecordedStart
 from portward.ops.behind import behind_held
 from portward.policy import presets
 from portward.policy.remedy import reason_text
@@ -55,7 +56,6 @@ def started(
         service = ExemptionService(
             store,
             presets.load(settings.preset, named_in=config),
-            settings,
             actor=actor_name(actor),
             clock=utc_now,
             trust_clock=trust_clock,
@@ -67,12 +67,14 @@ def started(
         shown = {"revision": found.written.revision, "attachment": found.attachment, "reason": found.reason}
         echo_json(shown | ({} if behind is None else {"behind": behind.as_json()}))
         return
-    place = network_text(found.attachment.address)
-    echo(
-        f"{segment} {place}: started {found.attachment.started:%Y-%m-%d %H:%M:%SZ}, "
-        f"as revision {found.written.revision}"
-    )
-    verdict = "may send" if found.reason.allows else "may NOT send"
-    echo(f"  it {verdict}: {reason_text(found.reason)} ({found.reason})")
+    for line in _lines(found):
+        echo(line)
     if behind is not None:
         echo(f"  {behind}")
+
+
+def _lines(found: RecordedStart) -> Iterator[str]:
+    place = f"{found.attachment.segment} {network_text(found.attachment.address)}"
+    yield f"{place}: started {found.attachment.started:%Y-%m-%d %H:%M:%SZ}, as revision {found.written.revision}"
+    verdict = "may send" if found.reason.allows else "may NOT send"
+    yield f"  it {verdict}: {reason_text(found.reason)} ({found.reason})"

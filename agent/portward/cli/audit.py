@@ -17,6 +17,7 @@ from portward.ops import audit as audits
 from portward.ops.audit import Wanted
 from portward.store.backends import open_store
 from portward.store.chain import Check, parse_mark
+from portward.store.protocol import Store
 
 # Issues that are printed. More are only counted.
 _MAX_ISSUES: Final = 100
@@ -69,34 +70,45 @@ def audit(
     Example: portward audit --last 5
     """
     mark = None if expect is None else parse_mark(expect)
-    if since is not None and last is not None:
-        raise InputError("either this or --last, not both", field="--since")
-    if key is not None:
-        audits.check_key(key)
-    given = [name for name, value in (("--since", since), ("--last", last), ("--key", key), ("--actor", actor))
-             if value is not None]  # fmt: skip
-    if only_check and given:
-        raise InputError(f"prints no entries, so {given[0]} says nothing: leave one of them out", field="--check")
-    wanted = None if only_check else Wanted(since, last or _LAST, key, actor)
+    wanted = _wanted(since, last, key, actor, only_check=only_check)
     settings = load_config(config)
     warn_other_store(settings)
     with contextlib.closing(open_store(settings.store)) as store, store.reading():
         check = Check(store, mark)
         if json:
-            told = audits.as_json(store, wanted, check, _MAX_ISSUES)
-            echo_json(told)
-            found = told["findings_total"]
+            shown = audits.as_json(store, wanted, check, _MAX_ISSUES)
+            echo_json(shown)
+            issues = shown["findings_total"]
         else:
             if wanted is not None:
-                line = None
-                for line in audits.lines(store, audits.shown(store, wanted)):
-                    echo(line)
-                if line is None:
-                    echo(audits.nothing(store, wanted))
-            found = _print_issues(check)
-            echo(audits.verdict(check, found))
-    if found:
+                _print_entries(store, wanted)
+            issues = _print_issues(check)
+            echo(audits.verdict(check, issues))
+    if issues:
         raise typer.Exit(1)
+
+
+def _wanted(
+    since: int | None, last: int | None, key: str | None, actor: str | None, *, only_check: bool
+) -> Wanted | None:
+    """The entries to print; None with `--check`. Raises InputError for options that exclude each other."""
+    if since is not None and last is not None:
+        raise InputError("either this or --last, not both", field="--since")
+    if key is not None:
+        audits.check_key(key)
+    options = {"--since": since, "--last": last, "--key": key, "--actor": actor}
+    given = [name for name, value in options.items() if value is not None]
+    if only_check and given:
+        raise InputError(f"prints no entries, so {given[0]} says nothing: leave one of them out", field="--check")
+    return None if only_check else Wanted(since, last or _LAST, key, actor)
+
+
+def _print_entries(store: Store, wanted: Wanted) -> None:
+    line = None
+    for line in audits.lines(store, audits.shown(store, wanted)):
+        echo(line)
+    if line is None:
+        echo(audits.nothing(store, wanted))
 
 
 def _print_issues(check: Check) -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
 
@@ -33,10 +33,11 @@ from portward.cli.times import instant
 from portward.config.keys import Config
 from portward.config.load import load_config
 from portward.errors import InputError, printable
+from portward.exemptions import fraud
 from portward.exemptions.lifecycle import Application, FraudResult, State, state_text
 from portward.exemptions.service import ExemptionChange, ExemptionRow, ExemptionService
 from portward.model import Authentication, Details, Exemption, ExemptionState, FraudCheck
-from portward.ops.behind import behind_held
+from portward.ops.behind import Behind, behind_held
 from portward.ops.enforcement_waiter import EnforcementWaiter
 from portward.policy import presets
 from portward.policy.preset import Preset
@@ -243,7 +244,7 @@ def _revoke_many(
     behind = behind_held(opened.config, revision) if waiter is None else waiter.behind()
     if json:
         found = {"revoked": len(ids), "revision": revision, "enforced_after_ms": texts.milliseconds(took_s)}
-        echo_json(found | texts.behind_json(behind))
+        echo_json(found | _behind_json(behind))
     elif not ids:
         echo(f"nothing to revoke, the store stays at revision {revision}")
     else:
@@ -340,7 +341,12 @@ def _open(path: Path, actor: str | None, *, trust_clock: bool = False) -> Iterat
     warn_other_store(config)
     with closing(open_store(config.store)) as store:
         service = ExemptionService(
-            store, preset, config, actor=actor_name(actor), clock=utc_now, trust_clock=trust_clock
+            store,
+            preset,
+            actor=actor_name(actor),
+            clock=utc_now,
+            trust_clock=trust_clock,
+            check=fraud.checker(config.exemptions),
         )
         yield _Opened(service, config, preset)
 
@@ -378,7 +384,12 @@ def _print_change(
     revision = note_revision(change.written.revision)
     behind = behind_held(opened.config, revision) if waiter is None else waiter.behind()
     if json:
-        echo_json(texts.change_json(change, behind, took_s))
+        echo_json(texts.change_json(change, took_s) | _behind_json(behind))
         return
-    for line in texts.change_lines(change, opened.preset, behind, took_s, limited=limited):
+    for line in texts.change_lines(change, opened.preset, str(behind or ""), took_s, limited=limited):
         echo(line)
+
+
+def _behind_json(behind: Behind | None) -> dict[str, Any]:
+    """The additional keys while the agent here has an earlier revision."""
+    return {} if behind is None else {"behind": behind.as_json()}

@@ -10,7 +10,6 @@ from portward.base.words import counted
 from portward.exemptions.lifecycle import Case, State, no_path, state_of, state_text, useless
 from portward.exemptions.service import ExemptionChange, ExemptionRow
 from portward.model import Details, Exemption, ExemptionState, FraudCheck
-from portward.ops.behind import Behind
 from portward.policy.preset import Preset
 
 
@@ -26,21 +25,19 @@ def row_json(row: ExemptionRow) -> dict[str, Any]:
     }
 
 
-def change_json(change: ExemptionChange, behind: Behind | None, took_s: float | None) -> dict[str, Any]:
-    """A change, for `--json`. `behind` and `took_s` as for `change_lines`."""
+def change_json(change: ExemptionChange, took_s: float | None) -> dict[str, Any]:
+    """A change, for `--json`. `took_s` is as for `change_lines`."""
     exemption, written = change.exemption, change.written
-    return (
-        {"revision": written.revision, "state": state_of(exemption, written.at), "exemption": exemption}
-        | ({} if took_s is None else {"enforced_after_ms": milliseconds(took_s)})
-        | behind_json(behind)
-    )
+    found = {"revision": written.revision, "state": state_of(exemption, written.at), "exemption": exemption}
+    return found if took_s is None else found | {"enforced_after_ms": milliseconds(took_s)}
 
 
 def change_lines(
-    change: ExemptionChange, preset: Preset, behind: Behind | None, took_s: float | None, *, limited: bool
+    change: ExemptionChange, preset: Preset, behind: str, took_s: float | None, *, limited: bool
 ) -> Iterator[str]:
-    """A change, for people. `behind`: the agent here has an earlier revision; `took_s`: after how many seconds the
-    kernel enforced the change, if the verb waited for that; `limited`: only the rate limit was changed."""
+    """A change, for people. `behind`: a text if the agent here has an earlier revision; `took_s`: after how many
+    seconds the kernel enforced the change, if the verb waited for that; `limited`: only the rate limit was
+    changed."""
     exemption, written = change.exemption, change.written
     state = state_of(exemption, written.at)
     name = f" ({change.subscription.name})" if change.subscription.name else ""
@@ -48,7 +45,7 @@ def change_lines(
         f"exemption of {change.subscription.id}{name}: {state_text(state, exemption)}, "
         f"as revision {written.revision}{enforced(took_s)}"
     )
-    if behind is not None:
+    if behind:
         yield f"  {behind}"
     if exemption.reason:
         yield f"  reason    {one_line(exemption.reason)}"
@@ -120,11 +117,6 @@ def owner_text(row: ExemptionRow) -> str:
 def none_listed(total: int) -> str:
     """The line of an empty list, if the store has `total` exemptions."""
     return f"none of {counted(total, 'exemption')} is such a one" if total else "the store has no exemption"
-
-
-def behind_json(behind: Behind | None) -> dict[str, Any]:
-    """The additional keys while the agent here has an earlier revision."""
-    return {} if behind is None else {"behind": behind.as_json()}
 
 
 def enforced(took_s: float | None) -> str:

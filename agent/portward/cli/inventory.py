@@ -73,8 +73,8 @@ def apply(
         bool,
         typer.Option(
             "--confirm",
-            help="Also where more than max_flip_share of all subscriptions flip, or --prune removes all of them. "
-            "Without FILE: let through what the agents hold.",
+            help="Also if more than max_flip_share of all subscriptions flip, or --prune removes all of them. "
+            "Without FILE: let through what the agents hold back.",
         ),
     ] = False,
     actor: ActorOption = None,
@@ -103,18 +103,14 @@ def apply(
         if refused and not dry_run:
             raise PortwardError(f"nothing was written: this {refused}; --dry-run shows it, --confirm applies it")
         revision = plan.revision if dry_run else _write(settings, plan, who, step, confirm=confirm)
-    named = mistyped.segments_of([*plan.change.added, *plan.change.changed])
-    warnings = [*plan.warnings, *(mistyped.warnings(settings, named, mistyped.here()) if named else ())]
-    if confirm and not plan.change.puts() and revision != plan.revision and (unknown := held_unknown(settings)):
-        warnings.append(unknown)
+    warnings = _warnings(settings, plan, revision, confirm=confirm)
     behind = behind_held(settings, revision) if revision != plan.revision and not confirm else None
     if json:
         if refused and held is None:
             warnings.append(f"it {refused}: to be applied with --confirm only")
-        told = _as_json(plan, revision, held, dry_run=dry_run)
-        told |= {} if behind is None else {"behind": behind.as_json()}
-        told |= {"warnings": warnings} if warnings else {}
-        echo_json(told)
+        shown = _as_json(plan, revision, held, dry_run=dry_run)
+        shown |= {} if behind is None else {"behind": behind.as_json()}
+        echo_json(shown | ({"warnings": warnings} if warnings else {}))
         return
     warn(warnings)
     for line in _lines(plan, settings.store, revision, dry_run=dry_run):
@@ -125,6 +121,16 @@ def apply(
         echo(str(behind))
     if refused:
         echo(f"it {refused}: to be applied with --confirm only")
+
+
+def _warnings(settings: Config, plan: _Plan, revision: int, *, confirm: bool) -> list[str]:
+    """The sentences for the operator after a change: those of the plan, segments that are probably mistyped, and
+    whether a confirmation may have been unnecessary."""
+    named = mistyped.segments_of([*plan.change.added, *plan.change.changed])
+    found = [*plan.warnings, *(mistyped.warnings(settings, named, mistyped.here()) if named else ())]
+    if confirm and not plan.change.puts() and revision != plan.revision and (unknown := held_unknown(settings)):
+        found.append(unknown)
+    return found
 
 
 def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
@@ -230,15 +236,15 @@ def _write(settings: Config, plan: _Plan, who: str, step: Step, *, confirm: bool
 
 
 def _as_json(plan: _Plan, revision: int, held: UnconfirmedError | None, *, dry_run: bool) -> dict[str, object]:
-    told: dict[str, object] = {"revision": revision, "dry_run": dry_run, **plan.change.counts()}
-    told |= {"new_store": True} if plan.new else {}
+    shown: dict[str, object] = {"revision": revision, "dry_run": dry_run, **plan.change.counts()}
+    shown |= {"new_store": True} if plan.new else {}
     if dry_run:
-        told["held"] = None if held is None else held.flips._asdict()
-        told["changes"] = [
+        shown["held"] = None if held is None else held.flips._asdict()
+        shown["changes"] = [
             {"key": put.key, "before": _raw(plan.have.get(put.key)), "after": _raw(put.body)}
             for put in plan.change.puts()
         ]
-    return told
+    return shown
 
 
 def _raw(body: str | None) -> msgspec.Raw | None:

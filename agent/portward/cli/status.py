@@ -9,7 +9,7 @@ from portward.cli.status_text import lines
 from portward.cli.streams import echo, echo_json
 from portward.config.keys import Config
 from portward.daemon import settings
-from portward.daemon.runtime import hidden, read_status, running
+from portward.daemon.runtime import age_of, hidden, read_status, running
 from portward.errors import PortwardError
 
 
@@ -26,7 +26,7 @@ def status(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
         echo_json(shown | {"remarks": found.remarks})
         return
     warn(found.remarks)
-    for line in lines(shown):
+    for line in lines(shown, age_of(shown)):
         echo(line)
 
 

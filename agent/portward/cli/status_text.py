@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Any, Final
 
 from portward.base.words import counted, times
-from portward.daemon.runtime import age_of
 
 # The agent writes its status each second. An older one is reported as old.
 _STALE_S: Final = 5.0
@@ -20,13 +19,13 @@ _LONG_S: Final = 1.0
 _Status = dict[str, Any]
 
 
-def lines(status: _Status) -> list[str]:
-    """The lines, the most urgent ones first. `status` is the content of status.json, and `in_step` and
-    `newest`."""
-    return [*_alarms(status), *_summary(status), *_segments(status), *_remarks(status)]
+def lines(status: _Status, age_s: float) -> list[str]:
+    """The lines, the most urgent ones first. `status` is the content of status.json, and `in_step` and `newest`;
+    `age_s` is its age."""
+    return [*_alarms(status, age_s), *_summary(status, age_s), *_segments(status), *_remarks(status)]
 
 
-def _alarms(status: _Status) -> Iterator[str]:
+def _alarms(status: _Status, age_s: float) -> Iterator[str]:
     for line in status.get("stuck", ()):
         yield f"STUCK     {line}"
     for one in status.get("failing", ()):
@@ -37,11 +36,11 @@ def _alarms(status: _Status) -> Iterator[str]:
         yield f"STACKED   {line}"
     if held := status["held"]:
         yield from _held(held)
-    if (age := age_of(status)) > _STALE_S:
-        yield f"this is {age:.0f} s old: the agent does not report"
+    if age_s > _STALE_S:
+        yield f"this is {age_s:.0f} s old: the agent does not report"
 
 
-def _summary(status: _Status) -> Iterator[str]:
+def _summary(status: _Status, age_s: float) -> Iterator[str]:
     yield (
         f"portward {status['version']}, process {status['pid']}, up {_span(_uptime(status))}, "
         f"mode {status['mode']}, preset {status['preset']}"
@@ -54,7 +53,7 @@ def _summary(status: _Status) -> Iterator[str]:
     yield f"queue     {status['queue_path']}; " + ", ".join(map(_worker, status["workers"]))
     cached = ", ".join(f"{n} {name}" for name, n in status["remembered"].items() if n)
     yield f"kernel    caches {cached or 'no verdict'}"
-    yield _self_check(status["self_check"], age_of(status))
+    yield _self_check(status["self_check"], age_s)
     guard = status.get("guard")
     if guard and guard["loaded"]:
         yield f"guard     loaded, forwarded packets get a verdict again: {'; '.join(guard['why'])}"

@@ -3,6 +3,6 @@
 What always holds: an action is decided on the records that it replaces, and a grant needs either self-service or
 an anti-fraud check that was passed.
 
-In reading order: `lifecycle`, the states and actions (pure) · `service`, the verbs on a store · `fraud`, runs the
-provider's anti-fraud check.
+In reading order: `lifecycle`, the states and actions (pure) · `service`, the verbs on a store (pure) · `fraud`,
+runs the provider's anti-fraud check.
 """

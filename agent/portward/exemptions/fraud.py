@@ -16,13 +16,15 @@ import select
 import signal
 import subprocess
 import time
+from functools import partial
 from typing import BinaryIO, Final
 
 import msgspec
 
 from portward.config.documents import enc_hook
+from portward.config.keys import Exemptions
 from portward.errors import printable
-from portward.exemptions.lifecycle import Application, Case, FraudResult
+from portward.exemptions.lifecycle import Application, Case, FraudChecker, FraudResult
 from portward.model import FraudCheck
 
 # A longer answer counts as a failure of the command. An answer has two short fields.
@@ -34,6 +36,11 @@ _MAX_NOTE_CHARS: Final = 500
 class _Answer(msgspec.Struct, frozen=True):
     result: FraudCheck
     note: str = ""
+
+
+def checker(settings: Exemptions) -> FraudChecker | None:
+    """The check that the configuration names; None if it names none."""
+    return partial(check, settings.check, settings.check_seconds) if settings.check else None
 
 
 def check(command: tuple[str, ...], seconds: float, case: Case, asked: Application, by: str) -> FraudResult:

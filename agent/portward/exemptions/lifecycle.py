@@ -13,9 +13,10 @@ Each action returns the new record for the store, or raises RefusedError with th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from msgspec.structs import replace
 
@@ -87,6 +88,10 @@ class FraudResult(NamedTuple):
 
     result: FraudCheck
     note: str = ""
+
+
+# Runs an anti-fraud check for a request by the named actor; never raises.
+FraudChecker: TypeAlias = Callable[[Case, Application, str], FraudResult]
 
 
 _REFUSED: Final = {

@@ -15,10 +15,9 @@ from msgspec.structs import replace
 
 from portward.base.limits import CLOCK_DRIFT
 from portward.config.documents import network_text
-from portward.config.keys import Config
 from portward.errors import InputError, PortwardError
-from portward.exemptions import fraud, lifecycle
-from portward.exemptions.lifecycle import Application, Case, FraudResult, RefusedError, State
+from portward.exemptions import lifecycle
+from portward.exemptions.lifecycle import Application, Case, FraudChecker, FraudResult, RefusedError, State
 from portward.inventory.records import mistakes
 from portward.model import Address, Attachment, Exemption, RateLimit, Reason, Subscription
 from portward.policy.decide import decide
@@ -68,14 +67,15 @@ class ExemptionService:
         self,
         store: Store,
         preset: Preset,
-        config: Config,
         *,
         actor: str,
         clock: Callable[[], datetime],
         trust_clock: bool = False,
+        check: FraudChecker | None = None,
     ) -> None:
-        """`actor` is the name for the log. `clock` returns the time in UTC."""
-        self.store, self._preset, self._config = store, preset, config
+        """`actor` is the name for the log. `clock` returns the time in UTC. `check` runs the provider's anti-fraud
+        check; None if there is none."""
+        self.store, self._preset, self._fraud_check = store, preset, check
         self._actor, self._clock, self._trust_clock = actor, clock, trust_clock
 
     def request(self, id_: UUID, asked: Application) -> ExemptionChange:
@@ -182,10 +182,9 @@ class ExemptionService:
         runs before the write, because it may take minutes."""
         reading = Reading(self.store, self._clock, trust_clock=self._trust_clock)
         case = self._case(reading, id_)
-        command = self._config.exemptions.check
-        if lifecycle.check_application(case, asked) is not ExemptionPath.REVIEW or not command:
+        if lifecycle.check_application(case, asked) is not ExemptionPath.REVIEW or self._fraud_check is None:
             return None
-        return fraud.check(command, self._config.exemptions.check_seconds, case, asked, self._actor)
+        return self._fraud_check(case, asked, self._actor)
 
     def _change(self, id_: UUID, act: Callable[[Case], Exemption]) -> ExemptionChange:
         done: list[tuple[Subscription, Exemption]] = []

@@ -34,6 +34,10 @@ def remedy(
         )
     if reason.allows:
         return say("Nothing is blocked here. The receiving provider may still refuse the mail.")
+    return _after_denial(preset, reason, subscription, say)
+
+
+def _after_denial(preset: Preset, reason: Reason, subscription: Subscription | None, say: Language) -> str:
     relay = say(_RELAY if relay_is_free(preset) else _API)
     offer = None if subscription is None else preset.offer(subscription.offer)
     match reason:

@@ -1,4 +1,4 @@
-"""Ages and durations come from a clock that nobody can set, whatever the wall clock does."""
+"""Ages and durations come from a clock that cannot be set, whatever the wall clock does."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_wall_clock_that_jumps_makes_no_age(tmp_path: Path, host: Host, jump: 
     host.passes(3)
     host.wall += jump
     assert age_of(told) == 3.0
-    lines = status_lines(told)
+    lines = status_lines(told, age_of(told))
     assert any(", up 1 min 10 s, " in line for line in lines)
     assert "check     every worker answered 5 s ago, no difference found" in lines
     assert not any("s old" in line for line in lines)
@@ -88,7 +88,7 @@ def test_an_agent_that_is_silent_is_told_by_its_true_age(tmp_path: Path, host: H
     told = status(tmp_path)
     host.passes(8)
     host.wall += jump
-    assert "this is 8 s old: the agent does not report" in status_lines(told)
+    assert "this is 8 s old: the agent does not report" in status_lines(told, age_of(told))
 
 
 def test_a_status_of_an_earlier_boot_is_as_old_as_this_boot_at_least(tmp_path: Path, host: Host) -> None:
@@ -101,7 +101,7 @@ def test_an_older_agents_time_in_the_future_is_no_negative_age(host: Host) -> No
     assert "clock" not in told
     host.wall = datetime.fromisoformat(told["at"]) - timedelta(hours=1)
     assert age_of(told) == 0.0
-    assert "s old" not in "\n".join(status_lines(told))
+    assert "s old" not in "\n".join(status_lines(told, age_of(told)))
 
 
 def test_a_time_that_is_shown_follows_the_wall_clock_as_it_is_set_now(host: Host) -> None:

@@ -1,4 +1,4 @@
-"""A clock that jumps lets nobody in early."""
+"""A clock that jumps lets no source in early."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ print(locks.try_lock(descriptor), locks.holder(descriptor), locks.signal_holder(
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[int]:
-    """An open file that nobody has locked."""
+    """An open file without a lock."""
     (tmp_path / "lock").touch()
     descriptor = os.open(tmp_path / "lock", os.O_RDWR)
     yield descriptor

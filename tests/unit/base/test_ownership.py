@@ -115,7 +115,7 @@ def test_another_user_cannot_hold_the_lock(folder: Path) -> None:
 
 
 def everybody_writes(folder: Path) -> str:
-    """Somebody may have put another table there."""
+    """Another user may have put another table there."""
     folder.chmod(0o777)
     return "everybody may write in this folder"
 

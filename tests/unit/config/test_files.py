@@ -12,7 +12,7 @@ from portward.errors import InputError
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A document that holds a path."""
+    """A document with a path."""
 
     name: str
     home: Path = Path("/var")
@@ -20,7 +20,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def written(tmp_path: Path, text: bytes) -> Path:
-    """A file that holds a text."""
+    """A file with a text."""
     path = tmp_path / "a.toml"
     path.write_bytes(text)
     return path

@@ -1,4 +1,4 @@
-"""portward.toml: defaults, and every mistake told with its line and what would be right."""
+"""portward.toml: its defaults, and the error text of each mistake, with its line and what would be right."""
 
 from __future__ import annotations
 

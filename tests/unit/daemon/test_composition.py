@@ -30,7 +30,7 @@ from portward.daemon import composition, config_reload, health, store_watch
 from portward.daemon.composition import Daemon, missing
 from portward.daemon.core import Core
 from portward.daemon.metrics import FAMILIES
-from portward.daemon.runtime import read_status
+from portward.daemon.runtime import age_of, read_status
 from portward.daemon.runtime import running as process_of
 from portward.daemon.steps import StepRunner
 from portward.daemon.store_watch import StoreWatch
@@ -47,6 +47,11 @@ from unit.daemon.test_core import LINKS, MAY, Ground, subscription
 
 SECONDS = 60.0
 CHANGES = 100
+
+
+def shown_lines(status: dict[str, Any]) -> list[str]:
+    """The lines of `portward status`."""
+    return status_lines(status, age_of(status))
 
 
 class FakeWorker(Worker):
@@ -436,7 +441,7 @@ def test_a_worker_that_is_tried_again_does_not_run(running: Running, monkeypatch
 
     async def work() -> None:
         await running.until(lambda: states() == ["answers"], "it answers")
-        lines = status_lines(read_status(running.config.table) or {})
+        lines = shown_lines(read_status(running.config.table) or {})
         assert any("worker 0 runs" in line for line in lines)
         monkeypatch.setattr(health, "ANSWER_TIMEOUT_S", 0.05)
         free = asyncio.Event()
@@ -449,7 +454,7 @@ def test_a_worker_that_is_tried_again_does_not_run(running: Running, monkeypatch
         running.worker.start = start  # type: ignore[method-assign]
         running.silent = True
         await running.until(lambda: states() == ["trying"], "it is tried again")
-        line = next(line for line in status_lines(read_status(running.config.table) or {}) if "worker 0" in line)
+        line = next(line for line in shown_lines(read_status(running.config.table) or {}) if "worker 0" in line)
         assert "worker 0 IS DOWN for " in line
         assert "queue 0 cannot be bound: another process has it" in line
         free.set()
@@ -472,7 +477,7 @@ def test_a_revision_that_the_kernel_refuses_is_not_enforced_and_the_status_says_
         await running.until(lambda: told()["revision"] == 2 and told()["ruleset_error"], "the kernel refuses it")
         assert running.number("enforced_revision") == 1
         assert told()["enforced_revision"] == 1
-        lines = status_lines(told())
+        lines = shown_lines(told())
         assert any(
             "revision 2 in the table, NOT enforced yet: the kernel acts on revision 1" in line for line in lines
         )
@@ -782,6 +787,6 @@ def test_a_job_that_does_not_end_keeps_no_stop_waiting(running: Running) -> None
 
 def _says_stuck(running: Running, lane: str) -> bool:
     """Whether the status begins with the thread that hangs."""
-    return status_lines(read_status(running.config.table) or {})[0].startswith(
+    return shown_lines(read_status(running.config.table) or {})[0].startswith(
         f"STUCK     the {lane} thread has been at"
     )

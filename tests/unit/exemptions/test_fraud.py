@@ -1,4 +1,4 @@
-"""The anti-fraud command of a provider: whatever it does wrong, nobody passes by it."""
+"""The anti-fraud command of a provider: a check that fails in any way passes no request."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from msgspec.structs import replace
 
-from portward.config.keys import Config
 from portward.exemptions import lifecycle
 from portward.exemptions.lifecycle import Action, Application, FraudResult, RefusedError
 from portward.exemptions.service import ExemptionService
@@ -38,7 +37,7 @@ _actions = st.sampled_from(Action)
 
 
 class Late(SqliteStore):
-    """A store of somebody who is not the first to write: something comes before."""
+    """A store that another process has written before: each write meets an earlier one."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -104,7 +103,7 @@ class Exempt(RuleBasedStateMachine):
 
     @rule(id_=_ids, action=_actions, other=_actions)
     def two_people_act_at_once(self, id_: UUID, action: Action, other: Action) -> None:
-        """Both have read the same; whoever writes later is judged by what the first has written."""
+        """Both have read the same state. The second decision is made on what the first one wrote."""
         with closing(Late(self._path)) as store, closing(SqliteStore(self._path)) as others:
 
             def meanwhile() -> None:
@@ -175,8 +174,7 @@ class Exempt(RuleBasedStateMachine):
             self._took(id_, action, days, store)
 
     def _act(self, store: SqliteStore, id_: UUID, action: Action, days: int | None) -> None:
-        config = Config(segments=("vni*",), uplinks=("up0",))
-        service = ExemptionService(store, _PRESET, config, actor="model", clock=lambda: self.now)
+        service = ExemptionService(store, _PRESET, actor="model", clock=lambda: self.now)
         until = None if days is None else self.now + timedelta(days=days)
         match action:
             case Action.REQUEST:
@@ -206,7 +204,7 @@ class Exempt(RuleBasedStateMachine):
         assert record is not None
         assert record == expected
         if record == self.known[id_]:
-            return  # no change: it is in no log, and nobody who comes later learns of it
+            return  # no change: it is in no log, so no later reader sees it
         self.decisions[id_] += 1
         self.known[id_] = record
         self.now += timedelta(seconds=1)

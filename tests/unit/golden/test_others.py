@@ -12,7 +12,7 @@ import pytest
 
 from portward.base.codes import REASON_NUMBER
 from portward.cli.status_text import lines as status_lines
-from portward.daemon.runtime import read_status
+from portward.daemon.runtime import age_of, read_status
 from portward.errors import PortwardError, StoreError
 from portward.ipc.counters import CountersError, WorkerCounters, WorkerEvent
 from portward.ipc.mark import PacketOutcome
@@ -87,7 +87,7 @@ def test_the_status_of_an_older_agent_can_be_told(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_bytes((FOLDER / "status-1.json").read_bytes())
     told = read_status(tmp_path)
     assert told is not None
-    lines = status_lines(told)
+    lines = status_lines(told, age_of(told))
     for line in (
         "HELD      revision 8 would flip the verdict of 21 of 40 subscriptions: `portward apply --confirm` lets "
         "it through",

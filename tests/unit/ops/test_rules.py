@@ -160,7 +160,7 @@ def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (None, "standard input: is closed, so nobody can be asked: --yes needs no answer"),
+        (None, "standard input: is closed, so no answer can be read: use --yes"),
         (b"\xff\n", "stopped at the question: nothing was changed"),
         (b"n\n", "stopped at the question: nothing was changed"),
     ],

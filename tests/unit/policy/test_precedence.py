@@ -257,7 +257,7 @@ def test_a_grant_waits_for_a_start_after_it(
 def test_a_grant_counts_from_the_first_start_after_it(
     subscription: Any, attachment: Any, decided: datetime, until: Any, after: timedelta
 ) -> None:
-    """And a start counts from its own time on: one that a fast clock has recorded for later lets nobody in
+    """And a start counts from its own time on: one that a fast clock has recorded for later lets no machine in
     early."""
     attachment = msgspec.structs.replace(attachment, started=decided + after)
     come = decided + after <= NOW

@@ -1,4 +1,4 @@
-"""What a customer is told: the truth of the preset, and a way on."""
+"""The text for a customer: it is true for the preset, and names a next step."""
 
 from __future__ import annotations
 

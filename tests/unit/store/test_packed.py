@@ -133,7 +133,7 @@ def test_a_character_that_is_another(at: int, character: str) -> None:
 
 @pytest.mark.parametrize("case", RECORDS, ids=lambda case: case.path.stem)
 def test_the_corpus(case: Case, tmp_path: Path) -> None:
-    """Nothing that is told of as bad is taken."""
+    """No record that `decode` refuses is accepted."""
     path = tmp_path / "portward.db"
     store = opened(path)
     write_rows(path, case.path.read_text(), row(key_of(MACHINE), encode(MACHINE)))

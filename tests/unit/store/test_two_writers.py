@@ -1,4 +1,4 @@
-"""Several processes at one store: one wins, the other is told, and nothing is lost or half done."""
+"""Several processes at one store: one wins, the other gets a conflict, and no change is lost or half written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unit.store.test_sqlite import environment
 
 BATCHES = 60
 
-# Writes BATCHES revisions, each again and again until it is accepted; prints what it was told.
+# Writes BATCHES revisions, each again and again until it is accepted; prints the errors.
 WRITER = f"""
 import sys
 from unit.store.samples import *
