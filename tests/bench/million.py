@@ -36,7 +36,10 @@ def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
 def _worker_private_mb(agent: Agent) -> float:
     assert agent.process is not None
     found = subprocess.run(
-        ["pgrep", "-P", str(agent.process.pid), "-f", "gateway.worker"], capture_output=True, text=True, check=True
+        ["pgrep", "-P", str(agent.process.pid), "-f", "portward.worker.process"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     pid = int(found.stdout.split()[0])
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
