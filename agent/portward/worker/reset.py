@@ -55,15 +55,14 @@ class Resetter:
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0)
         self._socket.setblocking(False)
 
-    def answer(self, packet: bytes, tcp: int, index: int, link_address: bytes | None) -> bool:
-        """Answers a tenant's packet (from the IP header on, TCP header at offset `tcp`) with an RST through the
-        interface `index` to `link_address`. Returns False if no RST is due or it could not be sent."""
-        reply = reset_for(packet, tcp)
-        if reply is None or not link_address:
+    def send(self, reset: bytes, index: int, link_address: bytes | None) -> bool:
+        """Sends an IP packet that `reset_for` made through the interface `index` to `link_address`. Returns False
+        if it could not be sent, also if the link has no addresses."""
+        if not link_address:
             return False
         try:
             name = socket.if_indextoname(index)
-            self._socket.sendto(reply, (name, _ETH_P[reply[0] >> 4], 0, 0, link_address))
+            self._socket.sendto(reset, (name, _ETH_P[reset[0] >> 4], 0, 0, link_address))
         except (OSError, UnicodeError):  # UnicodeError: the name is not UTF-8
             return False
         return True

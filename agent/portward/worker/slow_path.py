@@ -17,7 +17,7 @@ from portward.ipc.mark import PacketOutcome, classify
 from portward.table.layout import Head, LookupResult
 from portward.worker.messages import PREROUTING
 from portward.worker.packet import parse
-from portward.worker.reset import Budget, Resetter
+from portward.worker.reset import Budget, Resetter, reset_for
 
 _log = logging.getLogger("portward.worker")
 
@@ -109,12 +109,8 @@ class SlowPath:
             # retries.
             packet.drop()
             return
-        if outcome is PacketOutcome.RESET and own != mark.AGAIN and not self.first_resets.take(packet.indev):
-            outcome = PacketOutcome.DROPPED  # the kernel caches it as rejected, and its next packet is answered
-        if outcome is PacketOutcome.RESET and not self._resetter.answer(
-            payload, segment.tcp, packet.indev, _link_address(packet)
-        ):
-            self._counters.event(WorkerEvent.RESET_FAILED)
+        if outcome is PacketOutcome.RESET:
+            outcome = self._reset(packet, payload, segment.tcp, again=own == mark.AGAIN)
         self._counters.verdict(REASON_NUMBER[result.reason], outcome, attempt=segment.attempt)
         if own == mark.AGAIN:  # the kernel has cached and counted it: chain `learn` has nothing to do
             packet.drop()
@@ -124,6 +120,19 @@ class SlowPath:
             verdict = mark.Class.MISS  # chain `learn` counts the packet for its source and drops it
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(result.generation)))
         packet.accept()
+
+    def _reset(self, packet: QueuedPacket, payload: bytes, tcp: int, *, again: bool) -> PacketOutcome:
+        """Answers a rejected packet, whose TCP header is at offset `tcp`, with a reset. `again`: the kernel has
+        cached its source, and has a limit for its resets. Returns RESET, or DROPPED if no reset is due or none is
+        left."""
+        reply = reset_for(payload, tcp)
+        if reply is None:
+            return PacketOutcome.DROPPED
+        if not again and not self.first_resets.take(packet.indev):
+            return PacketOutcome.DROPPED  # the kernel caches it as rejected, and its next packet is answered
+        if not self._resetter.send(reply, packet.indev, _link_address(packet)):
+            self._counters.event(WorkerEvent.RESET_FAILED)
+        return PacketOutcome.RESET
 
     def _refuse(self, packet: QueuedPacket, own: int, event: WorkerEvent) -> None:
         """Gives up on a packet that cannot be classified. Chain `learn` drops a packet with the mark of a miss,

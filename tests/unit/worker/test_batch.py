@@ -74,7 +74,7 @@ class Bench:
         opened = self.writer.reader()
         self.reader = Watched(opened._environment, opened._parts)
         self.counters = WorkerCounters(WorkerCounters.create())
-        answers: Any = Answers()  # only `answer` is used
+        answers: Any = Answers()  # only `send` is used
         self.asked: list[tuple[int, bytes]] = []
         ask = lambda index, address: self.asked.append((index, address))  # noqa: E731 # short
         self.careful = SlowPath(self.reader.lookup, self.reader.head, self.counters, answers, ask)

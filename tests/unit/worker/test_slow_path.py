@@ -22,6 +22,7 @@ from portward.worker.slow_path import SlowPath
 from unit.worker.test_messages import message
 
 SYN = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(dport=25, flags="S"))
+RST = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(dport=25, flags="R"))
 
 
 class QueuedPacket:
@@ -59,7 +60,7 @@ class Answers:
         self.sent, self.to = sent, list[tuple[int, bytes | None]]()
         self.sources: list[tuple[int, bytes]] = []
 
-    def answer(self, packet: bytes, tcp: int, index: int, link_address: bytes | None) -> bool:
+    def send(self, reset: bytes, index: int, link_address: bytes | None) -> bool:
         self.to.append((index, link_address))
         return self.sent
 
@@ -110,7 +111,7 @@ def worker(
 ) -> tuple[SlowPath, WorkerCounters]:
     """A classify over a look-up."""
     counters = WorkerCounters(WorkerCounters.create())
-    resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `answer` is used
+    resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `send` is used
     asked: Callable[[int, bytes], None] = getattr(answers, "asked", lambda index, address: None)
     return SlowPath(lookup, lambda: None, counters, resetter, asked), counters
 
@@ -225,6 +226,19 @@ def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused(mak
     found.handle(packet)
     assert packet.mark & mark.CLASS == mark.Class.REFUSED
     assert counters.events()[WorkerEvent.RESET_FAILED] == 1
+
+
+def test_a_reset_of_a_rejected_source_is_dropped_and_is_no_reset_that_failed(make: Worker) -> None:
+    """No reset is due for it (RFC 9293, 3.10.7.1), so none is sent, and none is taken from the budget."""
+    answers = Answers()
+    found, counters = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
+    for _ in range(FIRST_RESETS_PER_SECOND + 1):
+        packet = QueuedPacket(RST)
+        found.handle(packet)
+        assert packet.mark & mark.CLASS == mark.Class.REFUSED
+    assert not answers.to
+    assert counters.events()[WorkerEvent.RESET_FAILED] == 0
+    assert [outcome for _, outcome, _, _ in counters.verdicts()] == [PacketOutcome.DROPPED]
 
 
 def test_a_source_whose_entry_is_damaged_is_denied_and_counted_each_time(make: Worker) -> None:
