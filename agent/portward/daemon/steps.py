@@ -45,21 +45,21 @@ _log = logging.getLogger("portward")
 class Step(StrEnum):
     """The steps. Their values are fixed, because they are label values of a metric."""
 
-    STORE = "store"  # read the store into the policy table
-    SETTLE = "settle"  # end grants
-    LINKS = "links"  # write interfaces into the policy table
-    DEVICES = "devices"  # pass changes of interfaces to the kernel thread
-    OWNERS = "owners"  # drop packets of interfaces with another owner until the table has it
-    INTERFACES = "interfaces"  # read the kernel's messages about interfaces
-    RULESET = "ruleset"  # check the ruleset, and repair it
-    COUNT = "count"  # read the kernel's counters
-    COMPARE = "compare"  # compare cached verdicts with the table
-    RATES = "rates"  # bring the kernel's rate limits in line with the table
-    LIMITS = "limits"  # install rate limits for which workers have asked
-    STATUS = "status"  # refresh status and metrics
-    SELF_CHECK = "self-check"  # query the workers
-    WORKER = "worker"  # watch a worker process
-    RELOAD = "reload"  # put a changed configuration in force; retried only if an operator asks again
+    STORE = "store"  # read the store into the policy table.
+    SETTLE = "settle"  # end grants.
+    LINKS = "links"  # write interfaces into the policy table.
+    DEVICES = "devices"  # pass changes of interfaces to the kernel thread.
+    OWNERS = "owners"  # drop packets of interfaces with another owner until the table has it.
+    INTERFACES = "interfaces"  # read the kernel's messages about interfaces.
+    RULESET = "ruleset"  # check the ruleset, and repair it.
+    COUNT = "count"  # read the kernel's counters.
+    COMPARE = "compare"  # compare cached verdicts with the table.
+    RATES = "rates"  # bring the kernel's rate limits in line with the table.
+    LIMITS = "limits"  # install rate limits for which workers have asked.
+    STATUS = "status"  # refresh status and metrics.
+    SELF_CHECK = "self-check"  # query the workers.
+    WORKER = "worker"  # watch a worker process.
+    RELOAD = "reload"  # put a changed configuration in force; retried only if an operator asks again.
 
 
 _VITAL: Final = frozenset({Step.SETTLE, Step.DEVICES, Step.OWNERS, Step.RULESET})

@@ -77,7 +77,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[1]) < descriptors.ENOUGH:
         yield f"WARNING: {descriptors.few_text(limit)}"
     for line in translating.why:
-        yield f"{line}: what is forwarded is judged again (forward guard)"
+        yield f"{line}: forwarded packets are classified again (forward guard)"
     if not with_store:
         return
     # The verbs run this program, not the agent, which starts without it and sees less of the file system.

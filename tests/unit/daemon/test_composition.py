@@ -101,7 +101,7 @@ class Notices:
         os.set_blocking(self._theirs, False)
 
     def fileno(self) -> int:
-        """What is watched."""
+        """The watched descriptor."""
         return self._theirs
 
     def read(self) -> RulesetChanges:
@@ -195,7 +195,7 @@ class Running(Ground):
         asyncio.run(both())
 
     def number(self, metric: str, *labels: str) -> float:
-        """What a scrape gives now for a metric."""
+        """The number of a metric in a scrape now."""
         [family] = [family for family in FAMILIES if family.name == metric]
         return family.numbers(self.daemon._newest())[labels]
 

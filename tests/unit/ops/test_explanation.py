@@ -1,4 +1,4 @@
-"""What `portward explain` prints of an explanation."""
+"""The lines that `portward explain` prints."""
 
 from __future__ import annotations
 
