@@ -1,8 +1,8 @@
 """Prefixes that are revoked while much is cached: how long until no old verdict acts any more.
 
-The real VerdictSync writes to the real ruleset in a network namespace of its own. The elements are added as
+The real KernelSync writes to the real ruleset in a network namespace of its own. The elements are added as
 packets would have added them, and the sizes of the sets are known from a reading, as the daemon knows them from
-counting. Two times are taken of each `VerdictSync.enforce`. `enforced`: until the transaction is done after which
+counting. Two times are taken of each `KernelSync.apply`. `enforced`: until the transaction is done after which
 no old verdict acts any more (that of the gate or, without one, the one that writes `synced`). `synced`: until the
 one that writes `synced` is done, when no old allow is cached any more. After each change the sets are read, and no
 element may be left in the revoked prefixes.
@@ -20,7 +20,8 @@ from typing import Final, NamedTuple
 from bench.figures import Figure, percentile
 from kernel.conftest import lab_name
 from portward.config.keys import Config, Verdicts
-from portward.dataplane import ruleset, templates, xtables
+from portward.dataplane import xtables
+from portward.dataplane.desired import Desired
 from portward.dataplane.elements import Add, Change, Flush
 from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.monitor import RulesetMonitor
@@ -29,7 +30,7 @@ from portward.dataplane.nft import Nft
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.sync import VerdictSync
+from portward.dataplane.sync import KernelSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.policy import presets
@@ -107,7 +108,7 @@ class Timed(KernelElements):
 
 
 class Gateway:
-    """Ruleset, sets and VerdictSync in the calling thread's network namespace; vniN is the interface N."""
+    """Ruleset, sets and KernelSync in the calling thread's network namespace; vniN is the interface N."""
 
     def __init__(self, links: int) -> None:
         self._netlink = NfNetlink()
@@ -119,17 +120,13 @@ class Gateway:
             segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(allow_seconds=600, deny_seconds=600)
         )
 
-        def want(generation: int) -> ruleset.Wanted:
-            return ruleset.wanted(
-                templates.read(), config, preset, native=native, state=ruleset.State(generation, synced=True)
-            )
-
-        self.sync = VerdictSync(
-            RulesetReconciler(nft, self._netlink, self._cache), self._cache, want,
-            RateLimits(self.kernel), lambda sources: None,
+        self.sync = KernelSync(
+            RulesetReconciler(nft, self._netlink, self._cache), self._cache, RateLimits(self.kernel),
+            lambda sources: None, native=native,
         )  # fmt: skip
-        self.sync.links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
-        self.sync.start(1)
+        self._links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
+        self._desired = Desired(config, preset, 1, 1, self._links)
+        self.sync.apply(self._desired)
         # The daemon listens to changes, so the kernel writes a notice for each element.
         self._notices = RulesetMonitor(())
         self._generation = 1
@@ -143,10 +140,11 @@ class Gateway:
         list(self._cache.elements())
         self._generation += 1
         changed, opens = case.changed(), case.opens
+        self._desired = self._desired._replace(generation=self._generation, revision=self._generation)
         committed = Committed(self._generation, self._generation, changed, opens=opens, closes=not opens)
         self.kernel.enforced_at = 0.0
         began = time.monotonic()
-        self.sync.enforce(committed)
+        self.sync.apply(self._desired, committed)
         took = (self.kernel.enforced_at - began) * 1000, (self.kernel.synced_at - began) * 1000
         self._check(committed.changed)
         return took
@@ -154,7 +152,7 @@ class Gateway:
     def _check(self, places: Sequence[ChangedPlace]) -> None:
         revoked = Prefixes()
         for place in places:
-            revoked.add(self.sync.links[place.segment], place.network)
+            revoked.add(self._links[place.segment], place.network)
         left = revoked.among("6", [key for set_ in ("allow6", "deny6") for key, _, _ in self.kernel.rows(set_)])
         if left or self.sync.broken or self._cache.synced() != self._generation:
             raise RuntimeError(f"{len(left)} revoked sources are still cached")

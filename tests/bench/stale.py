@@ -17,7 +17,7 @@ def measure(folder: Path, changes: int = 10_000) -> list[Figure]:
         with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
             table = folder / family
             stale, remembered = churned(
-                lab, table, address, changes, lambda churn, committed: churn.sync.enforce(committed)
+                lab, table, address, changes, lambda churn, committed: churn.carry_out(committed)
             )
         if remembered < changes / 20:
             raise RuntimeError(f"only {remembered} of {changes} changes found a verdict: nothing was tried")

@@ -23,13 +23,14 @@ from kernel.wire import Sender, meanwhile, segment
 from portward.base.clock import utc_now
 from portward.config.keys import Config, Queue, QueueReader
 from portward.daemon import workers
-from portward.dataplane import ruleset, templates, xtables
+from portward.dataplane import xtables
+from portward.dataplane.desired import Desired
 from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.sync import VerdictSync
+from portward.dataplane.sync import KernelSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc.mark import Class
 from portward.lab import namespaces
@@ -57,13 +58,13 @@ class Churn:
         self.cache = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
-        self.sync = VerdictSync(
-            RulesetReconciler(self._nft, self._netlink, self.cache), self.cache, self._want,
-            RateLimits(self.elements), lambda sources: None,
+        self.sync = KernelSync(
+            RulesetReconciler(self._nft, self._netlink, self.cache), self.cache, RateLimits(self.elements),
+            lambda sources: None, native=self._native,
         )  # fmt: skip
         index = socket.if_nametoindex(CONTOSO.segment)
         self._source = Source(index, ip_address(address).packed)
-        self.sync.links = {CONTOSO.segment: index}
+        self.links = {CONTOSO.segment: index}
         attachment = Attachment(segment=CONTOSO.segment, address=ip_network(address), subscription=_SUBSCRIPTION)
         self.writer.replace(
             [_offer("pay-as-you-go"), attachment], revision=1, store=b"churn".ljust(16), now=utc_now()
@@ -80,7 +81,7 @@ class Churn:
         worker = workers.make(self._config.queue, self._folder, lambda source: None)[0]
         with _slowed():
             await worker.start()
-        self.sync.start(self._generation())
+        self.sync.apply(self._desired())
         stale = remembered = 0
         try:
             with self._traffic():
@@ -98,14 +99,14 @@ class Churn:
             self.writer.close()
         return stale, remembered
 
-    def _generation(self) -> int:
+    def carry_out(self, committed: Committed) -> None:
+        """Brings the kernel in line after a change of the policy table."""
+        self.sync.apply(self._desired(), committed)
+
+    def _desired(self) -> Desired:
         head = self.writer.head()
         assert head is not None
-        return head.generation
-
-    def _want(self, generation: int) -> ruleset.Wanted:
-        state = ruleset.State(generation, synced=self.cache.synced() == generation)
-        return ruleset.wanted(templates.read(), self._config, self._preset, native=self._native, state=state)
+        return Desired(self._config, self._preset, head.generation, head.revision, self.links)
 
     @contextmanager
     def _traffic(self) -> Iterator[None]:

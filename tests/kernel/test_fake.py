@@ -256,7 +256,7 @@ def test_the_shipped_ruleset_is_loaded_changed_and_put_back_alike(namespace: str
             lambda plane: (plane.reconciler.intact(), plane.check(), plane.reconciler.intact()),
             lambda plane: plane.nft.load(rules("nftables", "closed.nft").read_text()),
             lambda plane: (plane.reconciler.intact(), plane.check()),
-            lambda plane: plane.start(),
+            lambda plane: plane.reconciler.load(plane.want(plane.generation)),
             lambda plane: (plane.netlink.sets(TABLE), plane.netlink.hooks(TABLE), plane.cache.definitions()),
             lambda plane: plane.netlink.fingerprint(TABLE, FIXED_SETS) is None,
             lambda plane: (plane.cache.epoch(), plane.cache.synced(), plane.reconciler.repairs),

@@ -14,13 +14,13 @@ from kernel.foreign import crowd, traffic
 from portward.base.netlink import attribute, string
 from portward.config.keys import Config
 from portward.dataplane import compiled, ruleset, templates
+from portward.dataplane.desired import NOTHING
 from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import FIXED_SETS, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.reconciler import RulesetReconciler, hearing
 from portward.dataplane.ruleset import State, Wanted
-from portward.dataplane.surroundings import NOTHING
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import KernelError
 from portward.lab import namespaces

@@ -15,14 +15,15 @@ import pytest
 from kernel.conftest import lab_name
 from portward.base.netlink import attribute, nest, string
 from portward.config.keys import Config, Verdicts
-from portward.dataplane import ruleset, templates, xtables
+from portward.dataplane import xtables
+from portward.dataplane.desired import Desired
 from portward.dataplane.elements import Add, Delete, RefusedError
 from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.sync import VerdictSync
+from portward.dataplane.sync import KernelSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
@@ -34,7 +35,7 @@ _LEARNED = ("allow", "deny", "observed", "refused", "unknown")
 
 
 class Forgetting:
-    """Ruleset, sets and VerdictSync in a network namespace of their own."""
+    """Ruleset, sets and KernelSync in a network namespace of their own."""
 
     def __init__(self, **verdicts: Any) -> None:
         self.netlink = NfNetlink()
@@ -44,21 +45,17 @@ class Forgetting:
         config = Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(**verdicts))
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(self.nft)
 
-        def want(generation: int) -> ruleset.Wanted:
-            return ruleset.wanted(
-                templates.read(), config, preset, native=native, state=ruleset.State(generation, synced=True)
-            )
-
         self.reconciler = RulesetReconciler(self.nft, self.netlink, self.cache)
-        self.sync = VerdictSync(self.reconciler, self.cache, want, self.rate_limits, lambda sources: None)
-        self.sync.links = dict(_LINKS)
-        self.sync.start(1)
+        self.sync = KernelSync(self.reconciler, self.cache, self.rate_limits, lambda sources: None, native=native)
+        self._desired = Desired(config, preset, 1, 1, _LINKS)
+        self.sync.apply(self._desired)
         self.generation = 1
 
     def change(self, *prefixes: str, segment: str = "vni1", links: frozenset[int] = frozenset()) -> None:
         self.generation += 1
         places = tuple(ChangedPlace(segment, ip_network(prefix)) for prefix in prefixes)
-        self.sync.enforce(Committed(self.generation, self.generation, places, links))
+        self._desired = self._desired._replace(generation=self.generation, revision=self.generation)
+        self.sync.apply(self._desired, Committed(self.generation, self.generation, places, links))
         assert self.sync.broken == ""
         assert self.cache.synced() == self.generation
 

@@ -20,8 +20,9 @@ from kernel.wire import Sender, same, seen, segment
 from portward.base.clock import utc_now
 from portward.config.keys import Config, Queue
 from portward.daemon import workers
-from portward.dataplane import ruleset, templates, xtables
 from portward.dataplane import verdict_cache as cache
+from portward.dataplane import xtables
+from portward.dataplane.desired import Desired
 from portward.dataplane.elements import Add
 from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import FIXED_SETS, TABLE
@@ -30,7 +31,7 @@ from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.setdump import SetRow
-from portward.dataplane.sync import VerdictSync
+from portward.dataplane.sync import Found, KernelSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until
@@ -98,10 +99,10 @@ class Gated:
         self.senders = {tenant: Sender(lab, tenant) for tenant in self.links}
         self.revision = 1
 
-    def _sync(self) -> VerdictSync:
-        made = VerdictSync(self.reconciler, self.cache, self.want, RateLimits(self.elements), lambda sources: None)
-        made.links = {tenant.segment: index for tenant, index in self.links.items()}
-        return made
+    def _sync(self) -> KernelSync:
+        return KernelSync(
+            self.reconciler, self.cache, RateLimits(self.elements), lambda sources: None, native=self._native
+        )
 
     def _fill(self, mode: Mode) -> None:
         """The policy: in CONTOSO's segment one subscription in prefixes and one beside it, one more in
@@ -122,10 +123,11 @@ class Gated:
         links = {index: (tenant.segment, False) for tenant, index in self.links.items()}
         self.writer.put_links(links, touched=frozenset(), now=utc_now())
 
-    def want(self, generation: int) -> ruleset.Wanted:
-        """The ruleset for a generation of the policy table."""
-        state = ruleset.State(generation, synced=self.cache.synced() == generation)
-        return ruleset.wanted(templates.read(), self.config, self._preset, native=self._native, state=state)
+    @property
+    def desired(self) -> Desired:
+        """What the kernel should hold."""
+        links = {tenant.segment: index for tenant, index in self.links.items()}
+        return Desired(self.config, self._preset, self.generation, self.revision, links)
 
     @property
     def generation(self) -> int:
@@ -150,7 +152,7 @@ class Gated:
 
         def work() -> None:
             try:
-                self.sync.enforce(committed)
+                self.sync.apply(self.desired, committed)
             except Died as error:
                 failed.append(error)
 
@@ -225,7 +227,7 @@ def run(
         worker = workers.make(Queue(), folder, lambda source: None)[0]
         await worker.start()
         try:
-            gated.sync.start(gated.generation)
+            gated.sync.apply(gated.desired)
             for tenant, sources in ((CONTOSO, GO + STAY), (FABRIKAM, ELSEWHERE)):
                 until(lambda: gated.pass_of(tenant, sources) == len(sources), "each passes at first")  # noqa: B023
             gated.crowd()
@@ -265,7 +267,7 @@ def test_a_revoked_source_does_not_pass_by_its_cached_verdict_during_the_search(
         assert gated.cached_allows() == [False, False]
         assert gated.cache.synced() == gated.generation
         assert gated.netlink.fingerprint(TABLE, FIXED_SETS) == before
-        assert (gated.sync.intact(), gated.reconciler.repairs) == (True, 0)
+        assert (gated.sync.apply(gated.desired), gated.reconciler.repairs) == (Found.AS_LEFT, 0)
         assert gated.pass_of(CONTOSO, GO, times=3) == 0
         assert gated.pass_of(CONTOSO, STAY) == 2
 
@@ -303,7 +305,7 @@ def test_a_gate_that_is_left_by_a_process_that_died_goes_with_the_next_start(tmp
             pass
         assert gated.is_gated() == (1, 1, 1)
         assert gated.pass_of(CONTOSO, GO, times=3) == 0
-        assert gated._sync().start(gated.generation), "what is cached is forgotten"
+        assert gated._sync().apply(gated.desired) is Found.STALE, "what is cached is forgotten"
         assert gated.is_gated() == (0, 0, 0)
         assert gated.cached_allows() == [False, False]
         assert gated.pass_of(CONTOSO, GO, times=3) == 0
@@ -318,8 +320,7 @@ def test_a_gate_that_another_program_takes_away_is_no_obstacle_to_the_repair(tmp
     async def body(gated: Gated, _: workers.Worker) -> None:
         with gated.revoking():
             namespaces.run(gated.lab.gateway, ["nft", "flush chain inet portward screen"])
-        assert not gated.sync.intact()
-        gated.sync.repair(gated.generation)
+        assert gated.sync.apply(gated.desired) is Found.CHANGED
         assert gated.is_gated() == (0, 0, 0)
         assert gated.pass_of(CONTOSO, GO, times=3) == 0
         assert gated.pass_of(CONTOSO, STAY) == 2

@@ -21,9 +21,9 @@ from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
 from portward.base import interfaces
 from portward.config.keys import Config
 from portward.dataplane import rtnetlink, ruleset, templates
+from portward.dataplane.desired import Surroundings
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.surroundings import Surroundings
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO

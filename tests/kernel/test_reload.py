@@ -85,7 +85,7 @@ def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Co
 
     assert found()[:2] == in_order
     assert set(found()) == always
-    now = core._dataplane._surroundings
+    now = core._dataplane._desired.surroundings
     for _ in range(2):
         core.surround(now._replace(stacked=frozenset((1,))))
         assert found()[:2] == in_order
@@ -103,8 +103,8 @@ def test_chains_that_act_at_once_are_there_while_the_whole_ruleset_is_not_taken(
 ) -> None:
     """A device above a segment is closed first; what fails after that is tried again."""
     monkeypatch.setattr(core.reconciler, "_load_once", once(KernelError("busy"), core.reconciler._load_once))
-    monkeypatch.setattr(core._dataplane.sync, "repair", lambda _: None)
-    core.surround(core._dataplane._surroundings._replace(stacked=frozenset((1,))))
+    monkeypatch.setattr(core._dataplane.sync, "_repair", lambda _: None)
+    core.surround(core._dataplane._desired.surroundings._replace(stacked=frozenset((1,))))
     assert core._netlink.hooks(TABLE)["stacked"] == STACKED_HOOKS["stacked"]
 
 
@@ -203,7 +203,7 @@ def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its queue statements it drops what the kernel does not remember; without it port 25 is open."""
-    want = core._dataplane.want(core.generation)
+    want = core._dataplane.sync.wanted(core._dataplane._desired)
     if want.native:  # as on a kernel that has to be told in a second transaction
         want = want._replace(native=False)
     core._nft.load("delete table inet portward\n")

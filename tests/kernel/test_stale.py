@@ -18,6 +18,7 @@ from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
 from portward.base.clock import utc_now
 from portward.config.keys import QueueReader
 from portward.dataplane.elements import Add
+from portward.dataplane.sync import changed_sources
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 from portward.policy import presets
@@ -30,7 +31,7 @@ from portward.table.writer import Writer
 def test_no_stale_verdict_is_remembered(tmp_path: Path, address: str, reader: QueueReader) -> None:
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
         stale, remembered = churned(
-            lab, tmp_path, address, 400, lambda churn, committed: churn.sync.enforce(committed), reader
+            lab, tmp_path, address, 400, lambda churn, committed: churn.carry_out(committed), reader
         )
     assert remembered > 40, "the source hardly got a verdict: nothing was tried"
     assert stale == 0
@@ -45,7 +46,7 @@ def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path, r
 
     def forget_only(churn: Churn, committed: Committed) -> None:
         churn.cache.move_epoch = left_out  # type: ignore[method-assign]
-        churn.cache.forget(churn.sync._sources(committed), committed.generation)
+        churn.cache.forget(changed_sources(churn.links, committed), committed.generation)
 
     def both_epochs(churn: Churn, committed: Committed) -> None:
         # Every epoch is current: as if verdicts carried none.

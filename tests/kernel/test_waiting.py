@@ -183,7 +183,9 @@ def become(ground: Ground, name: str) -> int:
     links = Links({index: name}, frozenset({index}))
     ground.core.unsettle(frozenset({index}), 1)
     ground.core.links_changed(links, 1)
-    assert not ground.core._dataplane.sync.unsettled
+    in_force = ground.core._dataplane.sync.in_force
+    assert in_force is not None
+    assert not in_force.unsettled
     return index
 
 

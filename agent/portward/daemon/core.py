@@ -25,6 +25,7 @@ from portward.dataplane import templates, xtables
 from portward.dataplane.accounting import ExpiringKeys
 from portward.dataplane.around import SurroundingsMonitor
 from portward.dataplane.deletions import Deletions
+from portward.dataplane.desired import Surroundings
 from portward.dataplane.links import Links
 from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.names import FAMILY_TABLE
@@ -34,7 +35,6 @@ from portward.dataplane.others import Others
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.reconciler import RulesetReconciler, hearing, loaded
 from portward.dataplane.selfcheck import SelfCheck
-from portward.dataplane.surroundings import Surroundings
 from portward.dataplane.underway import UnderWay, Work
 from portward.dataplane.verdict_cache import Source
 from portward.errors import KernelError
@@ -240,7 +240,7 @@ class Core:
     def suspects(self) -> list[Source]:
         """The sources, of a sample of those that `count` read last, whose cached verdict is not the table's now. A
         change of policy under way makes suspects too: `correct` looks again. Counting thread."""
-        return self.counting.look(self._dataplane)
+        return self.counting.look()
 
     def limited(self) -> dict[str, int]:
         """Packets refused beyond a segment's rate, by segment. Counting thread."""

@@ -30,6 +30,7 @@ from portward.dataplane.plane import Dataplane
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.selfcheck import SAMPLE_SOURCES
 from portward.dataplane.setdump import SetRow
+from portward.dataplane.sources import differs
 from portward.dataplane.verdict_cache import Source, VerdictCache, element_of
 from portward.ipc import mark
 from portward.table.reader import Reader
@@ -105,11 +106,11 @@ class Counting:
         self._save()
         return due
 
-    def look(self, dataplane: Dataplane) -> list[Source]:
+    def look(self) -> list[Source]:
         """The sources in the sample whose cached verdict differs from the table's. A change of policy that is on
         its way to the kernel causes differences, too, so `Dataplane.correct` checks them again."""
         sample = [element_of(name, row) for name, row in self._sample]
-        return [element.source for element in sample if dataplane.differs(self._reader, element)]
+        return [element.source for element in sample if differs(self._reader, element)]
 
     def _rows(self, set_: str) -> list[SetRow]:
         rows = self._latest[set_] = self._elements.rows(set_)

@@ -15,14 +15,15 @@ Invariants:
 Modules in reading order:
 - `names`: the table's sets, maps and base chains (pure). `ruleset`: configuration → nft text (pure). `templates`:
   reads the shipped files.
-- `plane`: the entry point of the daemon. `reconciler`: keeps the loaded ruleset as it should be. `sync`: brings
-  cached verdicts in line with the policy table. `underway`: the changes that are on their way.
+- `desired`: what the kernel should hold (pure). `plane`: the entry point of the daemon, which keeps that up to
+  date. `sync`: the one way in which the kernel is brought in line with it. `reconciler`: loads the ruleset, and
+  finds out if it was changed. `sources`: verdicts and rate limits of single sources. `underway`: the changes that
+  are on their way.
 - `elements`: the changes of a transaction (pure). `verdict_cache`, `sweep`, `prefixes`, `gate`, `rate_limits`:
-  cached verdicts and rate limits (pure). `kernel_elements`: the kernel behind `elements`. `lessons`: how much the
-  forward guard may cache.
+  cached verdicts and rate limits (pure). `kernel_elements`: the kernel behind `elements`.
 - `accounting`: packets by segment, subscription and verdict (pure). `deletions`: what deleted elements had
 counted.
-- `links`, `tunnels`, `stacking`, `surroundings`: what stands around the ruleset (pure). `rtnetlink`, `genetlink`,
+- `links`, `tunnels`, `stacking`: what stands around the ruleset (pure). `rtnetlink`, `genetlink`,
   `dumpsocket`, `others`, `around`: find it out.
 - `monitor`, `monitor_filter`: notices of changed rulesets. `selfcheck`: differences that were found. `loaded`,
   `queue_statistics`: what verbs read from the kernel.

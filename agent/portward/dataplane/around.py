@@ -9,8 +9,8 @@ from typing import Final
 from portward.base.descriptors import Reserve
 from portward.config.keys import Config
 from portward.dataplane import genetlink, rtnetlink, stacking, tunnels
+from portward.dataplane.desired import NOTHING, Surroundings
 from portward.dataplane.links import Device
-from portward.dataplane.surroundings import NOTHING, Surroundings
 
 _log: Final = logging.getLogger("portward")
 

@@ -19,6 +19,7 @@ from zlib import crc32
 from portward.config.documents import network_text
 from portward.config.keys import Config, Encrypted, OnAgentDown, Verdicts
 from portward.dataplane import tunnels
+from portward.dataplane.desired import NOTHING, Surroundings
 from portward.dataplane.names import (
     BUCKET_SETS,
     COMING_EPOCHS,
@@ -43,7 +44,6 @@ from portward.dataplane.names import (
     UNCACHED_SEGMENTS,
     UNSETTLED,
 )
-from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.ipc import mark
 from portward.model import Mode, Network
 from portward.policy.preset import Preset

@@ -1,18 +1,36 @@
-"""A committed change of the policy table → the kernel: the epoch first, then what must be forgotten.
+"""The one way in which the kernel is brought in line: `KernelSync.apply` takes what it should hold.
 
-Until `enforce` returns, the kernel may still act on verdicts of the older policy. If there is much to search,
-the gate (module `gate`) stops them before. If the process dies between the steps, `synced` in the kernel names an
-older generation than the table has, and the next start loads the ruleset, without a gate, and forgets everything.
+A start, a change of policy, a grant that ends, other interfaces, a reload, a repair and the periodic check all go
+through `apply`. What is loaded is compared with what is wanted, and only what differs is written. A change of the
+policy table says what it reaches. That is an optimization: without it, or if an earlier change was lost,
+everything is forgotten. After any failure the kernel counts as out of line, and everything is derived anew, at
+once or, if that fails too, at the next `apply`.
+
+The steps, and what holds if the process ends right after one of them:
+1. An interface with a new owner goes into the set `unsettled`: what comes from it is dropped.
+2. Chains for devices above segments are added. They only drop.
+3. The ruleset, if another one is wanted: one transaction (see `RulesetReconciler.load`).
+4. The epoch moves. From here on no verdict of the older policy is cached any more. The set `synced` still names
+   the older generation, so the next start forgets everything.
+5. What the change reaches is forgotten, and the last transaction writes the new generation into `synced`. If there
+   is much to search, the gate (module `gate`) stops the sources before the search.
+6. Interfaces whose owner the table names now are no longer dropped.
+
+Until step 5 the kernel may act on cached verdicts of the older policy. In one transaction, 4 and 5 would leave a
+verdict that is stored between the search and the commit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum, auto
 from itertools import islice
 from typing import Final
 
+from portward.dataplane import ruleset, templates
+from portward.dataplane.desired import Desired
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
@@ -23,208 +41,309 @@ from portward.table.commits import Committed
 
 # Up to this many single sources are forgotten without reading the sets, by writing each into all of them: see
 # `VerdictCache.forget`.
-_UNREAD: Final = 4_096
-# Up to this many sources found in changed prefixes get their limits at once; each is looked up in the policy table
-# (10 µs), the others ask when they send.
-_RATED: Final = 4_096
-
+_UNREAD_SOURCES: Final = 4_096
+# Up to this many sources found in changed prefixes get their rate limits at once: to look each up in the policy
+# table takes 10 µs. The others are met by a worker when they send.
+_LIMITED_SOURCES: Final = 4_096
 
 _log = logging.getLogger("portward.ruleset")
 
 
-class VerdictSync:
-    """Brings what the kernel remembers in line with the policy table."""
+class Found(Enum):
+    """How `apply` found the kernel."""
+
+    AS_LEFT = auto()  # as the `apply` before left it, or not looked at; at a start: as the table says, or empty
+    STALE = auto()  # at a start: with cached verdicts of another policy, which are forgotten now
+    CHANGED = auto()  # not as it was left, because of another program or a failure
+
+
+class KernelSync:
+    """Brings the kernel of this network namespace in line. Only one thread may call it."""
 
     def __init__(
         self,
         reconciler: RulesetReconciler,
         cache: VerdictCache,
-        want: Callable[[int], Wanted],
-        rates: RateLimits,
-        rate: Callable[[Iterable[Source]], None],
+        rate_limits: RateLimits,
+        limit: Callable[[Iterable[Source]], None],
+        *,
+        native: bool,
     ) -> None:
-        """`want` gives the ruleset for a generation of the table; `rate` writes the limits of sources into the
-        kernel."""
-        self._reconciler, self._cache, self._want = reconciler, cache, want
-        self._rate_limits, self._rate = rates, rate
-        self.links: dict[str, int] = {}
+        """`limit` writes the rate limits of those of the sources that have one. `native`: the kernel has
+        nft_queue."""
+        self._reconciler, self._cache, self._rate_limits = reconciler, cache, rate_limits
+        self._limit, self._native = limit, native
+        # What the kernel holds, unless `broken`; None before the first `apply`. `generation` is the one that all
+        # cached verdicts agree with. May be read on any thread.
+        self.in_force: Desired | None = None
+        # Why the kernel is out of line; empty if it is in line. May be read on any thread.
         self.broken = ""
-        # The generation of the policy table that the kernel was last brought in line with.
-        self.generation: int | None = None
-        # Interfaces whose index belonged to another one before, and the table does not say so yet: index →
-        # number of the event that said so.
-        self.unsettled: dict[int, int] = {}
-        self._settled = 0
+        # Interfaces with another owner, of which the kernel does not know yet: see `VerdictCache.renew`.
+        self._renewed: frozenset[int] = frozenset()
 
-    def start(self, generation: int) -> bool:
-        """Loads the ruleset. What the kernel remembers from an earlier run is kept where it agrees with the
-        table, and forgotten else; True where something was there to forget. Raises KernelError."""
-        remembered = self._cache.synced()
-        self._reconciler.load(self._want(generation))
-        self._rate_limits.reload()
-        self.generation = generation
-        if remembered == generation:
-            return False
-        self._forget_everything(generation)
-        return remembered is not None
+    @property
+    def generation(self) -> int | None:
+        """The generation of the policy table that the kernel acts on; None before the first `apply`. May be asked
+        on any thread."""
+        return None if self.in_force is None else self.in_force.generation
 
-    def enforce(self, committed: Committed) -> None:
-        """Carries a change out. Where the kernel does not take it, the ruleset is loaded anew and everything
-        forgotten, now or, where that fails too, at the next repair. Does nothing if a repair has brought the
-        kernel to this generation or a later one meanwhile: then everything older is forgotten.
+    def apply(self, desired: Desired, change: Committed | None = None, *, pending: bool = False) -> Found:
+        """Brings the kernel in line with `desired`. Idempotent.
 
-        If a change before this one was not carried out, nobody knows what it reaches: everything is forgotten."""
-        if not committed.new:
-            return
-        if not self._is_newer(committed.generation):
-            self._renew(committed.links)
-            return
-        if self.broken:
-            self.repair(committed.generation)
-            self._renew(committed.links)
-            return
+        `change` is a change of the policy table, or several as one. It brings the kernel to `change.generation` by
+        forgetting what it reaches. Without `change` the kernel is compared with what was left there, and it must
+        be at `desired.generation`, unless changes up to that one are still to come (`pending`).
+
+        The first `apply` raises KernelError or OSError if the kernel refuses it. It keeps what is cached if that
+        agrees with the table. A later one says in `broken` and in the log what the kernel refused."""
+        if self.in_force is None:
+            return self._derive(desired)
+        self._renewed |= change.links if change else frozenset()
         try:
-            self._cache.move_epoch(committed.generation, committed.links)
-            if committed.everything or not self._follows(committed):
-                self._forget_everything(committed.generation)
-            else:
-                self._forget_changed(committed)
-            self.generation = committed.generation
-        except (KernelError, OSError):
-            self.repair(committed.generation)
-            self._renew(committed.links)
+            return self._apply(desired, self.in_force, change, pending=pending)
+        except Exception as error:
+            # How far it got is not known: the next `apply` derives everything anew.
+            self.broken = self.broken or f"{type(error).__name__}: {error}"
+            raise
 
-    def _renew(self, links: Iterable[int]) -> None:
-        """The part of a change of interfaces that a repair does not do. If the kernel refuses it, the ruleset is
-        not there, and with its chains went the packets that waited for a verdict."""
+    def _apply(self, desired: Desired, before: Desired, change: Committed | None, *, pending: bool) -> Found:
+        changed = False
+        try:
+            self._drop(desired.unsettled - before.unsettled)
+            # A change must be quick, so it does not look. But to load would put a ruleset back that another
+            # program has changed, uncounted, and keep what it cached.
+            if change is None or not desired.same_ruleset(before):
+                changed = not self._is_as_left(desired, comes=pending or change is not None)
+            self._close_stacked(desired, before)
+            if not (changed or self.broken):
+                self._advance(desired, before, change)
+                return Found.AS_LEFT
+        except (KernelError, OSError) as error:
+            _log.debug("everything is derived anew: %s", error)
+        self._repair(desired)
+        return Found.CHANGED if changed else Found.AS_LEFT
+
+    # --- what differs, alone ---
+
+    def _drop(self, indexes: frozenset[int]) -> None:
+        """Drops what these interfaces send, also what waits for a worker now."""
+        if indexes:
+            self._cache.unsettle(indexes)
+            self._note(unsettled=self._in_force.unsettled | indexes)
+
+    def _close_stacked(self, desired: Desired, before: Desired) -> None:
+        """Adds the chains for devices above segments: the kernel takes them sooner than the whole ruleset."""
+        if desired.surroundings.stacked - before.surroundings.stacked:
+            with contextlib.suppress(KernelError):  # without a ruleset there is nothing to add to
+                self._reconciler.add(
+                    ruleset.stacked_alone(templates.read(), desired.config, desired.preset, desired.surroundings)
+                )
+
+    def _advance(self, desired: Desired, before: Desired, change: Committed | None) -> None:
+        """Writes what differs. Raises KernelError or OSError."""
+        self._forget_links(desired.unsettled - before.unsettled)
+        if not desired.same_ruleset(before):
+            self._load(desired, before)
+        elif change is None or desired.surroundings != before.surroundings:
+            self._write_known(desired.surroundings.known, before.surroundings.known)
+        if change is not None and change.new and self._is_newer(change.generation):
+            self._carry_out(desired.links, change)
+        self._settle(desired.unsettled)
+        # If a repair has gone further than the change, its revision is in force already.
+        comes = desired if change is None else change
+        revision = comes.revision if comes.generation == self.generation else before.revision
+        self.in_force = desired._replace(generation=self._in_force.generation, revision=revision)
+
+    def _write_known(self, known: frozenset[int], before: frozenset[int]) -> None:
+        """The reconciler does not look into this set. What is missing in it costs others their mail."""
+        if self._cache.set_known_interfaces(known) and known == before:
+            _log.warning("the set of known interfaces was changed by another program: it is put back")
+
+    def _load(self, desired: Desired, before: Desired) -> None:
+        """Loads another ruleset. What is cached stays, and the epoch with it."""
+        held = self._in_force
+        held = desired._replace(generation=held.generation, unsettled=held.unsettled)
+        # Not read from the kernel: if that failed, nothing would write `synced` again before the next change.
+        self._reconciler.load(self.wanted(held, synced=True))
+        if desired.config != before.config:  # other sizes make the sets anew, and then they are empty
+            self._rate_limits.reload()
+
+    def _carry_out(self, links: Mapping[str, int], change: Committed) -> None:
+        self._cache.move_epoch(change.generation, self._renewed)
+        self._renewed = frozenset()
+        if change.everything or not self._follows(change):
+            self._forget_everything(change.generation)
+        else:
+            self._forget_changed(links, change)
+        self._note(generation=change.generation)
+
+    def _settle(self, unsettled: frozenset[int]) -> None:
+        """Ends `_drop` for all interfaces but these: the kernel stands at a generation that names the owners."""
+        self._renew()
+        if settled := self._in_force.unsettled - unsettled:
+            self._cache.settle(settled)
+            self._note(unsettled=unsettled)
+
+    def _renew(self) -> None:
+        """Tells the kernel of other owners, if no change of the epoch has done so."""
+        if self._renewed:
+            self._cache.renew(self._renewed)
+            self._renewed = frozenset()
+
+    # --- everything anew ---
+
+    def _repair(self, desired: Desired) -> None:
+        """Derives everything anew. What the kernel refuses is in `broken` and in the log."""
+        try:
+            self._derive(desired)
+            self.broken = ""
+        except (KernelError, OSError) as error:
+            if str(error) != self.broken:
+                _log.critical("THE RULESET CANNOT BE PUT BACK, port 25 may be open: %s", error)
+            self.broken = str(error)
+            # If the kernel refuses this too, the ruleset is not there, and with its chains went the packets that
+            # waited for a verdict.
+            with contextlib.suppress(KernelError, OSError):
+                self._renew()
+
+    def _derive(self, desired: Desired) -> Found:
+        """Loads the ruleset and forgets everything: whatever changed the ruleset may have changed the sets too.
+        At a start what agrees with the table is kept. Raises KernelError or OSError."""
+        first, synced = self.in_force is None, self._cache.synced()
+        # What was unsettled before stays so until everything is forgotten.
+        unsettled = desired.unsettled | (frozenset() if self.in_force is None else self.in_force.unsettled)
+        held = desired._replace(unsettled=unsettled)
+        # Behind an unsettled interface the owner before may be cached.
+        kept = first and synced == desired.generation and not desired.unsettled
+        (self._reconciler.load if first else self._reconciler.repair)(self.wanted(held, synced=kept))
+        if not kept:
+            self._forget_everything(desired.generation)
+        self._rate_limits.reload()
+        self.in_force = held
+        self._settle(desired.unsettled)
+        return Found.STALE if first and synced is not None and not kept else Found.AS_LEFT
+
+    def wanted(self, desired: Desired, *, synced: bool = False) -> Wanted:
+        """The ruleset for a desired state. `synced`: all that is cached agrees with `desired.generation`, and the
+        kernel may say so before anything is forgotten."""
+        state = ruleset.State(desired.generation, synced=synced, unsettled=desired.unsettled)
+        return ruleset.wanted(
+            templates.read(),
+            desired.config,
+            desired.preset,
+            native=self._native,
+            state=state,
+            surroundings=desired.surroundings,
+        )
+
+    # --- comparing ---
+
+    def _is_as_left(self, desired: Desired, *, comes: bool) -> bool:
+        """Whether the kernel holds what the `apply` before left there, at the generation of the table; `comes`:
+        the changes up to that one are still to come."""
+        if self.broken or not (comes or self.generation == desired.generation):
+            return False
         with contextlib.suppress(KernelError, OSError):
-            self._cache.renew(links)
+            return self._reconciler.intact() and self._reconciler.epoch_is(self._in_force.generation)
+        return False
 
-    def forget(
-        self, sources: Iterable[Source], generation: int, *, opens: bool = True, closes: bool = True
-    ) -> None:
-        """Makes the kernel forget these sources, verdict and limit; `opens` and `closes` as `Committed` has them.
+    def _follows(self, change: Committed) -> bool:
+        """Whether the kernel stands at the generation from which a change began, or within the change."""
+        return (change.generation - self._in_force.generation) % 2**32 <= change.steps
+
+    def _is_newer(self, generation: int) -> bool:
+        """Whether a generation comes after the kernel's. They wrap around at 2**32."""
+        return 0 < (generation - self._in_force.generation) % 2**32 < 2**31
+
+    @property
+    def _in_force(self) -> Desired:
+        assert self.in_force is not None  # noqa: S101 # set by the first `apply`
+        return self.in_force
+
+    def _note(self, *, generation: int | None = None, unsettled: frozenset[int] | None = None) -> None:
+        """Notes what was written."""
+        held = self._in_force
+        self.in_force = held._replace(
+            generation=held.generation if generation is None else generation,
+            unsettled=held.unsettled if unsettled is None else unsettled,
+        )
+
+    # --- forgetting ---
+
+    def forget(self, sources: Iterable[Source]) -> None:
+        """Makes the kernel forget these sources, verdict and rate limit, at the generation that it stands at.
         Raises KernelError or OSError."""
-        sources = list(sources)
-        if len(sources) <= _UNREAD:
+        self._forget(list(sources), self._in_force.generation)
+
+    def _forget(self, sources: list[Source], generation: int, *, opens: bool = True, closes: bool = True) -> None:
+        """`opens` and `closes` as `Committed` has them."""
+        if len(sources) <= _UNREAD_SOURCES:
             self._cache.forget(sources, generation, self._rate_limits.deletions(sources))
         else:
             prefixes = Prefixes()
             for source in sources:
                 prefixes.add_source(source.key)
-            rates = self._rate_limits.deletions(sources)
-            self._cache.forget_within(prefixes, generation, rates, opens=opens, closes=closes)
+            limits = self._rate_limits.deletions(sources)
+            self._cache.forget_within(prefixes, generation, limits, opens=opens, closes=closes)
         self._rate_limits.deleted(sources)
 
-    def _forget_changed(self, committed: Committed) -> None:
-        """Makes the kernel forget what a change reaches, and tells it the limits that now hold there: sources with
-        a limit need not send twice then."""
-        sources, prefixes = self._sources(committed), self._prefixes(committed)
+    def _forget_changed(self, links: Mapping[str, int], change: Committed) -> None:
+        """Makes the kernel forget what a change reaches, and writes the rate limits that now hold there: so
+        sources with a limit need not send twice."""
+        sources, prefixes = changed_sources(links, change), _changed_prefixes(links, change)
         if not len(prefixes):
-            self.forget(sources, committed.generation, opens=committed.opens, closes=committed.closes)
-            self._rate(sources)
+            self._forget(sources, change.generation, opens=change.opens, closes=change.closes)
+            self._limit(self._settled(sources))
             return
         for source in sources:
             prefixes.add_source(source.key)
-        rated = self._rate_limits.within(prefixes)
+        limited = self._rate_limits.within(prefixes)
         found = self._cache.forget_within(
             prefixes,
-            committed.generation,
-            self._rate_limits.deletions(rated),
-            opens=committed.opens or bool(committed.links),
-            closes=committed.closes or bool(committed.links),
+            change.generation,
+            self._rate_limits.deletions(limited),
+            opens=change.opens or bool(change.links),
+            closes=change.closes or bool(change.links),
         )
-        self._rate_limits.deleted(rated)
-        self._rate({*sources, *rated, *islice(found, _RATED)})
+        self._rate_limits.deleted(limited)
+        self._limit(self._settled({*sources, *limited, *islice(found, _LIMITED_SOURCES)}))
 
-    def unsettle(self, indexes: Iterable[int], number: int) -> None:
-        """Drops what these interfaces send and forgets their cached verdicts, until `settle` for event `number`.
-        First the drop, which also covers verdicts that are on their way from a worker; then what is cached."""
-        if number <= self._settled:
+    def _forget_links(self, indexes: frozenset[int]) -> None:
+        """Makes the kernel forget the cached verdicts and rate limits behind these interfaces."""
+        if not indexes:
             return
-        new = dict.fromkeys(indexes, number)
-        self.unsettled |= new
-        try:
-            self._cache.unsettle(new)
-            self._forget_links(new)
-        except (KernelError, OSError):
-            self.repair(self.generation or 0)
-
-    def settle(self, number: int) -> None:
-        """The table says to which segments interfaces belong, as of event `number`: packets of those that were
-        unsettled up to then are judged again."""
-        self._settled = max(self._settled, number)
-        settled = [index for index, since in self.unsettled.items() if since <= number]
-        if not settled:
-            return
-        for index in settled:
-            del self.unsettled[index]
-        if self.broken:
-            # The kernel may still stand at the epoch before, under which verdicts of the owner before count. The
-            # repair writes the set together with the epoch.
-            return
-        try:
-            self._cache.settle(settled)
-        except (KernelError, OSError):
-            self.repair(self.generation or 0)
-
-    def intact(self) -> bool:
-        """Whether the kernel has the ruleset that was loaded, under the generation that it was brought to."""
-        if self.generation is None:
-            return True
-        with contextlib.suppress(OSError, KernelError):
-            return not self.broken and self._reconciler.intact() and self._reconciler.epoch_is(self.generation)
-        return False
-
-    def repair(self, generation: int) -> None:
-        """Loads the ruleset anew and forgets everything: whoever changed it may have changed the sets too. What
-        the kernel refuses is in `broken` and in the log, and is tried again at the next repair."""
-        try:
-            self._reconciler.repair(self._want(generation))
-            self._forget_everything(generation)
-            self._rate_limits.reload()
-            self.generation, self.broken = generation, ""
-        except (KernelError, OSError) as error:
-            if str(error) != self.broken:
-                _log.critical("THE RULESET CANNOT BE PUT BACK, port 25 may be open: %s", error)
-            self.broken = str(error)
+        prefixes = Prefixes()
+        for index in indexes:
+            prefixes.add_link(index)
+        limited = self._rate_limits.within(prefixes)
+        self._cache.forget_within(prefixes, self._in_force.generation, self._rate_limits.deletions(limited))
+        self._rate_limits.deleted(limited)
 
     def _forget_everything(self, generation: int) -> None:
         self._cache.forget_everything(generation)
         self._rate_limits.all_deleted()
 
-    def _forget_links(self, indexes: Iterable[int]) -> None:
-        """Makes the kernel forget the cached verdicts and rate limits behind these interfaces."""
-        prefixes = Prefixes()
-        for index in indexes:
-            prefixes.add_link(index)
-        rated = self._rate_limits.within(prefixes)
-        self._cache.forget_within(prefixes, self.generation or 0, self._rate_limits.deletions(rated))
-        self._rate_limits.deleted(rated)
+    def _settled(self, sources: Iterable[Source]) -> list[Source]:
+        """Behind an unsettled interface the table finds the limit of whoever had it before."""
+        return [source for source in sources if source.link not in self._in_force.unsettled]
 
-    def _follows(self, committed: Committed) -> bool:
-        """Whether the kernel stands at the generation from which a change began, or within the change."""
-        return self.generation is None or (committed.generation - self.generation) % 2**32 <= committed.steps
 
-    def _is_newer(self, generation: int) -> bool:
-        """Whether a generation comes after the kernel's. They wrap around at 2**32."""
-        return self.generation is None or 0 < (generation - self.generation) % 2**32 < 2**31
+def changed_sources(links: Mapping[str, int], change: Committed) -> list[Source]:
+    """The single addresses that have changed; `links`: segment → interface index."""
+    return [
+        Source(links[place.segment], place.network.network_address.packed)
+        for place in change.changed
+        if place.network.prefixlen == place.network.max_prefixlen and place.segment in links
+    ]
 
-    def _sources(self, committed: Committed) -> list[Source]:
-        """The single addresses that have changed."""
-        return [
-            Source(self.links[place.segment], place.network.network_address.packed)
-            for place in committed.changed
-            if place.network.prefixlen == place.network.max_prefixlen and place.segment in self.links
-        ]
 
-    def _prefixes(self, committed: Committed) -> Prefixes:
-        """The wider prefixes and the interfaces that have changed."""
-        prefixes = Prefixes()
-        for link in committed.links:
-            prefixes.add_link(link)
-        for place in committed.changed:
-            index = self.links.get(place.segment)
-            if index is not None and place.network.prefixlen != place.network.max_prefixlen:
-                prefixes.add(index, place.network)
-        return prefixes
+def _changed_prefixes(links: Mapping[str, int], change: Committed) -> Prefixes:
+    """The wider prefixes and the interfaces that have changed."""
+    prefixes = Prefixes()
+    for link in change.links:
+        prefixes.add_link(link)
+    for place in change.changed:
+        index = links.get(place.segment)
+        if index is not None and place.network.prefixlen != place.network.max_prefixlen:
+            prefixes.add(index, place.network)
+    return prefixes

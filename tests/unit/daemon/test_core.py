@@ -24,13 +24,13 @@ from portward.config.keys import Config, Verdicts
 from portward.daemon import bulk
 from portward.daemon import core as module
 from portward.daemon.core import Core
+from portward.dataplane.desired import NOTHING
 from portward.dataplane.fake import FakeKernel
 from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.links import Device, Links
 from portward.dataplane.names import TABLE, VERDICT_SETS
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.selfcheck import DifferenceKind
-from portward.dataplane.surroundings import NOTHING
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError, StoreError
 from portward.ipc import mark

@@ -8,8 +8,9 @@ from ipaddress import ip_address, ip_network
 from typing import Final
 
 from portward.config.keys import Config
-from portward.dataplane import ruleset, templates
+from portward.dataplane import ruleset
 from portward.dataplane.deletions import Deletions
+from portward.dataplane.desired import NOTHING, Desired, Unsettled
 from portward.dataplane.elements import (
     Add,
     AddLimit,
@@ -28,7 +29,7 @@ from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.sync import VerdictSync
+from portward.dataplane.sync import Found, KernelSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc import mark
 from portward.policy import presets
@@ -75,29 +76,42 @@ class Plane:
         self.reconciler = RulesetReconciler(self.nft, self.netlink, self.cache)
         self.rate_limits = RateLimits(self.elements)
         self.limits: dict[Source, Bucket] = {}
-        self.sync = VerdictSync(self.reconciler, self.cache, self.want, self.rate_limits, self._rate)
-        self.sync.links = {SEGMENT: LINK}
+        self.sync = KernelSync(self.reconciler, self.cache, self.rate_limits, self._rate, native=kernel.native)
+        self.unsettled = Unsettled()
+        self.preset, self.surroundings = PRESET, NOTHING
+
+    @property
+    def desired(self) -> Desired:
+        """What the kernel should hold."""
+        return Desired(
+            self.config, self.preset, self.generation, self.generation, {SEGMENT: LINK}, self.surroundings,
+            self.unsettled.indexes,
+        )  # fmt: skip
 
     def want(self, generation: int) -> ruleset.Wanted:
         """The ruleset for a generation of the policy table."""
-        state = ruleset.State(generation, synced=self.cache.synced() == generation)
-        return ruleset.wanted(templates.read(), self.config, PRESET, native=self.kernel.native, state=state)
+        synced = self.cache.synced() == generation
+        return self.sync.wanted(self.desired._replace(generation=generation), synced=synced)
 
     def start(self) -> bool:
-        """Starts enforcing."""
-        return self.sync.start(self.generation)
+        """Starts enforcing. True if verdicts of another policy were cached."""
+        return self.sync.apply(self.desired) is Found.STALE
 
-    def enforce(self, change: Committed) -> None:
-        """Carries a change of the policy table out, which has been committed there."""
+    def enforce(self, change: Committed, settled: int = 0) -> None:
+        """Carries a change of the policy table out, which has been committed there. The table names the owners of
+        interfaces as of event number `settled`."""
         self.generation = change.generation
-        self.sync.enforce(change)
+        self.unsettled.settle(settled)
+        self.sync.apply(self.desired, change)
+
+    def unsettle(self, link: int, event: int) -> None:
+        """An interface has another owner, which the table does not name yet."""
+        self.unsettled.add([link], event)
+        self.sync.apply(self.desired)
 
     def check(self) -> bool:
-        """Looks at the ruleset, as the daemon does again and again."""
-        intact = self.sync.intact()
-        if not intact:
-            self.sync.repair(self.generation)
-        return intact
+        """Looks at the ruleset, as the daemon does again and again. Whether it was as it was left."""
+        return self.sync.apply(self.desired) is Found.AS_LEFT
 
     def learn(self, verdict: mark.Class, *sources: Source, generation: int | None = None) -> bool:
         """Packets come back from a worker whose table stands at `generation` (the one of now if None): the chain

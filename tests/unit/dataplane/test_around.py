@@ -10,8 +10,8 @@ import pytest
 from portward.config.keys import Config
 from portward.dataplane import around, rtnetlink
 from portward.dataplane.around import SurroundingsMonitor
+from portward.dataplane.desired import NOTHING, Surroundings
 from portward.dataplane.links import Device
-from portward.dataplane.surroundings import NOTHING, Surroundings
 from portward.dataplane.tunnels import Ports
 
 CONFIG = Config(segments=("vni*",), uplinks=("up0",))

@@ -14,7 +14,7 @@ from portward.dataplane.fake import FakeKernel, FakeNft, ProcessDied
 from portward.dataplane.monitor import NOTHING, RulesetChanges
 from portward.dataplane.names import FIXED_SETS, HOOKS, TABLE, TUNNELS_HOOKS
 from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.sync import VerdictSync
+from portward.dataplane.sync import KernelSync
 from portward.errors import KernelError
 from portward.ipc.mark import Class
 from unit.dataplane.grounds import CONFIG, Plane, source, words
@@ -55,7 +55,7 @@ def test_a_refused_queue_statement_beside_an_older_ruleset_leaves_unknown_source
     assert not plane.kernel.tables[TABLE].chains["to_workers"].rules
     assert not again.reconciler.intact(), "it is tried again"
     plane.kernel.xtables = True
-    again.sync.repair(again.generation)
+    again.reconciler.repair(again.want(again.generation))
     assert plane.kernel.tables[TABLE].chains["to_workers"].rules
 
 
@@ -172,7 +172,7 @@ def test_a_transaction_of_ours_that_changes_nothing_is_not_taken_for_anothers(pl
 def test_what_no_number_shows_is_found_by_the_next_look(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     plane.kernel.tables[TABLE].chains["verdict"].rules.clear()
     assert plane.reconciler.intact(), "the generation is as it was left"
-    now = time.monotonic() + reconciler._LOOK_EVERY
+    now = time.monotonic() + reconciler._LOOK_INTERVAL_S
     monkeypatch.setattr("portward.dataplane.reconciler.time.monotonic", lambda: now)
     assert not plane.reconciler.at_rest(plane.netlink)
     assert not plane.reconciler.intact()
@@ -222,7 +222,7 @@ class Hearing:
         self.heard = NOTHING
         plane.nft = Compiling(plane.kernel, lambda: plane.kernel.generation)
         plane.reconciler = RulesetReconciler(plane.nft, plane.netlink, plane.cache, self.read)
-        plane.sync = VerdictSync(plane.reconciler, plane.cache, plane.want, plane.rate_limits, lambda _: None)
+        plane.sync = KernelSync(plane.reconciler, plane.cache, plane.rate_limits, lambda _: None, native=True)
         plane.start()
 
     def read(self) -> RulesetChanges:

@@ -133,7 +133,8 @@ def test_a_change_of_interfaces_is_written_with_the_epoch(plane: Plane) -> None:
 
 def test_a_change_of_interfaces_that_a_repair_has_overtaken_is_written_all_the_same(plane: Plane) -> None:
     """The repair has moved the epoch, but what the forward guard accepts carries none."""
-    plane.sync.repair(2)
+    plane.generation = 2
+    assert not plane.check()
     assert not plane.kernel.tables[TABLE].sets["renewed"].elements
     plane.enforce(committed(2, links=[LINK]))
     assert set(plane.kernel.tables[TABLE].sets["renewed"].elements) == {LINK.to_bytes(4, "little")}
@@ -145,27 +146,26 @@ def unsettled(plane: Plane) -> set[bytes]:
 
 
 def test_an_interface_is_unsettled_and_renewed_before_anything_is_read(plane: Plane) -> None:
-    plane.sync.unsettle([LINK], 1)
+    plane.unsettle(LINK, 1)
     assert words(plane.kernel.journal)[0] == "add unsettled 3, add renewed 3, delete renewed 3"
-    plane.sync.settle(1)
+    plane.enforce(committed(2, links=[LINK]), settled=1)
     assert not unsettled(plane)
 
 
 def test_an_interface_that_the_table_has_taken_in_meanwhile_is_not_unsettled(plane: Plane) -> None:
     """Nothing would ever settle it."""
-    plane.sync.settle(2)
-    plane.sync.unsettle([LINK], 2)
+    plane.enforce(committed(2, links=[LINK]), settled=2)
+    plane.unsettle(LINK, 2)
     assert not unsettled(plane)
-    plane.sync.unsettle([LINK], 3)
+    plane.unsettle(LINK, 3)
     assert unsettled(plane)
 
 
 def test_an_interface_stays_unsettled_while_the_kernel_stands_at_the_owner_before(plane: Plane) -> None:
     """The verdicts found for that one are under the epoch in force."""
-    plane.sync.unsettle([LINK], 1)
+    plane.unsettle(LINK, 1)
     plane.kernel.refuse(errno.ENOMEM, times=2)
-    plane.enforce(committed(2, links=[LINK]))
-    plane.sync.settle(1)
+    plane.enforce(committed(2, links=[LINK]), settled=1)
     assert plane.cache.epoch() == 1
     assert unsettled(plane)
     assert not plane.check()
@@ -177,8 +177,9 @@ def test_a_repair_that_has_not_forgotten_yet_says_of_no_change_that_it_is_in_for
     """Not of the last one, and not of the one before, which the repair takes along."""
     plane.learn(Class.ALLOW, HOST)
     plane.kernel.die(1)
+    plane.generation = 3
     with pytest.raises(ProcessDied):
-        plane.sync.repair(3)
+        plane.check()
     plane.kernel.die(None)
     assert HOST in plane.cached()
     assert [generation for generation in range(1, 10) if plane.cache.enforces(generation)] == []
@@ -295,7 +296,7 @@ def test_many_revoked_hosts_and_a_lost_interface_have_a_gate_too(much: Plane) ->
     assert words(much.kernel.journal)[1] == f"{GATE}, add enforced 2"
     much.cache.sizes["allow4"] = 8_193
     much.kernel.journal.clear()
-    much.sync.unsettle([3], 1)
+    much.unsettle(LINK, 1)
     assert GATE in words(much.kernel.journal)
     assert not is_gated(much.kernel.tables, LINK)
 
@@ -624,7 +625,7 @@ def test_a_change_while_the_ruleset_is_broken_says_nothing_of_the_one_before(pla
     assert plane.sync.broken
     plane.enforce(committed(3, "10.0.0.4"))
     assert plane.sync.broken or plane.cached() == {}
-    plane.sync.repair(3)
+    plane.check()
     assert not plane.sync.broken
     assert plane.cached() == {}
     assert plane.cache.synced() == 3
