@@ -44,7 +44,7 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 def time_problem(at: datetime) -> str | None:
-    """What is wrong with an aware time; None if it can be stored. Never raises, even at the ends of Python's
+    """The problem of an aware time; None if it can be stored. Never raises, even at the ends of Python's
     range."""
     if FIRST_TIME <= at <= LAST_TIME:
         return None
@@ -52,7 +52,7 @@ def time_problem(at: datetime) -> str | None:
 
 
 def text_problem(text: str, longest: int) -> str | None:
-    """What is wrong with a text of at most `longest` characters; None if it can be stored."""
+    """The problem of a text of at most `longest` characters; None if it can be stored."""
     if len(text) > longest:
         return f"{len(text)} characters are too many: at most {longest} are kept"
     if not text.isascii() and _SURROGATE.search(text):
@@ -61,7 +61,7 @@ def text_problem(text: str, longest: int) -> str | None:
 
 
 def number_problem(number: int, most: int) -> str | None:
-    """What is wrong with a whole number from 1 to `most`; None if it can be stored."""
+    """The problem of a whole number from 1 to `most`; None if it can be stored."""
     if 1 <= number <= most:
         return None
     # Python refuses to convert a number of more than 4,300 digits to text.

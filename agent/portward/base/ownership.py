@@ -129,7 +129,7 @@ def _folder_refused(folder: Path, status: os.stat_result) -> Iterator[str]:
     # In a folder with the sticky bit, such as the root of a tmpfs, other users cannot replace these files.
     if status.st_mode & stat.S_IWOTH and not (status.st_mode & stat.S_ISVTX and _alone(folder)):
         yield (
-            f"table {folder}: everybody may write in this folder, so what is in it may be anybody's: name a "
+            f"table {folder}: everybody may write in this folder, so any user may have put files there: name a "
             f"folder of its own in `table`, or `chmod 0750 {_quoted(folder)}` if you trust all users of this host"
         )
 

@@ -1,7 +1,7 @@
 """The command line: one file for each group of verbs. A verb reads its options, calls `ops` or `exemptions`, and
 prints the result.
 
-What always holds: an error is one line on stderr. Exit codes: 0 done; 1 refused, or not found; 2 bad usage or bad
+Invariants: an error is one line on stderr. Exit codes: 0 done; 1 refused, or not found; 2 bad usage or bad
 input; 130 interrupted. If a verb fails after it has written to the store, the error names the revision.
 
 In reading order: here, the program's `main` · `usage`, runs a verb and words its usage errors · `program`, all

@@ -54,7 +54,7 @@ _STATES: Final = ", ".join(State)
 
 
 class _Opened(NamedTuple):
-    """What a verb works on: the store's exemptions, the configuration and the preset."""
+    """The store's exemptions, the configuration and the preset, for one verb."""
 
     service: ExemptionService
     config: Config
@@ -353,7 +353,7 @@ def _open(path: Path, actor: str | None, *, trust_clock: bool = False) -> Iterat
 
 @contextmanager
 def _waiter(opened: _Opened, *, wait: bool) -> Iterator[EnforcementWaiter | None]:
-    """What waits for the agent, made before the change so that it misses nothing; None without `--wait`."""
+    """The waiter for the agent, made before the change so that it misses nothing; None without `--wait`."""
     if not wait:
         yield None
         return

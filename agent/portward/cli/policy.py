@@ -88,7 +88,7 @@ def _print_offer(ids: str, offer: Offer) -> None:
     needs = f" (takes {', '.join(offer.requires)})" if offer.requires else ""
     echo(f"              {before}blocked; exemption: {offer.exemption}{needs}")
     if offer.asks:
-        echo(f"              a request has to tell, beside its reason: {', '.join(offer.asks)}")
+        echo(f"              a request must state, beside its reason: {', '.join(offer.asks)}")
 
 
 def _numbers(preset: Preset) -> str:

@@ -1,6 +1,6 @@
 """portward.toml, and the tools that read every TOML, JSON and YAML document.
 
-What always holds: a mistake is an InputError with file, line, field and what would be right, and as many mistakes
+Invariants: a mistake is an InputError with file, line, field and what would be right, and as many mistakes
 as possible are reported at once. No read is unbounded, and none waits for another process.
 
 In reading order: `keys`, every key with its default (pure) · `load`, reads the file · `paths`, `endpoint` and

@@ -30,7 +30,7 @@ def unknown(url: str) -> str:
 
 
 def problem(url: str) -> str:
-    """What is wrong with the URL; empty if nothing is."""
+    """The problem of the URL; empty if there is none."""
     written = path_of(url)
     path = "" if written is None else written.lstrip("/")
     if written is None or not path:

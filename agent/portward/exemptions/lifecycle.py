@@ -99,8 +99,8 @@ _REFUSED: Final = {
     (
         State.GRANTED,
         Action.REQUEST,
-    ): "it is granted already, {when}: revoke it first where it is to be decided anew",
-    (State.NONE, Action.GRANT): "nobody has asked for it: `portward exemption request` comes first",
+    ): "it is granted already, {when}: revoke it first if it must be decided again",
+    (State.NONE, Action.GRANT): "there is no request: `portward exemption request` comes first",
     (State.GRANTED, Action.GRANT): "it is granted already, {when}",
     (State.REJECTED, Action.GRANT): "the request was rejected {when}: a new request comes first",
     (State.REVOKED, Action.GRANT): "it was revoked {when}: a new request comes first",
@@ -108,8 +108,8 @@ _REFUSED: Final = {
     (State.NONE, Action.REJECT): "there is no request that could be rejected",
     (State.GRANTED, Action.REJECT): "it is granted, {when}: `portward exemption revoke` takes a grant back",
     (State.REJECTED, Action.REJECT): "the request was rejected already, {when}",
-    (State.REVOKED, Action.REJECT): "it was revoked {when}, and nobody has asked again",
-    (State.EXPIRED, Action.REJECT): "the grant has ended {when}, and nobody has asked again",
+    (State.REVOKED, Action.REJECT): "it was revoked {when}, and there is no new request",
+    (State.EXPIRED, Action.REJECT): "the grant has ended {when}, and there is no new request",
     (State.NONE, Action.LIMIT): "there is no exemption that could have a limit",
     (
         State.REQUESTED,

@@ -168,7 +168,7 @@ class ExemptionService:
             raise NotFoundError(
                 f"no subscription {id_} is in the store: `portward exemption list` shows those there are"
             )
-        raise NotFoundError(f"nobody has asked for an exemption of {id_}{_named(owner)}")
+        raise NotFoundError(f"there is no request for an exemption of {id_}{_named(owner)}")
 
     def history(self, id_: UUID) -> list[Change]:
         """All changes of a subscription's exemption, oldest first; raises NotFoundError."""

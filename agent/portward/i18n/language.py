@@ -39,7 +39,7 @@ _MONTHS: Final = (
 
 
 class Translations(Protocol):
-    """What a language needs of a catalogue; `gettext.GNUTranslations` has it."""
+    """A catalogue, as `gettext.GNUTranslations` has it."""
 
     def gettext(self, message: str) -> str:
         """The translation of a text; the text itself if there is none."""

@@ -24,7 +24,7 @@ READY: Final = "ready"
 
 
 class Fate(StrEnum):
-    """What happened to a mail."""
+    """The fate of a mail."""
 
     DELIVERED = "delivered"
     TIMED_OUT = "timed out"
@@ -33,7 +33,7 @@ class Fate(StrEnum):
 
 
 class Outcome(NamedTuple):
-    """The fate of a mail, and the seconds until it was known."""
+    """A fate, and the seconds until it was known."""
 
     fate: Fate
     seconds: float

@@ -31,7 +31,7 @@ class ExemptionPath(StrEnum):
 
 
 class ReviewQuestion(StrEnum):
-    """What a request for review must state, beside the reason why mail cannot go through a relay."""
+    """A detail that a request for review must state, beside the reason why mail cannot go through a relay."""
 
     MAIL_SOFTWARE = "mail-software"
     VOLUME = "volume"
@@ -61,9 +61,9 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     `ports` are the *policy ports*: the TCP ports that the policy covers. `internal` are the destinations that are
     not on the Internet. `otherwise` is the rule for offers that are not listed; without it they can never send.
-    `restart` is the text that tells a customer how to restart a machine so that a grant counts; empty if no
-    restart is needed. With `paas_blocked`, workload `paas` is blocked whatever the offer. `request` tells a
-    customer how to ask for a review, as the end of a sentence.
+    `restart` is the text for a customer on how to restart a machine so that a grant counts; empty if no restart is
+    needed. With `paas_blocked`, workload `paas` is blocked whatever the offer. `request` is the text for a
+    customer on how to ask for a review, as the end of a sentence.
     """
 
     name: str

@@ -26,7 +26,7 @@ def remedy(
     *,
     limited: bool = False,
 ) -> str:
-    """What the customer can do next, in one or two sentences. `limited`: the exemption has a rate limit."""
+    """The next step for the customer, in one or two sentences. `limited`: the exemption has a rate limit."""
     if reason.allows and limited:
         return say(
             "New connections beyond the limit are dropped: spread the mail over more time, or ask for a higher "

@@ -1,6 +1,6 @@
 """The policy store: where an operator's policy is kept, with a log of who changed what and when.
 
-What always holds:
+Invariants:
 
 - A batch of writes is one revision, all of it or nothing. It is written only if the store is still at the revision
   that the writer has read, so no change is lost.

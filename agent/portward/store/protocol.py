@@ -1,4 +1,4 @@
-"""What every store of policy can do.
+"""The methods of every store of policy.
 
 Each accepted batch of writes is one *revision*; revisions rise by one, and 0 is an empty store. A revision and its
 changes are an *entry* of the log, which only grows; each entry has a hash and stores that of the entry before it

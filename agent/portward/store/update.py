@@ -17,7 +17,7 @@ from portward.store.codec import decode
 from portward.store.protocol import Store
 from portward.store.values import Put
 
-# Each try takes milliseconds. So many conflicts in a row mean that another process writes without a pause.
+# Each try takes milliseconds. Twenty conflicts in a row mean that another process writes without a pause.
 _TRIES: Final = 20
 
 

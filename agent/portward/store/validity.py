@@ -1,5 +1,5 @@
-"""What no gateway can hold, in a record of the right types. Every record passes this check, whether an operator
-wrote it, a verb made it, or another tool put it into the store.
+"""The flaws that make a record of the right types impossible to hold for a gateway. Every record passes this
+check, whether an operator wrote it, a verb made it, or another tool put it into the store.
 
 It accepts everything that the policy table and the kernel can hold. `inventory.records` refuses more (an empty id
 of an offer, for example). A store may have such records, and they get a verdict like any other.

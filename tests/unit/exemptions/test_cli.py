@@ -397,9 +397,9 @@ def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> Non
             "SUBSCRIPTION: 'fabrikan' is no subscription's id like 11111111-0000-4000-8000-000000000001, and no "
             "subscription in the store has exactly this name",
         ),
-        (("show", PAYG.id), "nobody has asked for an exemption of"),
+        (("show", PAYG.id), "there is no request for an exemption of"),
         (("show", "11111111-0000-4000-8000-0000000000ff"), "no subscription 11111111-0000-4000-8000-0000000000ff"),
-        (("history", PAYG.id), "nobody has asked for an exemption of"),
+        (("history", PAYG.id), "there is no request for an exemption of"),
         (("request", "11111111-0000-4000-8000-0000000000ff"), "`portward apply` brings it in"),
         (("request", PAYG.id, "--until", "tomorrow"), "--until: 'tomorrow' is no time"),
         (("request", PAYG.id, "--until", "2030-01-01T00:00:00"), "has no time zone: 2030-01-01T00:00:00Z is"),
