@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from portward.base.netlink import NLM_F_CREATE, NLM_F_EXCL, attribute, string
+from portward.dataplane import compiled
+from portward.dataplane import nf_tables as nf
 from portward.dataplane import nft as module
+from portward.dataplane.compiled import Message
+from portward.dataplane.elements import Add, messages
 from portward.dataplane.fake import FakeKernel
 from portward.dataplane.nft import Nft
+from portward.dataplane.ruleset import Wanted
 from portward.errors import KernelError
 from unit.scarce import no_descriptors
 
@@ -183,3 +192,180 @@ def test_without_descriptors_libnftables_is_not_called(monkeypatch: pytest.Monke
         for descriptor in taken:
             os.close(descriptor)
     assert [asked[0] for asked in library.asked] == ["add table inet t\n"]
+
+
+# --- texts that libnftables only compiles ---
+
+ROW = "----------------\t------------------\n"
+
+
+def printed(kind: int, body: bytes = b"", family: int = 1) -> str:
+    """A message as libmnl prints it, with one attribute of type 1."""
+    attributes = ""
+    if body:
+        data = body + bytes(-len(body) % 4)
+        attributes = f"|{4 + len(body):05d}|--|00001|\t|len |flags| type|\n" + "".join(
+            f"| {data[at : at + 4].hex(' ')}  |\t|      data      |\t\n" for at in range(0, len(data), 4)
+        )
+        body = bytes(4) + data
+    return (
+        f"{ROW}|  {20 + len(body):010d}  |\t| message length |\n| {kind:05d} | R--- |\t|  type | flags  |\n"
+        f"|  0000000000  |\t| sequence number|\n|  0000000000  |\t|     port ID    |\n{ROW}"
+        f"| {family:02x} 00 00 00  |\t|  extra header  |\n{attributes}{ROW}"
+    )
+
+
+# The request for the generation, the beginning, the message of FETCH_NOTHING, and one that makes table t.
+COMPILED = (printed(2576) + printed(16) + printed(2562, family=3) + printed(2560, b"t\0")).encode()
+TABLE_T = Message(nf.NFT_MSG_NEWTABLE, nf.NFPROTO_INET, NLM_F_CREATE, attribute(1, string("t")))
+DELETE_OLD = Message(nf.NFT_MSG_DELTABLE, nf.NFPROTO_INET, 0, attribute(1, string("old")))
+CREATE_T = TABLE_T._replace(flags=NLM_F_CREATE | NLM_F_EXCL)
+# Text and fixed part differ, to tell which of them is used.
+WANTED = Wanted("whole\n", 0, (), native=True, fixed="fixed\n", numbers={"numbers": (7,)})
+ELEMENT = compiled.inet(*messages(Add("numbers", [struct.pack("=I", 7)])))
+DELETE = "delete table inet old\n"
+
+
+class Compiling(Library):
+    """libnftables that prints the messages of each text."""
+
+    def nft_ctx_output_set_debug(self, _: int, level: int) -> None:
+        """Takes NFT_DEBUG_MNL."""
+        assert level == 1 << 4
+
+
+class Sent:
+    """Notes transactions (messages, dry run), or refuses them."""
+
+    def __init__(self, refusal: OSError | None = None) -> None:
+        self._refusal = refusal
+        self.transactions: list[tuple[list[Message], bool]] = []
+
+    def __call__(self, messages: list[Message], *, dry_run: bool = False) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        self.transactions.append((messages, dry_run))
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Compiling:
+    """Stands in for libnftables."""
+    found = Compiling(output=COMPILED)
+    monkeypatch.setattr(module, "_library", lambda: found)
+    return found
+
+
+CALLS: dict[str, tuple[Callable[[Nft], None], list[Message], bool, str, bool]] = {
+    # The call; the messages and the dry run that the kernel gets; without `transact` the text and the dry run.
+    "check": (lambda nft: nft.check("fixed\n", DELETE), [DELETE_OLD, TABLE_T], True, DELETE + "fixed\n", True),
+    "check_replacement": (
+        lambda nft: nft.check_replacement(DELETE, WANTED),
+        [DELETE_OLD, TABLE_T, ELEMENT], True, DELETE + "whole\n", True,
+    ),
+    "replace": (
+        lambda nft: nft.replace(DELETE, WANTED),
+        [DELETE_OLD, TABLE_T, ELEMENT], False, DELETE + "whole\n", False,
+    ),
+    "add": (lambda nft: nft.add("fixed\n"), [TABLE_T], False, "fixed\n", False),
+    "create": (
+        lambda nft: nft.create("t", "fixed\n"), [CREATE_T, TABLE_T], False, "create table inet t\nfixed\n", False,
+    ),
+    "delete": (lambda nft: nft.delete("old"), [DELETE_OLD], False, DELETE, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_transaction_has_the_messages_that_libnftables_has_compiled(compiling: Compiling, call: str) -> None:
+    """libnftables gets the text that does not change, as a dry run, and never the kernel's rulesets."""
+    ask, messages_, dry_run, *_ = CALLS[call]
+    sent = Sent()
+    nft = Nft(transact=sent)
+    ask(nft)
+    assert sent.transactions == [(messages_, dry_run)]
+    assert compiling.asked == ([] if call == "delete" else [(compiled.FETCH_NOTHING + "fixed\n", True, 0)])
+    assert nft.compiles
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("how", ["no transact", "another form of messages"])
+def test_libnftables_makes_the_transaction_itself_if_its_messages_cannot_be_used(
+    library: Callable[..., Library], monkeypatch: pytest.MonkeyPatch, call: str, how: str
+) -> None:
+    ask, _, _, text, dry_run = CALLS[call]
+    sent = Sent()
+    if how == "no transact":
+        found, nft = library(), Nft()
+    else:
+        found = Compiling(output=b"messages in another form")
+        monkeypatch.setattr(module, "_library", lambda: found)
+        nft = Nft(transact=sent)
+        with contextlib.suppress(KernelError):
+            nft.check("add table inet t\n")
+        assert not nft.compiles, "it is not tried again"
+        found.asked.clear()
+    nft.prepare(WANTED)
+    assert found.asked == [], "nothing is compiled in advance"
+    ask(nft)
+    assert found.asked == [(text, dry_run, 0)]
+    assert sent.transactions == []
+
+
+def test_a_text_is_compiled_once_and_the_last_four_are_cached(compiling: Compiling) -> None:
+    nft = Nft(transact=Sent())
+    nft.prepare(WANTED)
+    nft.replace("", WANTED)
+    assert len(compiling.asked) == 1, "prepared in advance"
+    for text in ("1", "2", "3", "4", "4", "3"):
+        nft.add(text)
+    assert [asked[0].removeprefix(compiled.FETCH_NOTHING) for asked in compiling.asked] == [
+        "fixed\n", "1", "2", "3", "4",
+    ]  # fmt: skip
+    nft.replace("", WANTED)
+    assert len(compiling.asked) == 6, "the oldest is compiled again"
+
+
+def test_an_advance_compilation_in_another_form_is_left_to_the_transaction(compiling: Compiling) -> None:
+    compiling._output = b"messages in another form"
+    nft = Nft(transact=Sent())
+    nft.prepare(WANTED)
+    assert nft.compiles
+
+
+def test_a_text_with_a_mistake_is_refused_by_its_line_as_the_operator_wrote_it(
+    library: Callable[..., Library], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libnftables prints no messages then, and its command that fetches nothing is not shown."""
+    found = Compiling(errors=b"/dev/stdin:1:20-22: Error: unknown\nflush ruleset arp; fixed\n^^^\n")
+    monkeypatch.setattr(module, "_library", lambda: found)
+    sent = Sent()
+    with pytest.raises(KernelError) as raised:
+        Nft(transact=sent).add("fixed\n")
+    assert str(raised.value) == "nft: 1:20-22: Error: unknown: fixed"
+    assert (sent.transactions, found.open) == ([], {})
+
+
+def test_an_error_of_the_kernel_during_the_compilation_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The dry run of libnftables may fail, for example without the privilege. The transaction decides."""
+    found = Compiling(errors=b"Error: Operation not permitted\n", output=COMPILED)
+    monkeypatch.setattr(module, "_library", lambda: found)
+    sent = Sent()
+    Nft(transact=sent).add("fixed\n")
+    assert sent.transactions == [([TABLE_T], False)]
+
+
+def test_a_refusal_names_its_reason_and_its_object(compiling: Compiling) -> None:
+    refusal = OSError(errno.EEXIST, "File exists")
+    refusal.add_note("table t")
+    nft = Nft(transact=Sent(refusal))
+    with pytest.raises(KernelError) as raised:
+        nft.create("t", "fixed\n")
+    assert str(raised.value) == "nft: Error: Could not process rule: File exists (table t)"
+    assert nft.compiles, "a refusal is no reason to compile no more"
+
+
+def test_a_whole_ruleset_that_is_not_fixed_is_left_to_libnftables(compiling: Compiling) -> None:
+    sent = Sent()
+    Nft(transact=sent).load("text")
+    assert (sent.transactions, compiling.asked) == ([], [("text", False, 0)])

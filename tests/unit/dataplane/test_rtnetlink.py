@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 import socket
 import struct
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, cast
 
 import pytest
 
-from portward.base.netlink import attribute, attributes_of, nest
-from portward.dataplane import genetlink, rtnetlink, tunnels
-from portward.dataplane.links import Device
+from portward.base.netlink import HEADER, NLMSG_DONE, NLMSG_ERROR, attribute, attributes_of, nest
+from portward.dataplane import dumpsocket, genetlink, rtnetlink, tunnels
+from portward.dataplane.links import Device, Links
 
 
 def link(
@@ -134,3 +139,270 @@ def test_ports_without_a_device_come_from_generic_netlink(monkeypatch: pytest.Mo
         frozenset((4790, 5555, 5556, 1701)), frozenset((51820,))
     )
     assert tunnels.ending_here(devices) == devices
+
+
+# --- dumps ---
+
+INTERRUPTED = 0x10
+
+
+def message(kind: int, body: bytes, flags: int = 0, sequence: int = 0) -> bytes:
+    return HEADER.pack(HEADER.size + len(body), kind, flags, sequence, 0) + body
+
+
+class Dumping:
+    """A netlink socket that answers each dump with the next list of (type, flags, body), one datagram each."""
+
+    def __init__(self, *answers: list[tuple[int, int, bytes]], stray: bytes = b"") -> None:
+        self._answers, self._stray = list(answers), stray
+        self._waiting: list[bytes] = []
+        self.dumps, self.closed = 0, False
+
+    def bind(self, _: tuple[int, int]) -> None:
+        """Takes any address."""
+
+    def send(self, data: bytes) -> None:
+        self.dumps += 1
+        sequence = HEADER.unpack_from(data)[3]
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        self._waiting = [self._stray] if self._stray else []
+        self._waiting += [message(kind, body, flags, sequence) for kind, flags, body in answer]
+
+    def recv(self, _: int) -> bytes:
+        return self._waiting.pop(0)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def dumping(monkeypatch: pytest.MonkeyPatch) -> Callable[[Dumping], Dumping]:
+    """Lets the next netlink socket be this one."""
+
+    def put(kernel: Dumping) -> Dumping:
+        monkeypatch.setattr(dumpsocket, "socket", FakeSocketModule(kernel))
+        return kernel
+
+    return put
+
+
+class FakeSocketModule:
+    """The part of module socket that opens a netlink socket."""
+
+    AF_NETLINK, SOCK_RAW, SOCK_CLOEXEC = socket.AF_NETLINK, socket.SOCK_RAW, socket.SOCK_CLOEXEC
+
+    def __init__(self, kernel: Dumping) -> None:
+        self._kernel = kernel
+
+    def socket(self, *_: int) -> Dumping:
+        return self._kernel
+
+
+END = (NLMSG_DONE, 0, bytes(4))
+Put = Callable[[Dumping], Dumping]
+
+
+def test_the_interfaces_are_those_of_a_whole_dump(dumping: Put) -> None:
+    """Messages of bridges and answers to older requests are not among them."""
+    of_bridge = link(7, b"port", family=socket.AF_BRIDGE)
+    kernel = dumping(
+        Dumping(
+            [(16, 0, link(1, b"lo")), (16, 0, of_bridge), (16, 0, link(7, b"port")), END],
+            stray=message(16, link(9, b"stray"), sequence=0),
+        )
+    )
+    assert rtnetlink.devices() == (Device(1, "lo"), Device(7, "port"))
+    assert kernel.closed
+
+
+def test_a_dump_that_a_change_interrupts_is_read_again(dumping: Put) -> None:
+    kernel = dumping(Dumping([(16, INTERRUPTED, link(1, b"old")), END], [(16, 0, link(1, b"new")), END]))
+    assert rtnetlink.devices() == (Device(1, "new"),)
+    assert kernel.dumps == 2
+
+
+def test_a_dump_that_is_always_interrupted_is_an_error(dumping: Put) -> None:
+    kernel = dumping(Dumping([(16, 0, link(1, b"lo")), (NLMSG_DONE, INTERRUPTED, bytes(4))]))
+    with pytest.raises(BlockingIOError, match="changes all the time"):
+        rtnetlink.devices()
+    assert kernel.closed
+
+
+@pytest.mark.parametrize("kind", [NLMSG_ERROR, NLMSG_DONE], ids=["at once", "half-way"])
+def test_a_dump_that_fails_raises_the_errno_of_the_kernel(dumping: Put, kind: int) -> None:
+    kernel = dumping(Dumping([(16, 0, link(1, b"lo")), (kind, 0, struct.pack("=i", -errno.ENOMEM))]))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        rtnetlink.devices()
+    assert kernel.closed
+
+
+# --- following ---
+
+
+class Events:
+    """A socket pair in place of the kernel's notices. Its datagrams come from `sender`."""
+
+    def __init__(self, sender: int = 0) -> None:
+        self._sender = sender
+        self._kernel, self.events = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.events.setblocking(False)
+
+    def tell(self, *messages: bytes) -> None:
+        """Sends a datagram with these messages."""
+        self._kernel.send(b"".join(messages))
+
+    # What `rtnetlink` uses of a socket.
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._kernel.close()
+        self.events.close()
+
+    def recvfrom(self, size: int) -> tuple[bytes, tuple[int, int]]:
+        return self.events.recv(size), (self._sender, 0)
+
+
+def news(*datagrams: list[bytes], known: dict[int, Device], sender: int = 0) -> Links:
+    """What `rtnetlink` makes of these datagrams, all of which wait when it reads the first one."""
+    found = Events(sender)
+
+    async def life() -> Links:
+        async def first(events: Events, size: int) -> tuple[bytes, tuple[int, int]]:
+            return events.recvfrom(size)
+
+        loop = asyncio.get_running_loop()
+        cast(Any, loop).sock_recvfrom = first
+        return await asyncio.wait_for(rtnetlink._next(known, cast(Any, found)), 30)
+
+    with found:
+        for datagram in datagrams:
+            found.tell(*datagram)
+        return asyncio.run(life())
+
+
+LO, PORT = Device(1, "lo"), Device(7, "port")
+
+
+@pytest.mark.parametrize(
+    ("messages", "devices", "touched"),
+    [
+        ([message(16, link(8, b"new"))], {LO, PORT, Device(8, "new")}, set()),
+        ([message(17, link(7, b"port"))], {LO}, {7}),
+        ([message(16, link(7, b"other"))], {LO, Device(7, "other")}, {7}),
+        ([message(17, link(7, b"port")), message(16, link(7, b"port"))], {LO, PORT}, {7}),
+        ([message(16, link(7, b"port", number(10, 3)))], {LO, Device(7, "port", master=3)}, set()),
+        ([message(17, link(9, b"unknown")), message(16, link(8, b"new"))], {LO, PORT, Device(8, "new")}, set()),
+    ],
+    ids=["made", "deleted", "renamed", "deleted and made again", "another master", "one that was not known"],
+)  # fmt: skip
+@pytest.mark.parametrize("together", [True, False], ids=["one datagram", "several"])
+def test_an_index_that_may_have_another_owner_counts_as_touched(
+    messages: list[bytes], devices: set[Device], touched: set[int], together: bool
+) -> None:
+    """An index that was deleted in between is touched even if everything looks as before."""
+    datagrams = [messages] if together else [[one] for one in messages]
+    links = news(*datagrams, known={1: LO, 7: PORT})
+    assert (set(links.devices), set(links.touched)) == (devices, touched)
+
+
+def test_events_that_change_nothing_are_not_reported() -> None:
+    same = message(16, link(7, b"port"))
+    links = news([same], [message(3, b"")], [message(16, link(8, b"new"))], known={7: PORT})
+    assert (set(links.devices), links.touched) == ({PORT, Device(8, "new")}, frozenset())
+
+
+def following(monkeypatch: pytest.MonkeyPatch, *rounds: Links | Exception) -> list[Links]:
+    """What `follow` yields if the kernel can be followed for one `Links` in each round, then fails. An error in
+    place of it: the kernel cannot be followed at all in this round. Ends with EOFError."""
+    left = list(rounds)
+
+    async def once(before: dict[int, Device], _: object, *, first: bool) -> AsyncGenerator[Links, None]:
+        if not left:
+            raise EOFError
+        one = left.pop(0)
+        if isinstance(one, Exception):
+            raise one
+        yield one._replace(touched=frozenset() if first else frozenset(before))
+        raise OSError(errno.ENOBUFS, "dropped")
+
+    monkeypatch.setattr(rtnetlink, "_follow_once", once)
+    monkeypatch.setattr(rtnetlink, "_RETRY_S", 0)
+    found = []
+
+    async def life() -> None:
+        async with aclosing(rtnetlink.follow()) as links:
+            async for one in links:
+                found.append(one)
+
+    with pytest.raises(EOFError):
+        asyncio.run(life())
+    return found
+
+
+def links_of(*devices: Device) -> Links:
+    return Links({device.ifindex: device.name for device in devices}, frozenset(), devices)
+
+
+def test_after_dropped_events_every_index_from_before_counts_as_touched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same failure is logged once, until the interfaces could be read again."""
+    broken = OSError(errno.ENFILE, "too many files")
+    found = following(monkeypatch, links_of(LO, PORT), broken, broken, links_of(LO), links_of(LO, PORT))
+    assert [(links.touched, set(links.devices)) for links in found] == [
+        (frozenset(), {LO, PORT}),
+        (frozenset((1, 7)), {LO}),
+        (frozenset((1,)), {LO, PORT}),
+    ]
+    assert caplog.text.count("too many files") == 1
+    assert caplog.text.count("dropped") == 3
+
+
+def test_a_kernel_that_cannot_be_followed_at_all_is_an_error_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def once(*_: object, **__: object) -> AsyncGenerator[Links, None]:
+        raise PermissionError(errno.EPERM, "not permitted")
+        yield
+
+    monkeypatch.setattr(rtnetlink, "_follow_once", once)
+
+    async def life() -> None:
+        async with aclosing(rtnetlink.follow()) as links:
+            await anext(links)
+
+    with pytest.raises(PermissionError):
+        asyncio.run(life())
+
+
+def test_the_first_list_is_read_after_the_events_are_subscribed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a change in between is in both."""
+    order = []
+    events = Events()
+
+    def subscribe() -> Events:
+        order.append("events")
+        return events
+
+    def dump() -> tuple[Device, ...]:
+        order.append("dump")
+        return (LO,)
+
+    monkeypatch.setattr(rtnetlink, "_events", subscribe)
+    monkeypatch.setattr(rtnetlink, "devices", dump)
+
+    async def life() -> Links:
+        async with aclosing(rtnetlink.follow()) as links:
+            return await anext(links)
+
+    assert asyncio.run(life()) == links_of(LO)
+    assert order == ["events", "dump"]
+
+
+def test_a_name_that_no_interface_can_have_has_no_index() -> None:
+    assert rtnetlink.index_of("a name that is longer than any") is None
+    assert rtnetlink.index_of("nul\0") is None
+    assert rtnetlink.index_of("lo") == socket.if_nametoindex("lo")
