@@ -790,3 +790,66 @@ def _says_stuck(running: Running, lane: str) -> bool:
     return shown_lines(read_status(running.config.table) or {})[0].startswith(
         f"STUCK     the {lane} thread has been at"
     )
+
+
+# --- the process ---
+
+
+class Ended(Exception):  # noqa: N818 # no error: the end of the process
+    """The process has ended at once, without its threads."""
+
+
+@pytest.fixture
+def process(running: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[BaseException | None]]:
+    """Runs the process of a daemon that raises `error`, and may leave a thread at work. Returns what it ends with
+    at once; nothing if it ends as usual."""
+
+    def run(error: Exception | None = None, *, abandoned: bool = False) -> list[BaseException | None]:
+        ended: list[BaseException | None] = []
+
+        async def life(daemon: Daemon) -> None:
+            daemon.abandoned = abandoned
+            if error is not None:
+                raise error
+
+        def exit_now(with_: BaseException | None) -> None:
+            ended.append(with_)
+            raise Ended
+
+        monkeypatch.setattr(Daemon, "run", life)
+        monkeypatch.setattr("portward.daemon.composition.shutdown.exit_now", exit_now)
+        monkeypatch.setattr("portward.daemon.composition.sys.setswitchinterval", lambda _: None)
+        monkeypatch.setattr("portward.daemon.composition.os.umask", lambda mask: running.said.append(f"{mask:o}"))
+        monkeypatch.setattr("portward.daemon.composition.logging.basicConfig", lambda **_: None)
+        with contextlib.suppress(Ended):
+            composition.run(running.path)
+        return ended
+
+    return run
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(1023, True), (1024, False)])
+def test_a_process_with_few_descriptors_warns_and_runs(
+    running: Running,
+    process: Callable[..., list[BaseException | None]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    limit: int,
+    warned: bool,
+) -> None:
+    """Its files are for its user alone."""
+    monkeypatch.setattr("portward.daemon.composition.descriptors.raise_limit", lambda: limit)
+    assert process() == []
+    assert ("file descriptors" in caplog.text) == warned
+    assert running.said == ["77"]
+
+
+def test_a_process_whose_thread_is_at_work_ends_at_once_with_its_error(
+    process: Callable[..., list[BaseException | None]],
+) -> None:
+    """Python's own exit would wait for the thread. Without such a thread the error goes to the caller."""
+    error = KernelError("queue 0 cannot be bound")
+    assert process(error, abandoned=True) == [error]
+    assert process(abandoned=True) == [None]
+    with pytest.raises(KernelError, match="queue 0"):
+        process(error)

@@ -208,6 +208,23 @@ def test_who_may_not_write_rules_is_told_before_anything_else(ground: Ground, pe
         ground.core = ground.made()
 
 
+def test_a_kernel_without_nft_queue_gets_the_target_of_xtables(ground: Ground) -> None:
+    ground.core.close()
+    ground.kernel.native = False
+    ground.core = ground.made()
+    ground.start()
+    assert not ground.core.native
+    assert ground.in_step()
+    assert ground.core.at_rest()
+
+
+def test_a_kernel_without_any_way_to_a_queue_is_refused_before_anything_is_written(ground: Ground) -> None:
+    ground.kernel.native = ground.kernel.xtables = False
+    with pytest.raises(KernelError, match="no way to a queue"):
+        ground.made()
+    assert not ground.kernel.journal
+
+
 def test_a_kernel_that_refuses_the_ruleset_ends_the_start(ground: Ground) -> None:
     ground.core.first_policy()
     ground.core.first_links(LINKS)

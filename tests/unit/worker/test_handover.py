@@ -138,6 +138,36 @@ def test_a_lock_that_anybody_holds_keeps_no_worker_from_its_queue(tmp_path: Path
         stranger.kill()
 
 
+@pytest.mark.parametrize("locked", [True, False], ids=["free", "held"])
+@pytest.mark.parametrize(("times", "taken"), [(2, True), (3, False)])
+def test_a_lock_file_that_another_worker_replaces_meanwhile_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool, times: int, taken: bool
+) -> None:
+    """A lock on a deleted file keeps no worker away. A file that is replaced at every try is given up, and no
+    descriptor is left open."""
+    path, replaced = tmp_path / "worker-3", list[int]()
+    cleared = handover._cleared
+
+    def slow(descriptor: int) -> bool:
+        if len(replaced) == times:
+            return cleared(descriptor)
+        replaced.append(descriptor)
+        path.unlink()
+        path.touch()
+        return locked
+
+    monkeypatch.setattr(handover, "_cleared", slow)
+    descriptor = take_over_queue(tmp_path, 3)
+    assert (descriptor >= 0, len(replaced)) == (taken, times)
+    assert path.exists(), "another worker's file is not deleted"
+    if taken:
+        assert os.path.samestat(path.stat(), os.fstat(descriptor))
+        os.close(descriptor)
+    for left in replaced:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(left)
+
+
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "worker-3").symlink_to(tmp_path / "other")
     assert take_over_queue(tmp_path, 3) == -1
