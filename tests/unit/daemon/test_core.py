@@ -43,6 +43,7 @@ from portward.store.sqlite.store import SqliteStore
 from portward.store.values import Put
 from portward.table.database import TableError
 from portward.table.layout import HEAD
+from portward.table.writer import Writer
 
 LINKS = Links({3: "vni1", 4: "vni2", 9: "up0"}, frozenset())
 MAY, MAY_NOT = UUID(int=1), UUID(int=2)
@@ -185,6 +186,16 @@ def test_without_store_and_table_there_is_nothing_to_enforce(ground: Ground) -> 
     with pytest.raises(StoreError):
         ground.core.first_policy()
     assert not ground.kernel.journal
+
+
+def test_a_table_of_another_version_is_named_if_the_store_cannot_be_read(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store alone is no reason to end: the operator must know why the table does not serve."""
+    (ground.folder / "portward.db").unlink()
+    monkeypatch.setattr(Writer, "of_other_format", True)
+    with pytest.raises(StoreError, match=r"was written by another version of portward.*and that failed: "):
+        ground.core.first_policy()
 
 
 def test_a_table_of_an_earlier_run_serves_without_a_store(started: Ground) -> None:
@@ -927,3 +938,64 @@ def test_a_fault_in_carrying_one_change_out_is_not_forgotten_by_the_next(
 
 def _no_memory(*_: object, **__: object) -> None:
     raise MemoryError
+
+
+# --- a table that cannot be written ---
+
+
+def _no_room(*_: object, **__: object) -> None:
+    raise TableError("no room")
+
+
+def test_interfaces_that_cannot_be_written_are_retried_with_all_that_changed_meanwhile(
+    started: Ground, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The failure is logged once. What is cached behind each of them is forgotten in the end."""
+    core = started.core
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "put_links", _no_room)
+        for index in (3, 4):
+            assert not core.links_changed(LINKS._replace(touched=frozenset({index})))
+            assert core.has_links_to_retry
+    assert caplog.text.count("the table lacks new interfaces") == 1
+    assert set(started.cached()) == {ALLOWED, DENIED}
+    core.retry_links()
+    assert not core.has_links_to_retry
+    assert started.cached() == {}
+    assert started.in_step()
+    written = len(started.kernel.journal)
+    core.retry_links()
+    assert len(started.kernel.journal) == written, "there is nothing to retry"
+
+
+def test_a_grant_whose_end_cannot_be_written_is_an_error_and_ends_with_the_next_try(
+    started: Ground, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    until = datetime.now(UTC) + timedelta(hours=1)
+    started.put(exemption(MAY_NOT, None, until=until))
+    started.core.sync()
+    started.kernel.learn("allow4", DENIED.key)
+    started.core.clock.now = lambda: until + timedelta(seconds=1)  # type: ignore[method-assign]
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "settle", _no_room)
+        started.core.settle()
+    assert started.core.store_errors == 1
+    assert "a grant has ended and still counts" in caplog.text
+    started.core.settle()
+    assert set(started.cached()) == {ALLOWED}
+
+
+def test_a_reload_whose_interfaces_cannot_be_written_is_in_force_and_they_are_retried(
+    started: Ground, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The table was decided again already, so the kernel must follow."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "put_links", _no_room)
+        started.core.reload(started.config, presets.load("aws"))
+    assert started.core.preset.name == "aws"
+    assert ALLOWED not in started.cached()
+    assert "in force in part, and is tried again: no room" in caplog.text
+    assert started.core.has_links_to_retry
+    started.core.retry_links()
+    assert not started.core.has_links_to_retry
+    assert started.in_step()

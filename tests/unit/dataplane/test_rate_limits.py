@@ -173,3 +173,21 @@ def test_sources_that_a_reading_misses_are_held_all_the_same(plane: Plane) -> No
     again.reload()
     assert set(again.sources()) == set(crowd)
     assert again.bucket(crowd[49]) == TEN
+
+
+def test_limits_that_differ_at_each_reading_are_an_error_and_nothing_is_taken_from_them(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane.rate_limits.add({ONE: TEN})
+    readings = ({source(f"10.0.1.{number}"): FIVE} for number in range(100))
+    monkeypatch.setattr(RateLimits, "sources_in_kernel", lambda *_: next(readings))
+    with pytest.raises(BlockingIOError, match="faster than they can be read"):
+        plane.rate_limits.reload()
+    assert list(plane.rate_limits.sources()) == [ONE]
+
+
+def test_a_deletion_is_noted_for_the_sources_that_draw_on_a_limit(plane: Plane) -> None:
+    """Others in the same transaction had none."""
+    plane.rate_limits.add({ONE: TEN, SIX: TEN})
+    plane.rate_limits.deleted([ONE, TWO])
+    assert list(plane.rate_limits.sources()) == [SIX]
