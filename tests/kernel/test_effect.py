@@ -12,6 +12,7 @@ import pytest
 
 from kernel.conftest import ALLOWED, DENIED, Gateway, source_records
 from kernel.test_rates import customer, known
+from portward.dataplane.names import VERDICT_SETS
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, until
 from portward.lab.topology import CONTOSO, FABRIKAM
@@ -33,8 +34,12 @@ def agrees(gateway: Gateway, who: Any, effect: tuple[str, bool], *words: str, as
 
 def forget(gateway: Gateway) -> None:
     """Makes the kernel forget every cached verdict."""
-    for name in ("allow4", "deny4", "unknown4", "observe4"):
-        gateway.lab.run(gateway.lab.gateway, "nft", "flush", "set", "inet", "portward", name)
+    for name in VERDICT_SETS.values():
+        for family in "46":
+            done = gateway.lab.run(
+                gateway.lab.gateway, "nft", "flush", "set", "inet", "portward", f"{name}{family}"
+            )
+            assert done.returncode == 0, done.stderr
 
 
 def flush(gateway: Gateway) -> None:
