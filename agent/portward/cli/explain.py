@@ -21,6 +21,8 @@ def explain(
 ) -> None:
     """Explain whether a source may open connections to port 25, why, and what its customer can do.
 
+    While an agent runs, the answer comes from the table that its workers read, else from the store.
+
     Example: portward explain vni1002 10.0.0.4
     """
     from portward.ops import explanation  # noqa: PLC0415 # only this verb needs all of it

@@ -1,7 +1,8 @@
-"""`portward explain`: why a source may or may not send, from the same table that the workers read.
+"""`portward explain`: why a source may or may not send.
 
-If no agent runs, it decides from the store; if the store cannot be read, from the table that the last agent wrote.
-It says which. If the user may read the kernel (CAP_NET_ADMIN), it also says whether a verdict is cached now.
+While an agent runs, it decides from the table that the workers read. If none runs, or if that table has no policy
+yet, it decides from the store; if the store cannot be read, from the table that the last agent wrote. It says
+which. If the user may read the kernel (CAP_NET_ADMIN), it also says whether a verdict is cached now.
 """
 
 from __future__ import annotations
