@@ -13,7 +13,7 @@ _SQLITE: Final = re.compile(r"sqlite:(.+)", re.DOTALL)
 
 
 def path_of(url: str) -> str | None:
-    """The path of the store's file; None if there is no backend for the URL."""
+    """The path of the SQLite file; None for another kind of URL."""
     found = _SQLITE.fullmatch(url)
     return found[1] if found else None
 

@@ -16,7 +16,14 @@ from portward.store.values import Change, Entry, LogRow, Odd, Origin, Progress, 
 
 
 class Store(Protocol):
-    """A store of policy. Every method raises StoreError if the store cannot be used."""
+    """A store of policy. Every method raises StoreError if the store cannot be used; `revision`, `read_all`,
+    `reading` and `write` raise its subclass NoStoreError if it is gone.
+
+    The thread that opened the store calls its methods. Only `fileno` may be called on any thread. `backends` opens
+    a store, with two promises that a backend must keep. With `create`, a store that is missing is made; without,
+    opening it raises NoStoreError. With `agent`, opening and every method wait only about a second for another
+    process's lock, and then raise StoreError: the end of a grant must not wait behind a lock.
+    """
 
     def identity(self) -> bytes:
         """16 bytes that no other store has. Revisions of two stores are not comparable."""
@@ -78,7 +85,8 @@ class Store(Protocol):
         at: datetime,
         progress: Progress | None = None,
     ) -> int:
-        """Writes a batch as one revision, all of it or nothing, and returns the store's newest revision.
+        """Writes a batch as one revision, all of it or nothing, and returns the store's newest revision once the
+        commit is durable: it survives a power cut.
 
         A batch that changes nothing makes no revision. No key may be in a batch twice. Seals a log that has no
         hashes yet. `progress` is called with the number of records written so far. Raises ConflictError if the
@@ -86,7 +94,8 @@ class Store(Protocol):
         """
 
     def fileno(self) -> int | None:
-        """A descriptor that becomes readable when any process writes a revision; None if the caller must poll."""
+        """A descriptor that becomes readable when any process writes a revision. None if there is none: the agent
+        then finds a change at its poll, once a second."""
 
     def drain(self) -> None:
         """Makes that descriptor unreadable again, until the next revision."""
