@@ -1,4 +1,5 @@
-"""Every metric of the agent: its name, its help text, and how it is read. A new metric is one entry here.
+"""Every metric of the agent: its name, its help text, and how it is read. A new metric is one entry here, if
+the daemon has its number. One that a worker counts also needs a place in `ipc.counters`.
 
 The counting thread reads all of them once a second. A *live* metric is also read at each scrape, because it must
 be right even if the counting thread is stuck.
@@ -248,8 +249,9 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
     _gauge(
         "chains_between", (),
-        "Chains of other programs at the priority of portward's own in prerouting: they cause the guard to be "
-        "loaded.",
+        "Chains of other programs in prerouting at priority -302, which portward's own two have. None can be "
+        "between those two; the forward guard is loaded all the same, because such a chain may change packets "
+        "after portward has seen them.",
         lambda reading: len(reading.core.others.beside),
     ),
     _counter(

@@ -63,12 +63,12 @@ class Worker:
         length: int,
         reader: QueueReader,
         table: Path,
-        on_limit_request: Callable[[Source], None],
+        on_ask: Callable[[Source], None],
         grace_s: float = 0.0,
     ) -> None:
-        """`on_limit_request` is called with each source whose rate limit the kernel does not have. The process
+        """`on_ask` is called with each source whose rate limit or verdict the kernel does not have. The process
         outlives the daemon for `grace_s` seconds."""
-        self._on_limit_request, self._grace_s = on_limit_request, grace_s
+        self._on_ask, self._grace_s = on_ask, grace_s
         self.queue, self._length, self._reader, self._table = queue, length, reader, table
         self._block = WorkerCounters.create()
         # Starting a process takes nine descriptors for a moment; three more are spare.
@@ -185,7 +185,7 @@ class Worker:
             if asked is None:
                 self._skip(line)
             else:
-                self._on_limit_request(Source(*asked))
+                self._on_ask(Source(*asked))
 
     def _skip(self, line: bytes) -> None:
         """Counts and logs a line that is not a message of portward: a library printed it, or a worker of another
@@ -230,11 +230,11 @@ async def stop(running: Iterable[Worker]) -> None:
     await asyncio.gather(*(worker.stop() for worker in running))
 
 
-def make(queue: Queue, table: Path, on_limit_request: Callable[[Source], None]) -> list[Worker]:
-    """The workers of a configuration, not yet started. `on_limit_request` is as for `Worker`."""
+def make(queue: Queue, table: Path, on_ask: Callable[[Source], None]) -> list[Worker]:
+    """The workers of a configuration, not yet started. `on_ask` is as for `Worker`."""
     numbers = range(queue.first, queue.first + queue.workers)
     grace_s = grace_seconds() if queue.reader is QueueReader.BATCH else 0.0
-    return [Worker(number, queue.length, queue.reader, table, on_limit_request, grace_s) for number in numbers]
+    return [Worker(number, queue.length, queue.reader, table, on_ask, grace_s) for number in numbers]
 
 
 def grace_seconds() -> float:

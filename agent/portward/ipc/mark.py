@@ -30,9 +30,10 @@ EPOCH: Final = 0x0000FFF8
 EPOCH_SHIFT: Final = 3
 # Epoch 8191 (all ones) is never used, so that a miss is never a verdict.
 EPOCHS: Final = 8191
-# How many generations the policy table may be ahead of the kernel. The store commits about 240 single changes a
-# second, and the kernel thread seldom takes 100 ms for one, which makes 24. Packets with a verdict from further
-# ahead are dropped, and the sender retries. Each value more is one that another program's mark may have by chance.
+# How many generations the policy table may be ahead of the kernel: 24 = 240 commits a second × 0.1 s. The store
+# commits about 240 single changes a second, and 0.1 s is the longest that the kernel thread usually needs for one.
+# If it is slower, packets with a verdict from further ahead are dropped, and the sender retries. Each value more
+# is one that another program's mark may have by chance.
 AHEAD: Final = 24
 
 

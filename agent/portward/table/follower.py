@@ -1,9 +1,10 @@
 """Brings the policy table up to the store: takes in what was committed there since, as one change.
 
 A change that would flip too many subscriptions is held until it is confirmed, or until later revisions of the
-store take it back. Later revisions wait behind it. Only what they deny is enforced at once, so a held change never
-delays a revocation. The table's own revision stays where it is, so the later revisions are taken in again, whole,
-together with the held change.
+store take it back. Later revisions wait behind it. Only what they deny is enforced at once. A revocation in a
+later revision waits only if its group would also let a source send more freely (`table.denials`), if its revision
+denies too many subscriptions and is not confirmed alone, or while a bulk change runs. The table's own revision
+stays where it is, so the later revisions are taken in again, whole, together with the held change.
 
 Revisions are compared by the hash of the store's log (`table.history`). If the store does not have the log entry
 at which the table stands, it has another history, and everything is read anew.

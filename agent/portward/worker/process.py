@@ -91,8 +91,8 @@ def _ready(messages: int) -> None:
 
 
 def _ask(messages: int, index: int, address: bytes) -> None:
-    """Asks the daemon about a source whose rate limit the kernel does not know. If the line is lost, the source's
-    next packet asks again."""
+    """Asks the daemon about a source whose rate limit or verdict the kernel does not know. If the line is lost,
+    the source's next packet asks again."""
     with suppress(BlockingIOError, BrokenPipeError):
         os.write(messages, ask_line(index, address))
 
