@@ -146,7 +146,7 @@ def test_a_preset_that_turns_all_of_them_is_not_taken_by_a_reload(agent: Agent, 
     assert allowed(agent)
     said = agent.log.read_text()
     assert "preset azure-2020 would flip the verdict of 12 of 12 subscriptions" in said
-    assert "if you intend that, raise max_flip_share with it" in said
+    assert "if you intend that, raise max_flip_share with it; if not, put the old preset back" in said
     # What is in force counts, and the file is said to name another preset.
     told = agent.explain(CONTOSO.segment, "10.0.1.1")
     assert (told["verdict"], told["decided_from"]) == ("allow", "table")
