@@ -20,16 +20,16 @@ def diagnose(
         str | None, typer.Argument(metavar="ADDRESS", help="After a segment: a source address in it.")
     ] = None,
     lang: Annotated[
-        str | None, typer.Option("--lang", metavar="LANG", help="en or fr; else as the locale says.")
+        str | None, typer.Option("--lang", metavar="LANG", help="The language, `en` or `fr`; else as the locale says.")
     ] = None,
-    customer: Annotated[bool, typer.Option("--customer", help="Print the text for the customer alone.")] = False,
+    customer: Annotated[bool, typer.Option("--customer", help="Print the letter to the customer alone.")] = False,
     json: JsonOption = False,
     everything: Annotated[bool, typer.Option("--all", help="List all machines.")] = False,
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
     """Explain why an account and its machines may or may not send, what was dropped lately, and the next step.
 
-    Ends with a text that can be sent to the customer unchanged. SUBSCRIPTION is a UUID or a name. With SEGMENT
+    Ends with a letter that can be sent to the customer unchanged. SUBSCRIPTION is a UUID or a name. With SEGMENT
     ADDRESS, the account is that of the source.
 
     Example: portward diagnose fabrikam --lang fr
