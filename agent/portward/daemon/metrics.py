@@ -286,7 +286,8 @@ METRICS: Final[tuple[Metric, ...]] = (
         lambda reading: reading.core.damaged,
     ),
     _counter(
-        "store_errors", (), "Failed readings of the store; the last policy stays in force.",
+        "store_errors", (),
+        "Failed attempts to bring the store's changes into the table; the last policy stays in force.",
         lambda reading: reading.core.store_errors,
     ),
     _counter(
