@@ -2,6 +2,9 @@
 
 A reason keeps its number for ever. A new reason gets the next free number, whatever its place in the enum is. The
 number of a removed reason is never used again, because old rows may still contain it.
+
+The last number is 31. To have more, raise `REASON_BITS`; that changes the rows, so raise `FORMAT` in
+`table/layout.py` too. Each agent then reads its table from the store again at its next start.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _result_of(process: subprocess.Popen[bytes], results: BinaryIO, job: Job) ->
         data = _read(process, results)
     result = pickle.loads(data)  # noqa: S301 # from our own child
     if not isinstance(result, BulkResult):
-        raise pickle.UnpicklingError(f"not an result: {type(result).__name__}")
+        raise pickle.UnpicklingError(f"not a result: {type(result).__name__}")
     return result
 
 

@@ -261,7 +261,7 @@ class Daemon:
                 (Step.OWNERS, lambda: feed.follow(changes)),
                 (Step.DEVICES, feed.see),
                 (Step.LINKS, feed.write),
-                (Step.OWNERS, feed.guard),
+                (Step.OWNERS, feed.close_uncertain),
                 (Step.RELOAD, lambda: reload.run(self._reload)),
                 (Step.RULESET, self._keep_ruleset),
                 (Step.SELF_CHECK, health.run),

@@ -24,7 +24,7 @@ _PATIENCE_S: Final = 0.01
 
 
 class LinkFeed:
-    """Follows interfaces. `follow`, `see`, `write` and `guard` are jobs that run side by side and never return."""
+    """Follows interfaces. `follow`, `see`, `write` and `close_uncertain` are jobs that run side by side and never return."""
 
     def __init__(self, core: Core, threads: Threads, steps: StepRunner, first: Links) -> None:
         """`first` are the interfaces that the table has already."""
@@ -85,7 +85,7 @@ class LinkFeed:
         await asyncio.sleep(self._steps.seconds_to_retry(step))
         return worked
 
-    async def guard(self) -> None:
+    async def close_uncertain(self) -> None:
         """If the table is busy, makes the kernel drop packets of interfaces that the table takes for others."""
         while True:
             await self._doubt.wait()
