@@ -29,8 +29,8 @@ ROOMS = (
     ("base", "errors", "i18n", "model", "__init__"),
 )
 
-# Library → the modules or rooms that may import it. Standard ones if a single place is wanted. msgspec is not here:
-# records are its structs, so it is as much part of the language here as dataclasses are.
+# Library → the modules or rooms that may import it. Standard ones if a single place is wanted. msgspec is not
+# here, because records are its structs.
 HOMES = {
     "lmdb": {"table.database"},
     "sqlite3": {"store.sqlite.database"},

@@ -20,7 +20,8 @@ def diagnose(
         str | None, typer.Argument(metavar="ADDRESS", help="After a segment: a source address in it.")
     ] = None,
     lang: Annotated[
-        str | None, typer.Option("--lang", metavar="LANG", help="The language, `en` or `fr`; else as the locale says.")
+        str | None,
+        typer.Option("--lang", metavar="LANG", help="The language, `en` or `fr`; else as the locale says."),
     ] = None,
     customer: Annotated[bool, typer.Option("--customer", help="Print the letter to the customer alone.")] = False,
     json: JsonOption = False,

@@ -67,8 +67,8 @@ class ConfigReload:
             await self._threads.policy(lambda: self._core.reload(config, preset))
         except UnconfirmedError as error:
             raise PortwardError(
-                f"{self._path}: preset {preset.name} {error}; if you intend that, raise max_flip_share with it; if "
-                "not, put the old preset back, because a restart takes this one"
+                f"{self._path}: preset {preset.name} {error}; if you intend that, raise max_flip_share with it; "
+                "if not, put the old preset back, because a restart takes this one"
             ) from None
         self._config = config
         settings.leave(self._path, self._core.config, self._core.preset)

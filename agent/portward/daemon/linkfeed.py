@@ -24,7 +24,8 @@ _PATIENCE_S: Final = 0.01
 
 
 class LinkFeed:
-    """Follows interfaces. `follow`, `see`, `write` and `close_uncertain` are jobs that run side by side and never return."""
+    """Follows interfaces. `follow`, `see`, `write` and `close_uncertain` are jobs that run side by side and never
+    return."""
 
     def __init__(self, core: Core, threads: Threads, steps: StepRunner, first: Links) -> None:
         """`first` are the interfaces that the table has already."""

@@ -68,7 +68,12 @@ class Gateway:
         """Runs the jobs until the script has come to its end."""
         jobs = [
             asyncio.create_task(job)
-            for job in (self.feed.follow(self._links()), self.feed.see(), self.feed.write(), self.feed.close_uncertain())
+            for job in (
+                self.feed.follow(self._links()),
+                self.feed.see(),
+                self.feed.write(),
+                self.feed.close_uncertain(),
+            )
         ]
         await script()
         for job in jobs:
