@@ -484,7 +484,7 @@ def rules_removed(ground: Ground, rounds: int) -> Iterator[Outcome]:
 
     def delete_rule() -> None:
         listing = ground.on_gateway("nft", "-a", "list", "chain", *table.split(), "screen").stdout
-        handle = next(line.rpartition(" ")[2] for line in listing.splitlines() if "goto judge" in line)
+        handle = next(line.rpartition(" ")[2] for line in listing.splitlines() if "goto cached6" in line)
         ground.nft(f"delete rule {table} screen handle {handle}")
 
     acts: dict[str, Callable[[], None]] = {
@@ -494,7 +494,7 @@ def rules_removed(ground: Ground, rounds: int) -> Iterator[Outcome]:
         "chain screen flushed": lambda: ground.nft(f"flush chain {table} screen"),
         "chain cached6 flushed": lambda: ground.nft(f"flush chain {table} cached6"),
         "chain verdict flushed": lambda: ground.nft(f"flush chain {table} verdict"),
-        "the rule that judges deleted": delete_rule,
+        "the rule to chain cached6 deleted": delete_rule,
         "an accepting rule inserted": lambda: ground.nft(f"insert rule {table} screen accept"),
         "internal prefixes emptied": lambda: ground.nft(f"flush set {table} internal4"),
         "another epoch set": lambda: ground.nft(

@@ -256,7 +256,7 @@ def test_a_kernel_that_remembers_another_table_forgets_at_the_start(agent: Agent
     "damage",
     [
         ["nft", "delete", "table", "inet", "portward"],
-        ["nft", "flush", "chain", "inet", "portward", "judge"],
+        ["nft", "flush", "chain", "inet", "portward", "cached6"],
         ["nft", "flush", "set", "inet", "portward", "internal4"],
         ["nft", "flush", "set", "inet", "portward", "epoch"],
         ["nft", "flush", "chain", "inet", "portward", "to_workers"],
