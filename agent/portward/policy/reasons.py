@@ -1,22 +1,40 @@
-"""The texts for each reason: for operators, and for the letter to a customer. A new reason gets one entry here.
-Pure."""
+"""What ends each reason, and its texts: for operators, and for the letter to a customer. A new reason gets one
+entry here. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum, auto
 from typing import Final, NamedTuple
 
 from portward.i18n.language import marked
 from portward.model import Reason
 
 
+class Solution(Enum):
+    """What ends a denial. `policy.remedy` puts it in words, `ops.diagnosis.advice` makes steps of it; mypy demands
+    a case for each one there."""
+
+    NOTHING_TO_SOLVE = auto()
+    RECORD_SOURCE = auto()
+    SETTLE_ACCOUNT = auto()
+    OTHER_SUBSCRIPTION = auto()
+    VIRTUAL_MACHINE = auto()
+    DECISION = auto()
+    RESTART = auto()
+    FIRST_EXEMPTION = auto()
+    EXEMPTION_AFTER_REJECTION = auto()
+    EXEMPTION_AFTER_REVOCATION = auto()
+
+
 class ReasonTexts(NamedTuple):
-    """Texts for one reason, to be translated.
+    """The solution of one reason, and its texts, to be translated.
 
     `short` is half a sentence for operators. `letter` is a sentence for the customer; it has the fields `{ports}`
     and, for some reasons, `{title}` (of the offer) and `{when}`, which are empty or begin with a space.
     """
 
+    solution: Solution
     short: str
     letter: str
 
@@ -26,6 +44,7 @@ _NOTHING: Final = marked("Nothing is blocked here: connections to {ports} pass."
 # once.
 REASONS: Final[Mapping[Reason, ReasonTexts]] = {
     Reason.DENIED_UNKNOWN_SOURCE: ReasonTexts(
+        Solution.RECORD_SOURCE,
         marked("no known subscription has this source"),
         marked(
             "Our records do not say which subscription this address belongs to, so its connections to {ports} are "
@@ -33,10 +52,12 @@ REASONS: Final[Mapping[Reason, ReasonTexts]] = {
         ),
     ),
     Reason.DENIED_DISABLED: ReasonTexts(
+        Solution.SETTLE_ACCOUNT,
         marked("the subscription is disabled"),
         marked("The subscription is disabled, and so connections to {ports} are blocked."),
     ),
     Reason.DENIED_RESTART_REQUIRED: ReasonTexts(
+        Solution.RESTART,
         marked("an exemption is granted, but the machine was not restarted since"),
         marked(
             "An exemption was granted{when}, but it counts for a virtual machine only once that was restarted. "
@@ -44,6 +65,7 @@ REASONS: Final[Mapping[Reason, ReasonTexts]] = {
         ),
     ),
     Reason.DENIED_PENDING: ReasonTexts(
+        Solution.DECISION,
         marked("an exemption was asked for and is not decided yet"),
         marked(
             "You asked for an exemption{when}. It is not decided yet, and until then connections to {ports} stay "
@@ -51,14 +73,17 @@ REASONS: Final[Mapping[Reason, ReasonTexts]] = {
         ),
     ),
     Reason.DENIED_REJECTED: ReasonTexts(
+        Solution.EXEMPTION_AFTER_REJECTION,
         marked("the request for an exemption was rejected"),
         marked("Connections to {ports} are blocked, as your request for an exemption was rejected{when}."),
     ),
     Reason.DENIED_REVOKED: ReasonTexts(
+        Solution.EXEMPTION_AFTER_REVOCATION,
         marked("the exemption was revoked"),
         marked("Connections to {ports} are blocked, as the exemption was revoked{when}."),
     ),
     Reason.DENIED_NOT_EXEMPT: ReasonTexts(
+        Solution.FIRST_EXEMPTION,
         marked("the offer needs an exemption and there is none in force"),
         marked(
             "Connections to {ports} are blocked: this kind of subscription{title} needs an exemption for them, "
@@ -66,6 +91,7 @@ REASONS: Final[Mapping[Reason, ReasonTexts]] = {
         ),
     ),
     Reason.DENIED_INELIGIBLE: ReasonTexts(
+        Solution.OTHER_SUBSCRIPTION,
         marked("the offer can never be exempt"),
         marked(
             "Connections to {ports} are blocked for this kind of subscription{title}, and it can never be exempt "
@@ -73,6 +99,7 @@ REASONS: Final[Mapping[Reason, ReasonTexts]] = {
         ),
     ),
     Reason.DENIED_PAAS: ReasonTexts(
+        Solution.VIRTUAL_MACHINE,
         marked("traffic through a platform service stays blocked"),
         marked(
             "Mail on {ports} through a platform service, such as a managed firewall, is not supported: it stays "
@@ -80,12 +107,19 @@ REASONS: Final[Mapping[Reason, ReasonTexts]] = {
         ),
     ),
     Reason.ALLOWED_EXEMPT: ReasonTexts(
+        Solution.NOTHING_TO_SOLVE,
         marked("the subscription's exemption counts for this machine"),
         marked("Nothing is blocked here: an exemption was granted{when}, and connections to {ports} pass."),
     ),
     Reason.ALLOWED_GRANDFATHERED: ReasonTexts(
-        marked("the subscription was created before the policy came into force"), _NOTHING
+        Solution.NOTHING_TO_SOLVE,
+        marked("the subscription was created before the policy came into force"),
+        _NOTHING,
     ),
-    Reason.ALLOWED_OFFER: ReasonTexts(marked("the subscription's offer may always send"), _NOTHING),
-    Reason.ALLOWED_INTERNAL: ReasonTexts(marked("the destination is not on the Internet"), _NOTHING),
+    Reason.ALLOWED_OFFER: ReasonTexts(
+        Solution.NOTHING_TO_SOLVE, marked("the subscription's offer may always send"), _NOTHING
+    ),
+    Reason.ALLOWED_INTERNAL: ReasonTexts(
+        Solution.NOTHING_TO_SOLVE, marked("the destination is not on the Internet"), _NOTHING
+    ),
 }

@@ -7,7 +7,7 @@ from typing import Final
 from portward.i18n.language import ENGLISH, Language, marked
 from portward.model import Reason, Subscription
 from portward.policy.preset import ExemptionPath, Offer, Preset
-from portward.policy.reasons import REASONS
+from portward.policy.reasons import REASONS, Solution
 
 _RELAY: Final = marked("Send through an authenticated relay on port 587, which is never limited")
 _API: Final = marked("Send through a mail provider's API")
@@ -32,38 +32,35 @@ def remedy(
             "New connections beyond the limit are dropped: spread the mail over more time, or ask for a higher "
             "limit. The receiving provider may still refuse the mail."
         )
-    if reason.allows:
-        return say("Nothing is blocked here. The receiving provider may still refuse the mail.")
-    return _after_denial(preset, reason, subscription, say)
-
-
-def _after_denial(preset: Preset, reason: Reason, subscription: Subscription | None, say: Language) -> str:
     relay = say(_RELAY if relay_is_free(preset) else _API)
     offer = None if subscription is None else preset.offer(subscription.offer)
-    match reason:
-        case Reason.DENIED_UNKNOWN_SOURCE:
+    solution = REASONS[reason].solution
+    match solution:
+        case Solution.NOTHING_TO_SOLVE:
+            return say("Nothing is blocked here. The receiving provider may still refuse the mail.")
+        case Solution.RECORD_SOURCE:
             return say(
                 "If this machine is a customer's, the inventory lacks its attachment or subscription: add it."
             )
-        case Reason.DENIED_DISABLED:
+        case Solution.SETTLE_ACCOUNT:
             return say(
                 "Contact the provider about the account: while it is disabled, nothing is sent on this port."
             )
-        case Reason.DENIED_PAAS:
+        case Solution.VIRTUAL_MACHINE:
             return say("{relay}, or send from a virtual machine.", relay=relay)
-        case Reason.DENIED_INELIGIBLE if some_may_send(preset):
+        case Solution.OTHER_SUBSCRIPTION if some_may_send(preset):
             return say("{relay}, or use another kind of subscription: this one can never be exempt.", relay=relay)
-        case Reason.DENIED_INELIGIBLE:
+        case Solution.OTHER_SUBSCRIPTION:
             return say("{relay}: this one can never be exempt.", relay=relay)
-        case Reason.DENIED_PENDING:
+        case Solution.DECISION:
             return say("{relay}, and wait for the decision.", relay=relay)
-        case Reason.DENIED_RESTART_REQUIRED:
+        case Solution.RESTART:
             return say("To make the exemption count, {restart}.", restart=say(preset.restart))
-        case Reason.DENIED_REVOKED:
+        case Solution.EXEMPTION_AFTER_REVOCATION:
             return say("{relay}. For a new exemption ask the provider why this one was revoked.", relay=relay)
-        case Reason.DENIED_REJECTED:
+        case Solution.EXEMPTION_AFTER_REJECTION:
             return say("{relay}, or ask again: {asking}.", relay=relay, asking=_asking(preset, offer, say))
-        case _:
+        case Solution.FIRST_EXEMPTION:
             return say("{relay}, or {asking}.", relay=relay, asking=_asking(preset, offer, say))
 
 

@@ -16,7 +16,7 @@ from portward.model import Reason, Standing
 from portward.ops.diagnosis.facts import Facts, Machine
 from portward.ops.diagnosis.outcome import Blocking
 from portward.policy.preset import ExemptionPath, Preset
-from portward.policy.reasons import REASONS
+from portward.policy.reasons import REASONS, Solution
 from portward.policy.remedy import relay_is_free, some_may_send
 
 
@@ -136,26 +136,29 @@ def _matter(
 
 def _ways(preset: Preset, facts: Facts, reason: Reason, machines: tuple[Machine, ...]) -> tuple[Way, ...]:
     relay: Way = (Step.RELAY if relay_is_free(preset) else Step.API,)
-    match reason:
-        case Reason.DENIED_UNKNOWN_SOURCE:
+    solution = REASONS[reason].solution
+    match solution:
+        case Solution.RECORD_SOURCE:
             return ((Step.TELL_SUBSCRIPTION,),)
-        case Reason.DENIED_DISABLED:
+        case Solution.SETTLE_ACCOUNT:
             return ((Step.SETTLE_ACCOUNT,),)
-        case Reason.DENIED_INELIGIBLE:
+        case Solution.OTHER_SUBSCRIPTION:
             return (relay, (Step.OTHER_SUBSCRIPTION,)) if some_may_send(preset) else (relay,)
-        case Reason.DENIED_PAAS:
+        case Solution.VIRTUAL_MACHINE:
             return (relay, *_from_virtual_machines(preset, facts))
-        case Reason.DENIED_PENDING:
+        case Solution.DECISION:
             return ((Step.WAIT, *_restart_after(preset)), relay)
-        case Reason.DENIED_RESTART_REQUIRED if facts.exemption is None or facts.exemption.decided is None:
+        case Solution.RESTART if facts.exemption is None or facts.exemption.decided is None:
             return ((Step.RECORD_GRANT,), relay)
-        case Reason.DENIED_RESTART_REQUIRED:
+        case Solution.RESTART:
             return ((Step.RESTART,),)
-        case Reason.DENIED_NOT_EXEMPT | Reason.DENIED_REJECTED | Reason.DENIED_REVOKED:
+        case Solution.FIRST_EXEMPTION | Solution.EXEMPTION_AFTER_REJECTION | Solution.EXEMPTION_AFTER_REVOCATION:
             return (relay, _asking(preset, facts))
-        case _ if any(machine.drops and machine.drops.beyond_limit for machine in machines):
+        case Solution.NOTHING_TO_SOLVE if any(
+            machine.drops and machine.drops.beyond_limit for machine in machines
+        ):
             return ((Step.STAY_WITHIN_LIMIT,), relay)
-        case _:
+        case Solution.NOTHING_TO_SOLVE:
             return ((Step.NONE,),)
 
 
@@ -164,15 +167,16 @@ def _from_virtual_machines(preset: Preset, facts: Facts) -> tuple[Way, ...]:
     reason = facts.reason_of_machines(preset)
     if reason.allows:
         return ((Step.VIRTUAL_MACHINE,),)
-    match reason:
-        case Reason.DENIED_INELIGIBLE:
+    solution = REASONS[reason].solution
+    match solution:
+        case Solution.OTHER_SUBSCRIPTION:
             return ((Step.OTHER_SUBSCRIPTION, Step.VIRTUAL_MACHINE),) if some_may_send(preset) else ()
-        case Reason.DENIED_PENDING:
+        case Solution.DECISION:
             return ((Step.VIRTUAL_MACHINE, Step.WAIT, *_restart_after(preset)),)
-        case Reason.DENIED_RESTART_REQUIRED if facts.exemption and facts.exemption.decided:
+        case Solution.RESTART if facts.exemption and facts.exemption.decided:
             # A machine that is started from now on is started after the grant.
             return ((Step.VIRTUAL_MACHINE,),)
-        case Reason.DENIED_RESTART_REQUIRED:
+        case Solution.RESTART:
             return ((Step.VIRTUAL_MACHINE, Step.RECORD_GRANT),)
         case _:
             return ((Step.VIRTUAL_MACHINE, *_asking(preset, facts)),)
