@@ -28,7 +28,9 @@ from portward.dataplane.desired import NOTHING
 from portward.dataplane.fake import FakeKernel
 from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.links import Device, Links
+from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.names import TABLE, VERDICT_SETS
+from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.selfcheck import DifferenceKind
 from portward.dataplane.verdict_cache import Source, VerdictCache
@@ -234,6 +236,32 @@ def test_a_kernel_without_any_way_to_a_queue_is_refused_before_anything_is_writt
     with pytest.raises(KernelError, match="no way to a queue"):
         ground.made()
     assert not ground.kernel.journal
+
+
+def test_the_kernels_notices_are_heard_if_no_write_of_libnftables_is_among_them(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their socket is closed with the core."""
+    done: list[str] = []
+
+    class Hearing:
+        def read(self) -> RulesetChanges:
+            done.append("read")
+            return RulesetChanges()
+
+        def close(self) -> None:
+            done.append("closed")
+
+    monkeypatch.setattr(module, "hearing", lambda _: Hearing())
+    monkeypatch.setattr(Nft, "compiles", True)
+    ground.core.close()
+    ground.core = ground.made()
+    ground.start()
+    ground.core.check()
+    assert "read" in done
+    assert "closed" not in done
+    ground.core.close()
+    assert done.count("closed") == 1
 
 
 def test_a_kernel_that_refuses_the_ruleset_ends_the_start(ground: Ground) -> None:
