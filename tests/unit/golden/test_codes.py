@@ -39,6 +39,7 @@ def test_reasons_keep_their_numbers() -> None:
     given = CODES["reason"]
     kept = {name: number for name, number in given.items() if name in numbers}
     assert {name: numbers[name] for name in kept} == kept, "a reason has another number than before"
+    assert len(set(given.values())) == len(given), "a number is given again"
     missing = numbers.keys() - given.keys()
     assert not missing, f"add the numbers of new reasons to codes.json: {missing}"
 
