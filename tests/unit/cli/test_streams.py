@@ -163,7 +163,7 @@ FOREIGN = [
     (("exemption", "list", "--name", b"\xff"), r"--name: '\xff': byte 0xff is not UTF-8"),
     (("exemption", "show", b"\xff"), r"SUBSCRIPTION: '\xff': byte 0xff is not UTF-8"),
     (("diagnose", b"M\xfcr"), r"SUBSCRIPTION: 'M\xfcr': byte 0xfc is not UTF-8"),
-    (("explain", b"\xff", "10.0.0.4"), "is none of the segments"),
+    (("explain", b"\xff", "10.0.0.4"), "is not a segment of"),
     (("explain", "vni1", b"10.0.0.\xff"), r"ADDRESS: '10.0.0.\xff': byte 0xff is not UTF-8"),
     (("apply", b"no-such-\xff.yaml"), r"no-such-\xff.yaml: No such file"),
     (("audit", "--actor", b"\xff"), r"--actor: '\xff': byte 0xff is not UTF-8"),
