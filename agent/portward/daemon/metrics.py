@@ -45,6 +45,8 @@ class Reading:
     server: MetricsServer
     steps: StepRunner
     heartbeat: Heartbeat
+    # Attachments and subscriptions in the policy table.
+    sizes: tuple[int, int] = (0, 0)
     queues: Sequence[QueueStatistics] = ()
     reload_failed: bool = False
     counted_at: float | None = None
@@ -74,6 +76,7 @@ class MetricsCollector:
         numbers = {worker.queue for worker in before.workers}
         reading = replace(
             before,
+            sizes=before.core.sizes(),
             queues=[queue for queue in states() if queue.number in numbers],
             reload_failed=reload_failed,
             counted_at=before.core.counting.read,
@@ -92,19 +95,12 @@ def seconds_since(moment: float | None) -> float:
     return float("inf") if moment is None else clock.monotonic() - moment
 
 
-def _judged(reading: Reading) -> Counter[Labels]:
+def _judged(reading: Reading, *, attempts: bool) -> Counter[Labels]:
+    """Packets with a verdict, or the connection attempts among them, by reason and outcome."""
     found: Counter[Labels] = Counter()
     for worker in reading.workers:
-        for reason, outcome, packets, _ in worker.counters.verdicts():
-            found[reason.value, OUTCOMES[outcome]] += packets
-    return found
-
-
-def _attempts(reading: Reading) -> Counter[Labels]:
-    found: Counter[Labels] = Counter()
-    for worker in reading.workers:
-        for reason, outcome, _, attempts in worker.counters.verdicts():
-            found[reason.value, OUTCOMES[outcome]] += attempts
+        for reason, outcome, packets, tried in worker.counters.verdicts():
+            found[reason.value, OUTCOMES[outcome]] += tried if attempts else packets
     return found
 
 
@@ -156,12 +152,12 @@ METRICS: Final[tuple[Metric, ...]] = (
         "judged_packets", ("reason", "outcome"),
         "Packets that a worker classified, by reason and by what happened to them (passed, dropped, reset, "
         "would_deny).",
-        _judged,
+        lambda reading: _judged(reading, attempts=False),
     ),
     _counter(
         "judged_attempts", ("reason", "outcome"),
         "Connection attempts (SYN) among the packets that a worker classified.",
-        _attempts,
+        lambda reading: _judged(reading, attempts=True),
     ),
     _counter(
         "worker_events", ("event",),
@@ -314,8 +310,8 @@ METRICS: Final[tuple[Metric, ...]] = (
         "Revision of the store that the policy table has; the kernel follows within milliseconds.",
         lambda reading: reading.core.revision,
     ),
-    _gauge("attachments", (), "Attachments in the policy table.", lambda reading: reading.core.sizes()[0]),
-    _gauge("subscriptions", (), "Subscriptions in the policy table.", lambda reading: reading.core.sizes()[1]),
+    _gauge("attachments", (), "Attachments in the policy table.", lambda reading: reading.sizes[0]),
+    _gauge("subscriptions", (), "Subscriptions in the policy table.", lambda reading: reading.sizes[1]),
     _gauge(
         "observing", (), "1 if the whole gateway only observes.",
         lambda reading: reading.core.config.mode is Mode.OBSERVE,

@@ -56,7 +56,7 @@ def _process(config: str, began: float) -> dict[str, Any]:
 
 def _policy(reading: Reading) -> dict[str, Any]:
     core = reading.core
-    attachments, subscriptions = core.sizes()
+    attachments, subscriptions = reading.sizes
     return {
         "mode": core.config.mode.value,
         "preset": core.preset.name,
