@@ -16,6 +16,7 @@ from typing import Final
 NETLINK_NETFILTER: Final = 12
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_ECHO, NLM_F_DUMP = 0x1, 0x4, 0x8, 0x300
+NLM_F_DUMP_INTR: Final = 0x10  # on each message of a dump that a change has interrupted
 NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x200, 0x400, 0x800
 NESTED: Final = 0x8000
 TYPE_MASK: Final = 0x3FFF

@@ -10,11 +10,18 @@ import socket
 import struct
 from typing import Final
 
-from portward.base.netlink import HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, messages_of
+from portward.base.netlink import (
+    HEADER,
+    NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    messages_of,
+)
 
 # The kernel fills a message of a dump up to the size of this buffer. No event is as long.
 BUFFER_BYTES: Final = 1 << 17
-_NLM_F_DUMP_INTR: Final = 0x10
 # A dump that a change interrupts is repeated this many times. Each try takes milliseconds.
 _TRIES: Final = 100
 
@@ -54,7 +61,7 @@ class DumpSocket:
             for kind_in, flags, sequence, body in messages_of(self._socket.recv(BUFFER_BYTES)):
                 if sequence != self._sequence:
                     continue
-                interrupted |= bool(flags & _NLM_F_DUMP_INTR)
+                interrupted |= bool(flags & NLM_F_DUMP_INTR)
                 if kind_in in (NLMSG_DONE, NLMSG_ERROR):
                     # The last message of a dump that fails half-way has the errno.
                     code = -struct.unpack_from("=i", body)[0] if len(body) >= 4 else 0

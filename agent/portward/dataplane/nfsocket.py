@@ -18,6 +18,7 @@ from portward.base.netlink import (
     NLM_F_ACK,
     NLM_F_CREATE,
     NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
     NLM_F_ECHO,
     NLM_F_REQUEST,
     NLMSG_DONE,
@@ -46,7 +47,6 @@ _ABOUT: Final = {
     nf.NFT_MSG_NEWOBJ: ("object", nf.NFTA_OBJ_NAME),
     nf.NFT_MSG_DELOBJ: ("object", nf.NFTA_OBJ_NAME),
 }
-_NLM_F_DUMP_INTR: Final = 0x10
 # A dump that a transaction interrupts is repeated this many times, or for this long.
 _DUMP_TRIES: Final = 20
 _DUMP_TIMEOUT_S: Final = 0.5
@@ -212,7 +212,7 @@ class NfSocket:
             for kind, flags_in, sequence, content in messages_of(self._socket.recv(_RECEIVE_BYTES)):
                 if sequence != self._sequence:
                     continue
-                interrupted |= bool(flags_in & _NLM_F_DUMP_INTR)
+                interrupted |= bool(flags_in & NLM_F_DUMP_INTR)
                 if kind in (NLMSG_ERROR, NLMSG_DONE):
                     # The last message of a dump that fails half-way has the errno.
                     code = -struct.unpack_from("=i", content)[0]
