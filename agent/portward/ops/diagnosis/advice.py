@@ -178,12 +178,12 @@ def _from_virtual_machines(preset: Preset, facts: Facts) -> tuple[Way, ...]:
             return ((Step.VIRTUAL_MACHINE,),)
         case Solution.RESTART:
             return ((Step.VIRTUAL_MACHINE, Step.RECORD_GRANT),)
-        case Solution.FIRST_EXEMPTION | Solution.EXEMPTION_AFTER_REJECTION | Solution.EXEMPTION_AFTER_REVOCATION:
-            return ((Step.VIRTUAL_MACHINE, *_asking(preset, facts)),)
-        # Never the reason of a machine of an account that is in order; if it were, an exemption is the way.
         case (
-            Solution.NOTHING_TO_SOLVE | Solution.RECORD_SOURCE | Solution.SETTLE_ACCOUNT | Solution.VIRTUAL_MACHINE
-        ):
+            Solution.FIRST_EXEMPTION | Solution.EXEMPTION_AFTER_REJECTION | Solution.EXEMPTION_AFTER_REVOCATION
+            # A machine of a known account that is in order never has one of these.
+            | Solution.NOTHING_TO_SOLVE | Solution.RECORD_SOURCE | Solution.SETTLE_ACCOUNT
+            | Solution.VIRTUAL_MACHINE
+        ):  # fmt: skip
             return ((Step.VIRTUAL_MACHINE, *_asking(preset, facts)),)
 
 
