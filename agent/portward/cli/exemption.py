@@ -12,7 +12,7 @@ import typer
 
 from portward.base import limits
 from portward.base.clock import utc_now
-from portward.base.words import counted
+from portward.base.words import counted, utc
 from portward.cli import exemption_text as texts
 from portward.cli.actor import ActorOption, actor_name
 from portward.cli.exemption_chosen import confirm as confirm_count
@@ -241,7 +241,7 @@ def _revoke_many(
     began = time.monotonic()
     revision = note_revision(service.revoke_all(ids, reason).revision) if ids else service.store.revision()
     took_s = _wait(waiter, revision, began)
-    behind = behind_held(opened.config, revision) if waiter is None else waiter.behind()
+    behind = _behind(opened, waiter, revision)
     if json:
         found = {"revoked": len(ids), "revision": revision, "enforced_after_ms": texts.milliseconds(took_s)}
         echo_json(found | _behind_json(behind))
@@ -317,7 +317,7 @@ def history(id_: IdArgument, json: JsonLinesOption = False, config: ConfigOption
         if json:
             echo_json({"revision": change.revision, "at": change.at, "actor": change.actor, "exemption": record})
             continue
-        echo(f"{change.at:%Y-%m-%d %H:%M:%SZ}  revision {change.revision}  {change.actor}: {state}")
+        echo(f"{utc(change.at)}  revision {change.revision}  {change.actor}: {state}")
         if isinstance(record, Exemption):
             for line in texts.lines(record)[1:]:
                 echo(f"    {line}")
@@ -382,12 +382,17 @@ def _print_change(
     """Prints a change. `waiter` and `took_s`: of a verb that waited; `limited`: only the rate limit was
     changed."""
     revision = note_revision(change.written.revision)
-    behind = behind_held(opened.config, revision) if waiter is None else waiter.behind()
+    behind = _behind(opened, waiter, revision)
     if json:
         echo_json(texts.change_json(change, took_s) | _behind_json(behind))
         return
     for line in texts.change_lines(change, opened.preset, str(behind or ""), took_s, limited=limited):
         echo(line)
+
+
+def _behind(opened: _Opened, waiter: EnforcementWaiter | None, revision: int) -> Behind | None:
+    """What waits behind a held change of this revision; asked of the waiter if there is one."""
+    return behind_held(opened.config, revision) if waiter is None else waiter.behind()
 
 
 def _behind_json(behind: Behind | None) -> dict[str, Any]:

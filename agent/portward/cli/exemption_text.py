@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from portward.base.words import counted
+from portward.base.words import counted, utc
 from portward.exemptions.lifecycle import Case, State, no_path, state_of, state_text, useless
 from portward.exemptions.service import ExemptionChange, ExemptionRow
 from portward.model import Details, Exemption, ExemptionState, FraudCheck
@@ -142,4 +142,4 @@ def _checked(exemption: Exemption) -> str:
 
 
 def _time(at: datetime | None) -> str:
-    return "" if at is None else at.strftime("%Y-%m-%d %H:%M:%SZ")
+    return "" if at is None else utc(at)

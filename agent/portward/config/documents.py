@@ -227,20 +227,20 @@ _BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"
 
 def _in_words(problem: str, value: Any) -> str:
     """msgspec's own words for a wrong value, as an operator would say it."""
-    told = brief(str(value)) if isinstance(value, str | date) else brief(value)
+    given = brief(str(value)) if isinstance(value, str | date) else brief(value)
     if found := re.fullmatch(r"Expected `([\w| ]+)`, got `(\w+)`", problem):
         wanted = (name.strip() for name in found[1].split("|"))
-        return f"expected {' or '.join(_TYPES.get(name, name) for name in wanted if name != 'null')}, got {told}"
+        return f"expected {' or '.join(_TYPES.get(name, name) for name in wanted if name != 'null')}, got {given}"
     if found := re.fullmatch(r"Expected `(\w+)`( of length)? (>=|<=|>|<) (\S+)", problem):
         unit = (" entry", " entries") if found[1] == "array" else (" character", " characters")
         size = unit[found[4] != "1"] if found[2] else ""
         kind = _TYPES.get(found[1], found[1])
-        return f"expected {kind} of {_BOUNDS[found[3]]} {found[4]}{size}, got {told}"
+        return f"expected {kind} of {_BOUNDS[found[3]]} {found[4]}{size}, got {given}"
     if re.match(r"Invalid (RFC3339 encoded )?date(time)?", problem) or "Invalid UUID" in problem:
         kind = "uuid" if "UUID" in problem else "datetime" if "datetime" in problem else "date"
-        return f"expected {_TYPES[kind]}, got {told}"
+        return f"expected {_TYPES[kind]}, got {given}"
     if "timezone" in problem:
-        return f"a time needs its zone: {told} and a Z at its end for UTC"
+        return f"a time needs its zone: {given} and a Z at its end for UTC"
     if problem in ("Number out of range", "Integer value out of range"):
         return "no field takes a number as large as this"
     return problem.replace("`", "")

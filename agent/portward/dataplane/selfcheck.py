@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from portward.base import clock
+from portward.base.words import utc_as_typed
 
 # A worker that has not answered in this time, and has handled no packet either, is taken for hung.
 ANSWER_TIMEOUT_S: Final = 2.0
@@ -62,4 +63,4 @@ class SelfCheck:
         none."""
         if self._last is None:
             return ""
-        return f"{clock.at(self._last[0]):%Y-%m-%dT%H:%M:%SZ} {self._last[1]}"
+        return f"{utc_as_typed(clock.at(self._last[0]))} {self._last[1]}"

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from msgspec.structs import replace
 
+from portward.base.words import utc
 from portward.errors import PortwardError
 from portward.i18n.language import marked
 from portward.model import Details, Exemption, ExemptionState, FraudCheck, RateLimit, Standing, Subscription
@@ -347,4 +348,4 @@ def _when(state: State, exemption: Exemption | None) -> str:
 
 
 def _time(at: datetime | None) -> str:
-    return "an unknown time" if at is None else at.strftime("%Y-%m-%d %H:%M:%SZ")
+    return "an unknown time" if at is None else utc(at)

@@ -10,6 +10,7 @@ from uuid import UUID
 import msgspec
 
 from portward.base.limits import CLOCK_DRIFT
+from portward.base.words import utc_as_typed
 from portward.config.documents import nearest, network_text
 from portward.inventory.records import Inventory
 from portward.model import Attachment, Exemption, ExemptionState, Reason, Record, Subscription, Workload
@@ -68,9 +69,7 @@ def check_starts(inventory: Inventory, now: datetime) -> None:
     for a grant without having been restarted."""
     if inventory.latest_start is not None and inventory.latest_start[0] > now + CLOCK_DRIFT:
         started, key = inventory.latest_start
-        problem = (
-            f"{started:%Y-%m-%dT%H:%M:%SZ} lies in the future, this host's clock says {now:%Y-%m-%dT%H:%M:%SZ}"
-        )
+        problem = f"{utc_as_typed(started)} lies in the future, this host's clock says {utc_as_typed(now)}"
         raise inventory.mistake(key, problem, "started")
 
 
@@ -81,7 +80,7 @@ def late_creation(inventory: Inventory, now: datetime) -> str:
     if inventory.latest_creation is None or inventory.latest_creation[0] <= (now + timedelta(days=1)).date():
         return ""
     created, key = inventory.latest_creation
-    problem = f"{created} lies in the future, this host's clock says {now:%Y-%m-%dT%H:%M:%SZ}"
+    problem = f"{created} lies in the future, this host's clock says {utc_as_typed(now)}"
     return str(inventory.mistake(key, problem, "created"))
 
 

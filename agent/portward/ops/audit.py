@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from portward.base.words import counted
+from portward.base.words import counted, utc_as_typed
 from portward.config.documents import nearest
 from portward.errors import InputError, printable
 from portward.inventory.difference import described_change
@@ -214,6 +214,6 @@ def _raw(body: Cell) -> msgspec.Raw | str | None:
 
 def _instant(at: Cell) -> str:
     try:
-        return datetime.fromisoformat(str(at)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return utc_as_typed(datetime.fromisoformat(str(at)).astimezone(UTC))
     except (ValueError, OverflowError):
         return f"at {str(at)!r}"

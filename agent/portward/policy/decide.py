@@ -17,6 +17,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import NamedTuple
 
+from portward.base.words import utc
 from portward.model import Address, Attachment, Exemption, ExemptionState, Reason, Standing, Subscription, Workload
 from portward.policy.preset import ExemptionPath, Preset
 
@@ -180,4 +181,4 @@ def _day(subscription: Subscription | None) -> str:
 
 
 def _time(at: datetime | None) -> str:
-    return "at an unknown time" if at is None else at.strftime("%Y-%m-%d %H:%M:%SZ")
+    return "at an unknown time" if at is None else utc(at)
