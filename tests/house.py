@@ -45,7 +45,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from portward.cli import usage
+from portward.cli import program, usage
 from portward.dataplane import fake
 from portward.ipc.mark import Class
 from portward.model import Reason
@@ -170,7 +170,7 @@ def change(folder: Path, verb: Verb) -> Way:
         words = verb(ground, str(config))
         with redirect_stdout(StringIO()), Way(sqlite, database, fake) as way:
             patch.setattr(sys, "argv", ["portward", *words])
-            assert usage.run() == 0
+            assert usage.run(program.app) == 0
             assert ground.core.sync()
         assert len(ground.cached()) == 1, "the cached verdict of the other subscription stays"
         ground.core.close()

@@ -4,8 +4,8 @@ prints the result.
 Invariants: an error is one line on stderr. Exit codes: 0 done; 1 refused, or not found; 2 bad usage or bad
 input; 130 interrupted. If a verb fails after it has written to the store, the error names the revision.
 
-In reading order: here, the program's `main` · `usage`, runs a verb and words its usage errors · `program`, all
-verbs · `options`, `actor`, `times`, `arguments`, what many verbs take · `streams`, all output. Then the verbs:
+In reading order: here, the program's `main` · `program`, all verbs · `usage`, runs a verb and words its usage
+errors · `options`, `actor`, `times`, what many verbs take · `streams`, all output. Then the verbs:
 `run` (and check), `inventory` (apply, export), `audit`, `explain`, `diagnose`, `status` and `status_text`, `top`,
 `attachment`, `rules`, `policy`, `lab`, and `exemption` with `exemption_options`, `exemption_chosen` and
 `exemption_text`.
@@ -66,9 +66,9 @@ def _run() -> int:
 
         composition.run(config)
         return 0
-    from portward.cli import usage  # noqa: PLC0415 # as above
+    from portward.cli import program, usage  # noqa: PLC0415 # as above
 
-    return usage.run()
+    return usage.run(program.app)
 
 
 def _unprinted(error: OSError) -> tuple[int, str]:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from portward.cli.arguments import text
 from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn
 from portward.cli.streams import echo, echo_json, echo_text
+from portward.cli.usage import text
 
 
 def diagnose(

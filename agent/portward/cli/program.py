@@ -19,8 +19,8 @@ from portward.cli import (
     status,
     top,
 )
-from portward.cli.arguments import every_verb
 from portward.cli.streams import echo
+from portward.cli.usage import decode_arguments
 
 app = typer.Typer(
     name="portward",
@@ -45,7 +45,7 @@ app.add_typer(attachment.app, name="attachment")
 app.add_typer(rules.app, name="rules")
 app.add_typer(policy.app, name="policy")
 app.add_typer(lab.app, name="lab")
-every_verb(app)
+decode_arguments(app)
 
 
 def _version(wanted: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from portward.cli import usage
+from portward.cli import program, usage
 from portward.cli.program import app
 from portward.errors import InputError
 
@@ -105,7 +105,7 @@ def test_a_file_that_may_not_be_read_is_told_as_any_other(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
     monkeypatch.setattr(sys, "argv", ["portward", "status", "--config", str(path)])
     with pytest.raises(InputError, match="segmants: unknown key"):
-        usage.run()
+        usage.run(program.app)
 
 
 @pytest.mark.parametrize("words", [(), ("policy",), ("policy", "list"), ("explain",)], ids=" ".join)
@@ -114,7 +114,7 @@ def test_help_is_had_as_operators_ask_for_it(
 ) -> None:
     def shown(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["portward", *arguments])
-        assert usage.run() == 0
+        assert usage.run(program.app) == 0
         return capsys.readouterr().out
 
     long = shown(*words, "--help")
