@@ -171,7 +171,7 @@ def change(folder: Path, verb: Verb) -> Way:
         with redirect_stdout(StringIO()), Way(sqlite, database, fake) as way:
             patch.setattr(sys, "argv", ["portward", *words])
             assert usage.run(program.app) == 0
-            assert ground.core.sync()
+            assert ground.core.intake.sync()
         assert len(ground.cached()) == 1, "the cached verdict of the other subscription stays"
         ground.core.close()
     return way

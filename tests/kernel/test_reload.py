@@ -66,7 +66,7 @@ def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once, lab: Lab | None = N
     with lab or Lab(lab_name(), (CONTOSO,)) as place, namespaces.inside(place.gateway):
         core = Core(config, presets.load("azure-2020"), on_kernel)
         try:
-            core.first_policy()
+            core.intake.first_policy()
             core.first_links(Links({socket.if_nametoindex(CONTOSO.segment): CONTOSO.segment}, frozenset()))
             core.load()
             yield core
@@ -85,26 +85,28 @@ def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Co
 
     assert found()[:2] == in_order
     assert set(found()) == always
-    now = core._dataplane._desired.surroundings
+    now = core.dataplane._desired.surroundings
     for _ in range(2):
-        core.surround(now._replace(stacked=frozenset((1,))))
+        core.dataplane.surround(now._replace(stacked=frozenset((1,))))
         assert found()[:2] == in_order
         assert set(found()) == always | STACKED_HOOKS.items()
-        assert core.reconciler.intact()
-        core.surround(now)
+        assert core.dataplane.reconciler.intact()
+        core.dataplane.surround(now)
         assert found()[:2] == in_order
         assert set(found()) == always
-        assert core.reconciler.intact()
-    assert core.reconciler.repairs == 0
+        assert core.dataplane.reconciler.intact()
+    assert core.dataplane.reconciler.repairs == 0
 
 
 def test_chains_that_act_at_once_are_there_while_the_whole_ruleset_is_not_taken(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device above a segment is closed first; what fails after that is tried again."""
-    monkeypatch.setattr(core.reconciler, "_load_once", once(KernelError("busy"), core.reconciler._load_once))
-    monkeypatch.setattr(core._dataplane.sync, "_repair", lambda _: None)
-    core.surround(core._dataplane._desired.surroundings._replace(stacked=frozenset((1,))))
+    monkeypatch.setattr(
+        core.dataplane.reconciler, "_load_once", once(KernelError("busy"), core.dataplane.reconciler._load_once)
+    )
+    monkeypatch.setattr(core.dataplane.sync, "_repair", lambda _: None)
+    core.dataplane.surround(core.dataplane._desired.surroundings._replace(stacked=frozenset((1,))))
     assert core._netlink.hooks(TABLE)["stacked"] == STACKED_HOOKS["stacked"]
 
 
@@ -121,18 +123,18 @@ def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number
         Device(901, "vni9", master=_VRF if number == 2 else 0),
     )
     links = Links({device.ifindex: device.name for device in devices}, frozenset(), devices)
-    core.links_seen(links)
-    core.links_changed(links)
+    core.dataplane.links_seen(links)
+    core.intake.links_changed(links)
     address = ip_address("10.0.0.4").packed
-    assert (core._dataplane._reader.lookup(_VRF, address) is not None) is (number == 1)
-    core.install_limits([Source(_VRF, address)])
-    held = core._dataplane.cache.get(Source(port, address))
+    assert (core.dataplane._reader.lookup(_VRF, address) is not None) is (number == 1)
+    core.dataplane.install_limits([Source(_VRF, address)])
+    held = core.dataplane.cache.get(Source(port, address))
     assert (held is not None and held.verdict is mark.Class.ALLOW) is (number == 1)
-    assert core._dataplane.cache.get(Source(_VRF, address)) is None, "the sets know ports"
+    assert core.dataplane.cache.get(Source(_VRF, address)) is None, "the sets know ports"
 
 
 def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long_again(core: Core) -> None:
-    cache = core._dataplane.cache
+    cache = core.dataplane.cache
 
     def left() -> int:
         """Milliseconds."""
@@ -147,7 +149,7 @@ def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long
 
 def in_step(core: Core) -> bool:
     """Whether the kernel remembers verdicts of the table's policy, and of no other."""
-    cache = core._dataplane.cache
+    cache = core.dataplane.cache
     return cache.epoch() == mark.epoch_of(core.generation) and cache.synced() == core.generation
 
 
@@ -168,12 +170,12 @@ def test_a_table_that_cannot_be_written_half_way_leaves_no_old_verdict_in_force(
 ) -> None:
     assert in_step(core)
     monkeypatch.setattr(core._writer, "put_links", once(TableError("disk full"), core._writer.put_links))
-    core.reload(core.config, presets.load("aws"))
-    assert core.preset.name == "aws"
+    core.intake.reload(core.dataplane.config, presets.load("aws"))
+    assert core.dataplane.preset.name == "aws"
     assert in_step(core)
-    assert core.has_links_to_retry, "the interfaces are to be written yet"
-    core.retry_links()
-    assert not core.has_links_to_retry
+    assert core.intake.links_failed, "the interfaces are to be written yet"
+    core.intake.retry_links()
+    assert not core.intake.links_failed
     assert in_step(core)
     assert core.at_rest()
 
@@ -190,12 +192,12 @@ def test_a_kernel_that_refuses_half_way_is_asked_again(
         monkeypatch.setattr(core._nft, "load", failing)
     else:
         monkeypatch.setattr(xtables, "install", failing)
-    core.reload(core.config, presets.load("aws"))
+    core.intake.reload(core.dataplane.config, presets.load("aws"))
     if failures > 1:  # repairing has failed as well
-        assert core.broken
+        assert core.dataplane.broken
         assert not core.at_rest()
-        core.check()
-    assert not core.broken
+        core.dataplane.check()
+    assert not core.dataplane.broken
     assert in_step(core)
 
 
@@ -203,24 +205,24 @@ def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its queue statements it drops what the kernel does not remember; without it port 25 is open."""
-    want = core._dataplane.sync.wanted(core._dataplane._desired)
+    want = core.dataplane.sync.wanted(core.dataplane._desired)
     if want.native:  # as on a kernel that has to be told in a second transaction
         want = want._replace(native=False)
     core._nft.load("delete table inet portward\n")
     monkeypatch.setattr(xtables, "install", once(KernelError("no memory"), xtables.install))
     with pytest.raises(KernelError):
-        core.reconciler.repair(want)
+        core.dataplane.reconciler.repair(want)
     assert loaded(core._netlink)
-    core.check()
-    assert not core.broken
+    core.dataplane.check()
+    assert not core.dataplane.broken
 
 
 @pytest.mark.parametrize("before", ["delete table inet portward\n", ""], ids=["no-ruleset", "beside-the-ruleset"])
 def test_a_port_that_was_closed_meanwhile_is_opened_again(core: Core, before: str) -> None:
     """In one transaction of somebody else's, as nftables.service does it: with a `flush ruleset` or without."""
     Nft().load(before + rules("nftables", "closed.nft").read_text())
-    core.check()
-    assert not core.broken
+    core.dataplane.check()
+    assert not core.dataplane.broken
     assert loaded(core._netlink)
     assert not closed(core._netlink)
 
@@ -230,7 +232,7 @@ def test_a_change_that_was_not_carried_out_is_no_rest(core: Core) -> None:
     core._writer.preset = presets.load("aws")
     core._writer.settle(now=datetime.now(UTC))
     assert not core.at_rest()
-    core.check()
+    core.dataplane.check()
     assert in_step(core)
 
 
@@ -265,13 +267,13 @@ def test_a_change_on_its_way_to_the_kernel_thread_is_no_reason_for_a_repair(tmp_
     kernel = Later()
     with enforcing(tmp_path, kernel) as core:
         disable(tmp_path)
-        assert core.sync()
-        assert (core.revision, core.enforced) == (2, 1)
+        assert core.intake.sync()
+        assert (core.revision, core.dataplane.enforced) == (2, 1)
         assert core.at_rest()
-        core.check()
-        assert core.reconciler.repairs == 0
+        core.dataplane.check()
+        assert core.dataplane.reconciler.repairs == 0
         kernel.catch_up()
-        assert core.enforced == 2
+        assert core.dataplane.enforced == 2
         assert in_step(core)
 
 
@@ -280,11 +282,11 @@ def test_a_change_that_comes_after_a_repair_has_taken_it_in_leaves_the_kernel_as
     kernel = Later()
     with enforcing(tmp_path, kernel) as core:
         disable(tmp_path)
-        assert core.sync()
+        assert core.intake.sync()
         Nft().load("delete table inet portward\n")
-        core.check()
-        assert core.reconciler.repairs == 1
-        assert core.enforced == 2
+        core.dataplane.check()
+        assert core.dataplane.reconciler.repairs == 1
+        assert core.dataplane.enforced == 2
         assert in_step(core)
         before = core._netlink.generation()
         kernel.catch_up()
@@ -299,14 +301,14 @@ def test_a_change_that_is_lost_on_its_way_to_the_kernel_is_made_good_by_the_next
     kernel = Later()
     with enforcing(tmp_path, kernel) as core:
         disable(tmp_path)
-        monkeypatch.setattr(core._dataplane, "enforce", fail)
-        assert core.sync()
+        monkeypatch.setattr(core.dataplane, "enforce", fail)
+        assert core.intake.sync()
         kernel.catch_up()
-        assert core.enforced == 1
+        assert core.dataplane.enforced == 1
         assert not core.at_rest()
-        core.check()
+        core.dataplane.check()
         assert in_step(core)
-        assert core.enforced == 2
+        assert core.dataplane.enforced == 2
 
 
 def fail(*_: Any) -> None:
@@ -326,17 +328,17 @@ def test_what_the_store_changed_before_the_ruleset_is_loaded_is_carried_out_by_t
         KernelElements(core._netlink, core._nft.committing).commit([Add("allow4", keys)])
         disable(tmp_path)
         core.close()
-        again = Core(core.config, core.preset, kernel)
-        again.first_policy()
+        again = Core(core.dataplane.config, core.dataplane.preset, kernel)
+        again.intake.first_policy()
         again.first_links(Links({index: CONTOSO.segment}, frozenset()))
         assert again.generation == generation
-        assert again.sync()
+        assert again.intake.sync()
         kernel.catch_up()
-        assert again._dataplane.cache.get(Source(index, owned)) is not None, "nothing is loaded yet"
+        assert again.dataplane.cache.get(Source(index, owned)) is not None, "nothing is loaded yet"
         again.load()
-        assert again._dataplane.cache.get(Source(index, owned)) is None
-        assert again._dataplane.cache.get(other) is not None
+        assert again.dataplane.cache.get(Source(index, owned)) is None
+        assert again.dataplane.cache.get(other) is not None
         assert in_step(again)
-        assert again.enforced == 2
-        again.close_store()
+        assert again.dataplane.enforced == 2
+        again.intake.close()
         again.close()

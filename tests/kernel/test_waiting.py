@@ -168,8 +168,8 @@ def ground(tmp_path: Path, hook: int) -> Iterator[Ground]:
         if hook == FORWARD:
             namespaces.batch(lab.gateway, ["route replace 10.96.0.0/16 via 198.51.100.2"])
             namespaces.load(lab.gateway, TRICKS["an-internal-address"][0])
-        core.check()
-        assert core.guarded is (hook == FORWARD)
+        core.dataplane.check()
+        assert core.dataplane.guarded is (hook == FORWARD)
         queue = Queue(0, 16, 1)
         yield Ground(core, lab, queue)
         queue.close()
@@ -181,9 +181,9 @@ def become(ground: Ground, name: str) -> int:
     index = socket.if_nametoindex(old)
     rename(ground.lab, old, name)
     links = Links({index: name}, frozenset({index}))
-    ground.core.unsettle(frozenset({index}), 1)
-    ground.core.links_changed(links, 1)
-    in_force = ground.core._dataplane.sync.in_force
+    ground.core.dataplane.unsettle(frozenset({index}), 1)
+    ground.core.intake.links_changed(links, 1)
+    in_force = ground.core.dataplane.sync.in_force
     assert in_force is not None
     assert not in_force.unsettled
     return index
@@ -238,7 +238,7 @@ def test_a_verdict_on_an_interface_that_stays_lets_the_packet_pass_also_after_a_
     waiting = ground.waiting(hook)
     late = ground.verdict(hook, waiting.packet)
     index = socket.if_nametoindex(CONTOSO.segment)
-    ground.core.links_changed(Links({index: CONTOSO.segment, 901: "vni9"}, frozenset()), 1)
+    ground.core.intake.links_changed(Links({index: CONTOSO.segment, 901: "vni9"}, frozenset()), 1)
     assert waiting.accepted(ground.lab, late)
 
 
@@ -254,7 +254,7 @@ def test_what_waits_from_an_interface_that_goes_is_dropped_by_the_kernel(ground:
 @pytest.mark.parametrize("hook", [FORWARD])
 @pytest.mark.parametrize("cached", ["nothing", "allow", "observed", "rate limit", "deny"])
 def test_what_is_cached_for_the_new_owner_passes_the_guard(ground: Ground, cached: str) -> None:
-    waiting, dataplane = ground.waiting(FORWARD), ground.core._dataplane
+    waiting, dataplane = ground.waiting(FORWARD), ground.core.dataplane
     source = Source(socket.if_nametoindex(CONTOSO.segment), ip_address("10.0.0.4").packed)
     dataplane.cache.renew([source.link])
     if cached == "rate limit":

@@ -20,7 +20,9 @@ from portward.model import Attachment
 STARTER = """\
 import sys
 from pathlib import Path
-from portward.daemon.core import Core
+from portward.daemon.counting import Counting
+from portward.daemon.intake import Intake
+from portward.dataplane.plane import Dataplane
 
 armed = Path(sys.argv[1])
 
@@ -31,11 +33,13 @@ def failing(name, step):
         return step(*arguments)
     return wrapped
 
-for name in (
-    "sync", "count", "suspects", "sync_rate_limits", "screen", "links_changed", "settle", "check",
-    "store_descriptor",
-):
-    setattr(Core, name, failing(name, getattr(Core, name)))
+for part, names in {
+    Intake: ("sync", "links_changed", "settle", "store_descriptor"),
+    Dataplane: ("check", "sync_rate_limits"),
+    Counting: ("count", "suspects", "screen"),
+}.items():
+    for name in names:
+        setattr(part, name, failing(name, getattr(part, name)))
 sys.argv = ["portward", *sys.argv[sys.argv.index("run"):]]
 from portward.cli import main
 main()

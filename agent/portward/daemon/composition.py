@@ -117,7 +117,7 @@ class Daemon:
         changes of interfaces, the interfaces that the table has, and the first reading of the store, which may
         still be going on."""
         links = await self._open(stack)
-        await self._policy_step(self._core.first_policy)
+        await self._policy_step(self._core.intake.first_policy)
         first = await anext(links)
         await self._policy_step(lambda: self._core.first_links(first))
         # Meanwhile the workers load their libraries.
@@ -126,7 +126,7 @@ class Daemon:
         )
         await asyncio.gather(self._kernel_step(self._core.prepare), *(worker.start() for worker in self._workers))
         await self._kernel_step(self._core.load)
-        settings.leave(self._path, self._core.config, self._core.preset)
+        settings.leave(self._path, self._core.dataplane.config, self._core.dataplane.preset)
         # The gateway enforces first, because enforcement needs no address to listen at.
         stack.callback(self._metrics.close)
         self._metrics.start()
@@ -179,12 +179,12 @@ class Daemon:
         """Ends the threads, and closes what they use when none of them is at work any more."""
         nothing: Callable[[], None] = lambda: None  # noqa: E731 # typed
         if self._opened:
-            self._core.stop()
+            self._core.intake.stop()
         try:
             async with asyncio.timeout(_STOP_S):
                 policy, counting = nothing, nothing
                 if self._opened:
-                    policy, counting = self._core.close_store, self._core.close_counts
+                    policy, counting = self._core.intake.close, self._core.counting.end
                 await self._threads.end(policy, counting, self._close_core)
         except TimeoutError:
             work = self._core.work if self._opened else None
@@ -212,7 +212,7 @@ class Daemon:
     def _first_sync(self) -> None:
         """Takes changes from the store that it got while no agent ran. Policy thread."""
         until = time.monotonic() + _FIRST_READING_S
-        while self._core.sync() and time.monotonic() < until:
+        while self._core.intake.sync() and time.monotonic() < until:
             pass
 
     async def _become_ready(self, reading: asyncio.Future[None], first: Links) -> None:
@@ -291,10 +291,10 @@ class Daemon:
             await RulesetWatch(self._core, self._kernel_step, (ours, others), self._steps).run()
 
     def _announce_ready(self, links: Links) -> None:
-        segments = self._core.segments()
+        segments = self._core.intake.segments()
         _log.info(
             "enforcing %s on %d segments, revision %d, by %s",
-            self._core.preset.name, len(segments), self._core.revision,
+            self._core.dataplane.preset.name, len(segments), self._core.revision,
             "nft queue" if self._core.native else "the xtables NFQUEUE target",
         )  # fmt: skip
         for warning in missing(self._config, links):

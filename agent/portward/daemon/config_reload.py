@@ -64,11 +64,11 @@ class ConfigReload:
             if getattr(config, name) != getattr(self._config, name):
                 raise PortwardError(f"{self._path}: {name} cannot change while portward runs: restart it")
         try:
-            await self._threads.policy(lambda: self._core.reload(config, preset))
+            await self._threads.policy(lambda: self._core.intake.reload(config, preset))
         except UnconfirmedError as error:
             raise PortwardError(
                 f"{self._path}: preset {preset.name} {error}; if you intend that, raise max_flip_share with it; "
                 "if not, put the old preset back, because a restart takes this one"
             ) from None
         self._config = config
-        settings.leave(self._path, self._core.config, self._core.preset)
+        settings.leave(self._path, self._core.dataplane.config, self._core.dataplane.preset)

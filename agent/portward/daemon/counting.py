@@ -106,7 +106,7 @@ class Counting:
         self._save()
         return due
 
-    def look(self) -> list[Source]:
+    def suspects(self) -> list[Source]:
         """The sources in the sample whose cached verdict differs from the table's. A change of policy that is on
         its way to the kernel causes differences, too, so `Dataplane.correct` checks them again."""
         sample = [element_of(name, row) for name, row in self._sample]

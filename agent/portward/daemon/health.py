@@ -73,7 +73,7 @@ class HealthCheck:
         asked = [worker for worker in self._workers if worker.ready]
         began = time.monotonic()
         silent = await self._silent(prober, asked)
-        if silent and self._core.reconciler.loaded_at > began:
+        if silent and self._core.dataplane.reconciler.loaded_at > began:
             return 0.0  # the query may have been lost with rules that another program removed
         for worker in asked:
             self._rate_worker(worker, silent=worker in silent)
@@ -85,7 +85,7 @@ class HealthCheck:
         """The named counters of the ruleset. None if the counting thread does not return them within
         `ANSWER_TIMEOUT_S`. The next round takes them then; whether the thread is stuck is its heartbeat's
         concern."""
-        counted = self._counted or asyncio.ensure_future(self._count_step(self._core.screen))
+        counted = self._counted or asyncio.ensure_future(self._count_step(self._core.counting.screen))
         self._counted = counted
         await asyncio.wait({counted}, timeout=ANSWER_TIMEOUT_S)
         if not counted.done():
@@ -99,7 +99,7 @@ class HealthCheck:
         before = {worker: (worker.process, worker.counters.handled()) for worker in asked}
         for worker in asked:
             try:
-                prober.ask(self._workers.index(worker), self._core.preset.ports[0])
+                prober.ask(self._workers.index(worker), self._core.dataplane.preset.ports[0])
             except OSError as error:
                 if not self._unsent:
                     _log.error("the workers cannot be queried: lo: %s: `ip link set lo up`?", error)

@@ -108,7 +108,9 @@ class Intake:
     # --- the start, in this order ---
 
     def first_policy(self) -> None:
-        """See `Core.first_policy`."""
+        """Makes sure that there is a policy to enforce. A table of an earlier run is used as it is, and `sync`
+        later takes changes of the store. Without a table, the store is read first; raises StoreError if that
+        fails."""
         head = self._writer.head()
         if head is None or not any(head.store):
             with self._under_way.working("reading the store"):
@@ -128,14 +130,15 @@ class Intake:
             ) from error
 
     def first_links(self, links: Links) -> First:
-        """See `Core.first_links`."""
+        """Writes into the table which interfaces are segments, before the ruleset is loaded."""
         with self._under_way.working("writing the interfaces"):
             return First(self._put_links(links), self._by_name(), links)
 
     # --- repeatedly after the start ---
 
     def sync(self) -> bool:
-        """See `Core.sync`."""
+        """Writes changes of the store into the table, and hands them over to the kernel thread. False if there was
+        no change, or the store could not be read."""
         with self._under_way.working("reading the store"):
             try:
                 committed = self._take_in()
@@ -156,8 +159,9 @@ class Intake:
                 self._hand_over(committed)
             return committed is not None
 
-    def links_changed(self, links: Links, number: int) -> bool:
-        """See `Core.links_changed`."""
+    def links_changed(self, links: Links, number: int = 0) -> bool:
+        """Writes interfaces that were added, removed or got another index into the table; `number` is that of the
+        newest change. False if the table could not be written; then `retry_links` retries it."""
         links = links._replace(touched=links.touched | self._links_due)
         with self._under_way.working("writing the interfaces"):
             try:
@@ -180,7 +184,7 @@ class Intake:
             self.links_changed(self.links, self._links_number)
 
     def settle(self) -> None:
-        """See `Core.settle`."""
+        """Ends grants whose time is over."""
         with self._under_way.working("deciding what has ended"):
             try:
                 self._hand_over(self._writer.settle(now=self._clock.now()))
@@ -189,7 +193,11 @@ class Intake:
                 _log.error("a grant has ended and still counts, until the table can be written: %s", error)
 
     def reload(self, config: Config, preset: Preset) -> None:
-        """See `Core.reload`."""
+        """Puts another configuration in force.
+
+        Raises KernelError, TableError, or UnconfirmedError for a preset that would flip too many subscriptions,
+        and then nothing has changed. An error after the table was decided again changes nothing back: it is
+        logged, and the rest is retried until it succeeds."""
         before = self._config, self._writer.preset
         with self._under_way.working("deciding everything for another configuration"):
             try:

@@ -42,7 +42,7 @@ class LinkFeed:
         """Records each change when it comes, however long the table takes for the one before."""
         async for change in links:
             self._number += 1
-            self._uncertain |= in_doubt(self._seen, change, self._core.config.segment)
+            self._uncertain |= in_doubt(self._seen, change, self._core.dataplane.config.segment)
             self._seen = change
             self._due = change._replace(touched=self._due.touched | change.touched)
             self._new.set()
@@ -55,7 +55,7 @@ class LinkFeed:
         while True:
             await self._new.wait()
             self._new.clear()
-            if not await self._on_kernel(Step.DEVICES, lambda: self._core.links_seen(self._seen)):
+            if not await self._on_kernel(Step.DEVICES, lambda: self._core.dataplane.links_seen(self._seen)):
                 self._new.set()
 
     async def write(self) -> None:
@@ -72,7 +72,7 @@ class LinkFeed:
     async def _write(self, due: Links, number: int) -> bool:
         """Whether the table took the change. If not, `Core.retry_links` retries it, so that newer changes do not
         wait."""
-        step = lambda: self._core.links_changed(due, number)  # noqa: E731 # for a thread
+        step = lambda: self._core.intake.links_changed(due, number)  # noqa: E731 # for a thread
         return await self._steps.run(Step.LINKS, lambda: self._threads.policy(step), otherwise=False, anyway=True)
 
     async def _on_kernel(self, step: Step, work: Callable[[], None]) -> bool:
@@ -97,7 +97,7 @@ class LinkFeed:
                 await self._unsettle(indexes, number)
 
     async def _unsettle(self, indexes: frozenset[int], number: int) -> None:
-        if not await self._on_kernel(Step.OWNERS, lambda: self._core.unsettle(indexes, number)):
+        if not await self._on_kernel(Step.OWNERS, lambda: self._core.dataplane.unsettle(indexes, number)):
             self._uncertain |= indexes
             self._doubt.set()
 

@@ -76,7 +76,7 @@ class MetricsCollector:
         numbers = {worker.queue for worker in before.workers}
         reading = replace(
             before,
-            sizes=before.core.sizes(),
+            sizes=before.core.counting.sizes(),
             queues=[queue for queue in states() if queue.number in numbers],
             reload_failed=reload_failed,
             counted_at=before.core.counting.read,
@@ -114,7 +114,7 @@ def _worker_events(reading: Reading) -> Counter[Labels]:
 
 def _subscription_packets(reading: Reading) -> Numbers:
     """Empty unless the configuration asks for them: there is one series for each subscription."""
-    wanted = reading.core.config.metrics.subscriptions
+    wanted = reading.core.dataplane.config.metrics.subscriptions
     return _copy(reading.core.counting.counts.subscriptions) if wanted else {}
 
 
@@ -195,7 +195,7 @@ METRICS: Final[tuple[Metric, ...]] = (
         "screen_packets", ("rule",),
         "Packets by named rule of the ruleset: passed to an internal destination, sent to a worker, over a limit, "
         "dropped without a verdict, and so on; the comment of each counter in the ruleset says what it counts.",
-        lambda reading: _by_name(reading.core.screen()),
+        lambda reading: _by_name(reading.core.counting.screen()),
     ),
     _counter(
         "limited_packets", ("segment",),
@@ -216,11 +216,11 @@ METRICS: Final[tuple[Metric, ...]] = (
         "ruleset_repairs", (),
         "Times the ruleset was loaded again because another program had changed it, or the kernel had refused a "
         "change.",
-        lambda reading: reading.core.reconciler.repairs,
+        lambda reading: reading.core.dataplane.reconciler.repairs,
     ),
     _counter(
         "ruleset_repair_tries", (), "Attempts to load the ruleset again, also those that failed.",
-        lambda reading: reading.core.reconciler.repair_tries,
+        lambda reading: reading.core.dataplane.reconciler.repair_tries,
     ),
     _counter(
         "divergence", ("kind",),
@@ -235,40 +235,41 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
     _gauge(
         "ruleset_broken", (), "1 if the kernel refuses the ruleset: port 25 may be open.",
-        lambda reading: bool(reading.core.broken),
+        lambda reading: bool(reading.core.dataplane.broken),
     ),
     _gauge(
         "guard_loaded", (),
         "1 while the forward guard is loaded, which checks packets again that other programs may have translated "
         "(see `status`).",
-        lambda reading: reading.core.guarded,
+        lambda reading: reading.core.dataplane.guarded,
     ),
     _gauge(
         "chains_between", (),
         "Chains of other programs in prerouting at priority -302, which portward's own two have. None can be "
         "between those two; the forward guard is loaded all the same, because such a chain may change packets "
         "after portward has seen them.",
-        lambda reading: len(reading.core.others.beside),
+        lambda reading: len(reading.core.dataplane.others.beside),
     ),
     _counter(
-        "policy_changes", (), "Changes of policy written to the table.", lambda reading: reading.core.changes
+        "policy_changes", (), "Changes of policy written to the table.",
+        lambda reading: reading.core.intake.changes,
     ),
     _gauge(
         "policy_held", (),
         "1 while a change waits for confirmation because it would flip more than max_flip_share of all "
         "subscriptions.",
-        lambda reading: reading.core.held is not None,
+        lambda reading: reading.core.intake.held is not None,
     ),
     _counter(
         "store_history_replaced", (),
         "Times the store had another history than the policy table (a backup was restored, a copy took its "
         "place), so that everything was read again.",
-        lambda reading: reading.core.histories,
+        lambda reading: reading.core.intake.histories,
     ),
     _counter(
         "records_refused", (),
         "Records of the store that could not be read; the record that was in force stays in force.",
-        lambda reading: reading.core.refused,
+        lambda reading: reading.core.intake.refused,
     ),
     _gauge(
         "records_unreadable", (),
@@ -284,7 +285,7 @@ METRICS: Final[tuple[Metric, ...]] = (
     _counter(
         "store_errors", (),
         "Failed attempts to bring the store's changes into the table; the last policy stays in force.",
-        lambda reading: reading.core.store_errors,
+        lambda reading: reading.core.intake.store_errors,
     ),
     _counter(
         "step_failures", ("step",),
@@ -298,12 +299,12 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
     _gauge(
         "store_age_seconds", (), "Seconds since the store was last read.",
-        lambda reading: seconds_since(reading.core.store_read), live=True,
+        lambda reading: seconds_since(reading.core.intake.store_read), live=True,
     ),
     _gauge(
         "enforced_revision", (),
         "Revision of the store that the kernel enforces: no verdict of an older one is cached any more.",
-        lambda reading: reading.core.enforced, live=True,
+        lambda reading: reading.core.dataplane.enforced, live=True,
     ),
     _gauge(
         "table_revision", (),
@@ -314,9 +315,12 @@ METRICS: Final[tuple[Metric, ...]] = (
     _gauge("subscriptions", (), "Subscriptions in the policy table.", lambda reading: reading.sizes[1]),
     _gauge(
         "observing", (), "1 if the whole gateway only observes.",
-        lambda reading: reading.core.config.mode is Mode.OBSERVE,
+        lambda reading: reading.core.dataplane.config.mode is Mode.OBSERVE,
     ),
-    _gauge("segments", (), "Interfaces that are segments now.", lambda reading: len(reading.core.segments())),
+    _gauge(
+        "segments", (), "Interfaces that are segments now.",
+        lambda reading: len(reading.core.intake.segments()),
+    ),
     _counter(
         "metrics_connections_refused", ("cause",),
         "Connections to the metrics that ended without metrics: idle ones that were closed for new ones "
@@ -333,7 +337,7 @@ METRICS: Final[tuple[Metric, ...]] = (
         "Pairs of a segment and a device that takes its packets before portward sees them (a bridge, a macvlan, a "
         "VLAN on it), and bridges between a segment and an uplink. Each one is a mistake in the network's setup: "
         "`status` names it.",
-        lambda reading: len(reading.core.lookout.warnings),
+        lambda reading: len(reading.core.dataplane.lookout.warnings),
     ),
     _gauge(
         "thread_step_seconds", ("thread",),

@@ -48,18 +48,18 @@ class PeriodicJobs:
             if began >= compare_at:
                 compare_at = began + _COMPARE_S - _COUNT_S / 2
                 await run(Step.COMPARE, self._compare, None)
-                await run(Step.RATES, lambda: threads.kernel(core.sync_rate_limits), None)
+                await run(Step.RATES, lambda: threads.kernel(core.dataplane.sync_rate_limits), None)
             self._pause = max(min(_COUNT_SHARE * took, _MAX_COUNT_PAUSE_S), _MIN_COUNT_SHARE * took, _COUNT_S)
             await asyncio.sleep(max(until_tick(_COUNT_S), self._pause - _COUNT_S / 2))
 
     async def _count(self) -> None:
         due = await self._threads.counting(lambda: self._core.count(self._pause))
         if due:
-            await self._threads.kernel(lambda: self._core.delete_expiring(due))
+            await self._threads.kernel(lambda: self._core.dataplane.delete_expiring(due))
 
     async def _compare(self) -> None:
-        if suspects := await self._threads.counting(self._core.suspects):
-            await self._threads.kernel(lambda: self._core.correct(suspects))
+        if suspects := await self._threads.counting(self._core.counting.suspects):
+            await self._threads.kernel(lambda: self._core.dataplane.correct(suspects))
 
     async def install_limits(self) -> None:
         """Installs the rate limits for which workers have asked, some hundred at a time, because a tenant with a
@@ -70,7 +70,7 @@ class PeriodicJobs:
 
     async def _take(self, batch: list[Source]) -> None:
         await self._steps.run(
-            Step.LIMITS, lambda: self._threads.kernel(lambda: self._core.install_limits(batch)), None
+            Step.LIMITS, lambda: self._threads.kernel(lambda: self._core.dataplane.install_limits(batch)), None
         )
 
 

@@ -70,7 +70,7 @@ class RulesetWatch:
             both.register(self._others.fileno(), 0)
             while True:
                 # While the guard is loaded, no chain of other programs is urgent. They are read at each tick.
-                both.modify(self._others.fileno(), 0 if self._core.guarded else select.EPOLLIN)
+                both.modify(self._others.fileno(), 0 if self._core.dataplane.guarded else select.EPOLLIN)
                 await readable(both.fileno(), until_tick(_TICK_S))
                 await self._take()
 
@@ -92,13 +92,13 @@ class RulesetWatch:
         """Whether changes of other programs, or lost notices, lead to a check now. A lost notice may be about a
         change of portward's tables, so it is urgent, but it waits for its time like the others."""
         now, changes = monotonic(), self._unchecked
-        urgent = changes.lost or (changes.gained and not self._core.guarded)
+        urgent = changes.lost or (changes.gained and not self._core.dataplane.guarded)
         return (urgent and now >= self._next) or ((changes.gained or changes.gone) and now >= self._next_gone)
 
     async def _check(self) -> None:
         self._unchecked = NOTHING
         began = monotonic()
-        await self._kernel(self._core.check)
+        await self._kernel(self._core.dataplane.check)
         now = monotonic()
         self._next = now + min(max(_PAUSE_S, _SHARE * (now - began)), _MAX_PAUSE_S)
         self._next_gone = now + max(_GONE_PAUSE_S, _GONE_SHARE * (now - began))

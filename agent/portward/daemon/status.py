@@ -58,10 +58,10 @@ def _policy(reading: Reading) -> dict[str, Any]:
     core = reading.core
     attachments, subscriptions = reading.sizes
     return {
-        "mode": core.config.mode.value,
-        "preset": core.preset.name,
+        "mode": core.dataplane.config.mode.value,
+        "preset": core.dataplane.preset.name,
         "revision": core.revision,
-        "enforced_revision": core.enforced,
+        "enforced_revision": core.dataplane.enforced,
         "generation": core.generation,
         "attachments": attachments,
         "subscriptions": subscriptions,
@@ -72,15 +72,15 @@ def _policy(reading: Reading) -> dict[str, Any]:
 def _store(reading: Reading) -> dict[str, Any]:
     core = reading.core
     return {
-        "store": core.config.store,
-        "store_error": core.store_error,
-        "store_waits": core.store_waits,
-        "store_age": seconds_since(core.store_read),
+        "store": core.dataplane.config.store,
+        "store_error": core.intake.store_error,
+        "store_waits": core.intake.store_waits,
+        "store_age": seconds_since(core.intake.store_read),
         "working": None if core.work is None else {"what": core.work.what, "seconds": core.work.seconds()},
-        "in_step": core.in_step,
-        "history_replaced": core.histories,
+        "in_step": core.intake.in_step,
+        "history_replaced": core.intake.histories,
         "held": _held(core),
-        "records_refused": core.refused,
+        "records_refused": core.intake.refused,
         "records_unreadable": _unreadable(core.unreadable),
         "table_rows_damaged": core.damaged,
         "table_rows_damaged_first": core.damaged_rows[:_NAMED],
@@ -99,10 +99,10 @@ def _traffic(reading: Reading, numbers: Snapshot) -> dict[str, Any]:
             {
                 "name": shown(name),
                 "index": index,
-                "observed": core.config.observes(name),
+                "observed": core.dataplane.config.observes(name),
                 "packets": packets[shown(name)],
             }
-            for index, name in sorted(core.segments().items(), key=lambda item: item[1])
+            for index, name in sorted(core.intake.segments().items(), key=lambda item: item[1])
         ],
         "tunnels_dropped": int(_labelled(numbers, "screen_packets").get("tunnels", 0)),
         "remembered": {name: int(number) for name, number in _labelled(numbers, "remembered_sources").items()},
@@ -138,9 +138,9 @@ def _kernel(reading: Reading, numbers: Snapshot) -> dict[str, Any]:
     core = reading.core
     return {
         "queue_path": "nft queue" if core.native else "xtables NFQUEUE",
-        "guard": {"loaded": core.guarded, "why": core.others.why},
-        "stacked": core.lookout.warnings,
-        "ruleset_error": core.broken,
+        "guard": {"loaded": core.dataplane.guarded, "why": core.dataplane.others.why},
+        "stacked": core.dataplane.lookout.warnings,
+        "ruleset_error": core.dataplane.broken,
         "ruleset_repairs": numbers["ruleset_repairs"],
     }
 
@@ -156,7 +156,7 @@ def _held(core: Core) -> dict[str, Any] | None:
     `ahead` is the revision up to which denials behind the held change are enforced. `whole`: the change is all
     that the store has, because its history is not that of the policy in force.
     """
-    held = core.held
+    held = core.intake.held
     if held is None:
         return None
     ahead = max(core.ahead, held.revision)

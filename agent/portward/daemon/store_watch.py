@@ -58,14 +58,14 @@ class StoreWatch:
         else:
             pause = (self._due - self._core.clock.now()).total_seconds()
         # While the step waits for its retry, nothing reads the notifier's descriptor, so it would stay readable.
-        notifier = None if self._steps.seconds_to_retry(Step.STORE) else self._core.store_descriptor()
+        notifier = None if self._steps.seconds_to_retry(Step.STORE) else self._core.intake.store_descriptor()
         await readable(notifier, min(max(pause, _SHORTEST_PAUSE_S), until_tick(_POLL_S)))
 
     async def _sync(self) -> bool:
         """Whether the store had a change. Also finds when the next grant ends, even if the store's step fails,
         because no failure there may keep a grant from ending."""
         # One step of the thread for both.
-        both = lambda: (self._core.sync(), self._core.next_expiry())  # noqa: E731 # shorter than a function
+        both = lambda: (self._core.intake.sync(), self._core.next_expiry())  # noqa: E731 # shorter than a function
         found = await self._steps.run(Step.STORE, lambda: self._on_policy_thread(both), None)
         changed, self._due = found or (False, await self._on_policy_thread(self._core.next_expiry))
         return changed
@@ -73,9 +73,9 @@ class StoreWatch:
     async def _settle(self, *, retry: bool) -> None:
         due = self._due
         if due is not None and due <= self._core.clock.now() and (retry or due != self._tried):
-            await self._steps.run(Step.SETTLE, lambda: self._on_policy_thread(self._core.settle), None)
+            await self._steps.run(Step.SETTLE, lambda: self._on_policy_thread(self._core.intake.settle), None)
             self._tried = due
 
     async def _retry_links(self) -> None:
-        if self._core.has_links_to_retry:
-            await self._steps.run(Step.LINKS, lambda: self._on_policy_thread(self._core.retry_links), None)
+        if self._core.intake.links_failed:
+            await self._steps.run(Step.LINKS, lambda: self._on_policy_thread(self._core.intake.retry_links), None)

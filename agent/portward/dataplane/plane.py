@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 from typing import Final
 
+from portward.base.descriptors import Reserve
 from portward.config.keys import Config
 from portward.dataplane import around
 from portward.dataplane.accounting import ExpiringKeys
@@ -31,7 +32,7 @@ from portward.dataplane.links import Links, only_ports
 from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.others import OthersMonitor
+from portward.dataplane.others import Others, OthersMonitor
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.selfcheck import SAMPLE_SOURCES, DifferenceKind, SelfCheck
@@ -71,6 +72,8 @@ class Dataplane:
         kernel thread alone. `deletions` takes what deleted elements had counted; `notices` as for
         `RulesetReconciler`."""
         self._nft, self._reader = nft, reader
+        # Spare descriptors for a repair, so that it does not fail for lack of one.
+        self._reserve = Reserve(4)
         self._selfcheck, self._under_way = selfcheck, under_way
         elements = KernelElements(netlink, nft.committing, deletions)
         self.cache = VerdictCache(elements)
@@ -82,6 +85,7 @@ class Dataplane:
         self.sync = KernelSync(self.reconciler, self.cache, self.rate_limits, self._sources.limit, native=native)
         self._desired = Desired(config, preset)
         self._unsettled = Unsettled()
+        # The devices that take packets of segments before portward sees them, as last found.
         self.lookout = SurroundingsMonitor()
         # What others have in the kernel decides whether the forward guard is loaded.
         self.watch = OthersMonitor(netlink)
@@ -119,6 +123,11 @@ class Dataplane:
         # In this order: a change counts as under way from before its commit until it was carried out.
         table = self._under_way.generation()
         return self.sync.generation != table and not self._under_way.any
+
+    @property
+    def others(self) -> Others:
+        """Rules of other programs that may translate packets, as last found."""
+        return self.watch.found
 
     @property
     def guarded(self) -> bool:
@@ -189,12 +198,15 @@ class Dataplane:
         self._apply_if_loaded()
 
     def links_seen(self, links: Links) -> None:
-        """See `Core.links_seen`."""
+        """Takes in the present interfaces, however busy the policy thread is. Loads the ruleset again if other
+        tunnels end here or other devices are stacked on segments, because a stacked device lets the segment's
+        packets pass until then."""
         self._take_links(links)
         self.surround(self._surroundings(look=False))
 
     def surround(self, surroundings: Surroundings) -> None:
-        """See `Core.surround`."""
+        """Loads the ruleset again if its surroundings have changed. Cached verdicts stay. If the kernel refuses
+        it, `check` repairs that."""
         self._surround(surroundings)
         self._look_again()
 
@@ -218,13 +230,15 @@ class Dataplane:
         self._look_again()
 
     def check(self) -> None:
-        """Compares the kernel with what it should hold, and what stands around it with what was last seen."""
-        self._apply()
-        # Not before: to look around is slow, and a repair comes first. And by now the reconciler has noted the
-        # kernel's number, so what others change from here on shows. FOU, L2TP, WireGuard and legacy iptables
-        # announce nothing.
-        self._surround(self._surroundings(look=True))
-        self._look_again()
+        """Compares the kernel with what it should hold, and what stands around it with what was last seen. Repairs
+        what differs."""
+        with self._reserve.lent():
+            self._apply()
+            # Not before: to look around is slow, and a repair comes first. And by now the reconciler has noted the
+            # kernel's number, so what others change from here on shows. FOU, L2TP, WireGuard and legacy iptables
+            # announce nothing.
+            self._surround(self._surroundings(look=True))
+            self._look_again()
 
     def would_take(self, config: Config, preset: Preset) -> None:
         """Asks the kernel if it would load the ruleset of another configuration; raises KernelError."""
@@ -293,7 +307,7 @@ class Dataplane:
                     for element in wrong
                 )
 
-    def keep_rates(self) -> None:
+    def sync_rate_limits(self) -> None:
         """Brings the rate limits in the kernel in line with the table, and removes those that are not used."""
         self._correct_rate_limits()
         self._sources.delete_unused_limits()
@@ -324,9 +338,9 @@ class Dataplane:
             for what in differences:
                 self._selfcheck.differs(DifferenceKind.CACHED, what)
 
-    def asked(self, sources: Iterable[Source]) -> None:
-        """Takes in sources that a worker has met and that the kernel cannot learn from a mark: those with a rate
-        limit, and those that the forward guard asked about."""
+    def install_limits(self, sources: Iterable[Source]) -> None:
+        """Writes what the kernel cannot take from a verdict mark, for sources that a worker has met: their rate
+        limits, and the verdicts that the forward guard asked for."""
         # The sets know the port, not the VRF that the guard's question names.
         met = [source._replace(link=self._ports.get(source.link, source.link)) for source in sources]
         with contextlib.suppress(OSError):
@@ -337,7 +351,7 @@ class Dataplane:
         if self.guarded:
             self._sources.cache(met, self.config.verdicts)
 
-    def end(self, due: ExpiringKeys) -> None:
+    def delete_expiring(self, due: ExpiringKeys) -> None:
         """Deletes cached verdicts that are about to expire, so that all that they have counted is known. What the
         kernel refuses expires by itself."""
         if not self.broken:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 import pytest
@@ -29,6 +29,8 @@ from portward.config.load import load_config
 from portward.daemon import composition, config_reload, health, store_watch
 from portward.daemon.composition import Daemon, missing
 from portward.daemon.core import Core
+from portward.daemon.counting import Counting
+from portward.daemon.intake import Intake
 from portward.daemon.metrics import FAMILIES
 from portward.daemon.runtime import age_of, read_status
 from portward.daemon.runtime import running as process_of
@@ -40,6 +42,7 @@ from portward.dataplane.links import Links
 from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.names import TABLE
 from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock, NamespaceTakenError
+from portward.dataplane.plane import Dataplane
 from portward.errors import KernelError, PortwardError
 from portward.ipc.counters import WorkerEvent
 from portward.table.database import TableError
@@ -515,7 +518,8 @@ class Churning:
     def __init__(self, enough: asyncio.Event) -> None:
         self.clock, self.done, self._enough = Clock(None), Counter[str](), enough
         self.ended = self.clock.now()
-        self.has_links_to_retry = True
+        self.links_failed = True
+        self.intake = self
 
     def store_descriptor(self) -> None:
         """There is none."""
@@ -578,8 +582,10 @@ class Held:
         assert self.free.wait(SECONDS), "the test lets it go"
 
 
-# A step of each thread, as `Core` names it, and what makes the daemon take it.
-STEPS = {"policy": "links_changed", "kernel": "check", "counting": "screen"}
+# A step of each thread: the part of the core that it belongs to, and its name there.
+STEPS: Final[dict[str, tuple[type, str]]] = {
+    "policy": (Intake, "links_changed"), "kernel": (Dataplane, "check"), "counting": (Counting, "screen"),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -623,7 +629,8 @@ def test_the_locks_stay_if_a_thread_is_still_at_work(
     running: Running, held: Held, monkeypatch: pytest.MonkeyPatch, thread: str, failed: bool
 ) -> None:
     """The thread may write kernel and table until the process is gone, so no other agent may start before."""
-    monkeypatch.setattr(Core, STEPS[thread], held)
+    part, name = STEPS[thread]
+    monkeypatch.setattr(part, name, held)
     fault = asyncio.Event()
 
     async def watch() -> None:
@@ -656,8 +663,9 @@ def test_a_step_that_ends_in_time_ends_before_the_locks(
         held(*arguments)
         found.append(locked(running))
 
-    monkeypatch.setattr(Core, STEPS[thread], step)
-    monkeypatch.setattr(Core, "stop", lambda _: held.free.set())
+    part, name = STEPS[thread]
+    monkeypatch.setattr(part, name, step)
+    monkeypatch.setattr(Intake, "stop", lambda _: held.free.set())
     running.run(lambda: take(running, held, thread))
     assert set(found) == {(True, True)}
     assert not running.daemon.abandoned
@@ -669,14 +677,14 @@ def test_a_stop_does_not_wait_for_what_the_last_step_of_a_change_hands_to_the_ke
 ) -> None:
     stopping = threading.Event()
 
-    def links_changed(core: Core, *_: object) -> bool:
+    def links_changed(intake: Intake, *_: object) -> bool:
         held.entered.set()
         assert stopping.wait(SECONDS)
-        core._intake._on_kernel(held)
+        intake._on_kernel(held)
         return True
 
-    monkeypatch.setattr(Core, "links_changed", links_changed)
-    monkeypatch.setattr(Core, "stop", lambda _: stopping.set())
+    monkeypatch.setattr(Intake, "links_changed", links_changed)
+    monkeypatch.setattr(Intake, "stop", lambda _: stopping.set())
     running.run(lambda: take(running, held, "policy"))
     assert running.daemon.abandoned
     assert locked(running) == (True, True)
@@ -687,7 +695,8 @@ def test_a_stop_waits_for_no_step_of_a_start(
     running: Running, held: Held, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     monkeypatch.setattr(composition, "_FIRST_READING_S", 2 * SECONDS)
-    monkeypatch.setattr(Daemon if step == "_first_sync" else Core, step, held)
+    owner = {"_first_sync": Daemon, "first_policy": Intake}.get(step, Core)
+    monkeypatch.setattr(owner, step, held)
 
     async def stop() -> None:
         running.links = asyncio.Queue()
@@ -751,8 +760,8 @@ def test_a_start_that_fails_beside_a_thread_leaves_the_locks(
 def test_an_error_while_it_ends_leaves_the_locks(
     running: Running, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Core, "check", held)
-    monkeypatch.setattr(Core, "stop", fail)
+    monkeypatch.setattr(Dataplane, "check", held)
+    monkeypatch.setattr(Intake, "stop", fail)
     with pytest.raises(FaultError):
         running.run(lambda: take(running, held, "kernel"))
     assert running.daemon.abandoned

@@ -102,7 +102,7 @@ class Ground:
 
     def start(self) -> None:
         """The steps of a start, in their order."""
-        self.core.first_policy()
+        self.core.intake.first_policy()
         self.core.first_links(LINKS)
         self.core.load()
 
@@ -173,20 +173,20 @@ def started(ground: Ground) -> Ground:
 
 
 def test_a_start_writes_the_kernel_in_its_last_step_only(ground: Ground) -> None:
-    ground.core.first_policy()
+    ground.core.intake.first_policy()
     ground.core.first_links(LINKS)
     assert not ground.kernel.journal
     ground.core.load()
     assert ground.in_step()
-    assert (ground.core.enforced, ground.core.revision, ground.core.broken) == (1, 1, "")
-    assert ground.core.segments() == {3: "vni1", 4: "vni2"}
+    assert (ground.core.dataplane.enforced, ground.core.revision, ground.core.dataplane.broken) == (1, 1, "")
+    assert ground.core.intake.segments() == {3: "vni1", 4: "vni2"}
     assert ground.core.at_rest()
 
 
 def test_without_store_and_table_there_is_nothing_to_enforce(ground: Ground) -> None:
     (ground.folder / "portward.db").unlink()
     with pytest.raises(StoreError):
-        ground.core.first_policy()
+        ground.core.intake.first_policy()
     assert not ground.kernel.journal
 
 
@@ -197,7 +197,7 @@ def test_a_table_of_another_version_is_named_if_the_store_cannot_be_read(
     (ground.folder / "portward.db").unlink()
     monkeypatch.setattr(Writer, "of_other_format", True)
     with pytest.raises(StoreError, match=r"was written by another version of portward.*and that failed: "):
-        ground.core.first_policy()
+        ground.core.intake.first_policy()
 
 
 def test_a_table_of_an_earlier_run_serves_without_a_store(started: Ground) -> None:
@@ -257,7 +257,7 @@ def test_the_kernels_notices_are_heard_if_no_write_of_libnftables_is_among_them(
     ground.core.close()
     ground.core = ground.made()
     ground.start()
-    ground.core.check()
+    ground.core.dataplane.check()
     assert "read" in done
     assert "closed" not in done
     ground.core.close()
@@ -265,7 +265,7 @@ def test_the_kernels_notices_are_heard_if_no_write_of_libnftables_is_among_them(
 
 
 def test_a_kernel_that_refuses_the_ruleset_ends_the_start(ground: Ground) -> None:
-    ground.core.first_policy()
+    ground.core.intake.first_policy()
     ground.core.first_links(LINKS)
     ground.kernel.refuse(errno.ENOMEM)
     with pytest.raises(KernelError, match="Cannot allocate memory"):
@@ -282,12 +282,12 @@ def test_a_start_on_a_table_with_a_damaged_head_holds_a_mistake_in_the_store(
     ground.learn(ALLOWED)
     with ground.core._writer._environment.begin(write=True) as transaction:
         transaction.put(HEAD, b"")
-    ground.core.close_store()
+    ground.core.intake.close()
     ground.remove(RECORDS[2])
     ground.restart()
-    while ground.core.sync():
+    while ground.core.intake.sync():
         pass
-    held = ground.core.held
+    held = ground.core.intake.held
     assert held is not None
     assert (held.revision, held.flips.flipped) == (2, 1)
     finding = ground.core._writer.reader().lookup(ALLOWED.link, ALLOWED.address)
@@ -314,24 +314,24 @@ def test_a_grant_that_ended_while_no_agent_ran_ends_with_the_start(ground: Groun
 
 def test_a_change_of_policy_forgets_what_it_reaches(started: Ground) -> None:
     started.put(subscription(MAY, "pay-as-you-go"))
-    assert started.core.sync()
+    assert started.core.intake.sync()
     assert set(started.cached()) == {DENIED}
     assert started.in_step()
-    assert (started.core.enforced, started.core.revision) == (2, 2)
-    assert not started.core.sync(), "there is nothing more"
+    assert (started.core.dataplane.enforced, started.core.revision) == (2, 2)
+    assert not started.core.intake.sync(), "there is nothing more"
 
 
 def test_a_change_without_another_verdict_leaves_the_kernel_alone(started: Ground) -> None:
     written = len(started.kernel.journal)
     started.put(msgspec.structs.replace(RECORDS[0], name="another name"))
-    assert started.core.sync()
+    assert started.core.intake.sync()
     assert len(started.kernel.journal) == written
-    assert started.core.enforced == 2
+    assert started.core.dataplane.enforced == 2
 
 
 def test_a_removed_subscription_sends_no_more(started: Ground) -> None:
     started.remove(RECORDS[2], RECORDS[0])
-    started.core.sync()
+    started.core.intake.sync()
     assert set(started.cached()) == {DENIED}
     assert started.in_step()
 
@@ -343,36 +343,36 @@ def test_a_store_that_cannot_be_read_leaves_the_last_policy_in_force(started: Gr
     path.unlink()
     if damage == "no database":
         path.write_text("this is no database" * 100)
-    started.core.close_store()
+    started.core.intake.close()
     for _ in range(3):
-        assert not started.core.sync()
-    assert (started.core.store_errors, bool(started.core.store_error)) == (3, True)
+        assert not started.core.intake.sync()
+    assert (started.core.intake.store_errors, bool(started.core.intake.store_error)) == (3, True)
     assert set(started.cached()) == {ALLOWED, DENIED}
     path.write_bytes(text)
-    started.core.sync()
-    assert started.core.store_error == ""
+    started.core.intake.sync()
+    assert started.core.intake.store_error == ""
 
 
 @pytest.mark.parametrize("step", range(3))
 def test_a_kernel_that_refuses_a_change_is_repaired(started: Ground, step: int) -> None:
     started.put(subscription(MAY, "pay-as-you-go"))
     started.kernel.refuse(errno.ENOMEM, after=step)
-    started.core.sync()
+    started.core.intake.sync()
     assert ALLOWED not in started.cached()
     assert started.in_step()
-    assert (started.core.broken, started.core.enforced) == ("", 2)
+    assert (started.core.dataplane.broken, started.core.dataplane.enforced) == ("", 2)
     assert started.core.at_rest()
 
 
 def test_while_the_kernel_refuses_everything_it_is_said_and_tried_again(started: Ground) -> None:
     started.put(subscription(MAY, "pay-as-you-go"))
     started.kernel.refuse(errno.ENOMEM, times=6)
-    started.core.sync()
-    assert "Cannot allocate memory" in started.core.broken
+    started.core.intake.sync()
+    assert "Cannot allocate memory" in started.core.dataplane.broken
     assert not started.core.at_rest()
     for _ in range(10):
-        started.core.check()
-    assert started.core.broken == ""
+        started.core.dataplane.check()
+    assert started.core.dataplane.broken == ""
     assert ALLOWED not in started.cached()
     assert started.in_step()
 
@@ -383,14 +383,14 @@ def test_while_the_kernel_refuses_everything_it_is_said_and_tried_again(started:
 def test_a_grant_that_ends_is_enforced(started: Ground) -> None:
     until = datetime.now(UTC) + timedelta(hours=1)
     started.put(exemption(MAY_NOT, None, until=until))
-    started.core.sync()
+    started.core.intake.sync()
     assert DENIED not in started.cached()
     started.kernel.learn("allow4", DENIED.key)
     due = started.core.next_expiry()
     assert due is not None
     assert abs(due - until) < timedelta(seconds=1)
     started.core.clock.now = lambda: until + timedelta(seconds=1)  # type: ignore[method-assign]
-    started.core.settle()
+    started.core.intake.settle()
     assert set(started.cached()) == {ALLOWED}
     assert started.in_step()
     assert started.core.next_expiry() is None
@@ -410,7 +410,7 @@ def test_a_grant_that_ends_is_enforced(started: Ground) -> None:
 def test_interfaces_that_change_take_their_cached_verdicts_with_them(
     started: Ground, links: Links, left: set[Source]
 ) -> None:
-    started.core.links_changed(links)
+    started.core.intake.links_changed(links)
     assert set(started.cached()) == left
     assert started.in_step()
 
@@ -419,18 +419,18 @@ def test_a_fault_while_interfaces_change_drops_none_of_them_for_ever(
     started: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = started.core
-    core.unsettle(frozenset({4}), 1)
+    core.dataplane.unsettle(frozenset({4}), 1)
     with monkeypatch.context() as patch:
 
         def fails(*_: object) -> None:
             raise MemoryError
 
         patch.setattr(VerdictCache, "move_epoch", fails)
-        core.links_changed(Links({3: "vni1", 4: "vni3", 9: "up0"}, frozenset({4})), 1)
-    assert core.broken == "MemoryError: "
+        core.intake.links_changed(Links({3: "vni1", 4: "vni3", 9: "up0"}, frozenset({4})), 1)
+    assert core.dataplane.broken == "MemoryError: "
     assert unsettled(started) == {4}, "until everything older is forgotten"
-    core.check()
-    assert not core.broken
+    core.dataplane.check()
+    assert not core.dataplane.broken
     assert unsettled(started) == set()
     assert started.in_step()
 
@@ -442,9 +442,9 @@ def unsettled(ground: Ground) -> set[int]:
 
 def test_other_surroundings_load_the_ruleset_and_keep_what_is_cached(started: Ground) -> None:
     written = len(started.kernel.journal)
-    started.core.surround(NOTHING)
+    started.core.dataplane.surround(NOTHING)
     assert len(started.kernel.journal) == written, "they are the same"
-    started.core.surround(NOTHING._replace(tunnel_ports=frozenset({4789})))
+    started.core.dataplane.surround(NOTHING._replace(tunnel_ports=frozenset({4789})))
     assert len(started.kernel.journal) > written
     assert set(started.cached()) == {ALLOWED, DENIED}
     assert started.core.at_rest()
@@ -452,10 +452,10 @@ def test_other_surroundings_load_the_ruleset_and_keep_what_is_cached(started: Gr
 
 def test_surroundings_that_the_kernel_refuses_are_tried_again(started: Ground) -> None:
     started.kernel.refuse(errno.ENOMEM, times=2)
-    started.core.surround(NOTHING._replace(tunnel_ports=frozenset({4789})))
-    assert started.core.broken
-    started.core.check()
-    assert started.core.broken == ""
+    started.core.dataplane.surround(NOTHING._replace(tunnel_ports=frozenset({4789})))
+    assert started.core.dataplane.broken
+    started.core.dataplane.check()
+    assert started.core.dataplane.broken == ""
 
 
 TRANSLATING = "table inet theirs {\n chain dnat { type nat hook prerouting priority dstnat; policy accept; }\n}\n"
@@ -474,7 +474,7 @@ def beside(ground: Ground) -> set[str]:
 
 def test_what_stands_around_at_the_start_is_in_the_first_load(ground: Ground) -> None:
     ground.kernel.load(TRANSLATING)
-    ground.core.first_policy()
+    ground.core.intake.first_policy()
     ground.core.first_links(BRIDGED)
     ground.kernel.journal.clear()
     ground.core.load()
@@ -485,20 +485,20 @@ def test_what_stands_around_at_the_start_is_in_the_first_load(ground: Ground) ->
 
 def test_a_change_of_one_part_of_the_surroundings_leaves_the_others(started: Ground) -> None:
     core = started.core
-    core.links_seen(BRIDGED)
+    core.dataplane.links_seen(BRIDGED)
     assert beside(started) == {"stacked"}
     started.kernel.load(TRANSLATING)
     assert not core.at_rest()
-    core.check()
+    core.dataplane.check()
     assert beside(started) == BESIDE
-    core.links_seen(LINKS)
+    core.dataplane.links_seen(LINKS)
     assert beside(started) == {"guard"}
-    core.links_seen(BRIDGED)
+    core.dataplane.links_seen(BRIDGED)
     started.kernel.load("delete table inet theirs")
-    core.check()
+    core.dataplane.check()
     assert beside(started) == {"stacked"}
     assert set(started.cached()) == {ALLOWED, DENIED}
-    assert core.reconciler.repairs == 0
+    assert core.dataplane.reconciler.repairs == 0
 
 
 def known(ground: Ground) -> set[int]:
@@ -510,10 +510,10 @@ def known(ground: Ground) -> set[int]:
 def test_an_interface_that_comes_or_goes_is_written_alone(started: Ground) -> None:
     """The whole ruleset is not loaded, because a host may start a thousand containers."""
     one, two = (LINKS._replace(devices=(Device(7, "one"), *more)) for more in ((), (Device(9, "two"),)))
-    started.core.links_seen(two)
+    started.core.dataplane.links_seen(two)
     assert known(started) == {7, 9}
     started.kernel.journal.clear()
-    started.core.links_seen(one)
+    started.core.dataplane.links_seen(one)
     assert known(started) == {7}
     (step,) = started.kernel.journal
     assert "known_interfaces" in str(step.done)
@@ -521,18 +521,18 @@ def test_an_interface_that_comes_or_goes_is_written_alone(started: Ground) -> No
 
 
 def test_a_load_writes_the_known_interfaces_again(started: Ground) -> None:
-    started.core.links_seen(LINKS._replace(devices=(Device(7, "one"),)))
+    started.core.dataplane.links_seen(LINKS._replace(devices=(Device(7, "one"),)))
     started.kernel.load("flush ruleset")
-    started.core.check()
+    started.core.dataplane.check()
     assert known(started) == {7}
 
 
 def test_known_interfaces_that_another_program_has_removed_are_put_back(started: Ground) -> None:
-    started.core.links_seen(LINKS._replace(devices=(Device(7, "one"), Device(9, "two"))))
+    started.core.dataplane.links_seen(LINKS._replace(devices=(Device(7, "one"), Device(9, "two"))))
     started.kernel.load("flush set inet portward known_interfaces")
-    started.core.links_seen(LINKS._replace(devices=(Device(7, "one"),)))
+    started.core.dataplane.links_seen(LINKS._replace(devices=(Device(7, "one"),)))
     assert known(started) == {7}
-    assert started.core.broken == ""
+    assert started.core.dataplane.broken == ""
 
 
 @pytest.mark.parametrize(
@@ -542,11 +542,11 @@ def test_known_interfaces_that_another_program_has_changed_are_put_back_though_n
     started: Ground, change: str
 ) -> None:
     """Otherwise mail from all other interfaces would be dropped until an interface is added or removed."""
-    started.core.links_seen(LINKS._replace(devices=(Device(7, "one"), Device(9, "two"))))
+    started.core.dataplane.links_seen(LINKS._replace(devices=(Device(7, "one"), Device(9, "two"))))
     started.learn(ALLOWED)
     started.kernel.load(change)
     assert not started.core.at_rest()
-    started.core.check()
+    started.core.dataplane.check()
     assert known(started) == {7, 9}
     assert started.core.at_rest()
     assert ALLOWED in started.cached(), "nothing else was touched"
@@ -555,10 +555,12 @@ def test_known_interfaces_that_another_program_has_changed_are_put_back_though_n
 def test_a_bridge_that_loses_its_ports_is_unknown_before_its_chain_is_gone(started: Ground) -> None:
     """Otherwise its packets pass if a segment becomes its port again in between."""
     bridge = next(device for device in BRIDGED.devices if device.kind == "bridge")
-    started.core.links_seen(BRIDGED)
+    started.core.dataplane.links_seen(BRIDGED)
     assert bridge.ifindex in known(started)
     started.kernel.history.clear()
-    started.core.links_seen(LINKS._replace(devices=tuple(one._replace(master=0) for one in BRIDGED.devices)))
+    started.core.dataplane.links_seen(
+        LINKS._replace(devices=tuple(one._replace(master=0) for one in BRIDGED.devices))
+    )
     assert beside(started) == set()
     key = bridge.ifindex.to_bytes(4, "little")
     for tables in started.kernel.history:
@@ -567,9 +569,9 @@ def test_a_bridge_that_loses_its_ports_is_unknown_before_its_chain_is_gone(start
 
 
 def test_known_interfaces_stay_known_while_the_ruleset_is_loaded(started: Ground) -> None:
-    started.core.links_seen(LINKS._replace(devices=(Device(7, "one"),)))
+    started.core.dataplane.links_seen(LINKS._replace(devices=(Device(7, "one"),)))
     started.kernel.history.clear()
-    started.core.links_seen(LINKS._replace(devices=(Device(7, "one"), *BRIDGED.devices)))
+    started.core.dataplane.links_seen(LINKS._replace(devices=(Device(7, "one"), *BRIDGED.devices)))
     assert started.kernel.history
     for tables in started.kernel.history:
         assert (7).to_bytes(4, "little") in tables[TABLE].sets["known_interfaces"].elements
@@ -577,22 +579,22 @@ def test_known_interfaces_stay_known_while_the_ruleset_is_loaded(started: Ground
 
 def test_a_ruleset_that_was_taken_is_put_back_and_counted_also_if_the_surroundings_change(started: Ground) -> None:
     started.kernel.load("flush ruleset")
-    started.core.links_seen(BRIDGED)
+    started.core.dataplane.links_seen(BRIDGED)
     assert beside(started) == {"stacked"}
-    assert started.core.reconciler.repairs == 1
+    assert started.core.dataplane.reconciler.repairs == 1
     assert started.core.selfcheck.divergences[DifferenceKind.RULESET] == 1
 
 
 def test_the_guards_question_is_answered_unless_the_interface_is_unsettled(started: Ground) -> None:
     """The table would give the verdict of the interface that had the index before."""
     started.kernel.load(TRANSLATING)
-    started.core.check()
-    assert started.core.guarded
-    started.core.unsettle(frozenset({3}), 7)
-    started.core.install_limits([ALLOWED, DENIED])
+    started.core.dataplane.check()
+    assert started.core.dataplane.guarded
+    started.core.dataplane.unsettle(frozenset({3}), 7)
+    started.core.dataplane.install_limits([ALLOWED, DENIED])
     assert set(started.cached()) == {DENIED}
-    started.core.links_changed(LINKS, 7)
-    started.core.install_limits([ALLOWED])
+    started.core.intake.links_changed(LINKS, 7)
+    started.core.dataplane.install_limits([ALLOWED])
     assert started.cached() == {ALLOWED: Class.ALLOW, DENIED: Class.DENY}
 
 
@@ -603,13 +605,13 @@ def test_the_guards_question_is_answered_unless_the_interface_is_unsettled(start
 def test_a_ruleset_that_another_program_changed_is_put_back_and_counted(started: Ground, text: str) -> None:
     started.kernel.load(text)
     assert not started.core.at_rest()
-    started.core.check()
+    started.core.dataplane.check()
     assert started.kernel.tables[TABLE].chains["screen"].rules
-    assert started.core.reconciler.repairs == 1
+    assert started.core.dataplane.reconciler.repairs == 1
     assert started.core.selfcheck.divergences[DifferenceKind.RULESET] == 1
     assert not started.cached(), "the sets may have been changed too"
-    started.core.check()
-    assert started.core.reconciler.repairs == 1
+    started.core.dataplane.check()
+    assert started.core.dataplane.reconciler.repairs == 1
 
 
 # --- self-check of cached verdicts ---
@@ -618,18 +620,18 @@ def test_a_ruleset_that_another_program_changed_is_put_back_and_counted(started:
 def test_a_cached_verdict_that_is_not_the_tables_is_found_and_forgotten(started: Ground) -> None:
     started.kernel.learn("allow4", DENIED.key)
     started.core.count(1.0)
-    suspects = started.core.suspects()
+    suspects = started.core.counting.suspects()
     assert suspects == [DENIED]
-    started.core.correct(suspects)
+    started.core.dataplane.correct(suspects)
     assert set(started.cached()) == {ALLOWED}
     assert started.core.selfcheck.divergences[DifferenceKind.CACHED] == 1
     started.core.count(1.0)
-    assert started.core.suspects() == []
+    assert started.core.counting.suspects() == []
 
 
 def test_a_suspect_that_is_right_by_now_is_left_alone(started: Ground) -> None:
     written = len(started.kernel.journal)
-    started.core.correct([ALLOWED, DENIED, Source(3, ip_address("10.0.0.9").packed)])
+    started.core.dataplane.correct([ALLOWED, DENIED, Source(3, ip_address("10.0.0.9").packed)])
     assert len(started.kernel.journal) == written
 
 
@@ -637,7 +639,7 @@ def test_without_a_ruleset_nothing_is_counted(started: Ground) -> None:
     started.kernel.load("flush ruleset")
     started.core.count(1.0)
     assert started.core.limited() == {}
-    assert started.core.screen() == {}
+    assert started.core.counting.screen() == {}
 
 
 # --- rate limits ---
@@ -647,7 +649,7 @@ def test_without_a_ruleset_nothing_is_counted(started: Ground) -> None:
 def limited(started: Ground) -> Ground:
     """The second subscription may send ten a minute."""
     started.put(exemption(MAY_NOT, RateLimit(per_minute=10, burst=2)))
-    started.core.sync()
+    started.core.intake.sync()
     return started
 
 
@@ -657,37 +659,37 @@ def rates(ground: Ground) -> dict[Source, tuple[int, int]]:
 
 
 def test_a_source_that_a_worker_met_gets_the_limit_of_its_subscription(limited: Ground) -> None:
-    limited.core.install_limits([DENIED, ALLOWED, Source(9, DENIED.address)])
+    limited.core.dataplane.install_limits([DENIED, ALLOWED, Source(9, DENIED.address)])
     assert rates(limited) == {DENIED: (10, 2)}
 
 
 def test_a_refused_limit_is_written_when_the_source_sends_again(limited: Ground) -> None:
     limited.kernel.refuse(errno.ENOMEM)
-    limited.core.install_limits([DENIED])
+    limited.core.dataplane.install_limits([DENIED])
     assert rates(limited) == {}
-    limited.core.install_limits([DENIED])
+    limited.core.dataplane.install_limits([DENIED])
     assert rates(limited) == {DENIED: (10, 2)}
 
 
 def test_another_limit_takes_the_place_of_the_first_and_an_end_takes_it_away(limited: Ground) -> None:
-    limited.core.install_limits([DENIED])
+    limited.core.dataplane.install_limits([DENIED])
     limited.put(exemption(MAY_NOT, RateLimit(per_minute=20, burst=2)))
-    limited.core.sync()
+    limited.core.intake.sync()
     assert rates(limited) == {DENIED: (20, 2)}
     limited.remove(exemption(MAY_NOT, None))
-    limited.core.sync()
+    limited.core.intake.sync()
     assert rates(limited) == {}
-    limited.core.sync_rate_limits()
+    limited.core.dataplane.sync_rate_limits()
     assert limited.elements.limits() == [], "and the limits that are not in force go"
 
 
 def test_a_limit_that_is_not_the_tables_is_found_and_forgotten(limited: Ground) -> None:
-    limited.core.install_limits([DENIED])
+    limited.core.dataplane.install_limits([DENIED])
     limited.kernel.load("flush map inet portward rates4")
     wrong = Bucket(99, 1, 1)
     RateLimits(limited.elements).add({ALLOWED: wrong})
     limited.core.count(1.0)
-    limited.core.sync_rate_limits()
+    limited.core.dataplane.sync_rate_limits()
     assert rates(limited) == {}
     assert limited.core.selfcheck.divergences[DifferenceKind.CACHED] == 1
 
@@ -696,8 +698,8 @@ def test_a_limit_that_is_not_the_tables_is_found_and_forgotten(limited: Ground) 
 
 
 def test_another_preset_is_enforced(started: Ground) -> None:
-    started.core.reload(started.config, presets.load("aws"))
-    assert started.core.preset.name == "aws"
+    started.core.intake.reload(started.config, presets.load("aws"))
+    assert started.core.dataplane.preset.name == "aws"
     assert ALLOWED not in started.cached()
     assert started.in_step()
 
@@ -722,33 +724,33 @@ def test_a_configuration_that_is_refused_changes_nothing(
         def broken(_: object) -> None:
             raise KernelError("the kernel does not take it")
 
-        monkeypatch.setattr(started.core.reconciler, "check", broken)
+        monkeypatch.setattr(started.core.dataplane.reconciler, "check", broken)
     before, generation = started.kernel.state(), started.core.generation
     with pytest.raises(error):
-        started.core.reload(config, presets.load("aws"))
-    assert started.core.preset.name == "azure-2020"
-    assert (started.core.config, started.core.generation) == (started.config, generation)
+        started.core.intake.reload(config, presets.load("aws"))
+    assert started.core.dataplane.preset.name == "azure-2020"
+    assert (started.core.dataplane.config, started.core.generation) == (started.config, generation)
     assert started.kernel.state() == before
 
 
 def test_observed_segments_are_enforced_after_a_reload(started: Ground) -> None:
     config = msgspec.structs.replace(started.config, mode=Mode.OBSERVE)
-    started.core.reload(config, presets.load("azure-2020"))
+    started.core.intake.reload(config, presets.load("azure-2020"))
     assert DENIED not in started.cached()
     assert started.in_step()
     config = msgspec.structs.replace(started.config, verdicts=Verdicts(observe=("vni2",)))
-    started.core.reload(config, presets.load("azure-2020"))
+    started.core.intake.reload(config, presets.load("azure-2020"))
     assert started.in_step()
 
 
 @pytest.mark.parametrize("step", range(4))
 def test_a_reload_that_the_kernel_refuses_half_way_is_in_force_in_the_end(started: Ground, step: int) -> None:
     started.kernel.refuse(errno.ENOMEM, after=step)
-    started.core.reload(started.config, presets.load("aws"))
+    started.core.intake.reload(started.config, presets.load("aws"))
     for _ in range(3):
-        started.core.check()
-    assert started.core.preset.name == "aws"
-    assert started.core.broken == ""
+        started.core.dataplane.check()
+    assert started.core.dataplane.preset.name == "aws"
+    assert started.core.dataplane.broken == ""
     assert ALLOWED not in started.cached()
     assert started.in_step()
 
@@ -793,8 +795,8 @@ def test_a_reload_whose_child_is_killed_after_its_commit_is_in_force(
     other."""
     small(started, monkeypatch)
     killed_late(monkeypatch)
-    started.core.reload(started.config, presets.load("aws"))
-    assert (started.core.preset.name, decided_by(started)) == ("aws", presets.load("aws").digest)
+    started.core.intake.reload(started.config, presets.load("aws"))
+    assert (started.core.dataplane.preset.name, decided_by(started)) == ("aws", presets.load("aws").digest)
     assert not started.core._writer.is_decided_otherwise()
     assert ALLOWED not in started.cached()
     assert started.in_step()
@@ -806,8 +808,8 @@ def test_answers_whose_child_is_killed_after_its_commit_are_in_force(
     small(started, monkeypatch)
     killed_late(monkeypatch)
     config = msgspec.structs.replace(started.config, mode=Mode.OBSERVE)
-    started.core.reload(config, presets.load("azure-2020"))
-    assert started.core.config.mode is Mode.OBSERVE
+    started.core.intake.reload(config, presets.load("azure-2020"))
+    assert started.core.dataplane.config.mode is Mode.OBSERVE
     assert not started.core._writer.is_decided_otherwise()
     assert DENIED not in started.cached()
     assert started.in_step()
@@ -821,11 +823,14 @@ def test_a_reload_whose_child_is_killed_before_its_commit_changes_nothing(
     with monkeypatch.context() as once:
         killed_early(once)
         with pytest.raises(TableError, match="the process of a bulk change ended"):
-            started.core.reload(started.config, presets.load("aws"))
-    assert (started.core.preset.name, decided_by(started)) == ("azure-2020", presets.load("azure-2020").digest)
+            started.core.intake.reload(started.config, presets.load("aws"))
+    assert (started.core.dataplane.preset.name, decided_by(started)) == (
+        "azure-2020",
+        presets.load("azure-2020").digest,
+    )
     assert (started.core.generation, started.kernel.state()) == (generation, before)
-    started.core.reload(started.config, presets.load("aws"))
-    assert (started.core.preset.name, decided_by(started)) == ("aws", presets.load("aws").digest)
+    started.core.intake.reload(started.config, presets.load("aws"))
+    assert (started.core.dataplane.preset.name, decided_by(started)) == ("aws", presets.load("aws").digest)
 
 
 def test_a_bulk_change_whose_child_is_killed_after_its_commit_is_enforced(
@@ -835,12 +840,12 @@ def test_a_bulk_change_whose_child_is_killed_after_its_commit_is_enforced(
     killed_late(monkeypatch)
     started.remove(RECORDS[2])
     started.put(attachment("vni2", "10.0.5.4", MAY), attachment("vni2", "10.0.6.4", MAY))
-    assert started.core.sync()
-    assert (started.core.enforced, started.core.store_error) == (3, "")
+    assert started.core.intake.sync()
+    assert (started.core.dataplane.enforced, started.core.intake.store_error) == (3, "")
     assert ALLOWED not in started.cached()
     assert started.in_step()
-    assert not started.core.sync(), "nothing is left to be done"
-    assert started.core.in_step
+    assert not started.core.intake.sync(), "nothing is left to be done"
+    assert started.core.intake.in_step
 
 
 def test_a_bulk_change_whose_child_is_killed_before_its_commit_is_made_again(
@@ -850,11 +855,11 @@ def test_a_bulk_change_whose_child_is_killed_before_its_commit_is_made_again(
     started.put(attachment("vni2", "10.0.5.4", MAY), attachment("vni2", "10.0.6.4", MAY))
     with monkeypatch.context() as once:
         killed_early(once)
-        assert not started.core.sync()
-        assert "the process of a bulk change ended" in started.core.store_error
+        assert not started.core.intake.sync()
+        assert "the process of a bulk change ended" in started.core.intake.store_error
         assert started.core.revision == 1
-    assert started.core.sync()
-    assert (started.core.enforced, started.core.store_error) == (2, "")
+    assert started.core.intake.sync()
+    assert (started.core.dataplane.enforced, started.core.intake.store_error) == (2, "")
 
 
 def truncates(path: Path) -> bool:
@@ -881,7 +886,7 @@ def test_no_snapshot_of_the_store_is_kept_while_a_child_reads_it(
     monkeypatch.setattr("portward.daemon.intake.MAX_INLINE_CHANGES", 2)
     ground.start()
     ground.put(*(attachment("vni2", f"10.0.{number}.4", MAY) for number in range(5, 10)))
-    ground.core.close_store()
+    ground.core.intake.close()
     ground.core.close()
     SNAPSHOTS[case](ground)
     ground.core = ground.made()
@@ -901,7 +906,7 @@ def test_no_snapshot_of_the_store_is_kept_while_a_child_reads_it(
 
     monkeypatch.setattr(bulk.Bulk, "run", looked)
     ground.start()
-    ground.core.sync()
+    ground.core.intake.sync()
     assert found == [True]
 
 
@@ -925,7 +930,7 @@ class Later:
 def late(started: Ground) -> tuple[Ground, Later]:
     """A core whose changes wait for the kernel thread."""
     later = Later()
-    started.core._intake._on_kernel = later
+    started.core.intake._on_kernel = later
     return started, later
 
 
@@ -935,12 +940,12 @@ def test_changes_that_wait_for_the_kernel_thread_are_carried_out_together(late: 
     before = len(ground.kernel.journal)
     for name in range(20):
         ground.put(attachment("vni2", f"10.0.{name + 1}.4", MAY))
-        assert ground.core.sync()
+        assert ground.core.intake.sync()
     ground.remove(RECORDS[2])
-    assert ground.core.sync()
+    assert ground.core.intake.sync()
     later.catch_up()
     assert ground.in_step()
-    assert ground.core.enforced == ground.core.revision
+    assert ground.core.dataplane.enforced == ground.core.revision
     assert set(ground.cached()) == {DENIED}
     assert len(ground.kernel.journal) - before < 10
 
@@ -951,17 +956,17 @@ def test_a_fault_in_carrying_one_change_out_is_not_forgotten_by_the_next(
     """The first change revokes a source; the second one is of another. The first fails on the kernel thread."""
     ground, later = late
     ground.remove(RECORDS[2])
-    assert ground.core.sync()
+    assert ground.core.intake.sync()
     with monkeypatch.context() as patched:
         patched.setattr(VerdictCache, "forget_within", _no_memory)
         later.catch_up()
     assert not ground.in_step()
     ground.put(attachment("vni2", "10.0.9.4", MAY))
-    assert ground.core.sync()
+    assert ground.core.intake.sync()
     later.catch_up()
     assert ground.in_step()
     assert ALLOWED not in ground.cached()
-    assert ground.core.enforced == ground.core.revision
+    assert ground.core.dataplane.enforced == ground.core.revision
 
 
 def _no_memory(*_: object, **__: object) -> None:
@@ -983,16 +988,16 @@ def test_interfaces_that_cannot_be_written_are_retried_with_all_that_changed_mea
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "put_links", _no_room)
         for index in (3, 4):
-            assert not core.links_changed(LINKS._replace(touched=frozenset({index})))
-            assert core.has_links_to_retry
+            assert not core.intake.links_changed(LINKS._replace(touched=frozenset({index})))
+            assert core.intake.links_failed
     assert caplog.text.count("the table lacks new interfaces") == 1
     assert set(started.cached()) == {ALLOWED, DENIED}
-    core.retry_links()
-    assert not core.has_links_to_retry
+    core.intake.retry_links()
+    assert not core.intake.links_failed
     assert started.cached() == {}
     assert started.in_step()
     written = len(started.kernel.journal)
-    core.retry_links()
+    core.intake.retry_links()
     assert len(started.kernel.journal) == written, "there is nothing to retry"
 
 
@@ -1001,15 +1006,15 @@ def test_a_grant_whose_end_cannot_be_written_is_an_error_and_ends_with_the_next_
 ) -> None:
     until = datetime.now(UTC) + timedelta(hours=1)
     started.put(exemption(MAY_NOT, None, until=until))
-    started.core.sync()
+    started.core.intake.sync()
     started.kernel.learn("allow4", DENIED.key)
     started.core.clock.now = lambda: until + timedelta(seconds=1)  # type: ignore[method-assign]
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "settle", _no_room)
-        started.core.settle()
-    assert started.core.store_errors == 1
+        started.core.intake.settle()
+    assert started.core.intake.store_errors == 1
     assert "a grant has ended and still counts" in caplog.text
-    started.core.settle()
+    started.core.intake.settle()
     assert set(started.cached()) == {ALLOWED}
 
 
@@ -1019,11 +1024,11 @@ def test_a_reload_whose_interfaces_cannot_be_written_is_in_force_and_they_are_re
     """The table was decided again already, so the kernel must follow."""
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "put_links", _no_room)
-        started.core.reload(started.config, presets.load("aws"))
-    assert started.core.preset.name == "aws"
+        started.core.intake.reload(started.config, presets.load("aws"))
+    assert started.core.dataplane.preset.name == "aws"
     assert ALLOWED not in started.cached()
     assert "in force in part, and is tried again: no room" in caplog.text
-    assert started.core.has_links_to_retry
-    started.core.retry_links()
-    assert not started.core.has_links_to_retry
+    assert started.core.intake.links_failed
+    started.core.intake.retry_links()
+    assert not started.core.intake.links_failed
     assert started.in_step()

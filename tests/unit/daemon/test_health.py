@@ -32,8 +32,8 @@ def test_a_counting_thread_that_hangs_is_named_and_no_sooner_the_end_of_the_agen
     stuck: list[str] = []
     well: list[bool] = []
     core = SimpleNamespace(
-        screen=dict,
-        reconciler=SimpleNamespace(loaded_at=0.0),
+        counting=SimpleNamespace(screen=dict),
+        dataplane=SimpleNamespace(reconciler=SimpleNamespace(loaded_at=0.0)),
         selfcheck=SimpleNamespace(well=lambda: well.append(True)),
     )
 
@@ -92,10 +92,11 @@ class Lab:
         self.on_query: Callable[[Queried], object] = lambda worker: None
         self.answered = {"answered": 0, "answered_stale": 0}
         self.core = SimpleNamespace(
-            screen=dict,
-            reconciler=SimpleNamespace(loaded_at=0.0),
+            counting=SimpleNamespace(screen=dict),
+            dataplane=SimpleNamespace(
+                reconciler=SimpleNamespace(loaded_at=0.0), preset=SimpleNamespace(ports=(25,))
+            ),
             selfcheck=SelfCheck(),
-            preset=SimpleNamespace(ports=(25,)),
         )
         self.steps = StepRunner(itertools.count(0.0, 100.0).__next__)  # no step waits after a failure
         monkeypatch.setattr(health, "notify", self.notified.append)
@@ -197,7 +198,7 @@ def test_a_query_that_a_reloaded_ruleset_may_have_dropped_is_repeated_at_once(
 ) -> None:
     lab = Lab(monkeypatch)
     lab.workers[0].hangs = True
-    lab.core.reconciler.loaded_at = math.inf
+    lab.core.dataplane.reconciler.loaded_at = math.inf
     assert lab.round() == 0.0
     assert (lab.workers[0].kills, lab.differences, lab.notified) == (0, {}, [])
 

@@ -34,7 +34,9 @@ class Gateway:
         config = Config(segments=("vni*",), uplinks=("up0",), store="sqlite:/x", table=cast("Any", None))
         self.seen: list[Links] = []
         core = SimpleNamespace(
-            config=config, links_changed=self._write, unsettle=self._drop, links_seen=self.seen.append, work=None
+            intake=SimpleNamespace(links_changed=self._write),
+            dataplane=SimpleNamespace(config=config, unsettle=self._drop, links_seen=self.seen.append),
+            work=None,
         )
         self._core = core
         threads = SimpleNamespace(policy=self._policy, kernel=self._kernel)

@@ -52,7 +52,7 @@ class Gateway:
     def __init__(self) -> None:
         self.now, self.took, self.looks = 100.0, 0.0, 0
         self.guarded, self.rest = False, True
-        self.ours, self.others = Ears(), Ears()
+        self.ours, self.others, self.dataplane = Ears(), Ears(), self
         self.watch = RulesetWatch(
             cast("Any", self), self.kernel, (self.ours, self.others), StepRunner(lambda: self.now)
         )

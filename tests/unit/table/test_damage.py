@@ -118,7 +118,7 @@ def test_a_cached_verdict_of_a_damaged_entry_is_found_and_forgotten(writer: Writ
     counting = Counting(tmp_path, netlink, writer.reader(), Deletions(), lambda: 0)
     sources = [Source(1, ip_address(MACHINES[number]).packed) for number in (1, 2)]
     counting._sample = [("allow4", (source.key, 5, 60_000)) for source in sources]
-    assert counting.look() == [sources[0]]
+    assert counting.suspects() == [sources[0]]
     owner = counting._owner(sources[0])
     assert owner is not None
     assert owner.subscription == str(UUID(int=1))
