@@ -17,8 +17,8 @@ import pytest
 from kernel.conftest import lab_name
 from portward.base.resources import rules
 from portward.config.keys import Config
-from portward.daemon.core import Core, at_once
-from portward.daemon.intake import OnKernel
+from portward.daemon.core import Core
+from portward.daemon.intake import OnKernel, at_once
 from portward.dataplane import xtables
 from portward.dataplane.elements import Add
 from portward.dataplane.kernel_elements import KernelElements

@@ -14,15 +14,12 @@ of the table and its own socket.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from concurrent.futures import Future
 from datetime import datetime
-from typing import TypeVar
 
 from portward.base.clock import Clock
 from portward.config.keys import Config
 from portward.daemon.counting import Counting
-from portward.daemon.intake import First, Intake, OnKernel, answers
+from portward.daemon.intake import First, Intake, OnKernel, answers, at_once
 from portward.dataplane import templates, xtables
 from portward.dataplane.accounting import ExpiringKeys
 from portward.dataplane.deletions import Deletions
@@ -38,15 +35,6 @@ from portward.dataplane.underway import UnderWay, Work
 from portward.errors import KernelError
 from portward.policy.preset import Preset
 from portward.table.writer import Writer
-
-_T = TypeVar("_T")
-
-
-def at_once(work: Callable[[], _T]) -> Future[_T]:
-    """Runs work on the calling thread, for a caller that has only one."""
-    done: Future[_T] = Future()
-    done.set_result(work())
-    return done
 
 
 class Core:

@@ -44,6 +44,13 @@ class OnKernel(Protocol):
         """Gives the future result of `work`."""
 
 
+def at_once(work: Callable[[], _T]) -> Future[_T]:
+    """Runs work on the calling thread, for a caller that has only one."""
+    done: Future[_T] = Future()
+    done.set_result(work())
+    return done
+
+
 def answers(config: Config) -> Answers:
     """The settings of the configuration that apply to every verdict."""
     return Answers(config.mode is Mode.OBSERVE, config.verdicts.refuse_with is Refusal.REJECT)
