@@ -141,9 +141,9 @@ def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long
         ((_, _, expires_ms),) = cache._elements.rows(RENEWED)
         return expires_ms
 
-    cache.renew([5])
+    cache.interfaces.renew([5])
     until(lambda: left() < 9_800, "some time has passed")
-    cache.renew([5])
+    cache.interfaces.renew([5])
     assert left() > 9_800
 
 

@@ -256,7 +256,7 @@ def test_what_waits_from_an_interface_that_goes_is_dropped_by_the_kernel(ground:
 def test_what_is_cached_for_the_new_owner_passes_the_guard(ground: Ground, cached: str) -> None:
     waiting, dataplane = ground.waiting(FORWARD), ground.core.dataplane
     source = Source(socket.if_nametoindex(CONTOSO.segment), ip_address("10.0.0.4").packed)
-    dataplane.cache.renew([source.link])
+    dataplane.cache.interfaces.renew([source.link])
     if cached == "rate limit":
         dataplane.rate_limits.add({source: Bucket(5, 10, 2)})
     elif cached != "nothing":

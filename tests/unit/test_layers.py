@@ -48,7 +48,7 @@ FREE_OF_IO = (
     "cli/exemption_text.py", "cli/status_text.py", "config/documents.py", "config/keys.py", "config/toml.py",
     "dataplane/accounting.py", "dataplane/compiled.py", "dataplane/elements.py", "dataplane/gate.py",
     "dataplane/links.py", "dataplane/nf_tables.py", "dataplane/prefixes.py", "dataplane/rate_limits.py",
-    "dataplane/setdump.py", "dataplane/sweep.py", "dataplane/tunnels.py", "dataplane/verdict_cache.py",
+    "dataplane/setdump.py", "dataplane/interface_sets.py", "dataplane/tunnels.py", "dataplane/verdict_cache.py",
     "exemptions/lifecycle.py", "exemptions/service.py", "i18n/language.py", "inventory/difference.py",
     "inventory/document.py", "inventory/json_document.py", "inventory/records.py", "policy/decide.py",
     "policy/preset.py", "policy/remedy.py", "store/chain.py", "store/codec.py", "store/confirmation.py",

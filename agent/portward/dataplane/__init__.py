@@ -19,8 +19,9 @@ Modules in reading order:
   date. `sync`: the one way in which the kernel is brought in line with it. `reconciler`: loads the ruleset, and
   finds out if it was changed. `sources`: verdicts and rate limits of single sources. `underway`: the changes that
   are on their way.
-- `elements`: the changes of a transaction (pure). `verdict_cache`, `sweep`, `prefixes`, `gate`, `rate_limits`:
-  cached verdicts and rate limits (pure). `kernel_elements`: the kernel behind `elements`.
+- `elements`: the changes of a transaction (pure). `verdict_cache`, `prefixes`, `gate`, `rate_limits`,
+  `interface_sets`: cached verdicts, rate limits, what is known of interfaces (pure). `kernel_elements`: the kernel
+  behind `elements`.
 - `accounting`: packets by segment, subscription and verdict (pure). `deletions`: what deleted elements had
 counted.
 - `links`, `tunnels`, `stacking`: what stands around the ruleset (pure). `rtnetlink`, `genetlink`,

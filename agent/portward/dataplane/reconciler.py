@@ -101,7 +101,7 @@ class RulesetReconciler:
         """Writes the known interfaces. If the process dies before, those that were known before are left, and the
         next start writes them. False if another program has taken the table away."""
         try:
-            self._cache.set_known_interfaces(want.known)
+            self._cache.interfaces.set_known(want.known)
         except KernelError as error:
             _log.warning("the known interfaces are written again: %s", error)
             return False
@@ -130,7 +130,7 @@ class RulesetReconciler:
         # Before the chain `stacked` is gone, which may have stopped what comes from these interfaces. At a start
         # there is no set.
         with contextlib.suppress(KernelError):
-            self._cache.retain_known_interfaces(want.known)
+            self._cache.interfaces.retain_known(want.known)
         try:
             self._nft.replace(self._head(want), want)
             if not want.native:

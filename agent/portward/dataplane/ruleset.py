@@ -206,7 +206,7 @@ def head(
     `have_sets` are the sets that the table has now, `have_hooks` its base chains in the order of their
     registration. A base chain stays if hook, priority and order are right, because removing a hook drops every
     packet that waits in any queue of the namespace. The set of known interfaces stays too, and
-    `VerdictCache.set_known_interfaces` brings it to `want.known` afterwards. The sets that packets fill are made
+    `InterfaceSets.set_known` brings it to `want.known` afterwards. The sets that packets fill are made
     anew only if their definitions differ.
     """
     have = set(have_sets)

@@ -78,7 +78,7 @@ class KernelSync:
         self.in_force: Desired | None = None
         # Why the kernel is out of line; empty if it is in line. May be read on any thread.
         self.broken = ""
-        # Interfaces with another owner, of which the kernel does not know yet: see `VerdictCache.renew`.
+        # Interfaces with another owner, of which the kernel does not know yet: see `InterfaceSets.renew`.
         self._renewed: frozenset[int] = frozenset()
 
     @property
@@ -128,7 +128,7 @@ class KernelSync:
     def _drop(self, indexes: frozenset[int]) -> None:
         """Drops what these interfaces send, also what waits for a worker now."""
         if indexes:
-            self._cache.unsettle(indexes)
+            self._cache.interfaces.unsettle(indexes)
             self._note(unsettled=self._in_force.unsettled | indexes)
 
     def _close_stacked(self, desired: Desired, before: Desired) -> None:
@@ -156,7 +156,7 @@ class KernelSync:
 
     def _write_known(self, known: frozenset[int], before: frozenset[int]) -> None:
         """The reconciler does not look into this set. What is missing in it costs others their mail."""
-        if self._cache.set_known_interfaces(known) and known == before:
+        if self._cache.interfaces.set_known(known) and known == before:
             _log.warning("the set of known interfaces was changed by another program: it is put back")
 
     def _load(self, desired: Desired, before: Desired) -> None:
@@ -181,13 +181,13 @@ class KernelSync:
         """Ends `_drop` for all interfaces but these: the kernel stands at a generation that names the owners."""
         self._renew()
         if settled := self._in_force.unsettled - unsettled:
-            self._cache.settle(settled)
+            self._cache.interfaces.settle(settled)
             self._note(unsettled=unsettled)
 
     def _renew(self) -> None:
         """Tells the kernel of other owners, if no change of the epoch has done so."""
         if self._renewed:
-            self._cache.renew(self._renewed)
+            self._cache.interfaces.renew(self._renewed)
             self._renewed = frozenset()
 
     # --- everything anew ---

@@ -8,34 +8,31 @@ verdict that a packet stored between the kernel's walk of the set and its commit
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from errno import ENOENT
 from ipaddress import ip_address
 from itertools import product
 from typing import Final, NamedTuple
 
 from portward.dataplane.elements import Add, Change, Delete, Elements, Flush, RefusedError
 from portward.dataplane.gate import MIN_GATED_ELEMENTS, Gate
+from portward.dataplane.interface_sets import InterfaceSets, renewed
 from portward.dataplane.names import (
     COMING_EPOCHS,
     COUNTED_SETS,
     ENFORCED,
     EPOCH,
     GATED,
-    KNOWN_INTERFACES,
     MISS_LIMITED_SEGMENTS,
     RATE_LIMITS,
     RECENT_EPOCHS,
-    RENEWED,
     SYNCED,
-    UNSETTLED,
     VERDICT_SETS,
     Verdict,
 )
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.setdump import SetRow
-from portward.dataplane.sweep import Sweep
 from portward.ipc import mark
 
 # An interface index or a mark, in the byte order of the host.
@@ -44,6 +41,24 @@ _NUMBER: Final = struct.Struct("=I")
 _FORGET_TRIES: Final = 3
 # Up to this many sources are read one by one if a set is full; each takes one message for each set.
 _MAX_READ_ONE_BY_ONE: Final = 500
+
+# A reading of this many elements or fewer fits into one message, and is a snapshot.
+_SNAPSHOT_ELEMENTS: Final = 32
+# After this many readings of one set the set is flushed instead.
+_MAX_READINGS: Final = 5
+# The kernel collects expired elements once a second, and its timer may be a little early.
+_COLLECTION_INTERVAL_S: Final = 0.9
+# An element that expires sooner than this may be gone before it is deleted: a large deletion can wait for seconds.
+_EXPIRING_MS: Final = 5_000
+# For each message of a reading the kernel walks the set from its beginning, so the time grows with the square of
+# the size (25,000 elements 25 ms, 100,000 0.4 s, 250,000 2 s). A larger set is flushed unread.
+_MAX_READ_ELEMENTS: Final = 100_000
+# A change of this many prefixes is a batch and therefore rare. It flushes smaller sets too, so that it is enforced
+# within 0.1 s.
+_MANY_PREFIXES: Final = 256
+_MAX_READ_ELEMENTS_FOR_MANY: Final = 32_768
+# A set of this size is flushed if nine tenths of it must go, because that saves the second reading.
+_MIN_FLUSHED_ELEMENTS: Final = 4_096
 
 _PASSING_SETS: Final = tuple(name for verdict, name in VERDICT_SETS.items() if verdict in mark.PASSING)
 _STOPPING_SETS: Final = tuple(name for verdict, name in VERDICT_SETS.items() if verdict not in mark.PASSING)
@@ -92,6 +107,7 @@ class VerdictCache:
     def __init__(self, elements: Elements) -> None:
         self._elements = elements
         self._gate = Gate(elements)
+        self.interfaces = InterfaceSets(elements)
         # Set → number of elements at the last reading. Another thread may write newer figures.
         self.sizes: dict[str, int] = {}
 
@@ -135,7 +151,8 @@ class VerdictCache:
         return self._number("definitions")
 
     def move_epoch(self, generation: int, links: Iterable[int] = ()) -> None:
-        """Step one of a change: from now on only verdicts of this generation are cached. `links` as for `renew`.
+        """Step one of a change: from now on only verdicts of this generation are cached. `links` as for
+        `InterfaceSets.renew`.
 
         If the process dies right after it, cached verdicts may be old until they expire or the agent starts again.
         SYNCED still has the older generation, so the next start forgets everything.
@@ -146,12 +163,7 @@ class VerdictCache:
             before is not None
         ):  # workers may still send verdicts of it: they count for one packet, and are not cached
             changes.append(Add(RECENT_EPOCHS, _marks([before])))
-        self._elements.commit([*changes, *_coming(before, epoch), *_renewed(links)])
-
-    def renew(self, links: Iterable[int]) -> None:
-        """Takes note that these interfaces have other owners. For ten seconds a verdict on their packets does not
-        count if it was found under an older epoch, or for the forward guard. Raises KernelError."""
-        self._elements.commit(_renewed(links))
+        self._elements.commit([*changes, *_coming(before, epoch), *renewed(links)])
 
     def add(self, verdicts: Mapping[Source, mark.Class]) -> None:
         """Caches these verdicts, as packets with a verdict mark do. Raises KernelError, and then none is cached.
@@ -227,7 +239,7 @@ class VerdictCache:
             self._gate.shut(prefixes.links, None if opens else generation, first)
         elif first:
             self._elements.commit(first)
-        sweep = Sweep(self._elements, self.sizes, prefixes)
+        sweep = _Sweep(self._elements, self.sizes, prefixes)
         for name, family in passing:
             sweep.clear(name, family)
         found = {Source.of(key) for keys in sweep.found.values() for key in keys}
@@ -278,38 +290,6 @@ class VerdictCache:
         self.sizes[set_] = len(rows)
         return rows
 
-    def unsettle(self, indexes: Iterable[int]) -> None:
-        """From now on packets of these interfaces to policy ports are dropped without a question, and their
-        verdicts are not cached, also of packets that wait for a worker now. Raises KernelError."""
-        indexes = list(indexes)
-        unsettled = Add(UNSETTLED, [_NUMBER.pack(index) for index in indexes])
-        self._elements.commit([unsettled, *_renewed(indexes)])
-
-    def settle(self, indexes: Iterable[int]) -> None:
-        """Ends `unsettle` for these interfaces. Raises KernelError."""
-        self._elements.commit([Delete(UNSETTLED, [_NUMBER.pack(index) for index in indexes])])
-
-    def set_known_interfaces(self, indexes: frozenset[int]) -> bool:
-        """Makes these indexes the elements of KNOWN_INTERFACES; False if they already were. Raises KernelError,
-        also if there is no such set."""
-        had = self._known_interfaces()
-        if had == indexes:
-            return False
-        gone, new = ([_NUMBER.pack(index) for index in sorted(part)] for part in (had - indexes, indexes - had))
-        self._elements.commit([Delete(KNOWN_INTERFACES, gone), Add(KNOWN_INTERFACES, new)])
-        return True
-
-    def retain_known_interfaces(self, indexes: frozenset[int]) -> None:
-        """Deletes all but these indexes from KNOWN_INTERFACES. Raises KernelError as `set_known_interfaces`
-        does."""
-        self.set_known_interfaces(self._known_interfaces() & indexes)
-
-    def _known_interfaces(self) -> frozenset[int]:
-        try:
-            return frozenset(_NUMBER.unpack(key)[0] for key, _, _ in self._elements.rows(KNOWN_INTERFACES))
-        except OSError as error:
-            raise RefusedError(error.errno or ENOENT, error.strerror or str(error)) from error
-
     def _number(self, name: str) -> int | None:
         """The only element of a set; None if there is not exactly one, or if it cannot be read."""
         try:
@@ -317,6 +297,76 @@ class VerdictCache:
         except OSError:
             return None
         return _NUMBER.unpack(keys[0])[0] if len(keys) == 1 else None
+
+
+class _Sweep:
+    """Deletes all cached verdicts of some prefixes, set by set. `found` are the keys that were in the prefixes so
+    far, by set.
+
+    A reading of a larger set can miss elements (see `elements`), because the kernel collects expired elements or
+    resizes the set meanwhile. So a set is clear only after a reading that found nothing to delete, that showed no
+    element twice, and that began so soon after another one that the kernel's collection cannot have disturbed
+    both."""
+
+    def __init__(self, elements: Elements, sizes: dict[str, int], prefixes: Prefixes) -> None:
+        """`sizes` is set → number of elements at the last reading. The sweep writes newer figures into it."""
+        self._elements, self._sizes, self._prefixes = elements, sizes, prefixes
+        self._max_read = _MAX_READ_ELEMENTS if len(prefixes) < _MANY_PREFIXES else _MAX_READ_ELEMENTS_FOR_MANY
+        self._began: dict[str, float] = {}
+        self.found: dict[str, set[bytes]] = {}
+
+    def clear(self, name: str, family: str) -> None:
+        """Deletes the elements that are in the prefixes from a set. `name` is the set's name without the digit
+        `family`. Raises OSError, and KernelError if the kernel refuses even to flush the set."""
+        set_ = name + family
+        for _ in range(_MAX_READINGS):
+            # Checked after each reading, because the size may be unknown before the first one.
+            if self._sizes.get(set_, 0) > self._max_read:
+                break
+            before = self._began.get(set_)
+            rows, deletions = self._read(set_, family)
+            if deletions == [Flush(set_)]:
+                break
+            if deletions:
+                # Refused if an element has expired, or if the set is full: the next reading shows it.
+                with contextlib.suppress(RefusedError):
+                    self._elements.commit(deletions)
+            elif len(rows) <= _SNAPSHOT_ELEMENTS or (self._soon_after(before) and _each_once(rows)):
+                return
+        self._elements.commit([Flush(set_)])
+        self._sizes[set_] = 0
+
+    def _soon_after(self, before: float | None) -> bool:
+        """Whether the kernel can have collected at most once since a reading that began at `before`."""
+        return before is not None and self._elements.now() - before < _COLLECTION_INTERVAL_S
+
+    def _read(self, set_: str, family: str) -> tuple[list[SetRow], list[Change]]:
+        """A reading of a set, and the changes that delete its elements in the prefixes."""
+        self._began[set_] = self._elements.now()
+        rows = self._elements.rows(set_)
+        self._sizes[set_] = len(rows)
+        found = self._prefixes.among(family, [key for key, _, _ in rows])
+        if not found:
+            return rows, []
+        before = self.found.setdefault(set_, set())
+        going = [row for row in rows if row[0] in found]
+        before |= found
+        if len(found) >= _MIN_FLUSHED_ELEMENTS and 10 * len(found) >= 9 * len(rows):
+            return rows, [Flush(set_)]
+        return rows, _deletions(set_, going)
+
+
+def _deletions(set_: str, rows: list[SetRow]) -> list[Change]:
+    """The changes that delete these elements. An element that may expire before its deletion is added first, so
+    that the deletion succeeds in any case. Adding all of them would take three times as long."""
+    soon = list({key for key, _, expires_ms in rows if 0 < expires_ms < _EXPIRING_MS})
+    rest = list({key for key, _, expires_ms in rows} - set(soon))
+    changes: list[Change] = [Add(set_, soon), Delete(set_, soon)] if soon else []
+    return [*changes, Delete(set_, rest)] if rest else changes
+
+
+def _each_once(rows: list[SetRow]) -> bool:
+    return len({key for key, _, _ in rows}) == len(rows)
 
 
 def element_of(set_: str, row: SetRow) -> Element:
@@ -334,12 +384,6 @@ def _hosts(sources: Iterable[Source]) -> Prefixes:
     for source in sources:
         prefixes.add_source(source.key)
     return prefixes
-
-
-def _renewed(links: Iterable[int]) -> list[Change]:
-    keys = [_NUMBER.pack(index) for index in sorted(links)]
-    # An `Add` of an element that is there would not extend its time.
-    return [Add(RENEWED, keys), Delete(RENEWED, keys), Add(RENEWED, keys)] if keys else []
 
 
 def _coming(before: int | None, epoch: int) -> list[Change]:

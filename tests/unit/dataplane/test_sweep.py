@@ -9,7 +9,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from portward.dataplane import sweep as sweeping
+from portward.dataplane import verdict_cache as sweeping
 from portward.dataplane.elements import Add, Change, Delete, DeleteRule, Flush, InsertRule, RefusedError
 from portward.dataplane.names import COUNTED_SETS
 from portward.dataplane.prefixes import Prefixes
