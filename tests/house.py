@@ -2,17 +2,18 @@
 
 **Files of a question.** Each question is run, and the files of `agent/portward` on the way are counted. On the
 way is every file on the call stack from the entry point to a *destination*: a function of the store, the policy
-table or the kernel. A helper that returns before the next step (a check, a codec, the clock) is not on the way:
-a reader can take its name for what it does. For the packet it counts too, because nothing else is on the fast
-path. "in all" is every file in which a function ran. Names that are only read, as constants are, do not count.
+table or the kernel. To open one (its `__init__`) is no step of a change: the daemon has opened its own long
+before. A helper that returns before the next step (a check, a codec, the clock) is not on the way: a reader can
+take its name for what it does. For the packet it counts too, because nothing else is on the fast path. "in all" is
+every file in which a function ran. Names that are only read, as constants are, do not count.
 
 - *packet*: the batch reader gets one plain SYN of a source that it has no verdict for yet. It has answered another
   source before, so its message template and the segment behind the interface are cached, as in a running worker.
 - *apply*: the verb `portward apply` changes the offer of a subscription. Then the daemon takes the change in
-  (`Core.sync`), from the store to a fake kernel, which stands for `nfnetlink` and counts as one file.
+  (`Intake.sync`), from the store to a fake kernel, which stands for `nfnetlink`: both count as one file.
 - *revocation*: the verb `portward exemption revoke`, then the same.
 
-The loop of the daemon, which calls `Core.sync` when the store has changed, is not run, and is not counted.
+The loop of the daemon, which calls `Intake.sync` when the store has changed, is not run, and is not counted.
 
 **Files to edit.** The files that a new metric, reason code, preset key, verb or store must be added to. For a
 reason code these are the files that name every one there is. For the others these are the files that name one
@@ -72,6 +73,9 @@ _PATH_METHODS: Final = frozenset((
     "iterdir", "lstat", "mkdir", "open", "owner", "read_bytes", "read_text", "readlink", "rename", "resolve",
     "rglob", "rmdir", "samefile", "stat", "symlink_to", "touch", "unlink", "walk", "write_bytes", "write_text",
 ))  # fmt: skip
+# The kernel in the questions, and the file that a fake of it stands for.
+_FAKE: Final = "dataplane/fake.py"
+_KERNEL: Final = "dataplane/nfnetlink.py"
 # co_flags of a function, and of neither a module nor a class body.
 _FUNCTION: Final = 1
 
@@ -120,15 +124,23 @@ class Way:
         name = _ours(frame)
         if event == "call" and name:
             self.ran.add(name)
-            if frame.f_code.co_filename.startswith(self._ends):
+            if frame.f_code.co_filename.startswith(self._ends) and not self._opens(frame):
                 self.way |= {name for each in _stack(frame) if (name := _ours(each))}
+
+    def _opens(self, frame: FrameType) -> bool:
+        """Whether a function of a destination runs because the destination is being opened."""
+        return any(
+            each.f_code.co_name == "__init__" and each.f_code.co_filename.startswith(self._ends)
+            for each in _stack(frame)
+        )
 
 
 def _ours(frame: FrameType) -> str:
     """The file of a function of portward, below its package; empty for anything else."""
     file = frame.f_code.co_filename
     inside = file.startswith(f"{PACKAGE}/") and frame.f_code.co_flags & _FUNCTION
-    return file.removeprefix(f"{PACKAGE}/") if inside else ""
+    name = file.removeprefix(f"{PACKAGE}/") if inside else ""
+    return _KERNEL if name in (_FAKE, _KERNEL) else name
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:

@@ -16,8 +16,7 @@ from uuid import UUID
 
 from bench.figures import Figure, percentile
 from kernel.conftest import Gateway, running_gateway
-from portward.dataplane.kernel_elements import KernelElements
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.lab import namespaces
 from portward.lab.topology import FABRIKAM

@@ -23,9 +23,8 @@ from portward.config.keys import Config, Verdicts
 from portward.dataplane import xtables
 from portward.dataplane.desired import Desired
 from portward.dataplane.elements import Add, Change, Flush
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.monitor import RulesetMonitor
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rate_limits import RateLimits
@@ -112,8 +111,8 @@ class Gateway:
 
     def __init__(self, links: int) -> None:
         self._netlink = NfNetlink()
-        nft = Nft(self._netlink.generation)
-        self.kernel = Timed(self._netlink, nft.committing)
+        nft = Nft(self._netlink, compiles=False)
+        self.kernel = Timed(self._netlink)
         self._cache = VerdictCache(self.kernel)
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(nft)
         config = Config(

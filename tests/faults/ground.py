@@ -32,9 +32,8 @@ from kernel.conftest import ALLOWED, DENIED, lab_name, source_records
 from kernel.wire import meanwhile
 from portward.config.documents import dec_hook, enc_hook
 from portward.daemon.runtime import read_status
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import COUNTED_SETS, FIXED_SETS, TABLE, LimitResult
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import PortwardError
 from portward.inventory.json_document import json_text

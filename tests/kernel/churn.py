@@ -25,8 +25,7 @@ from portward.config.keys import Config, Queue, QueueReader
 from portward.daemon import workers
 from portward.dataplane import xtables
 from portward.dataplane.desired import Desired
-from portward.dataplane.kernel_elements import KernelElements
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
@@ -53,8 +52,8 @@ class Churn:
         self._config = Config(segments=("vni*",), uplinks=("up0",), queue=Queue(reader=reader))
         self._preset = presets.load("azure-2020")
         self._netlink = NfNetlink()
-        self._nft = Nft(self._netlink.generation)
-        self.elements = KernelElements(self._netlink, self._nft.committing)
+        self._nft = Nft(self._netlink, compiles=False)
+        self.elements = KernelElements(self._netlink)
         self.cache = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))

@@ -16,9 +16,8 @@ from faults.inject import points as inject
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway, source_records
 from kernel.wire import same, seen, segment
 from portward.base.resources import rules
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.namespacelock import LOCK_TABLE
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import Wanted

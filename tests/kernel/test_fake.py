@@ -27,10 +27,9 @@ from portward.dataplane.elements import (
     RefusedError,
 )
 from portward.dataplane.fake import FakeKernel
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import FIXED_SETS, TABLE
 from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.reconciler import CLOSED
 from portward.dataplane.verdict_cache import Source
@@ -64,7 +63,7 @@ class Side:
 
     def __init__(self, netlink: NfNetlink, nft: Nft) -> None:
         self.netlink, self.nft = netlink, nft
-        self.elements = KernelElements(netlink, nft.committing)
+        self.elements = KernelElements(netlink)
 
     def outcome(self, step: Callable[[Side], object]) -> tuple[object, int]:
         """What a step gives, or why it is refused, and by how much the generation rose."""
@@ -111,11 +110,12 @@ def sides(namespace: str) -> Iterator[tuple[Side, Side]]:
     """The kernel and the fake, both without any table."""
     with namespaces.inside(namespace):
         netlink = NfNetlink()
-        nft = Nft(netlink.generation)
+        nft = Nft(netlink, compiles=False)
         nft.load("flush ruleset")
         native = xtables.has_native_queue(nft)
         fake = FakeKernel(native=native)
-        yield Side(netlink, nft), Side(fake.netlink(), fake.nft())
+        socket = fake.netlink()
+        yield Side(netlink, nft), Side(socket, fake.nft(socket))
         nft.load("flush ruleset")
         netlink.close()
 
@@ -244,7 +244,7 @@ def test_texts_do_the_same(sides: tuple[Side, Side], text: str, loaded: bool) ->
 def test_the_shipped_ruleset_is_loaded_changed_and_put_back_alike(namespace: str) -> None:
     with namespaces.inside(namespace):
         netlink = NfNetlink()
-        nft = Nft(netlink.generation)
+        nft = Nft(netlink, compiles=False)
         fake = FakeKernel(native=xtables.has_native_queue(nft))
         planes = Plane(fake, netlink=netlink, nft=nft), Plane(fake)
         steps: list[Callable[[Plane], object]] = [

@@ -15,9 +15,8 @@ from portward.base.netlink import attribute, string
 from portward.config.keys import Config
 from portward.dataplane import compiled, ruleset, templates
 from portward.dataplane.desired import NOTHING
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import FIXED_SETS, TABLE
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.reconciler import RulesetReconciler, hearing
 from portward.dataplane.ruleset import State, Wanted
@@ -142,7 +141,7 @@ def listing(namespace: str) -> str:
 
 def test_what_is_compiled_is_what_libnftables_loads(namespace: str) -> None:
     netlink = NfNetlink()
-    direct, compiling = Nft(), Nft(netlink.generation, netlink.transact)
+    direct, compiling = Nft(), Nft(netlink)
     wanted = want()
     direct.replace("", wanted)
     expected, print_ = listing(namespace), netlink.fingerprint(TABLE, FIXED_SETS)
@@ -161,7 +160,7 @@ def test_tables_of_others_stay_when_ours_is_compiled(namespace: str) -> None:
     namespaces.load(namespace, "table arp theirs {\n chain a {\n }\n}\ntable ip theirs {\n chain b {\n }\n}\n")
     before = listing(namespace)
     netlink = NfNetlink()
-    nft = Nft(netlink.generation, netlink.transact)
+    nft = Nft(netlink)
     nft.replace("", want())
     nft.delete(TABLE)
     assert listing(namespace) == before
@@ -178,7 +177,7 @@ def test_tables_of_others_stay_when_ours_is_compiled(namespace: str) -> None:
 )
 def test_a_text_with_a_mistake_is_refused_and_changes_nothing(namespace: str, text: str, words: str) -> None:
     netlink = NfNetlink()
-    nft = Nft(netlink.generation, netlink.transact)
+    nft = Nft(netlink)
     with pytest.raises(KernelError, match=words):
         nft.add(text)
     assert listing(namespace) == ""
@@ -188,7 +187,7 @@ def test_a_text_with_a_mistake_is_refused_and_changes_nothing(namespace: str, te
 
 def test_a_refusal_names_what_the_kernel_refuses(namespace: str) -> None:
     netlink = NfNetlink()
-    nft = Nft(netlink.generation, netlink.transact)
+    nft = Nft(netlink)
     namespaces.load(namespace, "table inet portward {\n set s { type ipv6_addr; }\n}\n")
     with pytest.raises(KernelError, match=r"File exists \(set s\)"):
         nft.add("table inet portward {\n set s { type ipv4_addr; }\n}\n")
@@ -201,7 +200,7 @@ def test_a_libnftables_that_prints_otherwise_loads_by_itself(
     """A newer one may; it is slower beside others, and enforces as well."""
     monkeypatch.setattr(compiled, "_ROW", compiled._COLOUR)
     netlink = NfNetlink()
-    nft = Nft(netlink.generation, netlink.transact)
+    nft = Nft(netlink)
     nft.replace("", want())
     assert not nft.compiles
     assert "chain screen" in listing(namespace)
@@ -217,9 +216,9 @@ class Place:
 
     def __init__(self) -> None:
         self.netlink = NfNetlink()
-        self.nft = Nft(self.netlink.generation, self.netlink.transact)
+        self.nft = Nft(self.netlink)
         self.notices = hearing(lambda: (self.netlink.port,))
-        cache = VerdictCache(KernelElements(self.netlink, self.nft.committing))
+        cache = VerdictCache(KernelElements(self.netlink))
         self.reconciler = RulesetReconciler(self.nft, self.netlink, cache, self.notices.read)
 
     def close(self) -> None:

@@ -18,8 +18,7 @@ from portward.config.keys import Config, Verdicts
 from portward.dataplane import xtables
 from portward.dataplane.desired import Desired
 from portward.dataplane.elements import Add, Delete, RefusedError
-from portward.dataplane.kernel_elements import KernelElements
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
@@ -39,8 +38,8 @@ class Forgetting:
 
     def __init__(self, **verdicts: Any) -> None:
         self.netlink = NfNetlink()
-        self.nft = Nft(self.netlink.generation)
-        self.kernel = KernelElements(self.netlink, self.nft.committing)
+        self.nft = Nft(self.netlink, compiles=False)
+        self.kernel = KernelElements(self.netlink)
         self.cache, self.rate_limits = VerdictCache(self.kernel), RateLimits(self.kernel)
         config = Config(segments=("vni*",), uplinks=("up0",), verdicts=Verdicts(**verdicts))
         preset, native = presets.load("azure-2020"), xtables.has_native_queue(self.nft)
@@ -76,7 +75,7 @@ class Forgetting:
 
         def taken() -> bool:
             try:
-                with self.nft.committing():
+                with self.netlink.committing():
                     self.netlink.commit(messages)
             except OSError as error:
                 if error.errno != errno.EBUSY:

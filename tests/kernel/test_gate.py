@@ -24,9 +24,8 @@ from portward.dataplane import verdict_cache as cache
 from portward.dataplane import xtables
 from portward.dataplane.desired import Desired
 from portward.dataplane.elements import Add
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import FIXED_SETS, TABLE
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
@@ -63,7 +62,7 @@ class Halting(KernelElements):
     halts = dies = False
 
     def __init__(self, netlink: NfNetlink, nft: Nft) -> None:
-        super().__init__(netlink, nft.committing)
+        super().__init__(netlink)
         self.halted, self.go_on = threading.Event(), threading.Event()
 
     def rows(self, set_: str) -> list[SetRow]:
@@ -87,7 +86,7 @@ class Gated:
         self.lab = lab
         self.config, self._preset = Config(segments=("vni*",), uplinks=("up0",)), presets.load("azure-2020")
         self.netlink = NfNetlink()
-        self._nft = Nft(self.netlink.generation)
+        self._nft = Nft(self.netlink, compiles=False)
         self.elements = Halting(self.netlink, self._nft)
         self.cache = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)

@@ -21,9 +21,9 @@ from portward.daemon.core import Core
 from portward.daemon.intake import OnKernel, at_once
 from portward.dataplane import xtables
 from portward.dataplane.elements import Add
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.links import Device, Links
 from portward.dataplane.names import GUARD_HOOKS, HOOKS, RENEWED, STACKED_HOOKS, TABLE, TUNNELS_HOOKS
+from portward.dataplane.nfnetlink import KernelElements
 from portward.dataplane.nft import Nft
 from portward.dataplane.reconciler import closed, loaded
 from portward.dataplane.verdict_cache import Source
@@ -325,7 +325,7 @@ def test_what_the_store_changed_before_the_ruleset_is_loaded_is_carried_out_by_t
         index = socket.if_nametoindex(CONTOSO.segment)
         generation = core.generation
         keys = [source.key for source in (other, Source(index, owned))]
-        KernelElements(core._netlink, core._nft.committing).commit([Add("allow4", keys)])
+        KernelElements(core._netlink).commit([Add("allow4", keys)])
         disable(tmp_path)
         core.close()
         again = Core(core.dataplane.config, core.dataplane.preset, kernel)

@@ -37,9 +37,8 @@ def test_what_imports_io_through_others_is_not_free_of_it() -> None:
     assert all(house.imports(name)[0] <= free for name in free)
 
 
-def test_every_figure_stands_beside_its_goal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(house, "questions", lambda: iter([("packet → verdict", house.Way(), 8)]))
+def test_every_goal_is_met() -> None:
     goals = {goal.name: goal for goal in house.goals()}
-    assert goals["packet → verdict"].met
+    assert [str(goal) for goal in goals.values() if not goal.met] == []
     assert goals["longest file"].figure == max(text.count("\n") for text in house.sources().values())
     assert "≥ 30" in str(goals["lines free of I/O, also transitively"])

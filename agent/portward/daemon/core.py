@@ -44,7 +44,7 @@ class Core:
         """Opens kernel and table; changes nothing in the kernel. `on_kernel` runs work on the kernel thread.
         Raises KernelError or TableError. Kernel thread."""
         self._netlink = NfNetlink()
-        self._nft = Nft(self._netlink.generation, self._netlink.transact)
+        self._nft = Nft(self._netlink)
         self._ask_privilege()
         templates.read()
         self.native = xtables.has_native_queue(self._nft)

@@ -23,9 +23,8 @@ from portward.base.interfaces import shown
 from portward.daemon.countsfile import CountsFile
 from portward.dataplane.accounting import ExpiringKeys, PacketAccounting, SourceOwner
 from portward.dataplane.deletions import Deletions
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import COUNTED_SETS, TABLE, VERDICT_SETS, LimitResult, Verdict
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.selfcheck import SAMPLE_SOURCES

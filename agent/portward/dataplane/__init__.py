@@ -20,15 +20,14 @@ Modules in reading order:
   finds out if it was changed. `sources`: verdicts and rate limits of single sources. `underway`: the changes that
   are on their way.
 - `elements`: the changes of a transaction (pure). `verdict_cache`, `prefixes`, `gate`, `rate_limits`,
-  `interface_sets`: cached verdicts, rate limits, what is known of interfaces (pure). `kernel_elements`: the kernel
-  behind `elements`.
+  `interface_sets`: cached verdicts, rate limits, what is known of interfaces (pure).
 - `accounting`: packets by segment, subscription and verdict (pure). `deletions`: what deleted elements had
 counted.
 - `links`, `tunnels`, `stacking`: what stands around the ruleset (pure). `rtnetlink`, `genetlink`,
   `dumpsocket`, `others`, `around`: find it out.
 - `monitor`, `monitor_filter`: notices of changed rulesets. `selfcheck`: differences that were found. `loaded`,
   `queue_statistics`: what verbs read from the kernel.
-- `nft`, `compiled`: libnftables. `nf_tables`, `setdump` (pure), `nfsocket`, `nfnetlink`, `xtables`,
-  `namespacelock`: nf_tables over netlink.
+- `nft`, `compiled`: libnftables. `nf_tables`, `setdump` (pure), `nfsocket`, `xtables`, `namespacelock`:
+  nf_tables over netlink. `nfnetlink`: its requests, and the kernel behind `elements`.
 - `fake`, `faketables`, `fakemessages`, `faketext`: a fake kernel for tests without root.
 """

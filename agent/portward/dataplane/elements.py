@@ -1,7 +1,7 @@
 """The elements of portward's sets, maps and limits: what is read, and the changes of a transaction. Pure.
 
 `Elements` is all that the verdict cache, the rate limits and the gate need of the kernel. `KernelElements`
-(module `kernel_elements`) is the kernel; a test can put another implementation in its place.
+(module `nfnetlink`) is the kernel; a test can put another implementation in its place.
 
 Two facts of the kernel that every caller must know:
 - `commit` is one transaction. A `Delete` of a key that is not in the set fails it, and so does an `Add` to a full

@@ -92,9 +92,9 @@ class FakeKernel:
         """A socket to this kernel."""
         return FakeNetlink(self)
 
-    def nft(self, generation: Callable[[], int] | None = None, _: object = None) -> FakeNft:
-        """nftables on this kernel, which takes texts as they are."""
-        return FakeNft(self, generation or (lambda: self.generation))
+    def nft(self, socket: FakeNetlink | None = None) -> FakeNft:
+        """nftables on this kernel, which takes texts as they are. Its transactions count as those of `socket`."""
+        return FakeNft(self, socket)
 
     # --- faults ---
 
@@ -173,9 +173,9 @@ class FakeKernel:
         for fault in due:
             fault()
 
-    def load(self, text: str, socket: object = None) -> None:
+    def load(self, text: str, socket: FakeNetlink | None = None) -> None:
         """Runs `nft -f` of another program. Raises KernelError."""
-        FakeNft(self, lambda: self.generation, socket).load(text)
+        FakeNft(self, socket).load(text)
 
     # --- readings ---
 
@@ -208,18 +208,17 @@ class FakeKernel:
 class FakeNft(Nft):
     """nftables on a fake kernel."""
 
-    def __init__(self, kernel: FakeKernel, generation: Callable[[], int], socket: object = None) -> None:
-        self._kernel, self._generation, self._asking = kernel, generation, socket or self
-        self.left_at: int | None = None
-        self.disturbed = False
+    def __init__(self, kernel: FakeKernel, socket: FakeNetlink | None = None) -> None:
+        self._kernel, self._socket = kernel, socket
 
     def _once(self, text: str, *, dry_run: bool, flags: int = 0, debug: int = 0) -> str:
-        assert not debug  # noqa: S101 # without `transact` no text is compiled
+        assert not debug  # noqa: S101 # no text is compiled
         try:
             if text.startswith("list table "):
                 return self._listed(text.removeprefix("list table inet "))
             commands = faketext.commands(text)
-            self._kernel.transact(lambda draft: draft.run(commands), lambda: text, self._asking, dry_run=dry_run)
+            asking = self._socket or self
+            self._kernel.transact(lambda draft: draft.run(commands), lambda: text, asking, dry_run=dry_run)
         except SyntaxFault as error:
             raise KernelError(f"nft: {error}") from None
         except OSError as error:

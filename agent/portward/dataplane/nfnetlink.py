@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
@@ -25,8 +27,11 @@ from portward.base.netlink import (
 )
 from portward.dataplane import nf_tables as nf
 from portward.dataplane import setdump
+from portward.dataplane.deletions import MAX_REPORTED_ELEMENTS, Deletions
+from portward.dataplane.elements import Change, Delete, Flush, RefusedError, messages
+from portward.dataplane.names import COUNTING_SETS, TABLE
 from portward.dataplane.nfsocket import NfSocket, interrupted, name_of
-from portward.dataplane.setdump import SetElement, SetRow
+from portward.dataplane.setdump import DeletedElement, SetElement, SetRow
 from portward.errors import KernelError
 
 # A base chain has one of these types; other chains have none.
@@ -66,6 +71,24 @@ class Expression(NamedTuple):
 
 class NfNetlink(NfSocket):
     """The requests to nf_tables, in the network namespace of the thread that makes the socket."""
+
+    # The generation after portward's last transaction (None: there was none), and whether another program made a
+    # transaction since then.
+    left_at: int | None = None
+    disturbed = False
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """Stands around a transaction of portward, and sets `disturbed` if the generation rises by more than this
+        transaction does. It raises the generation by one, or not at all if it changes nothing."""
+        before = self.generation()
+        if self.left_at is not None and before != self.left_at:
+            self.disturbed = True
+        yield
+        after = self.generation()
+        if (after - before) % 2**32 > 1:
+            self.disturbed = True
+        self.left_at = after
 
     def generation(self) -> int:
         """The number of ruleset transactions of all programs in this namespace so far. It wraps at 2**32."""
@@ -253,6 +276,93 @@ class NfNetlink(NfSocket):
                 if attributes.get(nf.NFTA_RULE_TABLE) == string(table):
                     for kind in wanted:
                         digest.update(attributes.get(kind, b"-"))
+
+
+# --- the elements of the table inet portward ---
+
+
+class KernelElements:
+    """The elements of the table `inet portward` in the network namespace of a netlink socket. For one thread."""
+
+    def __init__(self, netlink: NfNetlink, deletions: Deletions | None = None) -> None:
+        """`deletions` takes what deleted elements had counted."""
+        self._netlink, self._deletions = netlink, deletions
+
+    def rows(self, set_: str) -> list[SetRow]:
+        """See `Elements`."""
+        return self._netlink.rows(TABLE, set_)
+
+    def elements(self, set_: str) -> list[SetElement]:
+        """See `Elements`."""
+        return self._netlink.elements(TABLE, set_)
+
+    def element(self, set_: str, key: bytes) -> SetElement | None:
+        """See `Elements`."""
+        return self._netlink.element(TABLE, set_, key)
+
+    def limits(self) -> list[str]:
+        """See `Elements`."""
+        return self._netlink.limits(TABLE)
+
+    def rules_on(self, chain: str, set_: str) -> list[int]:
+        """See `Elements`."""
+        return self._netlink.rules_on(TABLE, chain, set_)
+
+    def now(self) -> float:
+        """See `Elements`."""
+        return time.monotonic()
+
+    def commit(self, changes: Iterable[Change]) -> None:
+        """See `Elements`."""
+        parts = [(change, list(messages(change))) for change in changes]
+        sent = [message for _, part in parts for message in part]
+        if not sent:
+            return
+        deletions = self._deletions or Deletions()
+        plan = _ReportPlan(((change, len(part)) for change, part in parts), deletions.sizes)
+        try:
+            with self._netlink.committing(), deletions.transaction() as deleted:
+                self._netlink.expect(plan.elements)
+                deleted.extend(self._netlink.commit(sent, reported=plan.places))
+                deleted.extend(plan.unreported)
+        except OSError as error:
+            raise RefusedError(error.errno or errno.ENOENT, error.strerror or str(error)) from error
+
+
+class _ReportPlan:
+    """Which messages of a transaction the kernel must report: those that delete elements with a counter, up to
+    `MAX_REPORTED_ELEMENTS` elements."""
+
+    def __init__(self, changes: Iterable[tuple[Change, int]], sizes: Mapping[str, int]) -> None:
+        """`changes` are in their order, each with the number of its messages. `sizes` has the number of elements
+        of each set at its last reading."""
+        # Places of the messages in the transaction, from 0.
+        self.places: set[int] = set()
+        # Elements that will be reported.
+        self.elements = 0
+        # Deletions without a report. A flush also ends all readings of the set, with or without a report.
+        self.unreported: list[DeletedElement | bytes] = []
+        place = 0
+        for change, length in changes:
+            after = place + length
+            if isinstance(change, Delete | Flush) and change.set in COUNTING_SETS:
+                self._take(change, range(place, after), sizes)
+            place = after
+
+    def _take(self, change: Delete | Flush, places: range, sizes: Mapping[str, int]) -> None:
+        # A set of unknown size counts as full.
+        elements = len(change.keys) if isinstance(change, Delete) else sizes.get(change.set, MAX_REPORTED_ELEMENTS)
+        fits = self.elements + elements <= MAX_REPORTED_ELEMENTS
+        if fits:
+            self.places.update(places)
+            self.elements += elements
+        if isinstance(change, Flush):
+            self.unreported.append(DeletedElement(change.set, b"", None))
+        elif not fits:
+            self.unreported += [DeletedElement(change.set, key, None) for key in change.keys]
+
+
+# --- parts of messages ---
 
 
 def _comment(userdata: bytes) -> str:

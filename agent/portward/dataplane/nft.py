@@ -13,8 +13,8 @@ import ctypes
 import functools
 import logging
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeAlias
 
 from portward.base.descriptors import Reserve
@@ -87,29 +87,30 @@ def _with_descriptors(call: _Call[_P]) -> _Call[_P]:
     return ensured
 
 
-class Transact(Protocol):
-    """`NfNetlink.transact`: sends a transaction to the kernel. Raises OSError, and then nothing has changed."""
+class Socket(Protocol):
+    """The socket that makes portward's transactions: `NfNetlink`."""
 
-    def __call__(self, messages: list[Message], *, dry_run: bool = False) -> object: ...
+    def transact(self, messages: list[Message], *, dry_run: bool = False) -> object:
+        """Sends a transaction to the kernel. Raises OSError, and then nothing has changed."""
+
+    def committing(self) -> AbstractContextManager[None]:
+        """Stands around each transaction of portward."""
 
 
 class Nft:
     """nftables in the network namespace of the thread that makes this object."""
 
-    _transact: Transact | None = None
+    _socket: Socket | None = None
+    _compiles = False
 
-    def __init__(self, generation: Callable[[], int] = int, transact: Transact | None = None) -> None:
-        """`generation` returns the kernel's number of ruleset transactions (`NfNetlink.generation`). With
-        `transact` libnftables only compiles the texts of `replace`, `add`, `check` and `delete`, so it reads
-        nothing from the kernel (module `compiled`). Raises KernelError if libnftables is missing."""
+    def __init__(self, socket: Socket | None = None, *, compiles: bool = True) -> None:
+        """With a `socket` that `compiles`, libnftables only compiles the texts of `replace`, `add`, `check` and
+        `delete`, so it reads nothing from the kernel (module `compiled`), and the socket makes the transactions.
+        Without, libnftables makes them. Raises KernelError if libnftables is missing."""
         self._lib = _library()
-        self._generation, self._transact = generation, transact
+        self._socket, self._compiles = socket, compiles and socket is not None
         self._compiled_texts: dict[str, list[Message]] = {}
         self.reserve = Reserve(_RESERVED_DESCRIPTORS)
-        # The generation after portward's last transaction, and whether another program made a transaction in
-        # between.
-        self.left_at: int | None = None
-        self.disturbed = False
 
     def _context(self) -> Any:
         context = self._lib.nft_ctx_new(0)
@@ -128,7 +129,7 @@ class Nft:
 
     def load(self, ruleset: str) -> None:
         """Commits a whole ruleset as one transaction. Raises KernelError, and then nothing has changed."""
-        with self.committing():
+        with self._committing():
             self._once(ruleset, dry_run=False)
 
     def check(self, ruleset: str, head: str = "") -> None:
@@ -144,20 +145,20 @@ class Nft:
 
     def prepare(self, want: Wanted) -> None:
         """Compiles `want.fixed` in advance for the next `replace`. Raises KernelError."""
-        if self._transact is not None:
+        if self._compiles:
             with contextlib.suppress(UnreadableError):
                 self._compiled(want.fixed)
 
     def replace(self, head: str, want: Wanted) -> None:
         """Commits `want` after the plain commands in `head` as one transaction. Raises KernelError, and then
         nothing has changed."""
-        with self.committing():
+        with self._committing():
             if not self._sent(head, want.fixed, _elements(want)):
                 self._once(head + want.text, dry_run=False)
 
     def add(self, ruleset: str) -> None:
         """Commits a text that names only objects that it defines itself. Raises KernelError."""
-        with self.committing():
+        with self._committing():
             if not self._sent("", ruleset):
                 self._once(ruleset, dry_run=False)
 
@@ -165,31 +166,31 @@ class Nft:
         """Commits a text that names only objects that it defines itself. Raises KernelError, also if this table of
         family inet exists already."""
         head = f"create table inet {table}\n"
-        with self.committing():
+        with self._committing():
             if not self._sent(head, ruleset):
                 self._once(head + ruleset, dry_run=False)
 
     def delete(self, table: str) -> None:
         """Deletes a table of family inet. Raises KernelError, also if there is none."""
-        with self.committing():
+        with self._committing():
             if not self._sent(f"delete table inet {table}\n", ""):
                 self._once(f"delete table inet {table}\n", dry_run=False)
 
     def _sent(
         self, head: str, text: str, more: list[tuple[int, bytes]] | None = None, *, dry_run: bool = False
     ) -> bool:
-        """Sends the messages of the plain commands in `head`, of `text`, and `more`. False without `transact`, or
-        if this libnftables prints messages in another form. Raises KernelError."""
-        if self._transact is None:
+        """Sends the messages of the plain commands in `head`, of `text`, and `more`. False if libnftables makes
+        the transactions, or if it prints messages in another form. Raises KernelError."""
+        if self._socket is None or not self._compiles:
             return False
         try:
             transaction = [*compiled.plain(head), *self._compiled(text), *map(compiled.inet, more or [])]
         except UnreadableError as error:
             _log.warning("libnftables loads the rulesets itself: %s", error)
-            self._transact = None
+            self._compiles = False
             return False
         try:
-            self._transact(transaction, dry_run=dry_run)
+            self._socket.transact(transaction, dry_run=dry_run)
         except OSError as error:
             about = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             raise KernelError(f"nft: Error: Could not process rule: {error.strerror}{about}") from error
@@ -208,25 +209,15 @@ class Nft:
 
     @property
     def compiles(self) -> bool:
-        """Whether `transact` makes all transactions of this object."""
-        return self._transact is not None
+        """Whether the socket makes all transactions of this object."""
+        return self._compiles
 
     def listing(self, table: str) -> str:
         """The table as nft prints it, without the elements of its sets. Raises KernelError if there is none."""
         return self._once(f"list table {table}", dry_run=False, flags=_OUTPUT_TERSE)
 
-    @contextmanager
-    def committing(self) -> Iterator[None]:
-        """Stands around a transaction, and sets `disturbed` if the generation rises by more than this transaction
-        does. It raises the generation by one, or not at all if it changes nothing."""
-        before = self._generation()
-        if self.left_at is not None and before != self.left_at:
-            self.disturbed = True
-        yield
-        after = self._generation()
-        if (after - before) % 2**32 > 1:
-            self.disturbed = True
-        self.left_at = after
+    def _committing(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._socket is None else self._socket.committing()
 
     @_with_descriptors
     def _once(self, text: str, *, dry_run: bool, flags: int = 0, debug: int = 0) -> str:

@@ -27,10 +27,9 @@ from portward.dataplane.accounting import ExpiringKeys
 from portward.dataplane.around import SurroundingsMonitor
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.desired import Desired, Surroundings, Unsettled
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.links import Links, only_ports
 from portward.dataplane.monitor import RulesetChanges
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import Others, OthersMonitor
 from portward.dataplane.rate_limits import Bucket, RateLimits
@@ -75,7 +74,7 @@ class Dataplane:
         # Spare descriptors for a repair, so that it does not fail for lack of one.
         self._reserve = Reserve(4)
         self._selfcheck, self._under_way = selfcheck, under_way
-        elements = KernelElements(netlink, nft.committing, deletions)
+        elements = KernelElements(netlink, deletions)
         self.cache = VerdictCache(elements)
         self.rate_limits = RateLimits(elements)
         # As the counting thread last read them in the kernel.

@@ -136,13 +136,13 @@ class RulesetReconciler:
             if not want.native:
                 # A transaction of its own. Until it is there, and also if the process dies right here, packets
                 # without a cached verdict are dropped.
-                with self._nft.committing():
+                with self._netlink.committing():
                     xtables.install(self._netlink, want.statements)
         except KernelError:
             if first and loaded(self._netlink):
                 # If there was no ruleset before, nothing of ours stays behind; CLOSED does.
                 self._nft.delete(TABLE)
-            self._nft.disturbed = self._touched = True
+            self._netlink.disturbed = self._touched = True
             raise
 
     def _count_what_goes(self, want: Wanted) -> None:
@@ -181,7 +181,7 @@ class RulesetReconciler:
         if time.monotonic() >= self._looked + _LOOK_INTERVAL_S or self._touched:
             return False
         if self._hears is None:
-            return not self._nft.disturbed and netlink.generation() == self._nft.left_at
+            return not self._netlink.disturbed and netlink.generation() == self._netlink.left_at
         # The number of transactions says nothing that the notices do not say.
         return not (self._disturbed() if heard is None else heard.ours)
 
@@ -207,13 +207,13 @@ class RulesetReconciler:
     def _disturbed(self) -> bool:
         """Whether another program may have changed our tables since `_note_generation`, or since the last look."""
         if self._hears is None:
-            return self._nft.disturbed or self._netlink.generation() != self._nft.left_at
+            return self._netlink.disturbed or self._netlink.generation() != self._netlink.left_at
         self._touched |= self._hears().ours
         return self._touched
 
     def _note_generation(self) -> None:
         """What other programs have changed until now counts no longer."""
-        self._nft.disturbed, self._nft.left_at = False, self._netlink.generation()
+        self._netlink.disturbed, self._netlink.left_at = False, self._netlink.generation()
         if self._hears is not None:
             self._hears()
         self._touched = False

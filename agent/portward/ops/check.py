@@ -101,7 +101,7 @@ def _ruleset(
 ) -> Iterator[str]:
     """Checks that the kernel would take the ruleset, and that the namespace is free. Raises KernelError.
     `warnings` on stacked devices are printed already, so they are not logged."""
-    nft = Nft(netlink.generation, netlink.transact)
+    nft = Nft(netlink)
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)
     surroundings = around.found(config, printed=warnings)._replace(guard=guard)

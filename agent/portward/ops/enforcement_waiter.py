@@ -12,9 +12,8 @@ from typing import Final
 
 from portward.config.keys import Config
 from portward.daemon.runtime import read_status, running
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import TABLE
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import PortwardError
 from portward.ipc.probe import Prober

@@ -22,9 +22,8 @@ from portward.config.documents import network_text
 from portward.config.keys import Config, Refusal
 from portward.daemon.runtime import hidden, in_another_network, running
 from portward.daemon.settings import settings
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import COUNTED_SETS, LIMITED_SETS, RATE_LIMITS, TABLE, LimitResult
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.rtnetlink import index_of
 from portward.dataplane.verdict_cache import Source, VerdictCache

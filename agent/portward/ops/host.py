@@ -18,11 +18,10 @@ from portward.daemon.runtime import age_of, hidden, in_another_network, read_sta
 from portward.daemon.settings import away, last
 from portward.dataplane import loaded as opened
 from portward.dataplane import namespacelock, reconciler, rtnetlink, stacking
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.links import Device
 from portward.dataplane.names import LIMITED_SETS, RATE_LIMITS, TABLE, LimitResult
 from portward.dataplane.namespacelock import NamespaceTakenError
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.queue_statistics import states
 from portward.dataplane.rate_limits import Bucket
 from portward.dataplane.rtnetlink import index_of

@@ -103,7 +103,7 @@ def wanted(path: Path) -> str:
     config = load_config(path)
     preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
     netlink = NfNetlink()
-    native = xtables.has_native_queue(Nft(netlink.generation, netlink.transact))
+    native = xtables.has_native_queue(Nft(netlink))
     surroundings = found(config)._replace(guard=others.seen(netlink).guard)
     return ruleset.wanted(
         templates.read(), config, preset, native=native, state=state, surroundings=surroundings
@@ -137,7 +137,7 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
     """`baseline`, while this process has the lock of the namespace."""
     if reconciler.loaded(netlink):  # an agent was faster, and has ended
         return _already(path, netlink)
-    nft = Nft(netlink.generation, netlink.transact)
+    nft = Nft(netlink)
     try:
         config = load_config(path)
         preset = presets.load(config.preset, named_in=path)
@@ -214,7 +214,7 @@ def remove() -> str:
     _require_loaded(netlink)
     try:
         with NamespaceLock():
-            reconciler.remove(Nft(netlink.generation, netlink.transact), netlink)
+            reconciler.remove(Nft(netlink), netlink)
     except NamespaceTakenError as error:
         raise _taken(error) from error
     return "portward's ruleset is removed: port 25 is open for every source behind this gateway"

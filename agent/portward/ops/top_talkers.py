@@ -10,9 +10,8 @@ from typing import NamedTuple
 from portward.base.interfaces import shown
 from portward.config.keys import Config
 from portward.dataplane import reconciler
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import COUNTED_SETS, LimitResult, Verdict
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.rate_limits import RateLimits
 from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.ops import host

@@ -36,8 +36,8 @@ POINTS: Final = (
     Point("daemon", "change", f"{_K}.verdict_cache:VerdictCache.move_epoch"),
     Point("daemon", "change", f"{_K}.sync:changed_sources"),
     Point("daemon", "change", f"{_K}.verdict_cache:VerdictCache.forget"),
-    Point("daemon", "change", f"{_K}.kernel_elements:KernelElements.commit"),
-    Point("daemon", "change", f"{_K}.kernel_elements:KernelElements.commit", 2),
+    Point("daemon", "change", f"{_K}.nfnetlink:KernelElements.commit"),
+    Point("daemon", "change", f"{_K}.nfnetlink:KernelElements.commit", 2),
     Point("daemon", "change", f"{_K}.nfsocket:NfSocket._wait"),
     # the start, in its order
     Point("daemon", "start", "portward.daemon.runtime:Runtime.__init__"),

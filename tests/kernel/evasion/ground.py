@@ -16,9 +16,8 @@ from scapy.packet import Packet
 from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway, source_records
 from kernel.wire import listening, segment
 from portward.config.keys import QueueReader
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import TABLE
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.lab import namespaces
 from portward.lab.agent import until

@@ -26,10 +26,10 @@ from portward.daemon import core as module
 from portward.daemon.core import Core
 from portward.dataplane.desired import NOTHING
 from portward.dataplane.fake import FakeKernel
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.links import Device, Links
 from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.names import TABLE, VERDICT_SETS
+from portward.dataplane.nfnetlink import KernelElements
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.selfcheck import DifferenceKind

@@ -23,9 +23,8 @@ from portward.dataplane.elements import (
     InsertRule,
 )
 from portward.dataplane.fake import FakeKernel, Transaction
-from portward.dataplane.kernel_elements import KernelElements
 from portward.dataplane.names import COUNTED_SETS, RATE_LIMITS, TABLE, VERDICT_SETS
-from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
@@ -68,10 +67,10 @@ class Plane:
     ) -> None:
         """`netlink` and `nft` are of another kernel than the fake, if given."""
         self.kernel, self.generation, self.config = kernel, generation, config
-        self.netlink = netlink or kernel.netlink()
-        self.nft = nft or kernel.nft()
+        fake = kernel.netlink()
+        self.netlink, self.nft = netlink or fake, nft or kernel.nft(fake)
         self.deletions = Deletions()
-        self.elements = KernelElements(self.netlink, self.nft.committing, self.deletions)
+        self.elements = KernelElements(self.netlink, self.deletions)
         self.cache = VerdictCache(self.elements)
         self.reconciler = RulesetReconciler(self.nft, self.netlink, self.cache)
         self.rate_limits = RateLimits(self.elements)

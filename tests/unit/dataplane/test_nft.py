@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -140,42 +141,47 @@ def kernel() -> FakeKernel:
 
 @pytest.mark.parametrize("text", [OURS, NOTHING])
 def test_our_own_transactions_disturb_nothing(kernel: FakeKernel, text: str) -> None:
-    nft = kernel.nft()
+    netlink = kernel.netlink()
+    nft = kernel.nft(netlink)
     nft.load("add table inet first")
     nft.load(text)
-    assert (nft.disturbed, nft.left_at) == (False, kernel.generation)
+    assert (netlink.disturbed, netlink.left_at) == (False, kernel.generation)
 
 
 def test_one_of_others_between_two_of_ours_is_noticed(kernel: FakeKernel) -> None:
-    nft = kernel.nft()
+    netlink = kernel.netlink()
+    nft = kernel.nft(netlink)
     nft.load("add table inet first")
     kernel.load("add table inet theirs")
-    assert not nft.disturbed, "nobody has looked yet"
+    assert not netlink.disturbed, "nobody has looked yet"
     nft.load(OURS)
-    assert nft.disturbed
+    assert netlink.disturbed
 
 
 def test_one_of_others_within_ours_is_noticed(kernel: FakeKernel) -> None:
-    nft = kernel.nft()
+    netlink = kernel.netlink()
+    nft = kernel.nft(netlink)
     kernel.meanwhile(lambda: kernel.load("add table inet theirs"))
     nft.load(OURS)
-    assert nft.disturbed
+    assert netlink.disturbed
 
 
 def test_a_refused_one_of_ours_leaves_the_number_as_it_was(kernel: FakeKernel) -> None:
-    nft = kernel.nft()
+    netlink = kernel.netlink()
+    nft = kernel.nft(netlink)
     nft.load(OURS)
-    left = nft.left_at
+    left = netlink.left_at
     with pytest.raises(KernelError, match="File exists"):
         nft.load("create table inet t")
-    assert (nft.left_at, nft.disturbed) == (left, False)
+    assert (netlink.left_at, netlink.disturbed) == (left, False)
 
 
 def test_the_number_may_wrap_within_ours(kernel: FakeKernel) -> None:
-    nft = kernel.nft()
+    netlink = kernel.netlink()
+    nft = kernel.nft(netlink)
     kernel.generation = 2**32 - 1
     nft.load(OURS)
-    assert (nft.left_at, nft.disturbed) == (0, False)
+    assert (netlink.left_at, netlink.disturbed) == (0, False)
 
 
 def test_without_descriptors_libnftables_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +247,12 @@ class Sent:
         self._refusal = refusal
         self.transactions: list[tuple[list[Message], bool]] = []
 
-    def __call__(self, messages: list[Message], *, dry_run: bool = False) -> None:
+    def committing(self) -> AbstractContextManager[None]:
+        """Counts nothing."""
+        return contextlib.nullcontext()
+
+    def transact(self, messages: list[Message], *, dry_run: bool = False) -> None:
+        """Takes a transaction."""
         if self._refusal is not None:
             raise self._refusal
         self.transactions.append((messages, dry_run))
@@ -256,7 +267,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Compiling:
 
 
 CALLS: dict[str, tuple[Callable[[Nft], None], list[Message], bool, str, bool]] = {
-    # The call; the messages and the dry run that the kernel gets; without `transact` the text and the dry run.
+    # The call; the messages and the dry run that the kernel gets; without a socket the text and the dry run.
     "check": (lambda nft: nft.check("fixed\n", DELETE), [DELETE_OLD, TABLE_T], True, DELETE + "fixed\n", True),
     "check_replacement": (
         lambda nft: nft.check_replacement(DELETE, WANTED),
@@ -279,7 +290,7 @@ def test_a_transaction_has_the_messages_that_libnftables_has_compiled(compiling:
     """libnftables gets the text that does not change, as a dry run, and never the kernel's rulesets."""
     ask, messages_, dry_run, *_ = CALLS[call]
     sent = Sent()
-    nft = Nft(transact=sent)
+    nft = Nft(sent)
     ask(nft)
     assert sent.transactions == [(messages_, dry_run)]
     assert compiling.asked == ([] if call == "delete" else [(compiled.FETCH_NOTHING + "fixed\n", True, 0)])
@@ -287,18 +298,18 @@ def test_a_transaction_has_the_messages_that_libnftables_has_compiled(compiling:
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("how", ["no transact", "another form of messages"])
+@pytest.mark.parametrize("how", ["no socket", "another form of messages"])
 def test_libnftables_makes_the_transaction_itself_if_its_messages_cannot_be_used(
     library: Callable[..., Library], monkeypatch: pytest.MonkeyPatch, call: str, how: str
 ) -> None:
     ask, _, _, text, dry_run = CALLS[call]
     sent = Sent()
-    if how == "no transact":
+    if how == "no socket":
         found, nft = library(), Nft()
     else:
         found = Compiling(output=b"messages in another form")
         monkeypatch.setattr(module, "_library", lambda: found)
-        nft = Nft(transact=sent)
+        nft = Nft(sent)
         with contextlib.suppress(KernelError):
             nft.check("add table inet t\n")
         assert not nft.compiles, "it is not tried again"
@@ -311,7 +322,7 @@ def test_libnftables_makes_the_transaction_itself_if_its_messages_cannot_be_used
 
 
 def test_a_text_is_compiled_once_and_the_last_four_are_cached(compiling: Compiling) -> None:
-    nft = Nft(transact=Sent())
+    nft = Nft(Sent())
     nft.prepare(WANTED)
     nft.replace("", WANTED)
     assert len(compiling.asked) == 1, "prepared in advance"
@@ -326,7 +337,7 @@ def test_a_text_is_compiled_once_and_the_last_four_are_cached(compiling: Compili
 
 def test_an_advance_compilation_in_another_form_is_left_to_the_transaction(compiling: Compiling) -> None:
     compiling._output = b"messages in another form"
-    nft = Nft(transact=Sent())
+    nft = Nft(Sent())
     nft.prepare(WANTED)
     assert nft.compiles
 
@@ -339,7 +350,7 @@ def test_a_text_with_a_mistake_is_refused_by_its_line_as_the_operator_wrote_it(
     monkeypatch.setattr(module, "_library", lambda: found)
     sent = Sent()
     with pytest.raises(KernelError) as raised:
-        Nft(transact=sent).add("fixed\n")
+        Nft(sent).add("fixed\n")
     assert str(raised.value) == "nft: 1:20-22: Error: unknown: fixed"
     assert (sent.transactions, found.open) == ([], {})
 
@@ -351,14 +362,14 @@ def test_an_error_of_the_kernel_during_the_compilation_does_not_matter(
     found = Compiling(errors=b"Error: Operation not permitted\n", output=COMPILED)
     monkeypatch.setattr(module, "_library", lambda: found)
     sent = Sent()
-    Nft(transact=sent).add("fixed\n")
+    Nft(sent).add("fixed\n")
     assert sent.transactions == [([TABLE_T], False)]
 
 
 def test_a_refusal_names_its_reason_and_its_object(compiling: Compiling) -> None:
     refusal = OSError(errno.EEXIST, "File exists")
     refusal.add_note("table t")
-    nft = Nft(transact=Sent(refusal))
+    nft = Nft(Sent(refusal))
     with pytest.raises(KernelError) as raised:
         nft.create("t", "fixed\n")
     assert str(raised.value) == "nft: Error: Could not process rule: File exists (table t)"
@@ -367,5 +378,5 @@ def test_a_refusal_names_its_reason_and_its_object(compiling: Compiling) -> None
 
 def test_a_whole_ruleset_that_is_not_fixed_is_left_to_libnftables(compiling: Compiling) -> None:
     sent = Sent()
-    Nft(transact=sent).load("text")
+    Nft(sent).load("text")
     assert (sent.transactions, compiling.asked) == ([], [("text", False, 0)])

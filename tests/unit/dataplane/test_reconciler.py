@@ -158,7 +158,7 @@ def test_rules_of_others_that_leave_ours_alone_cost_one_look_and_no_repair(plane
 def test_a_transaction_of_others_within_ours_is_noticed(plane: Plane) -> None:
     plane.kernel.meanwhile(lambda: plane.kernel.load("flush chain inet portward verdict"))
     plane.cache.move_epoch(1)
-    assert plane.nft.disturbed
+    assert plane.netlink.disturbed
     assert not plane.check()
 
 
@@ -220,7 +220,7 @@ class Hearing:
 
     def __init__(self, plane: Plane) -> None:
         self.heard = NOTHING
-        plane.nft = Compiling(plane.kernel, lambda: plane.kernel.generation)
+        plane.nft = Compiling(plane.kernel)
         plane.reconciler = RulesetReconciler(plane.nft, plane.netlink, plane.cache, self.read)
         plane.sync = KernelSync(plane.reconciler, plane.cache, plane.rate_limits, lambda _: None, native=True)
         plane.start()
