@@ -44,8 +44,8 @@ def main() -> int:
 
 def line(outcome: Outcome) -> str:
     """One outcome in one line."""
-    told = f"{outcome.name}: {len(outcome.figures.leaked)} leaked, {outcome.figures.without:.2f} s without"
-    return "; ".join(filter(None, (told, outcome.note, *outcome.violations)))
+    summary = f"{outcome.name}: {len(outcome.figures.leaked)} leaked, {outcome.figures.without:.2f} s without"
+    return "; ".join(filter(None, (summary, outcome.note, *outcome.violations)))
 
 
 def table(outcomes: list[Outcome]) -> str:

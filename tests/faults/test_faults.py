@@ -64,7 +64,7 @@ def test_connections_that_are_not_opened_are_seen(ground: Ground) -> None:
     assert figures.without_known > 0
 
 
-def test_a_packet_that_is_judged_otherwise_than_applied_is_seen(ground: Ground) -> None:
+def test_a_packet_with_another_verdict_than_applied_is_seen(ground: Ground) -> None:
     id_, address = next(iter(ground.subjects.items()))
     known = ground.model.records[f"subscriptions/{id_}"]
     assert isinstance(known, Subscription)
@@ -87,7 +87,7 @@ def test_a_record_that_is_not_there_is_seen(ground: Ground) -> None:
     assert not ground.lost()
 
 
-def test_a_verdict_that_is_remembered_wrongly_is_seen(ground: Ground) -> None:
+def test_a_wrong_cached_verdict_is_seen(ground: Ground) -> None:
     element = f"{{ {ground.index(FABRIKAM)} . {traffic.BLOCKED4[9_999]} }}"
     ground.nft(f"add element inet portward allow4 {element}")
     wrong = ground.wrong()

@@ -83,7 +83,7 @@ def tables(place: str) -> str:
     return namespaces.run(place, ["nft", "list", "tables"]).stdout
 
 
-def test_somebody_else_can_neither_flush_nor_change_it(place: str) -> None:
+def test_another_process_can_neither_flush_nor_change_it(place: str) -> None:
     nft(place, f"table inet plain {{\n {_CHAIN} }}\n")
     with namespaces.inside(place), netlink_socket() as owner:
         assert own(owner, "owned") == 0
@@ -97,13 +97,13 @@ def test_somebody_else_can_neither_flush_nor_change_it(place: str) -> None:
 
 @pytest.mark.parametrize(("flags", "left"), [(_OWNER, ""), (_OWNER | _PERSIST, "table inet owned\n")])
 def test_when_its_owner_is_killed_it_stays_only_if_it_persists(place: str, flags: int, left: str) -> None:
-    ready, told = os.pipe()
+    ready, answer = os.pipe()
     with namespaces.inside(place):
         child = os.fork()
         if child == 0:
             try:
                 netlink = netlink_socket()
-                os.write(told, bytes([own(netlink, "owned", flags)]))
+                os.write(answer, bytes([own(netlink, "owned", flags)]))
                 signal.pause()
             finally:
                 os._exit(1)
@@ -112,11 +112,13 @@ def test_when_its_owner_is_killed_it_stays_only_if_it_persists(place: str, flags
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(ready)
-    os.close(told)
+    os.close(answer)
     assert tables(place) == left
 
 
-def test_what_persists_is_taken_over_by_the_next_owner_and_is_anyones_until_then(place: str) -> None:
+def test_a_table_that_persists_is_taken_over_by_the_next_owner_and_until_then_any_process_can_change_it(
+    place: str,
+) -> None:
     with namespaces.inside(place):
         with netlink_socket() as first:
             assert own(first, "owned") == 0

@@ -30,7 +30,7 @@ UNKNOWN4, UNKNOWN6 = ipaddress.ip_network("10.3.0.0/16"), ipaddress.ip_network("
 # Sources whose policy the harness changes; they are the allowed tenant's, see ground.py.
 SUBJECTS4, SUBJECTS6 = ipaddress.ip_network("10.4.0.0/16"), ipaddress.ip_network("2001:db8:1001:4::/64")
 
-JUDGED, OTHER = 25, 587
+SMTP_PORT, OTHER_PORT = 25, 587
 _ALL: Final = 0x0003  # ETH_P_ALL
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6  # linux/if_packet.h
 _SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
@@ -69,7 +69,7 @@ class Frames:
         )
         self._link = bytes.fromhex((to + own).replace(":", "").replace("\n", ""))
 
-    def syn(self, source: bytes, port: int = JUDGED) -> Probe:
+    def syn(self, source: bytes, port: int = SMTP_PORT) -> Probe:
         """A SYN from an address (4 or 16 bytes) to the mail server's port."""
         sequence = next(_sequences) & 0xFFFFFFFF
         tcp = struct.pack(">HHIIHHHH", 4000, port, sequence, 0, 0x5002, 8192, 0, 0)
@@ -152,7 +152,7 @@ class Traffic:
         with namespaces.inside(self._lab.internet):
             self._view = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL))
             self._listener = socket.create_server(
-                ("::", JUDGED), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+                ("::", SMTP_PORT), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
             )
         self._view.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 26)
         self._view.bind(("eth0", 0))
@@ -228,7 +228,7 @@ class Traffic:
                 self.frames.send(self.frames.syn(source).frame)
                 self.sent += 1
             # The same source, another port: it shows that the way is open and that the watcher sees.
-            self.frames.send(self.frames.syn(sources[1], OTHER).frame)
+            self.frames.send(self.frames.syn(sources[1], OTHER_PORT).frame)
             for subject in self.subjects if number % 4 == 0 else ():
                 self.allowed_frames.send(self.allowed_frames.syn(subject).frame)
             time.sleep(SEND_EVERY)  # pause: the pace of the sender
@@ -254,11 +254,11 @@ class Traffic:
         else:
             return
         port = int.from_bytes(data[tcp + 2 : tcp + 4], "big")
-        if port == JUDGED:
+        if port == SMTP_PORT:
             self.seen.add(int.from_bytes(data[tcp + 4 : tcp + 8], "big"))
-        if blocked and port == JUDGED:
+        if blocked and port == SMTP_PORT:
             self.leaked.append(time.monotonic())
-        elif blocked and port == OTHER:
+        elif blocked and port == OTHER_PORT:
             self.others += 1
 
     def _lost(self) -> None:
@@ -303,7 +303,7 @@ class Traffic:
         at = time.monotonic()
         try:
             one.bind((source, 0))
-            one.connect_ex((MAIL6 if sixth else MAIL4, JUDGED))
+            one.connect_ex((MAIL6 if sixth else MAIL4, SMTP_PORT))
         except OSError:
             one.close()
             self.attempts.append(Attempt(at, fresh, sixth, opened=False))

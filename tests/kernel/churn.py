@@ -82,7 +82,7 @@ class Churn:
         with _slowed():
             await worker.start()
         self.sync.apply(self._desired())
-        stale = remembered = 0
+        stale = cached = 0
         try:
             with self._traffic():
                 for number in range(changes):
@@ -92,12 +92,12 @@ class Churn:
                     enforce(self.writer.apply([offer], [], revision=self._revision, now=utc_now()))
                     time.sleep(random.random() * PAUSE)  # pause: changes come at random
                     held = self.cache.get(self._source)
-                    remembered += held is not None
+                    cached += held is not None
                     stale += held is not None and held.verdict is not wanted
         finally:
             await worker.stop()
             self.writer.close()
-        return stale, remembered
+        return stale, cached
 
     def carry_out(self, committed: Committed) -> None:
         """Brings the kernel in line after a change of the policy table."""

@@ -53,7 +53,7 @@ def tables(gateway: Gateway) -> list[str]:
     return [name for name in names if "portward" in name and name != LOCK_TABLE]
 
 
-def test_nobody_sends_until_there_is_an_agent(booted: Gateway) -> None:
+def test_no_tenant_sends_until_there_is_an_agent(booted: Gateway) -> None:
     assert booted.passes(FABRIKAM, "10.0.0.4"), "without rules port 25 is open, or the way is not"
     done = booted.agent.portward("rules", "baseline")
     assert (done.returncode, tables(booted)) == (0, ["portward"]), done.stderr
@@ -66,7 +66,7 @@ def test_nobody_sends_until_there_is_an_agent(booted: Gateway) -> None:
     assert not booted.passes(FABRIKAM, "10.0.0.6")
 
 
-def test_the_status_tells_an_open_port_from_a_closed_one(booted: Gateway) -> None:
+def test_the_status_distinguishes_an_open_port_from_a_closed_one(booted: Gateway) -> None:
     assert "NOTHING IS ENFORCED" in booted.agent.portward("status").stderr  # once: no agent runs
     booted.agent.portward("rules", "baseline")
     assert (
@@ -187,7 +187,7 @@ def test_the_ports_of_the_preset_are_closed_if_nothing_else_can_be_read(booted: 
 
 @pytest.mark.parametrize("preset", PORTS)
 @pytest.mark.parametrize("table", ["portward", "portward_closed"])
-def test_nftables_service_closes_the_ports_that_were_judged(
+def test_nftables_service_closes_the_ports_that_the_preset_filters(
     booted: Gateway, nftables: Callable[[str], None], preset: str, table: str
 ) -> None:
     booted.agent.configure(preset=preset)
@@ -275,7 +275,7 @@ def test_beside_an_agent_nothing_is_changed(tmp_path: Path, broken: bool) -> Non
         assert not gateway.passes(FABRIKAM, "10.0.0.4")
         listed = ["nft", "-s", "list", "chain", "inet", "portward", "to_workers"]
         before = namespaces.run(gateway.lab.gateway, listed).stdout
-        remembered = gateway.agent.metrics()["portward_ruleset_repairs_total"]
+        repairs = gateway.agent.metrics()["portward_ruleset_repairs_total"]
         if broken:
             gateway.agent.config.write_text("nonsense")
         done = gateway.agent.portward("rules", "baseline")
@@ -287,7 +287,7 @@ def test_beside_an_agent_nothing_is_changed(tmp_path: Path, broken: bool) -> Non
         until(lambda: not gateway.passes(CONTOSO, "10.0.0.77"), "the queue has no listener")
         gateway.agent.portward("rules", "baseline")
         assert gateway.passes(CONTOSO, "10.0.0.4")
-        assert remembered == 0
+        assert repairs == 0
 
 
 def test_the_next_agents_worker_takes_the_queue_over(booted: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

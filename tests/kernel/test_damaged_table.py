@@ -62,10 +62,10 @@ def test_a_damaged_row_costs_its_source_and_no_start(make_gateway) -> None:  # t
     until(lambda: status(gateway)["table_rows_damaged_first"], "status names a row")
     until(lambda: bool(status(gateway)["table_rows_damaged"]), "the damage in the status")
     until(lambda: "DAMAGED ROW" in gateway.agent.portward("status").stdout, "status says so")
-    told = gateway.agent.portward("check")
-    assert told.returncode == 1
-    assert "the code of the entry for 10.0.0.9/32" in told.stdout
-    assert "systemctl stop portward" in told.stderr
+    done = gateway.agent.portward("check")
+    assert done.returncode == 1
+    assert "the code of the entry for 10.0.0.9/32" in done.stdout
+    assert "systemctl stop portward" in done.stderr
     assert gateway.agent.portward("check", "--without-store").returncode == 0, "no start waits for that"
 
     gateway.source(CONTOSO, "10.0.0.11", ALLOWED)

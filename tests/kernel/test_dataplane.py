@@ -50,7 +50,7 @@ def test_every_flag_of_an_allowed_source_goes_through(gateway: Gateway, flags: s
     assert gateway.passes(CONTOSO, "10.0.0.4", flags)
 
 
-def test_the_same_address_is_judged_by_its_segment(gateway: Gateway) -> None:
+def test_the_same_address_gets_the_verdict_of_its_segment(gateway: Gateway) -> None:
     gateway.source(FABRIKAM, "10.0.0.7", ALLOWED)
     gateway.source(CONTOSO, "10.0.0.7", DENIED)
     assert gateway.passes(FABRIKAM, "10.0.0.7")
@@ -62,7 +62,7 @@ def test_other_ports_are_never_touched(gateway: Gateway) -> None:
         assert gateway.passes(FABRIKAM, "10.0.0.4", port=port)
 
 
-def test_a_source_of_nobody_is_denied_and_counted(gateway: Gateway) -> None:
+def test_an_unknown_source_is_denied_and_counted(gateway: Gateway) -> None:
     before = gateway.agent.metrics().get('portward_screen_packets_total{rule="unknown"}', 0)
     # Addresses that lie in no prefix of any other test of this module.
     assert not gateway.passes(CONTOSO, "192.168.77.1")
@@ -73,7 +73,7 @@ def test_a_source_of_nobody_is_denied_and_counted(gateway: Gateway) -> None:
     )
 
 
-def test_ipv6_sources_are_judged_like_ipv4(gateway: Gateway) -> None:
+def test_ipv6_sources_get_verdicts_like_ipv4(gateway: Gateway) -> None:
     gateway.source(CONTOSO, "2001:db8:1001::a", ALLOWED)
     gateway.source(CONTOSO, "2001:db8:1001::d", DENIED)
     assert gateway.passes(CONTOSO, "2001:db8:1001::a")
@@ -101,7 +101,7 @@ def test_a_prefix_that_changes_is_forgotten_host_by_host(gateway: Gateway) -> No
     assert gateway.passes(CONTOSO, "10.0.0.98")
 
 
-def test_internal_destinations_pass_without_being_judged(gateway: Gateway) -> None:
+def test_internal_destinations_pass_without_a_verdict(gateway: Gateway) -> None:
     namespaces.batch(gateway.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
     before = internal(gateway)
     assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1")
@@ -119,7 +119,7 @@ def internal(gateway: Gateway) -> int:
         return netlink.counters(TABLE)["internal"]
 
 
-def test_destinations_beside_the_internal_ones_are_judged(gateway: Gateway) -> None:
+def test_destinations_beside_the_internal_ones_get_verdicts(gateway: Gateway) -> None:
     """172.32.0.1 shares its first octet with 172.16.0.0/12, and is on the Internet all the same."""
     assert not gateway.passes(FABRIKAM, "10.0.0.4", to="172.32.0.1")
     assert not gateway.passes(FABRIKAM, "10.0.0.4", to="172.32.0.1"), "also once the source is known"
@@ -252,7 +252,7 @@ def test_a_marked_packet_to_an_internal_destination_teaches_nothing(make_gateway
 
 
 @pytest.mark.parametrize("source", ["10.0.0.61", "2001:db8:1002::61"])
-def test_port_25_of_another_protocol_is_let_pass_also_where_the_source_is_remembered_as_denied(
+def test_port_25_of_another_protocol_passes_also_for_a_source_with_a_cached_deny(
     gateway: Gateway, source: str
 ) -> None:
     gateway.source(FABRIKAM, source, DENIED)
@@ -307,7 +307,7 @@ def test_a_reset_reaches_the_right_tenant(make_gateway, reader: QueueReader) -> 
             assert others.first(lambda reply: TCP in reply and reply[TCP].dport == 4242, seconds=0.2) is None
 
 
-def test_a_source_of_nobody_gets_no_reset(make_gateway) -> None:  # type: ignore[no-untyped-def]
+def test_an_unknown_source_gets_no_reset(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway(verdicts={"refuse_with": "reject"})
     with seen(gateway.lab.home(FABRIKAM)) as view:
         gateway.senders[FABRIKAM].send(segment("10.0.0.99", sport=4243))
@@ -357,7 +357,7 @@ def denied(gateway: Gateway, source: str) -> int:
     return int(found[1])
 
 
-def remembered(gateway: Gateway, set_: str) -> int:
+def cached(gateway: Gateway, set_: str) -> int:
     """How many sources a set holds. One listing may miss some, if the kernel is about to resize
     the hash table: three in a row that agree miss none."""
     counts: list[int] = []
@@ -381,10 +381,10 @@ def test_a_segment_fills_no_more_than_its_share_of_a_set(make_gateway, offer: st
     for number in range(1, 60):
         gateway.senders[CONTOSO].send(segment(f"{prefix}{number}"))
     assert gateway.passes(CONTOSO, f"{prefix}60") is (offer == ALLOWED)
-    assert 10 <= remembered(gateway, f"{set_}{family}") <= 20
-    before = remembered(gateway, f"{set_}4")
+    assert 10 <= cached(gateway, f"{set_}{family}") <= 20
+    before = cached(gateway, f"{set_}4")
     assert gateway.passes(FABRIKAM, "10.0.0.9") is (offer == ALLOWED)
-    assert remembered(gateway, f"{set_}4") == before + 1
+    assert cached(gateway, f"{set_}4") == before + 1
     until(
         lambda: gateway.agent.metrics()['portward_screen_packets_total{rule="unlearned"}'] >= 40,
         "the verdicts beyond the share counted",
@@ -397,9 +397,9 @@ def test_a_change_while_a_set_is_full_forgets_only_what_has_changed(make_gateway
     gateway.source(CONTOSO, "10.0.5.1", ALLOWED)
     for number in range(1, 31):
         assert gateway.passes(CONTOSO, f"10.0.5.{number}")
-    assert remembered(gateway, "allow4") == 16
+    assert cached(gateway, "allow4") == 16
     gateway.source(CONTOSO, "10.0.5.1", DENIED)
-    assert remembered(gateway, "allow4") == 15
+    assert cached(gateway, "allow4") == 15
     assert not gateway.passes(CONTOSO, "10.0.5.1")
 
 

@@ -113,7 +113,7 @@ def test_a_file_that_was_edited_while_no_agent_runs_changes_no_packet(
     agrees(gateway, MAY, DROPPED, as_policy=False)
 
 
-def test_nobody_is_said_to_be_blocked_by_a_ruleset_without_its_rules(make_gateway: MakeGateway) -> None:
+def test_a_ruleset_without_its_rules_is_not_said_to_block_a_source(make_gateway: MakeGateway) -> None:
     """Another program's `nft flush` leaves the table and its sets, and no agent is there to repair it."""
     gateway = make_gateway()
     gateway.agent.stop(signal.SIGKILL)
@@ -127,7 +127,7 @@ def test_nobody_is_said_to_be_blocked_by_a_ruleset_without_its_rules(make_gatewa
     assert "whether it is in force at this moment, we could not see" in printed
 
 
-def test_a_segment_that_the_file_names_since_is_not_said_to_be_judged(make_gateway: MakeGateway) -> None:
+def test_a_segment_added_to_the_file_since_the_load_has_no_known_effect(make_gateway: MakeGateway) -> None:
     """The ruleset that is loaded takes it for another interface."""
     gateway = make_gateway(segments=[FABRIKAM.segment])
     gateway.agent.stop(signal.SIGKILL)
@@ -319,7 +319,7 @@ def test_devices_on_a_segment_are_named(make_gateway: MakeGateway) -> None:
     assert any(line.strip().startswith("STACKED") and begin in line for line in printed.splitlines())
 
 
-def test_an_allowed_source_behind_a_bridge_is_dropped_and_its_customer_is_not_told_to_look_elsewhere(
+def test_an_allowed_source_behind_a_bridge_is_dropped_and_the_answer_does_not_send_its_customer_elsewhere(
     make_gateway: MakeGateway,
 ) -> None:
     gateway = make_gateway()

@@ -188,8 +188,10 @@ class Exact:
         try:
             until(same, "as many packets counted as the wire has carried", seconds=15)
         except TimeoutError:
-            told = {source: counted_for(metrics, id_) for source, id_ in sources.items()}
-            raise AssertionError(f"{counted(metrics, FABRIKAM)}, {told} and not {self._wire.sources()}") from None
+            counts = {source: counted_for(metrics, id_) for source, id_ in sources.items()}
+            raise AssertionError(
+                f"{counted(metrics, FABRIKAM)}, {counts} and not {self._wire.sources()}"
+            ) from None
         assert set(counted(metrics, FABRIKAM)) <= {*verdicts}
 
 

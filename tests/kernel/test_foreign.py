@@ -54,7 +54,7 @@ def test_the_agent_starts_and_enforces(crowded: Gateway) -> None:
     until(lambda: crowded.agent.metrics()["portward_ruleset_broken"] == 0, "nothing is broken")
 
 
-def test_new_sources_are_judged_and_a_revocation_is_enforced(crowded: Gateway) -> None:
+def test_new_sources_get_verdicts_and_a_revocation_is_enforced(crowded: Gateway) -> None:
     for number in range(1, 6):
         crowded.source(CONTOSO, f"10.0.7.{number}", ALLOWED)
         assert crowded.passes(CONTOSO, f"10.0.7.{number}")
@@ -92,7 +92,7 @@ def unchanged(netlink: NfNetlink, before: bytes) -> bool:
     return netlink.fingerprint(TABLE, FIXED_SETS) == before
 
 
-def test_nothing_is_repaired_that_nobody_has_damaged(crowded: Gateway) -> None:
+def test_nothing_is_repaired_without_damage(crowded: Gateway) -> None:
     before = crowded.agent.metrics()
     # The next of the looks that are made without a reason, every ten seconds.
     time.sleep(11)  # pause: as said

@@ -31,7 +31,7 @@ from portward.policy import presets
 from portward.table.commits import ChangedPlace, Committed
 
 _LINKS = {"vni1": 11, "vni2": 12}
-_LEARNED = ("allow", "deny", "observed", "refused", "unknown")
+_CACHE_SETS = ("allow", "deny", "observed", "refused", "unknown")
 
 
 class Forgetting:
@@ -113,13 +113,13 @@ def test_revoked_prefixes_go_and_other_tenants_stay(
     here = make()
     go = [key(inside, number) for number in range(1_000)]
     stay = [key(outside, number) for number in range(3_000)] + [key(inside, number, 12) for number in range(3_000)]
-    for name in _LEARNED:
+    for name in _CACHE_SETS:
         here.kernel.commit([Add(name + family, go + stay)])
     repairs = here.reconciler.repairs
     here.change(prefix)
-    for name in _LEARNED[:3]:  # the others expire within seconds
+    for name in _CACHE_SETS[:3]:  # the others expire within seconds
         assert here.cached(name + family) == set(stay), name
-    for name in _LEARNED:
+    for name in _CACHE_SETS:
         assert here.cached(name + family) <= set(stay), name
     assert (here.reconciler.repairs, here.reconciler.intact()) == (repairs, True), (
         "our own transactions are known as ours"

@@ -75,14 +75,14 @@ def followed(gateway: Gateway, name: str, *, there: bool = True) -> None:
     until(lambda: (f"{name}:" in gateway.agent.portward("status").stdout) is there, f"{name} followed")
 
 
-def test_a_new_interface_is_judged_as_soon_as_it_is_there(gateway: Gateway, port: Port) -> None:
+def test_the_packets_of_a_new_interface_get_verdicts_at_once(gateway: Gateway, port: Port) -> None:
     attach(gateway, "vni7001", "10.70.0.1", ALLOWED)
     port.make("vni7001")
     until(lambda: port.passes("vni7001", "10.70.0.1"), "the allowed source passes")
     assert not port.passes("vni7001", "10.70.0.9")
 
 
-def test_an_index_used_again_by_another_segment_remembers_nothing(gateway: Gateway, port: Port) -> None:
+def test_an_index_used_again_by_another_segment_has_no_cached_verdicts(gateway: Gateway, port: Port) -> None:
     attach(gateway, "vni7001", "10.70.1.1", ALLOWED)
     attach(gateway, "vni7002", "10.70.1.1", DENIED)
     port.make("vni7001")
@@ -132,7 +132,7 @@ def elements(gateway: Gateway, set_: str) -> str:
     return gateway.listing(set_).partition("elements =")[2]
 
 
-def test_an_interface_made_again_under_its_name_remembers_nothing(gateway: Gateway, port: Port) -> None:
+def test_an_interface_made_again_under_its_name_has_no_cached_verdicts(gateway: Gateway, port: Port) -> None:
     attach(gateway, "vni7001", "10.70.2.1", ALLOWED)
     port.make("vni7001")
     until(lambda: port.passes("vni7001", "10.70.2.1"), "the allowed source passes")
@@ -154,7 +154,7 @@ def test_a_renamed_interface_is_another_segment(gateway: Gateway, port: Port) ->
     assert not port.passes("vni7002", "10.70.3.1")
 
 
-def test_other_interfaces_keep_what_is_remembered(gateway: Gateway, port: Port) -> None:
+def test_other_interfaces_keep_their_cached_verdicts(gateway: Gateway, port: Port) -> None:
     assert gateway.passes(CONTOSO, "10.0.0.4")
     port.make("vni7001")
     followed(gateway, "vni7001")

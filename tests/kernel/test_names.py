@@ -169,7 +169,7 @@ def test_an_interface_called_like_an_index_does_not_stand_in_its_place(gateway: 
         namespaces.ip("-n", gateway.lab.gateway, "link", "del", index)
 
 
-def test_a_segment_whose_name_is_not_text_is_closed_and_told(gateway: Gateway) -> None:
+def test_a_segment_whose_name_is_not_text_is_closed_and_reported(gateway: Gateway) -> None:
     name = interfaces.decoded(b"vni\xff\x1b")
     assert _ip(gateway.lab.gateway, "add", name).returncode == 0
     try:

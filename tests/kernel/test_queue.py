@@ -39,8 +39,8 @@ def test_a_second_socket_is_refused(queue: Queue) -> None:
 
 
 def test_the_kernel_has_the_queue_as_asked(queue: Queue) -> None:
-    with open("/proc/self/net/netfilter/nfnetlink_queue") as told:  # noqa: PTH123 # as `states` reads it
-        number, _, _, mode, copied, *_ = map(int, told.read().split())
+    with open("/proc/self/net/netfilter/nfnetlink_queue") as file:  # noqa: PTH123 # as `states` reads it
+        number, _, _, mode, copied, *_ = map(int, file.read().split())
     assert (number, mode, copied) == (7, 2, 512)
     assert [state.number for state in states()] == [7]
 

@@ -119,7 +119,7 @@ def test_a_source_within_a_prefix_is_limited_from_its_first_connection_on(gatewa
     assert opened(gateway, FABRIKAM, "10.0.1.70", "2001:db8:1002:64::70", attempts=_BURST + 3) == _BURST
 
 
-def test_a_more_specific_prefix_of_somebody_else_is_not_limited(gateway: Gateway) -> None:
+def test_a_more_specific_prefix_of_another_customer_is_not_limited(gateway: Gateway) -> None:
     _, records = customer(FABRIKAM, "10.0.1.96/28")
     _, inside = customer(FABRIKAM, "10.0.1.100", limit=None)
     gateway.agent.apply(*records, *inside)
@@ -182,7 +182,7 @@ def test_a_restart_of_the_agent_does_not_fill_the_bucket_again(gateway: Gateway)
     assert gateway.passes(FABRIKAM, "10.0.1.151", "A")
 
 
-def test_a_limit_that_nobody_has_any_more_leaves_the_kernel(gateway: Gateway) -> None:
+def test_a_limit_that_no_source_has_any_more_leaves_the_kernel(gateway: Gateway) -> None:
     id_, records = customer(FABRIKAM, "10.0.1.161", limit=RateLimit(per_minute=7, burst=9))
     gateway.agent.apply(*records)
 
@@ -195,7 +195,7 @@ def test_a_limit_that_nobody_has_any_more_leaves_the_kernel(gateway: Gateway) ->
     until(lambda: not there(), "the limit is collected")
 
 
-def test_rules_that_somebody_removes_come_back_with_limits(gateway: Gateway) -> None:
+def test_rules_that_another_program_removes_come_back_with_limits(gateway: Gateway) -> None:
     _, records = customer(FABRIKAM, "10.0.1.171")
     gateway.agent.apply(*records)
     assert gateway.passes(FABRIKAM, "10.0.1.171")
@@ -207,7 +207,7 @@ def test_rules_that_somebody_removes_come_back_with_limits(gateway: Gateway) -> 
     assert opened(gateway, FABRIKAM, "10.0.1.171", attempts=_BURST + 2) == _BURST
 
 
-def test_a_source_that_somebody_takes_out_of_the_map_may_send_again(gateway: Gateway) -> None:
+def test_a_source_that_another_program_takes_out_of_the_map_may_send_again(gateway: Gateway) -> None:
     _, records = customer(FABRIKAM, "10.0.1.201")
     gateway.agent.apply(*records)
     assert gateway.passes(FABRIKAM, "10.0.1.201")
@@ -217,7 +217,7 @@ def test_a_source_that_somebody_takes_out_of_the_map_may_send_again(gateway: Gat
     assert gateway.passes(FABRIKAM, "10.0.1.201")
 
 
-def test_a_source_that_somebody_slips_into_the_map_is_taken_out(gateway: Gateway) -> None:
+def test_a_source_that_another_program_adds_to_the_map_is_taken_out(gateway: Gateway) -> None:
     _, records = customer(FABRIKAM, "10.0.1.211")
     gateway.agent.apply(*records)
     assert gateway.passes(FABRIKAM, "10.0.1.211")
@@ -243,10 +243,10 @@ def test_what_was_within_and_beyond_the_limit_is_counted_apart(gateway: Gateway)
 
     until(lambda: packets("throttled") == 3, "three connections beyond the limit counted")
     until(lambda: packets("rated") == _BURST, "those within the limit counted")
-    told = explained(gateway, FABRIKAM, "10.0.1.181")
-    assert told["verdict"] == "allow"
-    assert told["limit"] == {"per_minute": 1, "burst": _BURST}
-    assert "dropped lately of this source: 3" in told["kernel"]
+    explanation = explained(gateway, FABRIKAM, "10.0.1.181")
+    assert explanation["verdict"] == "allow"
+    assert explanation["limit"] == {"per_minute": 1, "burst": _BURST}
+    assert "dropped lately of this source: 3" in explanation["kernel"]
 
 
 def test_where_everything_is_observed_nothing_is_limited(gateway: Gateway) -> None:

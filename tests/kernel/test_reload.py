@@ -199,9 +199,7 @@ def test_a_kernel_that_refuses_half_way_is_asked_again(
     assert in_step(core)
 
 
-def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
-    core: Core, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_a_ruleset_stays_if_the_whole_was_gone(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its queue statements it drops what the kernel does not remember; without it port 25 is open."""
     want = core._dataplane.sync.wanted(core._dataplane._desired)
     if want.native:  # as on a kernel that has to be told in a second transaction

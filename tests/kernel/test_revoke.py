@@ -120,8 +120,8 @@ def test_an_agent_that_follows_another_store_is_not_waited_for(gateway: Gateway)
         return result.returncode, result.stderr
 
     assert other("apply", "-", text=inventory) == (0, "")
-    code, told = other("exemption", "revoke", str(id_), "--reason", "spam", "--wait")
+    code, output = other("exemption", "revoke", str(id_), "--reason", "spam", "--wait")
     assert code == 1
-    assert "has not loaded the policy in" in told
-    assert "nothing was written" in told
+    assert "has not loaded the policy in" in output
+    assert "nothing was written" in output
     assert gateway.passes(FABRIKAM, "10.0.4.1")

@@ -109,7 +109,7 @@ def test_the_watchdog_is_fed_only_while_workers_answer(make_gateway, monkeypatch
     until(lambda: fed(gateway, 1) > 0, "answers again")
 
 
-def test_a_verdict_that_somebody_slipped_into_a_set_is_taken_out(make_gateway) -> None:  # type: ignore[no-untyped-def]
+def test_a_verdict_that_another_program_adds_to_a_set_is_taken_out(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway()
     assert gateway.passes(CONTOSO, "10.0.0.4"), "a right one, which stays"
     added = namespaces.run(

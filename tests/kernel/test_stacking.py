@@ -86,10 +86,10 @@ class Stack:
         namespaces.batch(gateway.lab.gateway, [f"link set {SEGMENT.segment} up"])
         namespaces.batch(self.home, ["link set eth0 up"])
 
-    def put(self, kind: str, *, told: str = "STACKED") -> None:
+    def put(self, kind: str, *, expected: str = "STACKED") -> None:
         """Puts the device `top` above the segment and waits until the agent says so."""
         namespaces.batch(self.gateway.lab.gateway, [*ABOVE[kind], "link set top up"])
-        until(lambda: told in self.status(), f"`status` says {told}")
+        until(lambda: expected in self.status(), f"`status` says {expected}")
 
     def status(self) -> str:
         """What `portward status` says."""
@@ -266,7 +266,9 @@ def test_mail_into_a_segment_passes(stack: Stack) -> None:
     assert stack.passes(mail, where=stack.gateway.lab.home(CONTOSO))
 
 
-def test_a_device_above_that_is_a_segment_itself_is_judged(make_gateway: Callable[..., Gateway]) -> None:
+def test_a_device_above_that_is_a_segment_itself_gets_verdicts_for_its_packets(
+    make_gateway: Callable[..., Gateway],
+) -> None:
     gateway = make_gateway(segments=["vni*", "top"])
     stack = Stack(gateway)
     try:
@@ -283,7 +285,7 @@ def test_a_device_above_that_is_a_segment_itself_is_judged(make_gateway: Callabl
         stack.close()
 
 
-def test_what_is_taken_off_is_judged_again(stack: Stack) -> None:
+def test_a_segment_taken_off_a_bridge_gets_verdicts_again(stack: Stack) -> None:
     stack.put("bridge")
     stack.gateway.agent.apply(*source_records(SEGMENT, "10.78.0.0/16", ALLOWED, uuid4()))
     assert not stack.passes(segment("10.78.0.1"))

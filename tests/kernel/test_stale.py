@@ -28,12 +28,12 @@ from portward.table.writer import Writer
 
 @pytest.mark.parametrize("reader", QueueReader)
 @pytest.mark.parametrize("address", ["10.0.0.4", "2001:db8:1001::4"])
-def test_no_stale_verdict_is_remembered(tmp_path: Path, address: str, reader: QueueReader) -> None:
+def test_no_stale_verdict_is_cached(tmp_path: Path, address: str, reader: QueueReader) -> None:
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
-        stale, remembered = churned(
+        stale, cached = churned(
             lab, tmp_path, address, 400, lambda churn, committed: churn.carry_out(committed), reader
         )
-    assert remembered > 40, "the source hardly got a verdict: nothing was tried"
+    assert cached > 40, "the source hardly got a verdict: nothing was tried"
     assert stale == 0
 
 

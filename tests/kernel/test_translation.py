@@ -136,7 +136,7 @@ def test_what_others_translate_comes_out_of_those_who_may_send_only(gateway: Gat
         assert not comes_out(gateway, FABRIKAM, unknown, to, port), "nobody's source"
 
 
-def test_a_rule_of_iptables_translates_for_nobody_who_may_not_send(gateway: Gateway) -> None:
+def test_a_rule_of_iptables_does_not_translate_for_a_denied_source(gateway: Gateway) -> None:
     number = next(_numbers)
     for tenant, offer in ((CONTOSO, ALLOWED), (FABRIKAM, DENIED)):
         gateway.source(tenant, source_of(tenant, VIP4, number), offer)
@@ -205,8 +205,10 @@ def test_marks_of_kube_proxy_live_on(gateway: Gateway) -> None:
     with others(gateway, text):
         for passed in (1, 2):  # asked of a worker, and cached
             assert comes_out(gateway, CONTOSO, source_of(CONTOSO, VIP4, number), VIP4, 25)
-            told = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "ip", "other", "marked"]).stdout
-            assert f"packets {passed} " in told
+            output = namespaces.run(
+                gateway.lab.gateway, ["nft", "list", "counter", "ip", "other", "marked"]
+            ).stdout
+            assert f"packets {passed} " in output
 
 
 # --- settings ---
@@ -286,8 +288,8 @@ def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(
         until(lambda: gateway.agent.metrics()[loaded] == 1, "a rule writes ports")
         assert "hook forward" in gateway.agent.portward("rules", "show", "--wanted").stdout
         assert comes_out(gateway, CONTOSO, CONTOSO.address6, to, port) is False, "nobody's"
-        told = gateway.agent.portward("check", "--without-store").stdout
-        assert "a rule in table inet other, chain c, writes ports" in told
+        output = gateway.agent.portward("check", "--without-store").stdout
+        assert "a rule in table inet other, chain c, writes ports" in output
     repairs = gateway.agent.metrics()["portward_ruleset_repairs_total"]
     until(lambda: gateway.agent.metrics()[loaded] == 0, "and goes")
     assert repairs == 0, "nobody has changed portward's own rules"

@@ -59,9 +59,9 @@ def _more_segments(gateway: Gateway) -> None:
 
 def counted(gateway: Gateway) -> int:
     """Packets from segments to tunnels, as the ruleset has counted them."""
-    told = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "portward", "tunnels"]).stdout
-    found = re.search(r"packets (\d+)", told)
-    assert found is not None, told
+    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "portward", "tunnels"]).stdout
+    found = re.search(r"packets (\d+)", listing)
+    assert found is not None, listing
     return int(found[1])
 
 

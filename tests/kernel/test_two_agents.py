@@ -148,7 +148,7 @@ def test_beside_an_agent_with_another_table_no_verb_changes_the_kernel(
 
 
 @pytest.mark.parametrize("verb", ["run", "check", "status"])
-def test_the_second_configuration_is_told_which_process_has_the_namespace(pair: Pair, verb: str) -> None:
+def test_a_refusal_names_the_process_that_has_the_namespace(pair: Pair, verb: str) -> None:
     pair.first.start()
     before = pair.kernel()
     done = pair.second.portward(verb)

@@ -62,7 +62,7 @@ _WORDS: Final = (
 )
 
 
-def judged(words: str, seconds: float) -> Said:
+def classified(words: str, seconds: float) -> Said:
     """What an error means."""
     for pattern, fate in _WORDS:
         if pattern.search(words):
@@ -83,7 +83,7 @@ class _OneByOne:
             began = time.monotonic()
             words = self.one(family, mail)
             seconds = time.monotonic() - began
-            found.append(Said(Fate.DELIVERED, seconds, "") if words is None else judged(words, seconds))
+            found.append(Said(Fate.DELIVERED, seconds, "") if words is None else classified(words, seconds))
         return found
 
     def one(self, family: int, mail: str) -> str | None:
@@ -219,7 +219,7 @@ message_size_limit = 0
         failed = self._queue(to)
         self._machine.run("postsuper", "-d", "-", text="".join(f"{id_}\n" for id_ in failed))
         delivered = [Said(Fate.DELIVERED, seconds, "")] * (len(mails) - len(failed))
-        return [*delivered, *(judged(words, seconds) for words in failed.values())]
+        return [*delivered, *(classified(words, seconds) for words in failed.values())]
 
     def _queue(self, to: str) -> dict[str, str]:
         """Why each mail to this address is still in the queue, by id; empty as long as it has not been tried."""

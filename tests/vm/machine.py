@@ -53,11 +53,11 @@ class Machine:
 
     def __init__(self, image: Image, payload: Path, folder: Path, threads: str = "multi") -> None:
         self._image, self._payload, self._threads = image, payload, threads
-        self.console, self._told = folder / "console", folder / "told"
+        self.console, self._reports = folder / "console", folder / "told"
 
     def __enter__(self) -> Machine:
         self.console.write_bytes(b"")
-        self._told.write_bytes(b"")
+        self._reports.write_bytes(b"")
         self._process = subprocess.Popen(
             [
                 QEMU, "-accel", f"tcg,thread={self._threads}", "-cpu", _CPU, "-smp", "2", "-m", _MEMORY,
@@ -66,7 +66,7 @@ class Machine:
                 "-append", _KERNEL.format(slower=_SLOWER[self._threads]),
                 "-drive", f"file={self._image.disk},format=raw,if=virtio,snapshot=on,cache=unsafe",
                 "-drive", f"file={self._payload},format=raw,if=virtio,readonly=on",
-                "-serial", f"file:{self.console}", "-serial", f"file:{self._told}",
+                "-serial", f"file:{self.console}", "-serial", f"file:{self._reports}",
             ],
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
@@ -81,25 +81,25 @@ class Machine:
         where it tells nothing but leaks for `silence` seconds; EmulatorError where that is because qemu sees a
         breakpoint that the kernel has taken away (`guest/keys.py`)."""
         deadline = time.monotonic() + seconds
-        told_at, told_to = time.monotonic(), 0
+        reported_at, console_bytes = time.monotonic(), 0
         rest = b""
-        with self._told.open("rb") as told:
+        with self._reports.open("rb") as reports:
             while True:
                 off = self._process.poll() is not None
-                lines = (rest + told.read()).split(b"\n")
+                lines = (rest + reports.read()).split(b"\n")
                 rest = lines.pop()
                 for line in lines:
                     if line.strip():
                         words = json.loads(line)
                         if "leak" not in words:  # the watcher lives on where all else stands still
-                            told_at, told_to = time.monotonic(), self.console.stat().st_size
+                            reported_at, console_bytes = time.monotonic(), self.console.stat().st_size
                         yield words
                 if off:
                     return
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"the machine was still on after {seconds:.0f} s")
-                silent = time.monotonic() - told_at
-                if silent > _LOOKED_AT and _BREAKPOINT.search(self.console.read_bytes(), told_to):
+                silent = time.monotonic() - reported_at
+                if silent > _LOOKED_AT and _BREAKPOINT.search(self.console.read_bytes(), console_bytes):
                     raise EmulatorError("qemu is in a breakpoint that is gone")
                 if silent > silence:
                     raise TimeoutError(f"the machine told nothing for {silence:.0f} s")

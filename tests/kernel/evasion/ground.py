@@ -145,8 +145,8 @@ class Ground:
 
     def answered(self, tenant: Tenant) -> int:
         """Packets from port 25 that have come to a tenant so far."""
-        told = namespaces.run(self.lab.home(tenant), ["nft", "list", "counter", "inet", "answers", "answered"])
-        found = re.search(r"packets (\d+)", told.stdout)
+        listing = namespaces.run(self.lab.home(tenant), ["nft", "list", "counter", "inet", "answers", "answered"])
+        found = re.search(r"packets (\d+)", listing.stdout)
         assert found is not None
         return int(found[1])
 
@@ -166,9 +166,9 @@ class Ground:
 
     def stack(self, name: str) -> int:
         """A counter of the gateway's own IP stack, as `nstat` calls it."""
-        told = namespaces.run(self.lab.gateway, ["nstat", "-asz", name]).stdout
-        found = re.search(rf"^{name}\s+(\d+)", told, re.MULTILINE)
-        assert found is not None, f"no counter {name}: {told}"
+        listing = namespaces.run(self.lab.gateway, ["nstat", "-asz", name]).stdout
+        found = re.search(rf"^{name}\s+(\d+)", listing, re.MULTILINE)
+        assert found is not None, f"no counter {name}: {listing}"
         return int(found[1])
 
     def connections(self) -> int:

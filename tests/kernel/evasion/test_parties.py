@@ -201,10 +201,10 @@ def test_no_value_that_others_leave_in_our_bits_is_a_verdict(tmp_path: Path, to:
         field.settled()
         # What is internal passes, here to where the Internet is.
         assert field.leaked() == (0 if to == MAIL4 else _OWN_BITS, 0)
-        told = namespaces.run(field.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "left"]).stdout
-        assert "packets 0 " in told, "none left with our bits"
-        remembered = namespaces.run(field.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
-        assert "10.2." not in remembered
+        listing = namespaces.run(field.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "left"]).stdout
+        assert "packets 0 " in listing, "none left with our bits"
+        cached = namespaces.run(field.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
+        assert "10.2." not in cached
 
 
 def with_source_end(frame: bytes, value: int) -> bytes:
@@ -294,7 +294,7 @@ def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: i
                 assert field.allowed() == before
 
 
-def test_an_interface_made_again_with_the_same_index_remembers_nothing_of_the_tenant_before(
+def test_an_interface_made_again_with_the_same_index_has_no_cached_verdicts_of_the_tenant_before(
     tmp_path: Path,
 ) -> None:
     """An allowed tenant's interface goes, and another tenant's comes under the same index and name."""

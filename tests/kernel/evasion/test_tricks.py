@@ -19,7 +19,7 @@ def named(pair: tuple[int, Trick]) -> str:
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_the_listener_greets_who_may_send_and_nobody_else(field: Ground, family: int) -> None:
+def test_the_listener_greets_the_allowed_tenant_only(field: Ground, family: int) -> None:
     assert field.greeting(CONTOSO, field.source(CONTOSO, family)) == BANNER
     assert field.greeting(FABRIKAM, field.source(FABRIKAM, family), seconds=0.7) == b""
 

@@ -18,7 +18,7 @@ import time
 from ipaddress import ip_network
 from typing import TextIO
 
-from vm.guest.world import JUDGED, MAIL4, RUN, SEGMENTS
+from vm.guest.world import MAIL4, RUN, SEGMENTS, SMTP_PORT
 
 EVERY = 0.2  # seconds
 _PATIENCE = 15.0
@@ -63,7 +63,7 @@ def _begin(source: str, waiting: dict[socket.socket, float], chooser: selectors.
     one.bind((source, 0))
     waiting[one] = time.monotonic()
     out.write(json.dumps({"at": waiting[one]}) + "\n")
-    one.connect_ex((MAIL4, JUDGED))
+    one.connect_ex((MAIL4, SMTP_PORT))
     chooser.register(one, selectors.EVENT_WRITE)
 
 

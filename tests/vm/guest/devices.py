@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from vm.guest.machine import row, sh, until
 from vm.guest.sender import frame
-from vm.guest.world import MACS, MAIL4, OTHER, SEGMENTS
+from vm.guest.world import MACS, MAIL4, OTHER_PORT, SEGMENTS
 
 _ABSENT = "not on this kernel"
 _TENANT = "vni1002"
@@ -170,7 +170,7 @@ def _sends(
 
 def _frame() -> bytes:
     """A packet of a source that nobody has, to a port that is not judged, for t0."""
-    return frame(bytes.fromhex("020000000901"), bytes.fromhex("020000000902"), _INNER, MAIL4, OTHER, 1)
+    return frame(bytes.fromhex("020000000901"), bytes.fromhex("020000000902"), _INNER, MAIL4, OTHER_PORT, 1)
 
 
 def _packet() -> bytes:

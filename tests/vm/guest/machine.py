@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vm.guest.told import tell
+from vm.guest.reporting import report
 from vm.guest.world import ALLOWED, BLOCKED6, RUN, SEGMENTS
 
 CONFIG = Path("/etc/portward/portward.toml")
@@ -37,7 +37,7 @@ def sh(command: str, *, seconds: float = 180, check: bool = True) -> str:
 
 def row(what: str, happened: object, *, good: bool) -> None:
     """Tells a result."""
-    tell(what=what, happened=str(happened), good=good)
+    report(what=what, happened=str(happened), good=good)
 
 
 def until(true: Callable[[], bool], what: str, *, seconds: float = 30) -> float:

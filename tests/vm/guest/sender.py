@@ -18,7 +18,7 @@ import sys
 import time
 from ipaddress import ip_address, ip_network
 
-from vm.guest.world import BLOCKED6, JUDGED, MACS, MAIL4, MAIL6, OTHER, SEGMENTS
+from vm.guest.world import BLOCKED6, MACS, MAIL4, MAIL6, OTHER_PORT, SEGMENTS, SMTP_PORT
 
 _EVERY = 0.25  # seconds: the machine has little time for its tenants
 
@@ -34,11 +34,11 @@ def main() -> None:
     own = bytes.fromhex(open(f"/sys/class/net/{interface}/address").read().strip().replace(":", ""))  # noqa: SIM115, PTH123
     fresh = ip_network(prefix)
     for number in itertools.count(1):
-        sources = [(address, JUDGED), (str(fresh[number % 4000 + 16]), JUDGED), (address, OTHER)]
+        sources = [(address, SMTP_PORT), (str(fresh[number % 4000 + 16]), SMTP_PORT), (address, OTHER_PORT)]
         if number % 8 == 0:  # of no subscription: a second /20 that nobody attached
-            sources.append((str(fresh.broadcast_address + 16 + number % 4000), JUDGED))
+            sources.append((str(fresh.broadcast_address + 16 + number % 4000), SMTP_PORT))
         if segment == "vni1002":
-            sources += [(f"{BLOCKED6}::4", JUDGED), (f"{BLOCKED6}::{number % 60000 + 16:x}", JUDGED)]
+            sources += [(f"{BLOCKED6}::4", SMTP_PORT), (f"{BLOCKED6}::{number % 60000 + 16:x}", SMTP_PORT)]
         for source, port in sources:
             with contextlib.suppress(OSError):  # the link is down
                 out.send(frame(mac, own, source, MAIL6 if ":" in source else MAIL4, port, number))

@@ -9,14 +9,14 @@ import socket
 import threading
 import time
 
-from vm.guest.world import JUDGED, OTHER, RELAY, RUN
+from vm.guest.world import OTHER_PORT, RELAY_PORT, RUN, SMTP_PORT
 
 
 def main() -> None:
     """Serves until it is ended by force."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     chooser = selectors.DefaultSelector()
-    for port in (JUDGED, OTHER, RELAY):
+    for port in (SMTP_PORT, OTHER_PORT, RELAY_PORT):
         listener = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         chooser.register(listener, selectors.EVENT_READ)
     while True:

@@ -21,7 +21,7 @@ from pathlib import Path
 from vm.guest import connect, devices, watcher
 from vm.guest.keys import hold_hooks
 from vm.guest.machine import CONFIG, booted, configure, row, sh, slower, until
-from vm.guest.told import tell
+from vm.guest.reporting import report
 from vm.guest.transfer import ENOUGH
 from vm.guest.world import ALLOWED, RUN, SEGMENTS
 
@@ -43,7 +43,7 @@ def main() -> None:
         BOOTS[number]()
     except Exception:
         row("no surprise", "an exception", good=False)
-        tell(note=traceback.format_exc())
+        report(note=traceback.format_exc())
         sh("journalctl -b --no-pager | tail -n 30 > /dev/ttyS0", check=False)
         _off()
 
@@ -52,17 +52,17 @@ def main() -> None:
 
 
 def _bare() -> None:
-    tell(stage=f"boot 1, {booted()}: a stock Debian, without portward", leaks=True)
+    report(stage=f"boot 1, {booted()}: a stock Debian, without portward", leaks=True)
     until(lambda: watcher.read()["leaked"] > 20, "packets of the blocked tenants", seconds=20)
     row("without portward the blocked tenants' packets to port 25 come out", "they do", good=True)
-    tell(stage="installation of the package")
-    tell(note=sh("dpkg -i /run/payload/old.deb"))
+    report(stage="installation of the package")
+    report(note=sh("dpkg -i /run/payload/old.deb"))
     tables = sh("nft list tables")
     row("an installation alone enforces nothing", tables or "no table", good="portward" not in tables)
     enabled = sh("systemctl is-enabled portward-baseline portward").split()
     row("both units start at the next boot", enabled, good=enabled == ["enabled", "enabled"])
     configure()
-    tell(note=sh("portward apply /run/vm/inventory.json"))
+    report(note=sh("portward apply /run/vm/inventory.json"))
     _reboot()
 
 
@@ -70,12 +70,12 @@ def _bare() -> None:
 
 
 def _first() -> None:
-    tell(stage=f"boot 2, {booted()}: from power-on", leaks=False)
+    report(stage=f"boot 2, {booted()}: from power-on", leaks=False)
     _wait_active()
     _nothing_came_out("from power-on until the agent enforces")
     for name in ("portward-baseline", "systemd-networkd", "portward"):
         since = sh(f"systemctl show -P ActiveEnterTimestampMonotonic {name}")
-        tell(note=f"{name} was up {int(since) / 1e6:.1f} s after power-on")
+        report(note=f"{name} was up {int(since) / 1e6:.1f} s after power-on")
     status = json.loads(sh("portward status --json"))
     row("queue by nft's own statement", status["queue_path"], good="nft" in status["queue_path"])
     for segment in ALLOWED:
@@ -88,13 +88,13 @@ def _first() -> None:
     _translated()
     _breaks()
     _nothing_came_out("in this boot")
-    tell(stage="the store becomes unreachable, and the machine boots again")
+    report(stage="the store becomes unreachable, and the machine boots again")
     _STORE.rename("/var/lib/elsewhere")
     _reboot()
 
 
 def _hardening() -> None:
-    tell(stage="hardening")
+    report(stage="hardening")
     pid = sh("systemctl show -P MainPID portward")
     status = Path(f"/proc/{pid}/status").read_text()
     found = dict(re.findall(r"(?m)^(Uid|CapEff|CapBnd|NoNewPrivs|Seccomp):\s+(\S+)", status))
@@ -113,8 +113,8 @@ def _hardening() -> None:
     row("of the machine's files it sees its own root folder", f"{seen}; in var/lib: {state}", good=good)
     # The machine has no manual pages' reader; and what it says of the test's own units is not meant.
     said = sh("systemd-analyze verify --man=no portward.service portward-baseline.service", check=False)
-    told = [line for line in said.splitlines() if "/vm-" not in line]
-    row("systemd-analyze verify", told or "clean", good=not told)
+    complaints = [line for line in said.splitlines() if "/vm-" not in line]
+    row("systemd-analyze verify", complaints or "clean", good=not complaints)
 
 
 def _journal() -> None:
@@ -129,7 +129,7 @@ def _journal() -> None:
 
 def _reload() -> None:
     """Each one replaces the whole ruleset, while a blocked tenant sends as fast as it can."""
-    tell(stage="systemctl reload")
+    report(stage="systemctl reload")
     before = sh("systemctl show -P MainPID portward")
     flood = _daemon("blue", "sender", "vni1002", "0")
     for seconds in range(10, 20):
@@ -151,7 +151,7 @@ def _reload() -> None:
 
 
 def _devices() -> None:
-    tell(stage="tunnels that end here, and devices on top of segments")
+    report(stage="tunnels that end here, and devices on top of segments")
     devices.tunnels()
     devices.stacked()
     _nothing_came_out("while devices came and went")
@@ -159,7 +159,7 @@ def _devices() -> None:
 
 def _beside_nftables() -> None:
     """Debian's own unit, whose file begins with `flush ruleset`, while a blocked tenant sends without a pause."""
-    tell(stage="nftables.service")
+    report(stage="nftables.service")
     flood = _daemon("blue", "sender", "vni1002", "0")
     for word in ("start", "reload", "restart", "stop"):
         sh(f"systemctl {word} nftables")
@@ -183,7 +183,7 @@ def _beside_nftables() -> None:
 
 def _translated() -> None:
     """Another program translates addresses: the guard judges again what is forwarded, also what a VRF forwards."""
-    tell(stage="translation by others")
+    report(stage="translation by others")
     sh("nft 'add table ip vm; add chain ip vm c { type nat hook prerouting priority -100; }'")
     took = until(lambda: _metric("portward_guard_loaded") == "portward_guard_loaded 1.0", "the forward guard")
     row("the forward guard is loaded", f"{took:.1f} s", good=True)
@@ -223,7 +223,7 @@ def _breaks() -> None:
             _restarted(signal.SIGSTOP)
             row("… by its watchdog", "", good="watchdog" in sh("journalctl -b -u portward --no-pager").lower())
         with _measured("upgrade of the package"):
-            tell(note=sh("dpkg -i /run/payload/new.deb"))
+            report(note=sh("dpkg -i /run/payload/new.deb"))
             _version(sh("dpkg-deb -f /run/payload/new.deb Version"))
         with _measured("downgrade of the package"):
             sh("dpkg -i /run/payload/old.deb")
@@ -238,19 +238,19 @@ def _version(wanted: str) -> None:
 
 
 def _demo() -> None:
-    tell(stage="the demo, on this kernel")
+    report(stage="the demo, on this kernel")
     said = sh("COLUMNS=120 portward lab demo", seconds=400, check=False)
     last = [line for line in said.splitlines() if " acts in " in line]
     row("portward lab demo", last or said[-600:], good=bool(last) and last[0].startswith("every act as expected"))
     if not last or "NOT" in last[0]:
-        tell(note="\n".join(line for line in said.splitlines() if "NOT" in line))
+        report(note="\n".join(line for line in said.splitlines() if "NOT" in line))
 
 
 # --- without a store, then with a power cut and a broken configuration ---
 
 
 def _without_store() -> None:
-    tell(stage=f"boot 3, {booted()}: the store is not to be reached", leaks=False)
+    report(stage=f"boot 3, {booted()}: the store is not to be reached", leaks=False)
     _wait_active()
     _nothing_came_out("from power-on")
     for segment in ALLOWED:
@@ -260,17 +260,17 @@ def _without_store() -> None:
     Path("/var/lib/elsewhere").rename(_STORE)
     until(lambda: not json.loads(sh("portward status --json"))["store_error"], "the store is in step again")
     row("the store comes back", "in step", good=True)
-    tell(stage="a broken configuration, and a power cut")
+    report(stage="a broken configuration, and a power cut")
     CONFIG.write_text("segments = [oops\n")
     _nothing_came_out("in this boot")
     os.sync()
-    tell(note="power cut")
+    report(note="power cut")
     Path("/proc/sysrq-trigger").write_text("b")
     time.sleep(60)  # pause: the machine ends meanwhile
 
 
 def _broken() -> None:
-    tell(stage=f"boot 4, {booted()}: after the power cut, with a broken configuration", leaks=False)
+    report(stage=f"boot 4, {booted()}: after the power cut, with a broken configuration", leaks=False)
     until(lambda: watcher.read()["others"] > 20, "the tenants' packets to another port")
     _nothing_came_out("from power-on")
     failed = sh("systemctl is-active portward-baseline", check=False)
@@ -298,12 +298,12 @@ def _without_python() -> None:
 
 
 def _removal() -> None:
-    tell(stage="remove and purge")
+    report(stage="remove and purge")
     said = sh("dpkg -r portward")
     row("remove says what stays", "", good="its ruleset stays in the kernel" in said)
     time.sleep(3)  # pause: so long something could come out
     _nothing_came_out("after the removal")
-    tell(leaks=True)
+    report(leaks=True)
     said = sh("dpkg -P portward")
     row("purge says that it stops enforcing", "", good="STOPS ENFORCING" in said)
     until(lambda: watcher.read()["leaked"] > 5, "packets come out")
@@ -317,15 +317,15 @@ def _removal() -> None:
 
 def _nothing_came_out(when: str) -> None:
     seen = watcher.newer()
-    told = f"{seen['leaked']:.0f}, of other ports {seen['others']:.0f}, missed {seen['missed']:.0f}"
+    numbers = f"{seen['leaked']:.0f}, of other ports {seen['others']:.0f}, missed {seen['missed']:.0f}"
     good = seen["leaked"] == 0 and seen["others"] > 0 and seen["missed"] == 0
-    row(f"blocked tenants' packets to port 25 on the uplink, {when}", told, good=good)
+    row(f"blocked tenants' packets to port 25 on the uplink, {when}", numbers, good=good)
 
 
 @contextlib.contextmanager
 def _measured(what: str) -> Iterator[None]:
     """New connections of an allowed tenant, from new sources, while something is done."""
-    tell(stage=what)
+    report(stage=what)
     began = time.monotonic()
     yield
     _wait_active()
@@ -334,10 +334,10 @@ def _measured(what: str) -> Iterator[None]:
     waits = connect.read(began, end)
     worst = max((wait for wait in waits if wait is not None), default=None)
     lost = waits.count(None)
-    told = f"longest wait {worst or 0:.2f} s, of {len(waits)}, {lost} not open; {end - began:.0f} s"
+    numbers = f"longest wait {worst or 0:.2f} s, of {len(waits)}, {lost} not open; {end - began:.0f} s"
     # Half as many as are begun in that time: the machine is slow, but who tries must not have stopped.
     enough = len(waits) >= (end - began) / connect.EVERY / 2
-    row(f"{what}: new connections", told, good=worst is not None and worst <= _WORST and not lost and enough)
+    row(f"{what}: new connections", numbers, good=worst is not None and worst <= _WORST and not lost and enough)
 
 
 @contextlib.contextmanager
@@ -411,7 +411,7 @@ def _daemon(namespace: str, module: str, *words: str) -> subprocess.Popen[bytes]
 
 
 def _off() -> None:
-    tell(end=True)
+    report(end=True)
     sh("systemctl poweroff --force --force")
     time.sleep(60)  # pause: the machine ends meanwhile
 

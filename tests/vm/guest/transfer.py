@@ -11,14 +11,14 @@ import smtplib
 import sys
 import time
 
-from vm.guest.world import JUDGED, MAIL4, RUN, SEGMENTS
+from vm.guest.world import MAIL4, RUN, SEGMENTS, SMTP_PORT
 
 ENOUGH = RUN / "enough"
 
 
 def main() -> None:
     """Sends; prints what the server said at the end."""
-    session = smtplib.SMTP(MAIL4, JUDGED, timeout=60, source_address=(SEGMENTS[sys.argv[1]][3], 0))
+    session = smtplib.SMTP(MAIL4, SMTP_PORT, timeout=60, source_address=(SEGMENTS[sys.argv[1]][3], 0))
     session.ehlo()
     session.mail("sender@tenant.example")
     session.rcpt("rcpt@mail.example")

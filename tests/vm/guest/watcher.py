@@ -15,12 +15,12 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from vm.guest.keys import hold_timestamps
-from vm.guest.told import tell
-from vm.guest.world import BLOCKED, BLOCKED6, JUDGED, OTHER, RUN, SEGMENTS
+from vm.guest.reporting import report
+from vm.guest.world import BLOCKED, BLOCKED6, OTHER_PORT, RUN, SEGMENTS, SMTP_PORT
 
 _ALL = 0x0003  # ETH_P_ALL
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
-_TOLD = 5
+_REPORTED = 5
 _BLOCKED4 = [ip_network(SEGMENTS[segment][3] + "/16", strict=False) for segment in BLOCKED]
 _BLOCKED6 = ip_network(f"{BLOCKED6}::/64")
 
@@ -61,13 +61,13 @@ def _take(data: bytes, numbers: dict[str, float]) -> None:
     else:
         return
     port = int.from_bytes(data[tcp + 2 : tcp + 4], "big")
-    if port == JUDGED and blocked:
+    if port == SMTP_PORT and blocked:
         numbers["leaked"] += 1
-        if numbers["leaked"] <= _TOLD or numbers["leaked"] % 1000 == 0:
-            tell(leak=f"packet {numbers['leaked']:.0f} of {source}, {time.monotonic():.2f} s after power-on")
-    elif port == JUDGED:
+        if numbers["leaked"] <= _REPORTED or numbers["leaked"] % 1000 == 0:
+            report(leak=f"packet {numbers['leaked']:.0f} of {source}, {time.monotonic():.2f} s after power-on")
+    elif port == SMTP_PORT:
         numbers["allowed"] += 1
-    elif port == OTHER and blocked:
+    elif port == OTHER_PORT and blocked:
         numbers["others"] += 1
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 RUN = Path("/run/vm")
 MAIL4, MAIL6 = "203.0.113.25", "2001:db8:25::25"
-JUDGED, OTHER, RELAY = 25, 26, 587
+SMTP_PORT, OTHER_PORT, RELAY_PORT = 25, 26, 587
 
 # Segment → namespace, interface in it, gateway's address, machine's address, prefix of its further addresses.
 SEGMENTS = {

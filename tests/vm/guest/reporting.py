@@ -8,7 +8,7 @@ import os
 _PORT = "/dev/ttyS1"
 
 
-def tell(**words: object) -> None:
+def report(**words: object) -> None:
     """Tells one line. Several processes may tell at once: a short line is one write."""
     port = os.open(_PORT, os.O_WRONLY | os.O_NOCTTY)
     try:
