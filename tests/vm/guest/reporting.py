@@ -1,4 +1,4 @@
-"""Words to whoever runs the machine: JSON lines on its second serial port."""
+"""Reports to the host: JSON lines on the machine's second serial port, which `tests/vm/machine.py` reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PORT = "/dev/ttyS1"
 
 
 def report(**words: object) -> None:
-    """Tells one line. Several processes may tell at once: a short line is one write."""
+    """Sends one line. Several processes may do so at once, because a short line is a single write."""
     port = os.open(_PORT, os.O_WRONLY | os.O_NOCTTY)
     try:
         os.write(port, (json.dumps(words) + "\n").encode())

@@ -33,8 +33,8 @@ def _guarded(client: socket.socket) -> None:
 
 
 def _session(client: socket.socket) -> None:
-    """SMTP, as far as a mail needs it (RFC 5321, 4.1.1). Of each mail its length in bytes is written
-    down, and the longest pause between two of its lines in seconds."""
+    """One SMTP session with the commands that a mail needs (RFC 5321, 4.1.1). For each mail a line is added to
+    /run/vm/mails: its length in bytes, and the longest pause between two of its lines in seconds."""
     client.sendall(b"220 mail.example\r\n")
     with client.makefile("rb") as lines:
         while line := lines.readline():

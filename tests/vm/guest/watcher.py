@@ -1,7 +1,8 @@
-"""Sees every packet on the uplink, from before the gateway has a network until the machine is off.
+"""Watches every packet on the uplink, from before the gateway has a network until the machine is off.
 
-A packet of a blocked tenant to port 25 is told to the outside at once, since the machine may be off the
-next moment. The numbers so far lie in /run/vm/watch.json, written anew each half of a second.
+A packet of a blocked tenant to port 25 is reported to the host at once, because the machine may be off the next
+moment. The first few are reported one by one, after that one in a thousand. The counts are written to
+/run/vm/watch.json every half second.
 """
 
 from __future__ import annotations
@@ -72,14 +73,16 @@ def _take(data: bytes, numbers: dict[str, float]) -> None:
 
 
 def read() -> dict[str, float]:
-    """The numbers so far: packets `leaked`, `others`, `allowed` and `missed`; `at`, when that was (monotonic)."""
+    """The counts so far. `leaked`: packets of blocked tenants to port 25; `others`: theirs to another port;
+    `allowed`: packets of other sources to port 25; `missed`: packets that the watcher's socket lost; `at`: the
+    time of the counts (monotonic)."""
     found: dict[str, float] = json.loads(Path(RUN, "watch.json").read_text())
     return found
 
 
 def newer(seconds: float = 60.0) -> dict[str, float]:
-    """The numbers as they were written after this call, and with more packets to another port than before it: the
-    watcher is alive, and so are those who send. Raises TimeoutError."""
+    """Counts that were written after this call and have more packets to another port than before it. So the
+    watcher and the senders are alive. Raises TimeoutError after `seconds`."""
     began, before = time.monotonic(), read()["others"]
     while (found := read())["at"] <= began or found["others"] <= before:
         if time.monotonic() > began + seconds:
