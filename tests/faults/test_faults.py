@@ -1,4 +1,7 @@
-"""Every kind of fault once. What must hold is `Outcome.violations`; the long form is `python -m tests.faults`."""
+"""Every kind of fault once: none may have `Outcome.violations`. `python -m tests.faults` repeats them.
+
+The last tests show that the harness notices leaks, lost connections, wrong verdicts and lost records.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def test_every_point_is_there(point: Point) -> None:
     assert callable(getattr(*find(point)[:2]))
 
 
-# --- the harness sees what it is to see ---
+# --- the harness notices each kind of violation ---
 
 
 def test_what_leaks_is_seen(ground: Ground) -> None:
@@ -53,7 +56,8 @@ def test_what_leaks_is_seen(ground: Ground) -> None:
 
 def test_connections_that_are_not_opened_are_seen(ground: Ground) -> None:
     with ground.traffic.measured() as figures:
-        # Held still: else the rule would be gone within milliseconds, before anybody has tried to connect.
+        # The daemon is stopped. Otherwise it would remove the rule within milliseconds, before a connection is
+        # tried.
         pid = ground.agents.pid
         ground.kill(pid, signal.SIGSTOP)
         ground.nft('insert rule inet portward screen iifname "vni1001" tcp dport 25 drop')
