@@ -1,4 +1,4 @@
-"""A gateway that has booted and has no agent yet: `portward rules baseline`, and what the agent makes of it."""
+"""`portward rules baseline` on a gateway that has booted and has no agent yet, and the agent's start after it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def booted(tmp_path: Path) -> Iterator[Gateway]:
 
 
 def tables(gateway: Gateway) -> list[str]:
-    """The tables of portward in the kernel that hold rules: not the lock of an agent that runs."""
+    """portward's tables in the kernel, without the table that is only the lock of a running agent and has no
+    rules."""
     listed = namespaces.run(gateway.lab.gateway, ["nft", "list", "tables"]).stdout
     names = [line.split()[-1] for line in listed.splitlines()]
     return [name for name in names if "portward" in name and name != LOCK_TABLE]
@@ -82,7 +83,8 @@ def test_it_needs_neither_store_nor_table(booted: Gateway) -> None:
 
 @pytest.fixture
 def nftables(booted: Gateway, tmp_path: Path) -> Callable[[str], None]:
-    """What the package has nftables.service run, with a file of the operator's that flushes all."""
+    """Runs the script that the package adds to nftables.service, with an operator's file that flushes all
+    rules."""
     own, script = tmp_path / "own.nft", tmp_path / "nftables"
     own.write_text("flush ruleset\ntable inet own {\n  chain forward { type filter hook forward priority 0; }\n}")
     text = (Path(__file__).resolve().parents[2] / "systemd/nftables").read_text()
@@ -100,11 +102,11 @@ def nftables(booted: Gateway, tmp_path: Path) -> Callable[[str], None]:
 def test_nftables_service_closes_the_port_as_it_takes_the_rules(
     booted: Gateway, nftables: Callable[[str], None], word: str
 ) -> None:
-    """In one transaction, so nothing passes in between; then the agent opens it."""
+    """Both happen in one transaction, so that nothing passes in between. The agent opens the port again."""
     assert booted.agent.portward("rules", "baseline").returncode == 0
     with namespaces.inside(booted.lab.gateway):
         netlink = NfNetlink()
-    for _ in range(2):  # also where nobody has put the ruleset back
+    for _ in range(2):  # the second time portward's ruleset has not been put back
         before = netlink.generation()
         nftables(word)
         assert netlink.generation() == before + 1
@@ -146,7 +148,7 @@ def test_a_configuration_that_cannot_be_read_closes_port_25_for_all(booted: Gate
         assert not booted.passes(tenant, "10.0.0.5")
         assert not booted.passes(tenant, tenant.address6, to=MAIL6)
         assert booted.passes(tenant, "10.0.0.5", port=587)
-    # Mended: the agent takes it away when it enforces, and not before.
+    # With a mended configuration the agent removes the block when it enforces, and not before.
     booted.agent.config.write_text(good)
     booted.agent.start()
     assert tables(booted) == ["portward"]
@@ -154,17 +156,17 @@ def test_a_configuration_that_cannot_be_read_closes_port_25_for_all(booted: Gate
     assert not booted.passes(FABRIKAM, "10.0.0.6")
 
 
-# Three ports are judged by DigitalOcean's preset, and by Azure's only 25.
+# The ports that each preset filters.
 PORTS = {"digitalocean": (25, 465, 587), "azure-2020": (25,)}
 
 
 def closed_ports(gateway: Gateway) -> tuple[int, ...]:
-    """Which of the mail ports a packet of a tenant cannot reach."""
+    """The mail ports that a tenant's packet cannot reach."""
     return tuple(port for port in (25, 465, 587) if not reaches(gateway, port))
 
 
 def reaches(gateway: Gateway, port: int) -> bool:
-    """Whether a packet to this port comes out; one to port 2525 is sent behind it."""
+    """Whether a packet to this port comes out. A packet to port 2525, which always does, is sent after it."""
     packet = segment(FABRIKAM.address6, port=port)
     marker = segment(FABRIKAM.address6, port=2525)
     with seen(gateway.lab.internet) as view:
@@ -283,7 +285,7 @@ def test_beside_an_agent_nothing_is_changed(tmp_path: Path, broken: bool) -> Non
         assert "nothing is changed" in done.stdout
         assert namespaces.run(gateway.lab.gateway, listed).stdout == before
         gateway.agent.stop(signal.SIGKILL)
-        # Nobody answers any more: who passes is who is remembered.
+        # No worker answers any more, so only sources with a cached allow pass.
         until(lambda: not gateway.passes(CONTOSO, "10.0.0.77"), "the queue has no listener")
         gateway.agent.portward("rules", "baseline")
         assert gateway.passes(CONTOSO, "10.0.0.4")
@@ -331,7 +333,7 @@ def test_a_worker_that_stays_leaves_in_time(booted: Gateway, monkeypatch: pytest
 def test_a_worker_that_stays_leaves_when_its_table_is_deleted(
     booted: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a purge does, or who deletes the table of an agent that is stopped."""
+    """A purge deletes the table, or an operator does while the agent is stopped."""
     monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
     booted.agent.start()
     booted.agent.stop()
@@ -345,7 +347,7 @@ def test_a_worker_that_stays_leaves_when_its_table_is_deleted(
 def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
     booted: Gateway, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Also of one that fails at its start, once its workers have taken the queues over."""
+    """This also holds for an agent that fails at its start, after its workers have taken the queues over."""
     monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
     monkeypatch.setenv("PYTHONPATH", str(Path(inject.__file__).parent))
     monkeypatch.setenv("PORTWARD_FAULTS", str(booted.agent.folder))

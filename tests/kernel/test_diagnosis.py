@@ -1,4 +1,5 @@
-"""`portward diagnose` on a running gateway: real packets that were dropped, by machine, and the agent's count."""
+"""`portward diagnose` on a running gateway: it reports real dropped packets by machine, and the agent's own
+count."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from portward.model import Attachment, Exemption, ExemptionState, RateLimit, Sub
 
 
 def diagnosed(gateway: Gateway, *arguments: str) -> dict[str, Any]:
-    """What `diagnose --json` says on the gateway."""
+    """The answer of `portward diagnose --json` on the gateway."""
     result = gateway.agent.portward("diagnose", *arguments, "--json")
     assert result.returncode == 0, result.stderr
     answer: dict[str, Any] = json.loads(result.stdout)
@@ -29,7 +30,7 @@ def diagnosed(gateway: Gateway, *arguments: str) -> dict[str, Any]:
 
 
 def drops(answer: dict[str, Any], address: str) -> dict[str, Any]:
-    """What was dropped of one machine."""
+    """The counts of a machine's dropped packets, from an answer of `diagnose`."""
     (found,) = [machine["drops"] for machine in answer["facts"]["machines"] if machine["address"] == address]
     return dict(found)
 
@@ -40,12 +41,12 @@ NOT_SEEN = "at this moment, we could not see."
 
 
 def outcomes(answer: dict[str, Any]) -> list[str]:
-    """The outcome of each machine."""
+    """The outcome of each machine, from an answer of `diagnose`."""
     return [machine["outcome"] for machine in answer["facts"]["machines"]]
 
 
 def bridge(gateway: Gateway, tenant: Tenant) -> None:
-    """Puts a bridge on the tenant's segment, and waits until the agent has seen it."""
+    """Makes the tenant's segment a port of a bridge, and waits until the agent has seen that."""
     namespaces.batch(
         gateway.lab.gateway,
         ["link add br9 type bridge", f"link set {tenant.segment} master br9", "link set br9 up"],
@@ -72,7 +73,7 @@ def test_dropped_packets_are_reported_by_machine(gateway: Gateway) -> None:
     assert answer["facts"]["kernel"] == "asked"
     assert drops(answer, "10.0.0.140")["refused"] == 3
     assert drops(answer, "10.0.0.141")["refused"] == 0
-    # Of the prefix without the address in it that is somebody else's.
+    # The counts of the prefix leave out the address in it that belongs to another customer.
     wide = drops(answer, "10.0.0.144/28")
     assert (wide["refused"], wide["sources"]) == (6, 2)
     assert drops(answer, "2001:db8:1002::d1a")["refused"] == 3
@@ -160,7 +161,7 @@ def test_an_allowed_source_is_not_reported_as_open_while_a_bridge_takes_its_pack
 def test_a_denied_source_is_not_reported_as_blocked_while_an_older_verdict_lets_it_pass(
     make_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The agent is gone, its worker stays, and the store goes on."""
+    """The agent was killed, its worker still answers by the old table, and the store has a newer policy."""
     monkeypatch.setenv("PORTWARD_WORKERS_STAY", "60")
     gateway = make_gateway()
     id_ = gateway.source(FABRIKAM, "10.0.0.82", ALLOWED)
@@ -185,7 +186,7 @@ def test_a_denied_source_is_not_reported_as_blocked_while_an_older_verdict_lets_
 def test_while_the_agent_does_not_report_a_letter_says_only_the_policy(
     make_gateway: Callable[..., Gateway],
 ) -> None:
-    """It also says that the store holds what this agent has not taken in."""
+    """It also says that the store has a revision that the agent has not loaded yet."""
     gateway = make_gateway()
     id_ = gateway.source(FABRIKAM, "10.0.0.83", DENIED)
     assert gateway.agent.process is not None

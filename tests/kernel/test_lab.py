@@ -1,4 +1,4 @@
-"""The lab by itself, without the agent: mail flows, labs stand side by side, and nothing is left behind."""
+"""The lab without an agent: mail flows, several labs can be up at once, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def mail(lab: Lab, folder: Path) -> Iterator[Postbox]:
 
 
 def machine() -> str:
-    """The machine's own links, ruleset and forwarding settings, which a lab must leave alone: without a link into
-    the machine's own network nothing can leave the namespaces."""
+    """The machine's own links, ruleset and forwarding settings. A lab must not change them: without a link into
+    the machine's own network no packet can leave the namespaces."""
     links = "".join(name for _, name in socket.if_nameindex())
     output = links + subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
     settings = ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/ipv4/conf/all/rp_filter")
@@ -69,7 +69,7 @@ def test_a_second_demo_in_the_same_lab_leaves_the_first_alone() -> None:
         finally:
             lab.down()
     with demo.alone(lab):
-        pass  # it ended with the first
+        pass  # the lock ended with the first demo
 
 
 def test_an_open_session_goes_on_while_nothing_stops_it(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_standing_lab_is_made_and_removed_by_its_verbs() -> None:
 
 
 def test_a_lab_takes_only_its_own_namespaces_down() -> None:
-    """`x` is also how the name of `x-more` begins."""
+    """The name of lab `x` is a prefix of the name of lab `x-more`."""
     name = lab_name()
     with Lab(f"{name}-more") as longer:
         assert Lab(name).down() == []

@@ -1,4 +1,5 @@
-"""Interfaces that come, go and take each other's index: a verdict never outlives the tenant it was found for."""
+"""Interfaces that appear, disappear and get the index of another one. A cached verdict never outlives its
+tenant."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ INDEX = 4711
 
 
 class Port:
-    """A veth of the gateway with a fixed index, whose other end is in a namespace of its own."""
+    """A veth of the gateway with the fixed index `INDEX`. Its other end is in a namespace of its own."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -38,7 +39,7 @@ class Port:
         namespaces.batch(self._gateway.lab.gateway, [f"link del {name}"])
 
     def passes(self, name: str, source: str) -> bool:
-        """Whether a packet that comes in here reaches the Internet side."""
+        """Whether a packet that arrives on this interface reaches the Internet side."""
         import socket
 
         from scapy.layers.l2 import Ether
@@ -66,12 +67,12 @@ def port(gateway: Gateway) -> Iterator[Port]:
 
 
 def attach(gateway: Gateway, name: str, address: str, offer: str) -> None:
-    """A source in the segment of that name."""
+    """Attaches a source in the segment of that name to a new subscription."""
     gateway.agent.apply(*source_records(Tenant("port", int(name[3:])), address, offer, uuid4()))
 
 
 def followed(gateway: Gateway, name: str, *, there: bool = True) -> None:
-    """Waits until the agent takes the interface for a segment, or no longer."""
+    """Waits until the agent treats the interface as a segment; with `there` False, until it no longer does."""
     until(lambda: (f"{name}:" in gateway.agent.portward("status").stdout) is there, f"{name} followed")
 
 
@@ -94,7 +95,7 @@ def test_an_index_used_again_by_another_segment_has_no_cached_verdicts(gateway: 
 
 
 def test_an_index_used_again_while_the_table_is_busy_lets_nothing_pass(gateway: Gateway, port: Port) -> None:
-    """Until the table can be written, it takes the new tenant's interface for the old one's."""
+    """Until the agent can write the table, the table still has the old tenant's segment for this index."""
     attach(gateway, "vni7001", "10.70.5.1", ALLOWED)
     attach(gateway, "vni7002", "10.70.5.1", DENIED)
     attach(gateway, "vni7002", "10.70.5.2", ALLOWED)
@@ -164,6 +165,6 @@ def test_other_interfaces_keep_their_cached_verdicts(gateway: Gateway, port: Por
 
 
 def held(gateway: Gateway, source: str) -> bool:
-    """Whether the kernel remembers that this source is allowed."""
+    """Whether the kernel has a cached allow of this source."""
     listing = gateway.listing("allow4")
     return f". {source} " in listing

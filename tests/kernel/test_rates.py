@@ -1,6 +1,7 @@
-"""An exemption that carries a limit: so many new connections a minute, for all sources of its subscription.
+"""Exemptions with a rate limit: all sources of a subscription together open at most that many connections a
+minute.
 
-The limits here refill with one connection a minute, so within a test only the burst is there to be used.
+The limits here refill by one connection a minute. So within a test only the burst can be used.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _LIMIT = RateLimit(per_minute=1, burst=_BURST)
 
 
 def customer(tenant: Tenant, *prefixes: str, limit: RateLimit | None = _LIMIT) -> tuple[UUID, list[Record]]:
-    """A subscription with these sources, all of them exempt within a limit."""
+    """A subscription whose exemption has a limit, and its sources; gives its id and the records."""
     id_ = uuid4()
     return id_, [
         Subscription(id=id_, offer="pay-as-you-go", created=date(2022, 6, 30)),
@@ -40,12 +41,12 @@ def customer(tenant: Tenant, *prefixes: str, limit: RateLimit | None = _LIMIT) -
 
 
 def grant(id_: UUID, limit: RateLimit | None, state: ExemptionState = ExemptionState.GRANTED) -> Exemption:
-    """An exemption that counts."""
+    """An exemption that is in force, unless `state` says otherwise."""
     return Exemption(subscription=id_, state=state, requested=_GRANTED, decided=_GRANTED, limit=limit)
 
 
 def known(gateway: Gateway, tenant: Tenant, source: str) -> None:
-    """Waits until the kernel knows the limit of a source, whose packets ask for it."""
+    """Sends packets of a source until the kernel has its limit; the first packet makes a worker request it."""
 
     def asked() -> bool:
         gateway.passes(tenant, source, "A")
@@ -73,7 +74,7 @@ def counted(gateway: Gateway, name: str) -> int:
 
 
 def opened(gateway: Gateway, tenant: Tenant, *sources: str, attempts: int) -> int:
-    """How many of so many connections can be opened, by one source after the other."""
+    """Tries to open `attempts` connections, from the sources in turn; gives how many were opened."""
     return sum(gateway.passes(tenant, sources[number % len(sources)]) for number in range(attempts))
 
 
@@ -133,7 +134,7 @@ def test_internal_destinations_are_not_limited(gateway: Gateway) -> None:
     gateway.agent.apply(*records)
     assert opened(gateway, FABRIKAM, "10.0.1.111", attempts=_BURST + 1) == _BURST
     before = counted(gateway, "throttled"), counted(gateway, "internal")
-    gateway.passes(FABRIKAM, "10.0.1.111", to="10.9.9.9")  # nobody is there
+    gateway.passes(FABRIKAM, "10.0.1.111", to="10.9.9.9")  # no host has this address
     assert (counted(gateway, "throttled"), counted(gateway, "internal")) == (before[0], before[1] + 1)
 
 

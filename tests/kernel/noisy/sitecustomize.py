@@ -1,5 +1,5 @@
-"""Python imports this at its start if PYTHONPATH names this folder: workers then print what is no message of
-theirs, at their start and all the time."""
+"""Makes workers print lines that are not messages to the daemon, at their start and all the time. Python imports
+this at its start if PYTHONPATH names this folder."""
 
 import os
 import sys
