@@ -613,7 +613,7 @@ def _made_anew(ground: Ground, tenant: Tenant, *, same_index: bool) -> None:
 def _uplink(ground: Ground) -> None:
     gateway, there = ground.lab.gateway, ground.lab.internet
     namespaces.ip("-n", gateway, "link", "set", "up0", "down")
-    time.sleep(0.1)  # pause: so long the link is down
+    time.sleep(0.1)  # pause: the link stays down for a moment
     namespaces.ip("-n", gateway, "link", "set", "up0", "up")
     namespaces.batch(
         gateway,

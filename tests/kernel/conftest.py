@@ -24,7 +24,7 @@ from portward.model import Attachment, Mode, Record, Subscription
 
 ALLOWED, DENIED = "enterprise-agreement", "pay-as-you-go"
 _names = itertools.count()
-LABS = "pwt"  # how the names of all labs of tests begin; the process id and an x follow
+LABS = "pwt"  # prefix of the names of all labs of tests; the process id and an x follow
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -299,7 +299,7 @@ def test_the_next_agents_worker_takes_the_queue_over(booted: Gateway, monkeypatc
     for number in (signal.SIGTERM, signal.SIGKILL):
         workers = booted.workers()
         agent.stop(number)
-        time.sleep(0.5)  # pause: so long a worker that ends with its daemon takes at most
+        time.sleep(0.5)  # pause: a worker that ends with its daemon has ended by now
         assert booted.workers() == workers, "the worker stays"
         assert booted.passes(CONTOSO, f"10.0.1.{number}"), "… and answers for new sources"
         assert not booted.passes(FABRIKAM, f"10.0.1.{number}")
@@ -360,7 +360,7 @@ def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
         agent.start(wait=False)
     assert agent.process is not None
     assert agent.process.wait(60) == 1
-    time.sleep(0.5)  # pause: so long a worker that ends with its daemon takes at most
+    time.sleep(0.5)  # pause: a worker that ends with its daemon has ended by now
     assert len(booted.workers()) == 1
     assert booted.passes(CONTOSO, "10.0.0.6")
     assert not booted.passes(FABRIKAM, "10.0.0.6")

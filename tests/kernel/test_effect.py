@@ -24,7 +24,7 @@ MakeGateway = Callable[..., Gateway]
 
 
 def agrees(gateway: Gateway, who: Any, effect: tuple[str, bool], *words: str, as_policy: bool = True) -> None:
-    """Checks that `explain` gives this effect of now for the source `who`, says these words, and that a real
+    """Checks that `explain` gives this present effect for the source `who` and says these words, and that a real
     packet has the same effect. `effect` is its name, and whether a packet passes."""
     tenant, address = who
     found = gateway.agent.explain(tenant.segment, address)["now"]

@@ -227,7 +227,7 @@ def test_a_revocation_in_the_midst_of_a_transfer_loses_no_packet(exact: Exact) -
     with meanwhile(lambda: exact.send(_ONE, 1, "PA", pause=0.0005)):
         for offer in (DENIED, ALLOWED, DENIED, ALLOWED):
             exact.gateway.agent.apply(*source_records(FABRIKAM, _ONE, offer, id_))
-            time.sleep(0.3)  # pause: so long each policy is in force
+            time.sleep(0.3)  # pause: each policy is in force for a while
     exact.holds({_ONE: id_}, "allow", "deny")
     assert min(counted_for(exact.gateway, id_).values()) > 50, "both verdicts had a share"
 

@@ -212,7 +212,7 @@ def test_a_libnftables_that_prints_otherwise_loads_by_itself(
     netlink.close()
 
 
-# --- the steps, under much more traffic and beside a large ruleset ---
+# --- load, check and repair while others make many more changes, and beside a large ruleset ---
 
 
 class Place:

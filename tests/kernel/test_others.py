@@ -79,7 +79,7 @@ def other(*chains: str) -> str:
 MARKS = {
     "none": "meta mark set 0",
     "one": "meta mark set 1",
-    "allowed": "meta mark set 0x9",  # as a worker writes it in the epoch after the first
+    "allowed": "meta mark set 0x9",  # a worker's mark of an allow in the second epoch
     "masqueraded": "meta mark set meta mark | 0x4000",
     "half": "meta mark set meta mark & 0xffff00ff",
 }

@@ -46,7 +46,8 @@ def grant(id_: UUID, limit: RateLimit | None, state: ExemptionState = ExemptionS
 
 
 def known(gateway: Gateway, tenant: Tenant, source: str) -> None:
-    """Sends packets of a source until the kernel has its limit; the first packet makes a worker request it."""
+    """Sends packets of a source until the kernel has its limit. A worker requests the limit when it gets a
+    packet."""
 
     def asked() -> bool:
         gateway.passes(tenant, source, "A")

@@ -97,7 +97,8 @@ class Stack:
         return self.gateway.agent.portward("status").stdout
 
     def passes(self, *packets: Packet, at: str = "top", where: str | None = None) -> bool:
-        """Whether the packets, sent to the address of the device `at`, reach the Internet side (or `where`)."""
+        """Sends packets to the link address of the device `at`; gives whether they reach the Internet side, or the
+        namespace `where`."""
         gateway = self.gateway.lab.gateway
         last = segment(FROM6, port=587)
         view = Seen(where or self.gateway.lab.internet)

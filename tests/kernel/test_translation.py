@@ -131,7 +131,7 @@ def test_what_others_translate_comes_out_of_those_who_may_send_only(gateway: Gat
     for tenant, offer in ((CONTOSO, ALLOWED), (FABRIKAM, DENIED)):
         gateway.source(tenant, source_of(tenant, to, number), offer)
     with others(gateway, text):
-        for flags in ("S", "S", "A", "PA"):  # by a worker's word, and cached
+        for flags in ("S", "S", "A", "PA"):  # first by a worker's verdict, then by the cached one
             assert comes_out(gateway, CONTOSO, source_of(CONTOSO, to, number), to, port, flags)
             assert not comes_out(gateway, FABRIKAM, source_of(FABRIKAM, to, number), to, port, flags)
         unknown = source_of(FABRIKAM, to, number + 100)
@@ -207,7 +207,7 @@ def test_marks_of_kube_proxy_live_on(gateway: Gateway) -> None:
     }}
     """
     with others(gateway, text):
-        for passed in (1, 2):  # asked of a worker, and cached
+        for passed in (1, 2):  # first by a worker's verdict, then by the cached one
             assert comes_out(gateway, CONTOSO, source_of(CONTOSO, VIP4, number), VIP4, 25)
             output = namespaces.run(
                 gateway.lab.gateway, ["nft", "list", "counter", "ip", "other", "marked"]
@@ -270,7 +270,7 @@ def test_a_refused_packet_that_others_translated_is_dropped_in_silence(make_gate
 _REFUSED = 'portward_judged_packets_total{outcome="dropped",reason="denied-not-exempt"}'
 
 
-# --- when it is there ---
+# --- when the guard is loaded ---
 
 
 def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(

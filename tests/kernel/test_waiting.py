@@ -116,7 +116,7 @@ def test_the_new_owner_of_an_interface_need_not_wait_until_late_verdicts_are_out
 
 
 class Waiting(NamedTuple):
-    """A packet from the tenant that waits in the queue, and the queue."""
+    """A queue, and a packet of the tenant that waits in it."""
 
     queue: Queue
     packet: Packet

@@ -197,7 +197,7 @@ class Ground:
             client = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)
         with client, contextlib.suppress(OSError):
             client.settimeout(seconds)
-            if version == 6:  # the prefix is the machine's by its route, no address of it is on a link
+            if version == 6:  # the prefix is local by a route, so its addresses are on no interface
                 client.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
             client.bind((source, 0))
             client.connect((MAIL4 if version == 4 else MAIL6, 25))

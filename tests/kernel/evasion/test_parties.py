@@ -28,7 +28,7 @@ from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
 
 _MPTCP = 262  # linux/in.h: IPPROTO_MPTCP
 _OWN_BITS = 1 << 16
-# Seconds that a client waits: for what must come, and for what would come at once.
+# Seconds that a client waits, by whether it may send: for a greeting that must come, or for one that must not.
 _PATIENCE_S = {True: 30.0, False: 0.7}
 _NEXT_HOP = "198.51.100.2"  # the Internet side, where the listener is too
 

@@ -14,7 +14,7 @@ def _print() -> None:
         for noise in _NOISE:
             os.write(1, noise)
         print("and this", flush=True)
-        time.sleep(0.02)  # pause: what this file is for
+        time.sleep(0.02)  # pause: between two prints
 
 
 if "portward.worker.process" in sys.orig_argv:

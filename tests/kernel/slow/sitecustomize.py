@@ -13,7 +13,7 @@ _LONGEST = float(os.environ["PORTWARD_TEST_PAUSE"])
 
 def _slow(self, index, source):  # type: ignore[no-untyped-def] # stands in for Reader.lookup
     found = _lookup(self, index, source)
-    time.sleep(random.random() * _LONGEST)  # pause: what this file is for
+    time.sleep(random.random() * _LONGEST)  # pause: between lookup and verdict
     return found
 
 

@@ -24,7 +24,7 @@ _NAMESPACE, _INTERFACE, _GATEWAY, _ADDRESS, _ = SEGMENTS[_TENANT]
 _INNER = "10.250.0.4"
 _GRE, _IPIP = 47, 4
 
-# How each is made on the gateway, and what a tenant sends to it.
+# Kind → the commands that make the tunnel on the gateway, and the packet that a tenant sends to it.
 _TUNNELS: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     "GRE": (
         [f"ip link add t0 type gre local {_GATEWAY} remote {_ADDRESS}"],

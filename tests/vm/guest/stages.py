@@ -307,7 +307,7 @@ def _removal() -> None:
     report(stage="remove and purge")
     said = sh("dpkg -r portward")
     row("remove says what stays", "", good="its ruleset stays in the kernel" in said)
-    time.sleep(3)  # pause: so long something could come out
+    time.sleep(3)  # pause: a packet would come out by now
     _nothing_came_out("after the removal")
     report(leaks=True)
     said = sh("dpkg -P portward")
