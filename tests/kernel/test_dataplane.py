@@ -238,10 +238,10 @@ def test_marks_of_others_are_kept_and_never_obeyed(make_gateway, own: int, reade
     )
     foreign_marks(gateway, 0x00AB0000 | (own if own > 0xF000 else own | int(epoch, 16)))
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
-    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "remembered"
-    assert not gateway.passes(FABRIKAM, "10.0.0.99"), "a source of nobody"
+    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "by its cached verdict"
+    assert not gateway.passes(FABRIKAM, "10.0.0.99"), "an unknown source"
     assert gateway.passes(CONTOSO, "10.0.0.4")
-    assert gateway.passes(CONTOSO, "10.0.0.4"), "remembered"
+    assert gateway.passes(CONTOSO, "10.0.0.4"), "by its cached verdict"
     listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "kept"]).stdout
     assert "packets 2 " in listing, "both packets left with the others' bits, and with none of ours"
 
@@ -278,7 +278,7 @@ def test_where_the_way_to_the_queue_is_gone_nothing_opens(make_gateway) -> None:
     try:
         namespaces.load(gateway.lab.gateway, "flush chain inet portward to_workers")
         assert not gateway.passes(FABRIKAM, "10.0.0.4")
-        assert not gateway.passes(CONTOSO, "10.0.0.4"), "nobody has judged it"
+        assert not gateway.passes(CONTOSO, "10.0.0.4"), "its packets get no verdict"
     finally:
         process.send_signal(signal.SIGCONT)
     name = 'portward_screen_packets_total{rule="unjudged"}'
@@ -431,7 +431,7 @@ def test_observing_all_lets_everything_pass_and_counts_it(make_gateway) -> None:
     gateway = make_gateway(mode="observe")
     assert gateway.passes(FABRIKAM, "10.0.0.4")
     assert gateway.passes(FABRIKAM, "10.0.0.4")
-    assert gateway.passes(CONTOSO, "10.0.0.99"), "also a source of nobody"
+    assert gateway.passes(CONTOSO, "10.0.0.99"), "also an unknown source"
     until(lambda: would_deny(gateway, "vni1002") == 2, "two packets counted as would_deny")
     gateway.agent.stop()
     assert gateway.passes(FABRIKAM, "10.0.0.55"), "also while no agent runs"
@@ -462,12 +462,12 @@ def test_without_an_agent_known_verdicts_stay_and_unknown_sources_drop(make_gate
     gateway.agent.stop()
     assert gateway.passes(CONTOSO, "10.0.0.4")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
-    assert not gateway.passes(CONTOSO, "10.0.0.9"), "allowed, but nobody is there to say so"
+    assert not gateway.passes(CONTOSO, "10.0.0.9"), "allowed, but no worker can say so"
 
 
 def test_on_agent_down_open_lets_unknown_sources_pass(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway(on_agent_down="open")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
     gateway.agent.stop()
-    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "a remembered verdict stays"
+    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "a cached verdict stays"
     assert gateway.passes(CONTOSO, "10.0.0.9")

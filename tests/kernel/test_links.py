@@ -140,7 +140,7 @@ def test_an_interface_made_again_under_its_name_has_no_cached_verdicts(gateway: 
     assert held(gateway, "10.70.2.1")
     port.delete("vni7001")
     port.make("vni7001")
-    until(lambda: not held(gateway, "10.70.2.1"), "what was remembered is forgotten")
+    until(lambda: not held(gateway, "10.70.2.1"), "the cached verdict is deleted")
 
 
 def test_a_renamed_interface_is_another_segment(gateway: Gateway, port: Port) -> None:

@@ -46,16 +46,16 @@ def test_while_the_ruleset_is_refused_a_port_closed_by_hand_stays_closed(
     gateway.agent.process.send_signal(signal.SIGSTOP)
     owner = namespaces.start(gateway.lab.gateway, ["sh", "-c", f"tail -n +1 -f {squatter} | nft -i"])
     try:
-        until(lambda: "flags owner" in listed(gateway), "the table is somebody else's")
+        until(lambda: "flags owner" in listed(gateway), "another process owns the table")
         gateway.agent.process.send_signal(signal.SIGCONT)
         until(lambda: gateway.agent.metrics()["portward_ruleset_broken"] == 1, "the kernel refuses the ruleset")
-        assert gateway.passes(FABRIKAM, "10.0.0.5"), "nothing judges"
+        assert gateway.passes(FABRIKAM, "10.0.0.5"), "there is no ruleset"
         namespaces.load(gateway.lab.gateway, rules("nftables", "closed.nft").read_text())
         before = gateway.agent.metrics()
         tries, repairs = "portward_ruleset_repair_tries_total", "portward_ruleset_repairs_total"
         until(lambda: gateway.agent.metrics()[tries] > before[tries] + 2, "it was tried again")
         # Both metrics are from the same refresh, or this one is from a later one.
-        assert gateway.agent.metrics()[repairs] == before[repairs], "in vain is no repair"  # once: see above
+        assert gateway.agent.metrics()[repairs] == before[repairs], "a failed try is no repair"  # once: see above
         assert "portward_closed" in tables(gateway)
         assert not gateway.passes(FABRIKAM, "10.0.0.5")
         assert not gateway.passes(CONTOSO, "10.0.0.5")

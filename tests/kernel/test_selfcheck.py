@@ -50,7 +50,7 @@ def test_a_worker_that_stands_still_is_replaced(make_gateway) -> None:  # type: 
     until(lambda: answered(gateway) >= 1, "the first answer")
     stopped = status(gateway)["workers"][0]["pid"]
     os.kill(stopped, signal.SIGSTOP)
-    assert not gateway.passes(CONTOSO, "10.0.0.9"), "nobody judges it"
+    assert not gateway.passes(CONTOSO, "10.0.0.9"), "its packets get no verdict"
     until(lambda: divergences(gateway, "worker") == 1, "the silent worker found")
     until(lambda: status(gateway)["workers"][0]["pid"] not in (stopped, None), "another worker")
     until(lambda: gateway.passes(CONTOSO, "10.0.0.9"), "the allowed source")

@@ -135,7 +135,7 @@ def test_what_others_translate_comes_out_of_those_who_may_send_only(gateway: Gat
             assert comes_out(gateway, CONTOSO, source_of(CONTOSO, to, number), to, port, flags)
             assert not comes_out(gateway, FABRIKAM, source_of(FABRIKAM, to, number), to, port, flags)
         unknown = source_of(FABRIKAM, to, number + 100)
-        assert not comes_out(gateway, FABRIKAM, unknown, to, port), "nobody's source"
+        assert not comes_out(gateway, FABRIKAM, unknown, to, port), "an unknown source"
 
 
 def test_a_rule_of_iptables_does_not_translate_for_a_denied_source(gateway: Gateway) -> None:
@@ -283,7 +283,7 @@ def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(
     assert "guard     loaded" in status
     assert "table inet lab, chain translate, translates addresses" in status
     namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
-    until(lambda: gateway.agent.metrics()[loaded] == 0, "nobody translates any more")
+    until(lambda: gateway.agent.metrics()[loaded] == 0, "no program translates any more")
     assert "hook forward" not in gateway.agent.portward("rules", "show").stdout
     assert "hook forward" not in gateway.agent.portward("rules", "show", "--wanted").stdout
     until(lambda: "not loaded" in gateway.agent.portward("status").stdout, "status says so")
@@ -291,18 +291,18 @@ def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(
     with others(gateway, text):
         until(lambda: gateway.agent.metrics()[loaded] == 1, "a rule writes ports")
         assert "hook forward" in gateway.agent.portward("rules", "show", "--wanted").stdout
-        assert comes_out(gateway, CONTOSO, CONTOSO.address6, to, port) is False, "nobody's"
+        assert comes_out(gateway, CONTOSO, CONTOSO.address6, to, port) is False, "an unknown source"
         output = gateway.agent.portward("check", "--without-store").stdout
         assert "a rule in table inet other, chain c, writes ports" in output
     repairs = gateway.agent.metrics()["portward_ruleset_repairs_total"]
     until(lambda: gateway.agent.metrics()[loaded] == 0, "and goes")
-    assert repairs == 0, "nobody has changed portward's own rules"
+    assert repairs == 0, "no program has changed portward's own rules"
 
 
 def test_legacy_iptables_is_seen_without_a_notice(make_gateway: MakeGateway) -> None:
     gateway = make_gateway()
     namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
-    until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 0, "nobody translates any more")
+    until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 0, "no program translates any more")
     rule = ["PREROUTING", "-p", "tcp", "-d", VIP4, "-j", "DNAT", "--to-destination", f"{MAIL4}:25"]
     done = namespaces.run(gateway.lab.gateway, ["iptables-legacy", "-t", "nat", "-A", *rule])
     assert done.returncode == 0, done.stderr

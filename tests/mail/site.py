@@ -119,7 +119,7 @@ class Site:
             self.ledger.scraped(self.agent.metrics())
             time.sleep(0.5)  # pause: the pace of the scrapes
         return [
-            f"{owner}, {verdict}: {packets - before.get((owner, verdict), 0)} packets that nobody sent"
+            f"{owner}, {verdict}: {packets - before.get((owner, verdict), 0)} packets without a sender"
             for (owner, verdict), packets in self.ledger.packets.items()
             if packets != before.get((owner, verdict), 0)
         ]

@@ -55,7 +55,7 @@ def test_who_answers_a_peer_that_connects_from_port_25_sends_to_port_25(field: G
         peer.sendto(segment, (source, 0))
         until(lambda: field.answered(FABRIKAM) > answered, "the peer's packet came in")
     field.send(FABRIKAM, syn(source, MAIL6, flags))
-    until(lambda: field.held(FABRIKAM, source) is not None, "judged")
+    until(lambda: field.held(FABRIKAM, source) is not None, "it has a verdict")
     field.settled()
     assert field.leaked() == (0, 0)
 
@@ -242,7 +242,7 @@ def test_a_later_fragment_that_others_have_marked_teaches_nothing(tmp_path: Path
             assert view.first(lambda packet: b"later data" in bytes(packet)) is not None
         assert field.held(FABRIKAM, source) is None
         field.send(FABRIKAM, syn(source, MAIL4))
-        until(lambda: field.held(FABRIKAM, source) is not None, "judged")
+        until(lambda: field.held(FABRIKAM, source) is not None, "it has a verdict")
         assert field.leaked() == (0, 0)
 
 
@@ -262,7 +262,7 @@ def test_rules_of_others_let_nothing_out(field: Ground, name: str) -> None:
         for family, to in ((4, MAIL4), (6, MAIL6)):
             source = field.source(FABRIKAM, family)
             field.send(FABRIKAM, *(syn(source, to, flags) for flags in ("S", "A", "PA")))
-            until(lambda source=source: field.held(FABRIKAM, source) is not None, "judged")  # type: ignore[misc]
+            until(lambda source=source: field.held(FABRIKAM, source) is not None, "it has a verdict")  # type: ignore[misc]
             field.settled()
         assert field.leaked() == (0, 0)
     finally:

@@ -79,7 +79,7 @@ def tunnels() -> None:
 def stacked() -> None:
     """`portward status` names every device that takes a segment's packets. It does not name the VRF of `cust2`."""
     said = sh("portward status")
-    row("a segment in a VRF is judged", said.splitlines()[0][:80], good="STACKED" not in said)
+    row("packets of a segment in a VRF get verdicts", said.splitlines()[0][:80], good="STACKED" not in said)
     for kind, lines in _STACKED.items():
         with _made(f"{kind} on a segment", lines) as there:
             if there:
