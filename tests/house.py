@@ -23,8 +23,8 @@ typical example (`EXAMPLES`). Tests, documents and files that only use the examp
 
 **Free of I/O** is a line of a module that neither imports a library of `IO` nor calls open, print or input, and
 that imports no module of portward that does, also through others. `pathlib` counts if the module calls a method
-that reaches the file system. The `__init__` of a package counts as imported
-by its modules, because Python runs it first.
+that reaches the file system. The `__init__` of a package counts as imported by its modules, because Python runs it
+first.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ Verb = Callable[[test_core.Ground, str], list[str]]
 
 
 def change(folder: Path, verb: Verb) -> Way:
-    """A verb, and the daemon that takes the change in. Asserts
-    that a cached verdict was deleted."""
+    """Runs a verb that changes the policy, then the daemon's step that takes the change in. Asserts that exactly
+    one cached verdict was deleted."""
     with pytest.MonkeyPatch.context() as patch:
         ground = test_core.Ground(folder, patch)
         ground.put(test_core.exemption(test_core.MAY_NOT, None))

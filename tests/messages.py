@@ -1,9 +1,8 @@
-"""Collects the texts that a reader may get in another language, and brings the catalogues in step with them:
-`make messages`.
+"""`make messages`: collects the translatable texts and updates the catalogues.
 
-They stand in the code as the arguments of `say`, `say.many`, `marked` and `marked_many`, and in the bundled
-presets as what customers are shown. What has no translation yet is added with an empty one; what is gone is taken
-out.
+A translatable text is an argument of `say`, `say.many`, `marked` or `marked_many` in the code, or a text of a
+bundled preset that customers read. A new text is added to each catalogue with an empty translation. A text that no
+longer exists is removed.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _WIDTH: Final = 100
 
 
 def sources() -> list[Path]:
-    """The files that may have texts which a reader can get in another language."""
+    """The files that may contain translatable texts."""
     return sorted(PACKAGE.rglob("*.py"))
 
 
@@ -54,7 +53,7 @@ def collected() -> Catalog:
 
 
 def texts_of(preset: Preset) -> list[str]:
-    """What customers are shown of a preset."""
+    """The texts of a preset that customers read, each once, in the preset's order."""
     offers: list[Offer] = [*preset.offers, *([] if preset.otherwise is None else [preset.otherwise])]
     texts = [preset.restart, preset.request]
     for offer in offers:
@@ -69,7 +68,7 @@ def catalogue_of(path: Path) -> Catalog:
 
 
 def written(catalogue: Catalog) -> str:
-    """A catalogue as text, without anything that changes by itself: dates, tools, line numbers."""
+    """A catalogue as text. It has no dates, tool versions or line numbers, so it changes only with the texts."""
     target = BytesIO()
     write_po(
         target,
@@ -84,19 +83,19 @@ def written(catalogue: Catalog) -> str:
 
 
 def merged(path: Path, texts: Catalog) -> str:
-    """A language's catalogue, in step with the texts; what was translated stays so."""
+    """A language's catalogue with exactly the texts of `texts`. Existing translations stay."""
     have = catalogue_of(path)
     have.update(texts, no_fuzzy_matching=True)
     return f"{_header(path)}\n{written(have)}"
 
 
 def _header(path: Path) -> str:
-    """What stands before the first text: the language and how it counts."""
+    """The header of a catalogue, before its first text: the language and its plural forms."""
     return path.read_text().partition("\n\n")[0] + "\n"
 
 
 def main() -> None:
-    """Writes template and catalogues anew, and says what is to be translated."""
+    """Rewrites the template and the catalogues, and prints how many texts lack a translation."""
     texts = collected()
     TEMPLATE.write_text('msgid ""\nmsgstr ""\n"Content-Type: text/plain; charset=utf-8\\n"\n\n' + written(texts))
     for path in sorted(FOLDER.glob(f"*/LC_MESSAGES/{DOMAIN}.po")):

@@ -1,5 +1,8 @@
-"""The long form: `python -m tests.faults --rounds N [--only NAME]`; prints a table, exits 1 where anything leaked
-that must not, was wrong afterwards, or was lost."""
+"""`python -m tests.faults --rounds N [--only NAME]`: runs each fault N times, and prints a table.
+
+The exit code is 1 if a packet leaked that must not, if a verdict was wrong afterwards, if an acknowledged record
+was lost, or if removed rules were not back in time.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faults.faults import FAULTS  # the path above must be there first
 from faults.ground import Ground, Outcome  # as above
 
-# Rules that somebody else removed are promised to be back within this time.
+# The documents promise that rules which another program removed are back within this time.
 _BACK_SECONDS = 1.0
 
 
 def main() -> int:
-    """Runs the faults that were asked for."""
+    """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", action="append", choices=sorted(FAULTS), metavar="NAME")
@@ -43,13 +46,14 @@ def main() -> int:
 
 
 def line(outcome: Outcome) -> str:
-    """One outcome in one line."""
-    told = f"{outcome.name}: {len(outcome.figures.leaked)} leaked, {outcome.figures.without:.2f} s without"
-    return "; ".join(filter(None, (told, outcome.note, *outcome.violations)))
+    """An outcome as one line of the log."""
+    summary = f"{outcome.name}: {len(outcome.figures.leaked)} leaked, {outcome.figures.without:.2f} s without"
+    return "; ".join(filter(None, (summary, outcome.note, *outcome.violations)))
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """A row for each name: sums, but the largest of the seconds."""
+    """A Markdown table with a row for each name of a fault: sums over its rounds, and for the seconds without
+    connections their mean and maximum."""
     rows = ["| fault | rounds | leaked (of sent) | seconds without, new / usual source | wrong after | lost | |",
             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name in dict.fromkeys(outcome.name for outcome in outcomes):

@@ -1,4 +1,4 @@
-"""One gateway for all faults: what breaks on it must be whole again before the next. It needs root."""
+"""One gateway for all faults. Each fault must leave it working for the next one. The tests need root."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["the_machine_is_left_alone"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder is of the kernel kind."""
+    """Marks every test of this folder as a kernel test."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.kernel)
@@ -37,5 +37,5 @@ def _grounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
 
 @pytest.fixture
 def ground(_grounds: Callable[[], Ground]) -> Ground:
-    """The gateway; another one where an earlier fault left it broken."""
+    """The gateway of this module. If an earlier fault left it broken, this is a new one."""
     return _grounds()

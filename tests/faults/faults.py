@@ -1,6 +1,6 @@
-"""The faults: each is a generator that breaks something on a ground, again and again, and yields what came of it.
+"""The faults. Each is a generator that breaks something on a gateway, and yields an outcome each time.
 
-`rounds` says how often or how much: 1 is the short form.
+`rounds` says how often: 1 is the short form, which also leaves out slow cases.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from portward.model import Attachment, Exemption, ExemptionState
 FaultFunction: TypeAlias = Callable[[Ground, int], Iterator[Outcome]]
 FAULTS: Final[dict[str, FaultFunction]] = {}
 
-# How long a worker that does not answer may stay so before the harness lets it go on.
+# After this many seconds the harness continues a worker that it has stopped.
 STOPPED_SECONDS: Final = 6.0
-# How long a fault that needs somebody to mend it is watched before the harness does so.
+# The harness gives the agent this many seconds to recover by itself, before it restarts the agent or removes the
+# table.
 _ALONE_SECONDS: Final = 3.0
 
 
 def fault(function: FaultFunction) -> FaultFunction:
-    """Puts a fault into the list, under its name."""
+    """Adds a fault to `FAULTS`, under the name of its function."""
     FAULTS[function.__name__.replace("_", "-")] = function
     return function
 
@@ -50,7 +51,7 @@ def fault(function: FaultFunction) -> FaultFunction:
 
 @fault
 def kill_worker(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """SIGKILL of a worker at a random moment, while policy changes."""
+    """SIGKILL of the workers at a random moment, while policy changes."""
     for _ in range(rounds):
         yield ground.fault("SIGKILL of a worker", lambda: _while_changing(ground, _kill_workers))
 
@@ -76,7 +77,8 @@ def kill_all(ground: Ground, rounds: int) -> Iterator[Outcome]:
 
 @fault
 def kill_at_points(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """SIGKILL before and after each of the functions in `POINTS`; in the short form on one side of every other."""
+    """SIGKILL before and after each of the functions in `POINTS`. The short form picks half of the points at
+    random, and takes one side of each."""
     for number, point in enumerate(POINTS):
         if rounds == 1 and ground.random.random() < 0.5:
             continue
@@ -90,7 +92,8 @@ def kill_at_points(ground: Ground, rounds: int) -> Iterator[Outcome]:
 
 @fault
 def memory(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """No memory: MemoryError within a step, RLIMIT_AS at what a process has, the OOM killer of a cgroup."""
+    """Out of memory: MemoryError within a step, RLIMIT_AS at the size that a process has, a cgroup's OOM
+    killer."""
     raised = [
         ("daemon", "change", "portward.table.writer:Writer.apply"),
         ("daemon", "change", "portward.dataplane.verdict_cache:VerdictCache.move_epoch"),
@@ -114,7 +117,7 @@ def memory(ground: Ground, rounds: int) -> Iterator[Outcome]:
 
 @fault
 def stop_worker(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """SIGSTOP of a worker: until somebody notices, no new source is answered."""
+    """SIGSTOP of the workers. Until the daemon notices, packets of new sources get no verdict."""
     for _ in range(rounds):
         yield ground.fault("SIGSTOP of a worker", lambda: _stopped_worker(ground))
 
@@ -136,7 +139,7 @@ def stop_daemon(ground: Ground, rounds: int) -> Iterator[Outcome]:
 
 @fault
 def restarts(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """Restart after restart, by SIGTERM and by SIGKILL in turn."""
+    """Many restarts in a row, by SIGTERM and by SIGKILL in turn."""
 
     def act() -> str:
         for number in range(2 if rounds == 1 else 40 * rounds):
@@ -152,7 +155,7 @@ def restarts(ground: Ground, rounds: int) -> Iterator[Outcome]:
 
 @fault
 def upgrades(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """Another version of the ruleset at each restart: with other definitions of the learned sets, and back."""
+    """At each restart another version of the ruleset, with other definitions of the cache's sets, and back."""
     other = ground.control / "rules" / "nftables" / "portward.nft"
     other.parent.mkdir(parents=True, exist_ok=True)
 
@@ -166,7 +169,8 @@ def upgrades(ground: Ground, rounds: int) -> Iterator[Outcome]:
             ground.kill(ground.agents.pid, signal.SIGTERM)
             until(lambda: ground.agents.starts > before, "started again")
             ground.recovered()
-        # The next version's counter stays after a downgrade: only what rules and sets there are is replaced.
+        # A downgrade replaces rules and sets, but the newer version's counter stays. So look for a set's
+        # definition.
         newer = "gc-interval" in ground.on_gateway("nft", "-t", "list", "table", *FAMILY_TABLE.split()).stdout
         assert newer == (not number % 2), "another ruleset is loaded than was put in place"
 
@@ -194,14 +198,15 @@ def _while_changing(ground: Ground, act: Callable[[Ground], None]) -> None:
 
 
 def _end_at(ground: Ground, point: Point, side: str, action: str = "SIGKILL") -> None:
-    """Arms a point and does what makes the process pass there; raises TimeoutError where it did not."""
+    """Arms a point, and provokes the event on which the process comes there. Raises TimeoutError if it never
+    does."""
     nth = point.nth
     if point.process == "worker" and point.when == "packet":
         nth = ground.random.randint(1, 20)
 
     def passed() -> bool:
         if not ground.hit():
-            _provoke(ground, point)  # a change that comes while the daemon starts does not pass everywhere
+            _provoke(ground, point)  # again: a change during the daemon's start does not reach every point
         return ground.hit()
 
     ground.arm(point.process, point.where, side, nth, action)
@@ -226,18 +231,19 @@ def _provoke(ground: Ground, point: Point) -> None:
         shutil.rmtree(ground.table)
         ground.agents.start()
     elif point.when == "repair":
-        # Nothing opens by it.
+        # A rule that opens nothing.
         ground.nft(f"insert rule {FAMILY_TABLE} refuse drop")
     elif point.when == "links":
         namespaces.ip("-n", ground.lab.gateway, "link", "add", "vni1999", "type", "bridge")
-        time.sleep(0.1)  # pause: the agent may see it or not
+        time.sleep(0.1)  # pause: the agent may or may not see the interface
         namespaces.ip("-n", ground.lab.gateway, "link", "del", "vni1999")
     with contextlib.suppress(TimeoutError):
         until(ground.hit, "passed", seconds=3)
 
 
 def _limited(ground: Ground, pids: list[int]) -> str:
-    """From now on these processes get no more address space than they have."""
+    """Limits the address space of these processes to its present size, then kills them. Says in the note whether
+    the limit ended one before that."""
     assert pids
     for pid in pids:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
@@ -253,12 +259,13 @@ def _limited(ground: Ground, pids: list[int]) -> str:
 
 
 def _out_of_memory(ground: Ground) -> str:
-    """A memory cgroup of its own, whose limit the daemon exceeds with the next page."""
+    """Puts the daemon into a memory cgroup whose limit it exceeds with the next page. Without such a cgroup on
+    this machine, or if the OOM killer does not act, the daemon is killed; the note says so."""
     group = Path("/sys/fs/cgroup/memory") / ground.lab.name
     try:
         group.mkdir()
     except OSError:
-        _kill_daemon(ground)  # what the OOM killer does is a SIGKILL
+        _kill_daemon(ground)  # the OOM killer sends SIGKILL, too
         return "no cgroup of memory here: SIGKILL instead"
     try:
         before = ground.agents.starts
@@ -296,7 +303,7 @@ def _stopped_worker(ground: Ground) -> str:
 
 
 def _newer_ruleset() -> str:
-    """The shipped ruleset with other definitions of the learned sets, one more counter and one more rule."""
+    """The shipped ruleset with other definitions of the cache's sets, one more counter and one more rule."""
     text = rules("nftables", "portward.nft").read_text()
     text = text.replace("timeout 60s; size", "timeout 60s; gc-interval 3s; size")
     text = text.replace(
@@ -310,7 +317,8 @@ def _newer_ruleset() -> str:
 
 @fault
 def disk_full(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """The disk of table and store is full while changes come, and while the daemon starts; then there is room."""
+    """The disk of table and store is full during changes, or during a start of the daemon; then there is room
+    again."""
     for _ in range(rounds):
         yield ground.fault("disk full, while running", lambda: _full(ground, lambda: None))
         yield ground.fault("disk full, daemon started", lambda: _full(ground, lambda: _kill_daemon(ground)))
@@ -335,11 +343,12 @@ def _full(ground: Ground, act: Callable[[], None]) -> str:
 
 @fault
 def table_file(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """The table's file is truncated, replaced, overwritten, deleted: while running, and between runs."""
+    """The policy table's file is truncated, replaced, overwritten or deleted, while the agent runs or between two
+    runs."""
     for _ in range(rounds):
         for number, (name, damage) in enumerate(_DAMAGES.items()):
             if damage is _halved and rounds == 1:
-                continue  # see below; it takes long
+                continue  # a known limitation, see `_damaged`; it takes long
             for running in (True, False) if rounds > 1 else (bool(number % 2),):
                 when = "while running" if running else "between runs"
                 yield ground.fault(
@@ -375,7 +384,7 @@ def _deleted(path: Path) -> None:
 def _inner_pages(path: Path) -> None:
     size = path.stat().st_size
     with path.open("r+b") as file:
-        file.seek(2 * 4096)  # the two pages that say where all others are stay
+        file.seek(2 * 4096)  # keep LMDB's two meta pages, which point to all others
         file.write(os.urandom(size - 2 * 4096))
 
 
@@ -402,7 +411,7 @@ def _damaged(ground: Ground, damage: Callable[[Path], None], running: bool) -> s
         ground.recovered(_ALONE_SECONDS)
         if not ground.wrong():
             return ""
-    # What a supervisor or a person would try first.
+    # A restart is the first thing that a supervisor or an operator would try.
     _kill_daemon(ground)
     with contextlib.suppress(TimeoutError):
         ground.recovered(_ALONE_SECONDS)
@@ -419,7 +428,7 @@ def _damaged(ground: Ground, damage: Callable[[Path], None], running: bool) -> s
 
 @fault
 def store_locked(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """Somebody else holds a write lock on the store for some seconds."""
+    """Another process holds a write lock on the store for some seconds."""
 
     def act() -> None:
         connection = sqlite3.connect(ground.store, isolation_level=None, check_same_thread=False)
@@ -437,7 +446,8 @@ def store_locked(ground: Ground, rounds: int) -> Iterator[Outcome]:
 
 @fault
 def store_file(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """The store is replaced by its backup; is overwritten and restored, also around a restart; is gone."""
+    """The store's file is replaced by a backup; or it is overwritten and restored, also with a restart in between;
+    or it is deleted and restored."""
     for _ in range(rounds):
         yield ground.fault("store replaced by its backup", lambda: _restored(ground, lambda path: None))
         if rounds > 1:
@@ -475,7 +485,7 @@ def _restored(ground: Ground, damage: Callable[[Path], None], restart: bool = Fa
 
 @fault
 def rules_removed(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """Somebody else removes or changes rules. Until they are back packets do come out: how many, for how long?"""
+    """Another program removes or changes rules. The outcome says how many packets come out, and for how long."""
     table = FAMILY_TABLE
 
     def flush_ruleset() -> None:
@@ -513,13 +523,12 @@ def _removal(ground: Ground, name: str, act: Callable[[], None]) -> Outcome:
 
     def removed() -> str:
         nonlocal back
-        # At any moment between two looks of the daemon.
-        time.sleep(ground.random.random() * 0.25)  # pause: at any moment
+        time.sleep(ground.random.random() * 0.25)  # pause: at any moment between two checks of the daemon
         repairs, whole = ground.repairs(), ground.loaded()
         act()
         start, damaged = time.monotonic(), ground.loaded()
         until(lambda: ground.repairs() > repairs, "the daemon puts it back")
-        if damaged != whole:  # else it was back before it could be looked at
+        if damaged != whole:  # otherwise it was back before this process could read it
             until(lambda: ground.loaded() != damaged, "it is back")
         back = time.monotonic() - start
         return f"back after {back * 1000:.0f} ms"
@@ -534,18 +543,18 @@ def _removal(ground: Ground, name: str, act: Callable[[], None]) -> Outcome:
 
 @fault
 def element_added(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """Somebody else adds a blocked source to the allowed ones: how long does it stay there?"""
+    """Another program adds a blocked source to the set of cached allows. The note says how long it stays there."""
 
     def act() -> str:
         start, before = time.monotonic(), len(ground.traffic.leaked)
-        # Its own verdict is tested first: only a source that is not remembered as denied passes.
+        # The ruleset tests the set of denied sources first, so the source's cached denial has to be deleted, too.
         source = traffic.BLOCKED4[7]
         index = ground.index(FABRIKAM)
         ground.nft(
             f"delete element {FAMILY_TABLE} deny4 {{ {index} . {source} }}\n"
             f"add element {FAMILY_TABLE} allow4 {{ {index} . {source} }}"
         )
-        # A sample of what is remembered is compared every five seconds.
+        # The daemon compares a sample of the cached verdicts with the table every five seconds.
         while (waited := time.monotonic() - start) < 8:
             ground.sent_for(0.5)
             leaked = ground.traffic.leaked[before:]
@@ -560,7 +569,8 @@ def element_added(ground: Ground, rounds: int) -> Iterator[Outcome]:
 
 @fault
 def interfaces(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """Segments are deleted and made anew, with another index or the same; the uplink goes down and up."""
+    """Segments are deleted and made anew, with another interface index or the same one; the uplink goes down and
+    up."""
 
     def flap(number: int) -> None:
         tenant = (FABRIKAM, CONTOSO)[number % 2]
@@ -603,7 +613,7 @@ def _made_anew(ground: Ground, tenant: Tenant, *, same_index: bool) -> None:
 def _uplink(ground: Ground) -> None:
     gateway, there = ground.lab.gateway, ground.lab.internet
     namespaces.ip("-n", gateway, "link", "set", "up0", "down")
-    time.sleep(0.1)  # pause: so long the link is down
+    time.sleep(0.1)  # pause: the link stays down for a moment
     namespaces.ip("-n", gateway, "link", "set", "up0", "up")
     namespaces.batch(
         gateway,
@@ -621,7 +631,7 @@ def _uplink(ground: Ground) -> None:
 
 @fault
 def clock(ground: Ground, rounds: int) -> Iterator[Outcome]:
-    """The wall clock is set forward and back: a grant ends by it, neither earlier nor later."""
+    """The wall clock is set forward or back, and later set right. A grant with an end must end in time."""
     for _ in range(rounds):
         yield ground.fault("clock two hours forward and back", lambda: _forward(ground))
         if rounds > 1:

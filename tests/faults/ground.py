@@ -1,7 +1,7 @@
-"""A gateway on which things break: a lab, the real daemon, whoever starts it again, traffic, and what must hold.
+"""A gateway for faults: a lab, the real daemon and its restarts, traffic, and the checks that must hold.
 
-`Ground.fault` measures one fault: it counts what leaked and for how long no connection was opened, then waits
-until the gateway works again, and compares what it does with what was applied.
+`Ground.fault` measures one fault. It counts the leaked packets and the seconds without connections. Then it waits
+until the gateway works again, and compares its verdicts and its store with the policy that was applied.
 """
 
 from __future__ import annotations
@@ -48,17 +48,18 @@ from portward.store.codec import KINDS, key_of
 from portward.table.reader import Reader
 
 INJECT: Final = Path(__file__).parent / "inject"
-# As `RestartSec=100ms` would.
+# Like `RestartSec=100ms` of systemd.
 _RESTART_SECONDS: Final = 0.1
-# How long a gateway may take until it works again; all that is measured here takes a few seconds at most.
+# A gateway must work again after this many seconds. The faults here take a few seconds at most.
 RECOVERY_SECONDS: Final = 30.0
-# The disk that tables and stores of the ground are on.
+# Size of the file system that holds the policy table and the store.
 _DISK_BYTES: Final = 24 << 20
 
 
 class Outcome(NamedTuple):
-    """What a fault did. `wrong` and `lost` name what differs; `note` is for people. `may_leak`: rules were taken
-    out of the kernel by somebody else, and until they are back, `back` seconds later, nothing is judged."""
+    """The outcome of a fault. `wrong` has a line for each wrong verdict or failed check, `lost` the keys of
+    acknowledged records that the store does not have, and `note` is for the table of results. `may_leak` is set if
+    another program took rules out of the kernel: packets pass until the rules are back, `back` seconds later."""
 
     name: str
     figures: Figures
@@ -70,7 +71,7 @@ class Outcome(NamedTuple):
 
     @property
     def violations(self) -> list[str]:
-        """What must not be."""
+        """A line for each result that must not be."""
         found = [f"wrong: {one}" for one in self.wrong] + [f"lost: {one}" for one in self.lost]
         if self.figures.leaked and not self.may_leak:
             found.append(f"{len(self.figures.leaked)} packets of the blocked tenant came out")
@@ -82,7 +83,8 @@ class Outcome(NamedTuple):
 
 
 class Agents:
-    """`portward run`, started again whenever it ends, as systemd would; with the harness in its processes."""
+    """Runs `portward run` with the fault injection of `inject/`, and starts it again whenever it ends, as systemd
+    would."""
 
     def __init__(self, agent: Agent, control: Path) -> None:
         self.agent, self._control = agent, control
@@ -91,19 +93,19 @@ class Agents:
         self.starts = 0
 
     def environment(self) -> dict[str, str]:
-        """What brings the harness into a process of portward."""
+        """The environment variables that load `inject/` into a process of portward."""
         path = os.pathsep.join(filter(None, (os.fspath(INJECT), os.environ.get("PYTHONPATH", ""))))
         return {"PYTHONPATH": path, "PORTWARD_FAULTS": os.fspath(self._control)}
 
     def start(self) -> None:
-        """Starts the daemon and keeps it running; does not wait for it."""
+        """Starts the daemon and keeps it running; does not wait until it enforces."""
         self._keep = True
         self._launch()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Ends the daemon, and leaves it so. Idempotent."""
+        """Ends the daemon with a signal, and does not start it again. Idempotent."""
         self._keep = False
         process = self.agent.process
         if process is not None and process.poll() is None:
@@ -144,7 +146,7 @@ class Agents:
                 time.sleep(_RESTART_SECONDS)  # pause: as a service manager makes it
                 self._launch()
         if self.agent.process is not None and self.agent.process.poll() is None and not self._keep:
-            # Started again while `stop` was called.
+            # It was started again while `stop` was called.
             self.agent.process.kill()
             self.agent.process.wait()
 
@@ -169,8 +171,9 @@ def _children(parent: int) -> list[int]:
 
 @dataclass
 class Model:
-    """What was applied, as the harness knows it. `unsure`: keys of changes of which nobody said that they were
-    accepted: they may be there as before or as after."""
+    """The policy that the harness has applied. `records`: the acknowledged records by key. `unsure`: by key, the
+    encodings that a record may have in the store after a change that was not acknowledged, the one before
+    included; empty bytes stand for no record. `revision`: the newest revision that the harness has seen."""
 
     records: dict[str, Record] = field(default_factory=dict)
     unsure: dict[str, set[bytes]] = field(default_factory=dict)
@@ -209,7 +212,8 @@ class Ground:
             self._first_records()
             stack.callback(self.agents.stop)
             self.agents.start()
-            # Before there are rules port 25 is open, and packets wait for neighbours to be found.
+            # Start the traffic after the daemon enforces. Before that port 25 is open, and packets that wait for
+            # neighbour discovery could come out later.
             until(self._enforces, "the daemon enforces")
             stack.enter_context(self.traffic)
             self.recovered()
@@ -232,7 +236,7 @@ class Ground:
             records += source_records(tenant, str(network), offer, uuid4())
         self.subjects: dict[UUID, str] = {}
         for network, size in ((traffic.SUBJECTS4, 28), (traffic.SUBJECTS6, 120)):
-            # Two hosts, and a prefix around the third address.
+            # Two single hosts, and a prefix around the third address.
             for number in range(1, 4):
                 address, id_ = network[4096 * number + 5], uuid4()
                 prefix = ip_network((address, size if number == 3 else network.max_prefixlen), strict=False)
@@ -242,7 +246,8 @@ class Ground:
         self.apply(records)
 
     def apply(self, records: list[Record], environment: dict[str, str] | None = None) -> bool:
-        """`portward apply`; True where it said that it was done. What it did not acknowledge is unsure."""
+        """Runs `portward apply` with these records; gives whether it succeeded. If not, the records become unsure,
+        because the change may or may not be in the store."""
         lists: dict[str, list[Record]] = {}
         for record in records:
             lists.setdefault(key_of(record).partition("/")[0], []).append(record)
@@ -267,7 +272,8 @@ class Ground:
         return result.returncode == 0
 
     def change(self, environment: dict[str, str] | None = None) -> bool:
-        """Turns some of the subjects round, and adds an attachment; see `apply`."""
+        """Switches one to three subjects between allowed and denied, and adds an attachment; gives what `apply`
+        does."""
         records: list[Record] = []
         for id_ in self.random.sample(sorted(self.subjects), self.random.randint(1, 3)):
             known = self.model.records[f"subscriptions/{id_}"]
@@ -286,7 +292,7 @@ class Ground:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Policy changes all the while."""
+        """Changes the policy again and again within the `with`."""
         with meanwhile(self.change):
             yield
 
@@ -300,14 +306,14 @@ class Ground:
         may_leak: bool = False,
         about: str = "",
     ) -> Outcome:
-        """Measures what `act` does until the gateway works again, and looks at it then. What `act` gives is a
-        note; `about` says more of the fault where something goes wrong."""
+        """Runs `act`, measures the traffic until the gateway works again, and then checks verdicts and store. The
+        text that `act` gives becomes the note. `about` is put before each line of `wrong` and `lost`."""
         note, wrong, lost = "", [], []
         with self.traffic.measured() as figures:
             try:
                 note = act() or ""
                 self.recovered()
-                # What nobody acknowledged is known after this, and may be a newer revision.
+                # `lost` finds out which unsure changes are in the store. They may be of a newer revision.
                 lost = self.lost()
                 until(self._enforces, "the daemon enforces what was not acknowledged", seconds=RECOVERY_SECONDS)
                 wrong = self.wrong()
@@ -319,22 +325,23 @@ class Ground:
         )
 
     def arm(self, process: str, where: str, side: str, nth: int = 1, action: str = "SIGKILL") -> None:
-        """The next process of this kind that passes there ends itself."""
+        """Arms a point: the next process of this kind that comes there carries out the action. See
+        `inject/sitecustomize.py`."""
         (self.control / "hit").unlink(missing_ok=True)
         new = self.control / "armed.new"
         new.write_text(f"{process}|{where}|{side}|{nth}|{action}")
         new.rename(self.control / "armed")
 
     def hit(self) -> bool:
-        """Whether somebody has passed there."""
+        """Whether a process has carried out the armed action."""
         return (self.control / "hit").exists()
 
     def disarm(self) -> None:
-        """Nobody ends itself any more."""
+        """Withdraws the armed action."""
         (self.control / "armed").unlink(missing_ok=True)
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to a process of ours that may have ended meanwhile."""
+        """Sends a signal to a process of the gateway, which may have ended already."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
@@ -357,7 +364,7 @@ class Ground:
         return numbers.get("portward_enforced_revision", -1) >= self.model.revision and bool(self.agents.workers())
 
     def expected(self, tenant: Tenant, address: str) -> bool | None:
-        """Whether a source may send, by what was applied; None where nobody knows."""
+        """Whether a source may send by the applied policy; None if that depends on a change that is unsure."""
         best: Attachment | None = None
         for record in self.model.records.values():
             if isinstance(record, Attachment) and record.segment == tenant.segment:
@@ -374,7 +381,8 @@ class Ground:
         return known.offer == ALLOWED
 
     def sources(self) -> list[tuple[Tenant, str]]:
-        """Sources of every kind: remembered and new ones, allowed, denied and unknown, hosts and in prefixes."""
+        """Sources of every kind: with and without a cached verdict, allowed, denied and unknown, single hosts and
+        addresses in prefixes."""
         number = self.random.randrange(50_000, 60_000)
         found = [(CONTOSO, address) for address in self.subjects.values()]
         for tenant, four, six in (
@@ -391,7 +399,8 @@ class Ground:
         return found
 
     def wrong(self) -> list[str]:
-        """What the gateway does otherwise than was applied: real packets, `explain`, and what it remembers."""
+        """A line for each way in which the gateway deviates from the applied policy. Checked are real packets, the
+        verdicts of `explain`, and the kernel's cached verdicts."""
         found = self._wrong_elements()
         probes = []
         for tenant, address in self.sources():
@@ -404,14 +413,14 @@ class Ground:
                 found.append(f"explain says {said} of {tenant.segment} {address}, applied was {applied}")
         for tenant, address, want, probe, frames in probes:
             if want:
-                # A packet can be lost on the way for other reasons: an allowed one may be sent again.
+                # A packet can be lost for other reasons, so an allowed one is sent again until it comes out.
                 deadline = time.monotonic() + 30
                 while not (passed := probe.sequence in self.traffic.seen) and time.monotonic() < deadline:
                     frames.send(probe.frame)
                     time.sleep(0.02)  # pause: of a poll
                 if not passed:
                     found.append(f"a packet of {tenant.segment} {address} did not come out, applied was allow")
-        time.sleep(0.1)  # pause: so long what is denied could come out
+        time.sleep(0.1)  # pause: a denied packet would come out by now
         for tenant, address, want, probe, _ in probes:
             if want is False and probe.sequence in self.traffic.seen:
                 found.append(f"a packet of {tenant.segment} {address} came out, applied was deny")
@@ -425,7 +434,7 @@ class Ground:
                 return None
 
     def _wrong_elements(self) -> list[str]:
-        """Remembered verdicts that the policy table does not give."""
+        """A line for each cached verdict that differs from the policy table's, at most five."""
         found = []
         with namespaces.inside(self.lab.gateway):
             netlink = NfNetlink()
@@ -450,7 +459,8 @@ class Ground:
         return found[:5]
 
     def lost(self) -> list[str]:
-        """Acknowledged records that are not in the store as they were applied; read as `portward export` does."""
+        """The keys of acknowledged records that are not in the store as they were applied. Also settles the unsure
+        records: the one that the store has is the applied one. The store is read as `portward export` does."""
         with contextlib.closing(open_store(f"sqlite:{self.store}")) as store:
             revision, records = store.read_all()
             lists = json.loads("".join(json_text(dict(records))))
@@ -465,7 +475,7 @@ class Ground:
             now = have.get(key, b"")
             if now not in may:
                 found.append(f"{key}: neither as before nor as applied")
-            else:  # now it is known
+            else:  # the store says which one it is
                 del self.model.unsure[key]
                 if now:
                     self.model.records[key] = _decoded(KINDS[key.partition("/")[0]], json.loads(now))
@@ -479,7 +489,7 @@ class Ground:
     # --- what the harness can look at ---
 
     def whole(self) -> bool:
-        """Whether it works now."""
+        """Whether the gateway works and nothing is wrong or lost."""
         try:
             self.recovered(5)
         except TimeoutError:
@@ -487,12 +497,13 @@ class Ground:
         return not self.wrong() and not self.lost()
 
     def sent_for(self, seconds: float) -> None:
-        """Waits until the blocked tenant has sent for so long; on a busy machine that takes longer."""
+        """Waits until the blocked tenant has sent the packets of `seconds`; on a busy machine that takes
+        longer."""
         goal = self.traffic.sent + int(seconds / SEND_EVERY * SEND_AT_ONCE)
         until(lambda: self.traffic.sent >= goal, "packets of the blocked tenant", seconds=60)
 
     def loaded(self) -> tuple[object, ...]:
-        """What can be changed by somebody else: the ruleset and its epoch."""
+        """The state that another program can change: a fingerprint of the ruleset, and the epoch."""
         with namespaces.inside(self.lab.gateway):
             netlink = NfNetlink()
             try:
@@ -502,7 +513,7 @@ class Ground:
 
     @staticmethod
     def _cache(netlink: NfNetlink) -> VerdictCache:
-        """What the kernel remembers, for reading only."""
+        """The kernel's cached verdicts, for reading only."""
         return VerdictCache(KernelElements(netlink))
 
     def index(self, tenant: Tenant) -> int:
@@ -511,17 +522,17 @@ class Ground:
             return socket.if_nametoindex(tenant.segment)
 
     def nft(self, text: str) -> None:
-        """Somebody else's nft on the gateway."""
+        """Runs nft commands on the gateway, as another program would."""
         namespaces.load(self.lab.gateway, text)
 
     def shift(self, seconds: float) -> None:
-        """Sets the daemon's wall clock wrong by so many seconds."""
+        """Shifts the daemon's wall clock by `seconds` from the right time."""
         new = self.control / "shift.new"
         new.write_text(str(seconds))
         new.rename(self.control / "shift")
 
     def repairs(self) -> int:
-        """How often the daemon has put the ruleset back, by its log."""
+        """How often the daemon has repaired the ruleset, by its log."""
         return self.agent.log.read_bytes().count(b"it is put back")
 
     def on_gateway(self, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -529,11 +540,11 @@ class Ground:
         return namespaces.run(self.lab.gateway, argv)
 
     def status(self) -> dict[str, Any]:
-        """What the daemon last said of itself."""
+        """The daemon's latest status; empty if there is none."""
         return read_status(self.table) or {}
 
     def last_words(self) -> str:
-        """The end of the daemon's log."""
+        """The last line of the daemon's log."""
         lines = self.agent.log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 

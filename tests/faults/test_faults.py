@@ -1,4 +1,7 @@
-"""Every kind of fault once. What must hold is `Outcome.violations`; the long form is `python -m tests.faults`."""
+"""Every kind of fault once: none may have `Outcome.violations`. `python -m tests.faults` repeats them.
+
+The last tests show that the harness notices leaks, lost connections, wrong verdicts and lost records.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def test_every_point_is_there(point: Point) -> None:
     assert callable(getattr(*find(point)[:2]))
 
 
-# --- the harness sees what it is to see ---
+# --- the harness notices each kind of violation ---
 
 
 def test_what_leaks_is_seen(ground: Ground) -> None:
@@ -53,7 +56,8 @@ def test_what_leaks_is_seen(ground: Ground) -> None:
 
 def test_connections_that_are_not_opened_are_seen(ground: Ground) -> None:
     with ground.traffic.measured() as figures:
-        # Held still: else the rule would be gone within milliseconds, before anybody has tried to connect.
+        # The daemon is stopped. Otherwise it would remove the rule within milliseconds, before a connection is
+        # tried.
         pid = ground.agents.pid
         ground.kill(pid, signal.SIGSTOP)
         ground.nft('insert rule inet portward screen iifname "vni1001" tcp dport 25 drop')
@@ -64,7 +68,7 @@ def test_connections_that_are_not_opened_are_seen(ground: Ground) -> None:
     assert figures.without_known > 0
 
 
-def test_a_packet_that_is_judged_otherwise_than_applied_is_seen(ground: Ground) -> None:
+def test_a_packet_with_another_verdict_than_applied_is_seen(ground: Ground) -> None:
     id_, address = next(iter(ground.subjects.items()))
     known = ground.model.records[f"subscriptions/{id_}"]
     assert isinstance(known, Subscription)
@@ -87,7 +91,7 @@ def test_a_record_that_is_not_there_is_seen(ground: Ground) -> None:
     assert not ground.lost()
 
 
-def test_a_verdict_that_is_remembered_wrongly_is_seen(ground: Ground) -> None:
+def test_a_wrong_cached_verdict_is_seen(ground: Ground) -> None:
     element = f"{{ {ground.index(FABRIKAM)} . {traffic.BLOCKED4[9_999]} }}"
     ground.nft(f"add element inet portward allow4 {element}")
     wrong = ground.wrong()

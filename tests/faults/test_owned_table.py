@@ -1,8 +1,9 @@
-"""What the kernel promises of a table with an owner that persists (Linux 6.9 and later), and what libnftables
-1.0.6 can do with one. portward's table has no owner: whoever removes it opens port 25 until it is back.
+"""Tables with an owner (`flags owner, persist`, Linux 6.9 and later): the kernel's guarantees, and how far
+libnftables 1.0.6 can use such a table. portward's own table has no owner. If a program removes it, port 25 is open
+until it is back.
 
-The owner is a netlink socket; `flags owner` is known to nft 1.0.6, `persist` is not, so it is set by a raw
-message, here on the socket of the libnftables context itself.
+The owner of a table is a netlink socket. nft 1.0.6 knows `flags owner` but not `persist`. So these tests set the
+flags by a raw netlink message; one test sends it on the socket of a libnftables context.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _CHAIN = "chain c {\n type filter hook prerouting priority 0; tcp dport 25 drop\
 
 @pytest.fixture
 def place() -> Iterator[str]:
-    """An empty namespace."""
+    """An empty network namespace."""
     name = lab_name()
     namespaces.make(name)
     yield name
@@ -48,7 +49,8 @@ def message(kind: int, flags: int, sequence: int, family: int, subsystem: int, b
 
 
 def own(netlink: socket.socket, table: str, flags: int = _OWNER | _PERSIST) -> int:
-    """Makes or takes a table over for a netlink socket; gives the kernel's errno, 0 where it is done."""
+    """Makes a netlink socket the owner of a table, which is made if it is missing; gives the kernel's errno, or
+    0."""
     body = attribute(1, table.encode() + b"\0") + attribute(2, struct.pack(">I", flags))
     netlink.send(
         message(0x10, 1, 1, 0, 10, b"")  # NFNL_MSG_BATCH_BEGIN, request, for nftables
@@ -66,7 +68,7 @@ def netlink_socket() -> socket.socket:
 
 
 def sockets() -> dict[str, int]:
-    """The open sockets of this process: what the kernel calls them, and their descriptors."""
+    """The open sockets of this process: the kernel's name for each (`socket:[inode]`), and its descriptor."""
     found = {}
     for path in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -75,7 +77,7 @@ def sockets() -> dict[str, int]:
 
 
 def nft(place: str, text: str) -> subprocess.CompletedProcess[str]:
-    """Another process: the program nft."""
+    """Runs the program nft with `text`, so as another process."""
     return namespaces.run(place, ["nft", "-f", "-"], text=text)
 
 
@@ -83,12 +85,12 @@ def tables(place: str) -> str:
     return namespaces.run(place, ["nft", "list", "tables"]).stdout
 
 
-def test_somebody_else_can_neither_flush_nor_change_it(place: str) -> None:
+def test_another_process_can_neither_flush_nor_change_it(place: str) -> None:
     nft(place, f"table inet plain {{\n {_CHAIN} }}\n")
     with namespaces.inside(place), netlink_socket() as owner:
         assert own(owner, "owned") == 0
         assert nft(place, "flush ruleset\n").returncode == 0
-        assert tables(place) == "table inet owned\n"  # and "plain" is gone: it was a real flush
+        assert tables(place) == "table inet owned\n"  # "plain" is gone, so the flush was a real one
         for command in ("delete table inet owned", "flush table inet owned", "add chain inet owned x"):
             assert "Operation not permitted" in nft(place, f"{command}\n").stderr
         with netlink_socket() as other:
@@ -97,13 +99,13 @@ def test_somebody_else_can_neither_flush_nor_change_it(place: str) -> None:
 
 @pytest.mark.parametrize(("flags", "left"), [(_OWNER, ""), (_OWNER | _PERSIST, "table inet owned\n")])
 def test_when_its_owner_is_killed_it_stays_only_if_it_persists(place: str, flags: int, left: str) -> None:
-    ready, told = os.pipe()
+    ready, answer = os.pipe()
     with namespaces.inside(place):
         child = os.fork()
         if child == 0:
             try:
                 netlink = netlink_socket()
-                os.write(told, bytes([own(netlink, "owned", flags)]))
+                os.write(answer, bytes([own(netlink, "owned", flags)]))
                 signal.pause()
             finally:
                 os._exit(1)
@@ -112,11 +114,13 @@ def test_when_its_owner_is_killed_it_stays_only_if_it_persists(place: str, flags
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(ready)
-    os.close(told)
+    os.close(answer)
     assert tables(place) == left
 
 
-def test_what_persists_is_taken_over_by_the_next_owner_and_is_anyones_until_then(place: str) -> None:
+def test_a_table_that_persists_is_taken_over_by_the_next_owner_and_until_then_any_process_can_change_it(
+    place: str,
+) -> None:
     with namespaces.inside(place):
         with netlink_socket() as first:
             assert own(first, "owned") == 0

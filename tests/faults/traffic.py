@@ -1,8 +1,8 @@
-"""What tenants send while something breaks, and what of it came out.
+"""Traffic of the tenants while a fault happens, and how much of it came out.
 
-A blocked tenant sends packets to port 25 without a pause; an allowed one opens connection after connection to a
-listener there. Both do so from one source that the kernel remembers and from ever new ones. A packet socket on
-the Internet side counts what came out, and the kernel says whether that socket missed anything.
+A blocked tenant sends packets to port 25 without a pause. An allowed tenant opens connection after connection to a
+listener on port 25. Both use one source with a cached verdict, and new sources all the time. A packet socket on
+the Internet side counts the packets that came out. The kernel's statistics of that socket say whether it lost any.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from kernel.wire import link_address
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab
 
-# Prefixes behind the tenants' machines; those of unknown sources are in no attachment.
+# Prefixes behind the tenants' machines. The prefixes of unknown sources have no attachment.
 ALLOWED4, ALLOWED6 = ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("2001:db8:1001:1::/64")
 BLOCKED4, BLOCKED6 = ipaddress.ip_network("10.2.0.0/16"), ipaddress.ip_network("2001:db8:1002:2::/64")
 UNKNOWN4, UNKNOWN6 = ipaddress.ip_network("10.3.0.0/16"), ipaddress.ip_network("2001:db8:1002:3::/64")
-# Sources whose policy the harness changes; they are the allowed tenant's, see ground.py.
+# Sources in the allowed tenant's segment whose policy the harness changes (`Ground.change`).
 SUBJECTS4, SUBJECTS6 = ipaddress.ip_network("10.4.0.0/16"), ipaddress.ip_network("2001:db8:1001:4::/64")
 
-JUDGED, OTHER = 25, 587
+SMTP_PORT, OTHER_PORT = 25, 587
 _ALL: Final = 0x0003  # ETH_P_ALL
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6  # linux/if_packet.h
 _SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
-# A connection that is not there by then counts as refused: before the kernel sends its SYN again after 1 s.
+# A connection that is not open after this many seconds counts as failed. The limit is below the second after which
+# the kernel repeats a SYN.
 PATIENCE: Final = 0.5
 _CONNECT_EVERY: Final = 0.02
 SEND_EVERY, SEND_AT_ONCE = 0.01, 3  # seconds between bursts, packets to port 25 in each
@@ -42,7 +43,7 @@ _sequences = itertools.count(0x20000000, 0x100)
 
 
 class Probe(NamedTuple):
-    """A packet that can be told from all others by its sequence number."""
+    """A packet with a unique sequence number."""
 
     sequence: int
     frame: bytes
@@ -62,14 +63,14 @@ class Frames:
         self._socket.bind(("eth0", 0))
 
     def renew(self) -> None:
-        """Reads the link addresses again: an interface that was made anew has another."""
+        """Reads the link addresses again, because an interface that was made anew has another address."""
         to, own = (
             link_address(self._lab.gateway, self._tenant.segment),
             link_address(self._lab.home(self._tenant), "eth0"),
         )
         self._link = bytes.fromhex((to + own).replace(":", "").replace("\n", ""))
 
-    def syn(self, source: bytes, port: int = JUDGED) -> Probe:
+    def syn(self, source: bytes, port: int = SMTP_PORT) -> Probe:
         """A SYN from an address (4 or 16 bytes) to the mail server's port."""
         sequence = next(_sequences) & 0xFFFFFFFF
         tcp = struct.pack(">HHIIHHHH", 4000, port, sequence, 0, 0x5002, 8192, 0, 0)
@@ -86,7 +87,7 @@ class Frames:
         return Probe(sequence, self._link + struct.pack(">H", ethertype) + ip + tcp)
 
     def send(self, frame: bytes) -> None:
-        """Sends a frame; what an interface that is down refuses is lost like on any wire."""
+        """Sends a frame. If the interface is down the frame is lost, without an error."""
         with contextlib.suppress(OSError):
             self._socket.send(frame)
 
@@ -103,7 +104,8 @@ def _checksum(data: bytes) -> int:
 
 
 class Attempt(NamedTuple):
-    """One try to open a connection, from a source that never sent before or from always the same one."""
+    """One attempt to open a connection: when it began (monotonic), whether its source is a new one (`fresh`) or
+    the usual one, whether it was over IPv6 (`sixth`), and whether the connection was opened."""
 
     at: float
     fresh: bool
@@ -113,9 +115,10 @@ class Attempt(NamedTuple):
 
 @dataclass
 class Figures:
-    """What was seen in a while. `leaked`: times of the blocked tenant's packets to port 25 that came out;
-    `others`: its packets to another port that did; `without`, `without_known`: seconds in which the allowed tenant
-    could open no connection from a new source, and from its usual one; `missed`: packets that the watcher lost."""
+    """The traffic of a period of `seconds`. `leaked`: times (monotonic) of the blocked tenant's packets to port 25
+    that came out; `sent`: how many it sent; `others`: its packets to another port that came out; `opened`:
+    connections of the allowed tenant; `without`, `without_known`: seconds in which it could open no connection
+    from a new source, and from its usual one; `missed`: packets that the watcher lost."""
 
     seconds: float = 0.0
     leaked: list[float] = field(default_factory=list)
@@ -128,7 +131,7 @@ class Figures:
 
     @property
     def leak_seconds(self) -> float:
-        """From the first packet that leaked to the last."""
+        """The seconds from the first leaked packet to the last."""
         return self.leaked[-1] - self.leaked[0] if self.leaked else 0.0
 
 
@@ -142,7 +145,7 @@ class Traffic:
         self.attempts: list[Attempt] = []
         self.seen: set[int] = set()  # sequence numbers of packets to port 25 that came out
         self._going = True
-        self._oldest = 0.0  # when the oldest try began that has no answer yet
+        self._oldest = 0.0  # when the oldest attempt without an answer began
         self._threads: list[threading.Thread] = []
         self.failure: BaseException | None = None
         self.subjects: list[bytes] = []  # sources of the allowed tenant's segment that send all the while
@@ -152,7 +155,7 @@ class Traffic:
         with namespaces.inside(self._lab.internet):
             self._view = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL))
             self._listener = socket.create_server(
-                ("::", JUDGED), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+                ("::", SMTP_PORT), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
             )
         self._view.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 26)
         self._view.bind(("eth0", 0))
@@ -173,17 +176,18 @@ class Traffic:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[Figures]:
-        """Fills the figures in at the end of the `with`."""
+        """Figures of the traffic within the `with`. They are filled in at its end. Raises the error of a thread
+        that failed."""
         figures = Figures()
         start, sent, others, leaked = time.monotonic(), self.sent, self.others, len(self.leaked)
         try:
             yield figures
         finally:
             end = time.monotonic()
-            # What was begun before the end has its answer by then, and what came out was seen.
+            # Wait until all attempts that were begun before the end have been answered or given up.
             while self._oldest <= end and self.failure is None:
                 time.sleep(0.01)  # pause: of a poll
-            time.sleep(0.1)  # pause: what came out is seen
+            time.sleep(0.1)  # pause: the watcher sees the last packets
             if self.failure is not None:
                 raise self.failure
             tries = [attempt for attempt in self.attempts if start <= attempt.at <= end]
@@ -196,12 +200,13 @@ class Traffic:
             figures.missed = self.missed
 
     def renew(self) -> None:
-        """Interfaces were made anew: frames go to other link addresses now."""
+        """Reads the link addresses again after interfaces were made anew."""
         self.frames.renew()
         self.allowed_frames.renew()
 
     def opens(self, since: float) -> bool:
-        """Whether connections that were begun after `since` were opened, of every kind."""
+        """Whether connections of every kind were opened that were begun after `since` (monotonic): from new
+        sources and the usual one, over IPv4 and IPv6."""
         new = {
             (attempt.fresh, attempt.sixth)
             for attempt in self.attempts[-400:]
@@ -227,8 +232,9 @@ class Traffic:
             for source in sources:
                 self.frames.send(self.frames.syn(source).frame)
                 self.sent += 1
-            # The same source, another port: it shows that the way is open and that the watcher sees.
-            self.frames.send(self.frames.syn(sources[1], OTHER).frame)
+            # A packet to another port from the same source shows that the way is open and the watcher sees
+            # packets.
+            self.frames.send(self.frames.syn(sources[1], OTHER_PORT).frame)
             for subject in self.subjects if number % 4 == 0 else ():
                 self.allowed_frames.send(self.allowed_frames.syn(subject).frame)
             time.sleep(SEND_EVERY)  # pause: the pace of the sender
@@ -247,18 +253,19 @@ class Traffic:
     def _take(self, data: bytes, public: bytes) -> None:
         if data[12:14] == b"\x08\x00" and data[23] == 6:
             tcp = 14 + (data[14] & 15) * 4
-            # Its address beyond the gateway, or its own where the lab's translation was removed with the rest.
+            # The tenant's public address, or its own if a fault removed the lab's translation with the other
+            # rules.
             blocked = data[26:30] == public or data[26:28] in (b"\x0a\x02", b"\x0a\x03")
         elif data[12:14] == b"\x86\xdd" and data[20] == 6:
             tcp, blocked = 54, data[22:28] == FABRIKAM6
         else:
             return
         port = int.from_bytes(data[tcp + 2 : tcp + 4], "big")
-        if port == JUDGED:
+        if port == SMTP_PORT:
             self.seen.add(int.from_bytes(data[tcp + 4 : tcp + 8], "big"))
-        if blocked and port == JUDGED:
+        if blocked and port == SMTP_PORT:
             self.leaked.append(time.monotonic())
-        elif blocked and port == OTHER:
+        elif blocked and port == OTHER_PORT:
             self.others += 1
 
     def _lost(self) -> None:
@@ -298,12 +305,12 @@ class Traffic:
         source = str(ALLOWED6[place] if sixth else ALLOWED4[place % 60_000])
         one = socket.socket(socket.AF_INET6 if sixth else socket.AF_INET)
         one.setblocking(False)
-        # Closed with a reset: no port stays taken for a minute.
+        # Close with a reset, so that the port does not stay in use for a minute.
         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         at = time.monotonic()
         try:
             one.bind((source, 0))
-            one.connect_ex((MAIL6 if sixth else MAIL4, JUDGED))
+            one.connect_ex((MAIL6 if sixth else MAIL4, SMTP_PORT))
         except OSError:
             one.close()
             self.attempts.append(Attempt(at, fresh, sixth, opened=False))
@@ -329,8 +336,8 @@ FABRIKAM6: Final = BLOCKED6.network_address.packed[:6]
 
 
 def _without(tries: list[Attempt]) -> float:
-    """Seconds in which none was opened, of the family that was worse off: each that failed stands for the time
-    until the next."""
+    """The seconds in which no connection was opened, for the address family with more of them. A failed attempt
+    counts as the time until the next attempt."""
     ordered = sorted(tries)
     return max(
         sum(
@@ -343,8 +350,9 @@ def _without(tries: list[Attempt]) -> float:
 
 
 def route(lab: Lab) -> None:
-    """The tenants' machines answer for the prefixes above, and the gateway finds the way back to them."""
-    # As IPV6_FREEBIND on each socket would: an address of a local route can be bound in IPv4 only.
+    """Makes the prefixes above local to the tenants' machines, and routes them there on the gateway."""
+    # Only IPv4 lets a socket bind an address of a local route. This sysctl does for IPv6 what IPV6_FREEBIND on
+    # each socket would do.
     namespaces.sysctl(lab.home(CONTOSO), "net.ipv6.ip_nonlocal_bind=1")
     for tenant, networks in (
         (CONTOSO, (ALLOWED4, ALLOWED6, SUBJECTS4, SUBJECTS6)),

@@ -1,4 +1,4 @@
-"""A policy table that is busy, as it is while a bulk change of some seconds is written."""
+"""A locked policy table, as while the agent writes a bulk change of some seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from portward.table.database import open_database
 
 @contextmanager
 def busy_table(folder: Path) -> Iterator[None]:
-    """Holds the write lock of the table in `folder`: whoever wants to change it waits."""
+    """Holds the write lock of the table in `folder`, so that every other writer waits."""
     environment = open_database(folder, write=True)
     try:
         with environment.begin(write=True):

@@ -1,7 +1,8 @@
-"""A source whose policy changes all the time while it sends and its worker is slow: what is remembered?
+"""Counts stale cached verdicts of a source whose policy changes again and again while it sends and its worker is
+slow.
 
-Uses the real writer, ruleset, learned sets and worker of portward in a lab's gateway, without the daemon
-around them, so that each change can be looked at when it is done and again just before the next.
+This uses portward's real table writer, ruleset, verdict cache and worker in a lab's gateway, but not the daemon.
+So the cache can be read after each change, just before the next one.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PAUSE = 0.003
 
 
 class Churn:
-    """The gateway's parts in the calling thread's namespace, with one source that sends."""
+    """Table writer, ruleset, cache and worker in the calling thread's namespace, and one source that sends."""
 
     def __init__(self, lab: Lab, folder: Path, address: str, reader: QueueReader) -> None:
         self._lab, self._address = lab, address
@@ -72,8 +73,8 @@ class Churn:
         self._folder, self._revision = folder, 1
 
     def run(self, changes: int, enforce: Callable[[Committed], None]) -> tuple[int, int]:
-        """So many changes, each carried out by `enforce`; gives how many stale verdicts were remembered, and how
-        many of the changes found a verdict remembered at all."""
+        """Makes `changes` changes of policy, each carried out by `enforce`. Gives after how many of them a stale
+        verdict was cached, and after how many any verdict was."""
         return asyncio.run(self._run(changes, enforce))
 
     async def _run(self, changes: int, enforce: Callable[[Committed], None]) -> tuple[int, int]:
@@ -81,7 +82,7 @@ class Churn:
         with _slowed():
             await worker.start()
         self.sync.apply(self._desired())
-        stale = remembered = 0
+        stale = cached = 0
         try:
             with self._traffic():
                 for number in range(changes):
@@ -91,15 +92,15 @@ class Churn:
                     enforce(self.writer.apply([offer], [], revision=self._revision, now=utc_now()))
                     time.sleep(random.random() * PAUSE)  # pause: changes come at random
                     held = self.cache.get(self._source)
-                    remembered += held is not None
+                    cached += held is not None
                     stale += held is not None and held.verdict is not wanted
         finally:
             await worker.stop()
             self.writer.close()
-        return stale, remembered
+        return stale, cached
 
     def carry_out(self, committed: Committed) -> None:
-        """Brings the kernel in line after a change of the policy table."""
+        """Brings the kernel in line with the policy table after a change."""
         self.sync.apply(self._desired(), committed)
 
     def _desired(self) -> Desired:
@@ -125,7 +126,7 @@ def _offer(offer: str) -> Subscription:
 
 @contextmanager
 def _slowed() -> Iterator[None]:
-    """Processes that are started within wait between look-up and verdict."""
+    """Within the `with`, workers are started that pause between lookup and verdict."""
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PORTWARD_TEST_PAUSE")}
     os.environ.update(PYTHONPATH=os.fspath(_SLOW), PORTWARD_TEST_PAUSE=str(PAUSE))
     try:
@@ -146,7 +147,7 @@ def churned(
     enforce: Callable[[Churn, Committed], None],
     reader: QueueReader = QueueReader.BATCH,
 ) -> tuple[int, int]:
-    """Runs a churn in the gateway of a lab that is up, on a thread of its own; see `Churn.run`."""
+    """Runs `Churn.run` in the gateway of a lab that is up, on a thread of its own; gives its result."""
     found: list[tuple[int, int] | BaseException] = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Labs with the real agent. They need root; without it every test here fails, none is skipped."""
+"""Labs with the real agent, for tests that need root. Without root these tests fail; they are not skipped."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from portward.model import Attachment, Mode, Record, Subscription
 
 ALLOWED, DENIED = "enterprise-agreement", "pay-as-you-go"
 _names = itertools.count()
-LABS = "pwt"  # how the names of all labs of tests begin; the process id and an x follow
+LABS = "pwt"  # prefix of the names of all labs of tests; the process id and an x follow
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder is of the kernel kind."""
+    """Marks every test of this folder as a kernel test."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.kernel)
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class Gateway:
-    """A lab with an agent, both running, and senders on both tenants' machines."""
+    """A running lab with an agent, and a sender on each tenant's machine."""
 
     lab: Lab
     agent: Agent
@@ -47,8 +47,8 @@ class Gateway:
         self.senders = {tenant: Sender(self.lab, tenant) for tenant in self.lab.tenants}
 
     def source(self, tenant: Tenant, address: str, offer: str, mode: Mode = Mode.ENFORCE) -> UUID:
-        """Gives an address or prefix in a tenant's segment a subscription of its own, and waits until that is
-        enforced."""
+        """Attaches an address or prefix in a tenant's segment to a new subscription, and waits until the agent
+        enforces that; gives the subscription's id."""
         id_ = uuid4()
         self.agent.apply(*source_records(tenant, address, offer, id_, mode))
         return id_
@@ -69,9 +69,10 @@ class Gateway:
     def passes(
         self, tenant: Tenant, source: str, flags: str = "S", *, patience_s: float = 20.0, **options: Any
     ) -> bool:
-        """Whether a packet from `source` reaches the Internet side. A packet that an open port answers for sure
-        follows it, so that "not seen" is known without waiting for long. For a packet that a worker has not
-        answered it waits `patience_s`, in seconds."""
+        """Whether a packet from `source` reaches the Internet side. A second packet to port 587, which is never
+        filtered, follows it. So the result is known when that one arrives, without a long wait. If the first
+        packet waits in a queue for a worker, this function waits for it, but not longer than `patience_s`
+        seconds."""
         packet = segment(source, flags, **options)
         view = Seen(self.lab.internet)
         try:
@@ -87,7 +88,8 @@ class Gateway:
                 return is_marker(other)
 
             assert view.first(either) is not None, "the packet to port 587 did not arrive"
-            # The marker may overtake what went through the queue: a judged packet takes a moment more.
+            # The marker may overtake a packet that goes through the queue, because a worker's verdict takes a
+            # moment.
             return found or view.late(is_it, self.lab.gateway, patience_s=patience_s) is not None
         finally:
             view.close()
@@ -110,14 +112,14 @@ def lab_name() -> str:
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway for the tests of a module: each takes addresses of its own."""
+    """A gateway that the tests of a module share. So each test uses addresses of its own."""
     with running_gateway(tmp_path_factory.mktemp("gateway")) as found:
         yield found
 
 
 @pytest.fixture
 def make_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
-    """Makes a gateway with settings of its own for one test."""
+    """Makes a gateway for one test, with the settings that it needs."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:
@@ -164,8 +166,8 @@ class running_gateway:  # noqa: N801 # used as a function
 
 @pytest.fixture(autouse=True, scope="session")
 def the_machine_is_left_alone() -> Iterator[None]:
-    """No test touches the machine's own ruleset. Every test cleans up behind itself; what is left all the same is
-    removed, and told."""
+    """Fails if the tests changed the machine's own ruleset, or if they left namespaces behind. Those are
+    removed."""
     before = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
     yield
     after = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout

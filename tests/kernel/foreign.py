@@ -1,7 +1,8 @@
-"""Another program that changes its own nftables all the time, as CrowdSec's bouncer and kube-proxy do: so many
-transactions a second, by a process of its own in a network namespace.
+"""Another program that changes its own nftables all the time, as CrowdSec's bouncer and kube-proxy do.
 
     python -m kernel.foreign NAMESPACE RATE KIND…
+
+It makes RATE transactions a second in a network namespace. KIND is `elements` or `chains`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _rule(chain: str) -> Message:
 
 
 def changes(kind: str) -> Iterator[list[Message]]:
-    """Transactions without an end: elements that come and go, or chains, rules and sets."""
+    """An endless sequence of transactions that add and delete elements, or chains with rules and sets."""
     for number in itertools.count():
         if kind == "elements":
             yield [_element(_DELETE_ELEMENTS if number % 2 else _NEW_ELEMENTS, number // 2 % 1000)]
@@ -65,7 +66,7 @@ def changes(kind: str) -> Iterator[list[Message]]:
 
 
 def main() -> None:
-    """Sends until it is ended; prints a line when it begins."""
+    """Makes changes until it is killed; prints a line when it begins."""
     namespace, rate, *kinds = sys.argv[1:]
     with namespaces.inside(namespace):
         netlink = NfNetlink()
@@ -85,7 +86,7 @@ def main() -> None:
 def traffic(
     namespace: str, rate: float = 200, kinds: tuple[str, ...] = _KINDS
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """So many changes a second as long as this lasts."""
+    """Runs this program within the `with`, with `rate` changes a second; gives its process."""
     tests = Path(__file__).resolve().parents[1]
     argv = [sys.executable, "-m", "kernel.foreign", namespace, str(rate), *kinds]
     process = subprocess.Popen(argv, cwd=tests, stdout=subprocess.PIPE)
@@ -101,7 +102,7 @@ def traffic(
 
 
 def crowd(namespace: str, chains: int, elements: int, family: str = "ip") -> None:
-    """A large ruleset of another program: chains with a rule each, and a set."""
+    """Loads a large ruleset of another program: chains with a rule each, and a set."""
     text = [f"table {family} large {{", " set many { type ipv4_addr;"]
     if elements:
         text.append(

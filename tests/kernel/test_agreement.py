@@ -1,4 +1,4 @@
-"""The kernel does with a packet what `decide()` says: many sources, destinations and policies at once."""
+"""The kernel's treatment of a packet agrees with `decide()`, for many sources, destinations and policies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from portward.policy.decide import decide
 AZURE = presets.load("azure-2020")
 OFFERS = [id_ for offer in AZURE.offers for id_ in offer.ids]
 NOW = datetime.now(UTC)
-# Both families; internal ones, and ones that share their first octets with internal ones.
+# Destinations by address family: on the Internet, internal, and with the same first octets as an internal one.
 DESTINATIONS = {
     4: [MAIL4, "10.9.0.1", "172.20.0.1", "172.32.0.1", "192.0.9.1"],
     6: [MAIL6, "fd00:9::1", "2600::1"],
@@ -43,7 +43,7 @@ SOURCES += [f"2001:db8:20:{net}::{host}" for net in (0, 1) for host in (1, 2)]
 
 
 def random_policy(segment_: str) -> list[Record]:
-    """Prefixes and hosts of one segment under random standings."""
+    """Prefixes and hosts of one segment, under random offers, standings and modes."""
     records: list[Record] = []
     for address in [*PREFIXES, *random.sample(SOURCES, 7)]:
         id_ = uuid4()
@@ -76,7 +76,7 @@ def random_policy(segment_: str) -> list[Record]:
 
 
 def passes(records: list[Record], segment_: str, source: Address, destination: Address) -> bool:
-    """What the policy says, worked out from the records."""
+    """Whether the policy lets a packet pass, derived from the records by `decide()`."""
     covering = [
         record
         for record in records
@@ -97,7 +97,7 @@ def passes(records: list[Record], segment_: str, source: Address, destination: A
 
 
 def arrived(gateway: Gateway, sent: dict[int, tuple[Tenant, Packet]]) -> set[int]:
-    """Which of the packets, by sequence number, reach the Internet side."""
+    """Sends packets; gives the sequence numbers of those that reach the Internet side."""
     view, found = Seen(gateway.lab.internet), set[int]()
     try:
         for tenant, packet in sent.values():
@@ -114,7 +114,8 @@ def arrived(gateway: Gateway, sent: dict[int, tuple[Tenant, Packet]]) -> set[int
 
 
 def test_the_kernel_does_what_decide_says(gateway: Gateway) -> None:
-    """Three rounds of another policy; in each, every packet twice: judged by a worker, then remembered."""
+    """Three random policies. Under each of them every packet is sent twice: a worker gives the first verdict, the
+    cache the second one."""
     namespaces.batch(
         gateway.lab.gateway,
         [f"route replace {net} via 198.51.100.2" for net in ("10.9.0.0/16", "172.16.0.0/12")]

@@ -1,4 +1,4 @@
-"""A gateway that has booted and has no agent yet: `portward rules baseline`, and what the agent makes of it."""
+"""`portward rules baseline` on a gateway that has booted and has no agent yet, and the agent's start after it."""
 
 from __future__ import annotations
 
@@ -46,13 +46,14 @@ def booted(tmp_path: Path) -> Iterator[Gateway]:
 
 
 def tables(gateway: Gateway) -> list[str]:
-    """The tables of portward in the kernel that hold rules: not the lock of an agent that runs."""
+    """portward's tables in the kernel, without the table that is only the lock of a running agent and has no
+    rules."""
     listed = namespaces.run(gateway.lab.gateway, ["nft", "list", "tables"]).stdout
     names = [line.split()[-1] for line in listed.splitlines()]
     return [name for name in names if "portward" in name and name != LOCK_TABLE]
 
 
-def test_nobody_sends_until_there_is_an_agent(booted: Gateway) -> None:
+def test_no_tenant_sends_until_there_is_an_agent(booted: Gateway) -> None:
     assert booted.passes(FABRIKAM, "10.0.0.4"), "without rules port 25 is open, or the way is not"
     done = booted.agent.portward("rules", "baseline")
     assert (done.returncode, tables(booted)) == (0, ["portward"]), done.stderr
@@ -65,7 +66,7 @@ def test_nobody_sends_until_there_is_an_agent(booted: Gateway) -> None:
     assert not booted.passes(FABRIKAM, "10.0.0.6")
 
 
-def test_the_status_tells_an_open_port_from_a_closed_one(booted: Gateway) -> None:
+def test_the_status_distinguishes_an_open_port_from_a_closed_one(booted: Gateway) -> None:
     assert "NOTHING IS ENFORCED" in booted.agent.portward("status").stderr  # once: no agent runs
     booted.agent.portward("rules", "baseline")
     assert (
@@ -81,7 +82,8 @@ def test_it_needs_neither_store_nor_table(booted: Gateway) -> None:
 
 @pytest.fixture
 def nftables(booted: Gateway, tmp_path: Path) -> Callable[[str], None]:
-    """What the package has nftables.service run, with a file of the operator's that flushes all."""
+    """Runs the script that the package adds to nftables.service, with an operator's file that flushes all
+    rules."""
     own, script = tmp_path / "own.nft", tmp_path / "nftables"
     own.write_text("flush ruleset\ntable inet own {\n  chain forward { type filter hook forward priority 0; }\n}")
     text = (Path(__file__).resolve().parents[2] / "systemd/nftables").read_text()
@@ -99,11 +101,11 @@ def nftables(booted: Gateway, tmp_path: Path) -> Callable[[str], None]:
 def test_nftables_service_closes_the_port_as_it_takes_the_rules(
     booted: Gateway, nftables: Callable[[str], None], word: str
 ) -> None:
-    """In one transaction, so nothing passes in between; then the agent opens it."""
+    """Both happen in one transaction, so that nothing passes in between. The agent opens the port again."""
     assert booted.agent.portward("rules", "baseline").returncode == 0
     with namespaces.inside(booted.lab.gateway):
         netlink = NfNetlink()
-    for _ in range(2):  # also where nobody has put the ruleset back
+    for _ in range(2):  # the second time portward's ruleset has not been put back
         before = netlink.generation()
         nftables(word)
         assert netlink.generation() == before + 1
@@ -145,7 +147,7 @@ def test_a_configuration_that_cannot_be_read_closes_port_25_for_all(booted: Gate
         assert not booted.passes(tenant, "10.0.0.5")
         assert not booted.passes(tenant, tenant.address6, to=MAIL6)
         assert booted.passes(tenant, "10.0.0.5", port=587)
-    # Mended: the agent takes it away when it enforces, and not before.
+    # With a mended configuration the agent removes the block when it enforces, and not before.
     booted.agent.config.write_text(good)
     booted.agent.start()
     assert tables(booted) == ["portward"]
@@ -153,17 +155,17 @@ def test_a_configuration_that_cannot_be_read_closes_port_25_for_all(booted: Gate
     assert not booted.passes(FABRIKAM, "10.0.0.6")
 
 
-# Three ports are judged by DigitalOcean's preset, and by Azure's only 25.
+# The ports that each preset filters.
 PORTS = {"digitalocean": (25, 465, 587), "azure-2020": (25,)}
 
 
 def closed_ports(gateway: Gateway) -> tuple[int, ...]:
-    """Which of the mail ports a packet of a tenant cannot reach."""
+    """The mail ports that a tenant's packet cannot reach."""
     return tuple(port for port in (25, 465, 587) if not reaches(gateway, port))
 
 
 def reaches(gateway: Gateway, port: int) -> bool:
-    """Whether a packet to this port comes out; one to port 2525 is sent behind it."""
+    """Whether a packet to this port comes out. A packet to port 2525, which always does, is sent after it."""
     packet = segment(FABRIKAM.address6, port=port)
     marker = segment(FABRIKAM.address6, port=2525)
     with seen(gateway.lab.internet) as view:
@@ -186,7 +188,7 @@ def test_the_ports_of_the_preset_are_closed_if_nothing_else_can_be_read(booted: 
 
 @pytest.mark.parametrize("preset", PORTS)
 @pytest.mark.parametrize("table", ["portward", "portward_closed"])
-def test_nftables_service_closes_the_ports_that_were_judged(
+def test_nftables_service_closes_the_ports_that_the_preset_filters(
     booted: Gateway, nftables: Callable[[str], None], preset: str, table: str
 ) -> None:
     booted.agent.configure(preset=preset)
@@ -274,7 +276,7 @@ def test_beside_an_agent_nothing_is_changed(tmp_path: Path, broken: bool) -> Non
         assert not gateway.passes(FABRIKAM, "10.0.0.4")
         listed = ["nft", "-s", "list", "chain", "inet", "portward", "to_workers"]
         before = namespaces.run(gateway.lab.gateway, listed).stdout
-        remembered = gateway.agent.metrics()["portward_ruleset_repairs_total"]
+        repairs = gateway.agent.metrics()["portward_ruleset_repairs_total"]
         if broken:
             gateway.agent.config.write_text("nonsense")
         done = gateway.agent.portward("rules", "baseline")
@@ -282,11 +284,11 @@ def test_beside_an_agent_nothing_is_changed(tmp_path: Path, broken: bool) -> Non
         assert "nothing is changed" in done.stdout
         assert namespaces.run(gateway.lab.gateway, listed).stdout == before
         gateway.agent.stop(signal.SIGKILL)
-        # Nobody answers any more: who passes is who is remembered.
+        # No worker answers any more, so only sources with a cached allow pass.
         until(lambda: not gateway.passes(CONTOSO, "10.0.0.77"), "the queue has no listener")
         gateway.agent.portward("rules", "baseline")
         assert gateway.passes(CONTOSO, "10.0.0.4")
-        assert remembered == 0
+        assert repairs == 0
 
 
 def test_the_next_agents_worker_takes_the_queue_over(booted: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +298,7 @@ def test_the_next_agents_worker_takes_the_queue_over(booted: Gateway, monkeypatc
     for number in (signal.SIGTERM, signal.SIGKILL):
         workers = booted.workers()
         agent.stop(number)
-        time.sleep(0.5)  # pause: so long a worker that ends with its daemon takes at most
+        time.sleep(0.5)  # pause: a worker that ends with its daemon has ended by now
         assert booted.workers() == workers, "the worker stays"
         assert booted.passes(CONTOSO, f"10.0.1.{number}"), "… and answers for new sources"
         assert not booted.passes(FABRIKAM, f"10.0.1.{number}")
@@ -330,7 +332,7 @@ def test_a_worker_that_stays_leaves_in_time(booted: Gateway, monkeypatch: pytest
 def test_a_worker_that_stays_leaves_when_its_table_is_deleted(
     booted: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a purge does, or who deletes the table of an agent that is stopped."""
+    """A purge deletes the table, or an operator does while the agent is stopped."""
     monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
     booted.agent.start()
     booted.agent.stop()
@@ -344,7 +346,7 @@ def test_a_worker_that_stays_leaves_when_its_table_is_deleted(
 def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
     booted: Gateway, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Also of one that fails at its start, once its workers have taken the queues over."""
+    """This also holds for an agent that fails at its start, after its workers have taken the queues over."""
     monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
     monkeypatch.setenv("PYTHONPATH", str(Path(inject.__file__).parent))
     monkeypatch.setenv("PORTWARD_FAULTS", str(booted.agent.folder))
@@ -357,7 +359,7 @@ def test_the_worker_of_an_agent_that_ends_by_an_error_stays(
         agent.start(wait=False)
     assert agent.process is not None
     assert agent.process.wait(60) == 1
-    time.sleep(0.5)  # pause: so long a worker that ends with its daemon takes at most
+    time.sleep(0.5)  # pause: a worker that ends with its daemon has ended by now
     assert len(booted.workers()) == 1
     assert booted.passes(CONTOSO, "10.0.0.6")
     assert not booted.passes(FABRIKAM, "10.0.0.6")

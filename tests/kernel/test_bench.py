@@ -1,4 +1,5 @@
-"""The benchmark of workers starts them as they are now, and needs no generator that is faster than they are."""
+"""The benchmark of workers can start today's workers, and gives a figure even if they are faster than its
+sender."""
 
 from __future__ import annotations
 

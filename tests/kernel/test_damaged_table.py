@@ -1,4 +1,4 @@
-"""A running gateway whose policy table has a damaged row: one source is denied, and everything else goes on."""
+"""A gateway whose policy table has a damaged row. The source of that row is denied, and everything else works."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _YESTERDAY = datetime.now(UTC) - timedelta(days=1)
 
 
 def damage(gateway: Gateway, address: str) -> None:
-    """Writes a code without a meaning into a source's entry, and an expiry of nobody. No agent may run."""
+    """Writes an invalid code into a source's entry, and an expiry of an unknown subscription. No agent may run
+    meanwhile."""
     writer = Writer(
         gateway.agent.folder / "table", presets.load("azure-2020"), Answers(observe=False, reject=False)
     )
@@ -53,7 +54,7 @@ def test_a_damaged_row_costs_its_source_and_no_start(make_gateway) -> None:  # t
     gateway.agent.stop()
     damage(gateway, "10.0.0.9")
     gateway.agent.start()
-    # The verdict that the kernel cached before is found to be another than the table's.
+    # The agent finds that the kernel's cached verdict differs from the table's, and deletes it.
     until(lambda: not gateway.passes(CONTOSO, "10.0.0.9"), "the damaged source denied")
     assert gateway.passes(CONTOSO, "10.0.0.10")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
@@ -62,10 +63,10 @@ def test_a_damaged_row_costs_its_source_and_no_start(make_gateway) -> None:  # t
     until(lambda: status(gateway)["table_rows_damaged_first"], "status names a row")
     until(lambda: bool(status(gateway)["table_rows_damaged"]), "the damage in the status")
     until(lambda: "DAMAGED ROW" in gateway.agent.portward("status").stdout, "status says so")
-    told = gateway.agent.portward("check")
-    assert told.returncode == 1
-    assert "the code of the entry for 10.0.0.9/32" in told.stdout
-    assert "systemctl stop portward" in told.stderr
+    done = gateway.agent.portward("check")
+    assert done.returncode == 1
+    assert "the code of the entry for 10.0.0.9/32" in done.stdout
+    assert "systemctl stop portward" in done.stderr
     assert gateway.agent.portward("check", "--without-store").returncode == 0, "no start waits for that"
 
     gateway.source(CONTOSO, "10.0.0.11", ALLOWED)
@@ -75,7 +76,7 @@ def test_a_damaged_row_costs_its_source_and_no_start(make_gateway) -> None:  # t
 
 
 def _attach_again(gateway: Gateway, address: str, owner: UUID) -> None:
-    """The record changes, and so the row is written again."""
+    """Changes the record of a source, so that the agent writes its row again."""
     gateway.agent.apply(
         Attachment(segment=CONTOSO.segment, address=ip_network(address), subscription=owner, started=_YESTERDAY)
     )

@@ -1,4 +1,4 @@
-"""Packets through the real gateway: who gets through, who does not, and what the kernel remembers."""
+"""Packets through a real gateway: which sources pass, which do not, and which verdicts the kernel caches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_flag_of_an_allowed_source_goes_through(gateway: Gateway, flags: s
     assert gateway.passes(CONTOSO, "10.0.0.4", flags)
 
 
-def test_the_same_address_is_judged_by_its_segment(gateway: Gateway) -> None:
+def test_the_same_address_gets_the_verdict_of_its_segment(gateway: Gateway) -> None:
     gateway.source(FABRIKAM, "10.0.0.7", ALLOWED)
     gateway.source(CONTOSO, "10.0.0.7", DENIED)
     assert gateway.passes(FABRIKAM, "10.0.0.7")
@@ -62,9 +62,9 @@ def test_other_ports_are_never_touched(gateway: Gateway) -> None:
         assert gateway.passes(FABRIKAM, "10.0.0.4", port=port)
 
 
-def test_a_source_of_nobody_is_denied_and_counted(gateway: Gateway) -> None:
+def test_an_unknown_source_is_denied_and_counted(gateway: Gateway) -> None:
     before = gateway.agent.metrics().get('portward_screen_packets_total{rule="unknown"}', 0)
-    # Addresses that lie in no prefix of any other test of this module.
+    # No other test of this module attaches these addresses.
     assert not gateway.passes(CONTOSO, "192.168.77.1")
     assert not gateway.passes(CONTOSO, "2001:db8:9999::1")
     until(
@@ -73,7 +73,7 @@ def test_a_source_of_nobody_is_denied_and_counted(gateway: Gateway) -> None:
     )
 
 
-def test_ipv6_sources_are_judged_like_ipv4(gateway: Gateway) -> None:
+def test_ipv6_sources_get_verdicts_like_ipv4(gateway: Gateway) -> None:
     gateway.source(CONTOSO, "2001:db8:1001::a", ALLOWED)
     gateway.source(CONTOSO, "2001:db8:1001::d", DENIED)
     assert gateway.passes(CONTOSO, "2001:db8:1001::a")
@@ -101,7 +101,7 @@ def test_a_prefix_that_changes_is_forgotten_host_by_host(gateway: Gateway) -> No
     assert gateway.passes(CONTOSO, "10.0.0.98")
 
 
-def test_internal_destinations_pass_without_being_judged(gateway: Gateway) -> None:
+def test_internal_destinations_pass_without_a_verdict(gateway: Gateway) -> None:
     namespaces.batch(gateway.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
     before = internal(gateway)
     assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1")
@@ -114,13 +114,14 @@ def test_internal_destinations_pass_without_being_judged(gateway: Gateway) -> No
 
 
 def internal(gateway: Gateway) -> int:
-    """Packets to internal destinations so far, as the kernel counts them: the metric is refreshed each second."""
+    """Packets to internal destinations so far, read from the kernel, because the metric is refreshed only each
+    second."""
     with namespaces.inside(gateway.lab.gateway), closing(NfNetlink()) as netlink:
         return netlink.counters(TABLE)["internal"]
 
 
-def test_destinations_beside_the_internal_ones_are_judged(gateway: Gateway) -> None:
-    """172.32.0.1 shares its first octet with 172.16.0.0/12, and is on the Internet all the same."""
+def test_destinations_beside_the_internal_ones_get_verdicts(gateway: Gateway) -> None:
+    """172.32.0.1 has the same first octet as 172.16.0.0/12, but is on the Internet."""
     assert not gateway.passes(FABRIKAM, "10.0.0.4", to="172.32.0.1")
     assert not gateway.passes(FABRIKAM, "10.0.0.4", to="172.32.0.1"), "also once the source is known"
     assert gateway.passes(CONTOSO, "10.0.0.4", to="172.32.0.1")
@@ -174,11 +175,12 @@ def test_fragments_of_other_protocols_pass(gateway: Gateway) -> None:
 
 
 def test_a_later_fragment_of_another_port_passes_whatever_its_data_looks_like(make_gateway) -> None:  # type: ignore[no-untyped-def]
-    """Without a port of its own it is not to be judged by its data; here it looks like ports 4000 and 25."""
+    """A later fragment has no port, so its data must not be read as one. Here the data looks like ports 4000 and
+    25."""
     gateway = make_gateway()
     gateway.source(FABRIKAM, "10.0.0.77", DENIED)
     data = b"\x0f\xa0\x00\x19 a later fragment"
-    # Connection tracking would keep it until the first one comes.
+    # Connection tracking would hold the fragment until the first one comes.
     namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
     with seen(gateway.lab.internet) as view:
         gateway.senders[FABRIKAM].send(IP(src="10.0.0.77", dst=MAIL4, proto=6, frag=3, id=4711) / Raw(data))
@@ -204,7 +206,8 @@ def test_ipv4_fragments_carry_nothing_through(gateway: Gateway) -> None:
 
 
 def foreign_marks(gateway: Gateway, mark: int) -> None:
-    """Somebody else's chain, before ours, that marks everything from the segments."""
+    """Loads another program's chains: one before portward's marks all packets from the segments, and one behind it
+    counts those that kept the mark."""
     namespaces.load(
         gateway.lab.gateway,
         f"""table inet foreign
@@ -235,10 +238,10 @@ def test_marks_of_others_are_kept_and_never_obeyed(make_gateway, own: int, reade
     )
     foreign_marks(gateway, 0x00AB0000 | (own if own > 0xF000 else own | int(epoch, 16)))
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
-    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "remembered"
-    assert not gateway.passes(FABRIKAM, "10.0.0.99"), "a source of nobody"
+    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "by its cached verdict"
+    assert not gateway.passes(FABRIKAM, "10.0.0.99"), "an unknown source"
     assert gateway.passes(CONTOSO, "10.0.0.4")
-    assert gateway.passes(CONTOSO, "10.0.0.4"), "remembered"
+    assert gateway.passes(CONTOSO, "10.0.0.4"), "by its cached verdict"
     listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "kept"]).stdout
     assert "packets 2 " in listing, "both packets left with the others' bits, and with none of ours"
 
@@ -252,7 +255,7 @@ def test_a_marked_packet_to_an_internal_destination_teaches_nothing(make_gateway
 
 
 @pytest.mark.parametrize("source", ["10.0.0.61", "2001:db8:1002::61"])
-def test_port_25_of_another_protocol_is_let_pass_also_where_the_source_is_remembered_as_denied(
+def test_port_25_of_another_protocol_passes_also_for_a_source_with_a_cached_deny(
     gateway: Gateway, source: str
 ) -> None:
     gateway.source(FABRIKAM, source, DENIED)
@@ -263,7 +266,7 @@ def test_port_25_of_another_protocol_is_let_pass_also_where_the_source_is_rememb
     with seen(gateway.lab.internet) as view:
         gateway.senders[FABRIKAM].send(header / UDP(sport=4000, dport=25) / Raw(b"not mail"))
         assert view.first(lambda packet: UDP in packet and packet[UDP].dport == 25) is not None
-    # IPv6's protocol is tested after the set, which counts what finds it.
+    # For IPv6 the ruleset tests the protocol after the set of denied sources, and that set counts each match.
     assert denied(gateway, source) == before + (":" in source)
     assert not gateway.passes(FABRIKAM, source)
 
@@ -271,11 +274,11 @@ def test_port_25_of_another_protocol_is_let_pass_also_where_the_source_is_rememb
 def test_where_the_way_to_the_queue_is_gone_nothing_opens(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway()
     process = gateway.agent.process
-    process.send_signal(signal.SIGSTOP)  # else the rule would be back within some milliseconds
+    process.send_signal(signal.SIGSTOP)  # otherwise the agent would restore the rule within milliseconds
     try:
         namespaces.load(gateway.lab.gateway, "flush chain inet portward to_workers")
         assert not gateway.passes(FABRIKAM, "10.0.0.4")
-        assert not gateway.passes(CONTOSO, "10.0.0.4"), "nobody has judged it"
+        assert not gateway.passes(CONTOSO, "10.0.0.4"), "its packets get no verdict"
     finally:
         process.send_signal(signal.SIGCONT)
     name = 'portward_screen_packets_total{rule="unjudged"}'
@@ -307,7 +310,7 @@ def test_a_reset_reaches_the_right_tenant(make_gateway, reader: QueueReader) -> 
             assert others.first(lambda reply: TCP in reply and reply[TCP].dport == 4242, seconds=0.2) is None
 
 
-def test_a_source_of_nobody_gets_no_reset(make_gateway) -> None:  # type: ignore[no-untyped-def]
+def test_an_unknown_source_gets_no_reset(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway(verdicts={"refuse_with": "reject"})
     with seen(gateway.lab.home(FABRIKAM)) as view:
         gateway.senders[FABRIKAM].send(segment("10.0.0.99", sport=4243))
@@ -315,8 +318,8 @@ def test_a_source_of_nobody_gets_no_reset(make_gateway) -> None:  # type: ignore
 
 
 def flood_until_limited(gateway: Gateway, tenants: list[Tenant], metric: str) -> None:
-    """Sends packets of sources that nobody knows until 100 of them are counted as limited. On a busy machine the
-    first 200 take so long that most of them are within a limit."""
+    """Sends packets from unknown sources until `metric` counts 100 of them as limited. This may take more than the
+    first 200 packets, because a busy machine sends them so slowly that most are within the limit."""
     sources = itertools.product(range(256), range(250))
 
     def limited() -> bool:
@@ -350,16 +353,16 @@ def test_a_limit_that_others_have_used_up_leaves_each_segment_its_committed_rate
 
 
 def denied(gateway: Gateway, source: str) -> int:
-    """The packets that the kernel has counted for a source that it remembers as denied."""
+    """The packets that the kernel has counted for a source with a cached denial."""
     listing = gateway.listing("deny6" if ":" in source else "deny4")
     found = re.search(rf" {source} [^,]*counter packets (\d+) ", listing)
     assert found is not None, listing
     return int(found[1])
 
 
-def remembered(gateway: Gateway, set_: str) -> int:
-    """How many sources a set holds. One listing may miss some, if the kernel is about to resize
-    the hash table: three in a row that agree miss none."""
+def cached(gateway: Gateway, set_: str) -> int:
+    """How many sources a set holds. A listing may miss some while the kernel resizes the set's hash table, so this
+    waits for three equal listings in a row."""
     counts: list[int] = []
 
     def agree() -> bool:
@@ -373,7 +376,8 @@ def remembered(gateway: Gateway, set_: str) -> int:
 @pytest.mark.parametrize(("offer", "set_"), [(ALLOWED, "allow"), (DENIED, "deny")])
 @pytest.mark.parametrize("family", [4, 6])
 def test_a_segment_fills_no_more_than_its_share_of_a_set(make_gateway, offer: str, set_: str, family: int) -> None:  # type: ignore[no-untyped-def]
-    """The verdicts beyond it act all the same, and the sources of others are remembered."""
+    """Verdicts beyond the share take effect without being cached, and other segments' verdicts are still
+    cached."""
     gateway = make_gateway(verdicts={"segment_sources": 16, "allow_seconds": 600, "deny_seconds": 600})
     prefix = "10.0.5." if family == 4 else "2001:db8:5::"
     gateway.source(CONTOSO, f"{prefix}0/24" if family == 4 else f"{prefix}/64", offer)
@@ -381,10 +385,10 @@ def test_a_segment_fills_no_more_than_its_share_of_a_set(make_gateway, offer: st
     for number in range(1, 60):
         gateway.senders[CONTOSO].send(segment(f"{prefix}{number}"))
     assert gateway.passes(CONTOSO, f"{prefix}60") is (offer == ALLOWED)
-    assert 10 <= remembered(gateway, f"{set_}{family}") <= 20
-    before = remembered(gateway, f"{set_}4")
+    assert 10 <= cached(gateway, f"{set_}{family}") <= 20
+    before = cached(gateway, f"{set_}4")
     assert gateway.passes(FABRIKAM, "10.0.0.9") is (offer == ALLOWED)
-    assert remembered(gateway, f"{set_}4") == before + 1
+    assert cached(gateway, f"{set_}4") == before + 1
     until(
         lambda: gateway.agent.metrics()['portward_screen_packets_total{rule="unlearned"}'] >= 40,
         "the verdicts beyond the share counted",
@@ -397,14 +401,14 @@ def test_a_change_while_a_set_is_full_forgets_only_what_has_changed(make_gateway
     gateway.source(CONTOSO, "10.0.5.1", ALLOWED)
     for number in range(1, 31):
         assert gateway.passes(CONTOSO, f"10.0.5.{number}")
-    assert remembered(gateway, "allow4") == 16
+    assert cached(gateway, "allow4") == 16
     gateway.source(CONTOSO, "10.0.5.1", DENIED)
-    assert remembered(gateway, "allow4") == 15
+    assert cached(gateway, "allow4") == 15
     assert not gateway.passes(CONTOSO, "10.0.5.1")
 
 
 def test_a_full_set_loses_no_verdict_and_keeps_no_old_one(make_gateway) -> None:  # type: ignore[no-untyped-def]
-    """What does not fit is asked about each time; a change of policy acts on all of it all the same."""
+    """A source that does not fit into the set is looked up for each packet. A change of policy acts on it, too."""
     gateway = make_gateway(verdicts={"sources": 16})
     gateway.source(CONTOSO, "10.0.5.0/24", ALLOWED)
     gateway.source(CONTOSO, "10.0.6.7", ALLOWED)
@@ -419,7 +423,7 @@ def test_a_full_set_loses_no_verdict_and_keeps_no_old_one(make_gateway) -> None:
 
 
 def would_deny(gateway: Gateway, segment_: str) -> float:
-    """Packets that only observing let pass."""
+    """The packets of a segment that passed only because of observe mode."""
     return gateway.agent.metrics().get(f'portward_packets_total{{segment="{segment_}",verdict="would_deny"}}', 0)
 
 
@@ -427,7 +431,7 @@ def test_observing_all_lets_everything_pass_and_counts_it(make_gateway) -> None:
     gateway = make_gateway(mode="observe")
     assert gateway.passes(FABRIKAM, "10.0.0.4")
     assert gateway.passes(FABRIKAM, "10.0.0.4")
-    assert gateway.passes(CONTOSO, "10.0.0.99"), "also a source of nobody"
+    assert gateway.passes(CONTOSO, "10.0.0.99"), "also an unknown source"
     until(lambda: would_deny(gateway, "vni1002") == 2, "two packets counted as would_deny")
     gateway.agent.stop()
     assert gateway.passes(FABRIKAM, "10.0.0.55"), "also while no agent runs"
@@ -458,12 +462,12 @@ def test_without_an_agent_known_verdicts_stay_and_unknown_sources_drop(make_gate
     gateway.agent.stop()
     assert gateway.passes(CONTOSO, "10.0.0.4")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
-    assert not gateway.passes(CONTOSO, "10.0.0.9"), "allowed, but nobody is there to say so"
+    assert not gateway.passes(CONTOSO, "10.0.0.9"), "allowed, but no worker can say so"
 
 
 def test_on_agent_down_open_lets_unknown_sources_pass(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway(on_agent_down="open")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
     gateway.agent.stop()
-    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "a remembered verdict stays"
+    assert not gateway.passes(FABRIKAM, "10.0.0.4"), "a cached verdict stays"
     assert gateway.passes(CONTOSO, "10.0.0.9")

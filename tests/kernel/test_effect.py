@@ -1,4 +1,5 @@
-"""What `explain` says of now is what becomes of a real packet, whatever state the gateway is in."""
+"""`portward explain` says what happens to a packet now, and a real packet agrees, in every state of the
+gateway."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ MakeGateway = Callable[..., Gateway]
 
 
 def agrees(gateway: Gateway, who: Any, effect: tuple[str, bool], *words: str, as_policy: bool = True) -> None:
-    """`explain` says so, and so it is."""
+    """Checks that `explain` gives this present effect for the source `who` and says these words, and that a real
+    packet has the same effect. `effect` is its name, and whether a packet passes."""
     tenant, address = who
     found = gateway.agent.explain(tenant.segment, address)["now"]
     assert (found["effect"], found["as_policy"]) == (effect[0], as_policy), found
@@ -33,7 +35,7 @@ def agrees(gateway: Gateway, who: Any, effect: tuple[str, bool], *words: str, as
 
 
 def forget(gateway: Gateway) -> None:
-    """Makes the kernel forget every cached verdict."""
+    """Deletes every cached verdict from the kernel."""
     for name in VERDICT_SETS.values():
         for family in "46":
             done = gateway.lab.run(
@@ -43,7 +45,7 @@ def forget(gateway: Gateway) -> None:
 
 
 def flush(gateway: Gateway) -> None:
-    """Takes portward's rules away."""
+    """Deletes portward's table."""
     gateway.lab.run(gateway.lab.gateway, "nft", "delete", "table", "inet", "portward")
 
 
@@ -86,7 +88,7 @@ def test_while_no_agent_runs(make_gateway: MakeGateway, settings: dict[str, Any]
 def test_a_file_that_was_edited_while_no_agent_runs_changes_no_packet(
     make_gateway: MakeGateway, settings: dict[str, Any]
 ) -> None:
-    """What counts is the ruleset that is loaded, whatever the file says by now."""
+    """Only the loaded ruleset decides; the edited file is not in force yet."""
     gateway = make_gateway(**settings)
     gateway.agent.stop(signal.SIGKILL)
     written, edited = (
@@ -113,7 +115,7 @@ def test_a_file_that_was_edited_while_no_agent_runs_changes_no_packet(
     agrees(gateway, MAY, DROPPED, as_policy=False)
 
 
-def test_nobody_is_said_to_be_blocked_by_a_ruleset_without_its_rules(make_gateway: MakeGateway) -> None:
+def test_a_ruleset_without_its_rules_is_not_said_to_block_a_source(make_gateway: MakeGateway) -> None:
     """Another program's `nft flush` leaves the table and its sets, and no agent is there to repair it."""
     gateway = make_gateway()
     gateway.agent.stop(signal.SIGKILL)
@@ -127,8 +129,8 @@ def test_nobody_is_said_to_be_blocked_by_a_ruleset_without_its_rules(make_gatewa
     assert "whether it is in force at this moment, we could not see" in printed
 
 
-def test_a_segment_that_the_file_names_since_is_not_said_to_be_judged(make_gateway: MakeGateway) -> None:
-    """The ruleset that is loaded takes it for another interface."""
+def test_a_segment_added_to_the_file_since_the_load_has_no_known_effect(make_gateway: MakeGateway) -> None:
+    """The loaded ruleset still treats the interface as one that is not a segment."""
     gateway = make_gateway(segments=[FABRIKAM.segment])
     gateway.agent.stop(signal.SIGKILL)
     gateway.agent.configure(segments=["vni*"])
@@ -157,7 +159,7 @@ def test_without_agent_and_store_the_table_that_was_left_says_whose_a_source_is(
 def test_while_workers_stay_they_go_by_the_table_that_was_left(
     make_gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store goes on without them."""
+    """The store gets newer revisions that these workers do not see."""
     monkeypatch.setenv("PORTWARD_WORKERS_STAY", "60")
     gateway = make_gateway()
     limited, records = customer(FABRIKAM, "10.0.0.77")
@@ -193,7 +195,7 @@ def test_while_nothing_or_everything_is_closed(make_gateway: MakeGateway) -> Non
 
 
 def test_while_the_agent_does_not_answer(make_gateway: MakeGateway) -> None:
-    """A worker that is stopped has its queue bound, so what waits for it does not pass, whatever is configured."""
+    """A stopped worker still owns its queue, so packets wait there and do not pass, whatever is configured."""
     gateway = make_gateway(on_agent_down="open")
     assert gateway.agent.process is not None
     parent = str(gateway.agent.process.pid)
@@ -212,7 +214,7 @@ def test_while_the_agent_does_not_answer(make_gateway: MakeGateway) -> None:
 
 
 def test_from_another_network_namespace_nothing_is_said_of_the_agents_gateway(make_gateway: MakeGateway) -> None:
-    """Nothing is loaded there, which is no alarm."""
+    """No ruleset is loaded there, and that is no reason for an alarm."""
     gateway = make_gateway()
     agent = gateway.agent
     assert agent.process is not None
@@ -263,7 +265,7 @@ def test_a_mistake_in_the_configuration_blinds_no_verb(gateway: Gateway, verb: s
 
 
 def test_in_step_is_said_of_this_moment(make_gateway: MakeGateway) -> None:
-    """The agent looks once a second at most, and says of that moment what it says."""
+    """The agent writes its status once a second at most, so the verbs compare it with the store themselves."""
     gateway = make_gateway()
     id_ = gateway.source(FABRIKAM, "10.0.0.78", DENIED)
     assert gateway.agent.process is not None
@@ -319,7 +321,7 @@ def test_devices_on_a_segment_are_named(make_gateway: MakeGateway) -> None:
     assert any(line.strip().startswith("STACKED") and begin in line for line in printed.splitlines())
 
 
-def test_an_allowed_source_behind_a_bridge_is_dropped_and_its_customer_is_not_told_to_look_elsewhere(
+def test_an_allowed_source_behind_a_bridge_is_dropped_and_the_answer_does_not_send_its_customer_elsewhere(
     make_gateway: MakeGateway,
 ) -> None:
     gateway = make_gateway()

@@ -1,4 +1,4 @@
-"""What the metrics count is what the wire carried, packet for packet, by segment and by subscription."""
+"""The metrics count exactly the packets that were on the wire, by segment and by subscription."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SOURCE4, _SOURCE6 = FABRIKAM.address4, FABRIKAM.address6
 
 
 class Wire:
-    """Packets from a segment to TCP port 25, as they come to the gateway, counted by source before any rule."""
+    """Counts packets from a segment to TCP port 25 by source, as they arrive at the gateway, before any rule."""
 
     def __init__(self, gateway: Gateway, tenant: Tenant) -> None:
         with namespaces.inside(gateway.lab.gateway):
@@ -81,7 +81,7 @@ def counted_for(gateway: Gateway, id_: UUID) -> dict[str, int]:
 
 
 def connect(gateway: Gateway, tenant: Tenant, family: int) -> tuple[str, float]:
-    """Tries to connect to the Internet side: what came of it, and the seconds until it was known."""
+    """Tries to connect to the Internet side; gives the result as a word, and the seconds until it was known."""
     with namespaces.inside(gateway.lab.home(tenant)):
         client = socket.socket(family, socket.SOCK_STREAM)
     client.settimeout(10.0)
@@ -122,7 +122,7 @@ def test_a_flood_of_a_rejected_source_is_answered_within_its_budget_and_counted_
         packet = segment(_SOURCE4)
         for _ in range(2_000):
             gateway.senders[FABRIKAM].send(packet)
-        # The kernel may drop some before the gateway, where nobody counts.
+        # The kernel may drop some of the 2,000 before the gateway's interface. Neither side counts these.
         until(
             lambda: counted(gateway, FABRIKAM) == {"reject": wire.sources().total()},
             "the flood counted by segment",
@@ -139,7 +139,7 @@ def test_a_flood_of_a_rejected_source_is_answered_within_its_budget_and_counted_
 
 
 def test_a_flood_of_rejected_sources_takes_no_answer_from_another_segment(make_gateway) -> None:  # type: ignore[no-untyped-def]
-    """Some segments can use up the limit that all share."""
+    """FABRIKAM's flood uses up the limit that all segments share. CONTOSO's packets are answered all the same."""
     gateway = make_gateway(verdicts={"refuse_with": "reject"}, queue={"resets": 2})
     gateway.source(FABRIKAM, _SOURCE4, DENIED)
     gateway.source(CONTOSO, "10.0.0.41", DENIED)
@@ -163,20 +163,21 @@ def test_a_flood_of_rejected_sources_takes_no_answer_from_another_segment(make_g
 
 
 class Exact:
-    """A gateway whose counts are held against the wire, source by source."""
+    """A gateway, and the comparison of its counts with the wire."""
 
     def __init__(self, gateway: Gateway, wire: Wire) -> None:
         self.gateway, self._wire = gateway, wire
 
     def send(self, source: str, packets: int, flags: str = "S", pause: float = 0.002) -> None:
-        """Packets from a source of the segment, one after the other."""
+        """Sends packets from a source of FABRIKAM's segment, with `pause` seconds after each."""
         for _ in range(packets):
             self.gateway.senders[FABRIKAM].send(segment(source, flags))
             time.sleep(pause)  # pause: the pace of the sender
 
     def holds(self, sources: dict[str, UUID], *verdicts: str) -> None:
-        """Waits until the metrics have counted what the wire has carried: all of the segment, and of each of these
-        sources for its subscription, and then only with these verdicts."""
+        """Waits until the metrics have as many packets as the wire: for the whole segment, and for each of these
+        sources under its subscription. Then asserts that the segment's packets have no other verdicts than
+        these."""
         metrics = self.gateway
 
         def same() -> bool:
@@ -188,14 +189,16 @@ class Exact:
         try:
             until(same, "as many packets counted as the wire has carried", seconds=15)
         except TimeoutError:
-            told = {source: counted_for(metrics, id_) for source, id_ in sources.items()}
-            raise AssertionError(f"{counted(metrics, FABRIKAM)}, {told} and not {self._wire.sources()}") from None
+            counts = {source: counted_for(metrics, id_) for source, id_ in sources.items()}
+            raise AssertionError(
+                f"{counted(metrics, FABRIKAM)}, {counts} and not {self._wire.sources()}"
+            ) from None
         assert set(counted(metrics, FABRIKAM)) <= {*verdicts}
 
 
 @pytest.fixture
 def exact(make_gateway) -> Iterator[Exact]:  # type: ignore[no-untyped-def]
-    """A gateway, and what its second segment carries."""
+    """A gateway whose FABRIKAM segment is compared with the wire."""
     gateway = make_gateway()
     with on_the_wire(gateway, FABRIKAM) as wire:
         yield Exact(gateway, wire)
@@ -218,19 +221,20 @@ def test_allowed_denied_observed_and_unknown_packets_are_counted_exactly(exact: 
 
 
 def test_a_revocation_in_the_midst_of_a_transfer_loses_no_packet(exact: Exact) -> None:
-    """The cached verdict is deleted between two readings: what it has counted until then must be known."""
+    """The cached verdict is deleted between two readings of its counter. The packets since the last one must
+    count."""
     id_ = exact.gateway.source(FABRIKAM, _ONE, ALLOWED)
     with meanwhile(lambda: exact.send(_ONE, 1, "PA", pause=0.0005)):
         for offer in (DENIED, ALLOWED, DENIED, ALLOWED):
             exact.gateway.agent.apply(*source_records(FABRIKAM, _ONE, offer, id_))
-            time.sleep(0.3)  # pause: so long each policy is in force
+            time.sleep(0.3)  # pause: each policy is in force for a while
     exact.holds({_ONE: id_}, "allow", "deny")
     assert min(counted_for(exact.gateway, id_).values()) > 50, "both verdicts had a share"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_restart_counts_nothing_twice_and_leaves_nothing_out(exact: Exact, number: int) -> None:
-    """Not what the kernel has cached all the time, nor what came while no agent ran."""
+    """This holds for the counters of verdicts that stayed in the cache, and for packets while no agent ran."""
     gateway = exact.gateway
     sources = {_ONE: gateway.source(FABRIKAM, _ONE, ALLOWED), _TWO: gateway.source(FABRIKAM, _TWO, DENIED)}
     for source in sources:
@@ -248,12 +252,12 @@ def test_a_restart_counts_nothing_twice_and_leaves_nothing_out(exact: Exact, num
 
 
 def test_a_restart_is_no_rise_for_prometheus(exact: Exact) -> None:
-    """By the rule of `increase()`: a number that is smaller than before began anew at nothing."""
+    """By the rule of `increase()`, a counter that is smaller than before has started again at 0."""
     gateway = exact.gateway
     id_ = gateway.source(FABRIKAM, _ONE, DENIED)
     exact.send(_ONE, 100)
     exact.holds({_ONE: id_}, "deny")
-    # Of these 100 the kernel has nothing any more.
+    # The changes delete the cached verdict, and with it the kernel's count of these 100.
     for offer in (ALLOWED, DENIED):
         gateway.agent.apply(*source_records(FABRIKAM, _ONE, offer, id_))
     exact.send(_ONE, 50)
@@ -312,7 +316,7 @@ def test_packets_that_find_a_full_set_are_counted(make_gateway) -> None:  # type
 
 
 def test_a_source_that_is_not_cached_takes_one_place_whatever_the_policy_was(make_gateway) -> None:  # type: ignore[no-untyped-def]
-    """Else each change of policy makes another element of it, until there is room for nobody."""
+    """Otherwise each change of policy would add another element for it, until the set is full."""
     gateway = make_gateway(verdicts={"sources": 16})
     with on_the_wire(gateway, FABRIKAM) as wire:
         exact = Exact(gateway, wire)

@@ -1,4 +1,5 @@
-"""The fake of the kernel answers as the kernel does: the same commands in both, and what can be seen of them."""
+"""The fake kernel behaves like the real one: both get the same commands, and their answers and states are
+compared."""
 
 from __future__ import annotations
 
@@ -59,14 +60,14 @@ KEYS = [Source(1, bytes((10, 0, 0, host))).key for host in range(1, 7)]
 
 
 class Side:
-    """One of the two: its socket, its nft, and the elements."""
+    """The real kernel or the fake one: a netlink socket, an nft, and the elements."""
 
     def __init__(self, netlink: NfNetlink, nft: Nft) -> None:
         self.netlink, self.nft = netlink, nft
         self.elements = KernelElements(netlink)
 
     def outcome(self, step: Callable[[Side], object]) -> tuple[object, int]:
-        """What a step gives, or why it is refused, and by how much the generation rose."""
+        """Runs a step; gives its result or the reason of the refusal, and by how much the generation rose."""
         before = self.netlink.generation()
         said: object
         try:
@@ -74,13 +75,13 @@ class Side:
         except RefusedError as error:
             said = errno.errorcode[error.errno]
         except (KernelError, OSError) as error:
-            # Of nft's texts the reason is compared, which the kernel gives.
+            # Of an error message of nft only the kernel's reason is compared.
             reasons = [os.strerror(number) for number in errno.errorcode if os.strerror(number) in str(error)]
             said = reasons[0] if reasons else "a syntax error"
         return said, (self.netlink.generation() - before) % 2**32
 
     def state(self) -> dict[str, Any]:
-        """What portward can see of its table."""
+        """Everything that portward can read of its table."""
         sets = self.netlink.sets(TABLE)
         return {
             "sets": sets,
@@ -121,7 +122,7 @@ def sides(namespace: str) -> Iterator[tuple[Side, Side]]:
 
 
 def same(sides: tuple[Side, Side], step: Callable[[Side], object]) -> tuple[object, int]:
-    """Does a step on both sides, and gives what came of it on both."""
+    """Runs a step on both sides, and asserts that outcome and state are the same; gives the outcome."""
     kernel, fake = (side.outcome(step) for side in sides)
     assert fake == kernel
     assert sides[1].state() == sides[0].state()
@@ -165,7 +166,7 @@ def test_an_element_that_has_expired_is_not_there_any_more(sides: tuple[Side, Si
     sides[1].netlink._kernel.now += 1  # type: ignore[attr-defined]
     assert same(sides, lambda side: side.elements.commit([Delete("allow4", KEYS[:1])])) == ("ENOENT", 0)
     assert same(sides, lambda side: side.elements.element("allow4", KEYS[0])) == (None, 0)
-    # By `Add` and then `Delete`, in one transaction, it goes in any case.
+    # `Add` and then `Delete` in one transaction removes it, whether it has expired or not.
     assert (
         same(sides, lambda side: side.elements.commit([Add("allow4", KEYS), Delete("allow4", KEYS)]))[0]
         == "ENFILE"

@@ -1,4 +1,5 @@
-"""A gateway on which other programs change their own nftables all the time: nothing waits for them to be still."""
+"""A gateway on which other programs change their own nftables all the time. The agent must work without waiting
+until they pause."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ AZURE = presets.load("azure-2020")
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with 200 changes a second by others, from before its start to its end."""
+    """A gateway on which another program makes 200 changes a second, also while the agent starts."""
     place = running_gateway(tmp_path_factory.mktemp("foreign"))
     gateway = place.__enter__()
     try:
@@ -53,7 +54,7 @@ def test_the_agent_starts_and_enforces(crowded: Gateway) -> None:
     until(lambda: crowded.agent.metrics()["portward_ruleset_broken"] == 0, "nothing is broken")
 
 
-def test_new_sources_are_judged_and_a_revocation_is_enforced(crowded: Gateway) -> None:
+def test_new_sources_get_verdicts_and_a_revocation_is_enforced(crowded: Gateway) -> None:
     for number in range(1, 6):
         crowded.source(CONTOSO, f"10.0.7.{number}", ALLOWED)
         assert crowded.passes(CONTOSO, f"10.0.7.{number}")
@@ -91,10 +92,10 @@ def unchanged(netlink: NfNetlink, before: bytes) -> bool:
     return netlink.fingerprint(TABLE, FIXED_SETS) == before
 
 
-def test_nothing_is_repaired_that_nobody_has_damaged(crowded: Gateway) -> None:
+def test_nothing_is_repaired_without_damage(crowded: Gateway) -> None:
     before = crowded.agent.metrics()
-    # The next of the looks that are made without a reason, every ten seconds.
-    time.sleep(11)  # pause: as said
+    # The agent checks the ruleset at least every ten seconds.
+    time.sleep(11)  # pause: one check
     after = crowded.agent.metrics()
     assert after["portward_ruleset_repairs_total"] == before["portward_ruleset_repairs_total"]
     assert (
@@ -119,7 +120,7 @@ def test_a_chain_that_translates_loads_the_guard(tmp_path: Path) -> None:
 
 @pytest.fixture
 def namespace() -> Iterator[str]:
-    """An empty network namespace, in which the test's own thread is."""
+    """An empty network namespace. The test's own thread is in it."""
     name = lab_name()
     namespaces.make(name)
     with namespaces.inside(name):
@@ -156,7 +157,8 @@ def test_what_is_compiled_is_what_libnftables_loads(namespace: str) -> None:
 
 
 def test_tables_of_others_stay_when_ours_is_compiled(namespace: str) -> None:
-    """Also those of family arp, which the line that makes libnftables fetch nothing names."""
+    """Also a table of family arp, although the line that keeps libnftables from fetching rules names that
+    family."""
     namespaces.load(namespace, "table arp theirs {\n chain a {\n }\n}\ntable ip theirs {\n chain b {\n }\n}\n")
     before = listing(namespace)
     netlink = NfNetlink()
@@ -197,7 +199,8 @@ def test_a_refusal_names_what_the_kernel_refuses(namespace: str) -> None:
 def test_a_libnftables_that_prints_otherwise_loads_by_itself(
     namespace: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A newer one may; it is slower beside others, and enforces as well."""
+    """If a newer libnftables prints another format, it loads the rulesets itself. That is slower beside other
+    programs, but enforces as well."""
     monkeypatch.setattr(compiled, "_ROW", compiled._COLOUR)
     netlink = NfNetlink()
     nft = Nft(netlink)
@@ -208,11 +211,11 @@ def test_a_libnftables_that_prints_otherwise_loads_by_itself(
     netlink.close()
 
 
-# --- the steps, under much more traffic and beside a large ruleset ---
+# --- load, check and repair while others make many more changes, and beside a large ruleset ---
 
 
 class Place:
-    """The owner of the ruleset in the calling thread's namespace."""
+    """The parts of the agent that load and watch the ruleset, in the calling thread's namespace."""
 
     def __init__(self) -> None:
         self.netlink = NfNetlink()
@@ -229,7 +232,7 @@ class Place:
 
 @pytest.fixture
 def place(namespace: str) -> Iterator[Place]:
-    """An owner in the empty namespace."""
+    """These parts in the empty namespace."""
     found = Place()
     yield found
     found.close()
@@ -247,7 +250,8 @@ def test_a_load_is_done_at_the_first_try_and_stays(namespace: str, place: Place,
 def test_a_chain_that_comes_right_behind_our_load_is_no_part_of_it(
     namespace: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read after the load must be what was loaded, and not what another program made of it meanwhile."""
+    """The fingerprint after a load must be that of the loaded ruleset, without another program's change since
+    then."""
     real, times = place.netlink.fingerprint, list[int]()
 
     def late(table: str, sets: tuple[str, ...]) -> bytes | None:
@@ -278,7 +282,7 @@ def test_damage_shows_behind_any_number_of_changes_of_others(namespace: str, pla
 def test_a_reading_that_others_interrupt_is_no_damage(
     namespace: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is read again; damage shows all the same."""
+    """An interrupted reading is repeated, and damage is still found."""
     place.reconciler.load(want())
     namespaces.load(namespace, f"add chain inet {TABLE} extra\ndelete chain inet {TABLE} extra")
 
@@ -296,7 +300,7 @@ def test_a_reading_that_others_interrupt_is_no_damage(
 
 @pytest.mark.parametrize("family", ["ip", "inet"])
 def test_a_large_ruleset_of_others_that_changes_keeps_no_load(namespace: str, place: Place, family: str) -> None:
-    """libnftables would read the 20,000 chains again after each change, for ever."""
+    """libnftables itself would read the 20,000 chains again after each change, and never finish."""
     crowd(namespace, 20_000, 100_000, family)
     with traffic(namespace):
         for generation in range(1, 4):
@@ -329,7 +333,7 @@ def test_a_set_of_ours_that_others_fill_is_heard_of(namespace: str, place: Place
 def test_a_libnftables_that_prints_otherwise_for_one_text_alone_enforces_as_well(
     place: Place, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its transactions come from a socket of its own, so notices take them for another program's."""
+    """Then libnftables uses a socket of its own, so the monitor takes its transactions for another program's."""
     place.reconciler.load(want())
     monkeypatch.setattr(compiled, "_ROW", compiled._COLOUR)
     place.reconciler.load(want(stacked=frozenset()))

@@ -1,4 +1,4 @@
-"""What a change of prefixes makes the kernel forget, and what it leaves: on real sets, with elements that
+"""A change of prefixes deletes the cached verdicts that it affects, and no others, on real sets whose elements
 expire."""
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from portward.policy import presets
 from portward.table.commits import ChangedPlace, Committed
 
 _LINKS = {"vni1": 11, "vni2": 12}
-_LEARNED = ("allow", "deny", "observed", "refused", "unknown")
+_CACHE_SETS = ("allow", "deny", "observed", "refused", "unknown")
 
 
 class Forgetting:
-    """Ruleset, sets and KernelSync in a network namespace of their own."""
+    """Ruleset, sets and KernelSync in the calling thread's network namespace."""
 
     def __init__(self, **verdicts: Any) -> None:
         self.netlink = NfNetlink()
@@ -62,7 +62,7 @@ class Forgetting:
         return {key for key, _, _ in self.kernel.rows(set_)}
 
     def brief(self, set_: str, keys: list[bytes], milliseconds: int) -> None:
-        """Caches these for so long only."""
+        """Adds elements that expire after so few milliseconds."""
         set_name = attribute(1, string("portward")) + attribute(2, string(set_))
         timeout = attribute(4, struct.pack(">Q", milliseconds))
         for start in range(0, len(keys), 1_000):
@@ -70,8 +70,8 @@ class Forgetting:
             self._commit([(12, set_name + nest(3, part))])
 
     def _commit(self, messages: list[tuple[int, bytes]]) -> None:
-        """Tries again while the kernel has yet to make the set's hash table larger for others: it does
-        that later, and refuses further ones until then."""
+        """Commits messages. The kernel enlarges a set's hash table some time after it has become necessary, and
+        refuses further elements with EBUSY until then, so this tries again."""
 
         def taken() -> bool:
             try:
@@ -88,7 +88,8 @@ class Forgetting:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Forgetting]]:
-    """The whole test runs inside a namespace: nft makes a socket for each ruleset that it loads or lists."""
+    """Makes a `Forgetting`. The whole test runs inside a namespace, because nft opens a socket for each ruleset
+    that it loads or lists."""
     name = lab_name()
     namespaces.make(name)
     try:
@@ -112,13 +113,13 @@ def test_revoked_prefixes_go_and_other_tenants_stay(
     here = make()
     go = [key(inside, number) for number in range(1_000)]
     stay = [key(outside, number) for number in range(3_000)] + [key(inside, number, 12) for number in range(3_000)]
-    for name in _LEARNED:
+    for name in _CACHE_SETS:
         here.kernel.commit([Add(name + family, go + stay)])
     repairs = here.reconciler.repairs
     here.change(prefix)
-    for name in _LEARNED[:3]:  # the others expire within seconds
+    for name in _CACHE_SETS[:3]:  # the others expire within seconds
         assert here.cached(name + family) == set(stay), name
-    for name in _LEARNED:
+    for name in _CACHE_SETS:
         assert here.cached(name + family) <= set(stay), name
     assert (here.reconciler.repairs, here.reconciler.intact()) == (repairs, True), (
         "our own transactions are known as ours"
@@ -149,7 +150,7 @@ def test_a_full_set_loses_what_is_revoked_and_nothing_else(make: Callable[..., F
 
 
 def test_elements_that_expire_meanwhile_stop_no_revocation(make: Callable[..., Forgetting]) -> None:
-    """Each change meets elements that are gone between reading and deleting."""
+    """In each change some elements expire between reading and deleting."""
     here = make()
     stay = {key("2001:db8:2::", number) for number in range(200)}
     here.kernel.commit([Add("allow6", list(stay))])
@@ -162,8 +163,8 @@ def test_elements_that_expire_meanwhile_stop_no_revocation(make: Callable[..., F
 
 
 def test_no_revoked_source_is_left_while_the_kernel_collects(make: Callable[..., Forgetting]) -> None:
-    """If the kernel collects expired elements during a reading, as it does in one of twenty, that reading misses
-    hundreds of revoked sources."""
+    """While the kernel collects expired elements, a reading misses hundreds of revoked sources. That happens in
+    about one of twenty readings."""
     here = make()
     revoked = [key("2001:db8:1::", number) for number in range(10_000)]
     stay = [key("2001:db8:2::", number) for number in range(20_000)]
@@ -175,7 +176,7 @@ def test_no_revoked_source_is_left_while_the_kernel_collects(make: Callable[...,
         here.brief("allow6", [key("2001:db8:ffff::", number + place) for place in range(1_000)], 700)
         number += 1_000
         here.change("2001:db8:1::/64")
-        # Each is asked for by its key, since a reading may miss it.
+        # Ask for each source by its key, because a reading may miss it.
         for place in range(0, len(revoked), 50):
             assert here.kernel.element("allow6", revoked[place]) is None
     assert here.kernel.element("allow6", stay[0]) is not None

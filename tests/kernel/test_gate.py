@@ -1,4 +1,5 @@
-"""The gate: while large sets are searched for revoked sources, no cached verdict lets one of these pass."""
+"""The gate: while the agent searches large sets for revoked sources, no cached verdict lets a revoked source
+pass."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ from portward.table.commits import Answers
 from portward.table.writer import Writer
 
 REVOKED, STAYS, OTHERS = UUID(int=1), UUID(int=2), UUID(int=3)
-# Addresses of each, one of each family; the revoked ones lie in prefixes that are revoked as a whole.
+# An IPv4 and an IPv6 source of each subscription. The revoked ones are in prefixes that are revoked as a whole.
 GO = ("10.0.0.68", "2001:db8:1001:2::4")
 STAY = ("10.0.0.4", "2001:db8:1001::4")
 ELSEWHERE = ("10.0.0.4", "2001:db8:1002::4")
@@ -52,12 +53,13 @@ _SECONDS = 10.0
 
 
 class Died(BaseException):
-    """The process is ended where it stands."""
+    """Stands for the end of the process at this point."""
 
 
 class Halting(KernelElements):
-    """The kernel's elements. While `halts`, a reading of a set that lets packets pass waits: the search behind the
-    gate stands still, `halted` is set, and it goes on, or dies with `dies`, when `go_on` is set."""
+    """The kernel's elements, with a search that can be halted. If `halts` is set, a reading of a set of verdicts
+    that let packets pass sets `halted` and waits for `go_on`. Then it goes on, or raises `Died` if `dies` is
+    set."""
 
     halts = dies = False
 
@@ -80,7 +82,7 @@ def offer(id_: UUID, name: str, mode: Mode = Mode.ENFORCE) -> Subscription:
 
 
 class Gated:
-    """The gateway's parts in the calling thread's namespace, a lab around it, and much that is cached."""
+    """Table writer, ruleset and cache in the calling thread's namespace, in a lab, with many cached verdicts."""
 
     def __init__(self, lab: Lab, folder: Path, *, reject: bool, mode: Mode) -> None:
         self.lab = lab
@@ -104,8 +106,8 @@ class Gated:
         )
 
     def _fill(self, mode: Mode) -> None:
-        """The policy: in CONTOSO's segment one subscription in prefixes and one beside it, one more in
-        FABRIKAM's. In observe mode the first passes in spite of its offer."""
+        """Writes the policy: in CONTOSO's segment a subscription with prefixes, and one with single addresses; in
+        FABRIKAM's segment a third one. In observe mode the first one passes in spite of its offer."""
         places = [(CONTOSO, network, REVOKED) for network in PREFIXES]
         places += [(CONTOSO, address, STAYS) for address in STAY]
         places += [(FABRIKAM, address, OTHERS) for address in ELSEWHERE]
@@ -124,26 +126,27 @@ class Gated:
 
     @property
     def desired(self) -> Desired:
-        """What the kernel should hold."""
+        """The desired state of the kernel."""
         links = {tenant.segment: index for tenant, index in self.links.items()}
         return Desired(self.config, self._preset, self.generation, self.revision, links)
 
     @property
     def generation(self) -> int:
-        """The policy table's."""
+        """The policy table's generation."""
         head = self.writer.head()
         assert head is not None
         return head.generation
 
     def crowd(self) -> None:
-        """Caches so many sources behind another interface that a search is worth a gate."""
+        """Caches `_CROWD` sources behind another interface: enough that a search puts a gate up."""
         keys = [Source(_CROWD_LINK, (0xC0000000 + number).to_bytes(4, "big")).key for number in range(_CROWD)]
         self.elements.commit([Add("allow4", keys)])
         assert len(list(self.cache.elements())) >= _CROWD, "the sizes are known from a reading"
 
     @contextmanager
     def revoking(self, *, dies: bool = False) -> Iterator[None]:
-        """Within, the change that revokes is under way, and the search stands still; afterwards it is done."""
+        """Within the `with`, the revoking change is under way and its search is halted. At the end the change is
+        complete, or has died with `dies`."""
         self.revision += 1
         committed = self.writer.apply([offer(REVOKED, DENIED)], [], revision=self.revision, now=utc_now())
         self.elements.halts, self.elements.dies = True, dies
@@ -188,16 +191,17 @@ class Gated:
         return len(packets) - len(missing)
 
     def missed(self) -> int:
-        """How many packets were asked of a worker."""
+        """How many packets have gone to a worker."""
         return self.netlink.counters(TABLE)["missed"]
 
     def is_gated(self) -> tuple[int, int, int]:
-        """How many rules and elements belong to a gate: nothing, or (1, interfaces, 1)."""
+        """How many rules, gated interfaces and enforced generations a gate has in the kernel: (0, 0, 0), or
+        (1, number of interfaces, 1)."""
         rows = [len(self.elements.rows(name)) for name in ("gated", "enforced")]
         return len(self.netlink.rules_on(TABLE, "screen", "gated")), rows[0], rows[1]
 
     def cached_allows(self) -> list[bool]:
-        """Of each revoked source, whether a verdict that lets it pass is cached."""
+        """For each revoked source, whether a verdict that lets it pass is cached."""
         sources = [Source(self.links[CONTOSO], ip_network(one).network_address.packed) for one in GO]
         return [
             any(self.elements.element(name + one.family, one.key) is not None for name in ("allow", "observed"))
@@ -219,7 +223,7 @@ def run(
     reject: bool = False,
     mode: Mode = Mode.ENFORCE,
 ) -> None:
-    """Runs `body` in a lab's gateway that enforces, where each source has sent and has its verdict cached."""
+    """Runs `body` in a lab's gateway that enforces and has a cached verdict of each source."""
 
     async def work(stack: ExitStack, lab: Lab) -> None:
         gated = stack.enter_context(closing(Gated(lab, folder, reject=reject, mode=mode)))
@@ -277,7 +281,7 @@ def test_a_revoked_source_does_not_pass_by_its_cached_verdict_during_the_search(
 def test_without_the_gate_the_revoked_source_is_seen_to_pass(
     tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That the test above can fail: the same without a gate."""
+    """Shows that the test above can fail: without a gate the revoked source passes."""
     monkeypatch.setattr(cache, "MIN_GATED_ELEMENTS", 1 << 30)
 
     async def body(gated: Gated, _: workers.Worker) -> None:
@@ -314,7 +318,7 @@ def test_a_gate_that_is_left_by_a_process_that_died_goes_with_the_next_start(tmp
 
 
 def test_a_gate_that_another_program_takes_away_is_no_obstacle_to_the_repair(tmp_path: Path) -> None:
-    """The next check sees it and puts the ruleset back."""
+    """The agent's next check finds the change and restores the ruleset."""
 
     async def body(gated: Gated, _: workers.Worker) -> None:
         with gated.revoking():

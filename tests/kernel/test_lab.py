@@ -1,4 +1,4 @@
-"""The lab by itself, without the agent: mail flows, labs stand side by side, and nothing is left behind."""
+"""The lab without an agent: mail flows, several labs can be up at once, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def mail(lab: Lab, folder: Path) -> Iterator[Postbox]:
 
 
 def machine() -> str:
-    """The machine's own links, ruleset and forwarding settings, which a lab must leave alone: without a link into
-    the machine's own network nothing can leave the namespaces."""
+    """The machine's own links, ruleset and forwarding settings. A lab must not change them: without a link into
+    the machine's own network no packet can leave the namespaces."""
     links = "".join(name for _, name in socket.if_nameindex())
-    told = links + subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
+    output = links + subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
     settings = ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/ipv4/conf/all/rp_filter")
-    return told + "".join((Path("/proc/sys") / name).read_text() for name in settings)
+    return output + "".join((Path("/proc/sys") / name).read_text() for name in settings)
 
 
 def test_mail_flows_from_overlapping_tenants_each_under_its_own_address(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_second_demo_in_the_same_lab_leaves_the_first_alone() -> None:
         finally:
             lab.down()
     with demo.alone(lab):
-        pass  # it ended with the first
+        pass  # the lock ended with the first demo
 
 
 def test_an_open_session_goes_on_while_nothing_stops_it(tmp_path: Path) -> None:
@@ -134,10 +134,10 @@ def test_a_standing_lab_is_made_and_removed_by_its_verbs() -> None:
         assert f"ip netns exec {name}-gw bash" in made.stdout
         assert "stands already" in portward("lab", "up").stderr
         config = f"/run/portward-lab/{name}/portward.toml"
-        told = namespaces.run(
+        output = namespaces.run(
             f"{name}-gw", [sys.executable, "-m", "portward", "explain", "vni1002", "10.0.0.4", "--config", config]
         )
-        assert told.stdout.startswith("vni1002 10.0.0.4: DENY"), told.stderr
+        assert output.stdout.startswith("vni1002 10.0.0.4: DENY"), output.stderr
     finally:
         removed = portward("lab", "down")
     assert removed.returncode == 0
@@ -147,7 +147,7 @@ def test_a_standing_lab_is_made_and_removed_by_its_verbs() -> None:
 
 
 def test_a_lab_takes_only_its_own_namespaces_down() -> None:
-    """`x` is also how the name of `x-more` begins."""
+    """The name of lab `x` is a prefix of the name of lab `x-more`."""
     name = lab_name()
     with Lab(f"{name}-more") as longer:
         assert Lab(name).down() == []
@@ -158,7 +158,7 @@ def test_a_lab_takes_only_its_own_namespaces_down() -> None:
 @pytest.mark.parametrize("verb", ["up", "down", "demo"])
 def test_a_name_that_is_no_name_is_refused_before_anything_is_touched(verb: str, name: str) -> None:
     argv = [sys.executable, "-m", "portward", "lab", verb, f"--name={name}"]
-    told = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-    assert told.returncode == 2
-    assert "is no name for a lab" in told.stderr
-    assert len(told.stderr.splitlines()) == 1
+    output = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert output.returncode == 2
+    assert "is no name for a lab" in output.stderr
+    assert len(output.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The kernel holds what the boundary takes: the ends of each range of the configuration and of a grant's limit."""
+"""The kernel accepts the smallest and largest values that portward's configuration and grants accept."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from portward.lab.topology import CONTOSO
 from portward.model import RateLimit
 
 MakeGateway = Callable[..., Gateway]
-# So many processes are another matter; the last queue must exist.
+# Not the largest number of workers: that many processes are not the subject here. The last queue must exist.
 _OTHER = {"workers": 1}
 _NAMES = itertools.count(1)
 
 
 def ends(type_: type[msgspec.Struct], largest: bool) -> dict[str, Any]:
-    """The smallest or largest value of each whole number of a table of portward.toml."""
+    """The smallest or largest value of each integer key of a table of portward.toml."""
     found = {}
     for name, hint in get_type_hints(type_, include_extras=True).items():
         for meta in getattr(hint, "__metadata__", ()):
@@ -41,6 +41,6 @@ def test_the_kernel_takes_the_ends_of_every_range(make_gateway: MakeGateway, lar
     most = RateLimit(per_minute=limits.MAX_RATE_PER_MINUTE, burst=limits.MAX_BURST)
     _, records = customer(CONTOSO, "10.0.0.99", limit=most if largest else RateLimit(per_minute=1, burst=1))
     gateway.agent.apply(*records)
-    if largest:  # with one packet a second for all, a source may wait for ever
+    if largest:  # with the smallest rate, one packet a second for all, a source may wait for ever
         known(gateway, CONTOSO, "10.0.0.99")
     until(lambda: gateway.agent.metrics()["portward_ruleset_broken"] == 0, "nothing is broken")

@@ -1,5 +1,6 @@
-"""What the kernel says of interfaces while they stay: a bridge's own messages of its ports, changes of settings,
-and what happens in other network namespaces. None of it deletes or touches an interface."""
+"""Messages of the kernel after which an interface still exists: a bridge's messages about its ports, changes of
+settings, and events in other network namespaces. The agent must not take any of them for a deletion or a change of
+owner."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ Follow: TypeAlias = Callable[..., list[Links]]
 
 @pytest.fixture
 def places() -> Iterator[tuple[str, str]]:
-    """Two namespaces: one with a bridge, a port of it, and a segment that is none; and another one with an
-    interface of the segment's index."""
+    """Two namespaces. The first has a bridge, a port of it, and a segment that is not its port. The second has an
+    interface with the segment's index."""
     name = lab_name()
     here, there = f"{name}a", f"{name}b"
     for place in (here, there):
@@ -49,8 +50,8 @@ def places() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def follow(places: tuple[str, str]) -> Follow:
-    """Runs lines of `ip` in a namespace, one after the other, and gives what was reported of the first namespace
-    from before them to after them."""
+    """Gives a function that runs lines of `ip` in a namespace, one after the other. Its result is everything that
+    was reported about the first namespace from before the first line until after the last one."""
 
     def run(*lines: str, where: int = 0, program: str = "ip") -> list[Links]:
         with namespaces.inside(places[0]):
@@ -67,7 +68,7 @@ async def _followed(places: tuple[str, str], where: int, program: str, lines: tu
         for line in lines:
             result = await asyncio.to_thread(namespaces.run, places[where], [program, *line.split()])
             assert not result.returncode, result.stderr
-        # What comes last is reported for sure, so all before it has been read by then.
+        # When this last interface has been reported, all messages before it have been read.
         await asyncio.to_thread(namespaces.ip, "-n", places[0], "link", "add", END, "type", "bridge")
         async with asyncio.timeout(10):
             async for links in news:
@@ -101,7 +102,7 @@ def test_interfaces_that_stay_are_neither_gone_nor_touched(follow: Follow, lines
 
 
 def test_a_ports_settings_in_its_bridge_are_no_change_of_the_interface(follow: Follow) -> None:
-    """They are announced in the bridge's own family."""
+    """The kernel announces them in the address family of bridges."""
     lines = [f"link set dev vni2 {name} {value}" for name in ("flood", "learning") for value in ("off", "on")]
     for links in follow(*lines, program="bridge"):
         assert {"vni1", "vni2"} <= set(links.names.values())
@@ -115,7 +116,7 @@ def test_a_bridge_that_goes_leaves_its_ports(follow: Follow) -> None:
 
 
 def test_what_happens_in_another_namespace_is_not_reported(follow: Follow) -> None:
-    """There an interface of the same index and name goes, and comes back."""
+    """In the other namespace an interface with the same index and name is deleted and made again."""
     lines = ("link set vni1 mtu 1400", "link del vni1", f"link add vni1 index {PORT} type veth peer name x1")
     for links in follow(*lines, where=1):
         assert links.names[PORT] == "vni1"
@@ -135,8 +136,8 @@ def test_an_interface_that_goes_and_comes_back_under_its_index_is_touched(follow
 
 
 def test_only_the_kernel_is_believed(places: tuple[str, str]) -> None:
-    """Another process with CAP_NET_ADMIN can send what looks like the kernel's message, as some programs do in
-    their own groups."""
+    """Another process with CAP_NET_ADMIN can forge a message of the kernel. Some programs send such messages to
+    groups of their own."""
 
     async def forged() -> list[Links]:
         found: list[Links] = []

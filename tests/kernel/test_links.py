@@ -1,4 +1,5 @@
-"""Interfaces that come, go and take each other's index: a verdict never outlives the tenant it was found for."""
+"""Interfaces that appear, disappear and get the index of another one. A cached verdict never outlives its
+tenant."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ INDEX = 4711
 
 
 class Port:
-    """A veth of the gateway with a fixed index, whose other end is in a namespace of its own."""
+    """A veth of the gateway with the fixed index `INDEX`. Its other end is in a namespace of its own."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -38,7 +39,7 @@ class Port:
         namespaces.batch(self._gateway.lab.gateway, [f"link del {name}"])
 
     def passes(self, name: str, source: str) -> bool:
-        """Whether a packet that comes in here reaches the Internet side."""
+        """Whether a packet that arrives on this interface reaches the Internet side."""
         import socket
 
         from scapy.layers.l2 import Ether
@@ -66,23 +67,23 @@ def port(gateway: Gateway) -> Iterator[Port]:
 
 
 def attach(gateway: Gateway, name: str, address: str, offer: str) -> None:
-    """A source in the segment of that name."""
+    """Attaches a source in the segment of that name to a new subscription."""
     gateway.agent.apply(*source_records(Tenant("port", int(name[3:])), address, offer, uuid4()))
 
 
 def followed(gateway: Gateway, name: str, *, there: bool = True) -> None:
-    """Waits until the agent takes the interface for a segment, or no longer."""
+    """Waits until the agent treats the interface as a segment; with `there` False, until it no longer does."""
     until(lambda: (f"{name}:" in gateway.agent.portward("status").stdout) is there, f"{name} followed")
 
 
-def test_a_new_interface_is_judged_as_soon_as_it_is_there(gateway: Gateway, port: Port) -> None:
+def test_the_packets_of_a_new_interface_get_verdicts_at_once(gateway: Gateway, port: Port) -> None:
     attach(gateway, "vni7001", "10.70.0.1", ALLOWED)
     port.make("vni7001")
     until(lambda: port.passes("vni7001", "10.70.0.1"), "the allowed source passes")
     assert not port.passes("vni7001", "10.70.0.9")
 
 
-def test_an_index_used_again_by_another_segment_remembers_nothing(gateway: Gateway, port: Port) -> None:
+def test_an_index_used_again_by_another_segment_has_no_cached_verdicts(gateway: Gateway, port: Port) -> None:
     attach(gateway, "vni7001", "10.70.1.1", ALLOWED)
     attach(gateway, "vni7002", "10.70.1.1", DENIED)
     port.make("vni7001")
@@ -94,7 +95,7 @@ def test_an_index_used_again_by_another_segment_remembers_nothing(gateway: Gatew
 
 
 def test_an_index_used_again_while_the_table_is_busy_lets_nothing_pass(gateway: Gateway, port: Port) -> None:
-    """Until the table can be written, it takes the new tenant's interface for the old one's."""
+    """Until the agent can write the table, the table still has the old tenant's segment for this index."""
     attach(gateway, "vni7001", "10.70.5.1", ALLOWED)
     attach(gateway, "vni7002", "10.70.5.1", DENIED)
     attach(gateway, "vni7002", "10.70.5.2", ALLOWED)
@@ -132,14 +133,14 @@ def elements(gateway: Gateway, set_: str) -> str:
     return gateway.listing(set_).partition("elements =")[2]
 
 
-def test_an_interface_made_again_under_its_name_remembers_nothing(gateway: Gateway, port: Port) -> None:
+def test_an_interface_made_again_under_its_name_has_no_cached_verdicts(gateway: Gateway, port: Port) -> None:
     attach(gateway, "vni7001", "10.70.2.1", ALLOWED)
     port.make("vni7001")
     until(lambda: port.passes("vni7001", "10.70.2.1"), "the allowed source passes")
     assert held(gateway, "10.70.2.1")
     port.delete("vni7001")
     port.make("vni7001")
-    until(lambda: not held(gateway, "10.70.2.1"), "what was remembered is forgotten")
+    until(lambda: not held(gateway, "10.70.2.1"), "the cached verdict is deleted")
 
 
 def test_a_renamed_interface_is_another_segment(gateway: Gateway, port: Port) -> None:
@@ -154,7 +155,7 @@ def test_a_renamed_interface_is_another_segment(gateway: Gateway, port: Port) ->
     assert not port.passes("vni7002", "10.70.3.1")
 
 
-def test_other_interfaces_keep_what_is_remembered(gateway: Gateway, port: Port) -> None:
+def test_other_interfaces_keep_their_cached_verdicts(gateway: Gateway, port: Port) -> None:
     assert gateway.passes(CONTOSO, "10.0.0.4")
     port.make("vni7001")
     followed(gateway, "vni7001")
@@ -164,6 +165,6 @@ def test_other_interfaces_keep_what_is_remembered(gateway: Gateway, port: Port) 
 
 
 def held(gateway: Gateway, source: str) -> bool:
-    """Whether the kernel remembers that this source is allowed."""
+    """Whether the kernel has a cached allow of this source."""
     listing = gateway.listing("allow4")
     return f". {source} " in listing

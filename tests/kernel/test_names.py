@@ -1,4 +1,4 @@
-"""Names of interfaces, whatever bytes they are: portward and the kernel take each pattern for the same ones."""
+"""Interface names of any bytes: portward and the kernel match each pattern with the same interfaces."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from portward.lab.agent import until
 from portward.lab.topology import CONTOSO
 from portward.policy import presets
 
-# Names that one reader or another could take for something else: patterns, escapes, words and numbers of nft,
-# options, control characters, bytes that are not UTF-8, the longest ones.
+# Names that a parser could misread: patterns, escapes, keywords and numbers of nft, options, control characters,
+# bytes that are not UTF-8, and names of the greatest length.
 NAMES = (
     b"ten1", b"ten*", b"ten\\", b"ten\\*", b"ten\\1", b"te", b"*", b"\\*", b'q"q', b'"', b"'", b"$SEGMENTS",
     b"{ten1}", b"@ten", b"#x", b"a;b", b"a,b", b"-a", b"--help", b"...", b".a", b"7", b"0x7", b"1-3", b"iif",
@@ -43,7 +43,7 @@ _STEMS = sorted({interfaces.decoded(name)[:length] for name in NAMES for length 
 
 
 def patterns() -> st.SearchStrategy[str]:
-    """Names and beginnings of names that are there, and whatever else a file can say."""
+    """Patterns: names and beginnings of names that exist, and other texts that a configuration file may have."""
     text = st.one_of(st.sampled_from(_STEMS), st.text(st.sampled_from('ten\\*$"aö{;#@7 .-'), max_size=8))
     return st.builds(lambda stem, star: stem + star, text, st.sampled_from(("", "*"))).filter(
         interfaces.is_pattern
@@ -61,7 +61,7 @@ class Ports:
                           "type", "veth", "peer", "name", f"p{place}")  # fmt: skip
             namespaces.ip("-n", self.home, "link", "set", "dev", text, "up")
             namespaces.batch(self.home, [f"link set p{place} up"])
-        # What the ruleset lets pass is seen behind it.
+        # A table behind portward's records the packets that the ruleset lets pass.
         namespaces.load(
             self.home,
             "table inet behind { set passed { type ipv4_addr; flags dynamic; size 1000; }\n"
@@ -70,12 +70,13 @@ class Ports:
         )
         with namespaces.inside(self.home):
             self.nft, self.netlink = Nft(), NfNetlink()
-            # Else what comes from no segment would be dropped, too.
+            # Otherwise packets from interfaces that are not segments would be dropped, too.
             self._surroundings = Surroundings(known=frozenset(one.ifindex for one in rtnetlink.devices()))
             self._out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
 
     def stopped(self, pattern: str) -> set[bytes]:
-        """The names whose packets the ruleset for this pattern stops: those of segments."""
+        """Loads the ruleset for this pattern; gives the names of the interfaces whose packets it stops. These are
+        the interfaces that it takes for segments."""
         want = ruleset.wanted(
             templates.read(),
             Config(segments=(pattern,), uplinks=("no uplink",)),
@@ -84,7 +85,7 @@ class Ports:
             state=ruleset.State(0, synced=True),
             surroundings=self._surroundings,
         )
-        # Each text has a context of its own, which speaks to the namespace in which it is made.
+        # Each text gets a libnftables context of its own, which works in the namespace in which it was made.
         with namespaces.inside(self.home):
             for text in ("add table inet portward", "delete table inet portward", want.whole):
                 self.nft.load(f"{text}\n")
@@ -99,7 +100,7 @@ class Ports:
         return {name for place, name in enumerate(NAMES) if (IPv4Address("10.1.0.0") + place).packed not in passed}
 
     def _settled(self) -> None:
-        """Each packet has been counted: as a miss, or as one that passed."""
+        """Waits until each packet has been counted, as a miss or as one that passed."""
         deadline = time.monotonic() + 60
         while True:
             passed = len(self.netlink.elements("behind", "passed"))
@@ -142,7 +143,7 @@ def test_every_name_is_read_as_it_is(ports: Ports) -> None:
 
 
 def test_the_kernel_refuses_what_is_no_name(ports: Ports) -> None:
-    """And takes what is one: of each byte, alone and behind a letter."""
+    """It accepts every name that portward accepts, here a letter and one other byte."""
     for byte in [*random.sample(range(1, 256), 40), 0x20, 0x2F, 0x3A, 0xA0, 0x09, 0x25]:
         name = b"b%c" % byte
         text = interfaces.decoded(name)
@@ -153,7 +154,7 @@ def test_the_kernel_refuses_what_is_no_name(ports: Ports) -> None:
 
 
 def test_an_interface_called_like_an_index_does_not_stand_in_its_place(gateway: Gateway) -> None:
-    """A verdict that is to be forgotten is named by interface index, and nft takes numbers for names first."""
+    """A cached verdict is deleted by its interface index, and nft reads a number as an interface name first."""
     index = namespaces.run(
         gateway.lab.gateway, ["cat", f"/sys/class/net/{CONTOSO.segment}/ifindex"]
     ).stdout.strip()
@@ -169,7 +170,7 @@ def test_an_interface_called_like_an_index_does_not_stand_in_its_place(gateway: 
         namespaces.ip("-n", gateway.lab.gateway, "link", "del", index)
 
 
-def test_a_segment_whose_name_is_not_text_is_closed_and_told(gateway: Gateway) -> None:
+def test_a_segment_whose_name_is_not_text_is_closed_and_reported(gateway: Gateway) -> None:
     name = interfaces.decoded(b"vni\xff\x1b")
     assert _ip(gateway.lab.gateway, "add", name).returncode == 0
     try:

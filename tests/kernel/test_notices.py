@@ -1,4 +1,4 @@
-"""The kernel's notices of changed rulesets say what matters, however many there are."""
+"""The monitor of the kernel's notices reports each change that matters to portward, however many notices come."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def namespace() -> Iterator[str]:
 
 @pytest.fixture
 def own(namespace: str) -> Iterator[NfNetlink]:
-    """A socket of ours in that namespace."""
+    """A netlink socket of portward in that namespace."""
     with namespaces.inside(namespace):
         found = NfNetlink()
     yield found
@@ -56,7 +56,7 @@ def own(namespace: str) -> Iterator[NfNetlink]:
 
 @pytest.fixture
 def notices(namespace: str, own: NfNetlink) -> Iterator[RulesetMonitor]:
-    """What hears of that namespace."""
+    """A monitor of that namespace that filters nothing."""
     with namespaces.inside(namespace):
         found = hearing(lambda: (own.port,), receive_bytes=0, notice_filter=NoticeFilter.NONE)
     yield found
@@ -64,7 +64,7 @@ def notices(namespace: str, own: NfNetlink) -> Iterator[RulesetMonitor]:
 
 
 def waiting(notices: RulesetMonitor) -> bool:
-    """Whether there is a notice. The kernel sends it before the program that changed something goes on."""
+    """Whether a notice can be read. The kernel queues it before the program that made the change continues."""
     return bool(select.select([notices], [], [], 0)[0])
 
 
@@ -97,7 +97,7 @@ CHANGES = [
 def test_what_others_do_among_themselves_is_not_even_queued(
     namespace: str, own: NfNetlink, notice_filter: NoticeFilter, text: str, heard: RulesetChanges
 ) -> None:
-    """What matters is, wherever it stands in a transaction."""
+    """A change that matters is queued, at any place in a transaction."""
     with namespaces.inside(namespace):
         notices = hearing(lambda: (own.port,), notice_filter=notice_filter)
     namespaces.load(namespace, text)
@@ -166,7 +166,8 @@ def test_a_dry_run_is_not_heard_of(own: NfNetlink, notices: RulesetMonitor) -> N
 
 @pytest.mark.parametrize("last", ["add element ip theirs numbers { 9 }", f"delete table inet {TABLE}"])
 def test_what_is_lost_may_be_anything(namespace: str, notices: RulesetMonitor, last: str) -> None:
-    """The kernel keeps some hundred kilobytes for a socket that is not read."""
+    """The kernel queues only some hundred kilobytes for a socket. Notices beyond that are lost, and then anything
+    may have changed."""
     for _ in range(6):
         text = "\n".join(f"add element ip theirs numbers {{ {number} }}" for number in range(20_000, 22_000))
         namespaces.load(namespace, f"{text}\nflush set ip theirs numbers")

@@ -1,4 +1,5 @@
-"""Other programs on the gateway that write rules or marks: they may break what is allowed, and open nothing."""
+"""Other programs on the gateway that write rules or marks. They may block allowed sources, but never open port
+25."""
 
 from __future__ import annotations
 
@@ -38,22 +39,23 @@ def test_while_the_ruleset_is_refused_a_port_closed_by_hand_stays_closed(
     gateway = make_gateway()
     assert gateway.agent.process is not None
     squatter = tmp_path / "squatter.nft"
-    # A table with an owner belongs to one process: the kernel refuses it to the agent while that one lives.
+    # A table with an owner belongs to one process. While that process lives the kernel refuses the agent's
+    # changes.
     squatter.write_text("delete table inet portward\nadd table inet portward { flags owner; }\n")
-    # Stopped, so that it does not put its table back in between.
+    # The agent is stopped, so that it does not restore its table in between.
     gateway.agent.process.send_signal(signal.SIGSTOP)
     owner = namespaces.start(gateway.lab.gateway, ["sh", "-c", f"tail -n +1 -f {squatter} | nft -i"])
     try:
-        until(lambda: "flags owner" in listed(gateway), "the table is somebody else's")
+        until(lambda: "flags owner" in listed(gateway), "another process owns the table")
         gateway.agent.process.send_signal(signal.SIGCONT)
         until(lambda: gateway.agent.metrics()["portward_ruleset_broken"] == 1, "the kernel refuses the ruleset")
-        assert gateway.passes(FABRIKAM, "10.0.0.5"), "nothing judges"
+        assert gateway.passes(FABRIKAM, "10.0.0.5"), "there is no ruleset"
         namespaces.load(gateway.lab.gateway, rules("nftables", "closed.nft").read_text())
         before = gateway.agent.metrics()
         tries, repairs = "portward_ruleset_repair_tries_total", "portward_ruleset_repairs_total"
         until(lambda: gateway.agent.metrics()[tries] > before[tries] + 2, "it was tried again")
-        # Of the same refresh as the tries, or of a later one.
-        assert gateway.agent.metrics()[repairs] == before[repairs], "in vain is no repair"  # once: see above
+        # Both metrics are from the same refresh, or this one is from a later one.
+        assert gateway.agent.metrics()[repairs] == before[repairs], "a failed try is no repair"  # once: see above
         assert "portward_closed" in tables(gateway)
         assert not gateway.passes(FABRIKAM, "10.0.0.5")
         assert not gateway.passes(CONTOSO, "10.0.0.5")
@@ -69,7 +71,7 @@ def test_while_the_ruleset_is_refused_a_port_closed_by_hand_stays_closed(
 
 
 def other(*chains: str) -> str:
-    """A table of somebody else with these base chains."""
+    """The text of another program's table with these base chains."""
     bodies = (f"chain c{number} {{ type filter hook {chain}; }}" for number, chain in enumerate(chains))
     return "table inet other {\n" + "\n".join(bodies) + "\n}\n"
 
@@ -77,11 +79,12 @@ def other(*chains: str) -> str:
 MARKS = {
     "none": "meta mark set 0",
     "one": "meta mark set 1",
-    "allowed": "meta mark set 0x9",  # as a worker writes it in the epoch after the first
+    "allowed": "meta mark set 0x9",  # a worker's mark of an allow in the second epoch
     "masqueraded": "meta mark set meta mark | 0x4000",
     "half": "meta mark set meta mark & 0xffff00ff",
 }
-# Before portward; where iptables has its table raw; behind it, where most who set marks do.
+# Priorities before portward's chains, of iptables' table raw, behind that, and of mangle, where most programs set
+# marks.
 PLACES = ("raw - 10", "raw", "raw + 1", "mangle")
 
 
@@ -94,15 +97,15 @@ def test_who_sets_marks_changes_no_verdict(gateway: Gateway, mark: str, place: s
     rule = f'iifname "vni*" tcp dport 25 {MARKS[mark]}'
     namespaces.load(gateway.lab.gateway, other(f"prerouting priority {place}; {rule}"))
     try:
-        for _ in range(2):  # by a worker's word, and remembered
+        for _ in range(2):  # first by a worker's verdict, then by the cached one
             assert gateway.passes(CONTOSO, address)
             assert not gateway.passes(FABRIKAM, address)
     finally:
         namespaces.load(gateway.lab.gateway, "delete table inet other")
 
 
-# What a chain between screen and learn could do to the mark: take the verdict away, write a constant or a verdict
-# under the epoch in force, set, clear and turn bits.
+# Changes of the mark that another chain could make between the chains `screen` and `learn`: remove the verdict,
+# write a constant or a verdict of the current epoch, set, clear and flip bits.
 BETWEEN: dict[str, str | Class] = {
     "none": "0",
     "one": "1",
@@ -121,8 +124,9 @@ _AT = ("-303", "-302", "-301")
 
 @pytest.mark.parametrize("when", ["before", "after", "repaired"])
 def test_no_chain_of_others_comes_between(make_gateway: MakeGateway, when: str) -> None:
-    """Chains at portward's own priority and beside it, loaded before its ruleset, after it, and again after a
-    repair, which makes its chains the newest: the kernel puts the newest of equal priority first."""
+    """The other chains have portward's own priority and the ones next to it. They are loaded before its ruleset,
+    after it, and again after a repair. The time matters, because among chains of equal priority the kernel puts
+    the newest first, and a repair makes portward's the newest."""
     gateway = make_gateway()
     gateway.source(CONTOSO, "10.0.30.0/24", ALLOWED)
     gateway.source(FABRIKAM, "10.0.30.0/24", DENIED)
@@ -157,13 +161,14 @@ def test_no_chain_of_others_comes_between(make_gateway: MakeGateway, when: str) 
 
 @pytest.mark.parametrize("value", ["0", "1", "0x4001", "meta mark & 0xffff00ff"])
 def test_without_a_mark_of_screen_or_a_worker_nothing_passes(make_gateway: MakeGateway, value: str) -> None:
-    """Were a chain between all the same: here one is put there by hand, while the agent is stopped."""
+    """A chain between the two would let nothing pass. The test puts one there by hand, while the agent is
+    stopped."""
     gateway = make_gateway()
     assert gateway.agent.process is not None
     gateway.agent.process.send_signal(signal.SIGSTOP)
     text = gateway.agent.portward("rules", "show", "--wanted").stdout
     text = text.replace("define CURRENT_EPOCH = 0x00000000", "define CURRENT_EPOCH = 0x00000008")
-    # screen stands earlier than it should, and another chain right behind it.
+    # Chain `screen` gets an earlier priority than it should have, and another chain comes right behind it.
     text = text.replace("chain screen {\n    type filter hook prerouting priority raw - 2;",
                         "chain screen {\n    type filter hook prerouting priority raw - 4;")  # fmt: skip
     between = f'prerouting priority raw - 3; iifname "vni*" tcp dport 25 meta mark set {value}'
@@ -177,7 +182,7 @@ def test_without_a_mark_of_screen_or_a_worker_nothing_passes(make_gateway: MakeG
     )
     try:
         for tenant in (CONTOSO, FABRIKAM):
-            for address in ("10.0.31.1", "10.0.31.2"):  # cached as one that passes, and not
+            for address in ("10.0.31.1", "10.0.31.2"):  # with a cached allow, and without
                 for flags in ("S", "A"):
                     assert not gateway.passes(tenant, address, flags)
             assert gateway.passes(tenant, "10.0.31.1", port=587)
@@ -205,7 +210,7 @@ def test_connection_marks_that_are_saved_and_restored_change_no_verdict(gateway:
 
 def test_chains_that_stand_elsewhere_are_put_where_they_belong(make_gateway: MakeGateway) -> None:
     gateway = make_gateway()
-    # As an older ruleset had them, with the table raw of others in between.
+    # The chains as an older ruleset had them, with another program's table raw in between.
     text = "delete table inet portward\ntable inet portward {\n"
     text += "chain screen { type filter hook prerouting priority raw - 1; }\n"
     text += "chain learn { type filter hook prerouting priority raw + 1; }\n}\n"

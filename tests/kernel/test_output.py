@@ -1,4 +1,4 @@
-"""A worker in which a library prints: the daemon goes on listening to what the worker asks."""
+"""If a library prints to a worker's stdout, the daemon skips that and still reads the worker's requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from portward.lab.topology import FABRIKAM
 def test_a_worker_that_prints_anything_is_still_listened_to(
     make_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only what a worker writes on its stdout brings the limit of a source within a prefix into the kernel."""
+    """The limit of a source in a prefix gets into the kernel only if the daemon reads the worker's request."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "noisy"))
     gateway = make_gateway()
     metric = 'portward_worker_events_total{event="foreign_line"}'

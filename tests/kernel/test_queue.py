@@ -1,4 +1,4 @@
-"""A queue of the kernel: who gets it, what is sent to it, what it says of verdicts on packets that are gone."""
+"""A queue of the kernel (NFQUEUE): who can bind it, its settings, and verdicts on packets that are gone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from portward.worker.nfqueue import SLOT, Queue
 
 @pytest.fixture
 def queue() -> Iterator[Queue]:
-    """Queue 7 of a namespace of its own, where this thread is too."""
+    """Queue 7 of a network namespace of its own, which this thread has entered."""
     name = lab_name()
     namespaces.make(name)
     try:
@@ -39,8 +39,8 @@ def test_a_second_socket_is_refused(queue: Queue) -> None:
 
 
 def test_the_kernel_has_the_queue_as_asked(queue: Queue) -> None:
-    with open("/proc/self/net/netfilter/nfnetlink_queue") as told:  # noqa: PTH123 # as `states` reads it
-        number, _, _, mode, copied, *_ = map(int, told.read().split())
+    with open("/proc/self/net/netfilter/nfnetlink_queue") as file:  # noqa: PTH123 # as `states` reads it
+        number, _, _, mode, copied, *_ = map(int, file.read().split())
     assert (number, mode, copied) == (7, 2, 512)
     assert [state.number for state in states()] == [7]
 
@@ -58,13 +58,14 @@ def test_verdicts_on_packets_that_are_gone_are_refused_one_by_one(queue: Queue) 
 
 
 def test_a_batch_without_packets_needs_no_verdicts(queue: Queue) -> None:
-    """Netlink answers a message of no bytes with an error."""
+    """The queue must not send an empty message, because netlink answers it with an error."""
     queue.send(Verdicts(7, 8).take())
     assert queue.receive() == []
 
 
 def test_a_queue_can_be_had_within_a_user_namespace() -> None:
-    """Where CAP_NET_ADMIN is that of the namespace alone, the socket takes what memory anyone may have."""
+    """There CAP_NET_ADMIN holds for the namespace only, so the socket's buffer must keep to the limit for ordinary
+    users."""
     program = "from portward.worker.nfqueue import Queue; Queue(7, 100, 8).close(); print('bound')"
     argv = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", program]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)

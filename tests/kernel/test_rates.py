@@ -1,6 +1,7 @@
-"""An exemption that carries a limit: so many new connections a minute, for all sources of its subscription.
+"""Exemptions with a rate limit: all sources of a subscription together open at most that many connections a
+minute.
 
-The limits here refill with one connection a minute, so within a test only the burst is there to be used.
+The limits here refill by one connection a minute. So within a test only the burst can be used.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _LIMIT = RateLimit(per_minute=1, burst=_BURST)
 
 
 def customer(tenant: Tenant, *prefixes: str, limit: RateLimit | None = _LIMIT) -> tuple[UUID, list[Record]]:
-    """A subscription with these sources, all of them exempt within a limit."""
+    """A subscription whose exemption has a limit, and its sources; gives its id and the records."""
     id_ = uuid4()
     return id_, [
         Subscription(id=id_, offer="pay-as-you-go", created=date(2022, 6, 30)),
@@ -40,12 +41,13 @@ def customer(tenant: Tenant, *prefixes: str, limit: RateLimit | None = _LIMIT) -
 
 
 def grant(id_: UUID, limit: RateLimit | None, state: ExemptionState = ExemptionState.GRANTED) -> Exemption:
-    """An exemption that counts."""
+    """An exemption that is in force, unless `state` says otherwise."""
     return Exemption(subscription=id_, state=state, requested=_GRANTED, decided=_GRANTED, limit=limit)
 
 
 def known(gateway: Gateway, tenant: Tenant, source: str) -> None:
-    """Waits until the kernel knows the limit of a source, whose packets ask for it."""
+    """Sends packets of a source until the kernel has its limit. A worker requests the limit when it gets a
+    packet."""
 
     def asked() -> bool:
         gateway.passes(tenant, source, "A")
@@ -73,7 +75,7 @@ def counted(gateway: Gateway, name: str) -> int:
 
 
 def opened(gateway: Gateway, tenant: Tenant, *sources: str, attempts: int) -> int:
-    """How many of so many connections can be opened, by one source after the other."""
+    """Tries to open `attempts` connections, from the sources in turn; gives how many were opened."""
     return sum(gateway.passes(tenant, sources[number % len(sources)]) for number in range(attempts))
 
 
@@ -119,7 +121,7 @@ def test_a_source_within_a_prefix_is_limited_from_its_first_connection_on(gatewa
     assert opened(gateway, FABRIKAM, "10.0.1.70", "2001:db8:1002:64::70", attempts=_BURST + 3) == _BURST
 
 
-def test_a_more_specific_prefix_of_somebody_else_is_not_limited(gateway: Gateway) -> None:
+def test_a_more_specific_prefix_of_another_customer_is_not_limited(gateway: Gateway) -> None:
     _, records = customer(FABRIKAM, "10.0.1.96/28")
     _, inside = customer(FABRIKAM, "10.0.1.100", limit=None)
     gateway.agent.apply(*records, *inside)
@@ -133,7 +135,7 @@ def test_internal_destinations_are_not_limited(gateway: Gateway) -> None:
     gateway.agent.apply(*records)
     assert opened(gateway, FABRIKAM, "10.0.1.111", attempts=_BURST + 1) == _BURST
     before = counted(gateway, "throttled"), counted(gateway, "internal")
-    gateway.passes(FABRIKAM, "10.0.1.111", to="10.9.9.9")  # nobody is there
+    gateway.passes(FABRIKAM, "10.0.1.111", to="10.9.9.9")  # no host has this address
     assert (counted(gateway, "throttled"), counted(gateway, "internal")) == (before[0], before[1] + 1)
 
 
@@ -182,7 +184,7 @@ def test_a_restart_of_the_agent_does_not_fill_the_bucket_again(gateway: Gateway)
     assert gateway.passes(FABRIKAM, "10.0.1.151", "A")
 
 
-def test_a_limit_that_nobody_has_any_more_leaves_the_kernel(gateway: Gateway) -> None:
+def test_a_limit_that_no_source_has_any_more_leaves_the_kernel(gateway: Gateway) -> None:
     id_, records = customer(FABRIKAM, "10.0.1.161", limit=RateLimit(per_minute=7, burst=9))
     gateway.agent.apply(*records)
 
@@ -195,7 +197,7 @@ def test_a_limit_that_nobody_has_any_more_leaves_the_kernel(gateway: Gateway) ->
     until(lambda: not there(), "the limit is collected")
 
 
-def test_rules_that_somebody_removes_come_back_with_limits(gateway: Gateway) -> None:
+def test_rules_that_another_program_removes_come_back_with_limits(gateway: Gateway) -> None:
     _, records = customer(FABRIKAM, "10.0.1.171")
     gateway.agent.apply(*records)
     assert gateway.passes(FABRIKAM, "10.0.1.171")
@@ -207,7 +209,7 @@ def test_rules_that_somebody_removes_come_back_with_limits(gateway: Gateway) -> 
     assert opened(gateway, FABRIKAM, "10.0.1.171", attempts=_BURST + 2) == _BURST
 
 
-def test_a_source_that_somebody_takes_out_of_the_map_may_send_again(gateway: Gateway) -> None:
+def test_a_source_that_another_program_takes_out_of_the_map_may_send_again(gateway: Gateway) -> None:
     _, records = customer(FABRIKAM, "10.0.1.201")
     gateway.agent.apply(*records)
     assert gateway.passes(FABRIKAM, "10.0.1.201")
@@ -217,7 +219,7 @@ def test_a_source_that_somebody_takes_out_of_the_map_may_send_again(gateway: Gat
     assert gateway.passes(FABRIKAM, "10.0.1.201")
 
 
-def test_a_source_that_somebody_slips_into_the_map_is_taken_out(gateway: Gateway) -> None:
+def test_a_source_that_another_program_adds_to_the_map_is_taken_out(gateway: Gateway) -> None:
     _, records = customer(FABRIKAM, "10.0.1.211")
     gateway.agent.apply(*records)
     assert gateway.passes(FABRIKAM, "10.0.1.211")
@@ -243,10 +245,10 @@ def test_what_was_within_and_beyond_the_limit_is_counted_apart(gateway: Gateway)
 
     until(lambda: packets("throttled") == 3, "three connections beyond the limit counted")
     until(lambda: packets("rated") == _BURST, "those within the limit counted")
-    told = explained(gateway, FABRIKAM, "10.0.1.181")
-    assert told["verdict"] == "allow"
-    assert told["limit"] == {"per_minute": 1, "burst": _BURST}
-    assert "dropped lately of this source: 3" in told["kernel"]
+    explanation = explained(gateway, FABRIKAM, "10.0.1.181")
+    assert explanation["verdict"] == "allow"
+    assert explanation["limit"] == {"per_minute": 1, "burst": _BURST}
+    assert "dropped lately of this source: 3" in explanation["kernel"]
 
 
 def test_where_everything_is_observed_nothing_is_limited(gateway: Gateway) -> None:

@@ -1,4 +1,4 @@
-"""A configuration that is taken while the gateway enforces, and what holds where that fails half-way."""
+"""A reload of the configuration while the gateway enforces, and what still holds if it fails half-way."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ _OWNER = UUID("11111111-0000-4000-8000-000000000001")
 
 @pytest.fixture
 def core(tmp_path: Path) -> Iterator[Core]:
-    """The steps of a gateway that enforces, with one source that azure-2020 lets through and aws does not."""
+    """The agent's `Core` in a gateway that enforces. Its one source is allowed by preset azure-2020 and denied by
+    aws."""
     with enforcing(tmp_path) as core:
         yield core
 
 
 @contextmanager
 def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once, lab: Lab | None = None) -> Iterator[Core]:
-    """The same, with a kernel thread or in a lab of its own."""
+    """The same; `on_kernel` runs the changes of the kernel, and `lab` is the gateway's lab."""
     store = SqliteStore(tmp_path / "portward.db", create=True)
     records = (
         Subscription(id=_OWNER, offer="enterprise-agreement", created=date(2022, 6, 30)),
@@ -75,9 +76,10 @@ def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once, lab: Lab | None = N
 
 
 def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Core) -> None:
-    """Others would be made anew at each load, and what waits in queues be dropped."""
+    """A base chain that stands elsewhere would be made anew at each load, and packets that wait in its queue would
+    be dropped."""
     in_order = [*HOOKS.items()]
-    # The lab translates addresses, so the guard is there.
+    # The lab translates addresses, so the guard is loaded.
     always = {*in_order, *TUNNELS_HOOKS.items(), *GUARD_HOOKS.items()}
 
     def found() -> list[tuple[str, tuple[int, int]]]:
@@ -101,12 +103,10 @@ def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Co
 def test_chains_that_act_at_once_are_there_while_the_whole_ruleset_is_not_taken(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A device above a segment is closed first; what fails after that is tried again."""
-    monkeypatch.setattr(
-        core.dataplane.reconciler, "_load_once", once(KernelError("busy"), core.dataplane.reconciler._load_once)
-    )
-    monkeypatch.setattr(core.dataplane.sync, "_repair", lambda _: None)
-    core.dataplane.surround(core.dataplane._desired.surroundings._replace(stacked=frozenset((1,))))
+    """The agent first closes a device above a segment. If a later step fails it tries again."""
+    monkeypatch.setattr(core.reconciler, "_load_once", once(KernelError("busy"), core.reconciler._load_once))
+    monkeypatch.setattr(core._dataplane.sync, "_repair", lambda _: None)
+    core.surround(core._dataplane._desired.surroundings._replace(stacked=frozenset((1,))))
     assert core._netlink.hooks(TABLE)["stacked"] == STACKED_HOOKS["stacked"]
 
 
@@ -115,7 +115,7 @@ _VRF = 900
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number: int) -> None:
-    """In forward, where the guard asks, a queued packet names the VRF alone."""
+    """In hook forward, where the guard queues packets, a packet's interface is the VRF and not its port."""
     port = socket.if_nametoindex(CONTOSO.segment)
     devices = (
         Device(_VRF, "vrf", "vrf"),
@@ -137,7 +137,7 @@ def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long
     cache = core.dataplane.cache
 
     def left() -> int:
-        """Milliseconds."""
+        """The milliseconds until the interface no longer counts as renewed."""
         ((_, _, expires_ms),) = cache._elements.rows(RENEWED)
         return expires_ms
 
@@ -148,13 +148,13 @@ def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long
 
 
 def in_step(core: Core) -> bool:
-    """Whether the kernel remembers verdicts of the table's policy, and of no other."""
-    cache = core.dataplane.cache
+    """Whether the kernel caches verdicts of the table's generation, and of no other."""
+    cache = core._dataplane.cache
     return cache.epoch() == mark.epoch_of(core.generation) and cache.synced() == core.generation
 
 
 def once(error: Exception, real: Any) -> Any:
-    """What fails the first time that it is called."""
+    """A function that raises `error` the first time that it is called, and then calls `real`."""
     calls = iter([error])
 
     def fails(*arguments: Any, **options: Any) -> Any:
@@ -201,12 +201,11 @@ def test_a_kernel_that_refuses_half_way_is_asked_again(
     assert in_step(core)
 
 
-def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
-    core: Core, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without its queue statements it drops what the kernel does not remember; without it port 25 is open."""
-    want = core.dataplane.sync.wanted(core.dataplane._desired)
-    if want.native:  # as on a kernel that has to be told in a second transaction
+def test_half_a_ruleset_stays_if_the_whole_was_gone(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ruleset without its queue statements drops packets without a cached verdict. Without a ruleset port 25
+    would be open."""
+    want = core._dataplane.sync.wanted(core._dataplane._desired)
+    if want.native:  # as on a kernel that needs a second transaction for the queue statements
         want = want._replace(native=False)
     core._nft.load("delete table inet portward\n")
     monkeypatch.setattr(xtables, "install", once(KernelError("no memory"), xtables.install))
@@ -219,7 +218,8 @@ def test_half_a_ruleset_stays_where_somebody_took_the_whole_away(
 
 @pytest.mark.parametrize("before", ["delete table inet portward\n", ""], ids=["no-ruleset", "beside-the-ruleset"])
 def test_a_port_that_was_closed_meanwhile_is_opened_again(core: Core, before: str) -> None:
-    """In one transaction of somebody else's, as nftables.service does it: with a `flush ruleset` or without."""
+    """Another program closes it in one transaction, as nftables.service does, with a `flush ruleset` or
+    without."""
     Nft().load(before + rules("nftables", "closed.nft").read_text())
     core.dataplane.check()
     assert not core.dataplane.broken
@@ -237,7 +237,7 @@ def test_a_change_that_was_not_carried_out_is_no_rest(core: Core) -> None:
 
 
 class Later:
-    """A kernel thread that is behind: it does what it is given when it is told to."""
+    """A kernel thread that lags behind: it collects its jobs, and runs them when `catch_up` is called."""
 
     def __init__(self) -> None:
         self.given: list[Callable[[], object]] = []
@@ -247,13 +247,13 @@ class Later:
         return Future()
 
     def catch_up(self) -> None:
-        """Does it, in its order."""
+        """Runs the collected jobs in their order."""
         while self.given:
             self.given.pop(0)()
 
 
 def disable(tmp_path: Path) -> None:
-    """Writes into the store that the owner of the source is disabled."""
+    """Sets the subscription of the source to disabled in the store."""
     store = SqliteStore(tmp_path / "portward.db")
     record = Subscription(
         id=_OWNER, offer="enterprise-agreement", created=date(2022, 6, 30), standing=Standing.DISABLED
@@ -278,7 +278,8 @@ def test_a_change_on_its_way_to_the_kernel_thread_is_no_reason_for_a_repair(tmp_
 
 
 def test_a_change_that_comes_after_a_repair_has_taken_it_in_leaves_the_kernel_as_it_is(tmp_path: Path) -> None:
-    """The repair takes the newest state of the table; the change, carried out then, must not go back behind it."""
+    """The repair loads the newest state of the table. The change that is carried out later must not undo a part of
+    it."""
     kernel = Later()
     with enforcing(tmp_path, kernel) as core:
         disable(tmp_path)
@@ -312,13 +313,13 @@ def test_a_change_that_is_lost_on_its_way_to_the_kernel_is_made_good_by_the_next
 
 
 def fail(*_: Any) -> None:
-    """A fault of portward's own."""
+    """Raises an error as a bug of portward would."""
     raise RuntimeError
 
 
 def test_what_the_store_changed_before_the_ruleset_is_loaded_is_carried_out_by_the_load(tmp_path: Path) -> None:
-    """A start reads the store while the workers load their libraries. What the kernel has cached is kept where the
-    change does not reach it."""
+    """A start reads the store while the workers load their libraries. Cached verdicts that the change does not
+    affect stay."""
     kernel = Later()
     other, owned = Source(4242, b"\xc0\x00\x02\x4d"), ip_address("10.0.0.4").packed
     with enforcing(tmp_path) as core:

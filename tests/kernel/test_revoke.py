@@ -1,4 +1,4 @@
-"""`portward exemption revoke --wait`: what holds when it has returned."""
+"""When `portward exemption revoke --wait` returns, no packet of the revoked subscription passes any more."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
 
 
 def exempt(gateway: Gateway, source: str) -> UUID:
-    """A customer whose exemption counts for this source."""
+    """Gives a source a subscription with an exemption that is in force; gives the subscription's id."""
     id_ = uuid4()
     gateway.agent.apply(
         Subscription(id=id_, offer="pay-as-you-go", created=date(2022, 6, 30)),
@@ -51,7 +51,7 @@ def test_when_it_returns_nothing_passes_any_more(gateway: Gateway) -> None:
 
 
 def test_it_waits_for_the_workers_that_the_agent_has_and_not_for_those_of_the_file(gateway: Gateway) -> None:
-    """Another number of workers counts from the agent's next start on."""
+    """A changed number of workers takes effect only at the agent's next start."""
     id_ = exempt(gateway, "10.0.2.50")
     kept = gateway.agent.config.read_text()
     gateway.agent.config.write_text(f"{kept}\n[queue]\nworkers = 3\n")
@@ -64,7 +64,7 @@ def test_it_waits_for_the_workers_that_the_agent_has_and_not_for_those_of_the_fi
 
 
 def test_it_waits_for_packets_that_workers_hold(gateway: Gateway) -> None:
-    """A worker that was stopped may have judged a packet already, by the policy before."""
+    """A stopped worker may already have found a verdict for a packet, by the policy before the revocation."""
     id_ = exempt(gateway, "10.0.2.100")
     assert gateway.passes(FABRIKAM, "10.0.2.100")
     (worker,) = json.loads(gateway.agent.portward("status", "--json").stdout)["workers"]
@@ -75,7 +75,7 @@ def test_it_waits_for_packets_that_workers_hold(gateway: Gateway) -> None:
             gateway.lab.gateway, [*argv, "--config", os.fspath(gateway.agent.config)], stdout=subprocess.PIPE
         )
         until(lambda: not gateway.passes(FABRIKAM, "10.0.2.100", "A", patience_s=0), "it is revoked in the kernel")
-        time.sleep(0.3)  # pause: so long it could end too early
+        time.sleep(0.3)  # pause: by now it would have ended too early
         assert process.poll() is None, "it waits for the worker"
     finally:
         with contextlib.suppress(ProcessLookupError):  # the self-check may have put another in its place
@@ -107,7 +107,7 @@ def test_many_at_once_too(gateway: Gateway) -> None:
 
 
 def test_an_agent_that_follows_another_store_is_not_waited_for(gateway: Gateway) -> None:
-    """It would never enforce it, and its own revision says nothing of this store's."""
+    """Such an agent would never enforce this store's revision, and its own revision is of another store."""
     id_ = exempt(gateway, "10.0.4.1")
     config = gateway.agent.folder / "other.toml"
     settings = msgspec.toml.decode(gateway.agent.config.read_bytes())
@@ -120,8 +120,8 @@ def test_an_agent_that_follows_another_store_is_not_waited_for(gateway: Gateway)
         return result.returncode, result.stderr
 
     assert other("apply", "-", text=inventory) == (0, "")
-    code, told = other("exemption", "revoke", str(id_), "--reason", "spam", "--wait")
+    code, output = other("exemption", "revoke", str(id_), "--reason", "spam", "--wait")
     assert code == 1
-    assert "has not loaded the policy in" in told
-    assert "nothing was written" in told
+    assert "has not loaded the policy in" in output
+    assert "nothing was written" in output
     assert gateway.passes(FABRIKAM, "10.0.4.1")

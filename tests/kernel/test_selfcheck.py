@@ -1,4 +1,4 @@
-"""What differs from what should be enforced is found, mended, counted and told."""
+"""The agent finds, repairs, counts and reports differences from the state that it should enforce."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from portward.lab.topology import CONTOSO, FABRIKAM
 
 
 def divergences(gateway: Gateway, kind: str) -> float:
-    """How many differences of a kind have been found."""
+    """How many differences of a kind the agent has found."""
     return gateway.agent.metrics()[f'portward_divergence_total{{kind="{kind}"}}']
 
 
 def status(gateway: Gateway) -> Any:
-    """What `portward status --json` prints."""
+    """The output of `portward status --json`."""
     return json.loads(gateway.agent.portward("status", "--json").stdout)
 
 
 def answered(gateway: Gateway) -> float:
-    """Queries of the self-check whose answers the kernel has counted."""
+    """How many queries of the self-check have been answered, as the kernel counts them."""
     return gateway.agent.metrics()['portward_screen_packets_total{rule="answered"}']
 
 
@@ -50,7 +50,7 @@ def test_a_worker_that_stands_still_is_replaced(make_gateway) -> None:  # type: 
     until(lambda: answered(gateway) >= 1, "the first answer")
     stopped = status(gateway)["workers"][0]["pid"]
     os.kill(stopped, signal.SIGSTOP)
-    assert not gateway.passes(CONTOSO, "10.0.0.9"), "nobody judges it"
+    assert not gateway.passes(CONTOSO, "10.0.0.9"), "its packets get no verdict"
     until(lambda: divergences(gateway, "worker") == 1, "the silent worker found")
     until(lambda: status(gateway)["workers"][0]["pid"] not in (stopped, None), "another worker")
     until(lambda: gateway.passes(CONTOSO, "10.0.0.9"), "the allowed source")
@@ -62,7 +62,7 @@ def test_a_worker_that_is_only_starting_is_not_taken_for_silent(make_gateway) ->
     until(lambda: answered(gateway) >= 1, "the first answer")
     for _ in range(4):
         before = status(gateway)["workers"][0]["pid"]
-        # Right before the next query, which finds no queue then.
+        # Wait until just before the next query. It then finds no queue.
         time.sleep(2 - (time.monotonic() + 0.07) % 2)  # pause: queries go out at even seconds
         os.kill(before, signal.SIGKILL)
         until(lambda before=before: status(gateway)["workers"][0]["pid"] != before, "another worker")  # type: ignore[misc]
@@ -76,7 +76,7 @@ def test_a_query_that_went_with_the_rules_of_others_ends_no_worker(make_gateway)
     until(lambda: answered(gateway) >= 1, "the first answer")
     before = status(gateway)["workers"][0]["pid"]
     for milliseconds in range(0, 16, 2):
-        # Right before the next query, which finds no rules then.
+        # Wait until just before the next query. It then finds no rules.
         time.sleep(2 - (time.monotonic() + milliseconds / 1000) % 2)  # pause: as above
         namespaces.load(gateway.lab.gateway, "flush ruleset")
         time.sleep(2.2)  # pause: as long as the self-check is patient
@@ -86,7 +86,7 @@ def test_a_query_that_went_with_the_rules_of_others_ends_no_worker(make_gateway)
 
 
 def fed(gateway: Gateway, seconds: float) -> int:
-    """How often the service manager's watchdog is fed within so many seconds."""
+    """How often the agent feeds the service manager's watchdog within `seconds`."""
     socket, times = gateway.agent.notified, 0
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
@@ -103,13 +103,13 @@ def test_the_watchdog_is_fed_only_while_workers_answer(make_gateway, monkeypatch
     rule = 'type filter hook prerouting priority -400; iifname "lo" ip saddr 127.80.87.25 drop;'
     namespaces.load(gateway.lab.gateway, f"table inet others {{ chain before {{ {rule} }}; }}")
     until(lambda: divergences(gateway, "worker") >= 1, "no worker can be reached")
-    fed(gateway, 0.2)  # what was sent before
+    fed(gateway, 0.2)  # skip the notifications that were sent before
     assert fed(gateway, 3) == 0
     namespaces.load(gateway.lab.gateway, "delete table inet others")
     until(lambda: fed(gateway, 1) > 0, "answers again")
 
 
-def test_a_verdict_that_somebody_slipped_into_a_set_is_taken_out(make_gateway) -> None:  # type: ignore[no-untyped-def]
+def test_a_verdict_that_another_program_adds_to_a_set_is_taken_out(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway()
     assert gateway.passes(CONTOSO, "10.0.0.4"), "a right one, which stays"
     added = namespaces.run(

@@ -1,4 +1,4 @@
-"""Devices that take a segment's packets: nothing of theirs passes silently."""
+"""Devices that take a segment's packets, as bridges do: their packets to port 25 do not pass silently."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from portward.model import Attachment
 
 SEGMENT = Tenant("stacked", 7001)
 FROM4, FROM6 = "10.77.0.9", "2001:db8:7001::9"
-# What takes the segment's packets, from the device that must be put up to the one that they come out of.
+# Commands that put a device on the segment, by the device's kind. The packets come out of the device `top`.
 ABOVE = {
     "bridge": ["link add top type bridge", "link set vni7001 master top"],
     "macvlan": ["link add top link vni7001 type macvlan mode bridge"],
@@ -59,14 +59,14 @@ PACKETS: dict[str, Callable[[], list[Packet]]] = {
         IPv6(src=FROM6, dst=MAIL6) / IPv6ExtHdrFragment(id=7, nh=60, m=1) / Raw(bytes((6, 0, 1, 4, 0, 0, 0, 0)))
     ],
 }
-# While the guard is loaded (the lab translates addresses), an interface that had another name has to wait ten
-# seconds for what is not cached: see chain settled.
+# Seconds to wait for a packet of a renamed interface. The lab translates addresses, so the guard is loaded, and
+# then packets of a renamed interface without a cached verdict pass only after ten seconds: see chain `settled`.
 _RENAMED = 30.0
 _NUMBERS: Iterator[int] = iter(range(0x70000000, 0x7FFFFFFF, 0x1000))
 
 
 class Stack:
-    """A segment whose other end is in a namespace of its own, and what is put above it."""
+    """A segment whose other end is in a namespace of its own, and the device above it."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
@@ -77,7 +77,8 @@ class Stack:
             "net.ipv4.conf.all.accept_source_route=1",
             "net.ipv4.conf.default.accept_source_route=1",
         )
-        # With br_netfilter packets meet the ruleset under the bridge's name, too. `-e`: most hosts are without it.
+        # With br_netfilter packets would also pass the ruleset under the bridge's name. Most hosts do not have
+        # that module, and `-e` makes sysctl ignore the missing keys.
         off = [f"net.bridge.bridge-nf-call-ip{version}tables=0" for version in ("", "6")]
         namespaces.run(gateway.lab.gateway, ["sysctl", "-qew", *off])
         namespaces.batch(gateway.lab.gateway, ["route replace 10.99.0.0/24 via 198.51.100.2"])
@@ -86,17 +87,18 @@ class Stack:
         namespaces.batch(gateway.lab.gateway, [f"link set {SEGMENT.segment} up"])
         namespaces.batch(self.home, ["link set eth0 up"])
 
-    def put(self, kind: str, *, told: str = "STACKED") -> None:
-        """Puts the device `top` above the segment and waits until the agent says so."""
+    def put(self, kind: str, *, expected: str = "STACKED") -> None:
+        """Puts the device `top` above the segment, and waits until `portward status` has the text `expected`."""
         namespaces.batch(self.gateway.lab.gateway, [*ABOVE[kind], "link set top up"])
-        until(lambda: told in self.status(), f"`status` says {told}")
+        until(lambda: expected in self.status(), f"`status` says {expected}")
 
     def status(self) -> str:
-        """What `portward status` says."""
+        """The output of `portward status`."""
         return self.gateway.agent.portward("status").stdout
 
     def passes(self, *packets: Packet, at: str = "top", where: str | None = None) -> bool:
-        """Whether the packets, sent to the address of the device `at`, reach the Internet side (or `where`)."""
+        """Sends packets to the link address of the device `at`; gives whether they reach the Internet side, or the
+        namespace `where`."""
         gateway = self.gateway.lab.gateway
         last = segment(FROM6, port=587)
         view = Seen(where or self.gateway.lab.internet)
@@ -121,7 +123,7 @@ class Stack:
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
-        """Meanwhile the agent sees nothing; its workers run on."""
+        """Within the `with`, the agent is stopped and sees nothing; its workers run on."""
         process = self.gateway.agent.process
         assert process is not None
         process.send_signal(signal.SIGSTOP)
@@ -131,7 +133,8 @@ class Stack:
             process.send_signal(signal.SIGCONT)
 
     def until_seen(self) -> None:
-        """Waits until the agent has seen all interfaces: it sees them in the order in which they came."""
+        """Waits until the agent has seen all interfaces. It sees them in the order in which they were made, so it
+        is enough to make one more and to wait for that."""
         home = self.gateway.lab.gateway
         namespaces.ip("-n", home, "link", "add", "marker", "type", "ifb")
         index = json.loads(namespaces.run(home, ["ip", "-j", "link", "show", "marker"]).stdout)[0]["ifindex"]
@@ -144,7 +147,7 @@ class Stack:
         namespaces.ip("-n", home, "link", "del", "marker")
 
     def stopped(self, *counters: str) -> int:
-        """Packets that were counted in these counters; by default those that a device above a segment sent."""
+        """The sum of these counters; by default the packets that were dropped from a device above a segment."""
         return sum(map(self._counter, counters or ("stacked",)))
 
     def _counter(self, name: str) -> int:
@@ -154,7 +157,7 @@ class Stack:
         return int(found[1])
 
     def close(self) -> None:
-        """Takes all of it away."""
+        """Deletes the devices, the segment and its namespace."""
         for name in ("top", "under", SEGMENT.segment):
             namespaces.run(self.gateway.lab.gateway, ["ip", "link", "del", name])
         namespaces.remove(self.home)
@@ -162,7 +165,7 @@ class Stack:
 
 
 def _of_fragments(packet: Packet) -> bool:
-    """What fragments of the segment's sources become, put together or not."""
+    """Whether a packet comes from fragments that the segment's sources sent, reassembled or not."""
     if IP in packet:
         return bool(packet[IP].src == FROM4)
     return IPv6ExtHdrFragment in packet and bool(packet[IPv6].src == FROM6)
@@ -206,7 +209,7 @@ def test_nothing_passes_when_a_segment_becomes_the_first_port_of_a_bridge_that_w
 
 
 def test_nothing_passes_when_a_segment_becomes_the_first_port_below_a_device_that_was_there(stack: Stack) -> None:
-    """Also what stands on a bridge without a port gives out what comes in at the bridge's first one."""
+    """A device on top of a bridge that has no port yet gives out the packets of the bridge's first port."""
     home = stack.gateway.lab.gateway
     under = ["link add under type bridge", "link set under up"]
     namespaces.batch(home, [*under, "link add top link under type macvlan mode bridge", "link set top up"])
@@ -218,7 +221,8 @@ def test_nothing_passes_when_a_segment_becomes_the_first_port_below_a_device_tha
 
 
 def test_mail_from_another_interface_passes_once_the_agent_has_seen_it(stack: Stack) -> None:
-    """Which is no segment and no uplink, like a network of the provider's own: nothing of it is judged."""
+    """The other interface is neither a segment nor an uplink, as a network of the provider's own, so its packets
+    need no verdict."""
     home = stack.gateway.lab.gateway
     namespaces.batch(home, [f"link set {SEGMENT.segment} name other7"])
     until(lambda: stack.passes(segment(FROM4), at="other7"), "it passes", seconds=_RENAMED)
@@ -260,13 +264,15 @@ def test_other_ports_and_inner_destinations_pass(stack: Stack) -> None:
 
 
 def test_mail_into_a_segment_passes(stack: Stack) -> None:
-    """As from the Internet, if it comes in through such a device."""
+    """Mail to a tenant passes if it comes in through such a device, as it does from the Internet."""
     stack.put("bridge")
     mail = segment(FROM6, to=CONTOSO.address6)
     assert stack.passes(mail, where=stack.gateway.lab.home(CONTOSO))
 
 
-def test_a_device_above_that_is_a_segment_itself_is_judged(make_gateway: Callable[..., Gateway]) -> None:
+def test_a_device_above_that_is_a_segment_itself_gets_verdicts_for_its_packets(
+    make_gateway: Callable[..., Gateway],
+) -> None:
     gateway = make_gateway(segments=["vni*", "top"])
     stack = Stack(gateway)
     try:
@@ -283,7 +289,7 @@ def test_a_device_above_that_is_a_segment_itself_is_judged(make_gateway: Callabl
         stack.close()
 
 
-def test_what_is_taken_off_is_judged_again(stack: Stack) -> None:
+def test_a_segment_taken_off_a_bridge_gets_verdicts_again(stack: Stack) -> None:
     stack.put("bridge")
     stack.gateway.agent.apply(*source_records(SEGMENT, "10.78.0.0/16", ALLOWED, uuid4()))
     assert not stack.passes(segment("10.78.0.1"))
@@ -306,7 +312,7 @@ def test_log_metric_and_check_name_it(stack: Stack) -> None:
 
 
 def test_a_bridge_between_segment_and_uplink_is_named_as_open(stack: Stack) -> None:
-    """Its frames never reach the IP stack: it cannot be closed here, and must not be silent."""
+    """Its frames never reach the IP stack, so portward cannot block them and must report it."""
     namespaces.ip("-n", stack.gateway.lab.gateway, "link", "add", "up0x", "type", "veth", "peer", "name", "up0y")
     stack.gateway.agent.configure(uplinks=["up0*"])
     stack.gateway.agent.reload()
@@ -324,7 +330,7 @@ def test_a_bridge_between_segment_and_uplink_is_named_as_open(stack: Stack) -> N
 
 
 def test_a_port_that_leaves_a_bridge_is_still_there(stack: Stack) -> None:
-    """The bridge announces it as deleted, in messages of its own family."""
+    """The kernel announces the port as deleted, in a message of the bridge's address family. It still exists."""
     stack.put("bridge")
     namespaces.batch(stack.gateway.lab.gateway, [f"link set {SEGMENT.segment} nomaster"])
     until(lambda: "STACKED" not in stack.status(), "nothing stands on it")

@@ -1,4 +1,4 @@
-"""No verdict that was found under an older policy is remembered, however slow the worker is, and none that was
+"""No verdict that was found under an older policy is cached, however slow the worker is, and no verdict that was
 found under a newer one is lost."""
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from portward.table.writer import Writer
 
 @pytest.mark.parametrize("reader", QueueReader)
 @pytest.mark.parametrize("address", ["10.0.0.4", "2001:db8:1001::4"])
-def test_no_stale_verdict_is_remembered(tmp_path: Path, address: str, reader: QueueReader) -> None:
+def test_no_stale_verdict_is_cached(tmp_path: Path, address: str, reader: QueueReader) -> None:
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
-        stale, remembered = churned(
+        stale, cached = churned(
             lab, tmp_path, address, 400, lambda churn, committed: churn.carry_out(committed), reader
         )
-    assert remembered > 40, "the source hardly got a verdict: nothing was tried"
+    assert cached > 40, "the source hardly got a verdict: nothing was tried"
     assert stale == 0
 
 
 @pytest.mark.parametrize("reader", QueueReader)
 def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path, reader: QueueReader) -> None:
-    """That the test above can fail: the same without step one of a change."""
+    """Shows that the test above can fail: without the step of the epoch, stale verdicts are cached."""
 
     def left_out(generation: int, links: Iterable[int] = ()) -> None:
-        """The step."""
+        """Stands for the step, and does nothing."""
 
     def forget_only(churn: Churn, committed: Committed) -> None:
         churn.cache.move_epoch = left_out  # type: ignore[method-assign]
         churn.cache.forget(changed_sources(churn.links, committed), committed.generation)
 
     def both_epochs(churn: Churn, committed: Committed) -> None:
-        # Every epoch is current: as if verdicts carried none.
-        # By netlink: while nft works for some milliseconds, the verdicts in flight would arrive.
+        # Make the last three epochs current, as if verdicts carried none. Use netlink, because nft takes some
+        # milliseconds, and by then the verdicts in flight would have arrived.
         epochs = [(committed.generation - back) % 8191 << 3 for back in range(3)]
         churn.elements.commit([Add("epoch", [struct.pack("=I", epoch) for epoch in epochs])])
         forget_only(churn, committed)
 
-    # How often a change meets a verdict in flight depends on the machine: some rounds, until one does.
+    # Whether a change meets a verdict in flight depends on the machine, so try until one does.
     for number in range(10):
         with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
             stale, _ = churned(lab, tmp_path / str(number), "10.0.0.4", 400, both_epochs, reader)
@@ -65,13 +65,13 @@ def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path, r
 
 
 def test_a_verdict_from_a_table_that_is_ahead_of_the_kernel_acts(make_gateway: Callable[..., Gateway]) -> None:
-    """The table is committed some milliseconds before the kernel's epoch moves. What a worker answers in between
-    was dropped, so an allowed sender waited a second for its next try."""
+    """The table is committed some milliseconds before the kernel's epoch moves. A worker's verdict in between must
+    take effect: if the packet were dropped, an allowed sender would wait a second until it repeats its SYN."""
     gateway = make_gateway()
     gateway.source(CONTOSO, "10.66.0.0/16", ALLOWED)
     gateway.source(CONTOSO, "10.67.0.0/16", DENIED)
     assert gateway.agent.process is not None
-    gateway.agent.process.send_signal(signal.SIGSTOP)  # else the kernel follows at once
+    gateway.agent.process.send_signal(signal.SIGSTOP)  # otherwise the kernel's epoch would follow at once
     try:
         for number in range(3):
             ahead(gateway, number)
@@ -84,7 +84,7 @@ def test_a_verdict_from_a_table_that_is_ahead_of_the_kernel_acts(make_gateway: C
 
 
 def counter(gateway: Gateway, name: str) -> int:
-    """The packets that a counter of the ruleset has counted."""
+    """The packets of a named counter of the ruleset."""
     listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "portward", name]).stdout
     found = re.search(r"packets (\d+)", listing)
     assert found is not None
@@ -92,7 +92,7 @@ def counter(gateway: Gateway, name: str) -> int:
 
 
 def ahead(gateway: Gateway, number: int) -> None:
-    """Commits a change to the agent's policy table that the kernel does not hear of."""
+    """Commits a change to the agent's policy table, but not to the kernel."""
     table, preset = gateway.agent.folder / "table", presets.load("azure-2020")
     with closing(Writer(table, preset, Answers(observe=False, reject=False))) as writer:
         head = writer.head()

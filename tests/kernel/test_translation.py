@@ -1,4 +1,5 @@
-"""What others translate: nothing of a blocked tenant comes out in another form, and who may send does."""
+"""Address translation by other programs: no packet of a blocked tenant reaches port 25 by it, and an allowed
+tenant's packets do."""
 
 from __future__ import annotations
 
@@ -30,13 +31,13 @@ _NOTRACK = f'iifname "vni*" tcp dport {{ 25, {OTHER_PORT} }} ip daddr {{ {VIP4},
 
 
 def table(family: str, hook: str, *rules: str, kind: str = "filter") -> str:
-    """A table of another program with one chain."""
+    """The text of another program's table with one chain."""
     lines = "\n    ".join(rules)
     return f"table {family} other {{\n  chain c {{\n    type {kind} hook {hook};\n    {lines}\n  }}\n}}\n"
 
 
 _DNAT = "prerouting priority dstnat"
-# Name → the rules, what the tenant writes to, and the port.
+# Name → the rules that translate, and the address and port that the tenant sends to.
 TRICKS: dict[str, tuple[str, str, int]] = {
     "an-internal-address": (table("ip", _DNAT, f"ip daddr {VIP4} dnat to {MAIL4}", kind="nat"), VIP4, 25),
     "an-internal-address-and-port": (
@@ -85,7 +86,8 @@ _numbers, _ports = itertools.count(10), itertools.count(4000)
 
 @contextmanager
 def others(gateway: Gateway, text: str) -> Iterator[None]:
-    """The rules of another program, and a way for the internal addresses that they know."""
+    """Loads the rules of another program for the time of a `with`, and adds routes for the internal addresses that
+    they translate."""
     namespaces.batch(
         gateway.lab.gateway,
         ["route replace 10.96.0.0/16 via 198.51.100.2", "route replace fd00:96::/64 via 2001:db8:ffff::2"],
@@ -129,14 +131,14 @@ def test_what_others_translate_comes_out_of_those_who_may_send_only(gateway: Gat
     for tenant, offer in ((CONTOSO, ALLOWED), (FABRIKAM, DENIED)):
         gateway.source(tenant, source_of(tenant, to, number), offer)
     with others(gateway, text):
-        for flags in ("S", "S", "A", "PA"):  # by a worker's word, and cached
+        for flags in ("S", "S", "A", "PA"):  # first by a worker's verdict, then by the cached one
             assert comes_out(gateway, CONTOSO, source_of(CONTOSO, to, number), to, port, flags)
             assert not comes_out(gateway, FABRIKAM, source_of(FABRIKAM, to, number), to, port, flags)
         unknown = source_of(FABRIKAM, to, number + 100)
-        assert not comes_out(gateway, FABRIKAM, unknown, to, port), "nobody's source"
+        assert not comes_out(gateway, FABRIKAM, unknown, to, port), "an unknown source"
 
 
-def test_a_rule_of_iptables_translates_for_nobody_who_may_not_send(gateway: Gateway) -> None:
+def test_a_rule_of_iptables_does_not_translate_for_a_denied_source(gateway: Gateway) -> None:
     number = next(_numbers)
     for tenant, offer in ((CONTOSO, ALLOWED), (FABRIKAM, DENIED)):
         gateway.source(tenant, source_of(tenant, VIP4, number), offer)
@@ -151,7 +153,8 @@ def test_a_rule_of_iptables_translates_for_nobody_who_may_not_send(gateway: Gate
 
 
 def test_the_guard_caches_what_a_worker_said_of_a_source(gateway: Gateway) -> None:
-    """Whose first packet is a translated one: it passes `screen` unseen, and no mark tells the kernel."""
+    """The source's first packet is a translated one. Chain `screen` does not see it as one to port 25, so no mark
+    brings the verdict into the cache; the agent has to."""
     number = next(_numbers)
     text, to, port = TRICKS["an-internal-address"]
     with others(gateway, text):
@@ -190,7 +193,8 @@ def _limited(gateway: Gateway, source: str) -> bool:
 
 
 def test_marks_of_kube_proxy_live_on(gateway: Gateway) -> None:
-    """It marks in its NAT chains, masquerades by the mark, and its bits are in portward's half."""
+    """kube-proxy marks packets in its NAT chains, and masquerades by that mark. Its bits are in portward's half of
+    the mark."""
     number = next(_numbers)
     gateway.source(CONTOSO, source_of(CONTOSO, VIP4, number), ALLOWED)
     text = f"""table ip other {{
@@ -203,10 +207,12 @@ def test_marks_of_kube_proxy_live_on(gateway: Gateway) -> None:
     }}
     """
     with others(gateway, text):
-        for passed in (1, 2):  # asked of a worker, and cached
+        for passed in (1, 2):  # first by a worker's verdict, then by the cached one
             assert comes_out(gateway, CONTOSO, source_of(CONTOSO, VIP4, number), VIP4, 25)
-            told = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "ip", "other", "marked"]).stdout
-            assert f"packets {passed} " in told
+            output = namespaces.run(
+                gateway.lab.gateway, ["nft", "list", "counter", "ip", "other", "marked"]
+            ).stdout
+            assert f"packets {passed} " in output
 
 
 # --- settings ---
@@ -215,7 +221,7 @@ def test_marks_of_kube_proxy_live_on(gateway: Gateway) -> None:
 def test_what_is_observed_passes_translated_too(make_gateway: MakeGateway) -> None:
     gateway = make_gateway(verdicts={"observe": [FABRIKAM.segment]})
     with others(gateway, TRICKS["an-internal-address"][0]):
-        for source in ("10.0.0.4", "10.0.9.9"):  # denied, and nobody's
+        for source in ("10.0.0.4", "10.0.9.9"):  # denied, and unknown
             for _ in range(2):
                 assert comes_out(gateway, FABRIKAM, source, VIP4, 25)
         assert not comes_out(gateway, CONTOSO, "10.0.9.9", VIP4, 25), "the other segment is not"
@@ -250,12 +256,12 @@ def test_sources_beyond_the_share_of_their_segment_pass(make_gateway: MakeGatewa
 
 
 def test_a_refused_packet_that_others_translated_is_dropped_in_silence(make_gateway: MakeGateway) -> None:
-    """A reset would come from an address to which the tenant never wrote."""
+    """A reset would come from an address to which the tenant never sent a packet."""
     gateway = make_gateway(verdicts={"refuse_with": "reject"})
     with others(gateway, TRICKS["an-internal-address"][0]), seen(gateway.lab.home(FABRIKAM)) as view:
         assert not comes_out(gateway, FABRIKAM, "10.0.0.4", VIP4, 25)
         until(lambda: gateway.agent.metrics().get(_REFUSED, 0) > 0, "a worker has said so")
-        # Ports 587 are the markers', which nobody listens to.
+        # Resets from port 587 answer the marker packets, because no server listens there.
         resets = [packet for packet in view.packets() if "TCP" in packet and "R" in packet["TCP"].flags]
         assert all(packet["TCP"].sport == 587 for packet in resets)
         assert resets, "a reset would have been seen"
@@ -264,7 +270,7 @@ def test_a_refused_packet_that_others_translated_is_dropped_in_silence(make_gate
 _REFUSED = 'portward_judged_packets_total{outcome="dropped",reason="denied-not-exempt"}'
 
 
-# --- when it is there ---
+# --- when the guard is loaded ---
 
 
 def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(
@@ -277,7 +283,7 @@ def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(
     assert "guard     loaded" in status
     assert "table inet lab, chain translate, translates addresses" in status
     namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
-    until(lambda: gateway.agent.metrics()[loaded] == 0, "nobody translates any more")
+    until(lambda: gateway.agent.metrics()[loaded] == 0, "no program translates any more")
     assert "hook forward" not in gateway.agent.portward("rules", "show").stdout
     assert "hook forward" not in gateway.agent.portward("rules", "show", "--wanted").stdout
     until(lambda: "not loaded" in gateway.agent.portward("status").stdout, "status says so")
@@ -285,18 +291,18 @@ def test_the_guard_comes_with_the_first_translation_and_goes_with_the_last(
     with others(gateway, text):
         until(lambda: gateway.agent.metrics()[loaded] == 1, "a rule writes ports")
         assert "hook forward" in gateway.agent.portward("rules", "show", "--wanted").stdout
-        assert comes_out(gateway, CONTOSO, CONTOSO.address6, to, port) is False, "nobody's"
-        told = gateway.agent.portward("check", "--without-store").stdout
-        assert "a rule in table inet other, chain c, writes ports" in told
+        assert comes_out(gateway, CONTOSO, CONTOSO.address6, to, port) is False, "an unknown source"
+        output = gateway.agent.portward("check", "--without-store").stdout
+        assert "a rule in table inet other, chain c, writes ports" in output
     repairs = gateway.agent.metrics()["portward_ruleset_repairs_total"]
     until(lambda: gateway.agent.metrics()[loaded] == 0, "and goes")
-    assert repairs == 0, "nobody has changed portward's own rules"
+    assert repairs == 0, "no program has changed portward's own rules"
 
 
 def test_legacy_iptables_is_seen_without_a_notice(make_gateway: MakeGateway) -> None:
     gateway = make_gateway()
     namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
-    until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 0, "nobody translates any more")
+    until(lambda: gateway.agent.metrics()["portward_guard_loaded"] == 0, "no program translates any more")
     rule = ["PREROUTING", "-p", "tcp", "-d", VIP4, "-j", "DNAT", "--to-destination", f"{MAIL4}:25"]
     done = namespaces.run(gateway.lab.gateway, ["iptables-legacy", "-t", "nat", "-A", *rule])
     assert done.returncode == 0, done.stderr
@@ -305,7 +311,7 @@ def test_legacy_iptables_is_seen_without_a_notice(make_gateway: MakeGateway) -> 
 
 
 def test_the_guard_counts_no_packet_a_second_time(gateway: Gateway) -> None:
-    """Nor a connection: see the limits above."""
+    """The test of limits above shows the same for connections."""
     source = source_of(CONTOSO, VIP4, next(_numbers))
     gateway.source(CONTOSO, source, ALLOWED)
     assert comes_out(gateway, CONTOSO, source, MAIL4, 25)
@@ -316,7 +322,7 @@ def test_the_guard_counts_no_packet_a_second_time(gateway: Gateway) -> None:
 
 
 def packets(gateway: Gateway, source: str) -> int:
-    """What the kernel has counted of an allowed source of CONTOSO's."""
+    """The packets that the kernel has counted for a cached allow of a source of CONTOSO."""
     with namespaces.inside(gateway.lab.gateway):
         netlink, index = NfNetlink(), socket.if_nametoindex(CONTOSO.segment)
     with closing(netlink):
@@ -338,7 +344,8 @@ def test_a_gateway_that_boots_has_the_guard(make_gateway: MakeGateway) -> None:
 
 
 def test_the_guard_refuses_what_comes_from_an_unsettled_interface(gateway: Gateway) -> None:
-    """The policy table still takes the interface for another one: no verdict that a worker finds there counts."""
+    """The policy table still has another segment for the interface, so a worker's verdict for it must not
+    count."""
     text, to, port = TRICKS["an-internal-address"]
     source = source_of(CONTOSO, to, next(_numbers))
     gateway.source(CONTOSO, source, ALLOWED)

@@ -1,4 +1,4 @@
-"""Tunnels that end on the gateway: nobody in a segment puts a packet on another tenant's interface through one."""
+"""Tunnels that end on the gateway: no tenant can use one to send packets as if from another tenant's segment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Tenant
 
-# A neighbour whose tunnel has IPv6 underneath, and one on a port of its own.
+# Tenants whose tunnel runs over IPv6, and on another UDP port.
 SIX, ELSEWHERE = Tenant("six", 2006), Tenant("elsewhere", 2007)
 ODD_PORT = 7777
 FROM4, FROM6 = "10.0.0.4", FABRIKAM.address6
@@ -32,8 +32,8 @@ PROTOCOLS = (4, 41, 47, 97, 108, 115, 137)
 
 @pytest.fixture(scope="module", params=[True, False], ids=["conntrack", "no-conntrack"])
 def neighbours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with more segments, each with an allowed source. One that tracks connections puts fragments
-    together before the ruleset sees them."""
+    """A gateway with more segments, each with an allowed source. It is tested with and without connection
+    tracking, which reassembles fragments before the ruleset sees them."""
     with running_gateway(tmp_path_factory.mktemp("gateway")) as gateway:
         if not request.param:
             namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
@@ -59,9 +59,9 @@ def _more_segments(gateway: Gateway) -> None:
 
 def counted(gateway: Gateway) -> int:
     """Packets from segments to tunnels, as the ruleset has counted them."""
-    told = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "portward", "tunnels"]).stdout
-    found = re.search(r"packets (\d+)", told)
-    assert found is not None, told
+    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "portward", "tunnels"]).stdout
+    found = re.search(r"packets (\d+)", listing)
+    assert found is not None, listing
     return int(found[1])
 
 
@@ -72,13 +72,13 @@ def inside(gateway: Gateway, neighbour: Tenant) -> Packet:
 
 
 def vxlan(neighbour: Tenant, frame: Packet, port: int = 4789) -> Packet:
-    """The frame on its way to the neighbour's segment, from UDP on."""
+    """A VXLAN packet, from its UDP header on, that carries the frame into the neighbour's segment."""
     return UDP(sport=33333, dport=port) / VXLAN(vni=neighbour.vni, flags="Instance") / frame
 
 
 def comes_out(gateway: Gateway, send: Callable[[], None], packet: Packet) -> bool:
-    """Whether the packet reaches the Internet side once `send` is done. A packet that may, sent last by the same
-    way, shows when all before it have been forwarded."""
+    """Calls `send`; gives whether the packet reaches the Internet side. An allowed packet is sent last. When it
+    arrives, all packets before it have been forwarded or dropped."""
     is_it, last = same(packet), segment("10.0.0.4", "R")
     is_last = same(last)
     with closing(Seen(gateway.lab.internet)) as view:
@@ -143,13 +143,13 @@ OUTERS: dict[str, tuple[Tenant, Callable[[Packet], list[Packet]]]] = {
 
 
 def fragments6(payload: Packet) -> list[Packet]:
-    """As small as IPv6 lets them be."""
+    """The payload in fragments about as small as IPv6 allows."""
     whole = outer6(IPv6ExtHdrFragment(id=next(_IDS)) / payload)
     return [IPv6(bytes(part)) for part in in_fragments(whole, 96)]
 
 
 def without_ports(payload: Packet) -> list[Packet]:
-    """The first fragment ends before UDP, behind an option."""
+    """Two fragments, the first of which ends behind an option, before the UDP header."""
     rest = bytes(IPv6ExtHdrDestOpt(nh=17) / Raw(bytes(outer6(payload))[40:]))
     id_ = next(_IDS)
     return [
@@ -167,13 +167,14 @@ def test_a_tenant_cannot_send_as_its_neighbour(neighbours: Gateway, how: str) ->
     frame = inside(neighbours, victim)
     before = counted(neighbours)
     assert not comes_out(neighbours, lambda: tenant(neighbours, *build(frame)), frame)
-    if how != "v6-fragment-without-ports":  # newer kernels drop it themselves, before it gets here
+    if how != "v6-fragment-without-ports":  # newer kernels drop it before it reaches the ruleset
         assert counted(neighbours) > before
 
 
 @pytest.mark.parametrize("how", [how for how in OUTERS if how not in ("v6-fragment-without-ports",)])
 def test_the_same_from_the_underlay_comes_out(neighbours: Gateway, how: str) -> None:
-    """What the test above sends is good enough for the tunnel; the underlay is not judged."""
+    """The packets of the test above are valid for the tunnel: from the underlay, which portward does not filter,
+    they come out."""
     victim, build = OUTERS[how]
     frame = inside(neighbours, victim)
     assert comes_out(neighbours, lambda: underlay(neighbours, *build(frame)), frame)
@@ -197,7 +198,8 @@ def test_no_address_of_the_gateway_takes_a_tunnel_from_a_segment(neighbours: Gat
     before = counted(neighbours)
     sent = [outer4(vxlan(CONTOSO, frame), to)]
     assert not comes_out(neighbours, lambda: tenant(neighbours, *sent), frame)
-    # A VXLAN with a `local` address takes nothing that was sent to another one: then it is the rule all the same.
+    # A VXLAN with a `local` address ignores packets to another address. The counter shows that the rule dropped
+    # it.
     assert counted(neighbours) > before
 
 
@@ -224,7 +226,7 @@ def test_the_metrics_count_them(neighbours: Gateway) -> None:
 @pytest.mark.parametrize(("family", "address"), [(4, "10.0.0.1"), (6, "2001:db8:1002::1")])
 @pytest.mark.parametrize("length", [10, 3000], ids=["whole", "in fragments"])
 def test_other_packets_to_the_gateway_pass(neighbours: Gateway, family: int, address: str, length: int) -> None:
-    """What tenants ask of the gateway itself, as DNS, is no tunnel."""
+    """Tenants' requests to the gateway itself, such as DNS, are not tunnel packets."""
     kind = socket.AF_INET if family == 4 else socket.AF_INET6
     before = counted(neighbours)
     with namespaces.inside(neighbours.lab.gateway):
@@ -255,7 +257,7 @@ def test_encrypted_tunnels_are_the_configurations_matter(
         tenant(gateway, packet)
         tenant(
             gateway, outer4(UDP(sport=1, dport=5000))
-        )  # dropped by its port, and so shows when both are through
+        )  # dropped by its port, so its count shows that both have been handled
         each = 1 if encrypted == "pass" else 2
         until(lambda: counted(gateway) >= (number + 1) * each, "counted")  # noqa: B023
         assert counted(gateway) == (number + 1) * each
@@ -281,6 +283,6 @@ def test_a_tunnel_that_comes_later_is_closed(gateway: Gateway) -> None:
 
 
 def listed(gateway: Gateway) -> str:
-    """The chain that names the ports."""
+    """The chain that has the tunnels' ports, as nft lists it."""
     argv = ["nft", "list", "chain", "inet", "portward", "from_segment"]
     return namespaces.run(gateway.lab.gateway, argv).stdout

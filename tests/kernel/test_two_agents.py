@@ -1,5 +1,5 @@
-"""Two agents in one network namespace, each with its own table, queue and segments: one of them enforces, and what
-the other one does changes nothing in the kernel."""
+"""Two agents in one network namespace, each with its own table, queue and segments. One of them enforces, and the
+other one changes nothing in the kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HELD = "this network namespace: portward runs already, as process"
 
 
 class Pair:
-    """A gateway with two configurations; the second one is of no agent that runs, unless a test starts it."""
+    """A gateway with two configurations. No agent runs until a test starts one."""
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.first = self._agent(lab, folder / "first")
@@ -69,7 +69,7 @@ class Pair:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
-    """Both configurations on a gateway, and no agent yet."""
+    """A gateway with both configurations, and without a running agent."""
     with Lab(lab_name()) as lab:
         found = Pair(lab, tmp_path)
         try:
@@ -85,7 +85,7 @@ def pid(agent: Agent) -> int:
 
 
 def ended(agents: tuple[Agent, Agent]) -> list[Agent]:
-    """Those of the agents whose process is over."""
+    """The agents whose process has ended."""
     return [agent for agent in agents if agent.process is not None and agent.process.poll() is not None]
 
 
@@ -100,7 +100,7 @@ def test_of_two_agents_that_start_together_one_enforces_and_nothing_comes_out(pa
 
 
 def _start_together(pair: Pair, traffic: Traffic, start: int) -> None:
-    """Starts both agents at the same moment: one must enforce, and the other one end."""
+    """Starts both agents at the same moment. One must enforce, and the other one must end."""
     agents = pair.first, pair.second
     for agent in agents:
         agent.start(wait=False)
@@ -148,7 +148,7 @@ def test_beside_an_agent_with_another_table_no_verb_changes_the_kernel(
 
 
 @pytest.mark.parametrize("verb", ["run", "check", "status"])
-def test_the_second_configuration_is_told_which_process_has_the_namespace(pair: Pair, verb: str) -> None:
+def test_a_refusal_names_the_process_that_has_the_namespace(pair: Pair, verb: str) -> None:
     pair.first.start()
     before = pair.kernel()
     done = pair.second.portward(verb)
@@ -159,7 +159,8 @@ def test_the_second_configuration_is_told_which_process_has_the_namespace(pair: 
 
 
 def test_while_an_agent_starts_the_baseline_changes_nothing_and_its_unit_closes_the_port(pair: Pair) -> None:
-    """The lock is held and no ruleset is there: the agent may fail yet, so the port must not stay open."""
+    """The starting agent holds the lock but has no ruleset yet. It may still fail, so the port must not stay
+    open."""
     with namespaces.inside(pair.gateway.lab.gateway), NamespaceLock():
         before = pair.kernel()
         done = pair.first.portward("rules", "baseline")
@@ -187,7 +188,7 @@ def test_beside_its_own_agent_a_check_is_well(pair: Pair) -> None:
 def test_the_next_agent_takes_over_however_the_last_one_ended(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    """Also while a worker of the last one stays, which must not hold the lock."""
+    """A worker of the last agent may stay, and must not hold the lock."""
     monkeypatch.setenv("PORTWARD_WORKERS_STAY", "30")
     pair.first.start()
     pair.first.stop(number)

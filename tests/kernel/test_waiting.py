@@ -1,4 +1,4 @@
-"""Packets that wait in a queue while their interface becomes another one's: none gets through by the old one's
+"""Packets that wait in a queue while their interface changes its owner. None of them passes by the old owner's
 verdict."""
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from portward.worker.nfqueue import SLOT, Queue
 
 _NEW = Tenant("renamed", 7003)
 _OWNER = UUID(int=7003)
-# Hook → where the tenant writes to, so that the packet waits there.
+# Hook → the address to which the tenant sends, so that the packet waits in that hook.
 _TO = {PREROUTING: MAIL4, FORWARD: TRICKS["an-internal-address"][1]}
 
 
-# --- with the whole agent, whose table is busy ---
+# --- with the whole agent, whose table is locked ---
 
 
 @contextmanager
 def stopped(gateway: Gateway) -> Iterator[None]:
-    """The gateway's worker takes no packet. Must be over before the self-check ends it, in two seconds."""
+    """Within the `with`, the gateway's worker is stopped. It must be short, because after two seconds the
+    self-check ends the worker."""
     (process,) = gateway.workers()
     os.kill(process, signal.SIGSTOP)
     try:
@@ -60,13 +61,13 @@ def waiting(gateway: Gateway) -> int:
 
 
 def rename(lab: Lab, name: str, new: str) -> None:
-    """Renames an interface of the gateway. Linux 6.2 and later do that while it is up; if it goes down, the kernel
-    drops what waits from it."""
+    """Renames an interface of the gateway while it is up, which needs Linux 6.2 or later. If it went down, the
+    kernel would drop the waiting packets from it."""
     namespaces.ip("-n", lab.gateway, "link", "set", name, "name", new)
 
 
 def unsettled(gateway: Gateway) -> bool:
-    """Whether an interface is one that the table still takes for another one."""
+    """Whether there is an interface for which the table still has another segment."""
     return "elements" in gateway.listing("unsettled")
 
 
@@ -75,7 +76,7 @@ def unsettled(gateway: Gateway) -> bool:
 def test_what_waits_while_its_interface_is_renamed_does_not_get_through(
     make_gateway: Callable[..., Gateway], hook: int, renamed: bool
 ) -> None:
-    """The table is busy, so the worker finds the verdict of the tenant that had the interface before."""
+    """The table is locked, so the worker finds the verdict of the interface's former tenant."""
     gateway = make_gateway()
     gateway.agent.apply(*source_records(_NEW, "10.0.7.1", DENIED, _OWNER))
     gateway.source(CONTOSO, "10.0.7.1", ALLOWED)
@@ -98,7 +99,7 @@ def test_what_waits_while_its_interface_is_renamed_does_not_get_through(
 def test_the_new_owner_of_an_interface_need_not_wait_until_late_verdicts_are_out_of_the_way(
     make_gateway: Callable[..., Gateway],
 ) -> None:
-    """Its first translated packet is dropped, and a later one finds the cached verdict."""
+    """The new owner's first translated packet is dropped, and a later one finds the cached verdict."""
     gateway = make_gateway()
     gateway.agent.apply(*source_records(_NEW, "10.0.7.1", ALLOWED, _OWNER))
     gateway.source(CONTOSO, "10.0.7.1", DENIED)
@@ -111,18 +112,18 @@ def test_the_new_owner_of_an_interface_need_not_wait_until_late_verdicts_are_out
         assert "elements" in gateway.listing("renewed"), "the time is not over yet"
 
 
-# --- with a worker of the test's own, which has found its verdict before the interface changes ---
+# --- without a worker: the test itself gives a verdict that it found before the interface changed ---
 
 
 class Waiting(NamedTuple):
-    """A packet from the tenant that waits in the queue, and the queue."""
+    """A queue, and a packet of the tenant that waits in it."""
 
     queue: Queue
     packet: Packet
     sent: Sent
 
     def accepted(self, lab: Lab, mark_: int) -> bool:
-        """Accepts the packet with this mark; whether it comes out."""
+        """Accepts the packet with this mark; gives whether it comes out."""
         verdicts = Verdicts(0, 1)
         assert self.packet.id is not None
         with seen(lab.internet) as view:
@@ -132,14 +133,14 @@ class Waiting(NamedTuple):
 
 
 class Ground(NamedTuple):
-    """The steps of a gateway, without a worker."""
+    """The agent's `Core` in a lab, and a queue without a worker."""
 
     core: Core
     lab: Lab
     queue: Queue
 
     def waiting(self, hook: int) -> Waiting:
-        """Sends a packet to where it waits in this hook."""
+        """Sends a packet that waits in this hook; gives it."""
         sent = segment("10.0.0.4", to=_TO[hook])
         sender = Sender(self.lab, CONTOSO)
         try:
@@ -154,14 +155,16 @@ class Ground(NamedTuple):
         return Waiting(self.queue, packet, sent)
 
     def verdict(self, hook: int, packet: Packet, verdict: mark.Class = mark.Class.ALLOW) -> int:
-        """The mark with which a worker accepts the packet now; in forward it writes none."""
+        """The mark with which a worker would accept the packet now. In hook forward a worker does not change the
+        mark."""
         epoch = mark.epoch_of(self.core.generation)
         return packet.mark if hook == FORWARD else mark.stamp(packet.mark, verdict, epoch)
 
 
 @pytest.fixture
 def ground(tmp_path: Path, hook: int) -> Iterator[Ground]:
-    """With the guard for packets that wait there alone: it would ask again about those of `screen`."""
+    """A `Ground` for a hook. The guard is loaded only for hook forward, because otherwise it would queue the
+    packets of `screen` a second time."""
     lab = Lab(lab_name(), (CONTOSO,))
     with enforcing(tmp_path, lab=lab) as core:
         namespaces.load(lab.gateway, "delete table inet lab")
@@ -176,7 +179,7 @@ def ground(tmp_path: Path, hook: int) -> Iterator[Ground]:
 
 
 def become(ground: Ground, name: str) -> int:
-    """The tenant's interface gets this name, and table and kernel know it; gives its index."""
+    """Gives the tenant's interface another name, and updates table and kernel; gives its index."""
     old = CONTOSO.segment
     index = socket.if_nametoindex(old)
     rename(ground.lab, old, name)
@@ -223,7 +226,8 @@ def test_without_a_verdict_nothing_passes_when_its_interface_is_no_segment_any_m
 def test_what_stops_nothing_passes_when_its_interface_is_no_segment_any_more(
     ground: Ground, verdict: mark.Class
 ) -> None:
-    """Another program's mark is no verdict, and has some epoch that is not ours."""
+    """The mark has a verdict that lets packets pass, or it is another program's, with an epoch that is not
+    portward's."""
     waiting = ground.waiting(PREROUTING)
     become(ground, "office0")
     other = ground.core.generation + (4000 if verdict is mark.Class.DENY else 0)
@@ -234,7 +238,7 @@ def test_what_stops_nothing_passes_when_its_interface_is_no_segment_any_more(
 def test_a_verdict_on_an_interface_that_stays_lets_the_packet_pass_also_after_a_change(
     ground: Ground, hook: int
 ) -> None:
-    """Another interface's change is none of its business."""
+    """A change of another interface does not affect the packet."""
     waiting = ground.waiting(hook)
     late = ground.verdict(hook, waiting.packet)
     index = socket.if_nametoindex(CONTOSO.segment)
@@ -244,7 +248,7 @@ def test_a_verdict_on_an_interface_that_stays_lets_the_packet_pass_also_after_a_
 
 @pytest.mark.parametrize("hook", _TO)
 def test_what_waits_from_an_interface_that_goes_is_dropped_by_the_kernel(ground: Ground, hook: int) -> None:
-    """So an index that is used again brings no such packet with it."""
+    """So if its index is used again, no such packet is taken for one of the new interface."""
     waiting = ground.waiting(hook)
     late = ground.verdict(hook, waiting.packet)
     namespaces.ip("-n", ground.lab.gateway, "link", "del", CONTOSO.segment)

@@ -48,7 +48,7 @@ class Sender:
 
 
 class Seen:
-    """What arrives on an interface, as raw frames with the times they came."""
+    """The frames that arrive on an interface of a namespace."""
 
     def __init__(self, namespace: str, interface: str = "eth0") -> None:
         with namespaces.inside(namespace):
@@ -58,7 +58,8 @@ class Seen:
         self._socket.settimeout(0.02)
 
     def packets(self) -> Iterator[Packet]:
-        """All that has come since, without waiting; own frames are left out."""
+        """The frames that have arrived since the last call, until none comes for 20 ms. Frames that the interface
+        sent are left out."""
         while True:
             try:
                 data, address = self._socket.recvfrom(65_535)
@@ -68,7 +69,8 @@ class Seen:
                 yield Ether(data)
 
     def first(self, wanted: Callable[[Packet], bool], seconds: float = 30.0) -> Packet | None:
-        """The first packet that is wanted; None if none comes in time. The default is for what must come."""
+        """The first packet for which `wanted` holds; None if none comes within `seconds`. The default is for a
+        packet that must come."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for packet in self.packets():
@@ -77,8 +79,8 @@ class Seen:
         return None
 
     def late(self, wanted: Callable[[Packet], bool], gateway: str, *, patience_s: float = 20.0) -> Packet | None:
-        """As `first`, for a packet that has been sent and may wait for a worker on this gateway: first waits until
-        no queue holds a packet, for `patience_s` at most. So a busy machine is not taken for a denial."""
+        """Like `first`, for a packet that may still wait for a worker of this gateway. It waits until the queues
+        are empty, at most `patience_s` seconds, so that a slow machine is not taken for a denial."""
         deadline = time.monotonic() + patience_s
         while waiting(gateway) and time.monotonic() < deadline:
             time.sleep(0.002)  # pause: of a poll
@@ -108,7 +110,7 @@ def seen(namespace: str, interface: str = "eth0") -> Iterator[Seen]:
 
 @contextmanager
 def listening(lab: Lab, greeting: bytes = b"") -> Iterator[None]:
-    """A server on port 25 of the Internet side, both families, that greets whoever connects and hangs up."""
+    """A server on port 25 of the Internet side, IPv4 and IPv6. It greets each client and closes the connection."""
     with namespaces.inside(lab.internet):
         listener = socket.create_server(
             ("::", 25), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024, reuse_port=True
@@ -131,7 +133,7 @@ def listening(lab: Lab, greeting: bytes = b"") -> Iterator[None]:
 
 @contextmanager
 def meanwhile(work: Callable[[], object]) -> Iterator[None]:
-    """`work` is done again and again beside the test, on a thread of its own."""
+    """Calls `work` again and again on a thread of its own, within the `with`."""
     done = threading.Event()
 
     def go_on() -> None:
@@ -148,7 +150,8 @@ def meanwhile(work: Callable[[], object]) -> Iterator[None]:
 
 
 def segment(source: str, flags: str = "S", *, port: int = 25, to: str | None = None, sport: int = 4000) -> Packet:
-    """A TCP segment with a sequence number that no other has: address translation leaves it alone."""
+    """A TCP segment with a unique sequence number. Address translation does not change that number, so `same` can
+    recognise the segment."""
     tcp = TCP(sport=sport, dport=port, flags=flags, seq=next(_SEQUENCES))
     if ":" in source:
         return IPv6(src=source, dst=to or MAIL6) / tcp
@@ -156,11 +159,11 @@ def segment(source: str, flags: str = "S", *, port: int = 25, to: str | None = N
 
 
 def in_fragments(packet: Packet, length: int) -> list[Packet]:
-    """The fragments of a packet, each of at most so many bytes (IPv4: of its payload)."""
+    """The fragments of a packet. `length` is the most bytes of each fragment; for IPv4, of its payload."""
     parts: list[Packet] = fragment6(packet, length) if IPv6 in packet else fragment(packet, length)  # type: ignore[no-untyped-call]
     return parts
 
 
 def same(packet: Packet) -> Callable[[Packet], bool]:
-    """Whether a seen packet is this one, by its sequence number."""
+    """A function that says whether another packet is this one, by its sequence number."""
     return lambda other: TCP in other and other[TCP].seq == packet[TCP].seq

@@ -1,4 +1,4 @@
-"""`make test-mail`: real mail software as customers of a gateway, tcpdump beside it, and what each of them says.
+"""`make test-mail`: real mail software sends through a gateway, and tcpdump counts its packets.
 
     python -m tests.mail [--cache FOLDER]
 
@@ -31,12 +31,12 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
-    """Runs it; gives the exit code."""
+    """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.mail", description=__doc__)
     parser.add_argument("--cache", type=Path, default=ROOT / "build/mail", help="folder for the roots")
     asked = parser.parse_args()
     namespaces.require_root()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left standing
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit removes the labs and the mounts
     began = time.monotonic()
     made = roots(asked.cache.resolve())
     print(f"roots {', '.join(made)}: {time.monotonic() - began:.0f} s", flush=True)
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def _run(folder: Path, made: dict[str, Path], memory: machines.Memory, checks: report.Checks) -> list[Row]:
-    """Both gateways side by side, because most of the time is waiting for time-outs."""
+    """Runs both gateways in parallel, because most of the time is spent waiting for timeouts; gives their rows."""
 
     def one(refuse_with: str) -> list[Row]:
         customers = rows(STATES[refuse_with])
@@ -60,7 +60,7 @@ def _run(folder: Path, made: dict[str, Path], memory: machines.Memory, checks: r
         try:
             return [row for found in pool.map(one, STATES) for row in found]
         except BaseException:
-            # Everything that the threads wait for, some of it for minutes, ends with its namespace.
+            # The threads may wait for minutes for programs in these namespaces. The programs end with them.
             for name in namespaces.names(f"{LABS}{os.getpid()}x"):
                 with contextlib.suppress(PortwardError):
                     namespaces.remove(name)

@@ -1,4 +1,4 @@
-"""What happens on one gateway, in order, and what must hold."""
+"""The acts on one gateway, in order, and the checks that must hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REFUSALS: Final = (100, 20.0, 0.05, 0.99)  # connections, how many a second, se
 def play(
     folder: Path, roots: dict[str, Path], memory: Memory, rows: list[Row], refuse_with: str, checks: Checks
 ) -> None:
-    """All of it, on a gateway that refuses like this."""
+    """Runs all acts on a gateway with this `refuse_with`, and reports each check to `checks`."""
     cut = [row for row in rows if row.state is State.REVOKED]
     steady = [row for row in rows if row.state is not State.REVOKED]
     with site(folder, roots, memory, rows, refuse_with) as there:
@@ -47,8 +47,8 @@ def play(
             checks.hold("reject: these too are counted", there.differences(rows))
         first = {row.tenant.vni: dict(row.said) for row in steady}
         quick = [row for row in steady if row.state is not State.DROPPED]
-        # Verdicts of the first mails have expired; with these, cached elements stand that a new agent could count
-        # once more.
+        # The verdicts of the first mails have expired. These mails fill the cache again, so that the new agent
+        # finds cached elements that it could count a second time.
         there.send(quick, "again")
         checks.hold(f"{refuse_with}: the counters equal tcpdump's before the restart", there.differences(rows))
         there.restart()
@@ -61,7 +61,7 @@ def play(
 
 
 def _lines(found: Future[list[str]]) -> list[str]:
-    """What was found, or why it could not be: the other checks go on."""
+    """The lines of a check, or the error that ended it as its only line, so that the other checks go on."""
     try:
         return found.result()
     except (TimeoutError, OSError, RuntimeError, PortwardError) as error:
@@ -85,7 +85,8 @@ def _missing(there: Site, rows: Sequence[Row], mark: str) -> Iterator[str]:
 
 
 def _revoke(there: Site, rows: Sequence[Row]) -> list[str]:
-    """Revokes customers whose mail is on its way; gives the mails that arrived whole all the same."""
+    """Revokes customers while their mails are on the way; gives a line for each mail that arrived whole all the
+    same."""
     pairs = [(row, family) for row in rows for family in FAMILIES]
     with ThreadPoolExecutor() as pool:
         sending = pool.submit(there.send, rows, "cut")
@@ -99,8 +100,8 @@ def _revoke(there: Site, rows: Sequence[Row]) -> list[str]:
             or sending.done(),
             "all have sent something after it", every_s=0.2,
         )  # fmt: skip
-        # Silence ends what is under way: nobody waits for the time-out of a cut connection, which is a matter of
-        # minutes in each of them.
+        # Silence the machines and kill their connections. Otherwise each software would wait minutes for the
+        # timeout of its cut connection.
         for row in rows:
             there.machines[row.tenant.vni].silence()
             namespaces.run(there.machines[row.tenant.vni].namespace, ["ss", "-K", "dport", "=", ":25"])
@@ -110,7 +111,8 @@ def _revoke(there: Site, rows: Sequence[Row]) -> list[str]:
 
 
 def _refusals(there: Site, row: Row) -> list[str]:
-    """Twenty connections a second of a customer who is refused, by each family."""
+    """Opens twenty connections a second from a refused customer, over each family. Gives a line for each family
+    with too few refusals in time."""
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda family: _refused(there.machines[row.tenant.vni].namespace, family), FAMILIES))
     count, _, _, share = _REFUSALS
@@ -122,7 +124,7 @@ def _refusals(there: Site, row: Row) -> list[str]:
 
 
 def _refused(namespace: str, family: int) -> int:
-    """How many connections are refused in time."""
+    """How many connections are refused within the time of `_REFUSALS`."""
     count, each_second, within_s, _ = _REFUSALS
     refused, began = 0, time.monotonic()
     for number in range(count):

@@ -1,6 +1,6 @@
-"""Mail software as tenants use it: how each is set up, sends one mail, and what it says then.
+"""Mail software as tenants use it: how to set it up, send a mail with it, and read its result.
 
-Nothing is tuned: time-outs are those that the software comes with, since they are what a customer sees.
+Timeouts are the software's defaults, because these are what a customer sees.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from portward.lab.agent import until
 from portward.lab.topology import MAIL4, MAIL6
 
 SERVERS: Final = {4: MAIL4, 6: MAIL6}
-# Longer than any of them tries once: a TCP connection is given up by the kernel after 130 s or so.
+# Longer than one attempt of any of them: the kernel gives a TCP connection up after about 130 s.
 LONGEST_S: Final = 200.0
 
 
 class Fate(StrEnum):
-    """What the software says of a mail."""
+    """The result that the software reports for a mail."""
 
     DELIVERED = "delivered"
     TIMED_OUT = "timed out"
@@ -31,7 +31,7 @@ class Fate(StrEnum):
 
 
 class Said(NamedTuple):
-    """A mail's fate, the seconds until the software knew it, and its own words."""
+    """A mail's fate, the seconds until the software reported it, and the software's own message."""
 
     fate: Fate
     seconds: float
@@ -53,7 +53,7 @@ class Client(Protocol):
         """Sets it up."""
 
     def send(self, family: int, mails: Sequence[str]) -> list[Said]:
-        """Sends mails (RFC 5322) and gives what it says of each once it has tried."""
+        """Sends mails (RFC 5322) over an address family; gives the result of one attempt for each."""
 
 
 _WORDS: Final = (
@@ -62,8 +62,8 @@ _WORDS: Final = (
 )
 
 
-def judged(words: str, seconds: float) -> Said:
-    """What an error means."""
+def classified(words: str, seconds: float) -> Said:
+    """The fate that an error message stands for: a timeout or a refusal if it names one, else a cut connection."""
     for pattern, fate in _WORDS:
         if pattern.search(words):
             return Said(fate, seconds, words)
@@ -71,19 +71,19 @@ def judged(words: str, seconds: float) -> Said:
 
 
 class _OneByOne:
-    """What is started for each mail."""
+    """Software that is started anew for each mail."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
     def send(self, family: int, mails: Sequence[str]) -> list[Said]:
-        """One after the other."""
+        """Sends the mails one after the other."""
         found = []
         for mail in mails:
             began = time.monotonic()
             words = self.one(family, mail)
             seconds = time.monotonic() - began
-            found.append(Said(Fate.DELIVERED, seconds, "") if words is None else judged(words, seconds))
+            found.append(Said(Fate.DELIVERED, seconds, "") if words is None else classified(words, seconds))
         return found
 
     def one(self, family: int, mail: str) -> str | None:
@@ -162,9 +162,9 @@ begin retry
         to = f"rcpt@v{family}.example"
         log = self.machine.root / "var/log/exim4/mainlog"
         before = len(log.read_text(errors="replace")) if log.exists() else 0
-        # What it remembers of earlier attempts, which keeps it from trying again so soon.
+        # Delete Exim's record of earlier attempts, because it delays the next attempt.
         self.machine.run("find", "/var/spool/exim4/db", "-name", "retry*", "-delete")
-        # Delivered by this very process, which ends when it has tried.
+        # With -odf this process itself delivers the mail, and ends after one attempt.
         done = self.machine.run("exim4", "-odf", "-oi", "-f", "sender@tenant.example", to, text=mail)
         said = log.read_text(errors="replace")[before:] if log.exists() else done.stderr
         if f"=> {to}" in said:
@@ -202,7 +202,7 @@ message_size_limit = 0
             raise RuntimeError(f"postfix start: {done.stdout}{done.stderr}")
 
     def send(self, family: int, mails: Sequence[str]) -> list[Said]:
-        """Puts all of them into the queue, and waits until each has been tried once."""
+        """Queues all mails, and waits until Postfix has tried each of them once."""
         began = time.monotonic()
         to = f"rcpt@v{family}.example"
         for mail in mails:
@@ -219,10 +219,11 @@ message_size_limit = 0
         failed = self._queue(to)
         self._machine.run("postsuper", "-d", "-", text="".join(f"{id_}\n" for id_ in failed))
         delivered = [Said(Fate.DELIVERED, seconds, "")] * (len(mails) - len(failed))
-        return [*delivered, *(judged(words, seconds) for words in failed.values())]
+        return [*delivered, *(classified(words, seconds) for words in failed.values())]
 
     def _queue(self, to: str) -> dict[str, str]:
-        """Why each mail to this address is still in the queue, by id; empty as long as it has not been tried."""
+        """The mails to this address that are still in the queue, by id, with the reason why. The reason is empty
+        until Postfix has tried the mail."""
         entries = map(json.loads, self._machine.run("postqueue", "-j").stdout.splitlines())
         return {
             entry["queue_id"]: one.get("delay_reason", "") if entry["queue_name"] == "deferred" else ""

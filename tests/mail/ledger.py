@@ -1,4 +1,4 @@
-"""What Prometheus would make of the agent's counters: `increase()` over all scrapes, restarts included."""
+"""The agent's counters as Prometheus adds them up: `increase()` over all scrapes, also across restarts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _COUNTED: Final = re.compile(
 
 
 class Ledger:
-    """Packets by segment or subscription, and verdict: the sum of what each scrape has more than the one before. A
-    counter that is lower than before has begun anew; one that a scrape does not have is compared when it is back,
-    as Prometheus does."""
+    """Packets by segment or subscription and verdict: the sum of the increases from scrape to scrape. As in
+    Prometheus, a counter that is lower than before has started again at 0. If a counter is missing in a scrape,
+    its next value is compared with the last one."""
 
     def __init__(self) -> None:
         self.packets: Counter[tuple[str, str]] = Counter()
         self._last: dict[tuple[str, str], float] = {}
 
     def scraped(self, metrics: Mapping[str, float]) -> None:
-        """Takes a scrape in: metric with its labels → value."""
+        """Adds a scrape: metric with its labels → value."""
         now = {
             (found[1], found[2]): value for name, value in metrics.items() if (found := _COUNTED.fullmatch(name))
         }

@@ -17,14 +17,14 @@ _SECONDS = 300.0
 
 
 class Memory:
-    """Mounts that nobody else sees: a process of its own holds their namespace, and they are gone with it."""
+    """Mounts in a mount namespace of their own. A process holds the namespace, and the mounts end with it."""
 
     def __init__(self, pid: int) -> None:
         self._enter = ["nsenter", f"--mount=/proc/{pid}/ns/mnt"]
         self._root = Path(f"/proc/{pid}/root")
 
     def overlay(self, root: Path, name: str) -> Path:
-        """A copy of `root` whose changes stay in memory; gives the folder as one inside sees it."""
+        """A copy of `root` whose changes stay in memory; gives its folder as processes in the namespace see it."""
         folder = Path("/mnt") / name
         for part in ("upper", "work", "root"):
             self.seen(folder / part).mkdir(parents=True)
@@ -33,11 +33,11 @@ class Memory:
         return folder / "root"
 
     def seen(self, path: Path) -> Path:
-        """A path inside, as a process outside reaches it."""
+        """A path of the mount namespace, as a process outside reaches it."""
         return self._root / path.relative_to("/")
 
     def argv(self, namespace: str, root: Path, argv: Sequence[str]) -> list[str]:
-        """What runs a program in a network namespace and a root of `overlay`."""
+        """The command line that runs a program in a network namespace and in a root of `overlay`."""
         clean = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C", "HOME=/root"]
         return [*self._enter, f"--net=/run/netns/{namespace}", "chroot", os.fspath(root), *clean, *argv]
 
@@ -47,7 +47,7 @@ class Memory:
 
 @contextlib.contextmanager
 def memory() -> Iterator[Memory]:
-    """A `Memory` within a `with`; also gone if this process is killed."""
+    """A `Memory` for the time of a `with`. It also ends if this process is killed."""
     held = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private"]
     shell = "mount -t tmpfs tmpfs /mnt && exec sleep infinity"
     with subprocess.Popen([*held, "sh", "-c", shell], stdin=subprocess.DEVNULL) as process:
@@ -66,7 +66,7 @@ class Machine:
         self.namespace, self._memory = namespace, memory
         self._root = memory.overlay(root, f"{namespace}-{root.name}-{time.monotonic_ns()}")
         self.root = memory.seen(self._root)
-        # No name server can be reached, and nobody is to wait for one.
+        # No name server can be reached, so no program may wait for one.
         self.write("/etc/resolv.conf", "")
         self.write("/etc/hosts", "127.0.0.1 localhost tenant.example\n::1 localhost tenant.example\n")
 
@@ -79,7 +79,7 @@ class Machine:
     def run(
         self, *argv: str, text: str | None = None, seconds: float = _SECONDS
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a program to its end; raises subprocess.TimeoutExpired."""
+        """Runs a program to its end; raises subprocess.TimeoutExpired after `seconds`."""
         return subprocess.run(
             self._memory.argv(self.namespace, self._root, argv), input=text, capture_output=True, text=True,
             timeout=seconds, check=False, errors="replace",
@@ -93,5 +93,5 @@ class Machine:
         )  # fmt: skip
 
     def silence(self) -> None:
-        """Takes its only link down: nothing that it still wants to send comes to the gateway."""
+        """Takes the machine's only link down, so that none of its packets reaches the gateway any more."""
         namespaces.ip("-n", self.namespace, "link", "set", "eth0", "down")

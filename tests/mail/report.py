@@ -1,4 +1,4 @@
-"""What the run says: a line for each check, and the table of what senders see."""
+"""The output of a run: a line for each check, and the table of what senders see."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS: Final = {"drop": State.DROPPED, "reject": State.REJECTED, "limit": Stat
 
 
 class Checks:
-    """What was to hold, and what did not. Several threads may report."""
+    """The number of checks that hold, and the names of those that do not. Several threads may report at once."""
 
     def __init__(self) -> None:
         self.good = 0
@@ -21,7 +21,7 @@ class Checks:
         self._lock = threading.Lock()
 
     def hold(self, what: str, wrong: Iterable[str]) -> None:
-        """Reports a check: it holds if nothing is wrong."""
+        """Counts and prints a check. It holds if `wrong` is empty; otherwise the lines of `wrong` are printed."""
         lines = list(wrong)
         with self._lock:
             self.good += not lines
@@ -42,5 +42,5 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def cell(said: list[Said]) -> str:
-    """What was said of the mail that took longest."""
+    """A cell of the table: the result of the mail that took longest."""
     return str(max(said, key=lambda one: one.seconds)).replace("|", "/") if said else "not measured"

@@ -1,6 +1,6 @@
 """Roots of real Debian packages, kept between runs until the list of packages or the suite changes.
 
-Postfix and Exim are both *the* mail server of a Debian and exclude each other, so each has a root of its own.
+Each has a root of its own, because Debian's packages of Postfix and Exim conflict with each other.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ PACKAGES: Final = {
 
 
 def roots(cache: Path) -> dict[str, Path]:
-    """The folder of each root below `cache`, made if it is missing: about a minute, with this machine's own
-    mirror. Raises RuntimeError with the last words of what failed."""
+    """The folder of each root below `cache`. A missing root is made, which takes about a minute and downloads
+    packages from the mirror that this machine's apt uses. Raises RuntimeError with the last lines of debootstrap
+    if that fails."""
     cache.mkdir(parents=True, exist_ok=True)
     found = {name: cache / f"{name}-{_recipe(packages)}" for name, packages in PACKAGES.items()}
     for old in cache.iterdir():
@@ -48,8 +49,8 @@ def _recipe(packages: tuple[str, ...]) -> str:
 def _make(packages: tuple[str, ...], root: Path) -> None:
     with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
         made = Path(scratch) / "root"
-        # In a mount namespace of its own: debootstrap mounts /proc and /sys in there, and if it is killed half-way
-        # nobody must remove the folder while they are.
+        # debootstrap mounts /proc and /sys below the folder. In a mount namespace of its own these mounts end with
+        # it, even if it is killed. Otherwise removing the folder would reach into them.
         argv = [
             "unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={','.join(packages)}",
             suite(), str(made), mirror(suite()),

@@ -22,7 +22,7 @@ _BIG: Final = 3 << 20  # bytes of a mail that is on its way for longer than a re
 
 
 class State(StrEnum):
-    """What portward does to a customer."""
+    """How portward treats a customer."""
 
     ALLOWED = "allowed"
     DROPPED = "dropped"
@@ -32,7 +32,7 @@ class State(StrEnum):
     REVOKED = "revoked"
 
 
-# By what the gateway does with the packets of those who may not send (`refuse_with`).
+# The states of the customers on each gateway, by its `refuse_with`: how it blocks a denied source.
 STATES: Final = {
     "drop": (State.ALLOWED, State.DROPPED, State.LIMITED, State.OBSERVED, State.REVOKED),
     "reject": (State.REJECTED, State.REVOKED),
@@ -86,7 +86,7 @@ class Row:
         return self.tenant.address4 if family == 4 else self.tenant.address6
 
     def records(self) -> Iterator[Record]:
-        """Its part of the policy."""
+        """The customer's records in the store: subscriptions, exemptions and attachments."""
         for family, id_ in self.subscriptions.items():
             offer = "enterprise-agreement" if self.state is State.ALLOWED else "pay-as-you-go"
             mode = Mode.OBSERVE if self.state is State.OBSERVED else Mode.ENFORCE
@@ -100,12 +100,14 @@ class Row:
             )  # fmt: skip
 
     def revocations(self) -> Iterator[Record]:
-        """What takes its permission away."""
+        """The records that revoke the customer's exemptions."""
         for id_ in self.subscriptions.values():
             yield _exemption(id_, ExemptionState.REVOKED, None)
 
     def mails(self, mark: str) -> list[str]:
-        """What it sends: more than its limit lets through at once, or one mail that takes long."""
+        """The mails that the customer sends, marked with `mark`: four if it has a rate limit, which is more than
+        the limit lets through at once. A customer that will be revoked sends one big mail, so that it takes
+        long."""
         count = 4 if self.state is State.LIMITED else 1
         size = _BIG if self.state is State.REVOKED else 2_000
         return [mail(f"{mark}-{number}", size) for number in range(count)]
@@ -123,7 +125,7 @@ def _exemption(id_: UUID, state: ExemptionState, limit: RateLimit | None) -> Exe
 
 
 def rows(states: Sequence[State]) -> list[Row]:
-    """Each software in each of these states."""
+    """A row for each software in each of these states."""
     pairs = [(kind, state) for state in states for kind in CLIENTS]
     return [
         Row(kind, state, Tenant(f"{state}-{number}", 1101 + number)) for number, (kind, state) in enumerate(pairs)

@@ -1,4 +1,4 @@
-"""A gateway with its customers, the mail servers beyond it, and tcpdump on its wire."""
+"""A gateway with its customers, the mail servers on the Internet side, and tcpdump on the gateway."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.topology import Lab
 
 FAMILIES: Final = (4, 6)
-# The link of who is to be cut in the middle of a mail: so slow that the mail is on its way for a minute.
+# The link of a customer that will be revoked in the middle of a mail: at this rate the mail takes a minute.
 _SLOW: Final = ("tbf", "rate", "400kbit", "burst", "4kb", "latency", "400ms")
 _PATIENCE_S: Final = 40.0
 
@@ -37,7 +37,7 @@ class Site:
         self.indexes: dict[str, int] = {}
 
     def send(self, rows: Sequence[Row], mark: str) -> None:
-        """All software of these rows sends at once, by both families; what it says is in the rows then."""
+        """Lets the software of all these rows send at once, over both families; puts the results into the rows."""
         jobs = [(row, family) for row in rows for family in FAMILIES]
 
         def one(job: tuple[Row, int]) -> None:
@@ -49,7 +49,7 @@ class Site:
             list(pool.map(one, jobs))
 
     def arrived(self, row: Row, mark: str, family: int) -> int:
-        """How many mails of a row the server has taken to their last line."""
+        """How many mails of a row the server has received completely."""
         end = f"end-{mark}-{row.tenant.vni}-{family}-"
         return sum(text.count(end) for text in self._taken(family))
 
@@ -58,7 +58,7 @@ class Site:
             yield file.read_text(errors="replace")
 
     def sent(self, row: Row, family: int) -> int:
-        """Packets of a row that came in so far, by tcpdump."""
+        """How many packets of a row have reached the gateway so far, by tcpdump."""
         return self.wire.packets()[Sender(self.indexes[row.tenant.segment], row.address(family))]
 
     def restart(self) -> None:
@@ -67,7 +67,7 @@ class Site:
         self.agent.start()
 
     def differences(self, rows: Sequence[Row]) -> list[str]:
-        """Each row whose counters are not what tcpdump has counted, once they have had time to agree."""
+        """A line for each row whose counters still differ from tcpdump's after `_PATIENCE_S` seconds."""
         found: list[str] = []
 
         def agree() -> bool:
@@ -81,7 +81,8 @@ class Site:
         return [*found, f"counted by rule, of all customers: {self._by_rule()}"] if found else []
 
     def _by_rule(self) -> dict[str, int]:
-        """What the ruleset has counted by rule: a packet without a verdict of its own is here."""
+        """The packets that the ruleset has counted, by rule, without the zeros. These include the packets
+        that got no verdict from a worker or the cache."""
         rule = re.compile(r'portward_screen_packets_total\{rule="(\w+)"\}')
         named = ((rule.fullmatch(name), int(value)) for name, value in self.agent.metrics().items())
         return {found[1]: value for found, value in named if found and value}
@@ -102,7 +103,7 @@ class Site:
             )
 
     def misnamed(self, rows: Sequence[Row]) -> Iterator[str]:
-        """Each subscription whose packets are counted under another verdict than they got."""
+        """A line for each subscription whose packets are counted under a verdict that they did not get."""
         for row in rows:
             for family, id_ in row.subscriptions.items():
                 counted = self.ledger.by_verdict(str(id_))
@@ -110,15 +111,15 @@ class Site:
                     yield f"{row}, IPv{family}: counted as {counted}"
 
     def unchanged(self) -> list[str]:
-        """What the counters have more, by themselves, than before: while nobody sends, for as long as two of their
-        readings take."""
+        """Waits without traffic until the agent has read its counters twice; gives a line for each counter that
+        has risen meanwhile."""
         before = dict(self.ledger.packets)
         end = time.monotonic() + 12.0  # the sets are read every five seconds
         while time.monotonic() < end:
             self.ledger.scraped(self.agent.metrics())
             time.sleep(0.5)  # pause: the pace of the scrapes
         return [
-            f"{owner}, {verdict}: {packets - before.get((owner, verdict), 0)} packets that nobody sent"
+            f"{owner}, {verdict}: {packets - before.get((owner, verdict), 0)} packets without a sender"
             for (owner, verdict), packets in self.ledger.packets.items()
             if packets != before.get((owner, verdict), 0)
         ]
@@ -128,7 +129,7 @@ class Site:
 def site(
     folder: Path, roots: dict[str, Path], memory: Memory, rows: list[Row], refuse_with: str
 ) -> Iterator[Site]:
-    """A gateway for these rows, within a `with`: everything runs, nobody has sent yet."""
+    """A running gateway for these rows, with its servers and customers, before any of them has sent."""
     folder.mkdir()
     lab = Lab(lab_name(), tuple(row.tenant for row in rows))
     with lab, contextlib.ExitStack() as stack:
@@ -152,7 +153,7 @@ def site(
 
 
 def _serve(mx: Machine) -> None:
-    """Mail servers for both families: Postfix's own sink, which keeps each mail in a file."""
+    """Starts a mail server for each family: Postfix's `smtp-sink`, which keeps each mail in a file."""
     for family, address in SERVERS.items():
         mx.run("install", "-d", "-m", "777", f"/var/mx{family}")
         host = address if family == 4 else f"[{address}]"

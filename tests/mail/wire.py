@@ -1,4 +1,4 @@
-"""tcpdump on the gateway: each packet to port 25 as it comes in, and from whom."""
+"""tcpdump on the gateway: counts the packets to port 25 as they come in, by sender."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mail.machines import Machine
 from portward.lab.agent import until
 
 _HEADER, _RECORD = 24, struct.Struct("=IIII")
-_SLL2 = 276  # LINKTYPE_LINUX_SLL2: what tcpdump writes for all interfaces at once
+_SLL2 = 276  # LINKTYPE_LINUX_SLL2, the format of `tcpdump -i any`
 _SLL2_LENGTH = 20
 
 

@@ -1,9 +1,9 @@
-"""`make test-trixie`: the tests under Debian 13's Python, on this machine's kernel.
+"""`make test-trixie`: runs the tests under Debian 13's Python, on this machine's kernel.
 
     python -m tests.trixie [PYTEST ARGUMENTS]
 
-A root of Debian 13's packages is kept in build/trixie, the libraries in it are those of requirements*.txt. The
-tree is copied into it for each run.
+build/trixie keeps a root folder with Debian 13's packages and the libraries of requirements*.txt. This tree is
+copied into it for each run.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PACKAGES: Final = (
     "python3-dev", "python3-venv", "build-essential", "netcat-openbsd", "conntrack", "netsniff-ng", "groff-base",
     "git", "ca-certificates",
 )  # fmt: skip
-# How this machine reaches the network.
+# The files that say how this machine reaches the network.
 _SETTINGS: Final = ("etc/resolv.conf", "etc/hosts", "etc/pip.conf", "etc/ssl/certs/ca-certificates.crt")
-# The mounts go with the namespace, however the run ends.
+# The mounts end with the mount namespace, however the run ends.
 _ENTER: Final = """
 mount --bind "$0" "$0"; mount -t proc proc "$0/proc"; mount -t tmpfs tmpfs "$0/run"
 for each in sys dev; do mount --rbind "/$each" "$0/$each"; mount --make-rslave "$0/$each"; done
@@ -48,7 +48,7 @@ _TEST: Final = 'cd /src && .venv/bin/python hatch_build.py && exec .venv/bin/pyt
 
 
 def main() -> int:
-    """Makes what is missing, and runs the tests; gives pytest's exit code."""
+    """Makes the root if it is missing, and runs the tests in it; gives pytest's exit code."""
     if not (PLACE / "made").exists():
         shutil.rmtree(PLACE, ignore_errors=True)
         PLACE.parent.mkdir(exist_ok=True)
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def copy() -> None:
-    """Puts the files of this tree, as they are now, into the root."""
+    """Copies the files of this tree, committed or not, into the root."""
     (PLACE / "src").mkdir(exist_ok=True)
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mail import report
-from mail.clients import CLIENTS, Fate, Said, judged
+from mail.clients import CLIENTS, Fate, Said, classified
 from mail.ledger import Ledger
 from mail.rows import EXPECTED, STATES, State, mail, rows
 
@@ -78,7 +78,7 @@ def test_the_last_line_of_a_mail_holds_its_mark() -> None:
     ],
 )
 def test_the_words_of_an_error_give_the_fate(words: str, fate: Fate) -> None:
-    assert judged(words, 1.0) == Said(fate, 1.0, words)
+    assert classified(words, 1.0) == Said(fate, 1.0, words)
 
 
 def scrape(segment: float, subscription: float) -> dict[str, float]:

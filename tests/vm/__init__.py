@@ -1,1 +1,1 @@
-"""A Debian 12 in a virtual machine: the package as it is deployed, from power-on to its removal."""
+"""Tests of the package on a Debian 12 in a virtual machine, from its installation to its removal."""

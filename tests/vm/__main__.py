@@ -1,8 +1,8 @@
-"""`make test-vm`: makes the image where it is missing, boots it, and prints what the machine tells.
+"""`make test-vm`: builds the image if it is missing, boots it, and prints the results that the machine reports.
 
     python -m tests.vm OLD.deb NEW.deb [--cache FOLDER] [--keep FOLDER]
 
-Exit code 1 where something was not as it must be, or where the machine did not come to its end.
+The exit code is 1 if a check failed, or if the machine did not reach the end of its tests.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from vm.image import Image, disk, image
 from vm.machine import EmulatorError, Machine
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-# What the whole target should take once the image is there; and when a machine that does not come to its end is
-# switched off, which a busy host may make slow, but not so slow.
+# The goal for the whole target, in seconds, if the image exists. A longer run still passes.
 _GOAL: Final = 15 * 60.0
+# After this many seconds the machine is switched off. No run needs that long, not even on a busy host.
 _SECONDS: Final = 40 * 60.0
-# How long the machine may tell nothing: it never did for more than some three minutes, where it came to its end.
+# After this many seconds without a report the machine is switched off. In runs that reached their end, the
+# longest silence was about three minutes.
 _SILENCE: Final = 8 * 60.0
 _PAYLOAD_BYTES: Final = 128 << 20
 
@@ -70,8 +71,8 @@ def _payload(folder: Path, old: Path, new: Path) -> None:
 
 
 def _run(made: Image, folder: Path, threads: str) -> int:
-    """One machine, from its first boot to its end; gives the exit code. Raises EmulatorError where a run with one
-    thread may tell more."""
+    """Runs one machine from its first boot to its end; gives the exit code. Raises EmulatorError if qemu failed
+    before any check did, and a run with one thread may succeed."""
     began = time.monotonic()
     passed = failed = 0
     ended, leaks = False, True
@@ -98,7 +99,7 @@ def _run(made: Image, folder: Path, threads: str) -> int:
             print(error)
             if not ended:
                 print("its console says:", *machine.last_words(), sep="\n", flush=True)
-            # What has failed has failed, whatever the emulator did afterwards.
+            # A failed check counts even if the emulator fails after it, so only a run without one is repeated.
             if isinstance(error, EmulatorError) and threads == "multi" and not (failed or ended):
                 raise
     if not ended:

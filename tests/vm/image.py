@@ -1,7 +1,7 @@
-"""The disk of a stock Debian 12, with its own kernel, kept between runs until the recipe changes.
+"""The disk of a stock Debian 12, with its own kernel. It is kept between runs until this file changes.
 
-Two small units of the test are in it. They run what lies on a second disk, which is made for each run, so the
-image itself need not be made anew when a test changes.
+The image contains two small systemd units of the test. They run programs from a second disk, which is made for
+each run. So a change of a test does not need a new image.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Final, NamedTuple
 SUITE: Final = "bookworm"
 PACKAGES: Final = (
     "systemd-sysv", "udev", "kmod", "netbase", "linux-image-cloud-amd64",
-    # What the package depends on and recommends: the machine under test has no network to fetch it from.
+    # The packages that portward depends on or recommends. The machine has no network to install them from.
     "python3", "nftables", "libnetfilter-queue1", "iproute2", "procps", "init-system-helpers",
 )  # fmt: skip
 _DISK_BYTES: Final = 3 << 30
 _UNITS: Final = {
-    # Before any interface of the gateway is up: the tenants' machines have been running for long.
+    # Starts the tenants before any interface of the gateway is up: real tenants run already when a gateway boots.
     "vm-early.service": """\
 [Unit]
 DefaultDependencies=no
@@ -62,7 +62,7 @@ _FILES: Final = {
 
 
 class Image(NamedTuple):
-    """What qemu boots."""
+    """The files that qemu boots."""
 
     kernel: Path
     initrd: Path
@@ -70,8 +70,9 @@ class Image(NamedTuple):
 
 
 def image(cache: Path) -> Image:
-    """The image in the folder `cache`, made where it is missing: some minutes, with Debian's own mirror. Raises
-    RuntimeError with the last words of what failed."""
+    """The image in the folder `cache`. If it is missing it is built, which takes a few minutes and downloads
+    packages from the mirror that this machine's apt uses. Raises RuntimeError with the last lines of a command
+    that failed."""
     folder = cache / _recipe()
     found = Image(folder / "vmlinuz", folder / "initrd", folder / "disk")
     if not found.disk.exists():
@@ -85,15 +86,15 @@ def image(cache: Path) -> Image:
 
 
 def _recipe() -> str:
-    """A digest of all that the image is made from, but for what the mirror holds on that day."""
+    """A digest of this file, which says how the image is built. The versions on the mirror are not part of it."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 def _make(scratch: Path) -> None:
     root, made = scratch / "root", scratch / "made"
     made.mkdir()
-    # In a mount namespace of its own: debootstrap mounts /proc and /sys in there, and where it is killed half-way
-    # nobody must remove the folder while they are.
+    # debootstrap mounts /proc and /sys below the folder. In a mount namespace of its own these mounts end with it,
+    # even if it is killed. Otherwise removing the folder would reach into them.
     _run(
         "unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}",
         SUITE, root, mirror(),
@@ -114,7 +115,7 @@ def _make(scratch: Path) -> None:
 
 
 def mirror(suite: str = SUITE) -> str:
-    """Where this machine's apt gets a release of Debian from."""
+    """The URL of the mirror that this machine's apt uses for a release of Debian; RuntimeError if it has none."""
     said = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", f"Codename: {suite}",
          "Origin: Debian"],

@@ -1,4 +1,5 @@
-"""One virtual machine: qemu without KVM, two cores, no network, its words on two serial ports."""
+"""One virtual machine: qemu without KVM, with two cores and no network. One serial port is its console, the other
+one carries its reports."""
 
 from __future__ import annotations
 
@@ -17,24 +18,25 @@ from vm.image import Image
 QEMU: Final = "qemu-system-x86_64"
 _MEMORY: Final = "2048"
 _PAUSE: Final = 0.2
-# What a kernel says of itself when it does not get on any more.
+# Messages of a kernel that is stuck or has crashed.
 _COMPLAINT: Final = re.compile(
     r"rcu: INFO|soft lockup|hard LOCKUP|hung_task|blocked for more than|BUG:|Oops|Kernel panic"
 )
 _COMPLAINT_LINES: Final = 120
 _AT: Final = re.compile(r"Comm:|RIP: 0010:")
-_CALL: Final = re.compile(r" [\w.]+\+0x")  # those with a question mark are what earlier calls left on the stack
+_CALL: Final = re.compile(r" [\w.]+\+0x")  # a line with a question mark is a leftover of an earlier call
 _LAST: Final = 8
-# The handler in which a CPU is found that comes to the same breakpoint again and again (not behind a question
-# mark: what earlier calls left on the stack), and after how many seconds of silence it is looked for: the
-# kernel reports a CPU that is stuck after half as many.
+# In a stack trace, the handler of a CPU that hits the same breakpoint again and again. A line with a question mark
+# does not match, because it is a leftover of an earlier call.
 _BREAKPOINT: Final = re.compile(rb"(RIP: 0010:|\] +)asm_exc_int3\+0x")
+# After this many seconds of silence the console is searched for that handler. The kernel reports a stuck CPU after
+# half that time.
 _LOOKED_AT: Final = 60.0
-# How many times slower the machine is with one thread for both CPUs: what it waits for may take as much longer.
+# How many times slower the machine is, by `threads`. The guest multiplies its timeouts by it.
 _SLOWER: Final = {"multi": 1.0, "single": 2.0}
-# An old one boots in half the time: what newer ones can do beyond it costs more to emulate than it saves.
+# An old CPU boots in half the time: the instructions of newer ones cost more to emulate than they save.
 _CPU: Final = "Nehalem"
-# Without KVM each change of page tables costs much, and the mitigations change them at every system call.
+# Without KVM each switch of page tables is expensive, and the mitigations switch them at every system call.
 _KERNEL: Final = "root=/dev/vda rw console=ttyS0 panic=5 mitigations=off audit=0 vm.slower={slower}"
 
 
@@ -44,20 +46,21 @@ def available() -> bool:
 
 
 class EmulatorError(RuntimeError):
-    """qemu executes what no longer stands in the machine's memory."""
+    """qemu executes code that the guest's kernel has already overwritten."""
 
 
 class Machine:
-    """A machine that is on while the `with` lasts. What it writes to the image's disk goes with it; the second
-    disk, `payload`, is read only. With `threads` single, one thread of qemu's is both cores in turn."""
+    """A machine that runs while the `with` lasts. Its writes to the image's disk are discarded at the end; the
+    second disk, `payload`, is read only. If `threads` is single, one thread of qemu executes both cores in
+    turn."""
 
     def __init__(self, image: Image, payload: Path, folder: Path, threads: str = "multi") -> None:
         self._image, self._payload, self._threads = image, payload, threads
-        self.console, self._told = folder / "console", folder / "told"
+        self.console, self._reports = folder / "console", folder / "told"
 
     def __enter__(self) -> Machine:
         self.console.write_bytes(b"")
-        self._told.write_bytes(b"")
+        self._reports.write_bytes(b"")
         self._process = subprocess.Popen(
             [
                 QEMU, "-accel", f"tcg,thread={self._threads}", "-cpu", _CPU, "-smp", "2", "-m", _MEMORY,
@@ -66,7 +69,7 @@ class Machine:
                 "-append", _KERNEL.format(slower=_SLOWER[self._threads]),
                 "-drive", f"file={self._image.disk},format=raw,if=virtio,snapshot=on,cache=unsafe",
                 "-drive", f"file={self._payload},format=raw,if=virtio,readonly=on",
-                "-serial", f"file:{self.console}", "-serial", f"file:{self._told}",
+                "-serial", f"file:{self.console}", "-serial", f"file:{self._reports}",
             ],
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
@@ -77,37 +80,38 @@ class Machine:
         self._process.wait()
 
     def words(self, seconds: float, silence: float) -> Iterator[dict[str, Any]]:
-        """What the machine tells, line by line, until it is off. Raises TimeoutError after so many seconds, and
-        where it tells nothing but leaks for `silence` seconds; EmulatorError where that is because qemu sees a
-        breakpoint that the kernel has taken away (`guest/keys.py`)."""
+        """The machine's reports, one by one, until it is off. Raises TimeoutError after `seconds`, or if it
+        reports nothing but leaks for `silence` seconds. Raises EmulatorError if it is silent because qemu still
+        executes a breakpoint that the kernel has removed (`guest/keys.py`)."""
         deadline = time.monotonic() + seconds
-        told_at, told_to = time.monotonic(), 0
+        reported_at, console_bytes = time.monotonic(), 0
         rest = b""
-        with self._told.open("rb") as told:
+        with self._reports.open("rb") as reports:
             while True:
                 off = self._process.poll() is not None
-                lines = (rest + told.read()).split(b"\n")
+                lines = (rest + reports.read()).split(b"\n")
                 rest = lines.pop()
                 for line in lines:
                     if line.strip():
                         words = json.loads(line)
-                        if "leak" not in words:  # the watcher lives on where all else stands still
-                            told_at, told_to = time.monotonic(), self.console.stat().st_size
+                        if "leak" not in words:  # the watcher may go on although all else is stuck
+                            reported_at, console_bytes = time.monotonic(), self.console.stat().st_size
                         yield words
                 if off:
                     return
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"the machine was still on after {seconds:.0f} s")
-                silent = time.monotonic() - told_at
-                if silent > _LOOKED_AT and _BREAKPOINT.search(self.console.read_bytes(), told_to):
+                silent = time.monotonic() - reported_at
+                if silent > _LOOKED_AT and _BREAKPOINT.search(self.console.read_bytes(), console_bytes):
                     raise EmulatorError("qemu is in a breakpoint that is gone")
                 if silent > silence:
                     raise TimeoutError(f"the machine told nothing for {silence:.0f} s")
                 time.sleep(_PAUSE)  # pause: of a poll
 
     def last_words(self) -> list[str]:
-        """The console's last lines, and above them what the kernel first complained of, where it did: for each CPU
-        where it was, and on a line of its own the functions that led there, the innermost first."""
+        """The console's last lines. If the kernel reported a stuck CPU or a crash, its first report comes before
+        them: for each CPU the place where it was, then on one line the functions that led there, innermost
+        first."""
         said = self.console.read_text(errors="replace").splitlines()
         lines = [line.partition("] ")[2] or line for line in said if line.strip()]
         first = next((number for number, line in enumerate(lines) if _COMPLAINT.search(line)), None)

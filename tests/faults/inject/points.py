@@ -1,6 +1,7 @@
-"""The places in portward's code where the harness ends a process, and the kind of process that passes there.
+"""The functions of portward before or after which the harness ends a process, and the kind of process that calls
+them.
 
-Only the standard library, and nothing of portward until `find`: Python imports this before portward itself.
+Python imports this module before portward. So it imports only the standard library until `find` is called.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any, Final, NamedTuple
 
 
 class Point(NamedTuple):
-    """A function: `where` is `module:name` or `module:Class.name`. `process` (daemon, worker, apply) passes it
-    when `when` happens: change, start, empty (a start without a table), packet, time, repair (of rules), links."""
+    """A function of portward. `where` is `module:name` or `module:Class.name`. `process` is the kind of process
+    that calls it: daemon, worker or apply. `when` is the event on which it does: change (of policy), start, empty
+    (a start without a table), packet, time, repair (of rules), links. The action is due at the `nth` call."""
 
     process: str
     when: str
@@ -20,14 +22,14 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The point in one word."""
+        """The point as one word, for names of tests."""
         return f"{self.where.split(':')[1]}#{self.nth}@{self.when}"
 
 
 _D, _K, _W, _I = "portward.daemon", "portward.dataplane", "portward.worker", "portward.ipc"
 _T, _S = "portward.table", "portward.store"
 POINTS: Final = (
-    # a change of policy, in its order
+    # a change of policy, in the order of its steps
     Point("daemon", "change", f"{_S}.sqlite.store:SqliteStore.revision"),
     Point("daemon", "change", f"{_T}.follower:Follower.step"),
     Point("daemon", "change", f"{_T}.writer:Writer.apply"),
@@ -39,7 +41,7 @@ POINTS: Final = (
     Point("daemon", "change", f"{_K}.nfnetlink:KernelElements.commit"),
     Point("daemon", "change", f"{_K}.nfnetlink:KernelElements.commit", 2),
     Point("daemon", "change", f"{_K}.nfsocket:NfSocket._wait"),
-    # the start, in its order
+    # the start, in the order of its steps
     Point("daemon", "start", "portward.daemon.runtime:Runtime.__init__"),
     Point("daemon", "start", f"{_T}.writer:Writer.settle"),
     Point("daemon", "start", f"{_T}.writer:Writer.put_links"),
@@ -49,7 +51,7 @@ POINTS: Final = (
     Point("daemon", "start", f"{_K}.nft:Nft.replace"),
     Point("daemon", "start", f"{_K}.reconciler:RulesetReconciler.load"),
     Point("daemon", "empty", f"{_T}.writer:Writer.replace"),
-    # the ruleset was changed by somebody else
+    # another program has changed the ruleset
     Point("daemon", "repair", f"{_K}.reconciler:RulesetReconciler.repair"),
     Point("daemon", "repair", f"{_K}.xtables:install"),
     Point("daemon", "repair", f"{_K}.nft:Nft.replace"),
@@ -57,11 +59,11 @@ POINTS: Final = (
     # interfaces come and go
     Point("daemon", "links", f"{_T}.writer:Writer.put_links"),
     Point("daemon", "links", f"{_K}.verdict_cache:VerdictCache.forget_within"),
-    # what goes on by itself
+    # periodic jobs
     Point("daemon", "time", "portward.daemon.runtime:Runtime.write_status"),
     Point("daemon", "time", f"{_K}.accounting:PacketAccounting.take_all"),
     Point("daemon", "time", f"{_K}.reconciler:RulesetReconciler.intact"),
-    # a batch of packets in the worker, in its order: the view is open, a verdict is there, counted, sent
+    # a batch of packets in the worker, in order: the table is open, a verdict is found, counted, sent
     Point("worker", "packet", f"{_T}.reader:Reader._follow"),
     Point("worker", "packet", f"{_W}.messages:Verdicts.accept"),
     Point("worker", "packet", f"{_I}.counters:WorkerCounters.add"),
@@ -76,8 +78,8 @@ POINTS: Final = (
 
 
 def find(point: Point) -> tuple[Any, str, Any]:
-    """What holds the function, its name there, and the function as it stands there (a `classmethod` as such).
-    Raises AttributeError or ImportError where there is none."""
+    """The module or class that holds the function, the function's name, and the raw attribute, which may be a
+    `classmethod` object. Raises ImportError or AttributeError if there is no such function."""
     module, _, name = point.where.partition(":")
     holder: Any = importlib.import_module(module)
     *path, last = name.split(".")

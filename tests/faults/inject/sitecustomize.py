@@ -1,12 +1,16 @@
-"""Python imports this at its start where PYTHONPATH names this folder. portward's processes then look into the
-folder PORTWARD_FAULTS while they run:
+"""Injects faults into portward's processes. Python imports this module at its start if PYTHONPATH names this
+folder.
 
-    armed     `process|where|before or after|nth|action`: the process takes the file away and ends itself there by
-              a signal; or, with `memory`, has no memory; or, with `table`, cannot read the policy table, which
-              ends an agent; or, with `hold`, stays there until `held` is written to
+The folder of the environment variable PORTWARD_FAULTS has the orders, which the processes read while they run:
+
+    armed     `process|where|side|nth|action`. A process of the kind `process` carries out the action once, on the
+              side `before` or `after` of the nth call of the function `where`; it renames the file to `hit` first.
+              An action is the name of a signal, which the process sends to itself; or `memory`, which raises
+              MemoryError; or `table`, which raises the error of an unreadable policy table and so ends an agent;
+              or `hold`, which waits until something is written to `held`
     held      a named pipe
-    shift     seconds by which the wall clock of the daemon is wrong
-    rules/    ruleset files that it takes instead of the shipped ones
+    shift     seconds that are added to the wall clock of the daemon
+    rules/    ruleset files that the daemon uses instead of the shipped ones
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ def _kind_of_process() -> str | None:
 
 
 def _pass(where: str, side: str) -> None:
-    """Ends this process if just this place is armed."""
+    """Carries out the armed action if it is for this process, this function and this side."""
     try:
         order = _ARMED.read_text()
     except OSError:
@@ -105,7 +109,8 @@ def _seconds() -> float:
 
 
 def _shift_clock() -> None:
-    """The wall clock as portward reads it; that of other libraries, the kernel's and the monotonic one stay."""
+    """Shifts the wall clock as portward reads it, by the seconds of `shift`. The kernel's clocks, the monotonic
+    clock and `datetime` in other libraries stay right."""
     real: Callable[[], float] = time.time
 
     class Shifted(datetime):

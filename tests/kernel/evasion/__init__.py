@@ -1,1 +1,1 @@
-"""Ways around a port-25 block, each sent through a real kernel at a real listener."""
+"""Ways around a block of port 25, each tried through a real kernel against a real listener."""

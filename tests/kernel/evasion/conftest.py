@@ -1,4 +1,4 @@
-"""The ground that the tests of a module share."""
+"""The gateway that the tests of a module share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A gateway, a listener that counts what its stack reads as TCP to port 25, senders that may send, and others."""
+"""A gateway, a listener on the Internet side that counts TCP packets to port 25, and allowed and denied
+senders."""
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
 
 _IPV6_FREEBIND: Final = 78  # linux/in6.h
 BANNER: Final = b"220 mail.example\r\n"
-# No limit of a rate is to be what stops a trick.
+# Rates so high that no rate limit stops a trick: the verdict must.
 _RATES: Final = {"rate": 10_000_000, "burst": 1_000_000, "segment_rate": 10_000_000, "segment_burst": 1_000_000}
-# Packets to port 25 of those who may send are `allowed`. Of all others `wire` counts what comes, and `reached`
-# what is there once fragments are put together (conntrack makes the receiver do so for IPv6 too). `came` names who
-# of IPv6 has sent any of the allowed.
+# `allowed` counts packets to port 25 from allowed sources. For all other sources `wire` counts packets as they
+# arrive, and `reached` after reassembly of fragments; chain `whole` uses conntrack so that IPv6 is reassembled,
+# too. The set `came` has the IPv6 sources of allowed packets.
 _RECEIVER: Final = f"""table inet receiver {{
   counter allowed {{}}
   counter wire {{}}
@@ -56,15 +57,17 @@ _RECEIVER: Final = f"""table inet receiver {{
   }}
 }}
 """
-# The tenant's own stack knows nothing of what it did not send, and would answer answers with resets.
+# The tenant's own stack does not know the connections of these raw packets, so it would reset the listener's
+# answers.
 _ANSWERS: Final = """table inet answers {
   counter answered {}
   chain resets { type filter hook output priority 0; tcp dport 25 tcp flags rst drop; }
   chain answers { type filter hook prerouting priority -450; tcp sport 25 counter name answered; }
 }
 """
-# The public addresses are the gateway's own. It resets an answer to them whose connection it has forgotten (the
-# listener repeats them for a minute), and at the listener such a reset looks like one of an allowed source.
+# The public addresses belong to the gateway itself. The listener repeats its answers to them for a minute. When
+# the gateway no longer knows the connection, it resets such an answer, and the listener would count that reset as
+# a packet of an allowed source.
 _OWN_RESETS: Final = """table inet own_resets {
   chain output { type filter hook output priority 0; tcp dport 25 tcp flags rst drop; }
 }
@@ -72,7 +75,8 @@ _OWN_RESETS: Final = """table inet own_resets {
 
 
 class Ground:
-    """CONTOSO's 10.1.0.0/16 may send, FABRIKAM's 10.2.0.0/16 may not, nor may what is nobody's; IPv6 likewise."""
+    """A gateway on which CONTOSO's 10.1.0.0/16 is allowed. FABRIKAM's 10.2.0.0/16 and sources without an
+    attachment are denied. The same holds for an IPv6 prefix of each tenant."""
 
     def __init__(self, gateway: Gateway, *, conntrack: bool) -> None:
         self.gateway, self.lab, self.agent = gateway, gateway.lab, gateway.agent
@@ -86,8 +90,8 @@ class Ground:
         if not conntrack:
             # Without address translation nothing in the gateway needs connections.
             namespaces.run(self.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
-            # The agent takes the forward guard out for it, within ten seconds. Without nft_queue each load drops
-            # what is not cached for some milliseconds, and no test is to meet that one.
+            # Then the agent removes the forward guard, within ten seconds. Without nft_queue each load of the
+            # ruleset drops packets without a cached verdict for some milliseconds, so wait until that is over.
             until(lambda: self.agent.metrics()["portward_guard_loaded"] == 0, "the forward guard is gone")
         namespaces.load(self.lab.gateway, _OWN_RESETS)
         namespaces.load(self.lab.internet, _RECEIVER)
@@ -116,80 +120,83 @@ class Ground:
         }
 
     def source(self, tenant: Tenant, family: int) -> str:
-        """An address in the tenant's prefix that nobody has used before."""
+        """An address in the tenant's prefix that no test has used yet."""
         number = next(self._numbers)
         if family == 6:
             return f"2001:db8:{tenant.vni}:e::{number:x}"
         return f"10.{1 if tenant is CONTOSO else 2}.{number >> 8}.{number & 255}"
 
     def send(self, tenant: Tenant, *packets: Packet) -> None:
-        """Sends them in order, from the IP header on."""
+        """Sends packets, which begin with their IP header, in this order."""
         sender = self.gateway.senders[tenant]
         for packet in packets:
             sender.send(packet)
 
     def leaked(self) -> tuple[int, int]:
-        """Packets to TCP port 25 of sources that may not send: on a listener's wire, and read by its stack."""
+        """How many TCP packets to port 25 from denied sources have arrived at the listener: on its wire, and at
+        its stack after reassembly."""
         found = self._receiver.counters("receiver")
         return found["wire"], found["reached"]
 
     def allowed(self) -> int:
-        """Packets to TCP port 25 of sources that may send, as a listener's stack has read them."""
+        """How many TCP packets to port 25 from allowed sources have arrived at the listener's stack."""
         return self._receiver.counters("receiver")["allowed"]
 
     def quiet(self) -> int:
-        """Waits until no packet sent earlier is on its way; gives `allowed` as it is then."""
+        """Waits until all packets that were sent before have arrived or been dropped; then gives `allowed()`."""
         self.settled()
         return self.allowed()
 
     def answered(self, tenant: Tenant) -> int:
-        """Packets from port 25 that have come to a tenant so far."""
-        told = namespaces.run(self.lab.home(tenant), ["nft", "list", "counter", "inet", "answers", "answered"])
-        found = re.search(r"packets (\d+)", told.stdout)
+        """How many packets from port 25 have arrived at a tenant so far."""
+        listing = namespaces.run(self.lab.home(tenant), ["nft", "list", "counter", "inet", "answers", "answered"])
+        found = re.search(r"packets (\d+)", listing.stdout)
         assert found is not None
         return int(found[1])
 
     def counter(self, name: str) -> int:
-        """A named counter of the ruleset."""
+        """The packets of a named counter of the ruleset."""
         return self._netlink.counters(TABLE)[name]
 
     def held(self, tenant: Tenant, address: str) -> Element | None:
-        """What the kernel remembers of a source."""
+        """The cached verdict of a source; None if there is none."""
         return self._cache.get(Source(self._links[tenant], ip_address(address).packed))
 
     def epoch(self) -> int:
-        """The epoch under which verdicts are remembered now."""
+        """The epoch under which verdicts are cached now."""
         found = self._cache.epoch()
         assert found is not None
         return found
 
     def stack(self, name: str) -> int:
-        """A counter of the gateway's own IP stack, as `nstat` calls it."""
-        told = namespaces.run(self.lab.gateway, ["nstat", "-asz", name]).stdout
-        found = re.search(rf"^{name}\s+(\d+)", told, re.MULTILINE)
-        assert found is not None, f"no counter {name}: {told}"
+        """A counter of the gateway's own IP stack, by its name in `nstat`."""
+        listing = namespaces.run(self.lab.gateway, ["nstat", "-asz", name]).stdout
+        found = re.search(rf"^{name}\s+(\d+)", listing, re.MULTILINE)
+        assert found is not None, f"no counter {name}: {listing}"
         return int(found[1])
 
     def connections(self) -> int:
-        """How many the gateway tracks now."""
+        """How many connections the gateway tracks now."""
         return int(namespaces.run(self.lab.gateway, ["conntrack", "-C"]).stdout)
 
     def settled(self) -> None:
-        """Waits until what was sent before has been judged: an allowed packet, sent last through the same queue,
-        has come out. It is known by its source: one of an earlier sender is not taken for it."""
+        """Waits until all packets that were sent before have a verdict. To know that, it sends an allowed packet
+        through the same queue, from a source that only this call uses, and waits until that packet has come
+        out."""
         source = self.source(CONTOSO, 6)
         key = ip_address(source).packed
         self.send(CONTOSO, segment(source, "R", sport=4999))
         until(lambda: self._receiver.element("receiver", "came", key) is not None, "the last packet came out")
 
     def greeting(self, tenant: Tenant, source: str, seconds: float = 30.0) -> bytes:
-        """What the listener says to a real client at this source; empty if it says nothing for so many seconds."""
+        """The bytes that a real client at this source receives from the listener; empty if there are none within
+        `seconds`."""
         version = ip_address(source).version
         with namespaces.inside(self.lab.home(tenant)):
             client = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)
         with client, contextlib.suppress(OSError):
             client.settimeout(seconds)
-            if version == 6:  # the prefix is the machine's by its route, no address of it is on a link
+            if version == 6:  # the prefix is local by a route, so its addresses are on no interface
                 client.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
             client.bind((source, 0))
             client.connect((MAIL4 if version == 4 else MAIL6, 25))
@@ -200,7 +207,7 @@ class Ground:
         return b""
 
     def _talking(self, tenant: Tenant) -> bool:
-        """Whether a client or the listener has something to send yet."""
+        """Whether a connection of a client or the listener is still open."""
         ss = [
             "ss",
             "-Htn",
@@ -224,7 +231,7 @@ class Ground:
 def ground(
     folder: Path, *, conntrack: bool, reader: QueueReader = QueueReader.BATCH, **settings: Any
 ) -> Iterator[Ground]:
-    """A ground with its listener, within a `with`."""
+    """A `Ground` with its listener, within a `with`. `settings` are keys of the configuration."""
     queue: dict[str, Any] = {
         "queue": {**_RATES, "reader": reader},
         "verdicts": {"segment_sources": 131_072},

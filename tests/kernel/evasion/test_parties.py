@@ -1,5 +1,6 @@
-"""What others bring: peers that connect from port 25, rules and marks of other programs, settings of the host,
-interfaces that go and come, and a policy that changes while packets are on their way."""
+"""Evasion that needs a second party or an event: a peer that connects from port 25, rules and marks of other
+programs, settings of the host, an interface that is made again, and a change of policy while packets are on their
+way."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
 
 _MPTCP = 262  # linux/in.h: IPPROTO_MPTCP
 _OWN_BITS = 1 << 16
-# Seconds that a client waits: for what must come, and for what would come at once.
+# Seconds that a client waits, by whether it may send: for a greeting that must come, or for one that must not.
 _PATIENCE_S = {True: 30.0, False: 0.7}
 _NEXT_HOP = "198.51.100.2"  # the Internet side, where the listener is too
 
@@ -43,7 +44,8 @@ def syn(source: str, to: str, flags: str = "S", sport: int = 4000) -> Packet:
 
 @pytest.mark.parametrize("flags", ["S", "SA", "A", "PA", "F", "R"])
 def test_who_answers_a_peer_that_connects_from_port_25_sends_to_port_25(field: Ground, flags: str) -> None:
-    """Split handshake and simultaneous open: the peer's SYN comes in, and what goes back is to port 25."""
+    """Split handshake and simultaneous open: the peer's SYN comes from port 25, so the answer goes to port 25 and
+    needs a verdict."""
     source = field.source(FABRIKAM, 6)
     with namespaces.inside(field.lab.internet):
         peer = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_TCP)
@@ -53,14 +55,15 @@ def test_who_answers_a_peer_that_connects_from_port_25_sends_to_port_25(field: G
         peer.sendto(segment, (source, 0))
         until(lambda: field.answered(FABRIKAM) > answered, "the peer's packet came in")
     field.send(FABRIKAM, syn(source, MAIL6, flags))
-    until(lambda: field.held(FABRIKAM, source) is not None, "judged")
+    until(lambda: field.held(FABRIKAM, source) is not None, "it has a verdict")
     field.settled()
     assert field.leaked() == (0, 0)
 
 
 @pytest.mark.parametrize(("tenant", "greeted"), [(CONTOSO, True), (FABRIKAM, False)], ids=["allowed", "denied"])
 def test_a_real_peer_that_connects_from_port_25(field: Ground, tenant: Tenant, greeted: bool) -> None:
-    """The tenant's own stack accepts; what it says to the peer goes to port 25."""
+    """The tenant's own stack accepts the connection. Its answer to the peer goes to port 25, so it needs a
+    verdict."""
     with namespaces.inside(field.lab.home(tenant)):
         server = socket.create_server((tenant.address6, 4001), family=socket.AF_INET6)
     records = source_records(tenant, f"{tenant.address6}/128", ALLOWED if greeted else DENIED, uuid4())
@@ -118,8 +121,8 @@ def test_a_real_client_is_greeted_only_where_it_may_send(
 
 
 def goes_nowhere(field: Ground, packet: Packet) -> None:
-    """A denied packet whose route leads on from an internal address is stopped there; the same to another port
-    goes on: the host obeys."""
+    """Checks that the gateway stops a denied packet that names an internal address first and a route onwards. The
+    same packet to another port does go on, which shows that the host follows such routes."""
     before = field.counter("headers")
     field.send(FABRIKAM, packet)
     until(lambda: field.counter("headers") > before, "counted")
@@ -133,7 +136,7 @@ def goes_nowhere(field: Ground, packet: Packet) -> None:
 
 @pytest.mark.parametrize("option", [IPOption_LSRR, IPOption_SSRR])
 def test_a_source_route_by_way_of_an_internal_address_goes_nowhere(field: Ground, option: type[Packet]) -> None:
-    """The destination is the gateway's own, and internal; the option names where the packet goes then."""
+    """The destination is the gateway's own internal address. The option names the next hop."""
     namespaces.sysctl(
         field.lab.gateway,
         "net.ipv4.conf.all.accept_source_route=1",
@@ -163,7 +166,7 @@ def test_segment_routing_by_way_of_an_internal_address_goes_nowhere(field: Groun
 # --- rules and marks of other programs ---
 
 
-# Each packet finds the next value in our own bits.
+# Sets the bits of the mark that portward uses to another value for each packet.
 _MARKING = """table inet foreign
 delete table inet foreign
 table inet foreign {
@@ -182,7 +185,7 @@ table inet foreign {
 
 @pytest.mark.parametrize("to", [MAIL4, "10.9.0.1"], ids=["internet", "internal"])
 def test_no_value_that_others_leave_in_our_bits_is_a_verdict(tmp_path: Path, to: str) -> None:
-    """All 65,536 of them, each on a packet of a source that nobody has seen before."""
+    """Tries all 65,536 values, each on a packet of a source without a cached verdict."""
     with ground(tmp_path, conntrack=False) as field:
         namespaces.load(field.lab.gateway, _MARKING)
         namespaces.batch(field.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
@@ -199,16 +202,16 @@ def test_no_value_that_others_leave_in_our_bits_is_a_verdict(tmp_path: Path, to:
                     until(lambda value=value: field.counter(counted) - before > value - 1024, "taken in")  # type: ignore[misc]
         until(lambda: field.counter(counted) - before >= _OWN_BITS, "all of them were looked at")
         field.settled()
-        # What is internal passes, here to where the Internet is.
+        # Packets to an internal destination pass. The route above leads them to the listener.
         assert field.leaked() == (0 if to == MAIL4 else _OWN_BITS, 0)
-        told = namespaces.run(field.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "left"]).stdout
-        assert "packets 0 " in told, "none left with our bits"
-        remembered = namespaces.run(field.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
-        assert "10.2." not in remembered
+        listing = namespaces.run(field.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "left"]).stdout
+        assert "packets 0 " in listing, "none left with our bits"
+        cached = namespaces.run(field.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
+        assert "10.2." not in cached
 
 
 def with_source_end(frame: bytes, value: int) -> bytes:
-    """The frame with other last 16 bits of its IPv4 source, and the right checksum."""
+    """The frame with `value` as the last 16 bits of its IPv4 source, and with the right checksum."""
     header = bytearray(frame[14:34])
     header[10:12], header[14:16] = bytes(2), struct.pack(">H", value)
     total = sum(struct.unpack(">10H", header))
@@ -219,7 +222,8 @@ def with_source_end(frame: bytes, value: int) -> bytes:
 
 
 def test_a_later_fragment_that_others_have_marked_teaches_nothing(tmp_path: Path) -> None:
-    """nft finds a port in its data, before the queue and behind it: there a mark would be a verdict."""
+    """The data of a later fragment looks like port 25 to nft, both before the queue and behind it. Behind the
+    queue a mark counts as a verdict, and the kernel must not cache a forged one."""
     with ground(tmp_path, conntrack=False) as field:
         forged = field.epoch() << EPOCH_SHIFT | Class.ALLOW
         namespaces.load(
@@ -238,7 +242,7 @@ def test_a_later_fragment_that_others_have_marked_teaches_nothing(tmp_path: Path
             assert view.first(lambda packet: b"later data" in bytes(packet)) is not None
         assert field.held(FABRIKAM, source) is None
         field.send(FABRIKAM, syn(source, MAIL4))
-        until(lambda: field.held(FABRIKAM, source) is not None, "judged")
+        until(lambda: field.held(FABRIKAM, source) is not None, "it has a verdict")
         assert field.leaked() == (0, 0)
 
 
@@ -258,7 +262,7 @@ def test_rules_of_others_let_nothing_out(field: Ground, name: str) -> None:
         for family, to in ((4, MAIL4), (6, MAIL6)):
             source = field.source(FABRIKAM, family)
             field.send(FABRIKAM, *(syn(source, to, flags) for flags in ("S", "A", "PA")))
-            until(lambda source=source: field.held(FABRIKAM, source) is not None, "judged")  # type: ignore[misc]
+            until(lambda source=source: field.held(FABRIKAM, source) is not None, "it has a verdict")  # type: ignore[misc]
             field.settled()
         assert field.leaked() == (0, 0)
     finally:
@@ -270,8 +274,8 @@ def test_rules_of_others_let_nothing_out(field: Ground, name: str) -> None:
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: int) -> None:
-    """A source sends without a pause while it is denied and allowed in turn: once a denial is in force, nothing of
-    it comes out."""
+    """A source sends without a pause while it is allowed and denied in turn. Once a denial is in force, no packet
+    of it comes out."""
     with ground(tmp_path, conntrack=False) as field:
         source, id_ = field.source(CONTOSO, family), uuid4()
         to = MAIL4 if family == 4 else MAIL6
@@ -289,23 +293,23 @@ def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: i
                 before = field.allowed()
                 until(lambda before=before: field.allowed() > before + 20, "comes out")  # type: ignore[misc]
                 field.agent.apply(*source_records(CONTOSO, source, DENIED, id_))
-                before = field.quiet()  # what was past the gateway when the denial came into force has arrived
-                time.sleep(0.15)  # pause: so long what is denied is sent
+                before = field.quiet()  # packets that had passed the gateway before the denial have arrived
+                time.sleep(0.15)  # pause: denied packets are sent
                 assert field.allowed() == before
 
 
-def test_an_interface_made_again_with_the_same_index_remembers_nothing_of_the_tenant_before(
+def test_an_interface_made_again_with_the_same_index_has_no_cached_verdicts_of_the_tenant_before(
     tmp_path: Path,
 ) -> None:
-    """An allowed tenant's interface goes, and another tenant's comes under the same index and name."""
+    """An allowed tenant's interface is deleted. Another interface gets its index, with another name."""
     with ground(tmp_path, conntrack=False) as field:
         lab, segment = field.lab, CONTOSO.segment
         source = field.source(CONTOSO, 6)
         before = field.allowed()
         field.send(CONTOSO, syn(source, MAIL6))
-        until(lambda: field.allowed() > before, "remembered as allowed")
+        until(lambda: field.allowed() > before, "its allow is cached")
         index = namespaces.run(lab.gateway, ["cat", f"/sys/class/net/{segment}/ifindex"]).stdout.strip()
-        # Now the same address behind the same index and another name: nobody's there.
+        # Behind the new name the same address has no attachment, so it is an unknown source.
         namespaces.batch(lab.gateway, [f"link del {segment}"])
         under = "192.0.2.1"
         namespaces.batch(
@@ -320,10 +324,10 @@ def test_an_interface_made_again_with_the_same_index_remembers_nothing_of_the_te
         unknown, allowed = field.counter("unknown"), field.allowed()
 
         def counted() -> bool:
-            # Packets before the agent has seen the new interface are dropped for that: other counters.
+            # Until the agent has seen the new interface its packets are dropped, too, but under other counters.
             field.send(CONTOSO, *(syn(source, MAIL6, flags) for flags in ("S", "A", "PA")))
             return field.counter("unknown") > unknown
 
-        until(counted, "nobody's")
-        time.sleep(0.2)  # pause: so long a packet could still come out
+        until(counted, "its source is unknown")
+        time.sleep(0.2)  # pause: a packet would come out by now
         assert field.allowed() == allowed

@@ -1,4 +1,4 @@
-"""Sources that are not the sender's own: of others, of nobody, of the gateway itself, of no host."""
+"""Spoofed sources: addresses of other tenants, of the gateway, without an attachment, or not of a host at all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6
 
 UNKNOWN = "unknown"
-# (source, what stops it)
+# Name → the source, and the counter of the packets that are stopped.
 SOURCES = {
     "another-tenant's": ("10.1.77.7", UNKNOWN),
-    "nobody's": ("192.0.2.77", UNKNOWN),
+    "without-attachment": ("192.0.2.77", UNKNOWN),
     "the-gateway's-in-the-segment": ("10.0.0.1", UNKNOWN),
     "the-gateway's-on-the-uplink": ("198.51.100.1", UNKNOWN),
     "a-public-address-of-another": (CONTOSO.public, UNKNOWN),
@@ -26,7 +26,7 @@ SOURCES = {
     "no-address": ("0.0.0.0", UNKNOWN),  # noqa: S104 # a source
     "reserved": ("240.0.0.1", UNKNOWN),
     "another-tenant's-6": ("2001:db8:1001:e::7777", UNKNOWN),
-    "nobody's-6": ("2001:db8:bad::7", UNKNOWN),
+    "without-attachment-6": ("2001:db8:bad::7", UNKNOWN),
     "the-gateway's-6": ("2001:db8:1002::1", UNKNOWN),
     "the-listener's-own-6": (MAIL6, UNKNOWN),
     "link-local-6": ("fe80::7", UNKNOWN),

@@ -1,4 +1,4 @@
-"""No trick carries a packet to port 25, whether the gateway tracks connections or not."""
+"""No trick gets a denied packet to port 25, whether the gateway tracks connections or not."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ TRICKS = [(4, trick) for trick in FOUR] + [(6, trick) for trick in SIX]
 
 
 def named(pair: tuple[int, Trick]) -> str:
-    """`v4-syn`."""
+    """The id of a test, such as `v4-syn`."""
     return f"v{pair[0]}-{pair[1].name}"
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_the_listener_greets_who_may_send_and_nobody_else(field: Ground, family: int) -> None:
+def test_the_listener_greets_the_allowed_tenant_only(field: Ground, family: int) -> None:
     assert field.greeting(CONTOSO, field.source(CONTOSO, family)) == BANNER
     assert field.greeting(FABRIKAM, field.source(FABRIKAM, family), seconds=0.7) == b""
 
@@ -32,7 +32,8 @@ def test_connections_are_tracked_or_not(field: Ground) -> None:
 
 
 def stopped(field: Ground, reason: str, source: str) -> int:
-    """Packets that were stopped so far for this reason."""
+    """How many packets have been stopped for this reason so far; for `deny`, 1 if the source has a cached
+    denial."""
     match reason:
         case "deny":
             held = field.held(FABRIKAM, source)
@@ -63,7 +64,8 @@ def test_it_does_not_get_through(field: Ground, pair: tuple[int, Trick]) -> None
 
 @pytest.mark.parametrize("pair", TRICKS, ids=named)
 def test_the_same_of_a_source_that_may_send_arrives_where_it_can(field: Ground, pair: tuple[int, Trick]) -> None:
-    """What the test above sends is well formed enough to arrive: else it would show nothing."""
+    """The packets of the test above are well formed: from an allowed source they do arrive, if `arrives` says so.
+    Otherwise the test above would show nothing."""
     family, trick = pair
     source = field.source(CONTOSO, family)
     allowed = field.quiet()

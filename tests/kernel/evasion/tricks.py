@@ -1,9 +1,9 @@
-"""The tricks: what a sender may try so that a packet for port 25 is not taken for one.
+"""Tricks with which a sender may hide that a packet goes to port 25.
 
-Each builds its packets, from the IP header on, for a source and a destination. `reason` says what must stop them
-where the source may not send: its verdict (DENY), a rule of ours by its counter (HEADERS, UNREAD), or the kernel
-itself, by one of its own counters (`Ip…`). HARMLESS goes through, and no receiver finds a port in it. `arrives`
-says whether the same packets of a source that may send reach a listener's stack.
+A trick builds its packets, from the IP header on, for a source and a destination. `reason` says what must stop
+them if the source is denied: the source's verdict (DENY), portward's counter of a rule or a worker (HEADERS,
+UNREAD), or the kernel itself, by one of its own counters (`Ip…`). HARMLESS packets go through, because no receiver
+finds a port in them. `arrives` says whether the same packets from an allowed source reach the listener's stack.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from scapy.packet import Packet, Raw
 DENY: Final = "deny"
 HEADERS: Final = "headers"
 HARMLESS: Final = "harmless"
-# The worker reads 512 bytes of a packet, and drops one whose port is behind them.
+# A worker reads 512 bytes of a packet. It drops a packet whose port comes after them.
 UNREAD: Final = "malformed"
-# For the rest of the packet, or for ever.
+# The kernel keeps the fragments until the rest comes, which may be never.
 WAITS: Final = "IpReasmReqds"
 
 Packets: TypeAlias = Sequence[Packet]
@@ -49,8 +49,8 @@ _PORTS: Final = b"\x0f\xa0\x00\x19"  # 4000, 25
 
 
 class Trick(NamedTuple):
-    """See above; `build(source, destination)`. `tracked` is the reason where the gateway tracks connections and so
-    puts fragments together first, if it is another one."""
+    """A trick, see above. `build(source, destination)` gives its packets. If the gateway tracks connections it
+    reassembles fragments first, and then `tracked`, if set, is the reason instead of `reason`."""
 
     name: str
     build: Build
@@ -65,7 +65,7 @@ def _tcp(flags: str | int = "S", data: bytes = b"", **fields: Any) -> Packet:
 
 
 def _v4(flags: str | int = "S", data: bytes = b"", **fields: Any) -> Build:
-    """One TCP segment; `fields` of TCP."""
+    """One TCP segment over IPv4; `fields` are TCP's."""
     return lambda source, to: [IP(src=source, dst=to) / _tcp(flags, data, **fields)]
 
 
@@ -80,14 +80,14 @@ def _every_flag(source: str, to: str) -> Packets:
 
 
 def _cut(source: str, to: str, *, size: int = 8) -> list[Packet]:
-    """A segment with data in fragments of `size` bytes."""
+    """A segment with data, in fragments of `size` bytes."""
     whole = IP(src=source, dst=to, id=7) / _tcp("PA", _DATA)
     pieces: list[Packet] = fragment(whole, fragsize=size)  # type: ignore[no-untyped-call] # scapy's
     return pieces
 
 
 def _piece(source: str, to: str, offset: int, data: bytes, *, more: bool = True, number: int = 9) -> Packet:
-    """A fragment by hand: `offset` in units of 8 bytes."""
+    """One IPv4 fragment; `offset` is in units of 8 bytes."""
     return IP(src=source, dst=to, id=number, proto=6, frag=offset, flags="MF" if more else 0) / Raw(data)
 
 
@@ -183,7 +183,7 @@ def _pad(count: int = 4) -> list[Packet]:
 
 
 def _v6(*headers: Callable[[], Packet], flags: str | int = "S", data: bytes = b"", **fields: Any) -> Build:
-    """A TCP segment behind these extension headers; `fields` of IPv6."""
+    """A TCP segment behind these extension headers; `fields` are IPv6's."""
 
     def build(source: str, to: str) -> Packets:
         packet: Packet = IPv6(src=source, dst=to, **fields)
@@ -222,7 +222,7 @@ def _cut6(
     source: str, to: str, *sizes: int, before: bytes = b"", kind: int = 6, data: bytes = _DATA
 ) -> list[Packet]:
     """`before` (extension headers of type `kind`) and a TCP segment, cut after each of `sizes` bytes."""
-    # The checksum is over the addresses, which scapy knows only in a whole packet.
+    # The checksum covers the addresses, which scapy knows only in a whole packet.
     segment = bytes(IPv6(src=source, dst=to) / _tcp("PA", data))[40:]
     whole, start = before + segment, 0
     pieces: list[Packet] = []

@@ -1,5 +1,5 @@
-"""Python imports this at its start if PYTHONPATH names this folder: workers then print what is no message of
-theirs, at their start and all the time."""
+"""Makes workers print lines that are not messages to the daemon, at their start and all the time. Python imports
+this at its start if PYTHONPATH names this folder."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ def _print() -> None:
         for noise in _NOISE:
             os.write(1, noise)
         print("and this", flush=True)
-        time.sleep(0.02)  # pause: what this file is for
+        time.sleep(0.02)  # pause: between two prints
 
 
 if "portward.worker.process" in sys.orig_argv:

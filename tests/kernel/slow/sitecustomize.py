@@ -1,5 +1,5 @@
-"""Python imports this at its start where PYTHONPATH names this folder: workers then wait between the look-up
-and the verdict, for up to `PORTWARD_TEST_PAUSE` seconds at random. So a policy can change just there."""
+"""Makes workers pause between lookup and verdict, for a random time up to `PORTWARD_TEST_PAUSE` seconds, so that
+the policy can change in between. Python imports this at its start if PYTHONPATH names this folder."""
 
 import os
 import random
@@ -13,7 +13,7 @@ _LONGEST = float(os.environ["PORTWARD_TEST_PAUSE"])
 
 def _slow(self, index, source):  # type: ignore[no-untyped-def] # stands in for Reader.lookup
     found = _lookup(self, index, source)
-    time.sleep(random.random() * _LONGEST)  # pause: what this file is for
+    time.sleep(random.random() * _LONGEST)  # pause: between lookup and verdict
     return found
 
 

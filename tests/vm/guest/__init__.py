@@ -1,1 +1,1 @@
-"""What runs inside the machine, with Debian's own Python and nothing else."""
+"""The programs that run inside the machine. They use Debian's own Python and its standard library only."""

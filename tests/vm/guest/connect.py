@@ -1,8 +1,9 @@
-"""An allowed tenant: it opens connections to port 25, each from an address that the kernel does not know yet.
+"""An allowed tenant that opens connections to port 25, each from an address without a cached verdict.
 
     python3 -m vm.guest.connect SEGMENT
 
-A line for each when it is begun, and another one when it is open: after how many seconds.
+It writes a JSON line to /run/vm/connect-SEGMENT when it begins a connection, and another one with the seconds of
+waiting when the connection is open.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from ipaddress import ip_network
 from typing import TextIO
 
-from vm.guest.world import JUDGED, MAIL4, RUN, SEGMENTS
+from vm.guest.world import MAIL4, RUN, SEGMENTS, SMTP_PORT
 
 EVERY = 0.2  # seconds
 _PATIENCE = 15.0
@@ -46,8 +47,8 @@ def main() -> None:
 
 
 def read(began: float, end: float) -> list[float | None]:
-    """The seconds that each connection waited which was begun from one moment (monotonic) to another; None for one
-    that is not open yet, or never will be."""
+    """For each connection that was begun between two moments (monotonic), the seconds until it was open. None
+    stands for a connection that did not open, or has not yet."""
     found: dict[float, float | None] = {}
     for path in RUN.glob("connect-*"):
         for line in path.read_text().splitlines():
@@ -63,7 +64,7 @@ def _begin(source: str, waiting: dict[socket.socket, float], chooser: selectors.
     one.bind((source, 0))
     waiting[one] = time.monotonic()
     out.write(json.dumps({"at": waiting[one]}) + "\n")
-    one.connect_ex((MAIL4, JUDGED))
+    one.connect_ex((MAIL4, SMTP_PORT))
     chooser.register(one, selectors.EVENT_WRITE)
 
 

@@ -1,8 +1,8 @@
-"""Devices that only a distribution's kernel has: tunnels that end on the gateway, and what takes a segment's
-packets.
+"""Devices that only a distribution's kernel has: tunnels that end on the gateway, and devices that take a
+segment's packets, as a bridge does.
 
-Each is made, a blocked tenant sends through it, and it is taken away. A kernel without the device says so in its
-row."""
+Each device is made, a blocked tenant sends through it, and it is removed. If the kernel lacks the device, the row
+of its result says so."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator
 
 from vm.guest.machine import row, sh, until
 from vm.guest.sender import frame
-from vm.guest.world import MACS, MAIL4, OTHER, SEGMENTS
+from vm.guest.world import MACS, MAIL4, OTHER_PORT, SEGMENTS
 
 _ABSENT = "not on this kernel"
 _TENANT = "vni1002"
 _NAMESPACE, _INTERFACE, _GATEWAY, _ADDRESS, _ = SEGMENTS[_TENANT]
-# An interface of the gateway in front of which nobody is attached: what comes out of a tunnel goes on from there.
+# The source of the inner packets. It is not attached to any segment.
 _INNER = "10.250.0.4"
 _GRE, _IPIP = 47, 4
 
-# How each is made on the gateway, and what a tenant sends to it.
+# Kind → the commands that make the tunnel on the gateway, and the packet that a tenant sends to it.
 _TUNNELS: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     "GRE": (
         [f"ip link add t0 type gre local {_GATEWAY} remote {_ADDRESS}"],
@@ -77,9 +77,9 @@ def tunnels() -> None:
 
 
 def stacked() -> None:
-    """Whatever takes a segment's packets is named; a VRF, which `cust2` is in, is not."""
+    """`portward status` names every device that takes a segment's packets. It does not name the VRF of `cust2`."""
     said = sh("portward status")
-    row("a segment in a VRF is judged", said.splitlines()[0][:80], good="STACKED" not in said)
+    row("packets of a segment in a VRF get verdicts", said.splitlines()[0][:80], good="STACKED" not in said)
     for kind, lines in _STACKED.items():
         with _made(f"{kind} on a segment", lines) as there:
             if there:
@@ -110,7 +110,7 @@ def _is_dropped(kind: str, packet: bytes) -> None:
 
 
 def _in_a_vrf() -> None:
-    """`iif` is the VRF in hook input."""
+    """The same from a segment in a VRF, because there `iif` in hook input is the VRF and not the segment."""
     before = _counter("tunnels")
     namespace, interface, gateway, address, _ = SEGMENTS["cust2"]
     packet = _ip(_GRE, b"\0\0\x08\0" + _packet(), address, gateway)
@@ -131,7 +131,8 @@ def _wireguard() -> None:
 
 @contextlib.contextmanager
 def _made(what: str, lines: list[str]) -> Iterator[bool]:
-    """Makes a device; False, with a row, if this kernel does not have it."""
+    """Makes a device, and removes it at the end. Gives False, and reports a row, if it could not be made; the row
+    is good if this kernel does not have such a device."""
     said = ""
     for line in lines:
         done = subprocess.run(line.split(), capture_output=True, text=True, check=False)
@@ -169,8 +170,8 @@ def _sends(
 
 
 def _frame() -> bytes:
-    """A packet of a source that nobody has, to a port that is not judged, for t0."""
-    return frame(bytes.fromhex("020000000901"), bytes.fromhex("020000000902"), _INNER, MAIL4, OTHER, 1)
+    """A frame for t0, from a source without an attachment, to a port that portward does not filter."""
+    return frame(bytes.fromhex("020000000901"), bytes.fromhex("020000000902"), _INNER, MAIL4, OTHER_PORT, 1)
 
 
 def _packet() -> bytes:

@@ -1,4 +1,4 @@
-"""Words for the stages: commands, configuration, results."""
+"""Helpers for the stages: run commands, write the configuration, wait, report results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vm.guest.told import tell
+from vm.guest.reporting import report
 from vm.guest.world import ALLOWED, BLOCKED6, RUN, SEGMENTS
 
 CONFIG = Path("/etc/portward/portward.toml")
@@ -17,13 +17,14 @@ _OFFERS = {True: "enterprise-agreement", False: "pay-as-you-go"}
 
 
 def slower() -> float:
-    """How many times slower than usual the machine is, as whoever runs it says: what is waited for may take that
-    much longer."""
+    """How many times slower than usual the machine is, from its kernel's command line. Timeouts are multiplied by
+    it."""
     return float(Path("/proc/cmdline").read_text().rpartition("vm.slower=")[2].split()[0])
 
 
 def sh(command: str, *, seconds: float = 180, check: bool = True) -> str:
-    """What a command says on both its outputs; raises RuntimeError with that where it fails and `check`."""
+    """Runs a shell command; gives its stdout and stderr together. If it fails and `check` is set, raises
+    RuntimeError with the end of that output. `seconds` is the timeout."""
     said = subprocess.run(
         ["/bin/sh", "-c", command],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -36,12 +37,12 @@ def sh(command: str, *, seconds: float = 180, check: bool = True) -> str:
 
 
 def row(what: str, happened: object, *, good: bool) -> None:
-    """Tells a result."""
-    tell(what=what, happened=str(happened), good=good)
+    """Reports the result of a check: `what` was checked, what `happened`, and whether that is `good`."""
+    report(what=what, happened=str(happened), good=good)
 
 
 def until(true: Callable[[], bool], what: str, *, seconds: float = 30) -> float:
-    """Waits until `true` is, and gives the seconds that took; raises TimeoutError that names `what`."""
+    """Waits until `true()` holds, and gives the seconds that it took. Raises TimeoutError that names `what`."""
     began = time.monotonic()
     seconds *= slower()
     while not true():
@@ -52,7 +53,7 @@ def until(true: Callable[[], bool], what: str, *, seconds: float = 30) -> float:
 
 
 def booted() -> str:
-    """How long ago the kernel began."""
+    """The time since the kernel started, as words."""
     return f"{time.clock_gettime(time.CLOCK_BOOTTIME):.0f} s after power-on"
 
 

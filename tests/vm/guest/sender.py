@@ -1,10 +1,10 @@
-"""A blocked tenant: it sends SYNs to port 25, as frames of its own making, until it is ended.
+"""A blocked tenant that sends SYNs to port 25 as raw Ethernet frames, until it is killed.
 
     python3 -m vm.guest.sender SEGMENT [SECONDS]
 
-Of each round some come from its usual address, some from addresses that nobody has seen, some from addresses that
-are nobody's, over IPv6 too where it has that. One goes to another port: that it comes out shows that the way is
-open.
+SECONDS is the pause between two rounds. A round has one SYN from the tenant's usual address and one from an
+address without a cached verdict; every eighth round also has one from an address without an attachment. vni1002
+sends over IPv6, too. One more SYN goes to another port: if the watcher sees it, the way to the uplink is open.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 from ipaddress import ip_address, ip_network
 
-from vm.guest.world import BLOCKED6, JUDGED, MACS, MAIL4, MAIL6, OTHER, SEGMENTS
+from vm.guest.world import BLOCKED6, MACS, MAIL4, MAIL6, OTHER_PORT, SEGMENTS, SMTP_PORT
 
 _EVERY = 0.25  # seconds: the machine has little time for its tenants
 
@@ -34,11 +34,11 @@ def main() -> None:
     own = bytes.fromhex(open(f"/sys/class/net/{interface}/address").read().strip().replace(":", ""))  # noqa: SIM115, PTH123
     fresh = ip_network(prefix)
     for number in itertools.count(1):
-        sources = [(address, JUDGED), (str(fresh[number % 4000 + 16]), JUDGED), (address, OTHER)]
-        if number % 8 == 0:  # of no subscription: a second /20 that nobody attached
-            sources.append((str(fresh.broadcast_address + 16 + number % 4000), JUDGED))
+        sources = [(address, SMTP_PORT), (str(fresh[number % 4000 + 16]), SMTP_PORT), (address, OTHER_PORT)]
+        if number % 8 == 0:  # from a second /20 without an attachment, so of no subscription
+            sources.append((str(fresh.broadcast_address + 16 + number % 4000), SMTP_PORT))
         if segment == "vni1002":
-            sources += [(f"{BLOCKED6}::4", JUDGED), (f"{BLOCKED6}::{number % 60000 + 16:x}", JUDGED)]
+            sources += [(f"{BLOCKED6}::4", SMTP_PORT), (f"{BLOCKED6}::{number % 60000 + 16:x}", SMTP_PORT)]
         for source, port in sources:
             with contextlib.suppress(OSError):  # the link is down
                 out.send(frame(mac, own, source, MAIL6 if ":" in source else MAIL4, port, number))

@@ -9,14 +9,14 @@ import socket
 import threading
 import time
 
-from vm.guest.world import JUDGED, OTHER, RELAY, RUN
+from vm.guest.world import OTHER_PORT, RELAY_PORT, RUN, SMTP_PORT
 
 
 def main() -> None:
     """Serves until it is ended by force."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     chooser = selectors.DefaultSelector()
-    for port in (JUDGED, OTHER, RELAY):
+    for port in (SMTP_PORT, OTHER_PORT, RELAY_PORT):
         listener = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         chooser.register(listener, selectors.EVENT_READ)
     while True:
@@ -33,8 +33,8 @@ def _guarded(client: socket.socket) -> None:
 
 
 def _session(client: socket.socket) -> None:
-    """SMTP, as far as a mail needs it (RFC 5321, 4.1.1). Of each mail its length in bytes is written
-    down, and the longest pause between two of its lines in seconds."""
+    """One SMTP session with the commands that a mail needs (RFC 5321, 4.1.1). For each mail a line is added to
+    /run/vm/mails: its length in bytes, and the longest pause between two of its lines in seconds."""
     client.sendall(b"220 mail.example\r\n")
     with client.makefile("rb") as lines:
         while line := lines.readline():

@@ -1,7 +1,8 @@
-"""What is done to the gateway, boot after boot. Which boot this is stands in a file on the machine's own disk.
+"""The stages of the test, boot after boot. A file on the machine's disk holds the number of the boot.
 
-Three blocked tenants send all the while, from the first second of each boot. Only before portward is installed and
-after it is purged may a packet of theirs come out: that shows that the way is open and the watcher sees.
+Three blocked tenants send to port 25 from the first second of each boot. Their packets may come out only before
+portward is installed and after it is purged. There they must, because that shows that the way to the uplink is
+open and that the watcher sees packets.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from vm.guest import connect, devices, watcher
 from vm.guest.keys import hold_hooks
 from vm.guest.machine import CONFIG, booted, configure, row, sh, slower, until
-from vm.guest.told import tell
+from vm.guest.reporting import report
 from vm.guest.transfer import ENOUGH
 from vm.guest.world import ALLOWED, RUN, SEGMENTS
 
@@ -29,13 +30,13 @@ _STATE = Path("/var/lib/vm-stage")
 _STORE = Path("/var/lib/portward/portward.db")
 _WORST = 2.0  # seconds that a new connection may wait while the package is upgraded
 _LEVEL = 1.6  # of systemd-analyze security
-# The agent's own root folder: what debian/portward.dirs puts there, and the links of a merged /usr.
+# The contents of the agent's own root folder: the folders of debian/portward.dirs, and the links of a merged /usr.
 _SEEN = "bin dev etc home lib lib64 proc root run sbin sys tmp usr var"
 _CAPABILITIES = (1 << 12) | (1 << 13)  # CAP_NET_ADMIN, CAP_NET_RAW
 
 
 def main() -> None:
-    """Runs the stages of this boot and goes on to the next one; the last one switches the machine off."""
+    """Runs the stages of this boot, then reboots; after the last boot it switches the machine off."""
     number = int(_STATE.read_text()) if _STATE.exists() else 0
     _STATE.write_text(str(number + 1))
     try:
@@ -43,7 +44,7 @@ def main() -> None:
         BOOTS[number]()
     except Exception:
         row("no surprise", "an exception", good=False)
-        tell(note=traceback.format_exc())
+        report(note=traceback.format_exc())
         sh("journalctl -b --no-pager | tail -n 30 > /dev/ttyS0", check=False)
         _off()
 
@@ -52,17 +53,17 @@ def main() -> None:
 
 
 def _bare() -> None:
-    tell(stage=f"boot 1, {booted()}: a stock Debian, without portward", leaks=True)
+    report(stage=f"boot 1, {booted()}: a stock Debian, without portward", leaks=True)
     until(lambda: watcher.read()["leaked"] > 20, "packets of the blocked tenants", seconds=20)
     row("without portward the blocked tenants' packets to port 25 come out", "they do", good=True)
-    tell(stage="installation of the package")
-    tell(note=sh("dpkg -i /run/payload/old.deb"))
+    report(stage="installation of the package")
+    report(note=sh("dpkg -i /run/payload/old.deb"))
     tables = sh("nft list tables")
     row("an installation alone enforces nothing", tables or "no table", good="portward" not in tables)
     enabled = sh("systemctl is-enabled portward-baseline portward").split()
     row("both units start at the next boot", enabled, good=enabled == ["enabled", "enabled"])
     configure()
-    tell(note=sh("portward apply /run/vm/inventory.json"))
+    report(note=sh("portward apply /run/vm/inventory.json"))
     _reboot()
 
 
@@ -70,12 +71,12 @@ def _bare() -> None:
 
 
 def _first() -> None:
-    tell(stage=f"boot 2, {booted()}: from power-on", leaks=False)
+    report(stage=f"boot 2, {booted()}: from power-on", leaks=False)
     _wait_active()
     _nothing_came_out("from power-on until the agent enforces")
     for name in ("portward-baseline", "systemd-networkd", "portward"):
         since = sh(f"systemctl show -P ActiveEnterTimestampMonotonic {name}")
-        tell(note=f"{name} was up {int(since) / 1e6:.1f} s after power-on")
+        report(note=f"{name} was up {int(since) / 1e6:.1f} s after power-on")
     status = json.loads(sh("portward status --json"))
     row("queue by nft's own statement", status["queue_path"], good="nft" in status["queue_path"])
     for segment in ALLOWED:
@@ -88,13 +89,13 @@ def _first() -> None:
     _translated()
     _breaks()
     _nothing_came_out("in this boot")
-    tell(stage="the store becomes unreachable, and the machine boots again")
+    report(stage="the store becomes unreachable, and the machine boots again")
     _STORE.rename("/var/lib/elsewhere")
     _reboot()
 
 
 def _hardening() -> None:
-    tell(stage="hardening")
+    report(stage="hardening")
     pid = sh("systemctl show -P MainPID portward")
     status = Path(f"/proc/{pid}/status").read_text()
     found = dict(re.findall(r"(?m)^(Uid|CapEff|CapBnd|NoNewPrivs|Seccomp):\s+(\S+)", status))
@@ -111,10 +112,10 @@ def _hardening() -> None:
     state = [path.name for path in (root / "var/lib").iterdir()]
     good = seen == _SEEN and state == ["portward"]
     row("of the machine's files it sees its own root folder", f"{seen}; in var/lib: {state}", good=good)
-    # The machine has no manual pages' reader; and what it says of the test's own units is not meant.
+    # The machine has no `man`. Complaints about the test's own units do not count.
     said = sh("systemd-analyze verify --man=no portward.service portward-baseline.service", check=False)
-    told = [line for line in said.splitlines() if "/vm-" not in line]
-    row("systemd-analyze verify", told or "clean", good=not told)
+    complaints = [line for line in said.splitlines() if "/vm-" not in line]
+    row("systemd-analyze verify", complaints or "clean", good=not complaints)
 
 
 def _journal() -> None:
@@ -128,8 +129,9 @@ def _journal() -> None:
 
 
 def _reload() -> None:
-    """Each one replaces the whole ruleset, while a blocked tenant sends as fast as it can."""
-    tell(stage="systemctl reload")
+    """Ten reloads, each of which replaces the whole ruleset, while a blocked tenant sends as fast as it can. Then
+    a valid change and an invalid one."""
+    report(stage="systemctl reload")
     before = sh("systemctl show -P MainPID portward")
     flood = _daemon("blue", "sender", "vni1002", "0")
     for seconds in range(10, 20):
@@ -145,21 +147,22 @@ def _reload() -> None:
     CONFIG.write_text('segments = ["vni*"]\nuplinks = 3\n')
     sh("systemctl reload portward")
     until(lambda: "stays in force" in _journal_of(3), "the refusal as an error in the journal")
-    row("a bad one is refused, and told as an error", _journal_of(3).splitlines()[-1][:150], good=_pid() == before)
+    row("a bad one is refused, logged as an error", _journal_of(3).splitlines()[-1][:150], good=_pid() == before)
     configure()
     sh("systemctl reload portward")
 
 
 def _devices() -> None:
-    tell(stage="tunnels that end here, and devices on top of segments")
+    report(stage="tunnels that end here, and devices on top of segments")
     devices.tunnels()
     devices.stacked()
     _nothing_came_out("while devices came and went")
 
 
 def _beside_nftables() -> None:
-    """Debian's own unit, whose file begins with `flush ruleset`, while a blocked tenant sends without a pause."""
-    tell(stage="nftables.service")
+    """Debian's nftables.service, whose file begins with `flush ruleset`, starts and stops while a blocked tenant
+    sends without a pause."""
+    report(stage="nftables.service")
     flood = _daemon("blue", "sender", "vni1002", "0")
     for word in ("start", "reload", "restart", "stop"):
         sh(f"systemctl {word} nftables")
@@ -177,13 +180,14 @@ def _beside_nftables() -> None:
     row("… until the agent starts", _ours(), good=_ours() == ["portward"])
     flood.kill()
     _nothing_came_out("while nftables.service came and went")
-    sh("systemctl enable --now nftables")  # and so each shutdown from here on flushes the rules
+    sh("systemctl enable --now nftables")  # so each later shutdown flushes the rules
     until(lambda: _ours() == ["portward"], "the agent's ruleset", seconds=60)
 
 
 def _translated() -> None:
-    """Another program translates addresses: the guard judges again what is forwarded, also what a VRF forwards."""
-    tell(stage="translation by others")
+    """Another program translates addresses, so the forward guard classifies each packet a second time when it is
+    forwarded, also in a VRF."""
+    report(stage="translation by others")
     sh("nft 'add table ip vm; add chain ip vm c { type nat hook prerouting priority -100; }'")
     took = until(lambda: _metric("portward_guard_loaded") == "portward_guard_loaded 1.0", "the forward guard")
     row("the forward guard is loaded", f"{took:.1f} s", good=True)
@@ -195,24 +199,26 @@ def _translated() -> None:
 
 
 def _baseline_is_done() -> bool:
-    # A reload that comes while it still starts is none of systemd's business: the port would stay closed.
+    # systemd does not pass a reload on to a unit that is still starting, and then the port would stay closed. So
+    # wait until the unit is active, too.
     return _ours() == ["portward"] and sh("systemctl is-active portward-baseline", check=False) == "active"
 
 
 def _ours() -> list[str]:
-    """portward's tables of rules in the kernel; the lock of a running agent holds none."""
+    """portward's tables in the kernel, without the one that is only the lock of a running agent and has no
+    rules."""
     tables = [line.split()[-1] for line in sh("nft list tables").splitlines()]
     return [name for name in tables if "portward" in name and name != "portward_lock"]
 
 
 def _forgets_after(seconds: int) -> float:
-    """The seconds until the kernel remembers who may not send for so long."""
+    """Waits until the kernel caches a denial for `seconds`; gives the seconds of waiting."""
     wanted = f"timeout {seconds}s"
     return until(lambda: wanted in sh("nft -t list set inet portward deny4"), wanted)
 
 
 def _breaks() -> None:
-    """What ends the agent, each under traffic."""
+    """The agent is ended in each way that an operator or systemd ends it, under traffic."""
     _daemon("red", "connect", "vni1001")
     with _mail():
         with _measured("systemctl restart"):
@@ -223,7 +229,7 @@ def _breaks() -> None:
             _restarted(signal.SIGSTOP)
             row("… by its watchdog", "", good="watchdog" in sh("journalctl -b -u portward --no-pager").lower())
         with _measured("upgrade of the package"):
-            tell(note=sh("dpkg -i /run/payload/new.deb"))
+            report(note=sh("dpkg -i /run/payload/new.deb"))
             _version(sh("dpkg-deb -f /run/payload/new.deb Version"))
         with _measured("downgrade of the package"):
             sh("dpkg -i /run/payload/old.deb")
@@ -238,19 +244,19 @@ def _version(wanted: str) -> None:
 
 
 def _demo() -> None:
-    tell(stage="the demo, on this kernel")
+    report(stage="the demo, on this kernel")
     said = sh("COLUMNS=120 portward lab demo", seconds=400, check=False)
     last = [line for line in said.splitlines() if " acts in " in line]
     row("portward lab demo", last or said[-600:], good=bool(last) and last[0].startswith("every act as expected"))
     if not last or "NOT" in last[0]:
-        tell(note="\n".join(line for line in said.splitlines() if "NOT" in line))
+        report(note="\n".join(line for line in said.splitlines() if "NOT" in line))
 
 
 # --- without a store, then with a power cut and a broken configuration ---
 
 
 def _without_store() -> None:
-    tell(stage=f"boot 3, {booted()}: the store is not to be reached", leaks=False)
+    report(stage=f"boot 3, {booted()}: the store is not to be reached", leaks=False)
     _wait_active()
     _nothing_came_out("from power-on")
     for segment in ALLOWED:
@@ -260,17 +266,17 @@ def _without_store() -> None:
     Path("/var/lib/elsewhere").rename(_STORE)
     until(lambda: not json.loads(sh("portward status --json"))["store_error"], "the store is in step again")
     row("the store comes back", "in step", good=True)
-    tell(stage="a broken configuration, and a power cut")
+    report(stage="a broken configuration, and a power cut")
     CONFIG.write_text("segments = [oops\n")
     _nothing_came_out("in this boot")
     os.sync()
-    tell(note="power cut")
+    report(note="power cut")
     Path("/proc/sysrq-trigger").write_text("b")
     time.sleep(60)  # pause: the machine ends meanwhile
 
 
 def _broken() -> None:
-    tell(stage=f"boot 4, {booted()}: after the power cut, with a broken configuration", leaks=False)
+    report(stage=f"boot 4, {booted()}: after the power cut, with a broken configuration", leaks=False)
     until(lambda: watcher.read()["others"] > 20, "the tenants' packets to another port")
     _nothing_came_out("from power-on")
     failed = sh("systemctl is-active portward-baseline", check=False)
@@ -289,7 +295,7 @@ def _broken() -> None:
 
 
 def _without_python() -> None:
-    """In a namespace of its own, where portward's interpreter is gone."""
+    """Runs the baseline in a network namespace of its own, with a portward program that always fails."""
     sh("ip netns add bare")
     sh("unshare -m sh -c 'mount --bind /bin/false /usr/lib/portward/bin/portward; "
        "ip netns exec bare /usr/lib/portward/baseline'", check=False)  # fmt: skip
@@ -298,12 +304,12 @@ def _without_python() -> None:
 
 
 def _removal() -> None:
-    tell(stage="remove and purge")
+    report(stage="remove and purge")
     said = sh("dpkg -r portward")
     row("remove says what stays", "", good="its ruleset stays in the kernel" in said)
-    time.sleep(3)  # pause: so long something could come out
+    time.sleep(3)  # pause: a packet would come out by now
     _nothing_came_out("after the removal")
-    tell(leaks=True)
+    report(leaks=True)
     said = sh("dpkg -P portward")
     row("purge says that it stops enforcing", "", good="STOPS ENFORCING" in said)
     until(lambda: watcher.read()["leaked"] > 5, "packets come out")
@@ -317,32 +323,33 @@ def _removal() -> None:
 
 def _nothing_came_out(when: str) -> None:
     seen = watcher.newer()
-    told = f"{seen['leaked']:.0f}, of other ports {seen['others']:.0f}, missed {seen['missed']:.0f}"
+    numbers = f"{seen['leaked']:.0f}, of other ports {seen['others']:.0f}, missed {seen['missed']:.0f}"
     good = seen["leaked"] == 0 and seen["others"] > 0 and seen["missed"] == 0
-    row(f"blocked tenants' packets to port 25 on the uplink, {when}", told, good=good)
+    row(f"blocked tenants' packets to port 25 on the uplink, {when}", numbers, good=good)
 
 
 @contextlib.contextmanager
 def _measured(what: str) -> Iterator[None]:
-    """New connections of an allowed tenant, from new sources, while something is done."""
-    tell(stage=what)
+    """Within the `with`, measures how long an allowed tenant's connections from new sources wait, and reports
+    it."""
+    report(stage=what)
     began = time.monotonic()
     yield
     _wait_active()
     end = time.monotonic()
-    time.sleep(4)  # pause: so that what waits is opened
+    time.sleep(4)  # pause: so that waiting connections open
     waits = connect.read(began, end)
     worst = max((wait for wait in waits if wait is not None), default=None)
     lost = waits.count(None)
-    told = f"longest wait {worst or 0:.2f} s, of {len(waits)}, {lost} not open; {end - began:.0f} s"
-    # Half as many as are begun in that time: the machine is slow, but who tries must not have stopped.
+    numbers = f"longest wait {worst or 0:.2f} s, of {len(waits)}, {lost} not open; {end - began:.0f} s"
+    # At least half of the expected attempts: the machine is slow, but the tenant must not have stopped trying.
     enough = len(waits) >= (end - began) / connect.EVERY / 2
-    row(f"{what}: new connections", told, good=worst is not None and worst <= _WORST and not lost and enough)
+    row(f"{what}: new connections", numbers, good=worst is not None and worst <= _WORST and not lost and enough)
 
 
 @contextlib.contextmanager
 def _mail() -> Iterator[None]:
-    """A mail that is on its way all the while."""
+    """One SMTP transfer that lasts as long as the `with`; reports whether it went through."""
     ENOUGH.unlink(missing_ok=True)
     sending = subprocess.Popen(
         ["ip", "netns", "exec", "red", sys.executable, "-B", "-m", "vm.guest.transfer", "vni1001"],
@@ -362,7 +369,7 @@ def _mail() -> Iterator[None]:
 
 
 def _connects(segment: str) -> float | None:
-    """The seconds until a connection from a source that the kernel does not know is open; None: not at all."""
+    """The seconds until a connection from a source without a cached verdict is open; None if it did not open."""
     _count[0] += 1
     namespace, prefix = SEGMENTS[segment][0], SEGMENTS[segment][4].partition("/")[0].rpartition(".")[0]
     code = (
@@ -379,7 +386,7 @@ _count = [1]
 
 
 def _restarted(number: int) -> None:
-    """Sends a signal to the agent, and waits until another one runs."""
+    """Sends a signal to the agent, and waits until systemd has started another one."""
     before = _pid()
     os.kill(int(before), number)
     until(lambda: _pid() not in ("0", before), "another agent", seconds=90)
@@ -411,13 +418,13 @@ def _daemon(namespace: str, module: str, *words: str) -> subprocess.Popen[bytes]
 
 
 def _off() -> None:
-    tell(end=True)
+    report(end=True)
     sh("systemctl poweroff --force --force")
     time.sleep(60)  # pause: the machine ends meanwhile
 
 
 def _reboot() -> None:
-    # Tenants and watcher go on to the very end, and systemd would wait for them for a minute and a half.
+    # Tenants and watcher ignore SIGTERM, and systemd would wait for them for 90 seconds.
     folder = Path("/run/systemd/system.conf.d")
     folder.mkdir(exist_ok=True)
     (folder / "vm.conf").write_text("[Manager]\nDefaultTimeoutStopSec=3s\n")

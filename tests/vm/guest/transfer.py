@@ -1,8 +1,8 @@
-"""An allowed tenant's long mail: an SMTP session on port 25 whose text goes on until a file says that it may end.
+"""An allowed tenant's long mail: an SMTP session on port 25 that goes on until the file `ENOUGH` exists.
 
     python3 -m vm.guest.transfer SEGMENT
 
-The server writes down how many bytes it took, and the longest pause between two lines.
+`vm.guest.server` records how many bytes arrived, and the longest pause between two lines.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import smtplib
 import sys
 import time
 
-from vm.guest.world import JUDGED, MAIL4, RUN, SEGMENTS
+from vm.guest.world import MAIL4, RUN, SEGMENTS, SMTP_PORT
 
 ENOUGH = RUN / "enough"
 
 
 def main() -> None:
-    """Sends; prints what the server said at the end."""
-    session = smtplib.SMTP(MAIL4, JUDGED, timeout=60, source_address=(SEGMENTS[sys.argv[1]][3], 0))
+    """Sends the mail; prints the server's last reply code and the bytes that were sent."""
+    session = smtplib.SMTP(MAIL4, SMTP_PORT, timeout=60, source_address=(SEGMENTS[sys.argv[1]][3], 0))
     session.ehlo()
     session.mail("sender@tenant.example")
     session.rcpt("rcpt@mail.example")

@@ -1,7 +1,8 @@
-"""Sees every packet on the uplink, from before the gateway has a network until the machine is off.
+"""Watches every packet on the uplink, from before the gateway has a network until the machine is off.
 
-A packet of a blocked tenant to port 25 is told to the outside at once, since the machine may be off the
-next moment. The numbers so far lie in /run/vm/watch.json, written anew each half of a second.
+A packet of a blocked tenant to port 25 is reported to the host at once, because the machine may be off the next
+moment. The first few are reported one by one, after that one in a thousand. The counts are written to
+/run/vm/watch.json every half second.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from vm.guest.keys import hold_timestamps
-from vm.guest.told import tell
-from vm.guest.world import BLOCKED, BLOCKED6, JUDGED, OTHER, RUN, SEGMENTS
+from vm.guest.reporting import report
+from vm.guest.world import BLOCKED, BLOCKED6, OTHER_PORT, RUN, SEGMENTS, SMTP_PORT
 
 _ALL = 0x0003  # ETH_P_ALL
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
-_TOLD = 5
+_REPORTED = 5
 _BLOCKED4 = [ip_network(SEGMENTS[segment][3] + "/16", strict=False) for segment in BLOCKED]
 _BLOCKED6 = ip_network(f"{BLOCKED6}::/64")
 
@@ -61,25 +62,27 @@ def _take(data: bytes, numbers: dict[str, float]) -> None:
     else:
         return
     port = int.from_bytes(data[tcp + 2 : tcp + 4], "big")
-    if port == JUDGED and blocked:
+    if port == SMTP_PORT and blocked:
         numbers["leaked"] += 1
-        if numbers["leaked"] <= _TOLD or numbers["leaked"] % 1000 == 0:
-            tell(leak=f"packet {numbers['leaked']:.0f} of {source}, {time.monotonic():.2f} s after power-on")
-    elif port == JUDGED:
+        if numbers["leaked"] <= _REPORTED or numbers["leaked"] % 1000 == 0:
+            report(leak=f"packet {numbers['leaked']:.0f} of {source}, {time.monotonic():.2f} s after power-on")
+    elif port == SMTP_PORT:
         numbers["allowed"] += 1
-    elif port == OTHER and blocked:
+    elif port == OTHER_PORT and blocked:
         numbers["others"] += 1
 
 
 def read() -> dict[str, float]:
-    """The numbers so far: packets `leaked`, `others`, `allowed` and `missed`; `at`, when that was (monotonic)."""
+    """The counts so far. `leaked`: packets of blocked tenants to port 25; `others`: theirs to another port;
+    `allowed`: packets of other sources to port 25; `missed`: packets that the watcher's socket lost; `at`: the
+    time of the counts (monotonic)."""
     found: dict[str, float] = json.loads(Path(RUN, "watch.json").read_text())
     return found
 
 
 def newer(seconds: float = 60.0) -> dict[str, float]:
-    """The numbers as they were written after this call, and with more packets to another port than before it: the
-    watcher is alive, and so are those who send. Raises TimeoutError."""
+    """Counts that were written after this call and have more packets to another port than before it. So the
+    watcher and the senders are alive. Raises TimeoutError after `seconds`."""
     began, before = time.monotonic(), read()["others"]
     while (found := read())["at"] <= began or found["others"] <= before:
         if time.monotonic() > began + seconds:

@@ -1,15 +1,13 @@
-"""What is around the gateway: an uplink with a mail server, and tenants that send from the machine's first second.
+"""The gateway's surroundings: an uplink with a mail server, and tenants that send from the machine's first second.
 
     up0 ────────── net: 203.0.113.25, 2001:db8:25::25, listening on ports 25, 26 and 587; the watcher
     host1, host2 ─ red, blue: VXLAN, segments vni1001 (allowed) and vni1002 (blocked)
     trunk0 ─────── grey: VLANs, segments vlan101 (allowed) and vlan102 (blocked)
     cust1, cust2 ─ lime, teal: ports of a VRF, segments cust1 (allowed) and cust2 (blocked)
 
-Each name is a network namespace of its own. The gateway is the machine itself; its ends of the links are brought
-up by systemd-networkd, as on any host. The tenants' ends are up before that, so what they send gets through as
-soon as the gateway lets it.
-
-Runs in the virtual machine, with Debian's own Python and nothing else.
+On the right are network namespaces. The gateway is the machine itself; systemd-networkd brings its ends of the
+links up, as on any host. The tenants' ends are up before that. So their packets reach the uplink as soon as the
+gateway forwards them.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from pathlib import Path
 
 RUN = Path("/run/vm")
 MAIL4, MAIL6 = "203.0.113.25", "2001:db8:25::25"
-JUDGED, OTHER, RELAY = 25, 26, 587
+SMTP_PORT, OTHER_PORT, RELAY_PORT = 25, 26, 587
 
 # Segment → namespace, interface in it, gateway's address, machine's address, prefix of its further addresses.
 SEGMENTS = {
@@ -35,14 +33,15 @@ SEGMENTS = {
 BLOCKED = ("vni1002", "vlan102", "cust2")
 ALLOWED = ("vni1001", "vlan101", "cust1")
 BLOCKED6 = "2001:db8:1002"
-# Of the gateway's ends, so that frames can be made before the gateway answers for its addresses.
+# Link addresses of the gateway's ends. Senders need them before the gateway answers ARP and neighbour
+# solicitations.
 MACS = {segment: f"02:00:00:00:01:{number:02x}" for number, segment in enumerate(SEGMENTS, 1)}
-# A VLAN has its link's address.
+# A VLAN has the address of the interface below it.
 MACS["vlan101"] = MACS["vlan102"] = "02:00:00:00:01:0f"
 
 
 def main() -> None:
-    """Makes it all, starts whoever sends, listens and watches, and comes back."""
+    """Makes namespaces and links, starts the watcher, the server and the senders, and returns."""
     RUN.mkdir(exist_ok=True)
     _sysctl("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
     _net()
@@ -132,7 +131,8 @@ def _port(namespace: str, name: str) -> None:
 
 
 def _home(segment: str, namespace: str, interface: str, gateway: str, address: str, prefix: str) -> None:
-    """A tenant's addresses and way out. Where two share a namespace, each has a way of its own."""
+    """A tenant's addresses and default route. The route is in a table of its own, because two tenants may share a
+    namespace."""
     table = str(1000 + list(SEGMENTS).index(segment))
     for line in (
         f"addr add {address}/24 dev {interface}",
@@ -149,7 +149,7 @@ def _home(segment: str, namespace: str, interface: str, gateway: str, address: s
 
 
 def _networkd() -> None:
-    """The gateway's own network, which systemd-networkd brings up later."""
+    """Writes the configuration of the gateway's own network, which systemd-networkd brings up later."""
     folder = Path("/run/systemd/network")
     folder.mkdir(parents=True, exist_ok=True)
     files = {
@@ -176,7 +176,7 @@ def _networkd() -> None:
         text += "VRF=vrf0\n" if in_vrf else ""
         text += "Address=2001:db8:1002::1/64\n" if segment == "vni1002" else ""
         text += f"[Route]\nDestination={prefix}\nGateway={address}\n"
-        if in_vrf:  # and the way back, which begins in the main table
+        if in_vrf:  # the way back begins in the main table
             text += f"[Route]\nDestination={gateway.rpartition('.')[0]}.0/24\nTable=254\nScope=link\n"
             text += f"[Route]\nDestination={prefix}\nGateway={address}\nGatewayOnLink=yes\nTable=254\n"
         files[f"{segment}.network"] = text
