@@ -104,9 +104,11 @@ def test_chains_that_act_at_once_are_there_while_the_whole_ruleset_is_not_taken(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The agent first closes a device above a segment. If a later step fails it tries again."""
-    monkeypatch.setattr(core.reconciler, "_load_once", once(KernelError("busy"), core.reconciler._load_once))
-    monkeypatch.setattr(core._dataplane.sync, "_repair", lambda _: None)
-    core.surround(core._dataplane._desired.surroundings._replace(stacked=frozenset((1,))))
+    monkeypatch.setattr(
+        core.dataplane.reconciler, "_load_once", once(KernelError("busy"), core.dataplane.reconciler._load_once)
+    )
+    monkeypatch.setattr(core.dataplane.sync, "_repair", lambda _: None)
+    core.dataplane.surround(core.dataplane._desired.surroundings._replace(stacked=frozenset((1,))))
     assert core._netlink.hooks(TABLE)["stacked"] == STACKED_HOOKS["stacked"]
 
 
@@ -149,7 +151,7 @@ def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long
 
 def in_step(core: Core) -> bool:
     """Whether the kernel caches verdicts of the table's generation, and of no other."""
-    cache = core._dataplane.cache
+    cache = core.dataplane.cache
     return cache.epoch() == mark.epoch_of(core.generation) and cache.synced() == core.generation
 
 
@@ -204,7 +206,7 @@ def test_a_kernel_that_refuses_half_way_is_asked_again(
 def test_half_a_ruleset_stays_if_the_whole_was_gone(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ruleset without its queue statements drops packets without a cached verdict. Without a ruleset port 25
     would be open."""
-    want = core._dataplane.sync.wanted(core._dataplane._desired)
+    want = core.dataplane.sync.wanted(core.dataplane._desired)
     if want.native:  # as on a kernel that needs a second transaction for the queue statements
         want = want._replace(native=False)
     core._nft.load("delete table inet portward\n")
