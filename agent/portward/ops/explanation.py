@@ -22,11 +22,7 @@ from portward.config.documents import network_text
 from portward.config.keys import Config, Refusal
 from portward.daemon.runtime import hidden, in_another_network, running
 from portward.daemon.settings import settings
-from portward.dataplane.names import COUNTED_SETS, LIMITED_SETS, RATE_LIMITS, TABLE, LimitResult
-from portward.dataplane.nfnetlink import KernelElements, NfNetlink
-from portward.dataplane.rate_limits import Bucket
-from portward.dataplane.rtnetlink import index_of
-from portward.dataplane.verdict_cache import Source, VerdictCache
+from portward.dataplane.names import VERDICT_SETS
 from portward.errors import PortwardError, StoreError
 from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
 from portward.ops import effect, host, sources
@@ -310,29 +306,20 @@ def _now(config: Config, found: Explanation, source: Address) -> tuple[Handling,
 
 def _kernel(segment: str, source: Address) -> str:
     """The kernel's treatment of the source's next packet, in words."""
-    index = index_of(segment)
-    if index is None:
-        return f"there is no interface {shown(segment)} here now"
     try:
-        netlink = NfNetlink()
-        if not netlink.sets(TABLE):
-            return "has cached nothing: the ruleset that caches is not loaded here"
-        key = Source(index, source.packed)
-        if (limit := netlink.element(TABLE, RATE_LIMITS + key.family, key.key)) is not None:
-            return _within(netlink, key, limit.object)
-        held = VerdictCache(KernelElements(netlink)).get(key)
+        cached = host.cached(segment, source)
     except (OSError, PortwardError):
         return "not known: asking the kernel needs root or CAP_NET_ADMIN"
-    if held is None:
+    if cached is None:
+        return f"there is no interface {shown(segment)} here now"
+    if not cached.loaded:
+        return "has cached nothing: the ruleset that caches is not loaded here"
+    if cached.limit:
+        return (
+            f"lets its subscription open new connections, {cached.limit}; dropped lately of this source: "
+            f"{cached.packets}"
+        )
+    if cached.verdict is None:
         return "has cached nothing for this source"
-    packets = f"{held.packets} packet{'' if held.packets == 1 else 's'}"
-    return f"has cached {COUNTED_SETS[held.verdict]!r} for {held.expires:.0f} s more, {packets} so far"
-
-
-def _within(netlink: NfNetlink, source: Source, name: str) -> str:
-    """The kernel's treatment of packets of a source with a rate limit."""
-    bucket = Bucket.named(name)
-    limit = name if bucket is None else f"{bucket.per_minute} a minute, {bucket.burst} at once"
-    beyond = netlink.element(TABLE, LIMITED_SETS[LimitResult.OVER] + source.family, source.key)
-    dropped = 0 if beyond is None else beyond.packets
-    return f"lets its subscription open new connections, {limit}; dropped lately of this source: {dropped}"
+    packets = f"{cached.packets} packet{'' if cached.packets == 1 else 's'}"
+    return f"has cached {VERDICT_SETS[cached.verdict]!r} for {cached.expires:.0f} s more, {packets} so far"

@@ -76,7 +76,7 @@ def cached(segment: str, address: Address) -> CachedState | None:
     source = Source(index, address.packed)
     with closing(NfNetlink()) as netlink:
         if not netlink.sets(TABLE):
-            return CachedState()
+            return CachedState(loaded=False)
         limit = netlink.element(TABLE, RATE_LIMITS + source.family, source.key)
         if limit is not None:
             bucket = Bucket.named(limit.object)

@@ -78,9 +78,11 @@ class CachedState(msgspec.Struct, frozen=True, kw_only=True):
     """The kernel's cache for a source: a verdict for `expires` more seconds, or a rate limit in words.
 
     `packets` counts the packets that the verdict acted on; with a limit, the packets dropped beyond it within
-    about the last minute. With neither `verdict` nor `limit`, nothing is cached.
+    about the last minute. With neither `verdict` nor `limit`, nothing is cached. `loaded`: the ruleset that
+    caches is there.
     """
 
+    loaded: bool = True
     verdict: Class | None = None
     expires: float = 0.0
     packets: int = 0
