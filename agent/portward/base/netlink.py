@@ -26,6 +26,7 @@ TYPE_MASK: Final = 0x3FFF
 HEADER = struct.Struct("=IHHII")
 NFGEN = struct.Struct(">BBH")
 ATTRIBUTE = struct.Struct("=HH")
+_I32: Final = struct.Struct("=i")
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -52,6 +53,12 @@ def messages_of(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
             return
         yield kind, flags, sequence, data[start + HEADER.size : start + length]
         start += (length + 3) & ~3
+
+
+def errno_of(body: bytes) -> int:
+    """The errno in the body of an NLMSG_ERROR, or of the NLMSG_DONE that ends a dump; 0 for success. A dump that
+    fails half-way ends with it, too."""
+    return -_I32.unpack_from(body)[0] if len(body) >= _I32.size else 0
 
 
 def attributes_of(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from typing import Final
 
 from portward.base.netlink import (
@@ -17,6 +16,7 @@ from portward.base.netlink import (
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
+    errno_of,
     messages_of,
 )
 
@@ -63,9 +63,7 @@ class DumpSocket:
                     continue
                 interrupted |= bool(flags & NLM_F_DUMP_INTR)
                 if kind_in in (NLMSG_DONE, NLMSG_ERROR):
-                    # The last message of a dump that fails half-way has the errno.
-                    code = -struct.unpack_from("=i", body)[0] if len(body) >= 4 else 0
-                    if code > 0:
+                    if (code := errno_of(body)) > 0:
                         raise OSError(code, os.strerror(code))
                     return None if interrupted else found
                 found.append((kind_in, body))

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import socket
-import struct
 import time
 from collections.abc import Container, Iterable, Iterator
 from typing import Final
@@ -25,6 +24,7 @@ from portward.base.netlink import (
     NLMSG_ERROR,
     attribute,
     attributes_of,
+    errno_of,
     messages_of,
     string,
 )
@@ -162,7 +162,7 @@ class NfSocket:
                     reports.append(content[NFGEN.size :])
                 if kind != NLMSG_ERROR or sequence < begin:
                     continue
-                code = -struct.unpack_from("=i", content)[0]
+                code = errno_of(content)
                 if code and not refused:
                     refused, place = code, sequence - begin
                 # An answer to the first message is about the whole batch.
@@ -214,9 +214,7 @@ class NfSocket:
                     continue
                 interrupted |= bool(flags_in & NLM_F_DUMP_INTR)
                 if kind in (NLMSG_ERROR, NLMSG_DONE):
-                    # The last message of a dump that fails half-way has the errno.
-                    code = -struct.unpack_from("=i", content)[0]
-                    if code > 0:
+                    if (code := errno_of(content)) > 0:
                         raise OSError(code, os.strerror(code))
                     return replies, not interrupted
                 replies.append(content[skip:])
