@@ -90,7 +90,7 @@ class Oracle:
         assert away is not None
         self._revision += 1
         writer.apply([record], [], revision=self._revision, now=NOW)
-        writer.settle(now=NOW)
+        writer.decide_due(now=NOW)
         writer.next_expiry()
         writer.apply([], [away], revision=self._revision, now=NOW)
         return True

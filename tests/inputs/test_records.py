@@ -122,7 +122,7 @@ def test_a_bad_row_is_refused_by_itself(
     assert {source: gateway.reason(*source) for source in OLD} == OLD, "the record before stays in force"
     assert gateway.reason(*NEW) is Reason.ALLOWED_OFFER, "the rest of the revision stands"
     assert gateway.follower.step(NOW) is None, "and that was that"
-    gateway.writer.settle(now=NOW)
+    gateway.writer.decide_due(now=NOW)
 
 
 @pytest.mark.parametrize("case", RECORDS, ids=name)

@@ -232,7 +232,7 @@ def test_a_port_that_was_closed_meanwhile_is_opened_again(core: Core, before: st
 def test_a_change_that_was_not_carried_out_is_no_rest(core: Core) -> None:
     assert core.at_rest()
     core._writer.preset = presets.load("aws")
-    core._writer.settle(now=datetime.now(UTC))
+    core._writer.decide_due(now=datetime.now(UTC))
     assert not core.at_rest()
     core.dataplane.check()
     assert in_step(core)

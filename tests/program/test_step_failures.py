@@ -34,7 +34,7 @@ def failing(name, step):
     return wrapped
 
 for part, names in {
-    Intake: ("sync", "links_changed", "settle", "store_descriptor"),
+    Intake: ("sync", "links_changed", "decide_due", "store_descriptor"),
     Dataplane: ("check", "sync_rate_limits"),
     Counting: ("count", "suspects", "screen"),
 }.items():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from portward.dataplane import around, others, tunnels
+from portward.dataplane import others, surroundings, tunnels
 from portward.store.sqlite.store import SqliteStore
 from unit.store.samples import opened
 
@@ -18,7 +18,7 @@ def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Legacy iptables is not in use here, and no tunnel but those of devices ends here."""
     monkeypatch.setattr(others, "_LEGACY", ())
     found = SimpleNamespace(tunnel_ports=lambda devices: tunnels.Ports(tunnels.of_devices(devices)))
-    monkeypatch.setattr(around, "genetlink", found)
+    monkeypatch.setattr(surroundings, "genetlink", found)
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def _done(job: Job) -> BulkResult:
     open_database(job.table, write=False).close()
     writer = Writer(job.table, job.preset, job.answers, max_flip_share=job.max_flip_share)
     if job.store is None:
-        return BulkResult(writer.settle(now=job.now, may_flip=job.may_flip))
+        return BulkResult(writer.decide_due(now=job.now, may_flip=job.may_flip))
     follower = Follower(open_store(job.store, agent=True), writer, unreadable=job.unreadable)
     committed = follower.step(job.now)
     refused = follower.unreadable

@@ -28,10 +28,10 @@ from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.names import FAMILY_TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
+from portward.dataplane.pending import PendingChanges, Work
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.reconciler import hearing, loaded
 from portward.dataplane.selfcheck import SelfCheck
-from portward.dataplane.underway import UnderWay, Work
 from portward.errors import KernelError
 from portward.policy.preset import Preset
 from portward.table.writer import Writer
@@ -61,7 +61,7 @@ class Core:
             config.table, NfNetlink(), self._writer.reader(), deletions, lambda: self.intake.changes
         )
         self.selfcheck = SelfCheck()
-        self._under_way = UnderWay(lambda: self.generation)
+        self._pending_changes = PendingChanges(lambda: self.generation)
         self.dataplane = Dataplane(
             config,
             preset,
@@ -70,11 +70,11 @@ class Core:
             native=self.native,
             reader=self._writer.reader(),
             selfcheck=self.selfcheck,
-            under_way=self._under_way,
+            pending_changes=self._pending_changes,
             deletions=deletions,
             notices=None if self._notices is None else self._notices.read,
         )
-        self.intake = Intake(config, self._writer, self.clock, self.dataplane, self._under_way, on_kernel)
+        self.intake = Intake(config, self._writer, self.clock, self.dataplane, self._pending_changes, on_kernel)
         self._first: First | None = None
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ class Core:
     @property
     def work(self) -> Work | None:
         """The present work of the policy thread; None while it waits."""
-        return self._under_way.work
+        return self._pending_changes.work
 
     @property
     def unreadable(self) -> list[str]:
@@ -176,7 +176,7 @@ class Core:
         return 0 if head is None or not head.held else head.ahead
 
     def next_expiry(self) -> datetime | None:
-        """When `Intake.settle` is next due."""
+        """When `Intake.decide_due` is next due."""
         return self._writer.next_expiry()
 
     # --- private ---

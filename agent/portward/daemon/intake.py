@@ -20,8 +20,8 @@ from portward.base.descriptors import Reserve
 from portward.config.keys import Config, Refusal
 from portward.daemon.bulk import MAX_INLINE_CHANGES, Bulk, Job
 from portward.dataplane.links import Links, only_ports
+from portward.dataplane.pending import PendingChanges
 from portward.dataplane.plane import Dataplane
-from portward.dataplane.underway import UnderWay
 from portward.errors import StoreError
 from portward.model import Mode
 from portward.policy.preset import Preset
@@ -81,12 +81,12 @@ class Intake:
         writer: Writer,
         clock: Clock,
         dataplane: Dataplane,
-        under_way: UnderWay,
+        pending_changes: PendingChanges,
         on_kernel: OnKernel,
     ) -> None:
         """Only the policy thread may use `writer`."""
         self._config, self._writer, self._clock, self._dataplane = config, writer, clock, dataplane
-        self._under_way, self._on_kernel = under_way, on_kernel
+        self._pending_changes, self._on_kernel = pending_changes, on_kernel
         self._bulk = Bulk()
         # Descriptors for the store's three files and its change notifier.
         self._reserve = Reserve(6)
@@ -120,10 +120,10 @@ class Intake:
         fails."""
         head = self._writer.head()
         if head is None or not any(head.store):
-            with self._under_way.working("reading the store"):
+            with self._pending_changes.working("reading the store"):
                 self._first_take_in()
-        with self._under_way.working("deciding what has ended"):
-            self._writer.settle(now=self._clock.now())
+        with self._pending_changes.working("deciding what has ended"):
+            self._writer.decide_due(now=self._clock.now())
 
     def _first_take_in(self) -> None:
         try:
@@ -138,7 +138,7 @@ class Intake:
 
     def first_links(self, links: Links) -> First:
         """Writes into the table which interfaces are segments, before the ruleset is loaded."""
-        with self._under_way.working("writing the interfaces"):
+        with self._pending_changes.working("writing the interfaces"):
             return First(self._put_links(links), self._by_name(), links)
 
     # --- repeatedly after the start ---
@@ -146,7 +146,7 @@ class Intake:
     def sync(self) -> bool:
         """Writes changes of the store into the table, and hands them over to the kernel thread. False if there was
         no change, or the store could not be read."""
-        with self._under_way.working("reading the store"):
+        with self._pending_changes.working("reading the store"):
             try:
                 committed = self._take_in()
             except (StoreError, TableError) as error:
@@ -170,7 +170,7 @@ class Intake:
         """Writes interfaces that were added, removed or got another index into the table; `number` is that of the
         newest change. False if the table could not be written; then `retry_links` retries it."""
         links = links._replace(touched=links.touched | self._links_due)
-        with self._under_way.working("writing the interfaces"):
+        with self._pending_changes.working("writing the interfaces"):
             try:
                 committed = self._put_links(links)
             except Exception as error:
@@ -190,11 +190,11 @@ class Intake:
         if self.links_failed:
             self.links_changed(self.links, self._links_number)
 
-    def settle(self) -> None:
+    def decide_due(self) -> None:
         """Ends grants whose time is over."""
-        with self._under_way.working("deciding what has ended"):
+        with self._pending_changes.working("deciding what has ended"):
             try:
-                self._hand_over(self._writer.settle(now=self._clock.now()))
+                self._hand_over(self._writer.decide_due(now=self._clock.now()))
             except TableError as error:
                 self.store_errors += 1
                 _log.error("a grant has ended and still counts, until the table can be written: %s", error)
@@ -206,7 +206,7 @@ class Intake:
         and then nothing has changed. An error after the table was decided again changes nothing back: it is
         logged, and the rest is retried until it succeeds."""
         before = self._config, self._writer.preset
-        with self._under_way.working("deciding everything for another configuration"):
+        with self._pending_changes.working("deciding everything for another configuration"):
             try:
                 self._take(config, preset)
                 self._on_kernel(lambda: self._dataplane.would_take(config, preset)).result()
@@ -316,7 +316,7 @@ class Intake:
         before = self._writer.head()
         try:
             if not self._writer.is_decided_otherwise() or self._writer.attachments() <= MAX_INLINE_CHANGES:
-                return self._writer.settle(now=self._clock.now(), may_flip=may_flip)
+                return self._writer.decide_due(now=self._clock.now(), may_flip=may_flip)
             committed = self._bulk.run(self._job(may_flip=may_flip)).committed
         except TableError:
             committed = self._committed_since(before)
@@ -352,7 +352,7 @@ class Intake:
 
     def _hand_over(self, committed: Committed, links: dict[str, int] | None = None, settled: int = 0) -> None:
         """Makes the kernel thread enforce a change; does not wait for it."""
-        self._under_way.handed_over()
+        self._pending_changes.handed_over()
         self._pending.append(_Pending(committed, links, settled))
         self._on_kernel(self._carry_out)
 
@@ -374,7 +374,7 @@ class Intake:
             _log.exception("revision %d is not enforced yet: the ruleset is loaded anew", committed.revision)
         finally:
             for _ in waiting:
-                self._under_way.carried_out()
+                self._pending_changes.carried_out()
 
     def _take(self, config: Config, preset: Preset) -> None:
         self._config = config

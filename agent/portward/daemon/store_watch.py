@@ -45,7 +45,7 @@ class StoreWatch:
                 # Also between two changes: a store that always has another change must not keep grants from
                 # ending.
                 retry = not changed or time.monotonic() >= retry_at
-                await self._settle(retry=retry)
+                await self._decide_due(retry=retry)
                 if retry:
                     retry_at = time.monotonic() + _POLL_S
                     await self._retry_links()
@@ -70,10 +70,10 @@ class StoreWatch:
         changed, self._due = found or (False, await self._on_policy_thread(self._core.next_expiry))
         return changed
 
-    async def _settle(self, *, retry: bool) -> None:
+    async def _decide_due(self, *, retry: bool) -> None:
         due = self._due
         if due is not None and due <= self._core.clock.now() and (retry or due != self._tried):
-            await self._steps.run(Step.SETTLE, lambda: self._on_policy_thread(self._core.intake.settle), None)
+            await self._steps.run(Step.SETTLE, lambda: self._on_policy_thread(self._core.intake.decide_due), None)
             self._tried = due
 
     async def _retry_links(self) -> None:

@@ -17,14 +17,14 @@ Modules in reading order:
   reads the shipped files.
 - `desired`: what the kernel should hold (pure). `plane`: the entry point of the daemon, which keeps that up to
   date. `sync`: the one way in which the kernel is brought in line with it. `reconciler`: loads the ruleset, and
-  finds out if it was changed. `sources`: verdicts and rate limits of single sources. `underway`: the changes that
+  finds out if it was changed. `sources`: verdicts and rate limits of single sources. `pending`: the changes that
   are on their way.
 - `elements`: the changes of a transaction (pure). `verdict_cache`, `prefixes`, `gate`, `rate_limits`,
   `interface_sets`: cached verdicts, rate limits, what is known of interfaces (pure).
 - `accounting`: packets by segment, subscription and verdict (pure). `deletions`: what deleted elements had
 counted.
 - `links`, `tunnels`, `stacking`: what stands around the ruleset (pure). `rtnetlink`, `genetlink`,
-  `dumpsocket`, `others`, `around`: find it out.
+  `dumpsocket`, `others`, `surroundings`: find it out.
 - `monitor`, `monitor_filter`: notices of changed rulesets. `selfcheck`: differences that were found. `loaded`,
   `queue_statistics`: what verbs read from the kernel.
 - `nft`, `compiled`: libnftables. `nf_tables`, `setdump` (pure), `nfsocket`, `xtables`, `namespacelock`:

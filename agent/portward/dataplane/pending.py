@@ -20,7 +20,7 @@ class Work(NamedTuple):
         return time.monotonic() - self.since
 
 
-class UnderWay:
+class PendingChanges:
     """Counts changes. Every method may be called on any thread.
 
     A change counts from before its write transaction until `carried_out`. So if the table is newer than the kernel

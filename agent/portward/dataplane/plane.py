@@ -22,9 +22,7 @@ from typing import Final
 
 from portward.base.descriptors import Reserve
 from portward.config.keys import Config
-from portward.dataplane import around
 from portward.dataplane.accounting import ExpiringKeys
-from portward.dataplane.around import SurroundingsMonitor
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.desired import Desired, Surroundings, Unsettled
 from portward.dataplane.links import Links, only_ports
@@ -32,12 +30,13 @@ from portward.dataplane.monitor import RulesetChanges
 from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import Others, OthersMonitor
+from portward.dataplane.pending import PendingChanges
 from portward.dataplane.rate_limits import Bucket, RateLimits
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.selfcheck import SAMPLE_SOURCES, DifferenceKind, SelfCheck
 from portward.dataplane.sources import SourcePolicy
+from portward.dataplane.surroundings import SurroundingsMonitor, known, stacked
 from portward.dataplane.sync import Found, KernelSync
-from portward.dataplane.underway import UnderWay
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError
 from portward.policy.preset import Preset
@@ -63,7 +62,7 @@ class Dataplane:
         native: bool,
         reader: Reader,
         selfcheck: SelfCheck,
-        under_way: UnderWay,
+        pending_changes: PendingChanges,
         deletions: Deletions,
         notices: Callable[[], RulesetChanges] | None = None,
     ) -> None:
@@ -73,7 +72,7 @@ class Dataplane:
         self._nft, self._reader = nft, reader
         # Spare descriptors for a repair, so that it does not fail for lack of one.
         self._reserve = Reserve(4)
-        self._selfcheck, self._under_way = selfcheck, under_way
+        self._selfcheck, self._pending_changes = selfcheck, pending_changes
         elements = KernelElements(netlink, deletions)
         self.cache = VerdictCache(elements)
         self.rate_limits = RateLimits(elements)
@@ -120,8 +119,8 @@ class Dataplane:
     def behind(self) -> bool:
         """Whether the kernel stands at an older generation than the table although no change is under way."""
         # In this order: a change counts as under way from before its commit until it was carried out.
-        table = self._under_way.generation()
-        return self.sync.generation != table and not self._under_way.any
+        table = self._pending_changes.generation()
+        return self.sync.generation != table and not self._pending_changes.any
 
     @property
     def others(self) -> Others:
@@ -242,10 +241,10 @@ class Dataplane:
     def would_take(self, config: Config, preset: Preset) -> None:
         """Asks the kernel if it would load the ruleset of another configuration; raises KernelError."""
         devices = self._links.devices
-        surroundings = self._desired.surroundings._replace(
-            stacked=around.stacked(devices, config), known=around.known(devices, config)
+        around = self._desired.surroundings._replace(
+            stacked=stacked(devices, config), known=known(devices, config)
         )
-        desired = self._desired._replace(config=config, preset=preset, surroundings=surroundings)
+        desired = self._desired._replace(config=config, preset=preset, surroundings=around)
         self.reconciler.check(self.sync.wanted(desired._replace(generation=self.sync.generation or 0)))
 
     # --- what they are made of ---
@@ -256,7 +255,7 @@ class Dataplane:
         if head is not None:
             self._desired = self._desired._replace(generation=head.generation, revision=head.revision)
         # Asked after the generation, see `behind`.
-        found = self.sync.apply(self._desired, change, pending=self._under_way.any)
+        found = self.sync.apply(self._desired, change, pending=self._pending_changes.any)
         if found is Found.CHANGED and not self.broken:  # else the log says so already
             self._selfcheck.differs(
                 DifferenceKind.RULESET, "the ruleset was not the one that was loaded: it is put back"
@@ -333,7 +332,7 @@ class Dataplane:
 
     def _report(self, differences: Iterable[str]) -> None:
         """Reports cached verdicts or rate limits that were not the table's, unless a change is under way."""
-        if not self._under_way.any:
+        if not self._pending_changes.any:
             for what in differences:
                 self._selfcheck.differs(DifferenceKind.CACHED, what)
 

@@ -19,7 +19,6 @@ from portward.config.load import load_config
 from portward.config.paths import is_path
 from portward.daemon.runtime import read_status, running
 from portward.dataplane import (
-    around,
     genetlink,
     namespacelock,
     others,
@@ -27,6 +26,7 @@ from portward.dataplane import (
     rtnetlink,
     ruleset,
     stacking,
+    surroundings,
     templates,
     tunnels,
     xtables,
@@ -104,11 +104,9 @@ def _ruleset(
     nft = Nft(netlink)
     native = xtables.has_native_queue(nft)
     state = ruleset.State(0, synced=False)
-    surroundings = around.found(config, printed=warnings)._replace(guard=guard)
+    found = surroundings.found(config, printed=warnings)._replace(guard=guard)
     try:
-        want = ruleset.wanted(
-            templates.read(), config, preset, native=native, state=state, surroundings=surroundings
-        )
+        want = ruleset.wanted(templates.read(), config, preset, native=native, state=state, surroundings=found)
         nft.check(want.whole)
     except KernelError as error:
         raise KernelError(f"the kernel does not take the ruleset: {error}") from None

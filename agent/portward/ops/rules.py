@@ -19,13 +19,13 @@ from portward.config.paths import from_file, is_path
 from portward.daemon import settings
 from portward.dataplane import loaded as opened
 from portward.dataplane import namespacelock, others, reconciler, ruleset, templates, xtables
-from portward.dataplane.around import found
 from portward.dataplane.names import FAMILY_TABLE
 from portward.dataplane.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.queue_statistics import states
 from portward.dataplane.ruleset import uncovered
+from portward.dataplane.surroundings import found
 from portward.errors import InputError, KernelError, PortwardError
 from portward.model import Mode
 from portward.ops import host

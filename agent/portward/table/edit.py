@@ -78,7 +78,7 @@ class Edit:
                 self._put_attachment(attachment)
             else:
                 self._remove_attachment(attachment)
-        self.settle(self._accounts.dirty)
+        self.decide(self._accounts.dirty)
 
     def replace(self, records: Iterable[Loadable]) -> None:
         """Replaces all records of the table; its links and the numbers of segments stay. `load` says in which
@@ -88,13 +88,13 @@ class Edit:
         load(self._transaction, self._parts, self._segments, self._rule, self._now, records)
         self.everything = True
 
-    def settle(self, subscriptions: Iterable[int]) -> None:
+    def decide(self, subscriptions: Iterable[int]) -> None:
         """Decides all attachments of these subscriptions (the table's numbers) again. Skips a subscription that is
         not in the table."""
         for number in sorted(subscriptions):
             places = list(self._places(number))
             for place in places:
-                self._settle_entry(place, number)
+                self._decide_entry(place, number)
             account = self._accounts.find(number)
             if account is None:
                 self._damage.found(f"subscription {number} is named, and its account is not there or unreadable")
@@ -103,9 +103,9 @@ class Edit:
         self._write_moments()
         self._lengths.write()
 
-    def settle_everything(self) -> None:
+    def decide_everything(self) -> None:
         """Decides every attachment again, because the preset or the answers have changed."""
-        self.settle(self._accounts.numbers())
+        self.decide(self._accounts.numbers())
 
     def expired(self, until: int) -> set[int]:
         """Removes and returns the subscriptions with a row in `expiries` at or before `until` (microseconds since
@@ -292,7 +292,7 @@ class Edit:
         if (row := rows.find(place)) is not None:
             rows.remove(row)
 
-    def _settle_entry(self, place: bytes, number: int) -> None:
+    def _decide_entry(self, place: bytes, number: int) -> None:
         """Decides the entry of a place that `holdings` gives to the subscription with this number."""
         beat()  # a change of many entries takes long, but does not hang
         before = self._entry(place)

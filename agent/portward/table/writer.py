@@ -137,7 +137,7 @@ class Writer:
 
         def work(edit: Edit, head: layout.Head | None) -> None:
             # The lost head held the preset and the answers by which the records were decided.
-            edit.settle_everything()
+            edit.decide_everything()
             edit.everything = True
 
         self.damage.found("its head cannot be read; the records that can be read stay in force")
@@ -252,7 +252,7 @@ class Writer:
                 finally:
                     del held  # else the error keeps this frame, which keeps the error
 
-    def settle(self, *, now: datetime, may_flip: bool = True) -> Committed:
+    def decide_due(self, *, now: datetime, may_flip: bool = True) -> Committed:
         """Decides again what changes by itself: grants that have ended and recorded starts that have come. If the
         preset or the answers are not those that the table was decided under, decides everything again. Raises
         TableError, and UnconfirmedError unless `may_flip`."""
@@ -260,9 +260,9 @@ class Writer:
         def work(edit: Edit, head: layout.Head | None) -> None:
             ended = edit.expired(layout.microseconds(now))
             if head is None or head.preset != self.digest:
-                edit.settle_everything()
+                edit.decide_everything()
             else:
-                edit.settle(ended)
+                edit.decide(ended)
             if head is not None and Answers(head.observe, head.reject) != self.answers:
                 edit.everything = True
 

@@ -161,7 +161,7 @@ def test_what_the_boundary_takes_goes_through_store_table_and_kernel_text(
             now = NOON
             while (due := writer.next_expiry()) is not None and due < limits.LAST_TIME:
                 now = due
-                writer.settle(now=now)
+                writer.decide_due(now=now)
         assert verify(place / "t", now).broken == 0
 
 

@@ -243,7 +243,7 @@ def test_a_commit_of_another_process_just_before_ones_own_is_kept(
     assert before is not None
     write(store, subscription(1, Standing.DISABLED))
     writer._environment = cast("Any", Slow(writer._environment, lambda: Bulk().run(job(tmp_path))))
-    settled = writer.settle(now=NOW)
+    settled = writer.decide_due(now=NOW)
     after = writer.head()
     assert after is not None
     assert (after.revision, after.generation) == (2, (before.generation + 1) % 2**32)

@@ -535,9 +535,9 @@ class Churning:
         """The end of the grant, which cannot be written."""
         return self.ended
 
-    def settle(self) -> None:
+    def decide_due(self) -> None:
         """Fails."""
-        self.done["settle"] += 1
+        self.done["decide_due"] += 1
 
     def retry_links(self) -> None:
         """Fails as well."""
@@ -568,7 +568,7 @@ def test_a_store_that_always_has_another_change_keeps_no_grant_from_ending(
         await asyncio.gather(following, return_exceptions=True)
         return cast("Counter[str]", core.done)
 
-    assert asyncio.run(follow()) == {"sync": CHANGES, "settle": 1, "retry_links": 1}
+    assert asyncio.run(follow()) == {"sync": CHANGES, "decide_due": 1, "retry_links": 1}
 
 
 class Held:

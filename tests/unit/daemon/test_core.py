@@ -390,7 +390,7 @@ def test_a_grant_that_ends_is_enforced(started: Ground) -> None:
     assert due is not None
     assert abs(due - until) < timedelta(seconds=1)
     started.core.clock.now = lambda: until + timedelta(seconds=1)  # type: ignore[method-assign]
-    started.core.intake.settle()
+    started.core.intake.decide_due()
     assert set(started.cached()) == {ALLOWED}
     assert started.in_step()
     assert started.core.next_expiry() is None
@@ -1010,11 +1010,11 @@ def test_a_grant_whose_end_cannot_be_written_is_an_error_and_ends_with_the_next_
     started.kernel.learn("allow4", DENIED.key)
     started.core.clock.now = lambda: until + timedelta(seconds=1)  # type: ignore[method-assign]
     with monkeypatch.context() as patched:
-        patched.setattr(Writer, "settle", _no_room)
-        started.core.intake.settle()
+        patched.setattr(Writer, "decide_due", _no_room)
+        started.core.intake.decide_due()
     assert started.core.intake.store_errors == 1
     assert "a grant has ended and still counts" in caplog.text
-    started.core.intake.settle()
+    started.core.intake.decide_due()
     assert set(started.cached()) == {ALLOWED}
 
 

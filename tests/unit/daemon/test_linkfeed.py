@@ -16,7 +16,7 @@ from portward.daemon.linkfeed import LinkFeed, in_doubt
 from portward.daemon.steps import StepRunner
 from portward.daemon.threads import Threads
 from portward.dataplane.links import Device, Links
-from portward.dataplane.underway import Work
+from portward.dataplane.pending import Work
 
 FIRST = Links({1: "lo", 7: "vni7001", 8: "vni7002"}, frozenset())
 

@@ -20,8 +20,8 @@ from portward.daemon.intake import Intake, answers
 from portward.daemon.linkfeed import followed
 from portward.daemon.steps import LONGEST_PAUSE_S, VITAL_TRIES, Step, StepRunner
 from portward.dataplane.links import Links
+from portward.dataplane.pending import PendingChanges
 from portward.dataplane.plane import Dataplane
-from portward.dataplane.underway import UnderWay
 from portward.model import Record
 from portward.store.codec import encode, key_of
 from portward.store.values import Put
@@ -214,14 +214,14 @@ class Policy:
         )
         self.writer = Writer(config.table, AZURE, answers(config))
         kernel = cast("Dataplane", SimpleNamespace(enforce=lambda *_: None))
-        under_way = UnderWay(lambda: 0)
-        self.under_way = under_way
+        pending_changes = PendingChanges(lambda: 0)
+        self.pending_changes = pending_changes
 
         def at_once(work: Callable[[], Any]) -> Any:
             work()
             return SimpleNamespace(result=lambda: None)
 
-        self.intake = Intake(config, self.writer, Clock(None), kernel, under_way, at_once)
+        self.intake = Intake(config, self.writer, Clock(None), kernel, pending_changes, at_once)
 
     def close(self) -> None:
         self.intake.close()
@@ -249,7 +249,7 @@ def test_an_error_in_the_midst_of_a_change_leaves_the_table_as_it_was_and_the_ne
         assert policy.writer.head() == head
         assert policy.intake.store_error == "OverflowError: in the midst"
         assert not policy.intake.in_step
-        assert not policy.under_way.any, "nothing is taken for a change on its way"
+        assert not policy.pending_changes.any, "nothing is taken for a change on its way"
         assert policy.intake.sync()
         assert policy.intake.store_error == ""
         assert policy.intake.in_step

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import pytest
 
 from portward.config.keys import Config
-from portward.dataplane import around, rtnetlink
-from portward.dataplane.around import SurroundingsMonitor
+from portward.dataplane import rtnetlink, surroundings
 from portward.dataplane.desired import NOTHING, Surroundings
 from portward.dataplane.links import Device
+from portward.dataplane.surroundings import SurroundingsMonitor
 from portward.dataplane.tunnels import Ports
 
 CONFIG = Config(segments=("vni*",), uplinks=("up0",))
@@ -27,7 +27,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, found: Ports | None) -> None:
             raise OSError(1, "refused")
         return found
 
-    monkeypatch.setattr("portward.dataplane.around.genetlink.tunnel_ports", find)
+    monkeypatch.setattr("portward.dataplane.surroundings.genetlink.tunnel_ports", find)
 
 
 def test_a_device_above_a_segment_is_logged_once_until_it_is_gone(
@@ -66,4 +66,4 @@ def test_without_rtnetlink_the_defaults_hold(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(97, "no such protocol")
 
     monkeypatch.setattr(rtnetlink, "devices", refuse)
-    assert around.found(CONFIG) == NOTHING
+    assert surroundings.found(CONFIG) == NOTHING

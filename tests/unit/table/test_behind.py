@@ -209,7 +209,7 @@ def test_a_grant_that_frees_nobody_yet_waits_too(gateway: Gateway, granted_first
     account = gateway.writer.reader().account_of(UUID(int=98))
     assert account is not None
     assert account.exemption is None
-    gateway.writer.settle(now=NOW + 2 * DAY)
+    gateway.writer.decide_due(now=NOW + 2 * DAY)
     assert not gateway.allows("10.0.3.1")
 
 
@@ -227,7 +227,7 @@ def test_an_earlier_end_is_in_force_when_it_comes(gateway: Gateway) -> None:
     gateway.write(grant(until=NOW + DAY))
     gateway.write(grant(until=NOW + 9 * DAY))
     assert gateway.allows("10.0.1.1")
-    gateway.writer.settle(now=NOW + 2 * DAY)
+    gateway.writer.decide_due(now=NOW + 2 * DAY)
     assert not gateway.allows("10.0.1.1")
 
 
@@ -367,7 +367,7 @@ def test_another_preset_works_it_out_again(gateway: Gateway) -> None:
     """Under a preset by which none of them may send anyway, the change flips nobody."""
     gateway.write(revoked())
     gateway.writer.preset = msgspec.structs.replace(presets.load("azure-2020"), offers=())
-    gateway.writer.settle(now=NOW)
+    gateway.writer.decide_due(now=NOW)
     gateway.follow()
     assert gateway.held() == 0
     assert gateway.ahead() == 0

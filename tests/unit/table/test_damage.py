@@ -149,12 +149,12 @@ def test_an_account_that_cannot_be_read_closes_its_sources_only(writer: Writer) 
     assert Account.unpack(data).id == UUID(int=3)
     change(writer, b"accounts", key, data, data[:-1])
     assert writer.next_expiry() == ENDS
-    writer.settle(now=ENDS)
+    writer.decide_due(now=ENDS)
     assert reason(writer, MACHINES[3]) is Reason.DENIED_UNKNOWN_SOURCE
     assert reason(writer, MACHINES[1]).allows
     assert writer.reader().account(3) is None
     writer.preset = msgspec.structs.replace(AZURE, paas_blocked=not AZURE.paas_blocked)
-    writer.settle(now=ENDS)
+    writer.decide_due(now=ENDS)
     assert reason(writer, MACHINES[2]).allows
     writer.apply(records(), [], revision=2, now=NOW)
     assert reason(writer, MACHINES[3]).allows, "its records have come again"
@@ -163,7 +163,7 @@ def test_an_account_that_cannot_be_read_closes_its_sources_only(writer: Writer) 
 def test_a_row_of_nobody_in_expiries_is_passed_over(writer: Writer) -> None:
     """And a grant that ends after it ends."""
     change(writer, b"expiries", b"r", None, layout.due(layout.microseconds(NOW), 99))
-    writer.settle(now=ENDS)
+    writer.decide_due(now=ENDS)
     assert reason(writer, MACHINES[3]) is Reason.DENIED_NOT_EXEMPT
     assert writer.next_expiry() is None
     assert writer.damage.rows == 1
@@ -174,7 +174,7 @@ def test_no_time_in_expiries_stops_the_clock(writer: Writer, at: int) -> None:
     change(writer, b"expiries", b"r", layout.due(layout.microseconds(ENDS), 3), None)
     change(writer, b"expiries", b"r", None, layout.due(at, 3))
     assert writer.next_expiry() is not None
-    writer.settle(now=NOW)
+    writer.decide_due(now=NOW)
     assert writer.next_expiry() is None if at == 0 else writer.next_expiry() is not None
 
 
@@ -244,13 +244,13 @@ def _flip(writer: Writer, part: bytes, place: int, bit: int) -> None:
 
 def _live(writer: Writer) -> None:
     """All that an agent does with a table, from its start until a grant has ended."""
-    writer.settle(now=NOW)
+    writer.decide_due(now=NOW)
     writer.put_links({1: ("vni1", False), 2: ("vni2", False)}, touched=frozenset(), now=NOW)
     writer.apply([subscription(2, name="renamed")], [attachment(MACHINES[4], 4)], revision=2, now=NOW)
     writer.next_expiry()
-    writer.settle(now=ENDS)
+    writer.decide_due(now=ENDS)
     writer.preset = msgspec.structs.replace(AZURE, paas_blocked=not AZURE.paas_blocked)
-    writer.settle(now=ENDS)
+    writer.decide_due(now=ENDS)
     reader = writer.reader()
     reader.accounts_named("renamed")
     for address in MACHINES.values():

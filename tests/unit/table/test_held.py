@@ -192,7 +192,7 @@ def test_another_store_is_held_too(gateway: Gateway, tmp_path: Path) -> None:
 def test_another_preset_is_refused_by_a_reload(gateway: Gateway) -> None:
     gateway.writer.preset = msgspec.structs.replace(AZURE, offers=())
     with pytest.raises(UnconfirmedError, match="would flip the verdict of 40 of 40 subscriptions"):
-        gateway.writer.settle(now=NOW, may_flip=False)
+        gateway.writer.decide_due(now=NOW, may_flip=False)
     assert reason(gateway.writer, "10.0.0.4").allows
 
 

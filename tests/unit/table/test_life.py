@@ -265,7 +265,7 @@ class Table(RuleBasedStateMachine):
         self.writer.apply(put, removed, revision=self.revision, now=self.now)
 
     def _settle(self) -> None:
-        self.writer.settle(now=self.now)
+        self.writer.decide_due(now=self.now)
 
     def _link(self) -> None:
         self.writer.put_links(self.links, touched=frozenset(), now=self.now)
@@ -299,7 +299,7 @@ def test_a_start_recorded_ahead_goes_with_its_subscription(tmp_path: Path) -> No
     assert writer.next_expiry() == _time(1)
     writer.apply([], [subscription(1, "csp"), grants[1], machines[1]], revision=3, now=_time(0.5))
     assert writer.next_expiry() == _time(2)
-    assert [str(place.network) for place in writer.settle(now=_time(3)).changed] == ["10.0.0.2/32"]
+    assert [str(place.network) for place in writer.decide_due(now=_time(3)).changed] == ["10.0.0.2/32"]
     writer.close()
 
 

@@ -199,8 +199,8 @@ def test_a_grant_ends_when_its_time_comes(writer: Writer) -> None:
     load(writer, [subscription(1, "csp"), grant, attachment("10.0.0.4", 1, started=NOW - timedelta(days=1))])
     assert reason(writer, "10.0.0.4") is Reason.ALLOWED_EXEMPT
     assert writer.next_expiry() == until
-    assert not writer.settle(now=until - timedelta(microseconds=1)).new
-    assert places(writer.settle(now=until)) == {("vni1", "10.0.0.4/32")}
+    assert not writer.decide_due(now=until - timedelta(microseconds=1)).new
+    assert places(writer.decide_due(now=until)) == {("vni1", "10.0.0.4/32")}
     assert reason(writer, "10.0.0.4") is Reason.DENIED_NOT_EXEMPT
     assert writer.next_expiry() is None
 
@@ -216,8 +216,8 @@ def test_a_start_that_is_recorded_for_later_counts_when_its_time_has_come(
     writer.apply([machine if granted_first else grant], [], revision=2, now=NOW)
     assert reason(writer, "10.0.0.4") is Reason.DENIED_RESTART_REQUIRED
     assert writer.next_expiry() == start
-    assert not writer.settle(now=start - timedelta(microseconds=1)).new
-    assert places(writer.settle(now=start)) == {("vni1", "10.0.0.4/32")}
+    assert not writer.decide_due(now=start - timedelta(microseconds=1)).new
+    assert places(writer.decide_due(now=start)) == {("vni1", "10.0.0.4/32")}
     assert reason(writer, "10.0.0.4") is Reason.ALLOWED_EXEMPT
     assert writer.next_expiry() is None
 
@@ -264,20 +264,20 @@ def test_another_preset_decides_everything_again(tmp_path: Path) -> None:
     load(writer, [subscription(1), subscription(2, "pay-as-you-go"), attachment("10.0.0.4", 1)])
     writer.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
     writer.preset = presets.load("google")
-    assert places(writer.settle(now=NOW)) == {("vni1", "10.0.0.4/32")}
+    assert places(writer.decide_due(now=NOW)) == {("vni1", "10.0.0.4/32")}
     assert reason(writer, "10.0.0.4") is Reason.DENIED_INELIGIBLE
-    assert not writer.settle(now=NOW).new, "and only once"
+    assert not writer.decide_due(now=NOW).new, "and only once"
     writer.close()
 
 
 def test_other_answers_make_everything_new(writer: Writer) -> None:
     load(writer, [subscription(1, "csp"), attachment("10.0.0.4", 1)])
     writer.answers = Answers(observe=True, reject=True)
-    assert writer.settle(now=NOW).everything
+    assert writer.decide_due(now=NOW).everything
     found = writer.reader().lookup(1, ip_address("10.0.0.4").packed)
     assert found is not None
     assert (found.observed, found.reject) == (True, True)
-    assert not writer.settle(now=NOW).new
+    assert not writer.decide_due(now=NOW).new
 
 
 @pytest.mark.parametrize("where", ["segment", "subscription"])
