@@ -1,4 +1,5 @@
-"""Files that are none, or are not to be had, or have no end: refused at once, in one line that names them."""
+"""Paths that are no regular file, cannot be read, or never end are refused at once, with one line that names
+them."""
 
 from __future__ import annotations
 
@@ -33,12 +34,12 @@ def folder(path: Path) -> None:
 
 
 def fifo(path: Path) -> None:
-    """A pipe that nobody writes to: opening it waits for ever, if asked to."""
+    """A pipe without a writer, which blocks a process that opens it."""
     os.mkfifo(path)
 
 
 def zeros(path: Path) -> None:
-    """What never ends."""
+    """A link to a device that never ends."""
     path.symlink_to("/dev/zero")
 
 
@@ -49,7 +50,7 @@ def unix_socket(path: Path) -> None:
 
 
 def circle(path: Path) -> None:
-    """A link to itself."""
+    """A symbolic link to itself."""
     path.symlink_to(path)
 
 
@@ -58,13 +59,13 @@ def missing(path: Path) -> None:
 
 
 def huge(path: Path) -> None:
-    """A TiB of nothing, which takes no room on the disk."""
+    """A sparse file of one TiB, which takes no room on the disk."""
     path.touch()
     os.truncate(path, 1 << 40)
 
 
 PLACES: Final[dict[Callable[[Path], None], tuple[str, str]]] = {
-    # What is told of a TOML file, and of an inventory.
+    # The messages about a TOML file, and about an inventory.
     folder: ("Is a directory", "Is a directory"),
     fifo: ("is a pipe; expected a file", "the document is empty"),
     zeros: ("is a device; expected a file", "is a device; expected a file"),
@@ -110,7 +111,7 @@ def test_an_inventory_that_is_no_file(make: Callable[[Path], None], ending: str,
 
 
 def test_a_file_that_may_not_be_read(held: Held) -> None:
-    """By a user that is not root: root may read all files."""
+    """Runs as a user that is not root, because root may read all files."""
     path = held.store.with_name("secret.yaml")
     path.write_text("subscriptions: []\n")
     path.chmod(0)
@@ -133,7 +134,7 @@ def test_a_name_is_told_without_what_a_terminal_obeys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])
 def test_what_is_piped_in_is_read_to_its_end(name: str, held: Held) -> None:
-    """In two pieces, with a pause between them."""
+    """The input comes in two parts, with a pause between them."""
     pause = "import sys, time; print('subscriptions:', flush=True); time.sleep(0.3); print('- 5', flush=True)"
     with subprocess.Popen([sys.executable, "-c", pause], stdout=subprocess.PIPE) as writer:
         result = subprocess.run(
