@@ -1,8 +1,9 @@
 """`make bench`: measures speed and scale, prints a table, writes bench.json, draws docs/explanation/bench/*.svg.
 
-`python -m tests.bench NAME …` measures what is named, `--all` what takes longer too, and `--short` is the short
-form for CI. What a part cannot measure is shown with the reason, the other parts go on, and what was measured is
-in bench.json after each part. The exit code is 1 if a figure is below its floor, or `--short` has not measured it.
+`python -m tests.bench NAME …` runs the parts with these names, `--all` also those that take long, and `--short`
+the short form for CI. If a part fails, the table shows the reason, and the other parts still run. Each part's
+figures are in bench.json as soon as it ends. The exit code is 1 if a figure is below its floor, or `--short` has
+not measured it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
     "idle": idle.measure,
     "remembered": remembered.measure,
 }
-# What is promised elsewhere and takes its time.
+# These take long, so only `--all` or their name runs them.
 _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
     "counted": counted.measure,
     "exhausted": exhausted.measure,
@@ -113,8 +114,10 @@ def main() -> int:
 def measure_all(
     parts: dict[str, Callable[[Path], Measured]], result: Path | None
 ) -> tuple[list[Figure | Curve], list[Missing]]:
-    """What the parts measure, and what they could not, with the reason. After each part its figures are in the
-    file `result`, if one is given: so nothing is lost if a later part fails or the run is interrupted."""
+    """Runs the parts. Returns the figures and curves, and the parts that could not be measured, with the reason.
+
+    Writes the figures to the file `result`, if one is given, after each part, so that none is lost if a later part
+    fails or the run is interrupted."""
     found: list[Figure | Curve] = []
     missing: list[Missing] = []
     for name, measure in parts.items():
@@ -122,7 +125,7 @@ def measure_all(
         try:
             for item in _measured(name, measure):
                 of_part.append(item)
-        except Exception as error:  # whatever ends one part must not end the others
+        except Exception as error:  # an error in one part must not end the others
             traceback.print_exc()
             missing.append(Missing(name, f"{type(error).__name__}: {error}", after=len(of_part)))
         found += of_part

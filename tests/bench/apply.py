@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
-    """`apply_1m_s`, `apply_1m_again_s`, `apply_1m_mb`; raises RuntimeError where apply does something else."""
+    """`apply_1m_s`, `apply_1m_again_s`, `apply_1m_mb`; raises RuntimeError if apply prints something else."""
     path, config = folder / "inventory.json", folder / "portward.toml"
     inventory.write(path, attachments)
     config.write_text(f'segments = ["vni*"]\nuplinks = ["up0"]\nstore = "sqlite:{folder}/portward.db"\n')
@@ -46,7 +46,7 @@ def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
 
 
 def apply_file(agent: Agent, path: Path) -> None:
-    """Applies an inventory to an agent's store, before it runs; raises RuntimeError with what was said."""
+    """Applies an inventory to an agent's store, before the agent runs; raises RuntimeError with the output."""
     result = agent.portward("apply", str(path))
     if result.returncode:
         raise RuntimeError(f"apply: {result.stderr}")

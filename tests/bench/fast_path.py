@@ -1,7 +1,7 @@
-"""What a packet costs whose verdict the kernel remembers, and one that is none of portward's business.
+"""The cost of a packet with a cached verdict, and of one that does not go to port 25.
 
-Side by side, each on a gateway of its own (`lanes.py`): the real agent, whose kernel has learned its thousand
-sources from their packets, against what one would write by hand.
+The real agent's ruleset runs beside rulesets that an operator might write by hand, each on a gateway of its own
+(`lanes.py`). The agent's kernel has cached a thousand sources from their own packets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROUNDS = 400
 
 
 def measure(folder: Path, rounds: int = _ROUNDS) -> Iterator[Figure]:
-    """The ratios of points `remembered_deny_…`, `remembered_allow_…` and `bystander_…`."""
+    """The ratios `cached_deny_…`, `cached_allow_…` and `bystander_…`."""
     with ExitStack() as stack:
         ours = stack.enter_context(portward(folder))
         by_hand = {name: stack.enter_context(Lane(ruleset)) for name, ruleset in _rulesets().items()}
@@ -71,7 +71,7 @@ def sources(offer: str, count: int, family: int = 4) -> Iterator[bytes]:
 
 @contextmanager
 def portward(folder: Path) -> Iterator[Lane]:
-    """A lane with the real agent, whose kernel remembers the thousand sources of each offer and family."""
+    """A lane with the real agent, whose kernel has cached a thousand sources of each offer and family."""
     with Lane() as lane:
         agent = Agent(
             lane, folder, segments=[SEGMENT],
@@ -103,16 +103,16 @@ def portward(folder: Path) -> Iterator[Lane]:
 
 
 def _learn(lane: Lane, folder: Path, offer: str, family: int) -> None:
-    """One packet of each source, slowly enough for the worker to answer each."""
+    """Sends one packet of each source, slowly enough for the worker to give each its verdict."""
     packets = lanes.frames(folder / "learned", sources(offer, SOURCES, family), 25, family=family)
     flood.run(lane.tenant, flood.build(folder), packets, dev="eth0", pps=2_000, count=SOURCES)
 
 
 def _rulesets() -> dict[str, str]:
-    """What one would write by hand, by name."""
+    """Rulesets that an operator might write by hand, by name."""
     found = {
         "empty": "",
-        # Nothing but the generator and the link: how much of the other rates is not the ruleset's.
+        # Nothing but the generator and the link, to show how much of the other rates is not due to the ruleset.
         "at the door": (
             f"table netdev door {{ chain c {{ type filter hook ingress device {SEGMENT} priority 0; "
             "policy drop; }; }\n"
@@ -126,7 +126,8 @@ def _rulesets() -> dict[str, str]:
         blocked = f"set blocked {{ type {key}; counter; elements = {{ {elements} }}; }}; "
         for name, hook in (("set", _SCREEN), ("forward set", _FORWARD)):
             found[f"{name}{family}"] = _chain(hook, f"tcp dport 25 {match} @blocked drop", blocked)
-        # The least that remembering can cost: a set that packets may fill, its counters, and nothing around it.
+        # The least that cached verdicts can cost: a set that packets may fill, with its counters, and no other
+        # rule.
         learned = ", ".join(f"{SEGMENT} . {ip_address(source)}" for source in sources(ALLOWED, SOURCES, family))
         allowed = (
             f"set allowed {{ typeof iif . {match}; flags dynamic,timeout; timeout 1h; size 262144; counter; "

@@ -1,8 +1,8 @@
-"""`portward exemption revoke --wait`: how long until the kernel enforces it, and what still comes out afterwards.
+"""`portward exemption revoke --wait`: the time until the kernel enforces it, and the packets that leak afterwards.
 
-A tenant has an SMTP transfer open and goes on with it, and sends a segment every millisecond besides. Each
-revocation is one run of the program; the time is what it prints. A packet that was sent after the program had
-returned and arrives is a leak. Then ten thousand subscriptions are revoked by one command.
+A tenant has an open SMTP transfer, and also sends a segment every millisecond. Each revocation is one run of the
+program, and the time is the one that it prints. A packet is a leak if it was sent after the program had returned,
+and arrives. Then one command revokes ten thousand subscriptions.
 """
 
 from __future__ import annotations
@@ -89,9 +89,10 @@ def _one_by_one(gateway: Gateway, revocations: int) -> tuple[list[float], int]:
                 returned = time.monotonic()
                 time.sleep(_ON_ITS_WAY)  # pause: packets that are on their way arrive
                 mark = len(stream.arrived)
-                time.sleep(_AFTERWARDS)  # pause: so long what is denied is sent
+                time.sleep(_AFTERWARDS)  # pause: the denied tenant sends all this time
             times.append(told["enforced_after_ms"])
-            # Of the stream by when it was sent; of the transfer, whatever arrives once nothing is on its way.
+            # A segment of the stream leaks if it was sent too late. For the transfer, any packet that arrives
+            # after the pause for those on their way is a leak.
             leaked += sum(stream.sent.get(number, 0) > returned for number in stream.arrived)
             leaked += sum(number not in stream.sent for number in stream.arrived[mark:])
             if stream.sent[max(stream.sent)] < returned:
@@ -140,7 +141,7 @@ def _revoke(gateway: Gateway, *what: str) -> dict[str, Any]:
 
 @contextmanager
 def _transfer(gateway: Gateway) -> Iterator[None]:
-    """An SMTP transfer of the tenant that goes on and on."""
+    """An SMTP transfer of the tenant that does not end."""
     session = OpenSession(gateway.lab, FABRIKAM, MAIL4, 25)
     ended = threading.Event()
 
@@ -164,7 +165,8 @@ def _exemption(id_: UUID) -> Exemption:
 
 
 def _write(gateway: Gateway, *records: Record) -> None:
-    """Writes records, however many subscriptions they flip, and waits until the agent has them."""
+    """Writes records, without regard to how many subscriptions they flip, and waits until the agent enforces
+    them."""
     store = open_store(f"sqlite:{gateway.agent.folder / 'portward.db'}")
     try:
         before = store.revision()

@@ -11,7 +11,7 @@ from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 
 
 def measure(folder: Path, changes: int = 10_000) -> list[Figure]:
-    """`stale_verdicts_ipv4` and `_ipv6`: stale verdicts found remembered."""
+    """`stale_verdicts_ipv4` and `_ipv6`: how many stale verdicts were cached."""
     figures = []
     for family, address in (("ipv4", "10.0.0.4"), ("ipv6", "2001:db8:1001::4")):
         with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:

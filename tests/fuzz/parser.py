@@ -1,7 +1,7 @@
 """The long form: `python -m tests.fuzz.parser --seconds N`.
 
-atheris looks for ways through the worker's reading of a packet that it has not taken yet. What it finds it leaves
-in the folder `--findings` names, and tells with its traceback. Exit code 0: nothing was found.
+atheris looks for new paths through the worker's packet parser. It writes each input that fails to the folder
+`--findings`, and prints the traceback. Exit code 0: nothing was found.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def oracle(tmp_path: Path) -> Iterator[Oracle]:
-    """A worker over a table, with a second opinion."""
+    """A worker over a table, whose verdicts are checked."""
     found = Oracle(tmp_path / "table")
     yield found
     found.close()
