@@ -1,4 +1,5 @@
-"""Rows that another tool wrote into the store of a running gateway: each is named, and costs nothing else."""
+"""Bad rows that another tool wrote into the store of a running gateway: each is named, and affects no other
+record."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def test_bad_rows_are_named_and_cost_nobody_else(agent: Agent) -> None:
     assert check.returncode == 1
     assert key_of(MACHINE) in check.stdout
     assert "3 records of the store cannot be read" in check.stderr
-    # What was right comes back, what was not is taken out.
+    # Applying the inventory again restores the right records, and removes the bad ones.
     agent.apply(*records())
     with closing(sqlite3.connect(agent.folder / "portward.db")) as connection:
         left = connection.execute("SELECT count(*) FROM record WHERE key = 'attachments/vni7/10.0.0.1'").fetchone()

@@ -1,4 +1,4 @@
-"""A change that would turn many customers' verdicts, from the operator's mistake to the kernel, and back."""
+"""A change that would flip the verdicts of many customers is held, from the operator's mistake to the kernel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def customers(standing: Standing = Standing.GOOD) -> list[Record]:
 
 
 def inventory(agent: Agent, standing: Standing) -> str:
-    """A file that says so."""
+    """An inventory file with these customers and their standing."""
     records = customers(standing)
     path = agent.folder / "inventory.json"
     path.write_bytes(
@@ -49,7 +49,7 @@ def inventory(agent: Agent, standing: Standing) -> str:
 
 
 def allowed(agent: Agent) -> bool:
-    """Whether the first of them may send, by what the workers read."""
+    """Whether the first customer may send, by the table that the workers read."""
     with closing(Reader.open(agent.folder / "table")) as reader:
         holding = reader.holding(CONTOSO.segment, ip_address("10.0.1.1"))
     assert holding is not None
@@ -106,7 +106,7 @@ def test_what_another_tool_writes_is_held_until_it_is_confirmed(agent: Agent) ->
         " through\n"
     )
     until(lambda: agent.portward("status").stdout.startswith(said), "status says so")
-    # A restart lets nothing through either.
+    # The change stays held after a restart.
     agent.stop()
     agent.start()
     until(lambda: agent.metrics()["portward_policy_held"] == 1, "held")
@@ -147,7 +147,7 @@ def test_a_preset_that_turns_all_of_them_is_not_taken_by_a_reload(agent: Agent, 
     said = agent.log.read_text()
     assert "preset azure-2020 would flip the verdict of 12 of 12 subscriptions" in said
     assert "if you intend that, raise max_flip_share with it; if not, put the old preset back" in said
-    # What is in force counts, and the file is said to name another preset.
+    # `explain` goes by the preset in force, and remarks that the file names another one.
     told = agent.explain(CONTOSO.segment, "10.0.1.1")
     assert (told["verdict"], told["decided_from"]) == ("allow", "table")
     assert told["remarks"][0].endswith(
@@ -165,7 +165,8 @@ GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
 
 
 def hold(agent: Agent) -> None:
-    """Starts an agent that holds revision 2; a spammer may send by an exemption, another customer wants one."""
+    """Starts an agent that holds revision 2. A spammer may send by an exemption, and another customer asks for
+    one."""
     machine = Attachment(
         segment=CONTOSO.segment, address=ip_network("10.0.2.1"), subscription=SPAMMER,
         started=GRANTED + timedelta(days=1),
@@ -187,7 +188,7 @@ def hold(agent: Agent) -> None:
 
 
 def verdict(agent: Agent, address: str) -> str:
-    """What workers read of a source."""
+    """The reason code of a source in the table that the workers read."""
     with closing(Reader.open(agent.folder / "table")) as reader:
         holding = reader.holding(CONTOSO.segment, ip_address(address))
     assert holding is not None
@@ -273,7 +274,7 @@ def test_nothing_to_apply_is_told(agent: Agent) -> None:
 
 
 def test_nothing_held_is_nothing_to_confirm(agent: Agent) -> None:
-    """Neither alone nor with a file that changes nothing: no revision is written."""
+    """`apply --confirm`, alone or with a file that changes nothing, writes no revision."""
     agent.apply(*records())
     agent.start()
     until(lambda: agent.revision() == 1, "it is enforced")

@@ -26,12 +26,12 @@ from portward.lab.topology import CONTOSO, FABRIKAM
 
 
 def ruleset(lab: Place) -> str:
-    """portward's table as it is loaded in the gateway; empty where it is not."""
+    """portward's table as it is loaded in the gateway; empty if none is loaded."""
     return lab.run(lab.gateway, "nft", "-s", "list", "table", "inet", "portward").stdout
 
 
 def refused(agent: Agent) -> str:
-    """The one line with which the agent refuses to start; nothing may be loaded then."""
+    """The one line with which the agent refuses to start. It must not load a ruleset then."""
     result = agent.portward("run")
     assert result.returncode in (1, 2)
     lines = [line for line in result.stderr.splitlines() if line.startswith("portward: ")]
@@ -46,7 +46,7 @@ def test_without_privilege_it_says_so(agent: Agent) -> None:
     for path in (agent.folder, *agent.folder.iterdir()):
         os.chown(path, 65534, 65534)
     argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *PROGRAM, "run", "--config"]
-    # The folder of the tests is root's alone: what nobody may not read is told as that.
+    # pytest's folder is closed to other users, so the message may also be that the configuration cannot be read.
     result = namespaces.run(agent.lab.gateway, [*argv, str(agent.config)])
     assert result.returncode != 0
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
@@ -199,7 +199,7 @@ def test_a_reload_takes_another_preset(agent: Agent) -> None:
 
 
 def test_a_reload_may_change_what_the_sets_are_like(agent: Agent) -> None:
-    """The kernel refuses a set under the same name with another size: the sets are made anew."""
+    """The kernel refuses to change the size of a set, so the agent deletes the sets and makes them again."""
     agent.apply(*records())
     agent.start()
     agent.configure(verdicts={"sources": 1024, "allow_seconds": 5})
@@ -229,7 +229,7 @@ def test_a_restart_needs_no_store(agent: Agent) -> None:
 def test_a_restart_keeps_what_the_kernel_remembers(agent: Agent) -> None:
     agent.apply(*records())
     agent.start()
-    # A verdict that the table gives too: the self-check would take any other out.
+    # The table gives the same verdict; the self-check would remove any other.
     add = "add element inet portward allow4 { vni1001 . 10.0.0.4 timeout 60s }"
     namespaces.load(agent.lab.gateway, add)
     agent.stop()
@@ -272,7 +272,8 @@ def test_rules_changed_by_somebody_else_are_put_back(agent: Agent, damage: list[
 
     before = without_learned(ruleset(lab))
     if damage[:3] == ["nft", "flush", "ruleset"]:
-        # As a reload of nftables.service does: without the lab's own translation the guard would rightly go.
+        # A reload of nftables.service restores the other tables too. Without the lab's translation the agent would
+        # remove the guard.
         saved = lab.run(lab.gateway, "nft", "list", "table", "inet", "lab").stdout
         namespaces.load(lab.gateway, f"flush ruleset\n{saved}")
     else:
@@ -282,7 +283,7 @@ def test_rules_changed_by_somebody_else_are_put_back(agent: Agent, damage: list[
 
 
 def without_learned(text: str) -> str:
-    """A listing without the sets' lines that change by themselves."""
+    """A ruleset listing without the elements of the sets that packets fill."""
     return "\n".join(line for line in text.splitlines() if "expires" not in line and "packets" not in line)
 
 
@@ -334,7 +335,7 @@ def test_two_workers_share_the_queues(agent: Agent) -> None:
     agent.start()
     queues = [worker["queue"] for worker in json.loads(until_status(agent))["workers"]]
     assert queues == [10, 11]
-    # nft prints the xtables target in its own words.
+    # nft prints the xtables target in its own syntax.
     assert "queue num 10-11" in ruleset(agent.lab)
 
 
@@ -374,7 +375,7 @@ def test_a_table_on_a_full_disk_keeps_the_policy_in_force_and_says_so(agent: Age
 
 
 def test_it_needs_no_other_program(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nftables is called as a library, and where the kernel has no nft_queue, the target comes by netlink."""
+    """The agent calls nftables as a library. If the kernel has no nft_queue, it sets the target by netlink."""
     agent.apply(*records())
     start = namespaces.start
 
