@@ -1,4 +1,4 @@
-"""`make bench` loses nothing: a part that cannot be measured is shown with the reason, and the others go on."""
+"""If a part of `make bench` fails, it is shown with the reason, the other parts go on, and no figure is lost."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_was_measured_is_written_before_the_next_part_begins(tmp_path: Path
 
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
-    """The exit code of the program, as it is called from `folder`."""
+    """Runs the program from `folder`, and returns its exit code."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
     return bench.main()

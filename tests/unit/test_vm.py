@@ -1,4 +1,4 @@
-"""What the tests in the virtual machine measure by."""
+"""The helpers with which the tests in the virtual machine measure: watcher, and messages of the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vm.guest import connect, watcher
 from vm.image import Image
 from vm.machine import EmulatorError, Machine
 
-# As Linux 6.1 printed it where both CPUs stood still, with fewer lines.
+# The output of Linux 6.1 when both CPUs had stalled, shortened.
 _STALL = """\
 [  162.129048] rcu: INFO: rcu_preempt self-detected stall on CPU
 [  162.130000] CPU: 0 PID: 339 Comm: python3 Not tainted 6.1.0-50-cloud-amd64 #1  Debian 6.1.176-1
@@ -41,7 +41,7 @@ def test_a_connection_that_is_not_open_is_lost(tmp_path: Path, monkeypatch: pyte
 def test_a_watcher_that_does_not_see_is_no_proof(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: float, others: float, taken: bool
 ) -> None:
-    """`written` seconds after the question, with `others` more packets than before."""
+    """The watcher writes `written` seconds after the request, and has seen `others` more packets than before."""
     monkeypatch.setattr(watcher, "RUN", tmp_path)
     now = time.monotonic()
     numbers = iter([{"at": now, "others": 5.0}] + 1000 * [{"at": now + written, "others": 5.0 + others}])
@@ -54,20 +54,20 @@ def test_a_watcher_that_does_not_see_is_no_proof(
 
 
 class _Process:
-    """A machine that is on until it has been asked so many times."""
+    """The process of a machine that runs until it was polled `times` times."""
 
     def __init__(self, times: int) -> None:
         self._left = times
 
     def poll(self) -> int | None:
-        """None while it is on."""
+        """None while the process runs."""
         self._left -= 1
         return 0 if self._left < 0 else None
 
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine that tells nothing and is looked at after no time."""
+    """A machine that has sent no message, and whose console is checked without a delay."""
     monkeypatch.setattr(vm_machine, "_LOOKED_AT", 0.0)
     monkeypatch.setattr(vm_machine, "_PAUSE", 0.001)
     found = Machine(Image(tmp_path, tmp_path, tmp_path), tmp_path, tmp_path)
@@ -78,7 +78,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def told(machine: Machine, *words: dict[str, Any]) -> None:
-    """Puts words where the machine would."""
+    """Writes messages to the file to which the machine would write them."""
     machine.console.with_name("told").write_text("".join(json.dumps(line) + "\n" for line in words))
 
 

@@ -1,4 +1,4 @@
-"""Addresses as people write them, and what they mean to every verb."""
+"""Every verb reads an address in the same way, however it is written."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def config(tmp_path: Path) -> str:
 
 
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str, *arguments: str) -> Any:
-    """What a verb prints as JSON."""
+    """The JSON that a verb prints."""
     monkeypatch.setattr(sys, "argv", ["portward", *arguments, "--json", "--config", config])
     with pytest.raises(SystemExit, match="0"):
         main()

@@ -1,4 +1,4 @@
-"""Ages and durations come from a clock that cannot be set, whatever the wall clock does."""
+"""Ages and durations come from the monotonic clock, so a jump of the wall clock does not change them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 def status(folder: Path, **more: Any) -> dict[str, Any]:
-    """The sample of an older agent with what this one writes more, as it comes from the file."""
+    """A status as read from its file: the sample of an older agent, with the keys that this one adds."""
     told = msgspec.json.decode(OLD.read_bytes())
     told |= {"at": clock.utc_now(), "clock": clock.Stamp.now(), **more}
     (folder / "status.json").write_bytes(msgspec.json.encode(told))
@@ -58,7 +58,7 @@ def status(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_only_the_clock_reads_the_wall_clock() -> None:
-    """What asks for the time asks `clock`; so each use is a decision, and a test can set it."""
+    """All other code gets the time from `clock`, so that each use is deliberate, and a test can set the time."""
     found = []
     for path in AGENT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -105,7 +105,7 @@ def test_an_older_agents_time_in_the_future_is_no_negative_age(host: Host) -> No
 
 
 def test_a_time_that_is_shown_follows_the_wall_clock_as_it_is_set_now(host: Host) -> None:
-    """A difference that was found by a clock an hour ahead is not dated into the future for ever."""
+    """If a clock is an hour ahead when a difference is found, its time is corrected once the clock is."""
     found = SelfCheck()
     host.wall += timedelta(hours=1)
     found.differs(DifferenceKind.WORKER, "the worker does not answer")
@@ -123,14 +123,14 @@ def test_the_real_stamp_is_of_this_boot_and_grows() -> None:
     assert msgspec.convert(msgspec.to_builtins(stamp), clock.Stamp) == stamp
 
 
-# As the unit runs it: of /proc it sees only processes.
+# The unit runs the agent like this: in /proc it sees only processes.
 HARDENED = "mount -t proc -o hidepid=invisible,subset=pid proc /proc && exec "
 STAMP = "from portward.base.clock import Stamp; made = Stamp.now(); print(made.boot == '', made.age() < 60)"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
 def test_an_agent_that_may_not_read_the_boots_id_makes_stamps_all_the_same() -> None:
-    """Without it `status` is never written."""
+    """Without stamps the agent could never write its status."""
     asked = subprocess.run(
         ["unshare", "--mount", "sh", "-c", f'{HARDENED} "$@"', "sh", sys.executable, "-c", STAMP],
         capture_output=True, text=True, check=False,
@@ -143,7 +143,7 @@ def test_a_stamp_without_a_boot_is_of_this_one(host: Host) -> None:
 
 
 def test_ages_in_the_metrics_go_on_while_the_thread_that_makes_the_numbers_is_stuck(host: Host) -> None:
-    """Else they stand still at the very moment at which they are looked at."""
+    """Otherwise the ages would stop growing exactly when an operator looks at them."""
     core = SimpleNamespace(
         enforced=7, store_read=host.seconds - 1, selfcheck=SimpleNamespace(answered=host.seconds - 2)
     )

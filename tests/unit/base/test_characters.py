@@ -1,4 +1,4 @@
-"""Which characters texts may hold, and how foreign text is shown."""
+"""The characters that texts may hold, and how texts of other programs are shown."""
 
 from __future__ import annotations
 

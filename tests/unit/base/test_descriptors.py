@@ -1,4 +1,4 @@
-"""A reserve of descriptors: there when it is needed, and each closed once."""
+"""A reserve of file descriptors is available when it is needed, and each descriptor is closed once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What verbs print on terminals of every encoding, and on streams that take nothing."""
+"""Verbs print readable text on terminals of every encoding, and end well on streams that take no output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXT = "“é→\u202f☃” \U0001f4bb"
 
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], io.BytesIO]:
-    """Standard output of an encoding, prepared as the program does; gives its bytes."""
+    """Sets standard output to an encoding, prepared as by the program. Returns the buffer with its bytes."""
 
     def make(encoding: str) -> io.BytesIO:
         data = io.BytesIO()
@@ -236,7 +236,7 @@ FORGED = "fabri\nkam\n\nDear customer,\x1b[2J\u202e you may send"
 def test_a_row_of_another_tool_forges_nothing_in_a_diagnosis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither in the answer nor in the letter, whose lines are as many as for a name of one line."""
+    """Answer and letter have as many lines as for a name without a line break."""
     config = folder(tmp_path)
 
     def lines(name: str, *more: str) -> list[str]:
@@ -260,7 +260,7 @@ def test_a_row_of_another_tool_forges_nothing_in_a_diagnosis(
 
 
 def test_a_file_in_place_of_standard_output_can_be_read(stream: Callable[[str], io.BytesIO]) -> None:
-    """Also what other programs have put there."""
+    """This includes what other programs have written to it."""
     data = stream("utf-8")
     data.write(b"\xff\x80.\n")
     data.seek(0)

@@ -48,7 +48,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def read(text: str) -> Document:
-    """The document that a text is."""
+    """Reads a text as a document."""
     return decode_toml(text, "a.toml", Document)
 
 
@@ -96,7 +96,7 @@ REFUSED = {
         "'10.1.2.3/8' has bits beyond its prefix length: 10.0.0.0/8, or the address alone, would be right",
     ),
     'name = "x"\nnets = [10]': (2, "nets[0]", "expected an address or a prefix in quotes, got 10"),
-    # Text that looks like tables and keys, and is none.
+    # A string whose content looks like tables and keys.
     'name = """\n[main]\nsize = 1\n"""\n[main]\nsize = "a"': (6, "main.size", "expected a whole number, got 'a'"),
     "name = '''\n[[parts]]'''''\n[[parts]]\nsize = 'a'": (4, "parts[0].size", "expected a whole number, got 'a'"),
     # Not TOML.

@@ -1,4 +1,4 @@
-"""One writer for each network namespace: the lock, its refusals, and who is named."""
+"""The lock allows one writer for each network namespace, and a refusal names the holder."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_a_dump_that_a_transaction_interrupted_is_read_again_as_a_whole(where: i
 
 
 def test_a_dump_that_is_interrupted_each_time_is_an_error() -> None:
-    """Each reading has something else."""
+    """The readings differ from each other."""
     netlink, _ = asking(
         *([[listed([bytes([number]) * 8], _MULTI | _INTERRUPTED)], [done()]] for number in range(40))
     )
@@ -254,7 +254,7 @@ def test_base_chains_of_all_families_are_given_with_hook_and_priority() -> None:
 
 
 def test_chains_are_given_and_then_an_error_if_each_reading_was_interrupted() -> None:
-    """They differ each time, so some may be missing."""
+    """The readings differ from each other, so chains may be missing."""
     answers = []
     for number in range(40):
         kind, flags, offset, body = chained(f"c{number}", hook(0, 0), attribute(7, string("filter")))

@@ -25,7 +25,7 @@ from unit.scarce import no_descriptors
 
 
 class Library:
-    """libnftables that says one thing; it notes what it was asked, and contexts that were not freed."""
+    """A fake libnftables with one error and one output. It records its calls, and contexts that were not freed."""
 
     def __init__(self, errors: bytes = b"", output: bytes = b"") -> None:
         self._errors, self._output = errors, output
@@ -220,7 +220,7 @@ COMPILED = (printed(2576) + printed(16) + printed(2562, family=3) + printed(2560
 TABLE_T = Message(nf.NFT_MSG_NEWTABLE, nf.NFPROTO_INET, NLM_F_CREATE, attribute(1, string("t")))
 DELETE_OLD = Message(nf.NFT_MSG_DELTABLE, nf.NFPROTO_INET, 0, attribute(1, string("old")))
 CREATE_T = TABLE_T._replace(flags=NLM_F_CREATE | NLM_F_EXCL)
-# Text and fixed part differ, to tell which of them is used.
+# Text and fixed part differ, so that a test can see which of them is used.
 WANTED = Wanted("whole\n", 0, (), native=True, fixed="fixed\n", numbers={"numbers": (7,)})
 ELEMENT = compiled.inet(*messages(Add("numbers", [struct.pack("=I", 7)])))
 DELETE = "delete table inet old\n"
@@ -334,7 +334,7 @@ def test_an_advance_compilation_in_another_form_is_left_to_the_transaction(compi
 def test_a_text_with_a_mistake_is_refused_by_its_line_as_the_operator_wrote_it(
     library: Callable[..., Library], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """libnftables prints no messages then, and its command that fetches nothing is not shown."""
+    """libnftables prints no messages then. The error does not show the added command that fetches nothing."""
     found = Compiling(errors=b"/dev/stdin:1:20-22: Error: unknown\nflush ruleset arp; fixed\n^^^\n")
     monkeypatch.setattr(module, "_library", lambda: found)
     sent = Sent()

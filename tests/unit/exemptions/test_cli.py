@@ -1,4 +1,4 @@
-"""`portward exemption …` and `portward attachment started` as support and abuse service meet them."""
+"""`portward exemption …` and `portward attachment started` as the support and abuse teams use them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def files(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(files: Path) -> Run:
-    """Runs a verb of `exemption` there; raises what it raises."""
+    """Runs a verb of `exemption` in that folder, and raises its errors."""
     assert files.is_dir()
 
     def ran(*arguments: Any, code: int = 0, group: str = "exemption") -> Result:
@@ -220,7 +220,7 @@ def test_nothing_to_revoke_needs_no_confirmation(run: Run, path: Path) -> None:
 def test_a_list_with_what_cannot_be_revoked_is_refused_at_once_by_its_lines(
     run: Run, files: Path, path: Path, confirm: tuple[Any, ...]
 ) -> None:
-    """Not after the count has been confirmed."""
+    """The list is refused before the count has to be confirmed."""
     run("request", PAYG.id)
     unknown = "11111111-0000-4000-8000-0000000000ff"
     (files / "ids").write_text(f"# spam\n{PAYG.id}\n{unknown}\n{REVIEWED.id}\n{unknown}\n")
@@ -344,7 +344,7 @@ def test_the_name_of_several_subscriptions_is_refused_with_their_ids(run: Run, p
 def test_the_next_step_is_one_that_can_be_taken(
     run: Run, path: Path, owner: Subscription, state: str, next_step: str
 ) -> None:
-    """Whatever another tool has written, or the preset says by now."""
+    """This holds for records of another tool, and if the preset has changed since."""
     decided = datetime(2026, 1, 9, tzinfo=UTC)
     with closing(opened(path)) as store:
         write(
@@ -364,7 +364,7 @@ def test_an_exemption_of_no_subscription_has_no_next_step(run: Run, path: Path) 
 
 
 def test_a_revoked_exemption_is_shown_without_its_limit(run: Run, path: Path) -> None:
-    """Nothing is let through any more that it could hold for. The record keeps it."""
+    """The limit has no effect any more, because nothing passes. The record keeps it."""
     run("request", PAYG.id)
     run("limit", PAYG.id, "--rate", 120)
     assert "limit     120" in run("show", PAYG.id).stdout
@@ -484,7 +484,7 @@ def test_apply_takes_no_start_that_lies_in_the_future(files: Path) -> None:
 
 
 def test_a_clock_that_goes_back_decides_nothing(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grant that is dated before a machine's last start would count without a restart."""
+    """If a grant were dated before a machine's last start, it would count without a restart."""
     run("request", PAYG.id)
     run("revoke", PAYG.id, "--reason", "spam")
     back = datetime.now(UTC) - timedelta(hours=1)

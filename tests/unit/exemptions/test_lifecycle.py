@@ -1,4 +1,5 @@
-"""The life of an exemption: each pair of state and action, each way that an offer takes."""
+"""The states of an exemption: each pair of state and action, and each way to an exemption that an offer may
+have."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def case(state: State = State.NONE, offer: str = "azure-sponsorship", **more: An
 
 
 def act(action: Action, of: Case) -> Exemption:
-    """Does it, with all that it needs."""
+    """Does an action, with all the arguments that it needs."""
     match action:
         case Action.REQUEST:
             return lifecycle.request(of, WHY, by="bob")
@@ -201,7 +202,7 @@ def test_an_offer_that_the_preset_does_not_know_has_no_way() -> None:
 def test_a_request_of_an_offer_that_has_changed_meanwhile_is_not_granted(offer: str) -> None:
     with pytest.raises(RefusedError):
         lifecycle.grant(case(State.REQUESTED, offer), by="bob", check=PASSED)
-    # What was granted under the offer before can be taken back all the same.
+    # A grant from before the offer changed can still be revoked.
     assert lifecycle.revoke(case(State.GRANTED, offer), by="bob", reason="spam").state is ExemptionState.REVOKED
 
 

@@ -1,4 +1,4 @@
-"""Stores, counters and statuses are read as they were meant; what another version wrote is refused."""
+"""Stores, counters and statuses of older versions are read correctly, and those of unknown formats are refused."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_block_of_counters_has_each_number_where_it_was() -> None:
 
 @pytest.mark.parametrize("change", ["an older version's", "a newer version", "another size"])
 def test_a_block_of_another_version_is_refused(change: str) -> None:
-    """A worker that counted into it would count another reason."""
+    """A worker would count the wrong reason in it."""
     block = WorkerCounters.create()
     if change == "an older version's":  # they began with the numbers
         os.pwrite(block, bytes(16), 0)
@@ -83,7 +83,7 @@ def test_a_block_of_another_version_is_refused(change: str) -> None:
 
 
 def test_the_status_of_an_older_agent_can_be_told(tmp_path: Path) -> None:
-    """It has no format yet, and none of the keys that came since."""
+    """It has no format number, and no newer keys."""
     (tmp_path / "status.json").write_bytes((FOLDER / "status-1.json").read_bytes())
     told = read_status(tmp_path)
     assert told is not None

@@ -1,4 +1,4 @@
-"""Rows and accounts of the policy table are read as they were meant; a table of another format is not read."""
+"""Rows and accounts of the policy table are read correctly, and a table of another format is not read."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_an_account_of_another_version_is_damaged(version: int) -> None:
 
 
 def test_an_account_with_a_field_that_is_not_known_is_damaged() -> None:
-    """It may be what limits a grant."""
+    """The unknown field might limit a grant."""
     values = msgspec.msgpack.decode(Account(CONTOSO.id, CONTOSO).pack())
     values[2].append("a field of a newer version")
     with pytest.raises(layout.DamagedError):
@@ -135,7 +135,7 @@ def other_table(folder: Path, form: int) -> None:
 def test_a_table_of_another_format_is_never_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, form: int, age: str
 ) -> None:
-    """Neither one before an upgrade nor one after it is taken back."""
+    """This holds for an older table after an upgrade, and for a newer one after the upgrade was undone."""
     other_table(tmp_path / "table", form)
     with pytest.raises(
         TableError, match=f"is of format {form}, and this portward reads format {layout.FORMAT} only"

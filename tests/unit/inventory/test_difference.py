@@ -1,4 +1,4 @@
-"""What an inventory would change: found, checked against preset and store, and said in a line each."""
+"""The changes that an inventory would make are found, checked against preset and store, and printed one a line."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ HAVE = texts(*ALL)
 
 
 def without(*records: Record) -> dict[str, str]:
-    """The store's records, but these."""
+    """The store's records without these."""
     return {key: body for key, body in HAVE.items() if key not in {key_of(record) for record in records}}
 
 
 def part(folder: Path, *names: str) -> str:
-    """Only these lists of the example."""
+    """A file with only these lists of the example."""
     lists = EXAMPLE.replace("attachments:", "\0attachments:").replace("exemptions:", "\0exemptions:").split("\0")
     return "".join(text for text in lists if text.split(":")[0] in names)
 

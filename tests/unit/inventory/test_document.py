@@ -1,4 +1,4 @@
-"""What operators write: read from YAML and JSON, and each mistake told with file, line and field."""
+"""Inventories are read from YAML and JSON, and each mistake is reported with file, line and field."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read(folder: Path, text: str, name: str = "inventory.yaml") -> Inventory:
 
 
 def refused(folder: Path, text: str, name: str = "inventory.yaml") -> str:
-    """What is told of a file, without its folder."""
+    """The error message for a file with this text, without the path of its folder."""
     with pytest.raises(InputError) as told:
         read(folder, text, name)
     assert told.value.exit_code == 2
@@ -107,7 +107,7 @@ def test_a_day_is_its_beginning_in_utc_as_the_options_take_it(tmp_path: Path, fo
     text = EXAMPLE.replace("2026-01-10T08:00:00Z", "2026-01-10").replace("2026-01-08T09:00:00Z", "2026-01-08")
     text = text.replace("    by: self", "    until: 2027-01-09\n    by: self")
     if form == "json":
-        text = json.dumps(yaml.load(text, yaml.BaseLoader))  # it makes nothing but texts
+        text = json.dumps(yaml.load(text, yaml.BaseLoader))  # this loader reads every value as a text
         text = text.replace('"true"', "true")
     records = read(tmp_path, text, f"inventory.{form}").records
     machine, exemption = json.loads(records[key_of(MACHINE)]), json.loads(records[key_of(GRANT)])

@@ -1,4 +1,4 @@
-"""What is exported is taken back without any difference, whatever the records hold."""
+"""An export can be applied again without any difference, whatever the records hold."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ subscriptions = st.builds(
     payment_history=st.booleans(),
     mode=st.sampled_from(Mode),
 )
-# No packet has a source of these, and they are refused.
+# IPv4-mapped addresses. No packet has such a source, and attachments with them are refused.
 MAPPED = IPv6Network("::ffff:0:0/96")
 networks = st.one_of(
     st.tuples(st.ip_addresses(v=4), st.integers(0, 32)).map(lambda found: IPv4Network(found, strict=False)),

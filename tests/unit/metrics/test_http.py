@@ -1,4 +1,4 @@
-"""The heads of requests: which are scrapes, and which answer each other request gets."""
+"""Request heads: those of scrapes are recognised, and any other gets the right error."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`portward audit` as an operator meets it."""
+"""`portward audit` as an operator uses it."""
 
-# ruff: noqa: S608 # every statement is our own
+# ruff: noqa: S608 # the test writes every statement
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEAD = r"head \d+:[0-9a-f]{64}"
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the store is that the configuration names."""
+    """The path of the store that the configuration names."""
     path = tmp_path / "portward.db"
     (tmp_path / "portward.toml").write_text(f'segments = ["vni*"]\nuplinks = ["up0"]\nstore = "sqlite:{path}"\n')
     monkeypatch.chdir(tmp_path)
@@ -51,7 +51,7 @@ def log(path: Path) -> Path:
 
 
 def audit(*arguments: str, code: int = 0) -> list[str]:
-    """The lines that it prints."""
+    """The lines that `portward audit` prints."""
     result = run(*arguments)
     assert result.exit_code == code, result.stderr
     assert (result.stderr != "") == (code != 0)
@@ -59,7 +59,7 @@ def audit(*arguments: str, code: int = 0) -> list[str]:
 
 
 def run(*arguments: str) -> Result:
-    """Runs it; raises the error that the program would print."""
+    """Runs `portward audit`; raises the error that the program would print."""
     result = CliRunner().invoke(app, ["audit", "--config", "portward.toml", *arguments])
     if isinstance(result.exception, PortwardError):
         raise result.exception
@@ -67,7 +67,7 @@ def run(*arguments: str) -> Result:
 
 
 def machine(*arguments: str) -> dict[str, Any]:
-    """The document that it prints for programs."""
+    """The output of `portward audit --json`."""
     found: dict[str, Any] = json.loads(run("--json", *arguments).stdout)
     return found
 

@@ -1,4 +1,5 @@
-"""Warnings for a writer about the agent here: that it reads another store, or holds a change of this one."""
+"""A verb that writes to a store warns if the agent on this host reads another store, or holds a change of this
+one."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def configure(file: Path, store: str) -> None:
 
 
 def read_into_table(config: Config) -> None:
-    """The work of an agent that has ended: the table is read from the store."""
+    """Loads the table from the store, as an agent that has ended since."""
     path = Path(config.store.removeprefix("sqlite:"))
     with closing(SqliteStore(path, create=True)) as store, closing(Writer(config.table, AZURE, ENFORCE)) as writer:
         write(store, *map(put, ALL))
@@ -81,7 +82,7 @@ def test_the_store_that_the_agent_reads_needs_no_warning(config: Config, file: P
 
 
 def test_the_same_file_under_another_name_is_the_same_store(config: Config, file: Path, agent: Runtime) -> None:
-    """As by a bind mount: a link that is not one to the other."""
+    """A bind mount gives such a name. The test uses a hard link."""
     assert agent
     (file.parent / "portward.db").touch()
     (file.parent / "mount.db").hardlink_to(file.parent / "portward.db")

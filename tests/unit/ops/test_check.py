@@ -1,4 +1,4 @@
-"""`portward check` finds what a start, or a request at three in the morning, would find."""
+"""`portward check` finds the mistakes that a start, or a request at three in the morning, would run into."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_file_where_the_tables_folder_should_be_is_told_with_its_line(tmp_path
 
 
 class Kernel:
-    """Takes everything, and no process has its lock."""
+    """A kernel that accepts every change, and whose lock no process has."""
 
     def owned_table(self, _: str) -> None:
         """None."""
@@ -37,7 +37,7 @@ class Kernel:
 
 
 def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
-    """A host with these interfaces, whose kernel takes everything."""
+    """A host with these interfaces, whose kernel accepts every change."""
     monkeypatch.setattr(check, "Nft", lambda *_: Kernel())
     monkeypatch.setattr(check, "NfNetlink", Kernel)
     monkeypatch.setattr(xtables, "has_native_queue", lambda _: True)

@@ -49,7 +49,7 @@ def cached(verdict: Class) -> CachedState:
         (DOWN, NOTHING, DENY, Effect.DROPPED, True),
         (DOWN, cached(Class.ALLOW), ALLOW, Effect.PASSES, True),
         (DOWN_OBSERVED, NOTHING, OBSERVED, Effect.PASSES, True),
-        # By subscription: the kernel does not know that, and no worker says so.
+        # The subscription is observed. The kernel does not know that, and no worker runs that does.
         (DOWN, NOTHING, OBSERVED, Effect.DROPPED, False),
         (DOWN_OPEN, NOTHING, DENY, Effect.PASSES, False),
         (DOWN_OPEN, cached(Class.DENY), DENY, Effect.DROPPED, True),
@@ -69,7 +69,8 @@ def cached(verdict: Class) -> CachedState:
         (STOPPED, NOTHING, OBSERVED, Effect.DROPPED, False),
         (STOPPED, NOTHING, Policy(verdict="allow", internal=True), Effect.PASSES, True),
         (Host(stacked=BRIDGE, fate=Fate.STOPPED, agent=Agent.NONE), NOTHING, ALLOW, Effect.UNKNOWN, None),
-        # What stands on the segment since the agent's end is no known interface, and so dropped.
+        # A device that was put on the segment after the agent's end is no known interface, so its packets are
+        # dropped.
         (
             Host(stacked=BRIDGE, fate=Fate.OBSERVED, agent=Agent.NONE, workers=Workers.NONE),
             NOTHING,

@@ -1,4 +1,4 @@
-"""The state of this host is what the kernel has loaded, not what a file says now."""
+"""The state of this host comes from the ruleset in the kernel, not from the configuration file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Kernel:
         return SetElement(key, 0, 0) if found else None
 
     def elements(self, _: str, set_: str) -> list[SetElement]:
-        """Begin and end of each interval, the last ones first, and the kernel's closing end."""
+        """The begin and end of each interval, the last ones first, and the end mark that the kernel adds."""
         if set_ not in self._sets:
             raise FileNotFoundError
         keys = sorted((key for pattern in self._sets[set_] for key in bounds(pattern)), reverse=True)

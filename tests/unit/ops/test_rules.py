@@ -1,4 +1,4 @@
-"""The texts of `portward rules` and `portward status` on the kernel, also if the user may not read it."""
+"""The texts of `portward rules` and `portward status` about the kernel, for users who may read it and others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Held:
         return [7]
 
     def owned_table(self, _: str) -> str | None:
-        """The comment."""
+        """The comment of the lock."""
         return self._comment
 
 
@@ -89,7 +89,7 @@ def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
 def test_without_an_agent_what_is_said_is_what_the_kernel_does(
     monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, opens: tuple[str, ...], told: str
 ) -> None:
-    """The configuration may differ; it is not loaded."""
+    """The text follows the loaded ruleset, not the configuration, which may differ."""
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
     monkeypatch.setattr(reconciler, "loaded", lambda _: loaded)
     monkeypatch.setattr(reconciler, "closed", lambda _: closed)

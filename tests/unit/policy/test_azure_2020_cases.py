@@ -1,4 +1,4 @@
-"""Every row of azure-2020-cases.yaml is decided as it says."""
+"""`decide` gives the expected reason for every row of azure-2020-cases.yaml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`portward policy list` and `show` print what the presets say."""
+"""`portward policy list` and `show` print the presets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portward.policy import presets
 
 
 def run(*arguments: str) -> str:
-    """What the verb prints on success."""
+    """The output of a verb of `policy`, which must succeed."""
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     return result.stdout

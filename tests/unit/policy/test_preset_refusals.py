@@ -1,4 +1,4 @@
-"""A preset of an operator's own is refused with file, line, field and what would be right."""
+"""A mistake in an operator's own preset is reported with file, line, field and a right value."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ created_before = 2020-01-01
 
 
 def write(tmp_path: Path, text: str) -> str:
-    """The text as a file; its path as an operator would give it."""
+    """Writes the text to a file, and returns its path as an operator would give it."""
     path = tmp_path / "own.toml"
     path.write_text(text, encoding="utf-8")
     return str(path)

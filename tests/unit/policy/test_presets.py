@@ -1,4 +1,4 @@
-"""The presets that come with portward say what their clouds publish."""
+"""The bundled presets agree with what their clouds publish."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ BUNDLED = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a preset decides for an offer; granted after the machine's last start if `granted`."""
+    """The `reason` that a preset gives for an offer. If `granted`, an exemption was granted after the machine's
+    last start."""
 
     preset: str
     offer: str

@@ -1,4 +1,4 @@
-"""The text for a customer: it is true for the preset, and names a next step."""
+"""The text for a customer is true for the preset, and names a next step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The log's hashes: whatever is changed in a log past portward is found and named."""
+"""The log's hashes: every change of a log that portward did not make is found and named."""
 
-# ruff: noqa: S608 # every statement is our own
+# ruff: noqa: S608 # the test writes every statement
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from unit.store.samples import (
 )
 from unit.store.test_two_writers import python
 
-# What a store of format 1 was made with.
+# The script that made a store of format 1.
 FORMAT_1 = """
 CREATE TABLE store (identity BLOB NOT NULL);
 CREATE TABLE record (key TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
@@ -73,7 +73,7 @@ def fill(store: SqliteStore) -> None:
 
 
 def format_1(path: Path, *, revisions: int = 5) -> None:
-    """A store as the first portward left it, with the same five revisions, or more small ones."""
+    """A store as the first version of portward wrote it, with the same five revisions, or more small ones."""
     with closing(sqlite3.connect(path)) as old:
         old.execute("PRAGMA journal_mode = WAL")
         old.executescript(FORMAT_1)
@@ -90,24 +90,24 @@ def format_1(path: Path, *, revisions: int = 5) -> None:
 
 
 def version(path: Path) -> int:
-    """The format that the file says it has."""
+    """The format number in the file."""
     with closing(sqlite3.connect(path)) as connection:
         return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 def tamper(path: Path, script: str) -> None:
-    """Does something to the store past portward."""
+    """Changes the store by SQL, without portward."""
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(f"{UNGUARDED} {script}")
 
 
 def findings(path: Path, expect: Mark | None = None) -> list[IntegrityIssue]:
-    """What the check finds in a store."""
+    """The issues that the check finds in a store."""
     return checked(path, expect)[0]
 
 
 def checked(path: Path, expect: Mark | None = None) -> tuple[list[IntegrityIssue], Check]:
-    """The check of a store, and what it found."""
+    """The issues that the check finds in a store, and the check."""
     with closing(SqliteStore(path)) as store, store.reading():
         check = Check(store, expect)
         return list(check.issues()), check
@@ -121,13 +121,13 @@ def head(path: Path) -> Mark:
 
 
 def told(path: Path) -> list[tuple[IntegrityIssueKind, int | None, tuple[str, ...]]]:
-    """The findings without their words."""
+    """The issues without their texts."""
     return [(finding.kind, finding.revision, finding.keys) for finding in findings(path)]
 
 
 @pytest.fixture
 def log(store: SqliteStore, path: Path) -> Path:
-    """The place of a store with a log."""
+    """The path of a store with a log."""
     fill(store)
     store.close()
     assert findings(path) == []
@@ -152,7 +152,7 @@ def rehash(path: Path, number: int, *, also_after: bool = False) -> None:
 
 
 def plain(*lines: list[Any]) -> bytes:
-    """The documented form, by other means."""
+    """The documented encoding, made without portward's own code."""
     texts = (json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
     return hashlib.sha256("".join(texts).encode()).digest()
 
@@ -265,7 +265,7 @@ def test_an_entry_that_is_missing_in_the_middle_is_named(log: Path, also: str) -
 
 def test_entries_that_are_missing_at_the_end_are_found_by_the_records(log: Path) -> None:
     tamper(log, "DELETE FROM revision WHERE number >= 3; DELETE FROM change WHERE revision >= 3")
-    # These have left CONTOSO and MACHINE as they were: nothing differs.
+    # The missing entries had not changed CONTOSO and MACHINE, so no record differs.
     assert told(log) == []
     tamper(log, "DELETE FROM revision WHERE number >= 2; DELETE FROM change WHERE revision >= 2")
     keys = {key_of(FABRIKAM), key_of(PREFIX), key_of(GRANT)}
@@ -470,7 +470,7 @@ def test_any_row_that_is_taken_away_is_found(sealed: Path, tmp_path: Path, table
 
 
 def test_texts_that_are_no_utf_8_are_told_apart(log: Path) -> None:
-    """Each has a hash of its own, wherever it stands among a thousand others."""
+    """Each such text has its own hash, at any place among a thousand others."""
     with closing(opened(log)) as store:
         write(store, *(Put(f"subscriptions/{number:04}", "{}") for number in range(2500)))
     tamper(log, "UPDATE change SET after = CAST(X'80' AS TEXT) WHERE revision = 6 AND key = 'subscriptions/1500'")
@@ -509,7 +509,7 @@ def test_a_failure_to_hash_leaves_nothing(log: Path, monkeypatch: pytest.MonkeyP
     assert findings(log) == []
 
 
-# Stops for ever in `_hashed`, when it has come to a revision; what was done so far is in the database's WAL.
+# Stops for ever in `_hashed` at a given revision. Its changes until then are in the database's WAL.
 STOPPED = """
 import sys, time
 from portward.store.sqlite.log import Log
@@ -537,7 +537,7 @@ def test_a_writer_that_dies_while_it_hashes_leaves_the_old_state(log: Path) -> N
 
 
 def kill_while_it_hashes(path: Path, revision: int) -> None:
-    """Lets another process seal the store, or write to it, and kills it where it hashes that revision."""
+    """Lets another process seal the store, or write to it, and kills it while it hashes that revision."""
     writer = python(STOPPED, path, str(revision))
     assert writer.stdout is not None
     assert writer.stdout.readline() == "stopped\n"
@@ -596,7 +596,7 @@ def test_who_writes_to_it_seals_it(path: Path) -> None:
 
 
 def test_a_sealed_store_is_as_one_that_was_made_so(path: Path, tmp_path: Path) -> None:
-    """Tables, columns and triggers; and so the log cannot be rewritten."""
+    """It has the same tables, columns and triggers, so its log cannot be rewritten either."""
 
     def shape(of: Path) -> list[Any]:
         with closing(sqlite3.connect(of)) as connection:

@@ -1,4 +1,4 @@
-"""The embedded store: revisions, the log, following, and what it says when it cannot be used."""
+"""The SQLite store: revisions, the log, following changes, and its errors when it cannot be used."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_a_file_put_in_place_of_the_open_one_is_noticed(store: SqliteStore, path
 
 
 def test_a_copy_that_left_wal_mode_comes_back_to_it(store: SqliteStore, path: Path, tmp_path: Path) -> None:
-    """`VACUUM INTO` writes such a copy. Else whoever reads it keeps writers waiting."""
+    """`VACUUM INTO` writes such a copy. Without WAL, each reader of it would block writers."""
     write(store, put(CONTOSO))
     copy = tmp_path / "copy.db"
     with closing(sqlite3.connect(path)) as connection:
@@ -332,7 +332,7 @@ def journal_mode(path: Path) -> str:
 def test_wal_that_another_tool_took_away_is_put_back(
     path: Path, who: dict[str, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without it, readers wait for writers."""
+    """Without WAL, readers wait for writers."""
     opened(path).close()
     with closing(sqlite3.connect(path)) as other:
         other.execute("PRAGMA journal_mode = DELETE")
@@ -450,7 +450,7 @@ def test_what_root_makes_belongs_to_the_owner_of_the_folder(path: Path) -> None:
 
 
 def rung(store: SqliteStore, seconds: float) -> bool:
-    """Whether a store's bell rings within this time."""
+    """Whether the change notifier of a store notifies within this time."""
     descriptor = store.fileno()
     assert descriptor is not None
     return bool(select.select([descriptor], [], [], seconds)[0])
@@ -463,7 +463,8 @@ def environment() -> dict[str, str]:
 
 
 def as_nobody(folder: Path, statements: str, *, folder_mode: int = 0o555) -> str:
-    """What another user's Python says to these statements; where the tests have no root, that user is us."""
+    """The output of these statements in a Python process of user 65534, or of this user if the tests do not run as
+    root."""
     script = (
         "import os, sys\nfrom unit.store.samples import *\npath = Path(sys.argv[1])\n"
         "if os.geteuid() == 0:\n"
@@ -489,13 +490,13 @@ def as_nobody(folder: Path, statements: str, *, folder_mode: int = 0o555) -> str
 
 
 def mode(path: Path) -> int:
-    """The permission bits."""
+    """The permission bits of a file."""
     return stat.S_IMODE(path.stat().st_mode)
 
 
 @pytest.mark.parametrize("bad", range(5))
 def test_a_text_that_is_no_utf_8_keeps_no_other_from_being_read(tmp_path: Path, bad: int) -> None:
-    """Wherever it stands: each record comes once, in the same order."""
+    """At any place of such a text, each record comes once, in the same order."""
     path = tmp_path / "portward.db"
     store = opened(path)
     write(store, *map(put, ALL))

@@ -1,4 +1,4 @@
-"""Records that cannot be read are known by their keys for as long as they are like that, and no longer."""
+"""The keys of unreadable records are listed for as long as the records stay unreadable, and no longer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_fresh_reading_of_everything_finds_them_again(store: SqliteStore, tmp_
         follower = Follower(store, writer, unreadable={"attachments/vni1/10.0.0.1": "gone since"})
         follower.step(NOON)
         assert follower.unreadable.now.keys() == {one.key for one in BAD}
-        # Without a record before, what they are about is denied; the others are as ever.
+        # Without an earlier record, the sources of unreadable records are denied. Other records are not affected.
         assert writer.reader().counts() == (0, 2)
 
 

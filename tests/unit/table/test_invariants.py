@@ -1,4 +1,4 @@
-"""Each thing that must hold in a policy table is looked for, and found if it does not hold."""
+"""The check of a policy table finds every violation of its invariants."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_table_that_was_made_by_changes_is_whole(writer: Writer) -> None:
 
 
 Change = tuple[bytes, bytes, bytes | None, bytes | None]
-# Name → what is changed (part, key, value before, value after), and a word of what is found.
+# Name → the change (part, key, value before, value after), and a word of the finding.
 BROKEN: dict[str, tuple[Change, str]] = {
     "an expiry of nobody": (
         (b"expiries", KEY, None, layout.due(layout.microseconds(NOW + timedelta(1)), 99)),
@@ -143,7 +143,7 @@ def test_check_tells_of_a_table_that_is_whole(writer: Writer, tmp_path: Path) ->
 
 
 def _until_it_fails(lines: Iterator[str], told: list[str]) -> None:
-    """Adds line after line to `told`, and raises what the lines raise."""
+    """Adds each line to `printed`, and raises the error that ends the lines."""
     for line in lines:
         told.append(line)  # those before the failure are kept
 
@@ -184,7 +184,7 @@ def test_a_file_that_is_no_table_is_told(tmp_path: Path) -> None:
 
 
 def test_check_reads_beside_a_writer(writer: Writer, tmp_path: Path) -> None:
-    """As beside a running agent, which goes on writing."""
+    """A running agent goes on writing while `check` reads."""
     script = "import sys, pathlib; from portward.ops import check; print(*check._table(pathlib.Path(sys.argv[1])))"
     command = [sys.executable, "-c", script, str(tmp_path / "table")]
     told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

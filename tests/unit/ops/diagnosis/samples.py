@@ -1,4 +1,4 @@
-"""Accounts in every state, as the tests of the diagnosis want them."""
+"""Accounts in every state, for the tests of the diagnosis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accounts are found by id and name, in the table as in the store, and come out the same."""
+"""Accounts are found by id and name, with the same result from the table and from the store."""
 
 from __future__ import annotations
 

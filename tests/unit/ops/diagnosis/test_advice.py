@@ -174,7 +174,7 @@ def test_an_account_without_machines_is_told_what_would_hold() -> None:
     (found,) = matters(AZURE, facts(AZURE, subscription("csp"), exemption(State.NONE)))
     assert found.ways == expected(ExemptionPath.SELF_SERVICE, State.NONE)
     (found,) = matters(AZURE, facts(AZURE, subscription("csp"), exemption(State.GRANTED)))
-    # Whether mail of a machine that is not recorded passes is not known.
+    # It is unknown whether mail of a machine without a record passes.
     assert (found.reason, found.ways) == (Reason.ALLOWED_EXEMPT, ((Step.LOOK,),))
 
 

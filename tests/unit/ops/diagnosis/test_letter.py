@@ -39,7 +39,7 @@ from unit.ops.diagnosis.samples import (
 AZURE = presets.load("azure-2020")
 FRENCH = language("fr")
 BOTH = pytest.mark.parametrize("say", [ENGLISH, FRENCH], ids=lambda say: say.code)
-# A customer need not know these.
+# The customer's letter must not contain these internal words.
 INTERNAL = [*(reason.value for reason in Reason), "vni", "paas", "preset", "table", "portward", "{", "}", "None"]
 
 
@@ -242,7 +242,7 @@ def test_hundreds_of_machines_are_counted_and_those_that_need_something_listed_f
     assert any("and 580 more: --all" in line for line in short)
     assert sum(" vni1002 " in line for line in whole) == 600
     assert not any("--all" in line for line in whole)
-    # The customer must know each machine that is to be restarted.
+    # The letter must name each machine that needs a restart.
     assert sum(f"10.0.{n // 250}.{n % 250 + 1}" in letter for n in range(1, 600, 2)) == 300
 
 
@@ -335,7 +335,7 @@ def _dropped(say: Language, host: Host, found: CachedState) -> str:
         (DOWN_OPEN, NOTHING_CACHED, "10.0.0.4"),
         (DOWN_OPEN, CACHED_DENY, "10.0.0.4"),  # it ends
         (PART_OPEN, NOTHING_CACHED, "10.0.0.4"),
-        # Revoked after the agent had gone.
+        # Revoked after the agent had ended.
         (LEFT, CACHED_ALLOW, "10.0.0.4"),
         (DOWN, CACHED_ALLOW, "10.0.0.4"),
     ],
@@ -416,7 +416,7 @@ def test_why_it_is_not_known_is_said_of_that_segment(say: Language) -> None:
 
 @BOTH
 def test_who_is_only_observed_is_not_said_to_pass_while_he_is_dropped(say: Language) -> None:
-    """The subscription is observed, which the kernel cannot know."""
+    """Only the subscription is observed, which the kernel does not know."""
     passing = say(
         "For the time being these connections pass all the same, since the rule is only observed for you; what "
         "follows counts once it is enforced."
@@ -454,7 +454,7 @@ def test_who_is_only_observed_reads_that_no_policy_blocks_him(say: Language) -> 
 
 @BOTH
 def test_machines_that_fare_otherwise_are_told_apart(say: Language) -> None:
-    """Those on a segment with a bridge on it are dropped, the others pass."""
+    """Packets of machines on a segment with a bridge on it are dropped. Those of other machines pass."""
     owner = subscription(ALLOWED)
     bridged = facts(AZURE, owner, None, attachment("10.0.0.4"), host=BRIDGED)
     passing = facts(AZURE, owner, None, attachment("10.0.0.9", segment="vni1003"))
