@@ -23,7 +23,7 @@ from portward.lab.agent import Agent
 class Run(NamedTuple):
     """One run of the program: its words, its seconds and its peak memory (MB)."""
 
-    told: str
+    printed: str
     seconds: float
     memory: float
 
@@ -57,12 +57,12 @@ def _apply(path: Path, config: Path, expected: str) -> Run:
     began = time.monotonic()
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        told = process.stdout.read().strip()
+        printed = process.stdout.read().strip()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode or told != expected:
-        raise RuntimeError(f"apply gave {process.returncode} and said {told!r}, not {expected!r}")
-    return Run(told, time.monotonic() - began, usage.ru_maxrss / 1024)  # ru_maxrss is in KiB on Linux
+    if process.returncode or printed != expected:
+        raise RuntimeError(f"apply gave {process.returncode} and said {printed!r}, not {expected!r}")
+    return Run(printed, time.monotonic() - began, usage.ru_maxrss / 1024)  # ru_maxrss is in KiB on Linux
 
 
 if __name__ == "__main__":

@@ -104,8 +104,10 @@ def _curves(sizes: dict[str, int], rows: dict[str, dict[str, Any]]) -> Iterator[
 
 def _in_process(part: str, store: Path, table: Path, size: int) -> dict[str, Any]:
     argv = [sys.executable, __file__, part, str(store), str(table), str(size)]
-    told: dict[str, Any] = json.loads(subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    return told
+    printed: dict[str, Any] = json.loads(
+        subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout
+    )
+    return printed
 
 
 def _grow(path: Path, have: int, want: int) -> None:

@@ -107,8 +107,8 @@ def race(
     names = list(lanes)
     rates: Rates = {name: [] for name in names}
     for line in out.splitlines():
-        told = json.loads(line)
-        rates[names[told["lane"]]].append(told["packets"] / told["seconds"])
+        printed = json.loads(line)
+        rates[names[printed["lane"]]].append(printed["packets"] / printed["seconds"])
     return rates
 
 

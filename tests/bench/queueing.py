@@ -122,8 +122,8 @@ class Gateway(Standing):
 
     def waiting(self, queue: int) -> int:
         """Packets that wait in a queue, or that its reader has received and not answered yet."""
-        told = namespaces.run(self.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
-        rows = [[int(column) for column in line.split()] for line in told.splitlines()]
+        printed = namespaces.run(self.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
+        rows = [[int(column) for column in line.split()] for line in printed.splitlines()]
         return sum(row[2] for row in rows if row[0] == queue)
 
     def drain(self, generator: Path, frames: Path, readers: dict[int, int]) -> Drained:

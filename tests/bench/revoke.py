@@ -85,12 +85,12 @@ def _one_by_one(gateway: Gateway, revocations: int) -> tuple[list[float], int]:
             seen = len(stream.arrived)
             until(lambda seen=seen: len(stream.arrived) > seen, "the tenant may send")  # type: ignore[misc]
             with _transfer(gateway):
-                told = _revoke(gateway, str(_ONE))
+                printed = _revoke(gateway, str(_ONE))
                 returned = time.monotonic()
                 time.sleep(_ON_ITS_WAY)  # pause: packets that are on their way arrive
                 mark = len(stream.arrived)
                 time.sleep(_AFTERWARDS)  # pause: the denied tenant sends all this time
-            times.append(told["enforced_after_ms"])
+            times.append(printed["enforced_after_ms"])
             # A segment of the stream leaks if it was sent too late. For the transfer, any packet that arrives
             # after the pause for those on their way is a leak.
             leaked += sum(stream.sent.get(number, 0) > returned for number in stream.arrived)
@@ -123,11 +123,11 @@ def _at_once(gateway: Gateway) -> tuple[list[float], list[float]]:
         _write(gateway, *map(_exemption, ids))
         until(lambda: gateway.passes(FABRIKAM, _LAST), "the last of them may send")
         began = time.monotonic()
-        told = _revoke(gateway, "--offer", "csp", "--confirm", str(_MANY))
+        printed = _revoke(gateway, "--offer", "csp", "--confirm", str(_MANY))
         command.append(time.monotonic() - began)
-        enforced.append(told["enforced_after_ms"] / 1000)
-        if told["revoked"] != _MANY or gateway.passes(FABRIKAM, _LAST):
-            raise RuntimeError(f"not all were revoked: {told}")
+        enforced.append(printed["enforced_after_ms"] / 1000)
+        if printed["revoked"] != _MANY or gateway.passes(FABRIKAM, _LAST):
+            raise RuntimeError(f"not all were revoked: {printed}")
     return command, enforced
 
 
@@ -135,8 +135,8 @@ def _revoke(gateway: Gateway, *what: str) -> dict[str, Any]:
     result = gateway.agent.portward("exemption", "revoke", *what, "--reason", "spam", "--wait", "--json")
     if result.returncode:
         raise RuntimeError(f"revoke: {result.stderr}")
-    told: dict[str, Any] = json.loads(result.stdout)
-    return told
+    printed: dict[str, Any] = json.loads(result.stdout)
+    return printed
 
 
 @contextmanager

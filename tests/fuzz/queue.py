@@ -136,14 +136,16 @@ def _settled(field: Ground) -> Counted:
 def _queue(field: Ground) -> tuple[int, int, int]:
     """The number of the last packet, the packets that wait, and those dropped (see
     `portward.dataplane.queue_statistics`)."""
-    told = namespaces.run(field.lab.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
-    rows = [[int(column) for column in line.split()] for line in told.splitlines()]
+    printed = namespaces.run(field.lab.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
+    rows = [[int(column) for column in line.split()] for line in printed.splitlines()]
     return sum(row[7] for row in rows), sum(row[2] for row in rows), sum(row[5] + row[6] for row in rows)
 
 
 def _processes(field: Ground) -> tuple[Any, ...]:
-    told = json.loads(field.agent.portward("status", "--json").stdout)
-    return told["pid"], [(worker["pid"], worker["restarts"], worker["running"]) for worker in told["workers"]]
+    printed = json.loads(field.agent.portward("status", "--json").stdout)
+    return printed["pid"], [
+        (worker["pid"], worker["restarts"], worker["running"]) for worker in printed["workers"]
+    ]
 
 
 def _memory(field: Ground) -> int:

@@ -25,8 +25,8 @@ DELETE FROM main.record WHERE key IN (SELECT key FROM bad WHERE body IS NULL);
 
 def row(key: str, body: str | None) -> str:
     """SQL that fills `bad` with one row. A `body` of None removes the record."""
-    told = "NULL" if body is None else f"'{body}'"
-    return f"INSERT INTO bad VALUES ('{key}', {told});"  # noqa: S608 # by our own tests
+    message = "NULL" if body is None else f"'{body}'"
+    return f"INSERT INTO bad VALUES ('{key}', {message});"  # noqa: S608 # by our own tests
 
 
 def write_rows(store: Path, *statements: str, at: str = "'2026-06-02T00:00:00+00:00'") -> None:

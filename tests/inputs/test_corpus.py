@@ -31,13 +31,13 @@ def name(case: Case) -> str:
     return case.path.name
 
 
-def refused(result: Result, case: Case, told: str) -> None:
+def refused(result: Result, case: Case, message: str) -> None:
     """Checks the exit code, and the first line on stderr."""
     assert result.code == 2
     line = first_line(result.stderr)
     assert (
         line.removeprefix("portward: ").replace(str(case.path), "FILE").replace(str(case.path.parent), "FOLDER")
-        == told
+        == message
     )
 
 

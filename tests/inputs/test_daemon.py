@@ -64,11 +64,11 @@ def test_bad_rows_are_refused_and_the_good_one_among_them_is_enforced(agent: Age
     until(lambda: agent.revision() == 2, "the revision is in force")
     assert agent.explain(FABRIKAM.segment, "192.0.2.7")["reason"] == "allowed-offer"
     assert verdicts(agent) == before
-    told = complaints(agent, "record refused")
-    assert len(told) >= 15
-    assert all(unshown(line) is None for line in told)
+    printed = complaints(agent, "record refused")
+    assert len(printed) >= 15
+    assert all(unshown(line) is None for line in printed)
     # The numbers are refreshed each second.
-    until(lambda: agent.metrics()["portward_records_refused_total"] == len(told), "each of them is counted")
+    until(lambda: agent.metrics()["portward_records_refused_total"] == len(printed), "each of them is counted")
 
 
 @pytest.mark.parametrize("stem", ["subscription-deep", "exemption-until-1969", "attachment-segment-long"])
@@ -116,8 +116,8 @@ def test_a_reload_of_a_bad_configuration_keeps_the_one_before(agent: Agent, stem
     agent.config.write_bytes((HERE / "config" / f"{stem}.toml").read_bytes())
     agent.reload()
     (line,) = complaints(agent, "the configuration before stays in force: ")
-    told = one_line(line).partition("in force: ")[2]
-    assert told == CONFIGS[stem].expected.replace("FILE", str(agent.config))
+    printed = one_line(line).partition("in force: ")[2]
+    assert printed == CONFIGS[stem].expected.replace("FILE", str(agent.config))
     agent.configure()
     assert verdicts(agent) == before
 

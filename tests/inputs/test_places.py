@@ -103,10 +103,10 @@ def test_an_inventory_that_is_no_file(make: Callable[[Path], None], ending: str,
     make(path)
     result = portward("apply", str(path), "--config", str(held.config))
     assert (result.code, result.stdout) == (2, "")
-    told = (
+    message = (
         ":1: not JSON: Input data was truncated" if make is fifo and ending == "json" else f": {PLACES[make][1]}"
     )
-    assert one_line(result.stderr) == f"portward: {path}{told}"
+    assert one_line(result.stderr) == f"portward: {path}{message}"
     assert held.state() == before
 
 
@@ -156,9 +156,9 @@ def test_standard_input_without_an_end_is_refused(held: Held, monkeypatch: pytes
 def test_a_file_of_just_the_largest_size_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_MAX_TOML_BYTES", 100)
     path = tmp_path / "at.toml"
-    for size, told in ((100, "name: is missing"), (101, "larger than 0 MiB")):
+    for size, message in ((100, "name: is missing"), (101, "larger than 0 MiB")):
         path.write_text("#" + "x" * (size - 2) + "\n")
-        assert told in one_line(portward("policy", "show", str(path)).stderr)
+        assert message in one_line(portward("policy", "show", str(path)).stderr)
 
 
 def test_the_corpus_is_large() -> None:

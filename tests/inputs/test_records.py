@@ -205,8 +205,8 @@ def test_a_revision_that_cannot_be_is_refused(number: int, held: Held) -> None:
     for arguments in (["export"], ["apply", "--prune", str(inventory)]):
         result = portward(*arguments, "--config", str(held.config))
         assert result.code == 1
-        told = f"{number} is no revision that can be; restore it from a backup"
-        assert one_line(result.stderr) == f"portward: sqlite:{held.store}: {told}"
+        message = f"{number} is no revision that can be; restore it from a backup"
+        assert one_line(result.stderr) == f"portward: sqlite:{held.store}: {message}"
 
 
 def test_a_store_whose_name_no_file_can_have_is_refused(held: Held) -> None:

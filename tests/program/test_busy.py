@@ -42,8 +42,8 @@ def apply(agent: Agent, *records: Record) -> None:
 
 def status(agent: Agent) -> dict[str, Any]:
     """The output of `portward status --json`."""
-    told: dict[str, Any] = json.loads(until_status(agent))
-    return told
+    printed: dict[str, Any] = json.loads(until_status(agent))
+    return printed
 
 
 def comes_back(agent: Agent) -> None:

@@ -69,6 +69,6 @@ def test_a_clock_an_hour_ahead_and_back_makes_no_wrong_age(agent: Agent, tmp_pat
 
 def off(agent: Agent) -> float:
     """By how many seconds the agent's wall clock is wrong."""
-    told = json.loads(agent.portward("status", "--json").stdout)
+    printed = json.loads(agent.portward("status", "--json").stdout)
 
-    return (datetime.fromisoformat(told["at"]) - datetime.now(UTC)).total_seconds()
+    return (datetime.fromisoformat(printed["at"]) - datetime.now(UTC)).total_seconds()

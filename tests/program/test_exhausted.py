@@ -57,8 +57,8 @@ def greedy_agent(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Agent:
 def status(agent: Agent) -> dict[str, Any]:
     """The output of `portward status --json`, once there is a status."""
     until(lambda: agent.portward("status").returncode == 0, "there is a status")
-    told: dict[str, Any] = json.loads(agent.portward("status", "--json").stdout)
-    return told
+    printed: dict[str, Any] = json.loads(agent.portward("status", "--json").stdout)
+    return printed
 
 
 def tell(agent: Agent, number: signal.Signals) -> None:

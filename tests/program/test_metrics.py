@@ -24,8 +24,8 @@ RESOLVING = (
 
 def problem(agent: Agent) -> str:
     """The error of the metrics in `portward status`."""
-    told = agent.portward("status", "--json")
-    return str(json.loads(told.stdout)["metrics_error"]) if told.returncode == 0 else "no status"
+    result = agent.portward("status", "--json")
+    return str(json.loads(result.stdout)["metrics_error"]) if result.returncode == 0 else "no status"
 
 
 @contextlib.contextmanager

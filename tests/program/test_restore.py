@@ -59,8 +59,8 @@ def holds(agent: Agent, source: str) -> Reason | None:
 
 def status(agent: Agent) -> dict[str, object]:
     """The agent's status."""
-    told: dict[str, object] = json.loads(agent.portward("status", "--json").stdout)
-    return told
+    printed: dict[str, object] = json.loads(agent.portward("status", "--json").stdout)
+    return printed
 
 
 def live(agent: Agent, backup: Path) -> None:

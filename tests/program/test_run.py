@@ -293,9 +293,9 @@ def test_a_worker_that_dies_is_started_again(agent: Agent) -> None:
     worker = json.loads(until_status(agent))["workers"][0]
     os.kill(worker["pid"], signal.SIGKILL)
     until(lambda: agent.metrics()["portward_worker_restarts_total"] == 1, "the restart is counted")
-    told = json.loads(until_status(agent))["workers"][0]
-    assert told["running"]
-    assert told["pid"] != worker["pid"]
+    printed = json.loads(until_status(agent))["workers"][0]
+    assert printed["running"]
+    assert printed["pid"] != worker["pid"]
 
 
 def until_status(agent: Agent) -> str:
@@ -309,8 +309,8 @@ def test_status_tells_times_as_the_other_verbs_do(agent: Agent) -> None:
     before = datetime.now(UTC)
     agent.start()
     until(lambda: json.loads(until_status(agent))["self_check"]["at"] is not None, "a worker answered")
-    told = json.loads(until_status(agent))
-    times = told["started"], told["self_check"]["at"], told["at"]
+    printed = json.loads(until_status(agent))
+    times = printed["started"], printed["self_check"]["at"], printed["at"]
     assert all(re.fullmatch(r"[-0-9]{10}T[0-9:.]+Z", text) for text in times)
     started, answered, at = map(datetime.fromisoformat, times)
     assert before < started < answered <= at <= datetime.now(UTC)

@@ -77,8 +77,8 @@ def test_steps_that_fail_are_survived_counted_shown_and_recover(agent: Agent, tm
     until(lambda: all(failures(agent, step) for step in steps), "each step has failed")
     armed.write_text("sync")
     until(lambda: failing(agent).keys() == {"store"}, "all others work again", seconds=120)
-    told = failing(agent)["store"]
-    assert told["error"].startswith("OverflowError: sync was made to fail (")
+    found = failing(agent)["store"]
+    assert found["error"].startswith("OverflowError: sync was made to fail (")
     until(lambda: "FAILING   step store: OverflowError" in agent.portward("status").stdout, "status says so")
     assert agent.revision() == before
     armed.write_text("")

@@ -190,8 +190,8 @@ def up(agent: Agent) -> bool:
     """Whether the agent runs and enforces what the store holds."""
     assert agent.process is not None
     assert agent.process.poll() is None, agent.log.read_text(errors="replace")
-    told = read_status(agent.folder / "table") or {}
-    return running(agent.folder / "table") is not None and told.get("revision", 0) >= 1 and bool(told["in_step"])
+    found = read_status(agent.folder / "table") or {}
+    return running(agent.folder / "table") is not None and found.get("revision", 0) >= 1 and bool(found["in_step"])
 
 
 def all_verbs(found: Scene) -> list[Said]:

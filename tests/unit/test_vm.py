@@ -77,18 +77,18 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return found
 
 
-def told(machine: Machine, *words: dict[str, Any]) -> None:
+def send(machine: Machine, *words: dict[str, Any]) -> None:
     """Writes messages to the file to which the machine would write them."""
     machine.console.with_name("told").write_text("".join(json.dumps(line) + "\n" for line in words))
 
 
 def test_a_machine_that_is_off_has_told_all(machine: Machine) -> None:
-    told(machine, {"stage": "one"}, {"end": True})
+    send(machine, {"stage": "one"}, {"end": True})
     assert list(machine.words(60, 60)) == [{"stage": "one"}, {"end": True}]
 
 
 def test_a_silent_machine_is_not_waited_for(machine: Machine) -> None:
-    told(machine, {"stage": "one"})
+    send(machine, {"stage": "one"})
     with pytest.raises(TimeoutError, match="told nothing"):
         list(machine.words(60, 0.02))
 
@@ -118,7 +118,7 @@ def test_what_calls_left_on_a_stack_is_no_breakpoint(machine: Machine) -> None:
 
 def test_what_the_console_said_before_the_machine_last_told_something_is_past(machine: Machine) -> None:
     machine.console.write_text(_STALL)
-    told(machine, {"stage": "one"})
+    send(machine, {"stage": "one"})
     assert list(machine.words(60, 60)) == [{"stage": "one"}]
 
 

@@ -49,9 +49,9 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
 
 def status(folder: Path, **more: Any) -> dict[str, Any]:
     """A status as read from its file: the sample of an older agent, with the keys that this one adds."""
-    told = msgspec.json.decode(OLD.read_bytes())
-    told |= {"at": clock.utc_now(), "clock": clock.Stamp.now(), **more}
-    (folder / "status.json").write_bytes(msgspec.json.encode(told))
+    written = msgspec.json.decode(OLD.read_bytes())
+    written |= {"at": clock.utc_now(), "clock": clock.Stamp.now(), **more}
+    (folder / "status.json").write_bytes(msgspec.json.encode(written))
     found = read_status(folder)
     assert found is not None
     return found
@@ -73,11 +73,11 @@ def test_only_the_clock_reads_the_wall_clock() -> None:
 @pytest.mark.parametrize("jump", [timedelta(hours=1), timedelta(hours=-1), timedelta(days=-400)])
 def test_a_wall_clock_that_jumps_makes_no_age(tmp_path: Path, host: Host, jump: timedelta) -> None:
     check = {"at": NOON, "age": 2.0, "divergences": {}, "last_difference": ""}
-    told = status(tmp_path, uptime=70.0, self_check=check)
+    found = status(tmp_path, uptime=70.0, self_check=check)
     host.passes(3)
     host.wall += jump
-    assert age_of(told) == 3.0
-    lines = status_lines(told, age_of(told))
+    assert age_of(found) == 3.0
+    lines = status_lines(found, age_of(found))
     assert any(", up 1 min 10 s, " in line for line in lines)
     assert "check     every worker answered 5 s ago, no difference found" in lines
     assert not any("s old" in line for line in lines)
@@ -85,23 +85,23 @@ def test_a_wall_clock_that_jumps_makes_no_age(tmp_path: Path, host: Host, jump: 
 
 @pytest.mark.parametrize("jump", [timedelta(hours=1), timedelta(hours=-1)])
 def test_an_agent_that_is_silent_is_told_by_its_true_age(tmp_path: Path, host: Host, jump: timedelta) -> None:
-    told = status(tmp_path)
+    found = status(tmp_path)
     host.passes(8)
     host.wall += jump
-    assert "this is 8 s old: the agent does not report" in status_lines(told, age_of(told))
+    assert "this is 8 s old: the agent does not report" in status_lines(found, age_of(found))
 
 
 def test_a_status_of_an_earlier_boot_is_as_old_as_this_boot_at_least(tmp_path: Path, host: Host) -> None:
-    told = status(tmp_path, clock={"boot": "another", "seconds": 1e9})
-    assert age_of(told) == host.seconds
+    found = status(tmp_path, clock={"boot": "another", "seconds": 1e9})
+    assert age_of(found) == host.seconds
 
 
 def test_an_older_agents_time_in_the_future_is_no_negative_age(host: Host) -> None:
-    told = msgspec.json.decode(OLD.read_bytes())
-    assert "clock" not in told
-    host.wall = datetime.fromisoformat(told["at"]) - timedelta(hours=1)
-    assert age_of(told) == 0.0
-    assert "s old" not in "\n".join(status_lines(told, age_of(told)))
+    found = msgspec.json.decode(OLD.read_bytes())
+    assert "clock" not in found
+    host.wall = datetime.fromisoformat(found["at"]) - timedelta(hours=1)
+    assert age_of(found) == 0.0
+    assert "s old" not in "\n".join(status_lines(found, age_of(found)))
 
 
 def test_a_time_that_is_shown_follows_the_wall_clock_as_it_is_set_now(host: Host) -> None:

@@ -33,7 +33,7 @@ def test_no_two_names_look_the_same_and_none_commands_a_terminal(one: bytes, oth
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         (b"vni1001", "vni1001"),
         (b"a\xff", r"a\xff"),
@@ -42,8 +42,8 @@ def test_no_two_names_look_the_same_and_none_commands_a_terminal(one: bytes, oth
         ("ö".encode(), "ö"),
     ],
 )
-def test_names_as_they_are_shown(name: bytes, told: str) -> None:
-    assert shown(decoded(name)) == told
+def test_names_as_they_are_shown(name: bytes, expected: str) -> None:
+    assert shown(decoded(name)) == expected
 
 
 @pytest.mark.parametrize(

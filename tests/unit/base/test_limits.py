@@ -233,8 +233,8 @@ def test_a_flag_beyond_its_limit_is_refused_with_a_sentence_and_nothing_is_writt
         write(store, Put(key_of(FABRIKAM), encode(FABRIKAM)))
     argv = ["exemption", *map(str, options), "--config", str(config)]
     result = CliRunner().invoke(app, argv)
-    told = f"{result.stderr} {result.exception or ''}".replace("\n", " ")
-    assert problem in " ".join(told.replace("│", " ").split())
+    message = f"{result.stderr} {result.exception or ''}".replace("\n", " ")
+    assert problem in " ".join(message.replace("│", " ").split())
     assert isinstance(result.exception, InputError | SystemExit)
     assert result.exit_code != 0
     with closing(opened(path)) as store:

@@ -67,7 +67,7 @@ def test_help_names_what_an_option_or_an_argument_takes(verb: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (("explain", "vni1", "10.0.0.4", "--config", "/nowhere.toml"), 2, "/nowhere.toml: No such file"),
         (("check", "--config", "/nowhere.toml"), 2, "/nowhere.toml"),
@@ -89,13 +89,13 @@ def test_help_names_what_an_option_or_an_argument_takes(verb: tuple[str, ...]) -
         (("top", "--interval", "often"), 2, "--interval: expected a number "),
     ],
 )
-def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], code: int, told: str) -> None:
+def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], code: int, message: str) -> None:
     result = portward(*arguments)
     assert result.returncode == code
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("portward: ")
-    assert told in result.stderr
+    assert message in result.stderr
 
 
 def test_a_file_that_may_not_be_read_is_told_as_any_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -38,17 +38,19 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], io.BytesIO]:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "told"),
+    ("encoding", "expected"),
     [
         ("latin-1", b'"\xe9-> \\u2603" \\ud83d\\udcbb\n'),
         ("ascii", b'"\\u00e9-> \\u2603" \\ud83d\\udcbb\n'),
         ("utf-8", f"{TEXT}\n".encode()),
     ],
 )
-def test_a_line_can_be_printed_everywhere(stream: Callable[[str], io.BytesIO], encoding: str, told: bytes) -> None:
+def test_a_line_can_be_printed_everywhere(
+    stream: Callable[[str], io.BytesIO], encoding: str, expected: bytes
+) -> None:
     data = stream(encoding)
     streams.echo(TEXT)
-    assert data.getvalue() == told
+    assert data.getvalue() == expected
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8", "cp1252", "koi8-r", "shift_jis"])
@@ -188,20 +190,20 @@ def test_an_interrupt_after_writing_says_what_was_written(
     assert capsys.readouterr().err == "portward: interrupted; the store was changed, as revision 1\n"
 
 
-@pytest.mark.parametrize(("arguments", "told"), FOREIGN, ids=[told for _, told in FOREIGN])
+@pytest.mark.parametrize(("arguments", "message"), FOREIGN, ids=[message for _, message in FOREIGN])
 def test_bytes_that_are_not_utf_8_are_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[str | bytes, ...],
-    told: str,
+    message: str,
 ) -> None:
     words = [os.fsdecode(word) for word in arguments]
     more = [] if arguments[0] in (b"\xff", "policy") else ["--config", str(folder(tmp_path))]
     monkeypatch.setattr(sys, "argv", ["portward", *words, *more])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_arguments_of_utf_8_are_read_under_every_locale(tmp_path: Path) -> None:

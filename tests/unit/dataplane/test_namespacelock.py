@@ -80,12 +80,12 @@ def test_without_the_privilege_it_says_so(kernel: FakeKernel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "message"),
     [(errno.EINVAL, "Linux 5.12"), (errno.EOPNOTSUPP, "Linux 5.12"), (errno.ENOMEM, "Cannot allocate memory")],
 )
-def test_a_kernel_without_owners_is_said_to_be_too_old(kernel: FakeKernel, number: int, told: str) -> None:
+def test_a_kernel_without_owners_is_said_to_be_too_old(kernel: FakeKernel, number: int, message: str) -> None:
     kernel.refuse(number)
-    with pytest.raises(KernelError, match=told):
+    with pytest.raises(KernelError, match=message):
         NamespaceLock(0)
 
 

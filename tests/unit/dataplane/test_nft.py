@@ -83,7 +83,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Library]:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "message"),
     [
         (b"/dev/stdin:3:1-5: Error: syntax error, unexpected x\nx y\n^\n",
          "nft: 3:1-5: Error: syntax error, unexpected x: x y"),
@@ -96,13 +96,13 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Library]:
     ],
 )  # fmt: skip
 def test_an_error_is_one_line_and_the_command_it_points_at(
-    library: Callable[..., Library], said: bytes, told: str
+    library: Callable[..., Library], said: bytes, message: str
 ) -> None:
     found = library(errors=said)
     for ask in (Nft().load, Nft().check, Nft().listing):
         with pytest.raises(KernelError) as raised:
             ask("inet t")
-        assert str(raised.value) == told
+        assert str(raised.value) == message
     assert not found.open, "no context is left, also after an error"
 
 

@@ -74,7 +74,7 @@ ANSWER = """echo '{"result": "pass"}'"""
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "message"),
     [
         ("exit 0", "not understood"),
         ("echo pass", "not understood"),
@@ -92,10 +92,10 @@ ANSWER = """echo '{"result": "pass"}'"""
         ("printf '%05000d' 0 | tr 0 '['", "not understood"),
     ],
 )
-def test_what_is_no_answer_refers(check: Check, script: str, told: str) -> None:
+def test_what_is_no_answer_refers(check: Check, script: str, message: str) -> None:
     found = check(f"cat > /dev/null; {script}")
     assert found.result is FraudCheck.REFER
-    assert told in found.note
+    assert message in found.note
 
 
 def test_who_does_not_read_may_answer_all_the_same(check: Check) -> None:

@@ -162,18 +162,18 @@ def test_a_review_asks_what_the_preset_says() -> None:
             ),
         ),
     )
-    told = Details(
+    details = Details(
         mail_software="postfix", volume=900, reverse_dns="mx.example.net",
         authentication=(Authentication.SPF,), terms_accepted=True,
     )  # fmt: skip
     facts = Case(asking, subscription("asked"), None, NOW)
-    assert lifecycle.request(facts, WHY._replace(details=told), by="bob").details == told
+    assert lifecycle.request(facts, WHY._replace(details=details), by="bob").details == details
     for field, empty, name in (
         ("mail_software", "", "mail-software"), ("volume", None, "volume"), ("reverse_dns", " ", "reverse-dns"),
         ("authentication", (), "authentication"), ("terms_accepted", False, "terms"),
     ):  # fmt: skip
         with pytest.raises(RefusedError, match=f"wants to know more: {name}$"):
-            lifecycle.request(facts, WHY._replace(details=replace(told, **{field: empty})), by="bob")
+            lifecycle.request(facts, WHY._replace(details=replace(details, **{field: empty})), by="bob")
     with pytest.raises(
         RefusedError, match=r"justification: .*, mail-software, volume, reverse-dns, authentication, terms$"
     ):

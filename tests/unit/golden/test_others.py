@@ -85,9 +85,9 @@ def test_a_block_of_another_version_is_refused(change: str) -> None:
 def test_the_status_of_an_older_agent_can_be_told(tmp_path: Path) -> None:
     """It has no format number, and no newer keys."""
     (tmp_path / "status.json").write_bytes((FOLDER / "status-1.json").read_bytes())
-    told = read_status(tmp_path)
-    assert told is not None
-    lines = status_lines(told, age_of(told))
+    found = read_status(tmp_path)
+    assert found is not None
+    lines = status_lines(found, age_of(found))
     for line in (
         "HELD      revision 8 would flip the verdict of 21 of 40 subscriptions: `portward apply --confirm` lets "
         "it through",

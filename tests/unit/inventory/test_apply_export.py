@@ -106,8 +106,8 @@ def test_a_dry_run_on_a_store_leaves_it_as_it_is(run: Run, files: Path, path: Pa
     run("apply", "inventory.yaml")
     before = records(path), log(path)
     (files / "inventory.yaml").write_text(EXAMPLE.replace("standing: good", "standing: disabled"))
-    told = run("apply", "--dry-run", "inventory.yaml").stdout
-    assert told.splitlines()[0] == "~ subscription fabrikam: standing good → disabled"
+    printed = run("apply", "--dry-run", "inventory.yaml").stdout
+    assert printed.splitlines()[0] == "~ subscription fabrikam: standing good → disabled"
     assert (records(path), log(path)) == before
 
 
@@ -139,8 +139,8 @@ def test_pruning_every_customer_of_a_small_store_has_to_be_confirmed(
     assert refused.value.exit_code == 1
     dry = run("apply", "--prune", "--dry-run", "nothing.yaml").stdout
     assert dry.endswith(f"it {would}: to be applied with --confirm only\n")
-    told = json.loads(run("apply", "--prune", "--dry-run", "--json", "nothing.yaml").stdout)
-    assert told["warnings"] == [f"it {would}: to be applied with --confirm only"]
+    printed = json.loads(run("apply", "--prune", "--dry-run", "--json", "nothing.yaml").stdout)
+    assert printed["warnings"] == [f"it {would}: to be applied with --confirm only"]
     assert records(path) == before
     run("apply", "--prune", "--confirm", "nothing.yaml")
     assert not any(key in before for key in records(path))

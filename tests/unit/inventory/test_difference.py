@@ -95,9 +95,9 @@ def test_each_change_is_said_in_a_line(tmp_path: Path) -> None:
 
 def test_an_offer_that_the_preset_does_not_know_is_refused(tmp_path: Path) -> None:
     inventory = read(tmp_path, EXAMPLE.replace("pay-as-you-go", "pay-as-yuo-go"))
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         check_offers(inventory, presets.load("azure-2020"))
-    assert str(told.value).endswith(
+    assert str(caught.value).endswith(
         "inventory.yaml:8: subscriptions[1].offer: the preset azure-2020 knows no offer 'pay-as-yuo-go'; "
         "did you mean 'pay-as-you-go'?"
     )
@@ -110,12 +110,12 @@ def test_an_offer_that_the_preset_does_not_know_is_refused(tmp_path: Path) -> No
 def test_a_subscription_that_nobody_knows_is_refused(tmp_path: Path, list_: str, line: int, field: str) -> None:
     inventory = read(tmp_path, part(tmp_path, list_))
     check_references(HAVE, inventory, prune=False)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         check_references({}, inventory, prune=False)
     known = (CONTOSO if list_ == "attachments" else FABRIKAM).id
     problem = f"{field}.subscription: no subscription {known} is in the files or in the store"
-    assert problem in str(told.value)
-    assert told.value.line == line + 1
+    assert problem in str(caught.value)
+    assert caught.value.line == line + 1
 
 
 def test_a_subscription_that_is_still_needed_cannot_be_pruned(tmp_path: Path) -> None:

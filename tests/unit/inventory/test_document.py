@@ -48,11 +48,11 @@ def read(folder: Path, text: str, name: str = "inventory.yaml") -> Inventory:
 
 def refused(folder: Path, text: str, name: str = "inventory.yaml") -> str:
     """The error message for a file with this text, without the path of its folder."""
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         read(folder, text, name)
-    assert told.value.exit_code == 2
-    assert "\n" not in str(told.value)
-    return str(told.value).replace(f"{folder}/", "")
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(f"{folder}/", "")
 
 
 def test_a_yaml_inventory_is_read(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_a_day_is_its_beginning_in_utc_as_the_options_take_it(tmp_path: Path, fo
 
 def test_a_day_does_not_hide_another_mistake_in_json(tmp_path: Path) -> None:
     text = '{"exemptions": [{"subscription": 1,\n"state": "requested", "until": "2027-01-09"}]}'
-    told = refused(tmp_path, text, "inventory.json")
-    assert told.startswith("inventory.json:1: exemptions[0].subscription: expected a UUID like")
+    message = refused(tmp_path, text, "inventory.json")
+    assert message.startswith("inventory.json:1: exemptions[0].subscription: expected a UUID like")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_an_address_has_one_key(tmp_path: Path, written: str, kept: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("was", "becomes", "told"),
+    ("was", "becomes", "message"),
     [
         ("subscriptions:", "subscription:", ":1: subscription: unknown key; did you mean 'subscriptions'?"),
         ("exemptions:", "machines:", ":20: machines: unknown key; known here: subscriptions, "),
@@ -191,13 +191,13 @@ def test_an_address_has_one_key(tmp_path: Path, written: str, kept: str) -> None
         (f"id: {OTHER}", f"id: {ID}", f":6: subscriptions[1]: subscriptions/{ID} stands in inventory.yaml:2 "),
     ],
 )  # fmt: skip
-def test_a_mistake_in_yaml_is_told_with_its_place(tmp_path: Path, was: str, becomes: str, told: str) -> None:
+def test_a_mistake_in_yaml_is_told_with_its_place(tmp_path: Path, was: str, becomes: str, message: str) -> None:
     assert EXAMPLE.count(was) >= 1
-    assert refused(tmp_path, EXAMPLE.replace(was, becomes, 1)).startswith(f"inventory.yaml{told}")
+    assert refused(tmp_path, EXAMPLE.replace(was, becomes, 1)).startswith(f"inventory.yaml{message}")
 
 
 @pytest.mark.parametrize(
-    ("was", "becomes", "told"),
+    ("was", "becomes", "message"),
     [
         ('"attachments"', '"attachment"', ":5: attachment: unknown key; did you mean 'attachments'?"),
         ('"workload"', '"wokload"', ":10: attachments[0].wokload: unknown key; did you mean 'workload'?"),
@@ -216,10 +216,10 @@ def test_a_mistake_in_yaml_is_told_with_its_place(tmp_path: Path, was: str, beco
         ("]\n}\n", "]\n} x\n", ":13: not JSON: trailing characters"),
     ],
 )
-def test_a_mistake_in_json_is_told_with_its_place(tmp_path: Path, was: str, becomes: str, told: str) -> None:
+def test_a_mistake_in_json_is_told_with_its_place(tmp_path: Path, was: str, becomes: str, message: str) -> None:
     assert EXAMPLE_JSON.count(was) == 1
     assert refused(tmp_path, EXAMPLE_JSON.replace(was, becomes), "inventory.json").startswith(
-        f"inventory.json{told}"
+        f"inventory.json{message}"
     )
 
 
@@ -227,13 +227,13 @@ def test_a_record_that_stands_twice_names_both_files(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.json"
     one.write_text(EXAMPLE)
     two.write_text(EXAMPLE_JSON)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         read_inventory([str(one), str(two)])
-    assert str(told.value) == (f"{two}:3: subscriptions[0]: subscriptions/{ID} stands in {one}:2 already")
+    assert str(caught.value) == (f"{two}:3: subscriptions[0]: subscriptions/{ID} stands in {one}:2 already")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "inventory.yaml: the document is empty"),
         ("# nothing\n", "inventory.yaml: the document is empty"),
@@ -249,8 +249,8 @@ def test_a_record_that_stands_twice_names_both_files(tmp_path: Path) -> None:
         ('{"subscriptions": [' + '{"id":' * 100_000, "inventory.yaml"),
     ],
 )
-def test_a_document_of_another_form_is_refused(tmp_path: Path, text: str, told: str) -> None:
-    assert refused(tmp_path, text).startswith(told)
+def test_a_document_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert refused(tmp_path, text).startswith(message)
 
 
 MERGED = f"""\

@@ -231,9 +231,9 @@ def test_an_address_that_is_taken_is_tried_again(
     until(lambda: not ground.server.problem)
     assert ground.ask().endswith(b"up 1\n")
     ground.server.close()
-    told = [record.message for record in caplog.records]
-    assert sum("Address already in use" in line for line in told) == 1
-    assert sum("can be scraped now" in line for line in told) == 1
+    logged = [record.message for record in caplog.records]
+    assert sum("Address already in use" in line for line in logged) == 1
+    assert sum("can be scraped now" in line for line in logged) == 1
 
 
 def test_of_localhost_one_family_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

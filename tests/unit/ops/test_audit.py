@@ -186,7 +186,7 @@ def test_an_address_is_not_the_prefix_that_begins_with_it(log: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--since", "9"), "no entry after revision 9: the newest is revision 5"),
         (("--actor", "bob"), "no entry by 'bob': the newest is revision 5"),
@@ -196,13 +196,13 @@ def test_an_address_is_not_the_prefix_that_begins_with_it(log: Path) -> None:
         ),
     ],
 )
-def test_where_nothing_is_chosen_it_says_so(log: Path, arguments: tuple[str, ...], told: str) -> None:
+def test_where_nothing_is_chosen_it_says_so(log: Path, arguments: tuple[str, ...], message: str) -> None:
     assert log.exists()
-    assert audit(*arguments)[0] == told
+    assert audit(*arguments)[0] == message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--since", "1", "--last", "2"), "--since: either this or --last, not both"),
         (("--check", "--last", "2"), "--check: prints no entries, so --last says nothing"),
@@ -212,11 +212,11 @@ def test_where_nothing_is_chosen_it_says_so(log: Path, arguments: tuple[str, ...
         (("--expect", "5:abc"), "--expect: '5:abc' is not REVISION:HASH"),
     ],
 )
-def test_a_mistake_is_told(log: Path, arguments: tuple[str, ...], told: str) -> None:
+def test_a_mistake_is_told(log: Path, arguments: tuple[str, ...], message: str) -> None:
     assert log.exists()
     with pytest.raises(InputError) as error:
         run(*arguments)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert error.value.exit_code == 2
 
 
@@ -255,8 +255,8 @@ def test_many_findings_are_cut_and_counted(path: Path) -> None:
     assert len(result.stderr.splitlines()) == 101
     assert result.stderr.splitlines()[-1] == "portward: … and 150 more"
     assert "250 findings" in result.stdout
-    told = machine()
-    assert (told["whole"], told["findings_total"], len(told["findings"])) == (False, 250, 100)
+    printed = machine()
+    assert (printed["whole"], printed["findings_total"], len(printed["findings"])) == (False, 250, 100)
 
 
 def test_the_head_that_was_printed_is_expected_later(log: Path) -> None:
@@ -293,13 +293,13 @@ def test_json_is_one_object(log: Path) -> None:
     tamper(log, "UPDATE revision SET actor = 'eve' WHERE number = 4")
     result = run("--json", "--last", "2")
     assert (result.exit_code, result.stderr) == (1, "")
-    told = json.loads(result.stdout)
-    assert (told["whole"], told["revisions"], told["changes"], told["sealed"]) == (False, 5, 9, None)
-    assert re.fullmatch("5:[0-9a-f]{64}", told["head"])
-    assert [(each["kind"], each["revision"]) for each in told["findings"]] == [("entry-changed", 4)]
-    fourth, fifth = told["entries"]
+    printed = json.loads(result.stdout)
+    assert (printed["whole"], printed["revisions"], printed["changes"], printed["sealed"]) == (False, 5, 9, None)
+    assert re.fullmatch("5:[0-9a-f]{64}", printed["head"])
+    assert [(each["kind"], each["revision"]) for each in printed["findings"]] == [("entry-changed", 4)]
+    fourth, fifth = printed["entries"]
     assert (fourth["revision"], fourth["actor"], fourth["added"], fourth["changed"]) == (4, "eve", 1, 1)
-    assert told["head"] == f"5:{fifth['hash']}"
+    assert printed["head"] == f"5:{fifth['hash']}"
     assert fifth["changes"][0]["after"]["name"] == "contoso-prod"
 
 
@@ -324,8 +324,8 @@ def test_an_empty_store_is_whole(path: Path) -> None:
     first, last = audit()
     assert first == "the log has no entry yet"
     assert re.fullmatch(f"checked 0 revisions, 0 changes: whole, {HEAD}", last)
-    told = machine()
-    assert (told["whole"], told["entries"]) == (True, [])
+    printed = machine()
+    assert (printed["whole"], printed["entries"]) == (True, [])
 
 
 def test_a_store_of_format_1_is_shown_and_told_and_not_sealed(path: Path) -> None:

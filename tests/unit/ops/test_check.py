@@ -83,20 +83,20 @@ def test_it_shows_names_that_are_not_text(tmp_path: Path, monkeypatch: pytest.Mo
     assert r"segments 'vni*': vni\xff\x1b" in said(tmp_path)
 
 
-@pytest.mark.parametrize(("with_store", "told"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("with_store", "expected"), [(True, True), (False, False)])
 def test_a_program_that_cannot_be_run_is_told_and_keeps_no_agent_from_its_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: bool, told: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: bool, expected: bool
 ) -> None:
     on_a_host(monkeypatch)
     path = tmp_path / "portward.toml"
     path.write_text(f'{LEAST}[exemptions]\ncheck = ["{path}", "--quick"]\n')
     lines = list(itertools.islice(check.check(path, with_store=with_store), 6))
     warned = f"WARNING: exemptions.check: {path} cannot be run here: there is no such program, or it may not be "
-    assert any(line.startswith(warned) for line in lines) is told
+    assert any(line.startswith(warned) for line in lines) is expected
 
 
 @pytest.mark.parametrize(
-    ("process", "status", "told"),
+    ("process", "status", "message"),
     [
         (None, None, "there is none yet$"),
         (4711, None, "there is none yet; an agent is starting .process 4711."),
@@ -108,7 +108,7 @@ def test_a_table_that_is_gone_is_no_table_that_is_not_there_yet(
     monkeypatch: pytest.MonkeyPatch,
     process: int | None,
     status: dict[str, Any] | None,
-    told: str,
+    message: str,
 ) -> None:
     on_a_host(monkeypatch)
     monkeypatch.setattr(check, "running", lambda _: process)
@@ -121,5 +121,5 @@ def test_a_table_that_is_gone_is_no_table_that_is_not_there_yet(
         pass
     lines = list(check.check(path))
     assert [
-        line for line in lines if re.search(rf"{tmp_path}/table: there is none", line) and re.search(told, line)
+        line for line in lines if re.search(rf"{tmp_path}/table: there is none", line) and re.search(message, line)
     ]

@@ -71,7 +71,7 @@ def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loaded", "closed", "opens", "told"),
+    ("loaded", "closed", "opens", "message"),
     [
         (
             True,
@@ -87,7 +87,7 @@ def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
     ],
 )
 def test_without_an_agent_what_is_said_is_what_the_kernel_does(
-    monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, opens: tuple[str, ...], told: str
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, opens: tuple[str, ...], message: str
 ) -> None:
     """The text follows the loaded ruleset, not the configuration, which may differ."""
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
@@ -96,7 +96,7 @@ def test_without_an_agent_what_is_said_is_what_the_kernel_does(
     monkeypatch.setattr(rules, "states", list)
     for config in (CONFIG, replace(CONFIG, on_agent_down=OnAgentDown.OPEN), replace(CONFIG, mode=Mode.OBSERVE)):
         said = rules.without_agent(config)
-        assert told in said
+        assert message in said
         assert said.endswith(" (start it: `systemctl start portward`)")
 
 
@@ -138,7 +138,7 @@ def test_without_an_agent_on_this_table_one_with_another_table_is_named(
 
 
 @pytest.mark.parametrize(
-    ("loaded", "comment", "told"),
+    ("loaded", "comment", "message"),
     [
         (False, None, "no ruleset of portward is loaded here"),
         (True, "portward, process 4711", r"the agent runs \(process 4711 by its own count\).* stop it first"),
@@ -146,7 +146,7 @@ def test_without_an_agent_on_this_table_one_with_another_table_is_named(
     ],
 )
 def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
-    monkeypatch: pytest.MonkeyPatch, loaded: bool, comment: str | None, told: str
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, comment: str | None, message: str
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
     monkeypatch.setattr(reconciler, "loaded", lambda _: loaded)
@@ -154,11 +154,11 @@ def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
     monkeypatch.setattr(namespacelock, "lasting_holder", namespacelock.holder)
     result = CliRunner().invoke(app, ["rules", "remove"])
     assert result.stdout == ""
-    assert re.search(told, str(result.exception))
+    assert re.search(message, str(result.exception))
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (None, "standard input: is closed, so no answer can be read: use --yes"),
         (b"\xff\n", "stopped at the question: nothing was changed"),
@@ -166,12 +166,12 @@ def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
     ],
 )
 def test_an_answer_that_is_none_ends_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, given: bytes | None, told: str
+    monkeypatch: pytest.MonkeyPatch, given: bytes | None, message: str
 ) -> None:
     answer = None if given is None else io.TextIOWrapper(io.BytesIO(given), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", answer)
     monkeypatch.setattr(rules, "check_removable", lambda: None)
-    with pytest.raises(PortwardError, match=re.escape(told)):
+    with pytest.raises(PortwardError, match=re.escape(message)):
         verb.remove()
 
 
@@ -193,7 +193,7 @@ def test_what_libraries_write_to_standard_error_is_not_shown(
 
 
 @pytest.mark.parametrize(
-    ("opens", "config", "told"),
+    ("opens", "config", "message"),
     [
         ((), CONFIG, ""),
         (("vni*",), replace(CONFIG, on_agent_down=OnAgentDown.OPEN), ""),
@@ -202,15 +202,15 @@ def test_what_libraries_write_to_standard_error_is_not_shown(
     ],
 )
 def test_a_baseline_that_changes_nothing_says_what_is_loaded_against_the_file(
-    monkeypatch: pytest.MonkeyPatch, opens: tuple[str, ...], config: Config, told: str
+    monkeypatch: pytest.MonkeyPatch, opens: tuple[str, ...], config: Config, message: str
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
     monkeypatch.setattr(reconciler, "loaded", lambda _: True)
     monkeypatch.setattr(rules, "load_config", lambda _: config)
     said = rules.baseline(Path("portward.toml"))
     assert said.startswith("portward's ruleset is loaded already: nothing is changed")
-    if told:
-        assert f". It is not what portward.toml wants: it {told} An agent loads that when" in said
+    if message:
+        assert f". It is not what portward.toml wants: it {message} An agent loads that when" in said
     else:
         assert said.endswith("nothing is changed")
 

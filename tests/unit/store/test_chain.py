@@ -120,7 +120,7 @@ def head(path: Path) -> Mark:
     return found
 
 
-def told(path: Path) -> list[tuple[IntegrityIssueKind, int | None, tuple[str, ...]]]:
+def short_findings(path: Path) -> list[tuple[IntegrityIssueKind, int | None, tuple[str, ...]]]:
     """The issues without their texts."""
     return [(finding.kind, finding.revision, finding.keys) for finding in findings(path)]
 
@@ -230,20 +230,20 @@ def test_a_check_counts_and_gives_the_head(log: Path) -> None:
 def test_a_changed_entry_is_found_and_named(log: Path, change: str, number: int) -> None:
     keys = tuple(row[0] for row in rows_of(log, number))
     tamper(log, f"UPDATE revision SET {change} WHERE number = {number}")
-    assert told(log) == [(IntegrityIssueKind.CHANGED, number, keys)]
+    assert short_findings(log) == [(IntegrityIssueKind.CHANGED, number, keys)]
     assert str(findings(log)[0]).startswith(f"revision {number}, by ")
 
 
 @pytest.mark.parametrize("column", ["before", "after"])
 def test_a_changed_change_is_found_and_its_key_named(log: Path, column: str) -> None:
     tamper(log, f"UPDATE change SET {column} = 'x' WHERE revision = 3")
-    assert told(log)[0] == (IntegrityIssueKind.CHANGED, 3, (key_of(MACHINE),))
+    assert short_findings(log)[0] == (IntegrityIssueKind.CHANGED, 3, (key_of(MACHINE),))
     assert "by ada at 2026-06-01T12:00:00+00:00, does not fit its hash" in str(findings(log)[0])
 
 
 def test_a_change_that_was_taken_out_is_found(log: Path) -> None:
     tamper(log, f"DELETE FROM change WHERE revision = 2 AND key = '{key_of(GRANT)}'")
-    assert told(log) == [
+    assert short_findings(log) == [
         (IntegrityIssueKind.CHANGED, 2, (key_of(PREFIX), key_of(FABRIKAM))),
         (IntegrityIssueKind.RECORD, None, (key_of(GRANT),)),
     ]
@@ -251,13 +251,13 @@ def test_a_change_that_was_taken_out_is_found(log: Path) -> None:
 
 def test_a_change_that_was_put_in_is_found(log: Path) -> None:
     tamper(log, "INSERT INTO change VALUES (1, 'exemptions/x', 'y', NULL)")
-    assert [(kind, revision) for kind, revision, _ in told(log)] == [(IntegrityIssueKind.CHANGED, 1)]
+    assert [(kind, revision) for kind, revision, _ in short_findings(log)] == [(IntegrityIssueKind.CHANGED, 1)]
 
 
 @pytest.mark.parametrize("also", ["", "DELETE FROM change WHERE revision = 3;"])
 def test_an_entry_that_is_missing_in_the_middle_is_named(log: Path, also: str) -> None:
     tamper(log, f"DELETE FROM revision WHERE number = 3; {also}")
-    found = told(log)
+    found = short_findings(log)
     assert found[0] == (IntegrityIssueKind.MISSING, 3, ())
     assert found[1:] == ([] if also else [(IntegrityIssueKind.STRAY, 3, (key_of(MACHINE),))])
     assert str(findings(log)[0]) == "revision 3 is missing: 4 comes next"
@@ -266,28 +266,30 @@ def test_an_entry_that_is_missing_in_the_middle_is_named(log: Path, also: str) -
 def test_entries_that_are_missing_at_the_end_are_found_by_the_records(log: Path) -> None:
     tamper(log, "DELETE FROM revision WHERE number >= 3; DELETE FROM change WHERE revision >= 3")
     # The missing entries had not changed CONTOSO and MACHINE, so no record differs.
-    assert told(log) == []
+    assert short_findings(log) == []
     tamper(log, "DELETE FROM revision WHERE number >= 2; DELETE FROM change WHERE revision >= 2")
     keys = {key_of(FABRIKAM), key_of(PREFIX), key_of(GRANT)}
-    assert {(kind, *of) for kind, _, of in told(log)} == {(IntegrityIssueKind.RECORD, key) for key in keys}
+    assert {(kind, *of) for kind, _, of in short_findings(log)} == {
+        (IntegrityIssueKind.RECORD, key) for key in keys
+    }
 
 
 def test_the_newest_entry_without_its_changes_is_found(log: Path) -> None:
     tamper(log, "DELETE FROM revision WHERE number = 5")
-    assert (IntegrityIssueKind.STRAY, 5, (key_of(CONTOSO),)) in told(log)
-    assert (IntegrityIssueKind.RECORD, 4, (key_of(CONTOSO),)) in told(log)
+    assert (IntegrityIssueKind.STRAY, 5, (key_of(CONTOSO),)) in short_findings(log)
+    assert (IntegrityIssueKind.RECORD, 4, (key_of(CONTOSO),)) in short_findings(log)
 
 
 def test_a_log_that_was_cut_at_its_beginning_says_so(log: Path) -> None:
     tamper(log, "DELETE FROM revision WHERE number <= 2; DELETE FROM change WHERE revision <= 2")
-    assert told(log)[0] == (IntegrityIssueKind.MISSING, 1, ())
+    assert short_findings(log)[0] == (IntegrityIssueKind.MISSING, 1, ())
     assert str(findings(log)[0]) == "revisions 1 to 2 are missing: the log begins with 3"
 
 
 def test_an_entry_whose_hash_was_made_to_fit_is_named_by_the_one_after(log: Path) -> None:
     tamper(log, "UPDATE revision SET actor = 'eve' WHERE number = 3")
     rehash(log, 3)
-    assert told(log) == [(IntegrityIssueKind.CHANGED, 3, (key_of(MACHINE),))]
+    assert short_findings(log) == [(IntegrityIssueKind.CHANGED, 3, (key_of(MACHINE),))]
     assert str(findings(log)[0]) == (
         "revision 3, by eve at 2026-06-01T12:00:00+00:00, was changed, and its hash with it: "
         "revision 4, by grace at 2026-06-01T12:00:00+00:00, carries another hash of it; it holds now "
@@ -321,19 +323,19 @@ def test_a_store_that_was_taken_back_is_found_by_who_expects_a_later_entry(log: 
 
 def test_a_record_that_was_changed_past_the_log_is_named(log: Path) -> None:
     tamper(log, f"UPDATE record SET body = '{{}}' WHERE key = '{key_of(GRANT)}'")
-    assert told(log) == [(IntegrityIssueKind.RECORD, 2, (key_of(GRANT),))]
+    assert short_findings(log) == [(IntegrityIssueKind.RECORD, 2, (key_of(GRANT),))]
     assert "is not as revision 2 left it" in str(findings(log)[0])
 
 
 def test_a_record_that_was_taken_away_past_the_log_is_named(log: Path) -> None:
     tamper(log, f"DELETE FROM record WHERE key = '{key_of(GRANT)}'")
-    assert told(log) == [(IntegrityIssueKind.RECORD, 2, (key_of(GRANT),))]
+    assert short_findings(log) == [(IntegrityIssueKind.RECORD, 2, (key_of(GRANT),))]
     assert "is not there, and revision 2 left one" in str(findings(log)[0])
 
 
 def test_a_record_that_was_added_past_the_log_is_named(log: Path) -> None:
     tamper(log, "INSERT INTO record VALUES ('exemptions/x', '{}')")
-    assert told(log) == [(IntegrityIssueKind.RECORD, None, ("exemptions/x",))]
+    assert short_findings(log) == [(IntegrityIssueKind.RECORD, None, ("exemptions/x",))]
 
 
 def test_a_record_is_agreed_with_again_once_it_is_written_anew(log: Path) -> None:
@@ -346,25 +348,25 @@ def test_a_record_is_agreed_with_again_once_it_is_written_anew(log: Path) -> Non
 @pytest.mark.parametrize("change", ["at = '2020'", "sealed = 5", "hash = zeroblob(32)"])
 def test_a_changed_origin_is_found(log: Path, change: str) -> None:
     tamper(log, f"UPDATE origin SET {change}")
-    assert told(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
+    assert short_findings(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
 
 
 def test_an_origin_whose_hash_was_made_to_fit_is_found(log: Path) -> None:
     with closing(SqliteStore(log)) as store:
         found = origin_hash(store.identity(), "2020", 0)
     tamper(log, f"UPDATE origin SET at = '2020', hash = X'{found.hex()}'")
-    assert told(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
+    assert short_findings(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
 
 
 def test_another_stores_identity_is_found(log: Path) -> None:
     tamper(log, "UPDATE store SET identity = X'00112233445566778899aabbccddeeff'")
-    assert told(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
+    assert short_findings(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
 
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_an_entry_before_the_first_is_found(log: Path, number: int) -> None:
     tamper(log, f"INSERT INTO revision SELECT {number}, at, actor, previous, hash FROM revision WHERE number = 1")
-    assert told(log) == [(IntegrityIssueKind.CHANGED, number, ())]
+    assert short_findings(log) == [(IntegrityIssueKind.CHANGED, number, ())]
 
 
 CELLS = {
@@ -476,9 +478,9 @@ def test_texts_that_are_no_utf_8_are_told_apart(log: Path) -> None:
     tamper(log, "UPDATE change SET after = CAST(X'80' AS TEXT) WHERE revision = 6 AND key = 'subscriptions/1500'")
     rehash(log, 6)
     before = head(log)
-    assert [kind for kind, _, _ in told(log)] == [IntegrityIssueKind.RECORD]
+    assert [kind for kind, _, _ in short_findings(log)] == [IntegrityIssueKind.RECORD]
     tamper(log, "UPDATE change SET after = CAST(X'81' AS TEXT) WHERE revision = 6 AND key = 'subscriptions/1500'")
-    assert told(log)[0][:2] == (IntegrityIssueKind.CHANGED, 6)
+    assert short_findings(log)[0][:2] == (IntegrityIssueKind.CHANGED, 6)
     rehash(log, 6)
     assert head(log).hash != before.hash
 
@@ -556,14 +558,14 @@ def test_a_store_of_format_1_is_read_as_it_is(path: Path) -> None:
         assert [change.revision for change in store.changes(0)] == [1, 1, 2, 2, 2, 3, 4, 4, 5]
         assert store.origin() is None
         assert [(entry.number, entry.hash) for entry in store.log()] == [(number, None) for number in range(1, 6)]
-    assert told(path) == [(IntegrityIssueKind.UNSEALED, None, ())]
+    assert short_findings(path) == [(IntegrityIssueKind.UNSEALED, None, ())]
     assert version(path) == 1
 
 
 def test_what_can_be_found_without_hashes_is_found(path: Path) -> None:
     format_1(path)
     tamper(path, f"DELETE FROM revision WHERE number = 3; DELETE FROM record WHERE key = '{key_of(GRANT)}'")
-    assert [kind for kind, _, _ in told(path)] == [
+    assert [kind for kind, _, _ in short_findings(path)] == [
         IntegrityIssueKind.UNSEALED,
         IntegrityIssueKind.MISSING,
         IntegrityIssueKind.STRAY,
@@ -580,7 +582,7 @@ def test_who_opens_it_to_make_or_write_it_seals_it(path: Path) -> None:
     assert check.origin is not None
     assert check.origin.sealed == 5
     tamper(path, "UPDATE revision SET actor = 'eve' WHERE number = 4")
-    assert [(kind, revision) for kind, revision, _ in told(path)] == [(IntegrityIssueKind.CHANGED, 4)]
+    assert [(kind, revision) for kind, revision, _ in short_findings(path)] == [(IntegrityIssueKind.CHANGED, 4)]
 
 
 def test_who_writes_to_it_seals_it(path: Path) -> None:
@@ -667,7 +669,7 @@ def test_a_newer_portward_that_came_meanwhile_is_not_written_over(log: Path) -> 
 
 def test_a_sealed_store_that_says_it_is_of_format_1_is_not_sealed_anew(log: Path) -> None:
     tamper(log, "UPDATE revision SET actor = 'eve' WHERE number = 4; PRAGMA user_version = 1")
-    assert [kind for kind, _, _ in told(log)] == [IntegrityIssueKind.UNSEALED]
+    assert [kind for kind, _, _ in short_findings(log)] == [IntegrityIssueKind.UNSEALED]
     with pytest.raises(StoreError, match="origin already exists"):
         opened(log)
 

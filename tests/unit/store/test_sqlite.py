@@ -101,13 +101,13 @@ def test_a_conflict_names_both_revisions_and_who_was_quicker(store: SqliteStore,
     write(store, put(CONTOSO))
     with closing(opened(path)) as other:
         write(other, put(FABRIKAM), actor="grace")
-    with pytest.raises(ConflictError) as told:
+    with pytest.raises(ConflictError) as caught:
         store.write([put(MACHINE)], expected=1, actor="ada", at=NOON)
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f"sqlite:{path}: it was read at revision 1 and is now at revision 2, by grace at "
         "2026-06-01T12:00:00+00:00; nothing was written; run it again"
     )
-    assert told.value.exit_code == 1
+    assert caught.value.exit_code == 1
     assert store.revision() == 2
     assert key_of(MACHINE) not in held(store)
 
@@ -231,9 +231,9 @@ def test_a_file_that_was_removed_is_noticed(store: SqliteStore, path: Path) -> N
 
 
 def test_a_missing_store_is_not_made_by_reading(path: Path) -> None:
-    with pytest.raises(NoStoreError) as told:
+    with pytest.raises(NoStoreError) as caught:
         open_store(f"sqlite:{path}")
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f"sqlite:{path}: no such file: put it back from a backup; only if there never was one, 'portward apply' "
         "makes a new one"
     )
@@ -261,9 +261,9 @@ def test_a_store_of_a_newer_version_is_left_alone(store: SqliteStore, path: Path
 @pytest.mark.parametrize("create", [True, False])
 def test_what_is_no_database_is_told(path: Path, *, create: bool) -> None:
     path.write_bytes(b"subscriptions:\n" * 100)
-    with pytest.raises(StoreError) as told:
+    with pytest.raises(StoreError) as caught:
         SqliteStore(path, create=create)
-    assert str(told.value) == f"sqlite:{path}: this file is no SQLite database"
+    assert str(caught.value) == f"sqlite:{path}: this file is no SQLite database"
 
 
 def test_somebody_elses_database_is_left_alone(path: Path) -> None:
@@ -422,21 +422,21 @@ def test_whoever_may_not_write_is_told_so(tmp_path: Path) -> None:
     with closing(opened(path)) as store:
         write(store, put(CONTOSO))
     path.chmod(0o444)
-    told = as_nobody(tmp_path, "store = SqliteStore(path)\nwrite(store, put(FABRIKAM))")
-    assert told == f"StoreError: sqlite:{path}: it cannot be written: {PERMISSIONS}"
+    printed = as_nobody(tmp_path, "store = SqliteStore(path)\nwrite(store, put(FABRIKAM))")
+    assert printed == f"StoreError: sqlite:{path}: it cannot be written: {PERMISSIONS}"
 
 
 def test_whoever_may_not_read_is_told_so(path: Path) -> None:
     opened(path).close()
     path.chmod(0)
-    told = as_nobody(path.parent, "SqliteStore(path)")
-    assert told == f"StoreError: sqlite:{path}: it cannot be opened: {PERMISSIONS}"
+    printed = as_nobody(path.parent, "SqliteStore(path)")
+    assert printed == f"StoreError: sqlite:{path}: it cannot be opened: {PERMISSIONS}"
 
 
 def test_whoever_may_not_enter_the_folder_is_told_so(path: Path) -> None:
     opened(path).close()
-    told = as_nobody(path.parent, "SqliteStore(path)", folder_mode=0)
-    assert told == f"StoreError: sqlite:{path}: Permission denied"
+    printed = as_nobody(path.parent, "SqliteStore(path)", folder_mode=0)
+    assert printed == f"StoreError: sqlite:{path}: Permission denied"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")

@@ -69,9 +69,9 @@ def test_check_lists_them_and_says_what_to_do(store: SqliteStore, path: Path) ->
     assert list(check._store(url)) == [f"store {url}: revision 1"]
     write(store, *BAD)
     lines = check._store(url)
-    told = [next(lines) for _ in range(1 + len(BAD))]
-    assert told[0] == f"store {url}: revision 2"
-    assert all(line.startswith("  ") for line in told[1:])
+    printed = [next(lines) for _ in range(1 + len(BAD))]
+    assert printed[0] == f"store {url}: revision 2"
+    assert all(line.startswith("  ") for line in printed[1:])
     with pytest.raises(StoreError, match=r"^3 records of the store cannot be read: .* `portward apply`"):
         next(lines)
 
@@ -95,5 +95,5 @@ def test_status_names_a_store_that_is_gone_once_and_says_what_stays_in_force(pat
     url = f"sqlite:{path}"
     with pytest.raises(NoStoreError) as gone:
         open_store(url)
-    told = {"store": url, "store_error": str(gone.value)}
-    assert told["store"] + status_text.store(told) == f"{gone.value}; the last known policy stays in force"
+    status = {"store": url, "store_error": str(gone.value)}
+    assert status["store"] + status_text.store(status) == f"{gone.value}; the last known policy stays in force"

@@ -228,7 +228,7 @@ RECORDS: st.SearchStrategy[Record] = st.one_of(
 def test_apply_and_the_agent_count_the_same(have: list[Record], changes: list[tuple[bool, Record]]) -> None:
     before = {key_of(record): encode(record) for record in have}
     batch = {key_of(record): encode(record) if keep else None for keep, record in changes}
-    told = flips(before, [Put(*one) for one in batch.items()], AZURE, NOW)
+    counted = flips(before, [Put(*one) for one in batch.items()], AZURE, NOW)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("portward.store.flips._FEW", 0)
         with closing(Gateway(Path(folder))) as gateway:
@@ -238,4 +238,4 @@ def test_apply_and_the_agent_count_the_same(have: list[Record], changes: list[tu
             write(gateway.store, *(Put(*one) for one in batch.items()))
             gateway.step()
             found = gateway.follower.held
-            assert told.flipped == (0 if found is None else found.flips.flipped)
+            assert counted.flipped == (0 if found is None else found.flips.flipped)

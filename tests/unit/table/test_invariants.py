@@ -112,22 +112,25 @@ BROKEN: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_does_not_hold_is_found(writer: Writer, name: str) -> None:
-    (part, key, old, new), told = BROKEN[name]
+    (part, key, old, new), message = BROKEN[name]
     change(writer, part, key, old, new)
-    assert any(told in finding for finding in findings(writer)), findings(writer)
+    assert any(message in finding for finding in findings(writer)), findings(writer)
 
 
 @pytest.mark.parametrize("what", ["account", "prefix", "place"])
 def test_an_entry_that_cannot_be_is_found(writer: Writer, what: str) -> None:
     row = row_of(writer, "10.0.0.1")
     if what == "account":
-        new, told = row[:-12] + layout.number(99) + row[-8:], "the entry for 10.0.0.1/32 in segment 1 refers to no"
+        new, message = (
+            row[:-12] + layout.number(99) + row[-8:],
+            "the entry for 10.0.0.1/32 in segment 1 refers to no",
+        )
     elif what == "prefix":
-        new, told = row[:3] + b"\x08" + row[4:], "an entry stands for no prefix"
+        new, message = row[:3] + b"\x08" + row[4:], "an entry stands for no prefix"
     else:
-        new, told = row[:-1] + bytes([row[-1] | 0x20]), "two entries stand for 10.0.0.1/32 in segment 1"
+        new, message = row[:-1] + bytes([row[-1] | 0x20]), "two entries stand for 10.0.0.1/32 in segment 1"
     change(writer, b"entries4", KEY, None if what == "place" else row, new)
-    assert any(told in finding for finding in findings(writer))
+    assert any(message in finding for finding in findings(writer))
 
 
 def told_of(folder: Path) -> list[str]:
@@ -142,10 +145,10 @@ def test_check_tells_of_a_table_that_is_whole(writer: Writer, tmp_path: Path) ->
     ]
 
 
-def _until_it_fails(lines: Iterator[str], told: list[str]) -> None:
+def _until_it_fails(lines: Iterator[str], printed: list[str]) -> None:
     """Adds each line to `printed`, and raises the error that ends the lines."""
     for line in lines:
-        told.append(line)  # those before the failure are kept
+        printed.append(line)  # those before the failure are kept
 
 
 def test_check_tells_of_damage_and_what_to_do(writer: Writer, tmp_path: Path) -> None:
@@ -154,14 +157,14 @@ def test_check_tells_of_damage_and_what_to_do(writer: Writer, tmp_path: Path) ->
     for number in range(10, 20):
         change(writer, b"expiries", KEY, None, layout.due(1, number))
     writer.close()
-    told: list[str] = []
+    printed: list[str] = []
     remedy = r"`systemctl stop portward`, remove .*data\.mdb and .*lock\.mdb, `systemctl start portward`"
     with pytest.raises(TableError, match=remedy) as error:
-        _until_it_fails(check._table(tmp_path / "table"), told)
+        _until_it_fails(check._table(tmp_path / "table"), printed)
     assert error.value.exit_code == 1
-    assert told[0].endswith("4 attachments of 4 subscriptions, 14 damaged rows")
-    assert len(told) == 12
-    assert told[-1] == "  and 4 more"
+    assert printed[0].endswith("4 attachments of 4 subscriptions, 14 damaged rows")
+    assert len(printed) == 12
+    assert printed[-1] == "  and 4 more"
 
 
 def test_check_has_nothing_against_no_table_and_one_of_another_format(tmp_path: Path) -> None:
@@ -187,6 +190,6 @@ def test_check_reads_beside_a_writer(writer: Writer, tmp_path: Path) -> None:
     """A running agent goes on writing while `check` reads."""
     script = "import sys, pathlib; from portward.ops import check; print(*check._table(pathlib.Path(sys.argv[1])))"
     command = [sys.executable, "-c", script, str(tmp_path / "table")]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "4 attachments of 4 subscriptions, no damaged rows" in told.stdout
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "4 attachments of 4 subscriptions, no damaged rows" in result.stdout
     writer.settle(now=NOW)

@@ -167,7 +167,7 @@ def test_what_is_no_address_or_no_segment_is_bad_usage(config: Path, segment: st
 
 
 @pytest.mark.parametrize(
-    ("segment", "address", "told"),
+    ("segment", "address", "message"),
     [
         ("10.0.0.4", "vni1002", "'10.0.0.4' is an address: the segment comes before it"),
         ("vni*", "10.0.0.4", "'vni*' is a pattern: name one segment, such as vni1002"),
@@ -177,14 +177,14 @@ def test_what_is_no_address_or_no_segment_is_bad_usage(config: Path, segment: st
     ],
 )
 def test_what_can_be_no_source_is_refused_by_both_verbs(
-    config: Path, segment: str, address: str, told: str
+    config: Path, segment: str, address: str, message: str
 ) -> None:
     with pytest.raises(InputError) as diagnosed:
         gather.diagnose(config, segment, address, ENGLISH)
     with pytest.raises(InputError) as explained:
         explanation.explain(config, segment, address, None)
     assert str(diagnosed.value) == str(explained.value)
-    assert str(diagnosed.value).startswith(f"SEGMENT: {told}")
+    assert str(diagnosed.value).startswith(f"SEGMENT: {message}")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_source_and_destination_of_a_packet_are_of_one_family(config: Path, addr
 
 
 @pytest.mark.parametrize(
-    ("who", "told"),
+    ("who", "message"),
     [
         ("fabricam", "did you mean 'fabrikam'?"),
         ("Fabrikam", "did you mean 'fabrikam'?"),
@@ -212,12 +212,12 @@ def test_source_and_destination_of_a_packet_are_of_one_family(config: Path, addr
     ],
 )
 def test_who_is_not_found_is_told_what_was_likely_meant(
-    place: Accounts, config: Path, who: str, told: str
+    place: Accounts, config: Path, who: str, message: str
 ) -> None:
     with pytest.raises(PortwardError) as error:
         gather._the_one(load_config(config), place, who)
-    assert told in str(error.value)
-    assert ("did you mean" in str(error.value)) is ("did you mean" in told)
+    assert message in str(error.value)
+    assert ("did you mean" in str(error.value)) is ("did you mean" in message)
 
 
 def test_a_segment_that_is_here_is_said_to_be_one(
