@@ -20,6 +20,7 @@ from typing import Final, TypeAlias
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import (  # the path above must be there first
+    cached,
     change,
     changes,
     counted,
@@ -39,14 +40,13 @@ from bench import (  # the path above must be there first
     prefixes,
     rates,
     refused,
-    remembered,
     revoke,
     stacked,
     stale,
     start_denied,
     unknown,
 )
-from bench.figures import Curve, Figure, Missing, keep, tell  # as above
+from bench.figures import Curve, Figure, Missing, keep, print_table  # as above
 from bench.plots import draw  # as above
 
 Measured: TypeAlias = Iterable[Figure | Curve]
@@ -61,7 +61,7 @@ _SPEED: Final[dict[str, Callable[[Path], Measured]]] = {
     "change": change.measure,
     "changes": changes.measure,
     "idle": idle.measure,
-    "remembered": remembered.measure,
+    "cached": cached.measure,
 }
 # These take long, so only `--all` or their name runs them.
 _LONGER: Final[dict[str, Callable[[Path], Measured]]] = {
@@ -86,10 +86,10 @@ _SHORT: Final[dict[str, Callable[[Path], Measured]]] = {
 }
 # A tenth below what was measured on a busy machine: below that something is broken, not slow.
 _FLOORS: Final = {
-    "remembered_deny_vs_static": ">= 0.75",
-    "remembered_deny_vs_set": ">= 0.85",
-    "remembered_deny_vs_forward_set": ">= 1.05",
-    "remembered_allow_vs_empty": ">= 0.68",
+    "cached_deny_vs_static": ">= 0.75",
+    "cached_deny_vs_set": ">= 0.85",
+    "cached_deny_vs_forward_set": ">= 1.05",
+    "cached_allow_vs_empty": ">= 0.68",
     "bystander_vs_static_rule": ">= 0.87",
 }
 _RESULT: Final = Path("bench.json")
@@ -105,7 +105,7 @@ def main() -> int:
     parts = {name: chosen[name] for name in arguments.names or chosen}
     found, missing = measure_all(parts, None if arguments.short else _RESULT)
     figures = [item for item in found if isinstance(item, Figure)]
-    tell(figures, missing)
+    print_table(figures, missing)
     if not arguments.short:
         _draw([item for item in found if isinstance(item, Curve)])
     return _below_floor(figures, all_needed=arguments.short)

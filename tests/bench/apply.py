@@ -16,7 +16,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import inventory
-from bench.figures import Figure, tell
+from bench.figures import Figure, print_table
 from portward.lab.agent import Agent
 
 
@@ -69,5 +69,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="portward-apply-") as temporary:
         count = int(sys.argv[1]) if sys.argv[1:] else 1_000_000
         figures = measure(Path(temporary), count)
-    tell(figures)
+    print_table(figures)
     sys.exit(0 if all(figure.good for figure in figures) else 1)

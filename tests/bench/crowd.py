@@ -39,9 +39,9 @@ def measure(folder: Path, rounds: int = 200) -> list[Figure | Curve]:
         rates = lanes.race(folder, standing, packets, rounds=rounds)
     points = [(float(size), statistics.median(rates[name]) / 1000) for name, size in SIZES.items()]
     return [
-        *(ratio(f"remembered_{name}_vs_1k", rates, name, "1k") for name in list(SIZES)[1:]),
+        *(ratio(f"cached_{name}_vs_1k", rates, name, "1k") for name in list(SIZES)[1:]),
         Curve(
-            "remembered-rate", "A remembered allow, all sources in turn", "remembered sources",
+            "cached-rate", "A cached allow, all sources in turn", "cached sources",
             "1,000 packets/s of a core", {"forwarded": points},
         ),
     ]  # fmt: skip

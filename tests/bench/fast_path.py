@@ -47,14 +47,12 @@ def measure(folder: Path, rounds: int = _ROUNDS) -> Iterator[Figure]:
             )
             goals = (">= 0.87", ">= 0.96", ">= 1.25") if family == 4 else ("", "", "")
             yield ratio(f"static_drop_vs_generator{suffix}", rates, "static", "at the door")
-            yield ratio(f"remembered_deny_vs_static{suffix}", rates, "portward", "static", goals[0])
-            yield ratio(f"remembered_deny_vs_set{suffix}", rates, "portward", f"set{family}", goals[1])
-            yield ratio(
-                f"remembered_deny_vs_forward_set{suffix}", rates, "portward", f"forward set{family}", goals[2]
-            )
+            yield ratio(f"cached_deny_vs_static{suffix}", rates, "portward", "static", goals[0])
+            yield ratio(f"cached_deny_vs_set{suffix}", rates, "portward", f"set{family}", goals[1])
+            yield ratio(f"cached_deny_vs_forward_set{suffix}", rates, "portward", f"forward set{family}", goals[2])
             rates = race("empty", "static accept", f"one lookup{family}", offer=ALLOWED, family=family)
             goal = ">= 0.88" if family == 4 else ""
-            yield ratio(f"remembered_allow_vs_empty{suffix}", rates, "portward", "empty", goal)
+            yield ratio(f"cached_allow_vs_empty{suffix}", rates, "portward", "empty", goal)
             yield ratio(f"static_accept_vs_empty{suffix}", rates, "static accept", "empty")
             yield ratio(f"one_lookup_vs_empty{suffix}", rates, f"one lookup{family}", "empty")
             rates = race("empty", "never matches", offer=ALLOWED, port=443, family=family)
@@ -89,22 +87,22 @@ def portward(folder: Path) -> Iterator[Lane]:
         try:
             for offer in _PREFIXES:
                 for family in (4, 6):
-                    _learn(lane, folder, offer, family)
+                    _cache(lane, folder, offer, family)
             want = {"allow": 2 * SOURCES, "deny": 2 * SOURCES}
 
-            def remembered() -> dict[str, float]:
+            def cached() -> dict[str, float]:
                 metrics = agent.metrics()
                 return {name: metrics.get(f'portward_remembered_sources{{verdict="{name}"}}', 0) for name in want}
 
-            until(lambda: remembered() == want, f"the kernel remembers {want}", seconds=20)
+            until(lambda: cached() == want, f"the kernel has cached {want}", seconds=20)
             yield lane
         finally:
             agent.stop()
 
 
-def _learn(lane: Lane, folder: Path, offer: str, family: int) -> None:
+def _cache(lane: Lane, folder: Path, offer: str, family: int) -> None:
     """Sends one packet of each source, slowly enough for the worker to give each its verdict."""
-    packets = lanes.frames(folder / "learned", sources(offer, SOURCES, family), 25, family=family)
+    packets = lanes.frames(folder / "cached", sources(offer, SOURCES, family), 25, family=family)
     flood.run(lane.tenant, flood.build(folder), packets, dev="eth0", pps=2_000, count=SOURCES)
 
 
@@ -128,10 +126,10 @@ def _rulesets() -> dict[str, str]:
             found[f"{name}{family}"] = _chain(hook, f"tcp dport 25 {match} @blocked drop", blocked)
         # The least that cached verdicts can cost: a set that packets may fill, with its counters, and no other
         # rule.
-        learned = ", ".join(f"{SEGMENT} . {ip_address(source)}" for source in sources(ALLOWED, SOURCES, family))
+        entries = ", ".join(f"{SEGMENT} . {ip_address(source)}" for source in sources(ALLOWED, SOURCES, family))
         allowed = (
             f"set allowed {{ typeof iif . {match}; flags dynamic,timeout; timeout 1h; size 262144; counter; "
-            f"elements = {{ {learned} }}; }}; "
+            f"elements = {{ {entries} }}; }}; "
         )
         found[f"one lookup{family}"] = _chain(_SCREEN, f"tcp dport 25 iif . {match} @allowed accept", allowed)
     return found

@@ -63,7 +63,7 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def tell(figures: Iterable[Figure], missing: Iterable[Missing] = ()) -> None:
+def print_table(figures: Iterable[Figure], missing: Iterable[Missing] = ()) -> None:
     """Prints the figures as a table, and below it each part that failed, with the reason."""
     table = Table(title="portward, measured", title_justify="left")
     for title in ("figure", "value", "from", "to", "unit", "goal", ""):

@@ -91,7 +91,7 @@ def _curves(sizes: dict[str, int], rows: dict[str, dict[str, Any]]) -> Iterator[
         return [(float(size), float(value[0] if isinstance(value, list) else value)) for size, value in values]
 
     x = "attachments"
-    yield Curve("growth-lookup", "A look-up", x, "ns", {"random, half of them nobody's": points("lookup_ns")})
+    yield Curve("growth-lookup", "A lookup", x, "ns", {"random, half of them unknown": points("lookup_ns")})
     yield Curve("growth-load", "SQLite → policy table", x, "s", {"load": points("load_s")})
     yield Curve(
         "growth-change", "One change, store's commit → table's commit", x, "ms", {"change": points("change_ms")}

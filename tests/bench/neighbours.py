@@ -46,14 +46,12 @@ def measure(folder: Path, seconds: float = 20.0) -> list[Figure]:
         with listening(gateway.lab):
             quiet, _ = _connect(gateway.lab, 3.0, first=1)
             print(f"quiet: median {percentile(quiet, 0.5):.2f} ms, p99 {percentile(quiet, 0.99):.2f} ms")
-            remembered = _remembered(gateway)
+            cached = _cached(gateway)
             figures = _flooded(gateway, folder, seconds, cores=1, name="from_one_core")
             figures += _flooded(gateway, folder, seconds, cores=os.cpu_count() or 1, name="from_all_cores")
-            survived = len(remembered & _remembered(gateway))
-    kept = 100 * survived / len(remembered)
-    figures.append(
-        Figure("remembered_after_floods", kept, kept, kept, f"% of {len(remembered)} verdicts", ">= 100")
-    )
+            survived = len(cached & _cached(gateway))
+    kept = 100 * survived / len(cached)
+    figures.append(Figure("cached_after_floods", kept, kept, kept, f"% of {len(cached)} verdicts", ">= 100"))
     return figures
 
 
@@ -96,7 +94,7 @@ def _connect(lab: Lab, seconds: float, first: int) -> tuple[list[float], int]:
     return times, tried
 
 
-def _remembered(gateway: Gateway) -> set[str]:
+def _cached(gateway: Gateway) -> set[str]:
     """The third tenant's sources with a cached verdict."""
     listing = gateway.listing("allow6")
     return {word for word in listing.split() if word.startswith(_PREFIX[:-1])}

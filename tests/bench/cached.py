@@ -26,7 +26,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
 
 SIZES = {"1k": 1_000, "10k": 10_000, "65k": 65_536, "500k": 500_000}
-_REMEMBERED = "portward_remembered_sources"
+_CACHED = "portward_remembered_sources"
 _EACH = 8  # sources of a subscription
 _BATCH = 10_000
 _SCRAPES = 5
@@ -104,7 +104,7 @@ def measure(folder: Path, sizes: dict[str, int] = SIZES) -> list[Figure | Curve]
         for name, size in sizes.items():
             fill(lab, before, size)
             before = size
-            until(lambda size=size: _remembered(agent) >= size, f"{size} are counted", seconds=120)  # type: ignore[misc]
+            until(lambda size=size: _cached(agent) >= size, f"{size} are counted", seconds=120)  # type: ignore[misc]
             cpu = idle.cpu_percent(agent, _WATCHED)
             scrapes = list(_scrapes(lab))
             milliseconds = statistics.median(scrapes)
@@ -115,20 +115,18 @@ def measure(folder: Path, sizes: dict[str, int] = SIZES) -> list[Figure | Curve]
             figures.append(Figure(f"scrape_ms_at_{name}", milliseconds, min(scrapes), max(scrapes), unit, goal))
             figures.append(Figure(f"counting_cpu_percent_at_{name}", cpu, cpu, cpu, "% of a core"))
         agent.stop()
-    x = "remembered sources"
+    x = "cached sources"
     return [
         *figures,
-        Curve("remembered-scrape", "A scrape, with metrics by subscription", x, "ms", {"scrape": scraped}),
-        Curve(
-            "remembered-counting", "The agent at rest, reading all counters", x, "% of a core", {"agent": counted}
-        ),
+        Curve("cached-scrape", "A scrape, with metrics by subscription", x, "ms", {"scrape": scraped}),
+        Curve("cached-counting", "The agent at rest, reading all counters", x, "% of a core", {"agent": counted}),
     ]
 
 
-def _remembered(agent: Agent) -> float:
+def _cached(agent: Agent) -> float:
     time.sleep(0.2)  # pause: the pace of the scrapes
     found = agent.metrics()
-    return sum(found.get(f'{_REMEMBERED}{{verdict="{word}"}}', 0) for word in ("allow", "deny"))
+    return sum(found.get(f'{_CACHED}{{verdict="{word}"}}', 0) for word in ("allow", "deny"))
 
 
 def _scrapes(lab: Lab) -> Iterator[float]:
