@@ -38,22 +38,22 @@ class Oracle:
         writer.close()
         self._records = {identity(record): record for record in _RECORDS}
         self._reader = Reader.open(folder)
-        self._worker, self._tally = worker(self._reader.lookup)
+        self._worker, self._counters = worker(self._reader.lookup)
 
-    def judge(self, data: bytes) -> mark.Class | None:
+    def classify(self, data: bytes) -> mark.Class | None:
         """The class of the worker's verdict; None if it gives none, so that the worker or the chain `learn` drops
         the packet. Raises AssertionError if the verdict is wrong."""
         packet = QueuedPacket(data, before=0x00AB0000 | mark.MISS)
         packet.indev = 1
         self._worker.handle(packet)
         assert len(packet.said) == 1, "one verdict"
-        assert not self._tally.events()[WorkerEvent.ERROR], "the worker met what it was not made for"
+        assert not self._counters.events()[WorkerEvent.ERROR], "the worker met what it was not made for"
         port = port_of(data)
         assert packet.mark & ~mark.OWN == 0x00AB0000, "bits of others are kept"
         if packet.said == ["drop"] or packet.mark & mark.OWN == mark.MISS:
             assert port is None or len(data) > _READ or port[1] > _LONGEST_CHAIN, f"dropped, but to port {port[0]}"
             return None
-        assert port is not None, "judged, and no TCP port in it"
+        assert port is not None, "a verdict, but no TCP port in the packet"
         verdict = mark.Class(packet.mark & 7)
         reason, observed = expected(self._records, "vni1", source_of(data))
         if verdict is mark.Class.ALLOW:

@@ -102,13 +102,13 @@ def fuzz(field: Ground, packets: int, seed: int) -> str:
 
 def _counted(field: Ground) -> Counted:
     metrics = field.agent.metrics()
-    judged = sum(value for name, value in metrics.items() if name.startswith("portward_judged_packets_total"))
+    classified = sum(value for name, value in metrics.items() if name.startswith("portward_judged_packets_total"))
     events = {
         name: metrics[f'portward_worker_events_total{{event="{name}"}}']
         for name in ("malformed", "no_segment", "error", "probed")
     }
     queued, waiting, dropped = _queue(field)
-    handled = int(judged + sum(events.values()))
+    handled = int(classified + sum(events.values()))
     return Counted(
         field.counter("missed"),
         queued,

@@ -64,7 +64,7 @@ def main() -> None:
             f"-max_total_time={asked.seconds}", f"-max_len={_LONGEST}", "-timeout=10", "-rss_limit_mb=2048",
             f"-artifact_prefix={asked.findings}/", "-print_final_stats=1",
         )  # fmt: skip
-        atheris.Setup([sys.argv[0], *options, str(seeds)], oracle.judge, custom_mutator=mutate)
+        atheris.Setup([sys.argv[0], *options, str(seeds)], oracle.check, custom_mutator=mutate)
         atheris.Fuzz()
 
 

@@ -38,7 +38,7 @@ class Oracle:
         self._writer = Writer(folder, _AZURE, Answers(observe=False, reject=False)) if kind == "record" else None
         self._revision = 0
 
-    def judge(self, data: bytes) -> bool:
+    def check(self, data: bytes) -> bool:
         """Whether the program takes a document. Raises AssertionError if the message or the result is wrong."""
         if self._writer is not None:
             return self._record(data, self._writer)

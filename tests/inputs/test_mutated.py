@@ -32,8 +32,8 @@ def test_a_document_that_is_nearly_right(kind: str, folder: Path) -> None:
 
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
     @given(random=st.randoms(use_true_random=False))
-    def judged(random: Random) -> None:
-        taken.add(oracle.judge(mutated(kind, random)))
+    def checked(random: Random) -> None:
+        taken.add(oracle.check(mutated(kind, random)))
 
-    judged()
+    checked()
     assert taken == {True, False}, "some are taken and some are refused"

@@ -123,7 +123,7 @@ def test_a_file_that_may_not_be_read(held: Held) -> None:
     assert one_line(result.stderr) == f"portward: {path}: Permission denied"
 
 
-def test_a_name_is_told_without_what_a_terminal_obeys(tmp_path: Path) -> None:
+def test_a_name_is_printed_without_control_characters(tmp_path: Path) -> None:
     path = tmp_path / "\x1b[31m\n\u202e.yaml"
     result = portward("policy", "show", f"{path}.toml")
     assert result.code == 2

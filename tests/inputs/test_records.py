@@ -140,7 +140,7 @@ def test_a_bad_row_is_refused_where_there_is_no_table_yet(
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["yaml", "json"])
 @pytest.mark.parametrize("case", RECORDS, ids=name)
-def test_export_tells_of_a_bad_row(case: Case, form: list[str], held: Held) -> None:
+def test_export_reports_a_bad_row(case: Case, form: list[str], held: Held) -> None:
     """Otherwise the record would be missing if the export is applied again."""
     write_rows(held.store, case.path.read_text())
     result = portward("export", *form, "--config", str(held.config))
@@ -167,7 +167,7 @@ def test_an_inventory_puts_a_bad_row_right(case: Case, held: Held, gateway: Gate
 
 
 @pytest.mark.parametrize("case", RECORDS, ids=name)
-def test_a_dry_run_tells_what_it_would_put_right(case: Case, held: Held, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_rows_that_it_would_replace(case: Case, held: Held, tmp_path: Path) -> None:
     write_rows(held.store, case.path.read_text())
     inventory = tmp_path / "inventory.yaml"
     inventory.write_text(EXAMPLE)
