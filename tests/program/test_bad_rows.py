@@ -26,7 +26,7 @@ def unreadable(agent: Agent) -> dict[str, Any]:
     return found
 
 
-def test_bad_rows_are_named_and_cost_nobody_else(agent: Agent) -> None:
+def test_bad_rows_are_named_and_affect_no_other_record(agent: Agent) -> None:
     agent.apply(*records())
     agent.start()
     assert agent.process is not None

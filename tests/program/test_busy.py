@@ -23,7 +23,7 @@ from portward.lab.demo import attachments, records
 from portward.lab.topology import CONTOSO
 from portward.model import Record, Standing
 from portward.store.codec import key_of
-from program.test_run import ruleset, until_status, without_learned
+from program.test_run import ruleset, until_status, without_elements
 
 _CONTOSO = records()[0]
 _DISABLED = msgspec.structs.replace(_CONTOSO, standing=Standing.DISABLED)
@@ -48,9 +48,9 @@ def status(agent: Agent) -> dict[str, Any]:
 
 def comes_back(agent: Agent) -> None:
     """Deletes the ruleset and waits until it is back as it was."""
-    before = without_learned(ruleset(agent.lab))
+    before = without_elements(ruleset(agent.lab))
     namespaces.load(agent.lab.gateway, "delete table inet portward")
-    until(lambda: without_learned(ruleset(agent.lab)) == before, "the ruleset is back")
+    until(lambda: without_elements(ruleset(agent.lab)) == before, "the ruleset is back")
 
 
 def many() -> list[Record]:

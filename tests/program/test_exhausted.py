@@ -61,7 +61,7 @@ def status(agent: Agent) -> dict[str, Any]:
     return printed
 
 
-def tell(agent: Agent, number: signal.Signals) -> None:
+def send_signal(agent: Agent, number: signal.Signals) -> None:
     """Sends the agent a signal."""
     assert agent.process is not None
     os.kill(agent.process.pid, number)
@@ -115,10 +115,10 @@ def test_check_warns_of_few_descriptors(agent: Agent) -> None:
 
 
 def test_an_agent_without_a_free_descriptor_goes_on(greedy_agent: Agent) -> None:
-    tell(greedy_agent, signal.SIGUSR2)
+    send_signal(greedy_agent, signal.SIGUSR2)
     survives(greedy_agent)
 
 
 def test_an_agent_that_gets_no_thread_goes_on(greedy_agent: Agent) -> None:
-    tell(greedy_agent, signal.SIGUSR1)
+    send_signal(greedy_agent, signal.SIGUSR1)
     survives(greedy_agent)

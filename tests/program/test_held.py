@@ -265,7 +265,7 @@ def test_an_early_denial_outlives_a_restart_of_the_agent(agent: Agent) -> None:
     assert allowed(agent)
 
 
-def test_nothing_to_apply_is_told(agent: Agent) -> None:
+def test_apply_without_a_file_is_refused(agent: Agent) -> None:
     for arguments in ((), ("--dry-run", "--confirm"), ("--prune", "--confirm")):
         result = agent.portward("apply", *arguments)
         assert (result.returncode, result.stderr) == (

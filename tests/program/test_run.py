@@ -105,7 +105,7 @@ def test_a_table_folder_that_cannot_be_written_is_named(agent: Agent) -> None:
     assert str(agent.folder / "table") in refused(agent)
 
 
-def test_a_mistake_in_the_configuration_is_told_with_its_line(agent: Agent) -> None:
+def test_a_mistake_in_the_configuration_is_reported_with_its_line(agent: Agent) -> None:
     agent.config.write_text('segments = ["vni*"]\nuplinks = ["up0"]\nmode = "watch"\n')
     line = refused(agent)
     assert f"{agent.config}:3: mode:" in line
@@ -164,7 +164,7 @@ def test_rules_show_prints_what_is_loaded_and_what_would_be(agent: Agent) -> Non
     agent.start()
     shown = agent.portward("rules", "show").stdout
     assert "chain classify" in shown
-    assert "elements" not in shown.split("set allow4")[1].split("}")[0], "remembered sources are left out"
+    assert "elements" not in shown.split("set allow4")[1].split("}")[0], "cached verdicts are left out"
 
 
 def test_a_bad_reload_keeps_the_old_configuration_and_says_so(agent: Agent) -> None:
@@ -226,7 +226,7 @@ def test_a_restart_needs_no_store(agent: Agent) -> None:
     until(lambda: json.loads(agent.portward("status", "--json").stdout)["store_error"] == "", "the store is back")
 
 
-def test_a_restart_keeps_what_the_kernel_remembers(agent: Agent) -> None:
+def test_a_restart_keeps_cached_verdicts(agent: Agent) -> None:
     agent.apply(*records())
     agent.start()
     # The table gives the same verdict; the self-check would remove any other.
@@ -238,7 +238,7 @@ def test_a_restart_keeps_what_the_kernel_remembers(agent: Agent) -> None:
     assert "10.0.0.4" in kept
 
 
-def test_a_kernel_that_remembers_another_table_forgets_at_the_start(agent: Agent) -> None:
+def test_verdicts_cached_under_another_table_are_forgotten_at_the_start(agent: Agent) -> None:
     agent.apply(*records())
     agent.start()
     agent.stop()
@@ -265,12 +265,12 @@ def test_a_kernel_that_remembers_another_table_forgets_at_the_start(agent: Agent
     ],
     ids=lambda damage: " ".join(damage[:3] + damage[5:]),
 )
-def test_rules_changed_by_somebody_else_are_put_back(agent: Agent, damage: list[str]) -> None:
+def test_rules_changed_by_another_program_are_put_back(agent: Agent, damage: list[str]) -> None:
     agent.apply(*records())
     agent.start()
     lab = agent.lab
 
-    before = without_learned(ruleset(lab))
+    before = without_elements(ruleset(lab))
     if damage[:3] == ["nft", "flush", "ruleset"]:
         # A reload of nftables.service restores the other tables too. Without the lab's translation the agent would
         # remove the guard.
@@ -278,11 +278,11 @@ def test_rules_changed_by_somebody_else_are_put_back(agent: Agent, damage: list[
         namespaces.load(lab.gateway, f"flush ruleset\n{saved}")
     else:
         assert lab.run(lab.gateway, *damage).returncode == 0
-    until(lambda: without_learned(ruleset(lab)) == before, "the rules are back")
+    until(lambda: without_elements(ruleset(lab)) == before, "the rules are back")
     until(lambda: agent.metrics()["portward_ruleset_repairs_total"] >= 1, "the repair is counted")
 
 
-def without_learned(text: str) -> str:
+def without_elements(text: str) -> str:
     """A ruleset listing without the elements of the sets that packets fill."""
     return "\n".join(line for line in text.splitlines() if "expires" not in line and "packets" not in line)
 
@@ -304,7 +304,7 @@ def until_status(agent: Agent) -> str:
     return agent.portward("status", "--json").stdout
 
 
-def test_status_tells_times_as_the_other_verbs_do(agent: Agent) -> None:
+def test_status_prints_times_like_the_other_verbs(agent: Agent) -> None:
     agent.apply(*records())
     before = datetime.now(UTC)
     agent.start()

@@ -94,7 +94,7 @@ def test_steps_that_fail_are_survived_counted_shown_and_recover(agent: Agent, tm
     )
 
 
-def test_a_ruleset_that_nobody_can_look_at_ends_the_agent(agent: Agent, tmp_path: Path) -> None:
+def test_a_ruleset_that_cannot_be_checked_ends_the_agent(agent: Agent, tmp_path: Path) -> None:
     agent.apply(*records())
     armed = started(agent, tmp_path)
     assert agent.process is not None

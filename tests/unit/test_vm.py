@@ -82,7 +82,7 @@ def send(machine: Machine, *words: dict[str, Any]) -> None:
     machine.console.with_name("told").write_text("".join(json.dumps(line) + "\n" for line in words))
 
 
-def test_a_machine_that_is_off_has_told_all(machine: Machine) -> None:
+def test_all_messages_of_a_machine_that_is_off_are_read(machine: Machine) -> None:
     send(machine, {"stage": "one"}, {"end": True})
     assert list(machine.words(60, 60)) == [{"stage": "one"}, {"end": True}]
 
@@ -116,13 +116,13 @@ def test_what_calls_left_on_a_stack_is_no_breakpoint(machine: Machine) -> None:
     assert list(machine.words(60, 60)) == []
 
 
-def test_what_the_console_said_before_the_machine_last_told_something_is_past(machine: Machine) -> None:
+def test_console_output_before_the_last_message_is_ignored(machine: Machine) -> None:
     machine.console.write_text(_STALL)
     send(machine, {"stage": "one"})
     assert list(machine.words(60, 60)) == [{"stage": "one"}]
 
 
-def test_the_kernels_complaint_is_told_cpu_by_cpu(machine: Machine) -> None:
+def test_a_stall_is_reported_cpu_by_cpu(machine: Machine) -> None:
     machine.console.write_text("[    1.000000] early\n" + _STALL + "[  170.000000] last line\n")
     said = machine.last_words()
     assert said[0] == "rcu: INFO: rcu_preempt self-detected stall on CPU"
@@ -132,6 +132,6 @@ def test_the_kernels_complaint_is_told_cpu_by_cpu(machine: Machine) -> None:
     assert "early" not in said
 
 
-def test_without_a_complaint_the_consoles_last_lines_are_told(machine: Machine) -> None:
+def test_without_a_stall_the_consoles_last_lines_are_returned(machine: Machine) -> None:
     machine.console.write_text("".join(f"[    1.000000] line {number}\n" for number in range(20)))
     assert machine.last_words() == [f"line {number}" for number in range(12, 20)]

@@ -84,7 +84,9 @@ def test_a_wall_clock_that_jumps_makes_no_age(tmp_path: Path, host: Host, jump: 
 
 
 @pytest.mark.parametrize("jump", [timedelta(hours=1), timedelta(hours=-1)])
-def test_an_agent_that_is_silent_is_told_by_its_true_age(tmp_path: Path, host: Host, jump: timedelta) -> None:
+def test_a_silent_agent_is_recognised_by_the_true_age_of_its_status(
+    tmp_path: Path, host: Host, jump: timedelta
+) -> None:
     found = status(tmp_path)
     host.passes(8)
     host.wall += jump

@@ -66,7 +66,7 @@ def test_it_is_found_whatever_the_file_says(file: int, other: subprocess.Popen[b
     assert locks.try_lock(file)
 
 
-def test_of_a_lock_that_nobody_holds_there_is_none(file: int, tmp_path: Path) -> None:
+def test_a_free_lock_has_no_holder(file: int, tmp_path: Path) -> None:
     """This also holds if this process, or another one, has the file open."""
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     with (tmp_path / "lock").open("rb"):

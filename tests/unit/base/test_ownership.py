@@ -18,7 +18,7 @@ from portward.daemon.runtime import Runtime, hidden
 from portward.errors import PortwardError
 from portward.table.database import FILE, LOCK_FILE, open_database
 
-NOBODY = 65534
+OTHER_UID = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
 
 
@@ -106,7 +106,7 @@ def test_a_folder_that_is_closed_stays_as_it_is(folder: Path, wanted: int) -> No
 def test_another_user_cannot_hold_the_lock(folder: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from portward.daemon.runtime import hidden; "
-        f"os.setgid({NOBODY}); os.setuid({NOBODY}); print(hidden(Path(sys.argv[1])))"
+        f"os.setgid({OTHER_UID}); os.setuid({OTHER_UID}); print(hidden(Path(sys.argv[1])))"
     )
     argv = [sys.executable, "-c", program, str(folder)]
     runtime = Runtime(folder)
@@ -149,7 +149,7 @@ def a_pipe(folder: Path) -> str:
 def anothers_file(folder: Path) -> str:
     """A file of another user, who can lock it and change it."""
     (folder / "daemon.lock").touch()
-    os.chown(folder / "daemon.lock", NOBODY, NOBODY)
+    os.chown(folder / "daemon.lock", OTHER_UID, OTHER_UID)
     return "daemon.lock is nobody's"
 
 
@@ -170,13 +170,13 @@ def test_what_others_may_have_made_is_refused(folder: Path, kind: Callable[[Path
 
 
 @as_root
-@pytest.mark.parametrize("owner", [0, NOBODY - 1])
+@pytest.mark.parametrize("owner", [0, OTHER_UID - 1])
 def test_the_folder_of_another_user_is_refused(folder: Path, owner: int) -> None:
     """It is allowed only if root runs the agent."""
     os.chown(folder, owner, owner)
     program = (
         "import os, sys; from pathlib import Path; from portward.daemon.runtime import Runtime; "
-        f"os.setgid({NOBODY}); os.setuid({NOBODY}); Runtime(Path(sys.argv[1]))"
+        f"os.setgid({OTHER_UID}); os.setuid({OTHER_UID}); Runtime(Path(sys.argv[1]))"
     )
     said = subprocess.run(
         [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False
@@ -188,17 +188,17 @@ def test_the_folder_of_another_user_is_refused(folder: Path, owner: int) -> None
 @as_root
 def test_what_root_makes_in_the_agents_folder_is_the_agents(folder: Path) -> None:
     """Root may run an agent by hand, or a verb that reads the table and finds no lock file there."""
-    os.chown(folder, NOBODY, NOBODY)
+    os.chown(folder, OTHER_UID, OTHER_UID)
     begin(folder)
-    assert {path.stat().st_uid for path in folder.iterdir()} == {NOBODY}
+    assert {path.stat().st_uid for path in folder.iterdir()} == {OTHER_UID}
     (folder / LOCK_FILE).unlink()
     open_database(folder, write=False).close()
-    assert (folder / LOCK_FILE).stat().st_uid == NOBODY
+    assert (folder / LOCK_FILE).stat().st_uid == OTHER_UID
     # An older version has left files of root.
     os.chown(folder / LOCK_FILE, 0, 0)
     os.chown(folder / FILE, 0, 0)
     ownership.make(folder)
-    assert {path.stat().st_uid for path in folder.iterdir()} == {NOBODY}
+    assert {path.stat().st_uid for path in folder.iterdir()} == {OTHER_UID}
 
 
 def test_without_a_folder_nothing_is_wrong(tmp_path: Path) -> None:

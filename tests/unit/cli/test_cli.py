@@ -98,7 +98,9 @@ def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], code: int, m
     assert message in result.stderr
 
 
-def test_a_file_that_may_not_be_read_is_told_as_any_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreadable_file_gives_the_same_error_as_any_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """typer must not check the file first, because it would print a message of its own."""
     path = tmp_path / "portward.toml"
     path.write_text("segmants = 1\n")
@@ -128,7 +130,7 @@ def test_a_group_without_a_verb_shows_its_help() -> None:
     assert "Commands:" in result.stderr
 
 
-def test_output_that_finds_no_room_is_told_in_one_line() -> None:
+def test_output_to_a_full_disk_is_an_error_of_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
             [sys.executable, "-m", "portward", "policy", "list"],

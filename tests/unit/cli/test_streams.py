@@ -124,7 +124,7 @@ def test_a_verb_that_has_written_says_so_whatever_its_output_takes(tmp_path: Pat
     result = portward(*ask, stdout=write)
     os.close(write)
     assert (result.stderr, revision(tmp_path)) == (b"", 3)
-    assert result.returncode == 0, "it is done, though nobody reads that"
+    assert result.returncode == 0, "it is done, though no process reads that"
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

@@ -75,7 +75,7 @@ def test_an_ipv6_address_and_none_for_the_metrics(tmp_path: Path) -> None:
         (LEAST + "[queue]\nfirst = 65535\nworkers = 2\n", 5, "queue.workers", "65535"),
     ],
 )
-def test_a_mistake_is_told_with_its_place(
+def test_a_mistake_is_reported_with_its_place(
     tmp_path: Path, text: str, line: int | None, field: str | None, message: str
 ) -> None:
     with pytest.raises(InputError) as caught:

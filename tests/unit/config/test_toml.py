@@ -165,7 +165,7 @@ def leaves(value: Any, steps: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
 
 
 @pytest.mark.parametrize("path", sorted(rules("policy").glob("*.toml")), ids=lambda path: str(path.stem))
-def test_each_value_of_a_real_document_is_on_the_line_that_is_told(path: Path) -> None:
+def test_each_value_of_a_real_document_is_on_the_reported_line(path: Path) -> None:
     text = path.read_text()
     lines = text.splitlines()
     found = list(leaves(tomllib.loads(text)))

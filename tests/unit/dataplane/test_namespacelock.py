@@ -42,7 +42,7 @@ def test_a_refused_lock_changes_nothing(kernel: FakeKernel) -> None:
         assert len(kernel.journal) == written
 
 
-def test_a_holder_that_ends_while_somebody_waits_makes_room(
+def test_a_holder_that_ends_while_another_agent_waits_makes_room(
     kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = NamespaceLock(0)
@@ -57,7 +57,7 @@ def test_a_holder_that_ends_while_somebody_waits_makes_room(
     assert len(pauses) == 1
 
 
-def test_a_table_of_that_name_without_an_owner_holds_nobody_back(kernel: FakeKernel) -> None:
+def test_a_table_of_that_name_without_an_owner_blocks_no_agent(kernel: FakeKernel) -> None:
     kernel.load(f"table inet {LOCK_TABLE} {{ chain theirs {{ type filter hook forward priority 0; }} }}")
     assert namespacelock.holder(kernel.netlink()) is None
     with NamespaceLock(0):

@@ -54,7 +54,7 @@ def target(name: str) -> Expression:
     return Expression(_IP, "mangle", "PREROUTING", "target", {1: name.encode() + b"\0"})
 
 
-def test_where_nobody_else_is_no_guard_is_needed() -> None:
+def test_without_other_programs_no_guard_is_needed() -> None:
     own = [Chain(_INET, table, "screen", "filter", _PREROUTING, -302) for table in (TABLE, CLOSED, LOCK_TABLE)]
     assert not found(own).guard
 

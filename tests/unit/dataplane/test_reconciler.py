@@ -187,7 +187,7 @@ def test_the_number_of_transactions_may_wrap(plane: Plane) -> None:
     assert plane.check()
 
 
-def test_somebody_who_writes_all_the_time_is_named_as_the_reason(plane: Plane) -> None:
+def test_a_program_that_writes_all_the_time_is_named_as_the_reason(plane: Plane) -> None:
     for after in range(20):
         plane.kernel.meanwhile(lambda: plane.kernel.load("add chain inet portward cached6"), after=2 * after)
     with pytest.raises(KernelError, match="changes faster than it can be loaded"):
@@ -300,7 +300,7 @@ def test_remove_takes_both_tables_and_leaves_those_of_others(plane: Plane) -> No
     assert not reconciler.remove(plane.nft, plane.netlink)
 
 
-def test_who_may_not_ask_is_told_what_it_takes(plane: Plane) -> None:
+def test_without_the_privilege_the_error_names_it(plane: Plane) -> None:
     plane.kernel.permitted = False
     for ask in (reconciler.loaded, reconciler.closed):
         with pytest.raises(KernelError, match="CAP_NET_ADMIN"):

@@ -247,7 +247,7 @@ class Events:
         self._kernel, self.events = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.events.setblocking(False)
 
-    def tell(self, *messages: bytes) -> None:
+    def send(self, *messages: bytes) -> None:
         """Sends a datagram with these messages."""
         self._kernel.send(b"".join(messages))
 
@@ -281,7 +281,7 @@ def news(*datagrams: list[bytes], known: dict[int, Device], sender: int = 0) -> 
 
     with found:
         for datagram in datagrams:
-            found.tell(*datagram)
+            found.send(*datagram)
         return asyncio.run(life())
 
 

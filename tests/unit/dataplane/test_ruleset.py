@@ -113,7 +113,7 @@ def test_a_name_that_a_wildcard_covers_is_left_out() -> None:
     assert 'define SEGMENTS = { "vni*", "tap0" }' in changed(config)
 
 
-def test_bypass_stands_only_where_nobody_is_to_be_cut_off() -> None:
+def test_bypass_is_set_only_for_segments_that_must_stay_open() -> None:
     def bypasses(config: Config) -> tuple[bool, set[str]]:
         want = wanted(TEMPLATES, config, AZURE, native=True, state=STATE)
         chains = {statement.chain for statement in want.statements if statement.bypass}
@@ -247,7 +247,7 @@ def test_the_guard_has_the_limits_of_the_screen() -> None:
         assert text.count(limit) == times
 
 
-def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> None:
+def test_a_replacement_keeps_cached_verdicts_if_definitions_agree() -> None:
     want = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE)
     kept = replacement(want, {"allow4", "segments", "open_segments", "epoch"}, HOOKS, same_definitions=True)
     assert "flush set inet portward open_segments" in kept
@@ -260,7 +260,7 @@ def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> Non
     assert "delete set inet portward allow6" not in remade, "there is none to delete"
 
 
-def test_definitions_differ_where_a_learned_set_does() -> None:
+def test_definitions_differ_if_a_set_of_cached_verdicts_does() -> None:
     same = wanted(
         TEMPLATES,
         msgspec.structs.replace(CONFIG, mode=Mode.OBSERVE),

@@ -52,7 +52,7 @@ def test_every_port_of_open_vswitch_is_one() -> None:
     assert found == {"ovs-system", "br-int"}
 
 
-def test_a_device_that_is_a_segment_itself_is_judged_and_what_stands_on_it_is_not() -> None:
+def test_a_device_that_is_a_segment_itself_is_enforced_and_devices_on_it_are_not() -> None:
     config = Config(segments=("vni*", "br0"), uplinks=("up0",))
     devices = (VNI._replace(master=2), Device(2, "br0", "bridge"), Device(3, "mv0", "macvlan", lower=2))
     found = stacked(devices, config.segment)

@@ -87,7 +87,7 @@ def stale(tables: dict[str, FakeTable], sources: set[Source]) -> set[Source]:
     }
 
 
-def judges(tables: dict[str, FakeTable]) -> bool:
+def classifies(tables: dict[str, FakeTable]) -> bool:
     """Whether the ruleset is there, so that no packet passes by itself."""
     table = tables.get(TABLE)
     return (
@@ -391,7 +391,7 @@ def test_a_start_that_is_refused_keeps_an_older_ruleset(plane: Plane) -> None:
     plane.kernel.refuse(errno.ENOMEM)
     with pytest.raises(Exception, match="Cannot allocate memory"):
         Plane(plane.kernel).start()
-    assert judges(plane.kernel.tables)
+    assert classifies(plane.kernel.tables)
 
 
 # --- refusals ---
@@ -537,7 +537,7 @@ def test_what_another_program_takes_away_in_between_is_put_back(
     plane.kernel.meanwhile(lambda: plane.kernel.load(text), after=moment)
     plane.enforce(change(2)._replace(opens=opens))
     plane.check()
-    assert judges(plane.kernel.tables)
+    assert classifies(plane.kernel.tables)
     assert not stale(plane.kernel.tables, reached)
     assert (plane.cache.synced(), plane.sync.broken) == (2, "")
     assert plane.check()
@@ -589,14 +589,14 @@ def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_noth
     again.start()
     in_force = False
     for tables in plane.kernel.history[work is _repairs :]:
-        assert judges(tables)
+        assert classifies(tables)
         said = [name for name in ("synced", "enforced") if NEW in tables[TABLE].sets[name].elements]
         in_force |= "enforced" in said
         if left := stale(tables, reached):
             assert "synced" not in said
             assert not in_force or all(is_gated(tables, one.link) for one in left), "not even during a reload"
             assert not said or all(is_gated(tables, one.link) for one in left)
-    assert judges(plane.kernel.tables)
+    assert classifies(plane.kernel.tables)
     assert not stale(plane.kernel.tables, reached)
     assert not is_gated(plane.kernel.tables, LINK)
     assert (again.cache.epoch(), again.cache.synced()) == (2, 2)

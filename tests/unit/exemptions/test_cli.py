@@ -202,7 +202,7 @@ def test_many_are_revoked_with_their_count_or_not_at_all(run: Run, files: Path, 
         assert confirmed_alone(store.get("confirmed")) == 4, "however many it flips"
 
 
-def test_a_list_of_nobody_revokes_nothing_and_says_at_which_revision(run: Run, files: Path) -> None:
+def test_an_empty_list_revokes_nothing_and_names_the_revision(run: Run, files: Path) -> None:
     (files / "ids").write_text("# nobody\n")
     many = ("revoke", "--file", "ids", "--reason", "spam", "--confirm", 0)
     assert run(*many).stdout == "nothing to revoke, the store stays at revision 1\n"
@@ -234,7 +234,7 @@ def test_a_list_with_what_cannot_be_revoked_is_refused_at_once_by_its_lines(
     assert stored(path, PAYG.id).state is ExemptionState.GRANTED
 
 
-def test_of_a_long_list_a_screen_is_told(run: Run, files: Path) -> None:
+def test_of_a_long_list_a_screen_of_mistakes_is_printed(run: Run, files: Path) -> None:
     (files / "ids").write_text("".join(f"{CONTOSO.id.__class__(int=number)}\n" for number in range(1, 41)))
     with pytest.raises(PortwardError) as error:
         run("revoke", "--file", "ids", "--reason", "spam")
@@ -242,7 +242,7 @@ def test_of_a_long_list_a_screen_is_told(run: Run, files: Path) -> None:
     assert error.value.lines()[-1] == "ids: and 20 lines more like these"
 
 
-def test_a_list_is_told_with_file_and_line(run: Run, files: Path) -> None:
+def test_mistakes_in_a_list_have_file_and_line(run: Run, files: Path) -> None:
     (files / "ids").write_text(f"{PAYG.id}\nfabrikam\n")
     with pytest.raises(InputError, match=r"^ids:2: 'fabrikam' is no subscription's id$"):
         run("revoke", "--file", "ids", "--reason", "spam")
@@ -422,7 +422,7 @@ def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> Non
         (("limit", PAYG.id, "--rate", 9), "there is no exemption that could have a limit"),
     ],
 )
-def test_mistakes_are_told_with_what_would_be_right(run: Run, arguments: tuple[Any, ...], message: str) -> None:
+def test_mistakes_are_reported_with_a_right_value(run: Run, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(PortwardError) as error:
         run(*arguments)
     assert message in str(error.value)
@@ -442,7 +442,7 @@ def test_a_start_counts_for_a_grant_before_it(run: Run, path: Path) -> None:
         run("started", "vni1002", "10.0.0.9", "--at", before, group="attachment")
 
 
-def test_a_start_before_the_grant_is_told_not_to_count(run: Run) -> None:
+def test_a_start_before_the_grant_is_said_not_to_count(run: Run) -> None:
     run("request", PAYG.id)
     printed = run("started", "vni1002", "10.0.0.9", "--at", "2026-01-01T00:00:00Z", group="attachment").stdout
     assert "it may NOT send: an exemption is granted, but the machine was not restarted since" in printed

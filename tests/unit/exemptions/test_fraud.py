@@ -111,7 +111,7 @@ def test_endless_output_is_ended_before_it_fills_the_memory(check: Check, tmp_pa
     until(lambda: not _runs(pid), "it ends")
 
 
-def test_a_large_request_to_a_command_that_does_not_read_holds_nobody_up(check: Check) -> None:
+def test_a_large_request_to_a_command_that_does_not_read_does_not_block(check: Check) -> None:
     """The request is larger than a pipe's buffer."""
     assert check(ANSWER, ASKED._replace(justification="x" * (1 << 20))) == FraudResult(FraudCheck.PASS)
 

@@ -82,13 +82,13 @@ class Exempt(RuleBasedStateMachine):
         self.now += timedelta(days=days, seconds=1)
 
     @rule(id_=_ids, action=_actions, days=_DAYS)
-    def somebody_acts(self, id_: UUID, action: Action, days: int | None) -> None:
+    def a_person_acts(self, id_: UUID, action: Action, days: int | None) -> None:
         """A person acts. The action is done or refused as the model says."""
         with closing(SqliteStore(self._path)) as store:
             self._tries(store, id_, action, days)
 
     @rule(id_=_ids, action=_actions, days=_DAYS, statement=st.integers(1, 14))
-    def somebody_acts_and_the_process_dies(
+    def a_person_acts_and_the_process_dies(
         self, id_: UUID, action: Action, days: int | None, statement: int
     ) -> None:
         """A person acts, and the process dies at the SQL statement with that number, if it gets that far."""

@@ -180,12 +180,12 @@ def test_a_review_asks_what_the_preset_says() -> None:
         lifecycle.request(facts, Application(), by="bob")
 
 
-def test_an_offer_that_can_never_be_exempt_is_told_what_can_be_done() -> None:
+def test_an_offer_that_can_never_be_exempt_is_refused_with_an_alternative() -> None:
     with pytest.raises(RefusedError, match=r"Free Trial can never be exempt: .*relay, or use another kind"):
         lifecycle.request(case(offer="free-trial"), WHY, by="bob")
 
 
-def test_who_needs_none_is_told_so() -> None:
+def test_a_subscription_that_needs_no_exemption_is_refused_with_that_reason() -> None:
     with pytest.raises(RefusedError, match=r"none is needed: subscriptions of the offer Enterprise Agreement"):
         lifecycle.request(case(offer="enterprise-agreement"), WHY, by="bob")
     for offer in ("pay-as-you-go", "azure-sponsorship", "free-trial"):
@@ -300,7 +300,7 @@ def test_a_new_request_takes_nothing_over_from_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("empty", ["", "  "])
-def test_who_is_turned_down_is_told_why(empty: str) -> None:
+def test_a_rejection_and_a_revocation_need_a_reason(empty: str) -> None:
     with pytest.raises(RefusedError, match="a rejection needs a reason"):
         lifecycle.reject(case(State.REQUESTED), by="bob", reason=empty)
     with pytest.raises(RefusedError, match="a revocation needs a reason"):

@@ -317,7 +317,7 @@ def test_json_says_what_was_done(run: Run) -> None:
     assert again == {"revision": 1, "dry_run": False, "added": 0, "changed": 0, "removed": 0}
 
 
-def test_whoever_was_slower_is_told_and_writes_nothing(
+def test_the_slower_of_two_writers_gets_a_conflict_and_writes_nothing(
     run: Run, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(opened(path)) as store:

@@ -107,7 +107,7 @@ def test_an_offer_that_the_preset_does_not_know_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("list_", "line", "field"), [("attachments", 3, "attachments[0]"), ("exemptions", 1, "exemptions[0]")]
 )
-def test_a_subscription_that_nobody_knows_is_refused(tmp_path: Path, list_: str, line: int, field: str) -> None:
+def test_an_unknown_subscription_is_refused(tmp_path: Path, list_: str, line: int, field: str) -> None:
     inventory = read(tmp_path, part(tmp_path, list_))
     check_references(HAVE, inventory, prune=False)
     with pytest.raises(InputError) as caught:

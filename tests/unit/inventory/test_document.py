@@ -191,7 +191,9 @@ def test_an_address_has_one_key(tmp_path: Path, written: str, kept: str) -> None
         (f"id: {OTHER}", f"id: {ID}", f":6: subscriptions[1]: subscriptions/{ID} stands in inventory.yaml:2 "),
     ],
 )  # fmt: skip
-def test_a_mistake_in_yaml_is_told_with_its_place(tmp_path: Path, was: str, becomes: str, message: str) -> None:
+def test_a_mistake_in_yaml_is_reported_with_its_place(
+    tmp_path: Path, was: str, becomes: str, message: str
+) -> None:
     assert EXAMPLE.count(was) >= 1
     assert refused(tmp_path, EXAMPLE.replace(was, becomes, 1)).startswith(f"inventory.yaml{message}")
 
@@ -216,7 +218,9 @@ def test_a_mistake_in_yaml_is_told_with_its_place(tmp_path: Path, was: str, beco
         ("]\n}\n", "]\n} x\n", ":13: not JSON: trailing characters"),
     ],
 )
-def test_a_mistake_in_json_is_told_with_its_place(tmp_path: Path, was: str, becomes: str, message: str) -> None:
+def test_a_mistake_in_json_is_reported_with_its_place(
+    tmp_path: Path, was: str, becomes: str, message: str
+) -> None:
     assert EXAMPLE_JSON.count(was) == 1
     assert refused(tmp_path, EXAMPLE_JSON.replace(was, becomes), "inventory.json").startswith(
         f"inventory.json{message}"
@@ -267,7 +271,7 @@ def test_a_key_that_overrides_a_merged_one_does_not_stand_twice(tmp_path: Path) 
     assert [record["offer"] for record in records] == ["csp", "csp", "csp", "trial"]
 
 
-def test_of_two_mistakes_in_yaml_the_first_is_told(tmp_path: Path) -> None:
+def test_of_two_mistakes_in_yaml_the_first_is_reported(tmp_path: Path) -> None:
     text = EXAMPLE.replace("payment_history: true", "payment_history: !mine true")
     text = text.replace("    by: self\n", "    by: self\n    by: other\n")
     assert refused(tmp_path, text).startswith("inventory.yaml:11: not YAML: the tag '!mine' is not taken")
@@ -289,7 +293,7 @@ def test_aliases_of_aliases_come_to_an_end(tmp_path: Path, bomb: str) -> None:
     assert "inventory.yaml:1: " in refused(tmp_path, bomb)
 
 
-def test_what_is_not_utf_8_is_told_with_its_line(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf_8_are_reported_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "latin.yaml"
     path.write_bytes(b"subscriptions:\n- name: m\xfcller\n")
     with pytest.raises(InputError, match=r"latin\.yaml:2: byte 0xfc is not UTF-8"):
@@ -303,7 +307,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_inventory([str(tmp_path)])
 
 
-def test_yaml_numbers_that_look_like_addresses_are_told(tmp_path: Path) -> None:
+def test_yaml_numbers_that_look_like_addresses_are_refused(tmp_path: Path) -> None:
     text = EXAMPLE.replace("address: 10.0.0.4", "address: 1:20")  # 80, for YAML 1.1
     assert "attachments[0].address: expected an address or a prefix in quotes, got 80" in refused(tmp_path, text)
 

@@ -100,7 +100,7 @@ def test_it_prints_who_changed_what_and_when_and_the_verdict(path: Path) -> None
     assert re.fullmatch(f"checked 3 revisions, 7 changes: whole, {HEAD}", last)
 
 
-def test_what_cannot_be_read_as_a_record_is_told_by_its_key(path: Path) -> None:
+def test_an_unreadable_record_is_shown_by_its_key(path: Path) -> None:
     with closing(opened(path)) as store:
         write(store, Put("subscriptions/x", "no \x1b[31mJSON"), Put("weird", "1"))
         write(store, Put("subscriptions/x", "{}"), Put("weird", None))
@@ -212,7 +212,7 @@ def test_where_nothing_is_chosen_it_says_so(log: Path, arguments: tuple[str, ...
         (("--expect", "5:abc"), "--expect: '5:abc' is not REVISION:HASH"),
     ],
 )
-def test_a_mistake_is_told(log: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_a_mistake_is_reported(log: Path, arguments: tuple[str, ...], message: str) -> None:
     assert log.exists()
     with pytest.raises(InputError) as error:
         run(*arguments)
@@ -311,7 +311,7 @@ def test_json_holds_what_is_no_json_as_a_text(path: Path) -> None:
     assert change == {"key": "subscriptions/x", "before": "<bytes 80>", "after": '{"a": '}
 
 
-def test_no_store_is_told(path: Path) -> None:
+def test_a_missing_store_is_an_error(path: Path) -> None:
     with pytest.raises(NoStoreError, match="no such file: put it back from a backup"):
         run()
     path.touch()
@@ -328,7 +328,7 @@ def test_an_empty_store_is_whole(path: Path) -> None:
     assert (printed["whole"], printed["entries"]) == (True, [])
 
 
-def test_a_store_of_format_1_is_shown_and_told_and_not_sealed(path: Path) -> None:
+def test_a_store_of_format_1_is_shown_and_reported_and_not_sealed(path: Path) -> None:
     format_1(path)
     result = run()
     assert result.exit_code == 1

@@ -205,7 +205,7 @@ def test_a_store_that_is_there_is_not_lost(file: Path, config: Config) -> None:
     assert "WARNING" not in portward(file, "apply", str(file.parent / "inventory.yaml")).stdout
 
 
-def test_what_nobody_holds_for_certain_is_confirmed_and_said(file: Path, config: Config) -> None:
+def test_a_confirmation_warns_if_it_is_unknown_whether_anything_is_held(file: Path, config: Config) -> None:
     inventory = str(file.parent / "inventory.yaml")
     portward(file, "apply", inventory)
     unknown = "no agent runs here: it is not known whether anything was held"
@@ -222,7 +222,7 @@ def test_what_nobody_holds_for_certain_is_confirmed_and_said(file: Path, config:
     )
 
 
-def test_an_agent_without_a_policy_holds_nobody_knows_what(config: Config, agent: Runtime) -> None:
+def test_it_is_unknown_what_an_agent_without_a_policy_holds(config: Config, agent: Runtime) -> None:
     assert agent
     assert held_unknown(config).endswith(": it is not known whether anything was held")
 

@@ -19,7 +19,7 @@ from portward.store.backends import open_store
 LEAST = 'segments = ["vni*"]\nuplinks = ["up0"]\n'
 
 
-def test_a_file_where_the_tables_folder_should_be_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_tables_folder_is_reported_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "portward.toml"
     path.write_text(f'{LEAST}table = "{path}"\n')
     with pytest.raises(InputError, match=r":3: table: '.*portward.toml' is no folder"):
@@ -84,7 +84,7 @@ def test_it_shows_names_that_are_not_text(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("with_store", "expected"), [(True, True), (False, False)])
-def test_a_program_that_cannot_be_run_is_told_and_keeps_no_agent_from_its_start(
+def test_a_program_that_cannot_be_run_is_reported_and_keeps_no_agent_from_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: bool, expected: bool
 ) -> None:
     on_a_host(monkeypatch)

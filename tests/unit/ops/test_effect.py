@@ -121,7 +121,7 @@ def test_every_state_of_a_host_has_an_answer(agent: Agent, loaded: Ruleset, work
         (Host(agent=Agent.SILENT, workers=Workers.NONE), False, Handling.UNANSWERED),
     ],
 )
-def test_only_a_host_whose_agent_reports_is_said_to_judge(host: Host, observed: bool, place: Handling) -> None:
+def test_only_a_host_whose_agent_reports_is_said_to_enforce(host: Host, observed: bool, place: Handling) -> None:
     assert handling(msgspec.structs.replace(host, observed=observed)) is place
 
 

@@ -77,7 +77,7 @@ def test_the_patterns_of_a_loaded_ruleset_are_read_as_they_were_written(patterns
     assert loaded.patterns(Kernel(), loaded.OPEN) == ()  # type: ignore[arg-type] # an older ruleset
 
 
-def test_while_the_agent_says_that_its_ruleset_is_not_in_force_nobody_knows_what_is_judged(
+def test_while_the_ruleset_is_reported_as_not_in_force_the_handling_is_unknown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     status = {"ruleset_error": "No buffer space available", "workers": []}

@@ -65,7 +65,7 @@ class Held:
 
 
 @pytest.mark.parametrize("ask", [reconciler.loaded, reconciler.closed])
-def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
+def test_without_cap_net_admin_the_error_names_it(ask: Any) -> None:
     with pytest.raises(KernelError, match="takes root or CAP_NET_ADMIN"):
         ask(Forbidden())
 
@@ -113,7 +113,7 @@ def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypat
     )
 
 
-def test_without_an_agent_who_may_not_ask_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_agent_and_the_privilege_the_enforcement_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "NfNetlink", Forbidden)
     assert rules.without_agent(CONFIG).startswith("what the kernel enforces is not known: ")
 
@@ -145,7 +145,7 @@ def test_without_an_agent_on_this_table_one_with_another_table_is_named(
         (True, "other", "another program owns table inet portward_lock"),
     ],
 )
-def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
+def test_a_removal_that_cannot_work_is_refused_before_the_question(
     monkeypatch: pytest.MonkeyPatch, loaded: bool, comment: str | None, message: str
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
@@ -215,7 +215,7 @@ def test_a_baseline_that_changes_nothing_says_what_is_loaded_against_the_file(
         assert said.endswith("nothing is changed")
 
 
-def test_if_nothing_is_loaded_only_who_has_no_agent_is_told_to_start_one(
+def test_if_nothing_is_loaded_the_advice_to_start_an_agent_comes_only_without_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert str(host.nothing_loaded(tmp_path)).endswith("(start the agent: `systemctl start portward`)")

@@ -33,7 +33,7 @@ def test_list_in_json() -> None:
     assert found["azure-2023"]["source_date"] == "2023-12-20"
 
 
-def test_show_tells_source_ports_prefixes_and_every_offer() -> None:
+def test_show_prints_source_ports_prefixes_and_every_offer() -> None:
     text = run("show", "azure-2020")
     preset = presets.load("azure-2020")
     for part in (preset.title, preset.source, "2020-12-01", "10.0.0.0/8", "fc00::/7", preset.restart):

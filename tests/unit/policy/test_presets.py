@@ -67,7 +67,7 @@ def test_these_presets_are_bundled() -> None:
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_each_tells_its_name_its_source_and_its_date(name: str) -> None:
+def test_each_preset_has_its_name_its_source_and_its_date(name: str) -> None:
     preset = presets.load(name)
     assert preset.name == name
     assert preset.title

@@ -471,7 +471,7 @@ def test_any_row_that_is_taken_away_is_found(sealed: Path, tmp_path: Path, table
     assert is_found(path)
 
 
-def test_texts_that_are_no_utf_8_are_told_apart(log: Path) -> None:
+def test_texts_that_are_no_utf_8_have_different_hashes(log: Path) -> None:
     """Each such text has its own hash, at any place among a thousand others."""
     with closing(opened(log)) as store:
         write(store, *(Put(f"subscriptions/{number:04}", "{}") for number in range(2500)))
@@ -710,7 +710,7 @@ def test_a_mark_is_read_as_it_is_printed() -> None:
 @pytest.mark.parametrize(
     "text", ["", "120", "120:", "120:ab12", f"x:{'a' * 64}", f"-1:{'a' * 64}", f"1:{'a' * 65}"]
 )
-def test_what_is_no_mark_is_told(text: str) -> None:
+def test_a_text_that_is_no_mark_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"--expect: .* is not REVISION:HASH with all 64 digits"):
         parse_mark(text)
 

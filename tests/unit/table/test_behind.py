@@ -127,7 +127,7 @@ DENIALS: dict[str, list[Record | Put]] = {
     "exemption removed": [Put(f"exemptions/{UUID(int=SPAMMER)}", None)],
     "attachment removed": [Put("attachments/vni1/10.0.1.1", None)],
     "attachment moved": [attachment("10.0.1.1", 98)],
-    "attachment moved to nobody": [attachment("10.0.1.1", 12345)],
+    "attachment moved to an unknown customer": [attachment("10.0.1.1", 12345)],
     "started before the grant": [attachment("10.0.1.1", SPAMMER, started=NOW - 3 * DAY)],
     "end that has passed": [grant(until=NOW - DAY)],
     "together with others": [revoked(), grant(98), subscription(41), attachment("10.0.0.41", 41)],
@@ -202,7 +202,7 @@ def test_what_frees_a_source_waits(gateway: Gateway, change: tuple[list[Record |
 
 
 @pytest.mark.parametrize("granted_first", [True, False])
-def test_a_grant_that_frees_nobody_yet_waits_too(gateway: Gateway, granted_first: bool) -> None:
+def test_a_grant_that_lets_no_source_pass_yet_waits_too(gateway: Gateway, granted_first: bool) -> None:
     """A start that is recorded in the future would later let its machine send, without another revision."""
     start = attachment("10.0.3.1", 98, started=NOW + DAY)
     for record in (grant(98), start) if granted_first else (start, grant(98)):

@@ -160,7 +160,7 @@ def test_an_account_that_cannot_be_read_closes_its_sources_only(writer: Writer) 
     assert reason(writer, MACHINES[3]).allows, "its records have come again"
 
 
-def test_a_row_of_nobody_in_expiries_is_passed_over(writer: Writer) -> None:
+def test_a_row_of_an_unknown_subscription_in_expiries_is_skipped(writer: Writer) -> None:
     """A grant whose end comes after that row still ends."""
     change(writer, b"expiries", b"r", None, layout.due(layout.microseconds(NOW), 99))
     writer.settle(now=ENDS)

@@ -283,7 +283,7 @@ class Histories(RuleBasedStateMachine):
         # A customer that was denied ahead of a held change, and may send again after it, does not count as
         # flipped.
         flipped = turned - opened | opened - self.denied
-        assert len(flipped) <= limit or confirmed, f"{flipped} flip, and nobody has confirmed it"
+        assert len(flipped) <= limit or confirmed, f"{flipped} flip, and no one has confirmed it"
         if noted is not None and noted.held and head.held:
             assert not opened, "nothing opens while a change is held"
             self.denied |= turned

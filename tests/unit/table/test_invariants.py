@@ -46,7 +46,7 @@ def test_a_table_that_was_made_by_changes_is_whole(writer: Writer) -> None:
 Change = tuple[bytes, bytes, bytes | None, bytes | None]
 # Name → the change (part, key, value before, value after), and a word of the finding.
 BROKEN: dict[str, tuple[Change, str]] = {
-    "an expiry of nobody": (
+    "an expiry of an unknown subscription": (
         (b"expiries", KEY, None, layout.due(layout.microseconds(NOW + timedelta(1)), 99)),
         "subscription 99 is to be decided again at 2026-06-02 00:00:00Z, for no reason",
     ),
@@ -66,7 +66,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
         (b"ids", KEY, None, UUID(int=9).bytes + layout.number(9)),
         "5 subscriptions are listed, and there are 4 accounts",
     ),
-    "an account of nobody": (
+    "an account of an unknown subscription": (
         (b"accounts", layout.number(9), None, Account(UUID(int=9)).pack()),
         "account 9 has neither a record nor an entry",
     ),
@@ -133,14 +133,14 @@ def test_an_entry_that_cannot_be_is_found(writer: Writer, what: str) -> None:
     assert any(message in finding for finding in findings(writer))
 
 
-def told_of(folder: Path) -> list[str]:
+def check_lines(folder: Path) -> list[str]:
     """The lines of `portward check` about the table."""
     return list(check._table(folder))
 
 
-def test_check_tells_of_a_table_that_is_whole(writer: Writer, tmp_path: Path) -> None:
+def test_check_prints_the_counts_of_a_whole_table(writer: Writer, tmp_path: Path) -> None:
     writer.close()
-    assert told_of(tmp_path / "table") == [
+    assert check_lines(tmp_path / "table") == [
         f"table {tmp_path / 'table'}: 4 attachments of 4 subscriptions, no damaged rows"
     ]
 
@@ -151,7 +151,7 @@ def _until_it_fails(lines: Iterator[str], printed: list[str]) -> None:
         printed.append(line)  # those before the failure are kept
 
 
-def test_check_tells_of_damage_and_what_to_do(writer: Writer, tmp_path: Path) -> None:
+def test_check_reports_damage_and_its_remedy(writer: Writer, tmp_path: Path) -> None:
     for address in ("10.0.0.1", "10.0.0.2", "10.0.0.3", "2001:db8::4"):
         with_code(writer, address, 31)
     for number in range(10, 20):
@@ -168,9 +168,9 @@ def test_check_tells_of_damage_and_what_to_do(writer: Writer, tmp_path: Path) ->
 
 
 def test_check_has_nothing_against_no_table_and_one_of_another_format(tmp_path: Path) -> None:
-    assert told_of(tmp_path) == [f"table {tmp_path}: there is none yet"]
+    assert check_lines(tmp_path) == [f"table {tmp_path}: there is none yet"]
     other_table(tmp_path / "other", 2)
-    (line,) = told_of(tmp_path / "other")
+    (line,) = check_lines(tmp_path / "other")
     assert "is of format 2" in line
     assert line.endswith("the next start reads the store anew")
 
@@ -180,10 +180,10 @@ def test_a_new_table_without_a_policy_is_whole(tmp_path: Path) -> None:
     assert verify(tmp_path, NOW).broken == 0
 
 
-def test_a_file_that_is_no_table_is_told(tmp_path: Path) -> None:
+def test_check_reports_a_file_that_is_no_table(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(os.urandom(8192))
     with pytest.raises(TableError, match="systemctl stop portward"):
-        told_of(tmp_path)
+        check_lines(tmp_path)
 
 
 def test_check_reads_beside_a_writer(writer: Writer, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_a_removed_subscription_leaves_its_sources_unknown(writer: Writer) -> No
     assert reason(writer, "10.0.0.4") is Reason.ALLOWED_OFFER
 
 
-def test_accounts_that_nobody_names_are_dropped(writer: Writer) -> None:
+def test_accounts_without_records_are_dropped(writer: Writer) -> None:
     load(writer, [subscription(1), attachment("10.0.0.4", 1)])
     writer.apply([], [attachment("10.0.0.4", 1), subscription(1)], revision=2, now=NOW)
     assert writer.reader().counts() == (0, 0)
@@ -290,7 +290,7 @@ def test_observing_a_segment_or_a_subscription(writer: Writer, where: str) -> No
     assert found.observed
 
 
-def test_links_that_changed_are_told_and_those_that_were_touched(writer: Writer) -> None:
+def test_links_that_changed_or_were_touched_are_returned(writer: Writer) -> None:
     def put(want: dict[int, tuple[str, bool]], *touched: int) -> set[int]:
         return set(writer.put_links(want, touched=frozenset(touched), now=NOW).links)
 

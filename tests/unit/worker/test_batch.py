@@ -79,12 +79,12 @@ class Bench:
         self.asked: list[tuple[int, bytes]] = []
         ask = lambda index, address: self.asked.append((index, address))  # noqa: E731 # short
         self.careful = SlowPath(self.reader.lookup, self.reader.head, self.counters, answers, ask)
-        self.judge = BatchReader(0, self.reader, self.careful, self.counters)
+        self.batch = BatchReader(0, self.reader, self.careful, self.counters)
 
     def answer(self, *datagrams: bytes) -> list[tuple[int, int, int]]:
         """Verdict, id and mark of each packet of a batch."""
         buffer = bytearray(b"".join(datagram[:SLOT].ljust(SLOT, b"\xee") for datagram in datagrams))
-        given_ = self.judge.answer(buffer, [(min(SLOT, len(datagram)),) for datagram in datagrams])
+        given_ = self.batch.answer(buffer, [(min(SLOT, len(datagram)),) for datagram in datagrams])
         assert not self.reader.viewing, "no view outlives its batch"
         return [struct.unpack_from(">II4xI", given_, start + 24) for start in range(0, len(given_), 40)]
 
@@ -159,7 +159,7 @@ def test_a_change_is_seen_by_the_next_batch_and_so_is_its_epoch(bench: Bench) ->
     assert (before[2] & mark.EPOCH) != (after[2] & mark.EPOCH)
 
 
-def test_a_batch_is_judged_by_one_policy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_classified_by_one_policy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change during a batch does not affect its verdicts, so each verdict agrees with its epoch."""
     lookup = bench.reader.lookup
 
@@ -232,7 +232,7 @@ def test_verdicts_are_given_even_if_they_cannot_be_counted(
     assert len(caplog.records) == 1
 
 
-def test_what_the_kernel_refuses_stops_nothing_and_is_told_once(
+def test_a_refusal_of_the_kernel_stops_nothing_and_is_logged_once(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     vanished = struct.pack("=IHHIIi", 36, 2, 0, 0, 0, -2) + bytes(16)
@@ -243,7 +243,7 @@ def test_what_the_kernel_refuses_stops_nothing_and_is_told_once(
     ]
 
 
-def test_a_message_without_an_id_is_counted_and_told(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_message_without_an_id_is_counted_and_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     assert not bench.answer(OTHERS["no packet header"])
     assert bench.counters.events()[WorkerEvent.ERROR] == 1
     assert len(caplog.records) == 1
@@ -256,7 +256,7 @@ def test_a_message_that_is_longer_than_its_slot_gets_a_verdict(bench: Bench) -> 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_a_batch_says_what_each_packet_alone_would_be_told(bench: Bench, data: st.DataObject) -> None:
+def test_a_batch_gives_each_packet_the_verdict_that_it_would_get_alone(bench: Bench, data: st.DataObject) -> None:
     """The fast path is compared with the slow path, for packets of all kinds, some with a changed byte."""
     sources = [
         "10.0.0.4",
@@ -286,7 +286,7 @@ def test_a_batch_says_what_each_packet_alone_would_be_told(bench: Bench, data: s
     together = bench.answer(*datagrams)
     alone = []
     for one in datagrams:
-        bench.judge._answer_slowly(bytearray(one))
-        said = bench.judge._verdicts.take().tobytes()
+        bench.batch._answer_slowly(bytearray(one))
+        said = bench.batch._verdicts.take().tobytes()
         alone += [struct.unpack_from(">II4xI", said, start + 24) for start in range(0, len(said), 40)]
     assert together == alone

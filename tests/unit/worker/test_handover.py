@@ -76,7 +76,7 @@ def test_a_holder_of_another_queue_is_left_alone(tmp_path: Path, hold: Hold) -> 
     assert holder.poll() is None
 
 
-def test_a_number_that_is_left_in_the_file_is_nobodys(tmp_path: Path) -> None:
+def test_a_number_left_in_an_unlocked_file_is_ignored(tmp_path: Path) -> None:
     """Without a lock, the number may belong to another program by now, which must not get a signal."""
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -122,7 +122,7 @@ def refused(process: int, number: int) -> None:
     raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
-def test_a_lock_that_anybody_holds_keeps_no_worker_from_its_queue(tmp_path: Path) -> None:
+def test_a_lock_of_another_program_keeps_no_worker_from_its_queue(tmp_path: Path) -> None:
     """The holder is no worker, and this user may not see which process it is."""
     script = (
         "import fcntl, os, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"

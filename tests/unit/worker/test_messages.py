@@ -106,7 +106,7 @@ def test_a_message_without_a_packet_header_says_so() -> None:
     assert packet == Packet(None, 0, 0, None, b"")
 
 
-def test_what_the_kernel_refuses_is_told() -> None:
+def test_a_refusal_of_the_kernel_is_returned() -> None:
     refusal = struct.pack("=IHHIIi", 36, 2, 0, 0, 0, -2) + bytes(16)
     assert list(read(refusal)) == [Refused(2)]
 

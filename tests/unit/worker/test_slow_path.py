@@ -90,11 +90,11 @@ class Batched:
     """A batch reader that gets packets like those of NetfilterQueue, each as a batch of one."""
 
     def __init__(self, table: Table, careful: SlowPath, counters: WorkerCounters) -> None:
-        self.judge = BatchReader(0, table, careful, counters)  # type: ignore[arg-type] # as much of a Reader as it uses
+        self.reader = BatchReader(0, table, careful, counters)  # type: ignore[arg-type] # as much of a Reader as it uses
 
     def handle(self, packet: QueuedPacket) -> None:
         datagram = message(packet.get_payload(), index=packet.indev, mark_=packet.mark, hook=packet.hook)
-        given = bytes(self.judge.answer(bytearray(datagram.ljust(SLOT)), [(len(datagram),)]))
+        given = bytes(self.reader.answer(bytearray(datagram.ljust(SLOT)), [(len(datagram),)]))
         while given:
             verdict, id_, mark_ = struct.unpack_from(">II4xI", given, 24)
             assert id_ == 7
@@ -149,7 +149,7 @@ def test_what_is_observed_passes_and_is_counted_as_would_deny(reason: Reason) ->
     assert classify(finding(reason, observed=True, reject=True)) == (mark.Class.OBSERVED, PacketOutcome.OBSERVED)
 
 
-def test_a_source_of_nobody_is_never_answered() -> None:
+def test_an_unknown_source_is_never_answered() -> None:
     assert classify(finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True))[0] is mark.Class.UNKNOWN
 
 
@@ -277,11 +277,11 @@ def test_in_forward_a_worker_accepts_or_drops_and_leaves_the_mark(
     """In `forward` the mark belongs to other programs, no chain caches a verdict from it, and a reset would have
     the wrong source address."""
     answers, packet = Answers(), QueuedPacket(before=before, hook=FORWARD)
-    judge_, _ = make(lambda index, source: found, answers)
+    worker_, _ = make(lambda index, source: found, answers)
     # The message template that the batch reader takes from a packet in prerouting must not match one in forward.
-    judge_.handle(QueuedPacket(before=mark.MISS))
+    worker_.handle(QueuedPacket(before=mark.MISS))
     before_that = len(answers.to), len(answers.sources)
-    judge_.handle(packet)
+    worker_.handle(packet)
     assert (packet.said, packet.mark) == ([said], before)
     assert len(answers.to) == before_that[0], "no reset"
     assert answers.sources[before_that[1] :] == [(3, b"\x0a\0\0\x04")], "the daemon is asked to cache it"
@@ -296,7 +296,7 @@ def test_in_forward_what_cannot_be_looked_up_is_dropped(make: Worker, payload: b
     assert counters.events()[event] == 1
 
 
-def test_a_rejected_source_that_sends_again_is_answered_and_not_learned_again(make: Worker) -> None:
+def test_a_rejected_source_that_sends_again_is_answered_and_not_cached_again(make: Worker) -> None:
     """The kernel has counted the packet already. Caching the source once more would count it twice."""
     answers = Answers()
     found, counters = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)

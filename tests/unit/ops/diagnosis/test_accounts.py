@@ -123,7 +123,7 @@ def test_several_of_a_name_are_listed_and_nothing_found_says_what_to_type(config
         assert unshown(str(caught.value)) is None
 
 
-def test_a_source_brings_its_account_and_one_of_nobody_none(config: Path) -> None:
+def test_a_source_brings_its_account_and_an_unknown_source_none(config: Path) -> None:
     _, found = gather.diagnose(config, "vni1002", "10.0.1.8", ENGLISH)
     assert found.facts.id == ID
     assert str(found.facts.machines[0].address) == "10.0.1.0/24"
@@ -211,7 +211,7 @@ def test_source_and_destination_of_a_packet_are_of_one_family(config: Path, addr
         (str(UUID(int=77)), "no subscription with this id"),
     ],
 )
-def test_who_is_not_found_is_told_what_was_likely_meant(
+def test_an_account_that_is_not_found_gets_the_nearest_names(
     place: Accounts, config: Path, who: str, message: str
 ) -> None:
     with pytest.raises(PortwardError) as error:

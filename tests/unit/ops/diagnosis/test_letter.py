@@ -64,7 +64,7 @@ ENGLISH_TEXTS = english_texts()
 
 @pytest.mark.parametrize("name", presets.bundled())
 @BOTH
-def test_a_relay_is_recommended_if_its_port_is_not_judged_and_only_then(name: str, say: Language) -> None:
+def test_a_relay_is_recommended_only_if_its_port_is_not_enforced(name: str, say: Language) -> None:
     preset = presets.load(name)
     recommended = say("Send your mail through an authenticated relay on port 587: that is never limited.")
     found = set()
@@ -127,7 +127,7 @@ def test_reasons_and_remedies_are_said_in_the_language(say: Language, reason: Re
                                     "Without an exemption: Enterprise Agreement.", "With an exemption: Pay-As"]),
     ],
 )  # fmt: skip
-def test_the_customer_is_told_the_matter_and_the_step(offer: str, state: State, parts: list[str]) -> None:
+def test_the_letter_says_the_reason_and_the_next_step(offer: str, state: State, parts: list[str]) -> None:
     letter = customer(ENGLISH, offer, state)
     for part in parts:
         assert part in letter
@@ -172,7 +172,7 @@ def test_what_an_anti_fraud_check_noted_is_not_for_the_customer() -> None:
     assert "did not pass the check" in letter
 
 
-def test_a_limit_is_told_and_what_was_beyond_it() -> None:
+def test_the_letter_names_the_limit_and_the_drops_beyond_it() -> None:
     granted = exemption(State.GRANTED, limit=RateLimit(per_minute=1200, burst=5))
     known = facts(AZURE, subscription("csp"), granted, attachment(started=AFTER))
     machine = msgspec_replace(known.machines[0], drops=Drops(beyond_limit=3, sources=1))
@@ -183,7 +183,7 @@ def test_a_limit_is_told_and_what_was_beyond_it() -> None:
     assert any("3 connections dropped beyond the limit" in line for line in lines(AZURE, made, ENGLISH))
 
 
-def test_who_is_only_observed_is_told_that_it_passes_still() -> None:
+def test_an_observed_customer_reads_that_mail_still_passes() -> None:
     owner = subscription("csp", mode=Mode.OBSERVE)
     made = diagnosis(AZURE, facts(AZURE, owner, None, attachment(), observed=True), ENGLISH)
     assert "pass all the same" in made.customer
@@ -216,7 +216,7 @@ def test_the_source_that_was_asked_about_comes_first_and_marked() -> None:
 
 
 @BOTH
-def test_a_source_of_nobody_says_so(say: Language) -> None:
+def test_an_unknown_source_is_said_to_be_unknown(say: Language) -> None:
     known = facts(AZURE, None, None, id=None, asked=Asked("vni1002", "10.0.0.9"), nobody=Drops(nobody=True))
     printed = list(lines(AZURE, diagnosis(AZURE, known, say), say))
     assert ("source of nobody" if say is ENGLISH else "source inconnue") in printed[0]
@@ -253,7 +253,7 @@ def test_where_all_of_many_machines_are_to_be_restarted_their_number_is_enough()
     assert len(letter) < 1_000
 
 
-def test_the_same_address_in_two_segments_is_told_as_two_machines() -> None:
+def test_the_same_address_in_two_segments_is_shown_as_two_machines() -> None:
     letter = customer(ENGLISH, "csp", State.GRANTED, attachment(), attachment(segment="vni1003"))
     assert "with: 10.0.0.4 (2 machines)." in letter
 
@@ -379,7 +379,7 @@ def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: H
 @BOTH
 @pytest.mark.parametrize("host", [LEFT, SILENT, UNCLEAR, USER, ELSEWHERE])
 @pytest.mark.parametrize("found", [NOTHING_CACHED, None])
-def test_what_is_not_known_is_not_told_the_customer_as_a_fact(
+def test_the_letter_does_not_state_the_unknown_as_a_fact(
     say: Language, host: Host, found: CachedState | None
 ) -> None:
     engineer, text = texts(say, ALLOWED, host, found)
@@ -453,7 +453,7 @@ def test_who_is_only_observed_reads_that_no_policy_blocks_him(say: Language) -> 
 
 
 @BOTH
-def test_machines_that_fare_otherwise_are_told_apart(say: Language) -> None:
+def test_machines_with_different_handling_are_listed_apart(say: Language) -> None:
     """Packets of machines on a segment with a bridge on it are dropped. Those of other machines pass."""
     owner = subscription(ALLOWED)
     bridged = facts(AZURE, owner, None, attachment("10.0.0.4"), host=BRIDGED)
