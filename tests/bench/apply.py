@@ -21,7 +21,7 @@ from portward.lab.agent import Agent
 
 
 class Run(NamedTuple):
-    """One run of the program: its words, its seconds and its peak memory (MB)."""
+    """One run of the program: its output, its seconds and its peak memory (MiB)."""
 
     printed: str
     seconds: float

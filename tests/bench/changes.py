@@ -61,7 +61,7 @@ class Bench:
 
 
 def subscription(number: int, standing: Standing) -> Subscription:
-    """A subscription that may send where its standing is good."""
+    """A subscription that may send if its standing is good."""
     return Subscription(
         id=UUID(int=5 << 120 | 0x4000_8000 << 48 | number),
         offer="enterprise-agreement",

@@ -45,7 +45,7 @@ def subscription(number: int, standing: Standing = Standing.GOOD) -> Subscriptio
 
 
 def attachment(number: int) -> Attachment:
-    """Its machine."""
+    """The machine of the subscription with that number."""
     return Attachment(segment="vni1", address=ip_network((0x0A000000 + number, 32)), subscription=UUID(int=number))
 
 

@@ -63,7 +63,7 @@ class FakeWorker(Worker):
 
     @property
     def running(self) -> bool:
-        """As long as its queue is bound."""
+        """Whether the worker's queue is bound."""
         return self.ready
 
     async def prepare(self) -> None:
@@ -518,7 +518,7 @@ class Churning:
         self.has_links_to_retry = True
 
     def store_descriptor(self) -> None:
-        """There is none."""
+        """None, because the store has no descriptor."""
 
     def sync(self) -> bool:
         """Takes a change."""
@@ -837,7 +837,7 @@ def test_a_process_with_few_descriptors_warns_and_runs(
     limit: int,
     warned: bool,
 ) -> None:
-    """Its files are for its user alone."""
+    """The files that it makes are readable only for its own user."""
     monkeypatch.setattr("portward.daemon.composition.descriptors.raise_limit", lambda: limit)
     assert process() == []
     assert ("file descriptors" in caplog.text) == warned

@@ -436,7 +436,7 @@ def test_a_fault_while_interfaces_change_drops_none_of_them_for_ever(
 
 
 def unsettled(ground: Ground) -> set[int]:
-    """The interfaces whose packets are dropped, because the policy table takes them for others."""
+    """The interfaces whose packets are dropped, because the policy table still has their previous owners."""
     return {int.from_bytes(row[0], sys.byteorder) for row in ground.kernel.netlink().rows(TABLE, "unsettled")}
 
 

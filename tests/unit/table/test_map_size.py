@@ -247,7 +247,7 @@ def test_a_map_is_not_made_larger_than_the_largest(writer: Writer) -> None:
     assert size(writer._environment) == 2 * SMALL
 
 
-# --- who waits for whom ---
+# --- threads that wait for each other ---
 
 
 def test_a_thread_with_a_transaction_goes_on_while_the_map_waits_to_grow(writer: Writer) -> None:
