@@ -25,7 +25,7 @@ _STRUCTS: Final[dict[str, tuple[type[msgspec.Struct], ...]]] = {
     "explain": (Explanation, Now),
     "diagnose": (Diagnosis, MatterReport, Facts, Machine, Drops, SinceStart, Asked),
 }
-# Verb with a table in meanings.toml → what stands before it.
+# Verb with a table in meanings.toml → the sentence before that table.
 VERBS: Final = {
     "status": "",
     "apply": "",

@@ -1,1 +1,1 @@
-"""What portward promises in figures, each measured by a function here: `make bench`."""
+"""Measurements of the figures that portward promises: `make bench`."""

@@ -16,20 +16,20 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import inventory
-from bench.figures import Figure, tell
+from bench.figures import Figure, print_table
 from portward.lab.agent import Agent
 
 
 class Run(NamedTuple):
-    """One run of the program: its words, its seconds and its peak memory (MB)."""
+    """One run of the program: its output, its seconds and its peak memory (MiB)."""
 
-    told: str
+    printed: str
     seconds: float
     memory: float
 
 
 def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
-    """`apply_1m_s`, `apply_1m_again_s`, `apply_1m_mb`; raises RuntimeError where apply does something else."""
+    """`apply_1m_s`, `apply_1m_again_s`, `apply_1m_mb`; raises RuntimeError if apply prints something else."""
     path, config = folder / "inventory.json", folder / "portward.toml"
     inventory.write(path, attachments)
     config.write_text(f'segments = ["vni*"]\nuplinks = ["up0"]\nstore = "sqlite:{folder}/portward.db"\n')
@@ -46,7 +46,7 @@ def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
 
 
 def apply_file(agent: Agent, path: Path) -> None:
-    """Applies an inventory to an agent's store, before it runs; raises RuntimeError with what was said."""
+    """Applies an inventory to an agent's store, before the agent runs; raises RuntimeError with the output."""
     result = agent.portward("apply", str(path))
     if result.returncode:
         raise RuntimeError(f"apply: {result.stderr}")
@@ -57,17 +57,17 @@ def _apply(path: Path, config: Path, expected: str) -> Run:
     began = time.monotonic()
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        told = process.stdout.read().strip()
+        printed = process.stdout.read().strip()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode or told != expected:
-        raise RuntimeError(f"apply gave {process.returncode} and said {told!r}, not {expected!r}")
-    return Run(told, time.monotonic() - began, usage.ru_maxrss / 1024)  # ru_maxrss is in KiB on Linux
+    if process.returncode or printed != expected:
+        raise RuntimeError(f"apply gave {process.returncode} and said {printed!r}, not {expected!r}")
+    return Run(printed, time.monotonic() - began, usage.ru_maxrss / 1024)  # ru_maxrss is in KiB on Linux
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="portward-apply-") as temporary:
         count = int(sys.argv[1]) if sys.argv[1:] else 1_000_000
         figures = measure(Path(temporary), count)
-    tell(figures)
+    print_table(figures)
     sys.exit(0 if all(figure.good for figure in figures) else 1)

@@ -1,8 +1,9 @@
-"""A change committed in SQLite → enforced in the kernel, seen in the packets of the source itself.
+"""How long after its commit in SQLite a change is enforced in the kernel, seen in the packets of the source
+itself.
 
 A tenant sends a segment every 0.2 ms, each with a number. After a change from allowed to denied, the last
-number that arrives tells until when the kernel let it pass; after one back, the first one does. The clock
-starts when the commit returns. Sender, receiver, agent and worker share the machine's cores.
+number that arrives shows until when the kernel let packets pass. After a change back, the first number shows
+since when. The clock starts when the commit returns. Sender, receiver, agent and worker share the machine's cores.
 """
 
 from __future__ import annotations
@@ -83,13 +84,13 @@ class Stream:
 
 
 def _numbered(source: str) -> Packet:
-    # No checksum is looked at on the way; port 25 on the other side has no listener.
+    # The checksum may stay wrong: nothing on the way checks it, and port 25 on the other side has no listener.
     return segment(source, "A")
 
 
 def measure(folder: Path, changes: int = 500) -> list[Figure]:
-    """`change_to_kernel_p99_ms` over so many changes."""
-    # Python's threads take turns every 5 ms by default: the sender would pause for as long as that.
+    """`change_to_kernel_p99_ms` over this many changes."""
+    # By default, Python's threads take turns every 5 ms, and the sender would pause for as long.
     sys.setswitchinterval(0.0002)
     with running_gateway(folder) as gateway:
         id_ = gateway.source(CONTOSO, SOURCE, "enterprise-agreement")
@@ -113,7 +114,7 @@ def measure(folder: Path, changes: int = 500) -> list[Figure]:
 
 
 def _change(gateway: Gateway, stream: Stream, id_: str, number: int) -> float:
-    """Makes one change, even numbers deny and odd ones allow; gives its delay in seconds."""
+    """Makes one change: an even `number` denies, an odd one allows. Returns its delay in seconds."""
     deny = number % 2 == 0
     record = Subscription(
         id=UUID(id_),

@@ -1,7 +1,8 @@
-"""What a change costs: one commit after the other, and one commit with ten thousand changes.
+"""Changes a second: one commit after the other, and one commit with ten thousand changes.
 
-Each is made in SQLite by another process than the agent, as `portward apply` does, and is over when the kernel
-says that all it remembers agrees with it (set `synced`). The commits, each synced to the disk, are in the time.
+Another process than the agent commits each change to SQLite, as `portward apply` does. A change ends when the set
+`synced` in the kernel shows that all cached verdicts agree with it. The time includes the commits, each of which
+is synced to the disk.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _PATIENCE = 60.0
 
 
 class Bench:
-    """A gateway whose store is written to, and whose kernel is asked how far it is."""
+    """Writes changes to a gateway's store, and reads from its kernel which revision is synced."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._store = open_store(f"sqlite:{gateway.agent.folder / 'portward.db'}")
@@ -39,8 +40,9 @@ class Bench:
             self._cache = VerdictCache(KernelElements(NfNetlink()))
 
     def enforce(self, records: Sequence[Record]) -> tuple[float, float]:
-        """Commits these records, each of which changes a verdict, and waits until the kernel agrees; gives the
-        seconds of the commit, and those after it."""
+        """Commits these records, each of which changes a verdict, and waits until the kernel has them.
+
+        Returns the seconds that the commit took, and the seconds from there until the kernel had them."""
         puts = [Put(key_of(record), encode(record)) for record in records]
         before = self._cache.synced()
         began = time.monotonic()
@@ -58,7 +60,7 @@ class Bench:
 
 
 def subscription(number: int, standing: Standing) -> Subscription:
-    """A subscription that may send where its standing is good."""
+    """A subscription that may send if its standing is good."""
     return Subscription(
         id=UUID(int=5 << 120 | 0x4000_8000 << 48 | number),
         offer="enterprise-agreement",
@@ -77,7 +79,7 @@ def measure(folder: Path, changes: int = 500, batches: int = 4) -> list[Figure]:
             batch = []
             for turn in range(batches):
                 standing = Standing.GOOD if turn % 2 else Standing.DISABLED
-                # Those that were changed one by one are disabled already.
+                # The subscriptions that were changed one by one are disabled already.
                 batch.append(bench.enforce([subscription(n, standing) for n in range(_SUBSCRIPTIONS)]))
         finally:
             bench.close()

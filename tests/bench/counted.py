@@ -30,7 +30,8 @@ def measure(folder: Path, packets: int = 50_000) -> list[Figure]:
             source = random.choice(sources)
             gateway.senders[source[0]].send(frames[source])
             if number % 500 == 0:
-                # A queue that overflows drops packets that no element counts: the first of each source wait there.
+                # The first packets of each source wait in the queue. If it overflows, it drops packets that no
+                # element counts.
                 until(lambda: waiting(gateway.agent.metrics()) == 0, "the queue is empty")
 
         def counted() -> float:

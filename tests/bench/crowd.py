@@ -1,7 +1,7 @@
-"""How fast a remembered source is served among a thousand, and among half a million.
+"""Packets a second of sources with a cached verdict, if the kernel caches a thousand of them, or half a million.
 
-Each size on a gateway of its own, all side by side. The real agent makes the ruleset; the elements are added by
-nft, all of one allowed prefix, and the agent is ended before the race: ruleset and elements stay.
+Each size has a gateway of its own, and all run side by side. The real agent makes the ruleset. nft adds the
+elements, all from one allowed prefix. The agent ends before the race, but ruleset and elements stay.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BATCH = 20_000
 
 
 def measure(folder: Path, rounds: int = 200) -> list[Figure | Curve]:
-    """`remembered_…_vs_1k`: the rate where all of so many sources send in turn, and a curve of it."""
+    """`cached_…_vs_1k`: the rate if all of this many cached sources send in turn, and a curve of it."""
     with ExitStack() as stack:
         standing = {}
         for name, size in SIZES.items():
@@ -39,9 +39,9 @@ def measure(folder: Path, rounds: int = 200) -> list[Figure | Curve]:
         rates = lanes.race(folder, standing, packets, rounds=rounds)
     points = [(float(size), statistics.median(rates[name]) / 1000) for name, size in SIZES.items()]
     return [
-        *(ratio(f"remembered_{name}_vs_1k", rates, name, "1k") for name in list(SIZES)[1:]),
+        *(ratio(f"cached_{name}_vs_1k", rates, name, "1k") for name in list(SIZES)[1:]),
         Curve(
-            "remembered-rate", "A remembered allow, all sources in turn", "remembered sources",
+            "cached-rate", "A cached allow, all sources in turn", "cached sources",
             "1,000 packets/s of a core", {"forwarded": points},
         ),
     ]  # fmt: skip

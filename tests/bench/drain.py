@@ -1,9 +1,9 @@
 """How fast full queues are emptied: one worker, two workers with a queue each, the C loop.
 
-A generator that shares two cores with two workers would show nothing, so there is none: the queues are filled
-while their readers are stopped, the generator ends, and the time runs from the moment that the readers go on
-until all is answered. The same number of packets each time, of sources of nobody drawn at random; for two workers
-half of them in each queue. A worker has one core, two workers have both.
+A generator that shares two cores with two workers would distort the result, so none runs meanwhile. It fills the
+queues while their readers are stopped, and ends. The time runs from the moment that the readers go on until all
+packets have their verdict. Each round has the same number of packets, from random sources that no attachment
+covers. For two workers, each queue holds half of them. One worker has one core, two workers have both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""An agent with 256 file descriptors, and 2,000 idle connections on its metrics that are opened anew all the time.
+"""An agent with 256 file descriptors, whose metrics port gets 2,000 idle connections, opened anew all the time.
 
-How long until a revocation is enforced, a killed worker's queue is bound again, a flushed ruleset is back, a
-scrape is answered, and SIGTERM has ended the agent.
+Measured is how long it takes until a revocation is enforced, until a killed worker's queue is bound again, until a
+flushed ruleset is back, until a scrape is answered, and until SIGTERM has ended the agent.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _QUEUES: Final = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
 
 
 def measure(folder: Path) -> Iterator[Figure]:
-    """`exhausted_…`: each the largest, with the median and the smallest before it."""
+    """The figures `exhausted_…`: each is the largest time, with the median and the smallest as its range."""
     names = ("revoke_ms", "worker_s", "ruleset_ms", "scrape_s", "sigterm_s")
     found: dict[str, list[float]] = {name: [] for name in names}
     with running_gateway(folder) as gateway:
@@ -84,7 +84,7 @@ def _round(gateway: Gateway, found: dict[str, list[float]]) -> None:
 
 
 def _worker(gateway: Gateway) -> float:
-    """Seconds from a worker's end until its queue is bound by another one."""
+    """Seconds from a worker's end until another worker has bound its queue."""
     with namespaces.inside(gateway.lab.gateway):
         until(_QUEUES.read_text, "the queue is bound")
         until(lambda: _running(gateway), "the status names the worker")
@@ -100,7 +100,7 @@ def _worker(gateway: Gateway) -> float:
 
 
 def _running(gateway: Gateway) -> int:
-    """The worker's process id by the status, which is a second old; 0 if that process is gone."""
+    """The worker's process id from the status, which may be a second old; 0 if that process is gone."""
     status = read_status(gateway.agent.folder / "table") or {}
     pid = next((worker["pid"] for worker in status.get("workers", ())), 0) or 0
     return pid if pid and Path(f"/proc/{pid}").exists() else 0
@@ -119,7 +119,7 @@ def _ruleset(gateway: Gateway) -> float:
 
 @contextlib.contextmanager
 def _crowd(gateway: Gateway) -> Iterator[None]:
-    """Idle clients, of which the oldest one gives way to a new one all the time."""
+    """Idle clients. A thread closes the oldest connection and opens a new one, again and again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, IDLE + 500)), hard))
     clients: deque[socket.socket] = deque()

@@ -1,7 +1,7 @@
-"""What a packet costs whose verdict the kernel remembers, and one that is none of portward's business.
+"""The cost of a packet with a cached verdict, and of one that does not go to port 25.
 
-Side by side, each on a gateway of its own (`lanes.py`): the real agent, whose kernel has learned its thousand
-sources from their packets, against what one would write by hand.
+The real agent's ruleset runs beside rulesets that an operator might write by hand, each on a gateway of its own
+(`lanes.py`). The agent's kernel has cached a thousand sources from their own packets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROUNDS = 400
 
 
 def measure(folder: Path, rounds: int = _ROUNDS) -> Iterator[Figure]:
-    """The ratios of points `remembered_deny_…`, `remembered_allow_…` and `bystander_…`."""
+    """The ratios `cached_deny_…`, `cached_allow_…` and `bystander_…`."""
     with ExitStack() as stack:
         ours = stack.enter_context(portward(folder))
         by_hand = {name: stack.enter_context(Lane(ruleset)) for name, ruleset in _rulesets().items()}
@@ -47,14 +47,12 @@ def measure(folder: Path, rounds: int = _ROUNDS) -> Iterator[Figure]:
             )
             goals = (">= 0.87", ">= 0.96", ">= 1.25") if family == 4 else ("", "", "")
             yield ratio(f"static_drop_vs_generator{suffix}", rates, "static", "at the door")
-            yield ratio(f"remembered_deny_vs_static{suffix}", rates, "portward", "static", goals[0])
-            yield ratio(f"remembered_deny_vs_set{suffix}", rates, "portward", f"set{family}", goals[1])
-            yield ratio(
-                f"remembered_deny_vs_forward_set{suffix}", rates, "portward", f"forward set{family}", goals[2]
-            )
+            yield ratio(f"cached_deny_vs_static{suffix}", rates, "portward", "static", goals[0])
+            yield ratio(f"cached_deny_vs_set{suffix}", rates, "portward", f"set{family}", goals[1])
+            yield ratio(f"cached_deny_vs_forward_set{suffix}", rates, "portward", f"forward set{family}", goals[2])
             rates = race("empty", "static accept", f"one lookup{family}", offer=ALLOWED, family=family)
             goal = ">= 0.88" if family == 4 else ""
-            yield ratio(f"remembered_allow_vs_empty{suffix}", rates, "portward", "empty", goal)
+            yield ratio(f"cached_allow_vs_empty{suffix}", rates, "portward", "empty", goal)
             yield ratio(f"static_accept_vs_empty{suffix}", rates, "static accept", "empty")
             yield ratio(f"one_lookup_vs_empty{suffix}", rates, f"one lookup{family}", "empty")
             rates = race("empty", "never matches", offer=ALLOWED, port=443, family=family)
@@ -71,7 +69,7 @@ def sources(offer: str, count: int, family: int = 4) -> Iterator[bytes]:
 
 @contextmanager
 def portward(folder: Path) -> Iterator[Lane]:
-    """A lane with the real agent, whose kernel remembers the thousand sources of each offer and family."""
+    """A lane with the real agent, whose kernel has cached a thousand sources of each offer and family."""
     with Lane() as lane:
         agent = Agent(
             lane, folder, segments=[SEGMENT],
@@ -89,30 +87,30 @@ def portward(folder: Path) -> Iterator[Lane]:
         try:
             for offer in _PREFIXES:
                 for family in (4, 6):
-                    _learn(lane, folder, offer, family)
+                    _cache(lane, folder, offer, family)
             want = {"allow": 2 * SOURCES, "deny": 2 * SOURCES}
 
-            def remembered() -> dict[str, float]:
+            def cached() -> dict[str, float]:
                 metrics = agent.metrics()
                 return {name: metrics.get(f'portward_remembered_sources{{verdict="{name}"}}', 0) for name in want}
 
-            until(lambda: remembered() == want, f"the kernel remembers {want}", seconds=20)
+            until(lambda: cached() == want, f"the kernel has cached {want}", seconds=20)
             yield lane
         finally:
             agent.stop()
 
 
-def _learn(lane: Lane, folder: Path, offer: str, family: int) -> None:
-    """One packet of each source, slowly enough for the worker to answer each."""
-    packets = lanes.frames(folder / "learned", sources(offer, SOURCES, family), 25, family=family)
+def _cache(lane: Lane, folder: Path, offer: str, family: int) -> None:
+    """Sends one packet of each source, slowly enough for the worker to give each its verdict."""
+    packets = lanes.frames(folder / "cached", sources(offer, SOURCES, family), 25, family=family)
     flood.run(lane.tenant, flood.build(folder), packets, dev="eth0", pps=2_000, count=SOURCES)
 
 
 def _rulesets() -> dict[str, str]:
-    """What one would write by hand, by name."""
+    """Rulesets that an operator might write by hand, by name."""
     found = {
         "empty": "",
-        # Nothing but the generator and the link: how much of the other rates is not the ruleset's.
+        # Nothing but the generator and the link, to show how much of the other rates is not due to the ruleset.
         "at the door": (
             f"table netdev door {{ chain c {{ type filter hook ingress device {SEGMENT} priority 0; "
             "policy drop; }; }\n"
@@ -126,11 +124,12 @@ def _rulesets() -> dict[str, str]:
         blocked = f"set blocked {{ type {key}; counter; elements = {{ {elements} }}; }}; "
         for name, hook in (("set", _SCREEN), ("forward set", _FORWARD)):
             found[f"{name}{family}"] = _chain(hook, f"tcp dport 25 {match} @blocked drop", blocked)
-        # The least that remembering can cost: a set that packets may fill, its counters, and nothing around it.
-        learned = ", ".join(f"{SEGMENT} . {ip_address(source)}" for source in sources(ALLOWED, SOURCES, family))
+        # The least that cached verdicts can cost: a set that packets may fill, with its counters, and no other
+        # rule.
+        entries = ", ".join(f"{SEGMENT} . {ip_address(source)}" for source in sources(ALLOWED, SOURCES, family))
         allowed = (
             f"set allowed {{ typeof iif . {match}; flags dynamic,timeout; timeout 1h; size 262144; counter; "
-            f"elements = {{ {learned} }}; }}; "
+            f"elements = {{ {entries} }}; }}; "
         )
         found[f"one lookup{family}"] = _chain(_SCREEN, f"tcp dport 25 iif . {match} @allowed accept", allowed)
     return found

@@ -1,5 +1,5 @@
-"""What a measurement gives: figures with their goals, curves, and what could not be measured; how they are printed
-and kept."""
+"""The results of a measurement (figures with their goals, curves, failed parts), and how they are printed and
+stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.table import Table
 
 
 class Figure(NamedTuple):
-    """A value with what spread was seen, its unit, and the goal as `<= 10` or `>= 0.9`; empty for none."""
+    """A value with its lowest and highest measured values, its unit, and the goal as `<= 10` or `>= 0.9`, or
+    empty."""
 
     name: str
     value: float
@@ -45,7 +46,7 @@ class Curve(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """What a part could not measure: its name, the reason, and how many figures and curves it gave before."""
+    """A part that failed: its name, the reason, and how many figures and curves it gave before."""
 
     part: str
     reason: str
@@ -62,8 +63,8 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def tell(figures: Iterable[Figure], missing: Iterable[Missing] = ()) -> None:
-    """Prints the figures as a table, and below it what is missing, with the reason."""
+def print_table(figures: Iterable[Figure], missing: Iterable[Missing] = ()) -> None:
+    """Prints the figures as a table, and below it each part that failed, with the reason."""
     table = Table(title="portward, measured", title_justify="left")
     for title in ("figure", "value", "from", "to", "unit", "goal", ""):
         left = title in ("figure", "unit", "goal")
@@ -80,7 +81,7 @@ def tell(figures: Iterable[Figure], missing: Iterable[Missing] = ()) -> None:
 
 
 def keep(figures: Iterable[Figure], path: Path) -> None:
-    """Writes the figures as JSON: name → value, low, high, unit, goal. What other figures the file holds stays."""
+    """Writes the figures as JSON: name → value, low, high, unit, goal. Other figures in the file stay."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     for name, *fields in figures:
         kept[name] = dict(zip(Figure._fields[1:], fields, strict=True))

@@ -22,14 +22,15 @@ _ETHERNET = 14
 
 
 class Sent(NamedTuple):
-    """What a flood has sent: frames that the device took, and the seconds from the first to the last."""
+    """The frames of a flood that the device took, and the seconds from the first to the last."""
 
     packets: int
     seconds: float
 
 
 def build(folder: Path, source: str = "flood.c", *libraries: str) -> Path:
-    """Compiles a C program of this folder, unless that was done, and gives its path; raises CalledProcessError."""
+    """Compiles a C program of this folder, unless that was done, and returns its path; raises
+    CalledProcessError."""
     program = folder / Path(source).stem
     if program.exists():
         return program
@@ -80,7 +81,7 @@ def write(path: Path, frames: Iterable[bytes]) -> Path:
 
 
 class Pace(TypedDict, total=False):
-    """How a flood goes: the options of `flood.c`. Without `seconds` and `count` it has no end of its own."""
+    """The options of `flood.c`. Without `seconds` and `count` the flood does not end by itself."""
 
     cpu: int
     seconds: float
@@ -100,7 +101,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[bytes], *, now: bool = False) -> Sent:
-    """Waits for a flood to end, or ends it `now`; gives what it sent. Raises RuntimeError where it failed."""
+    """Waits for a flood to end, or ends it `now`; returns what it sent. Raises RuntimeError if it failed."""
     if now:
         process.send_signal(signal.SIGTERM)
     out, _ = process.communicate()
@@ -110,7 +111,7 @@ def finish(process: subprocess.Popen[bytes], *, now: bool = False) -> Sent:
 
 
 def run(namespace: str, program: Path, frames: Path, *, dev: str, **pace: Unpack[Pace]) -> Sent:
-    """As `start`, to its end; one of `seconds` and `count` is needed."""
+    """Starts a flood and waits for its end; one of `seconds` and `count` is needed."""
     if not pace.keys() & {"seconds", "count"}:
         raise ValueError("a flood without an end: seconds or count")
     return finish(start(namespace, program, frames, dev=dev, **pace))

@@ -1,9 +1,9 @@
-"""`nft flush ruleset` by another process while the agent takes in a bulk change: until the ruleset is back.
+"""How long the ruleset is gone if another process runs `nft flush ruleset` while the agent loads a bulk change.
 
-The agent enforces a small policy. `portward apply` writes an inventory with ten attachments of each
-subscription, and from its commit until the agent enforces it the ruleset is flushed again and again. Between
-flush and repair port 25 is open, so this is the time that counts. What is measured ends when chains, rules and
-fixed sets are those that were loaded before.
+The agent enforces a small policy. `portward apply` writes an inventory with ten attachments of each subscription.
+From its commit until the agent enforces it, the ruleset is flushed again and again. Between flush and repair port
+25 is open, so this is the time that counts. It ends when chains, rules and fixed sets are those that were loaded
+before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from portward.dataplane.nfnetlink import NfNetlink
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM
 
-# The repair is at work on a kernel that is quiet again.
+# Seconds between two flushes, so that the work of one repair is over before the next flush.
 _BETWEEN = 0.3
 _PATIENCE = 30.0
 _DELETE_TABLE = 2  # NFT_MSG_DELTABLE, linux/netfilter/nf_tables.h
@@ -66,7 +66,8 @@ def _flush(netlink: NfNetlink) -> float:
     """Milliseconds from the flush to the ruleset as it was."""
     before, generation = netlink.fingerprint(TABLE, FIXED_SETS), netlink.generation()
     began = time.monotonic()
-    # What `nft flush ruleset` does to this table. The lab's own table stays, since the guard goes with it.
+    # `nft flush ruleset` deletes this table in the same way. The lab's own table stays, because without it the
+    # agent would take the guard away.
     netlink.commit([(_DELETE_TABLE, attribute(1, string(TABLE)))])
     if netlink.generation() == generation:
         raise RuntimeError("the flush did nothing")

@@ -1,10 +1,11 @@
-"""What other programs cost that change their own nftables 200 times a second, as kube-proxy and CrowdSec do:
-start, repair, the first verdict of a new source, and the agent's processor time, with that traffic and without, in
-turns.
+"""The cost of other programs that change their own nftables 200 times a second, as kube-proxy and CrowdSec do.
+
+Measured are start, repair, the first verdict of a new source, and the agent's processor time, with these changes
+and without them, in turns.
 
 `start`: from the start of the program to the first packet that only a worker can let pass. `repair`: from the
-deletion of our table to the moment when the ruleset is there again. `first verdict`: from the first packet of a
-source that the kernel does not know to its arrival; a packet is sent each 2 ms."""
+deletion of portward's table to the moment when the ruleset is back. `first verdict`: from the first packet of a
+source without a cached verdict to its arrival; a packet is sent each 2 ms."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ _SECONDS = 20.0
 
 
 def measure(folder: Path) -> list[Figure]:
-    """`foreign_start_s` and its like, each also as `…_alone`."""
+    """The figures `foreign_…`, each also as `…_alone` without the other programs."""
     found: dict[str, list[float]] = {}
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
         agent = Agent(lab, folder, segments=["vni1001", "vni1002"])

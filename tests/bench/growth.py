@@ -1,10 +1,10 @@
-"""What grows with the number of attachments, from a thousand to five million: loading them from the store, the
-size of the table, a look-up, one change, memory, a start.
+"""How costs grow with the number of attachments, from a thousand to five million: loading them from the store, the
+size of the table, a lookup, one change, memory, a start.
 
-One store grows from size to size; its records are written by SQL, since `apply` would take minutes. Each size is
-loaded into a new table by a process of its own, as the daemon loads it, and looked up by another one, as a worker
-does: random attachments, and as many sources of nobody between them, 64 in each view of the table. Then the agent
-is started on it.
+One store grows from size to size. SQL writes its records, because `apply` would take minutes. For each size, one
+process loads the store into a new table, as the daemon does. Another process looks sources up in it, as a worker
+does: random attachments, and as many sources that no attachment covers, 64 in each view of the table. Then the
+agent starts on that table.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _STARTED: Final = "2026-01-10T08:00:00Z"
 
 def measure(folder: Path, sizes: dict[str, int] = SIZES) -> Iterator[Figure | Curve]:
     """`load_s_…`, `table_bytes_per_attachment…`, `lookup_ns_…`, `change_ms_…` and memory by size, and curves."""
-    # The processes that load and look up are this file too: they are not to hold what only a start needs.
+    # The processes that load and look up run this file too. This import would add to their memory.
     from bench import start
 
     store, rows, before = folder / "portward.db", {}, 0
@@ -91,7 +91,7 @@ def _curves(sizes: dict[str, int], rows: dict[str, dict[str, Any]]) -> Iterator[
         return [(float(size), float(value[0] if isinstance(value, list) else value)) for size, value in values]
 
     x = "attachments"
-    yield Curve("growth-lookup", "A look-up", x, "ns", {"random, half of them nobody's": points("lookup_ns")})
+    yield Curve("growth-lookup", "A lookup", x, "ns", {"random, half of them unknown": points("lookup_ns")})
     yield Curve("growth-load", "SQLite → policy table", x, "s", {"load": points("load_s")})
     yield Curve(
         "growth-change", "One change, store's commit → table's commit", x, "ms", {"change": points("change_ms")}
@@ -104,12 +104,14 @@ def _curves(sizes: dict[str, int], rows: dict[str, dict[str, Any]]) -> Iterator[
 
 def _in_process(part: str, store: Path, table: Path, size: int) -> dict[str, Any]:
     argv = [sys.executable, __file__, part, str(store), str(table), str(size)]
-    told: dict[str, Any] = json.loads(subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    return told
+    printed: dict[str, Any] = json.loads(
+        subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout
+    )
+    return printed
 
 
 def _grow(path: Path, have: int, want: int) -> None:
-    """Writes subscriptions and attachments from number `have` up to `want` into the store, and no log of them."""
+    """Writes subscriptions and attachments from number `have` up to `want` into the store, without log entries."""
     if not path.exists():
         first = Subscription(id=inventory.subscription(0), offer=inventory.OFFERS[0], created=date(2022, 6, 30))
         made = SqliteStore(path, create=True)
@@ -119,7 +121,7 @@ def _grow(path: Path, have: int, want: int) -> None:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN")
         connection.executemany("INSERT OR REPLACE INTO record VALUES (?, ?)", _records(have, want))
-        # `portward audit` would find all of this; the load does not look at hashes.
+        # `portward audit` would report these rows, because the log lacks them. The load does not check hashes.
         connection.execute(
             "INSERT INTO revision SELECT max(number) + 1, ?, 'bench', zeroblob(32), zeroblob(32) FROM revision",
             (_STARTED,),
@@ -176,14 +178,15 @@ def _load(path: Path, folder: Path, size: int) -> dict[str, Any]:
 
 
 def _denied(size: int) -> int:
-    """The number of a subscription that may not send: those that may show that the agent has started."""
+    """The number of a subscription that may not send. The start is measured with one that may."""
     return random.randrange(size // 100) * 10 + random.randrange(1, len(inventory.OFFERS))
 
 
 def _look(_store: Path, folder: Path, size: int) -> dict[str, Any]:
     reader = Reader.open(folder)
     times = []
-    # Made beforehand: to make them takes longer than to look them up, and throws the table out of the caches.
+    # Made beforehand, because making them takes longer than the lookups, and would push the table out of the
+    # caches.
     batches = [
         [_source(random.randrange(size), known=number % 2 == 0) for number in range(_VIEW)]
         for _ in range(_LOOKUPS // _VIEW)
@@ -199,15 +202,16 @@ def _look(_store: Path, folder: Path, size: int) -> dict[str, Any]:
 
 
 def _source(number: int, *, known: bool) -> tuple[int, bytes]:
-    """The interface and address of an attachment, or an address of nobody in its segment."""
+    """The interface and address of an attachment or, if not `known`, an address in its segment without one."""
     segment, address = inventory.place(number)
     offset = 0 if known else 1 << 16
     return int(segment.removeprefix("vni")) - 1000, (int(IPv4Address(address)) + offset).to_bytes(4, "big")
 
 
 def _private_mb() -> float:
-    """What the process alone has written. Pages of the table that no other process reads just now count as private
-    too, but they are the page cache's, which the kernel takes back where it needs memory."""
+    """The memory that only this process has written, in MiB. Clean private pages are left out: those are pages of
+    the table that no other process reads just now. They belong to the page cache, and the kernel can take them
+    back."""
     rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in rollup if line.startswith("Private_Dirty:")) / 1024
 

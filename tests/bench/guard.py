@@ -1,4 +1,5 @@
-"""What the forward guard costs while it is loaded, and how long after a first foreign translation it is there."""
+"""The cost of the forward guard while it is loaded, and the time from the first foreign translation to its
+load."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from portward.dataplane.nft import Nft
 from portward.lab import namespaces
 from portward.lab.agent import until
 
-# A rule in a chain of no hook: it costs no packet anything, and the guard is loaded because of it.
+# A rule in a chain without a hook: it makes the agent load the guard, and no packet passes it.
 _REWRITE: Final = "table inet other { chain c { tcp dport set 25; }; }\n"
 _NAT: Final = "table ip other { chain c { type nat hook prerouting priority dstnat; }; }\n"
 _ROUNDS: Final = 200
@@ -47,7 +48,7 @@ def measure(folder: Path) -> list[Figure]:
 
 
 def _loaded_after(lane: Lane) -> Figure:
-    """Milliseconds from the commit of the first translation of others to the commit of the guard."""
+    """Milliseconds from the commit of another program's first translation to the commit of the guard."""
     found = []
     with namespaces.inside(lane.gateway), closing(NfNetlink()) as netlink:
         nft = Nft()

@@ -1,9 +1,9 @@
-"""A revocation behind a held change, and one where nothing is held: how long until the kernel enforces it.
+"""How long it takes until the kernel enforces a revocation, with a held change before it and without one.
 
-Each revocation is one run of `portward exemption revoke --wait`, of another customer whose machine sends; the time
-is what the program says. The change that is held would refuse five thousand customers at once; it is written and
-taken back in turns, so that both are measured in the same noise. After each command one packet of the customer is
-sent, which must not arrive; one of a customer who is not revoked yet must.
+Each revocation is one run of `portward exemption revoke --wait`, for another customer whose machine sends. The
+time is the one that the program prints. The held change would deny five thousand customers at once. It is written
+and taken back in turns, so that both cases are measured under the same load. After each command, the customer
+sends one packet, which must not arrive. A packet of a customer who is not revoked yet must arrive.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _GRANTED: Final = datetime(2026, 1, 9, 12, tzinfo=UTC)
 _CUSTOMERS: Final = 5_000
 _EACH: Final = 12
 _FIRST: Final = int(ip_address("10.128.0.0"))
-# The same code runs in both cases; what differs beyond this is more than noise of the machine.
+# The same code runs in both cases, so a larger ratio than this is more than noise of the machine.
 _RATIO: Final = "<= 1.5"
 
 
 def measure(folder: Path, rounds: int = 8) -> list[Figure]:
-    """`revoke_p99_ms` and `revoke_behind_held_p99_ms`, and how the medians compare."""
+    """`revoke_p99_ms` and `revoke_behind_held_p99_ms`, and the ratio of the medians."""
     free: list[float] = []
     behind: list[float] = []
     leaked = 0
@@ -104,7 +104,8 @@ def _senders(count: int) -> list[Record]:
 
 
 def _held(gateway: Gateway, standing: Standing, *, held: int) -> None:
-    """Gives all customers another standing, past `portward apply`, and waits until that is held, or is no more."""
+    """Writes another standing of all customers to the store without `portward apply`. Waits until that change is
+    held (`held` is 1), or no change is (0)."""
     records = [replace(record, standing=standing) for record in _customers() if isinstance(record, Subscription)]
     store = open_store(f"sqlite:{gateway.agent.folder / 'portward.db'}")
     try:
@@ -116,8 +117,8 @@ def _held(gateway: Gateway, standing: Standing, *, held: int) -> None:
 
 
 def _revoke_all(gateway: Gateway, numbers: range, times: list[float]) -> int:
-    """Revokes them, one by one: adds the milliseconds until each is enforced to `times`, and gives how many
-    packets came out afterwards."""
+    """Revokes these customers one by one. Adds the milliseconds until each is enforced to `times`. Returns how
+    many packets came out afterwards."""
     leaked = 0
     for number in numbers:
         if not gateway.passes(FABRIKAM, _address(number)):

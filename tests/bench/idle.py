@@ -1,5 +1,5 @@
-"""What a daemon and its worker take of a core while nothing happens: a gateway with two segments and a policy of a
-hundred thousand attachments, the self-check and the metrics as they are by default."""
+"""The share of a core that a daemon and its worker use while nothing happens, on a gateway with two segments and a
+policy of a hundred thousand attachments. Self-check and metrics run as they do by default."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ def measure(folder: Path, seconds: float = 40.0) -> list[Figure]:
 
 
 def cpu_percent(agent: Agent, seconds: float) -> float:
-    """What daemon and workers take of a core within so many seconds, in percent, by the scheduler's own count."""
+    """The share of a core that daemon and workers use during `seconds`, in percent, by the scheduler's own
+    count."""
     began, before = time.monotonic(), _busy(agent)
     time.sleep(seconds)  # pause: how long it is watched
     return 100 * (_busy(agent) - before) / (time.monotonic() - began)
 
 
 def _busy(agent: Agent) -> float:
-    """Seconds on a processor so far, all threads of the daemon and of its children together."""
+    """Processor time so far, in seconds, of all threads of the daemon and of its children together."""
     if agent.process is None:
         raise ValueError("no agent runs")
     found = subprocess.run(["pgrep", "-P", str(agent.process.pid)], capture_output=True, text=True, check=True)

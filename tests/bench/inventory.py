@@ -8,7 +8,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from uuid import UUID
 
-# The tenth subscription may send, the others may not: mostly denied, as in a cloud.
+# One subscription in ten may send, so most are denied, as in a cloud.
 OFFERS = ("enterprise-agreement", *["pay-as-you-go"] * 9)
 PER_SEGMENT = 1_000
 _FIRST = int(IPv4Address("10.0.0.0"))

@@ -1,9 +1,9 @@
 """Gateways side by side, each with a ruleset of its own, and how fast the same packets go through each.
 
-A lane is a tenant's machine, a gateway and the Internet's side, joined by two veth pairs: the shortest way that a
-forwarded packet can take, without tunnels, connection tracking and address translation, so that what a ruleset
-costs shows most. `lanes.c` sends down all of them in turns; a rate is packets a second of processor time of the
-one core that sends and forwards.
+A lane is a tenant's machine, a gateway and the Internet's side, joined by two veth pairs. This is the shortest way
+that a forwarded packet can take, without tunnels, connection tracking and address translation, so the cost of a
+ruleset shows most. `lanes.c` sends through all of them in turns. A rate is packets per second of processor time of
+the one core that sends and forwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from portward.lab import namespaces
 
 SEGMENT = "vni1001"
 CPU = 0
-# Alike in all lanes, so that one file of frames serves them all.
+# These are the same in all lanes, so that one file of frames serves them all.
 _TENANT, _GATEWAY, _INTERNET = "02:00:00:00:00:01", "02:00:00:00:00:02", "02:00:00:00:00:03"
 _DROP = "table netdev bench { chain end { type filter hook ingress device eth0 priority 0; policy drop; }; }"
 
@@ -35,7 +35,7 @@ class Lane(Standing):
     Internet's side, which takes no packet further than its link."""
 
     def __init__(self, ruleset: str = "") -> None:
-        """`ruleset` is loaded on the gateway as it is, for `nft -f`."""
+        """`ruleset` is a text for `nft -f`, which is loaded on the gateway."""
         super().__init__("t", "g", "i")
         self.tenant, self.gateway, self.internet = self.names
         self._ruleset = ruleset
@@ -93,7 +93,7 @@ def frames(path: Path, sources: Iterable[bytes], port: int, *, family: int = 4) 
 def race(
     folder: Path, lanes: dict[str, Lane], packets: Path | dict[str, Path], *, rounds: int, slice_s: float = 0.01
 ) -> Rates:
-    """The rate of each lane in each round, in packets a second; all are sent the same frames, or each its own."""
+    """The rate of each lane in each round, in packets a second. All lanes get the same frames, or each its own."""
     files = packets if isinstance(packets, dict) else dict.fromkeys(lanes, packets)
     program = flood.build(folder, "lanes.c")
     with _busy_elsewhere() as elsewhere:
@@ -107,8 +107,8 @@ def race(
     names = list(lanes)
     rates: Rates = {name: [] for name in names}
     for line in out.splitlines():
-        told = json.loads(line)
-        rates[names[told["lane"]]].append(told["packets"] / told["seconds"])
+        printed = json.loads(line)
+        rates[names[printed["lane"]]].append(printed["packets"] / printed["seconds"])
     return rates
 
 
@@ -121,7 +121,7 @@ def ratio(name: str, rates: Rates, lane: str, to: str, goal: str = "") -> Figure
 
 @contextmanager
 def _busy_elsewhere() -> Iterator[list[float]]:
-    """How long ksoftirqd of the core of the lanes was busy meanwhile, in seconds; known at the end."""
+    """Yields a list, to which it adds at the end how long ksoftirqd of the lanes' core was busy, in seconds."""
     pid = subprocess.run(["pgrep", "-x", f"ksoftirqd/{CPU}"], capture_output=True, text=True, check=True).stdout
     found: list[float] = []
     before = _busy(int(pid))

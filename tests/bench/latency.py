@@ -1,16 +1,17 @@
-"""What the first packet of a source costs: SYNs through the real agent, each from a source never seen before.
+"""The latency of a source's first packet: SYNs through the real agent, each from a source without a cached
+verdict.
 
-The whole gateway of the lab, with its limits raised: tenant's VXLAN → screen → queue → worker → learn → routing →
-uplink. A prefix of the tenant may send, and every SYN comes from the next address of it. The clock starts when the
-generator stamps the frame, just before it sends it, and ends when the kernel receives it behind the gateway (its
-own timestamp; the receiver reads only afterwards). So included are the send itself, both VXLAN ends, both veth
-pairs, and all waiting for a core: generator, agent and worker share two. Address translation is taken out of the
-gateway: it would be measured too.
+This is the whole gateway of the lab, with its limits raised: tenant's VXLAN → `screen` → queue → worker → `learn`
+→ routing → uplink. A prefix of the tenant may send, and every SYN comes from its next address. The clock starts
+when the generator stamps the frame, just before it sends it. It ends when the kernel receives the frame behind the
+gateway, by the kernel's own timestamp. So the time includes the send itself, both VXLAN ends, both veth pairs, and
+all waiting for a core: generator, agent and worker share two. The gateway's address translation is removed,
+because its cost would be measured too.
 
-A virtual machine is stopped by its host now and then, for milliseconds at a time, and all that is on its way then
-waits. So what arrives is cut into rounds of some tenths of a second, each with its percentiles; the figure is the
-median of the rounds, and the range goes from the best of them to the percentile of all packets together, stops of
-the machine included.
+The host stops a virtual machine now and then, for milliseconds at a time, and all packets on their way wait. So
+the packets that arrive are cut into rounds of some tenths of a second, each with its percentiles. The figure is
+the median of the rounds. Its range goes from the best round to the percentile of all packets together, stops
+included.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from kernel.wire import segment
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO
 
-# Name: misses a second, and rounds of so many packets each.
+# Name → misses a second, rounds, and packets in each round.
 _RATES = {"1k": (1_000, 8, 500), "10k": (10_000, 40, 1_000), "50k": (50_000, 12, 10_000)}
 _QUEUE = {"rate": 10_000_000, "burst": 1_000_000, "segment_rate": 10_000_000, "segment_burst": 1_000_000}
 _SO_TIMESTAMPNS = 35  # asm-generic/socket.h
@@ -39,7 +40,7 @@ _TIME = struct.Struct("@qq")
 
 
 def measure(folder: Path) -> Iterator[Figure]:
-    """`first_syn_p50_us_at_1k` and its like: 50th, 99th and 99.9th percentile at 1k, 10k and 50k misses a
+    """`first_syn_p50_us_at_1k` and so on: the 50th, 99th and 99.9th percentile at 1k, 10k and 50k misses a
     second."""
     program = flood.build(folder)
     with running_gateway(folder, queue=_QUEUE, verdicts={"segment_sources": 131_072}) as gateway:
@@ -58,7 +59,8 @@ def measure(folder: Path) -> Iterator[Figure]:
 
 
 def _run(gateway: Gateway, program: Path, frames: Path, rate: int, count: int) -> list[float]:
-    """Microseconds from stamp to reception of each frame that arrives, when so many are sent at that rate."""
+    """Sends `count` frames at `rate` a second. Returns, for each that arrives, the microseconds from its stamp to
+    its reception."""
     with namespaces.inside(gateway.lab.internet):
         view = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
     with view:

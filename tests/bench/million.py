@@ -17,7 +17,7 @@ from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 
 
 def measure(folder: Path, attachments: int = 1_000_000) -> list[Figure]:
-    """What `apply.measure` gives, `first_load_1m_s`, and `worker_private_mb_after_first_load_1m`."""
+    """The figures of `apply.measure`, `first_load_1m_s`, and `worker_private_mb_after_first_load_1m`."""
     figures = apply.measure(folder, attachments)  # leaves the store in the folder
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
         agent = Agent(lab, folder, segments=["vni1001", "vni1002"])

@@ -1,9 +1,10 @@
-"""Two tenants flood the gateway with sources, at the highest rate trafgen makes: what does a third one feel?
+"""Connections of one tenant while two others flood the gateway with sources, at the highest rate that trafgen
+makes.
 
-One floods with spoofed IPv4 sources of nobody, the other with all the addresses of its own allowed /64. The
-third opens real connections, each from a source that the gateway has not seen before. Both generators are pinned
-to the first core, and with them what the kernel does for their packets; then to all cores, which leaves none to
-the gateway alone. The rest runs wherever it is put.
+The first floods with spoofed IPv4 sources that no attachment covers, the second with all the addresses of its own
+allowed /64. The third opens real connections, each from a source that the gateway has not seen before. Both
+generators, and the kernel's work for their packets, are pinned to the first core; then to all cores, which leaves
+none to the gateway alone. All other processes run on any core.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Lab, Tenant
 LITWARE = Tenant("litware", 1003)
 _PREFIX = "2001:db8:1003:5::"
 _OWN = "2001:db8:1002:7::"
-# The first retransmission of a SYN comes after a second: a connection that takes so long has lost a packet.
+# A SYN is retransmitted after one second, so a connection that takes nearly that long has lost a packet.
 _LOST = 0.9
-_IPV6_FREEBIND = 78  # linux/in6.h: the whole prefix is ours by its route, no address of it is on a link
+_IPV6_FREEBIND = 78  # linux/in6.h; needed because a route gives us the prefix, and no link has an address of it
 
 
 def measure(folder: Path, seconds: float = 20.0) -> list[Figure]:
-    """Time to connect from a new source under the floods, the share of connections made, verdicts that survive."""
+    """Under the floods: the time to connect from a new source, the share of connections made, and the share of
+    cached verdicts that survive."""
     with running_gateway(folder, (CONTOSO, FABRIKAM, LITWARE), verdicts={"allow_seconds": 600}) as gateway:
         gateway.agent.apply(
             *source_records(FABRIKAM, f"{_OWN}/64", ALLOWED, uuid4()),
@@ -44,14 +46,12 @@ def measure(folder: Path, seconds: float = 20.0) -> list[Figure]:
         with listening(gateway.lab):
             quiet, _ = _connect(gateway.lab, 3.0, first=1)
             print(f"quiet: median {percentile(quiet, 0.5):.2f} ms, p99 {percentile(quiet, 0.99):.2f} ms")
-            remembered = _remembered(gateway)
+            cached = _cached(gateway)
             figures = _flooded(gateway, folder, seconds, cores=1, name="from_one_core")
             figures += _flooded(gateway, folder, seconds, cores=os.cpu_count() or 1, name="from_all_cores")
-            survived = len(remembered & _remembered(gateway))
-    kept = 100 * survived / len(remembered)
-    figures.append(
-        Figure("remembered_after_floods", kept, kept, kept, f"% of {len(remembered)} verdicts", ">= 100")
-    )
+            survived = len(cached & _cached(gateway))
+    kept = 100 * survived / len(cached)
+    figures.append(Figure("cached_after_floods", kept, kept, kept, f"% of {len(cached)} verdicts", ">= 100"))
     return figures
 
 
@@ -75,7 +75,8 @@ def _route(lab: Lab) -> None:
 
 
 def _connect(lab: Lab, seconds: float, first: int) -> tuple[list[float], int]:
-    """Connects every 10 ms from the next source; gives the milliseconds of those made, and how many were tried."""
+    """Connects every 10 ms from the next source. Returns the milliseconds of each connection that was made, and
+    how many were tried."""
     times: list[float] = []
     tried, end = 0, time.monotonic() + seconds
     with namespaces.inside(lab.home(LITWARE)):
@@ -93,15 +94,16 @@ def _connect(lab: Lab, seconds: float, first: int) -> tuple[list[float], int]:
     return times, tried
 
 
-def _remembered(gateway: Gateway) -> set[str]:
-    """The third tenant's sources that the kernel remembers."""
+def _cached(gateway: Gateway) -> set[str]:
+    """The third tenant's sources with a cached verdict."""
     listing = gateway.listing("allow6")
     return {word for word in listing.split() if word.startswith(_PREFIX[:-1])}
 
 
 @contextmanager
 def _floods(lab: Lab, folder: Path, cores: int) -> Iterator[None]:
-    """trafgen in both tenants' namespaces: it pins itself to the first cores, a process each."""
+    """Runs trafgen in both tenants' namespaces. It pins itself to the first `cores` cores, with a process on
+    each."""
     running: list[subprocess.Popen[bytes]] = []
     try:
         for tenant, source, randomly in (
@@ -136,13 +138,13 @@ def _script(lab: Lab, tenant: Tenant, source: str, randomly: slice) -> str:
     octets = [f"{octet:#04x}" for octet in frame]
     octets[randomly] = [f"drnd({randomly.stop - randomly.start})"]
     if ":" not in source:
-        # The IP checksum covers the source; trafgen works it out.
+        # The IP checksum covers the source, so trafgen calculates it for each packet.
         octets[24:26] = ["csumip(14, 33)"]
     return "{ " + ", ".join(octets) + " }\n"
 
 
 def _rates(gateway: Gateway, before: dict[str, float], seconds: float) -> str:
-    """How much of the floods met which end, in packets a second."""
+    """How many packets of the floods met each verdict, per second, in words."""
     after = gateway.agent.metrics()
     rules = ("missed", "limited", "limited_all", "unknown", "unlearned")
     names = {rule: f'portward_screen_packets_total{{rule="{rule}"}}' for rule in rules}

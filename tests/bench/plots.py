@@ -8,7 +8,7 @@ from bench.figures import Curve
 
 
 def draw(curve: Curve, folder: Path) -> Path:
-    """Draws a curve into `folder`, and gives the file."""
+    """Draws a curve into `folder`, and returns the file."""
     import matplotlib as mpl
 
     mpl.use("svg")

@@ -1,11 +1,11 @@
-"""Prefixes that are revoked while much is cached: how long until no old verdict acts any more.
+"""How long it takes until no old verdict acts any more, if prefixes are revoked while many verdicts are cached.
 
-The real KernelSync writes to the real ruleset in a network namespace of its own. The elements are added as
-packets would have added them, and the sizes of the sets are known from a reading, as the daemon knows them from
-counting. Two times are taken of each `KernelSync.apply`. `enforced`: until the transaction is done after which
-no old verdict acts any more (that of the gate or, without one, the one that writes `synced`). `synced`: until the
-one that writes `synced` is done, when no old allow is cached any more. After each change the sets are read, and no
-element may be left in the revoked prefixes.
+The real KernelSync writes to the real ruleset in a network namespace of its own. The elements are added as packets
+would have added them. The sizes of the sets are read before, as the daemon has them from counting. Two times of
+each `KernelSync.apply` are measured. `enforced` ends with the transaction after which no old verdict acts any
+more: that of the gate or, without one, the one that writes `synced`. `synced` ends with the transaction that
+writes `synced`, when no old allow is cached any more. After each change the sets are read, and no element may be
+left in the revoked prefixes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _ROUNDS: Final = 20
 
 
 class Case(NamedTuple):
-    """What is cached, evenly in `sets`, behind how many interfaces, in how many /64s behind each. `revoked` is how
-    many of the /64s change, in total: they are revoked or, with `opens`, granted."""
+    """`cached` verdicts, spread evenly over `sets`, over `links` interfaces, and over `prefixes` /64s behind each
+    interface. `revoked` /64s in total are revoked or, with `opens`, granted."""
 
     name: str
     cached: int
@@ -131,8 +131,8 @@ class Gateway:
         self._generation = 1
 
     def times_ms(self, case: Case) -> tuple[float, float]:
-        """Caches what the case says, revokes, and gives the milliseconds until that is enforced, and until nothing
-        old is cached."""
+        """Caches the verdicts of the case, and revokes its prefixes. Returns the milliseconds until that is
+        enforced, and until no old verdict is cached."""
         for set_ in _EVEN:
             keys = case.keys(set_) if set_ in case.sets else []
             self.kernel.commit([Flush(set_), *([Add(set_, keys)] if keys else [])])
@@ -162,7 +162,7 @@ class Gateway:
 
 
 def measure(folder: Path, rounds: int = _ROUNDS) -> list[Figure]:
-    """`prefixes_…_enforced_p99_ms` and `…_synced_p99_ms` for each case; also what stayed cached."""
+    """`prefixes_…_enforced_p99_ms` and `…_synced_p99_ms` for each case, and how many verdicts stayed cached."""
     figures = []
     for case in CASES:
         name = lab_name()

@@ -1,11 +1,11 @@
-"""A gateway of two namespaces that queues every packet to port 25 and remembers nothing, and readers for its
+"""A gateway of two namespaces that queues every packet to port 25 and caches no verdict, and readers for its
 queues.
 
     flood ── veth ── raw table: mark of a miss, NFQUEUE ── chain after it: counted by the class of its mark,
     dropped
 
-So each packet costs a reader what it costs the worker in portward's own ruleset, where a source of nobody is
-dropped right behind the queue too, and nothing that comes after a verdict is measured with it.
+So each packet costs a reader as much as it costs the worker in portward's own ruleset, which drops an unknown
+source right behind the queue too. Work that follows a verdict is not measured.
 """
 
 from __future__ import annotations
@@ -42,24 +42,25 @@ from portward.table.commits import Answers
 from portward.table.writer import Writer
 
 SEGMENT = "vni1"
-# Each core has one thing to do: the flood with the kernel's way up to the queue, and the reader.
+# One core runs the flood and the kernel's path up to the queue, the other one the reader.
 FLOOD_CPU, READER_CPU = 1, 0
 LENGTH = 4096
-# What `drain` queues: as many as the socket of a reader holds, which has 8 MiB for messages, and the kernel grants
-# twice that.
+# Packets that `drain` queues: as many as fit into a reader's socket, whose buffer is 8 MiB, which the kernel
+# doubles.
 DRAINED = 16_000
 DRAINED_LENGTH = 20_000
-# A thousand hosts, and a prefix whose addresses may send: a source of neither is looked up by two lengths.
+# A thousand hosts, and a prefix whose addresses may send. So two prefix lengths are looked up for any other
+# source.
 HOSTS = tuple(bytes([10, 0, number >> 8, number & 0xFF]) for number in range(1000))
 PREFIX = "10.64.0.0/10"
-# Every third address of these: more gaps between attachments than the batch reader remembers.
+# Every third address of these has an attachment: more gaps between attachments than the batch reader caches.
 SCATTERED = range(172 << 24 | 16 << 16, 172 << 24 | 17 << 16)
 _CLASSES = ("allow", "deny", "refused", "miss", "unknown", "observed")
 
 
 class Drained(NamedTuple):
-    """How long readers took for full queues, in seconds: on the clock, and of processor time, theirs and the
-    kernel's for them. `answered`: packets by the class of their verdict."""
+    """The time that readers took to empty full queues, in seconds: by the clock, and as processor time with the
+    kernel's work for them. `answered`: packets by the class of their verdict."""
 
     wall_s: float
     processor_s: float
@@ -116,19 +117,19 @@ class Gateway(Standing):
             raise RuntimeError(f"iptables-restore: {result.stderr}")
 
     def answered(self) -> dict[str, int]:
-        """Packets that came back from the queue so far, by the class of their verdict."""
+        """Packets with a verdict so far, by the class of that verdict."""
         return self._netlink.counters("bench")
 
     def waiting(self, queue: int) -> int:
         """Packets that wait in a queue, or that its reader has received and not answered yet."""
-        told = namespaces.run(self.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
-        rows = [[int(column) for column in line.split()] for line in told.splitlines()]
+        printed = namespaces.run(self.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
+        rows = [[int(column) for column in line.split()] for line in printed.splitlines()]
         return sum(row[2] for row in rows if row[0] == queue)
 
     def drain(self, generator: Path, frames: Path, readers: dict[int, int]) -> Drained:
-        """Fills the queues while their readers (queue → process id) are stopped, and measures from the moment that
-        they go on until all is answered: so it does not matter how fast the generator is. Raises RuntimeError if
-        the kernel has dropped any packet."""
+        """Fills the queues while their readers (queue → process id) are stopped. Measures from the moment that the
+        readers go on until all packets have a verdict, so the speed of the generator does not matter. Raises
+        RuntimeError if the kernel has dropped any packet."""
         self.queue_to(*readers)
         before = self.answered()
         for pid in readers.values():
@@ -146,7 +147,7 @@ class Gateway(Standing):
         until(lambda: sum(self.answered().values()) >= goal, "the queues are empty", every_s=0.001)
         wall_s = time.perf_counter() - began
         until(lambda: not any(self.waiting(queue) for queue in readers), "nothing waits")
-        # The kernel adds a process's time up when it leaves the processor.
+        # The kernel updates a process's processor time when the process leaves the processor.
         until(lambda: all(map(_sleeps, readers.values())), "the readers wait for packets")
         after = self.answered()
         answered = {name: after[name] - before[name] for name in after if after[name] != before[name]}
@@ -158,14 +159,14 @@ class Gateway(Standing):
 
     @contextmanager
     def reader(self, argv: Sequence[str], cpu: int = READER_CPU, pass_fds: Sequence[int] = ()) -> Iterator[int]:
-        """A reader that has said `ready`, on its core; gives its process id."""
+        """Runs a reader on the core `cpu`, and waits until it has printed `ready`. Yields its process id."""
         with subprocess.Popen(
             ["ip", "netns", "exec", self.gateway, "taskset", "-c", str(cpu), *argv],
             stdout=subprocess.PIPE, pass_fds=pass_fds,
         ) as process:  # fmt: skip
             try:
                 assert process.stdout is not None
-                if b"ready\n" not in process.stdout:  # a worker's comes behind an empty line
+                if b"ready\n" not in process.stdout:  # a worker prints an empty line before it
                     raise RuntimeError(f"{argv[0]} is not ready")
                 yield process.pid
             finally:
@@ -211,7 +212,7 @@ def _rules() -> Iterator[str]:
 
 
 def _table(folder: Path, index: int) -> Path:
-    """A policy table: the hosts in turn may and may not send, all of the prefix may."""
+    """A policy table in which every second host may send, and every address of the prefix."""
     may, may_not = UUID(int=1 << 80), UUID(int=2 << 80)
     records: list[Record] = [
         Subscription(id=may, offer="enterprise-agreement", created=date(2022, 6, 30)),

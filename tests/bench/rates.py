@@ -1,8 +1,8 @@
-"""How exactly a limit of new connections holds over a minute: for one source, for fifty of the same subscription,
-and whether others notice.
+"""How exactly a limit of new connections holds over a minute, for one source and for fifty of one subscription,
+and whether it affects other customers.
 
-All of them send at once, for a minute, SYNs at even distances and more of them than their limit lets through. A
-limit of N a minute, B at once, lets through B + N within a minute that begins with nothing used.
+All sources send SYNs for the same minute, at even distances, and more than their limit lets through. A limit of N
+a minute with a burst of B lets B + N connections through within its first minute.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def _customers() -> list[_Customer]:
 
 
 def measure(folder: Path) -> list[Figure]:
-    """`rate_error_percent_…`: by how much what passed differs from what the limit says; and `rate_others_passed`,
-    the share of what somebody without a limit sent."""
+    """`rate_error_percent_…`: by how much the SYNs that passed differ from the limit; and `rate_others_passed`:
+    the share that passed of a customer without a limit."""
     customers = _customers()
     with running_gateway(folder) as gateway:
         gateway.agent.apply(*(record for customer in customers for record in customer.records()), confirm=True)
@@ -100,7 +100,7 @@ def measure(folder: Path) -> list[Figure]:
 
 
 def _run(gateway: Gateway, customers: list[_Customer]) -> tuple[list[int], list[int], float]:
-    """SYNs that each sent, and that came through, and the seconds from the first to the last."""
+    """For each customer, the SYNs sent and the SYNs that passed; and the seconds from the first to the last."""
     sender, view = Sender(gateway.lab, FABRIKAM), Seen(gateway.lab.internet)
     sent = [0] * len(customers)
     owner: dict[int, int] = {}

@@ -1,8 +1,8 @@
-"""`portward exemption revoke --wait`: how long until the kernel enforces it, and what still comes out afterwards.
+"""`portward exemption revoke --wait`: the time until the kernel enforces it, and the packets that leak afterwards.
 
-A tenant has an SMTP transfer open and goes on with it, and sends a segment every millisecond besides. Each
-revocation is one run of the program; the time is what it prints. A packet that was sent after the program had
-returned and arrives is a leak. Then ten thousand subscriptions are revoked by one command.
+A tenant has an open SMTP transfer, and also sends a segment every millisecond. Each revocation is one run of the
+program, and the time is the one that it prints. A packet is a leak if it was sent after the program had returned,
+and arrives. Then one command revokes ten thousand subscriptions.
 """
 
 from __future__ import annotations
@@ -85,13 +85,14 @@ def _one_by_one(gateway: Gateway, revocations: int) -> tuple[list[float], int]:
             seen = len(stream.arrived)
             until(lambda seen=seen: len(stream.arrived) > seen, "the tenant may send")  # type: ignore[misc]
             with _transfer(gateway):
-                told = _revoke(gateway, str(_ONE))
+                printed = _revoke(gateway, str(_ONE))
                 returned = time.monotonic()
                 time.sleep(_ON_ITS_WAY)  # pause: packets that are on their way arrive
                 mark = len(stream.arrived)
-                time.sleep(_AFTERWARDS)  # pause: so long what is denied is sent
-            times.append(told["enforced_after_ms"])
-            # Of the stream by when it was sent; of the transfer, whatever arrives once nothing is on its way.
+                time.sleep(_AFTERWARDS)  # pause: the denied tenant sends all this time
+            times.append(printed["enforced_after_ms"])
+            # A segment of the stream leaks if it was sent too late. For the transfer, any packet that arrives
+            # after the pause for those on their way is a leak.
             leaked += sum(stream.sent.get(number, 0) > returned for number in stream.arrived)
             leaked += sum(number not in stream.sent for number in stream.arrived[mark:])
             if stream.sent[max(stream.sent)] < returned:
@@ -122,11 +123,11 @@ def _at_once(gateway: Gateway) -> tuple[list[float], list[float]]:
         _write(gateway, *map(_exemption, ids))
         until(lambda: gateway.passes(FABRIKAM, _LAST), "the last of them may send")
         began = time.monotonic()
-        told = _revoke(gateway, "--offer", "csp", "--confirm", str(_MANY))
+        printed = _revoke(gateway, "--offer", "csp", "--confirm", str(_MANY))
         command.append(time.monotonic() - began)
-        enforced.append(told["enforced_after_ms"] / 1000)
-        if told["revoked"] != _MANY or gateway.passes(FABRIKAM, _LAST):
-            raise RuntimeError(f"not all were revoked: {told}")
+        enforced.append(printed["enforced_after_ms"] / 1000)
+        if printed["revoked"] != _MANY or gateway.passes(FABRIKAM, _LAST):
+            raise RuntimeError(f"not all were revoked: {printed}")
     return command, enforced
 
 
@@ -134,13 +135,13 @@ def _revoke(gateway: Gateway, *what: str) -> dict[str, Any]:
     result = gateway.agent.portward("exemption", "revoke", *what, "--reason", "spam", "--wait", "--json")
     if result.returncode:
         raise RuntimeError(f"revoke: {result.stderr}")
-    told: dict[str, Any] = json.loads(result.stdout)
-    return told
+    printed: dict[str, Any] = json.loads(result.stdout)
+    return printed
 
 
 @contextmanager
 def _transfer(gateway: Gateway) -> Iterator[None]:
-    """An SMTP transfer of the tenant that goes on and on."""
+    """An SMTP transfer of the tenant that does not end."""
     session = OpenSession(gateway.lab, FABRIKAM, MAIL4, 25)
     ended = threading.Event()
 
@@ -164,7 +165,8 @@ def _exemption(id_: UUID) -> Exemption:
 
 
 def _write(gateway: Gateway, *records: Record) -> None:
-    """Writes records, however many subscriptions they flip, and waits until the agent has them."""
+    """Writes records, without regard to how many subscriptions they flip, and waits until the agent enforces
+    them."""
     store = open_store(f"sqlite:{gateway.agent.folder / 'portward.db'}")
     try:
         before = store.revision()

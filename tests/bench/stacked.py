@@ -1,8 +1,8 @@
-"""A segment becomes the port of a bridge that has another port: how long what comes out of it passes unjudged.
-A bridge without a port is dropped from (set `known_interfaces`).
+"""A segment becomes a port of a bridge that has another port: how long its packets pass without a verdict.
+Packets from a bridge without a port are dropped (set `known_interfaces`).
 
-The time is from the return of `ip link set SEGMENT master BRIDGE`, when packets can come out of the bridge, to the
-moment when the kernel has the chain that drops them.
+The time runs from the return of `ip link set SEGMENT master BRIDGE`, when packets can come out of the bridge, to
+the moment when the kernel has the chain that drops them.
 """
 
 from __future__ import annotations

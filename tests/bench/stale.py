@@ -11,16 +11,16 @@ from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 
 
 def measure(folder: Path, changes: int = 10_000) -> list[Figure]:
-    """`stale_verdicts_ipv4` and `_ipv6`: stale verdicts found remembered."""
+    """`stale_verdicts_ipv4` and `_ipv6`: how many stale verdicts were cached."""
     figures = []
     for family, address in (("ipv4", "10.0.0.4"), ("ipv6", "2001:db8:1001::4")):
         with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
             table = folder / family
-            stale, remembered = churned(
+            stale, cached = churned(
                 lab, table, address, changes, lambda churn, committed: churn.carry_out(committed)
             )
-        if remembered < changes / 20:
-            raise RuntimeError(f"only {remembered} of {changes} changes found a verdict: nothing was tried")
-        unit = f"of {changes} changes, {remembered} with a verdict remembered"
+        if cached < changes / 20:
+            raise RuntimeError(f"only {cached} of {changes} changes found a verdict: nothing was tried")
+        unit = f"of {changes} changes, {cached} with a cached verdict"
         figures.append(Figure(f"stale_verdicts_{family}", stale, stale, stale, unit, "<= 0"))
     return figures

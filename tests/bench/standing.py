@@ -1,4 +1,4 @@
-"""Network namespaces that stand within a `with`, whatever happens in it."""
+"""Network namespaces that exist within a `with`, and are removed at its end even after an error."""
 
 from __future__ import annotations
 

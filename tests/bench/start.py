@@ -1,5 +1,5 @@
-"""A start of the agent on a table that is there: seconds from the program's start to the first packet of a source
-that only a worker can let pass. The program's bytecode is there, as an installed package has it.
+"""Seconds from the start of the agent, on an existing table, to the first packet that only a worker can let pass.
+The program's bytecode is compiled already, as in an installed package.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def first_verdict(lab: Lab, agent: Agent, source: str) -> float:
         thread = threading.Thread(target=send)
         thread.start()
         try:
-            # What an earlier run left remembered is gone: only a worker can let this source pass.
+            # Without the cached verdicts of an earlier run, only a worker can let this source pass.
             _forget(lab)
             until(lambda: view.first(same(packet), seconds=0.1) is None, "the source is quiet without an agent")
             began = time.monotonic()
@@ -66,5 +66,5 @@ def first_verdict(lab: Lab, agent: Agent, source: str) -> float:
 
 
 def _forget(lab: Lab) -> None:
-    """Empties the kernel's allow sets; the source of the measurement must ask."""
+    """Empties the kernel's allow sets, so that the measurement's source needs a worker's verdict."""
     lab.run(lab.gateway, "nft", "flush", "set", "inet", "portward", "allow4")

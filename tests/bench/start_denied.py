@@ -1,7 +1,7 @@
-"""A denial that was written while no agent ran: what still comes out once the next agent is ready.
+"""A denial that was written while no agent ran: the packets that still pass once the next agent is ready.
 
-A tenant whose verdict the kernel has cached sends a numbered segment every millisecond. The agent is stopped, the
-tenant is denied, the agent is started. A segment that was sent after READY and arrives is a leak.
+A tenant with a cached verdict sends a numbered segment every millisecond. The agent is stopped, the tenant is
+denied, and the agent is started. A segment is a leak if it was sent after READY, and arrives.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _AFTERWARDS = 1.0
 
 
 def measure(folder: Path, starts: int = 20) -> list[Figure]:
-    """`start_denied_leaked_packets` over all starts, and `start_to_ready_s` of the same."""
+    """`start_denied_leaked_packets` and `start_to_ready_s` over all starts."""
     sys.setswitchinterval(0.0002)
     leaked, ready = 0, []
     with running_gateway(folder) as gateway:
@@ -42,7 +42,7 @@ def measure(folder: Path, starts: int = 20) -> list[Figure]:
                 gateway.agent.start()
                 returned = time.monotonic()
                 ready.append(returned - began)
-                time.sleep(_AFTERWARDS)  # pause: so long what is denied is sent
+                time.sleep(_AFTERWARDS)  # pause: the denied tenant sends all this time
                 leaked += sum(stream.sent.get(number, 0) > returned for number in stream.arrived)
                 if stream.sent[max(stream.sent)] < returned:
                     raise RuntimeError("nothing was sent after READY")
@@ -62,7 +62,7 @@ def measure(folder: Path, starts: int = 20) -> list[Figure]:
 
 
 def _write(folder: Path, id_: UUID, standing: Standing) -> None:
-    """Gives a subscription another standing; waits for no agent."""
+    """Writes another standing of a subscription to the store, without waiting for an agent."""
     store = open_store(f"sqlite:{folder / 'portward.db'}")
     try:
         key = f"subscriptions/{id_}"

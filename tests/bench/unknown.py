@@ -1,16 +1,17 @@
-"""Every packet a question to user space: portward's worker against the least that a C program can do (`c_loop.c`).
+"""portward's worker against a minimal C program (`c_loop.c`), if every packet needs a verdict from user space.
 
-Three readers, each with a queue of its own: the C loop, the worker with its batch reader, the worker with
-NetfilterQueue. One after the other, many times over, each is stopped, its queue is filled, and it goes on until
-all is answered. What counts is the processor time of the reader, with what the kernel does in its name. So it
-matters neither how fast the generator is nor what else keeps the cores busy. Turns are compared one by one: each
-reader gets the same packets in a turn. Sources:
+Three readers have a queue each: the C loop, the worker with its batch reader, and the worker with NetfilterQueue.
+In each turn, one reader after the other is stopped, its queue is filled, and it goes on until all packets have a
+verdict. The figure counts the processor time of the reader, with the kernel's work in its name. So neither the
+speed of the generator nor other work on the cores matters. All readers get the same packets in a turn, and turns
+are compared one by one. Sources:
 
-    unknown   drawn at random, of nobody, none seen before
-    prefix    the same from a prefix that may send
+    unknown   random, without an attachment, none seen before
+    prefix    random, from a prefix that may send
     known     a thousand hosts over and over
-    scattered drawn at random from among 21,846 attachments, two thirds of nobody: the worst for the batch reader,
-              which remembers what it found by the gaps between attachments, and here meets ever new ones
+    scattered random, from a range with 21,846 attachments, where two thirds of the addresses have none. This is
+              the worst case for the batch reader: it caches lookup results by the gap between attachments, and
+              most sources here lie in a gap that is not cached.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _CLASSES = {
     "scattered": {"allow", "unknown"},
 }
 _DRAW = random.Random(25)
-# A source of each kind, drawn anew.
+# Kind → a function that draws a random source of it.
 _TRAFFIC: dict[str, Callable[[], bytes]] = {
     "unknown": lambda: bytes([_DRAW.randrange(20, 120), *_DRAW.randbytes(3)]),
     "prefix": lambda: bytes([10, _DRAW.randrange(64, 128), *_DRAW.randbytes(2)]),
@@ -45,8 +46,8 @@ KINDS = tuple(_TRAFFIC)
 
 
 def measure(folder: Path, rounds: int = 11) -> Iterator[Figure]:
-    """`unknown_vs_c_loop` and its like: packets of a worker in a second of its processor time ÷ those of the C
-    loop, median of rounds."""
+    """`unknown_vs_c_loop` and so on: a worker's packets per second of processor time ÷ those of the C loop, median
+    of the rounds."""
     c_loop = flood.build(folder, "c_loop.c", "-lnetfilter_queue")
     generator = flood.build(folder)
     with (

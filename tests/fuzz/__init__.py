@@ -1,1 +1,1 @@
-"""Packets that nobody would think of: at the parser, and through the real queue."""
+"""Random packets, given to the parser and sent through the real queue."""

@@ -1,4 +1,4 @@
-"""A worker over a real policy table, with a second opinion on what it says of a packet's bytes."""
+"""A worker over a real policy table, and an independent check of its verdict on a packet's bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from portward.table.writer import Writer
 from unit.table.test_table import AZURE, ENFORCE, NOW, STORE, attachment, expected, identity, subscription
 from unit.worker.test_slow_path import QueuedPacket, worker
 
-# The worker is given so many bytes of a packet, and follows fewer than so many extension headers.
+# The worker reads the first `_READ` bytes of a packet, and follows fewer than `_LONGEST_CHAIN` extension headers.
 _READ, _LONGEST_CHAIN = 512, 14
 
 _RECORDS: tuple[Record, ...] = (
@@ -29,7 +29,7 @@ _RECORDS: tuple[Record, ...] = (
 
 
 class Oracle:
-    """Judges packets that came from the interface with index 1, behind which is segment vni1."""
+    """Classifies packets from the interface with index 1, behind which is segment vni1."""
 
     def __init__(self, folder: Path) -> None:
         writer = Writer(folder, AZURE, ENFORCE)
@@ -38,22 +38,22 @@ class Oracle:
         writer.close()
         self._records = {identity(record): record for record in _RECORDS}
         self._reader = Reader.open(folder)
-        self._worker, self._tally = worker(self._reader.lookup)
+        self._worker, self._counters = worker(self._reader.lookup)
 
-    def judge(self, data: bytes) -> mark.Class | None:
-        """What the worker says; None: no verdict, so that the worker or chain `learn` drops the packet. Raises
-        AssertionError if it must not say so."""
+    def classify(self, data: bytes) -> mark.Class | None:
+        """The class of the worker's verdict; None if it gives none, so that the worker or the chain `learn` drops
+        the packet. Raises AssertionError if the verdict is wrong."""
         packet = QueuedPacket(data, before=0x00AB0000 | mark.MISS)
         packet.indev = 1
         self._worker.handle(packet)
         assert len(packet.said) == 1, "one verdict"
-        assert not self._tally.events()[WorkerEvent.ERROR], "the worker met what it was not made for"
+        assert not self._counters.events()[WorkerEvent.ERROR], "the worker met what it was not made for"
         port = port_of(data)
         assert packet.mark & ~mark.OWN == 0x00AB0000, "bits of others are kept"
         if packet.said == ["drop"] or packet.mark & mark.OWN == mark.MISS:
             assert port is None or len(data) > _READ or port[1] > _LONGEST_CHAIN, f"dropped, but to port {port[0]}"
             return None
-        assert port is not None, "judged, and no TCP port in it"
+        assert port is not None, "a verdict, but no TCP port in the packet"
         verdict = mark.Class(packet.mark & 7)
         reason, observed = expected(self._records, "vni1", source_of(data))
         if verdict is mark.Class.ALLOW:
@@ -70,8 +70,8 @@ class Oracle:
 
 
 def port_of(data: bytes) -> tuple[int, int] | None:
-    """The TCP port that a packet goes to, as RFC 791 and RFC 8200 place it, and behind how many headers; None
-    where no first fragment of TCP with a port is in it."""
+    """A packet's destination port by RFC 791 and RFC 8200, and the number of headers before TCP; None if the
+    packet is not a first fragment of TCP with a port."""
     version, rest = data[:1].hex()[:1], memoryview(data)
     if version == "4":
         header, fragment = 4 * (data[0] % 16), int.from_bytes(data[6:8], "big") % 8192
@@ -96,5 +96,5 @@ def _port(tcp: memoryview, headers: int) -> tuple[int, int] | None:
 
 
 def source_of(data: bytes) -> Address:
-    """The source as RFC 791 and RFC 8200 place it."""
+    """A packet's source address by RFC 791 and RFC 8200."""
     return ip_address(data[12:16] if data[0] >> 4 == 4 else data[8:24])

@@ -1,4 +1,4 @@
-"""Packets that are nearly right: the tricks of the evasion corpus, with other sources, bits, lengths and ends."""
+"""Nearly valid packets: those of the evasion corpus, with other sources, flipped bits, and changed lengths."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from portward.lab.topology import FABRIKAM, MAIL4, MAIL6
 
 _SOURCE4, _SOURCE6 = "10.2.0.1", f"2001:db8:{FABRIKAM.vni}:e::1"
 _LONGEST: Final = 1400
-# Some places of the IPv4 and IPv6 headers, and of TCP behind them, that decide what a packet is taken for.
+# Offsets in the IPv4, IPv6 and TCP headers of fields that decide how a packet is parsed, and values for them.
 _PLACES: Final = (0, 1, 2, 3, 6, 7, 8, 9, 20, 22, 23, 32, 33, 40, 41, 42, 43, 52, 53, 56)
 _TELLING: Final = (0, 1, 4, 6, 17, 25, 41, 43, 44, 47, 50, 51, 58, 59, 60, 132, 135, 139, 140, 255)
 
 
 def templates() -> list[bytes]:
-    """What is changed; every fourth family of flags of the tricks that try all."""
+    """The packets of the evasion corpus that are changed; of a trick with many packets, only a few."""
     found: list[bytes] = []
     for tricks, source, to in ((FOUR, _SOURCE4, MAIL4), (SIX, _SOURCE6, MAIL6)):
         for trick in tricks:
@@ -29,7 +29,7 @@ TEMPLATES: Final = templates()
 
 
 def mutated(random: Random) -> bytes:
-    """A packet, from the IP header on."""
+    """A random packet, from the IP header on."""
     if random.random() < 0.02:
         version = random.choice((0x45, 0x60, 0x4F, 0x00))
         return bytes([version]) + random.randbytes(random.randrange(200))
@@ -48,7 +48,7 @@ def mutated(random: Random) -> bytes:
 
 
 def _new_source(packet: bytearray, random: Random, *, four: bool) -> None:
-    """Mostly of the tenant's own prefix, sometimes anybody's."""
+    """Sets a random source: mostly from the tenant's own prefix, sometimes any address."""
     place, size, kept = (12, 4, 2) if four else (8, 16, 8)
     if random.random() < 0.1:
         kept = 0
@@ -68,7 +68,7 @@ def _change(packet: bytearray, random: Random) -> None:
 
 
 def _sum(packet: bytearray) -> None:
-    """Sets the IPv4 header checksum right, and mostly the length too: else the kernel would drop it at once."""
+    """Corrects the IPv4 header checksum and, mostly, the length. Otherwise the kernel drops the packet at once."""
     header = min(max(20, (packet[0] & 15) * 4), len(packet)) & ~1
     packet[2:4] = len(packet).to_bytes(2, "big")
     packet[10:12] = bytes(2)

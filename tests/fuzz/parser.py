@@ -1,7 +1,7 @@
 """The long form: `python -m tests.fuzz.parser --seconds N`.
 
-atheris looks for ways through the worker's reading of a packet that it has not taken yet. What it finds it leaves
-in the folder `--findings` names, and tells with its traceback. Exit code 0: nothing was found.
+atheris looks for new paths through the worker's packet parser. It writes each input that fails to the folder
+`--findings`, and prints the traceback. Exit code 0: nothing was found.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> None:
             (seeds / f"{number}").write_bytes(packet[:_LONGEST])
         oracle = Oracle(Path(memory) / "table")
 
-        def judge(data: bytes) -> None:
-            oracle.judge(data)
+        def classify(data: bytes) -> None:
+            oracle.classify(data)
 
         def mutate(data: bytes, largest: int, seed: int) -> bytes:
             random = Random(seed)
@@ -49,7 +49,7 @@ def main() -> None:
             f"-max_total_time={asked.seconds}", f"-max_len={_LONGEST}", f"-artifact_prefix={asked.findings}/",
             "-print_final_stats=1",
         )  # fmt: skip
-        atheris.Setup([sys.argv[0], *options, str(seeds)], judge, custom_mutator=mutate)
+        atheris.Setup([sys.argv[0], *options, str(seeds)], classify, custom_mutator=mutate)
         atheris.Fuzz()
 
 

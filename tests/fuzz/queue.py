@@ -1,14 +1,15 @@
 """Random packets, until N have come through the real queue: `python -m tests.fuzz.queue --packets N [--seed S]`.
 
-From a segment of which no source may send. Afterwards daemon and workers are the processes that they were, and:
+The packets come from a segment of which no source may send. Afterwards, daemon and workers must be the same
+processes as before, and this must hold:
 
-    packets that the kernel put into the queue = packets that a worker gave a verdict on
-    packets that the rules sent there + queries of the self-check = packets that the kernel put into the queue
-        + packets that no rule of the queue took (a fragment within a fragment): those dropped as `unjudged` that
-        no worker has sent back without a verdict
-    none was dropped since the queue, or the worker's socket, was full; at none the worker failed
-    none of a source that may not send reached port 25, and one that may send is greeted
-    the workers' memory has grown by 4 MiB at most
+- Packets that the kernel put into the queue = packets with a worker's verdict.
+- Packets that the rules sent to the queue + queries of the self-check = packets that the kernel put there +
+  packets that no rule of the queue took (fragments within fragments). The last are those that were dropped as
+  `unjudged`, without those that a worker sent back without a verdict.
+- No packet was dropped because the queue, or the worker's socket, was full. The worker failed at none.
+- No packet of a source that may not send reached port 25. A source that may send gets the server's greeting.
+- The workers' memory has grown by 4 MiB at most.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM
 
 _GROWTH: Final = 4 << 20
-# The queue holds 4,096: so many are sent between two looks at it.
+# Packets between two checks of the queue, which holds 4,096.
 _BATCH: Final = 500
 _KEPT: Final = 100_000
 
 
 class Counted(NamedTuple):
-    """Packets so far: that the rules sent to the queue, that the kernel put there and dropped, that wait, that a
-    worker handled, of these the queries of the self-check; what was dropped without a verdict and came to no
-    worker; and what a worker failed at."""
+    """Numbers of packets so far: sent to the queue by the rules, put there by the kernel, dropped by the kernel,
+    waiting, handled by a worker, of these the self-check's queries; dropped without a verdict and without a
+    worker; and those at which a worker failed."""
 
     missed: int
     queued: int
@@ -55,8 +56,8 @@ class Counted(NamedTuple):
 
 
 def fuzz(field: Ground, packets: int, seed: int) -> str:
-    """Sends until so many packets have been queued; gives what was counted. Raises AssertionError where something
-    does not hold."""
+    """Sends until this many packets have been queued. Returns the numbers as a line. Raises AssertionError if one
+    of the conditions does not hold."""
     random, last, sent = Random(seed), deque[bytes](maxlen=_KEPT), 0
     processes, memory, before = _processes(field), _memory(field), _settled(field)
     began = time.monotonic()
@@ -101,13 +102,13 @@ def fuzz(field: Ground, packets: int, seed: int) -> str:
 
 def _counted(field: Ground) -> Counted:
     metrics = field.agent.metrics()
-    judged = sum(value for name, value in metrics.items() if name.startswith("portward_judged_packets_total"))
+    classified = sum(value for name, value in metrics.items() if name.startswith("portward_judged_packets_total"))
     events = {
         name: metrics[f'portward_worker_events_total{{event="{name}"}}']
         for name in ("malformed", "no_segment", "error", "probed")
     }
     queued, waiting, dropped = _queue(field)
-    handled = int(judged + sum(events.values()))
+    handled = int(classified + sum(events.values()))
     return Counted(
         field.counter("missed"),
         queued,
@@ -121,7 +122,7 @@ def _counted(field: Ground) -> Counted:
 
 
 def _settled(field: Ground) -> Counted:
-    """Waits until nothing is on its way and the metrics, which are a second old, have it all."""
+    """Waits until no packet is on its way, and the metrics, which may be a second old, count all of them."""
     found = _counted(field)
     deadline = time.monotonic() + 60
     while found.waiting or found.queued != found.handled:
@@ -133,16 +134,18 @@ def _settled(field: Ground) -> Counted:
 
 
 def _queue(field: Ground) -> tuple[int, int, int]:
-    """The number of the last packet, packets that wait, packets dropped (see
+    """The number of the last packet, the packets that wait, and those dropped (see
     `portward.dataplane.queue_statistics`)."""
-    told = namespaces.run(field.lab.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
-    rows = [[int(column) for column in line.split()] for line in told.splitlines()]
+    printed = namespaces.run(field.lab.gateway, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
+    rows = [[int(column) for column in line.split()] for line in printed.splitlines()]
     return sum(row[7] for row in rows), sum(row[2] for row in rows), sum(row[5] + row[6] for row in rows)
 
 
 def _processes(field: Ground) -> tuple[Any, ...]:
-    told = json.loads(field.agent.portward("status", "--json").stdout)
-    return told["pid"], [(worker["pid"], worker["restarts"], worker["running"]) for worker in told["workers"]]
+    printed = json.loads(field.agent.portward("status", "--json").stdout)
+    return printed["pid"], [
+        (worker["pid"], worker["restarts"], worker["running"]) for worker in printed["workers"]
+    ]
 
 
 def _memory(field: Ground) -> int:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def oracle(tmp_path: Path) -> Iterator[Oracle]:
-    """A worker over a table, with a second opinion."""
+    """A worker over a table, whose verdicts are checked."""
     found = Oracle(tmp_path / "table")
     yield found
     found.close()
@@ -36,17 +36,17 @@ def test_a_worker_never_says_what_the_policy_does_not(oracle: Oracle) -> None:
 
     @settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
     @given(random=st.randoms(use_true_random=False))
-    def judged(random: Random) -> None:
-        said.add(oracle.judge(mutated(random)))
+    def classified(random: Random) -> None:
+        said.add(oracle.classify(mutated(random)))
 
-    judged()
+    classified()
     assert said >= {None, Class.ALLOW, Class.DENY}
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=600))
 def test_any_bytes_get_one_verdict(oracle: Oracle, data: bytes) -> None:
-    oracle.judge(data)
+    oracle.classify(data)
 
 
 @pytest.mark.skipif(

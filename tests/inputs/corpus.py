@@ -1,7 +1,7 @@
-"""The corpus: files that operators, or other tools, got wrong, and what is told of each.
+"""The corpus: files with mistakes of operators or other tools, and the message that each must give.
 
-`told.toml` beside the files of a kind says for each of them what follows the file's name in the one line on
-stderr. Files that begin with `ok-` look wrong and are right: nothing is told of them.
+`expected.toml` beside the files of a kind has, for each of them, the text that follows the file's name in the one
+line on stderr. Files that begin with `ok-` look wrong but are right, so they give no message.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ HERE = Path(__file__).parent
 
 
 class Case(NamedTuple):
-    """A file of the corpus; `told` is empty where it is right."""
+    """A file of the corpus; `expected` is its message, or empty if the file is right."""
 
     path: Path
-    told: str
+    expected: str
 
 
 class Result(NamedTuple):
-    """What a run of the program gave."""
+    """The exit code and the output of a run of the program."""
 
     code: int
     stdout: str
@@ -36,16 +36,16 @@ class Result(NamedTuple):
 
 
 def cases(kind: str) -> list[Case]:
-    """All files of a kind, each with what is told of it; a file that is not in `told.toml` is told nothing."""
-    told: dict[str, str] = tomllib.loads((HERE / kind / "told.toml").read_text())
-    paths = sorted(path for path in (HERE / kind).iterdir() if path.name != "told.toml")
-    assert told.keys() == {path.name for path in paths if not path.name.startswith("ok-")}
-    return [Case(path, told.get(path.name, "")) for path in paths]
+    """All files of a kind, each with its message; empty for a file that is not in `expected.toml`."""
+    expected: dict[str, str] = tomllib.loads((HERE / kind / "expected.toml").read_text())
+    paths = sorted(path for path in (HERE / kind).iterdir() if path.name != "expected.toml")
+    assert expected.keys() == {path.name for path in paths if not path.name.startswith("ok-")}
+    return [Case(path, expected.get(path.name, "")) for path in paths]
 
 
 def portward(*arguments: str) -> Result:
-    """Runs the program's own `main` in this process, which takes a hundredth of a process's time; an exception
-    that is none of the program's own comes through."""
+    """Runs the program's own `main` in this process, a hundred times faster than in a new one. Raises any
+    exception that the program does not handle."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with patch.object(sys, "argv", ["portward", *arguments]), redirect_stdout(out), redirect_stderr(err):
@@ -57,7 +57,7 @@ def portward(*arguments: str) -> Result:
 
 
 def first_line(text: str) -> str:
-    """The first of the lines that a text is, each of printable characters: one for each mistake."""
+    """The first line of a text. Each line must have printable characters only."""
     first, *others = text.removesuffix("\n").split("\n")
     for line in others:
         one_line(line)
@@ -65,8 +65,8 @@ def first_line(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The one line of printable characters that a text is."""
+    """The text, without its line end. It must be one line of printable characters."""
     line = text.removesuffix("\n")
-    assert line, "nothing was told"
+    assert line, "nothing was printed"
     assert unshown(line) is None, f"a terminal would obey: {line!r}"
     return line

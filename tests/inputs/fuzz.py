@@ -1,8 +1,8 @@
 """The long form: `python -m tests.inputs.fuzz KIND --seconds N`; KIND is config, preset, yaml, json or record.
 
-atheris looks for ways through the readers that it has not taken yet, from the corpus and from documents that are
-nearly right. What it finds it leaves in the folder `--findings` names, and tells with its traceback; a document
-that takes more than ten seconds or 2 GiB counts as found too. Exit code 0: nothing was found.
+atheris looks for new paths through the readers. It begins with the corpus and with documents that are nearly
+right. It writes each document that fails to the folder `--findings`, and prints the traceback. A document that
+takes more than ten seconds or 2 GiB fails too. Exit code 0: nothing was found.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Only what is read in there is followed; the tests' own code is not.
+# atheris follows only the paths through these modules, not those through the tests' own code.
 with atheris.instrument_imports(include=["portward", "tomllib", "yaml", "json", "ipaddress"]):
     from portward.inventory import files  # noqa: F401 # for what it imports
 
@@ -33,7 +33,7 @@ def _seeds(kind: str, folder: Path) -> None:
     """The corpus of a kind, and some documents that are nearly right."""
     source = {"yaml": "inventory/*.yaml", "json": "inventory/*.json"}.get(kind, f"{kind}/*.toml")
     for path in HERE.glob(source):
-        if path.name != "told.toml" and path.stat().st_size <= _LONGEST:
+        if path.name != "expected.toml" and path.stat().st_size <= _LONGEST:
             shutil.copy(path, folder)
     for number in range(200):
         (folder / f"mutated-{number}").write_bytes(mutated(kind, Random(number)))
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--findings", type=Path, default=Path.cwd())
     asked = parser.parse_args()
-    # In memory: files are written and tables synced some thousand times a second.
+    # In memory, because files are written and tables synced some thousand times a second.
     with TemporaryDirectory(dir="/dev/shm") as memory:
         work, seeds = Path(memory) / "work", Path(memory) / "seeds"
         work.mkdir()
@@ -64,7 +64,7 @@ def main() -> None:
             f"-max_total_time={asked.seconds}", f"-max_len={_LONGEST}", "-timeout=10", "-rss_limit_mb=2048",
             f"-artifact_prefix={asked.findings}/", "-print_final_stats=1",
         )  # fmt: skip
-        atheris.Setup([sys.argv[0], *options, str(seeds)], oracle.judge, custom_mutator=mutate)
+        atheris.Setup([sys.argv[0], *options, str(seeds)], oracle.check, custom_mutator=mutate)
         atheris.Fuzz()
 
 

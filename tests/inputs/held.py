@@ -1,4 +1,4 @@
-"""A store that holds a policy already, and its configuration: what a refused change must leave as it was."""
+"""A store that holds a policy, and its configuration. A refused change must leave both as they were."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Held(NamedTuple):
 
 
 def hold(folder: Path, preset: str = "azure-2020") -> Held:
-    """A store with the sample records in `folder`, and a configuration that names it."""
+    """Makes a store with the sample records in `folder`, and a configuration that names it."""
     made = Held(folder / "portward.toml", folder / "portward.db")
     made.config.write_text(
         f'segments = ["vni*"]\nuplinks = ["up0"]\npreset = "{preset}"\n'

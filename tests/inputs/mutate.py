@@ -1,4 +1,4 @@
-"""Documents that are nearly right: a right one whose keys, types, values or text were changed at random."""
+"""Documents that are nearly right: keys, types, values or text of a right one were changed at random."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _mutate(document: Any, random: Random) -> None:
 
 
 def _places(document: Any) -> list[tuple[Any, Any]]:
-    """Every value in a document, as what holds it and where it is there."""
+    """Every value in a document, as its container and its key or index there."""
     found: list[tuple[Any, Any]] = []
     waiting = [document]
     while waiting:
@@ -179,7 +179,7 @@ def _yaml(document: Any) -> str:
 
 
 def _without_none(value: Any) -> Any:
-    """TOML has no word for nothing."""
+    """The value without its None values, which TOML cannot express."""
     if isinstance(value, dict):
         return {key: _without_none(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,5 +1,5 @@
-"""What may come of a document: it is refused in one line that names it, or it is taken, and then what is made of
-it, written out again, says the same. Any other exception comes through, and is a defect."""
+"""Checks how the program reads a document. Either it refuses the document with one line that names it; or it takes
+the document, and its result, written out and read again, is the same. Any other exception is a defect."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from portward.table.writer import Writer
 NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
 ENDINGS: Final = {"config": "toml", "preset": "toml", "yaml": "yaml", "json": "json"}
 _AZURE: Final = presets.load("azure-2020")
-# A line that a person still reads.
+# Characters of the longest line that a person may be expected to read.
 _LONGEST: Final = 1_500
 
 
 class Oracle:
-    """Judges documents of one kind; its files are in `folder`."""
+    """Reads documents of one kind, with its own files in `folder`, and checks the result."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         self._kind, self._folder = kind, folder
         self._writer = Writer(folder, _AZURE, Answers(observe=False, reject=False)) if kind == "record" else None
         self._revision = 0
 
-    def judge(self, data: bytes) -> bool:
-        """Whether a document is taken; raises AssertionError where what is told of it is not as it should be."""
+    def check(self, data: bytes) -> bool:
+        """Whether the program takes a document. Raises AssertionError if the message or the result is wrong."""
         if self._writer is not None:
             return self._record(data, self._writer)
         path = self._folder / f"document.{ENDINGS[self._kind]}"
@@ -103,7 +103,7 @@ def _is_a_line(text: str, start: str) -> None:
 
 
 def _toml(value: Any) -> bytes:
-    """As the program's own types; None is left out, since TOML has no word for it."""
+    """A value of the program's own types as TOML, without None, which TOML cannot express."""
 
     def without_none(item: Any) -> Any:
         if isinstance(item, dict):

@@ -1,6 +1,6 @@
-"""Rows that another tool writes into the store's database, past everything that portward checks.
+"""Rows that another tool writes into the store's database, without portward's checks.
 
-A case is SQL that fills the table `bad` (key, body); they become one revision, as portward would have logged it.
+A case is SQL that fills the table `bad` (key, body). Its rows become one revision, logged as by portward.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ DELETE FROM main.record WHERE key IN (SELECT key FROM bad WHERE body IS NULL);
 
 
 def row(key: str, body: str | None) -> str:
-    """SQL that fills `bad` with one row; None takes the record away."""
-    told = "NULL" if body is None else f"'{body}'"
-    return f"INSERT INTO bad VALUES ('{key}', {told});"  # noqa: S608 # by our own tests
+    """SQL that fills `bad` with one row. A `body` of None removes the record."""
+    message = "NULL" if body is None else f"'{body}'"
+    return f"INSERT INTO bad VALUES ('{key}', {message});"  # noqa: S608 # by our own tests
 
 
 def write_rows(store: Path, *statements: str, at: str = "'2026-06-02T00:00:00+00:00'") -> None:
-    """Brings the rows of all these statements into the store as one revision, and rings its bell. `at` is the
-    revision's time, in SQL."""
+    """Writes the rows of all these statements to the store as one revision, and notifies its followers. `at` is
+    the revision's time, in SQL."""
     with closing(sqlite3.connect(store)) as connection:
         connection.execute("CREATE TEMP TABLE bad (key TEXT, body TEXT)")
         for statement in statements:

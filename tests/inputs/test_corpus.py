@@ -1,4 +1,4 @@
-"""Each bad file is refused by the program with one line that names file, line, field and what would be right."""
+"""The program refuses each bad file with one line that names the file, the line, the field and a right value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inputs.held import Held, hold
 from portward.config.load import load_config
 
 CONFIGS, PRESETS, INVENTORIES = cases("config"), cases("preset"), cases("inventory")
-# Each of these ended the process, or filled the memory, before it was bounded.
+# Each of these crashed the process, or filled the memory, before the program had limits.
 WORST = (
     "deep-maps.yaml", "merges-of-merges.yaml", "aliases-in-a-key.yaml", "aliases-in-an-id.yaml",
     "deep-objects.json",
@@ -27,39 +27,39 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Held:
 
 
 def name(case: Case) -> str:
-    """What a case is called in a report."""
+    """The name of a case in a report."""
     return case.path.name
 
 
-def refused(result: Result, case: Case, told: str) -> None:
-    """The first line on stderr, and the exit code of bad input."""
+def refused(result: Result, case: Case, message: str) -> None:
+    """Checks the exit code, and the first line on stderr."""
     assert result.code == 2
     line = first_line(result.stderr)
     assert (
         line.removeprefix("portward: ").replace(str(case.path), "FILE").replace(str(case.path.parent), "FOLDER")
-        == told
+        == message
     )
 
 
-@pytest.mark.parametrize("case", [case for case in CONFIGS if case.told], ids=name)
+@pytest.mark.parametrize("case", [case for case in CONFIGS if case.expected], ids=name)
 def test_a_bad_configuration_is_refused(case: Case) -> None:
     result = portward("check", "--config", str(case.path))
-    refused(result, case, case.told)
-    # What is right is told before; of a preset that cannot be had, the configuration is.
+    refused(result, case, case.expected)
+    # `check` reads the preset after the configuration, and prints first that the configuration is right.
     assert case.path.stem.startswith("preset-") or result.stdout == ""
 
 
-@pytest.mark.parametrize("case", [case for case in CONFIGS if not case.told], ids=name)
+@pytest.mark.parametrize("case", [case for case in CONFIGS if not case.expected], ids=name)
 def test_a_configuration_that_looks_bad_is_taken(case: Case) -> None:
     assert load_config(case.path).segments == ("vni*",)
 
 
-@pytest.mark.parametrize("case", [case for case in PRESETS if case.told], ids=name)
+@pytest.mark.parametrize("case", [case for case in PRESETS if case.expected], ids=name)
 def test_a_bad_preset_is_refused(case: Case) -> None:
-    refused(portward("policy", "show", str(case.path)), case, case.told)
+    refused(portward("policy", "show", str(case.path)), case, case.expected)
 
 
-@pytest.mark.parametrize("case", [case for case in PRESETS if not case.told], ids=name)
+@pytest.mark.parametrize("case", [case for case in PRESETS if not case.expected], ids=name)
 def test_a_preset_that_looks_bad_is_taken(case: Case) -> None:
     result = portward("policy", "show", str(case.path))
     assert (result.code, result.stderr) == (0, "")
@@ -71,22 +71,22 @@ def test_check_says_the_same_in_a_process_of_its_own(stem: str) -> None:
     case = next(case for case in CONFIGS if case.path.stem == stem)
     program = [sys.executable, "-m", "portward", "check", "--config", str(case.path)]
     result = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
-    refused(Result(result.returncode, result.stdout, result.stderr), case, case.told)
+    refused(Result(result.returncode, result.stdout, result.stderr), case, case.expected)
 
 
-@pytest.mark.parametrize("case", [case for case in INVENTORIES if case.told], ids=name)
+@pytest.mark.parametrize("case", [case for case in INVENTORIES if case.expected], ids=name)
 def test_a_bad_inventory_is_refused_and_changes_nothing(case: Case, held: Held) -> None:
     before = held.state()
     for more in ([], ["--dry-run"], ["--prune"]):
         result = portward("apply", *more, str(case.path), "--config", str(held.config))
         assert result.stdout == ""
-        refused(result, case, case.told)
+        refused(result, case, case.expected)
     assert held.state() == before
 
 
-@pytest.mark.parametrize("case", [case for case in INVENTORIES if not case.told], ids=name)
+@pytest.mark.parametrize("case", [case for case in INVENTORIES if not case.expected], ids=name)
 def test_an_inventory_that_looks_bad_is_taken(case: Case, tmp_path: Path) -> None:
-    """And what it made is exported and taken back without a difference."""
+    """Its export can be applied again, and changes nothing."""
     held = hold(tmp_path)
     assert portward("apply", str(case.path), "--config", str(held.config)).code == 0
     revision, _, exported, _ = held.state()
@@ -97,7 +97,7 @@ def test_an_inventory_that_looks_bad_is_taken(case: Case, tmp_path: Path) -> Non
 
 
 def test_a_good_inventory_does_change_the_store(tmp_path: Path) -> None:
-    """What the tests above compare can differ."""
+    """The tests above compare the store's state, so a good inventory must change each part of it."""
     held = hold(tmp_path)
     before = held.state()
     path = tmp_path / "inventory.yaml"
@@ -108,8 +108,8 @@ def test_a_good_inventory_does_change_the_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", [case for case in INVENTORIES if case.path.name in WORST], ids=name)
 def test_apply_says_the_same_in_a_process_of_its_own(case: Case, held: Held) -> None:
-    """In 2 GiB of address space: what fills the memory fails here and not on the machine."""
+    """With 2 GiB of address space, so that a file that fills the memory fails here, and not the machine."""
     program = [sys.executable, "-m", "portward", "apply", str(case.path), "--config", str(held.config)]
     limited = ["prlimit", f"--as={2 << 30}", *program]
     result = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
-    refused(Result(result.returncode, result.stdout, result.stderr), case, case.told)
+    refused(Result(result.returncode, result.stdout, result.stderr), case, case.expected)

@@ -1,4 +1,4 @@
-"""A running gateway that meets bad input: what it enforces stays, and the log says why in one line."""
+"""A running gateway that reads bad input keeps enforcing the old policy, and logs the reason in one line."""
 
 from __future__ import annotations
 
@@ -42,33 +42,33 @@ def agent(lab: Lab, tmp_path: Path) -> Iterator[Agent]:
 
 
 def verdicts(agent: Agent) -> list[str]:
-    """What the gateway says of both customers."""
+    """The reason codes of both customers, from `portward explain`."""
     return [agent.explain(each.segment, each.address4)["reason"] for each in (CONTOSO, FABRIKAM)]
 
 
 def complaints(agent: Agent, word: str) -> list[str]:
-    """The lines of the log that hold a word."""
+    """The lines of the log that contain a word."""
     return [line for line in agent.log.read_text().split("\n") if word in line]
 
 
 def test_bad_rows_are_refused_and_the_good_one_among_them_is_enforced(agent: Agent) -> None:
-    """All of them at once, but for two that would take the place of one another."""
+    """All bad rows at once, but only one for each key."""
     before = verdicts(agent)
     attachment = next(record for record in records() if isinstance(record, Attachment))
     good = f'{{"segment":"{FABRIKAM.segment}","address":"192.0.2.7","subscription":"{attachment.subscription}"}}'
     bad = [case.path.read_text() for case in RECORDS.values()]
     rows = "\n".join(bad)
-    # One row for each key: the first that names it.
+    # The first row of each key.
     only = "DELETE FROM bad WHERE rowid NOT IN (SELECT min(rowid) FROM bad GROUP BY key);"
     write_rows(agent.folder / "portward.db", rows, only, row(f"attachments/{FABRIKAM.segment}/192.0.2.7", good))
     until(lambda: agent.revision() == 2, "the revision is in force")
     assert agent.explain(FABRIKAM.segment, "192.0.2.7")["reason"] == "allowed-offer"
     assert verdicts(agent) == before
-    told = complaints(agent, "record refused")
-    assert len(told) >= 15
-    assert all(unshown(line) is None for line in told)
+    printed = complaints(agent, "record refused")
+    assert len(printed) >= 15
+    assert all(unshown(line) is None for line in printed)
     # The numbers are refreshed each second.
-    until(lambda: agent.metrics()["portward_records_refused_total"] == len(told), "each of them is counted")
+    until(lambda: agent.metrics()["portward_records_refused_total"] == len(printed), "each of them is counted")
 
 
 @pytest.mark.parametrize("stem", ["subscription-deep", "exemption-until-1969", "attachment-segment-long"])
@@ -77,7 +77,7 @@ def test_a_row_that_ended_the_daemon_does_so_no_more(agent: Agent, stem: str) ->
     write_rows(agent.folder / "portward.db", RECORDS[stem].path.read_text())
     until(lambda: agent.revision() == 2, "the revision is in force")
     assert [one_line(line).partition("in force: ")[2] for line in complaints(agent, "record refused")] == [
-        RECORDS[stem].told
+        RECORDS[stem].expected
     ]
     assert verdicts(agent) == before
     assert agent.process is not None
@@ -116,8 +116,8 @@ def test_a_reload_of_a_bad_configuration_keeps_the_one_before(agent: Agent, stem
     agent.config.write_bytes((HERE / "config" / f"{stem}.toml").read_bytes())
     agent.reload()
     (line,) = complaints(agent, "the configuration before stays in force: ")
-    told = one_line(line).partition("in force: ")[2]
-    assert told == CONFIGS[stem].told.replace("FILE", str(agent.config))
+    printed = one_line(line).partition("in force: ")[2]
+    assert printed == CONFIGS[stem].expected.replace("FILE", str(agent.config))
     agent.configure()
     assert verdicts(agent) == before
 

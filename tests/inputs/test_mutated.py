@@ -1,4 +1,4 @@
-"""Documents that are nearly right are refused in a line, or mean what they say. The long form of this is
+"""The program refuses documents that are nearly right with one line, or reads them without loss. The long form is
 `python -m tests.inputs.fuzz`."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from inputs.oracle import Oracle
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """A folder in memory: a table is synced with each record."""
+    """A folder in memory, because each record syncs a table."""
     with TemporaryDirectory(dir="/dev/shm") as found:
         yield Path(found)
 
@@ -32,8 +32,8 @@ def test_a_document_that_is_nearly_right(kind: str, folder: Path) -> None:
 
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
     @given(random=st.randoms(use_true_random=False))
-    def judged(random: Random) -> None:
-        taken.add(oracle.judge(mutated(kind, random)))
+    def checked(random: Random) -> None:
+        taken.add(oracle.check(mutated(kind, random)))
 
-    judged()
+    checked()
     assert taken == {True, False}, "some are taken and some are refused"

@@ -1,4 +1,5 @@
-"""Files that are none, or are not to be had, or have no end: refused at once, in one line that names them."""
+"""Paths that are no regular file, cannot be read, or never end are refused at once, with one line that names
+them."""
 
 from __future__ import annotations
 
@@ -33,12 +34,12 @@ def folder(path: Path) -> None:
 
 
 def fifo(path: Path) -> None:
-    """A pipe that nobody writes to: opening it waits for ever, if asked to."""
+    """A pipe without a writer, which blocks a process that opens it."""
     os.mkfifo(path)
 
 
 def zeros(path: Path) -> None:
-    """What never ends."""
+    """A link to a device that never ends."""
     path.symlink_to("/dev/zero")
 
 
@@ -49,7 +50,7 @@ def unix_socket(path: Path) -> None:
 
 
 def circle(path: Path) -> None:
-    """A link to itself."""
+    """A symbolic link to itself."""
     path.symlink_to(path)
 
 
@@ -58,13 +59,13 @@ def missing(path: Path) -> None:
 
 
 def huge(path: Path) -> None:
-    """A TiB of nothing, which takes no room on the disk."""
+    """A sparse file of one TiB, which takes no room on the disk."""
     path.touch()
     os.truncate(path, 1 << 40)
 
 
 PLACES: Final[dict[Callable[[Path], None], tuple[str, str]]] = {
-    # What is told of a TOML file, and of an inventory.
+    # The messages about a TOML file, and about an inventory.
     folder: ("Is a directory", "Is a directory"),
     fifo: ("is a pipe; expected a file", "the document is empty"),
     zeros: ("is a device; expected a file", "is a device; expected a file"),
@@ -102,15 +103,15 @@ def test_an_inventory_that_is_no_file(make: Callable[[Path], None], ending: str,
     make(path)
     result = portward("apply", str(path), "--config", str(held.config))
     assert (result.code, result.stdout) == (2, "")
-    told = (
+    message = (
         ":1: not JSON: Input data was truncated" if make is fifo and ending == "json" else f": {PLACES[make][1]}"
     )
-    assert one_line(result.stderr) == f"portward: {path}{told}"
+    assert one_line(result.stderr) == f"portward: {path}{message}"
     assert held.state() == before
 
 
 def test_a_file_that_may_not_be_read(held: Held) -> None:
-    """By a user that is not root: root may read all files."""
+    """Runs as a user that is not root, because root may read all files."""
     path = held.store.with_name("secret.yaml")
     path.write_text("subscriptions: []\n")
     path.chmod(0)
@@ -122,7 +123,7 @@ def test_a_file_that_may_not_be_read(held: Held) -> None:
     assert one_line(result.stderr) == f"portward: {path}: Permission denied"
 
 
-def test_a_name_is_told_without_what_a_terminal_obeys(tmp_path: Path) -> None:
+def test_a_name_is_printed_without_control_characters(tmp_path: Path) -> None:
     path = tmp_path / "\x1b[31m\n\u202e.yaml"
     result = portward("policy", "show", f"{path}.toml")
     assert result.code == 2
@@ -133,7 +134,7 @@ def test_a_name_is_told_without_what_a_terminal_obeys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])
 def test_what_is_piped_in_is_read_to_its_end(name: str, held: Held) -> None:
-    """In two pieces, with a pause between them."""
+    """The input comes in two parts, with a pause between them."""
     pause = "import sys, time; print('subscriptions:', flush=True); time.sleep(0.3); print('- 5', flush=True)"
     with subprocess.Popen([sys.executable, "-c", pause], stdout=subprocess.PIPE) as writer:
         result = subprocess.run(
@@ -155,9 +156,9 @@ def test_standard_input_without_an_end_is_refused(held: Held, monkeypatch: pytes
 def test_a_file_of_just_the_largest_size_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_MAX_TOML_BYTES", 100)
     path = tmp_path / "at.toml"
-    for size, told in ((100, "name: is missing"), (101, "larger than 0 MiB")):
+    for size, message in ((100, "name: is missing"), (101, "larger than 0 MiB")):
         path.write_text("#" + "x" * (size - 2) + "\n")
-        assert told in one_line(portward("policy", "show", str(path)).stderr)
+        assert message in one_line(portward("policy", "show", str(path)).stderr)
 
 
 def test_the_corpus_is_large() -> None:

@@ -1,5 +1,5 @@
-"""Rows that another tool wrote into the store: a bad one is refused by itself, with its key and what is wrong;
-the rest of its revision stands, and the record in force before stays in force."""
+"""Rows that another tool wrote into the store. Only the bad row is refused, with a message that names its key and
+the mistake. The other rows of its revision take effect, and the old record with that key stays in force."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ from unit.store.samples import CONTOSO, EXAMPLE, FABRIKAM
 
 NOW: Final = datetime(2026, 6, 3, tzinfo=UTC)
 RECORDS: Final = cases("records")
-# What the store of `hold` gives each of them; one is new in the revision that holds the bad row too.
+# Sources of the store that `hold` makes, with their reason codes; and one that is new in the bad row's revision.
 OLD: Final = {(1, "10.0.0.4"): Reason.ALLOWED_OFFER, (2, "10.0.0.9"): Reason.ALLOWED_EXEMPT}
 NEW: Final = (2, "192.0.2.7")
 GOOD_ROW: Final = row(
     "attachments/vni1002/192.0.2.7",
     f'{{"segment":"vni1002","address":"192.0.2.7","subscription":"{CONTOSO.id}"}}',
 )
-# Keys that are no text, or no UTF-8, cannot be named to SQLite again, and so not be taken away.
+# SQLite cannot be given these keys again, because they are no text or no UTF-8, so no later write removes them.
 UNNAMED: Final = ("key-bytes", "key-not-utf-8")
-# (An escape sequence gets through on a terminal only; elsewhere it is filtered.)
-# No machine of the sample was started after the grant; this policy asks for no restart.
+# This policy asks for no restart after a grant, because no machine of the sample was started after its grant.
 PRESET: Final = """\
 name = "own"
 title = "Own"
@@ -58,7 +57,7 @@ exemption = "self-service"
 
 
 def name(case: Case) -> str:
-    """What a case is called in a report."""
+    """The name of a case in a report."""
     return case.path.stem
 
 
@@ -75,7 +74,7 @@ class Gateway:
         self.writer.put_links({1: ("vni1001", False), 2: ("vni1002", False)}, touched=frozenset(), now=NOW)
 
     def reason(self, link: int, address: str) -> Reason | None:
-        """Why a source may or may not send; None where nobody has it."""
+        """The reason code of a source; None if no attachment covers it."""
         found = self.writer.reader().owner(link, ip_address(address).packed)
         return None if found is None or found[1] is None else found[1].reason
 
@@ -93,7 +92,7 @@ def held(tmp_path: Path) -> Held:
 
 @pytest.fixture
 def gateway(tmp_path: Path, held: Held) -> Iterator[Gateway]:
-    """A gateway that stands at that policy."""
+    """A gateway that has loaded that policy."""
     found = Gateway(tmp_path, held)
     assert {source: found.reason(*source) for source in OLD} == OLD
     assert found.reason(*NEW) is None
@@ -102,7 +101,7 @@ def gateway(tmp_path: Path, held: Held) -> Iterator[Gateway]:
 
 
 def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the daemon has logged of refused records; each is one line that no terminal obeys."""
+    """The daemon's log messages about refused records. Each must be one line without control characters."""
     start = "record refused, the one before stays in force: "
     lines = [one_line(record.getMessage()) for record in caplog.records if record.levelno >= logging.ERROR]
     assert all(line.startswith(start) for line in lines)
@@ -117,7 +116,7 @@ def test_a_bad_row_is_refused_by_itself(
     committed = gateway.follower.step(NOW)
     assert committed is not None
     assert committed.revision == 2
-    assert refusals(caplog) == [case.told]
+    assert refusals(caplog) == [case.expected]
     assert gateway.follower.refused == 1
     assert {source: gateway.reason(*source) for source in OLD} == OLD, "the record before stays in force"
     assert gateway.reason(*NEW) is Reason.ALLOWED_OFFER, "the rest of the revision stands"
@@ -132,7 +131,7 @@ def test_a_bad_row_is_refused_where_there_is_no_table_yet(
     write_rows(held.store, case.path.read_text(), GOOD_ROW)
     gateway = Gateway(tmp_path, held)
     try:
-        assert refusals(caplog) == [case.told]
+        assert refusals(caplog) == [case.expected]
         assert gateway.reason(*NEW) is Reason.ALLOWED_OFFER
         assert gateway.reason(1, "10.0.0.4") is Reason.ALLOWED_OFFER
     finally:
@@ -141,12 +140,12 @@ def test_a_bad_row_is_refused_where_there_is_no_table_yet(
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["yaml", "json"])
 @pytest.mark.parametrize("case", RECORDS, ids=name)
-def test_export_tells_of_a_bad_row(case: Case, form: list[str], held: Held) -> None:
-    """Else it would be missing from what is taken back."""
+def test_export_reports_a_bad_row(case: Case, form: list[str], held: Held) -> None:
+    """Otherwise the record would be missing if the export is applied again."""
     write_rows(held.store, case.path.read_text())
     result = portward("export", *form, "--config", str(held.config))
     assert result.code == 1
-    assert one_line(result.stderr) == f"portward: {case.told}"
+    assert one_line(result.stderr) == f"portward: {case.expected}"
 
 
 @pytest.mark.parametrize("case", RECORDS, ids=name)
@@ -161,14 +160,14 @@ def test_an_inventory_puts_a_bad_row_right(case: Case, held: Held, gateway: Gate
     assert {source: gateway.reason(*source) for source in OLD} == OLD
     exported = portward("export", "--config", str(held.config))
     if case.path.stem in UNNAMED:
-        assert one_line(exported.stderr) == f"portward: {case.told}"
+        assert one_line(exported.stderr) == f"portward: {case.expected}"
     else:
         assert exported.code == 0
         assert result.stdout.startswith("applied revision 3: ")
 
 
 @pytest.mark.parametrize("case", RECORDS, ids=name)
-def test_a_dry_run_tells_what_it_would_put_right(case: Case, held: Held, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_rows_that_it_would_replace(case: Case, held: Held, tmp_path: Path) -> None:
     write_rows(held.store, case.path.read_text())
     inventory = tmp_path / "inventory.yaml"
     inventory.write_text(EXAMPLE)
@@ -181,7 +180,8 @@ def test_a_dry_run_tells_what_it_would_put_right(case: Case, held: Held, tmp_pat
 
 
 def test_a_row_that_was_refused_and_then_removed_leaves_nothing_in_force(held: Held, gateway: Gateway) -> None:
-    """What the store held last cannot be read, and the table still holds the one before: it goes all the same."""
+    """The last row in the store cannot be read, and the table still holds the record before it. Removing the row
+    removes that record."""
     keys = ("attachments/vni1002/10.0.0.0/24", f"exemptions/{FABRIKAM.id}", f"subscriptions/{CONTOSO.id}")
     write_rows(held.store, *(row(key, "no JSON") for key in keys))
     gateway.follower.step(NOW)
@@ -194,7 +194,7 @@ def test_a_row_that_was_refused_and_then_removed_leaves_nothing_in_force(held: H
 
 @pytest.mark.parametrize("number", [-5, 2**63 - 1])
 def test_a_revision_that_cannot_be_is_refused(number: int, held: Held) -> None:
-    """The next one would be no number of the database, and a table takes no negative one."""
+    """The next revision would not fit into the database's number, or the table would get a negative one."""
     another = "DROP TRIGGER revision_kept; DELETE FROM revision; PRAGMA foreign_keys = OFF;"
     with closing(sqlite3.connect(held.store)) as connection:
         connection.executescript(another)
@@ -205,8 +205,8 @@ def test_a_revision_that_cannot_be_is_refused(number: int, held: Held) -> None:
     for arguments in (["export"], ["apply", "--prune", str(inventory)]):
         result = portward(*arguments, "--config", str(held.config))
         assert result.code == 1
-        told = f"{number} is no revision that can be; restore it from a backup"
-        assert one_line(result.stderr) == f"portward: sqlite:{held.store}: {told}"
+        message = f"{number} is no revision that can be; restore it from a backup"
+        assert one_line(result.stderr) == f"portward: sqlite:{held.store}: {message}"
 
 
 def test_a_store_whose_name_no_file_can_have_is_refused(held: Held) -> None:

@@ -1,4 +1,4 @@
-"""An agent that ends while one of its threads is at work: no other agent begins beside that thread."""
+"""If an agent ends while one of its threads still works, no other agent starts before that thread has ended."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.demo import records
 from program.test_run import refused, until_status
 
-# A step of the kernel thread, and one of the counting thread. The process reaches both again and again.
+# A step of the kernel thread, and one of the counting thread. The process runs both again and again.
 _REPAIR, _STATUS = (
     "portward.dataplane.reconciler:RulesetReconciler.repair",
     "portward.daemon.runtime:Runtime.write_status",
@@ -31,7 +31,7 @@ _REPAIR, _STATUS = (
 
 
 class Faults:
-    """The harness that an agent runs with: it holds one of its threads, or makes it fail."""
+    """The harness that an agent runs with. It stops one of the agent's threads, or makes it fail."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,12 +39,13 @@ class Faults:
         os.mkfifo(folder / "held")
 
     def environment(self) -> dict[str, str]:
-        """What brings the harness into the agent."""
+        """The environment variables that load the harness into the agent."""
         path = os.pathsep.join(filter(None, (os.fspath(INJECT), os.environ.get("PYTHONPATH", ""))))
         return {"PYTHONPATH": path, "PORTWARD_FAULTS": os.fspath(self.folder)}
 
     def happen(self, where: str, action: str, made: Callable[[], object] = lambda: None) -> None:
-        """Waits until a thread of the daemon has met `action` at `where`, which it reaches after `made`."""
+        """Arms `action` at the place `where`, calls `made`, and waits until a thread of the daemon has met it
+        there."""
         hit = self.folder / "hit"
         hit.unlink(missing_ok=True)
         new = self.folder / "new"
@@ -54,14 +55,14 @@ class Faults:
         until(hit.exists, f"{action} at {where}")
 
     def free(self) -> None:
-        """Lets a thread go that is held."""
-        with contextlib.suppress(OSError):  # there is none
+        """Lets a held thread go on."""
+        with contextlib.suppress(OSError):  # no thread is held
             os.close(os.open(self.folder / "held", os.O_WRONLY | os.O_NONBLOCK))
 
 
 @pytest.fixture
 def faults(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """The harness of the agents that the test starts."""
+    """The harness for the agents that the test starts."""
     found = Faults(agent.folder / "faults")
     start = namespaces.start
 
@@ -74,13 +75,13 @@ def faults(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
 
 
 def hold_the_kernel_thread(agent: Agent, faults: Faults) -> None:
-    """The thread has seen that the ruleset is gone, and is about to write it."""
+    """Stops the kernel thread when it has seen that the ruleset is gone, and is about to write it."""
     faults.happen(_REPAIR, "hold", lambda: namespaces.load(agent.lab.gateway, "delete table inet portward"))
 
 
 def claimed_once_it_is_gone(agent: Agent) -> int:
-    """Claims the namespace again and again, until that succeeds, which must be when the process ends. Gives how
-    often it was refused. The folder's lock must be held as long."""
+    """Claims the namespace again and again until that succeeds, which must be when the process ends. Returns how
+    often the claim was refused. The folder's lock must be held for the same time."""
     assert agent.process is not None
     refusals = 0
     with namespaces.inside(agent.lab.gateway):
@@ -93,14 +94,14 @@ def claimed_once_it_is_gone(agent: Agent) -> int:
                 refusals += 1
                 time.sleep(0.001)  # pause: of a poll
             else:
-                # The kernel frees the lock a moment before the parent hears of the end.
+                # The kernel frees the lock a moment before it reports the end of the process to the parent.
                 assert not with_descriptors(agent.process.pid), "a thread has not ended"
                 agent.process.wait(60)
                 return refusals
 
 
 def with_descriptors(process: int) -> list[str]:
-    """The threads of a process that still have its files and sockets: those that have not ended."""
+    """The threads of a process that still have its files and sockets, because they have not ended."""
     found = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for thread in Path(f"/proc/{process}/task").iterdir():
@@ -129,7 +130,7 @@ def test_no_other_agent_begins_while_the_kernel_thread_of_one_that_failed_may_wr
 def test_no_other_agent_begins_while_the_kernel_thread_of_one_that_was_stopped_may_write(
     agent: Agent, faults: Faults
 ) -> None:
-    """To the service manager it has ended as it should."""
+    """The service manager sees an agent that has ended normally."""
     agent.apply(*records())
     agent.start()
     hold_the_kernel_thread(agent, faults)
@@ -151,7 +152,7 @@ def test_workers_that_are_to_stay_outlive_an_agent_that_fails(
     assert agent.process is not None
     assert agent.process.wait(60) == 1
     assert agent.log.read_text().rstrip().endswith("portward: the policy table cannot be read")
-    # Its own end waits for no child, so a signal to the worker was sent before.
+    # The agent does not wait for its children at its end, so it would have sent a signal to the worker before it.
     assert Path(f"/proc/{worker}").exists()
     monkeypatch.delenv(STAY)
     agent.start()

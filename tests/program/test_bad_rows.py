@@ -1,4 +1,5 @@
-"""Rows that another tool wrote into the store of a running gateway: each is named, and costs nothing else."""
+"""Bad rows that another tool wrote into the store of a running gateway: each is named, and affects no other
+record."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ MACHINE = next(one for one in attachments(CONTOSO) if isinstance(one, Attachment
 OWNERS = [one for one in records() if isinstance(one, Subscription)]
 
 
-def told(agent: Agent) -> dict[str, Any]:
+def unreadable(agent: Agent) -> dict[str, Any]:
     result = agent.portward("status", "--json")
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)["records_unreadable"]
     return found
 
 
-def test_bad_rows_are_named_and_cost_nobody_else(agent: Agent) -> None:
+def test_bad_rows_are_named_and_affect_no_other_record(agent: Agent) -> None:
     agent.apply(*records())
     agent.start()
     assert agent.process is not None
@@ -37,7 +38,7 @@ def test_bad_rows_are_named_and_cost_nobody_else(agent: Agent) -> None:
         row(f"exemptions/{OWNERS[1].id}", huge),
         row("attachments/vni7/10.0.0.1", "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
     )
-    until(lambda: told(agent)["number"] == 3, "all three are named")
+    until(lambda: unreadable(agent)["number"] == 3, "all three are named")
     until(lambda: agent.metrics()["portward_records_refused_total"] == 3, "each is counted")
     until(lambda: agent.metrics()["portward_records_unreadable"] == 3, "the gauge says so")
     text = agent.portward("status").stdout
@@ -48,12 +49,12 @@ def test_bad_rows_are_named_and_cost_nobody_else(agent: Agent) -> None:
     assert check.returncode == 1
     assert key_of(MACHINE) in check.stdout
     assert "3 records of the store cannot be read" in check.stderr
-    # What was right comes back, what was not is taken out.
+    # Applying the inventory again restores the right records, and removes the bad ones.
     agent.apply(*records())
     with closing(sqlite3.connect(agent.folder / "portward.db")) as connection:
         left = connection.execute("SELECT count(*) FROM record WHERE key = 'attachments/vni7/10.0.0.1'").fetchone()
     assert left == (1,)
-    until(lambda: told(agent)["number"] == 2, "one was put right")
+    until(lambda: unreadable(agent)["number"] == 2, "one was put right")
     assert agent.process.poll() is None
     assert agent.explain(FABRIKAM.segment, FABRIKAM.address4)["reason"]
 
@@ -62,6 +63,6 @@ def test_a_start_with_bad_rows_and_no_table_denies_what_they_are_about(agent: Ag
     agent.apply(*records())
     write_rows(agent.folder / "portward.db", row(key_of(MACHINE), '{"segment":"a\\u0000b"}'))
     agent.start()
-    until(lambda: told(agent)["number"] == 1, "it is named")
+    until(lambda: unreadable(agent)["number"] == 1, "it is named")
     assert agent.explain(CONTOSO.segment, CONTOSO.address4)["reason"] == "denied-unknown-source"
     assert agent.explain(CONTOSO.segment, CONTOSO.address6)["reason"] == "allowed-offer"

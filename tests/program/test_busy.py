@@ -1,4 +1,4 @@
-"""What is slow (a locked store, a busy table, a bulk change) holds up no repair, no start and no stop."""
+"""A locked store, a busy table or a bulk change is slow, but delays no repair, no start and no stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from portward.lab.demo import attachments, records
 from portward.lab.topology import CONTOSO
 from portward.model import Record, Standing
 from portward.store.codec import key_of
-from program.test_run import ruleset, until_status, without_learned
+from program.test_run import ruleset, until_status, without_elements
 
 _CONTOSO = records()[0]
 _DISABLED = msgspec.structs.replace(_CONTOSO, standing=Standing.DISABLED)
@@ -31,7 +31,7 @@ _CACHED = "add element inet portward allow4 { vni1001 . 10.0.0.4 timeout 60s }"
 
 
 def apply(agent: Agent, *records: Record) -> None:
-    """Writes records into the store, and waits for no agent."""
+    """Writes records to the store, without waiting for an agent."""
     lists: dict[str, list[Record]] = {}
     for record in records:
         lists.setdefault(key_of(record).partition("/")[0], []).append(record)
@@ -41,20 +41,20 @@ def apply(agent: Agent, *records: Record) -> None:
 
 
 def status(agent: Agent) -> dict[str, Any]:
-    """What `portward status --json` says."""
-    told: dict[str, Any] = json.loads(until_status(agent))
-    return told
+    """The output of `portward status --json`."""
+    printed: dict[str, Any] = json.loads(until_status(agent))
+    return printed
 
 
 def comes_back(agent: Agent) -> None:
-    """Takes the ruleset away and waits until it is there as it was."""
-    before = without_learned(ruleset(agent.lab))
+    """Deletes the ruleset and waits until it is back as it was."""
+    before = without_elements(ruleset(agent.lab))
     namespaces.load(agent.lab.gateway, "delete table inet portward")
-    until(lambda: without_learned(ruleset(agent.lab)) == before, "the ruleset is back")
+    until(lambda: without_elements(ruleset(agent.lab)) == before, "the ruleset is back")
 
 
 def many() -> list[Record]:
-    """More attachments than the agent takes in by itself."""
+    """More attachments than the agent loads without another process."""
     machine = attachments(CONTOSO)[0]
     return [
         msgspec.structs.replace(machine, segment="vni9", address=ip_network((0x0A000000 + number, 32)))
@@ -64,7 +64,7 @@ def many() -> list[Record]:
 
 @contextmanager
 def busy(agent: Agent) -> Iterator[None]:
-    """While it is open, the agent is at a change of policy that does not come to its end."""
+    """While this is open, the agent works on a change of policy that does not end."""
     with busy_table(agent.folder / "table"):
         apply(agent, _DISABLED)
         until(lambda: status(agent)["working"] is not None, "the agent is at the change")
@@ -82,7 +82,7 @@ def test_a_ruleset_comes_back_while_a_change_of_policy_goes_on(agent: Agent) -> 
 
 
 def test_a_stop_does_not_wait_for_a_change_of_policy(agent: Agent) -> None:
-    """What was not committed is lost with the process, and taken in by the next one."""
+    """The part of the change that was not committed is lost with the process, and the next agent loads it."""
     agent.apply(*records())
     agent.start()
     with busy(agent):
@@ -103,7 +103,7 @@ def test_a_stop_does_not_wait_for_the_first_load_of_the_table(agent: Agent) -> N
 
 
 def bulk_changes(agent: Agent) -> list[str]:
-    """The process ids of bulk changes that the agent is at."""
+    """The ids of the agent's child processes that load a bulk change."""
     assert agent.process is not None
     found = subprocess.run(
         ["pgrep", "-P", str(agent.process.pid), "-f", "portward.daemon.bulk"],
@@ -162,13 +162,13 @@ def test_a_denial_that_was_written_while_no_agent_ran_is_enforced_when_it_is_rea
 
 
 def test_a_bulk_change_is_taken_in(agent: Agent) -> None:
-    """By a process of its own; what comes after it is a change like any other."""
+    """A process of its own loads it. The daemon loads the next change itself again."""
     agent.apply(*records())
     agent.start()
     apply(agent, *many())
     until(lambda: agent.revision() == 2, "the bulk change is enforced", seconds=60)
     held = 21_000 + len(attachments(CONTOSO)) * 2
-    # The status is written each second.
+    # The agent writes its status each second.
     until(lambda: status(agent)["attachments"] == held, "the status counts it")
     assert agent.explain("vni9", "10.0.82.7")["reason"] == "allowed-offer"
     assert agent.apply(_DISABLED) == 3

@@ -1,4 +1,5 @@
-"""The real agent, whose wall clock is an hour ahead, and then an hour back: no wrong age, no wrong sentence."""
+"""If the real agent's wall clock is an hour ahead, and then an hour back, it prints no wrong age and no wrong
+sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from portward.lab.agent import Agent, until
 from portward.lab.demo import records
 from portward.lab.topology import CONTOSO
 
-# Becomes the daemon's program: its wall clock is wrong by the seconds in a file. The verbs have the right one.
+# The daemon's program in this test: its wall clock is wrong by the seconds in a file. The verbs have the right
+# time.
 STARTER = """\
 import datetime, sys
 from pathlib import Path
@@ -36,7 +38,7 @@ main()
 
 
 def shift(file: Path, seconds: int) -> None:
-    """Sets the clock. By renaming: the agent reads the file at any time."""
+    """Sets the clock. Replaces the file by renaming, because the agent may read it at any time."""
     new = file.with_suffix(".new")
     new.write_text(str(seconds))
     new.replace(file)
@@ -67,6 +69,6 @@ def test_a_clock_an_hour_ahead_and_back_makes_no_wrong_age(agent: Agent, tmp_pat
 
 def off(agent: Agent) -> float:
     """By how many seconds the agent's wall clock is wrong."""
-    told = json.loads(agent.portward("status", "--json").stdout)
+    printed = json.loads(agent.portward("status", "--json").stdout)
 
-    return (datetime.fromisoformat(told["at"]) - datetime.now(UTC)).total_seconds()
+    return (datetime.fromisoformat(printed["at"]) - datetime.now(UTC)).total_seconds()

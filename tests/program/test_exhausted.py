@@ -1,4 +1,4 @@
-"""An agent without a free descriptor or thread goes on enforcing, repairs, and ends when it is asked to."""
+"""An agent without a free descriptor or thread still enforces, repairs its ruleset, and ends at SIGTERM."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from program.test_run import ruleset
 
 IDLE = 2_000
 LIMIT = 256
-# The first repair may find a descriptor that happens to be free.
+# Several rounds, because a descriptor may happen to be free for the first repair.
 ROUNDS = 3
 
 
 @contextlib.contextmanager
 def idle_connections(agent: Agent, number: int) -> Iterator[None]:
-    """Clients of the metrics that connect and say nothing."""
+    """Clients of the metrics that connect and send nothing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, number + 500)), hard))
     try:
@@ -46,7 +46,7 @@ def idle_connections(agent: Agent, number: int) -> Iterator[None]:
 
 @pytest.fixture
 def greedy_agent(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Agent:
-    """An agent that takes all of its descriptors or threads when a signal says so."""
+    """An agent that uses up its descriptors or threads when it gets a signal."""
     monkeypatch.setenv("PYTHONPATH", str(Path(greedy.__file__).parent))
     agent.apply(*records())
     agent.start()
@@ -55,26 +55,27 @@ def greedy_agent(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Agent:
 
 
 def status(agent: Agent) -> dict[str, Any]:
-    """What `portward status` says, once it says something."""
+    """The output of `portward status --json`, once there is a status."""
     until(lambda: agent.portward("status").returncode == 0, "there is a status")
-    told: dict[str, Any] = json.loads(agent.portward("status", "--json").stdout)
-    return told
+    printed: dict[str, Any] = json.loads(agent.portward("status", "--json").stdout)
+    return printed
 
 
-def tell(agent: Agent, number: signal.Signals) -> None:
+def send_signal(agent: Agent, number: signal.Signals) -> None:
     """Sends the agent a signal."""
     assert agent.process is not None
     os.kill(agent.process.pid, number)
 
 
 def revoked() -> Subscription:
-    """A subscription of the demo that may send, without its standing."""
+    """A subscription of the demo that may send, with a standing that denies it."""
     found = next(one for one in records() if isinstance(one, Subscription) and one.name == "contoso-prod")
     return replace(found, standing=Standing.DISABLED)
 
 
 def survives(agent: Agent) -> None:
-    """A revocation, a worker's end, a flushed ruleset, a scrape, a change of interfaces, and SIGTERM."""
+    """Checks that the agent handles a revocation, a worker's end, a flushed ruleset, a scrape, a change of
+    interfaces, and SIGTERM."""
     agent.apply(revoked(), confirm=True)
     assert str(agent.explain(CONTOSO.segment, CONTOSO.address4)["reason"]).startswith("denied")
     for ends in range(1, ROUNDS + 1):
@@ -114,10 +115,10 @@ def test_check_warns_of_few_descriptors(agent: Agent) -> None:
 
 
 def test_an_agent_without_a_free_descriptor_goes_on(greedy_agent: Agent) -> None:
-    tell(greedy_agent, signal.SIGUSR2)
+    send_signal(greedy_agent, signal.SIGUSR2)
     survives(greedy_agent)
 
 
 def test_an_agent_that_gets_no_thread_goes_on(greedy_agent: Agent) -> None:
-    tell(greedy_agent, signal.SIGUSR1)
+    send_signal(greedy_agent, signal.SIGUSR1)
     survives(greedy_agent)

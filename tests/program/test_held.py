@@ -1,4 +1,4 @@
-"""A change that would turn many customers' verdicts, from the operator's mistake to the kernel, and back."""
+"""A change that would flip the verdicts of many customers is held, from the operator's mistake to the kernel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def customers(standing: Standing = Standing.GOOD) -> list[Record]:
 
 
 def inventory(agent: Agent, standing: Standing) -> str:
-    """A file that says so."""
+    """An inventory file with these customers and their standing."""
     records = customers(standing)
     path = agent.folder / "inventory.json"
     path.write_bytes(
@@ -49,7 +49,7 @@ def inventory(agent: Agent, standing: Standing) -> str:
 
 
 def allowed(agent: Agent) -> bool:
-    """Whether the first of them may send, by what the workers read."""
+    """Whether the first customer may send, by the table that the workers read."""
     with closing(Reader.open(agent.folder / "table")) as reader:
         holding = reader.holding(CONTOSO.segment, ip_address("10.0.1.1"))
     assert holding is not None
@@ -59,15 +59,15 @@ def allowed(agent: Agent) -> bool:
 def test_apply_refuses_it_and_says_what_to_type(agent: Agent) -> None:
     agent.apply(*customers())
     file = inventory(agent, Standing.DISABLED)
-    told = "would flip the verdict of 12 of 12 subscriptions, more than max_flip_share = 0.1 lets pass"
+    message = "would flip the verdict of 12 of 12 subscriptions, more than max_flip_share = 0.1 lets pass"
     refused = agent.portward("apply", file)
     assert refused.returncode == 1
     assert refused.stderr == (
-        f"portward: nothing was written: this {told}; --dry-run shows it, --confirm applies it\n"
+        f"portward: nothing was written: this {message}; --dry-run shows it, --confirm applies it\n"
     )
     dry = agent.portward("apply", "--dry-run", file)
     assert dry.returncode == 0
-    assert dry.stdout.splitlines()[-1] == f"it {told}: to be applied with --confirm only"
+    assert dry.stdout.splitlines()[-1] == f"it {message}: to be applied with --confirm only"
     machine = json.loads(agent.portward("apply", "--dry-run", "--json", file).stdout)
     assert machine["held"] == {"flipped": 12, "subscriptions": 12}
     with closing(SqliteStore(agent.folder / "portward.db")) as store:
@@ -106,13 +106,13 @@ def test_what_another_tool_writes_is_held_until_it_is_confirmed(agent: Agent) ->
         " through\n"
     )
     until(lambda: agent.portward("status").stdout.startswith(said), "status says so")
-    # A restart lets nothing through either.
+    # The change stays held after a restart.
     agent.stop()
     agent.start()
     until(lambda: agent.metrics()["portward_policy_held"] == 1, "held")
     assert allowed(agent)
-    told = agent.portward("apply", "--confirm")
-    assert told.stdout == "applied revision 3: everything up to it is confirmed\n"
+    result = agent.portward("apply", "--confirm")
+    assert result.stdout == "applied revision 3: everything up to it is confirmed\n"
     until(lambda: agent.revision() == 3, "revision 3 in force")
     until(lambda: agent.metrics()["portward_policy_held"] == 0, "held no more")
     assert not allowed(agent)
@@ -124,8 +124,8 @@ def test_applying_again_what_is_held_confirms_it(agent: Agent) -> None:
     with closing(SqliteStore(agent.folder / "portward.db")) as store:
         batch = [Put(key_of(record), encode(record)) for record in customers(Standing.DISABLED)]
         store.write(batch, expected=1, actor="another tool", at=datetime.now(UTC))
-    told = agent.portward("apply", "--confirm", inventory(agent, Standing.DISABLED))
-    assert told.stdout == (
+    result = agent.portward("apply", "--confirm", inventory(agent, Standing.DISABLED))
+    assert result.stdout == (
         "WARNING   no agent runs here: it is not known whether anything was held\n"
         "applied revision 3: everything up to it is confirmed\n"
     )
@@ -147,10 +147,10 @@ def test_a_preset_that_turns_all_of_them_is_not_taken_by_a_reload(agent: Agent, 
     said = agent.log.read_text()
     assert "preset azure-2020 would flip the verdict of 12 of 12 subscriptions" in said
     assert "if you intend that, raise max_flip_share with it; if not, put the old preset back" in said
-    # What is in force counts, and the file is said to name another preset.
-    told = agent.explain(CONTOSO.segment, "10.0.1.1")
-    assert (told["verdict"], told["decided_from"]) == ("allow", "table")
-    assert told["remarks"][0].endswith(
+    # `explain` goes by the preset in force, and remarks that the file names another one.
+    printed = agent.explain(CONTOSO.segment, "10.0.1.1")
+    assert (printed["verdict"], printed["decided_from"]) == ("allow", "table")
+    assert printed["remarks"][0].endswith(
         "portward.toml: not what the agent has in force (preset): `systemctl reload portward` takes it in, or "
         "the log says why not"
     )
@@ -165,7 +165,8 @@ GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
 
 
 def hold(agent: Agent) -> None:
-    """Starts an agent that holds revision 2; a spammer may send by an exemption, another customer wants one."""
+    """Starts an agent that holds revision 2. A spammer may send by an exemption, and another customer asks for
+    one."""
     machine = Attachment(
         segment=CONTOSO.segment, address=ip_network("10.0.2.1"), subscription=SPAMMER,
         started=GRANTED + timedelta(days=1),
@@ -187,7 +188,7 @@ def hold(agent: Agent) -> None:
 
 
 def verdict(agent: Agent, address: str) -> str:
-    """What workers read of a source."""
+    """The reason code of a source in the table that the workers read."""
     with closing(Reader.open(agent.folder / "table")) as reader:
         holding = reader.holding(CONTOSO.segment, ip_address(address))
     assert holding is not None
@@ -202,27 +203,27 @@ def test_a_revocation_is_in_force_ahead_of_what_is_held_and_verbs_say_so(agent: 
     assert verdict(agent, "10.0.2.1") == "denied-revoked"
     assert allowed(agent)
     assert agent.revision() == 1
-    until(lambda: json.loads(agent.portward("status", "--json").stdout)["held"]["ahead"] == 3, "told")
+    until(lambda: json.loads(agent.portward("status", "--json").stdout)["held"]["ahead"] == 3, "status shows it")
     said = agent.portward("status").stdout.splitlines()
     assert said[0].startswith("HELD      revision 2 would flip the verdict of 12 of 14 subscriptions")
     assert said[1] == (
         "          denials in later revisions are enforced, up to revision 3; everything else in them waits"
     )
     assert any(line.endswith(", NOT in step: revision 2 is held") for line in said)
-    told = agent.explain(CONTOSO.segment, "10.0.2.1")
-    assert told["reason"] == "denied-revoked"
+    printed = agent.explain(CONTOSO.segment, "10.0.2.1")
+    assert printed["reason"] == "denied-revoked"
     assert (
-        told["decided_from"]
+        printed["decided_from"]
         == "table; the store's revision 2 is held, and denials up to revision 3 are in force ahead of it"
     )
 
 
 def test_diagnose_says_that_a_change_is_held_to_both_its_readers(agent: Agent) -> None:
     hold(agent)
-    told = json.loads(agent.portward("diagnose", str(UUID(int=1)), "--json").stdout)
-    assert told["facts"]["behind"] == "the store is at revision 2"
-    assert told["remarks"] == agent.explain(CONTOSO.segment, "10.0.1.1")["remarks"]
-    assert "A change of our records is not in force yet; once it is, this may change." in told["customer"]
+    output = json.loads(agent.portward("diagnose", str(UUID(int=1)), "--json").stdout)
+    assert output["facts"]["behind"] == "the store is at revision 2"
+    assert output["remarks"] == agent.explain(CONTOSO.segment, "10.0.1.1")["remarks"]
+    assert "A change of our records is not in force yet; once it is, this may change." in output["customer"]
     printed = agent.portward("diagnose", str(UUID(int=1))).stdout
     assert printed.startswith("WARNING   the store is at revision 2, which this gateway has not taken in")
 
@@ -264,23 +265,23 @@ def test_an_early_denial_outlives_a_restart_of_the_agent(agent: Agent) -> None:
     assert allowed(agent)
 
 
-def test_nothing_to_apply_is_told(agent: Agent) -> None:
+def test_apply_without_a_file_is_refused(agent: Agent) -> None:
     for arguments in ((), ("--dry-run", "--confirm"), ("--prune", "--confirm")):
-        told = agent.portward("apply", *arguments)
-        assert (told.returncode, told.stderr) == (
+        result = agent.portward("apply", *arguments)
+        assert (result.returncode, result.stderr) == (
             2, "portward: FILE: missing: name an inventory, or - for standard input\n",
         )  # fmt: skip
 
 
 def test_nothing_held_is_nothing_to_confirm(agent: Agent) -> None:
-    """Neither alone nor with a file that changes nothing: no revision is written."""
+    """`apply --confirm`, alone or with a file that changes nothing, writes no revision."""
     agent.apply(*records())
     agent.start()
     until(lambda: agent.revision() == 1, "it is enforced")
-    told = agent.portward("apply", "--confirm")
-    assert (told.returncode, told.stderr) == (0, "")
+    result = agent.portward("apply", "--confirm")
+    assert (result.returncode, result.stderr) == (0, "")
     nothing = "nothing to confirm: the agent here holds nothing, the store stays at revision 1\n"
-    assert told.stdout == nothing
+    assert result.stdout == nothing
     assert json.loads(agent.portward("apply", "--confirm", "--json").stdout) == {"revision": 1, "confirmed": None}
     exported = agent.folder / "same.yaml"
     exported.write_text(agent.portward("export").stdout)
@@ -292,14 +293,14 @@ def test_a_mistyped_segment_is_warned_of(agent: Agent) -> None:
     agent.apply(*records())
     inventory = agent.folder / "typo.yaml"
     inventory.write_text(agent.portward("export").stdout.replace("vni1002", "vni10022"))
-    told = agent.portward("apply", str(inventory))
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.splitlines()[0] == (
+    result = agent.portward("apply", str(inventory))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == (
         "WARNING   segment vni10022: this host has no such interface now; did you mean 'vni1002'?"
     )
 
 
 def test_there_is_nothing_to_confirm_without_a_store(agent: Agent) -> None:
-    told = agent.portward("apply", "--confirm")
-    assert told.returncode == 1
-    assert "no such file: put it back from a backup" in told.stderr
+    result = agent.portward("apply", "--confirm")
+    assert result.returncode == 1
+    assert "no such file: put it back from a backup" in result.stderr

@@ -1,5 +1,4 @@
-"""The metrics as an operator meets them: whatever is wrong with their address or their clients, the gateway
-enforces."""
+"""If something is wrong with the address or the clients of the metrics, the gateway still enforces."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.demo import records
 from program.test_run import refused, ruleset
 
-# Reads resolv.conf and hosts from the folder that is its first argument.
+# Runs a command with the resolv.conf and hosts of a folder, which is the first argument.
 RESOLVING = (
     "unshare", "-m", "sh", "-c",
     'mount --bind "$0/resolv.conf" /etc/resolv.conf && mount --bind "$0/hosts" /etc/hosts && exec "$@"',
@@ -24,14 +23,14 @@ RESOLVING = (
 
 
 def problem(agent: Agent) -> str:
-    """What `status` says is wrong with the metrics."""
-    told = agent.portward("status", "--json")
-    return str(json.loads(told.stdout)["metrics_error"]) if told.returncode == 0 else "no status"
+    """The error of the metrics in `portward status`."""
+    result = agent.portward("status", "--json")
+    return str(json.loads(result.stdout)["metrics_error"]) if result.returncode == 0 else "no status"
 
 
 @contextlib.contextmanager
 def silent_resolver(agent: Agent) -> Iterator[socket.socket]:
-    """A resolver in the gateway that never answers, and what it is asked."""
+    """A resolver in the gateway that never answers. Yields its socket, so that a test sees the queries."""
     (agent.folder / "resolv.conf").write_text("nameserver 127.0.0.53\n")
     (agent.folder / "hosts").write_text("")
     with namespaces.inside(agent.lab.gateway):

@@ -26,7 +26,7 @@ PARTS = ("portward.db-wal", "portward.db-shm")
 
 
 def sql(database: Path, command: str) -> None:
-    """What an operator types into `sqlite3`: a statement, `.backup FILE` or `.restore FILE`."""
+    """Does what `sqlite3` does with a command of an operator: a statement, `.backup FILE` or `.restore FILE`."""
     word, _, name = command.partition(" ")
     with closing(sqlite3.connect(database, isolation_level=None)) as connection:
         if word in (".backup", ".restore"):
@@ -43,7 +43,7 @@ def store(agent: Agent) -> Path:
 
 
 def reason(agent: Agent) -> Reason:
-    """What workers find for the customer's machine."""
+    """The reason code that workers find for the customer's machine."""
     with closing(Reader.open(agent.folder / "table")) as reader:
         holding = reader.holding(CONTOSO.segment, ip_address("10.0.1.1"))
     assert holding is not None
@@ -51,7 +51,7 @@ def reason(agent: Agent) -> Reason:
 
 
 def holds(agent: Agent, source: str) -> Reason | None:
-    """What workers find for a source; None if no attachment covers it."""
+    """The reason code that workers find for a source; None if no attachment covers it."""
     with closing(Reader.open(agent.folder / "table")) as reader:
         holding = reader.holding(CONTOSO.segment, ip_address(source))
     return None if holding is None else holding.entry.reason
@@ -59,17 +59,17 @@ def holds(agent: Agent, source: str) -> Reason | None:
 
 def status(agent: Agent) -> dict[str, object]:
     """The agent's status."""
-    told: dict[str, object] = json.loads(agent.portward("status", "--json").stdout)
-    return told
+    printed: dict[str, object] = json.loads(agent.portward("status", "--json").stdout)
+    return printed
 
 
 def live(agent: Agent, backup: Path) -> None:
-    """The agent runs; SQLite writes the backup into the open database."""
+    """Restores while the agent runs: SQLite writes the backup into the open database."""
     sql(store(agent), f".restore {backup}")
 
 
 def stopped(agent: Agent, backup: Path) -> None:
-    """The agent is stopped; the files beside the store go with it."""
+    """Restores after the agent was stopped. The files beside the store are removed with it."""
     agent.stop()
     for name in PARTS:
         (agent.folder / name).unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def stopped(agent: Agent, backup: Path) -> None:
 
 
 def killed(agent: Agent, backup: Path) -> None:
-    """The agent was killed, and left the files beside the store, which go with it."""
+    """Restores after the agent was killed. It left files beside the store, which are removed with it."""
     assert agent.process is not None
     agent.process.kill()
     agent.process.wait()
@@ -88,7 +88,7 @@ def killed(agent: Agent, backup: Path) -> None:
 
 
 def moved_in(agent: Agent, backup: Path) -> None:
-    """The agent runs; another file takes the store's place."""
+    """Restores while the agent runs: another file replaces the store's."""
     fresh = agent.folder / "fresh.db"
     shutil.copy(backup, fresh)
     for name in PARTS:
@@ -98,7 +98,8 @@ def moved_in(agent: Agent, backup: Path) -> None:
 
 @pytest.fixture
 def granted(agent: Agent) -> Agent:
-    """An agent that runs, whose store has a customer with a machine, and since revision 2, the backup, a grant."""
+    """A running agent. Its store has a customer with a machine and, since revision 2, a grant. The backup has
+    both."""
     machine = Attachment(
         segment=CONTOSO.segment, address=ip_network("10.0.1.1"), subscription=CUSTOMER,
         started=GRANTED + timedelta(days=1),
@@ -120,8 +121,8 @@ def head(agent: Agent) -> str:
 def test_a_backup_is_restored_and_nothing_of_the_lost_history_stays(
     granted: Agent, way: Callable[[Agent, Path], None], command: str
 ) -> None:
-    """The backup holds the grant. It is revoked afterwards, which is lost; another revocation, of the restored
-    store, has the same number."""
+    """The backup holds the grant. The revocation after it is lost by the restore. The next revision of the
+    restored store has the same number as the lost one."""
     agent, backup = granted, granted.folder / "backup.db"
     sql(store(agent), command.format(backup))
     mark = head(agent)
@@ -147,7 +148,7 @@ def test_a_backup_is_restored_and_nothing_of_the_lost_history_stays(
 
 
 def test_a_restore_that_flips_too_many_waits_for_a_confirmation_on_this_gateway(agent: Agent) -> None:
-    """The backup holds a confirmation of its own time."""
+    """The backup contains an older confirmation, which must not count."""
     backup = agent.folder / "backup.db"
     customers = [Subscription(id=UUID(int=n), offer="enterprise-agreement", created=EARLY) for n in range(20, 40)]
     machines = [
@@ -173,7 +174,8 @@ def test_a_restore_that_flips_too_many_waits_for_a_confirmation_on_this_gateway(
 
 
 def test_a_plain_copy_beside_the_newer_log_of_writes_restores_nothing(granted: Agent) -> None:
-    """SQLite lays what is left beside the file over it: the newer state is back, and `--expect` says so."""
+    """SQLite applies the write-ahead log beside the file, so the newer state is back, and `--expect` reports
+    that."""
     agent, backup = granted, granted.folder / "backup.db"
     sql(store(agent), "PRAGMA wal_checkpoint(TRUNCATE)")
     shutil.copy(store(agent), backup)
@@ -204,8 +206,8 @@ def test_a_start_without_store_on_a_table_of_another_version_says_what_it_needs(
 
 
 def older(table: Path) -> None:
-    """Makes the table's head one of another format."""
-    import lmdb  # the test alone writes a foreign table
+    """Gives the table's head another format number."""
+    import lmdb  # here, because only this test writes a foreign table
 
     with closing(lmdb.open(str(table), max_dbs=64)) as environment, environment.begin(write=True) as transaction:
         value = transaction.get(b"head")

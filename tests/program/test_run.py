@@ -26,12 +26,12 @@ from portward.lab.topology import CONTOSO, FABRIKAM
 
 
 def ruleset(lab: Place) -> str:
-    """portward's table as it is loaded in the gateway; empty where it is not."""
+    """portward's table as it is loaded in the gateway; empty if none is loaded."""
     return lab.run(lab.gateway, "nft", "-s", "list", "table", "inet", "portward").stdout
 
 
 def refused(agent: Agent) -> str:
-    """The one line with which the agent refuses to start; nothing may be loaded then."""
+    """The one line with which the agent refuses to start. It must not load a ruleset then."""
     result = agent.portward("run")
     assert result.returncode in (1, 2)
     lines = [line for line in result.stderr.splitlines() if line.startswith("portward: ")]
@@ -46,7 +46,7 @@ def test_without_privilege_it_says_so(agent: Agent) -> None:
     for path in (agent.folder, *agent.folder.iterdir()):
         os.chown(path, 65534, 65534)
     argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *PROGRAM, "run", "--config"]
-    # The folder of the tests is root's alone: what nobody may not read is told as that.
+    # pytest's folder is closed to other users, so the message may also be that the configuration cannot be read.
     result = namespaces.run(agent.lab.gateway, [*argv, str(agent.config)])
     assert result.returncode != 0
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
@@ -105,7 +105,7 @@ def test_a_table_folder_that_cannot_be_written_is_named(agent: Agent) -> None:
     assert str(agent.folder / "table") in refused(agent)
 
 
-def test_a_mistake_in_the_configuration_is_told_with_its_line(agent: Agent) -> None:
+def test_a_mistake_in_the_configuration_is_reported_with_its_line(agent: Agent) -> None:
     agent.config.write_text('segments = ["vni*"]\nuplinks = ["up0"]\nmode = "watch"\n')
     line = refused(agent)
     assert f"{agent.config}:3: mode:" in line
@@ -164,7 +164,7 @@ def test_rules_show_prints_what_is_loaded_and_what_would_be(agent: Agent) -> Non
     agent.start()
     shown = agent.portward("rules", "show").stdout
     assert "chain classify" in shown
-    assert "elements" not in shown.split("set allow4")[1].split("}")[0], "remembered sources are left out"
+    assert "elements" not in shown.split("set allow4")[1].split("}")[0], "cached verdicts are left out"
 
 
 def test_a_bad_reload_keeps_the_old_configuration_and_says_so(agent: Agent) -> None:
@@ -199,7 +199,7 @@ def test_a_reload_takes_another_preset(agent: Agent) -> None:
 
 
 def test_a_reload_may_change_what_the_sets_are_like(agent: Agent) -> None:
-    """The kernel refuses a set under the same name with another size: the sets are made anew."""
+    """The kernel refuses to change the size of a set, so the agent deletes the sets and makes them again."""
     agent.apply(*records())
     agent.start()
     agent.configure(verdicts={"sources": 1024, "allow_seconds": 5})
@@ -226,10 +226,10 @@ def test_a_restart_needs_no_store(agent: Agent) -> None:
     until(lambda: json.loads(agent.portward("status", "--json").stdout)["store_error"] == "", "the store is back")
 
 
-def test_a_restart_keeps_what_the_kernel_remembers(agent: Agent) -> None:
+def test_a_restart_keeps_cached_verdicts(agent: Agent) -> None:
     agent.apply(*records())
     agent.start()
-    # A verdict that the table gives too: the self-check would take any other out.
+    # The table gives the same verdict; the self-check would remove any other.
     add = "add element inet portward allow4 { vni1001 . 10.0.0.4 timeout 60s }"
     namespaces.load(agent.lab.gateway, add)
     agent.stop()
@@ -238,7 +238,7 @@ def test_a_restart_keeps_what_the_kernel_remembers(agent: Agent) -> None:
     assert "10.0.0.4" in kept
 
 
-def test_a_kernel_that_remembers_another_table_forgets_at_the_start(agent: Agent) -> None:
+def test_verdicts_cached_under_another_table_are_forgotten_at_the_start(agent: Agent) -> None:
     agent.apply(*records())
     agent.start()
     agent.stop()
@@ -265,24 +265,25 @@ def test_a_kernel_that_remembers_another_table_forgets_at_the_start(agent: Agent
     ],
     ids=lambda damage: " ".join(damage[:3] + damage[5:]),
 )
-def test_rules_changed_by_somebody_else_are_put_back(agent: Agent, damage: list[str]) -> None:
+def test_rules_changed_by_another_program_are_put_back(agent: Agent, damage: list[str]) -> None:
     agent.apply(*records())
     agent.start()
     lab = agent.lab
 
-    before = without_learned(ruleset(lab))
+    before = without_elements(ruleset(lab))
     if damage[:3] == ["nft", "flush", "ruleset"]:
-        # As a reload of nftables.service does: without the lab's own translation the guard would rightly go.
+        # A reload of nftables.service restores the other tables too. Without the lab's translation the agent would
+        # remove the guard.
         saved = lab.run(lab.gateway, "nft", "list", "table", "inet", "lab").stdout
         namespaces.load(lab.gateway, f"flush ruleset\n{saved}")
     else:
         assert lab.run(lab.gateway, *damage).returncode == 0
-    until(lambda: without_learned(ruleset(lab)) == before, "the rules are back")
+    until(lambda: without_elements(ruleset(lab)) == before, "the rules are back")
     until(lambda: agent.metrics()["portward_ruleset_repairs_total"] >= 1, "the repair is counted")
 
 
-def without_learned(text: str) -> str:
-    """A listing without the sets' lines that change by themselves."""
+def without_elements(text: str) -> str:
+    """A ruleset listing without the elements of the sets that packets fill."""
     return "\n".join(line for line in text.splitlines() if "expires" not in line and "packets" not in line)
 
 
@@ -292,9 +293,9 @@ def test_a_worker_that_dies_is_started_again(agent: Agent) -> None:
     worker = json.loads(until_status(agent))["workers"][0]
     os.kill(worker["pid"], signal.SIGKILL)
     until(lambda: agent.metrics()["portward_worker_restarts_total"] == 1, "the restart is counted")
-    told = json.loads(until_status(agent))["workers"][0]
-    assert told["running"]
-    assert told["pid"] != worker["pid"]
+    printed = json.loads(until_status(agent))["workers"][0]
+    assert printed["running"]
+    assert printed["pid"] != worker["pid"]
 
 
 def until_status(agent: Agent) -> str:
@@ -303,13 +304,13 @@ def until_status(agent: Agent) -> str:
     return agent.portward("status", "--json").stdout
 
 
-def test_status_tells_times_as_the_other_verbs_do(agent: Agent) -> None:
+def test_status_prints_times_like_the_other_verbs(agent: Agent) -> None:
     agent.apply(*records())
     before = datetime.now(UTC)
     agent.start()
     until(lambda: json.loads(until_status(agent))["self_check"]["at"] is not None, "a worker answered")
-    told = json.loads(until_status(agent))
-    times = told["started"], told["self_check"]["at"], told["at"]
+    printed = json.loads(until_status(agent))
+    times = printed["started"], printed["self_check"]["at"], printed["at"]
     assert all(re.fullmatch(r"[-0-9]{10}T[0-9:.]+Z", text) for text in times)
     started, answered, at = map(datetime.fromisoformat, times)
     assert before < started < answered <= at <= datetime.now(UTC)
@@ -334,7 +335,7 @@ def test_two_workers_share_the_queues(agent: Agent) -> None:
     agent.start()
     queues = [worker["queue"] for worker in json.loads(until_status(agent))["workers"]]
     assert queues == [10, 11]
-    # nft prints the xtables target in its own words.
+    # nft prints the xtables target in its own syntax.
     assert "queue num 10-11" in ruleset(agent.lab)
 
 
@@ -374,7 +375,7 @@ def test_a_table_on_a_full_disk_keeps_the_policy_in_force_and_says_so(agent: Age
 
 
 def test_it_needs_no_other_program(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nftables is called as a library, and where the kernel has no nft_queue, the target comes by netlink."""
+    """The agent calls nftables as a library. If the kernel has no nft_queue, it sets the target by netlink."""
     agent.apply(*records())
     start = namespaces.start
 

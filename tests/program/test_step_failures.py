@@ -1,4 +1,4 @@
-"""The real agent, in which steps raise what nobody expects: it goes on, says so, and recovers by itself."""
+"""If steps of the real agent raise unexpected errors, it goes on, reports them, and recovers by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from portward.lab.demo import attachments, records
 from portward.lab.topology import CONTOSO
 from portward.model import Attachment
 
-# Becomes the daemon's program: steps that are named in a file raise.
+# The daemon's program in this test: the steps that a file names raise.
 STARTER = """\
 import sys
 from pathlib import Path
@@ -47,7 +47,7 @@ main()
 
 
 def started(agent: Agent, folder: Path) -> Path:
-    """Starts it; gives the file that names what is to fail."""
+    """Starts the agent. Returns the file that names the steps that must fail."""
     armed, starter = folder / "armed", folder / "starter.py"
     armed.write_text("")
     starter.write_text(STARTER)
@@ -77,12 +77,12 @@ def test_steps_that_fail_are_survived_counted_shown_and_recover(agent: Agent, tm
     before = agent.revision()
     agent.portward("exemption", "list")
     steps = ("store", "count", "compare", "rates", "status", "self-check")
-    # What makes status is among what fails, so only the metrics' own numbers tell.
+    # The step that writes the status fails too, so only the metrics' own numbers can show the failures.
     until(lambda: all(failures(agent, step) for step in steps), "each step has failed")
     armed.write_text("sync")
     until(lambda: failing(agent).keys() == {"store"}, "all others work again", seconds=120)
-    told = failing(agent)["store"]
-    assert told["error"].startswith("OverflowError: sync was made to fail (")
+    found = failing(agent)["store"]
+    assert found["error"].startswith("OverflowError: sync was made to fail (")
     until(lambda: "FAILING   step store: OverflowError" in agent.portward("status").stdout, "status says so")
     assert agent.revision() == before
     armed.write_text("")
@@ -98,7 +98,7 @@ def test_steps_that_fail_are_survived_counted_shown_and_recover(agent: Agent, tm
     )
 
 
-def test_a_ruleset_that_nobody_can_look_at_ends_the_agent(agent: Agent, tmp_path: Path) -> None:
+def test_a_ruleset_that_cannot_be_checked_ends_the_agent(agent: Agent, tmp_path: Path) -> None:
     agent.apply(*records())
     armed = started(agent, tmp_path)
     assert agent.process is not None
@@ -113,7 +113,7 @@ def test_a_ruleset_that_nobody_can_look_at_ends_the_agent(agent: Agent, tmp_path
 
 
 def test_a_job_that_fails_outside_its_steps_begins_anew(agent: Agent, tmp_path: Path) -> None:
-    """No thread runs a step to read the descriptor of the store."""
+    """The job that reads the descriptor of the store runs outside the steps."""
     agent.apply(*records())
     armed = started(agent, tmp_path)
     assert agent.process is not None

@@ -1,7 +1,7 @@
 """The agent's start and every verb in hostile surroundings: no resolver, terminals that are not UTF-8, random
-bytes in the environment, clocks that are wrong. They say what they say in a plain one, and write the same.
+bytes in the environment, wrong clocks. They print and write the same as in plain surroundings.
 
-`lab up` and `lab demo` are not run here: they make whole labs.
+`lab up` and `lab demo` are not run here, because they make whole labs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ VARIABLES: Final = (
 
 
 class Said(NamedTuple):
-    """What a verb said, in text, and its exit code."""
+    """The output of a verb, and its exit code."""
 
     code: int
     text: str
@@ -73,7 +73,7 @@ class Scene(NamedTuple):
     terminal: bool = False
 
 
-# Each verb, in an order in which each has something to do. `run` comes last: it is refused, since one runs.
+# Each verb, in an order in which each has something to do. `run` comes last; it is refused, because an agent runs.
 VERBS: Final[tuple[tuple[str, ...], ...]] = (
     ("--version",), ("--help",), ("exemption", "grant", "--help"),
     ("apply", "--dry-run", "--prune", "INVENTORY"), ("apply", "INVENTORY", "--as", "Jürgen→"),
@@ -99,7 +99,7 @@ VERBS: Final[tuple[tuple[str, ...], ...]] = (
     ("lab", "down", "--name", "no-such-lab"), ("expalin",), ("explain", "vni1001", "x→"),
     ("run",),
 )  # fmt: skip
-# What tells the same only in its form: ids of processes, speeds, what is counted, what was drawn.
+# Verbs whose output differs each time: they print process ids, speeds, counts, or random numbers.
 VOLATILE: Final = {"status", "top", "rules", "audit", "lab"}
 UNCONFIGURED: Final = {"--version", "--help", "expalin", "policy", "lab"}
 
@@ -115,7 +115,7 @@ def command_lines(config: Path) -> list[list[str]]:
 
 
 def driven(agent: Agent, lines: list[list[str]], *, terminal: bool, before: tuple[str, ...]) -> bytes:
-    """What one process says that runs these verbs; on a terminal of its own if that is wanted."""
+    """The output of one process that runs these verbs, on a terminal of its own if `terminal` is true."""
     file = agent.folder / "lines.json"
     file.write_text(json.dumps(lines), "utf-8")
     argv = [
@@ -150,7 +150,7 @@ def read(terminal: int) -> bytes:
 
 
 def spoken(data: bytes, encoding: str) -> list[Said]:
-    """What each of the verbs said."""
+    """The output of each of the verbs."""
     found = []
     for number in range(len(VERBS)):
         part = data.partition(b"\n@@ %d begin\n" % number)[2]
@@ -165,7 +165,7 @@ def spoken(data: bytes, encoding: str) -> list[Said]:
 def scene(
     lab: Lab, folder: Path, *before: str, encoding: str = "utf-8", terminal: bool = False
 ) -> Iterator[Scene]:
-    """An agent in these surroundings, ready, with the inventory in its store. Leaves no rules."""
+    """An agent in these surroundings, ready, with the inventory in its store. Removes the rules at the end."""
     folder.mkdir()
     agent = Agent(lab, folder, store="sqlite:portward.db", table="table", metrics={"address": "localhost:9125"})
     agent.before = before
@@ -190,19 +190,19 @@ def up(agent: Agent) -> bool:
     """Whether the agent runs and enforces what the store holds."""
     assert agent.process is not None
     assert agent.process.poll() is None, agent.log.read_text(errors="replace")
-    told = read_status(agent.folder / "table") or {}
-    return running(agent.folder / "table") is not None and told.get("revision", 0) >= 1 and bool(told["in_step"])
+    found = read_status(agent.folder / "table") or {}
+    return running(agent.folder / "table") is not None and found.get("revision", 0) >= 1 and bool(found["in_step"])
 
 
 def all_verbs(found: Scene) -> list[Said]:
-    """What every verb says in a scene."""
+    """The output of every verb in a scene."""
     lines = command_lines(found.agent.config)
     return spoken(driven(found.agent, lines, terminal=found.terminal, before=found.agent.before), found.encoding)
 
 
 @pytest.fixture(scope="module")
 def plain(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[Said]:
-    """What every verb says in plain surroundings."""
+    """The output of every verb in plain surroundings."""
     with scene(lab, tmp_path_factory.mktemp("plain") / "x", "env", "LC_ALL=C.UTF-8", "LOGNAME=root") as found:
         said = all_verbs(found)
         whole(found.agent, said)
@@ -226,7 +226,7 @@ def test_the_list_names_every_variable_that_is_read() -> None:
 
 
 def whole(agent: Agent, said: list[Said]) -> None:
-    """The store holds each change once, and the log is whole."""
+    """Checks that the store holds each change once, and that its log is complete."""
     written = [verb for verb, one in zip(VERBS, said, strict=True) if one.code == 0 and wrote(verb)]
     with sqlite3.connect(agent.folder / "portward.db") as store:
         numbers = [number for (number,) in store.execute("SELECT number FROM revision ORDER BY number")]
@@ -235,13 +235,14 @@ def whole(agent: Agent, said: list[Said]) -> None:
 
 
 def wrote(verb: tuple[str, ...]) -> bool:
-    """Whether a verb that succeeds has changed the store."""
+    """Whether a verb changes the store if it succeeds."""
     changing = {"request", "grant", "reject", "limit", "revoke", "started"}
     return len(verb) > 1 and verb[1] in changing and "--help" not in verb
 
 
 def same(plain: list[Said], said: list[Said], encoding: str = "utf-8") -> None:
-    """Every verb says what it says in plain surroundings, as far as the encoding has its characters."""
+    """Checks that every verb prints the same as in plain surroundings, as far as the encoding has its
+    characters."""
     for verb, expected, found in zip(VERBS, plain, said, strict=True):
         assert "Traceback" not in found.text, found.text
         assert found.code == expected.code, (verb, expected, found)
@@ -255,18 +256,18 @@ def same(plain: list[Said], said: list[Said], encoding: str = "utf-8") -> None:
 
 
 def tame(text: str) -> bool:
-    """Whether a terminal obeys nothing in the text but line breaks and tabs."""
+    """Whether the text has no control characters but line breaks and tabs."""
     return all(shown(line) == line for line in re.split("[\n\t]", text))
 
 
 def form(text: str) -> list[Any]:
-    """JSON without its times."""
+    """The JSON documents of a text, without times."""
     lines = [json.loads(line) for line in text.splitlines() if line]
     return [json.loads(timeless(json.dumps(line, ensure_ascii=True))) for line in lines]
 
 
 def in_encoding(text: str, encoding: str, verb: tuple[str, ...]) -> str:
-    """What a terminal of this encoding shows of a text."""
+    """The text as a terminal of this encoding shows it."""
     if verb[0] == "export":
         return text
     return "".join(sign if can(sign, encoding) else alike(sign) for sign in text)
@@ -282,11 +283,11 @@ def can(sign: str, encoding: str) -> bool:
 
 
 def timeless(text: str) -> str:
-    """The text without what is another one each time: folders, times, durations, numbers of processes."""
+    """The text without folders, times, durations and process ids, which differ each time."""
     text = re.sub(r"/[\w./-]*/pytest-[\w./-]*", "PATH", text)
     text = re.sub(r"\d{4}-\d\d-\d\d[T ][\d:.]+Z", "TIME", text)
     text = re.sub(r"\d{1,2}\S* \S+ \d{4} (at|à|\\u00e0).{3,20}UTC", "TIME", text)
-    # A day in words, English or French: a clock that is wrong by an hour shows another one near midnight.
+    # A day in English or French words. Near midnight, a clock that is wrong by an hour shows another day.
     text = re.sub(r"\b\d{1,2}(er)? [^\s\d]\S{2,14} \d{4}\b", "DAY", text)
     text = re.sub(r"(process )\d+|[\d.]+ ms|\d+ s\b|[0-9a-f]{64}", "N", text)
     text = re.sub(r"for \d+ s more, \d+ packets", "N", text)
@@ -323,7 +324,8 @@ def test_on_a_latin_1_terminal(lab: Lab, plain: list[Said], tmp_path: Path) -> N
 
 
 def same_words(plain: list[Said], said: list[Said]) -> None:
-    """On a Latin-1 terminal arguments are Latin-1: those of this test are UTF-8, so other names there."""
+    """Checks that no verb ends with a traceback, and that those with ASCII arguments give the same exit code. On a
+    Latin-1 terminal, this test's UTF-8 arguments are read as other names."""
     ours = [(one, two) for verb, one, two in zip(VERBS, plain, said, strict=True) if all(map(str.isascii, verb))]
     for expected, found in ours:
         assert found.code == expected.code, (expected, found)
@@ -343,7 +345,7 @@ def test_in_the_locale_c(lab: Lab, plain: list[Said], tmp_path: Path, mode: tupl
 
 
 def test_without_a_resolver(lab: Lab, plain: list[Said], tmp_path: Path) -> None:
-    """The only name server is the test itself, which never answers; nobody asks it."""
+    """The only name server is the test itself, which never answers. It must get no query."""
     names = tmp_path / "resolv.conf"
     names.write_text("nameserver 127.0.0.1\n")
     (tmp_path / "hosts").write_text("")
@@ -370,13 +372,13 @@ def test_with_random_bytes_in_each_variable(lab: Lab, plain: list[Said], tmp_pat
         for verb, expected, one in zip(VERBS, plain, said, strict=True):
             assert "Traceback" not in one.text, (verb, one.text)
             assert one.code == expected.code, (verb, expected, one)
-            # FORCE_COLOR makes `top` draw as on a terminal.
+            # FORCE_COLOR makes `top` draw as it does on a terminal.
             assert verb[0] == "top" or tame(one.text), (verb, one.text)
         whole(found.agent, said)
 
 
 def value(chance: random.Random) -> bytes:
-    """Bytes that a variable can hold: often with what terminals and parsers obey."""
+    """Random bytes that a variable can hold, often with control characters and syntax."""
     parts = [
         b"\x1b[2J",
         b"\n",
@@ -416,7 +418,7 @@ def wrong_clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def faked(library: Path, seconds: int) -> tuple[str, ...]:
-    """Words before a program whose clock is to be wrong; what measures time stays right."""
+    """Words before a command that make its wall clock wrong. Its monotonic clock stays right."""
     return ("env", f"LD_PRELOAD={library}", f"WRONG_CLOCK={seconds}", "LC_ALL=C.UTF-8", "LOGNAME=root")
 
 
@@ -433,7 +435,7 @@ def test_with_a_clock_that_is_wrong(
 def test_with_a_clock_that_was_set_back_by_an_hour(
     lab: Lab, plain: list[Said], tmp_path: Path, wrong_clock: Path
 ) -> None:
-    """The agent began, and the store was written, an hour ahead of the verbs."""
+    """The agent started, and the store was written, while the clock was an hour ahead of that of the verbs."""
     with scene(lab, tmp_path / "x", *faked(wrong_clock, 3_600)) as found:
         found.agent.before = ("env", "LC_ALL=C.UTF-8", "LOGNAME=root")
         said = all_verbs(found)

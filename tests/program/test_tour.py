@@ -22,10 +22,10 @@ MONTHS = (
     "January|February|March|April|May|June|July|August|September|October|November|December|janvier|février|mars|avril"
     "|mai|juin|juillet|août|septembre|octobre|novembre|décembre"
 )
-# The agent reads counters and cached verdicts every few seconds, so a command is tried again until then.
+# The agent reads counters and cached verdicts every few seconds, so a command is retried for this long.
 DEADLINE_S = 20.0
-# These show cached verdicts, which live a minute. A reader is quicker than that; a busy machine may not be. So
-# both tenants try to send again before each of them.
+# These show cached verdicts, which expire after a minute. A busy machine may be slower than that, so both tenants
+# try to send again before each of these commands.
 COUNTING = ("portward explain", "portward status", "portward top", "portward diagnose fabrikam --config")
 ATTEMPTS = "; ".join(
     f"ip netns exec {NAME}-{tenant} nc -w 1 203.0.113.25 25" for tenant in ("contoso", "fabrikam")
@@ -90,7 +90,7 @@ def lab() -> Iterator[None]:
 @pytest.mark.usefixtures("lab")
 def test_the_tour_prints_what_the_page_shows() -> None:
     known = steps()
-    # The shell of the gateway, which `run` and the fixture stand in for.
+    # Lines that set up the gateway's shell, which `run` and the fixture replace.
     frame = ("alias ", "portward lab ", "ip netns exec " + NAME + "-gw", "C=", "exit")
     shown = [step for step in known if not step.command.startswith(frame)]
     assert len(shown) > 10

@@ -1,5 +1,5 @@
-"""Runs verb after verb in one process, as the program does each: an interpreter for each of forty verbs in each of
-eight surroundings would take minutes.
+"""Runs one verb after the other in one process, as the program would run each. A new interpreter for each of forty
+verbs in each of eight surroundings would take minutes.
 
     python verbs.py FILE    FILE: a JSON list of command lines. For each, a line with its number and `begin` or its
                             exit code is printed around what it prints, straight to the descriptor.

@@ -1,4 +1,4 @@
-"""What holds for all unit tests: the machine that they run on is none of their matter."""
+"""Fixtures for all unit tests. The tests do not depend on the machine that they run on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unit.store.samples import opened
 
 @pytest.fixture(autouse=True)
 def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Legacy iptables is not in use here, and no tunnel but those of devices ends here."""
+    """A machine without legacy iptables, on which no tunnel ends but those of devices."""
     monkeypatch.setattr(others, "_LEGACY", ())
     found = SimpleNamespace(tunnel_ports=lambda devices: tunnels.Ports(tunnels.of_devices(devices)))
     monkeypatch.setattr(surroundings, "genetlink", found)
@@ -23,7 +23,7 @@ def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the store of this test is."""
+    """The path of this test's store."""
     return tmp_path / "portward.db"
 
 

@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-# So many beyond those that the process has: to take all of the usual limit would take long.
+# Descriptors that remain below the lowered limit. Using up the usual limit would take long.
 _FEW: Final = 64
 
 
 def count() -> int:
-    """How many descriptors this process has. What earlier tests have left is collected first."""
+    """The number of descriptors of this process, after garbage of earlier tests was collected."""
     gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @contextlib.contextmanager
 def no_descriptors() -> Iterator[None]:
-    """Within this block this process has all the descriptors that it may have."""
+    """Within this block, this process has no free descriptor."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # A limit is one for numbers: below it must be all that are open, or to close one of them would free nothing.
+    # The limit bounds the numbers of descriptors. It must lie above all open ones, or closing one would free none.
     highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + _FEW, before[1]))
     taken: list[int] = []

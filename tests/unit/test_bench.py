@@ -1,4 +1,4 @@
-"""`make bench` loses nothing: a part that cannot be measured is shown with the reason, and the others go on."""
+"""If a part of `make bench` fails, it is shown with the reason, the other parts go on, and no figure is lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench
-from bench.figures import Curve, Figure, Missing, tell
+from bench.figures import Curve, Figure, Missing, print_table
 
 CURVE = Curve("c", "a curve", "x", "y", {})
 
@@ -52,7 +52,7 @@ def test_what_was_measured_is_written_before_the_next_part_begins(tmp_path: Path
 
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
-    """The exit code of the program, as it is called from `folder`."""
+    """Runs the program from `folder`, and returns its exit code."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
     return bench.main()
@@ -75,7 +75,7 @@ def test_the_program_shows_the_reason_and_gives_0(
 def test_a_figure_below_its_floor_gives_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: float, code: int
 ) -> None:
-    low = figure("remembered_deny_vs_static", value)
+    low = figure("cached_deny_vs_static", value)
     monkeypatch.setattr(bench, "_SPEED", {"broken": broken, "fast_path": lambda _: [low]})
     assert run(monkeypatch, tmp_path) == code
 
@@ -89,5 +89,5 @@ def test_the_short_form_gives_1_if_a_figure_with_a_floor_was_not_measured(
 
 
 def test_a_part_that_gave_nothing_is_not_said_to_have_given_some(capsys: pytest.CaptureFixture[str]) -> None:
-    tell([], [Missing("drain", "RuntimeError: [5] packets wait")])
+    print_table([], [Missing("drain", "RuntimeError: [5] packets wait")])
     assert "drain: not measured: RuntimeError: [5] packets wait" in capsys.readouterr().out

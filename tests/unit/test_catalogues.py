@@ -1,4 +1,4 @@
-"""Every text that may be said in another language has a translation there, and the catalogues are in step."""
+"""Every text for another language has a translation, and the catalogues are in step with the code."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ each = pytest.mark.parametrize("path", CATALOGUES, ids=lambda path: path.parent.
 
 
 def both(value: Any) -> tuple[str, ...]:
-    """A text, or a text that counts with all its forms."""
+    """A text, or all plural forms of a text that counts."""
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def places(text: str) -> set[str]:
-    """The names that values are put in for."""
+    """The names of the placeholders in a text."""
     return {name for _, name, _, _ in Formatter().parse(text) if name}
 
 
@@ -119,7 +119,7 @@ def test_what_is_compiled_is_what_is_written(path: Any) -> None:
 
 
 def test_no_text_escapes_the_collection() -> None:
-    """Also what stands within an f-string, which Babel does not look into."""
+    """This includes texts within f-strings, which Babel does not read."""
     known = {one for text in TEXTS if text.id for one in both(text.id)}
     for path in messages.sources():
         for node in ast.walk(ast.parse(path.read_text())):
@@ -129,7 +129,7 @@ def test_no_text_escapes_the_collection() -> None:
 
 
 def says(function: ast.expr) -> bool:
-    """Whether a call of this function says or marks a text."""
+    """Whether a call of this function translates a text, or marks it for translation."""
     if isinstance(function, ast.Attribute) and function.attr == "many":
         function = function.value
     return getattr(function, "id", getattr(function, "attr", "")) in _CALLS

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is right: what it names is there, and its recipes list the files that the code says."""
+"""All names in CONTRIBUTING.md exist, and its recipes list the files that the code shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_recipe_lists_the_files_that_the_code_says(recipe: str) -> None:
 
 
 def test_a_file_that_does_not_name_the_example_is_in_no_recipe() -> None:
-    """Else a list would be right by naming everything."""
+    """Otherwise a recipe that lists every file would pass."""
     for recipe in RECIPES:
         assert len(house.edits(recipe)) < len(house.sources()) / 10
 

@@ -1,4 +1,4 @@
-"""What a document names exists: files, folders, modules, targets of make, metrics, verbs and their options."""
+"""All names in the documents exist: files, folders, modules, targets of make, metrics, verbs and their options."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from portward.cli.program import app
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "agent/portward"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# What begins a path of the checkout; a path like daemon/core.py is one of the package.
+# A path from the checkout's root begins with one of these. A path like daemon/core.py belongs to the package.
 FOLDERS = ("agent", "docs", "package", "rules", "systemd", "tests")
 PATH = re.compile(r"(?<![\w./-])((?:[\w.-]+/)*[\w-]+\.(?:py|nft|md))\b")
 FOLDER = re.compile(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})(?:/[\w.-]+)*/?)(?![\w/*.-])")
-# portward.toml and its like are files.
+# Names like portward.toml are files, not modules.
 MODULE = re.compile(
     r"(?:\bportward|(?<=-m )(?:tests|package))(?:\.(?!(?:toml|db|conf|service|head|nft)\b)[A-Za-z_]\w*)+"
 )
@@ -60,7 +60,7 @@ def test_a_document_that_the_code_names_exists() -> None:
         (str(path.relative_to(ROOT)), found)
         for path in [*sources, ROOT / "Makefile", *(ROOT / "rules").rglob("*.nft")]
         for found in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text())
-        # These make documents of their own.
+        # These tests write documents themselves.
         if path.name not in ("test_links.py", "test_prose.py")
     }
     assert not [(path, found) for path, found in named if not (ROOT / found).exists()]
@@ -91,7 +91,7 @@ def test_a_target_of_make_that_is_named_exists(document: str, target: str) -> No
 
 @pytest.mark.parametrize(("document", "metric"), documents(re.compile(r"\bportward_[a-z_]*[a-z]\b")))
 def test_a_metric_that_is_named_exists(document: str, metric: str) -> None:
-    # The tables of nftables have names like that, too.
+    # Tables of nftables have names of the same form.
     assert metric in METRICS | {"portward_closed", "portward_lock"}, f"{document} names {metric}"
 
 
@@ -107,7 +107,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("document", "line"), commands())
 def test_a_command_that_is_shown_exists(document: str, line: str) -> None:
-    """The verb is one, and it takes the options that are shown."""
+    """The verb exists, and has the options that are shown."""
     words = re.split(r"\s", line.partition("|")[0])
     command: Any = get_command(app)
     while words and hasattr(command, "commands") and words[0] in command.commands:

@@ -1,4 +1,4 @@
-"""The functions at which the fault suite ends a process exist: a rename must not wait for a run as root."""
+"""The functions at which the fault suite ends a process exist. So a rename is noticed without a run as root."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which language a reader gets, and how it writes dates, numbers and lists."""
+"""The choice of a reader's language, and how each language writes dates, numbers and lists."""
 
 from __future__ import annotations
 

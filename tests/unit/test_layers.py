@@ -1,4 +1,5 @@
-"""The cut of the package: rooms import downwards, modules in no circle, and each foreign library has one home."""
+"""The layers of the package: rooms import only downwards, no modules import each other in a circle, and each
+foreign library has one home."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import house
 
 ROOT = Path(__file__).resolve().parents[2] / "agent" / "portward"
 
-# From the top. Rooms in one row do not import each other, but for the last row, which all others stand on.
+# Rows of rooms, from the top. Rooms in one row do not import each other, except in the last row, which all others
+# use.
 ROOMS = (
     ("__main__",),
     ("cli",),
@@ -29,8 +31,8 @@ ROOMS = (
     ("base", "errors", "i18n", "model", "__init__"),
 )
 
-# Library → the modules or rooms that may import it. Standard ones if a single place is wanted. msgspec is not
-# here, because records are its structs.
+# Library → the modules or rooms that may import it. Standard libraries are here if they must have one home.
+# msgspec is not here, because records are its structs.
 HOMES = {
     "lmdb": {"table.database"},
     "sqlite3": {"store.sqlite.database"},
@@ -43,7 +45,7 @@ HOMES = {
     "rich": {"cli", "lab.demo"},
 }
 
-# What decides and what checks: no file, no clock, no network, also not through what it imports.
+# Modules that decide or check. They use no file, no clock and no network, and import no module that does.
 FREE_OF_IO = (
     "cli/exemption_text.py", "cli/status_text.py", "config/documents.py", "config/keys.py", "config/toml.py",
     "dataplane/accounting.py", "dataplane/compiled.py", "dataplane/elements.py", "dataplane/gate.py",
@@ -67,7 +69,8 @@ MODULES = {_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file names in an import, at any depth; of the package's own also the names taken."""
+    """Every module that a file imports, also within functions. For the package's own modules, also each imported
+    name."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -113,7 +116,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_the_two_processes_know_nothing_of_each_other() -> None:
-    """What the worker loads is none of the daemon's, and the reverse, also through others."""
+    """The worker imports no module of the daemon, and the daemon none of the worker, also not through others."""
     assert not {name for name in _reached("worker.process") if _room(name)[1] in ("daemon", "dataplane")}
     assert not {name for name in _reached("daemon.composition") if _room(name)[1] == "worker"}
 

@@ -13,7 +13,7 @@ GOOD = (
 
 
 def site(folder: Path, index: str, readme: str = "") -> list[str]:
-    """What is wrong with a site of two pages, beside a README."""
+    """The problems of a site with two pages, beside a README."""
     built = folder / "build/site"
     (built / "sub").mkdir(parents=True)
     (built / "index.html").write_text(index)

@@ -1,4 +1,4 @@
-"""What the test with real mail software counts and prints, and its table, which docs/explanation/mail.md shows."""
+"""The counts and the table of the test with real mail software. docs/explanation/mail.md shows the table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mail.ledger import Ledger
 from mail.rows import EXPECTED, STATES, State, mail, rows
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/explanation/mail.md"
-# What a cell says, as `Said` prints it.
+# The text of a cell, as `Said` prints it.
 CELL = re.compile(r"(delivered|timed out|refused|cut) after \d+ s(: `[^`]+`)?")
 
 

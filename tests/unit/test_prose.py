@@ -1,4 +1,4 @@
-"""The prose check finds what STYLE forbids, on its line, and leaves code alone."""
+"""The prose check finds unclear English on its line, and ignores code."""
 
 from __future__ import annotations
 

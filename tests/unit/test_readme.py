@@ -1,4 +1,5 @@
-"""The program accepts what is shown: the reference has the defaults, and the README's configuration is enough."""
+"""The program accepts the configurations in the documents. The reference shows the defaults, and the README's
+configuration is enough to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The reference pages are what the code gives now, and what verbs print as JSON has the keys that they name."""
+"""The committed reference pages equal those made from the code, and the JSON of verbs has the keys that they
+name."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def lab(tmp_path: Path) -> Lab:
 
 
 def keys(verb: str, printed: dict[str, Any]) -> None:
-    """Asserts that a verb prints the keys that the page has, those with `?` perhaps."""
+    """Asserts that a verb prints the keys on the page. Those with `?` may be missing."""
     said = MEANINGS[verb]
     assert (
         {key for key in said if not key.startswith("?")} <= set(printed) <= {key.removeprefix("?") for key in said}
@@ -103,7 +104,7 @@ def test_the_verbs_print_the_keys_that_the_page_names(lab: Lab) -> None:
 
 
 def test_the_page_names_every_key_of_the_status() -> None:
-    """A status takes a running agent. So this reads in the source which keys there are."""
+    """A status needs a running agent, so this test reads the keys from the source."""
     written = {one for function in status.PARTS for one in _keys_in(function)}
     # The verb itself adds these two.
     assert {key.removeprefix("?") for key in MEANINGS["status"]} == written | {"newest", "remarks"}

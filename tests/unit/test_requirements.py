@@ -1,4 +1,4 @@
-"""The locked packages: each purpose has a file, and what runs portward needs no other file."""
+"""Each purpose has a file of locked packages, and running portward needs only one of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 RUN = "requirements.txt"
-# Those of one environment; the documents are built in another.
+# The files for one environment. The documents are built in another one.
 FILES = [RUN, *(f"requirements-{extra}.txt" for extra in sorted(EXTRAS.keys() - {"lab"}))]
 
 

@@ -1,4 +1,4 @@
-"""What the tests in the virtual machine measure by."""
+"""The helpers with which the tests in the virtual machine measure: watcher, and messages of the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vm.guest import connect, watcher
 from vm.image import Image
 from vm.machine import EmulatorError, Machine
 
-# As Linux 6.1 printed it where both CPUs stood still, with fewer lines.
+# The output of Linux 6.1 when both CPUs had stalled, shortened.
 _STALL = """\
 [  162.129048] rcu: INFO: rcu_preempt self-detected stall on CPU
 [  162.130000] CPU: 0 PID: 339 Comm: python3 Not tainted 6.1.0-50-cloud-amd64 #1  Debian 6.1.176-1
@@ -41,7 +41,7 @@ def test_a_connection_that_is_not_open_is_lost(tmp_path: Path, monkeypatch: pyte
 def test_a_watcher_that_does_not_see_is_no_proof(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: float, others: float, taken: bool
 ) -> None:
-    """`written` seconds after the question, with `others` more packets than before."""
+    """The watcher writes `written` seconds after the request, and has seen `others` more packets than before."""
     monkeypatch.setattr(watcher, "RUN", tmp_path)
     now = time.monotonic()
     numbers = iter([{"at": now, "others": 5.0}] + 1000 * [{"at": now + written, "others": 5.0 + others}])
@@ -54,20 +54,20 @@ def test_a_watcher_that_does_not_see_is_no_proof(
 
 
 class _Process:
-    """A machine that is on until it has been asked so many times."""
+    """The process of a machine that runs until it was polled `times` times."""
 
     def __init__(self, times: int) -> None:
         self._left = times
 
     def poll(self) -> int | None:
-        """None while it is on."""
+        """None while the process runs."""
         self._left -= 1
         return 0 if self._left < 0 else None
 
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine that tells nothing and is looked at after no time."""
+    """A machine that has sent no message, and whose console is checked without a delay."""
     monkeypatch.setattr(vm_machine, "_LOOKED_AT", 0.0)
     monkeypatch.setattr(vm_machine, "_PAUSE", 0.001)
     found = Machine(Image(tmp_path, tmp_path, tmp_path), tmp_path, tmp_path)
@@ -77,18 +77,18 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return found
 
 
-def told(machine: Machine, *words: dict[str, Any]) -> None:
-    """Puts words where the machine would."""
+def send(machine: Machine, *words: dict[str, Any]) -> None:
+    """Writes messages to the file to which the machine would write them."""
     machine.console.with_name("told").write_text("".join(json.dumps(line) + "\n" for line in words))
 
 
-def test_a_machine_that_is_off_has_told_all(machine: Machine) -> None:
-    told(machine, {"stage": "one"}, {"end": True})
+def test_all_messages_of_a_machine_that_is_off_are_read(machine: Machine) -> None:
+    send(machine, {"stage": "one"}, {"end": True})
     assert list(machine.words(60, 60)) == [{"stage": "one"}, {"end": True}]
 
 
 def test_a_silent_machine_is_not_waited_for(machine: Machine) -> None:
-    told(machine, {"stage": "one"})
+    send(machine, {"stage": "one"})
     with pytest.raises(TimeoutError, match="told nothing"):
         list(machine.words(60, 0.02))
 
@@ -116,13 +116,13 @@ def test_what_calls_left_on_a_stack_is_no_breakpoint(machine: Machine) -> None:
     assert list(machine.words(60, 60)) == []
 
 
-def test_what_the_console_said_before_the_machine_last_told_something_is_past(machine: Machine) -> None:
+def test_console_output_before_the_last_message_is_ignored(machine: Machine) -> None:
     machine.console.write_text(_STALL)
-    told(machine, {"stage": "one"})
+    send(machine, {"stage": "one"})
     assert list(machine.words(60, 60)) == [{"stage": "one"}]
 
 
-def test_the_kernels_complaint_is_told_cpu_by_cpu(machine: Machine) -> None:
+def test_a_stall_is_reported_cpu_by_cpu(machine: Machine) -> None:
     machine.console.write_text("[    1.000000] early\n" + _STALL + "[  170.000000] last line\n")
     said = machine.last_words()
     assert said[0] == "rcu: INFO: rcu_preempt self-detected stall on CPU"
@@ -132,6 +132,6 @@ def test_the_kernels_complaint_is_told_cpu_by_cpu(machine: Machine) -> None:
     assert "early" not in said
 
 
-def test_without_a_complaint_the_consoles_last_lines_are_told(machine: Machine) -> None:
+def test_without_a_stall_the_consoles_last_lines_are_returned(machine: Machine) -> None:
     machine.console.write_text("".join(f"[    1.000000] line {number}\n" for number in range(20)))
     assert machine.last_words() == [f"line {number}" for number in range(12, 20)]

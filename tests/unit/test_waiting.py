@@ -1,5 +1,5 @@
-"""Tests wait for the thing itself, with a deadline: a pause of a guessed length fails on a busy machine, and what
-is refreshed each second is read too early sooner or later."""
+"""Tests wait for the event itself, with a deadline. A pause of a guessed length fails on a busy machine, and a
+number that is refreshed each second may be read too early."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The comment that a pause needs on its own line: what it is for. A pause is right if it *is* the thing (a pace,
-# the time in which something wrong could happen), or stands in the loop of a poll.
+# The comment that a pause needs on its own line: its purpose. A pause is right if the test needs that time itself
+# (a pace, a time in which an error could happen), or if it stands in the loop of a poll.
 PAUSE = "# pause: "
-# The comment on the line of an assertion that reads them without polling: why once is enough.
+# The comment on the line of an assertion that reads such a number without polling: why one reading is enough.
 ONCE = "# once: "
-# How tests read what the agent refreshes once a second: its metrics, and `portward status`.
+# The methods by which tests read what the agent refreshes once a second: its metrics, and `portward status`.
 READS = {"metrics", "status"}
 
 
 def is_pause(call: ast.Call) -> bool:
-    """`time.sleep` or `asyncio.sleep`, unless it only lets others run (0)."""
+    """Whether a call is `time.sleep` or `asyncio.sleep`, unless it sleeps 0 s to let other tasks run."""
     match call:
         case ast.Call(func=ast.Attribute(value=ast.Name(id="time" | "asyncio"), attr="sleep"), args=[length]):
             return not (isinstance(length, ast.Constant) and length.value == 0)
@@ -30,7 +30,7 @@ def is_pause(call: ast.Call) -> bool:
 
 
 def is_read(node: ast.AST) -> bool:
-    """Whether this asks the agent for what it refreshes; an exit code is none of that."""
+    """Whether this reads something that the agent refreshes each second. An exit code is not refreshed."""
     match node:
         case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)) if name in READS:
             return True
@@ -43,7 +43,7 @@ def is_read(node: ast.AST) -> bool:
 
 
 def reads_once(statement: ast.Assert) -> bool:
-    """Whether an assertion itself asks for it."""
+    """Whether an assertion itself contains such a reading."""
     return any(map(is_read, ast.walk(statement)))
 
 

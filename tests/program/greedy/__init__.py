@@ -1,1 +1,1 @@
-"""A program that takes all file descriptors of the agent, from within."""
+"""A module that makes the agent use all its file descriptors, from within its process."""

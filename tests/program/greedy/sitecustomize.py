@@ -1,5 +1,5 @@
-"""Python imports this before the agent. At SIGUSR2 the agent takes all descriptors that it may still have; from
-SIGUSR1 on it gets no thread."""
+"""Python imports this module before the agent. At SIGUSR2 the agent opens all descriptors that its limit still
+allows. After SIGUSR1 it can start no thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _taken: list[int] = []
 
 
 def _take_all(*_: object) -> None:
-    # A limit is one for numbers: below it must be all that are open.
+    # The limit bounds the numbers of descriptors, so it must lie above all that are open.
     highest = max(map(int, os.listdir("/proc/self/fd")))  # noqa: PTH208 # pathlib takes long to load
     limit = min(highest + _FEW, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

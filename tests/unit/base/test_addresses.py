@@ -1,4 +1,4 @@
-"""Addresses as people write them, and what they mean to every verb."""
+"""Every verb reads an address in the same way, however it is written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_prefix_of_them_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("fe80::1%eth0", "has a zone: leave it out"),
         ("[2001:db8::1]", "2001:db8::1 would be right"),
@@ -56,10 +56,10 @@ def test_a_prefix_of_them_is_refused() -> None:
         ("x" * 100_000, "is no IPv4 or IPv6 address"),
     ],
 )
-def test_what_is_none_is_said_with_what_would_be_right(text: str, told: str) -> None:
+def test_what_is_none_is_said_with_what_would_be_right(text: str, message: str) -> None:
     with pytest.raises(InputError, match="ADDRESS: ") as caught:
         parse_address(text, "ADDRESS")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 300
 
 
@@ -73,7 +73,7 @@ def config(tmp_path: Path) -> str:
 
 
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str, *arguments: str) -> Any:
-    """What a verb prints as JSON."""
+    """The JSON that a verb prints."""
     monkeypatch.setattr(sys, "argv", ["portward", *arguments, "--json", "--config", config])
     with pytest.raises(SystemExit, match="0"):
         main()

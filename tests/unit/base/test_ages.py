@@ -1,4 +1,4 @@
-"""Ages and durations come from a clock that cannot be set, whatever the wall clock does."""
+"""Ages and durations come from the monotonic clock, so a jump of the wall clock does not change them."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 def status(folder: Path, **more: Any) -> dict[str, Any]:
-    """The sample of an older agent with what this one writes more, as it comes from the file."""
-    told = msgspec.json.decode(OLD.read_bytes())
-    told |= {"at": clock.utc_now(), "clock": clock.Stamp.now(), **more}
-    (folder / "status.json").write_bytes(msgspec.json.encode(told))
+    """A status as read from its file: the sample of an older agent, with the keys that this one adds."""
+    written = msgspec.json.decode(OLD.read_bytes())
+    written |= {"at": clock.utc_now(), "clock": clock.Stamp.now(), **more}
+    (folder / "status.json").write_bytes(msgspec.json.encode(written))
     found = read_status(folder)
     assert found is not None
     return found
 
 
 def test_only_the_clock_reads_the_wall_clock() -> None:
-    """What asks for the time asks `clock`; so each use is a decision, and a test can set it."""
+    """All other code gets the time from `clock`, so that each use is deliberate, and a test can set the time."""
     found = []
     for path in AGENT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -73,39 +73,41 @@ def test_only_the_clock_reads_the_wall_clock() -> None:
 @pytest.mark.parametrize("jump", [timedelta(hours=1), timedelta(hours=-1), timedelta(days=-400)])
 def test_a_wall_clock_that_jumps_makes_no_age(tmp_path: Path, host: Host, jump: timedelta) -> None:
     check = {"at": NOON, "age": 2.0, "divergences": {}, "last_difference": ""}
-    told = status(tmp_path, uptime=70.0, self_check=check)
+    found = status(tmp_path, uptime=70.0, self_check=check)
     host.passes(3)
     host.wall += jump
-    assert age_of(told) == 3.0
-    lines = status_lines(told, age_of(told))
+    assert age_of(found) == 3.0
+    lines = status_lines(found, age_of(found))
     assert any(", up 1 min 10 s, " in line for line in lines)
     assert "check     every worker answered 5 s ago, no difference found" in lines
     assert not any("s old" in line for line in lines)
 
 
 @pytest.mark.parametrize("jump", [timedelta(hours=1), timedelta(hours=-1)])
-def test_an_agent_that_is_silent_is_told_by_its_true_age(tmp_path: Path, host: Host, jump: timedelta) -> None:
-    told = status(tmp_path)
+def test_a_silent_agent_is_recognised_by_the_true_age_of_its_status(
+    tmp_path: Path, host: Host, jump: timedelta
+) -> None:
+    found = status(tmp_path)
     host.passes(8)
     host.wall += jump
-    assert "this is 8 s old: the agent does not report" in status_lines(told, age_of(told))
+    assert "this is 8 s old: the agent does not report" in status_lines(found, age_of(found))
 
 
 def test_a_status_of_an_earlier_boot_is_as_old_as_this_boot_at_least(tmp_path: Path, host: Host) -> None:
-    told = status(tmp_path, clock={"boot": "another", "seconds": 1e9})
-    assert age_of(told) == host.seconds
+    found = status(tmp_path, clock={"boot": "another", "seconds": 1e9})
+    assert age_of(found) == host.seconds
 
 
 def test_an_older_agents_time_in_the_future_is_no_negative_age(host: Host) -> None:
-    told = msgspec.json.decode(OLD.read_bytes())
-    assert "clock" not in told
-    host.wall = datetime.fromisoformat(told["at"]) - timedelta(hours=1)
-    assert age_of(told) == 0.0
-    assert "s old" not in "\n".join(status_lines(told, age_of(told)))
+    found = msgspec.json.decode(OLD.read_bytes())
+    assert "clock" not in found
+    host.wall = datetime.fromisoformat(found["at"]) - timedelta(hours=1)
+    assert age_of(found) == 0.0
+    assert "s old" not in "\n".join(status_lines(found, age_of(found)))
 
 
 def test_a_time_that_is_shown_follows_the_wall_clock_as_it_is_set_now(host: Host) -> None:
-    """A difference that was found by a clock an hour ahead is not dated into the future for ever."""
+    """If a clock is an hour ahead when a difference is found, its time is corrected once the clock is."""
     found = SelfCheck()
     host.wall += timedelta(hours=1)
     found.differs(DifferenceKind.WORKER, "the worker does not answer")
@@ -123,14 +125,14 @@ def test_the_real_stamp_is_of_this_boot_and_grows() -> None:
     assert msgspec.convert(msgspec.to_builtins(stamp), clock.Stamp) == stamp
 
 
-# As the unit runs it: of /proc it sees only processes.
+# The unit runs the agent like this: in /proc it sees only processes.
 HARDENED = "mount -t proc -o hidepid=invisible,subset=pid proc /proc && exec "
 STAMP = "from portward.base.clock import Stamp; made = Stamp.now(); print(made.boot == '', made.age() < 60)"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
 def test_an_agent_that_may_not_read_the_boots_id_makes_stamps_all_the_same() -> None:
-    """Without it `status` is never written."""
+    """Without stamps the agent could never write its status."""
     asked = subprocess.run(
         ["unshare", "--mount", "sh", "-c", f'{HARDENED} "$@"', "sh", sys.executable, "-c", STAMP],
         capture_output=True, text=True, check=False,
@@ -143,7 +145,7 @@ def test_a_stamp_without_a_boot_is_of_this_one(host: Host) -> None:
 
 
 def test_ages_in_the_metrics_go_on_while_the_thread_that_makes_the_numbers_is_stuck(host: Host) -> None:
-    """Else they stand still at the very moment at which they are looked at."""
+    """Otherwise the ages would stop growing exactly when an operator looks at them."""
     core = SimpleNamespace(
         enforced=7, store_read=host.seconds - 1, selfcheck=SimpleNamespace(answered=host.seconds - 2)
     )

@@ -1,4 +1,4 @@
-"""Which characters texts may hold, and how foreign text is shown."""
+"""The characters that texts may hold, and how texts of other programs are shown."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ def test_only_reasons_have_lines() -> None:
 
 @given(texts)
 def test_what_is_shown_is_one_line_and_stays_as_it_is(text: str) -> None:
-    told = shown(text)
-    assert unshown(told) is None
-    assert len(told.splitlines()) <= 1
-    assert shown(told) == told
+    printed = shown(text)
+    assert unshown(printed) is None
+    assert len(printed.splitlines()) <= 1
+    assert shown(printed) == printed
 
 
 @given(texts, st.booleans())
 def test_json_means_the_same(text: str, ascii_only: bool) -> None:
     written = json.dumps({"a": text}, ensure_ascii=False, indent=1)
-    told = json_shown(written, ascii_only=ascii_only)
-    assert json.loads(told) == json.loads(written)
-    assert all(unshown(line) is None for line in told.split("\n"))
-    assert told.isascii() or not ascii_only
+    printed = json_shown(written, ascii_only=ascii_only)
+    assert json.loads(printed) == json.loads(written)
+    assert all(unshown(line) is None for line in printed.split("\n"))
+    assert printed.isascii() or not ascii_only
 
 
 @given(texts)

@@ -1,4 +1,4 @@
-"""A clock that jumps lets no source in early."""
+"""A wall clock that jumps lets no source pass too early."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_restart_does_not_turn_time_back_behind_the_table(host: Host, caplog: 
     assert "1970-01-01 00:00:00Z" in caplog.text
     host.passes(HOUR)
     assert clock.now() == NOON + HOUR
-    host.wall = NOON + 3 * HOUR  # the time has come over the network
+    host.wall = NOON + 3 * HOUR  # NTP has set the clock
     assert clock.now() == NOON + 3 * HOUR
 
 

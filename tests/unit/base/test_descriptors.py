@@ -1,4 +1,4 @@
-"""A reserve of descriptors: there when it is needed, and each closed once."""
+"""A reserve of file descriptors is available when it is needed, and each descriptor is closed once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_blocks_may_stand_in_each_other() -> None:
     reserve.release()
 
 
-def test_what_somebody_else_has_taken_is_taken_back_later() -> None:
+def test_a_descriptor_that_other_code_has_taken_is_taken_back_later() -> None:
     reserve = Reserve(2)
     with no_descriptors():
         with reserve.lent():
@@ -99,7 +99,7 @@ def test_what_the_owner_uses_is_not_held_as_well() -> None:
     assert reserve.missing == 0
 
 
-def test_a_reserve_that_nobody_has_any_more_holds_nothing() -> None:
+def test_a_reserve_without_an_owner_holds_nothing() -> None:
     before = count()
     Reserve(4)
     assert count() == before

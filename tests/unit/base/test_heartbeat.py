@@ -1,4 +1,4 @@
-"""Whether a thread gets further, or is stuck at one step."""
+"""The heartbeat shows whether a thread makes progress, or is stuck at one step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from portward.base.heartbeat import Heartbeat, Lane, beat
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The monotonic clock, which a test puts on."""
+    """The monotonic clock, which a test moves forward."""
     found = SimpleNamespace(now=100.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: found.now))
     return found

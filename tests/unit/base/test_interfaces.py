@@ -1,4 +1,4 @@
-"""Names of interfaces: one text for each name, one meaning for each pattern, one line for each on a screen."""
+"""Each interface name has one text and takes one line on a screen, and each pattern has one meaning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_name_comes_back_as_the_bytes_it_was(name: bytes) -> None:
 
 @given(_KERNELS, _KERNELS)
 def test_a_pattern_matches_by_bytes(name: bytes, stem: bytes) -> None:
-    """A lone byte of a character is no beginning of it in one reader and in another one is."""
+    """A pattern may end within a character of several bytes. Comparing texts would give different results."""
     text = decoded(stem[:14])
     assert matches((f"{text}*",), decoded(name)) is name.startswith(encoded(text))
     assert matches((text,), decoded(name)) is (name == encoded(text)) or text.endswith("*")
@@ -33,7 +33,7 @@ def test_no_two_names_look_the_same_and_none_commands_a_terminal(one: bytes, oth
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         (b"vni1001", "vni1001"),
         (b"a\xff", r"a\xff"),
@@ -42,8 +42,8 @@ def test_no_two_names_look_the_same_and_none_commands_a_terminal(one: bytes, oth
         ("ö".encode(), "ö"),
     ],
 )
-def test_names_as_they_are_shown(name: bytes, told: str) -> None:
-    assert shown(decoded(name)) == told
+def test_names_as_they_are_shown(name: bytes, expected: str) -> None:
+    assert shown(decoded(name)) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,5 +75,5 @@ def test_a_beginning_of_a_name_and_a_star_is_a_pattern(pattern: str) -> None:
 
 
 def test_the_bytes_are_those_of_pythons_own_functions() -> None:
-    """`if_nametoindex` is given what `fsdecode` makes of them."""
+    """`if_nametoindex` gets the text that `fsdecode` makes of the bytes."""
     assert os.fsdecode(encoded("vni\udcff")) == "vni\udcff"

@@ -1,4 +1,5 @@
-"""One boundary decides what is valid: all behind it hold what it takes, and what it refuses is not kept."""
+"""One boundary decides which values are valid. All code behind it can hold every valid value, and no invalid value
+is stored."""
 
 from __future__ import annotations
 
@@ -142,7 +143,7 @@ def test_what_the_boundary_takes_goes_through_store_table_and_kernel_text(
             follower.step(NOON)
             assert follower.refused == 0
             writer.put_links({1: ("vni1", False), 2: ("a" * 15, False)}, touched=frozenset(), now=NOON)
-            # As a change of a table that is there, too.
+            # The same again, as a change of an existing table.
             write(store, Put("subscriptions/" + str(UUID(int=8)), encode(replace(FABRIKAM, id=UUID(int=8)))))
             write(store, *(Put(key_of(record), None) for record in taken))
             follower.step(NOON)
@@ -170,7 +171,7 @@ def test_what_the_boundary_takes_goes_through_store_table_and_kernel_text(
 def test_a_store_takes_exactly_what_the_boundary_takes(record: Record) -> None:
     try:
         body = msgspec.json.encode(record, enc_hook=str).decode()
-    except UnicodeEncodeError:  # no JSON can say it
+    except UnicodeEncodeError:  # JSON cannot hold this text
         assert list(flaws(record))
         return
     if list(flaws(record)):
@@ -232,8 +233,8 @@ def test_a_flag_beyond_its_limit_is_refused_with_a_sentence_and_nothing_is_writt
         write(store, Put(key_of(FABRIKAM), encode(FABRIKAM)))
     argv = ["exemption", *map(str, options), "--config", str(config)]
     result = CliRunner().invoke(app, argv)
-    told = f"{result.stderr} {result.exception or ''}".replace("\n", " ")
-    assert problem in " ".join(told.replace("│", " ").split())
+    message = f"{result.stderr} {result.exception or ''}".replace("\n", " ")
+    assert problem in " ".join(message.replace("│", " ").split())
     assert isinstance(result.exception, InputError | SystemExit)
     assert result.exit_code != 0
     with closing(opened(path)) as store:

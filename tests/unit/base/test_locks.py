@@ -1,4 +1,4 @@
-"""The holder of a lock is whom the kernel names, also for an agent that sees little of /proc."""
+"""The kernel names the holder of a lock, also to an agent that sees only a part of /proc."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(60)
 """
-# As one that the unit starts: its user's processes are all that it sees, and of /proc only processes.
+# The unit starts the agent like this: in /proc it sees only processes, and only those of its own user.
 HARDENED = (
     "mount -t proc -o hidepid=invisible,subset=pid proc /proc && exec setpriv --reuid 65534 --regid 65534 "
     "--clear-groups --inh-caps=-all,+net_admin,+net_raw --ambient-caps=-all,+net_admin,+net_raw "
@@ -66,8 +66,8 @@ def test_it_is_found_whatever_the_file_says(file: int, other: subprocess.Popen[b
     assert locks.try_lock(file)
 
 
-def test_of_a_lock_that_nobody_holds_there_is_none(file: int, tmp_path: Path) -> None:
-    """Not even if this process, or another one, has the file open."""
+def test_a_free_lock_has_no_holder(file: int, tmp_path: Path) -> None:
+    """This also holds if this process, or another one, has the file open."""
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     with (tmp_path / "lock").open("rb"):
         assert locks.holder(file) is None
@@ -94,7 +94,7 @@ def test_it_is_found_under_the_hardening_of_the_unit(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch()
     os.chown(lock, 65534, 65534)
-    folders = [*reversed(tmp_path.parents)][1:]  # pytest's own are closed to others
+    folders = [*reversed(tmp_path.parents)][1:]  # pytest's own are closed to other users
     modes = {folder: folder.stat().st_mode for folder in [*folders, tmp_path]}
     environment = {**os.environ, "PYTHONPATH": os.fspath(Path(locks.__file__).parents[2])}
     script = f"""

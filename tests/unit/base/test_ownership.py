@@ -1,5 +1,5 @@
-"""The table's folder is the agent's alone: what is open is closed, what others may have made is refused, and what
-root makes there the agent can open."""
+"""Only the agent may use the table's folder. It closes a folder that is open to other users, refuses files that
+other users may have made, and can open files that root has made there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from portward.daemon.runtime import Runtime, hidden
 from portward.errors import PortwardError
 from portward.table.database import FILE, LOCK_FILE, open_database
 
-NOBODY = 65534
+OTHER_UID = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
 
 
@@ -29,7 +29,7 @@ def mode(path: Path) -> int:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder made by hand, which everybody may enter and read, as all folders above it."""
+    """A folder made by hand, which every user may enter and read, like all folders above it."""
     with TemporaryDirectory() as above:
         Path(above).chmod(0o755)
         found = Path(above) / "table"
@@ -39,7 +39,7 @@ def folder() -> Iterator[Path]:
 
 
 def begin(folder: Path) -> None:
-    """What an agent does first, and a reader of its table then."""
+    """Opens and closes a table like an agent that starts, and a reader of its table after it."""
     runtime = Runtime(folder)
     open_database(folder, write=True).close()
     open_database(folder, write=False).close()
@@ -73,7 +73,8 @@ def test_what_is_open_to_others_is_closed(folder: Path) -> None:
 
 
 def test_a_folder_that_holds_other_things_stays_as_it_is(folder: Path) -> None:
-    """Who names /var/cache must not find it closed for everybody. Files of ours are closed there, too."""
+    """An operator may configure /var/cache, which must stay open to other users. Only portward's own files there
+    are closed."""
     for name in (FILE, "notes"):
         (folder / name).touch()
         (folder / name).chmod(0o644)
@@ -87,7 +88,7 @@ def test_a_folder_that_holds_other_things_stays_as_it_is(folder: Path) -> None:
 
 
 def test_a_new_file_system_is_closed(folder: Path) -> None:
-    """A tmpfs is everybody's to write in, with the sticky bit; ext4 begins with a folder of its own."""
+    """Every user may write to a new tmpfs, with the sticky bit. A new ext4 has a folder of its own, lost+found."""
     (folder / "lost+found").mkdir()
     folder.chmod(0o1777)
     ownership.make(folder)
@@ -105,7 +106,7 @@ def test_a_folder_that_is_closed_stays_as_it_is(folder: Path, wanted: int) -> No
 def test_another_user_cannot_hold_the_lock(folder: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from portward.daemon.runtime import hidden; "
-        f"os.setgid({NOBODY}); os.setuid({NOBODY}); print(hidden(Path(sys.argv[1])))"
+        f"os.setgid({OTHER_UID}); os.setuid({OTHER_UID}); print(hidden(Path(sys.argv[1])))"
     )
     argv = [sys.executable, "-c", program, str(folder)]
     runtime = Runtime(folder)
@@ -115,40 +116,40 @@ def test_another_user_cannot_hold_the_lock(folder: Path) -> None:
 
 
 def everybody_writes(folder: Path) -> str:
-    """Another user may have put another table there."""
+    """The folder is writable for every user, so another user may have put another table there."""
     folder.chmod(0o777)
     return "everybody may write in this folder"
 
 
 def a_link(folder: Path) -> str:
-    """The agent would write where it points to."""
+    """A link to a file, through which the agent would write to that file."""
     (folder / "status.json.new").symlink_to(folder.parent / "target")
     return "status.json.new is a link"
 
 
 def a_dangling_link(folder: Path) -> str:
-    """The same for what LMDB makes."""
+    """A link to no file, through which LMDB would make that file."""
     (folder / LOCK_FILE).symlink_to(folder.parent / "target")
     return "lock.mdb is a link"
 
 
 def a_hard_link(folder: Path) -> str:
-    """To have it closed would change another file's permissions."""
+    """A hard link. Closing it would change another file's permissions."""
     (folder.parent / "target").touch()
     (folder / "worker-0").hardlink_to(folder.parent / "target")
     return "worker-0 has another name elsewhere"
 
 
 def a_pipe(folder: Path) -> str:
-    """To open it would wait for ever."""
+    """A pipe, which blocks a process that opens it."""
     os.mkfifo(folder / "crash")
     return "crash is no regular file"
 
 
 def anothers_file(folder: Path) -> str:
-    """Its owner can hold it locked, and change it."""
+    """A file of another user, who can lock it and change it."""
     (folder / "daemon.lock").touch()
-    os.chown(folder / "daemon.lock", NOBODY, NOBODY)
+    os.chown(folder / "daemon.lock", OTHER_UID, OTHER_UID)
     return "daemon.lock is nobody's"
 
 
@@ -158,7 +159,7 @@ KINDS = [everybody_writes, a_link, a_dangling_link, a_hard_link, a_pipe, another
 @as_root
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_others_may_have_made_is_refused(folder: Path, kind: Callable[[Path], str]) -> None:
-    """With the command that mends it, and nothing is changed before that."""
+    """The message has the command that repairs it, and nothing is changed."""
     said = kind(folder)
     before = mode(folder), sorted(path.name for path in folder.parent.rglob("*"))
     with pytest.raises(PortwardError, match=said) as raised:
@@ -169,13 +170,13 @@ def test_what_others_may_have_made_is_refused(folder: Path, kind: Callable[[Path
 
 
 @as_root
-@pytest.mark.parametrize("owner", [0, NOBODY - 1])
+@pytest.mark.parametrize("owner", [0, OTHER_UID - 1])
 def test_the_folder_of_another_user_is_refused(folder: Path, owner: int) -> None:
-    """Unless root runs the agent."""
+    """It is allowed only if root runs the agent."""
     os.chown(folder, owner, owner)
     program = (
         "import os, sys; from pathlib import Path; from portward.daemon.runtime import Runtime; "
-        f"os.setgid({NOBODY}); os.setuid({NOBODY}); Runtime(Path(sys.argv[1]))"
+        f"os.setgid({OTHER_UID}); os.setuid({OTHER_UID}); Runtime(Path(sys.argv[1]))"
     )
     said = subprocess.run(
         [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False
@@ -186,18 +187,18 @@ def test_the_folder_of_another_user_is_refused(folder: Path, owner: int) -> None
 
 @as_root
 def test_what_root_makes_in_the_agents_folder_is_the_agents(folder: Path) -> None:
-    """Whatever root runs: an agent by hand, or a verb that reads the table and finds no lock file there."""
-    os.chown(folder, NOBODY, NOBODY)
+    """Root may run an agent by hand, or a verb that reads the table and finds no lock file there."""
+    os.chown(folder, OTHER_UID, OTHER_UID)
     begin(folder)
-    assert {path.stat().st_uid for path in folder.iterdir()} == {NOBODY}
+    assert {path.stat().st_uid for path in folder.iterdir()} == {OTHER_UID}
     (folder / LOCK_FILE).unlink()
     open_database(folder, write=False).close()
-    assert (folder / LOCK_FILE).stat().st_uid == NOBODY
-    # What an older version has left.
+    assert (folder / LOCK_FILE).stat().st_uid == OTHER_UID
+    # An older version has left files of root.
     os.chown(folder / LOCK_FILE, 0, 0)
     os.chown(folder / FILE, 0, 0)
     ownership.make(folder)
-    assert {path.stat().st_uid for path in folder.iterdir()} == {NOBODY}
+    assert {path.stat().st_uid for path in folder.iterdir()} == {OTHER_UID}
 
 
 def test_without_a_folder_nothing_is_wrong(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line's own promises: help with an example for each verb, one line for an error, exit codes."""
+"""The command line has help with an example for each verb, one line for an error, and fixed exit codes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_help_shows_an_example_of_the_verb_itself(verb: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("verb", list(verbs()), ids=" ".join)
 def test_help_names_what_an_option_or_an_argument_takes(verb: tuple[str, ...]) -> None:
-    """In words of ours, NAME or SECONDS: typer's are those of Python, <str> and <float range>."""
+    """It uses words like NAME or SECONDS, not typer's own, which are Python types: <str>, <float range>."""
     command = get_command(app)
     for word in verb:
         command = command.commands[word]  # type: ignore[attr-defined] # a group, until the last word
@@ -67,7 +67,7 @@ def test_help_names_what_an_option_or_an_argument_takes(verb: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (("explain", "vni1", "10.0.0.4", "--config", "/nowhere.toml"), 2, "/nowhere.toml: No such file"),
         (("check", "--config", "/nowhere.toml"), 2, "/nowhere.toml"),
@@ -89,17 +89,19 @@ def test_help_names_what_an_option_or_an_argument_takes(verb: tuple[str, ...]) -
         (("top", "--interval", "often"), 2, "--interval: expected a number "),
     ],
 )
-def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], code: int, told: str) -> None:
+def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], code: int, message: str) -> None:
     result = portward(*arguments)
     assert result.returncode == code
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("portward: ")
-    assert told in result.stderr
+    assert message in result.stderr
 
 
-def test_a_file_that_may_not_be_read_is_told_as_any_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """typer would look before we do, and tell it in words of its own."""
+def test_an_unreadable_file_gives_the_same_error_as_any_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """typer must not check the file first, because it would print a message of its own."""
     path = tmp_path / "portward.toml"
     path.write_text("segmants = 1\n")
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
@@ -128,7 +130,7 @@ def test_a_group_without_a_verb_shows_its_help() -> None:
     assert "Commands:" in result.stderr
 
 
-def test_output_that_finds_no_room_is_told_in_one_line() -> None:
+def test_output_to_a_full_disk_is_an_error_of_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
             [sys.executable, "-m", "portward", "policy", "list"],
@@ -139,7 +141,7 @@ def test_output_that_finds_no_room_is_told_in_one_line() -> None:
 
 
 def test_an_interrupt_leaves_no_traceback() -> None:
-    """Also one that comes while libraries are loaded, which takes most of a short verb."""
+    """This includes an interrupt while libraries are loaded, which takes most of the time of a short verb."""
     look = (
         "import sys, builtins; sys.argv[1:] = ['policy', 'list']\n"
         "from portward.cli import main\n"
@@ -156,7 +158,7 @@ def test_an_interrupt_leaves_no_traceback() -> None:
 
 @pytest.mark.parametrize("answer", ["", "n\n"])
 def test_a_question_that_is_not_answered_by_yes_changes_nothing(answer: str) -> None:
-    """And the question's line has an end, whoever is asked."""
+    """The line with the question is ended in every case."""
     look = (
         "import sys; sys.argv[1:] = ['rules', 'remove']\n"
         "from portward.ops import rules\n"

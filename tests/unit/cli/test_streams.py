@@ -1,4 +1,4 @@
-"""What verbs print on terminals of every encoding, and on streams that take nothing."""
+"""Verbs print readable text on terminals of every encoding, and end well on streams that take no output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXT = "“é→\u202f☃” \U0001f4bb"
 
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], io.BytesIO]:
-    """Standard output of an encoding, prepared as the program does; gives its bytes."""
+    """Sets standard output to an encoding, prepared as by the program. Returns the buffer with its bytes."""
 
     def make(encoding: str) -> io.BytesIO:
         data = io.BytesIO()
@@ -38,17 +38,19 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], io.BytesIO]:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "told"),
+    ("encoding", "expected"),
     [
         ("latin-1", b'"\xe9-> \\u2603" \\ud83d\\udcbb\n'),
         ("ascii", b'"\\u00e9-> \\u2603" \\ud83d\\udcbb\n'),
         ("utf-8", f"{TEXT}\n".encode()),
     ],
 )
-def test_a_line_can_be_printed_everywhere(stream: Callable[[str], io.BytesIO], encoding: str, told: bytes) -> None:
+def test_a_line_can_be_printed_everywhere(
+    stream: Callable[[str], io.BytesIO], encoding: str, expected: bytes
+) -> None:
     data = stream(encoding)
     streams.echo(TEXT)
-    assert data.getvalue() == told
+    assert data.getvalue() == expected
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8", "cp1252", "koi8-r", "shift_jis"])
@@ -122,7 +124,7 @@ def test_a_verb_that_has_written_says_so_whatever_its_output_takes(tmp_path: Pat
     result = portward(*ask, stdout=write)
     os.close(write)
     assert (result.stderr, revision(tmp_path)) == (b"", 3)
-    assert result.returncode == 0, "it is done, though nobody reads that"
+    assert result.returncode == 0, "it is done, though no process reads that"
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -188,20 +190,20 @@ def test_an_interrupt_after_writing_says_what_was_written(
     assert capsys.readouterr().err == "portward: interrupted; the store was changed, as revision 1\n"
 
 
-@pytest.mark.parametrize(("arguments", "told"), FOREIGN, ids=[told for _, told in FOREIGN])
+@pytest.mark.parametrize(("arguments", "message"), FOREIGN, ids=[message for _, message in FOREIGN])
 def test_bytes_that_are_not_utf_8_are_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[str | bytes, ...],
-    told: str,
+    message: str,
 ) -> None:
     words = [os.fsdecode(word) for word in arguments]
     more = [] if arguments[0] in (b"\xff", "policy") else ["--config", str(folder(tmp_path))]
     monkeypatch.setattr(sys, "argv", ["portward", *words, *more])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_arguments_of_utf_8_are_read_under_every_locale(tmp_path: Path) -> None:
@@ -236,7 +238,7 @@ FORGED = "fabri\nkam\n\nDear customer,\x1b[2J\u202e you may send"
 def test_a_row_of_another_tool_forges_nothing_in_a_diagnosis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither in the answer nor in the letter, whose lines are as many as for a name of one line."""
+    """Answer and letter have as many lines as for a name without a line break."""
     config = folder(tmp_path)
 
     def lines(name: str, *more: str) -> list[str]:
@@ -260,7 +262,7 @@ def test_a_row_of_another_tool_forges_nothing_in_a_diagnosis(
 
 
 def test_a_file_in_place_of_standard_output_can_be_read(stream: Callable[[str], io.BytesIO]) -> None:
-    """Also what other programs have put there."""
+    """This includes what other programs have written to it."""
     data = stream("utf-8")
     data.write(b"\xff\x80.\n")
     data.seek(0)

@@ -1,4 +1,4 @@
-"""`portward top` beside a terminal: in a pipe, in a file, in a narrow window."""
+"""`portward top` in a pipe, in a file, and in a narrow terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMED = "a customer with a name that is as long as names of customers can be"
 
 
 class Kernel:
-    """Gives rows as `TopTalkers` does: without rates at first."""
+    """Returns rows like `TopTalkers`: the first reading has no rates."""
 
     def __init__(self, _: Any) -> None:
         self._readings = 0

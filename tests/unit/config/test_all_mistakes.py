@@ -1,4 +1,4 @@
-"""All mistakes of a file are reported at once, as far as they can be seen."""
+"""All mistakes of a file are reported at once, unless one hides another."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ subscriptions:
 
 
 def mistakes(path: Path) -> list[str]:
-    """Where the mistakes of a configuration are."""
+    """The places of the mistakes in a configuration."""
     with pytest.raises(InputError) as error:
         load_config(path)
     return [line.removeprefix(str(path)) for line in error.value.lines()]
@@ -76,7 +76,7 @@ def test_a_key_that_is_missing_is_reported_with_the_others(tmp_path: Path) -> No
 
 
 def test_no_mistake_is_made_up(tmp_path: Path) -> None:
-    """A list with a mistake is left out to see the next one, and is not missing."""
+    """A list with a mistake is skipped to find the next mistake, and must not be reported as missing."""
     path = tmp_path / "portward.toml"
     path.write_text('segments = [3]\nuplinks = ["up0"]\n')
     assert len(mistakes(path)) == 1

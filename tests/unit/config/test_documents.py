@@ -1,4 +1,4 @@
-"""Networks as text, fields as paths, and the word that was likely meant."""
+"""How documents write networks and field names, and how a message suggests the nearest word."""
 
 from __future__ import annotations
 

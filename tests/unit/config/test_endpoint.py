@@ -1,4 +1,4 @@
-"""Where the metrics listen: addresses only, and no resolver is ever asked."""
+"""The address of the metrics is an IP address and a port. A host name is refused, so no resolver is ever asked."""
 
 from __future__ import annotations
 

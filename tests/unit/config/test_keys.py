@@ -41,7 +41,7 @@ def test_an_ipv6_address_and_none_for_the_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "field", "told"),
+    ("text", "line", "field", "message"),
     [
         ('uplinks = ["up0"]\n', None, "segments", "missing"),
         ("segments = []\n" + LEAST[20:], 1, "segments", "at least 1"),
@@ -75,14 +75,14 @@ def test_an_ipv6_address_and_none_for_the_metrics(tmp_path: Path) -> None:
         (LEAST + "[queue]\nfirst = 65535\nworkers = 2\n", 5, "queue.workers", "65535"),
     ],
 )
-def test_a_mistake_is_told_with_its_place(
-    tmp_path: Path, text: str, line: int | None, field: str | None, told: str
+def test_a_mistake_is_reported_with_its_place(
+    tmp_path: Path, text: str, line: int | None, field: str | None, message: str
 ) -> None:
     with pytest.raises(InputError) as caught:
         read(tmp_path, text)
     place = f"{tmp_path / 'portward.toml'}{f':{line}' if line else ''}: {f'{field}: ' if field else ''}"
     assert str(caught.value).startswith(place), str(caught.value)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
 

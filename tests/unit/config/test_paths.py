@@ -1,4 +1,4 @@
-"""What a path in portward.toml means, from every working folder and under every locale."""
+"""A path in portward.toml names the same file from every working folder and under every locale."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RELATIVE: Final = (
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A configuration with relative paths, and what they name beside it; nothing of it in the working folder."""
+    """A configuration with relative paths to files beside it. The working folder has no such files."""
     folder = tmp_path / "etc"
     (folder / "bin").mkdir(parents=True)
     (folder / "état").mkdir()
@@ -84,7 +84,7 @@ def test_a_preset_that_is_not_there_is_named_whole(file: Path) -> None:
 def test_a_mistake_in_the_file_does_not_hide_the_agent_of_a_relative_table(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The table folder is looked for where the agent has it."""
+    """The verb looks for the table folder at the same place as the agent."""
     asked: list[Path] = []
     monkeypatch.setattr("portward.daemon.settings.running", asked.append)
     file.write_text("segments = 5\n" + RELATIVE.replace(LEAST, ""))

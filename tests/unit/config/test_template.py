@@ -1,4 +1,4 @@
-"""The template configuration that the package installs: every key, its default, and a line on it."""
+"""The configuration template in the package has every key, its default, and a comment on it."""
 
 from __future__ import annotations
 

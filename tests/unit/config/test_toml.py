@@ -48,7 +48,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def read(text: str) -> Document:
-    """The document that a text is."""
+    """Reads a text as a document."""
     return decode_toml(text, "a.toml", Document)
 
 
@@ -96,7 +96,7 @@ REFUSED = {
         "'10.1.2.3/8' has bits beyond its prefix length: 10.0.0.0/8, or the address alone, would be right",
     ),
     'name = "x"\nnets = [10]': (2, "nets[0]", "expected an address or a prefix in quotes, got 10"),
-    # Text that looks like tables and keys, and is none.
+    # A string whose content looks like tables and keys.
     'name = """\n[main]\nsize = 1\n"""\n[main]\nsize = "a"': (6, "main.size", "expected a whole number, got 'a'"),
     "name = '''\n[[parts]]'''''\n[[parts]]\nsize = 'a'": (4, "parts[0].size", "expected a whole number, got 'a'"),
     # Not TOML.
@@ -165,7 +165,7 @@ def leaves(value: Any, steps: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
 
 
 @pytest.mark.parametrize("path", sorted(rules("policy").glob("*.toml")), ids=lambda path: str(path.stem))
-def test_each_value_of_a_real_document_is_on_the_line_that_is_told(path: Path) -> None:
+def test_each_value_of_a_real_document_is_on_the_reported_line(path: Path) -> None:
     text = path.read_text()
     lines = text.splitlines()
     found = list(leaves(tomllib.loads(text)))

@@ -45,7 +45,7 @@ def subscription(number: int, standing: Standing = Standing.GOOD) -> Subscriptio
 
 
 def attachment(number: int) -> Attachment:
-    """Its machine."""
+    """The machine of the subscription with that number."""
     return Attachment(segment="vni1", address=ip_network((0x0A000000 + number, 32)), subscription=UUID(int=number))
 
 
@@ -124,7 +124,7 @@ def test_a_child_says_which_records_it_refused(store: SqliteStore, writer: Write
     store.write([Put("attachments/vni1/10.9.9.9", "{")], expected=1, actor="test", at=NOW)
     outcome = Bulk().run(job(tmp_path)._replace(unreadable={"attachments/vni1/10.8.8.8": "as before"}))
     assert outcome.refused == 1
-    # It has read everything anew, so what was noted before is no more.
+    # The child has read all records again, so earlier entries of the list are gone.
     assert list(outcome.unreadable) == ["attachments/vni1/10.9.9.9"]
     assert writer.reader().counts() == (NUMBER, NUMBER)
 
@@ -340,7 +340,7 @@ NOISE = "import sys; sys.stdout.write('half a line'); sys.stdout.buffer.write(b'
 def test_what_a_library_prints_is_no_outcome(
     store: SqliteStore, writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before and while the child works."""
+    """The library prints before the child works, and while it does."""
     child(
         monkeypatch,
         f"{NOISE} sys.stdout.flush(); import portward.daemon.bulk as module; done = module._done;"

@@ -66,7 +66,7 @@ class FakeWorker(Worker):
 
     @property
     def running(self) -> bool:
-        """As long as its queue is bound."""
+        """Whether the worker's queue is bound."""
         return self.ready
 
     async def prepare(self) -> None:
@@ -140,7 +140,7 @@ class Running(Ground):
         self.links: asyncio.Queue[Links]
         self.daemon: Daemon
         self.worker = FakeWorker(self)
-        # Whether the worker answers nothing.
+        # If true, the worker does not answer queries.
         self.silent = False
         self.notices = Notices()
         self._patch(monkeypatch)
@@ -177,8 +177,8 @@ class Running(Ground):
         self.path.write_bytes(msgspec.toml.encode({**self.settings, **settings}))
 
     def run(self, work: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Runs the daemon until `work`, done while it enforces, is over, and ends it by SIGTERM; raises what the
-        daemon raises."""
+        """Runs the daemon, does `work` while it enforces, and then ends it by SIGTERM. Raises what the daemon
+        raises."""
 
         async def both() -> None:
             self.links = asyncio.Queue()
@@ -204,7 +204,7 @@ class Running(Ground):
 
     @staticmethod
     async def until(true: Callable[[], bool], what: str) -> None:
-        """Waits until `true` is."""
+        """Waits until `true()` is true."""
         try:
             async with asyncio.timeout(SECONDS):
                 while not true():
@@ -408,9 +408,9 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
         hanging = asyncio.ensure_future(getattr(threads, lane)(free.wait))
         try:
             await running.until(lambda: bool(threads.heartbeat.stuck()), "the thread is stuck")
-            await asyncio.sleep(0.2)  # pause: a round that had begun before
+            await asyncio.sleep(0.2)  # pause: lets a round end that had begun before
             fed.clear()
-            await asyncio.sleep(0.5)  # pause: so long it could be fed
+            await asyncio.sleep(0.5)  # pause: the watchdog could be fed within this time
             assert fed == []
             assert running.number("thread_step_seconds", lane) > 0.3
             if lane == "counting":
@@ -522,7 +522,7 @@ class Churning:
         self.intake = self
 
     def store_descriptor(self) -> None:
-        """There is none."""
+        """None, because the store has no descriptor."""
 
     def sync(self) -> bool:
         """Takes a change."""
@@ -582,15 +582,13 @@ class Held:
         assert self.free.wait(SECONDS), "the test lets it go"
 
 
-# A step of each thread: the part of the core that it belongs to, and its name there.
-STEPS: Final[dict[str, tuple[type, str]]] = {
-    "policy": (Intake, "links_changed"), "kernel": (Dataplane, "check"), "counting": (Counting, "screen"),
-}  # fmt: skip
+# Thread → one of its steps, by its name in `Core`.
+STEPS = {"policy": "links_changed", "kernel": "check", "counting": "screen"}
 
 
 @pytest.fixture
 def held(running: Running) -> Iterator[Held]:
-    """A step that ends with the test, and with it the locks of a daemon that was abandoned."""
+    """A step that a test can hold. At the end it goes on, and the locks of an abandoned daemon are closed."""
     found = Held()
     yield found
     found.free.set()
@@ -615,7 +613,7 @@ def locked(running: Running) -> tuple[bool, bool]:
 
 
 class FaultError(TableError):
-    """The policy table cannot be read: of all that a step can raise, this ends the agent at once."""
+    """The policy table cannot be read. This error of a step ends the agent at once."""
 
 
 def fail(*_: object) -> None:
@@ -769,7 +767,7 @@ def test_an_error_while_it_ends_leaves_the_locks(
 
 
 def test_a_job_that_does_not_end_keeps_no_stop_waiting(running: Running) -> None:
-    """It does not write the kernel either when another agent may."""
+    """Once another agent may write to the kernel, that job no longer does."""
     late: list[Exception] = []
 
     async def watch() -> None:
@@ -846,7 +844,7 @@ def test_a_process_with_few_descriptors_warns_and_runs(
     limit: int,
     warned: bool,
 ) -> None:
-    """Its files are for its user alone."""
+    """The files that it makes are readable only for its own user."""
     monkeypatch.setattr("portward.daemon.composition.descriptors.raise_limit", lambda: limit)
     assert process() == []
     assert ("file descriptors" in caplog.text) == warned

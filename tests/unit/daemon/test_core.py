@@ -107,7 +107,7 @@ class Ground:
         self.core.load()
 
     def restart(self) -> None:
-        """Another process takes over."""
+        """Replaces the core by one of a new process."""
         self.core.close()
         self.core = self.made()
         self.start()
@@ -193,7 +193,7 @@ def test_without_store_and_table_there_is_nothing_to_enforce(ground: Ground) -> 
 def test_a_table_of_another_version_is_named_if_the_store_cannot_be_read(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store alone is no reason to end: the operator must know why the table does not serve."""
+    """An unreadable store alone does not end the agent, so the message must say why the table cannot be used."""
     (ground.folder / "portward.db").unlink()
     monkeypatch.setattr(Writer, "of_other_format", True)
     with pytest.raises(StoreError, match=r"was written by another version of portward.*and that failed: "):
@@ -436,7 +436,7 @@ def test_a_fault_while_interfaces_change_drops_none_of_them_for_ever(
 
 
 def unsettled(ground: Ground) -> set[int]:
-    """The interfaces whose packets are dropped, because the policy table takes them for others."""
+    """The interfaces whose packets are dropped, because the policy table still has their previous owners."""
     return {int.from_bytes(row[0], sys.byteorder) for row in ground.kernel.netlink().rows(TABLE, "unsettled")}
 
 
@@ -464,7 +464,7 @@ BESIDE = {"guard", "stacked"}
 
 
 def beside(ground: Ground) -> set[str]:
-    """Which chains are loaded that only some surroundings need."""
+    """The loaded chains that only some surroundings need."""
     return (
         BESIDE
         & ground.kernel.tables[TABLE].chains.keys()
@@ -586,7 +586,7 @@ def test_a_ruleset_that_was_taken_is_put_back_and_counted_also_if_the_surroundin
 
 
 def test_the_guards_question_is_answered_unless_the_interface_is_unsettled(started: Ground) -> None:
-    """The table would give the verdict of the interface that had the index before."""
+    """The table would return the verdict of the interface that had this index before."""
     started.kernel.load(TRANSLATING)
     started.core.dataplane.check()
     assert started.core.dataplane.guarded
@@ -983,7 +983,7 @@ def _no_room(*_: object, **__: object) -> None:
 def test_interfaces_that_cannot_be_written_are_retried_with_all_that_changed_meanwhile(
     started: Ground, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The failure is logged once. What is cached behind each of them is forgotten in the end."""
+    """The failure is logged once. In the end the cached verdicts behind each interface are forgotten."""
     core = started.core
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "put_links", _no_room)
@@ -1021,7 +1021,7 @@ def test_a_grant_whose_end_cannot_be_written_is_an_error_and_ends_with_the_next_
 def test_a_reload_whose_interfaces_cannot_be_written_is_in_force_and_they_are_retried(
     started: Ground, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The table was decided again already, so the kernel must follow."""
+    """The table has new decisions already, so the kernel must get them."""
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "put_links", _no_room)
         started.core.intake.reload(started.config, presets.load("aws"))

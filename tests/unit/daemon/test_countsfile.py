@@ -1,4 +1,4 @@
-"""The file of the counters: what was saved last, whatever happened to the process that wrote it."""
+"""The counters file holds the counts that were saved last, even if the process died while it wrote."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_each_worker_gets_a_query_and_the_watchdog_is_fed_four_times_per_interva
 def test_a_silent_worker_is_ended_after_1_2_4_and_8_rounds(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its replacements are silent too, so in the other rounds something else is named as the cause."""
+    """Its replacements are silent too, so in the other rounds the log names another cause than the worker."""
     lab = Lab(monkeypatch)
     well, silent = lab.workers
     silent.hangs = True

@@ -22,7 +22,7 @@ FIRST = Links({1: "lo", 7: "vni7001", 8: "vni7002"}, frozenset())
 
 
 class Gateway:
-    """A table that takes changes when it is free, and a kernel thread. Both record their calls."""
+    """A policy table that accepts changes when it is free, and a kernel thread. Both record their calls."""
 
     def __init__(self) -> None:
         self.free = asyncio.Event()
@@ -84,7 +84,7 @@ class Gateway:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Waits until it is true, within the time limit of the test."""
+    """Waits until `true()` is true, within the time limit of the test."""
     async with asyncio.timeout(60):
         while not true():
             await asyncio.sleep(0.001)  # pause: of a poll

@@ -38,7 +38,7 @@ def test_how_the_last_one_ended(tmp_path: Path, signal: str, said: str, cut_off:
         "import sys; from pathlib import Path; from portward.daemon.runtime import Runtime; "
         "r = Runtime(Path(sys.argv[1])); print(r.crashed, r.table_cut_off, sep='|'); r.close()"
     )
-    for expected in (f"{said}|{cut_off}", "|False"):  # told once
+    for expected in (f"{said}|{cut_off}", "|False"):  # only the first start reports the crash
         told = subprocess.run(
             [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
         )
@@ -53,7 +53,7 @@ def test_a_folder_that_cannot_hold_the_file_does_not_keep_it_from_starting(tmp_p
 
 
 def test_a_start_that_is_refused_leaves_no_folder_behind(tmp_path: Path) -> None:
-    """Folders above it that it made are removed, too; others stay."""
+    """The folders above it that this start has made are removed too. Other folders stay."""
     Runtime(tmp_path / "typo" / "table").close()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "table").mkdir()
@@ -62,7 +62,7 @@ def test_a_start_that_is_refused_leaves_no_folder_behind(tmp_path: Path) -> None
 
 
 def test_a_lock_on_a_file_that_is_gone_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start that is refused removes its folder while the next agent waits for the lock in it."""
+    """A refused start removes its folder while the next agent waits for the lock in that folder."""
     folder = tmp_path / "table"
     refused = Runtime(folder)
     taken = locks.try_lock
@@ -79,7 +79,7 @@ def test_a_lock_on_a_file_that_is_gone_is_taken_anew(tmp_path: Path, monkeypatch
 
 
 def test_the_folder_of_the_agent_after_it_stays(tmp_path: Path) -> None:
-    """A user has removed the folder of an agent, and another agent has made it again."""
+    """An operator has removed the folder of an agent, and another agent has made it again."""
     folder = tmp_path / "table"
     first = Runtime(folder)
     shutil.rmtree(folder)

@@ -33,7 +33,7 @@ def write(path: Path, **more: Any) -> None:
 
 @pytest.fixture
 def agent(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
-    """An agent that runs with it; gives what it has in force."""
+    """A running agent with that configuration. Yields the configuration that it has in force."""
     monkeypatch.setattr("portward.daemon.runtime.faulthandler.enable", lambda _: None)
     config = load_config(path)
     runtime = Runtime(config.table)
@@ -83,7 +83,7 @@ def test_all_mistakes_of_the_file_are_said(path: Path, agent: Config) -> None:
 
 
 def test_a_file_that_is_gone_is_a_mistake_too(path: Path, agent: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then its table is unknown, too, and is looked for at the default place."""
+    """The table's path is unknown then, too, so the verb looks at the default path."""
     path.unlink()
     with pytest.raises(InputError):
         settings(path)

@@ -33,7 +33,7 @@ from unit.table.test_table import AZURE
 
 
 class Time:
-    """A monotonic clock that stands until it is moved."""
+    """A monotonic clock that moves only when a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1_000.0
@@ -59,7 +59,7 @@ def test_a_step_that_fails_is_counted_and_shown_and_tried_again_ever_more_seldom
         for _ in range(9):
             assert await steps.run(Step.STORE, fails, "before") == "before"
             pauses.append(steps.seconds_to_retry(Step.STORE))
-            # While it waits it is not even tried.
+            # During its pause, the step does not run.
             assert await steps.run(Step.STORE, works, "waits") == "waits"
             assert await steps.run(Step.COUNT, works, "") == "done", "another step goes on"
             time.now += pauses[-1]

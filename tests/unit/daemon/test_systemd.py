@@ -1,4 +1,4 @@
-"""Notifications arrive at the service manager if there is one, and do no harm if there is none."""
+"""Notifications arrive at the service manager. If there is none, they do no harm."""
 
 from __future__ import annotations
 

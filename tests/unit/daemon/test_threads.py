@@ -50,7 +50,7 @@ def test_no_step_begins_after_the_last_ones() -> None:
 
 
 def test_a_last_step_behind_one_that_does_not_end_is_never_run() -> None:
-    """What it closes is still in use."""
+    """It would close objects that the step before it still uses."""
     done: list[str] = []
     begun, free = threading.Semaphore(0), threading.Event()
 

@@ -193,7 +193,7 @@ def test_what_a_library_prints_in_a_worker_does_not_reach_the_daemon(tmp_path: P
 
 
 def test_a_worker_whose_messages_nobody_reads_goes_on(tmp_path: Path) -> None:
-    """Also when it logs."""
+    """This holds for its log lines, too."""
     code = (
         "import os, sys, logging; from portward.worker import process as worker; messages = worker._keep_stdout();"
         "logging.basicConfig(stream=sys.stderr); worker._ready(messages);"

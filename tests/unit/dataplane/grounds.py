@@ -65,7 +65,7 @@ class Plane:
         netlink: NfNetlink | None = None,
         nft: Nft | None = None,
     ) -> None:
-        """`netlink` and `nft` are of another kernel than the fake, if given."""
+        """`netlink` and `nft`, if given, belong to another kernel than the fake one."""
         self.kernel, self.generation, self.config = kernel, generation, config
         fake = kernel.netlink()
         self.netlink, self.nft = netlink or fake, nft or kernel.nft(fake)
@@ -81,7 +81,7 @@ class Plane:
 
     @property
     def desired(self) -> Desired:
-        """What the kernel should hold."""
+        """The state that the kernel should have."""
         return Desired(
             self.config, self.preset, self.generation, self.generation, {SEGMENT: LINK}, self.surroundings,
             self.unsettled.indexes,
@@ -109,12 +109,12 @@ class Plane:
         self.sync.apply(self.desired)
 
     def check(self) -> bool:
-        """Looks at the ruleset, as the daemon does again and again. Whether it was as it was left."""
+        """Checks the ruleset, as the daemon does periodically. True if it was unchanged."""
         return self.sync.apply(self.desired) is Found.AS_LEFT
 
     def learn(self, verdict: mark.Class, *sources: Source, generation: int | None = None) -> bool:
-        """Packets come back from a worker whose table stands at `generation` (the one of now if None): the chain
-        `learn` caches the verdict if its epoch is the kernel's. True if all were cached."""
+        """Packets come back from a worker whose table has `generation` (None: the present one). The chain `learn`
+        caches each verdict if its epoch is the kernel's. Returns whether all were cached."""
         asked = mark.epoch_of(self.generation if generation is None else generation)
         if self.cache.epoch() != asked:
             return False

@@ -1,4 +1,5 @@
-"""Adding up what elements count: each packet once, whatever is read, deleted or started anew in between."""
+"""Packet accounting adds up the counters of elements. Each packet counts once, whatever is read, deleted or
+restarted in between."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ KEY = SOURCE.key
 
 
 def owner(source: Source) -> SourceOwner | None:
-    """Every source behind interface 3 is of one customer."""
+    """The owner of a source: one customer for all sources behind interface 3."""
     return SourceOwner("vni1001", "contoso") if source.link == 3 else None
 
 
@@ -35,14 +36,14 @@ class World:
         self.meanwhile: Callable[[], None] = lambda: None
 
     def rows(self, set_: str) -> list[SetRow]:
-        """A reading of a set, and what happens right after it."""
+        """Returns the rows of a set, and then runs what the test wants to happen after the reading."""
         found = list(self.sets.get(set_, []))
         if set_ == "deny4":
             self.meanwhile()
         return found
 
     def read(self, packets: int | None, now: float, expires: float = 60.0) -> ExpiringKeys | None:
-        """A reading in which the customer's element has counted so much; None: it is not there."""
+        """A reading in which the customer's element has counted `packets`; None if there is no element."""
         self.sets["deny4"] = [] if packets is None else [(KEY, packets, round(expires * 1000))]
         return self.counts.take_all(self.rows, now, pause=1.0)
 
@@ -76,7 +77,7 @@ def test_an_element_that_counts_less_is_a_new_one(world: World) -> None:
 
 
 def test_an_element_that_a_reading_gives_twice_is_counted_once(world: World) -> None:
-    """The kernel goes on by position, and what it has moved meanwhile comes again."""
+    """A dump goes on by position, so an element that the kernel has moved meanwhile comes again."""
     world.read(5, 0)
     world.sets["deny4"] = [(KEY, 8, 59_000), (KEY, 9, 59_000)]
     world.counts.take_all(world.rows, 1, pause=1.0)
@@ -111,7 +112,7 @@ def test_an_element_that_is_deleted_twice_within_a_second_is_counted_twice(world
 
 
 def test_what_is_deleted_during_a_reading_is_counted_once(world: World) -> None:
-    """The row may be of the old element, as here, or of one that was made right after the deletion."""
+    """The row may belong to the old element, as here, or to one that was added right after the deletion."""
     world.read(3, 0)
     world.meanwhile = lambda: world.delete(6)
     world.read(5, 1)
@@ -226,7 +227,7 @@ def test_what_an_interface_sent_that_is_gone_by_now_is_counted_under_its_name() 
 
 
 def restarted(world: World, kernel: str = "this") -> World:
-    """The next agent's counts, with what the kernel holds."""
+    """The accounting of the next agent, on the same elements in the kernel."""
     after = World()
     after.counts.restore(world.counts.saved("this"), kernel, 0)
     return after
@@ -281,7 +282,7 @@ def test_numbers_of_who_is_gone_go_after_the_grace_period(world: World) -> None:
 
 
 def test_interfaces_that_are_gone_leave_nothing(world: World) -> None:
-    """Each one that comes has another index."""
+    """Each new interface has another index, so old ones would pile up."""
     counts = PacketAccounting(lambda source: SourceOwner("vni1001", "contoso"), world.deletions)
     for index in range(1, 100):
         world.sets["deny4"] = [(Source(index, SOURCE.address).key, 1, 1_000)]
@@ -291,7 +292,7 @@ def test_interfaces_that_are_gone_leave_nothing(world: World) -> None:
 
 
 def test_what_was_deleted_last_is_known_to_the_next_agent(world: World) -> None:
-    """Both what it had counted, and that what is there then is another element."""
+    """It knows the count of the deleted element, and that an element with the same key is a new one."""
     world.read(5, 0)
     world.delete(8)
     world.counts.take_deleted()

@@ -1,5 +1,5 @@
-"""A playbook: what the kernel should hold, step by step, on one gateway. After each step the kernel holds it,
-whichever write the kernel refuses or the process dies after, once `apply` was called again."""
+"""A playbook: steps on one gateway, each with the state that the kernel should have after it. The kernel has that
+state after the next `apply`, whichever write it refuses, and after whichever write the process dies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ _WRITES: Final = 10
 
 
 class Step(NamedTuple):
-    """What happens, the change of the policy table that comes with it, and who may send from then on."""
+    """A step: `act` does it and returns the change of the policy table, if any. `allowed` sources may send after
+    it."""
 
     name: str
     act: Callable[[Plane], Committed | None]
@@ -47,7 +48,7 @@ def known(plane: Plane) -> None:
 
 
 def stacked(plane: Plane) -> None:
-    """A bridge takes a segment's packets, and others translate."""
+    """A bridge takes a segment's packets, and another program translates addresses."""
     plane.surroundings = plane.surroundings._replace(stacked=frozenset((30,)), guard=True)
 
 
@@ -62,17 +63,17 @@ def taken(plane: Plane) -> None:
 
 
 def lost(plane: Plane) -> None:
-    """A change is committed and never reaches the kernel side."""
+    """A change is committed to the table, and never reaches the kernel side."""
     plane.generation += 1
 
 
 def reused(plane: Plane) -> None:
-    """The interface has another owner, whom the table does not name yet."""
+    """The interface has another owner, which the table does not have yet."""
     plane.unsettled.add([LINK], plane.generation)
 
 
 def named(plane: Plane) -> Committed:
-    """The table names the owner."""
+    """The table has the new owner."""
     plane.unsettled.settle(plane.generation)
     return committed(plane.generation + 1, links=[LINK])
 
@@ -98,7 +99,7 @@ def behind_a_lost_one(plane: Plane) -> Committed:
 
 
 def named_with_guard(plane: Plane) -> Committed:
-    """The table names the owner, and others begin to translate."""
+    """The table has the new owner, and another program begins to translate addresses."""
     plane.surroundings = plane.surroundings._replace(guard=True)
     return named(plane)
 
@@ -140,8 +141,8 @@ class Walk:
         self.plane, self.allowed = Plane(kernel), frozenset[Source]()
 
     def step(self, step: Step, fail: Callable[[FakeKernel], None]) -> None:
-        """Takes a step in which the kernel fails, and then applies once more if that left the kernel out of line.
-        Whatever is refused, nothing is let through that the policy denies before the step and after it."""
+        """Takes a step in which the kernel fails, and applies once more if the kernel then has the wrong state. No
+        source may pass that the policy denies both before and after the step."""
         plane, kernel = self.plane, self.plane.kernel
         denied, before = (ALL - self.allowed) & (ALL - step.allowed), plane.generation
         unsettled = plane.unsettled.indexes
@@ -154,7 +155,7 @@ class Walk:
         fail(kernel)
         try:
             plane.sync.apply(plane.desired, change)
-        except (ProcessDied, OSError, KernelError):  # at a start, also what the kernel refuses ends the process
+        except (ProcessDied, OSError, KernelError):  # at a start, a refusal of the kernel ends the process too
             self.plane = again(plane)
         kernel._faults.clear()
         kernel._unreadable.clear()
@@ -163,7 +164,7 @@ class Walk:
             assert all(classifies(tables) for tables in kernel.history)
         passed = {one for tables in kernel.history if classifies(tables) for one in denied if passes(tables, one)}
         assert not passed
-        # An interface stays unsettled until the kernel stands at the generation that names its owner.
+        # An interface stays unsettled until the kernel has the generation with its owner.
         for tables in filter(classifies, kernel.history):
             if (plane.generation).to_bytes(4, "little") not in tables[TABLE].sets["synced"].elements:
                 assert all(is_in(tables, "unsettled", link) for link in unsettled)
@@ -172,7 +173,7 @@ class Walk:
             self.plane.sync.apply(self.plane.desired)
 
     def _late(self, generation: int) -> None:
-        """Workers answer by the policy before the step."""
+        """Workers give verdicts by the policy before the step."""
         for one in self.allowed:
             if TABLE in self.plane.kernel.tables and not is_in(self.plane.kernel.tables, "unsettled", one.link):
                 self.plane.learn(Class.ALLOW, one, generation=generation)
@@ -186,8 +187,7 @@ class Walk:
             self.plane.rate_limits.add({HOST6: BUCKET})
 
     def wrong(self) -> list[str]:
-        """What the kernel does not hold as it should: beside it stands a kernel that has never held anything
-        else."""
+        """The differences between this kernel's state and that of a new kernel after one `apply`."""
         plane = self.plane
         fresh = again(plane, FakeKernel(native=plane.kernel.native))
         fresh.sync.apply(fresh.desired)
@@ -207,14 +207,15 @@ class Walk:
 
 
 def again(plane: Plane, kernel: FakeKernel | None = None) -> Plane:
-    """Another process that should bring its kernel to the same state."""
+    """A new process that should bring its kernel to the same state."""
     found = Plane(kernel or plane.kernel, plane.generation, plane.config)
     found.preset, found.surroundings, found.unsettled = plane.preset, plane.surroundings, plane.unsettled
     return found
 
 
 def same_rules(tables: dict[str, FakeTable], wanted: dict[str, FakeTable]) -> dict[str, bool]:
-    """Which parts of the rules are the same. Empty chains that no hook leads to do nothing."""
+    """Part of the rules → whether it is the same. Empty chains without a hook do not count, because they do
+    nothing."""
     one, other = (
         {
             "tables": found.keys(),
@@ -278,7 +279,7 @@ def test_whatever_fails_the_next_apply_makes_good(failure: str, number: int, nat
 
 
 def test_what_is_in_line_is_left_alone() -> None:
-    """So the periodic check may apply again and again, and a change writes what it reaches and nothing else."""
+    """So the periodic check may apply again and again, and a change writes only the elements that it affects."""
     walk = Walk(FakeKernel())
     for step in PLAYBOOK:
         walk.step(step, lambda kernel: None)

@@ -37,7 +37,7 @@ def test_the_messages_behind_the_first_line_are_given() -> None:
     ["", "anything else", printed(28, 2560, NAME), BEGIN + printed(32, 2560, NAME), BEGIN + printed(28, 2560)],
 )
 def test_what_is_not_understood_is_an_error(text: str) -> None:
-    """Another format, no transaction, a message that is cut off."""
+    """The texts have another format, no transaction, or a truncated message."""
     with pytest.raises(UnreadableError):
         compiled.messages(text)
 

@@ -1,4 +1,4 @@
-"""What the forward guard may add to the cached verdicts of a segment."""
+"""The number of verdicts that the forward guard may add to the cached verdicts of a segment."""
 
 from __future__ import annotations
 

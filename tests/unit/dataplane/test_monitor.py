@@ -36,8 +36,8 @@ def notice(
 
 
 class Socket:
-    """A netlink socket with datagrams that wait in it; an OSError among them is raised in its place. It notes what
-    is done with it."""
+    """A netlink socket with waiting datagrams. An OSError among them is raised when its turn comes. It records
+    calls."""
 
     def __init__(self, *waiting: bytes | OSError, sender: tuple[int, int] = KERNEL) -> None:
         self.waiting, self.sender = list(waiting), sender

@@ -1,4 +1,4 @@
-"""One writer for each network namespace: the lock, its refusals, and who is named."""
+"""The lock allows one writer for each network namespace, and a refusal names the holder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_refused_lock_changes_nothing(kernel: FakeKernel) -> None:
         assert len(kernel.journal) == written
 
 
-def test_a_holder_that_ends_while_somebody_waits_makes_room(
+def test_a_holder_that_ends_while_another_agent_waits_makes_room(
     kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = NamespaceLock(0)
@@ -57,7 +57,7 @@ def test_a_holder_that_ends_while_somebody_waits_makes_room(
     assert len(pauses) == 1
 
 
-def test_a_table_of_that_name_without_an_owner_holds_nobody_back(kernel: FakeKernel) -> None:
+def test_a_table_of_that_name_without_an_owner_blocks_no_agent(kernel: FakeKernel) -> None:
     kernel.load(f"table inet {LOCK_TABLE} {{ chain theirs {{ type filter hook forward priority 0; }} }}")
     assert namespacelock.holder(kernel.netlink()) is None
     with NamespaceLock(0):
@@ -80,12 +80,12 @@ def test_without_the_privilege_it_says_so(kernel: FakeKernel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "message"),
     [(errno.EINVAL, "Linux 5.12"), (errno.EOPNOTSUPP, "Linux 5.12"), (errno.ENOMEM, "Cannot allocate memory")],
 )
-def test_a_kernel_without_owners_is_said_to_be_too_old(kernel: FakeKernel, number: int, told: str) -> None:
+def test_a_kernel_without_owners_is_said_to_be_too_old(kernel: FakeKernel, number: int, message: str) -> None:
     kernel.refuse(number)
-    with pytest.raises(KernelError, match=told):
+    with pytest.raises(KernelError, match=message):
         NamespaceLock(0)
 
 

@@ -100,7 +100,7 @@ def test_a_dump_that_a_transaction_interrupted_is_read_again_as_a_whole(where: i
 
 
 def test_a_dump_that_is_interrupted_each_time_is_an_error() -> None:
-    """Each reading has something else."""
+    """The readings differ from each other."""
     netlink, _ = asking(
         *([[listed([bytes([number]) * 8], _MULTI | _INTERRUPTED)], [done()]] for number in range(40))
     )
@@ -240,7 +240,7 @@ def hook(number: int, priority: int) -> bytes:
 
 
 def test_base_chains_of_all_families_are_given_with_hook_and_priority() -> None:
-    """A chain without a hook is none, whatever its name."""
+    """A chain without a hook is no base chain, whatever its name."""
     netlink = answering(
         chained("pre", hook(0, -300), attribute(7, string("filter")), family=2),
         chained("plain"),
@@ -254,7 +254,7 @@ def test_base_chains_of_all_families_are_given_with_hook_and_priority() -> None:
 
 
 def test_chains_are_given_and_then_an_error_if_each_reading_was_interrupted() -> None:
-    """They differ each time, so some may be missing."""
+    """The readings differ from each other, so chains may be missing."""
     answers = []
     for number in range(40):
         kind, flags, offset, body = chained(f"c{number}", hook(0, 0), attribute(7, string("filter")))
@@ -371,7 +371,8 @@ def test_a_dry_run_has_no_end_so_the_kernel_rolls_it_back() -> None:
 
 
 def test_the_reports_of_deleted_elements_are_given() -> None:
-    """Also without a sequence number, as Linux 6.18 sends them. Only the wanted messages ask for a report."""
+    """Reports without a sequence number, as Linux 6.18 sends them, count too. Only the wanted messages ask for a
+    report."""
     deleted = attribute(3, b"counted.")
     netlink, kernel = asking([[(10 << 8 | 14, 0, -1, b"\1\0\0\0" + deleted), refused(0, 2)]])
     assert netlink.commit([(14, b""), (14, b"")], reported={1}) == [deleted]

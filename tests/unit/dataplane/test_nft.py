@@ -26,7 +26,7 @@ from unit.scarce import no_descriptors
 
 
 class Library:
-    """libnftables that says one thing; it notes what it was asked, and contexts that were not freed."""
+    """A fake libnftables with one error and one output. It records its calls, and contexts that were not freed."""
 
     def __init__(self, errors: bytes = b"", output: bytes = b"") -> None:
         self._errors, self._output = errors, output
@@ -84,7 +84,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Library]:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "message"),
     [
         (b"/dev/stdin:3:1-5: Error: syntax error, unexpected x\nx y\n^\n",
          "nft: 3:1-5: Error: syntax error, unexpected x: x y"),
@@ -97,13 +97,13 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Library]:
     ],
 )  # fmt: skip
 def test_an_error_is_one_line_and_the_command_it_points_at(
-    library: Callable[..., Library], said: bytes, told: str
+    library: Callable[..., Library], said: bytes, message: str
 ) -> None:
     found = library(errors=said)
     for ask in (Nft().load, Nft().check, Nft().listing):
         with pytest.raises(KernelError) as raised:
             ask("inet t")
-        assert str(raised.value) == told
+        assert str(raised.value) == message
     assert not found.open, "no context is left, also after an error"
 
 
@@ -153,7 +153,7 @@ def test_one_of_others_between_two_of_ours_is_noticed(kernel: FakeKernel) -> Non
     nft = kernel.nft(netlink)
     nft.load("add table inet first")
     kernel.load("add table inet theirs")
-    assert not netlink.disturbed, "nobody has looked yet"
+    assert not nft.disturbed, "no check has run yet"
     nft.load(OURS)
     assert netlink.disturbed
 
@@ -226,7 +226,7 @@ COMPILED = (printed(2576) + printed(16) + printed(2562, family=3) + printed(2560
 TABLE_T = Message(nf.NFT_MSG_NEWTABLE, nf.NFPROTO_INET, NLM_F_CREATE, attribute(1, string("t")))
 DELETE_OLD = Message(nf.NFT_MSG_DELTABLE, nf.NFPROTO_INET, 0, attribute(1, string("old")))
 CREATE_T = TABLE_T._replace(flags=NLM_F_CREATE | NLM_F_EXCL)
-# Text and fixed part differ, to tell which of them is used.
+# Text and fixed part differ, so that a test can see which of them is used.
 WANTED = Wanted("whole\n", 0, (), native=True, fixed="fixed\n", numbers={"numbers": (7,)})
 ELEMENT = compiled.inet(*messages(Add("numbers", [struct.pack("=I", 7)])))
 DELETE = "delete table inet old\n"
@@ -345,7 +345,7 @@ def test_an_advance_compilation_in_another_form_is_left_to_the_transaction(compi
 def test_a_text_with_a_mistake_is_refused_by_its_line_as_the_operator_wrote_it(
     library: Callable[..., Library], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """libnftables prints no messages then, and its command that fetches nothing is not shown."""
+    """libnftables prints no messages then. The error does not show the added command that fetches nothing."""
     found = Compiling(errors=b"/dev/stdin:1:20-22: Error: unknown\nflush ruleset arp; fixed\n^^^\n")
     monkeypatch.setattr(module, "_library", lambda: found)
     sent = Sent()

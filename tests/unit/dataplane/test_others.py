@@ -1,4 +1,4 @@
-"""Rules of other programs: which of them change addresses and ports, and which do not matter."""
+"""The rules of other programs that change addresses or ports need the guard. Their other rules do not matter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INET, _IP, _BRIDGE = 1, 2, 7
 
 
 class Kernel:
-    """Stands where the kernel's tables are."""
+    """A fake of the kernel's tables."""
 
     def __init__(self, chains: Iterable[Chain] = (), expressions: Iterable[Expression] = ()) -> None:
         self._chains, self._expressions = tuple(chains), tuple(expressions)
@@ -54,7 +54,7 @@ def target(name: str) -> Expression:
     return Expression(_IP, "mangle", "PREROUTING", "target", {1: name.encode() + b"\0"})
 
 
-def test_where_nobody_else_is_no_guard_is_needed() -> None:
+def test_without_other_programs_no_guard_is_needed() -> None:
     own = [Chain(_INET, table, "screen", "filter", _PREROUTING, -302) for table in (TABLE, CLOSED, LOCK_TABLE)]
     assert not found(own).guard
 
@@ -62,7 +62,8 @@ def test_where_nobody_else_is_no_guard_is_needed() -> None:
 @pytest.mark.parametrize("family", [_INET, _IP, 10])
 @pytest.mark.parametrize("hook", [_PREROUTING, _POSTROUTING])
 def test_a_chain_for_address_translation_is_named(family: int, hook: int) -> None:
-    """Also one for sources: it translates the answers to what it let in."""
+    """A chain that translates sources counts, too, because it translates the replies to the packets that it let
+    in."""
     others = found([Chain(family, "nat", "c", "nat", hook, 100), Chain(family, "nat", "d", "nat", hook, 101)])
     assert others.guard
     (line,) = others.why
@@ -155,7 +156,7 @@ def test_a_kernel_that_does_not_say_counts(error: Exception) -> None:
 
 
 def test_what_ends_is_logged_as_what_began(caplog: pytest.LogCaptureFixture) -> None:
-    """To load the ruleset without the guard drops packets for some milliseconds on a kernel without nft_queue."""
+    """On a kernel without nft_queue, loading the ruleset without the guard drops packets for some milliseconds."""
     caplog.set_level(logging.INFO)
     kernel: Any = Kernel([Chain(_IP, "nat", "c", "nat", _PREROUTING, -100)])
     watch = OthersMonitor(kernel)

@@ -1,4 +1,4 @@
-"""Which keys lie in which prefixes: the same as `ipaddress` says, in one step for each length."""
+"""The keys in a list of prefixes are the same as by `ipaddress`, and are found with one step for each length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rate limits in the kernel: which transactions bring a source under its limit and take it away again."""
+"""Rate limits in the kernel: the transactions that put a source under its limit, and remove it again."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_limits_that_differ_at_each_reading_are_an_error_and_nothing_is_taken_fr
 
 
 def test_a_deletion_is_noted_for_the_sources_that_draw_on_a_limit(plane: Plane) -> None:
-    """Others in the same transaction had none."""
+    """Other sources in the same transaction had no limit."""
     plane.rate_limits.add({ONE: TEN, SIX: TEN})
     plane.rate_limits.deleted([ONE, TWO])
     assert list(plane.rate_limits.sources()) == [SIX]

@@ -1,4 +1,5 @@
-"""The ruleset is loaded, watched and put back: what is one transaction, and what another program's change."""
+"""The ruleset is loaded, checked and repaired: which writes form one transaction, and which changes are those of
+another program."""
 
 from __future__ import annotations
 
@@ -186,7 +187,7 @@ def test_the_number_of_transactions_may_wrap(plane: Plane) -> None:
     assert plane.check()
 
 
-def test_somebody_who_writes_all_the_time_is_named_as_the_reason(plane: Plane) -> None:
+def test_a_program_that_writes_all_the_time_is_named_as_the_reason(plane: Plane) -> None:
     for after in range(20):
         plane.kernel.meanwhile(lambda: plane.kernel.load("add chain inet portward cached6"), after=2 * after)
     with pytest.raises(KernelError, match="changes faster than it can be loaded"):
@@ -210,13 +211,13 @@ def test_a_ruleset_that_the_kernel_would_not_take_is_refused_before_anything_cha
 
 
 class Compiling(FakeNft):
-    """All transactions come from a socket of ours."""
+    """An nft whose transactions all come from a socket of portward."""
 
     compiles = True
 
 
 class Hearing:
-    """What others have changed, as a test says it."""
+    """A reconciler with notices of changes, which a test sets in `heard`."""
 
     def __init__(self, plane: Plane) -> None:
         self.heard = NOTHING
@@ -226,14 +227,14 @@ class Hearing:
         plane.start()
 
     def read(self) -> RulesetChanges:
-        """What was said since the last time."""
+        """The changes that were set since the last call."""
         found, self.heard = self.heard, NOTHING
         return found
 
 
 def test_with_notices_changes_of_others_between_ours_are_no_reason_to_look(plane: Plane) -> None:
-    """The number of transactions rises by those of others as well: beside a program that changes its rules all the
-    time, each of ours would lead to looks for the next ten seconds."""
+    """The kernel's generation also counts the transactions of other programs. If one changes its rules all the
+    time, each transaction of portward would otherwise cause ten seconds of checks."""
     Hearing(plane)
     plane.kernel.load("table inet theirs { }")
     plane.cache.move_epoch(1)
@@ -299,7 +300,7 @@ def test_remove_takes_both_tables_and_leaves_those_of_others(plane: Plane) -> No
     assert not reconciler.remove(plane.nft, plane.netlink)
 
 
-def test_who_may_not_ask_is_told_what_it_takes(plane: Plane) -> None:
+def test_without_the_privilege_the_error_names_it(plane: Plane) -> None:
     plane.kernel.permitted = False
     for ask in (reconciler.loaded, reconciler.closed):
         with pytest.raises(KernelError, match="CAP_NET_ADMIN"):

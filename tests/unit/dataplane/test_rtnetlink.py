@@ -37,7 +37,7 @@ def number(kind: int, value: int) -> bytes:
 
 def taken(kind: int, body: bytes) -> Any:
     """The event in a message."""
-    return rtnetlink._event(kind, body)  # what the socket gives, without a kernel
+    return rtnetlink._event(kind, body)  # the part that needs no socket and no kernel
 
 
 def test_master_and_lower_device_are_read() -> None:
@@ -46,7 +46,7 @@ def test_master_and_lower_device_are_read() -> None:
 
 
 def test_a_lower_device_of_another_namespace_is_none() -> None:
-    """Its number is another interface here."""
+    """Its index belongs to another interface in this namespace."""
     assert taken(16, link(7, b"mv", number(5, 4), number(37, 0), kind="macvlan")).device.lower == 0
 
 
@@ -60,13 +60,13 @@ def test_a_device_that_names_itself_stands_on_nothing() -> None:
 
 
 def test_what_a_bridge_says_of_a_port_is_no_end_of_it() -> None:
-    """A port that leaves is deleted for the bridge alone."""
+    """If a port leaves a bridge, the bridge reports it as deleted, but the interface stays."""
     assert taken(17, link(7, b"vni1", number(10, 3), family=socket.AF_BRIDGE)) is None
     assert taken(17, link(7, b"vni1")).deleted
 
 
 def test_a_message_without_a_name_says_nothing() -> None:
-    """A wireless driver sends such ones."""
+    """A wireless driver sends such messages."""
     body = struct.pack("=BxHiII", socket.AF_UNSPEC, 1, 7, 0, 0) + attribute(11, b"news")
     assert taken(16, body) is None
 
@@ -91,7 +91,7 @@ def test_gtp_listens_where_its_programs_do() -> None:
 
 
 def test_no_port_is_none() -> None:
-    """A GENEVE that inherits, a truncated attribute."""
+    """Examples are a GENEVE device that inherits its port, and a truncated attribute."""
     assert tunnels.ports_of("vxlan", {15: b"\0\0"}) == frozenset()
     assert tunnels.ports_of("vxlan", {15: b"\0"}) == frozenset()
 
@@ -177,7 +177,7 @@ class Dumping:
 
 @pytest.fixture
 def dumping(monkeypatch: pytest.MonkeyPatch) -> Callable[[Dumping], Dumping]:
-    """Lets the next netlink socket be this one."""
+    """Replaces the next netlink socket by the given one."""
 
     def put(kernel: Dumping) -> Dumping:
         monkeypatch.setattr(dumpsocket, "socket", FakeSocketModule(kernel))
@@ -247,11 +247,11 @@ class Events:
         self._kernel, self.events = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.events.setblocking(False)
 
-    def tell(self, *messages: bytes) -> None:
+    def send(self, *messages: bytes) -> None:
         """Sends a datagram with these messages."""
         self._kernel.send(b"".join(messages))
 
-    # What `rtnetlink` uses of a socket.
+    # The methods of a socket that `rtnetlink` uses.
 
     def __enter__(self) -> Events:
         return self
@@ -268,7 +268,7 @@ class Events:
 
 
 def news(*datagrams: list[bytes], known: dict[int, Device], sender: int = 0) -> Links:
-    """What `rtnetlink` makes of these datagrams, all of which wait when it reads the first one."""
+    """The interfaces after these datagrams, all of which wait when `rtnetlink` reads the first one."""
     found = Events(sender)
 
     async def life() -> Links:
@@ -281,7 +281,7 @@ def news(*datagrams: list[bytes], known: dict[int, Device], sender: int = 0) -> 
 
     with found:
         for datagram in datagrams:
-            found.tell(*datagram)
+            found.send(*datagram)
         return asyncio.run(life())
 
 
@@ -317,8 +317,8 @@ def test_events_that_change_nothing_are_not_reported() -> None:
 
 
 def following(monkeypatch: pytest.MonkeyPatch, *rounds: Links | Exception) -> list[Links]:
-    """What `follow` yields if the kernel can be followed for one `Links` in each round, then fails. An error in
-    place of it: the kernel cannot be followed at all in this round. Ends with EOFError."""
+    """The results of `follow` if, in each round, the kernel sends one `Links` and then fails. If a round is an
+    error, the kernel sends nothing in it. The last round ends with EOFError."""
     left = list(rounds)
 
     async def once(before: dict[int, Device], _: object, *, first: bool) -> AsyncGenerator[Links, None]:

@@ -1,4 +1,4 @@
-"""The text of the ruleset: the shipped file with the operator's values in it, and nothing else changed."""
+"""The text of the ruleset is the shipped file with the operator's values, and no other change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATE = State(generation=0, synced=True)
 
 
 def changed(config: Config, preset: str = "azure-2020", state: State = STATE) -> list[str]:
-    """The lines of the ruleset that are not in the shipped file, without those that are added after it."""
+    """The lines of the ruleset that differ from the shipped file, without the lines added at its end."""
     text = wanted(TEMPLATES, config, presets.load(preset), native=False, state=state).text
     shipped = rules("nftables", "portward.nft").read_text()
     lines = difflib.ndiff(shipped.splitlines(), text.splitlines())
@@ -32,7 +32,7 @@ def changed(config: Config, preset: str = "azure-2020", state: State = STATE) ->
 
 
 def added(config: Config, *, native: bool) -> list[str]:
-    """The lines after the shipped file, but for the epochs that follow."""
+    """The lines added at the end of the shipped file, without the coming epochs."""
     text = wanted(TEMPLATES, config, AZURE, native=native, state=STATE).text
     return [line for line in text.splitlines() if line.startswith("add ") and " coming " not in line]
 
@@ -113,7 +113,7 @@ def test_a_name_that_a_wildcard_covers_is_left_out() -> None:
     assert 'define SEGMENTS = { "vni*", "tap0" }' in changed(config)
 
 
-def test_bypass_stands_only_where_nobody_is_to_be_cut_off() -> None:
+def test_bypass_is_set_only_for_segments_that_must_stay_open() -> None:
     def bypasses(config: Config) -> tuple[bool, set[str]]:
         want = wanted(TEMPLATES, config, AZURE, native=True, state=STATE)
         chains = {statement.chain for statement in want.statements if statement.bypass}
@@ -157,7 +157,7 @@ def test_each_worker_has_a_queue_and_is_asked_by_a_source_port_of_its_own() -> N
     ]
 
 
-# In the order in which they are made: of equal priority, the newest comes first.
+# In the order in which they are made. Among chains of equal priority, the newest one sees a packet first.
 HOOKS = {"learn": (0, -302), "screen": (0, -302)}
 
 
@@ -178,7 +178,7 @@ def test_base_chains_that_stand_elsewhere_are_made_anew() -> None:
     ids=["other-order", "older-release", "other-priority", "one-is-missing"],
 )
 def test_screen_and_learn_are_made_anew_together(hooks: dict[str, tuple[int, int]]) -> None:
-    """Alone, the newer one would come before the other, or leave room for a chain of others between them."""
+    """If only one were made anew, their order would change, or another program's chain could come between them."""
     assert removed(wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE), hooks) == list(hooks)
 
 
@@ -216,16 +216,16 @@ def test_the_guard_stands_in_the_text_only_if_it_is_needed() -> None:
 
 @pytest.mark.parametrize("names", [["guard"], ["settled"], ["guard", "settled"]], ids=" and ".join)
 def test_the_guard_and_what_looks_at_its_answers_are_made_anew_together(names: list[str]) -> None:
-    """Alone, the newer one would come before the other. An older release had the guard alone."""
+    """If only one were made anew, their order would change. An older release had only the guard."""
     guarded = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE, surroundings=GUARDED)
     assert removed(guarded, HOOKS | dict.fromkeys(names, (2, 2**31 - 1))) == names
 
 
 def test_a_limit_is_counted_once() -> None:
-    """With the guard, by the guard."""
+    """If the guard is loaded, the guard counts it."""
 
     def limits(surroundings: Surroundings) -> list[str]:
-        """The first rule of each chain that a source with a limit comes to."""
+        """The first rule of each chain through which a source with a limit passes."""
         text = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE, surroundings=surroundings).text
         return re.findall(r"(?m)^  chain (?:rate_limited|guarded_limited) \{\n(?:    #.*\n)*    (.*)$", text)
 
@@ -247,7 +247,7 @@ def test_the_guard_has_the_limits_of_the_screen() -> None:
         assert text.count(limit) == times
 
 
-def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> None:
+def test_a_replacement_keeps_cached_verdicts_if_definitions_agree() -> None:
     want = wanted(TEMPLATES, CONFIG, AZURE, native=False, state=STATE)
     kept = replacement(want, {"allow4", "segments", "open_segments", "epoch"}, HOOKS, same_definitions=True)
     assert "flush set inet portward open_segments" in kept
@@ -260,7 +260,7 @@ def test_a_replacement_keeps_what_is_remembered_where_definitions_agree() -> Non
     assert "delete set inet portward allow6" not in remade, "there is none to delete"
 
 
-def test_definitions_differ_where_a_learned_set_does() -> None:
+def test_definitions_differ_if_a_set_of_cached_verdicts_does() -> None:
     same = wanted(
         TEMPLATES,
         msgspec.structs.replace(CONFIG, mode=Mode.OBSERVE),
@@ -294,7 +294,7 @@ def test_the_forward_chain_is_there_only_while_something_stands_on_a_segment() -
     assert "hook forward" not in text_of(CONFIG, Surroundings())
     text = text_of(CONFIG, Surroundings(stacked=frozenset((12, 7))))
     assert "hook forward" in text
-    # Sixteen digits in quotes are no name of an interface, whatever names there are.
+    # No interface can have a name of sixteen digits, because names are shorter.
     assert 'define STACKED = { "0000000000000007", "0000000000000012" }\n' in text
 
 

@@ -1,4 +1,4 @@
-"""Elements in a dump message: the short way and the walk say the same, whatever the kernel's layout is."""
+"""Elements in a dump message: unpacking them at once gives the same as walking through them, for every layout."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_an_element_of_another_layout_is_walked(odd: bytes) -> None:
 
 
 def test_elements_of_one_length_but_with_other_attributes_are_walked() -> None:
-    """An expiration and a timeout are of one length; only the type says which it is."""
+    """An expiration and a timeout have the same length, and differ only in their type."""
     timeout = nest(1, nest(1, attribute(1, bytes(8))) + attribute(4, struct.pack(">Q", 60_000)))
     expiring = element(b"\1" * 8, None, 60_000)
     assert len(timeout) == len(expiring)

@@ -1,4 +1,4 @@
-"""Which devices take a segment's packets, from what rtnetlink says of them."""
+"""The devices that take a segment's packets, found from rtnetlink's attributes."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def test_a_bridge_in_a_vrf_is_one_and_the_vrf_is_not() -> None:
 
 
 def test_every_port_of_open_vswitch_is_one() -> None:
-    """Which port a packet leaves by is in flows that rtnetlink does not show."""
+    """The flows that choose a packet's port are not visible in rtnetlink."""
     found = above(
         VNI._replace(master=2), Device(2, "ovs-system", "openvswitch"), Device(3, "br-int", "openvswitch")
     )
     assert found == {"ovs-system", "br-int"}
 
 
-def test_a_device_that_is_a_segment_itself_is_judged_and_what_stands_on_it_is_not() -> None:
+def test_a_device_that_is_a_segment_itself_is_enforced_and_devices_on_it_are_not() -> None:
     config = Config(segments=("vni*", "br0"), uplinks=("up0",))
     devices = (VNI._replace(master=2), Device(2, "br0", "bridge"), Device(3, "mv0", "macvlan", lower=2))
     found = stacked(devices, config.segment)
@@ -154,7 +154,7 @@ def test_where_nothing_stands_on_a_segment_nothing_is_said() -> None:
 
 @pytest.mark.parametrize("kind", ["bridge", "bond", "team", "batadv", "openvswitch"])
 def test_a_device_without_a_port_is_not_known_yet(kind: str) -> None:
-    """Its first port may be a segment."""
+    """The first port that it gets may be a segment."""
     top, port = Device(2, "top", kind), Device(3, "eth7", master=2)
     assert known((VNI, top, port._replace(master=0)), CONFIG.segment) == {3}
     assert known((VNI, top, port), CONFIG.segment) == {2, 3}
@@ -162,7 +162,8 @@ def test_a_device_without_a_port_is_not_known_yet(kind: str) -> None:
 
 
 def test_what_stands_on_a_device_without_a_port_is_not_known_yet() -> None:
-    """A VLAN on a bridge: with the bridge's first port, a segment, the segment's packets come out of it."""
+    """An example is a VLAN on a bridge. If the bridge's first port is a segment, the VLAN gets the segment's
+    packets."""
     bridge, vlan = Device(2, "br0", "bridge"), Device(3, "br0.10", "vlan", lower=2)
     macvlan, port = Device(4, "top", "macvlan", lower=3), Device(5, "eth7", master=2)
     assert known((macvlan, vlan, bridge), CONFIG.segment) == set()

@@ -1,4 +1,4 @@
-"""The surroundings are logged once, and never open anything because the kernel does not answer."""
+"""Changed surroundings are logged once, and a kernel that does not answer never makes the ruleset more open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Cached verdicts in changed prefixes go, others stay, whatever the kernel refuses or a reading misses."""
+"""Cached verdicts in changed prefixes are deleted, and others stay, whatever the kernel refuses or a reading
+misses."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ def prefixes(*networks: object) -> Prefixes:
 
 
 class Sets:
-    """The kernel's sets as dictionaries: key → milliseconds until it expires. `readings` notes each set that was
-    read and `transactions` what was committed; `disturb` may change what a reading gives."""
+    """The kernel's sets as dictionaries: key → milliseconds until it expires. `readings` lists each set that was
+    read, and `transactions` each commit. `disturb` may change the result of a reading."""
 
     def __init__(self) -> None:
         self.sets: dict[str, dict[bytes, int]] = {
@@ -97,7 +98,7 @@ class Sets:
         self.transactions.append(changes)
 
     def synced(self) -> int:
-        """In which transaction `synced` was written, counted from 0."""
+        """The number of the transaction that wrote `synced`, counted from 0."""
         (found,) = (at for at, changes in enumerate(self.transactions) if Flush("synced") in changes)
         return found
 
@@ -183,7 +184,7 @@ def test_a_set_that_is_resized_all_the_time_is_flushed(kernel: Sets) -> None:
 
 
 def test_readings_too_far_apart_are_not_believed(kernel: Sets) -> None:
-    """The kernel collects once a second, so both may have been disturbed."""
+    """The kernel collects expired elements once a second, which may have disturbed both readings."""
     clock = iter(range(1_000_000))
     kernel.clock = lambda: float(next(clock))
     kernel.fill("allow6", *(key(number, "2001:db8:2::") for number in range(500)))
@@ -284,7 +285,7 @@ def test_single_sources_go_also_from_full_sets(kernel: Sets, count: int) -> None
 
 
 def test_a_set_that_turns_out_to_be_huge_is_read_once_and_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its size is not known before the first reading, after a start for instance; each reading takes seconds."""
+    """Before the first reading, for instance after a start, its size is unknown. Each reading takes seconds."""
     monkeypatch.setattr(sweeping, "_MAX_READ_ELEMENTS", 10)
     monkeypatch.setattr(sweeping, "_SNAPSHOT_ELEMENTS", 5)
     sets = Sets()

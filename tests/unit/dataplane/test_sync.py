@@ -1,5 +1,5 @@
-"""Changes of the policy table in, transactions out: in which order, and what becomes of each when the kernel
-refuses one, when another program writes in between, and when the process dies after any of them."""
+"""Changes of the policy table become transactions: their order, and their result if the kernel refuses one, if
+another program writes in between, and if the process dies after any of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOST, OTHER, HOST6 = source("10.0.0.4"), source("10.9.9.9"), source("2001:db8::4
 ELSEWHERE = source("10.0.0.4", link=8)
 BUCKET = Bucket(5, 10, 2)
 
-# What a change reaches among HOST, HOST6, OTHER and ELSEWHERE, and the change.
+# Name → the sources among HOST, HOST6, OTHER and ELSEWHERE that a change affects, and the change for a generation.
 CHANGES: dict[str, tuple[set[Source], Callable[[int], Committed]]] = {
     "host": ({HOST}, lambda generation: committed(generation, "10.0.0.4/32")),
     "two hosts": ({HOST, HOST6}, lambda generation: committed(generation, "10.0.0.4/32", "2001:db8::4/128")),
@@ -64,7 +64,8 @@ def plane(kernel: FakeKernel) -> Plane:
 
 @pytest.fixture(params=["no gate", "gate", "gate for what also opens"])
 def opens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether changes may let packets pass, too. Some find that a gate pays however little is cached."""
+    """Whether changes may also let packets pass. Two of the three cases use a gate however few verdicts are
+    cached."""
     if request.param != "no gate":
         monkeypatch.setattr(cache, "MIN_GATED_ELEMENTS", -1)
     return bool(request.param != "gate")
@@ -78,7 +79,7 @@ def is_gated(tables: dict[str, FakeTable], link: int) -> bool:
 
 
 def stale(tables: dict[str, FakeTable], sources: set[Source]) -> set[Source]:
-    """Those of the sources that a cached verdict lets pass."""
+    """The sources that a cached verdict lets pass."""
     return {
         one
         for verdict, one in product(PASSING, sources)
@@ -86,7 +87,7 @@ def stale(tables: dict[str, FakeTable], sources: set[Source]) -> set[Source]:
     }
 
 
-def judges(tables: dict[str, FakeTable]) -> bool:
+def classifies(tables: dict[str, FakeTable]) -> bool:
     """Whether the ruleset is there, so that no packet passes by itself."""
     table = tables.get(TABLE)
     return (
@@ -122,17 +123,17 @@ def test_a_prefix_is_read_and_taken_out_of_the_sets_that_hold_it(plane: Plane) -
 
 
 def test_a_change_of_interfaces_is_written_with_the_epoch(plane: Plane) -> None:
-    """So that no verdict that was found before it counts after it."""
+    """So a verdict that was found before the change is not cached after it."""
     plane.enforce(committed(2, links=[LINK]))
     key = LINK.to_bytes(4, "little")
     assert words(plane.kernel.journal)[0].startswith("flush epoch, add epoch 2, add recent 1, ")
-    # Also deleted, since to add what is there would not start its time anew.
+    # Deleted in between, because adding an existing element would not restart its timeout.
     again = (Add("renewed", [key]), Delete("renewed", [key]), Add("renewed", [key]))
     assert plane.kernel.journal[0].done[-3:] == again
 
 
 def test_a_change_of_interfaces_that_a_repair_has_overtaken_is_written_all_the_same(plane: Plane) -> None:
-    """The repair has moved the epoch, but what the forward guard accepts carries none."""
+    """The repair has moved the epoch, but verdicts of the forward guard carry no epoch."""
     plane.generation = 2
     assert not plane.check()
     assert not plane.kernel.tables[TABLE].sets["renewed"].elements
@@ -153,7 +154,7 @@ def test_an_interface_is_unsettled_and_renewed_before_anything_is_read(plane: Pl
 
 
 def test_an_interface_that_the_table_has_taken_in_meanwhile_is_not_unsettled(plane: Plane) -> None:
-    """Nothing would ever settle it."""
+    """Otherwise it would stay unsettled for ever."""
     plane.enforce(committed(2, links=[LINK]), settled=2)
     plane.unsettle(LINK, 2)
     assert not unsettled(plane)
@@ -162,7 +163,7 @@ def test_an_interface_that_the_table_has_taken_in_meanwhile_is_not_unsettled(pla
 
 
 def test_an_interface_stays_unsettled_while_the_kernel_stands_at_the_owner_before(plane: Plane) -> None:
-    """The verdicts found for that one are under the epoch in force."""
+    """The verdicts for the previous owner have the epoch in force, so they would be cached."""
     plane.unsettle(LINK, 1)
     plane.kernel.refuse(errno.ENOMEM, times=2)
     plane.enforce(committed(2, links=[LINK]), settled=1)
@@ -174,7 +175,7 @@ def test_an_interface_stays_unsettled_while_the_kernel_stands_at_the_owner_befor
 
 
 def test_a_repair_that_has_not_forgotten_yet_says_of_no_change_that_it_is_in_force(plane: Plane) -> None:
-    """Not of the last one, and not of the one before, which the repair takes along."""
+    """This holds for the last change and for the one before, which the repair includes."""
     plane.learn(Class.ALLOW, HOST)
     plane.kernel.die(1)
     plane.generation = 3
@@ -279,7 +280,7 @@ def test_a_large_revocation_is_in_force_before_the_sets_are_read(much: Plane) ->
 
 
 def test_of_a_change_that_also_opens_only_the_end_of_the_search_says_that_it_is_in_force(much: Plane) -> None:
-    """A cached denial still stops whom it lets pass."""
+    """Until then a cached denial may still stop a source that the change lets pass."""
     much.learn(Class.DENY, source("10.0.0.5"))
     much.enforce(committed(2, "10.0.0.0/24"))
     assert words(much.kernel.journal)[1:] == [
@@ -336,7 +337,7 @@ def test_a_search_that_fails_behind_the_gate_ends_in_a_repair_without_it(much: P
 
 @pytest.mark.parametrize("size", [0, 8_193], ids=["small", "large"])
 def test_a_gate_that_a_failed_change_has_left_stays_until_everything_is_forgotten(much: Plane, size: int) -> None:
-    """Another change comes before the repair succeeds, and must not let the sources of the first one pass."""
+    """Another change comes before the repair succeeds. It must not let the sources of the first change pass."""
     much.kernel.meanwhile(lambda: much.kernel.unreadable(errno.EIO), after=1)
     much.kernel.refuse(errno.ENOMEM, after=2)
     much.enforce(committed(2, "10.0.0.0/24")._replace(opens=False))
@@ -390,7 +391,7 @@ def test_a_start_that_is_refused_keeps_an_older_ruleset(plane: Plane) -> None:
     plane.kernel.refuse(errno.ENOMEM)
     with pytest.raises(Exception, match="Cannot allocate memory"):
         Plane(plane.kernel).start()
-    assert judges(plane.kernel.tables)
+    assert classifies(plane.kernel.tables)
 
 
 # --- refusals ---
@@ -516,7 +517,7 @@ def test_a_reading_that_misses_elements_is_followed_by_another(plane: Plane) -> 
 def test_a_verdict_of_the_older_policy_that_comes_in_between_is_not_left(
     plane: Plane, kind: str, moment: int, opens: bool
 ) -> None:
-    """A worker judged before the change, and its packet comes back before any of the transactions."""
+    """A worker gave its verdict before the change, and its packet comes back between the transactions."""
     reached, change = CHANGES[kind]
     plane.kernel.meanwhile(lambda: plane.learn(Class.ALLOW, *reached, generation=1), after=moment)
     plane.enforce(change(2)._replace(opens=opens))
@@ -536,7 +537,7 @@ def test_what_another_program_takes_away_in_between_is_put_back(
     plane.kernel.meanwhile(lambda: plane.kernel.load(text), after=moment)
     plane.enforce(change(2)._replace(opens=opens))
     plane.check()
-    assert judges(plane.kernel.tables)
+    assert classifies(plane.kernel.tables)
     assert not stale(plane.kernel.tables, reached)
     assert (plane.cache.synced(), plane.sync.broken) == (2, "")
     assert plane.check()
@@ -570,10 +571,9 @@ def _starts(plane: Plane, change: Committed) -> None:
 def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_nothing_stale(
     plane: Plane, kind: str, work: Callable[[Plane, Committed], Any], dies: int, opens: bool
 ) -> None:
-    """The policy table holds the new generation when the work begins. At each moment: the ruleset judges; no
-    verdict of the older policy is stored once the epoch has moved; while anything stale is cached, the kernel does
-    not say that it agrees with the table, and it says that the new policy is in force only if the gate keeps what
-    is stale from acting."""
+    """The policy table has the new generation when the work begins. At each moment the ruleset is loaded. Once the
+    epoch has moved, no verdict of the older policy is cached. While a stale verdict is cached, `synced` is not the
+    new generation, and `enforced` is only if the gate keeps stale verdicts from acting."""
     reached, change = CHANGES[kind]
     plane.kernel.die(dies + (work is _repairs))  # another program's transaction comes first there
     try:
@@ -589,14 +589,14 @@ def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_noth
     again.start()
     in_force = False
     for tables in plane.kernel.history[work is _repairs :]:
-        assert judges(tables)
+        assert classifies(tables)
         said = [name for name in ("synced", "enforced") if NEW in tables[TABLE].sets[name].elements]
         in_force |= "enforced" in said
         if left := stale(tables, reached):
             assert "synced" not in said
             assert not in_force or all(is_gated(tables, one.link) for one in left), "not even during a reload"
             assert not said or all(is_gated(tables, one.link) for one in left)
-    assert judges(plane.kernel.tables)
+    assert classifies(plane.kernel.tables)
     assert not stale(plane.kernel.tables, reached)
     assert not is_gated(plane.kernel.tables, LINK)
     assert (again.cache.epoch(), again.cache.synced()) == (2, 2)
@@ -607,7 +607,8 @@ def test_after_whichever_transaction_the_process_dies_the_next_start_leaves_noth
 
 
 def test_a_change_behind_one_that_was_lost_forgets_everything(plane: Plane) -> None:
-    """What the lost one reaches is not known, and `synced` must not say that nothing older is cached."""
+    """It is unknown which sources the lost change affects, and `synced` must not claim that no older verdict is
+    cached."""
     plane.enforce(committed(3, "10.0.0.4"))
     assert plane.cached() == {}
     assert plane.cache.synced() == 3
@@ -635,8 +636,8 @@ def test_a_change_while_the_ruleset_is_broken_says_nothing_of_the_one_before(pla
 def test_a_start_that_died_before_it_forgot_is_not_taken_for_one_that_is_in_step(
     plane: Plane, generation: int
 ) -> None:
-    """`synced` names neither the generation that was loaded nor one near it: the table may have that one by then,
-    or a verb wait for it."""
+    """`synced` must not be the loaded generation or one near it, because the table may have reached that one, or a
+    verb may wait for it."""
     state = ruleset.State(generation, synced=False)
     plane.reconciler.load(
         ruleset.wanted(templates.read(), plane.config, PRESET, native=plane.kernel.native, state=state)

@@ -64,7 +64,7 @@ def test_the_epoch_is_that_of_the_generation(plane: Plane, generation: int) -> N
 
 @pytest.mark.parametrize("start", [1, 7900, 8189, 8190])
 def test_the_epochs_that_follow_are_known_after_each_step(plane: Plane, start: int) -> None:
-    """Also around the end of the numbers, after a leap, and if another program has taken some away."""
+    """This also holds where epoch numbers wrap, after a leap, and if another program has deleted some."""
     generation = start
     for step in (0, 1, 1, 2, 23, 24, 25, 5_000, 1):
         generation += step

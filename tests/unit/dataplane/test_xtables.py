@@ -1,4 +1,5 @@
-"""How the way to the queue is found, also on kernels that lack one or both."""
+"""The way to the queue is found: nft's own statement or the xtables target. Kernels may lack one of them, or
+both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`portward exemption …` and `portward attachment started` as support and abuse service meet them."""
+"""`portward exemption …` and `portward attachment started` as the support and abuse teams use them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def files(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(files: Path) -> Run:
-    """Runs a verb of `exemption` there; raises what it raises."""
+    """Runs a verb of `exemption` in that folder, and raises its errors."""
     assert files.is_dir()
 
     def ran(*arguments: Any, code: int = 0, group: str = "exemption") -> Result:
@@ -68,44 +68,44 @@ def stored(path: Path, id_: Any) -> Exemption:
 
 
 def test_self_service_is_granted_at_once_and_says_what_comes_next(run: Run, path: Path) -> None:
-    told = run("request", PAYG.id, "--as", "bob").stdout
-    assert told.startswith(f"exemption of {PAYG.id} (fabrikam): granted at ")
-    assert "by self-service, as revision 2" in told
-    assert "stop the virtual machine and start it again" in told
+    printed = run("request", PAYG.id, "--as", "bob").stdout
+    assert printed.startswith(f"exemption of {PAYG.id} (fabrikam): granted at ")
+    assert "by self-service, as revision 2" in printed
+    assert "stop the virtual machine and start it again" in printed
     assert stored(path, PAYG.id).state is ExemptionState.GRANTED
 
 
 def test_self_service_that_is_rejected_ends_with_1(run: Run, path: Path) -> None:
     with closing(opened(path)) as store:
         write(store, put(Subscription(id=PAYG.id, name="fabrikam", offer=PAYG.offer, created=PAYG.created)))
-    told = run("request", PAYG.id, code=1).stdout
-    assert "rejected at" in told
-    assert "first invoice" in told
+    printed = run("request", PAYG.id, code=1).stdout
+    assert "rejected at" in printed
+    assert "first invoice" in printed
     assert stored(path, PAYG.id).state is ExemptionState.REJECTED
 
 
 def test_a_review_from_the_request_to_the_revocation(run: Run, path: Path) -> None:
     id_ = REVIEWED.id
-    told = run(
+    printed = run(
         "request", id_, *WHY, "--mail-software", "postfix", "--volume", 900, "--reverse-dns", "mx.example.net",
         "--authentication", "spf", "--authentication", "dkim", "--terms", "--as", "bob",
     ).stdout  # fmt: skip
-    assert "requested at" in told
-    assert f"`portward exemption grant {id_} --fraud-check TEXT`" in told
+    assert "requested at" in printed
+    assert f"`portward exemption grant {id_} --fraud-check TEXT`" in printed
     shown = run("show", id_).stdout
     for part in ("own servers", "postfix", "900 messages a day", "mx.example.net", "SPF, DKIM", "accepted", "bob"):
         assert part in shown
     with pytest.raises(RefusedError, match="anti-fraud check that was passed, and none is on record"):
         run("grant", id_)
-    told = run("grant", id_, "--fraud-check", "called back", "--rate", 60, "--as", "carol").stdout
-    assert "granted at" in told
-    assert "by carol" in told
-    assert "60 new connections a minute, 5 at once" in told
-    told = run("revoke", id_, "--reason", "spam, case 4711", "--as", "dave").stdout
-    assert "revoked at" in told
-    assert "spam, case 4711" in told
-    told = run("history", id_).stdout
-    states = re.findall(r"^\S+ \S+Z  revision (\d)  (\w+): (\w+)$", told, re.MULTILINE)
+    printed = run("grant", id_, "--fraud-check", "called back", "--rate", 60, "--as", "carol").stdout
+    assert "granted at" in printed
+    assert "by carol" in printed
+    assert "60 new connections a minute, 5 at once" in printed
+    printed = run("revoke", id_, "--reason", "spam, case 4711", "--as", "dave").stdout
+    assert "revoked at" in printed
+    assert "spam, case 4711" in printed
+    printed = run("history", id_).stdout
+    states = re.findall(r"^\S+ \S+Z  revision (\d)  (\w+): (\w+)$", printed, re.MULTILINE)
     assert states == [("2", "bob", "requested"), ("3", "carol", "granted"), ("4", "dave", "revoked")]
     assert stored(path, id_).by == "dave"
 
@@ -113,11 +113,11 @@ def test_a_review_from_the_request_to_the_revocation(run: Run, path: Path) -> No
 def test_a_limit_can_be_given_and_taken_away(run: Run, path: Path) -> None:
     run("request", PAYG.id)
     before = stored(path, PAYG.id)
-    told = run("limit", PAYG.id, "--rate", 120, "--burst", 9).stdout
-    assert "limit     120 new connections a minute, 9 at once" in told
-    assert "restart" not in told
-    assert "stop the virtual machine" not in told, "it counts at once"
-    assert "next      nothing: it counts at once" in told
+    printed = run("limit", PAYG.id, "--rate", 120, "--burst", 9).stdout
+    assert "limit     120 new connections a minute, 9 at once" in printed
+    assert "restart" not in printed
+    assert "stop the virtual machine" not in printed, "it counts at once"
+    assert "next      nothing: it counts at once" in printed
     assert stored(path, PAYG.id) == replace(before, limit=RateLimit(per_minute=120, burst=9))
     run("limit", PAYG.id, "--none")
     assert stored(path, PAYG.id) == before
@@ -136,9 +136,9 @@ def test_a_check_that_the_configuration_names_is_asked(run: Run, files: Path, pa
     check.chmod(0o700)
     with (files / "portward.toml").open("a") as config:
         config.write('[exemptions]\ncheck = ["./check"]\n')
-    told = run("request", REVIEWED.id, *WHY).stdout
-    assert "pass: known since 2019" in told
-    assert f"`portward exemption grant {REVIEWED.id}`," in told
+    printed = run("request", REVIEWED.id, *WHY).stdout
+    assert "pass: known since 2019" in printed
+    assert f"`portward exemption grant {REVIEWED.id}`," in printed
     assert json.loads((files / "asked").read_text())["justification"] == "own servers"
     run("grant", REVIEWED.id)
     assert stored(path, REVIEWED.id).state is ExemptionState.GRANTED
@@ -196,13 +196,13 @@ def test_many_are_revoked_with_their_count_or_not_at_all(run: Run, files: Path, 
     assert "revoked 2 exemptions, as revision 3" in run(
         "revoke", "--file", listed, "--reason", "spam", "--confirm", 2
     ).stdout  # fmt: skip
-    told = run("revoke", "--offer", "csp", "--reason", "spam", "--confirm", 28, "--json").stdout
-    assert json.loads(told) == {"revoked": 28, "revision": 4, "enforced_after_ms": None}
+    printed = run("revoke", "--offer", "csp", "--reason", "spam", "--confirm", 28, "--json").stdout
+    assert json.loads(printed) == {"revoked": 28, "revision": 4, "enforced_after_ms": None}
     with closing(opened(path)) as store:
         assert confirmed_alone(store.get("confirmed")) == 4, "however many it flips"
 
 
-def test_a_list_of_nobody_revokes_nothing_and_says_at_which_revision(run: Run, files: Path) -> None:
+def test_an_empty_list_revokes_nothing_and_names_the_revision(run: Run, files: Path) -> None:
     (files / "ids").write_text("# nobody\n")
     many = ("revoke", "--file", "ids", "--reason", "spam", "--confirm", 0)
     assert run(*many).stdout == "nothing to revoke, the store stays at revision 1\n"
@@ -210,8 +210,8 @@ def test_a_list_of_nobody_revokes_nothing_and_says_at_which_revision(run: Run, f
 
 
 def test_nothing_to_revoke_needs_no_confirmation(run: Run, path: Path) -> None:
-    told = run("revoke", "--offer", "csp", "--reason", "spam").stdout
-    assert told == "nothing to revoke, the store stays at revision 1\n"
+    printed = run("revoke", "--offer", "csp", "--reason", "spam").stdout
+    assert printed == "nothing to revoke, the store stays at revision 1\n"
     with pytest.raises(PortwardError, match="there is nothing to revoke, and not 3; nothing was written"):
         run("revoke", "--offer", "csp", "--reason", "spam", "--confirm", 3)
 
@@ -220,7 +220,7 @@ def test_nothing_to_revoke_needs_no_confirmation(run: Run, path: Path) -> None:
 def test_a_list_with_what_cannot_be_revoked_is_refused_at_once_by_its_lines(
     run: Run, files: Path, path: Path, confirm: tuple[Any, ...]
 ) -> None:
-    """Not after the count has been confirmed."""
+    """The list is refused before the count has to be confirmed."""
     run("request", PAYG.id)
     unknown = "11111111-0000-4000-8000-0000000000ff"
     (files / "ids").write_text(f"# spam\n{PAYG.id}\n{unknown}\n{REVIEWED.id}\n{unknown}\n")
@@ -234,7 +234,7 @@ def test_a_list_with_what_cannot_be_revoked_is_refused_at_once_by_its_lines(
     assert stored(path, PAYG.id).state is ExemptionState.GRANTED
 
 
-def test_of_a_long_list_a_screen_is_told(run: Run, files: Path) -> None:
+def test_of_a_long_list_a_screen_of_mistakes_is_printed(run: Run, files: Path) -> None:
     (files / "ids").write_text("".join(f"{CONTOSO.id.__class__(int=number)}\n" for number in range(1, 41)))
     with pytest.raises(PortwardError) as error:
         run("revoke", "--file", "ids", "--reason", "spam")
@@ -242,7 +242,7 @@ def test_of_a_long_list_a_screen_is_told(run: Run, files: Path) -> None:
     assert error.value.lines()[-1] == "ids: and 20 lines more like these"
 
 
-def test_a_list_is_told_with_file_and_line(run: Run, files: Path) -> None:
+def test_mistakes_in_a_list_have_file_and_line(run: Run, files: Path) -> None:
     (files / "ids").write_text(f"{PAYG.id}\nfabrikam\n")
     with pytest.raises(InputError, match=r"^ids:2: 'fabrikam' is no subscription's id$"):
         run("revoke", "--file", "ids", "--reason", "spam")
@@ -344,7 +344,7 @@ def test_the_name_of_several_subscriptions_is_refused_with_their_ids(run: Run, p
 def test_the_next_step_is_one_that_can_be_taken(
     run: Run, path: Path, owner: Subscription, state: str, next_step: str
 ) -> None:
-    """Whatever another tool has written, or the preset says by now."""
+    """This holds for records of another tool, and if the preset has changed since."""
     decided = datetime(2026, 1, 9, tzinfo=UTC)
     with closing(opened(path)) as store:
         write(
@@ -364,7 +364,7 @@ def test_an_exemption_of_no_subscription_has_no_next_step(run: Run, path: Path) 
 
 
 def test_a_revoked_exemption_is_shown_without_its_limit(run: Run, path: Path) -> None:
-    """Nothing is let through any more that it could hold for. The record keeps it."""
+    """The limit has no effect any more, because nothing passes. The record keeps it."""
     run("request", PAYG.id)
     run("limit", PAYG.id, "--rate", 120)
     assert "limit     120" in run("show", PAYG.id).stdout
@@ -372,7 +372,7 @@ def test_a_revoked_exemption_is_shown_without_its_limit(run: Run, path: Path) ->
     assert "limit" not in run("show", PAYG.id).stdout
     assert stored(path, PAYG.id).limit == RateLimit(per_minute=120)
     history = run("history", PAYG.id).stdout
-    assert history.count("limit     120") == 1, "what was is told as it was"
+    assert history.count("limit     120") == 1, "the log shows what was"
 
 
 def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> None:
@@ -390,7 +390,7 @@ def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ("show", "fabrikan"),
@@ -422,44 +422,44 @@ def test_a_grant_that_has_ended_is_shown_as_expired(run: Run, path: Path) -> Non
         (("limit", PAYG.id, "--rate", 9), "there is no exemption that could have a limit"),
     ],
 )
-def test_mistakes_are_told_with_what_would_be_right(run: Run, arguments: tuple[Any, ...], told: str) -> None:
+def test_mistakes_are_reported_with_a_right_value(run: Run, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(PortwardError) as error:
         run(*arguments)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 # --- starts ---
 
 
 def test_a_start_counts_for_a_grant_before_it(run: Run, path: Path) -> None:
-    told = run("request", PAYG.id, "--json").stdout
-    decided = datetime.fromisoformat(json.loads(told)["exemption"]["decided"])
-    told = run("started", "vni1002", "10.0.0.9", "--as", "hypervisor", group="attachment").stdout
-    assert told.startswith("vni1002 10.0.0.0/24: started ")
-    assert "it may send: the subscription's exemption counts for this machine (allowed-exempt)" in told
+    printed = run("request", PAYG.id, "--json").stdout
+    decided = datetime.fromisoformat(json.loads(printed)["exemption"]["decided"])
+    printed = run("started", "vni1002", "10.0.0.9", "--as", "hypervisor", group="attachment").stdout
+    assert printed.startswith("vni1002 10.0.0.0/24: started ")
+    assert "it may send: the subscription's exemption counts for this machine (allowed-exempt)" in printed
     before = (decided - timedelta(seconds=1)).isoformat()
     with pytest.raises(PortwardError, match="a later start is recorded already"):
         run("started", "vni1002", "10.0.0.9", "--at", before, group="attachment")
 
 
-def test_a_start_before_the_grant_is_told_not_to_count(run: Run) -> None:
+def test_a_start_before_the_grant_is_said_not_to_count(run: Run) -> None:
     run("request", PAYG.id)
-    told = run("started", "vni1002", "10.0.0.9", "--at", "2026-01-01T00:00:00Z", group="attachment").stdout
-    assert "it may NOT send: an exemption is granted, but the machine was not restarted since" in told
+    printed = run("started", "vni1002", "10.0.0.9", "--at", "2026-01-01T00:00:00Z", group="attachment").stdout
+    assert "it may NOT send: an exemption is granted, but the machine was not restarted since" in printed
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("vni1001", "10.0.0.9"), "no attachment covers 10.0.0.9 in segment vni1001"),
         (("vni1001", "10.0.0.x"), "ADDRESS: '10.0.0.x' is no IPv4 or IPv6 address"),
         (("vni1001", "10.0.0.4", "--at", "2099-01-01"), "lies in the future"),
     ],
 )
-def test_a_start_that_cannot_be_is_refused(run: Run, arguments: tuple[str, ...], told: str) -> None:
+def test_a_start_that_cannot_be_is_refused(run: Run, arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(PortwardError) as error:
         run("started", *arguments, group="attachment")
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_apply_takes_no_start_that_lies_in_the_future(files: Path) -> None:
@@ -484,7 +484,7 @@ def test_apply_takes_no_start_that_lies_in_the_future(files: Path) -> None:
 
 
 def test_a_clock_that_goes_back_decides_nothing(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grant that is dated before a machine's last start would count without a restart."""
+    """If a grant were dated before a machine's last start, it would count without a restart."""
     run("request", PAYG.id)
     run("revoke", PAYG.id, "--reason", "spam")
     back = datetime.now(UTC) - timedelta(hours=1)

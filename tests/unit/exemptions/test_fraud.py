@@ -1,4 +1,4 @@
-"""The anti-fraud command of a provider: a check that fails in any way passes no request."""
+"""The anti-fraud command of a provider: if the check fails in any way, no request passes it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ ANSWER = """echo '{"result": "pass"}'"""
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "message"),
     [
         ("exit 0", "not understood"),
         ("echo pass", "not understood"),
@@ -92,10 +92,10 @@ ANSWER = """echo '{"result": "pass"}'"""
         ("printf '%05000d' 0 | tr 0 '['", "not understood"),
     ],
 )
-def test_what_is_no_answer_refers(check: Check, script: str, told: str) -> None:
+def test_what_is_no_answer_refers(check: Check, script: str, message: str) -> None:
     found = check(f"cat > /dev/null; {script}")
     assert found.result is FraudCheck.REFER
-    assert told in found.note
+    assert message in found.note
 
 
 def test_who_does_not_read_may_answer_all_the_same(check: Check) -> None:
@@ -111,8 +111,8 @@ def test_endless_output_is_ended_before_it_fills_the_memory(check: Check, tmp_pa
     until(lambda: not _runs(pid), "it ends")
 
 
-def test_a_large_request_to_a_command_that_does_not_read_holds_nobody_up(check: Check) -> None:
-    """More than a pipe takes."""
+def test_a_large_request_to_a_command_that_does_not_read_does_not_block(check: Check) -> None:
+    """The request is larger than a pipe's buffer."""
     assert check(ANSWER, ASKED._replace(justification="x" * (1 << 20))) == FraudResult(FraudCheck.PASS)
 
 
@@ -128,7 +128,7 @@ def test_who_takes_too_long_refers_and_is_ended(check: Check, tmp_path: Path) ->
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process is there; one that only waits to be buried is not."""
+    """Whether a process runs; a zombie does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,5 +1,5 @@
-"""Exemptions in an SQLite store, against a model: whatever people do, in whatever order, two of them at once, and
-with the process dying in between, no decision that was accepted is lost or made twice.
+"""Exemptions in an SQLite store, compared with a model. People may act in any order and two at once, and the
+process may die in between. No accepted decision is lost or made twice.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _actions = st.sampled_from(Action)
 
 
 class Late(SqliteStore):
-    """A store that another process has written before: each write meets an earlier one."""
+    """A store to which another process writes just before each write."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -51,7 +51,8 @@ class Late(SqliteStore):
 
 
 class Exempt(RuleBasedStateMachine):
-    """`known` is what the store has to hold: the exemption of each, and how many decisions were made about it."""
+    """`known` is the state that the store must have: for each subscription, its exemption and its number of
+    decisions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,20 +78,20 @@ class Exempt(RuleBasedStateMachine):
 
     @rule(days=st.integers(0, 3))
     def time_passes(self, days: int) -> None:
-        """So that grants end."""
+        """Moves the clock, so that grants end."""
         self.now += timedelta(days=days, seconds=1)
 
     @rule(id_=_ids, action=_actions, days=_DAYS)
-    def somebody_acts(self, id_: UUID, action: Action, days: int | None) -> None:
-        """It is done, or refused, as the life of an exemption says."""
+    def a_person_acts(self, id_: UUID, action: Action, days: int | None) -> None:
+        """A person acts. The action is done or refused as the model says."""
         with closing(SqliteStore(self._path)) as store:
             self._tries(store, id_, action, days)
 
     @rule(id_=_ids, action=_actions, days=_DAYS, statement=st.integers(1, 14))
-    def somebody_acts_and_the_process_dies(
+    def a_person_acts_and_the_process_dies(
         self, id_: UUID, action: Action, days: int | None, statement: int
     ) -> None:
-        """At the statement with that number, if it comes to it."""
+        """A person acts, and the process dies at the SQL statement with that number, if it gets that far."""
         code = _in_a_process(lambda: self._act_and_die(id_, action, days, statement))
         expected = self._expected(id_, action, days)
         with closing(SqliteStore(self._path)) as store:
@@ -116,7 +117,7 @@ class Exempt(RuleBasedStateMachine):
 
     @invariant()
     def the_store_holds_what_was_accepted(self) -> None:
-        """And the log holds each decision once."""
+        """The store holds each accepted decision, and the log holds it once."""
         with closing(SqliteStore(self._path)) as store:
             for id_, record in self.known.items():
                 assert self._in_store(store, id_) == record
@@ -129,7 +130,7 @@ class Exempt(RuleBasedStateMachine):
     # --- how ---
 
     def _expected(self, id_: UUID, action: Action, days: int | None) -> Exemption | None:
-        """The record that an action leads to; None where it is refused."""
+        """The record that an action leads to; None if it is refused."""
         before, offer = self.known[id_], _OFFERS[id_.int]
         state = lifecycle.state_of(before, self.now)
         until = None if days is None else self.now + timedelta(days=days)
@@ -165,7 +166,7 @@ class Exempt(RuleBasedStateMachine):
                 return replace(before, state=ExemptionState.REVOKED, decided=self.now, by="model", reason="spam")
 
     def _tries(self, store: SqliteStore, id_: UUID, action: Action, days: int | None = None) -> None:
-        """Acts; what comes of it is what the model says, as things stand when it is written."""
+        """Acts, and compares the result with the model's, for the state at the time of the write."""
         try:
             self._act(store, id_, action, days)
         except RefusedError:
@@ -199,12 +200,12 @@ class Exempt(RuleBasedStateMachine):
         return 0
 
     def _took(self, id_: UUID, action: Action, days: int | None, store: SqliteStore) -> None:
-        """A decision was made, and is what it should be: the model takes it over."""
+        """Checks a decision that was made, and adds it to the model."""
         record, expected = self._in_store(store, id_), self._expected(id_, action, days)
         assert record is not None
         assert record == expected
         if record == self.known[id_]:
-            return  # no change: it is in no log, so no later reader sees it
+            return  # no change, so the log has no entry
         self.decisions[id_] += 1
         self.known[id_] = record
         self.now += timedelta(seconds=1)
@@ -219,7 +220,7 @@ class Exempt(RuleBasedStateMachine):
 
 
 def _in_a_process(work: Callable[[], int]) -> int:
-    """The exit code of a process that does it."""
+    """Runs `work` in a child process, and returns its exit code."""
     pid = os.fork()
     if pid == 0:
         code = 1

@@ -1,4 +1,5 @@
-"""The life of an exemption: each pair of state and action, each way that an offer takes."""
+"""The states of an exemption: each pair of state and action, and each way to an exemption that an offer may
+have."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def case(state: State = State.NONE, offer: str = "azure-sponsorship", **more: An
 
 
 def act(action: Action, of: Case) -> Exemption:
-    """Does it, with all that it needs."""
+    """Does an action, with all the arguments that it needs."""
     match action:
         case Action.REQUEST:
             return lifecycle.request(of, WHY, by="bob")
@@ -161,30 +162,30 @@ def test_a_review_asks_what_the_preset_says() -> None:
             ),
         ),
     )
-    told = Details(
+    details = Details(
         mail_software="postfix", volume=900, reverse_dns="mx.example.net",
         authentication=(Authentication.SPF,), terms_accepted=True,
     )  # fmt: skip
     facts = Case(asking, subscription("asked"), None, NOW)
-    assert lifecycle.request(facts, WHY._replace(details=told), by="bob").details == told
+    assert lifecycle.request(facts, WHY._replace(details=details), by="bob").details == details
     for field, empty, name in (
         ("mail_software", "", "mail-software"), ("volume", None, "volume"), ("reverse_dns", " ", "reverse-dns"),
         ("authentication", (), "authentication"), ("terms_accepted", False, "terms"),
     ):  # fmt: skip
         with pytest.raises(RefusedError, match=f"wants to know more: {name}$"):
-            lifecycle.request(facts, WHY._replace(details=replace(told, **{field: empty})), by="bob")
+            lifecycle.request(facts, WHY._replace(details=replace(details, **{field: empty})), by="bob")
     with pytest.raises(
         RefusedError, match=r"justification: .*, mail-software, volume, reverse-dns, authentication, terms$"
     ):
         lifecycle.request(facts, Application(), by="bob")
 
 
-def test_an_offer_that_can_never_be_exempt_is_told_what_can_be_done() -> None:
+def test_an_offer_that_can_never_be_exempt_is_refused_with_an_alternative() -> None:
     with pytest.raises(RefusedError, match=r"Free Trial can never be exempt: .*relay, or use another kind"):
         lifecycle.request(case(offer="free-trial"), WHY, by="bob")
 
 
-def test_who_needs_none_is_told_so() -> None:
+def test_a_subscription_that_needs_no_exemption_is_refused_with_that_reason() -> None:
     with pytest.raises(RefusedError, match=r"none is needed: subscriptions of the offer Enterprise Agreement"):
         lifecycle.request(case(offer="enterprise-agreement"), WHY, by="bob")
     for offer in ("pay-as-you-go", "azure-sponsorship", "free-trial"):
@@ -201,7 +202,7 @@ def test_an_offer_that_the_preset_does_not_know_has_no_way() -> None:
 def test_a_request_of_an_offer_that_has_changed_meanwhile_is_not_granted(offer: str) -> None:
     with pytest.raises(RefusedError):
         lifecycle.grant(case(State.REQUESTED, offer), by="bob", check=PASSED)
-    # What was granted under the offer before can be taken back all the same.
+    # A grant from before the offer changed can still be revoked.
     assert lifecycle.revoke(case(State.GRANTED, offer), by="bob", reason="spam").state is ExemptionState.REVOKED
 
 
@@ -299,7 +300,7 @@ def test_a_new_request_takes_nothing_over_from_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("empty", ["", "  "])
-def test_who_is_turned_down_is_told_why(empty: str) -> None:
+def test_a_rejection_and_a_revocation_need_a_reason(empty: str) -> None:
     with pytest.raises(RefusedError, match="a rejection needs a reason"):
         lifecycle.reject(case(State.REQUESTED), by="bob", reason=empty)
     with pytest.raises(RefusedError, match="a revocation needs a reason"):

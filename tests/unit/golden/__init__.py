@@ -1,6 +1,6 @@
-"""What each version of portward wrote, as text: it is read as it was meant, for ever.
+"""Samples of the data that each version of portward wrote, as text. All later versions must read them correctly.
 
-A file here is never changed. A new format gets a file of its own, made once from what the new version writes.
+A file here is never changed. A new format gets a file of its own, made once from the output of the new version.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FOLDER: Final = Path(__file__).parent
 
 
 def golden(name: str) -> Any:
-    """What the file of that name holds, from JSON."""
+    """The JSON value in the file of that name."""
     return json.loads((FOLDER / name).read_text())
 
 

@@ -1,4 +1,5 @@
-"""What is written as a number or a word keeps it, wherever a newcomer stands in its enum."""
+"""Each enum value keeps the number or word that stands for it on disk, wherever a new value is added to the
+enum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores, counters and statuses are read as they were meant; what another version wrote is refused."""
+"""Stores, counters and statuses of older versions are read correctly, and those of unknown formats are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from portward.store.sqlite.store import SqliteStore
 from unit.golden import FOLDER, golden, store
 from unit.store.samples import CONTOSO, FABRIKAM, GRANT, MACHINE, PREFIX
 
-TALLY = golden("counters-1.json")
+COUNTERS = golden("counters-1.json")
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -48,7 +48,7 @@ def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:
 def test_the_block_of_counters_has_each_number_where_it_was() -> None:
     block = WorkerCounters.create()
     counters = WorkerCounters(block)
-    for reason in map(Reason, TALLY["packets"]):
+    for reason in map(Reason, COUNTERS["packets"]):
         for outcome in PacketOutcome:
             counters.add(REASON_NUMBER[reason], outcome, packets=REASON_NUMBER[reason] * 100 + outcome, attempts=7)
     for event in WorkerEvent:
@@ -56,20 +56,20 @@ def test_the_block_of_counters_has_each_number_where_it_was() -> None:
             counters.event(event)
     data = os.pread(block, 1 << 20, 0)
     os.close(block)
-    assert data[:16].hex() == TALLY["header"]
-    assert len(data) == TALLY["bytes"]
-    for name, places in TALLY["packets"].items():
+    assert data[:16].hex() == COUNTERS["header"]
+    assert len(data) == COUNTERS["bytes"]
+    for name, places in COUNTERS["packets"].items():
         for outcome_name, place in places.items():
             number = REASON_NUMBER[Reason(name)] * 100 + PacketOutcome[outcome_name]
             assert struct.unpack_from("<Q", data, place) == (number,)
-            assert struct.unpack_from("<Q", data, TALLY["attempts"][name][outcome_name]) == (7,)
-    for name, place in TALLY["events"].items():
+            assert struct.unpack_from("<Q", data, COUNTERS["attempts"][name][outcome_name]) == (7,)
+    for name, place in COUNTERS["events"].items():
         assert struct.unpack_from("<Q", data, place) == (WorkerEvent[name] + 1,)
 
 
 @pytest.mark.parametrize("change", ["an older version's", "a newer version", "another size"])
 def test_a_block_of_another_version_is_refused(change: str) -> None:
-    """A worker that counted into it would count another reason."""
+    """A worker would count the wrong reason in it."""
     block = WorkerCounters.create()
     if change == "an older version's":  # they began with the numbers
         os.pwrite(block, bytes(16), 0)
@@ -82,12 +82,12 @@ def test_a_block_of_another_version_is_refused(change: str) -> None:
     os.close(block)
 
 
-def test_the_status_of_an_older_agent_can_be_told(tmp_path: Path) -> None:
-    """It has no format yet, and none of the keys that came since."""
+def test_the_status_of_an_older_agent_can_be_printed(tmp_path: Path) -> None:
+    """It has no format number, and no newer keys."""
     (tmp_path / "status.json").write_bytes((FOLDER / "status-1.json").read_bytes())
-    told = read_status(tmp_path)
-    assert told is not None
-    lines = status_lines(told, age_of(told))
+    found = read_status(tmp_path)
+    assert found is not None
+    lines = status_lines(found, age_of(found))
     for line in (
         "HELD      revision 8 would flip the verdict of 21 of 40 subscriptions: `portward apply --confirm` lets "
         "it through",

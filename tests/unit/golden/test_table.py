@@ -1,4 +1,4 @@
-"""Rows and accounts of the policy table are read as they were meant; a table of another format is not read."""
+"""Rows and accounts of the policy table are read correctly, and a table of another format is not read."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def test_the_format_of_these_files_is_the_one_that_is_written() -> None:
     assert [layout.stored_name(part).decode() for part in layout.PARTS] == TABLE["parts"]
 
 
-@pytest.mark.parametrize("told", TABLE["entries"], ids=lambda told: f"{told['reason']} {told['prefix']}")
-def test_an_entry_is_read_as_it_was_meant(told: dict[str, Any]) -> None:
-    row = bytes.fromhex(told["row"])
-    reason = Reason(told["reason"])
+@pytest.mark.parametrize("sample", TABLE["entries"], ids=lambda sample: f"{sample['reason']} {sample['prefix']}")
+def test_an_entry_is_read_as_it_was_meant(sample: dict[str, Any]) -> None:
+    row = bytes.fromhex(sample["row"])
+    reason = Reason(sample["reason"])
     entry = layout.Entry(
-        reason, told["observed"], told["paas"], told["subscription"], told["started"], told["limited"]
+        reason, sample["observed"], sample["paas"], sample["subscription"], sample["started"], sample["limited"]
     )
-    place = layout.place(told["segment"], ip_network(told["prefix"]))
+    place = layout.place(sample["segment"], ip_network(sample["prefix"]))
     assert layout.Entry.of(row) == entry
     assert layout.place_of(row) == place
-    assert layout.network_of(place) == (told["segment"], ip_network(told["prefix"]))
-    assert layout.meaning_of(row) == (reason, told["observed"], told["limited"], False)
+    assert layout.network_of(place) == (sample["segment"], ip_network(sample["prefix"]))
+    assert layout.meaning_of(row) == (reason, sample["observed"], sample["limited"], False)
     assert entry.row(place) == row
 
 
@@ -66,11 +66,11 @@ def test_the_other_parts_are_read_as_they_were_meant() -> None:
 
 
 def test_the_head_is_read_as_it_was_meant() -> None:
-    told = dict(TABLE["head"])
-    value = bytes.fromhex(told.pop("value"))
+    sample = dict(TABLE["head"])
+    value = bytes.fromhex(sample.pop("value"))
     expected = {
         name: bytes.fromhex(field) if name in ("preset", "store", "hash", "ahead_hash") else field
-        for name, field in told.items()
+        for name, field in sample.items()
     }
     head = layout.Head.unpack(value)
     assert head is not None
@@ -78,13 +78,13 @@ def test_the_head_is_read_as_it_was_meant() -> None:
     assert head.pack() == value
 
 
-@pytest.mark.parametrize("told", golden("account-1.json"), ids=lambda told: told["id"])
-def test_an_account_is_read_as_it_was_meant(told: dict[str, Any]) -> None:
-    found = Account.unpack(bytes.fromhex(told["packed"]))
-    assert str(found.id) == told["id"]
-    for record, expected in ((found.subscription, told["subscription"]), (found.exemption, told["exemption"])):
+@pytest.mark.parametrize("sample", golden("account-1.json"), ids=lambda sample: sample["id"])
+def test_an_account_is_read_as_it_was_meant(sample: dict[str, Any]) -> None:
+    found = Account.unpack(bytes.fromhex(sample["packed"]))
+    assert str(found.id) == sample["id"]
+    for record, expected in ((found.subscription, sample["subscription"]), (found.exemption, sample["exemption"])):
         assert (None if record is None else msgspec.json.decode(encode(record))) == expected
-    assert found.pack().hex() == told["packed"]
+    assert found.pack().hex() == sample["packed"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_an_account_of_another_version_is_damaged(version: int) -> None:
 
 
 def test_an_account_with_a_field_that_is_not_known_is_damaged() -> None:
-    """It may be what limits a grant."""
+    """The unknown field might limit a grant."""
     values = msgspec.msgpack.decode(Account(CONTOSO.id, CONTOSO).pack())
     values[2].append("a field of a newer version")
     with pytest.raises(layout.DamagedError):
@@ -116,10 +116,10 @@ def test_an_account_with_a_field_that_is_not_known_is_damaged() -> None:
 
 def other_table(folder: Path, form: int) -> None:
     """The table of format 2, in which a machine is allowed, or the same as of another format."""
-    told = golden("table-2.json")
+    sample = golden("table-2.json")
     folder.mkdir()
     with lmdb.open(str(folder), map_size=1 << 20, max_dbs=16) as environment:
-        for name, rows in told["parts"].items():
+        for name, rows in sample["parts"].items():
             stored = name.removesuffix("2").encode() + b"%d" % form
             dup = name.split(".")[0].encode() in layout.ROWS
             part = environment.open_db(stored, dupsort=dup, dupfixed=dup)
@@ -127,7 +127,7 @@ def other_table(folder: Path, form: int) -> None:
                 for key, value in rows:
                     transaction.put(bytes.fromhex(key), bytes.fromhex(value))
         with environment.begin(write=True) as transaction:
-            head = bytes.fromhex(told["head"])
+            head = bytes.fromhex(sample["head"])
             transaction.put(b"head", form.to_bytes(2, "little") + head[2:])
 
 
@@ -135,7 +135,7 @@ def other_table(folder: Path, form: int) -> None:
 def test_a_table_of_another_format_is_never_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, form: int, age: str
 ) -> None:
-    """Neither one before an upgrade nor one after it is taken back."""
+    """This holds for an older table after an upgrade, and for a newer one after the upgrade was undone."""
     other_table(tmp_path / "table", form)
     with pytest.raises(
         TableError, match=f"is of format {form}, and this portward reads format {layout.FORMAT} only"

@@ -1,4 +1,4 @@
-"""`portward apply` and `portward export` as an operator meets them."""
+"""`portward apply` and `portward export` as an operator uses them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def files(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(files: Path) -> Run:
-    """Runs a verb in that folder, `input` being its standard input; raises what it raises."""
+    """Runs a verb in that folder, with `input` as its standard input, and raises its errors."""
     assert files.is_dir()
 
     def checked(*arguments: str, **more: Any) -> Result:
@@ -106,8 +106,8 @@ def test_a_dry_run_on_a_store_leaves_it_as_it_is(run: Run, files: Path, path: Pa
     run("apply", "inventory.yaml")
     before = records(path), log(path)
     (files / "inventory.yaml").write_text(EXAMPLE.replace("standing: good", "standing: disabled"))
-    told = run("apply", "--dry-run", "inventory.yaml").stdout
-    assert told.splitlines()[0] == "~ subscription fabrikam: standing good → disabled"
+    printed = run("apply", "--dry-run", "inventory.yaml").stdout
+    assert printed.splitlines()[0] == "~ subscription fabrikam: standing good → disabled"
     assert (records(path), log(path)) == before
 
 
@@ -127,7 +127,8 @@ def test_a_long_difference_is_cut_and_counted(run: Run, files: Path) -> None:
 def test_pruning_every_customer_of_a_small_store_has_to_be_confirmed(
     run: Run, files: Path, path: Path, nothing: str
 ) -> None:
-    """Also where others take their place. A share of a few customers is never too large."""
+    """This holds even if new customers replace them. The share alone would allow it, because so few never count as
+    too many."""
     run("apply", "inventory.yaml")
     before = records(path)
     (files / "nothing.yaml").write_text(nothing)
@@ -138,8 +139,8 @@ def test_pruning_every_customer_of_a_small_store_has_to_be_confirmed(
     assert refused.value.exit_code == 1
     dry = run("apply", "--prune", "--dry-run", "nothing.yaml").stdout
     assert dry.endswith(f"it {would}: to be applied with --confirm only\n")
-    told = json.loads(run("apply", "--prune", "--dry-run", "--json", "nothing.yaml").stdout)
-    assert told["warnings"] == [f"it {would}: to be applied with --confirm only"]
+    printed = json.loads(run("apply", "--prune", "--dry-run", "--json", "nothing.yaml").stdout)
+    assert printed["warnings"] == [f"it {would}: to be applied with --confirm only"]
     assert records(path) == before
     run("apply", "--prune", "--confirm", "nothing.yaml")
     assert not any(key in before for key in records(path))
@@ -176,7 +177,7 @@ def test_a_grant_to_an_offer_that_can_never_be_exempt_is_warned_of(run: Run, fil
 def test_many_grants_that_make_no_difference_take_no_longer(
     run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To find the line of one, the documents are read again."""
+    """Finding the line of a record takes another reading of the documents."""
     found: list[str] = []
     mistake = Inventory.mistake
 
@@ -316,7 +317,7 @@ def test_json_says_what_was_done(run: Run) -> None:
     assert again == {"revision": 1, "dry_run": False, "added": 0, "changed": 0, "removed": 0}
 
 
-def test_whoever_was_slower_is_told_and_writes_nothing(
+def test_the_slower_of_two_writers_gets_a_conflict_and_writes_nothing(
     run: Run, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(opened(path)) as store:
@@ -343,7 +344,7 @@ def test_a_missing_folder_is_an_error(run: Run, files: Path) -> None:
     config.write_text(config.read_text().replace("portward.db", "gone/portward.db"))
     with pytest.raises(StoreError, match=f"there is no folder {files}/gone"):
         run("apply", "inventory.yaml")
-    with pytest.raises(StoreError, match=f"there is no folder {files}/gone"):  # it promises nothing that fails
+    with pytest.raises(StoreError, match=f"there is no folder {files}/gone"):  # the dry run fails as well
         run("apply", "--dry-run", "inventory.yaml")
 
 

@@ -1,4 +1,4 @@
-"""What an inventory would change: found, checked against preset and store, and said in a line each."""
+"""The changes that an inventory would make are found, checked against preset and store, and printed one a line."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ HAVE = texts(*ALL)
 
 
 def without(*records: Record) -> dict[str, str]:
-    """The store's records, but these."""
+    """The store's records without these."""
     return {key: body for key, body in HAVE.items() if key not in {key_of(record) for record in records}}
 
 
 def part(folder: Path, *names: str) -> str:
-    """Only these lists of the example."""
+    """A file with only these lists of the example."""
     lists = EXAMPLE.replace("attachments:", "\0attachments:").replace("exemptions:", "\0exemptions:").split("\0")
     return "".join(text for text in lists if text.split(":")[0] in names)
 
@@ -95,9 +95,9 @@ def test_each_change_is_said_in_a_line(tmp_path: Path) -> None:
 
 def test_an_offer_that_the_preset_does_not_know_is_refused(tmp_path: Path) -> None:
     inventory = read(tmp_path, EXAMPLE.replace("pay-as-you-go", "pay-as-yuo-go"))
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         check_offers(inventory, presets.load("azure-2020"))
-    assert str(told.value).endswith(
+    assert str(caught.value).endswith(
         "inventory.yaml:8: subscriptions[1].offer: the preset azure-2020 knows no offer 'pay-as-yuo-go'; "
         "did you mean 'pay-as-you-go'?"
     )
@@ -107,15 +107,15 @@ def test_an_offer_that_the_preset_does_not_know_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("list_", "line", "field"), [("attachments", 3, "attachments[0]"), ("exemptions", 1, "exemptions[0]")]
 )
-def test_a_subscription_that_nobody_knows_is_refused(tmp_path: Path, list_: str, line: int, field: str) -> None:
+def test_an_unknown_subscription_is_refused(tmp_path: Path, list_: str, line: int, field: str) -> None:
     inventory = read(tmp_path, part(tmp_path, list_))
     check_references(HAVE, inventory, prune=False)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         check_references({}, inventory, prune=False)
     known = (CONTOSO if list_ == "attachments" else FABRIKAM).id
     problem = f"{field}.subscription: no subscription {known} is in the files or in the store"
-    assert problem in str(told.value)
-    assert told.value.line == line + 1
+    assert problem in str(caught.value)
+    assert caught.value.line == line + 1
 
 
 def test_a_subscription_that_is_still_needed_cannot_be_pruned(tmp_path: Path) -> None:

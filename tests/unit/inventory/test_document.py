@@ -1,4 +1,4 @@
-"""What operators write: read from YAML and JSON, and each mistake told with file, line and field."""
+"""Inventories are read from YAML and JSON, and each mistake is reported with file, line and field."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def read(folder: Path, text: str, name: str = "inventory.yaml") -> Inventory:
 
 
 def refused(folder: Path, text: str, name: str = "inventory.yaml") -> str:
-    """What is told of a file, without its folder."""
-    with pytest.raises(InputError) as told:
+    """The error message for a file with this text, without the path of its folder."""
+    with pytest.raises(InputError) as caught:
         read(folder, text, name)
-    assert told.value.exit_code == 2
-    assert "\n" not in str(told.value)
-    return str(told.value).replace(f"{folder}/", "")
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(f"{folder}/", "")
 
 
 def test_a_yaml_inventory_is_read(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_day_is_its_beginning_in_utc_as_the_options_take_it(tmp_path: Path, fo
     text = EXAMPLE.replace("2026-01-10T08:00:00Z", "2026-01-10").replace("2026-01-08T09:00:00Z", "2026-01-08")
     text = text.replace("    by: self", "    until: 2027-01-09\n    by: self")
     if form == "json":
-        text = json.dumps(yaml.load(text, yaml.BaseLoader))  # it makes nothing but texts
+        text = json.dumps(yaml.load(text, yaml.BaseLoader))  # this loader reads every value as a text
         text = text.replace('"true"', "true")
     records = read(tmp_path, text, f"inventory.{form}").records
     machine, exemption = json.loads(records[key_of(MACHINE)]), json.loads(records[key_of(GRANT)])
@@ -119,8 +119,8 @@ def test_a_day_is_its_beginning_in_utc_as_the_options_take_it(tmp_path: Path, fo
 
 def test_a_day_does_not_hide_another_mistake_in_json(tmp_path: Path) -> None:
     text = '{"exemptions": [{"subscription": 1,\n"state": "requested", "until": "2027-01-09"}]}'
-    told = refused(tmp_path, text, "inventory.json")
-    assert told.startswith("inventory.json:1: exemptions[0].subscription: expected a UUID like")
+    message = refused(tmp_path, text, "inventory.json")
+    assert message.startswith("inventory.json:1: exemptions[0].subscription: expected a UUID like")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_an_address_has_one_key(tmp_path: Path, written: str, kept: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("was", "becomes", "told"),
+    ("was", "becomes", "message"),
     [
         ("subscriptions:", "subscription:", ":1: subscription: unknown key; did you mean 'subscriptions'?"),
         ("exemptions:", "machines:", ":20: machines: unknown key; known here: subscriptions, "),
@@ -191,13 +191,15 @@ def test_an_address_has_one_key(tmp_path: Path, written: str, kept: str) -> None
         (f"id: {OTHER}", f"id: {ID}", f":6: subscriptions[1]: subscriptions/{ID} stands in inventory.yaml:2 "),
     ],
 )  # fmt: skip
-def test_a_mistake_in_yaml_is_told_with_its_place(tmp_path: Path, was: str, becomes: str, told: str) -> None:
+def test_a_mistake_in_yaml_is_reported_with_its_place(
+    tmp_path: Path, was: str, becomes: str, message: str
+) -> None:
     assert EXAMPLE.count(was) >= 1
-    assert refused(tmp_path, EXAMPLE.replace(was, becomes, 1)).startswith(f"inventory.yaml{told}")
+    assert refused(tmp_path, EXAMPLE.replace(was, becomes, 1)).startswith(f"inventory.yaml{message}")
 
 
 @pytest.mark.parametrize(
-    ("was", "becomes", "told"),
+    ("was", "becomes", "message"),
     [
         ('"attachments"', '"attachment"', ":5: attachment: unknown key; did you mean 'attachments'?"),
         ('"workload"', '"wokload"', ":10: attachments[0].wokload: unknown key; did you mean 'workload'?"),
@@ -216,10 +218,12 @@ def test_a_mistake_in_yaml_is_told_with_its_place(tmp_path: Path, was: str, beco
         ("]\n}\n", "]\n} x\n", ":13: not JSON: trailing characters"),
     ],
 )
-def test_a_mistake_in_json_is_told_with_its_place(tmp_path: Path, was: str, becomes: str, told: str) -> None:
+def test_a_mistake_in_json_is_reported_with_its_place(
+    tmp_path: Path, was: str, becomes: str, message: str
+) -> None:
     assert EXAMPLE_JSON.count(was) == 1
     assert refused(tmp_path, EXAMPLE_JSON.replace(was, becomes), "inventory.json").startswith(
-        f"inventory.json{told}"
+        f"inventory.json{message}"
     )
 
 
@@ -227,13 +231,13 @@ def test_a_record_that_stands_twice_names_both_files(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.json"
     one.write_text(EXAMPLE)
     two.write_text(EXAMPLE_JSON)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         read_inventory([str(one), str(two)])
-    assert str(told.value) == (f"{two}:3: subscriptions[0]: subscriptions/{ID} stands in {one}:2 already")
+    assert str(caught.value) == (f"{two}:3: subscriptions[0]: subscriptions/{ID} stands in {one}:2 already")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "inventory.yaml: the document is empty"),
         ("# nothing\n", "inventory.yaml: the document is empty"),
@@ -249,8 +253,8 @@ def test_a_record_that_stands_twice_names_both_files(tmp_path: Path) -> None:
         ('{"subscriptions": [' + '{"id":' * 100_000, "inventory.yaml"),
     ],
 )
-def test_a_document_of_another_form_is_refused(tmp_path: Path, text: str, told: str) -> None:
-    assert refused(tmp_path, text).startswith(told)
+def test_a_document_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert refused(tmp_path, text).startswith(message)
 
 
 MERGED = f"""\
@@ -267,7 +271,7 @@ def test_a_key_that_overrides_a_merged_one_does_not_stand_twice(tmp_path: Path) 
     assert [record["offer"] for record in records] == ["csp", "csp", "csp", "trial"]
 
 
-def test_of_two_mistakes_in_yaml_the_first_is_told(tmp_path: Path) -> None:
+def test_of_two_mistakes_in_yaml_the_first_is_reported(tmp_path: Path) -> None:
     text = EXAMPLE.replace("payment_history: true", "payment_history: !mine true")
     text = text.replace("    by: self\n", "    by: self\n    by: other\n")
     assert refused(tmp_path, text).startswith("inventory.yaml:11: not YAML: the tag '!mine' is not taken")
@@ -289,7 +293,7 @@ def test_aliases_of_aliases_come_to_an_end(tmp_path: Path, bomb: str) -> None:
     assert "inventory.yaml:1: " in refused(tmp_path, bomb)
 
 
-def test_what_is_not_utf_8_is_told_with_its_line(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf_8_are_reported_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "latin.yaml"
     path.write_bytes(b"subscriptions:\n- name: m\xfcller\n")
     with pytest.raises(InputError, match=r"latin\.yaml:2: byte 0xfc is not UTF-8"):
@@ -303,7 +307,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_inventory([str(tmp_path)])
 
 
-def test_yaml_numbers_that_look_like_addresses_are_told(tmp_path: Path) -> None:
+def test_yaml_numbers_that_look_like_addresses_are_refused(tmp_path: Path) -> None:
     text = EXAMPLE.replace("address: 10.0.0.4", "address: 1:20")  # 80, for YAML 1.1
     assert "attachments[0].address: expected an address or a prefix in quotes, got 80" in refused(tmp_path, text)
 

@@ -1,4 +1,4 @@
-"""What is exported is taken back without any difference, whatever the records hold."""
+"""An export can be applied again without any difference, whatever the records hold."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ subscriptions = st.builds(
     payment_history=st.booleans(),
     mode=st.sampled_from(Mode),
 )
-# No packet has a source of these, and they are refused.
+# IPv4-mapped addresses. No packet has such a source, and attachments with them are refused.
 MAPPED = IPv6Network("::ffff:0:0/96")
 networks = st.one_of(
     st.tuples(st.ip_addresses(v=4), st.integers(0, 32)).map(lambda found: IPv4Network(found, strict=False)),
@@ -113,7 +113,7 @@ def test_many_records_are_one_list_each() -> None:
 
 @pytest.mark.parametrize("text_of", [json_text, yaml_text])
 @pytest.mark.parametrize(
-    ("key", "body", "told"),
+    ("key", "body", "message"),
     [
         ("subscriptions/1", "{}", "subscriptions/1: id: is missing"),
         ("attachments/vni1/10.0.0.4", '{"segment":5,', "attachments/vni1/10.0.0.4: "),
@@ -127,7 +127,7 @@ def test_many_records_are_one_list_each() -> None:
     ],
 )
 def test_a_record_that_cannot_be_read_is_not_left_out_in_silence(
-    text_of: Writer, key: str, body: str, told: str
+    text_of: Writer, key: str, body: str, message: str
 ) -> None:
-    with pytest.raises(RecordError, match=told):
+    with pytest.raises(RecordError, match=message):
         list(text_of({key: body}))

@@ -1,4 +1,4 @@
-"""The layout of the mark: the same in Python and in the ruleset, and nobody else's bits in it."""
+"""The mark has the same layout in Python and in the ruleset, and uses no bits of other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics: every number that is read is exported, under names and with help that hold to the rules."""
+"""Every number of a snapshot is exported, and names and help texts follow the Prometheus conventions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heads of requests: which are scrapes, and which answer each other request gets."""
+"""Request heads: those of scrapes are recognised, and any other gets the right error."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_what_is_a_scrape(head: bytes, expected: Request) -> None:
         (b"GET /" + b"x" * MAX_HEAD_BYTES, 431, True),
     ],
 )
-def test_what_is_no_scrape_is_told_why(head: bytes, status: int, malformed: bool) -> None:
+def test_a_request_that_is_no_scrape_gets_the_right_error(head: bytes, status: int, malformed: bool) -> None:
     with pytest.raises(BadRequestError) as caught:
         request(head)
     assert caught.value.answer.status.startswith(str(status))

@@ -1,4 +1,4 @@
-"""The metrics server under harmful clients: it answers scrapes, and takes no more than its share."""
+"""With harmful clients, the metrics server still answers scrapes, and its use of resources stays bounded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def free() -> Endpoint:
 
 
 def until(true: Callable[[], bool]) -> None:
-    """Waits until `true` is."""
+    """Waits until `true()` is true."""
     deadline = time.monotonic() + SECONDS
     while not true():
         assert time.monotonic() < deadline
@@ -173,7 +173,8 @@ def test_slow_readers_hold_few_answers_and_give_way(ground: Ground) -> None:
 
 
 def test_a_busy_scraper_leaves_half_of_the_time(ground: Ground) -> None:
-    """The thread rests for as long as an answer took to make: two more take five times that at least."""
+    """After each answer the thread rests for as long as the answer took. So two more answers take at least five
+    times as long as one."""
 
     def slow(_: Request) -> Answer:
         time.sleep(0.1)  # pause: how slow the answer is
@@ -230,9 +231,9 @@ def test_an_address_that_is_taken_is_tried_again(
     until(lambda: not ground.server.problem)
     assert ground.ask().endswith(b"up 1\n")
     ground.server.close()
-    told = [record.message for record in caplog.records]
-    assert sum("Address already in use" in line for line in told) == 1
-    assert sum("can be scraped now" in line for line in told) == 1
+    logged = [record.message for record in caplog.records]
+    assert sum("Address already in use" in line for line in logged) == 1
+    assert sum("can be scraped now" in line for line in logged) == 1
 
 
 def test_of_localhost_one_family_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +351,7 @@ def test_a_listener_that_cannot_be_waited_for_is_opened_again(monkeypatch: pytes
 
 
 def test_who_keeps_the_thread_busy_has_half_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They connect, or send useless data, as fast as they can."""
+    """The clients connect, or send useless data, as fast as they can."""
     work, pauses = 0.0, list[float]()
     now = 1_000.0
 

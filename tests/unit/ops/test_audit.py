@@ -1,6 +1,6 @@
-"""`portward audit` as an operator meets it."""
+"""`portward audit` as an operator uses it."""
 
-# ruff: noqa: S608 # every statement is our own
+# ruff: noqa: S608 # the test writes every statement
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEAD = r"head \d+:[0-9a-f]{64}"
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the store is that the configuration names."""
+    """The path of the store that the configuration names."""
     path = tmp_path / "portward.db"
     (tmp_path / "portward.toml").write_text(f'segments = ["vni*"]\nuplinks = ["up0"]\nstore = "sqlite:{path}"\n')
     monkeypatch.chdir(tmp_path)
@@ -51,7 +51,7 @@ def log(path: Path) -> Path:
 
 
 def audit(*arguments: str, code: int = 0) -> list[str]:
-    """The lines that it prints."""
+    """The lines that `portward audit` prints."""
     result = run(*arguments)
     assert result.exit_code == code, result.stderr
     assert (result.stderr != "") == (code != 0)
@@ -59,7 +59,7 @@ def audit(*arguments: str, code: int = 0) -> list[str]:
 
 
 def run(*arguments: str) -> Result:
-    """Runs it; raises the error that the program would print."""
+    """Runs `portward audit`; raises the error that the program would print."""
     result = CliRunner().invoke(app, ["audit", "--config", "portward.toml", *arguments])
     if isinstance(result.exception, PortwardError):
         raise result.exception
@@ -67,7 +67,7 @@ def run(*arguments: str) -> Result:
 
 
 def machine(*arguments: str) -> dict[str, Any]:
-    """The document that it prints for programs."""
+    """The output of `portward audit --json`."""
     found: dict[str, Any] = json.loads(run("--json", *arguments).stdout)
     return found
 
@@ -100,7 +100,7 @@ def test_it_prints_who_changed_what_and_when_and_the_verdict(path: Path) -> None
     assert re.fullmatch(f"checked 3 revisions, 7 changes: whole, {HEAD}", last)
 
 
-def test_what_cannot_be_read_as_a_record_is_told_by_its_key(path: Path) -> None:
+def test_an_unreadable_record_is_shown_by_its_key(path: Path) -> None:
     with closing(opened(path)) as store:
         write(store, Put("subscriptions/x", "no \x1b[31mJSON"), Put("weird", "1"))
         write(store, Put("subscriptions/x", "{}"), Put("weird", None))
@@ -186,7 +186,7 @@ def test_an_address_is_not_the_prefix_that_begins_with_it(log: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--since", "9"), "no entry after revision 9: the newest is revision 5"),
         (("--actor", "bob"), "no entry by 'bob': the newest is revision 5"),
@@ -196,13 +196,13 @@ def test_an_address_is_not_the_prefix_that_begins_with_it(log: Path) -> None:
         ),
     ],
 )
-def test_where_nothing_is_chosen_it_says_so(log: Path, arguments: tuple[str, ...], told: str) -> None:
+def test_where_nothing_is_chosen_it_says_so(log: Path, arguments: tuple[str, ...], message: str) -> None:
     assert log.exists()
-    assert audit(*arguments)[0] == told
+    assert audit(*arguments)[0] == message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--since", "1", "--last", "2"), "--since: either this or --last, not both"),
         (("--check", "--last", "2"), "--check: prints no entries, so --last says nothing"),
@@ -212,11 +212,11 @@ def test_where_nothing_is_chosen_it_says_so(log: Path, arguments: tuple[str, ...
         (("--expect", "5:abc"), "--expect: '5:abc' is not REVISION:HASH"),
     ],
 )
-def test_a_mistake_is_told(log: Path, arguments: tuple[str, ...], told: str) -> None:
+def test_a_mistake_is_reported(log: Path, arguments: tuple[str, ...], message: str) -> None:
     assert log.exists()
     with pytest.raises(InputError) as error:
         run(*arguments)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert error.value.exit_code == 2
 
 
@@ -255,8 +255,8 @@ def test_many_findings_are_cut_and_counted(path: Path) -> None:
     assert len(result.stderr.splitlines()) == 101
     assert result.stderr.splitlines()[-1] == "portward: … and 150 more"
     assert "250 findings" in result.stdout
-    told = machine()
-    assert (told["whole"], told["findings_total"], len(told["findings"])) == (False, 250, 100)
+    printed = machine()
+    assert (printed["whole"], printed["findings_total"], len(printed["findings"])) == (False, 250, 100)
 
 
 def test_the_head_that_was_printed_is_expected_later(log: Path) -> None:
@@ -293,13 +293,13 @@ def test_json_is_one_object(log: Path) -> None:
     tamper(log, "UPDATE revision SET actor = 'eve' WHERE number = 4")
     result = run("--json", "--last", "2")
     assert (result.exit_code, result.stderr) == (1, "")
-    told = json.loads(result.stdout)
-    assert (told["whole"], told["revisions"], told["changes"], told["sealed"]) == (False, 5, 9, None)
-    assert re.fullmatch("5:[0-9a-f]{64}", told["head"])
-    assert [(each["kind"], each["revision"]) for each in told["findings"]] == [("entry-changed", 4)]
-    fourth, fifth = told["entries"]
+    printed = json.loads(result.stdout)
+    assert (printed["whole"], printed["revisions"], printed["changes"], printed["sealed"]) == (False, 5, 9, None)
+    assert re.fullmatch("5:[0-9a-f]{64}", printed["head"])
+    assert [(each["kind"], each["revision"]) for each in printed["findings"]] == [("entry-changed", 4)]
+    fourth, fifth = printed["entries"]
     assert (fourth["revision"], fourth["actor"], fourth["added"], fourth["changed"]) == (4, "eve", 1, 1)
-    assert told["head"] == f"5:{fifth['hash']}"
+    assert printed["head"] == f"5:{fifth['hash']}"
     assert fifth["changes"][0]["after"]["name"] == "contoso-prod"
 
 
@@ -311,7 +311,7 @@ def test_json_holds_what_is_no_json_as_a_text(path: Path) -> None:
     assert change == {"key": "subscriptions/x", "before": "<bytes 80>", "after": '{"a": '}
 
 
-def test_no_store_is_told(path: Path) -> None:
+def test_a_missing_store_is_an_error(path: Path) -> None:
     with pytest.raises(NoStoreError, match="no such file: put it back from a backup"):
         run()
     path.touch()
@@ -324,11 +324,11 @@ def test_an_empty_store_is_whole(path: Path) -> None:
     first, last = audit()
     assert first == "the log has no entry yet"
     assert re.fullmatch(f"checked 0 revisions, 0 changes: whole, {HEAD}", last)
-    told = machine()
-    assert (told["whole"], told["entries"]) == (True, [])
+    printed = machine()
+    assert (printed["whole"], printed["entries"]) == (True, [])
 
 
-def test_a_store_of_format_1_is_shown_and_told_and_not_sealed(path: Path) -> None:
+def test_a_store_of_format_1_is_shown_and_reported_and_not_sealed(path: Path) -> None:
     format_1(path)
     result = run()
     assert result.exit_code == 1

@@ -1,4 +1,5 @@
-"""Warnings for a writer about the agent here: that it reads another store, or holds a change of this one."""
+"""A verb that writes to a store warns if the agent on this host reads another store, or holds a change of this
+one."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def configure(file: Path, store: str) -> None:
 
 
 def read_into_table(config: Config) -> None:
-    """The work of an agent that has ended: the table is read from the store."""
+    """Loads the table from the store, as an agent that has ended since."""
     path = Path(config.store.removeprefix("sqlite:"))
     with closing(SqliteStore(path, create=True)) as store, closing(Writer(config.table, AZURE, ENFORCE)) as writer:
         write(store, *map(put, ALL))
@@ -81,7 +82,7 @@ def test_the_store_that_the_agent_reads_needs_no_warning(config: Config, file: P
 
 
 def test_the_same_file_under_another_name_is_the_same_store(config: Config, file: Path, agent: Runtime) -> None:
-    """As by a bind mount: a link that is not one to the other."""
+    """A bind mount gives such a name. The test uses a hard link."""
     assert agent
     (file.parent / "portward.db").touch()
     (file.parent / "mount.db").hardlink_to(file.parent / "portward.db")
@@ -129,12 +130,12 @@ def test_each_verb_on_a_store_says_that_the_agent_reads_another_one(
     assert agent
     configure(file, "typo.db")
     portward(file, "apply", str(file.parent / "inventory.yaml"))
-    told = CliRunner().invoke(app, [*verb, "--config", str(file)])
+    result = CliRunner().invoke(app, [*verb, "--config", str(file)])
     typo = load_config(file).store
-    assert told.stderr.startswith(
+    assert result.stderr.startswith(
         f"WARNING   the agent here reads another store, {config.store}: it does not see "
     )
-    assert f"what is in {typo}; put `store` right, or restart the agent" in told.stderr
+    assert f"what is in {typo}; put `store` right, or restart the agent" in result.stderr
 
 
 def test_check_says_so_of_a_file_that_the_agent_does_not_have_in_force(
@@ -152,9 +153,9 @@ def test_apply_says_so_before_it_is_done_and_after(file: Path, config: Config, a
     configure(file, "typo.db")
     inventory = str(file.parent / "inventory.yaml")
     warning = f"the agent here reads another store, {config.store}: it does not see what is in "
-    told = json.loads(portward(file, "apply", "--dry-run", "--json", inventory).stdout)
-    assert told["new_store"] is True
-    assert told["warnings"][0].startswith(warning)
+    printed = json.loads(portward(file, "apply", "--dry-run", "--json", inventory).stdout)
+    assert printed["new_store"] is True
+    assert printed["warnings"][0].startswith(warning)
     for more in ("--dry-run",), ():
         assert portward(file, "apply", *more, inventory).stdout.startswith(f"WARNING   {warning}")
     confirmed = portward(file, "apply", "--confirm").stdout
@@ -168,9 +169,9 @@ def test_a_table_that_is_cut_off_does_not_end_the_verb_that_makes_a_store(file: 
         beside.unlink()
     os.truncate(config.table / "data.mdb", 9000)
     verb = (sys.executable, "-m", "portward", "apply", "--config", str(file), str(file.parent / "inventory.yaml"))
-    told = subprocess.run(verb, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.startswith(f"made a new store: {config.store}\n")
+    result = subprocess.run(verb, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"made a new store: {config.store}\n")
 
 
 def test_explain_names_a_store_that_is_gone_also_beside_a_table_that_is_cut_off(
@@ -181,9 +182,9 @@ def test_explain_names_a_store_that_is_gone_also_beside_a_table_that_is_cut_off(
         beside.unlink()
     os.truncate(config.table / "data.mdb", 9000)
     verb = (sys.executable, "-m", "portward", "explain", "vni1001", "10.0.0.4", "--config", str(file))
-    told = subprocess.run(verb, capture_output=True, text=True, check=False)
-    assert (told.returncode, told.stdout) == (1, "")
-    assert told.stderr.startswith(f"portward: {config.store}: no such file")
+    result = subprocess.run(verb, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"portward: {config.store}: no such file")
 
 
 def test_a_store_that_is_gone_is_not_replaced_in_silence(file: Path, config: Config) -> None:
@@ -204,7 +205,7 @@ def test_a_store_that_is_there_is_not_lost(file: Path, config: Config) -> None:
     assert "WARNING" not in portward(file, "apply", str(file.parent / "inventory.yaml")).stdout
 
 
-def test_what_nobody_holds_for_certain_is_confirmed_and_said(file: Path, config: Config) -> None:
+def test_a_confirmation_warns_if_it_is_unknown_whether_anything_is_held(file: Path, config: Config) -> None:
     inventory = str(file.parent / "inventory.yaml")
     portward(file, "apply", inventory)
     unknown = "no agent runs here: it is not known whether anything was held"
@@ -221,7 +222,7 @@ def test_what_nobody_holds_for_certain_is_confirmed_and_said(file: Path, config:
     )
 
 
-def test_an_agent_without_a_policy_holds_nobody_knows_what(config: Config, agent: Runtime) -> None:
+def test_it_is_unknown_what_an_agent_without_a_policy_holds(config: Config, agent: Runtime) -> None:
     assert agent
     assert held_unknown(config).endswith(": it is not known whether anything was held")
 

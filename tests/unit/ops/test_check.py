@@ -1,4 +1,4 @@
-"""`portward check` finds what a start, or a request at three in the morning, would find."""
+"""`portward check` finds the mistakes that a start, or a request at three in the morning, would run into."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from portward.store.backends import open_store
 LEAST = 'segments = ["vni*"]\nuplinks = ["up0"]\n'
 
 
-def test_a_file_where_the_tables_folder_should_be_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_tables_folder_is_reported_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "portward.toml"
     path.write_text(f'{LEAST}table = "{path}"\n')
     with pytest.raises(InputError, match=r":3: table: '.*portward.toml' is no folder"):
@@ -27,7 +27,7 @@ def test_a_file_where_the_tables_folder_should_be_is_told_with_its_line(tmp_path
 
 
 class Kernel:
-    """Takes everything, and no process has its lock."""
+    """A kernel that accepts every change, and whose lock no process has."""
 
     def owned_table(self, _: str) -> None:
         """None."""
@@ -37,7 +37,7 @@ class Kernel:
 
 
 def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
-    """A host with these interfaces, whose kernel takes everything."""
+    """A host with these interfaces, whose kernel accepts every change."""
     monkeypatch.setattr(check, "Nft", lambda *_: Kernel())
     monkeypatch.setattr(check, "NfNetlink", Kernel)
     monkeypatch.setattr(xtables, "has_native_queue", lambda _: True)
@@ -83,20 +83,20 @@ def test_it_shows_names_that_are_not_text(tmp_path: Path, monkeypatch: pytest.Mo
     assert r"segments 'vni*': vni\xff\x1b" in said(tmp_path)
 
 
-@pytest.mark.parametrize(("with_store", "told"), [(True, True), (False, False)])
-def test_a_program_that_cannot_be_run_is_told_and_keeps_no_agent_from_its_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: bool, told: bool
+@pytest.mark.parametrize(("with_store", "expected"), [(True, True), (False, False)])
+def test_a_program_that_cannot_be_run_is_reported_and_keeps_no_agent_from_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: bool, expected: bool
 ) -> None:
     on_a_host(monkeypatch)
     path = tmp_path / "portward.toml"
     path.write_text(f'{LEAST}[exemptions]\ncheck = ["{path}", "--quick"]\n')
     lines = list(itertools.islice(check.check(path, with_store=with_store), 6))
     warned = f"WARNING: exemptions.check: {path} cannot be run here: there is no such program, or it may not be "
-    assert any(line.startswith(warned) for line in lines) is told
+    assert any(line.startswith(warned) for line in lines) is expected
 
 
 @pytest.mark.parametrize(
-    ("process", "status", "told"),
+    ("process", "status", "message"),
     [
         (None, None, "there is none yet$"),
         (4711, None, "there is none yet; an agent is starting .process 4711."),
@@ -108,7 +108,7 @@ def test_a_table_that_is_gone_is_no_table_that_is_not_there_yet(
     monkeypatch: pytest.MonkeyPatch,
     process: int | None,
     status: dict[str, Any] | None,
-    told: str,
+    message: str,
 ) -> None:
     on_a_host(monkeypatch)
     monkeypatch.setattr(check, "running", lambda _: process)
@@ -121,5 +121,5 @@ def test_a_table_that_is_gone_is_no_table_that_is_not_there_yet(
         pass
     lines = list(check.check(path))
     assert [
-        line for line in lines if re.search(rf"{tmp_path}/table: there is none", line) and re.search(told, line)
+        line for line in lines if re.search(rf"{tmp_path}/table: there is none", line) and re.search(message, line)
     ]

@@ -49,7 +49,7 @@ def cached(verdict: Class) -> CachedState:
         (DOWN, NOTHING, DENY, Effect.DROPPED, True),
         (DOWN, cached(Class.ALLOW), ALLOW, Effect.PASSES, True),
         (DOWN_OBSERVED, NOTHING, OBSERVED, Effect.PASSES, True),
-        # By subscription: the kernel does not know that, and no worker says so.
+        # The subscription is observed. The kernel does not know that, and no worker runs that does.
         (DOWN, NOTHING, OBSERVED, Effect.DROPPED, False),
         (DOWN_OPEN, NOTHING, DENY, Effect.PASSES, False),
         (DOWN_OPEN, cached(Class.DENY), DENY, Effect.DROPPED, True),
@@ -69,7 +69,8 @@ def cached(verdict: Class) -> CachedState:
         (STOPPED, NOTHING, OBSERVED, Effect.DROPPED, False),
         (STOPPED, NOTHING, Policy(verdict="allow", internal=True), Effect.PASSES, True),
         (Host(stacked=BRIDGE, fate=Fate.STOPPED, agent=Agent.NONE), NOTHING, ALLOW, Effect.UNKNOWN, None),
-        # What stands on the segment since the agent's end is no known interface, and so dropped.
+        # A device that was put on the segment after the agent's end is no known interface, so its packets are
+        # dropped.
         (
             Host(stacked=BRIDGE, fate=Fate.OBSERVED, agent=Agent.NONE, workers=Workers.NONE),
             NOTHING,
@@ -120,7 +121,7 @@ def test_every_state_of_a_host_has_an_answer(agent: Agent, loaded: Ruleset, work
         (Host(agent=Agent.SILENT, workers=Workers.NONE), False, Handling.UNANSWERED),
     ],
 )
-def test_only_a_host_whose_agent_reports_is_said_to_judge(host: Host, observed: bool, place: Handling) -> None:
+def test_only_a_host_whose_agent_reports_is_said_to_enforce(host: Host, observed: bool, place: Handling) -> None:
     assert handling(msgspec.structs.replace(host, observed=observed)) is place
 
 

@@ -9,7 +9,7 @@ from portward.ops.explanation import Explanation, lines
 
 
 @pytest.mark.parametrize(
-    ("effect", "told"),
+    ("effect", "message"),
     [
         (Effect.PASSES, "(observed only: the packet passes)"),
         (Effect.DROPPED, "(observed only)"),
@@ -17,7 +17,7 @@ from portward.ops.explanation import Explanation, lines
         (Effect.UNKNOWN, "(observed only)"),
     ],
 )
-def test_what_is_only_observed_is_said_to_pass_only_if_it_does(effect: Effect, told: str) -> None:
+def test_what_is_only_observed_is_said_to_pass_only_if_it_does(effect: Effect, message: str) -> None:
     found = Explanation(
         segment="vni1002",
         address="10.0.0.4",
@@ -37,4 +37,4 @@ def test_what_is_only_observed_is_said_to_pass_only_if_it_does(effect: Effect, t
         remedy="",
         now=Now(effect, ""),
     )
-    assert next(lines(found)) == f"vni1002 10.0.0.4: DENY {told}"
+    assert next(lines(found)) == f"vni1002 10.0.0.4: DENY {message}"

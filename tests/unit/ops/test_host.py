@@ -1,4 +1,4 @@
-"""The state of this host is what the kernel has loaded, not what a file says now."""
+"""The state of this host comes from the ruleset in the kernel, not from the configuration file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Kernel:
         return SetElement(key, 0, 0) if found else None
 
     def elements(self, _: str, set_: str) -> list[SetElement]:
-        """Begin and end of each interval, the last ones first, and the kernel's closing end."""
+        """The begin and end of each interval, the last ones first, and the end mark that the kernel adds."""
         if set_ not in self._sets:
             raise FileNotFoundError
         keys = sorted((key for pattern in self._sets[set_] for key in bounds(pattern)), reverse=True)
@@ -77,7 +77,7 @@ def test_the_patterns_of_a_loaded_ruleset_are_read_as_they_were_written(patterns
     assert loaded.patterns(Kernel(), loaded.OPEN) == ()  # type: ignore[arg-type] # an older ruleset
 
 
-def test_while_the_agent_says_that_its_ruleset_is_not_in_force_nobody_knows_what_is_judged(
+def test_while_the_ruleset_is_reported_as_not_in_force_the_handling_is_unknown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     status = {"ruleset_error": "No buffer space available", "workers": []}

@@ -24,7 +24,7 @@ def test_a_segment_that_is_here_is_no_mistake() -> None:
     assert list(warnings(CONFIG, ["vni1001"], HERE)) == []
 
 
-def test_one_that_no_gateway_of_this_configuration_judges_is_warned_of() -> None:
+def test_a_segment_that_this_configuration_does_not_match_is_warned_of() -> None:
     (line,) = warnings(CONFIG, ["vmi1001"], HERE)
     assert line == (
         "segment vmi1001: none of `segments` in the configuration (vni*, tap7), so this gateway enforces nothing "

@@ -1,4 +1,4 @@
-"""The texts of `portward rules` and `portward status` on the kernel, also if the user may not read it."""
+"""The texts of `portward rules` and `portward status` about the kernel, for users who may read it and others."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ class Held:
         return [7]
 
     def owned_table(self, _: str) -> str | None:
-        """The comment."""
+        """The comment of the lock."""
         return self._comment
 
 
 @pytest.mark.parametrize("ask", [reconciler.loaded, reconciler.closed])
-def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
+def test_without_cap_net_admin_the_error_names_it(ask: Any) -> None:
     with pytest.raises(KernelError, match="takes root or CAP_NET_ADMIN"):
         ask(Forbidden())
 
 
 @pytest.mark.parametrize(
-    ("loaded", "closed", "opens", "told"),
+    ("loaded", "closed", "opens", "message"),
     [
         (
             True,
@@ -87,16 +87,16 @@ def test_who_may_not_ask_the_kernel_is_told_what_it_takes(ask: Any) -> None:
     ],
 )
 def test_without_an_agent_what_is_said_is_what_the_kernel_does(
-    monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, opens: tuple[str, ...], told: str
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, closed: bool, opens: tuple[str, ...], message: str
 ) -> None:
-    """The configuration may differ; it is not loaded."""
+    """The text follows the loaded ruleset, not the configuration, which may differ."""
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
     monkeypatch.setattr(reconciler, "loaded", lambda _: loaded)
     monkeypatch.setattr(reconciler, "closed", lambda _: closed)
     monkeypatch.setattr(rules, "states", list)
     for config in (CONFIG, replace(CONFIG, on_agent_down=OnAgentDown.OPEN), replace(CONFIG, mode=Mode.OBSERVE)):
         said = rules.without_agent(config)
-        assert told in said
+        assert message in said
         assert said.endswith(" (start it: `systemctl start portward`)")
 
 
@@ -113,7 +113,7 @@ def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypat
     )
 
 
-def test_without_an_agent_who_may_not_ask_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_agent_and_the_privilege_the_enforcement_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "NfNetlink", Forbidden)
     assert rules.without_agent(CONFIG).startswith("what the kernel enforces is not known: ")
 
@@ -138,15 +138,15 @@ def test_without_an_agent_on_this_table_one_with_another_table_is_named(
 
 
 @pytest.mark.parametrize(
-    ("loaded", "comment", "told"),
+    ("loaded", "comment", "message"),
     [
         (False, None, "no ruleset of portward is loaded here"),
         (True, "portward, process 4711", r"the agent runs \(process 4711 by its own count\).* stop it first"),
         (True, "other", "another program owns table inet portward_lock"),
     ],
 )
-def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
-    monkeypatch: pytest.MonkeyPatch, loaded: bool, comment: str | None, told: str
+def test_a_removal_that_cannot_work_is_refused_before_the_question(
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, comment: str | None, message: str
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(comment))
     monkeypatch.setattr(reconciler, "loaded", lambda _: loaded)
@@ -154,11 +154,11 @@ def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
     monkeypatch.setattr(namespacelock, "lasting_holder", namespacelock.holder)
     result = CliRunner().invoke(app, ["rules", "remove"])
     assert result.stdout == ""
-    assert re.search(told, str(result.exception))
+    assert re.search(message, str(result.exception))
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (None, "standard input: is closed, so no answer can be read: use --yes"),
         (b"\xff\n", "stopped at the question: nothing was changed"),
@@ -166,12 +166,12 @@ def test_what_cannot_be_removed_is_said_before_anybody_is_asked(
     ],
 )
 def test_an_answer_that_is_none_ends_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, given: bytes | None, told: str
+    monkeypatch: pytest.MonkeyPatch, given: bytes | None, message: str
 ) -> None:
     answer = None if given is None else io.TextIOWrapper(io.BytesIO(given), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", answer)
     monkeypatch.setattr(rules, "check_removable", lambda: None)
-    with pytest.raises(PortwardError, match=re.escape(told)):
+    with pytest.raises(PortwardError, match=re.escape(message)):
         verb.remove()
 
 
@@ -193,7 +193,7 @@ def test_what_libraries_write_to_standard_error_is_not_shown(
 
 
 @pytest.mark.parametrize(
-    ("opens", "config", "told"),
+    ("opens", "config", "message"),
     [
         ((), CONFIG, ""),
         (("vni*",), replace(CONFIG, on_agent_down=OnAgentDown.OPEN), ""),
@@ -202,20 +202,20 @@ def test_what_libraries_write_to_standard_error_is_not_shown(
     ],
 )
 def test_a_baseline_that_changes_nothing_says_what_is_loaded_against_the_file(
-    monkeypatch: pytest.MonkeyPatch, opens: tuple[str, ...], config: Config, told: str
+    monkeypatch: pytest.MonkeyPatch, opens: tuple[str, ...], config: Config, message: str
 ) -> None:
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None, opens))
     monkeypatch.setattr(reconciler, "loaded", lambda _: True)
     monkeypatch.setattr(rules, "load_config", lambda _: config)
     said = rules.baseline(Path("portward.toml"))
     assert said.startswith("portward's ruleset is loaded already: nothing is changed")
-    if told:
-        assert f". It is not what portward.toml wants: it {told} An agent loads that when" in said
+    if message:
+        assert f". It is not what portward.toml wants: it {message} An agent loads that when" in said
     else:
         assert said.endswith("nothing is changed")
 
 
-def test_if_nothing_is_loaded_only_who_has_no_agent_is_told_to_start_one(
+def test_if_nothing_is_loaded_the_advice_to_start_an_agent_comes_only_without_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert str(host.nothing_loaded(tmp_path)).endswith("(start the agent: `systemctl start portward`)")

@@ -1,4 +1,4 @@
-"""Every row of azure-2020-cases.yaml is decided as it says."""
+"""`decide` gives the expected reason for every row of azure-2020-cases.yaml."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ def test_case(case: dict[str, Any]) -> None:
     assert decision.allows is (case["verdict"] == "allow")
 
 
-def _exemption(told: dict[str, Any] | None) -> Exemption | None:
-    return None if told is None else msgspec.convert({"subscription": str(OWNER)} | told, Exemption)
+def _exemption(expected: dict[str, Any] | None) -> Exemption | None:
+    return None if expected is None else msgspec.convert({"subscription": str(OWNER)} | expected, Exemption)

@@ -1,4 +1,4 @@
-"""`portward policy list` and `show` print what the presets say."""
+"""`portward policy list` and `show` print the presets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portward.policy import presets
 
 
 def run(*arguments: str) -> str:
-    """What the verb prints on success."""
+    """The output of a verb of `policy`, which must succeed."""
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     return result.stdout
@@ -33,7 +33,7 @@ def test_list_in_json() -> None:
     assert found["azure-2023"]["source_date"] == "2023-12-20"
 
 
-def test_show_tells_source_ports_prefixes_and_every_offer() -> None:
+def test_show_prints_source_ports_prefixes_and_every_offer() -> None:
     text = run("show", "azure-2020")
     preset = presets.load("azure-2020")
     for part in (preset.title, preset.source, "2020-12-01", "10.0.0.0/8", "fc00::/7", preset.restart):

@@ -1,7 +1,7 @@
-"""Where several things hold, the first of the policy page's list decides.
+"""If several conditions hold, the first in the list of the policy page decides.
 
-Each test builds the facts instead of judging them: one condition is made to hold, those before it on the page
-are made not to, and whatever comes after it is left to chance. So the expected reason is known beforehand.
+Each test makes facts for an expected reason. It makes one condition true and all conditions before it on the page
+false, and draws everything else at random.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from portward.policy import presets
 from portward.policy.decide import decide, rule_text
 from portward.policy.preset import ExemptionPath, Offer
 
-settings.register_profile("policy", deadline=None)  # a busy machine is no failure
+settings.register_profile("policy", deadline=None)  # a busy machine must not make a test fail
 settings.load_profile("policy")
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
@@ -79,7 +79,7 @@ any_start = st.none() | instants
 
 
 def subscriptions(offer: Any = any_offer, created: Any = any_created, standing: Any = in_use) -> Any:
-    """Subscriptions, and all that must never matter left to chance."""
+    """Subscriptions, with random values in all fields that must never matter."""
     return st.builds(
         Subscription,
         id=st.just(OWNER),
@@ -116,7 +116,7 @@ def reason(
     destination: Address | None = None,
     now: datetime = NOW,
 ) -> Reason:
-    """What decide() says; on the way, that verdict and words agree with it."""
+    """The reason that decide() gives. Also checks that the verdict and the sentence agree with it."""
     facts: dict[str, Any] = {"subscription": subscription, "exemption": exemption, "attachment": attachment}
     decision = decide(PRESET, **facts, now=now, destination=destination)
     assert decision.allows is decision.reason.name.startswith("ALLOWED")
@@ -257,8 +257,8 @@ def test_a_grant_waits_for_a_start_after_it(
 def test_a_grant_counts_from_the_first_start_after_it(
     subscription: Any, attachment: Any, decided: datetime, until: Any, after: timedelta
 ) -> None:
-    """And a start counts from its own time on: one that a fast clock has recorded for later lets no machine in
-    early."""
+    """The start counts only from its own time on. If a fast clock has recorded it in the future, the machine must
+    wait until then."""
     attachment = msgspec.structs.replace(attachment, started=decided + after)
     come = decided + after <= NOW
     expected = Reason.ALLOWED_EXEMPT if come else Reason.DENIED_RESTART_REQUIRED

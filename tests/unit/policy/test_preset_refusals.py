@@ -1,4 +1,4 @@
-"""A preset of an operator's own is refused with file, line, field and what would be right."""
+"""A mistake in an operator's own preset is reported with file, line, field and a right value."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ created_before = 2020-01-01
 
 
 def write(tmp_path: Path, text: str) -> str:
-    """The text as a file; its path as an operator would give it."""
+    """Writes the text to a file, and returns its path as an operator would give it."""
     path = tmp_path / "own.toml"
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -117,12 +117,12 @@ def test_otherwise_takes_no_ids(tmp_path: Path) -> None:
     assert (caught.value.line, caught.value.field) == (24, "otherwise.ids")
 
 
-def test_an_unknown_name_is_told_the_nearest_one() -> None:
+def test_an_unknown_name_gets_the_nearest_one() -> None:
     with pytest.raises(InputError, match=r"no preset is called 'hetzer'; did you mean 'hetzner'\?"):
         presets.load("hetzer")
 
 
-def test_a_name_like_no_other_is_told_all() -> None:
+def test_a_name_like_no_other_gets_the_list_of_all() -> None:
     with pytest.raises(InputError) as caught:
         presets.load("xyz")
     assert all(name in str(caught.value) for name in presets.bundled())

@@ -1,4 +1,4 @@
-"""The presets that come with portward say what their clouds publish."""
+"""The bundled presets agree with what their clouds publish."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ BUNDLED = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a preset decides for an offer; granted after the machine's last start if `granted`."""
+    """The `reason` that a preset gives for an offer. If `granted`, an exemption was granted after the machine's
+    last start."""
 
     preset: str
     offer: str
@@ -66,7 +67,7 @@ def test_these_presets_are_bundled() -> None:
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_each_tells_its_name_its_source_and_its_date(name: str) -> None:
+def test_each_preset_has_its_name_its_source_and_its_date(name: str) -> None:
     preset = presets.load(name)
     assert preset.name == name
     assert preset.title

@@ -1,4 +1,4 @@
-"""The text for a customer: it is true for the preset, and names a next step."""
+"""The text for a customer is true for the preset, and names a next step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_preset_has_a_remedy_in_one_line(name: str, reason: Reason) -> Non
 
 
 @pytest.mark.parametrize("reason", ALLOWED)
-def test_who_may_send_is_told_that_the_receiver_may_still_refuse(reason: Reason) -> None:
+def test_an_allowed_customer_reads_that_the_receiver_may_still_refuse(reason: Reason) -> None:
     assert "receiving provider may still refuse" in remedy(AZURE, reason, of("enterprise-agreement"))
 
 
@@ -58,7 +58,7 @@ def test_the_relay_is_named_where_its_port_is_free_and_nowhere_else(reason: Reas
 
 @pytest.mark.parametrize("name", presets.bundled())
 @pytest.mark.parametrize("reason", DENIED)
-def test_no_preset_promises_a_port_that_it_judges(name: str, reason: Reason) -> None:
+def test_no_preset_recommends_a_port_that_it_enforces(name: str, reason: Reason) -> None:
     preset = presets.load(name)
     for id_ in ("no-such-offer", *(id_ for offer in preset.offers for id_ in offer.ids)):
         for say in (ENGLISH, language("fr")):
@@ -90,7 +90,7 @@ def test_each_preset_restarts_in_its_own_words() -> None:
     assert "stop the virtual machine, de-allocate it, and start it again" in text
 
 
-def test_where_nobody_is_let_through_no_other_subscription_is_offered() -> None:
+def test_if_no_offer_may_send_no_other_subscription_is_offered() -> None:
     text = remedy(presets.load("google"), Reason.DENIED_INELIGIBLE, of("project"))
     assert "another kind" not in text
     assert "relay on port 587" in text

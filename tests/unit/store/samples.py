@@ -1,4 +1,4 @@
-"""Records, stores and inventories that the tests of the store begin with."""
+"""Records, stores and inventories for the tests of the store."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def texts(*records: Record) -> dict[str, str]:
 
 
 def write(store: SqliteStore, *batch: Put, actor: str = "ada") -> int:
-    """Writes on top of what is there."""
+    """Writes a batch after the newest revision."""
     return store.write(batch, expected=store.revision(), actor=actor, at=NOON)
 
 
@@ -93,5 +93,5 @@ def held(store: SqliteStore) -> dict[str, str]:
 
 
 def opened(path: Path) -> SqliteStore:
-    """A store at `path`, made where it is missing."""
+    """Opens the store at `path`, and makes it if it is missing."""
     return SqliteStore(path, create=True)

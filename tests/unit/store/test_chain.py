@@ -1,6 +1,6 @@
-"""The log's hashes: whatever is changed in a log past portward is found and named."""
+"""The log's hashes: every change of a log that portward did not make is found and named."""
 
-# ruff: noqa: S608 # every statement is our own
+# ruff: noqa: S608 # the test writes every statement
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from unit.store.samples import (
 )
 from unit.store.test_two_writers import python
 
-# What a store of format 1 was made with.
+# The script that made a store of format 1.
 FORMAT_1 = """
 CREATE TABLE store (identity BLOB NOT NULL);
 CREATE TABLE record (key TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
@@ -73,7 +73,7 @@ def fill(store: SqliteStore) -> None:
 
 
 def format_1(path: Path, *, revisions: int = 5) -> None:
-    """A store as the first portward left it, with the same five revisions, or more small ones."""
+    """A store as the first version of portward wrote it, with the same five revisions, or more small ones."""
     with closing(sqlite3.connect(path)) as old:
         old.execute("PRAGMA journal_mode = WAL")
         old.executescript(FORMAT_1)
@@ -90,24 +90,24 @@ def format_1(path: Path, *, revisions: int = 5) -> None:
 
 
 def version(path: Path) -> int:
-    """The format that the file says it has."""
+    """The format number in the file."""
     with closing(sqlite3.connect(path)) as connection:
         return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 def tamper(path: Path, script: str) -> None:
-    """Does something to the store past portward."""
+    """Changes the store by SQL, without portward."""
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(f"{UNGUARDED} {script}")
 
 
 def findings(path: Path, expect: Mark | None = None) -> list[IntegrityIssue]:
-    """What the check finds in a store."""
+    """The issues that the check finds in a store."""
     return checked(path, expect)[0]
 
 
 def checked(path: Path, expect: Mark | None = None) -> tuple[list[IntegrityIssue], Check]:
-    """The check of a store, and what it found."""
+    """The issues that the check finds in a store, and the check."""
     with closing(SqliteStore(path)) as store, store.reading():
         check = Check(store, expect)
         return list(check.issues()), check
@@ -120,14 +120,14 @@ def head(path: Path) -> Mark:
     return found
 
 
-def told(path: Path) -> list[tuple[IntegrityIssueKind, int | None, tuple[str, ...]]]:
-    """The findings without their words."""
+def short_findings(path: Path) -> list[tuple[IntegrityIssueKind, int | None, tuple[str, ...]]]:
+    """The issues without their texts."""
     return [(finding.kind, finding.revision, finding.keys) for finding in findings(path)]
 
 
 @pytest.fixture
 def log(store: SqliteStore, path: Path) -> Path:
-    """The place of a store with a log."""
+    """The path of a store with a log."""
     fill(store)
     store.close()
     assert findings(path) == []
@@ -152,7 +152,7 @@ def rehash(path: Path, number: int, *, also_after: bool = False) -> None:
 
 
 def plain(*lines: list[Any]) -> bytes:
-    """The documented form, by other means."""
+    """The documented encoding, made without portward's own code."""
     texts = (json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
     return hashlib.sha256("".join(texts).encode()).digest()
 
@@ -230,20 +230,20 @@ def test_a_check_counts_and_gives_the_head(log: Path) -> None:
 def test_a_changed_entry_is_found_and_named(log: Path, change: str, number: int) -> None:
     keys = tuple(row[0] for row in rows_of(log, number))
     tamper(log, f"UPDATE revision SET {change} WHERE number = {number}")
-    assert told(log) == [(IntegrityIssueKind.CHANGED, number, keys)]
+    assert short_findings(log) == [(IntegrityIssueKind.CHANGED, number, keys)]
     assert str(findings(log)[0]).startswith(f"revision {number}, by ")
 
 
 @pytest.mark.parametrize("column", ["before", "after"])
 def test_a_changed_change_is_found_and_its_key_named(log: Path, column: str) -> None:
     tamper(log, f"UPDATE change SET {column} = 'x' WHERE revision = 3")
-    assert told(log)[0] == (IntegrityIssueKind.CHANGED, 3, (key_of(MACHINE),))
+    assert short_findings(log)[0] == (IntegrityIssueKind.CHANGED, 3, (key_of(MACHINE),))
     assert "by ada at 2026-06-01T12:00:00+00:00, does not fit its hash" in str(findings(log)[0])
 
 
 def test_a_change_that_was_taken_out_is_found(log: Path) -> None:
     tamper(log, f"DELETE FROM change WHERE revision = 2 AND key = '{key_of(GRANT)}'")
-    assert told(log) == [
+    assert short_findings(log) == [
         (IntegrityIssueKind.CHANGED, 2, (key_of(PREFIX), key_of(FABRIKAM))),
         (IntegrityIssueKind.RECORD, None, (key_of(GRANT),)),
     ]
@@ -251,13 +251,13 @@ def test_a_change_that_was_taken_out_is_found(log: Path) -> None:
 
 def test_a_change_that_was_put_in_is_found(log: Path) -> None:
     tamper(log, "INSERT INTO change VALUES (1, 'exemptions/x', 'y', NULL)")
-    assert [(kind, revision) for kind, revision, _ in told(log)] == [(IntegrityIssueKind.CHANGED, 1)]
+    assert [(kind, revision) for kind, revision, _ in short_findings(log)] == [(IntegrityIssueKind.CHANGED, 1)]
 
 
 @pytest.mark.parametrize("also", ["", "DELETE FROM change WHERE revision = 3;"])
 def test_an_entry_that_is_missing_in_the_middle_is_named(log: Path, also: str) -> None:
     tamper(log, f"DELETE FROM revision WHERE number = 3; {also}")
-    found = told(log)
+    found = short_findings(log)
     assert found[0] == (IntegrityIssueKind.MISSING, 3, ())
     assert found[1:] == ([] if also else [(IntegrityIssueKind.STRAY, 3, (key_of(MACHINE),))])
     assert str(findings(log)[0]) == "revision 3 is missing: 4 comes next"
@@ -265,29 +265,31 @@ def test_an_entry_that_is_missing_in_the_middle_is_named(log: Path, also: str) -
 
 def test_entries_that_are_missing_at_the_end_are_found_by_the_records(log: Path) -> None:
     tamper(log, "DELETE FROM revision WHERE number >= 3; DELETE FROM change WHERE revision >= 3")
-    # These have left CONTOSO and MACHINE as they were: nothing differs.
-    assert told(log) == []
+    # The missing entries had not changed CONTOSO and MACHINE, so no record differs.
+    assert short_findings(log) == []
     tamper(log, "DELETE FROM revision WHERE number >= 2; DELETE FROM change WHERE revision >= 2")
     keys = {key_of(FABRIKAM), key_of(PREFIX), key_of(GRANT)}
-    assert {(kind, *of) for kind, _, of in told(log)} == {(IntegrityIssueKind.RECORD, key) for key in keys}
+    assert {(kind, *of) for kind, _, of in short_findings(log)} == {
+        (IntegrityIssueKind.RECORD, key) for key in keys
+    }
 
 
 def test_the_newest_entry_without_its_changes_is_found(log: Path) -> None:
     tamper(log, "DELETE FROM revision WHERE number = 5")
-    assert (IntegrityIssueKind.STRAY, 5, (key_of(CONTOSO),)) in told(log)
-    assert (IntegrityIssueKind.RECORD, 4, (key_of(CONTOSO),)) in told(log)
+    assert (IntegrityIssueKind.STRAY, 5, (key_of(CONTOSO),)) in short_findings(log)
+    assert (IntegrityIssueKind.RECORD, 4, (key_of(CONTOSO),)) in short_findings(log)
 
 
 def test_a_log_that_was_cut_at_its_beginning_says_so(log: Path) -> None:
     tamper(log, "DELETE FROM revision WHERE number <= 2; DELETE FROM change WHERE revision <= 2")
-    assert told(log)[0] == (IntegrityIssueKind.MISSING, 1, ())
+    assert short_findings(log)[0] == (IntegrityIssueKind.MISSING, 1, ())
     assert str(findings(log)[0]) == "revisions 1 to 2 are missing: the log begins with 3"
 
 
 def test_an_entry_whose_hash_was_made_to_fit_is_named_by_the_one_after(log: Path) -> None:
     tamper(log, "UPDATE revision SET actor = 'eve' WHERE number = 3")
     rehash(log, 3)
-    assert told(log) == [(IntegrityIssueKind.CHANGED, 3, (key_of(MACHINE),))]
+    assert short_findings(log) == [(IntegrityIssueKind.CHANGED, 3, (key_of(MACHINE),))]
     assert str(findings(log)[0]) == (
         "revision 3, by eve at 2026-06-01T12:00:00+00:00, was changed, and its hash with it: "
         "revision 4, by grace at 2026-06-01T12:00:00+00:00, carries another hash of it; it holds now "
@@ -321,19 +323,19 @@ def test_a_store_that_was_taken_back_is_found_by_who_expects_a_later_entry(log: 
 
 def test_a_record_that_was_changed_past_the_log_is_named(log: Path) -> None:
     tamper(log, f"UPDATE record SET body = '{{}}' WHERE key = '{key_of(GRANT)}'")
-    assert told(log) == [(IntegrityIssueKind.RECORD, 2, (key_of(GRANT),))]
+    assert short_findings(log) == [(IntegrityIssueKind.RECORD, 2, (key_of(GRANT),))]
     assert "is not as revision 2 left it" in str(findings(log)[0])
 
 
 def test_a_record_that_was_taken_away_past_the_log_is_named(log: Path) -> None:
     tamper(log, f"DELETE FROM record WHERE key = '{key_of(GRANT)}'")
-    assert told(log) == [(IntegrityIssueKind.RECORD, 2, (key_of(GRANT),))]
+    assert short_findings(log) == [(IntegrityIssueKind.RECORD, 2, (key_of(GRANT),))]
     assert "is not there, and revision 2 left one" in str(findings(log)[0])
 
 
 def test_a_record_that_was_added_past_the_log_is_named(log: Path) -> None:
     tamper(log, "INSERT INTO record VALUES ('exemptions/x', '{}')")
-    assert told(log) == [(IntegrityIssueKind.RECORD, None, ("exemptions/x",))]
+    assert short_findings(log) == [(IntegrityIssueKind.RECORD, None, ("exemptions/x",))]
 
 
 def test_a_record_is_agreed_with_again_once_it_is_written_anew(log: Path) -> None:
@@ -346,25 +348,25 @@ def test_a_record_is_agreed_with_again_once_it_is_written_anew(log: Path) -> Non
 @pytest.mark.parametrize("change", ["at = '2020'", "sealed = 5", "hash = zeroblob(32)"])
 def test_a_changed_origin_is_found(log: Path, change: str) -> None:
     tamper(log, f"UPDATE origin SET {change}")
-    assert told(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
+    assert short_findings(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
 
 
 def test_an_origin_whose_hash_was_made_to_fit_is_found(log: Path) -> None:
     with closing(SqliteStore(log)) as store:
         found = origin_hash(store.identity(), "2020", 0)
     tamper(log, f"UPDATE origin SET at = '2020', hash = X'{found.hex()}'")
-    assert told(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
+    assert short_findings(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
 
 
 def test_another_stores_identity_is_found(log: Path) -> None:
     tamper(log, "UPDATE store SET identity = X'00112233445566778899aabbccddeeff'")
-    assert told(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
+    assert short_findings(log) == [(IntegrityIssueKind.ORIGIN, None, ())]
 
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_an_entry_before_the_first_is_found(log: Path, number: int) -> None:
     tamper(log, f"INSERT INTO revision SELECT {number}, at, actor, previous, hash FROM revision WHERE number = 1")
-    assert told(log) == [(IntegrityIssueKind.CHANGED, number, ())]
+    assert short_findings(log) == [(IntegrityIssueKind.CHANGED, number, ())]
 
 
 CELLS = {
@@ -469,16 +471,16 @@ def test_any_row_that_is_taken_away_is_found(sealed: Path, tmp_path: Path, table
     assert is_found(path)
 
 
-def test_texts_that_are_no_utf_8_are_told_apart(log: Path) -> None:
-    """Each has a hash of its own, wherever it stands among a thousand others."""
+def test_texts_that_are_no_utf_8_have_different_hashes(log: Path) -> None:
+    """Each such text has its own hash, at any place among a thousand others."""
     with closing(opened(log)) as store:
         write(store, *(Put(f"subscriptions/{number:04}", "{}") for number in range(2500)))
     tamper(log, "UPDATE change SET after = CAST(X'80' AS TEXT) WHERE revision = 6 AND key = 'subscriptions/1500'")
     rehash(log, 6)
     before = head(log)
-    assert [kind for kind, _, _ in told(log)] == [IntegrityIssueKind.RECORD]
+    assert [kind for kind, _, _ in short_findings(log)] == [IntegrityIssueKind.RECORD]
     tamper(log, "UPDATE change SET after = CAST(X'81' AS TEXT) WHERE revision = 6 AND key = 'subscriptions/1500'")
-    assert told(log)[0][:2] == (IntegrityIssueKind.CHANGED, 6)
+    assert short_findings(log)[0][:2] == (IntegrityIssueKind.CHANGED, 6)
     rehash(log, 6)
     assert head(log).hash != before.hash
 
@@ -509,7 +511,7 @@ def test_a_failure_to_hash_leaves_nothing(log: Path, monkeypatch: pytest.MonkeyP
     assert findings(log) == []
 
 
-# Stops for ever in `_hashed`, when it has come to a revision; what was done so far is in the database's WAL.
+# Stops for ever in `_hashed` at a given revision. Its changes until then are in the database's WAL.
 STOPPED = """
 import sys, time
 from portward.store.sqlite.log import Log
@@ -537,7 +539,7 @@ def test_a_writer_that_dies_while_it_hashes_leaves_the_old_state(log: Path) -> N
 
 
 def kill_while_it_hashes(path: Path, revision: int) -> None:
-    """Lets another process seal the store, or write to it, and kills it where it hashes that revision."""
+    """Lets another process seal the store, or write to it, and kills it while it hashes that revision."""
     writer = python(STOPPED, path, str(revision))
     assert writer.stdout is not None
     assert writer.stdout.readline() == "stopped\n"
@@ -556,14 +558,14 @@ def test_a_store_of_format_1_is_read_as_it_is(path: Path) -> None:
         assert [change.revision for change in store.changes(0)] == [1, 1, 2, 2, 2, 3, 4, 4, 5]
         assert store.origin() is None
         assert [(entry.number, entry.hash) for entry in store.log()] == [(number, None) for number in range(1, 6)]
-    assert told(path) == [(IntegrityIssueKind.UNSEALED, None, ())]
+    assert short_findings(path) == [(IntegrityIssueKind.UNSEALED, None, ())]
     assert version(path) == 1
 
 
 def test_what_can_be_found_without_hashes_is_found(path: Path) -> None:
     format_1(path)
     tamper(path, f"DELETE FROM revision WHERE number = 3; DELETE FROM record WHERE key = '{key_of(GRANT)}'")
-    assert [kind for kind, _, _ in told(path)] == [
+    assert [kind for kind, _, _ in short_findings(path)] == [
         IntegrityIssueKind.UNSEALED,
         IntegrityIssueKind.MISSING,
         IntegrityIssueKind.STRAY,
@@ -580,7 +582,7 @@ def test_who_opens_it_to_make_or_write_it_seals_it(path: Path) -> None:
     assert check.origin is not None
     assert check.origin.sealed == 5
     tamper(path, "UPDATE revision SET actor = 'eve' WHERE number = 4")
-    assert [(kind, revision) for kind, revision, _ in told(path)] == [(IntegrityIssueKind.CHANGED, 4)]
+    assert [(kind, revision) for kind, revision, _ in short_findings(path)] == [(IntegrityIssueKind.CHANGED, 4)]
 
 
 def test_who_writes_to_it_seals_it(path: Path) -> None:
@@ -596,7 +598,7 @@ def test_who_writes_to_it_seals_it(path: Path) -> None:
 
 
 def test_a_sealed_store_is_as_one_that_was_made_so(path: Path, tmp_path: Path) -> None:
-    """Tables, columns and triggers; and so the log cannot be rewritten."""
+    """It has the same tables, columns and triggers, so its log cannot be rewritten either."""
 
     def shape(of: Path) -> list[Any]:
         with closing(sqlite3.connect(of)) as connection:
@@ -667,7 +669,7 @@ def test_a_newer_portward_that_came_meanwhile_is_not_written_over(log: Path) -> 
 
 def test_a_sealed_store_that_says_it_is_of_format_1_is_not_sealed_anew(log: Path) -> None:
     tamper(log, "UPDATE revision SET actor = 'eve' WHERE number = 4; PRAGMA user_version = 1")
-    assert [kind for kind, _, _ in told(log)] == [IntegrityIssueKind.UNSEALED]
+    assert [kind for kind, _, _ in short_findings(log)] == [IntegrityIssueKind.UNSEALED]
     with pytest.raises(StoreError, match="origin already exists"):
         opened(log)
 
@@ -708,7 +710,7 @@ def test_a_mark_is_read_as_it_is_printed() -> None:
 @pytest.mark.parametrize(
     "text", ["", "120", "120:", "120:ab12", f"x:{'a' * 64}", f"-1:{'a' * 64}", f"1:{'a' * 65}"]
 )
-def test_what_is_no_mark_is_told(text: str) -> None:
+def test_a_text_that_is_no_mark_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"--expect: .* is not REVISION:HASH with all 64 digits"):
         parse_mark(text)
 

@@ -1,4 +1,5 @@
-"""`Packer.quick` takes only what `decode` takes, and gives the same; what portward writes it does take."""
+"""`Packer.quick` accepts only texts that `decode` accepts, with the same result. It accepts all that portward
+writes."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ QUICK = Packer().quick
 
 
 def careful(key: str, body: str) -> Packed | None:
-    """What `decode` makes of a text: None where it refuses it, or it is no attachment."""
+    """The result of `decode` for a text; None if `decode` refuses it, or it is no attachment."""
     try:
         record = decode(key, body)
     except RecordError:
@@ -38,7 +39,7 @@ def careful(key: str, body: str) -> Packed | None:
 
 
 def same(key: str, body: str) -> bool:
-    """Whether `quick` takes a text, which must then be what `decode` makes of it."""
+    """Whether `quick` accepts a text. If it does, its result must be that of `decode`."""
     found = QUICK(key, body)
     assert found is None or found == careful(key, body)
     return found is not None
@@ -73,11 +74,11 @@ def test_what_portward_writes(attachment: Attachment) -> None:
     key, body = key_of(attachment), encode(attachment)
     taken = same(key, body)
     if careful(key, body) is not None:
-        # As the C library writes it, some addresses end like IPv4's.
+        # The C library writes the end of some IPv6 addresses like an IPv4 address.
         assert taken or "::" in network_text(attachment.address)
 
 
-# How the same may be written otherwise, or something else almost so.
+# Other spellings of the same values, and values that look almost like them.
 addresses = st.one_of(
     networks.map(network_text),
     networks.map(lambda network: network.with_netmask),
@@ -155,7 +156,7 @@ def test_bytes(attachment: Attachment) -> None:
 
 
 def test_attachments_come_last(tmp_path: Path) -> None:
-    """Whatever else another tool has put among them."""
+    """This holds for any other records that another tool has written between them."""
     path = tmp_path / "portward.db"
     store = opened(path)
     write_rows(

@@ -1,4 +1,4 @@
-"""The embedded store: revisions, the log, following, and what it says when it cannot be used."""
+"""The SQLite store: revisions, the log, following changes, and its errors when it cannot be used."""
 
 from __future__ import annotations
 
@@ -101,18 +101,18 @@ def test_a_conflict_names_both_revisions_and_who_was_quicker(store: SqliteStore,
     write(store, put(CONTOSO))
     with closing(opened(path)) as other:
         write(other, put(FABRIKAM), actor="grace")
-    with pytest.raises(ConflictError) as told:
+    with pytest.raises(ConflictError) as caught:
         store.write([put(MACHINE)], expected=1, actor="ada", at=NOON)
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f"sqlite:{path}: it was read at revision 1 and is now at revision 2, by grace at "
         "2026-06-01T12:00:00+00:00; nothing was written; run it again"
     )
-    assert told.value.exit_code == 1
+    assert caught.value.exit_code == 1
     assert store.revision() == 2
     assert key_of(MACHINE) not in held(store)
 
 
-def test_a_conflict_with_a_store_that_was_made_anew_is_told(store: SqliteStore) -> None:
+def test_a_conflict_with_a_store_that_was_made_anew_is_an_error(store: SqliteStore) -> None:
     with pytest.raises(ConflictError, match="read at revision 7 and is now at revision 0;"):
         store.write([put(MACHINE)], expected=7, actor="ada", at=NOON)
 
@@ -136,42 +136,42 @@ def test_a_writer_hears_how_far_it_is(store: SqliteStore) -> None:
     assert heard == [20_000, 40_000, 45_000]
 
 
-def test_the_bell_rings_for_a_follower_once_the_change_can_be_read(store: SqliteStore, path: Path) -> None:
+def test_a_follower_is_notified_once_the_change_can_be_read(store: SqliteStore, path: Path) -> None:
     with closing(opened(path)) as follower:
-        assert not rung(follower, 0)
+        assert not notified(follower, 0)
         write(store, put(CONTOSO))
-        assert rung(follower, 60)
+        assert notified(follower, 60)
         assert follower.revision() == 1
         follower.drain()
-        assert not rung(follower, 0)
+        assert not notified(follower, 0)
 
 
-def test_a_bell_across_processes(store: SqliteStore, path: Path) -> None:
+def test_a_change_notifies_another_process(store: SqliteStore, path: Path) -> None:
     script = (
         "import sys\nfrom unit.store.samples import *\n"
         "write(opened(Path(sys.argv[1])), put(CONTOSO), actor='another')"
     )
     subprocess.run([sys.executable, "-c", script, path], check=True, env=environment())
-    assert rung(store, 1)
+    assert notified(store, 1)
     assert [change.actor for change in store.changes(0)] == ["another"]
 
 
-def test_a_batch_without_effect_does_not_ring(store: SqliteStore) -> None:
+def test_a_batch_without_effect_does_not_notify(store: SqliteStore) -> None:
     write(store, put(CONTOSO))
     store.drain()
     write(store, put(CONTOSO))
-    assert not rung(store, 0)
+    assert not notified(store, 0)
 
 
-def test_a_store_whose_bell_is_gone_still_works(store: SqliteStore, path: Path) -> None:
+def test_a_store_without_its_change_notifier_still_works(store: SqliteStore, path: Path) -> None:
     path.with_name("portward.db.bell").unlink()
     assert write(store, put(CONTOSO)) == 1
     with closing(opened(path)) as other:
         write(store, put(FABRIKAM))
-        assert rung(other, 1)
+        assert notified(other, 1)
 
 
-def test_two_stores_are_told_apart(store: SqliteStore, path: Path, tmp_path: Path) -> None:
+def test_two_stores_have_different_identities(store: SqliteStore, path: Path, tmp_path: Path) -> None:
     with closing(opened(path)) as same, closing(opened(tmp_path / "other.db")) as other:
         assert store.identity() == same.identity() != other.identity()
         assert len(store.identity()) == 16
@@ -191,7 +191,7 @@ def test_a_file_put_in_place_of_the_open_one_is_noticed(store: SqliteStore, path
 
 
 def test_a_copy_that_left_wal_mode_comes_back_to_it(store: SqliteStore, path: Path, tmp_path: Path) -> None:
-    """`VACUUM INTO` writes such a copy. Else whoever reads it keeps writers waiting."""
+    """`VACUUM INTO` writes such a copy. Without WAL, each reader of it would block writers."""
     write(store, put(CONTOSO))
     copy = tmp_path / "copy.db"
     with closing(sqlite3.connect(path)) as connection:
@@ -210,7 +210,7 @@ def test_a_copy_that_left_wal_mode_comes_back_to_it(store: SqliteStore, path: Pa
     assert mode() == "wal"
 
 
-def test_another_store_that_is_restored_into_the_open_file_is_told_apart(
+def test_another_store_that_is_restored_into_the_open_file_is_noticed(
     store: SqliteStore, path: Path, tmp_path: Path
 ) -> None:
     write(store, put(CONTOSO))
@@ -231,9 +231,9 @@ def test_a_file_that_was_removed_is_noticed(store: SqliteStore, path: Path) -> N
 
 
 def test_a_missing_store_is_not_made_by_reading(path: Path) -> None:
-    with pytest.raises(NoStoreError) as told:
+    with pytest.raises(NoStoreError) as caught:
         open_store(f"sqlite:{path}")
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f"sqlite:{path}: no such file: put it back from a backup; only if there never was one, 'portward apply' "
         "makes a new one"
     )
@@ -246,7 +246,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("create", [True, False])
-def test_a_folder_in_its_place_is_told(tmp_path: Path, *, create: bool) -> None:
+def test_a_folder_in_place_of_the_store_is_an_error(tmp_path: Path, *, create: bool) -> None:
     with pytest.raises(StoreError, match="a folder; the store is a file"):
         open_store(f"sqlite:{tmp_path}", create=create)
 
@@ -259,14 +259,14 @@ def test_a_store_of_a_newer_version_is_left_alone(store: SqliteStore, path: Path
 
 
 @pytest.mark.parametrize("create", [True, False])
-def test_what_is_no_database_is_told(path: Path, *, create: bool) -> None:
+def test_a_file_that_is_no_database_is_named(path: Path, *, create: bool) -> None:
     path.write_bytes(b"subscriptions:\n" * 100)
-    with pytest.raises(StoreError) as told:
+    with pytest.raises(StoreError) as caught:
         SqliteStore(path, create=create)
-    assert str(told.value) == f"sqlite:{path}: this file is no SQLite database"
+    assert str(caught.value) == f"sqlite:{path}: this file is no SQLite database"
 
 
-def test_somebody_elses_database_is_left_alone(path: Path) -> None:
+def test_a_database_of_another_program_is_left_alone(path: Path) -> None:
     with closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE mail (x)")
     with pytest.raises(StoreError, match="but not portward's"):
@@ -332,7 +332,7 @@ def journal_mode(path: Path) -> str:
 def test_wal_that_another_tool_took_away_is_put_back(
     path: Path, who: dict[str, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without it, readers wait for writers."""
+    """Without WAL, readers wait for writers."""
     opened(path).close()
     with closing(sqlite3.connect(path)) as other:
         other.execute("PRAGMA journal_mode = DELETE")
@@ -369,7 +369,7 @@ def test_an_agent_that_cannot_put_wal_back_says_so_and_does_not_wait_for_long(
                 store.revision()
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(store: SqliteStore) -> None:
+def test_a_full_disk_is_an_error_and_leaves_nothing(store: SqliteStore) -> None:
     write(store, put(CONTOSO))
     store._database.connection.execute("PRAGMA max_page_count = 12")
     with pytest.raises(StoreError, match="the disk is full; nothing was written"):
@@ -378,7 +378,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(store: SqliteStore) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
-def test_a_full_disk_is_told_also_to_who_only_reads(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_for_a_reader_too(tmp_path: Path) -> None:
     with mounted(tmp_path, "size=256k") as folder:
         with closing(opened(folder / "portward.db")) as store:
             write(store, put(CONTOSO))
@@ -392,7 +392,7 @@ def test_a_full_disk_is_told_also_to_who_only_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
-def test_a_file_system_that_is_read_only_is_told(tmp_path: Path) -> None:
+def test_a_read_only_file_system_is_named(tmp_path: Path) -> None:
     with mounted(tmp_path, "size=1m") as folder:
         with closing(opened(folder / "portward.db")) as store:
             write(store, put(CONTOSO))
@@ -417,26 +417,26 @@ def test_accepted_changes_survive_a_power_cut(store: SqliteStore) -> None:
     assert store._database.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_whoever_may_not_write_is_told_so(tmp_path: Path) -> None:
+def test_a_write_protected_store_is_an_error_of_permission(tmp_path: Path) -> None:
     path = tmp_path / "portward.db"
     with closing(opened(path)) as store:
         write(store, put(CONTOSO))
     path.chmod(0o444)
-    told = as_nobody(tmp_path, "store = SqliteStore(path)\nwrite(store, put(FABRIKAM))")
-    assert told == f"StoreError: sqlite:{path}: it cannot be written: {PERMISSIONS}"
+    printed = as_another_user(tmp_path, "store = SqliteStore(path)\nwrite(store, put(FABRIKAM))")
+    assert printed == f"StoreError: sqlite:{path}: it cannot be written: {PERMISSIONS}"
 
 
-def test_whoever_may_not_read_is_told_so(path: Path) -> None:
+def test_an_unreadable_store_is_an_error_of_permission(path: Path) -> None:
     opened(path).close()
     path.chmod(0)
-    told = as_nobody(path.parent, "SqliteStore(path)")
-    assert told == f"StoreError: sqlite:{path}: it cannot be opened: {PERMISSIONS}"
+    printed = as_another_user(path.parent, "SqliteStore(path)")
+    assert printed == f"StoreError: sqlite:{path}: it cannot be opened: {PERMISSIONS}"
 
 
-def test_whoever_may_not_enter_the_folder_is_told_so(path: Path) -> None:
+def test_a_closed_folder_is_an_error_of_permission(path: Path) -> None:
     opened(path).close()
-    told = as_nobody(path.parent, "SqliteStore(path)", folder_mode=0)
-    assert told == f"StoreError: sqlite:{path}: Permission denied"
+    printed = as_another_user(path.parent, "SqliteStore(path)", folder_mode=0)
+    assert printed == f"StoreError: sqlite:{path}: Permission denied"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
@@ -449,8 +449,8 @@ def test_what_root_makes_belongs_to_the_owner_of_the_folder(path: Path) -> None:
         )
 
 
-def rung(store: SqliteStore, seconds: float) -> bool:
-    """Whether a store's bell rings within this time."""
+def notified(store: SqliteStore, seconds: float) -> bool:
+    """Whether the change notifier of a store notifies within this time."""
     descriptor = store.fileno()
     assert descriptor is not None
     return bool(select.select([descriptor], [], [], seconds)[0])
@@ -462,8 +462,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{tests.parent / 'agent'}:{tests}"}
 
 
-def as_nobody(folder: Path, statements: str, *, folder_mode: int = 0o555) -> str:
-    """What another user's Python says to these statements; where the tests have no root, that user is us."""
+def as_another_user(folder: Path, statements: str, *, folder_mode: int = 0o555) -> str:
+    """The output of these statements in a Python process of user 65534, or of this user if the tests do not run as
+    root."""
     script = (
         "import os, sys\nfrom unit.store.samples import *\npath = Path(sys.argv[1])\n"
         "if os.geteuid() == 0:\n"
@@ -489,13 +490,13 @@ def as_nobody(folder: Path, statements: str, *, folder_mode: int = 0o555) -> str
 
 
 def mode(path: Path) -> int:
-    """The permission bits."""
+    """The permission bits of a file."""
     return stat.S_IMODE(path.stat().st_mode)
 
 
 @pytest.mark.parametrize("bad", range(5))
 def test_a_text_that_is_no_utf_8_keeps_no_other_from_being_read(tmp_path: Path, bad: int) -> None:
-    """Wherever it stands: each record comes once, in the same order."""
+    """At any place of such a text, each record comes once, in the same order."""
     path = tmp_path / "portward.db"
     store = opened(path)
     write(store, *map(put, ALL))

@@ -1,4 +1,5 @@
-"""Several processes at one store: one wins, the other gets a conflict, and no change is lost or half written."""
+"""If several processes write to one store, one succeeds, the others get a conflict, and no change is lost or half
+written."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from unit.store.test_sqlite import environment
 
 BATCHES = 60
 
-# Writes BATCHES revisions, each again and again until it is accepted; prints the errors.
+# Writes BATCHES revisions, retries each until it is accepted, and prints the errors.
 WRITER = f"""
 import sys
 from unit.store.samples import *
@@ -53,7 +54,7 @@ store.write(batch, expected=store.revision(), actor="ada", at=NOON, progress=sto
 
 
 def python(script: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    """Another Python with a script."""
+    """Starts another Python process with a script."""
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),

@@ -1,4 +1,4 @@
-"""Records that cannot be read are known by their keys for as long as they are like that, and no longer."""
+"""The keys of unreadable records are listed for as long as the records stay unreadable, and no longer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_fresh_reading_of_everything_finds_them_again(store: SqliteStore, tmp_
         follower = Follower(store, writer, unreadable={"attachments/vni1/10.0.0.1": "gone since"})
         follower.step(NOON)
         assert follower.unreadable.now.keys() == {one.key for one in BAD}
-        # Without a record before, what they are about is denied; the others are as ever.
+        # Without an earlier record, the sources of unreadable records are denied. Other records are not affected.
         assert writer.reader().counts() == (0, 2)
 
 
@@ -69,9 +69,9 @@ def test_check_lists_them_and_says_what_to_do(store: SqliteStore, path: Path) ->
     assert list(check._store(url)) == [f"store {url}: revision 1"]
     write(store, *BAD)
     lines = check._store(url)
-    told = [next(lines) for _ in range(1 + len(BAD))]
-    assert told[0] == f"store {url}: revision 2"
-    assert all(line.startswith("  ") for line in told[1:])
+    printed = [next(lines) for _ in range(1 + len(BAD))]
+    assert printed[0] == f"store {url}: revision 2"
+    assert all(line.startswith("  ") for line in printed[1:])
     with pytest.raises(StoreError, match=r"^3 records of the store cannot be read: .* `portward apply`"):
         next(lines)
 
@@ -95,5 +95,5 @@ def test_status_names_a_store_that_is_gone_once_and_says_what_stays_in_force(pat
     url = f"sqlite:{path}"
     with pytest.raises(NoStoreError) as gone:
         open_store(url)
-    told = {"store": url, "store_error": str(gone.value)}
-    assert told["store"] + status_text.store(told) == f"{gone.value}; the last known policy stays in force"
+    status = {"store": url, "store_error": str(gone.value)}
+    assert status["store"] + status_text.store(status) == f"{gone.value}; the last known policy stays in force"

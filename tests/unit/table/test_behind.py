@@ -1,4 +1,4 @@
-"""What comes behind a held change: denials are enforced at once, everything else waits."""
+"""Revisions behind a held change: their denials are enforced at once, and everything else waits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPAMMER = 99
 
 
 def grant(number: int = SPAMMER, **more: object) -> Exemption:
-    """A grant of two days ago."""
+    """A grant from two days ago."""
     fields: dict[str, object] = {"state": ExemptionState.GRANTED, "decided": NOW - 2 * DAY, **more}
     return Exemption(subscription=UUID(int=number), **fields)  # type: ignore[arg-type]
 
@@ -53,7 +53,7 @@ MISTAKE = [
 
 
 def revoked(number: int = SPAMMER) -> Exemption:
-    """What a revocation writes."""
+    """The record that a revocation writes."""
     return grant(number, state=ExemptionState.REVOKED, decided=NOW, reason="spam")
 
 
@@ -67,12 +67,12 @@ class Gateway:
         self.writer.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
 
     def start(self) -> None:
-        """As an agent that starts."""
+        """Opens table and store like an agent that starts."""
         self.writer = Writer(self.folder / "table", AZURE, ENFORCE, max_flip_share=self.share)
         self.follower = Follower(self.store, self.writer)
 
     def restart(self) -> None:
-        """As an agent that is stopped and started."""
+        """Closes and opens them like an agent that restarts."""
         self.writer.close()
         self.start()
 
@@ -82,18 +82,18 @@ class Gateway:
             pass
 
     def write(self, *changes: Record | Put) -> None:
-        """One revision, and what follows from it."""
+        """Writes one revision, and follows it."""
         write(self.store, *(change if isinstance(change, Put) else put(change) for change in changes))
         self.follow()
 
     def allows(self, source: str) -> bool:
-        """Whether a worker lets it pass."""
+        """Whether a worker lets a source pass."""
         found = self.writer.reader().lookup(1, ip_address(source).packed)
         assert found is not None
         return found.reason.allows or found.observed
 
     def held(self) -> int:
-        """The revision that is held; 0 if none is."""
+        """The held revision; 0 if none is held."""
         return 0 if self.follower.held is None else self.follower.held.revision
 
     def ahead(self) -> int:
@@ -110,7 +110,7 @@ class Gateway:
 
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
-    """One that holds revision 2, which refuses 40 of 43 customers by mistake."""
+    """A gateway that holds revision 2, which denies 40 of 43 customers by mistake."""
     with closing(Gateway(tmp_path)) as found:
         found.write(*CUSTOMERS, *OTHERS)
         found.write(*MISTAKE)
@@ -127,7 +127,7 @@ DENIALS: dict[str, list[Record | Put]] = {
     "exemption removed": [Put(f"exemptions/{UUID(int=SPAMMER)}", None)],
     "attachment removed": [Put("attachments/vni1/10.0.1.1", None)],
     "attachment moved": [attachment("10.0.1.1", 98)],
-    "attachment moved to nobody": [attachment("10.0.1.1", 12345)],
+    "attachment moved to an unknown customer": [attachment("10.0.1.1", 12345)],
     "started before the grant": [attachment("10.0.1.1", SPAMMER, started=NOW - 3 * DAY)],
     "end that has passed": [grant(until=NOW - DAY)],
     "together with others": [revoked(), grant(98), subscription(41), attachment("10.0.0.41", 41)],
@@ -163,8 +163,9 @@ def test_a_denied_prefix_inside_an_allowed_one_stays(gateway: Gateway) -> None:
 
 
 def test_two_removals_that_free_a_source_only_together_free_none(gateway: Gateway) -> None:
-    """Each revision is weighed by what it does by itself: a denied prefix inside an allowed one, whose owner is
-    freed elsewhere, so that only the denied one would go."""
+    """A revision removes an allowed prefix and a denied address inside it. It also lets another source of the
+    prefix's owner pass, so the removal of the prefix waits. The removal of the address must wait too, or the
+    address would pass."""
     gateway.write(attachment("10.0.2.7", 98), attachment("10.0.2.8", 98))
     gateway.write(
         Put("attachments/vni1/10.0.2.7", None),
@@ -201,8 +202,8 @@ def test_what_frees_a_source_waits(gateway: Gateway, change: tuple[list[Record |
 
 
 @pytest.mark.parametrize("granted_first", [True, False])
-def test_a_grant_that_frees_nobody_yet_waits_too(gateway: Gateway, granted_first: bool) -> None:
-    """A start that is recorded for later would let its machine send by itself."""
+def test_a_grant_that_lets_no_source_pass_yet_waits_too(gateway: Gateway, granted_first: bool) -> None:
+    """A start that is recorded in the future would later let its machine send, without another revision."""
     start = attachment("10.0.3.1", 98, started=NOW + DAY)
     for record in (grant(98), start) if granted_first else (start, grant(98)):
         gateway.write(record)
@@ -232,7 +233,7 @@ def test_an_earlier_end_is_in_force_when_it_comes(gateway: Gateway) -> None:
 
 
 def test_who_may_send_from_a_later_start_on_does_not_begin_before_it(tmp_path: Path) -> None:
-    """The source moves to a customer who may always send: that frees it a day early."""
+    """The source moves to a customer who may always send, which would let it send a day early."""
     with closing(Gateway(tmp_path)) as found:
         found.write(
             *CUSTOMERS[10:],
@@ -303,7 +304,8 @@ def test_many_that_are_confirmed_alone_are_enforced(gateway: Gateway) -> None:
 
 
 def test_early_denials_do_not_make_the_held_change_small_enough(tmp_path: Path) -> None:
-    """Eleven flip, ten may: one of the eleven is revoked, and the other ten stay as they are."""
+    """The held change flips eleven, and ten may flip. Denying one of the eleven early does not let the other ten
+    flip."""
     with closing(Gateway(tmp_path)) as gateway:
         gateway.write(*CUSTOMERS)
         gateway.write(*MISTAKE[:11])
@@ -331,7 +333,8 @@ def test_a_customer_that_was_denied_early_can_be_taken_back_with_the_rest(
 
 
 def test_an_older_grant_does_not_come_back_in_between(tmp_path: Path) -> None:
-    """The held change grants, among others; it is let through alone while the revocation behind it stands."""
+    """The held change contains a newer grant, which the revocation behind it revokes. When the held change is
+    confirmed by itself, the source must not pass before the revocation is read again."""
     with closing(Gateway(tmp_path)) as gateway:
         gateway.write(*CUSTOMERS, *OTHERS)
         gateway.write(*MISTAKE, grant(until=NOW + 9 * DAY))
@@ -356,7 +359,7 @@ def test_a_useless_confirmation_stops_nothing_behind_it(gateway: Gateway) -> Non
 def test_a_held_change_is_not_worked_out_again_for_each_later_one(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.writer, "apply", None)  # it would raise
+    monkeypatch.setattr(gateway.writer, "apply", None)  # a call would raise
     gateway.write(revoked())
     gateway.write(grant(98))
     assert not gateway.allows("10.0.1.1")
@@ -364,7 +367,7 @@ def test_a_held_change_is_not_worked_out_again_for_each_later_one(
 
 
 def test_another_preset_works_it_out_again(gateway: Gateway) -> None:
-    """Under a preset by which none of them may send anyway, the change flips nobody."""
+    """Under this preset no customer may send, so the change flips none."""
     gateway.write(revoked())
     gateway.writer.preset = msgspec.structs.replace(presets.load("azure-2020"), offers=())
     gateway.writer.decide_due(now=NOW)
@@ -412,7 +415,7 @@ def passing(gateway: Gateway) -> set[str]:
 
 
 def state(writer: Writer) -> dict[str, tuple[object, ...]]:
-    """What the table says of each source."""
+    """Prefix, entry and account of each source in the table."""
     reader = writer.reader()
     found: dict[str, tuple[object, ...]] = {}
     for source in SOURCES:
@@ -428,8 +431,8 @@ def state(writer: Writer) -> dict[str, tuple[object, ...]]:
 def test_nothing_opens_while_held_and_then_the_table_is_that_of_the_store(
     have: list[Record], revisions: list[list[Put]], data: st.DataObject
 ) -> None:
-    """Every change behind the first, which is held, lets no source pass that did not; restarts may come anywhere.
-    After the confirmation the table is the one that is loaded at once."""
+    """The first change is held. No later change lets a source pass that did not pass before, with restarts at any
+    point. After the confirmation, the table equals one that is loaded from the store at once."""
     with TemporaryDirectory() as first, TemporaryDirectory() as second, closing(Gateway(Path(first))) as gateway:
         gateway.write(*CUSTOMERS[10:], *{key_of(record): put(record) for record in have}.values())
         gateway.write(*MISTAKE[5:])

@@ -1,4 +1,4 @@
-"""A row of the policy table that is damaged costs the one source that it is about, and nothing else fails."""
+"""A damaged row of the policy table affects only its own source, and no step fails because of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from portward.table.invariants import Verified, verify
 from portward.table.writer import Writer
 from unit.table.test_table import AZURE, ENFORCE, NOW, STORE, attachment, reason, subscription
 
-# Of each customer, one allowed machine. That of customer 3 may send until its grant ends.
+# Customer → an allowed machine. That of customer 3 may send until its grant ends.
 MACHINES = {1: "10.0.0.1", 2: "10.0.0.2", 3: "10.0.0.3", 4: "2001:db8::4"}
 ENDS = NOW + timedelta(hours=2)
 
@@ -48,7 +48,7 @@ def records() -> list[Record]:
 
 
 def made(folder: Path) -> Writer:
-    """A table with them, behind interface 1."""
+    """A table with these customers, behind interface 1."""
     writer = Writer(folder, AZURE, ENFORCE)
     writer.replace(records(), revision=1, store=STORE, now=NOW)
     writer.put_links({1: ("vni1", False), 2: ("vni2", False)}, touched=frozenset(), now=NOW)
@@ -63,7 +63,7 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
 
 
 def change(writer: Writer, part: bytes, key: bytes, old: bytes | None, new: bytes | None) -> None:
-    """Another value in place of one in the file."""
+    """Replaces a value in the table's file."""
     with writer._environment.begin(write=True) as transaction:
         if old is not None:
             transaction.delete(key, old, db=writer._parts[part])
@@ -92,7 +92,7 @@ def with_code(writer: Writer, address: str, code: int) -> None:
 
 
 def checked(writer: Writer, folder: Path) -> Verified:
-    """What `portward check` finds, which opens the table in a process of its own."""
+    """The result of `portward check`, which opens the table in a process of its own."""
     writer.close()
     return verify(folder, NOW)
 
@@ -112,7 +112,7 @@ def test_a_code_without_a_meaning_denies_its_source(writer: Writer, tmp_path: Pa
 
 
 def test_a_cached_verdict_of_a_damaged_entry_is_found_and_forgotten(writer: Writer, tmp_path: Path) -> None:
-    """The comparison of cached verdicts with the table goes on over such an entry."""
+    """The self-check, which compares cached verdicts with the table, does not stop at such an entry."""
     with_code(writer, MACHINES[1], 31)
     netlink = FakeKernel().netlink()
     counting = Counting(tmp_path, netlink, writer.reader(), Deletions(), lambda: 0)
@@ -144,7 +144,7 @@ def test_an_entry_is_whole_again_when_it_is_decided(writer: Writer) -> None:
 
 
 def test_an_account_that_cannot_be_read_closes_its_sources_only(writer: Writer) -> None:
-    """When they are decided the next time; until then what was decided holds."""
+    """They are denied when they are decided the next time. Until then the old decisions hold."""
     key, data = rows(writer, b"accounts")[2]
     assert Account.unpack(data).id == UUID(int=3)
     change(writer, b"accounts", key, data, data[:-1])
@@ -160,8 +160,8 @@ def test_an_account_that_cannot_be_read_closes_its_sources_only(writer: Writer) 
     assert reason(writer, MACHINES[3]).allows, "its records have come again"
 
 
-def test_a_row_of_nobody_in_expiries_is_passed_over(writer: Writer) -> None:
-    """And a grant that ends after it ends."""
+def test_a_row_of_an_unknown_subscription_in_expiries_is_skipped(writer: Writer) -> None:
+    """A grant whose end comes after that row still ends."""
     change(writer, b"expiries", b"r", None, layout.due(layout.microseconds(NOW), 99))
     writer.decide_due(now=ENDS)
     assert reason(writer, MACHINES[3]) is Reason.DENIED_NOT_EXEMPT
@@ -179,7 +179,7 @@ def test_no_time_in_expiries_stops_the_clock(writer: Writer, at: int) -> None:
 
 
 def test_an_id_with_the_number_of_another_writes_nothing_into_that_account(writer: Writer) -> None:
-    """What comes for customer 1 must not let customer 2's machines send."""
+    """Changes for customer 1 must not let customer 2's machines send."""
     change(writer, b"ids", b"r", UUID(int=1).bytes + layout.number(1), UUID(int=1).bytes + layout.number(2))
     revoked = subscription(2, standing=Standing.DISABLED)
     writer.apply([revoked], [], revision=2, now=NOW)
@@ -190,7 +190,7 @@ def test_an_id_with_the_number_of_another_writes_nothing_into_that_account(write
 
 
 def test_an_entry_of_another_than_who_holds_it_is_denied(writer: Writer) -> None:
-    """Nothing says which of the two is right."""
+    """It is unknown which of the two is right."""
     row = row_of(writer, MACHINES[1])
     change(writer, b"entries4", b"r", row, row[:-12] + layout.number(99) + row[-8:])
     writer.apply([subscription(1, name="renamed")], [], revision=2, now=NOW)
@@ -210,7 +210,7 @@ def test_a_link_that_is_damaged_or_leads_elsewhere_passes_nothing(writer: Writer
 
 
 def test_prefix_lengths_that_cannot_be_read_hide_no_entry(writer: Writer) -> None:
-    """Else a wide prefix that is allowed would answer for a machine that is denied."""
+    """Otherwise the lookup for a denied machine would find an allowed wide prefix."""
     wide: list[Record] = [attachment("10.0.0.0/24", 1), subscription(2, standing=Standing.DISABLED)]
     writer.apply(wide, [], revision=2, now=NOW)
     key, value = next((key, value) for key, value in rows(writer, b"lengths") if key == layout.family_key(1, 4))
@@ -235,7 +235,7 @@ def _rows(part: bytes) -> st.SearchStrategy[tuple[bytes, int, int]]:
 
 
 def _flip(writer: Writer, part: bytes, place: int, bit: int) -> None:
-    """Turns one bit of one value of a part."""
+    """Flips one bit of one value of a part."""
     found = rows(writer, part)
     key, value = found[place % len(found)]
     other = int.from_bytes(value, "big") ^ 1 << bit % (len(value) * 8)
@@ -243,8 +243,8 @@ def _flip(writer: Writer, part: bytes, place: int, bit: int) -> None:
 
 
 def _live(writer: Writer) -> None:
-    """All that an agent does with a table, from its start until a grant has ended."""
-    writer.decide_due(now=NOW)
+    """Does all that an agent does with a table, from its start until a grant has ended."""
+    writer.settle(now=NOW)
     writer.put_links({1: ("vni1", False), 2: ("vni2", False)}, touched=frozenset(), now=NOW)
     writer.apply([subscription(2, name="renamed")], [attachment(MACHINES[4], 4)], revision=2, now=NOW)
     writer.next_expiry()
@@ -260,7 +260,7 @@ def _live(writer: Writer) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(layout.PARTS).flatmap(_rows), min_size=1, max_size=3))
 def test_whatever_bit_is_another_one_no_step_fails(flips: list[tuple[bytes, int, int]]) -> None:
-    """Neither at a start nor later; and only what the row is about is answered otherwise."""
+    """No step fails, at a start or later, and only lookups that use the damaged row may give another result."""
     parts = {part for part, _, _ in flips}
     with TemporaryDirectory() as folder:
         with closing(made(Path(folder))) as writer:
@@ -271,7 +271,7 @@ def test_whatever_bit_is_another_one_no_step_fails(flips: list[tuple[bytes, int,
             _live(again)
             found = [again.reader().lookup(1, ip_address(address).packed) for address in MACHINES.values()]
             passes = [one is not None and one.reason.allows for one in found]
-            if parts.isdisjoint({b"links", b"segments", b"names", b"lengths"}):  # these are about a segment
+            if parts.isdisjoint({b"links", b"segments", b"names", b"lengths"}):  # these affect a whole segment
                 wrong = sum(one != right for one, right in zip(passes, [True, True, False, False], strict=True))
                 assert wrong <= 2 * len(flips)
             again.replace(records(), revision=3, store=STORE, now=NOW)
@@ -296,10 +296,10 @@ def test_an_account_with_a_time_that_no_boundary_takes_is_damaged(at: datetime) 
         Account.unpack(Account(UUID(int=1), None, grant).pack())
 
 
-# The last one is a time, and the clock that goes on from it would soon be beyond the year 9999.
+# The last one is a valid time, but a clock that starts from it would soon pass the year 9999.
 @pytest.mark.parametrize("at", [float("nan"), float("inf"), 1e300, -1.0, 253402300799.0])
 def test_a_head_that_was_decided_at_no_time_is_no_policy(writer: Writer, at: float) -> None:
-    """The clock begins with it at a start, which must not fail."""
+    """At a start, the clock begins with this time, and the start must not fail."""
     head = writer.head()
     assert head is not None
     with writer._environment.begin(write=True) as transaction:

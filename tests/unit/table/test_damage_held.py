@@ -1,4 +1,4 @@
-"""A damaged row while a change is held: later revisions are taken in, and nothing is reported that is not so."""
+"""A damaged row while a change is held: later revisions are still read, and reports stay correct."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPAM_KEY = "attachments/vni1/10.0.1.1"
 
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
-    """One that holds revision 2, which also puts 10.0.0.5 anew, for the same customer."""
+    """A gateway that holds revision 2, which also writes 10.0.0.5 again, for the same customer."""
     with closing(Gateway(tmp_path)) as found:
         found.write(*CUSTOMERS, *OTHERS)
         found.write(*MISTAKE, attachment("10.0.0.5", 5, started=NOW - DAY))
@@ -34,7 +34,7 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
 
 
 def damage_entry(gateway: Gateway, address: str) -> None:
-    """Another code, without a meaning, in the entry of an address in vni1."""
+    """Puts an unknown code into the entry of an address in vni1."""
     writer = gateway.writer
     place = layout.place(1, ip_network(address))
     with writer._environment.begin(write=True) as transaction:
@@ -46,7 +46,7 @@ def damage_entry(gateway: Gateway, address: str) -> None:
 
 
 def damage_account(gateway: Gateway, number: int) -> None:
-    """Other bytes in the place of a customer's account."""
+    """Overwrites a customer's account with other bytes."""
     known = gateway.writer.reader().number_of(subscription(number))
     assert known is not None
     with gateway.writer._environment.begin(write=True) as transaction:
@@ -68,7 +68,7 @@ def test_a_change_of_a_damaged_entry_behind_a_held_one_is_taken_in(gateway: Gate
 
 
 def test_an_entry_that_is_damaged_after_its_early_denial_stays_denied(gateway: Gateway) -> None:
-    """The held change, let through alone, would put the older attachment in its place."""
+    """The held change alone would replace the entry by the older attachment."""
     gateway.write(attachment("10.0.0.5", 98))
     damage_entry(gateway, "10.0.0.5")
     write(gateway.store, Put("confirmed", "2"))
@@ -98,7 +98,7 @@ def test_what_is_damaged_is_neither_like_a_record_nor_gone(gateway: Gateway, wha
 def test_an_attachment_of_a_damaged_account_can_be_taken_from_it(
     gateway: Gateway, change: Record | Put, listed: bool
 ) -> None:
-    """Its entries still let it pass, since they were decided before the damage."""
+    """Its entries still let packets pass, because they were decided before the damage."""
     damage_account(gateway, SPAMMER)
     assert gateway.allows("10.0.1.1")
     if not listed:
@@ -126,7 +126,7 @@ def test_a_damaged_account_is_whole_again_after_the_confirmation(gateway: Gatewa
 def test_damaged_prefix_lengths_are_counted_once_for_a_revision(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counting goes over all entries of a segment. It is done for the table before, and for the table after."""
+    """Counting reads all entries of a segment, once for the table before and once for the table after."""
     gateway.write(*(attachment(f"10.0.2.{number}", SPAMMER, started=NOW - 3 * DAY) for number in range(1, 30)))
     with gateway.writer._environment.begin(write=True) as transaction:
         transaction.put(layout.family_key(1, 4), b"xx", db=gateway.writer._parts[b"lengths"])

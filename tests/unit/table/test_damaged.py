@@ -1,4 +1,5 @@
-"""A table that LMDB cannot read is only a cache: it makes way for an empty one, and nothing else does."""
+"""A table that LMDB cannot read is replaced by an empty one, because a table is only a cache. No other table
+is."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def writer(folder: Path) -> Writer:
 
 
 def made(folder: Path) -> Path:
-    """A table with a policy in it; its file."""
+    """Makes a table with a policy, and returns its file."""
     found = writer(folder)
     found.replace([], revision=7, store=b"a store".ljust(16), now=utc_now())
     found.close()

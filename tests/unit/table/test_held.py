@@ -1,4 +1,5 @@
-"""What would flip too many subscriptions is held: by the agent until it is confirmed, by `apply` before that."""
+"""A change that would flip too many subscriptions is held by the agent until it is confirmed. `apply` refuses to
+write it without a confirmation."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ SHARE = 0.5
 
 
 def customers(count: int = COUNT) -> list[Record]:
-    """So many allowed subscriptions with an address each."""
+    """`count` allowed subscriptions with an address each."""
     records: list[Record] = []
     for number in range(1, count + 1):
         records += [subscription(number), attachment(f"10.0.0.{number}", number)]
@@ -37,7 +38,7 @@ def customers(count: int = COUNT) -> list[Record]:
 
 
 def disabled(first: int, last: int) -> list[Put]:
-    """What refuses these."""
+    """Changes that deny these customers."""
     return [
         put(msgspec.structs.replace(subscription(number), standing=Standing.DISABLED))
         for number in range(first, last + 1)
@@ -53,7 +54,7 @@ class Gateway:
         self.follower = Follower(self.store, self.writer)
 
     def step(self) -> int:
-        """Follows; gives the revision that is in force."""
+        """Follows the store; returns the revision in force."""
         self.follower.step(NOW)
         head = self.writer.head()
         return 0 if head is None else head.revision
@@ -65,7 +66,7 @@ class Gateway:
 
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
-    """One that is in step with a store of `customers()`."""
+    """A gateway that has loaded a store with `customers()`."""
     with closing(Gateway(tmp_path)) as found:
         write(found.store, *map(put, customers()))
         assert found.step() == 1
@@ -120,7 +121,7 @@ def test_more_is_held_until_it_is_confirmed(gateway: Gateway) -> None:
 def test_what_is_held_is_not_worked_out_again_and_again(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     write(gateway.store, *disabled(1, 21))
     gateway.step()
-    monkeypatch.setattr(gateway.store, "changes", None)  # reading them would raise
+    monkeypatch.setattr(gateway.store, "changes", None)  # a call would raise
     assert gateway.step() == 1
 
 
@@ -227,7 +228,7 @@ RECORDS: st.SearchStrategy[Record] = st.one_of(
 def test_apply_and_the_agent_count_the_same(have: list[Record], changes: list[tuple[bool, Record]]) -> None:
     before = {key_of(record): encode(record) for record in have}
     batch = {key_of(record): encode(record) if keep else None for keep, record in changes}
-    told = flips(before, [Put(*one) for one in batch.items()], AZURE, NOW)
+    counted = flips(before, [Put(*one) for one in batch.items()], AZURE, NOW)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("portward.store.flips._FEW", 0)
         with closing(Gateway(Path(folder))) as gateway:
@@ -237,4 +238,4 @@ def test_apply_and_the_agent_count_the_same(have: list[Record], changes: list[tu
             write(gateway.store, *(Put(*one) for one in batch.items()))
             gateway.step()
             found = gateway.follower.held
-            assert told.flipped == (0 if found is None else found.flips.flipped)
+            assert counted.flipped == (0 if found is None else found.flips.flipped)

@@ -1,4 +1,4 @@
-"""A held change and the store's history: a backup that is restored while one is held, and what follows."""
+"""A backup is restored while a change is held, and the store then has another history."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TAKEN_BACK = [put(subscription(number)) for number in range(1, 41)]
 
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
-    """One that stands at revision 1."""
+    """A gateway that has loaded revision 1."""
     with closing(Gateway(tmp_path)) as found:
         found.write(*CUSTOMERS, *OTHERS, subscription(41), WIDE, INSIDE)
         yield found
@@ -44,18 +44,18 @@ def head_of(gateway: Gateway) -> Head:
 
 
 def restore(gateway: Gateway, source: Path) -> None:
-    """As `sqlite3 .restore` does, beside a running agent."""
+    """Restores a backup beside a running agent, like `sqlite3 .restore`."""
     backup(source, gateway.folder / "portward.db")
     gateway.follow()
 
 
 def confirmed_here(gateway: Gateway) -> Put:
-    """What `portward apply --confirm` writes on this gateway."""
+    """The confirmation that `portward apply --confirm` writes on this gateway."""
     return confirmation(gateway.store.revision() + 1, hold=held_history(head_of(gateway)))
 
 
 def as_loaded_at_once(gateway: Gateway, source: str) -> Reason:
-    """The reason for a source in a table that is read from the store anew."""
+    """The reason for a source in a new table that is loaded from the store."""
     with closing(Writer(gateway.folder / "fresh", AZURE, ENFORCE)) as fresh:
         fresh.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
         Follower(gateway.store, fresh).step(NOW)
@@ -64,8 +64,9 @@ def as_loaded_at_once(gateway: Gateway, source: str) -> Reason:
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_denials_of_a_lost_history_stay_until_everything_is_read_anew(gateway: Gateway, restarted: bool) -> None:
-    """The lost revision 3 had removed both prefixes, early. The restored history puts only the wide one again, so
-    the table must not be taken for one of that history: it has no denied prefix inside."""
+    """The lost revision 3 removed both prefixes, and the table has applied that early. The restored history still
+    has the denied prefix inside, but writes only the wide one again. So the table needs a full load to get the
+    denied one."""
     gateway.write(*MISTAKE)
     backup(gateway.folder / "portward.db", gateway.folder / "backup.db")
     gateway.write(Put("attachments/vni1/10.0.9.0/24", None), Put("attachments/vni1/10.0.9.0/25", None), revoked())
@@ -93,7 +94,7 @@ def test_a_history_that_is_held_is_worked_out_and_counted_once(
     gateway.write(*MISTAKE, confirmation(2))
     restore(gateway, gateway.folder / "backup.db")
     assert gateway.held() == 1
-    monkeypatch.setattr(gateway.writer, "replace", None)  # it would raise
+    monkeypatch.setattr(gateway.writer, "replace", None)  # a call would raise
     gateway.write(subscription(97, standing=Standing.DISABLED))
     gateway.follow()
     assert (gateway.held(), gateway.follower.histories) == (1, 1)
@@ -101,8 +102,8 @@ def test_a_history_that_is_held_is_worked_out_and_counted_once(
 
 
 def test_a_backup_without_the_newest_early_denials_is_another_history(gateway: Gateway) -> None:
-    """It has what the held change was worked out from, and not all that the table was told since. What is written
-    to it then is enforced and can be confirmed."""
+    """The backup has the held change, but lacks the last early denials, which the table has already. Revisions
+    that are written to it afterwards are enforced, and can be confirmed."""
     gateway.write(*MISTAKE)
     gateway.write(subscription(97, standing=Standing.DISABLED))
     backup(gateway.folder / "portward.db", gateway.folder / "backup.db")
@@ -140,7 +141,7 @@ def test_a_hold_that_could_not_be_noted_is_noted_by_the_next_step(
 
 
 def test_a_store_that_ends_before_the_table_is_another_history(tmp_path: Path) -> None:
-    """Also if the log had lost the hash of the revision that the table stands at."""
+    """This holds even if the log lacked the right hash of the revision that the table has loaded."""
     with closing(Gateway(tmp_path, 1.0)) as gateway:
         gateway.write(*CUSTOMERS)
         gateway.write(subscription(1, standing=Standing.DISABLED))
@@ -160,9 +161,9 @@ def test_a_store_that_ends_before_the_table_is_another_history(tmp_path: Path) -
 def test_a_confirmation_inside_another_backup_confirms_nothing(
     gateway: Gateway, caplog: pytest.LogCaptureFixture, ahead: int
 ) -> None:
-    """Two backups are restored one after the other. Revision 3 of the newer one is behind what is held, by its
-    number, and confirmed what it did in its own time. It may be dated after the hold: its writer's clock
-    was so many hours `ahead`."""
+    """Two backups are restored one after the other. The newer one has a revision 3 that confirmed an earlier
+    change. By its number it comes after the held revision. By its date, too, it may come after the hold, because
+    its writer's clock was `ahead` by some hours."""
     store, folder = gateway.store, gateway.folder
 
     def write_at(hour: int, *changes: Put) -> None:
@@ -199,7 +200,7 @@ def test_a_confirmation_inside_another_backup_confirms_nothing(
 
 
 def test_a_confirmation_of_an_earlier_hold_confirms_no_later_one(gateway: Gateway) -> None:
-    """The backup holds a confirmation that named what the gateway held then."""
+    """The backup contains a confirmation of an earlier hold of this gateway."""
     store, folder = gateway.folder / "portward.db", gateway.folder
     backup(store, folder / "old.db")
     gateway.write(*MISTAKE, confirmation(2))
@@ -221,7 +222,8 @@ def test_a_confirmation_of_an_earlier_hold_confirms_no_later_one(gateway: Gatewa
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_more_subscriptions_let_more_of_them_flip(tmp_path: Path, restarted: bool) -> None:
-    """Twelve of 43 flip, and then twelve of 143: a running agent and one that is started agree."""
+    """Twelve of 43 subscriptions would flip, then twelve of 143. A running agent and a restarted one decide
+    alike."""
     with closing(Gateway(tmp_path)) as gateway:
         gateway.write(*CUSTOMERS, *OTHERS)
         gateway.write(*MISTAKE[:12])
@@ -236,7 +238,7 @@ def test_more_subscriptions_let_more_of_them_flip(tmp_path: Path, restarted: boo
 
 
 def damage_head(gateway: Gateway, data: bytes | None) -> None:
-    """Leaves these bytes in place of the table's head; None: as if its end were cut off."""
+    """Replaces the table's head by these bytes; None cuts off its end."""
     with gateway.writer._environment.begin(write=True) as transaction:
         transaction.put(HEAD, head_of(gateway).pack()[:-1] if data is None else data)
 
@@ -251,7 +253,7 @@ HEADS = pytest.mark.parametrize(
 def test_a_mistake_in_the_store_is_held_also_if_the_tables_head_is_damaged(
     gateway: Gateway, data: bytes | None, restarted: bool
 ) -> None:
-    """The records that can be read are what the store is compared with, and what stays in force."""
+    """The readable records of the table stay in force, and the store is compared with them."""
     generation = head_of(gateway).generation
     write(gateway.store, *MISTAKE)
     damage_head(gateway, data)
@@ -291,7 +293,7 @@ def test_a_table_with_a_damaged_head_follows_a_store_that_flips_few(
 
 
 def test_records_under_a_damaged_head_are_decided_by_the_preset_in_force(gateway: Gateway) -> None:
-    """Nobody knows by which one they were decided."""
+    """It is unknown which preset they were decided by before."""
     write(gateway.store, *MISTAKE)
     damage_head(gateway, None)
     gateway.writer.preset = msgspec.structs.replace(AZURE, offers=())
@@ -309,7 +311,7 @@ def test_a_damaged_head_of_a_large_table_is_left_to_a_child(gateway: Gateway) ->
 
 
 def test_a_table_of_which_nothing_is_left_is_a_first_load(gateway: Gateway) -> None:
-    """There is nothing to compare the store with."""
+    """The table has nothing that the store could be compared with."""
     write(gateway.store, *MISTAKE)
     gateway.writer.close()
     (gateway.folder / "table" / "data.mdb").write_bytes(b"damaged" * 10_000)
@@ -321,7 +323,7 @@ def test_a_table_of_which_nothing_is_left_is_a_first_load(gateway: Gateway) -> N
 
 
 def test_another_history_is_counted_by_the_follower_that_reads_it(gateway: Gateway) -> None:
-    """One with a limit leaves it to one without."""
+    """A follower with a limit leaves the reading to one without a limit, and takes its count over."""
     backup(gateway.folder / "portward.db", gateway.folder / "backup.db")
     gateway.write(subscription(SPAMMER, standing=Standing.DISABLED))
     backup(gateway.folder / "backup.db", gateway.folder / "portward.db")

@@ -1,5 +1,6 @@
-"""Stores are written, backed up, restored and cloned; changes are held and confirmed; agents start again, heads
-are damaged, clocks jump, in any order: the table against a plain model of what may be in force."""
+"""The policy table is compared with a simple model of the policy that may be in force. In any order, stores are
+written, backed up, restored and cloned, changes are held and confirmed, agents restart, heads are damaged and
+clocks jump."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from unit.store.samples import opened, put
 from unit.table.test_table import AZURE, ENFORCE, NOW, attachment, subscription
 
 CUSTOMERS: Final = tuple(range(1, 9))
-# Three of eight are too many.
+# With this share, three of eight customers are too many.
 SHARE: Final = 0.3
 SLOTS: Final = (0, 1, 2)
 MEMORY: Final = Path("/dev/shm")  # noqa: S108 # every commit is synced, and a disk takes its time
@@ -46,15 +47,15 @@ _slots: Final = st.sampled_from(SLOTS)
 
 
 class Log(NamedTuple):
-    """A store as the model sees it: its entries, each with a number that no other entry of any store has, those of
-    them that confirm, and what it holds of each customer."""
+    """The model of a store: its entries, each with a number that is unique among all stores; the entries that
+    confirm a change; and the state of each customer."""
 
     entries: tuple[int, ...]
     confirming: frozenset[int]
     state: dict[int, str]
 
     def begins_with(self, entries: tuple[int, ...]) -> bool:
-        """Whether the log goes on from these entries."""
+        """Whether the log begins with these entries."""
         return self.entries[: len(entries)] == entries
 
     def allowed(self) -> set[int]:
@@ -63,7 +64,7 @@ class Log(NamedTuple):
 
 
 def changes_of(what: dict[int, str]) -> list[Put]:
-    """What brings customers into these states."""
+    """The changes that bring customers into these states."""
     puts: list[Put] = []
     for number, state in what.items():
         machine = attachment(f"10.0.0.{number}", number)
@@ -87,11 +88,11 @@ class Histories(RuleBasedStateMachine):
         self.now, self.ahead = NOW, timedelta()
         self.log = Log((), frozenset(), {})
         self.backups: dict[int, Log] = {}
-        # The entries that the policy in force was read from, those of early denials behind them included. None: no
-        # store may be taken for the one that it was read from.
+        # The log entries that the policy in force was read from, including early denials behind a held change.
+        # None: the history is unknown, so no store has it.
         self.stands: tuple[int, ...] | None = ()
         self.early: tuple[int, ...] = ()
-        # While another history is held: its entries as the agent last saw them, and what confirmed it since then.
+        # While another history is held: its entries when the agent last read it, and the confirmations since then.
         self.seen: tuple[int, ...] = ()
         self.live: set[int] = set()
         # Customers that were denied ahead of a held change.
@@ -112,7 +113,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(what=_changes, confirm=st.booleans(), hours=_hours, sees=st.booleans())
     def another_tool_writes(self, what: dict[int, str], confirm: bool, hours: int, sees: bool) -> None:
-        """By a clock of its own; perhaps while the agent does not look."""
+        """Another tool writes, by its own clock. If `sees` is false, the agent does not read it yet."""
         self.ahead = timedelta(hours=hours)
         self._write(self.path, what, confirm=confirm)
         if sees:
@@ -120,7 +121,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(number=st.sampled_from(CUSTOMERS))
     def a_customer_is_disabled(self, number: int) -> None:
-        """That is in force at once, whatever is held."""
+        """A denial, which is in force at once, whatever is held."""
         self._follow()
         before = self.log
         self._write(self.path, {number: DISABLED})
@@ -130,13 +131,13 @@ class Histories(RuleBasedStateMachine):
 
     @rule(slot=_slots)
     def it_is_backed_up(self, slot: int) -> None:
-        """By SQLite."""
+        """Makes a backup by SQLite."""
         _copy(self.path, self._slot(slot))
         self.backups[slot] = self.log
 
     @rule(slot=_slots, confirm=st.booleans())
     def another_store_is_made(self, slot: int, confirm: bool) -> None:
-        """With the same customers; it may be put in the place of the first."""
+        """Makes another store with the same customers, which may later replace the first."""
         for file in self._folder.glob(f"backup-{slot}.db*"):
             file.unlink()
         opened(self._slot(slot)).close()
@@ -146,7 +147,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.backups)
     @rule(slot=_slots, what=_changes, confirm=st.booleans(), hours=_hours)
     def a_clone_goes_its_own_way(self, slot: int, what: dict[int, str], confirm: bool, hours: int) -> None:
-        """And confirms what it does, by a clock of its own."""
+        """A backup is written to, by another clock, perhaps with a confirmation of that change."""
         if slot in self.backups:
             self.ahead = timedelta(hours=hours)
             self._write_backup(slot, what, confirm=confirm)
@@ -154,7 +155,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.backups)
     @rule(slot=_slots, moved=st.booleans(), sees=st.booleans())
     def a_backup_is_restored(self, slot: int, moved: bool, sees: bool) -> None:
-        """Into the open file, or as another one."""
+        """A backup replaces the store's content in the open file or, if `moved`, the file."""
         if slot not in self.backups:
             return
         if moved:
@@ -175,7 +176,7 @@ class Histories(RuleBasedStateMachine):
     def a_backup_is_restored_and_then_one_that_goes_on_from_it(
         self, what: dict[int, str], hours: int, confirm: bool, ways: tuple[bool, bool]
     ) -> None:
-        """The second one confirmed what it did in its own time."""
+        """Two backups are restored in turn. The second one may contain a confirmation of its own change."""
         _copy(self._slot(0), self._slot(1))
         self.backups[1] = self.backups[0]
         self.a_clone_goes_its_own_way(1, what, confirm, hours)
@@ -186,7 +187,7 @@ class Histories(RuleBasedStateMachine):
     def what_is_held_stays_and_what_was_denied_behind_it_is_lost(
         self, what: dict[int, str], number: int, moved: bool
     ) -> None:
-        """By a backup that was made in between."""
+        """A backup from between the held change and the denial is restored."""
         self.another_tool_writes(what, confirm=False, hours=0, sees=True)
         self.it_is_backed_up(2)
         self.a_customer_is_disabled(number)
@@ -194,7 +195,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def it_is_confirmed_here(self) -> None:
-        """As `portward apply --confirm` does: then nothing is held any more."""
+        """Confirms like `portward apply --confirm`. Afterwards nothing is held."""
         self._follow()
         self._confirm()
         self._follow()
@@ -202,18 +203,18 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def it_is_confirmed_before_the_agent_looks(self) -> None:
-        """It may confirm what the agent held before, or nothing."""
+        """Confirms before the agent has read the store. This confirms a change held earlier, or nothing."""
         self._confirm()
         self._follow()
 
     @rule(child=st.booleans())
     def the_agent_looks(self, child: bool) -> None:
-        """Or has a child look."""
+        """The agent follows the store, by itself or with a child process."""
         self._follow(child=child)
 
     @rule(follows=st.booleans())
     def the_agent_starts_again(self, follows: bool) -> None:
-        """After a stop or a kill."""
+        """The agent restarts, as after a stop or a kill."""
         self.writer.close()
         self._start()
         if follows:
@@ -221,15 +222,15 @@ class Histories(RuleBasedStateMachine):
 
     @rule(hours=_hours)
     def the_clock_jumps(self, hours: int) -> None:
-        """The agent's."""
+        """The agent's clock jumps."""
         self.now = max(NOW, self.now + timedelta(hours=hours))
 
     @rule(data=st.sampled_from([b"", b"\x63" * 148]), starts=st.booleans())
     def the_head_is_damaged(self, data: bytes, starts: bool) -> None:
-        """While no agent runs, or while one does."""
+        """The table's head is damaged, while an agent runs or before it starts."""
         with self.writer._environment.begin(write=True) as transaction:
             transaction.put(HEAD, data)
-        # A table without an entry has nothing that could be compared.
+        # A table without entries has nothing that the store could be compared with.
         self.stands = None if self.writer.attachments() else ()
         self.early, self.seen, self.live = (), (), set()
         if starts:
@@ -238,7 +239,7 @@ class Histories(RuleBasedStateMachine):
     # --- what always holds ---
 
     def _follow(self, *, child: bool = False) -> None:
-        """Steps until nothing is left to do, and looks at each commit."""
+        """Steps until nothing is left to do, and checks each commit."""
         for _ in range(50):
             if not self._step(child=child):
                 break
@@ -257,7 +258,7 @@ class Histories(RuleBasedStateMachine):
         limit = SHARE * self.writer.reader().counts()[1]
         same = self.stands is not None and self.log.begins_with(self.stands) and self.log.begins_with(self.early)
         if not same and not (self.stands is None and self.log.begins_with(self.seen)):
-            self.live.clear()  # it was another state of the store that was confirmed
+            self.live.clear()  # they confirmed another state of the store
         if child:
             made = Follower(self.store, self.writer)
             committed = made.step(self.now)
@@ -279,9 +280,10 @@ class Histories(RuleBasedStateMachine):
         else:
             confirmed = not self.live.isdisjoint(self.log.entries)
         opened = {number for number in turned if after.get(number)}
-        # What was denied ahead of a held change has flipped nothing if it may send again after it.
+        # A customer that was denied ahead of a held change, and may send again after it, does not count as
+        # flipped.
         flipped = turned - opened | opened - self.denied
-        assert len(flipped) <= limit or confirmed, f"{flipped} flip, and nobody has confirmed it"
+        assert len(flipped) <= limit or confirmed, f"{flipped} flip, and no one has confirmed it"
         if noted is not None and noted.held and head.held:
             assert not opened, "nothing opens while a change is held"
             self.denied |= turned
@@ -296,7 +298,7 @@ class Histories(RuleBasedStateMachine):
         return _passing(self._states())
 
     def _states(self) -> dict[int, bool]:
-        """Of the customers with a machine in the table: whether it may send."""
+        """Customer → whether its machine may send, for those with a machine in the table."""
         reader, found = self.writer.reader(), {}
         for number in CUSTOMERS:
             network = attachment(f"10.0.0.{number}", number).address
@@ -358,7 +360,7 @@ def _passing(states: dict[int, bool]) -> set[int]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """By SQLite's own copy."""
+    """Copies a store by SQLite's backup function."""
     with closing(sqlite3.connect(source)) as have, closing(sqlite3.connect(target)) as into:
         have.backup(into)
 

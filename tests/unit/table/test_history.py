@@ -1,4 +1,5 @@
-"""A store's history is told by the hashes of its log: the table follows another one, whatever its numbers are."""
+"""The hashes of a store's log identify its history. The table follows another history, whatever its revision
+numbers."""
 
 from __future__ import annotations
 
@@ -55,12 +56,12 @@ class Gateway:
         self.follower = Follower(self.store, self.writer)
 
     def stop(self) -> None:
-        """Closes both."""
+        """Closes store and table."""
         self.store.close()
         self.writer.close()
 
     def follow(self) -> None:
-        """Steps until there is nothing to do; opens the store again if another file is in its place."""
+        """Steps until nothing is left to do. Opens the store again if another file has replaced it."""
         for _ in range(20):
             try:
                 if self.follower.step(NOW) is None and (self.follower.in_step or self.follower.held):
@@ -76,7 +77,7 @@ class Gateway:
         return reason(self.writer, "10.0.0.1")
 
     def revision(self) -> int:
-        """The revision that the table stands at."""
+        """The revision that the table has loaded."""
         head = self.writer.head()
         assert head is not None
         return head.revision
@@ -84,7 +85,7 @@ class Gateway:
 
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
-    """One that follows a store with a customer who may not send; the backup was made then, at revision 1."""
+    """A gateway that follows a store with a customer who may not send. The backup has this state, revision 1."""
     found = Gateway(tmp_path)
     write(found.store, put(CUSTOMER), put(MACHINE))
     backup(found.path, tmp_path / "backup.db")
@@ -94,25 +95,25 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
 
 
 def backup(source: Path, target: Path) -> None:
-    """What `sqlite3 SOURCE ".backup TARGET"` does, and `.restore` the other way round."""
+    """Copies a store like `sqlite3 SOURCE ".backup TARGET"`, or `sqlite3 TARGET ".restore SOURCE"`."""
     with closing(sqlite3.connect(source)) as have, closing(sqlite3.connect(target)) as into:
         have.backup(into)
 
 
 def confirmed_here(gateway: Gateway, revision: int) -> Put:
-    """What `portward apply --confirm` writes on this gateway as this revision."""
+    """The confirmation that `portward apply --confirm` writes on this gateway as this revision."""
     head = gateway.writer.head()
     assert head is not None
     return confirmation(revision, hold=held_history(head))
 
 
 def in_place(gateway: Gateway, source: Path) -> None:
-    """Restores by `.restore`: in the open database, by SQLite itself."""
+    """Restores by `.restore`, so that SQLite writes into the open database."""
     backup(source, gateway.path)
 
 
 def another_file(gateway: Gateway, source: Path) -> None:
-    """Restores by another file in the store's place."""
+    """Restores by replacing the store's file."""
     for name in ("portward.db-wal", "portward.db-shm"):
         gateway.path.with_name(name).unlink(missing_ok=True)
     fresh = source.with_suffix(".copy")
@@ -142,7 +143,7 @@ def test_a_restored_backup_is_followed_whatever_was_written_to_it(
     later: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The table stands at revision 3, with a grant; the restored store at 1 to 6, without."""
+    """The table has loaded revision 3, with a grant. The restored store is at revision 1 to 6, without one."""
     write(gateway.store, put(msgspec.structs.replace(CUSTOMER, name="before")))
     write(gateway.store, put(GRANT))
     gateway.follow()
@@ -249,7 +250,7 @@ def test_a_confirmation_in_the_backup_does_not_confirm_the_restored_history(
 
 
 def test_denials_of_a_lost_history_are_taken_back(gateway: Gateway, tmp_path: Path) -> None:
-    """A held change and a revocation behind it, both written after the backup."""
+    """A held change and a revocation behind it were both written after the backup."""
     write(gateway.store, put(GRANT))
     write(
         gateway.store, *(put(one) for n in range(2, 40) for one in (subscription(n), attachment(f"10.0.1.{n}", n)))
@@ -269,7 +270,8 @@ def test_denials_of_a_lost_history_are_taken_back(gateway: Gateway, tmp_path: Pa
 
 
 def test_a_log_without_hashes_is_told_by_when_and_by_whom_it_was_written(tmp_path: Path) -> None:
-    """A store of format 1, at the same revision as a copy of it that went another way; and sealed."""
+    """Two copies of a store of format 1 differ but have the same revision number. The store is also sealed
+    later."""
     path, backup_ = tmp_path / "portward.db", tmp_path / "backup.db"
     format_1(path)
     shutil.copy(path, backup_)

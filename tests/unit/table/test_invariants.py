@@ -1,4 +1,4 @@
-"""Each thing that must hold in a policy table is looked for, and found if it does not hold."""
+"""The check of a policy table finds every violation of its invariants."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_a_table_that_was_made_by_changes_is_whole(writer: Writer) -> None:
 
 
 Change = tuple[bytes, bytes, bytes | None, bytes | None]
-# Name → what is changed (part, key, value before, value after), and a word of what is found.
+# Name → the change (part, key, value before, value after), and a word of the finding.
 BROKEN: dict[str, tuple[Change, str]] = {
-    "an expiry of nobody": (
+    "an expiry of an unknown subscription": (
         (b"expiries", KEY, None, layout.due(layout.microseconds(NOW + timedelta(1)), 99)),
         "subscription 99 is to be decided again at 2026-06-02 00:00:00Z, for no reason",
     ),
@@ -66,7 +66,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
         (b"ids", KEY, None, UUID(int=9).bytes + layout.number(9)),
         "5 subscriptions are listed, and there are 4 accounts",
     ),
-    "an account of nobody": (
+    "an account of an unknown subscription": (
         (b"accounts", layout.number(9), None, Account(UUID(int=9)).pack()),
         "account 9 has neither a record nor an entry",
     ),
@@ -112,62 +112,65 @@ BROKEN: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_does_not_hold_is_found(writer: Writer, name: str) -> None:
-    (part, key, old, new), told = BROKEN[name]
+    (part, key, old, new), message = BROKEN[name]
     change(writer, part, key, old, new)
-    assert any(told in finding for finding in findings(writer)), findings(writer)
+    assert any(message in finding for finding in findings(writer)), findings(writer)
 
 
 @pytest.mark.parametrize("what", ["account", "prefix", "place"])
 def test_an_entry_that_cannot_be_is_found(writer: Writer, what: str) -> None:
     row = row_of(writer, "10.0.0.1")
     if what == "account":
-        new, told = row[:-12] + layout.number(99) + row[-8:], "the entry for 10.0.0.1/32 in segment 1 refers to no"
+        new, message = (
+            row[:-12] + layout.number(99) + row[-8:],
+            "the entry for 10.0.0.1/32 in segment 1 refers to no",
+        )
     elif what == "prefix":
-        new, told = row[:3] + b"\x08" + row[4:], "an entry stands for no prefix"
+        new, message = row[:3] + b"\x08" + row[4:], "an entry stands for no prefix"
     else:
-        new, told = row[:-1] + bytes([row[-1] | 0x20]), "two entries stand for 10.0.0.1/32 in segment 1"
+        new, message = row[:-1] + bytes([row[-1] | 0x20]), "two entries stand for 10.0.0.1/32 in segment 1"
     change(writer, b"entries4", KEY, None if what == "place" else row, new)
-    assert any(told in finding for finding in findings(writer))
+    assert any(message in finding for finding in findings(writer))
 
 
-def told_of(folder: Path) -> list[str]:
+def check_lines(folder: Path) -> list[str]:
     """The lines of `portward check` about the table."""
     return list(check._table(folder))
 
 
-def test_check_tells_of_a_table_that_is_whole(writer: Writer, tmp_path: Path) -> None:
+def test_check_prints_the_counts_of_a_whole_table(writer: Writer, tmp_path: Path) -> None:
     writer.close()
-    assert told_of(tmp_path / "table") == [
+    assert check_lines(tmp_path / "table") == [
         f"table {tmp_path / 'table'}: 4 attachments of 4 subscriptions, no damaged rows"
     ]
 
 
-def _until_it_fails(lines: Iterator[str], told: list[str]) -> None:
-    """Adds line after line to `told`, and raises what the lines raise."""
+def _until_it_fails(lines: Iterator[str], printed: list[str]) -> None:
+    """Adds each line to `printed`, and raises the error that ends the lines."""
     for line in lines:
-        told.append(line)  # those before the failure are kept
+        printed.append(line)  # those before the failure are kept
 
 
-def test_check_tells_of_damage_and_what_to_do(writer: Writer, tmp_path: Path) -> None:
+def test_check_reports_damage_and_its_remedy(writer: Writer, tmp_path: Path) -> None:
     for address in ("10.0.0.1", "10.0.0.2", "10.0.0.3", "2001:db8::4"):
         with_code(writer, address, 31)
     for number in range(10, 20):
         change(writer, b"expiries", KEY, None, layout.due(1, number))
     writer.close()
-    told: list[str] = []
+    printed: list[str] = []
     remedy = r"`systemctl stop portward`, remove .*data\.mdb and .*lock\.mdb, `systemctl start portward`"
     with pytest.raises(TableError, match=remedy) as error:
-        _until_it_fails(check._table(tmp_path / "table"), told)
+        _until_it_fails(check._table(tmp_path / "table"), printed)
     assert error.value.exit_code == 1
-    assert told[0].endswith("4 attachments of 4 subscriptions, 14 damaged rows")
-    assert len(told) == 12
-    assert told[-1] == "  and 4 more"
+    assert printed[0].endswith("4 attachments of 4 subscriptions, 14 damaged rows")
+    assert len(printed) == 12
+    assert printed[-1] == "  and 4 more"
 
 
 def test_check_has_nothing_against_no_table_and_one_of_another_format(tmp_path: Path) -> None:
-    assert told_of(tmp_path) == [f"table {tmp_path}: there is none yet"]
+    assert check_lines(tmp_path) == [f"table {tmp_path}: there is none yet"]
     other_table(tmp_path / "other", 2)
-    (line,) = told_of(tmp_path / "other")
+    (line,) = check_lines(tmp_path / "other")
     assert "is of format 2" in line
     assert line.endswith("the next start reads the store anew")
 
@@ -177,16 +180,16 @@ def test_a_new_table_without_a_policy_is_whole(tmp_path: Path) -> None:
     assert verify(tmp_path, NOW).broken == 0
 
 
-def test_a_file_that_is_no_table_is_told(tmp_path: Path) -> None:
+def test_check_reports_a_file_that_is_no_table(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(os.urandom(8192))
     with pytest.raises(TableError, match="systemctl stop portward"):
-        told_of(tmp_path)
+        check_lines(tmp_path)
 
 
 def test_check_reads_beside_a_writer(writer: Writer, tmp_path: Path) -> None:
-    """As beside a running agent, which goes on writing."""
+    """A running agent goes on writing while `check` reads."""
     script = "import sys, pathlib; from portward.ops import check; print(*check._table(pathlib.Path(sys.argv[1])))"
     command = [sys.executable, "-c", script, str(tmp_path / "table")]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "4 attachments of 4 subscriptions, no damaged rows" in told.stdout
-    writer.decide_due(now=NOW)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "4 attachments of 4 subscriptions, no damaged rows" in result.stdout
+    writer.settle(now=NOW)

@@ -1,5 +1,5 @@
-"""The policy table through its life, against a plain model: records come and go, time passes, presets, links and
-stores change, and the agent starts again, in any order and at any time.
+"""The policy table is compared with a simple model. In any order, records come and go, time passes, presets, links
+and stores change, and the agent restarts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from unit.table.test_table import (
     subscriptions,
 )
 
-# One under which a grant counts without a restart, and one under which every offer is unknown.
+# The bundled preset, one under which a grant counts without a restart, and one that knows no offer.
 PRESETS: Final = {
     "restart": AZURE,
     "at once": msgspec.structs.replace(AZURE, restart=""),
@@ -46,7 +46,7 @@ _ids: Final = st.integers(1, 4)
 
 
 class Table(RuleBasedStateMachine):
-    """`held` is what the table was given: its records by their keys."""
+    """`held` has the records that the table was given, by key."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Table(RuleBasedStateMachine):
         self.writer = self._open()
         self.writer.replace([], revision=1, store=STORE, now=self.now)
         self._link()
-        # What a load of the records gives; one for all steps, since making a table takes many commits.
+        # A table for the result of a full load. All steps share it, because making a table takes many commits.
         self.fresh = Writer(Path(self._folder.name) / "fresh", AZURE, ENFORCE)
 
     def teardown(self) -> None:
@@ -72,7 +72,7 @@ class Table(RuleBasedStateMachine):
 
     @rule(hours=st.sampled_from([0, 1, 1, 2, 29]))
     def time_passes(self, hours: int) -> None:
-        """And the agent takes in what it brings."""
+        """Time passes, and the agent settles what is due."""
         self.now += timedelta(hours=hours, seconds=1)
         self._settle()
 
@@ -85,12 +85,13 @@ class Table(RuleBasedStateMachine):
 
     @rule(changes=st.lists(subscriptions, min_size=1, max_size=3))
     def customers_change(self, changes: list[Record]) -> None:
-        """New ones, other offers, standings and modes."""
+        """New customers come, or offers, standings and modes change."""
         self._apply(changes, [])
 
     @rule(found=attachments, hours=_HOURS, paces=st.sampled_from([0, 0, 3600]))
     def a_machine_starts(self, found: Attachment, hours: int, paces: int) -> None:
-        """Also by a clock that is fast, at a time that is still to come; for some, time has passed unnoticed."""
+        """A machine's start is recorded, perhaps by a fast clock, in the future. Before it, time may have passed
+        that the agent has not settled yet."""
         self.now += timedelta(seconds=paces)
         self._apply([msgspec.structs.replace(found, started=self.now + timedelta(hours=hours))], [])
         if paces:
@@ -98,7 +99,7 @@ class Table(RuleBasedStateMachine):
 
     @rule(found=attachments)
     def a_machine_without_a_start(self, found: Attachment) -> None:
-        """As before a portal sends starts."""
+        """A machine comes without a start, as from a portal that does not send starts."""
         self._apply([msgspec.structs.replace(found, started=None)], [])
 
     @rule(
@@ -111,7 +112,7 @@ class Table(RuleBasedStateMachine):
     def an_exemption_changes(
         self, number: int, state: ExemptionState, decided: int, until: int | None, limit: RateLimit | None
     ) -> None:
-        """Grants with an end, with a limit, revocations."""
+        """An exemption is granted, perhaps with an end or a limit, or gets another state."""
         exemption = Exemption(
             subscription=UUID(int=number),
             state=state,
@@ -123,7 +124,7 @@ class Table(RuleBasedStateMachine):
 
     @rule(number=_ids, offer=st.sampled_from(OFFERS), hours=_HOURS)
     def a_customer_comes_with_all(self, number: int, offer: str, hours: int) -> None:
-        """In one batch, as an inventory does."""
+        """A customer comes with all records in one batch, as from an inventory."""
         grant = Exemption(
             subscription=UUID(int=number),
             state=ExemptionState.GRANTED,
@@ -143,14 +144,14 @@ class Table(RuleBasedStateMachine):
 
     @rule(data=st.data(), count=st.integers(1, 4))
     def records_go(self, data: st.DataObject, count: int) -> None:
-        """Some that are there."""
+        """Some existing records are removed."""
         if self.held:
             keys = data.draw(st.lists(st.sampled_from(sorted(self.held, key=repr)), max_size=count, unique=True))
             self._apply([], [self.held[key] for key in keys])
 
     @rule(number=_ids, attached=st.booleans())
     def a_customer_leaves(self, number: int, attached: bool) -> None:
-        """With all records, or but for the attachments."""
+        """All records of a customer are removed or, if not `attached`, all but the attachments."""
         gone = [
             record
             for key, record in self.held.items()
@@ -161,37 +162,37 @@ class Table(RuleBasedStateMachine):
 
     @rule(record=subscriptions | attachments)
     def what_is_not_there_goes(self, record: Record) -> None:
-        """Whatever is told."""
+        """A record is removed that may not exist."""
         self._apply([], [record])
 
     @rule(name=st.sampled_from(sorted(PRESETS)))
     def another_preset(self, name: str) -> None:
-        """The configuration is read again."""
+        """A reload brings another preset."""
         self.preset = self.writer.preset = PRESETS[name]
         self._settle()
 
     @rule(observe=st.booleans(), reject=st.booleans())
     def another_mode(self, observe: bool, reject: bool) -> None:
-        """The same, for the answers."""
+        """A reload changes whether verdicts are observed, or packets rejected."""
         self.answers = self.writer.answers = ENFORCE._replace(observe=observe, reject=reject)
         self._settle()
 
     @rule(observed=st.booleans(), swapped=st.booleans())
     def links_change(self, observed: bool, swapped: bool) -> None:
-        """Interfaces are made again under each other's index."""
+        """Interfaces are made again, and may swap their indexes."""
         first, second = ("vni2", "vni1") if swapped else ("vni1", "vni2")
         self.links = {1: (first, observed), 2: (second, False)}
         self._link()
 
     @rule()
     def everything_is_read_anew(self) -> None:
-        """From the store, as after a damage."""
+        """The table is loaded from the store again, as after damage."""
         self.revision += 1
         self.writer.replace(self._records(), revision=self.revision, store=STORE, now=self.now)
 
     @rule(preset=st.sampled_from(sorted(PRESETS)), hours=st.sampled_from([0, 1, 30]))
     def the_agent_starts_again(self, preset: str, hours: int) -> None:
-        """Later, and with another preset maybe."""
+        """The agent restarts, perhaps later, and perhaps with another preset."""
         self.writer.close()
         self.now += timedelta(hours=hours)
         self.preset = PRESETS[preset]
@@ -203,7 +204,7 @@ class Table(RuleBasedStateMachine):
 
     @invariant()
     def every_source_is_answered_as_by_the_records(self) -> None:
-        """By `decide` alone, and with the modes."""
+        """A lookup gives the reason that `decide` gives for the records, with the modes applied."""
         reader = self.writer.reader()
         for index, (segment, observed) in self.links.items():
             for source in SOURCES:
@@ -229,19 +230,20 @@ class Table(RuleBasedStateMachine):
 
     @invariant()
     def the_invariants_hold(self) -> None:
-        """And nothing was taken for damage."""
+        """The check finds no violation, and no row counts as damaged."""
         with self.writer._environment.begin() as transaction:
             assert list(Walk(transaction, self.writer._parts, self.now).findings()) == []
         assert self.writer.damage.rows == 0
 
     @invariant()
     def it_is_what_a_load_of_the_same_records_is(self) -> None:
-        """But for the numbers, and for names of segments in which nothing is any more."""
+        """The table equals one that is loaded from the same records. Internal numbers may differ, and names of
+        empty segments may stay."""
         self.fresh.preset, self.fresh.answers = self.preset, self.answers
         self.fresh.replace(self._records(), revision=self.revision, store=STORE, now=self.now)
         wanted, next_expiry = contents(self.fresh), self.fresh.next_expiry()
         found = contents(self.writer)
-        # The key of a family in which nothing is any more may stay, without any length.
+        # The key of a family without attachments may stay, with an empty list of lengths.
         found["lengths"] = [row for row in found["lengths"] if row[-1]]
         for part, rows in wanted.items():
             assert sorted(found[part], key=repr) == sorted(rows, key=repr), part
@@ -280,7 +282,7 @@ def _time(hours: float) -> datetime:
 
 
 def test_a_start_recorded_ahead_goes_with_its_subscription(tmp_path: Path) -> None:
-    """And the grants of others still end when their time comes."""
+    """The grants of other customers still end in time."""
     writer = Writer(tmp_path, AZURE, ENFORCE)
     grants = {
         number: Exemption(
@@ -304,7 +306,7 @@ def test_a_start_recorded_ahead_goes_with_its_subscription(tmp_path: Path) -> No
 
 
 def test_a_start_beyond_what_fits_never_comes(tmp_path: Path) -> None:
-    """The store takes years up to 9999, a row of the table up to 4253."""
+    """The store accepts years up to 9999, but a row of the table only up to 4253."""
     writer = Writer(tmp_path, AZURE, ENFORCE)
     late = datetime(9999, 12, 29, tzinfo=NOW.tzinfo)
     grant = Exemption(subscription=UUID(int=1), state=ExemptionState.GRANTED, decided=_time(-24))

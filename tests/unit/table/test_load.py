@@ -1,4 +1,4 @@
-"""A load fills the table as an edit of the same records would; what another version left makes way for it."""
+"""A load fills the table as changes with the same records would, and replaces a table of another version."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ from unit.table.test_table import (
 
 
 def contents(writer: Writer) -> dict[str, list[tuple[object, ...]]]:
-    """All that a table holds of records, without the numbers that it gives in the order of what comes."""
+    """All that a table holds of records, without its internal numbers, which depend on the order of the
+    records."""
     with writer._environment.begin() as transaction:
         raw = {name: list(transaction.cursor(part)) for name, part in writer._parts.items()}
     segments = {value: key for key, value in raw[b"segments"]}
@@ -81,7 +82,7 @@ ends = st.builds(
     st.sampled_from([None, -1, 1]),
     st.sampled_from([None, RateLimit(per_minute=60)]),
 )
-# Started before a grant, after it, or, by a fast clock, later than now.
+# Machines that started before a grant, after it, or, by a fast clock, in the future.
 machines = st.builds(
     lambda attachment, hours: replace(attachment, started=NOW + timedelta(hours=hours)),
     attachments,
@@ -119,7 +120,7 @@ def test_a_load_replaces_everything(tmp_path: Path) -> None:
 
 
 def test_attachments_come_last(tmp_path: Path) -> None:
-    """They are decided by the others, and a table that was decided otherwise must not be committed."""
+    """The other records decide their verdicts, and a table with wrong decisions must not be committed."""
     with closing(Writer(tmp_path, AZURE, ENFORCE)) as writer:
         with pytest.raises(ValueError, match="after an attachment"):
             load(writer, [attachment("10.0.0.4", 1), subscription(1)])
@@ -153,7 +154,7 @@ def test_a_follower_reads_the_store_again_where_the_table_was_too_small(tmp_path
 
 
 def older_table(folder: Path) -> dict[bytes, bytes]:
-    """A table of format 1, in which 10.0.0.4 of vni1 is allowed; what its parts hold."""
+    """Makes a table of format 1, in which 10.0.0.4 of vni1 is allowed. Returns the contents of its parts."""
     parts: dict[bytes, tuple[bytes, bytes]] = {
         b"links": (b"\0\0\0\1", b"\1\0\0\0\0vni1"),
         b"segments": (b"vni1", b"\0\0\0\1"),
@@ -189,7 +190,7 @@ def test_a_table_of_an_older_format_is_no_policy(tmp_path: Path) -> None:
 
 
 def test_a_table_of_an_older_format_stays_until_another_is_whole(tmp_path: Path) -> None:
-    """Whoever goes back to the older version, since the store cannot be read, finds it as it was."""
+    """If the store cannot be read, an operator can go back to the older version, which still finds its table."""
     older = older_table(tmp_path / "table")
     with closing(Writer(tmp_path / "table", AZURE, ENFORCE)) as writer:
 

@@ -1,4 +1,4 @@
-"""The map of the table's file grows while threads of the process read: no read fails, and none waits for ever."""
+"""The memory map of the table's file grows while threads of the process read. No read fails or waits for ever."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALLOWED, DENIED = (ip_address(address).packed for address in ("10.0.0.4", "10.0.
 
 
 def until(true: Callable[[], object], what: str) -> None:
-    """Waits for it, and fails if it does not come true."""
+    """Waits until `true()` is true, and fails after a deadline."""
     deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline, what
@@ -38,7 +38,7 @@ def until(true: Callable[[], object], what: str) -> None:
 
 
 def started(work: Callable[[], object]) -> threading.Thread:
-    """A thread that does it."""
+    """Starts a thread that does this work."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
@@ -53,13 +53,13 @@ def end(*threads: threading.Thread) -> None:
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[Writer]:
-    """A table with a small map, in which `ALLOWED` may send, and `DENIED` is not known."""
+    """A table with a small map, in which `ALLOWED` may send, and `DENIED` is unknown."""
     with closing(made(tmp_path / "table")) as found:
         yield found
 
 
 def made(folder: Path) -> Writer:
-    """A new table as `writer` has it."""
+    """Makes a new table like that of `writer`."""
     found = Writer(folder, AZURE, ENFORCE, map_size=SMALL)
     load(found, [subscription(1), attachment("10.0.0.4", 1)])
     found.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
@@ -67,7 +67,7 @@ def made(folder: Path) -> Writer:
 
 
 def machines(first: str, number: int) -> list[Record]:
-    """So many attachments of one address each."""
+    """Attachments of one address each, `number` of them from `first` on."""
     start = int(ip_address(first))
     return [attachment(str(ip_address(start + offset)), 1) for offset in range(number)]
 
@@ -84,7 +84,7 @@ class Readers:
         self._threads = [threading.Thread(target=self._run, args=(place,)) for place in range(number)]
 
     def __enter__(self) -> Readers:
-        # Python's own interval lets threads that never pause take 5 ms from every call of LMDB.
+        # By default, a thread that never pauses may delay every call of LMDB by 5 ms.
         sys.setswitchinterval(0.0001)
         for thread in self._threads:
             thread.start()
@@ -96,7 +96,7 @@ class Readers:
         end(*self._threads)
 
     def go_on(self) -> None:
-        """Waits until each thread has read everything twice more, or one has failed."""
+        """Waits until each thread has read everything two more times, or one has failed."""
         before = list(self.rounds)
         until(
             lambda: self.failed or all(now >= then + 2 for now, then in zip(self.rounds, before, strict=True)),
@@ -130,7 +130,7 @@ class Readers:
 
 
 def reason(reader: Reader, source: bytes) -> Reason:
-    """What the table says of a source behind the only segment."""
+    """The reason of a source in the only segment."""
     found = reader.lookup(1, source)
     assert found is not None
     return found.reason
@@ -138,7 +138,7 @@ def reason(reader: Reader, source: bytes) -> Reason:
 
 @contextmanager
 def other_process(folder: Path) -> Iterator[Callable[[], None]]:
-    """A process that makes the file larger than the map of everyone else, at each call."""
+    """Another process. Each call makes it grow the file beyond the maps of all other processes."""
     program = f"""
 import sys, lmdb
 with lmdb.open({str(folder)!r}, map_size={SMALL}, max_dbs=64) as environment:
@@ -174,7 +174,8 @@ def size(environment: Environment) -> int:
 
 
 def test_threads_read_on_while_a_change_makes_the_map_larger(writer: Writer, tmp_path: Path) -> None:
-    """As when the policy thread writes more than the map takes, and the kernel thread looks sources up."""
+    """An example is a policy thread that writes more than the map holds while the kernel thread looks sources
+    up."""
     with Readers(writer) as readers:
         for number in range(4):
             writer.apply(machines(f"10.{number + 1}.0.0", 1_000), [], revision=number + 2, now=NOW)
@@ -197,7 +198,7 @@ def test_threads_read_on_however_often_the_map_grows(tmp_path: Path) -> None:
 
 
 def test_threads_read_on_while_another_process_makes_the_file_larger(writer: Writer, tmp_path: Path) -> None:
-    """As when a bulk change outgrows the map of the daemon."""
+    """An example is a bulk change that makes the file larger than the daemon's map."""
     with Readers(writer, nested=False) as readers, other_process(tmp_path / "table") as grow:
         for _ in range(GROWTHS):
             before = size(writer._environment)
@@ -216,7 +217,7 @@ def test_a_change_of_policy_takes_a_larger_file_over_while_threads_read(writer: 
 
 
 def test_a_table_can_be_opened_while_another_process_makes_it_larger(writer: Writer, tmp_path: Path) -> None:
-    """The file may outgrow the map between the opening and the first transaction."""
+    """The file may become larger than the map between the opening and the first transaction."""
     writer.close()  # a process opens a file once
     folder = tmp_path / "table"
     with other_process(folder) as grow, closing(open_database(folder, write=False, map_size=SMALL)) as environment:
@@ -246,11 +247,12 @@ def test_a_map_is_not_made_larger_than_the_largest(writer: Writer) -> None:
     assert size(writer._environment) == 2 * SMALL
 
 
-# --- who waits for whom ---
+# --- threads that wait for each other ---
 
 
 def test_a_thread_with_a_transaction_goes_on_while_the_map_waits_to_grow(writer: Writer) -> None:
-    """It may begin another one. A thread without one comes after the growth, else many could keep it out."""
+    """That thread may begin another transaction. A thread without one waits for the growth, because many such
+    threads could otherwise delay it for ever."""
     environment, reader = writer._environment, writer.reader()
     seen: list[int] = []
 
@@ -303,7 +305,7 @@ def test_a_size_that_another_thread_has_taken_over_is_not_waited_for(
 
 
 def test_a_transaction_within_another_one_waits_for_no_size(writer: Writer, tmp_path: Path) -> None:
-    """Its thread would wait for itself. The outer one goes on, and the next one takes the size over."""
+    """Its thread would wait for itself. The outer transaction goes on, and the next one uses the new size."""
     reader = writer.reader()
     found: list[Reason] = []
 
@@ -321,7 +323,7 @@ def test_a_transaction_within_another_one_waits_for_no_size(writer: Writer, tmp_
 
 
 def test_within_a_view_everything_is_read_at_its_commit(writer: Writer) -> None:
-    """So a reader begins no transaction within its own, which could fail."""
+    """So a reader begins no second transaction within its own, which could fail."""
     reader = writer.reader()
     with reader.view():
         writer.apply([subscription(2), attachment("10.0.0.5", 2)], [], revision=2, now=NOW)

@@ -1,4 +1,4 @@
-"""A reader keeps what it has read under one commit, so a second thread would get answers of two commits."""
+"""A reader caches what it has read under one commit. A second thread would mix two commits, so it is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy table: what was put in is found, by the most specific prefix; only changes are written."""
+"""The policy table finds a source by its most specific prefix, and writes only changes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def attachment(address: str | Network, number: int, segment: str = "vni1", **mor
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[Writer]:
-    """A table with an interface 1 behind which segment vni1 is, 2 and vni2 likewise."""
+    """A table with segment vni1 behind interface 1, and vni2 behind interface 2."""
     found = Writer(tmp_path / "table", AZURE, ENFORCE)
     load(found, [])
     found.put_links({1: ("vni1", False), 2: ("vni2", False)}, touched=frozenset(), now=NOW)
@@ -76,7 +76,7 @@ def reason(writer: Writer, source: str, index: int = 1) -> Reason:
 
 
 def places(committed: Committed) -> set[tuple[str, str]]:
-    """What has changed, as text."""
+    """The changed places as text."""
     return {(place.segment, str(place.network)) for place in committed.changed}
 
 
@@ -157,7 +157,7 @@ def test_one_reason_for_another_of_the_same_kind_needs_no_forgetting(writer: Wri
 
 
 def test_an_attachment_that_moves_to_another_customer_is_forgotten(writer: Writer) -> None:
-    """Also where both may send: what it sends counts for the other from now on."""
+    """This holds even if both may send, because its packets count for the other customer from now on."""
     load(writer, [subscription(1), subscription(2), attachment("10.0.0.4", 1)])
     committed = writer.apply([attachment("10.0.0.4", 2)], [], revision=2, now=NOW)
     assert places(committed) == {("vni1", "10.0.0.4/32")}
@@ -185,7 +185,7 @@ def test_a_removed_subscription_leaves_its_sources_unknown(writer: Writer) -> No
     assert reason(writer, "10.0.0.4") is Reason.ALLOWED_OFFER
 
 
-def test_accounts_that_nobody_names_are_dropped(writer: Writer) -> None:
+def test_accounts_without_records_are_dropped(writer: Writer) -> None:
     load(writer, [subscription(1), attachment("10.0.0.4", 1)])
     writer.apply([], [attachment("10.0.0.4", 1), subscription(1)], revision=2, now=NOW)
     assert writer.reader().counts() == (0, 0)
@@ -290,7 +290,7 @@ def test_observing_a_segment_or_a_subscription(writer: Writer, where: str) -> No
     assert found.observed
 
 
-def test_links_that_changed_are_told_and_those_that_were_touched(writer: Writer) -> None:
+def test_links_that_changed_or_were_touched_are_returned(writer: Writer) -> None:
     def put(want: dict[int, tuple[str, bool]], *touched: int) -> set[int]:
         return set(writer.put_links(want, touched=frozenset(touched), now=NOW).links)
 
@@ -344,7 +344,7 @@ def test_beyond_many_changes_everything_is_new(writer: Writer) -> None:
 
 
 def test_beyond_many_changes_the_other_sources_of_who_has_changed_are_decided_too(writer: Writer) -> None:
-    """A revocation that comes in one step with a large inventory."""
+    """An example is a revocation in the same step as a large inventory."""
     load(writer, [subscription(1), subscription(2), attachment("192.0.2.4", 1)])
     assert reason(writer, "192.0.2.4").allows
     first = int(ip_address("10.0.0.0"))
@@ -392,7 +392,7 @@ steps = st.lists(st.tuples(st.booleans(), records), max_size=25)
 
 
 def identity(record: Record) -> tuple[object, ...]:
-    """What makes two records the same one."""
+    """The identity of a record. A record replaces another one with the same identity."""
     match record:
         case Attachment():
             return ("attachment", record.segment, record.address)
@@ -403,7 +403,7 @@ def identity(record: Record) -> tuple[object, ...]:
 
 
 def expected(held: dict[tuple[object, ...], Record], segment: str, source: Address) -> tuple[Reason, bool]:
-    """Reason and observation of a source, worked out from the records alone."""
+    """The reason of a source, and whether it is observed, from the records alone."""
     covering = [
         record
         for record in held.values()
@@ -426,7 +426,8 @@ def expected(held: dict[tuple[object, ...], Record], segment: str, source: Addre
 @settings(max_examples=60, deadline=None)
 @given(steps)
 def test_step_by_step_the_table_says_what_the_records_say(changes: list[tuple[bool, Record]]) -> None:
-    """Against records in a dict; and every source whose verdict differs lies in what was told as changed."""
+    """The table is compared with records in a dict. Each source whose verdict differs lies in the reported
+    changes."""
     with TemporaryDirectory() as folder:
         writer = Writer(Path(folder), AZURE, ENFORCE)
         load(writer, [])
@@ -456,7 +457,7 @@ def test_step_by_step_the_table_says_what_the_records_say(changes: list[tuple[bo
 
 
 def test_a_reader_in_another_process_goes_on_when_the_table_grows(tmp_path: Path) -> None:
-    """As a worker does: the map that it opened is too small for what the writer has written since."""
+    """A worker is such a reader. The map that it opened is too small for later writes."""
     writer = Writer(tmp_path, AZURE, ENFORCE, map_size=1 << 18)
     load(writer, [subscription(1), attachment("10.0.0.4", 1)])
     writer.put_links({1: ("vni1", False)}, touched=frozenset(), now=NOW)
@@ -490,7 +491,8 @@ for line in sys.stdin:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_all_addresses_that_a_finding_reaches_are_found_like_it(data: st.DataObject) -> None:
-    """And they reach just as far, so that what is known by ranges is never known twice."""
+    """`reach` gives the range of addresses that share a lookup result. Every address in the range has the same
+    range, so that cached ranges never overlap."""
     # A few addresses close together, so that prefixes hold, touch and follow each other.
     base, size = data.draw(st.sampled_from([("10.0.0.0", 4), ("2001:db8::", 16)]))
     first, bits = int(ip_address(base)), size * 8
@@ -542,13 +544,13 @@ def test_a_view_shows_one_commit_and_ends(writer: Writer) -> None:
 
 
 def test_a_change_says_whether_it_may_stop_packets(writer: Writer) -> None:
-    """If it does not, no cached verdict lets packets pass that must not."""
+    """If it cannot stop packets, no cached allow is wrong after it."""
     load(writer, [subscription(1), attachment("10.0.0.0/24", 1), attachment("10.0.0.4", 1)])
     revoked = writer.apply([subscription(1, "csp")], [], revision=2, now=NOW)
     assert (bool(revoked.changed), revoked.closes) == (True, True)
     allowed = writer.apply([subscription(1)], [], revision=3, now=NOW)
     assert (bool(allowed.changed), allowed.closes) == (True, False)
-    # The /24 around it, which is allowed, held there until now.
+    # Until now the allowed /24 around it covered this address.
     narrower = writer.apply([subscription(2, "csp"), attachment("10.0.0.5", 2)], [], revision=4, now=NOW)
     assert (bool(narrower.changed), narrower.closes) == (True, True)
     gone = writer.apply([], [attachment("10.0.0.5", 2)], revision=5, now=NOW)
@@ -556,7 +558,8 @@ def test_a_change_says_whether_it_may_stop_packets(writer: Writer) -> None:
 
 
 def test_a_change_says_whether_it_may_let_packets_pass(writer: Writer) -> None:
-    """If it does not, cached denials are still right, and it is in force before they are forgotten."""
+    """If it cannot let packets pass, cached denials are still right, so it is in force before they are
+    forgotten."""
     load(writer, [subscription(1), attachment("10.0.0.0/24", 1), attachment("10.0.0.4", 1)])
     revoked = writer.apply([subscription(1, "csp")], [], revision=2, now=NOW)
     assert (bool(revoked.changed), revoked.opens) == (True, False)
@@ -564,6 +567,6 @@ def test_a_change_says_whether_it_may_let_packets_pass(writer: Writer) -> None:
     assert (bool(allowed.changed), allowed.opens) == (True, True)
     narrower = writer.apply([subscription(2, "csp"), attachment("10.0.0.5", 2)], [], revision=4, now=NOW)
     assert (bool(narrower.changed), narrower.opens) == (True, False)
-    # The /24 around it, which is allowed, holds there from now on.
+    # From now on the allowed /24 around it covers this address.
     gone = writer.apply([], [attachment("10.0.0.5", 2)], revision=5, now=NOW)
     assert (bool(gone.changed), gone.opens) == (True, True)

@@ -1,6 +1,7 @@
-"""Batches: the short way and the careful one say the same, no view outlives its batch, each packet is answered.
+"""Batches: the fast path and the slow path give the same verdicts, no view of the table outlives its batch, and
+each packet gets a verdict.
 
-What a single packet may be like is in `test_judge.py`, which both readers pass.
+`test_slow_path.py` tests all forms of single packets with both readers.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RECORDS = (
 
 
 class Watched(Reader):
-    """A reader that remembers what was asked of it, and whether a view is open."""
+    """A reader that records its lookups, and whether a view is open."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -65,7 +66,7 @@ class Watched(Reader):
 
 
 class Bench:
-    """A batch judge over a real table, behind whose interface 3 is segment vni1."""
+    """A batch reader over a real table, with segment vni1 behind interface 3."""
 
     def __init__(self, folder: Path) -> None:
         self.writer = Writer(folder, AZURE, ENFORCE)
@@ -78,12 +79,12 @@ class Bench:
         self.asked: list[tuple[int, bytes]] = []
         ask = lambda index, address: self.asked.append((index, address))  # noqa: E731 # short
         self.careful = SlowPath(self.reader.lookup, self.reader.head, self.counters, answers, ask)
-        self.judge = BatchReader(0, self.reader, self.careful, self.counters)
+        self.batch = BatchReader(0, self.reader, self.careful, self.counters)
 
     def answer(self, *datagrams: bytes) -> list[tuple[int, int, int]]:
-        """Verdict, id and mark of each that is given for a batch."""
+        """Verdict, id and mark of each packet of a batch."""
         buffer = bytearray(b"".join(datagram[:SLOT].ljust(SLOT, b"\xee") for datagram in datagrams))
-        given_ = self.judge.answer(buffer, [(min(SLOT, len(datagram)),) for datagram in datagrams])
+        given_ = self.batch.answer(buffer, [(min(SLOT, len(datagram)),) for datagram in datagrams])
         assert not self.reader.viewing, "no view outlives its batch"
         return [struct.unpack_from(">II4xI", given_, start + 24) for start in range(0, len(given_), 40)]
 
@@ -119,7 +120,7 @@ def test_each_packet_of_a_batch_gets_the_verdict_of_its_source(bench: Bench) -> 
 
 
 def test_a_plain_segment_takes_the_short_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the batch reader would be slower than the other one, and every other test here would still pass."""
+    """Otherwise the batch reader would be slower than the other one, and all other tests here would still pass."""
     monkeypatch.setattr(bench.careful, "handle", lambda packet: pytest.fail("the careful way"))
     for between in BETWEEN.values():
         assert len(bench.answer(message(syn("10.0.0.4"), between=between), message(syn("2001:db8::1")))) == 2
@@ -134,7 +135,8 @@ def test_a_source_is_looked_up_once_and_so_are_those_around_it(bench: Bench) -> 
 def test_what_is_known_is_bounded_and_is_not_kept_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "_MAX_RANGES", 3)
     monkeypatch.setattr(batch, "_MAX_MISSES_WHILE_FULL", 2)
-    # Four ranges: before, below the host, the host, behind it; room for two, beside the empty one.
+    # Four ranges: before the prefix, below the host, the host, and behind it. The cache has room for two of them,
+    # and for the empty one.
     low, below, host, behind = "9.0.0.1", "10.0.0.3", "10.0.0.4", "10.0.0.5"
     for source, asked in ((low, 1), (below, 2), (low, 2), (below, 2), (host, 3), (host, 4), (host, 4), (low, 5)):
         bench.answer(message(syn(source)))
@@ -157,8 +159,8 @@ def test_a_change_is_seen_by_the_next_batch_and_so_is_its_epoch(bench: Bench) ->
     assert (before[2] & mark.EPOCH) != (after[2] & mark.EPOCH)
 
 
-def test_a_batch_is_judged_by_one_policy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change in the middle of a batch acts on none of it: each verdict agrees with the epoch that it carries."""
+def test_a_batch_is_classified_by_one_policy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change during a batch does not affect its verdicts, so each verdict agrees with its epoch."""
     lookup = bench.reader.lookup
 
     def changing(index: int, source: bytes) -> Any:
@@ -230,7 +232,7 @@ def test_verdicts_are_given_even_if_they_cannot_be_counted(
     assert len(caplog.records) == 1
 
 
-def test_what_the_kernel_refuses_stops_nothing_and_is_told_once(
+def test_a_refusal_of_the_kernel_stops_nothing_and_is_logged_once(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     vanished = struct.pack("=IHHIIi", 36, 2, 0, 0, 0, -2) + bytes(16)
@@ -241,7 +243,7 @@ def test_what_the_kernel_refuses_stops_nothing_and_is_told_once(
     ]
 
 
-def test_a_message_without_an_id_is_counted_and_told(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_message_without_an_id_is_counted_and_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     assert not bench.answer(OTHERS["no packet header"])
     assert bench.counters.events()[WorkerEvent.ERROR] == 1
     assert len(caplog.records) == 1
@@ -254,8 +256,8 @@ def test_a_message_that_is_longer_than_its_slot_gets_a_verdict(bench: Bench) -> 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_a_batch_says_what_each_packet_alone_would_be_told(bench: Bench, data: st.DataObject) -> None:
-    """The short way against the careful one, over packets of all kinds, some with a byte changed."""
+def test_a_batch_gives_each_packet_the_verdict_that_it_would_get_alone(bench: Bench, data: st.DataObject) -> None:
+    """The fast path is compared with the slow path, for packets of all kinds, some with a changed byte."""
     sources = [
         "10.0.0.4",
         "10.0.0.5",
@@ -278,13 +280,13 @@ def test_a_batch_says_what_each_packet_alone_would_be_told(bench: Bench, data: s
             )
         )
         if data.draw(st.booleans()):
-            # Behind the header with the id.
+            # A byte behind the header with the id.
             datagram[data.draw(st.integers(32, len(datagram) - 1))] = data.draw(st.integers(0, 255))
         datagrams.append(bytes(datagram))
     together = bench.answer(*datagrams)
     alone = []
     for one in datagrams:
-        bench.judge._answer_slowly(bytearray(one))
-        said = bench.judge._verdicts.take().tobytes()
+        bench.batch._answer_slowly(bytearray(one))
+        said = bench.batch._verdicts.take().tobytes()
         alone += [struct.unpack_from(">II4xI", said, start + 24) for start in range(0, len(said), 40)]
     assert together == alone

@@ -1,4 +1,4 @@
-"""The queue changes hands: real processes hold the lock, and are asked to leave, or ended."""
+"""A new worker takes over a queue. The process that holds the queue's lock is asked to leave, or ended."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Hold = Callable[[str], subprocess.Popen[bytes]]
 
 @pytest.fixture
 def hold(tmp_path: Path) -> Iterator[Hold]:
-    """Starts a worker that holds queue 3, one that goes when it is asked or one that does not."""
+    """Starts a worker that holds queue 3, and leaves when it is asked to, or does not."""
     processes = []
 
     def start(kind: str) -> subprocess.Popen[bytes]:
@@ -76,8 +76,8 @@ def test_a_holder_of_another_queue_is_left_alone(tmp_path: Path, hold: Hold) -> 
     assert holder.poll() is None
 
 
-def test_a_number_that_is_left_in_the_file_is_nobodys(tmp_path: Path) -> None:
-    """Without the lock the process it names is another program, which must not get a signal."""
+def test_a_number_left_in_an_unlocked_file_is_ignored(tmp_path: Path) -> None:
+    """Without a lock, the number may belong to another program by now, which must not get a signal."""
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         (tmp_path / "worker-3").write_text(f"{other.pid:<10}\n")
@@ -89,7 +89,7 @@ def test_a_number_that_is_left_in_the_file_is_nobodys(tmp_path: Path) -> None:
 
 
 def test_a_number_of_another_process_is_not_taken_for_the_holders(tmp_path: Path, hold: Hold) -> None:
-    """While the lock is held, too: an agent that could not take it may have written there."""
+    """This holds while the lock is held, too. An agent that could not take it may have written to the file."""
     holder = hold("polite")
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -103,8 +103,8 @@ def test_a_number_of_another_process_is_not_taken_for_the_holders(tmp_path: Path
 
 
 def test_nothing_is_written_without_the_lock(tmp_path: Path, hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A holder that can neither be asked nor ended keeps its file, which is replaced: so it leaves if it is a
-    worker, and the next claimer does not take its number for ours, or ours for its."""
+    """If the holder can neither be asked nor ended, its lock file is replaced by a new one. A worker leaves when
+    it notices that, and no later claimer confuses the two process ids."""
     holder = hold("polite")
     before = os.open(tmp_path / "worker-3", os.O_RDONLY)
     monkeypatch.setattr(signal, "pidfd_send_signal", refused)
@@ -118,12 +118,12 @@ def test_nothing_is_written_without_the_lock(tmp_path: Path, hold: Hold, monkeyp
 
 
 def refused(process: int, number: int) -> None:
-    """What the kernel says of another user's process."""
+    """Raises the error of the kernel for a signal to another user's process."""
     raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
-def test_a_lock_that_anybody_holds_keeps_no_worker_from_its_queue(tmp_path: Path) -> None:
-    """It is no worker, and this user may not see which process it is."""
+def test_a_lock_of_another_program_keeps_no_worker_from_its_queue(tmp_path: Path) -> None:
+    """The holder is no worker, and this user may not see which process it is."""
     script = (
         "import fcntl, os, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
         "os.setuid(65534) if os.geteuid() == 0 else None; print('held', flush=True); time.sleep(60)"
@@ -143,8 +143,8 @@ def test_a_lock_that_anybody_holds_keeps_no_worker_from_its_queue(tmp_path: Path
 def test_a_lock_file_that_another_worker_replaces_meanwhile_is_opened_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool, times: int, taken: bool
 ) -> None:
-    """A lock on a deleted file keeps no worker away. A file that is replaced at every try is given up, and no
-    descriptor is left open."""
+    """A lock on a deleted file excludes no worker. If the file is replaced at every try, the worker gives up, and
+    leaves no descriptor open."""
     path, replaced = tmp_path / "worker-3", list[int]()
     cleared = handover._cleared
 
@@ -179,7 +179,7 @@ def test_without_room_for_the_lock_the_queue_is_tried_all_the_same(tmp_path: Pat
 
 
 def refusing(*numbers: int) -> Callable[[], str]:
-    """What binds after it was refused with these errnos."""
+    """A function that is refused with these errnos, one a call, and then binds."""
     left = list(numbers)
 
     def bind() -> str:

@@ -1,4 +1,5 @@
-"""The messages of nfnetlink_queue: each packet is found, however its message is laid out; verdicts to the byte."""
+"""The messages of nfnetlink_queue: a packet is found in every layout of a message, and verdicts are right to the
+byte."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ from portward.worker.messages import (
 SYN = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(sport=4000, dport=25, flags="S"))
 SYN6 = bytes(IPv6(src="2001:db8::4", dst="2001:db8:25::25") / TCP(sport=4000, dport=25, flags="S"))
 MISS = 0x00AB0000 | mark.MISS
-# What the kernel may put between the mark and the payload: priority, link address, timestamp, owner, what was
-# captured of how much, offload.
+# Attributes that the kernel may put between the mark and the payload: priority, link address, timestamp, owner,
+# full length of the packet, offload.
 HARDWARE = (9, b"\0\x06\0\0" + b"\x02\0\0\0\0\x01\0\0")
 BETWEEN = {
     "nothing": (),
@@ -56,7 +57,7 @@ def message(
     family: int | None = None,
     hook: int = PREROUTING,
 ) -> bytes:
-    """What the kernel sends of a packet: no mark where it is 0, no padding behind the payload."""
+    """The kernel's message for a packet. It has no mark if the mark is 0, and no padding behind the payload."""
     if family is None:
         family = 10 if payload[:1] and payload[0] >> 4 == 6 else 2
     body = struct.pack(">BBH", family, 0, 0)
@@ -76,7 +77,7 @@ def test_a_packet_is_read_whatever_comes_with_it(between: tuple[tuple[int, bytes
 
 
 def test_what_was_queued_in_forward_is_of_no_shape() -> None:
-    """Its mark is not ours, also if it looks like a miss."""
+    """Its mark belongs to another program, even if it looks like a miss."""
     forwarded = message(hook=FORWARD)
     assert list(read(forwarded)) == [Packet(7, 3, MISS, HARDWARE[1][4:], SYN, FORWARD)]
     assert template_of(forwarded) is None
@@ -105,7 +106,7 @@ def test_a_message_without_a_packet_header_says_so() -> None:
     assert packet == Packet(None, 0, 0, None, b"")
 
 
-def test_what_the_kernel_refuses_is_told() -> None:
+def test_a_refusal_of_the_kernel_is_returned() -> None:
     refusal = struct.pack("=IHHIIi", 36, 2, 0, 0, 0, -2) + bytes(16)
     assert list(read(refusal)) == [Refused(2)]
 
@@ -117,7 +118,8 @@ def test_any_bytes_are_read_to_their_end(data: bytes) -> None:
 
 
 def asked(datagram: bytes, of: bytes) -> tuple[bytes, ...] | None:
-    """What the shape of one message says of another: id, index, kept bits, source, flags; None: not its shape."""
+    """The id, index, kept bits, source and flags that the shape of message `of` finds in `datagram`; None if it
+    has another shape."""
     shape = template_of(of)
     assert shape is not None
     slot = datagram.ljust(1024, b"\xee")
@@ -169,7 +171,7 @@ def test_what_is_not_plain_has_no_shape_and_is_of_none(datagram: bytes) -> None:
             assert asked(datagram, of=message(payload, between=between)) is None
 
 
-# From byte 4 on: how long a datagram is the socket has said.
+# From byte 4 on: the first bytes are the length, which the reader gets from the socket instead.
 @given(place=st.integers(4, 83), value=st.integers(0, 255), between=st.sampled_from(list(BETWEEN.values())))
 def test_a_shape_never_says_what_reading_does_not(
     place: int, value: int, between: tuple[tuple[int, bytes], ...]

@@ -1,4 +1,4 @@
-"""Reading a queued packet: what scapy built is found, and no bytes make it raise."""
+"""Reading a queued packet finds the fields of packets that scapy has built, and raises for no bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The RST of a rejected connection: its numbers, its way, and checksums that scapy finds right."""
+"""The RST of a rejected connection has the right sequence numbers, addresses and checksums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portward.worker.reset import reset_for
 
 
 def answered(packet: Packet) -> Packet | None:
-    """The reset of a packet, read back."""
+    """The reset for a packet, parsed by scapy; None if there is none."""
     data = bytes(packet)
     found = parse(data)
     assert found is not None
@@ -26,7 +26,7 @@ def answered(packet: Packet) -> Packet | None:
 
 
 def checksums_are_right(reply: Packet) -> bool:
-    """Whether scapy works out the same checksums."""
+    """Whether scapy calculates the same checksums."""
     again = reply.copy()
     del again[TCP].chksum
     if IP in again:

@@ -1,4 +1,4 @@
-"""Every packet gets exactly one verdict, whatever the table or the packet is like, and whichever reader has it."""
+"""Every packet gets exactly one verdict, for every table and every packet, from both queue readers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RST = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(dport=25, flags="R"))
 
 
 class QueuedPacket:
-    """As NetfilterQueue hands one over; remembers what was said of it."""
+    """A packet like those of NetfilterQueue, which records its verdicts in `said`."""
 
     indev = 3
 
@@ -54,7 +54,7 @@ class QueuedPacket:
 
 
 class Answers:
-    """Stands where the resets are sent; remembers to whom."""
+    """A fake resetter, which records the receivers of resets in `to`."""
 
     def __init__(self, *, sent: bool = True) -> None:
         self.sent, self.to = sent, list[tuple[int, bytes | None]]()
@@ -65,12 +65,12 @@ class Answers:
         return self.sent
 
     def asked(self, index: int, address: bytes) -> None:
-        """Takes the sources that the daemon is asked about."""
+        """Records the sources that the daemon is asked about."""
         self.sources.append((index, address))
 
 
 class Table:
-    """Stands where the policy table is."""
+    """A fake policy table."""
 
     def __init__(self, lookup: Callable[[int, bytes], LookupResult | None]) -> None:
         self.lookup = lookup
@@ -87,14 +87,14 @@ class Table:
 
 
 class Batched:
-    """A batch classify that takes packets as NetfilterQueue hands them over, in a batch of one."""
+    """A batch reader that gets packets like those of NetfilterQueue, each as a batch of one."""
 
     def __init__(self, table: Table, careful: SlowPath, counters: WorkerCounters) -> None:
-        self.judge = BatchReader(0, table, careful, counters)  # type: ignore[arg-type] # as much of a Reader as it uses
+        self.reader = BatchReader(0, table, careful, counters)  # type: ignore[arg-type] # as much of a Reader as it uses
 
     def handle(self, packet: QueuedPacket) -> None:
         datagram = message(packet.get_payload(), index=packet.indev, mark_=packet.mark, hook=packet.hook)
-        given = bytes(self.judge.answer(bytearray(datagram.ljust(SLOT)), [(len(datagram),)]))
+        given = bytes(self.reader.answer(bytearray(datagram.ljust(SLOT)), [(len(datagram),)]))
         while given:
             verdict, id_, mark_ = struct.unpack_from(">II4xI", given, 24)
             assert id_ == 7
@@ -109,7 +109,7 @@ Worker = Callable[..., tuple[SlowPath | Batched, WorkerCounters]]
 def worker(
     lookup: Callable[[int, bytes], LookupResult | None], answers: Answers | None = None
 ) -> tuple[SlowPath, WorkerCounters]:
-    """A classify over a look-up."""
+    """A slow path over a lookup function, and its counters."""
     counters = WorkerCounters(WorkerCounters.create())
     resetter: Resetter = answers or Answers()  # type: ignore[assignment] # only `send` is used
     asked: Callable[[int, bytes], None] = getattr(answers, "asked", lambda index, address: None)
@@ -119,20 +119,20 @@ def worker(
 def batched(
     lookup: Callable[[int, bytes], LookupResult | None], answers: Answers | None = None
 ) -> tuple[Batched, WorkerCounters]:
-    """The same behind the batch reader."""
+    """A batch reader over a lookup function, and its counters."""
     careful, counters = worker(lookup, answers)
     return Batched(Table(lookup), careful, counters), counters
 
 
 @pytest.fixture(params=[worker, batched], ids=["single", "batch"])
 def make(request: pytest.FixtureRequest) -> Worker:
-    """Makes a worker over a look-up, with the one reader and the other."""
+    """Makes a worker over a lookup function, with each of the two readers."""
     found: Worker = request.param
     return found
 
 
 def finding(reason: Reason, *, observed: bool = False, reject: bool = False) -> LookupResult:
-    """A finding of generation 8192, whose epoch is 1."""
+    """A lookup result of generation 8192, whose epoch is 1."""
     return LookupResult(reason, observed, reject, 8192)
 
 
@@ -149,7 +149,7 @@ def test_what_is_observed_passes_and_is_counted_as_would_deny(reason: Reason) ->
     assert classify(finding(reason, observed=True, reject=True)) == (mark.Class.OBSERVED, PacketOutcome.OBSERVED)
 
 
-def test_a_source_of_nobody_is_never_answered() -> None:
+def test_an_unknown_source_is_never_answered() -> None:
     assert classify(finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True))[0] is mark.Class.UNKNOWN
 
 
@@ -170,7 +170,8 @@ def test_the_lookup_is_by_interface_and_source(make: Worker) -> None:
 
 
 UDP_25 = bytes(IP() / UDP(dport=25))
-# The whole mark as the kernel hands it over: a question, one whose missing answer passes, and bits of others.
+# Whole marks of packets without a verdict: a miss, a miss that passes without a verdict, and a miss with other
+# programs' bits.
 QUESTIONS = [mark.MISS, mark.MISS_OPEN, 0x00AB0000 | mark.MISS]
 
 
@@ -179,7 +180,7 @@ QUESTIONS = [mark.MISS, mark.MISS_OPEN, 0x00AB0000 | mark.MISS]
 def test_what_has_no_verdict_goes_back_to_be_counted_and_dropped(
     make: Worker, payload: bytes, event: WorkerEvent, before: int
 ) -> None:
-    """`learn` drops what carries the mark of a miss, and counts it for its segment."""
+    """The chain `learn` drops packets with the mark of a miss, and counts them for their segment."""
     packet = QueuedPacket(payload, before)
     found, counters = make(lambda index, source: None)
     found.handle(packet)
@@ -229,7 +230,7 @@ def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused(mak
 
 
 def test_a_reset_of_a_rejected_source_is_dropped_and_is_no_reset_that_failed(make: Worker) -> None:
-    """No reset is due for it (RFC 9293, 3.10.7.1), so none is sent, and none is taken from the budget."""
+    """A reset gets no reset (RFC 9293, 3.10.7.1), so none is sent, and none is taken from the budget."""
     answers = Answers()
     found, counters = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
     for _ in range(FIRST_RESETS_PER_SECOND + 1):
@@ -242,7 +243,7 @@ def test_a_reset_of_a_rejected_source_is_dropped_and_is_no_reset_that_failed(mak
 
 
 def test_a_source_whose_entry_is_damaged_is_denied_and_counted_each_time(make: Worker) -> None:
-    """And the kernel caches the denial, so that such a source does not ask again and again."""
+    """The kernel caches the denial, so that not every packet of such a source goes to a worker."""
     damaged = finding(Reason.DENIED_UNKNOWN_SOURCE, reject=True)._replace(damaged=True)
     packet = QueuedPacket()
     found, counters = make(lambda index, source: damaged)
@@ -253,7 +254,7 @@ def test_a_source_whose_entry_is_damaged_is_denied_and_counted_each_time(make: W
     assert list(counters.verdicts()) == [(Reason.DENIED_UNKNOWN_SOURCE, PacketOutcome.DROPPED, 1, 1)]
 
 
-# Also marks that others have set to what ours would say in prerouting.
+# Some of these, set by other programs, look like portward's own marks in prerouting.
 MARKS = [0, 0x4000, mark.MISS, mark.MISS_OPEN, mark.PROBE, mark.PASSED, 0x00AB0009]
 
 
@@ -273,13 +274,14 @@ MARKS = [0, 0x4000, mark.MISS, mark.MISS_OPEN, mark.PROBE, mark.PASSED, 0x00AB00
 def test_in_forward_a_worker_accepts_or_drops_and_leaves_the_mark(
     make: Worker, found: LookupResult, said: str, before: int
 ) -> None:
-    """There the mark is that of others, nothing learns from it, and a reset would come from the wrong address."""
+    """In `forward` the mark belongs to other programs, no chain caches a verdict from it, and a reset would have
+    the wrong source address."""
     answers, packet = Answers(), QueuedPacket(before=before, hook=FORWARD)
-    judge_, _ = make(lambda index, source: found, answers)
-    # What a batch classify learns of a message in prerouting must not be taken for one in forward.
-    judge_.handle(QueuedPacket(before=mark.MISS))
+    worker_, _ = make(lambda index, source: found, answers)
+    # The message template that the batch reader takes from a packet in prerouting must not match one in forward.
+    worker_.handle(QueuedPacket(before=mark.MISS))
     before_that = len(answers.to), len(answers.sources)
-    judge_.handle(packet)
+    worker_.handle(packet)
     assert (packet.said, packet.mark) == ([said], before)
     assert len(answers.to) == before_that[0], "no reset"
     assert answers.sources[before_that[1] :] == [(3, b"\x0a\0\0\x04")], "the daemon is asked to cache it"
@@ -294,8 +296,8 @@ def test_in_forward_what_cannot_be_looked_up_is_dropped(make: Worker, payload: b
     assert counters.events()[event] == 1
 
 
-def test_a_rejected_source_that_sends_again_is_answered_and_not_learned_again(make: Worker) -> None:
-    """The kernel has counted the packet; to learn the source once more would count it twice."""
+def test_a_rejected_source_that_sends_again_is_answered_and_not_cached_again(make: Worker) -> None:
+    """The kernel has counted the packet already. Caching the source once more would count it twice."""
     answers = Answers()
     found, counters = make(lambda index, source: finding(Reason.DENIED_REVOKED, reject=True), answers)
     packet = QueuedPacket(before=mark.AGAIN)
@@ -305,7 +307,7 @@ def test_a_rejected_source_that_sends_again_is_answered_and_not_learned_again(ma
 
 
 def test_a_packet_that_was_counted_as_rejected_never_passes(make: Worker) -> None:
-    """Also if the policy has changed since, and the kernel is about to forget the source."""
+    """This holds even if the policy has changed since, and the kernel is about to forget the source."""
     answers = Answers()
     found, counters = make(lambda index, source: finding(Reason.ALLOWED_OFFER), answers)
     packet = QueuedPacket(before=mark.AGAIN)

@@ -1,4 +1,4 @@
-"""Accounts in every state, as the tests of the diagnosis want them."""
+"""Accounts in every state, for the tests of the diagnosis."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ID = UUID("11111111-0000-4000-8000-000000000002")
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
 BEFORE, AFTER = GRANTED - timedelta(days=8), GRANTED + timedelta(days=8)
-JUDGES, NOTHING_CACHED = Host(), CachedState()
+ENFORCES, NOTHING_CACHED = Host(), CachedState()
 REASON = "the terms of use were broken"
 
 
@@ -64,7 +64,7 @@ def facts(
     granted: Exemption | None,
     *attachments: Attachment,
     observed: bool = False,
-    host: Host = JUDGES,
+    host: Host = ENFORCES,
     found: CachedState | None = NOTHING_CACHED,
     **more: Any,
 ) -> Facts:

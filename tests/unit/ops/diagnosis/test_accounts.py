@@ -1,4 +1,4 @@
-"""Accounts are found by id and name, in the table as in the store, and come out the same."""
+"""Accounts are found by id and name, with the same result from the table and from the store."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_several_of_a_name_are_listed_and_nothing_found_says_what_to_type(config
         assert unshown(str(caught.value)) is None
 
 
-def test_a_source_brings_its_account_and_one_of_nobody_none(config: Path) -> None:
+def test_a_source_brings_its_account_and_an_unknown_source_none(config: Path) -> None:
     _, found = gather.diagnose(config, "vni1002", "10.0.1.8", ENGLISH)
     assert found.facts.id == ID
     assert str(found.facts.machines[0].address) == "10.0.1.0/24"
@@ -167,7 +167,7 @@ def test_what_is_no_address_or_no_segment_is_bad_usage(config: Path, segment: st
 
 
 @pytest.mark.parametrize(
-    ("segment", "address", "told"),
+    ("segment", "address", "message"),
     [
         ("10.0.0.4", "vni1002", "'10.0.0.4' is an address: the segment comes before it"),
         ("vni*", "10.0.0.4", "'vni*' is a pattern: name one segment, such as vni1002"),
@@ -177,14 +177,14 @@ def test_what_is_no_address_or_no_segment_is_bad_usage(config: Path, segment: st
     ],
 )
 def test_what_can_be_no_source_is_refused_by_both_verbs(
-    config: Path, segment: str, address: str, told: str
+    config: Path, segment: str, address: str, message: str
 ) -> None:
     with pytest.raises(InputError) as diagnosed:
         gather.diagnose(config, segment, address, ENGLISH)
     with pytest.raises(InputError) as explained:
         explanation.explain(config, segment, address, None)
     assert str(diagnosed.value) == str(explained.value)
-    assert str(diagnosed.value).startswith(f"SEGMENT: {told}")
+    assert str(diagnosed.value).startswith(f"SEGMENT: {message}")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_source_and_destination_of_a_packet_are_of_one_family(config: Path, addr
 
 
 @pytest.mark.parametrize(
-    ("who", "told"),
+    ("who", "message"),
     [
         ("fabricam", "did you mean 'fabrikam'?"),
         ("Fabrikam", "did you mean 'fabrikam'?"),
@@ -211,13 +211,13 @@ def test_source_and_destination_of_a_packet_are_of_one_family(config: Path, addr
         (str(UUID(int=77)), "no subscription with this id"),
     ],
 )
-def test_who_is_not_found_is_told_what_was_likely_meant(
-    place: Accounts, config: Path, who: str, told: str
+def test_an_account_that_is_not_found_gets_the_nearest_names(
+    place: Accounts, config: Path, who: str, message: str
 ) -> None:
     with pytest.raises(PortwardError) as error:
         gather._the_one(load_config(config), place, who)
-    assert told in str(error.value)
-    assert ("did you mean" in str(error.value)) is ("did you mean" in told)
+    assert message in str(error.value)
+    assert ("did you mean" in str(error.value)) is ("did you mean" in message)
 
 
 def test_a_segment_that_is_here_is_said_to_be_one(

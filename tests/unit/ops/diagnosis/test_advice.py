@@ -150,7 +150,7 @@ def test_a_preset_without_restarts_never_asks_for_one() -> None:
     assert only("scaleway", "account", State.GRANTED).ways == ((NONE,),)
 
 
-def test_where_587_is_judged_an_api_takes_the_relays_place() -> None:
+def test_if_587_is_enforced_an_api_takes_the_relays_place() -> None:
     assert only("digitalocean", "account", State.NONE).ways == ((Step.API,),)
     assert only("hetzner", "account", State.NONE).ways[0] == (RELAY,)
 
@@ -170,11 +170,11 @@ def test_a_source_or_an_account_without_records_is_to_be_found() -> None:
         assert found.ways == ((Step.TELL_SUBSCRIPTION,),)
 
 
-def test_an_account_without_machines_is_told_what_would_hold() -> None:
+def test_an_account_without_machines_gets_the_steps_for_a_machine() -> None:
     (found,) = matters(AZURE, facts(AZURE, subscription("csp"), exemption(State.NONE)))
     assert found.ways == expected(ExemptionPath.SELF_SERVICE, State.NONE)
     (found,) = matters(AZURE, facts(AZURE, subscription("csp"), exemption(State.GRANTED)))
-    # Whether mail of a machine that is not recorded passes is not known.
+    # It is unknown whether mail of a machine without a record passes.
     assert (found.reason, found.ways) == (Reason.ALLOWED_EXEMPT, ((Step.LOOK,),))
 
 

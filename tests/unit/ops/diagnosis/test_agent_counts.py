@@ -1,4 +1,4 @@
-"""The agent's own counts of a subscription, and whether they are its own."""
+"""The counts of a subscription are read from the agent, and not from another process at its address."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_agents_counts_are_read(agent: tuple[Runtime, Config]) -> None:
 
 
 def test_who_answers_in_the_agents_place_is_not_asked(agent: tuple[Runtime, Config]) -> None:
-    """Two agents on one host, of which the first one has the address."""
+    """Two agents run on one host, and the other one has the address."""
     runtime, config = agent
     runtime.write_status(status(metrics_error="127.0.0.1:9125: Address already in use"))
     assert agent_counts.since_start(config, CUSTOMER) == (Metrics.UNREACHABLE, None)

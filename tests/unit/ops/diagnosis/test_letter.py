@@ -39,7 +39,7 @@ from unit.ops.diagnosis.samples import (
 AZURE = presets.load("azure-2020")
 FRENCH = language("fr")
 BOTH = pytest.mark.parametrize("say", [ENGLISH, FRENCH], ids=lambda say: say.code)
-# A customer need not know these.
+# The customer's letter must not contain these internal words.
 INTERNAL = [*(reason.value for reason in Reason), "vni", "paas", "preset", "table", "portward", "{", "}", "None"]
 
 
@@ -64,7 +64,7 @@ ENGLISH_TEXTS = english_texts()
 
 @pytest.mark.parametrize("name", presets.bundled())
 @BOTH
-def test_a_relay_is_recommended_if_its_port_is_not_judged_and_only_then(name: str, say: Language) -> None:
+def test_a_relay_is_recommended_only_if_its_port_is_not_enforced(name: str, say: Language) -> None:
     preset = presets.load(name)
     recommended = say("Send your mail through an authenticated relay on port 587: that is never limited.")
     found = set()
@@ -98,18 +98,18 @@ def test_every_case_has_a_text_without_internal_words_and_in_one_language(name: 
         assert receiver in made.customer
         assert "  " not in made.customer
         if say is FRENCH:
-            told = "\n".join(lines(preset, made, say))
-            assert not [text for text in ENGLISH_TEXTS if text in told], told
+            printed = "\n".join(lines(preset, made, say))
+            assert not [text for text in ENGLISH_TEXTS if text in printed], printed
 
 
 @BOTH
 @pytest.mark.parametrize("reason", Reason)
 def test_reasons_and_remedies_are_said_in_the_language(say: Language, reason: Reason) -> None:
     for name, offer in itertools.product(presets.bundled(), ("csp", "azure-sponsorship", "free-trial", "x")):
-        told = remedy(presets.load(name), reason, subscription(offer), say) + reason_text(reason, say)
-        assert "{" not in told
+        printed = remedy(presets.load(name), reason, subscription(offer), say) + reason_text(reason, say)
+        assert "{" not in printed
         if say is FRENCH:
-            assert not [text for text in ENGLISH_TEXTS if text in told], told
+            assert not [text for text in ENGLISH_TEXTS if text in printed], printed
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_reasons_and_remedies_are_said_in_the_language(say: Language, reason: Re
                                     "Without an exemption: Enterprise Agreement.", "With an exemption: Pay-As"]),
     ],
 )  # fmt: skip
-def test_the_customer_is_told_the_matter_and_the_step(offer: str, state: State, parts: list[str]) -> None:
-    told = customer(ENGLISH, offer, state)
+def test_the_letter_says_the_reason_and_the_next_step(offer: str, state: State, parts: list[str]) -> None:
+    letter = customer(ENGLISH, offer, state)
     for part in parts:
-        assert part in told
-    assert told.startswith("Hello,\n\nYou have asked us why your subscription fabrikam cannot")
+        assert part in letter
+    assert letter.startswith("Hello,\n\nYou have asked us why your subscription fabrikam cannot")
 
 
 def test_a_review_says_what_it_asks() -> None:
@@ -150,8 +150,8 @@ def test_a_review_says_what_it_asks() -> None:
             ["quel logiciel", "messages vous envoyez par jour", "DNS inverse", "SPF, DKIM", "conditions d’ut"],
         ),
     ):
-        told = diagnosis(preset, known, say).customer
-        assert all(part in told for part in parts), told
+        letter = diagnosis(preset, known, say).customer
+        assert all(part in letter for part in parts), letter
 
 
 def test_what_self_service_records_is_said_in_the_customers_language() -> None:
@@ -161,33 +161,33 @@ def test_what_self_service_records_is_said_in_the_customers_language() -> None:
     ):
         record = request(Case(AZURE, owner, None, NOW), Application(), by="x")
         assert record.by == SELF_SERVICE
-        told = diagnosis(AZURE, facts(AZURE, owner, record, attachment()), FRENCH).customer
-        assert "renouvelez la demande" in told
-        assert record.reason not in told
+        letter = diagnosis(AZURE, facts(AZURE, owner, record, attachment()), FRENCH).customer
+        assert "renouvelez la demande" in letter
+        assert record.reason not in letter
 
 
 def test_what_an_anti_fraud_check_noted_is_not_for_the_customer() -> None:
-    told = customer(ENGLISH, "azure-sponsorship", State.REJECTED, by=ANTI_FRAUD, reason="sender of a botnet")
-    assert "botnet" not in told
-    assert "did not pass the check" in told
+    letter = customer(ENGLISH, "azure-sponsorship", State.REJECTED, by=ANTI_FRAUD, reason="sender of a botnet")
+    assert "botnet" not in letter
+    assert "did not pass the check" in letter
 
 
-def test_a_limit_is_told_and_what_was_beyond_it() -> None:
+def test_the_letter_names_the_limit_and_the_drops_beyond_it() -> None:
     granted = exemption(State.GRANTED, limit=RateLimit(per_minute=1200, burst=5))
     known = facts(AZURE, subscription("csp"), granted, attachment(started=AFTER))
     machine = msgspec_replace(known.machines[0], drops=Drops(beyond_limit=3, sources=1))
     known = msgspec_replace(known, machines=(machine,))
-    told = diagnosis(AZURE, known, ENGLISH)
-    assert "1,200 new connections a minute, and 5 at once" in told.customer
-    assert "Lately 3 attempts beyond it were dropped." in told.customer
-    assert any("3 connections dropped beyond the limit" in line for line in lines(AZURE, told, ENGLISH))
+    made = diagnosis(AZURE, known, ENGLISH)
+    assert "1,200 new connections a minute, and 5 at once" in made.customer
+    assert "Lately 3 attempts beyond it were dropped." in made.customer
+    assert any("3 connections dropped beyond the limit" in line for line in lines(AZURE, made, ENGLISH))
 
 
-def test_who_is_only_observed_is_told_that_it_passes_still() -> None:
+def test_an_observed_customer_reads_that_mail_still_passes() -> None:
     owner = subscription("csp", mode=Mode.OBSERVE)
-    told = diagnosis(AZURE, facts(AZURE, owner, None, attachment(), observed=True), ENGLISH)
-    assert "pass all the same" in told.customer
-    assert told.matters[0].observed
+    made = diagnosis(AZURE, facts(AZURE, owner, None, attachment(), observed=True), ENGLISH)
+    assert "pass all the same" in made.customer
+    assert made.matters[0].observed
 
 
 def test_what_only_passed_as_observed_is_not_listed_as_dropped() -> None:
@@ -195,10 +195,10 @@ def test_what_only_passed_as_observed_is_not_listed_as_dropped() -> None:
     known = facts(AZURE, owner, None, attachment(), observed=True)
     machine = msgspec_replace(known.machines[0], drops=Drops(observed=7, sources=1))
     known = msgspec_replace(known, machines=(machine,))
-    told = [line.strip() for line in lines(AZURE, diagnosis(AZURE, known, ENGLISH), ENGLISH)]
-    (passed,) = [line for line in told if "7 packets passed as observed, in the last" in line]
+    printed = [line.strip() for line in lines(AZURE, diagnosis(AZURE, known, ENGLISH), ENGLISH)]
+    (passed,) = [line for line in printed if "7 packets passed as observed, in the last" in line]
     assert passed.startswith("not dropped")
-    (dropped,) = [line for line in told if line.startswith("dropped")]
+    (dropped,) = [line for line in printed if line.startswith("dropped")]
     assert "nothing in the last" in dropped
 
 
@@ -216,12 +216,12 @@ def test_the_source_that_was_asked_about_comes_first_and_marked() -> None:
 
 
 @BOTH
-def test_a_source_of_nobody_says_so(say: Language) -> None:
+def test_an_unknown_source_is_said_to_be_unknown(say: Language) -> None:
     known = facts(AZURE, None, None, id=None, asked=Asked("vni1002", "10.0.0.9"), nobody=Drops(nobody=True))
-    told = list(lines(AZURE, diagnosis(AZURE, known, say), say))
-    assert ("source of nobody" if say is ENGLISH else "source inconnue") in told[0]
-    assert any(("yes, just now" if say is ENGLISH else "oui, en ce moment") in line for line in told)
-    assert any("10.0.0.9" in line for line in told[5:])
+    printed = list(lines(AZURE, diagnosis(AZURE, known, say), say))
+    assert ("source of nobody" if say is ENGLISH else "source inconnue") in printed[0]
+    assert any(("yes, just now" if say is ENGLISH else "oui, en ce moment") in line for line in printed)
+    assert any("10.0.0.9" in line for line in printed[5:])
 
 
 def many(number: int) -> tuple[list[str], list[str], str]:
@@ -242,28 +242,28 @@ def test_hundreds_of_machines_are_counted_and_those_that_need_something_listed_f
     assert any("and 580 more: --all" in line for line in short)
     assert sum(" vni1002 " in line for line in whole) == 600
     assert not any("--all" in line for line in whole)
-    # The customer must know each machine that is to be restarted.
+    # The letter must name each machine that needs a restart.
     assert sum(f"10.0.{n // 250}.{n % 250 + 1}" in letter for n in range(1, 600, 2)) == 300
 
 
 def test_where_all_of_many_machines_are_to_be_restarted_their_number_is_enough() -> None:
     machines = [attachment(f"10.0.0.{n}") for n in range(1, 100)]
-    told = customer(ENGLISH, "csp", State.GRANTED, *machines)
-    assert "with all 99 virtual machines of the subscription" in told
-    assert len(told) < 1_000
+    letter = customer(ENGLISH, "csp", State.GRANTED, *machines)
+    assert "with all 99 virtual machines of the subscription" in letter
+    assert len(letter) < 1_000
 
 
-def test_the_same_address_in_two_segments_is_told_as_two_machines() -> None:
-    told = customer(ENGLISH, "csp", State.GRANTED, attachment(), attachment(segment="vni1003"))
-    assert "with: 10.0.0.4 (2 machines)." in told
+def test_the_same_address_in_two_segments_is_shown_as_two_machines() -> None:
+    letter = customer(ENGLISH, "csp", State.GRANTED, attachment(), attachment(segment="vni1003"))
+    assert "with: 10.0.0.4 (2 machines)." in letter
 
 
 @pytest.mark.parametrize("kernel", [Kernel.NO_INTERFACE, Kernel.NO_RULESET, Kernel.NOT_PERMITTED, Kernel.AWAY])
 @BOTH
 def test_what_is_not_known_is_said(kernel: Kernel, say: Language) -> None:
     known = facts(AZURE, subscription("csp"), None, attachment(), kernel=kernel)
-    told = "\n".join(lines(AZURE, diagnosis(AZURE, known, say), say))
-    assert {"en": "not known", "fr": "inconnu"}[say.code] in told
+    printed = "\n".join(lines(AZURE, diagnosis(AZURE, known, say), say))
+    assert {"en": "not known", "fr": "inconnu"}[say.code] in printed
 
 
 def msgspec_replace(value: Any, **fields: Any) -> Any:
@@ -305,7 +305,7 @@ NOT_SEEN_BLOCKED = "That is our policy; whether it is in force at this moment, w
 STACKED = "other devices take the packets of these segments before they are judged: see STACKED"
 
 
-def told(
+def texts(
     say: Language,
     offer: str,
     host: Host,
@@ -335,7 +335,7 @@ def _dropped(say: Language, host: Host, found: CachedState) -> str:
         (DOWN_OPEN, NOTHING_CACHED, "10.0.0.4"),
         (DOWN_OPEN, CACHED_DENY, "10.0.0.4"),  # it ends
         (PART_OPEN, NOTHING_CACHED, "10.0.0.4"),
-        # Revoked after the agent had gone.
+        # Revoked after the agent had ended.
         (LEFT, CACHED_ALLOW, "10.0.0.4"),
         (DOWN, CACHED_ALLOW, "10.0.0.4"),
     ],
@@ -343,12 +343,12 @@ def _dropped(say: Language, host: Host, found: CachedState) -> str:
 def test_a_denied_customer_is_not_said_to_be_blocked_while_his_mail_passes(
     say: Language, host: Host, found: CachedState, address: str
 ) -> None:
-    engineer, text = told(say, DENIED, host, found, address)
+    engineer, text = texts(say, DENIED, host, found, address)
     assert say(PASSING) in text
     assert f"  {say('now')} " in engineer
     assert say("MAY PASS NOW all the same") in engineer
-    assert say(PASSING) not in told(say, ALLOWED, host, found, address)[1]
-    assert say(PASSING) not in told(say, DENIED, Host())[1]
+    assert say(PASSING) not in texts(say, ALLOWED, host, found, address)[1]
+    assert say(PASSING) not in texts(say, DENIED, Host())[1]
 
 
 @BOTH
@@ -365,7 +365,7 @@ def test_a_denied_customer_is_not_said_to_be_blocked_while_his_mail_passes(
     ],
 )
 def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: Host, found: CachedState) -> None:
-    engineer, text = told(say, ALLOWED, host, found)
+    engineer, text = texts(say, ALLOWED, host, found)
     assert say(NOTHING, ports=say("port {ports}", ports=25)) not in text
     assert say(FAULT) in text
     assert say("You need not do anything: please try again later.") in text
@@ -373,60 +373,60 @@ def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: H
     assert say("provider: this gateway drops what the policy allows, see `portward status`") in engineer
     assert say("this gateway judges by the policy") not in engineer
     assert say("nothing is blocked: look for the receiving server's answer") not in engineer
-    assert say("You need not do anything: please try again later.") not in told(say, DENIED, host)[1]
+    assert say("You need not do anything: please try again later.") not in texts(say, DENIED, host)[1]
 
 
 @BOTH
 @pytest.mark.parametrize("host", [LEFT, SILENT, UNCLEAR, USER, ELSEWHERE])
 @pytest.mark.parametrize("found", [NOTHING_CACHED, None])
-def test_what_is_not_known_is_not_told_the_customer_as_a_fact(
+def test_the_letter_does_not_state_the_unknown_as_a_fact(
     say: Language, host: Host, found: CachedState | None
 ) -> None:
-    engineer, text = told(say, ALLOWED, host, found)
+    engineer, text = texts(say, ALLOWED, host, found)
     assert say(NOT_SEEN) in text
     assert say(NOTHING, ports=say("port {ports}", ports=25)) not in text
     assert say("this gateway judges by the policy") not in engineer
     assert say("nothing is blocked: look for the receiving server's answer") not in engineer
-    assert say(NOT_SEEN_BLOCKED) in told(say, DENIED, host, found)[1]
+    assert say(NOT_SEEN_BLOCKED) in texts(say, DENIED, host, found)[1]
 
 
 @BOTH
 def test_of_a_segment_that_is_not_here_only_the_policy_is_said(say: Language) -> None:
-    engineer, text = told(say, DENIED, Host(), None)
+    engineer, text = texts(say, DENIED, Host(), None)
     assert say("not known: no segment in question is an interface of this host now") in engineer
     assert say(NOT_SEEN_BLOCKED) in text
 
 
 @BOTH
 def test_who_enforces_in_place_of_an_agent_on_this_table_is_named(say: Language) -> None:
-    engineer, _ = told(say, DENIED, ELSEWHERE, elsewhere="process 7")
+    engineer, _ = texts(say, DENIED, ELSEWHERE, elsewhere="process 7")
     assert say("not known: {why}", why="process 7") in engineer
     assert "CAP_NET_ADMIN" not in engineer
-    assert "CAP_NET_ADMIN" in told(say, DENIED, USER)[0]
+    assert "CAP_NET_ADMIN" in texts(say, DENIED, USER)[0]
 
 
 @BOTH
 def test_why_it_is_not_known_is_said_of_that_segment(say: Language) -> None:
     places = {"vni1001": Handling.BY_POLICY, "vni1002": Handling.UNKNOWN}
     why = "the ruleset has vni1002 among those that are no segments"
-    engineer, _ = told(say, DENIED, ELSEWHERE, places=places, here=Handling.UNKNOWN, elsewhere=why)
+    engineer, _ = texts(say, DENIED, ELSEWHERE, places=places, here=Handling.UNKNOWN, elsewhere=why)
     assert f"vni1001: {say('this gateway judges by the policy')}" in engineer
     assert f"vni1002: {say('not known: {why}', why=why)}" in engineer
 
 
 @BOTH
 def test_who_is_only_observed_is_not_said_to_pass_while_he_is_dropped(say: Language) -> None:
-    """The subscription is observed, which the kernel cannot know."""
+    """Only the subscription is observed, which the kernel does not know."""
     passing = say(
         "For the time being these connections pass all the same, since the rule is only observed for you; what "
         "follows counts once it is enforced."
     )
     observed = say("only observed: its packets pass")
-    engineer, text = told(say, DENIED, Host(), observed=True)
+    engineer, text = texts(say, DENIED, Host(), observed=True)
     assert passing in text
     assert observed in engineer
     for host in (DOWN, CLOSED, BRIDGED, LEFT, USER):
-        engineer, text = told(say, DENIED, host, observed=True)
+        engineer, text = texts(say, DENIED, host, observed=True)
         assert passing not in text
         assert observed not in engineer
 
@@ -439,22 +439,22 @@ def test_who_is_only_observed_reads_that_no_policy_blocks_him(say: Language) -> 
         "counts once it is enforced."
     )
     for host in (DOWN, CLOSED, BRIDGED):
-        _, text = told(say, DENIED, host, observed=True)
+        _, text = texts(say, DENIED, host, observed=True)
         assert should_pass in text
         assert say(FAULT) in text
     for host in (LEFT, USER):
-        _, text = told(say, DENIED, host, observed=True)
+        _, text = texts(say, DENIED, host, observed=True)
         assert should_pass in text
         assert say(NOT_SEEN) in text
         assert say(NOT_SEEN_BLOCKED) not in text
     for host in (Host(), DOWN, LEFT):
-        assert should_pass not in told(say, DENIED, host)[1]
-    assert should_pass not in told(say, DENIED, Host(), observed=True)[1]
+        assert should_pass not in texts(say, DENIED, host)[1]
+    assert should_pass not in texts(say, DENIED, Host(), observed=True)[1]
 
 
 @BOTH
-def test_machines_that_fare_otherwise_are_told_apart(say: Language) -> None:
-    """Those on a segment with a bridge on it are dropped, the others pass."""
+def test_machines_with_different_handling_are_listed_apart(say: Language) -> None:
+    """Packets of machines on a segment with a bridge on it are dropped. Those of other machines pass."""
     owner = subscription(ALLOWED)
     bridged = facts(AZURE, owner, None, attachment("10.0.0.4"), host=BRIDGED)
     passing = facts(AZURE, owner, None, attachment("10.0.0.9", segment="vni1003"))
@@ -473,14 +473,14 @@ def test_machines_that_fare_otherwise_are_told_apart(say: Language) -> None:
 @BOTH
 def test_the_letter_says_that_a_change_of_the_records_is_not_in_force(say: Language) -> None:
     held = say("A change of our records is not in force yet; once it is, this may change.")
-    assert held in told(say, DENIED, Host(), behind="the store is at revision 17")[1]
-    assert held not in told(say, DENIED, Host())[1]
+    assert held in texts(say, DENIED, Host(), behind="the store is at revision 17")[1]
+    assert held not in texts(say, DENIED, Host())[1]
 
 
 @BOTH
 def test_a_gateway_that_only_observes_is_said_to(say: Language) -> None:
     places: dict[str, Any] = {"here": Handling.OBSERVES, "places": {"vni1002": Handling.OBSERVES}}
-    engineer, _ = told(say, DENIED, Host(), observed=True, **places)
+    engineer, _ = texts(say, DENIED, Host(), observed=True, **places)
     assert say("this gateway judges by the policy") not in engineer
     assert say("this gateway only observes these segments: their packets pass, whoever sends them") in engineer
 

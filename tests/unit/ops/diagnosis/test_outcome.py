@@ -1,4 +1,4 @@
-"""The outcome compares what happens to a source with the policy, also some minutes later."""
+"""The outcome compares the present handling of a source with the policy, and holds for some minutes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from portward.ops.effect import Effect, Handling, Now
 @pytest.mark.parametrize(
     ("place", "effect", "found"),
     [
-        # The kernel has the limit itself, and no worker is asked.
+        # The kernel has the limit itself, and needs no worker.
         (Handling.UNANSWERED, Effect.LIMITED, Blocking.AS_POLICY),
         (Handling.UNANSWERED_OPEN, Effect.LIMITED, Blocking.AS_POLICY),
         (Handling.UNWATCHED, Effect.LIMITED, Blocking.AS_POLICY),
-        # Handling a worker may say it.
+        # A worker may have given this verdict.
         (Handling.PART, Effect.LIMITED, Blocking.SHUT),
-        # A cached verdict ends.
+        # A cached verdict expires.
         (Handling.UNANSWERED, Effect.PASSES, Blocking.SHUT),
         (Handling.UNWATCHED, Effect.PASSES, Blocking.UNKNOWN),
         (Handling.BY_POLICY, Effect.PASSES, Blocking.AS_POLICY),

@@ -1,7 +1,7 @@
-"""Many remembered sources: what a scrape costs, and what the agent takes to read their counters.
+"""Many cached sources: the duration of a scrape, and the agent's processor time to read their counters.
 
-The elements are added by nft beside the agent, with counts, and agree with the policy: eight sources of each
-subscription, allowed ones in one segment and denied ones in the other, IPv4 and IPv6 alike.
+nft adds the elements beside the agent, with counts that agree with the policy. Each subscription has eight
+sources. Allowed sources are in one segment and denied ones in the other, half of them IPv4 and half IPv6.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from portward.lab.agent import Agent, until
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
 
 SIZES = {"1k": 1_000, "10k": 10_000, "65k": 65_536, "500k": 500_000}
-_REMEMBERED = "portward_remembered_sources"
+_CACHED = "portward_remembered_sources"
 _EACH = 8  # sources of a subscription
 _BATCH = 10_000
 _SCRAPES = 5
@@ -35,7 +35,7 @@ _FIRST4, _FIRST6 = int(IPv4Address("10.128.0.0")), int(IPv6Address("2001:db8:fff
 
 
 class Part(NamedTuple):
-    """A set, the segment that its sources are in, and what they are called by."""
+    """A set, and the segment, offer and id prefix of its sources' subscriptions."""
 
     name: str
     tenant: Tenant
@@ -52,7 +52,7 @@ PARTS = (
 
 
 def settings(**verdicts: int) -> dict[str, object]:
-    """Settings of an agent whose sets hold as many as are wanted here, for as long."""
+    """Settings of an agent whose sets hold as many sources as are needed here, for long enough."""
     return {
         "max_flip_share": 1.0,
         "verdicts": {"sources": 1_000_000, "allow_seconds": 7_200, "deny_seconds": 7_200, **verdicts},
@@ -60,7 +60,7 @@ def settings(**verdicts: int) -> dict[str, object]:
 
 
 def inventory(path: Path, sources: int) -> None:
-    """Writes the policy under which so many sources are remembered, as `fill` adds them."""
+    """Writes an inventory that covers the first `sources` sources that `fill` adds."""
     subscriptions, attachments = [], []
     for part in PARTS:
         for number in range(-(-sources // len(PARTS) // _EACH)):
@@ -74,7 +74,7 @@ def inventory(path: Path, sources: int) -> None:
 
 def fill(lab: Lab, first: int, last: int, *, packets: int = 3) -> None:
     """Adds the sources from number `first` up to `last` (without it) to the kernel's sets on the gateway, each as
-    if it had sent so many packets. The agent's table must hold the policy of `inventory`."""
+    if it had sent this many `packets`. The agent's table must hold the policy of `inventory`."""
     with namespaces.inside(lab.gateway):
         indexes = {part.name: socket.if_nametoindex(part.tenant.segment) for part in PARTS}
     for part in PARTS:
@@ -104,7 +104,7 @@ def measure(folder: Path, sizes: dict[str, int] = SIZES) -> list[Figure | Curve]
         for name, size in sizes.items():
             fill(lab, before, size)
             before = size
-            until(lambda size=size: _remembered(agent) >= size, f"{size} are counted", seconds=120)  # type: ignore[misc]
+            until(lambda size=size: _cached(agent) >= size, f"{size} are counted", seconds=120)  # type: ignore[misc]
             cpu = idle.cpu_percent(agent, _WATCHED)
             scrapes = list(_scrapes(lab))
             milliseconds = statistics.median(scrapes)
@@ -115,20 +115,18 @@ def measure(folder: Path, sizes: dict[str, int] = SIZES) -> list[Figure | Curve]
             figures.append(Figure(f"scrape_ms_at_{name}", milliseconds, min(scrapes), max(scrapes), unit, goal))
             figures.append(Figure(f"counting_cpu_percent_at_{name}", cpu, cpu, cpu, "% of a core"))
         agent.stop()
-    x = "remembered sources"
+    x = "cached sources"
     return [
         *figures,
-        Curve("remembered-scrape", "A scrape, with metrics by subscription", x, "ms", {"scrape": scraped}),
-        Curve(
-            "remembered-counting", "The agent at rest, reading all counters", x, "% of a core", {"agent": counted}
-        ),
+        Curve("cached-scrape", "A scrape, with metrics by subscription", x, "ms", {"scrape": scraped}),
+        Curve("cached-counting", "The agent at rest, reading all counters", x, "% of a core", {"agent": counted}),
     ]
 
 
-def _remembered(agent: Agent) -> float:
+def _cached(agent: Agent) -> float:
     time.sleep(0.2)  # pause: the pace of the scrapes
     found = agent.metrics()
-    return sum(found.get(f'{_REMEMBERED}{{verdict="{word}"}}', 0) for word in ("allow", "deny"))
+    return sum(found.get(f'{_CACHED}{{verdict="{word}"}}', 0) for word in ("allow", "deny"))
 
 
 def _scrapes(lab: Lab) -> Iterator[float]:
