@@ -582,8 +582,10 @@ class Held:
         assert self.free.wait(SECONDS), "the test lets it go"
 
 
-# Thread → one of its steps, by its name in `Core`.
-STEPS = {"policy": "links_changed", "kernel": "check", "counting": "screen"}
+# Thread → one of its steps: the part of the core that has it, and its name.
+STEPS: Final[dict[str, tuple[type, str]]] = {
+    "policy": (Intake, "links_changed"), "kernel": (Dataplane, "check"), "counting": (Counting, "screen"),
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_one_of_others_between_two_of_ours_is_noticed(kernel: FakeKernel) -> Non
     nft = kernel.nft(netlink)
     nft.load("add table inet first")
     kernel.load("add table inet theirs")
-    assert not nft.disturbed, "no check has run yet"
+    assert not netlink.disturbed, "no check has run yet"
     nft.load(OURS)
     assert netlink.disturbed
 

@@ -244,7 +244,7 @@ def _flip(writer: Writer, part: bytes, place: int, bit: int) -> None:
 
 def _live(writer: Writer) -> None:
     """Does all that an agent does with a table, from its start until a grant has ended."""
-    writer.settle(now=NOW)
+    writer.decide_due(now=NOW)
     writer.put_links({1: ("vni1", False), 2: ("vni2", False)}, touched=frozenset(), now=NOW)
     writer.apply([subscription(2, name="renamed")], [attachment(MACHINES[4], 4)], revision=2, now=NOW)
     writer.next_expiry()

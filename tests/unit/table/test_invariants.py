@@ -192,4 +192,4 @@ def test_check_reads_beside_a_writer(writer: Writer, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path / "table")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "4 attachments of 4 subscriptions, no damaged rows" in result.stdout
-    writer.settle(now=NOW)
+    writer.decide_due(now=NOW)
