@@ -21,7 +21,8 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 # Markdown files beside docs/, whose links into it a reader follows on a code host or on a disk.
 BESIDE: Final = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
-# What a browser fetches when it opens a page: element → attribute. `link` counts by its `rel`, see _LOADED_RELS.
+# The attributes whose targets a browser fetches when it opens a page: element → attribute. `link` counts by its
+# `rel`, see _LOADED_RELS.
 _LOADS: Final = {"script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data", "link": "href"}
 _LOADED_RELS: Final = {"stylesheet", "icon", "preload", "preconnect", "modulepreload", "manifest"}
 _CSS_URL: Final = re.compile(r"(?:url\(|@import )\s*['\"]?((?:https?:)?//[^'\")\s]+)")
@@ -52,12 +53,12 @@ class Page(HTMLParser):
 
 
 def problems(site: Path, root: Path = ROOT) -> Iterator[str]:
-    """What is wrong with the site in the folder `site`, and with links into `docs/` from files of `root`."""
+    """The problems of the site in the folder `site`, and of links into `docs/` from files of `root`."""
     pages = {path: Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
     if not pages:
         yield f"{site}: there is no page"
     for path, page in pages.items():
-        # The page for unknown addresses names everything from the root of a server, which nobody knows here.
+        # The page for unknown addresses names everything from the root of a server, which is not known here.
         if path.name != "404.html":
             yield from _links(site, pages, path, page)
         for target in page.loads:
