@@ -245,9 +245,9 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
     _gauge(
         "chains_between", (),
-        "Chains of other programs in prerouting at priority -302, which portward's own two have. None can be "
-        "between those two; the forward guard is loaded all the same, because such a chain may change packets "
-        "after portward has seen them.",
+        "Chains of other programs in prerouting at priority raw - 2 (-302), which portward's own two have because "
+        "it comes before connection tracking and before chains at raw. None can be between those two; the forward "
+        "guard is loaded all the same, because such a chain may change packets after portward has seen them.",
         lambda reading: len(reading.core.others.beside),
     ),
     _counter(
