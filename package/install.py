@@ -46,7 +46,7 @@ The program is /usr/bin/portward, all of it in /usr/lib/portward. Nothing was st
   systemd-sysusers portward.conf && systemd-tmpfiles --create portward.conf && systemctl daemon-reload
   edit /etc/portward/portward.toml: name your interfaces, begin with mode = "observe"
   systemctl enable --now portward-baseline portward
-/usr/share/doc/portward/operations.md has it step by step."""
+/usr/share/doc/portward/docs/how-to/operations.md has it step by step."""
 
 
 def main() -> None:

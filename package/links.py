@@ -21,8 +21,8 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 # Markdown files beside docs/, whose links into it a reader follows on a code host or on a disk.
 BESIDE: Final = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
-# Elements that make a browser fetch something when it opens a page → the attribute with the address. A `link` is
-# fetched only if its `rel` is in _LOADED_RELS.
+# The attributes whose targets a browser fetches when it opens a page: element → attribute. `link` counts by its
+# `rel`, see _LOADED_RELS.
 _LOADS: Final = {"script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data", "link": "href"}
 _LOADED_RELS: Final = {"stylesheet", "icon", "preload", "preconnect", "modulepreload", "manifest"}
 _CSS_URL: Final = re.compile(r"(?:url\(|@import )\s*['\"]?((?:https?:)?//[^'\")\s]+)")
@@ -53,13 +53,12 @@ class Page(HTMLParser):
 
 
 def problems(site: Path, root: Path = ROOT) -> Iterator[str]:
-    """Yields a line for each fault of the site in the folder `site`, and of links into `docs/` from files of
-    `root`."""
+    """The problems of the site in the folder `site`, and of links into `docs/` from files of `root`."""
     pages = {path: Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
     if not pages:
         yield f"{site}: there is no page"
     for path, page in pages.items():
-        # The page for unknown addresses has links from the server's root, which is not known at build time.
+        # The page for unknown addresses names everything from the root of a server, which is not known here.
         if path.name != "404.html":
             yield from _links(site, pages, path, page)
         for target in page.loads:

@@ -24,8 +24,8 @@ _FILES = (
     ("/etc/portward/portward.toml", "the configuration"),
     ("/var/lib/portward/portward.db", "the store: policy, and the log of its changes"),
     ("/var/cache/portward", "the cached policy table, which a restart enforces at once"),
-    ("/usr/share/doc/portward/operations.md", "how to install, configure, upgrade and remove it"),
-    ("/usr/share/doc/portward/runbook.md", "what to do when something is wrong"),
+    ("/usr/share/doc/portward/docs/how-to/operations.md", "how to install, configure, upgrade and remove it"),
+    ("/usr/share/doc/portward/docs/how-to/runbook.md", "what to do when something is wrong"),
 )
 CODES = (
     ("0", "Done."),

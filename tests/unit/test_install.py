@@ -33,7 +33,10 @@ def stage(tmp_path: Path) -> Path:
         ("lib/systemd/system-preset/50-portward.preset", "enable\n"),
         ("usr/lib/sysusers.d/portward.conf", "u portward\n"),
         ("etc/portward/portward.toml", "segments\n"),
-        ("usr/share/doc/portward/runbook.md", "`nft -f /usr/lib/portward/closed.nft`. /usr/lib/portward.\n"),
+        (
+            "usr/share/doc/portward/docs/how-to/runbook.md",
+            "`nft -f /usr/lib/portward/closed.nft`. /usr/lib/portward.\n",
+        ),
     ):
         path = folder / place
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -170,3 +170,36 @@ def test_an_installation_prints_that_the_agent_does_not_run(
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert said in lines[0] if said else not lines
+
+
+# The documents of the package keep their paths from the checkout below this folder.
+SHIPPED = "/usr/share/doc/portward/"
+_LISTED = [ROOT / line for line in (ROOT / "debian" / "portward.docs").read_text().split()]
+DOCUMENTS = {path for one in _LISTED for path in (one, *one.rglob("*")) if path.is_file()}
+
+
+def test_links_of_the_packages_documents_lead_to_documents_of_the_package() -> None:
+    dead: list[tuple[str, str]] = []
+    for page in DOCUMENTS:
+        if page.suffix == ".md":
+            text = re.sub(r"(?ms)^ *```.*?^ *```$|`[^`\n]*`", "", page.read_text())
+            targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+            dead += [
+                (page.name, target)
+                for target in targets
+                if not target.startswith("https:") and (page.parent / target).resolve() not in DOCUMENTS
+            ]
+    assert not dead
+
+
+def test_a_document_that_the_package_names_is_in_it() -> None:
+    sources = [*SYSTEMD.rglob("*"), *(ROOT / "debian").glob("portward.*"), *(ROOT / "package").glob("*.py")]
+    texts = [path.read_text() for path in sources if path.is_file()]
+    named = {ROOT / found for text in texts for found in re.findall(rf"{SHIPPED}([\w./-]*\w)", text)}
+    assert ROOT / "docs/how-to/operations.md" in named
+    assert named <= DOCUMENTS
+
+
+def test_documents_are_not_compressed_because_others_name_them() -> None:
+    rules = (ROOT / "debian" / "rules").read_text()
+    assert {f"--exclude={path.suffix}" for path in DOCUMENTS} <= set(rules.split())

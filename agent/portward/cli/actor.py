@@ -17,7 +17,7 @@ _VARIABLES: Final = ("SUDO_USER", "LOGNAME", "USER", "LNAME", "USERNAME")
 _MAX_CHARS: Final = 100
 
 ActorOption: TypeAlias = Annotated[
-    str | None, typer.Option("--as", metavar="NAME", help="Who changes it, for the log.")
+    str | None, typer.Option("--as", metavar="NAME", help="The author of the change, for the log.")
 ]
 
 

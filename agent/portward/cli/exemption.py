@@ -65,7 +65,7 @@ class _Opened(NamedTuple):
 def request(
     id_: IdArgument,
     justification: Annotated[str, typer.Option(metavar="TEXT", help="Why mail cannot go through a relay.")] = "",
-    mail_software: Annotated[str, typer.Option(metavar="TEXT", help="What sends the mail.")] = "",
+    mail_software: Annotated[str, typer.Option(metavar="TEXT", help="The software that sends the mail.")] = "",
     volume: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=limits.MAX_MESSAGES_PER_DAY, help="Messages a day.")
     ] = None,
@@ -391,7 +391,8 @@ def _print_change(
 
 
 def _behind(opened: _Opened, waiter: EnforcementWaiter | None, revision: int) -> Behind | None:
-    """What waits behind a held change of this revision; asked of the waiter if there is one."""
+    """How far the agent here is with this revision, if it holds a change; otherwise None. A waiter has found it
+    out already, so its answer is used if there is one."""
     return behind_held(opened.config, revision) if waiter is None else waiter.behind()
 
 

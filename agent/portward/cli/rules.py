@@ -11,7 +11,7 @@ from portward.cli.options import DEFAULT_PATH, STOPPED, ConfigOption
 from portward.cli.streams import echo, put
 from portward.errors import InputError, PortwardError
 
-app = typer.Typer(help="What is loaded in the kernel.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="The ruleset in the kernel.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()

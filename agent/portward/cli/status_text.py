@@ -56,7 +56,7 @@ def _summary(status: _Status, age_s: float) -> Iterator[str]:
     yield _self_check(status["self_check"], age_s)
     guard = status.get("guard")
     if guard and guard["loaded"]:
-        yield f"guard     loaded, forwarded packets get a verdict again: {'; '.join(guard['why'])}"
+        yield f"guard     loaded, forwarded packets are classified again: {'; '.join(guard['why'])}"
     elif guard and status["ruleset_error"]:
         yield "guard     not loaded: no ruleset is"
     elif guard:

@@ -1,5 +1,5 @@
-"""What documents in TOML, YAML and JSON share: networks as text, the steps to a field, and msgspec's errors in an
-operator's words. Pure.
+"""Code that documents in TOML, YAML and JSON share: networks as text, the steps to a field, and msgspec's errors
+in an operator's words. Pure.
 
 Each format is decoded in a module of its own, because each finds the line of a field in its own way.
 """
@@ -24,7 +24,7 @@ from portward.model import Network
 # The way to a field from the top of a document: keys of tables, and indexes of lists from 0.
 Steps: TypeAlias = tuple[str | int, ...]
 
-# What an operator still reads of a key, of a quoted value and of a whole problem, in characters.
+# The longest key, quoted value and problem that an operator is shown, in characters. The rest is cut off.
 _MAX_WORD, _MAX_VALUE, _MAX_PROBLEM = 60, 200, 400
 
 MISSING: Final = "is missing"
@@ -98,7 +98,8 @@ def explained(message: str, type_: Any, document: Any) -> tuple[str, Steps]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """What was likely meant: the nearest of the known words, all of them where none is near."""
+    """The end of a message about an unknown word: the nearest of the known words as a question, or all of them if
+    none is near."""
     known = list(known)
     near = _near(word, known)
     return f"{near}{_written(word)}" if near else f"known here: {', '.join(known)}{_written(word)}"

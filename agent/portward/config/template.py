@@ -22,7 +22,7 @@ _EXAMPLES: Final = {"segments": ["vni*"], "uplinks": ["eth0"]}
 
 _HEAD: Final = """\
 # The configuration of portward. Every key but `segments` and `uplinks` shows its default and may be left out.
-# `portward check` reads it; `systemctl reload portward` puts it in force, or, where it is wrong, keeps the old.
+# `portward check` reads it; `systemctl reload portward` puts it in force, or, if it is wrong, keeps the old one.
 # `store`, `table`, [queue] and [metrics] take a restart. Paths are relative to the folder of this file.
 """
 

@@ -86,7 +86,7 @@ def _leave_out(document: Any, key: Steps) -> bool:
 
 def toml_line(text: str, steps: Steps) -> int | None:
     """The line (from 1) on which the field at `steps` begins in a valid TOML text; if the field is not there,
-    that of the nearest table around it; None if there is none of these either."""
+    that of the nearest table around it; None if the text has no such table."""
     lines = _Positions(text).lines
     for length in range(len(steps), 0, -1):
         if steps[:length] in lines:
@@ -101,7 +101,7 @@ def _syntax_error(name: str, text: str, message: str) -> InputError:
     return InputError(shortened(problem), file=name, line=line, field=field_name((key[1],)) if key else None)
 
 
-# What the depth of a TOML text depends on: brackets and the dots of a key, outside of strings and comments. Up to
+# Brackets and the dots of a key, outside of strings and comments: the depth of a TOML text depends on them. Up to
 # the first mistake in the text, this finds the same strings and comments as tomllib.
 _DEPTH_PART: Final = re.compile(
     r"""

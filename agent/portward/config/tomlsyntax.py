@@ -1,6 +1,6 @@
-"""What is wrong with a text that is no TOML, and on which line, as its writer would say it.
+"""Names the mistake in a text that is not valid TOML, and its line, in the words of the person who wrote it.
 
-tomllib names the place where it could not go on: for a list without its end, that is where the next key stands."""
+tomllib names the place at which it could not go on. For a list without its end, that is the next key."""
 
 from __future__ import annotations
 
@@ -108,5 +108,5 @@ def _line(text: str, at: int) -> int:
 
 
 def _place(text: str, line: int, column: int) -> int:
-    """Where a column of a line is, both from 1."""
+    """The offset in the text of a column in a line. Both count from 1."""
     return sum(len(one) + 1 for one in text.split("\n")[: line - 1]) + column - 1

@@ -95,7 +95,7 @@ def seconds_since(moment: float | None) -> float:
     return float("inf") if moment is None else clock.monotonic() - moment
 
 
-def _judged(reading: Reading, *, attempts: bool) -> Counter[Labels]:
+def _verdicts(reading: Reading, *, attempts: bool) -> Counter[Labels]:
     """Packets with a verdict, or the connection attempts among them, by reason and outcome."""
     found: Counter[Labels] = Counter()
     for worker in reading.workers:
@@ -152,12 +152,12 @@ METRICS: Final[tuple[Metric, ...]] = (
         "judged_packets", ("reason", "outcome"),
         "Packets that a worker classified, by reason and by what happened to them (passed, dropped, reset, "
         "would_deny).",
-        lambda reading: _judged(reading, attempts=False),
+        lambda reading: _verdicts(reading, attempts=False),
     ),
     _counter(
         "judged_attempts", ("reason", "outcome"),
         "Connection attempts (SYN) among the packets that a worker classified.",
-        lambda reading: _judged(reading, attempts=True),
+        lambda reading: _verdicts(reading, attempts=True),
     ),
     _counter(
         "worker_events", ("event",),
@@ -224,8 +224,8 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
     _counter(
         "divergence", ("kind",),
-        "Differences that the self-check found between what should be enforced and what was, by kind: ruleset, "
-        "remembered (a cached verdict), worker (did not answer), answer (not under the policy in the kernel).",
+        "Differences that the self-check found between what should be enforced and what was, by kind: `ruleset`, "
+        "`remembered` (a cached verdict), `worker` (did not answer), `answer` (not under the kernel's policy).",
         lambda reading: {(kind.value,): n for kind, n in reading.core.selfcheck.divergences.items()},
     ),
     _gauge(
@@ -245,10 +245,10 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
     _gauge(
         "chains_between", (),
-        "Chains of other programs in prerouting at priority -302, which portward's own two have. None can be "
-        "between those two; the forward guard is loaded all the same, because such a chain may change packets "
-        "after portward has seen them.",
-        lambda reading: len(reading.core.dataplane.others.beside),
+        "Chains of other programs in prerouting at priority raw - 2 (-302), which portward's own two have because "
+        "it comes before connection tracking and before chains at raw. None can be between those two; the forward "
+        "guard is loaded all the same, because such a chain may change packets after portward has seen them.",
+        lambda reading: len(reading.core.others.beside),
     ),
     _counter(
         "policy_changes", (), "Changes of policy written to the table.",

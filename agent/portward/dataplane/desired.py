@@ -1,4 +1,4 @@
-"""What the kernel should hold, as one value: `KernelSync.apply` brings the kernel in line with it. Pure."""
+"""The desired state of the kernel as one value. `KernelSync.apply` brings the kernel in line with it. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from portward.policy.preset import Preset
 
 
 class Surroundings(NamedTuple):
-    """What stands around portward on its host and shapes the ruleset: tunnels, devices on top of segments, and
-    whether others translate packets. The daemon keeps it up to date; `portward rules baseline`, which runs without
-    a daemon, finds it once.
+    """The facts about the host that the ruleset depends on: tunnels, devices on top of segments, and whether
+    others translate packets. The daemon keeps them up to date. `portward rules baseline`, which runs without a
+    daemon, reads them once.
 
     `tunnel_ports` are the UDP ports at which tunnels end on this host, `encrypted_ports` those of WireGuard.
     `stacked` are the indexes of interfaces that take packets of an enforced segment before portward sees the
@@ -33,12 +33,12 @@ NOTHING: Final = Surroundings()
 
 
 class Desired(NamedTuple):
-    """What the kernel should hold: the ruleset of a configuration and a preset in these surroundings, and verdicts
-    of the policy table at one generation.
+    """The desired state of the kernel: the ruleset of a configuration and a preset in these surroundings, and
+    verdicts of the policy table at one generation.
 
-    `generation` is the table's, `revision` that of the store that the table stands at. `links` maps the name of
-    each segment to its interface index. `unsettled` are the indexes of interfaces that the table still takes for
-    others: what comes from them is dropped."""
+    `generation` is the table's, `revision` is that of the store that the table has loaded. `links` maps the name
+    of each segment to its interface index. `unsettled` are the indexes of interfaces that the table still takes
+    for others: what comes from them is dropped."""
 
     config: Config
     preset: Preset

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-    """What the policy thread does, in words, and since when by the monotonic clock."""
+    """A step of the policy thread in words, and the time of its start by the monotonic clock."""
 
     what: str
     since: float
 
     def seconds(self) -> float:
-        """For how many seconds it has been at it."""
+        """The seconds since its start."""
         return time.monotonic() - self.since
 
 
@@ -32,7 +32,7 @@ class PendingChanges:
         self.generation = generation
         self._lock = Lock()
         self._number = 0
-        # What the policy thread is doing now.
+        # The present step of the policy thread; None if it waits.
         self.work: Work | None = None
 
     @property

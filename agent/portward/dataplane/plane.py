@@ -50,7 +50,7 @@ _log = logging.getLogger("portward")
 
 
 class Dataplane:
-    """What the kernel of one network namespace holds of portward."""
+    """The state of portward in the kernel of one network namespace, and every change of it."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Dataplane:
         self._unsettled = Unsettled()
         # The devices that take packets of segments before portward sees them, as last found.
         self.lookout = SurroundingsMonitor()
-        # What others have in the kernel decides whether the forward guard is loaded.
+        # The rules of other programs decide whether the forward guard is loaded.
         self.watch = OthersMonitor(netlink)
         self._links = Links({}, frozenset())
         # VRFs with one segment as a port: index of the VRF → index of the port.
@@ -141,8 +141,8 @@ class Dataplane:
     # --- the start ---
 
     def prepare(self, seen: Links) -> None:
-        """Compiles the ruleset that `load` is expected to load for interfaces as they were `seen`. What goes
-        wrong shows when it is loaded."""
+        """Compiles the ruleset that `load` is expected to load for interfaces as they were `seen`. Errors are
+        left to `load`, which meets them again."""
         self._take_links(seen)
         surroundings = self._surroundings(look=True)
         with contextlib.suppress(KernelError, OSError):
@@ -299,7 +299,7 @@ class Dataplane:
             if wrong:
                 self.sync.forget([element.source for element in wrong])
                 self._report(
-                    f"the kernel remembered {element.verdict.name.lower()} for "
+                    f"the kernel had cached {element.verdict.name.lower()} for "
                     f"{ip_address(element.source.address)} behind interface {element.source.link}, which is not "
                     "the table's verdict: forgotten"
                     for element in wrong
@@ -336,9 +336,9 @@ class Dataplane:
             for what in differences:
                 self._selfcheck.differs(DifferenceKind.CACHED, what)
 
-    def install_limits(self, sources: Iterable[Source]) -> None:
-        """Writes what the kernel cannot take from a verdict mark, for sources that a worker has met: their rate
-        limits, and the verdicts that the forward guard asked for."""
+    def asked(self, sources: Iterable[Source]) -> None:
+        """Writes the verdicts of sources that a worker has reported, because the kernel cannot cache them from a
+        mark: sources with a rate limit, and sources that the forward guard asked about."""
         # The sets know the port, not the VRF that the guard's question names.
         met = [source._replace(link=self._ports.get(source.link, source.link)) for source in sources]
         with contextlib.suppress(OSError):
@@ -349,9 +349,9 @@ class Dataplane:
         if self.guarded:
             self._sources.cache(met, self.config.verdicts)
 
-    def delete_expiring(self, due: ExpiringKeys) -> None:
-        """Deletes cached verdicts that are about to expire, so that all that they have counted is known. What the
-        kernel refuses expires by itself."""
+    def end(self, due: ExpiringKeys) -> None:
+        """Deletes cached verdicts that are about to expire, so that all that they have counted is known. If
+        the kernel refuses, they expire by themselves."""
         if not self.broken:
             with contextlib.suppress(OSError, KernelError):
                 self.cache.delete_expiring(due)

@@ -85,7 +85,8 @@ class RulesetReconciler:
             self._load_once(want)
             complete = self._is_known(want)
             self._fingerprint = self._netlink.fingerprint(TABLE, FIXED_SETS)
-            # What was read must be what was loaded: no other program may have changed it in between.
+            # The fingerprint must be of the ruleset that was loaded: no other program may have changed it in
+            # between.
             self._await_notices()
             if complete and not self._disturbed() and self._fingerprint is not None:
                 # In a transaction of its own, after the one that made it needless. If the process dies in between,
@@ -123,7 +124,7 @@ class RulesetReconciler:
     def _load_once(self, want: Wanted) -> None:
         # At a start, and not if another program has taken away what this process had loaded.
         first = self._fingerprint is None and not loaded(self._netlink)
-        # What other programs did until here is replaced. What they do from here on shows.
+        # This load replaces all changes of other programs up to here. Later changes count as a disturbance.
         self._note_generation()
         self._cache.forget_behind_gate()
         self._count_what_goes(want)
@@ -159,7 +160,7 @@ class RulesetReconciler:
         if not self._disturbed() and now < self._looked + _LOOK_INTERVAL_S:
             return True
         self._looked = now
-        # What other programs change from here on is a reason to look again.
+        # A change of another program from here on is a reason to look again.
         self._touched = False
         try:
             # Whatever closes the port (portward-baseline, nftables.service, a person) need not have touched our
@@ -200,8 +201,8 @@ class RulesetReconciler:
 
     @property
     def _hears(self) -> Callable[[], RulesetChanges] | None:
-        """What receives notices of other programs. None if it cannot tell our transactions from theirs: what
-        libnftables loads by itself comes from a socket of its own."""
+        """The function that receives notices of other programs' changes. None if libnftables loads our rulesets
+        itself: it uses a socket of its own, so our transactions would look like those of others."""
         return self._notices if self._nft.compiles else None
 
     def _disturbed(self) -> bool:
@@ -212,8 +213,8 @@ class RulesetReconciler:
         return self._touched
 
     def _note_generation(self) -> None:
-        """What other programs have changed until now counts no longer."""
-        self._netlink.disturbed, self._netlink.left_at = False, self._netlink.generation()
+        """From now on, earlier changes of other programs do not count."""
+        self._nft.disturbed, self._nft.left_at = False, self._netlink.generation()
         if self._hears is not None:
             self._hears()
         self._touched = False

@@ -27,10 +27,10 @@ _log = logging.getLogger("portward.dataplane.selfcheck")
 class DifferenceKind(StrEnum):
     """The kinds of differences. The values are labels of a metric."""
 
-    RULESET = "ruleset"  # rules, sets or queue rules are not the loaded ones, or the epoch is another
-    CACHED = "remembered"  # the kernel has cached a verdict that is not the policy table's
-    WORKER = "worker"  # a worker does not answer a query in its queue
-    ANSWER = "answer"  # workers answer, but not under the policy that the kernel enforces
+    RULESET = "ruleset"  # Rules, sets or queue rules are not the loaded ones, or the epoch is another one.
+    CACHED = "remembered"  # The kernel has cached a verdict that is not the policy table's.
+    WORKER = "worker"  # A worker does not answer a query in its queue.
+    ANSWER = "answer"  # Workers answer, but not under the policy that the kernel enforces.
 
 
 class SelfCheck:

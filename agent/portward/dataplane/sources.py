@@ -1,4 +1,4 @@
-"""What the policy table says of single sources, and the writing of it into the kernel.
+"""Looks single sources up in the policy table, and writes the results into the kernel.
 
 Packets bring most verdicts into the kernel by themselves. For sources that a worker has met the daemon writes two
 kinds: rate limits, because packets cannot write the values of a map, and the verdicts that the forward guard asks
@@ -56,9 +56,9 @@ class SourcePolicy:
 
     def cache(self, sources: Sequence[Source], verdicts: Verdicts) -> None:
         """Caches the verdicts of these sources for the forward guard. A change that is committed after the lookup
-        is carried out after the write, and forgets what it changes. What the kernel refuses because a set is full,
-        and what is beyond the segment's part of the sets' sizes in `verdicts`, is asked again by the source's next
-        packet."""
+        is carried out after the write, and forgets what it changes. A source gets no cached verdict if the set is
+        full, or if its segment has used up its part of the sets' sizes in `verdicts`. Its next packet is sent to a
+        worker again."""
         found = {
             source: verdict
             for source in sources[:_GUARD_STEP_SOURCES]

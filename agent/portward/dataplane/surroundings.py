@@ -16,8 +16,8 @@ _log: Final = logging.getLogger("portward")
 
 
 class SurroundingsMonitor:
-    """What the agent sees around it, in the network namespace of the thread that asks. `warnings` are the lines on
-    devices that take the packets of segments, as they were last found; each is logged once while it holds."""
+    """Finds the surroundings of portward in the network namespace of the thread that asks. `warnings` has a line
+    for each device that takes packets of segments, as last found. Each line is logged once while it is true."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -25,8 +25,8 @@ class SurroundingsMonitor:
         self._error = ""
 
     def look(self, devices: Sequence[Device], config: Config, before: Surroundings) -> Surroundings:
-        """The surroundings with these devices. What is not found out here stays as it was `before`, also the ports
-        of FOU, L2TP and WireGuard while the kernel does not say them."""
+        """The surroundings with these devices. Anything that cannot be found out now stays as it was `before`,
+        such as the ports of FOU, L2TP and WireGuard if the kernel does not answer."""
         warnings = stacking.warnings(devices, config)
         logged = frozenset(self.warnings)
         for line in warnings:
@@ -60,9 +60,9 @@ def known(devices: Sequence[Device], config: Config) -> frozenset[int]:
 
 
 def found(config: Config, *, printed: Sequence[str] = ()) -> Surroundings:
-    """What stands around portward in this thread's network namespace now. Without an answer of generic netlink the
-    UDP ports of tunnels are those of devices alone; without one of rtnetlink nothing is found. `printed`: warnings
-    on devices that the caller has reported, so that they are not logged as well."""
+    """The surroundings of portward in this thread's network namespace now. If generic netlink does not answer, the
+    UDP ports of tunnels are those of devices alone. If rtnetlink does not answer, nothing is found. `printed` are
+    warnings on devices that the caller has reported already, so they are not logged."""
     lookout = SurroundingsMonitor()
     lookout.warnings = list(printed)
     try:

@@ -1,8 +1,8 @@
-"""The one way in which the kernel is brought in line: `KernelSync.apply` takes what it should hold.
+"""The one way in which the kernel is brought in line: `KernelSync.apply` takes the desired state.
 
 A start, a change of policy, a grant that ends, other interfaces, a reload, a repair and the periodic check all go
-through `apply`. What is loaded is compared with what is wanted, and only what differs is written. A change of the
-policy table says what it reaches. That is an optimization: without it, or if an earlier change was lost,
+through `apply`. It compares the loaded state with the desired one, and writes only the differences. A change of
+the policy table says what it reaches. That is an optimization: without it, or if an earlier change was lost,
 everything is forgotten. After any failure the kernel counts as out of line, and everything is derived anew, at
 once or, if that fails too, at the next `apply`.
 
@@ -12,8 +12,8 @@ The steps, and what holds if the process ends right after one of them:
 3. The ruleset, if another one is wanted: one transaction (see `RulesetReconciler.load`).
 4. The epoch moves. From here on no verdict of the older policy is cached any more. The set `synced` still names
    the older generation, so the next start forgets everything.
-5. What the change reaches is forgotten, and the last transaction writes the new generation into `synced`. If there
-   is much to search, the gate (module `gate`) stops the sources before the search.
+5. Cached verdicts that the change reaches are deleted, and the last transaction writes the new generation into
+   `synced`. If there is much to search, the gate (module `gate`) stops the sources before the search.
 6. Interfaces whose owner the table names now are no longer dropped.
 
 Until step 5 the kernel may act on cached verdicts of the older policy. In one transaction, 4 and 5 would leave a
@@ -73,8 +73,8 @@ class KernelSync:
         nft_queue."""
         self._reconciler, self._cache, self._rate_limits = reconciler, cache, rate_limits
         self._limit, self._native = limit, native
-        # What the kernel holds, unless `broken`; None before the first `apply`. `generation` is the one that all
-        # cached verdicts agree with. May be read on any thread.
+        # The state of the kernel, unless `broken`; None before the first `apply`. All cached verdicts agree with
+        # its `generation`. May be read on any thread.
         self.in_force: Desired | None = None
         # Why the kernel is out of line; empty if it is in line. May be read on any thread.
         self.broken = ""
@@ -155,12 +155,13 @@ class KernelSync:
         self.in_force = desired._replace(generation=self._in_force.generation, revision=revision)
 
     def _write_known(self, known: frozenset[int], before: frozenset[int]) -> None:
-        """The reconciler does not look into this set. What is missing in it costs others their mail."""
-        if self._cache.interfaces.set_known(known) and known == before:
+        """Writes the set of known interfaces, which the reconciler does not check. If an interface is missing
+        there, mail from it is dropped."""
+        if self._cache.set_known_interfaces(known) and known == before:
             _log.warning("the set of known interfaces was changed by another program: it is put back")
 
     def _load(self, desired: Desired, before: Desired) -> None:
-        """Loads another ruleset. What is cached stays, and the epoch with it."""
+        """Loads another ruleset. Cached verdicts and the epoch stay."""
         held = self._in_force
         held = desired._replace(generation=held.generation, unsettled=held.unsettled)
         # Not read from the kernel: if that failed, nothing would write `synced` again before the next change.
@@ -185,7 +186,7 @@ class KernelSync:
             self._note(unsettled=unsettled)
 
     def _renew(self) -> None:
-        """Tells the kernel of other owners, if no change of the epoch has done so."""
+        """Writes the interfaces with another owner into the kernel, if no change of the epoch has written them."""
         if self._renewed:
             self._cache.interfaces.renew(self._renewed)
             self._renewed = frozenset()
@@ -193,7 +194,7 @@ class KernelSync:
     # --- everything anew ---
 
     def _repair(self, desired: Desired) -> None:
-        """Derives everything anew. What the kernel refuses is in `broken` and in the log."""
+        """Derives everything anew. If the kernel refuses, its message goes into `broken` and into the log."""
         try:
             self._derive(desired)
             self.broken = ""
@@ -210,7 +211,7 @@ class KernelSync:
         """Loads the ruleset and forgets everything: whatever changed the ruleset may have changed the sets too.
         At a start what agrees with the table is kept. Raises KernelError or OSError."""
         first, synced = self.in_force is None, self._cache.synced()
-        # What was unsettled before stays so until everything is forgotten.
+        # Interfaces that were unsettled before stay so until all cached verdicts are deleted.
         unsettled = desired.unsettled | (frozenset() if self.in_force is None else self.in_force.unsettled)
         held = desired._replace(unsettled=unsettled)
         # Behind an unsettled interface the owner before may be cached.

@@ -4,8 +4,8 @@ What always holds:
 
 - Everything is checked before anything is written. A mistake is reported with file, line, field and what would be
   right; up to 20 mistakes at once.
-- A key that is not declared, or stands twice in one mapping, is refused.
-- What is exported and applied again changes nothing.
+- A key that is not declared, or that occurs twice in one mapping, is refused.
+- An export that is applied again changes nothing.
 - Only `files` reads files.
 
 In reading order: `document`, one document and its records · `yaml_document` and `json_document`, the two formats ·

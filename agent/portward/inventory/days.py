@@ -13,8 +13,8 @@ _DAY: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 def with_times(type_: type[Record], item: Any) -> Any:
-    """What a document holds for a record of this type, with the beginning of the day in UTC in place of each day
-    that stands where a time belongs. The item itself if there is none."""
+    """The item of a document for a record of this type, with each day in place of a time replaced by the time at
+    which that day begins in UTC. The item itself if it has no such day."""
     if not isinstance(item, dict):
         return item
     days = {name: text for name in INSTANTS[type_] if isinstance(text := item.get(name), str) and _is_day(text)}
@@ -26,6 +26,6 @@ def _is_day(text: str) -> bool:
         return False
     try:
         date.fromisoformat(text)
-    except ValueError:  # 2026-02-30: told as it was written
+    except ValueError:  # 2026-02-30: stays as it is, so the message quotes it
         return False
     return True

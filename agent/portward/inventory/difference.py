@@ -1,4 +1,4 @@
-"""What an inventory would change in a store. Pure: records in, changes and their descriptions out."""
+"""The changes that an inventory would make in a store. Pure: records in, changes and their descriptions out."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Difference(NamedTuple):
 
 
 def difference(have: Mapping[str, str], inventory: Inventory, *, prune: bool) -> Difference:
-    """What differs between the store's records (key → JSON) and the inventory. With `prune`, records that the
-    inventory does not name go away."""
+    """The difference between the store's records (key → JSON) and the inventory. With `prune`, records that the
+    inventory does not name are removed."""
     want = inventory.records
     return Difference(
         added={key: body for key, body in want.items() if key not in have},
@@ -74,8 +74,9 @@ def check_starts(inventory: Inventory, now: datetime) -> None:
 
 
 def late_creation(inventory: Inventory, now: datetime) -> str:
-    """Where a subscription is created after `now`, in words; empty if none is. A mistyped year makes a customer
-    younger than every rule on age asks for. It is no mistake: the host's clock may be the wrong one."""
+    """The warning about a subscription that is created after `now`, with its file and line; empty if there is
+    none. A mistyped year makes a customer younger than every rule on age asks for. The inventory is accepted all
+    the same, because the host's clock may be wrong."""
     # A day where the customer is may be one that UTC has not begun yet.
     if inventory.latest_creation is None or inventory.latest_creation[0] <= (now + timedelta(days=1)).date():
         return ""
@@ -87,8 +88,8 @@ def late_creation(inventory: Inventory, now: datetime) -> str:
 def useless_grants(
     have: Mapping[str, str], inventory: Inventory, change: Difference, preset: Preset, now: datetime
 ) -> Iterator[str]:
-    """A line for each grant that the inventory brings in and that lets nobody send, because the offer can never be
-    exempt; of many the first ones. It is no mistake: a record may be older than the offer."""
+    """A warning for each new grant that has no effect, because the offer can never be exempt; if there are many,
+    the first ones. The inventory is accepted all the same, because a record may be older than the offer."""
     found: list[tuple[str, str]] = []
     for key, body in (*change.added.items(), *change.changed.items()):
         if not key.startswith("exemptions/"):
@@ -158,7 +159,7 @@ def described_change(key: str, before: str | None, after: str | None, find: Find
 
 
 class _Owners:
-    """What to call subscriptions."""
+    """Finds the names of subscriptions for output."""
 
     def __init__(self, find: Find) -> None:
         self._record = find

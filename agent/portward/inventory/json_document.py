@@ -164,8 +164,8 @@ def _double_lines(text: str, key: str) -> tuple[int, int]:
 
 
 def _step_into(text: str, start: int, step: str | int) -> int | None:
-    """Where a key's field, or a list's item, begins in the value that begins at `start`: a field with a list or an
-    object begins with that, another one with its key. None if the value has no such step."""
+    """The offset of a key's field, or of a list's item, in the value that begins at `start`. A field with a list
+    or an object begins with that, another one with its key. None if the value has no such step."""
     if text[start] not in "{[":
         return None
     decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # Python reads no number of 5,000 digits

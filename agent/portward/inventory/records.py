@@ -1,7 +1,7 @@
-"""What the operators' documents say together: every record checked, and each key once.
+"""All records of the operators' documents together: each record is checked, and no key occurs twice.
 
-Everything is checked before anything is used; a mistake is told with file, line, field and what would be
-right. Records are kept as the store keeps them, as JSON: a million of them in some 400 MB.
+Everything is checked before anything is used. A mistake is reported with file, line, field and what would be
+right. Records are kept as the store keeps them, as JSON: a million of them take some 400 MB.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _in_utc(record: Attachment | Exemption) -> Record:
 
 
 def mistakes(record: Record) -> Iterator[tuple[str, str]]:
-    """What is wrong with a record beyond the types of its fields: (field, what would be right)."""
+    """The mistakes in a record beyond the types of its fields: (field, what would be right)."""
     yield from flaws(record)
     match record:
         case Subscription():
@@ -118,7 +118,7 @@ def mistakes(record: Record) -> Iterator[tuple[str, str]]:
         case Exemption():
             yield from _exemption_mistakes(record)
             yield from _unshown(by=record.by)
-            # What somebody wrote to justify it may have several lines.
+            # A justification that a person wrote may have several lines.
             yield from _unshown(
                 lines=True, justification=record.justification, reason=record.reason, fraud_note=record.fraud_note
             )

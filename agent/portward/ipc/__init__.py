@@ -1,7 +1,7 @@
-"""What daemon and workers share. Both processes import this room, and neither imports the other's.
+"""The formats that daemon and workers share. Both processes import this room, and neither imports the other's.
 
-What always holds here: the layout of what is shared has explicit numbers, and a change of it raises a version,
-because an upgrade lets an old daemon start a new worker.
+This always holds: each shared layout has explicit numbers, and a change of it raises a version, because an upgrade
+lets an old daemon start a new worker.
 
 - `mark`: verdicts, and the bits of the packet mark that carry them
 - `counters`: the block of counters in shared memory

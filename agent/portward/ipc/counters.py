@@ -26,8 +26,8 @@ from portward.model import Reason
 
 
 class WorkerEvent(IntEnum):
-    """What a worker counts besides verdicts. The numbers are places in the shared block, and none is ever used
-    again."""
+    """Events that a worker counts besides verdicts. The numbers are places in the shared block. A number is never
+    given to another event."""
 
     MALFORMED = 0  # no TCP segment to a policy port could be read; the packet is dropped
     NO_SEGMENT = 1  # the table knows no segment behind the interface yet; dropped, not cached

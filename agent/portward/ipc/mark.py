@@ -38,7 +38,7 @@ AHEAD: Final = 24
 
 
 class Class(IntEnum):
-    """What a verdict makes the kernel do and cache. MISS and MISS_OPEN ask for a verdict."""
+    """The class of a verdict: the kernel acts on it and caches it. MISS and MISS_OPEN ask for a verdict."""
 
     ALLOW = 1
     DENY = 2
@@ -62,7 +62,8 @@ AGAIN: Final = EPOCH | Class.REFUSED
 
 
 class PacketOutcome(IntEnum):
-    """What became of a packet. The numbers are places in the shared block, and none is ever used again."""
+    """The outcome of a packet. The numbers are places in the shared block. A number is never given to another
+    outcome."""
 
     PASSED = 0
     DROPPED = 1

@@ -198,10 +198,10 @@ def _table(folder: Path) -> Iterator[str]:
         f"{counted(found.subscriptions, 'subscription')}, "
         f"{counted(found.broken, 'damaged row') if found.broken else 'no damaged rows'}"
     )
-    for finding in found.told:
+    for finding in found.listed:
         yield f"  {finding}"
-    if found.broken > len(found.told):
-        yield f"  and {found.broken - len(found.told)} more"
+    if found.broken > len(found.listed):
+        yield f"  and {found.broken - len(found.listed)} more"
     if found.broken:
         raise TableError(f"the policy table is damaged, and the sources concerned may be denied: {remedy}")
 

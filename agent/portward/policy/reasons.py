@@ -1,4 +1,4 @@
-"""What ends each reason, and its texts: for operators, and for the letter to a customer. A new reason gets one
+"""The solution and the texts of each reason, for operators and for the letter to a customer. A new reason gets one
 entry here. Pure."""
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from portward.model import Reason
 
 
 class Solution(Enum):
-    """What ends a denial. `policy.remedy` puts it in words, `ops.diagnosis.advice` makes steps of it; mypy demands
-    a case for each one there."""
+    """The way to end a denial. `policy.remedy` puts it in words, and `ops.diagnosis.advice` makes steps of it.
+    mypy demands a case for each one there."""
 
     NOTHING_TO_SOLVE = auto()
     RECORD_SOURCE = auto()

@@ -1,4 +1,5 @@
-"""What the changes of a store say: the records that they put and remove, and what they confirm. Does no I/O."""
+"""The changes of a store, read for the table: the records that they put and remove, and the revision that they
+confirm. Does no I/O."""
 
 from __future__ import annotations
 

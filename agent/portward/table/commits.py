@@ -1,4 +1,4 @@
-"""What a transaction on the policy table has changed, and the values that its caller gives. Does no I/O."""
+"""The result of a transaction on the policy table, and the values that its caller gives. Does no I/O."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ChangedPlace(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """What a transaction has changed: prefixes, interface indexes, or everything.
+    """The changes of a transaction: prefixes, interface indexes, or everything.
 
     `revision` and `generation` are the table's now; the generation is new if any verdict is new. If `opens` is
     False, every prefix in `changed` is denied now, so cached verdicts that deny are still right. If `closes` is

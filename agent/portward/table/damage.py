@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-# Rows that are remembered, so that each is counted once. With more damaged rows the table is useless anyway, and
-# each is counted as often as it is read.
+# Damaged rows that are kept, so that each is counted once. If there are more, the table is useless anyway, and
+# each further row is counted as often as it is read.
 _MAX_DISTINCT: Final = 10_000
 # Rows that are logged. The counter has the total.
 _MAX_LOGGED: Final = 20

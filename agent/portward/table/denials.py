@@ -1,4 +1,5 @@
-"""What of a later revision may be enforced while an earlier one is held: only what makes no source freer.
+"""The changes of a later revision that may be enforced while an earlier one is held: those that make no source
+freer.
 
 A level says how freely a source may send, now and later by itself. Changes are weighed in groups: the changes of
 one subscription, and of all subscriptions that it exchanges attachments with. A group is taken in whole if no
@@ -94,10 +95,10 @@ def groups(
 
 
 class Levels(Protocol):
-    """What weighing a change needs of a table. `Edit` has it."""
+    """The methods of a table that weighing a change needs. `Edit` has them."""
 
     def place_of(self, attachment: Attachment) -> bytes:
-        """Where the entry of an attachment is, or would be."""
+        """The place of an attachment's entry, also if there is no such entry."""
 
     def places_of(self, id_: UUID) -> Iterator[bytes]:
         """The places of all entries of the subscription with this UUID."""

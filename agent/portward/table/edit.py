@@ -134,7 +134,7 @@ class Edit:
         return Edit(transaction, self._parts, self._rule, self._time, self._damage)
 
     def place_of(self, attachment: Attachment) -> bytes:
-        """Where the entry of an attachment is, or would be."""
+        """The place of an attachment's entry, also if there is no such entry."""
         return layout.place(self._segments.number(attachment.segment), attachment.address)
 
     def owner_of(self, attachment: Attachment) -> UUID | None:

@@ -29,7 +29,7 @@ from portward.table.account import Account, grant_end
 from portward.table.database import DatabaseError, Part, Rows, TableError, Transaction, open_database, open_parts
 
 # Violations that are listed one by one.
-_TOLD: Final = 10
+_LISTED: Final = 10
 
 
 class Verified(NamedTuple):
@@ -39,7 +39,7 @@ class Verified(NamedTuple):
     attachments: int
     subscriptions: int
     broken: int
-    told: tuple[str, ...]
+    listed: tuple[str, ...]
 
 
 def verify(folder: Path, now: datetime) -> Verified:
@@ -54,9 +54,9 @@ def verify(folder: Path, now: datetime) -> Verified:
         with environment.begin() as transaction:
             walk = Walk(transaction, parts, now)
             findings = walk.findings()
-            told = tuple(islice(findings, _TOLD))
-            broken = len(told) + sum(1 for _ in findings)
-            return Verified(walk.attachments, len(walk.accounts), broken, told)
+            listed = tuple(islice(findings, _LISTED))
+            broken = len(listed) + sum(1 for _ in findings)
+            return Verified(walk.attachments, len(walk.accounts), broken, listed)
     except DatabaseError as error:
         raise TableError(f"{folder}: the policy table cannot be read: {error}") from error
     finally:

@@ -75,8 +75,8 @@ LATEST_START: Final = (1 << 56) - 1
 
 
 class CodeMeaning(NamedTuple):
-    """What an entry's code means to a worker. `damaged` if no portward writes that code; the source is denied
-    then."""
+    """The meaning of an entry's code for a worker. `damaged` if no version of portward writes that code; the
+    source is denied then."""
 
     reason: Reason
     observed: bool
@@ -85,7 +85,7 @@ class CodeMeaning(NamedTuple):
 
 
 class LookupResult(NamedTuple):
-    """What the table says of a source, and the generation under which it says so.
+    """The table's answer for a source, and the generation of that answer.
 
     `observed` if the gateway, the segment or the subscription is only observed. `reject` if a denied packet is
     answered with a TCP reset. `limited` if the exemption has a rate limit. `damaged` if the entry of the source
@@ -235,7 +235,7 @@ def code_of(reason: Reason, *, observed: bool, paas: bool, limited: bool = False
 
 
 def meaning_of(row: bytes) -> CodeMeaning:
-    """What an entry's row means to a worker. Never raises: a damaged row denies its source."""
+    """The meaning of an entry's row for a worker. Never raises: a damaged row denies its source."""
     return _MEANINGS[row[-1]]
 
 

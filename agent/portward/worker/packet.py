@@ -24,7 +24,7 @@ ATTEMPTS: Final = frozenset(flags for flags in range(256) if flags & _SYN_ACK_RS
 
 
 class Segment(NamedTuple):
-    """What a verdict needs of a TCP segment.
+    """The fields of a TCP segment that a verdict needs.
 
     `source` is the address in network byte order (4 or 16 bytes), `port` the destination port, `tcp` the offset of
     the TCP header from the start of the IP header in bytes. `attempt` is True for a SYN that opens a connection.

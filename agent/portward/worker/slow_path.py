@@ -55,7 +55,7 @@ class QueuedPacket(Protocol):
 
 class SlowPath:
     """Gives the verdict of single packets. `lookup` and `head` are methods of a `Reader`. `ask` reports a source
-    (interface index, address) to the daemon, if the kernel lacks its rate limit or its verdict and cannot learn it
+    (interface index, address) to the daemon, if the kernel lacks its rate limit or its verdict and cannot cache it
     from a mark."""
 
     def __init__(
@@ -146,7 +146,7 @@ class SlowPath:
 
     def _answer_forwarded(self, packet: QueuedPacket) -> None:
         """Accepts or drops a packet that another program may have translated. Its mark belongs to other programs
-        and stays, so the kernel cannot learn the verdict from it. The daemon is asked to write it instead. No
+        and stays, so the kernel cannot cache the verdict from it. The daemon is asked to write it instead. No
         reset is sent, because it would come from an address to which the sender never wrote."""
         segment = parse(packet.get_payload())
         result = None if segment is None else self._lookup(packet.indev, segment.source)

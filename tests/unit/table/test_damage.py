@@ -108,7 +108,7 @@ def test_a_code_without_a_meaning_denies_its_source(writer: Writer, tmp_path: Pa
         writer.reader().holding("vni1", ip_address(MACHINES[1]))
     verified = checked(writer, tmp_path)
     assert verified.broken == 1
-    assert f"the code of the entry for {MACHINES[1]}/32 in segment 1 has no meaning" in verified.told[0]
+    assert f"the code of the entry for {MACHINES[1]}/32 in segment 1 has no meaning" in verified.listed[0]
 
 
 def test_a_cached_verdict_of_a_damaged_entry_is_found_and_forgotten(writer: Writer, tmp_path: Path) -> None:

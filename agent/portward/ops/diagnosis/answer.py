@@ -89,11 +89,11 @@ _HERE: Final = {
     Handling.BY_POLICY: marked("this gateway judges by the policy"),
     Handling.OBSERVES: marked("this gateway only observes these segments: their packets pass, whoever sends them"),
     Handling.PART: marked(
-        "NOT ALL QUEUES ARE ANSWERED on this gateway: it judges by the policy, but some connections are dropped, "
+        "NOT ALL QUEUES ARE ANSWERED on this gateway: it follows the policy, but some connections are dropped, "
         "allowed or not: see `portward status`"
     ),
     Handling.UNWATCHED: marked(
-        "NOT KNOWN: no agent reports on this gateway; its workers, if they answer, judge by the policy table as "
+        "NOT KNOWN: no agent reports on this gateway; its workers, if they answer, follow the policy table as "
         "it was left: see `portward status`"
     ),
     Handling.OPEN: marked("NOTHING IS ENFORCED on this gateway, every source may send: see `portward status`"),
@@ -113,9 +113,9 @@ _HERE: Final = {
     Handling.UNKNOWN: _NOT_PERMITTED,
 }
 _METRICS: Final = {
-    Metrics.NO_AGENT: marked("what was dropped before that is not known: no agent on this table reports it"),
-    Metrics.OFF: marked("what was dropped before that is not known: the agent does not count by subscription"),
-    Metrics.UNREACHABLE: marked("what was dropped before that is not known: the agent's metrics cannot be read"),
+    Metrics.NO_AGENT: marked("earlier drops are not known: no agent on this table reports them"),
+    Metrics.OFF: marked("earlier drops are not known: the agent does not count by subscription"),
+    Metrics.UNREACHABLE: marked("earlier drops are not known: the agent's metrics cannot be read"),
 }
 
 
@@ -360,7 +360,7 @@ def _dropped_of_unknown(facts: Facts, say: Language) -> Iterator[str]:
     if facts.nobody is None:
         yield say(_KERNEL.get(facts.kernel, _KERNEL[Kernel.NO_INTERFACE]))
     elif facts.nobody.nobody:
-        yield say("yes, just now: packets of sources of nobody are dropped, and not counted one by one")
+        yield say("yes, just now: packets of unknown sources are dropped, and not counted one by one")
     else:
         yield say("nothing just now")
 

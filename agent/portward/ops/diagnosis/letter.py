@@ -55,7 +55,7 @@ _STEPS: Final = {
     Step.VIRTUAL_MACHINE: marked("Send from a virtual machine instead of the platform service."),
     Step.GATEWAY: marked("You need not do anything: please try again later."),
     Step.LOOK: marked(
-        "If your mail does not arrive, please look into the log of your mail server, and tell us what it says."
+        "If your mail does not arrive, please look into the log of your mail server, and send us its messages."
     ),
     Step.TELL_SUBSCRIPTION: marked("We have to complete our records; you need not do anything for that."),
 }
@@ -200,7 +200,7 @@ class _MatterText:
         if len(ways) == 1:
             yield ways[0]
             return
-        yield self._say("What you can do:")
+        yield self._say("Your options:")
         yield from (f"- {way}" for way in ways)
 
     def _matter_itself(self) -> str:
@@ -290,7 +290,7 @@ class _MatterText:
                 yield from self._others()
             case Step.TELL_SUBSCRIPTION if self._facts.asked:
                 yield say(
-                    "Please tell us the name or the number of the subscription that this machine belongs to."
+                    "Please give us the name or the number of the subscription that this machine belongs to."
                 )
             case _:
                 yield say(_STEPS[step])
@@ -305,13 +305,13 @@ class _MatterText:
             else say("why your mail has to go out directly")
         )
         asks = () if self._offer is None else self._offer.asks
-        yield say("Please tell us {things}.", things=say.both([why, *(say(_ASKED[asked]) for asked in asks)]))
+        yield say("Please let us know {things}.", things=say.both([why, *(say(_ASKED[asked]) for asked in asks)]))
         yield from self._requires()
 
     def _requires(self) -> Iterator[str]:
         if self._offer is not None and self._offer.requires:
             things = "; ".join(self._say(text) for text in self._offer.requires)
-            yield self._say("What it takes: {things}.", things=things)
+            yield self._say("Conditions: {things}.", things=things)
 
     def _others(self) -> Iterator[str]:
         """The kinds of subscription that may send, and those that may ask for an exemption."""
@@ -331,10 +331,10 @@ class _MatterText:
         virtual = [machine for machine in self._facts.machines if machine.workload is Workload.VM]
         if len(machines) > _NAMED and len(machines) >= len(virtual):
             return say(
-                "That is to be done with all {n} virtual machines of the subscription.",
+                "Please do this with all {n} virtual machines of the subscription.",
                 n=say.number(len(machines)),
             )
-        return say("That is to be done with: {machines}.", machines=named(machines, say))
+        return say("Please do this with: {machines}.", machines=named(machines, say))
 
     def _title(self) -> str:
         """The kind of subscription, if the preset has several."""

@@ -70,6 +70,7 @@ STRAYS: Final = """
 WITH RECURSIVE found (number) AS (
   SELECT min(revision) FROM change
   UNION ALL
+  -- NULL after the last revision: that ends the recursion.
   SELECT (SELECT min(revision) FROM change WHERE revision > number) FROM found WHERE number IS NOT NULL
 )
 SELECT number FROM found WHERE number IS NOT NULL AND number NOT IN (SELECT number FROM revision)
