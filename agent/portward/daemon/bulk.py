@@ -54,7 +54,7 @@ _READ_BYTES: Final = 1 << 20
 
 class Job(NamedTuple):
     """The task of the child. With `store` (a URL) it reads what is new in the store. Without `store` it decides
-    everything again; `may_flip` is as for `Writer.settle`."""
+    everything again; `may_flip` is as for `Writer.decide_due`."""
 
     table: Path
     preset: Preset

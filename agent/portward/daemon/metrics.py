@@ -248,7 +248,7 @@ METRICS: Final[tuple[Metric, ...]] = (
         "Chains of other programs in prerouting at priority raw - 2 (-302), which portward's own two have because "
         "it comes before connection tracking and before chains at raw. None can be between those two; the forward "
         "guard is loaded all the same, because such a chain may change packets after portward has seen them.",
-        lambda reading: len(reading.core.others.beside),
+        lambda reading: len(reading.core.dataplane.others.beside),
     ),
     _counter(
         "policy_changes", (), "Changes of policy written to the table.",

@@ -24,11 +24,11 @@ class OnPolicyThread(Protocol):
 
 
 class StoreWatch:
-    """Calls `Core.sync` if the store has changed, `Core.settle` if a grant has ended, and `Core.retry_links`."""
+    """Calls `Intake.sync` if the store has changed, `decide_due` if a grant has ended, and `retry_links`."""
 
     def __init__(self, core: Core, on_policy_thread: OnPolicyThread, steps: StepRunner) -> None:
         self._core, self._on_policy_thread, self._steps = core, on_policy_thread, steps
-        # When the next grant ends, and the end for which `settle` last ran.
+        # When the next grant ends, and the end for which `decide_due` last ran.
         self._due: datetime | None = None
         self._tried: datetime | None = None
 
@@ -51,7 +51,7 @@ class StoreWatch:
                     await self._retry_links()
 
     async def _wait(self) -> None:
-        """Returns if the store has changed, at the next poll, or when a grant ends. If `settle` failed for an end,
+        """Returns if the store has changed, at the next poll, or when a grant ends. If `decide_due` failed for an end,
         it is retried at the next poll."""
         if self._due is None or self._due == self._tried:
             pause = _POLL_S

@@ -336,9 +336,9 @@ class Dataplane:
             for what in differences:
                 self._selfcheck.differs(DifferenceKind.CACHED, what)
 
-    def asked(self, sources: Iterable[Source]) -> None:
-        """Writes the verdicts of sources that a worker has reported, because the kernel cannot cache them from a
-        mark: sources with a rate limit, and sources that the forward guard asked about."""
+    def install_limits(self, sources: Iterable[Source]) -> None:
+        """Writes what the kernel cannot cache from a verdict mark, for sources that a worker has reported: their
+        rate limits, and the verdicts that the forward guard asked for."""
         # The sets know the port, not the VRF that the guard's question names.
         met = [source._replace(link=self._ports.get(source.link, source.link)) for source in sources]
         with contextlib.suppress(OSError):
@@ -349,7 +349,7 @@ class Dataplane:
         if self.guarded:
             self._sources.cache(met, self.config.verdicts)
 
-    def end(self, due: ExpiringKeys) -> None:
+    def delete_expiring(self, due: ExpiringKeys) -> None:
         """Deletes cached verdicts that are about to expire, so that all that they have counted is known. If
         the kernel refuses, they expire by themselves."""
         if not self.broken:

@@ -214,7 +214,7 @@ class RulesetReconciler:
 
     def _note_generation(self) -> None:
         """From now on, earlier changes of other programs do not count."""
-        self._nft.disturbed, self._nft.left_at = False, self._netlink.generation()
+        self._netlink.disturbed, self._netlink.left_at = False, self._netlink.generation()
         if self._hears is not None:
             self._hears()
         self._touched = False

@@ -157,7 +157,7 @@ class KernelSync:
     def _write_known(self, known: frozenset[int], before: frozenset[int]) -> None:
         """Writes the set of known interfaces, which the reconciler does not check. If an interface is missing
         there, mail from it is dropped."""
-        if self._cache.set_known_interfaces(known) and known == before:
+        if self._cache.interfaces.set_known(known) and known == before:
             _log.warning("the set of known interfaces was changed by another program: it is put back")
 
     def _load(self, desired: Desired, before: Desired) -> None:

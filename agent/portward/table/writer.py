@@ -126,7 +126,7 @@ class Writer:
 
     def is_decided_otherwise(self) -> bool:
         """Whether the table was decided under another preset or other answers than those in force, so that
-        `settle` would decide everything again."""
+        `decide_due` would decide everything again."""
         head = self.head()
         return head is None or head.preset != self.digest or Answers(head.observe, head.reject) != self.answers
 

@@ -43,7 +43,7 @@ POINTS: Final = (
     Point("daemon", "change", f"{_K}.nfsocket:NfSocket._wait"),
     # the start, in the order of its steps
     Point("daemon", "start", "portward.daemon.runtime:Runtime.__init__"),
-    Point("daemon", "start", f"{_T}.writer:Writer.settle"),
+    Point("daemon", "start", f"{_T}.writer:Writer.decide_due"),
     Point("daemon", "start", f"{_T}.writer:Writer.put_links"),
     Point("daemon", "start", f"{_D}.workers:Worker.start"),
     Point("daemon", "start", f"{_K}.sync:KernelSync._derive"),

@@ -147,7 +147,9 @@ def test_a_stamp_without_a_boot_is_of_this_one(host: Host) -> None:
 def test_ages_in_the_metrics_go_on_while_the_thread_that_makes_the_numbers_is_stuck(host: Host) -> None:
     """Otherwise the ages would stop growing exactly when an operator looks at them."""
     core = SimpleNamespace(
-        enforced=7, store_read=host.seconds - 1, selfcheck=SimpleNamespace(answered=host.seconds - 2)
+        dataplane=SimpleNamespace(enforced=7),
+        intake=SimpleNamespace(store_read=host.seconds - 1),
+        selfcheck=SimpleNamespace(answered=host.seconds - 2),
     )
     collector = MetricsCollector(cast(Any, core), (), cast(Any, None), StepRunner(), Heartbeat())
     reading, _ = collector._newest
