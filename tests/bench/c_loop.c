@@ -13,7 +13,7 @@
 
 #define COPY 512         /* bytes of each packet, as the worker asks for */
 #define RECEIVE (8 << 20) /* bytes of messages that may wait, as with the worker */
-#define UNKNOWN 5        /* our class of a source of nobody, epoch 0 */
+#define UNKNOWN 5        /* our class of an unknown source, epoch 0 */
 
 static int answer(struct nfq_q_handle *queue, struct nfgenmsg *message, struct nfq_data *packet, void *nothing) {
     (void)message, (void)nothing;

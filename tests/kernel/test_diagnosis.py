@@ -179,7 +179,7 @@ def test_a_denied_source_is_not_reported_as_blocked_while_an_older_verdict_lets_
     assert outcomes(diagnosed(gateway, str(id_))) == ["open"], "the worker goes by the table that was left"
     assert gateway.passes(FABRIKAM, "10.0.0.82")
     printed = gateway.agent.portward("diagnose", str(id_)).stdout
-    assert "this gateway judges by the policy" not in printed
+    assert "this gateway enforces the policy" not in printed
     assert "NOT KNOWN: no agent reports on this gateway" in printed
 
 

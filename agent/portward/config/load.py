@@ -80,7 +80,7 @@ def _overlaps(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
             yield f"{uplink!r} is also a segment: incoming mail would get a verdict too", ("uplinks", place)
     for place, pattern in enumerate(config.verdicts.observe):
         if not any(_overlap(pattern, segment) for segment in config.segments):
-            yield f"{pattern!r} is none of the segments", ("verdicts", "observe", place)
+            yield f"{pattern!r} is not one of the segments", ("verdicts", "observe", place)
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -254,7 +254,7 @@ class Intake:
 
     @property
     def store_waits(self) -> str:
-        """Why reading the store may wait for who writes it; empty if it never does."""
+        """Why reading the store may wait for a process that writes it; empty if it never does."""
         store = self._store
         return "" if store is None else store.waits()
 

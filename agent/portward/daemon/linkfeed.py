@@ -70,7 +70,7 @@ class LinkFeed:
                 self._wrote.set()
 
     async def _write(self, due: Links, number: int) -> bool:
-        """Whether the table took the change. If not, `Core.retry_links` retries it, so that newer changes do not
+        """Whether the table took the change. If not, `Intake.retry_links` retries it, so that newer changes do not
         wait."""
         step = lambda: self._core.intake.links_changed(due, number)  # noqa: E731 # for a thread
         return await self._steps.run(Step.LINKS, lambda: self._threads.policy(step), otherwise=False, anyway=True)

@@ -48,7 +48,7 @@ OnKernel: TypeAlias = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 class RulesetWatch:
-    """Calls `Core.check` on the kernel thread when there is a reason."""
+    """Calls `Dataplane.check` on the kernel thread when there is a reason."""
 
     def __init__(
         self, core: Core, kernel: OnKernel, notices: tuple[NoticeSource, NoticeSource], steps: StepRunner

@@ -51,8 +51,8 @@ class StoreWatch:
                     await self._retry_links()
 
     async def _wait(self) -> None:
-        """Returns if the store has changed, at the next poll, or when a grant ends. If `decide_due` failed for an end,
-        it is retried at the next poll."""
+        """Returns if the store has changed, at the next poll, or when a grant ends. If `decide_due` failed for
+        an end, it is retried at the next poll."""
         if self._due is None or self._due == self._tried:
             pause = _POLL_S
         else:

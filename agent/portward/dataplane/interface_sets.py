@@ -1,5 +1,5 @@
-"""What the ruleset knows of interfaces beside their verdicts: whose owner is uncertain, whose owner is another one
-now, and which ones may send mail without being a segment. Pure, over `Elements`.
+"""The interfaces that the ruleset treats apart: those whose owner is uncertain, those that got another owner, and
+those that may send mail without being a segment. Pure, over `Elements`.
 """
 
 from __future__ import annotations

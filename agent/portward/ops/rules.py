@@ -63,7 +63,7 @@ def without_agent(config: Config) -> str:
             return host.in_words(taken)
         found = _without_agent(settings.last(config), netlink)
     except (KernelError, OSError) as error:
-        found = f"what the kernel enforces is not known: {error}"
+        found = f"it is not known what the kernel enforces: {error}"
     return f"{found} (start it: `systemctl start portward`)"
 
 

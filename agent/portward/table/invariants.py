@@ -96,7 +96,7 @@ class Walk:
             yield f"account {number} has neither a record nor an entry"
         for row in sorted(self._unexplained):
             number, at = int.from_bytes(row[8:], "big"), layout.moment(int.from_bytes(row[:8], "big"))
-            yield f"subscription {number} is to be decided again at {at:%Y-%m-%d %H:%M:%SZ}, for no reason"
+            yield f"subscription {number} is due for another decision at {at:%Y-%m-%d %H:%M:%SZ}, for no reason"
 
     def _records(self, part: bytes) -> Iterator[tuple[bytes, bytes]]:
         with self._transaction.cursor(self._parts[part]) as cursor:

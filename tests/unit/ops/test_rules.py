@@ -115,7 +115,7 @@ def test_while_workers_stay_unknown_sources_are_not_said_to_be_dropped(monkeypat
 
 def test_without_an_agent_and_the_privilege_the_enforcement_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "NfNetlink", Forbidden)
-    assert rules.without_agent(CONFIG).startswith("what the kernel enforces is not known: ")
+    assert rules.without_agent(CONFIG).startswith("it is not known what the kernel enforces: ")
 
 
 @pytest.mark.parametrize(

@@ -48,11 +48,11 @@ Change = tuple[bytes, bytes, bytes | None, bytes | None]
 BROKEN: dict[str, tuple[Change, str]] = {
     "an expiry of an unknown subscription": (
         (b"expiries", KEY, None, layout.due(layout.microseconds(NOW + timedelta(1)), 99)),
-        "subscription 99 is to be decided again at 2026-06-02 00:00:00Z, for no reason",
+        "subscription 99 is due for another decision at 2026-06-02 00:00:00Z, for no reason",
     ),
     "an expiry for nothing": (
         (b"expiries", KEY, None, layout.due(layout.microseconds(NOW + timedelta(1)), 1)),
-        "subscription 1 is to be decided again at 2026-06-02 00:00:00Z, for no reason",
+        "subscription 1 is due for another decision at 2026-06-02 00:00:00Z, for no reason",
     ),
     "a grant that would not end": (
         (b"expiries", KEY, layout.due(layout.microseconds(NOW + timedelta(hours=2)), 3), None),

@@ -86,7 +86,7 @@ _KERNEL: Final = {
     Kernel.AWAY: marked("not known: the agent runs in another network namespace"),
 }
 _HERE: Final = {
-    Handling.BY_POLICY: marked("this gateway judges by the policy"),
+    Handling.BY_POLICY: marked("this gateway enforces the policy"),
     Handling.OBSERVES: marked("this gateway only observes these segments: their packets pass, whoever sends them"),
     Handling.PART: marked(
         "NOT ALL QUEUES ARE ANSWERED on this gateway: it follows the policy, but some connections are dropped, "
@@ -108,7 +108,7 @@ _HERE: Final = {
         "not"
     ),
     Handling.STACKED: marked(
-        "other devices take the packets of these segments before they are judged: see STACKED"
+        "other devices take the packets of these segments before they are classified: see STACKED"
     ),
     Handling.UNKNOWN: _NOT_PERMITTED,
 }
@@ -177,7 +177,7 @@ def _ordered(facts: Facts) -> Facts:
 def _title(preset: Preset, facts: Facts, say: Language) -> str:
     asked = f"{facts.asked.segment} {facts.asked.address}: " if facts.asked else ""
     if facts.id is None:
-        return asked + say("a source of nobody, no attachment covers it")
+        return asked + say("an unknown source: no attachment covers it")
     if facts.subscription is None:
         return asked + say("subscription {id}, of which there is no record", id=facts.id)
     offer = preset.offer(facts.subscription.offer)
@@ -343,7 +343,7 @@ def _dropped(facts: Facts, say: Language) -> Iterator[str]:
         sources = say.many("of {n} source", "of {n} sources", drops.sources, n=say.number(drops.sources))
         yield f"{', '.join(packets)}, {sources}, {within}" if packets else say("nothing {within}", within=within)
         if any(machine.outcome is Blocking.SHUT for machine in facts.machines):
-            yield say("what is dropped in spite of the policy is not counted by source")
+            yield say("packets that are dropped in spite of the policy are not counted by source")
     if facts.since_start is not None:
         yield say(
             "counted by the agent since {when}, up to {age} s ago: {refused} refused, {beyond} beyond the limit",

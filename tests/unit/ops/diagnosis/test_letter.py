@@ -219,7 +219,7 @@ def test_the_source_that_was_asked_about_comes_first_and_marked() -> None:
 def test_an_unknown_source_is_said_to_be_unknown(say: Language) -> None:
     known = facts(AZURE, None, None, id=None, asked=Asked("vni1002", "10.0.0.9"), nobody=Drops(nobody=True))
     printed = list(lines(AZURE, diagnosis(AZURE, known, say), say))
-    assert ("source of nobody" if say is ENGLISH else "source inconnue") in printed[0]
+    assert ("unknown source" if say is ENGLISH else "source inconnue") in printed[0]
     assert any(("yes, just now" if say is ENGLISH else "oui, en ce moment") in line for line in printed)
     assert any("10.0.0.9" in line for line in printed[5:])
 
@@ -302,7 +302,7 @@ FAULT = (
 )
 NOT_SEEN = "Whether they pass at this moment, we could not see."
 NOT_SEEN_BLOCKED = "That is our policy; whether it is in force at this moment, we could not see."
-STACKED = "other devices take the packets of these segments before they are judged: see STACKED"
+STACKED = "other devices take the packets of these segments before they are classified: see STACKED"
 
 
 def texts(
@@ -369,9 +369,11 @@ def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: H
     assert say(NOTHING, ports=say("port {ports}", ports=25)) not in text
     assert say(FAULT) in text
     assert say("You need not do anything: please try again later.") in text
-    assert say("what is dropped in spite of the policy is not counted by source") in _dropped(say, host, found)
+    assert say("packets that are dropped in spite of the policy are not counted by source") in _dropped(
+        say, host, found
+    )
     assert say("provider: this gateway drops what the policy allows, see `portward status`") in engineer
-    assert say("this gateway judges by the policy") not in engineer
+    assert say("this gateway enforces the policy") not in engineer
     assert say("nothing is blocked: look for the receiving server's answer") not in engineer
     assert say("You need not do anything: please try again later.") not in texts(say, DENIED, host)[1]
 
@@ -385,7 +387,7 @@ def test_the_letter_does_not_state_the_unknown_as_a_fact(
     engineer, text = texts(say, ALLOWED, host, found)
     assert say(NOT_SEEN) in text
     assert say(NOTHING, ports=say("port {ports}", ports=25)) not in text
-    assert say("this gateway judges by the policy") not in engineer
+    assert say("this gateway enforces the policy") not in engineer
     assert say("nothing is blocked: look for the receiving server's answer") not in engineer
     assert say(NOT_SEEN_BLOCKED) in texts(say, DENIED, host, found)[1]
 
@@ -410,7 +412,7 @@ def test_why_it_is_not_known_is_said_of_that_segment(say: Language) -> None:
     places = {"vni1001": Handling.BY_POLICY, "vni1002": Handling.UNKNOWN}
     why = "the ruleset has vni1002 among those that are no segments"
     engineer, _ = texts(say, DENIED, ELSEWHERE, places=places, here=Handling.UNKNOWN, elsewhere=why)
-    assert f"vni1001: {say('this gateway judges by the policy')}" in engineer
+    assert f"vni1001: {say('this gateway enforces the policy')}" in engineer
     assert f"vni1002: {say('not known: {why}', why=why)}" in engineer
 
 
@@ -466,7 +468,7 @@ def test_machines_with_different_handling_are_listed_apart(say: Language) -> Non
     dropped, passes = made.customer.index("10.0.0.4"), made.customer.index("10.0.0.9")
     assert dropped < made.customer.index(say(FAULT)) < passes
     engineer = "\n".join(lines(AZURE, made, say))
-    assert f"vni1003: {say('this gateway judges by the policy')}" in engineer
+    assert f"vni1003: {say('this gateway enforces the policy')}" in engineer
     assert f"vni1002: {say(STACKED)}" in engineer
 
 
@@ -481,7 +483,7 @@ def test_the_letter_says_that_a_change_of_the_records_is_not_in_force(say: Langu
 def test_a_gateway_that_only_observes_is_said_to(say: Language) -> None:
     places: dict[str, Any] = {"here": Handling.OBSERVES, "places": {"vni1002": Handling.OBSERVES}}
     engineer, _ = texts(say, DENIED, Host(), observed=True, **places)
-    assert say("this gateway judges by the policy") not in engineer
+    assert say("this gateway enforces the policy") not in engineer
     assert say("this gateway only observes these segments: their packets pass, whoever sends them") in engineer
 
 
