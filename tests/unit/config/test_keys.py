@@ -55,7 +55,7 @@ def test_an_ipv6_address_and_none_for_the_metrics(tmp_path: Path) -> None:
         ("segments = ['v*i']\nuplinks = ['up0']\n", 1, "segments[0]", "only at its end"),
         ("segments = ['vni*']\nuplinks = ['eth0', 'vni9']\n", 2, "uplinks[1]", "also a segment"),
         ("segments = ['vni1']\nuplinks = ['vni*']\n", 2, "uplinks[0]", "also a segment"),
-        (LEAST + "[verdicts]\nobserve = ['tap0']\n", 4, "verdicts.observe[0]", "none of the segments"),
+        (LEAST + "[verdicts]\nobserve = ['tap0']\n", 4, "verdicts.observe[0]", "not one of the segments"),
         (LEAST + "[metrics]\naddress = '127.0.0.1:65536'\n", 4, "metrics.address", "HOST:PORT"),
         (LEAST + "[metrics]\naddress = 'gateway.example:9125'\n", 4, "metrics.address", "no name is looked up"),
         (LEAST + "store = 5\n", 3, "store", "text"),
