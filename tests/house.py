@@ -2,10 +2,11 @@
 
 **Files of a question.** Each question is run, and the files of `agent/portward` on the way are counted. On the
 way is every file on the call stack from the entry point to a *destination*: a function of the store, the policy
-table or the kernel. To open one (its `__init__`) is no step of a change: the daemon has opened its own long
-before. A helper that returns before the next step (a check, a codec, the clock) is not on the way: a reader can
-take its name for what it does. For the packet it counts too, because nothing else is on the fast path. "in all" is
-every file in which a function ran. Names that are only read, as constants are, do not count.
+table or the kernel. That the verb opens the store is no step of the change, so the file that finds out which store
+it is does not count; with it, each way would have one file more. A helper that returns before the next step (a
+check, a codec, the clock) is not on the way: a reader can take its name for what it does. For the packet it counts
+too, because nothing else is on the fast path. "in all" is every file in which a function ran. Names that are only
+read, as constants are, do not count.
 
 - *packet*: the batch reader gets one plain SYN of a source that it has no verdict for yet. It has answered another
   source before, so its message template and the segment behind the interface are cached, as in a running worker.
@@ -127,12 +128,10 @@ class Way:
             if frame.f_code.co_filename.startswith(self._ends) and not self._opens(frame):
                 self.way |= {name for each in _stack(frame) if (name := _ours(each))}
 
-    def _opens(self, frame: FrameType) -> bool:
-        """Whether a function of a destination runs because the destination is being opened."""
-        return any(
-            each.f_code.co_name == "__init__" and each.f_code.co_filename.startswith(self._ends)
-            for each in _stack(frame)
-        )
+    @staticmethod
+    def _opens(frame: FrameType) -> bool:
+        """Whether a function of the store runs because the verb opens it."""
+        return any(each.f_code is sqlite.SqliteStore.__init__.__code__ for each in _stack(frame))
 
 
 def _ours(frame: FrameType) -> str:

@@ -447,6 +447,23 @@ def test_observing_one_segment_leaves_the_other_enforced(make_gateway) -> None: 
     assert gateway.passes(FABRIKAM, "10.0.0.4"), "the mode lies in the configuration"
 
 
+@pytest.mark.parametrize("reader", QueueReader)
+def test_an_observed_segment_loses_no_packet_without_a_verdict(make_gateway, reader: QueueReader) -> None:  # type: ignore[no-untyped-def]
+    """The kernel reads more extension headers than the worker, which cannot classify the packet then."""
+    gateway = make_gateway(verdicts={"observe": ["vni1002"]}, queue={"reader": reader})
+    gateway.source(CONTOSO, "2001:db8:1001::63", ALLOWED)
+    gateway.source(FABRIKAM, "2001:db8:1002::63", DENIED)
+    with seen(gateway.lab.internet) as view:
+        for tenant, source in ((CONTOSO, "2001:db8:1001::63"), (FABRIKAM, "2001:db8:1002::63")):
+            packet = IPv6(src=source, dst=MAIL6)
+            for _ in range(20):
+                packet /= IPv6ExtHdrDestOpt(options=[PadN(optdata=b"\0" * 4)])
+            gateway.senders[tenant].send(packet / TCP(sport=4000, dport=25, flags="S"))
+        first = view.first(lambda packet: IPv6 in packet and packet[IPv6].dst == MAIL6 and packet[IPv6].nh == 60)
+    assert first is not None
+    assert first[IPv6].src == "2001:db8:1002::63", "the enforced segment's packet was sent before it"
+
+
 def test_observing_one_subscription(gateway: Gateway) -> None:
     gateway.source(CONTOSO, "10.0.0.40", DENIED, Mode.OBSERVE)
     gateway.source(CONTOSO, "10.0.0.41", DENIED)

@@ -63,7 +63,7 @@ class Halting(KernelElements):
 
     halts = dies = False
 
-    def __init__(self, netlink: NfNetlink, nft: Nft) -> None:
+    def __init__(self, netlink: NfNetlink) -> None:
         super().__init__(netlink)
         self.halted, self.go_on = threading.Event(), threading.Event()
 
@@ -89,7 +89,7 @@ class Gated:
         self.config, self._preset = Config(segments=("vni*",), uplinks=("up0",)), presets.load("azure-2020")
         self.netlink = NfNetlink()
         self._nft = Nft(self.netlink, compiles=False)
-        self.elements = Halting(self.netlink, self._nft)
+        self.elements = Halting(self.netlink)
         self.cache = VerdictCache(self.elements)
         self._native = xtables.has_native_queue(self._nft)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=reject))

@@ -114,7 +114,7 @@ BETWEEN: dict[str, str | Class] = {
     "allow": Class.ALLOW,
     "deny": Class.DENY,
     "observed": Class.OBSERVED,
-    "miss-open": Class.MISS_OPEN,
+    "miss-open": Class.OPEN,
     "bits-set": "meta mark | 0x4001",
     "bits-cleared": "meta mark & 0xffff0000",
     "bits-turned": "meta mark ^ 0x5",

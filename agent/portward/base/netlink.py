@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from errno import EBADMSG
 from typing import Final
 
 NETLINK_NETFILTER: Final = 12
@@ -55,10 +56,12 @@ def messages_of(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
         start += (length + 3) & ~3
 
 
-def errno_of(body: bytes) -> int:
+def errno_of(kind: int, body: bytes) -> int:
     """The errno in the body of an NLMSG_ERROR, or of the NLMSG_DONE that ends a dump; 0 for success. A dump that
-    fails half-way ends with it, too."""
-    return -_I32.unpack_from(body)[0] if len(body) >= _I32.size else 0
+    fails half-way ends with it, too. An NLMSG_ERROR without an errno is EBADMSG, never a success."""
+    if len(body) >= _I32.size:
+        return -int(_I32.unpack_from(body)[0])
+    return 0 if kind == NLMSG_DONE else EBADMSG
 
 
 def attributes_of(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:

@@ -1,7 +1,8 @@
 """The counting thread's work: it reads the kernel's counters for metrics and status.
 
 It never writes the kernel. It returns the elements that are about to expire with their counters, and the kernel
-thread deletes them (`Dataplane.end`), because the kernel reports the last count of an element only on a deletion.
+thread deletes them (`Dataplane.delete_expiring`), because the kernel reports the last count of an element only on
+a deletion.
 """
 
 from __future__ import annotations

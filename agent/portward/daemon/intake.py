@@ -64,7 +64,7 @@ class First(NamedTuple):
     seen: Links
 
 
-class _Pending(NamedTuple):
+class _HandedOver(NamedTuple):
     """A change on its way to the kernel thread: see `Dataplane.enforce`."""
 
     committed: Committed
@@ -90,10 +90,11 @@ class Intake:
         self._bulk = Bulk()
         # Descriptors for the store's three files and its change notifier.
         self._reserve = Reserve(6)
-        # Changes that the kernel thread has not begun to enforce.
-        self._pending: deque[_Pending] = deque()
+        # Commits that the kernel thread has not begun to carry out.
+        self._handed_over: deque[_HandedOver] = deque()
         self._store: Store | None = None
         self._follower: Follower | None = None
+        # This and the public values below may be read on any thread.
         self.links = Links({}, frozenset())
         # Interfaces that changed while the table could not be written, and the number of the newest such event.
         self.links_failed, self._links_due, self._links_number = False, frozenset[int](), 0
@@ -352,17 +353,17 @@ class Intake:
 
     def _hand_over(self, committed: Committed, links: dict[str, int] | None = None, settled: int = 0) -> None:
         """Makes the kernel thread enforce a change; does not wait for it."""
-        self._pending_changes.handed_over()
-        self._pending.append(_Pending(committed, links, settled))
+        self._pending_changes.begin()
+        self._handed_over.append(_HandedOver(committed, links, settled))
         self._on_kernel(self._carry_out)
 
     def _carry_out(self) -> None:
         """Enforces all waiting changes as one, on the kernel thread. Changes may be committed faster than the
         kernel can take each, and neither a revocation nor a repair may wait behind many of them."""
-        waiting: list[_Pending] = []
+        waiting: list[_HandedOver] = []
         with contextlib.suppress(IndexError):
             while True:
-                waiting.append(self._pending.popleft())
+                waiting.append(self._handed_over.popleft())
         if not waiting:  # an earlier call has enforced it together with others
             return
         committed = merged([one.committed for one in waiting])
@@ -374,7 +375,7 @@ class Intake:
             _log.exception("revision %d is not enforced yet: the ruleset is loaded anew", committed.revision)
         finally:
             for _ in waiting:
-                self._pending_changes.carried_out()
+                self._pending_changes.end()
 
     def _take(self, config: Config, preset: Preset) -> None:
         self._config = config

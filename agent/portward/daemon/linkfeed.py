@@ -2,8 +2,9 @@
 
 A new interface is not in the table yet, so its packets are dropped. But the index of an interface that was removed
 or renamed may already belong to another tenant's interface, and the table would give it the old tenant's verdicts.
-If the table is busy, for example with a bulk change of some seconds, the kernel thread therefore drops packets of
-such an index at once, until the table has its new owner.
+The kernel also acts on the old tenant's cached verdicts until they are deleted. If the table is busy, for example
+with a bulk change of some seconds, the kernel thread therefore drops packets of such an index at once, until the
+table has its new owner.
 """
 
 from __future__ import annotations

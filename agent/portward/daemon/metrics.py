@@ -268,7 +268,8 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
     _counter(
         "records_refused", (),
-        "Records of the store that could not be read; the record that was in force stays in force.",
+        "Records of the store that could not be read. The record that was in force stays in force; if everything "
+        "was read anew, its sources are denied.",
         lambda reading: reading.core.intake.refused,
     ),
     _gauge(

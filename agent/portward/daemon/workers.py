@@ -1,7 +1,7 @@
 """The worker processes: the daemon starts them, watches them, and starts them again.
 
-Each worker has one queue and one block of shared counters. While a worker is down, its queue drops every packet,
-so nothing opens. The counters outlive the process.
+Each worker has one queue and one block of shared counters. While a worker is down, packets for its queue are
+dropped; only those of observed segments, or with `on_agent_down = "open"`, pass. The counters outlive the process.
 """
 
 from __future__ import annotations

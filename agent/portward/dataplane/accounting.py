@@ -52,7 +52,7 @@ NAMES: Final[dict[Verdict, str]] = {
     mark.Class.REFUSED: "reject",
     mark.Class.OBSERVED: "would_deny",
     mark.Class.UNKNOWN: "unknown",
-    mark.Class.MISS: "deferred",
+    mark.Class.ANSWER: "deferred",
     LimitResult.WITHIN: "rated",
     LimitResult.OVER: "throttled",
     NoVerdict.DROPPED: "unjudged",

@@ -63,7 +63,7 @@ class DumpSocket:
                     continue
                 interrupted |= bool(flags & NLM_F_DUMP_INTR)
                 if kind_in in (NLMSG_DONE, NLMSG_ERROR):
-                    if (code := errno_of(body)) > 0:
+                    if (code := errno_of(kind_in, body)) > 0:
                         raise OSError(code, os.strerror(code))
                     return None if interrupted else found
                 found.append((kind_in, body))

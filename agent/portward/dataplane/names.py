@@ -108,8 +108,8 @@ NO_INTERFACE: Final = "no interface"  # a pattern that matches nothing: the kern
 _FIRST: Final = -302
 # The last priority that there is, so that the rewrites of others come before.
 _LAST: Final = 2**31 - 1
-# The kernel puts a new chain before the chains of equal priority. Registered in this order, `screen` comes first,
-# and no chain of another program can be between the two.
+# The kernel puts a new chain before the chains of equal priority. Registered in this order, they are met in the
+# opposite one: a packet meets `screen` first, and no chain of another program can be between the two.
 HOOKS: Final = {"learn": (0, _FIRST), "screen": (0, _FIRST)}
 TUNNELS_HOOKS: Final = {"tunnels": (1, _FIRST)}
 # Loaded only if `Surroundings.guard`; in this order for the same reason.

@@ -72,8 +72,9 @@ class Expression(NamedTuple):
 class NfNetlink(NfSocket):
     """The requests to nf_tables, in the network namespace of the thread that makes the socket."""
 
-    # The generation after portward's last transaction (None: there was none), and whether another program made a
-    # transaction since then.
+    # `left_at`: the generation after portward's last transaction, or the one from which the reconciler counts;
+    # None before. `disturbed`: another program made a transaction before or within one of portward's, since the
+    # reconciler last reset it. A transaction after portward's last one shows only in `generation() != left_at`.
     left_at: int | None = None
     disturbed = False
 

@@ -162,7 +162,7 @@ class NfSocket:
                     reports.append(content[NFGEN.size :])
                 if kind != NLMSG_ERROR or sequence < begin:
                     continue
-                code = errno_of(content)
+                code = errno_of(kind, content)
                 if code and not refused:
                     refused, place = code, sequence - begin
                 # An answer to the first message is about the whole batch.
@@ -214,7 +214,7 @@ class NfSocket:
                     continue
                 interrupted |= bool(flags_in & NLM_F_DUMP_INTR)
                 if kind in (NLMSG_ERROR, NLMSG_DONE):
-                    if (code := errno_of(content)) > 0:
+                    if (code := errno_of(kind, content)) > 0:
                         raise OSError(code, os.strerror(code))
                     return replies, not interrupted
                 replies.append(content[skip:])

@@ -104,9 +104,9 @@ class Nft:
     _compiles = False
 
     def __init__(self, socket: Socket | None = None, *, compiles: bool = True) -> None:
-        """With a `socket` that `compiles`, libnftables only compiles the texts of `replace`, `add`, `check` and
-        `delete`, so it reads nothing from the kernel (module `compiled`), and the socket makes the transactions.
-        Without, libnftables makes them. Raises KernelError if libnftables is missing."""
+        """With `socket` and `compiles`, libnftables only compiles the texts of all methods but `load`, so it reads
+        nothing from the kernel (module `compiled`), and the socket makes the transactions. Otherwise libnftables
+        makes them; `socket`, if given, still counts them. Raises KernelError if libnftables is missing."""
         self._lib = _library()
         self._socket, self._compiles = socket, compiles and socket is not None
         self._compiled_texts: dict[str, list[Message]] = {}
@@ -209,7 +209,7 @@ class Nft:
 
     @property
     def compiles(self) -> bool:
-        """Whether the socket makes all transactions of this object."""
+        """Whether the socket makes the transactions of this object, except those of `load`."""
         return self._compiles
 
     def listing(self, table: str) -> str:

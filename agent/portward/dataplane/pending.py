@@ -1,4 +1,5 @@
-"""The changes of the policy table that are being made, or are committed and not carried out in the kernel yet."""
+"""Whether a change of the policy table may still be on its way to the kernel, and the present step of the policy
+thread."""
 
 from __future__ import annotations
 
@@ -21,10 +22,12 @@ class Work(NamedTuple):
 
 
 class PendingChanges:
-    """Counts changes. Every method may be called on any thread.
+    """Counts everything that may still bring the kernel to a newer generation: steps of the policy thread that may
+    commit, and commits that were handed over to the kernel thread. Every method may be called on any thread.
 
-    A change counts from before its write transaction until `carried_out`. So if the table is newer than the kernel
-    and no change counts, one was lost.
+    A step counts from before its write transaction, so if the table is newer than the kernel while nothing counts,
+    a change was lost on its way, and the kernel thread repairs. While a step runs, also an unrelated one, a lost
+    change is not noticed.
     """
 
     def __init__(self, generation: Callable[[], int]) -> None:
@@ -37,26 +40,26 @@ class PendingChanges:
 
     @property
     def any(self) -> bool:
-        """Whether a change is under way."""
+        """Whether a change may be on its way."""
         return self._number > 0
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
-        """The policy thread is at a step that may change the table."""
-        self.handed_over()
+        """The policy thread is at a step that may change the table. `what` names it for `status`."""
+        self.begin()
         self.work = Work(what, time.monotonic())
         try:
             yield
         finally:
             self.work = None
-            self.carried_out()
+            self.end()
 
-    def handed_over(self) -> None:
-        """One more change is on its way to the kernel thread."""
+    def begin(self) -> None:
+        """One more counts: a step, or a commit that is handed over to the kernel thread."""
         with self._lock:
             self._number += 1
 
-    def carried_out(self) -> None:
-        """The kernel thread is done with one, or it came to nothing."""
+    def end(self) -> None:
+        """One counts no longer: the step is over, or the kernel thread has carried the commit out."""
         with self._lock:
             self._number -= 1

@@ -3,7 +3,8 @@
 Each method takes what has happened (a change of the policy table, other interfaces, another configuration, the
 periodic check) into one desired state and applies it: see `KernelSync.apply`.
 
-Every method runs on the kernel thread, one after the other, so no two of them write the kernel at once. None of
+Every method runs on the kernel thread, one after the other, so no two of them write the kernel at once. Only the
+properties under "may be asked on any thread" are for others, too. None of
 them reads the store or waits for a write transaction of the policy table: nothing slow stands before a repair.
 
 Changes of the table arrive in the order of their commits (`enforce`). A repair may run between a commit and its

@@ -1,6 +1,7 @@
 """Reads the interfaces over rtnetlink, and follows their changes.
 
-The kernel can give the index of a deleted interface to an interface of another tenant. So an interface that was
+An operator, or another network namespace, can bring the index of a deleted interface back with an interface of
+another tenant. The kernel itself reuses no index. So an interface that was
 deleted or renamed is reported as touched, even if everything looks as before when the report is made.
 """
 

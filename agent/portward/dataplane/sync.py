@@ -6,18 +6,18 @@ the policy table says what it reaches. That is an optimization: without it, or i
 everything is forgotten. After any failure the kernel counts as out of line, and everything is derived anew, at
 once or, if that fails too, at the next `apply`.
 
-The steps, and what holds if the process ends right after one of them:
-1. An interface with a new owner goes into the set `unsettled`: what comes from it is dropped.
-2. Chains for devices above segments are added. They only drop.
-3. The ruleset, if another one is wanted: one transaction (see `RulesetReconciler.load`).
-4. The epoch moves. From here on no verdict of the older policy is cached any more. The set `synced` still names
-   the older generation, so the next start forgets everything.
-5. Cached verdicts that the change reaches are deleted, and the last transaction writes the new generation into
-   `synced`. If there is much to search, the gate (module `gate`) stops the sources before the search.
-6. Interfaces whose owner the table names now are no longer dropped.
+The steps by name, and what holds if the process ends right after one of them:
+- *unsettle*: an interface with a new owner goes into the set `unsettled`. Its packets are dropped.
+- *close stacked*: chains for devices above segments are added. They only drop.
+- *load*: the ruleset, if another one is wanted, in one transaction (see `RulesetReconciler.load`).
+- *move the epoch*: from here on no verdict of the older policy is added to the cache. Those in it still act. The
+  set `synced` still names the older generation, so the next start forgets everything.
+- *delete*: the cached verdicts that the change reaches, and the last transaction writes the new generation into
+  `synced`. If there is much to search, the gate (module `gate`) stops the sources before the search.
+- *settle*: interfaces whose owner the table names now are no longer dropped.
 
-Until step 5 the kernel may act on cached verdicts of the older policy. In one transaction, 4 and 5 would leave a
-verdict that is stored between the search and the commit.
+Until *delete* is done the kernel may act on cached verdicts of the older policy. Together with *move the epoch* in
+one transaction it would leave a verdict that is stored between the search and the commit.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class VerdictCache:
         return self._number("definitions")
 
     def move_epoch(self, generation: int, links: Iterable[int] = ()) -> None:
-        """Step one of a change: from now on only verdicts of this generation are cached. `links` as for
+        """*Move the epoch*: from now on only verdicts of this generation are cached. `links` as for
         `InterfaceSets.renew`.
 
         If the process dies right after it, cached verdicts may be old until they expire or the agent starts again.
@@ -174,7 +174,7 @@ class VerdictCache:
         self._elements.commit([Add(set_, found) for set_, found in keys.items()])
 
     def forget(self, sources: Iterable[Source], generation: int, more: Sequence[Change] = ()) -> None:
-        """Step two for single sources: deletes their cached verdicts, if there are any, and records that all
+        """*Delete* for single sources: deletes their cached verdicts, if there are any, and records that all
         others agree with `generation` of the policy table. `more` are changes for the same transaction.
 
         Each source is added to every set of its family and then deleted, because the `Delete` of an element that
@@ -220,7 +220,7 @@ class VerdictCache:
         opens: bool = True,
         closes: bool = True,
     ) -> set[Source]:
-        """Step two for prefixes: the same as `forget` for all sources in them, at a cost that does not grow with
+        """*Delete* for prefixes: the same as `forget` for all sources in them, at a cost that does not grow with
         the number of prefixes. Returns the sources found in sets that let packets pass.
 
         `first` are changes that are made before all others. `opens`: the change may let packets pass, so cached
@@ -281,7 +281,7 @@ class VerdictCache:
         return sum(self.sizes.get(name + family, 0) for name, family in product(_PASSING_SETS, families))
 
     def forget_everything(self, generation: int) -> None:
-        """Step two if everything may have changed: deletes all cached verdicts and all sources of rate limits."""
+        """*Delete* if everything may have changed: removes all cached verdicts and all sources of rate limits."""
         flushes = [Flush(name + family) for name in (*COUNTED_SETS.values(), RATE_LIMITS) for family in "46"]
         self._elements.commit([*flushes, *_synced(generation)])
 

@@ -38,23 +38,25 @@ AHEAD: Final = 24
 
 
 class Class(IntEnum):
-    """The class of a verdict: the kernel acts on it and caches it. MISS and MISS_OPEN ask for a verdict."""
+    """The class of a verdict: the kernel acts on it and caches it. The last two are no verdicts."""
 
     ALLOW = 1
     DENY = 2
     REFUSED = 3  # the worker has sent the RST itself
-    MISS = 4  # asks; dropped without an answer. With an epoch: answered, but the rate limit must be written first
+    ANSWER = 4  # answered, but nothing is cached: a query of the self-check, or a rate limit must be written first
     UNKNOWN = 5
     OBSERVED = 6  # would be denied, but is only observed: passes
-    MISS_OPEN = 7  # asks; passes without an answer (observed segments, on_agent_down = "open")
+    OPEN = 7  # in MISS_OPEN alone
 
 
 # The classes that let packets out once they are cached.
 PASSING: Final = (Class.ALLOW, Class.OBSERVED)
-MISS: Final = EPOCH | Class.MISS
-# A question of the self-check. The answer is class MISS with the epoch that the worker sees.
+# Asks a worker; dropped without an answer.
+MISS: Final = EPOCH | Class.ANSWER
+# Asks a worker; passes without an answer (observed segments, on_agent_down = "open").
+MISS_OPEN: Final = EPOCH | Class.OPEN
+# A query of the self-check. The answer is class ANSWER with the epoch that the worker sees.
 PROBE: Final = EPOCH
-MISS_OPEN: Final = EPOCH | Class.MISS_OPEN
 # Chain `screen` lets the packet pass without asking a worker. No worker writes it: its epoch is never in force.
 PASSED: Final = EPOCH | Class.ALLOW
 # A source that is cached as rejected sent again. The kernel has counted the packet and asks for a reset.

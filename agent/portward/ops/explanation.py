@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -27,7 +27,7 @@ from portward.errors import PortwardError, StoreError
 from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reason, Subscription, Workload
 from portward.ops import effect, host, sources
 from portward.ops.effect import Effect, Handling, Now, Policy
-from portward.ops.host_state import Ruleset
+from portward.ops.host_state import CachedState, Ruleset
 from portward.policy.decide import decide, rule_text
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_text, remedy
@@ -86,8 +86,11 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
     source = sources.source(config, path, segment, address)
     destination = None if to is None else sources.destination(to, source)
     known = _known(config, preset, segment, source)
-    found = _explanation(config, preset, known, segment, source, destination)
-    handling, now = _now(config, found, source)
+    asked = _ask_kernel(segment, source)
+    found = replace(
+        _explanation(config, preset, known, segment, source, destination), kernel=_kernel(segment, asked)
+    )
+    handling, now = _now(config, found, source, asked)
     found = replace(found, now=now, remedy=_remedy(found, handling, now), remarks=(*remarks, *_behind(config)))
     if in_another_network(config.table) is not None:
         return replace(found, kernel="not asked: the agent runs in another network namespace")
@@ -270,7 +273,7 @@ def _explanation(
         revision=known.revision,
         decided_from=known.source,
         observed=config.observes(segment) or (subscription is not None and subscription.mode is Mode.OBSERVE),
-        kernel=_kernel(segment, source),
+        kernel="",
         remedy=remedy(preset, decision.reason, subscription, limited=limit is not None),
         limit=limit,
     )
@@ -282,18 +285,30 @@ def _refusal(config: Config, subscription: Subscription | None) -> str:
     return "reject" if reject else "deny"
 
 
-def _now(config: Config, found: Explanation, source: Address) -> tuple[Handling, Now]:
+class _Asked(NamedTuple):
+    """The kernel's answer about a source: `cached` as for `host.cached`. `permitted`: this user may ask."""
+
+    cached: CachedState | None
+    permitted: bool = True
+
+
+def _ask_kernel(segment: str, source: Address) -> _Asked:
+    try:
+        return _Asked(host.cached(segment, source))
+    except (OSError, PortwardError):
+        return _Asked(None, permitted=False)
+
+
+def _now(config: Config, found: Explanation, source: Address, asked: _Asked) -> tuple[Handling, Now]:
     """How this host handles sources without a cached verdict, and what happens to the source's next packet."""
     state = host.at_segment(host.look(config, [found.segment]), host.devices(), config, found.segment)
-    try:
-        cached = host.cached(found.segment, source)
-    except (OSError, PortwardError):
-        state, cached = replace(state, ruleset=Ruleset.NOT_PERMITTED), None
+    if not asked.permitted:
+        state = replace(state, ruleset=Ruleset.NOT_PERMITTED)
     handling = effect.handling(state)
     left = host.left(config, found.segment, source) if handling is Handling.UNWATCHED else None
     return handling, effect.now(
         state,
-        cached,
+        asked.cached,
         Policy(
             verdict=found.verdict,
             observed=found.observed,
@@ -304,11 +319,10 @@ def _now(config: Config, found: Explanation, source: Address) -> tuple[Handling,
     )
 
 
-def _kernel(segment: str, source: Address) -> str:
+def _kernel(segment: str, asked: _Asked) -> str:
     """The kernel's treatment of the source's next packet, in words."""
-    try:
-        cached = host.cached(segment, source)
-    except (OSError, PortwardError):
+    cached, permitted = asked
+    if not permitted:
         return "not known: asking the kernel needs root or CAP_NET_ADMIN"
     if cached is None:
         return f"there is no interface {shown(segment)} here now"

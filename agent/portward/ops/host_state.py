@@ -79,7 +79,7 @@ class CachedState(msgspec.Struct, frozen=True, kw_only=True):
 
     `packets` counts the packets that the verdict acted on; with a limit, the packets dropped beyond it within
     about the last minute. With neither `verdict` nor `limit`, nothing is cached. `loaded`: the ruleset that
-    caches is there.
+    caches is there, if the kernel was asked.
     """
 
     loaded: bool = True

@@ -19,10 +19,15 @@ class Store(Protocol):
     """A store of policy. Every method raises StoreError if the store cannot be used; `revision`, `read_all`,
     `reading` and `write` raise its subclass NoStoreError if it is gone.
 
-    The thread that opened the store calls its methods. Only `fileno` may be called on any thread. `backends` opens
-    a store, with two promises that a backend must keep. With `create`, a store that is missing is made; without,
-    opening it raises NoStoreError. With `agent`, opening and every method wait only about a second for another
-    process's lock, and then raise StoreError: the end of a grant must not wait behind a lock.
+    The thread that opened the store calls its methods. Only `fileno` and `waits`, which do no I/O, may be called
+    on any thread. A store must bear that a batch has a million records, that a `reading` is open for 30 s while
+    other processes write, and that `revision` and `hash_of` are asked each second. No method may block for longer
+    than a second on a lock or a network, unless it moves many records: the daemon's watchdog ends a thread that is
+    stuck.
+
+    `backends` opens a store, with two promises that a backend must keep. With `create`, a store that is missing is
+    made; without, opening it raises NoStoreError. With `agent`, opening and every method wait only about a second
+    for another process's lock, and then raise StoreError: the end of a grant must not wait behind a lock.
     """
 
     def identity(self) -> bytes:

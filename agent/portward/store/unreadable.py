@@ -33,15 +33,17 @@ class Unreadable:
         self.total = 0
         self.now: dict[str, str] = dict(now or {})
 
-    def read(self, key: str, body: str) -> Record | None:
-        """The record with this key; None if it cannot be read, which is counted and logged."""
+    def read(self, key: str, body: str, *, anew: bool = False) -> Record | None:
+        """The record with this key; None if it cannot be read, which is counted and logged. With `anew` the table
+        is read from scratch, so it has no earlier record under the key."""
         try:
             record = decode(key, body)
         except RecordError as error:
             self.total += 1
             if len(self.now) < KNOWN or key in self.now:
                 self.now[key] = str(error)
-            _log.error("record refused, the one before stays in force: %s", error)
+            effect = "its sources are denied" if anew else "the one before stays in force"
+            _log.error("record refused, %s: %s", effect, error)
             return None
         self.right(key)
         return record

@@ -435,12 +435,12 @@ class Follower:
             if found is not None:
                 yield found
             else:
-                yield from self._readable([(key, body)])
+                yield from self._readable([(key, body)], anew=True)
 
-    def _readable(self, records: Iterable[tuple[str, str]]) -> Iterator[Record]:
-        """The records that can be read, in their order."""
+    def _readable(self, records: Iterable[tuple[str, str]], *, anew: bool = False) -> Iterator[Record]:
+        """The records that can be read, in their order. `anew` as for `Unreadable.read`."""
         for key, body in records:
             if key == CONFIRMED:
                 continue
-            if (record := self.unreadable.read(key, body)) is not None:
+            if (record := self.unreadable.read(key, body, anew=anew)) is not None:
                 yield record

@@ -95,7 +95,8 @@ class _PendingPacket:
 
 
 class _Answer:
-    """The answer to all sources with the same lookup result: our half of the mark (2 bytes, big-endian), and how
+    """The answer to all sources with the same lookup result: bits 15 to 0 of the mark, with class and
+    epoch (2 bytes, big-endian), and how
     the packets are counted. `packets` and `attempts` are those of this batch that were not added to the counters
     yet."""
 

@@ -26,6 +26,7 @@ from portward.base.netlink import (
     NLMSG_ERROR,
     TYPE_MASK,
     attribute,
+    errno_of,
 )
 from portward.ipc import mark
 
@@ -76,7 +77,7 @@ def read(datagram: bytes) -> Iterator[Packet | Refused]:
         if kind == _PACKET:
             yield _packet(datagram[start:end])
         elif kind == NLMSG_ERROR and end >= start + HEADER.size + 4:
-            yield Refused(-struct.unpack_from("=i", datagram, start + HEADER.size)[0])
+            yield Refused(errno_of(kind, datagram[start + HEADER.size : end]))
         start = start + ((end - start + 3) & ~3)
 
 

@@ -117,7 +117,7 @@ class SlowPath:
             return
         if outcome is PacketOutcome.DEFERRED:
             self._ask(packet.indev, segment.source)
-            verdict = mark.Class.MISS  # chain `learn` counts the packet for its source and drops it
+            verdict = mark.Class.ANSWER  # chain `learn` counts the packet for its source and drops it
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(result.generation)))
         packet.accept()
 
@@ -172,7 +172,7 @@ class SlowPath:
         if head is None:
             packet.drop()
             return
-        packet.set_mark(mark.stamp(packet.get_mark(), mark.Class.MISS, mark.epoch_of(head.generation)))
+        packet.set_mark(mark.stamp(packet.get_mark(), mark.Class.ANSWER, mark.epoch_of(head.generation)))
         packet.accept()
 
 

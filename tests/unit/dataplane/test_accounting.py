@@ -183,7 +183,7 @@ def test_whatever_is_read_and_deleted_each_packet_is_counted_once(steps: list[tu
         ("rated4", KEY, "rated"),
         ("throttled4", KEY, "throttled"),
         ("uncached4", KEY + struct.pack("=I", 0xAB000009), "allow"),
-        ("uncached6", Source(3, bytes(16)).key + struct.pack("=I", 9 << 3 | mark.Class.MISS), "deferred"),
+        ("uncached6", Source(3, bytes(16)).key + struct.pack("=I", 9 << 3 | mark.Class.ANSWER), "deferred"),
     ],
 )
 def test_each_set_has_its_verdict(world: World, set_: str, key: bytes, verdict: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import errno
 import time
+from typing import cast
 
 import msgspec
 import pytest
 
 from portward.config.keys import Verdicts
 from portward.dataplane import reconciler
-from portward.dataplane.fake import FakeKernel, FakeNft, ProcessDied
+from portward.dataplane.fake import FakeKernel, FakeNetlink, FakeNft, ProcessDied
 from portward.dataplane.monitor import NOTHING, RulesetChanges
 from portward.dataplane.names import FIXED_SETS, HOOKS, TABLE, TUNNELS_HOOKS
 from portward.dataplane.reconciler import RulesetReconciler
@@ -221,7 +222,7 @@ class Hearing:
 
     def __init__(self, plane: Plane) -> None:
         self.heard = NOTHING
-        plane.nft = Compiling(plane.kernel)
+        plane.nft = Compiling(plane.kernel, cast(FakeNetlink, plane.netlink))
         plane.reconciler = RulesetReconciler(plane.nft, plane.netlink, plane.cache, self.read)
         plane.sync = KernelSync(plane.reconciler, plane.cache, plane.rate_limits, lambda _: None, native=True)
         plane.start()

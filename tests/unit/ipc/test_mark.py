@@ -54,7 +54,7 @@ def test_the_next_generation_has_another_epoch(generation: int) -> None:
 
 def test_the_ruleset_has_the_same_query_and_answer() -> None:
     assert int(DEFINES["PROBE"], 16) == mark.PROBE
-    assert int(DEFINES["ANSWER"]) == mark.Class.MISS
+    assert int(DEFINES["ANSWER"]) == mark.Class.ANSWER
     assert IPv4Address(DEFINES["PROBE_SOURCE"]).packed == SOURCE
 
 

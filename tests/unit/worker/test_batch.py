@@ -187,7 +187,7 @@ def test_a_query_of_the_self_check_is_answered_with_the_epoch(bench: Bench) -> N
     (answer,) = bench.answer(message(syn("127.80.87.25"), mark_=mark.PROBE))
     head = bench.writer.head()
     assert head is not None
-    assert answer == (1, 7, mark.stamp(0, mark.Class.MISS, mark.epoch_of(head.generation)))
+    assert answer == (1, 7, mark.stamp(0, mark.Class.ANSWER, mark.epoch_of(head.generation)))
     assert bench.counters.events()[WorkerEvent.PROBED] == 1
 
 

@@ -358,7 +358,7 @@ def test_a_source_whose_limit_is_to_come_goes_back_to_be_counted_and_dropped(mak
     found, counters = make(lambda index, source: finding(Reason.ALLOWED_EXEMPT)._replace(limited=True), answers)
     packet = QueuedPacket(before=mark.MISS)
     found.handle(packet)
-    assert (packet.said, packet.mark & mark.CLASS) == (["accept"], mark.Class.MISS)
+    assert (packet.said, packet.mark & mark.CLASS) == (["accept"], mark.Class.ANSWER)
     assert packet.mark != mark.MISS, "an epoch says that a worker has seen it"
     assert answers.sources == [(3, b"\x0a\0\0\x04")]
     assert list(counters.verdicts()) == [(Reason.ALLOWED_EXEMPT, PacketOutcome.DEFERRED, 1, 1)]
