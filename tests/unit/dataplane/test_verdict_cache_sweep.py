@@ -1,5 +1,5 @@
-"""`VerdictCache.forget_within`: cached verdicts in changed prefixes go and others stay, whatever the kernel refuses
-or a reading misses."""
+"""`VerdictCache.forget_within`: cached verdicts in changed prefixes go and others stay, whatever the kernel
+refuses, or a reading misses."""
 
 from __future__ import annotations
 
