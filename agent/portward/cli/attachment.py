@@ -12,7 +12,7 @@ from portward.base.addresses import parse_address
 from portward.base.clock import utc_now
 from portward.cli.actor import ActorOption, actor_name
 from portward.cli.exemption_options import ClockOption
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn_other_store
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn_not_following
 from portward.cli.streams import echo, echo_json, note_revision
 from portward.cli.times import instant
 from portward.config.documents import network_text
@@ -51,7 +51,7 @@ def started(
     """
     source = parse_address(address, "ADDRESS")
     settings = load_config(config)
-    warn_other_store(settings)
+    warn_not_following(settings)
     with closing(open_store(settings.store)) as store:
         service = ExemptionService(
             store,

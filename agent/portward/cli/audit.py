@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from portward.base.limits import MAX_REVISION
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn_other_store
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn_not_following
 from portward.cli.streams import echo, echo_json
 from portward.config.load import load_config
 from portward.errors import InputError
@@ -72,7 +72,7 @@ def audit(
     mark = None if expect is None else parse_mark(expect)
     wanted = _wanted(since, last, key, actor, only_check=only_check)
     settings = load_config(config)
-    warn_other_store(settings)
+    warn_not_following(settings)
     with contextlib.closing(open_store(settings.store)) as store, store.reading():
         check = Check(store, mark)
         if json:

@@ -27,7 +27,7 @@ from portward.cli.exemption_options import (
     WaitOption,
     rate_limit,
 )
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption, warn_other_store
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonLinesOption, JsonOption, warn_not_following
 from portward.cli.streams import echo, echo_json, note_revision
 from portward.cli.times import instant
 from portward.config.keys import Config
@@ -338,7 +338,7 @@ def _open(path: Path, actor: str | None, *, trust_clock: bool = False) -> Iterat
     """Opens the store that the configuration names, and warns if the agent here reads another one."""
     config = load_config(path)
     preset = presets.load(config.preset, named_in=path)
-    warn_other_store(config)
+    warn_not_following(config)
     with closing(open_store(config.store)) as store:
         service = ExemptionService(
             store,

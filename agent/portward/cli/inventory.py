@@ -13,7 +13,7 @@ import typer
 
 from portward.base.clock import utc_now
 from portward.cli.actor import ActorOption, actor_name
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn, warn_other_store
+from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn, warn_not_following
 from portward.cli.streams import echo, echo_json, note_revision, put
 from portward.config.keys import Config
 from portward.config.load import load_config
@@ -33,7 +33,15 @@ from portward.inventory.json_document import json_text
 from portward.inventory.records import Inventory
 from portward.inventory.yaml_document import yaml_text
 from portward.ops import mistyped
-from portward.ops.behind import behind_held, held_here, held_unknown, lost_store, nothing_held, other_store
+from portward.ops.behind import (
+    behind_held,
+    held_here,
+    held_unknown,
+    lost_store,
+    not_following,
+    nothing_held,
+    other_store,
+)
 from portward.policy import presets
 from portward.policy.preset import Preset
 from portward.store.backends import open_store
@@ -139,7 +147,7 @@ def export(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> Non
     Example: portward export > inventory.yaml
     """
     settings = load_config(config)
-    warn_other_store(settings)
+    warn_not_following(settings)
     have, _ = _stored(settings.store)
     for piece in json_text(have) if json else yaml_text(have):
         put(piece)
@@ -160,6 +168,7 @@ def _plan(settings: Config, preset: Preset, files: list[str], step: Step, *, pru
     change = difference(have, inventory, prune=prune)
     warnings = (
         other_store(settings) or (lost_store(settings) if new else ""),
+        not_following(settings),
         late_creation(inventory, utc_now()),
         *useless_grants(have, inventory, change, preset, utc_now()),
     )

@@ -30,12 +30,12 @@ def warn(lines: Iterable[str], *, err: bool = False) -> None:
         echo(f"WARNING   {line}", err=err)
 
 
-def warn_other_store(config: Config) -> None:
-    """Warns on standard error if the agent here reads another store than `config` names. For verbs on the
-    store."""
-    from portward.ops.behind import other_store  # noqa: PLC0415 # a verb without a store does not load it
+def warn_not_following(config: Config) -> None:
+    """Warns on standard error if the agent here reads another store than `config` names, or takes in no changes of
+    it now. For verbs on the store."""
+    from portward.ops.behind import not_following, other_store  # noqa: PLC0415 # a verb without a store does not load it
 
-    warn(filter(None, [other_store(config)]), err=True)
+    warn(filter(None, [other_store(config), not_following(config)]), err=True)
 
 
 def seconds(value: float) -> float:
@@ -52,5 +52,5 @@ __all__ = [
     "JsonOption",
     "seconds",
     "warn",
-    "warn_other_store",
+    "warn_not_following",
 ]

@@ -8,9 +8,8 @@ from datetime import datetime
 from typing import Any, Final
 
 from portward.base.words import counted, times
+from portward.ops.host_state import STALE_STATUS_S
 
-# The agent writes its status each second. An older one is reported as old.
-_STALE_S: Final = 5.0
 # A worker gets its first packet, at the latest the self-check's, within this time after it has bound its queue.
 _UNASKED_S: Final = 5.0
 # A step of the policy thread that takes longer is shown.
@@ -36,7 +35,7 @@ def _alarms(status: _Status, age_s: float) -> Iterator[str]:
         yield f"STACKED   {line}"
     if held := status["held"]:
         yield from _held(held)
-    if age_s > _STALE_S:
+    if age_s > STALE_STATUS_S:
         yield f"this is {age_s:.0f} s old: the agent does not report"
 
 

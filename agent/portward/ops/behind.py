@@ -1,6 +1,7 @@
 """How far the agent here is with a revision that a verb has written.
 
-It may read another store, or hold an earlier revision until that is confirmed. Then denials are enforced ahead of
+It may read another store, take in no changes because of an error, or hold an earlier revision until that is
+confirmed. Then denials are enforced ahead of
 the held revision, and everything else waits behind it.
 """
 
@@ -15,8 +16,9 @@ from typing import Final, NamedTuple
 from portward.config import paths
 from portward.config.keys import Config
 from portward.config.store_url import path_of
-from portward.daemon.runtime import hidden, read_status, running
+from portward.daemon.runtime import age_of, hidden, read_status, running
 from portward.errors import PortwardError
+from portward.ops.host_state import STALE_STATUS_S
 from portward.store.backends import open_store
 from portward.store.protocol import Store
 from portward.table.history import ahead_of, count_in_table, held_history, same_history
@@ -115,6 +117,23 @@ def other_store(config: Config) -> str:
         f"the agent here reads another store, {its}: it does not see what is in {config.store}; put `store` "
         "right, or restart the agent with this configuration"
     )
+
+
+def not_following(config: Config) -> str:
+    """A warning for a writer if the agent on the table of `config` takes in no changes of the store now. Empty if
+    it does, or if that is unknown."""
+    if running(config.table) is None:
+        return ""
+    try:
+        status = read_status(config.table) or {}
+    except PortwardError:
+        return ""
+    if error := status.get("store_error"):
+        return f"the agent here takes in no change now, and retries: {error}"
+    age_s = age_of(status) if "clock" in status else 0.0
+    if age_s > STALE_STATUS_S:
+        return f"the agent here has not reported for {age_s:.0f} s: see `portward status`"
+    return ""
 
 
 def _same_store(its: str, ours: str) -> bool:

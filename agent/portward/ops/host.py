@@ -29,14 +29,12 @@ from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.errors import KernelError, PortwardError
 from portward.ipc.mark import Class, PacketOutcome, classify
 from portward.model import Address
-from portward.ops.host_state import Agent, CachedState, Host, Ruleset, TableVerdict, Workers
+from portward.ops.host_state import STALE_STATUS_S, Agent, CachedState, Host, Ruleset, TableVerdict, Workers
 from portward.store.backends import open_store
 from portward.table.database import DatabaseError
 from portward.table.history import same_history
 from portward.table.reader import Reader
 
-# The agent writes its status each second, so an older status means that it hangs.
-_STALE_S: Final = 5.0
 # A worker gets a query every 2 s and has 2 s to answer. So it may have had no query yet for up to 5 s after it has
 # bound its queue.
 _UNASKED_S: Final = 5.0
@@ -177,7 +175,7 @@ def _agent(config: Config) -> tuple[Agent, dict[str, Any]]:
     status = read_status(config.table)
     if status is None:
         return Agent.STARTING, {}
-    return (Agent.SILENT if age_of(status) > _STALE_S else Agent.RUNS), status
+    return (Agent.SILENT if age_of(status) > STALE_STATUS_S else Agent.RUNS), status
 
 
 def _ruleset(config: Config) -> tuple[Ruleset, str]:

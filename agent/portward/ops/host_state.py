@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 import msgspec
 
 from portward.dataplane.stacking import Fate
 from portward.ipc.mark import Class
+
+# The agent writes its status each second. If it is older than this, the agent does not report.
+STALE_STATUS_S: Final = 5.0
 
 
 class Agent(StrEnum):

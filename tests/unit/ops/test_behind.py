@@ -20,7 +20,7 @@ from portward.cli.program import app
 from portward.config.keys import Config
 from portward.config.load import load_config
 from portward.daemon.runtime import Runtime
-from portward.ops.behind import held_unknown, lost_store, other_store
+from portward.ops.behind import held_unknown, lost_store, not_following, other_store
 from portward.store.sqlite.store import SqliteStore
 from portward.table.follower import Follower
 from portward.table.writer import Writer
@@ -88,6 +88,37 @@ def test_the_same_file_under_another_name_is_the_same_store(config: Config, file
     (file.parent / "mount.db").hardlink_to(file.parent / "portward.db")
     configure(file, "mount.db")
     assert other_store(load_config(file)) == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "warning"),
+    [
+        ({}, ""),
+        ({"store_error": ""}, ""),
+        (
+            {"store_error": "table /t: mdb_txn_commit: Input/output error"},
+            "the agent here takes in no change now, and retries: table /t: mdb_txn_commit: Input/output error",
+        ),
+        ({"clock": {"boot": "", "seconds": 4}}, ""),
+        (
+            {"clock": {"boot": "", "seconds": 60}},
+            "the agent here has not reported for 60 s: see `portward status`",
+        ),
+    ],
+)
+def test_a_writer_is_warned_if_the_agent_takes_in_no_changes(
+    config: Config, agent: Runtime, monkeypatch: pytest.MonkeyPatch, status: dict[str, Any], warning: str
+) -> None:
+    if "clock" in status:
+        monkeypatch.setattr("portward.ops.behind.age_of", lambda status: float(status["clock"]["seconds"]))
+    agent.write_status({"format": 1, "store": config.store, **status})
+    assert not_following(config) == warning
+
+
+def test_a_verb_prints_that_the_agent_takes_in_no_changes(file: Path, config: Config, agent: Runtime) -> None:
+    agent.write_status({"format": 1, "store": config.store, "store_error": "the disk is full"})
+    result = portward(file, "apply", str(file.with_name("inventory.yaml")))
+    assert "WARNING   the agent here takes in no change now, and retries: the disk is full" in result.stdout
 
 
 def test_a_path_that_goes_in_a_circle_is_another_store(file: Path, agent: Runtime) -> None:
