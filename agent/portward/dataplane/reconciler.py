@@ -135,16 +135,24 @@ class RulesetReconciler:
         try:
             self._nft.replace(self._head(want), want)
             if not want.native:
-                # A transaction of its own. Until it is there, and also if the process dies right here, packets
-                # without a cached verdict are dropped.
-                with self._netlink.committing():
-                    xtables.install(self._netlink, want.statements)
+                self._install(want)
         except KernelError:
             if first and loaded(self._netlink):
                 # If there was no ruleset before, nothing of ours stays behind; CLOSED does.
                 self._nft.delete(TABLE)
             self._netlink.disturbed = self._touched = True
             raise
+
+    def _install(self, want: Wanted) -> None:
+        """Writes the queue statements in a transaction of their own. Until they are there, and also if the process
+        dies right here, packets without a cached verdict are dropped. Raises KernelError, unless another program
+        has removed the ruleset: then `load` finds no fingerprint, and loads it again."""
+        try:
+            with self._netlink.committing():
+                xtables.install(self._netlink, want.statements)
+        except KernelError:
+            if loaded(self._netlink):
+                raise
 
     def _count_what_goes(self, want: Wanted) -> None:
         """Deletes what is cached if the sets are about to be made anew, so that the kernel reports what they have

@@ -97,7 +97,7 @@ class KernelSync:
         The first `apply` raises KernelError or OSError if the kernel refuses it. It keeps what is cached if that
         agrees with the table. A later one says in `broken` and in the log what the kernel refused."""
         if self.in_force is None:
-            return self._derive(desired)
+            return self._first(desired)
         self._renewed |= change.links if change else frozenset()
         try:
             return self._apply(desired, self.in_force, change, pending=pending)
@@ -105,6 +105,18 @@ class KernelSync:
             # How far it got is not known: the next `apply` derives everything anew.
             self.broken = self.broken or f"{type(error).__name__}: {error}"
             raise
+
+    def _first(self, desired: Desired) -> Found:
+        """The first `apply`. If the kernel has taken the ruleset and then refuses a change of its sets, another
+        program has removed the ruleset in between. It is loaded again at once: if the start failed instead, the
+        policy ports would be open until the next start."""
+        before = self._reconciler.loaded_at
+        try:
+            return self._derive(desired)
+        except (KernelError, OSError):
+            if self._reconciler.loaded_at == before:  # the kernel refuses the ruleset itself
+                raise
+        return self._derive(desired)
 
     def _apply(self, desired: Desired, before: Desired, change: Committed | None, *, pending: bool) -> Found:
         changed = False

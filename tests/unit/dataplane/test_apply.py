@@ -286,3 +286,24 @@ def test_what_is_in_line_is_left_alone() -> None:
         written = len(walk.plane.kernel.journal)
         assert walk.plane.check()
         assert len(walk.plane.kernel.journal) == written, step.name
+
+
+@pytest.mark.parametrize("after", range(8))
+@pytest.mark.parametrize("native", [True, False])
+def test_a_start_succeeds_if_another_program_flushes_the_ruleset_within_it(after: int, native: bool) -> None:
+    """The first `apply` loads the ruleset again. Otherwise the agent would end, and port 25 be open until another
+    one has started."""
+    plane = Plane(FakeKernel(native=native))
+    flushed: list[int] = []
+
+    def flush() -> None:
+        plane.kernel.load("flush ruleset")
+        flushed.append(plane.kernel.generation)
+
+    plane.kernel.meanwhile(flush, after=after)
+    plane.start()
+    # A flush after the last transaction of the start is found by the first check.
+    plane.check()
+    assert plane.reconciler.intact()
+    assert plane.cache.synced() == plane.generation
+    assert flushed or after >= 2, "the start makes at least this many transactions"
