@@ -35,8 +35,8 @@ def fills() -> dict[str, object]:
 
 
 def _meanings() -> dict[str, str]:
-    """Key (`queue.rate`) or table (`queue`) → the comment before it in the sample file, and what meanings.toml adds.
-    Raises KeyError if that adds to a key that is not in the file."""
+    """Key (`queue.rate`) or table (`queue`) → the comment before it in the sample file, and the sentences that
+    meanings.toml adds. Raises KeyError if these are for a key that is not in the file."""
     said: dict[str, str] = {}
     prefix = comment = ""
     for line in template().splitlines():
