@@ -6,7 +6,7 @@ import re
 
 import msgspec
 
-from package.reference.tables import code, section_table, sentence
+from package.reference.tables import MEANINGS, code, section_table, sentence
 from portward.config.keys import Config
 from portward.config.template import template
 from portward.daemon.settings import FIXED
@@ -35,7 +35,8 @@ def fills() -> dict[str, object]:
 
 
 def _meanings() -> dict[str, str]:
-    """Key (`queue.rate`) or table (`queue`) → the comment before it in the sample file."""
+    """Key (`queue.rate`) or table (`queue`) → the comment before it in the sample file, and the sentences that
+    meanings.toml adds. Raises KeyError if these are for a key that is not in the file."""
     said: dict[str, str] = {}
     prefix = comment = ""
     for line in template().splitlines():
@@ -46,4 +47,4 @@ def _meanings() -> dict[str, str]:
             said[found[1]] = comment
         elif found := re.match(r"(\w+) = ", line):
             said[prefix + found[1]] = comment
-    return said
+    return said | {key: f"{said[key]} {more}" for key, more in MEANINGS["configuration"].items()}

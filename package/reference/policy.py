@@ -18,6 +18,13 @@ from portward.policy.remedy import reason_text
 
 # The inventory that the page shows; a test applies it.
 EXAMPLE: Final[Path] = HERE / "inventory.yaml"
+_OVERVIEW: Final = ("preset", "ports", "offer", "a new customer", "a grant counts")
+_NEW: Final = {
+    ExemptionPath.NOT_NEEDED: "may send",
+    ExemptionPath.SELF_SERVICE: "is blocked, and may ask: the request is decided at once",
+    ExemptionPath.REVIEW: "is blocked, and may ask: a person decides",
+    ExemptionPath.NEVER: "is blocked, and cannot get an exemption",
+}
 
 
 def presets_fills() -> dict[str, object]:
@@ -27,6 +34,7 @@ def presets_fills() -> dict[str, object]:
         "offer": struct_table(Offer),
         "paths": enum_table(ExemptionPath, "`exemption`"),
         "asked": enum_table(ReviewQuestion, "`asks`"),
+        "overview": table(_OVERVIEW, (row for name in presets.bundled() for row in _overview(presets.load(name)))),
         "bundled": "\n".join(_bundled(presets.load(name)) for name in presets.bundled()),
     }
 
@@ -65,13 +73,29 @@ def _bundled(preset: Preset) -> str:
         ("paas_blocked", json.dumps(preset.paas_blocked)),
         ("request", preset.request or "–"),
     ]
+    default = " This is the default." if preset.name == presets.DEFAULT else ""
+    return f"### {preset.name}\n\n{sentence(preset.title)}{default}\n\n{table(('key', 'value'), rows)}\n" + table(
+        ("offers", "exemption", "requires", "a request states"), (_offer(*offer) for offer in _offers(preset))
+    )
+
+
+def _offers(preset: Preset) -> list[tuple[str, Offer]]:
+    """The ids of each rule, as a reader sees them, with the rule."""
     offers = [(", ".join(map(code, offer.ids)), offer) for offer in preset.offers]
     if preset.otherwise is not None:
         offers.append(("every other offer" if offers else "every offer", preset.otherwise))
-    default = " This is the default." if preset.name == presets.DEFAULT else ""
-    return f"### {preset.name}\n\n{sentence(preset.title)}{default}\n\n{table(('key', 'value'), rows)}\n" + table(
-        ("offers", "exemption", "requires", "a request states"), (_offer(*offer) for offer in offers)
-    )
+    return offers
+
+
+def _overview(preset: Preset) -> Iterator[tuple[str, ...]]:
+    """For each rule: what happens to a customer of today."""
+    link, ports = f"[{preset.name}](#{preset.name})", ", ".join(map(str, preset.ports))
+    counts = "after a restart of the machine" if preset.restart else "at once"
+    for ids, offer in _offers(preset):
+        asks = offer.exemption in (ExemptionPath.SELF_SERVICE, ExemptionPath.REVIEW)
+        yield link, ports, ids, _NEW[offer.exemption], counts if asks else "–"
+    if preset.otherwise is None:
+        yield link, ports, "every other offer", _NEW[ExemptionPath.NEVER], "–"
 
 
 def _offer(ids: str, offer: Offer) -> Iterator[str]:
