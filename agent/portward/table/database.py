@@ -7,6 +7,7 @@ reach the store, and without it LMDB may leave a file that cannot be read.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,10 @@ from portward.table import layout
 # that outgrows its map gets one of twice the size.
 MAP_SIZE: Final = 4 << 30
 MAX_READERS: Final = 512
+# LMDB's lock file: a slot of 64 bytes for each reader, after two cache lines of its own.
+_LOCK_BYTES: Final = 64 * (MAX_READERS + 2)
+# A disk with less room than this counts as full. A commit of LMDB writes some pages of 4 KiB.
+_FULL_BYTES: Final = 64 * 1024
 # How many parts of another format may be opened to be dropped.
 _OTHER_PARTS: Final = 32
 # How often to try a transaction if the map is too small for what another process has committed. Each time that
@@ -241,8 +246,7 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
             )
         if write:
             folder.mkdir(mode=ownership.FOLDER_MODE, parents=True, exist_ok=True)
-        # LMDB creates it for readers too. If root reads first, the agent must still be able to open it.
-        ownership.create(folder / LOCK_FILE)
+        _make_lock_file(folder / LOCK_FILE)
         opened = lmdb.open(
             os.fspath(folder),
             mode=ownership.FILE_MODE,
@@ -255,11 +259,35 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
             readahead=False,
         )
     except (lmdb.Error, OSError) as error:
-        raise TableError(f"{folder}: the policy table cannot be opened: {error}") from error
+        raise TableError(f"{folder}: the policy table cannot be opened: {in_words(error, folder)}") from error
     environment = Environment(opened)
     if write:
         environment.reader_check()
     return environment
+
+
+def in_words(error: Exception, folder: Path) -> str:
+    """An error of LMDB on the table in `folder`. On a full disk LMDB writes a part of a page and says EIO."""
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(folder)
+        if disk.f_bavail * disk.f_frsize < _FULL_BYTES:
+            return f"{error} (the disk is full)"
+    return str(error)
+
+
+def _make_lock_file(path: Path) -> None:
+    """Makes the lock file with all its blocks, if it is missing. LMDB would make it sparse and map it, so on a
+    full disk the first use of a page would end the process by SIGBUS. Raises OSError."""
+    # Also for readers: if root reads first, the agent must still be able to open the file.
+    ownership.create(path)
+    if path.stat().st_size:
+        # In use, perhaps by this process: to close another descriptor of it would release LMDB's own lock.
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.posix_fallocate(descriptor, 0, _LOCK_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def open_for_writing(folder: Path, map_size: int) -> tuple[Environment, dict[bytes, Part]]:
@@ -307,7 +335,8 @@ def open_parts(environment: Environment, *, write: bool) -> dict[bytes, Part]:
                 f"{environment.path()}: the policy table is of format {form}, and this portward reads format "
                 f"{layout.FORMAT} only"
             ) from error
-        raise TableError(f"{environment.path()}: the policy table is incomplete: {error}") from error
+        folder = Path(environment.path())
+        raise TableError(f"{folder}: the policy table is incomplete: {in_words(error, folder)}") from error
 
 
 def _other_format(environment: Environment) -> int | None:

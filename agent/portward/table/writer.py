@@ -29,6 +29,7 @@ from portward.table.database import (
     TableError,
     Transaction,
     drop_other_formats,
+    in_words,
     open_for_writing,
 )
 from portward.table.denials import Group, groups, weigh
@@ -322,7 +323,8 @@ class Writer:
                 if anew:
                     raise GrownError(f"{self._folder}: the policy table was full, and is larger now") from None
             except DatabaseError as error:
-                raise TableError(f"{self._folder}: the policy table cannot be written: {error}") from error
+                why = in_words(error, self._folder)
+                raise TableError(f"{self._folder}: the policy table cannot be written: {why}") from error
         return Committed(
             head.revision,
             head.generation,
