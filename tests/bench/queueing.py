@@ -55,7 +55,7 @@ HOSTS = tuple(bytes([10, 0, number >> 8, number & 0xFF]) for number in range(100
 PREFIX = "10.64.0.0/10"
 # Every third address of these has an attachment: more gaps between attachments than the batch reader caches.
 SCATTERED = range(172 << 24 | 16 << 16, 172 << 24 | 17 << 16)
-_CLASSES = ("allow", "deny", "refused", "miss", "unknown", "observed")
+_CLASSES = ("allow", "deny", "refused", "answer", "unknown", "observed")
 
 
 class Drained(NamedTuple):

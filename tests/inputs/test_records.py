@@ -100,9 +100,10 @@ def gateway(tmp_path: Path, held: Held) -> Iterator[Gateway]:
     found.close()
 
 
-def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The daemon's log messages about refused records. Each must be one line without control characters."""
-    start = "record refused, the one before stays in force: "
+def refusals(caplog: pytest.LogCaptureFixture, *, anew: bool = False) -> list[str]:
+    """The daemon's log messages about refused records. Each must be one line without control characters, and say
+    what follows. `anew`: the table was read from scratch."""
+    start = f"record refused, {'its sources are denied' if anew else 'the one before stays in force'}: "
     lines = [one_line(record.getMessage()) for record in caplog.records if record.levelno >= logging.ERROR]
     assert all(line.startswith(start) for line in lines)
     return [line.removeprefix(start) for line in lines]
@@ -131,7 +132,7 @@ def test_a_bad_row_is_refused_where_there_is_no_table_yet(
     write_rows(held.store, case.path.read_text(), GOOD_ROW)
     gateway = Gateway(tmp_path, held)
     try:
-        assert refusals(caplog) == [case.expected]
+        assert refusals(caplog, anew=True) == [case.expected]
         assert gateway.reason(*NEW) is Reason.ALLOWED_OFFER
         assert gateway.reason(1, "10.0.0.4") is Reason.ALLOWED_OFFER
     finally:
