@@ -11,6 +11,7 @@ from typing import Final
 
 from portward.base import descriptors, ownership
 from portward.base.clock import utc_now
+from portward.base.instance import unit
 from portward.base.interfaces import matches, shown
 from portward.base.words import counted
 from portward.config.files import mistake
@@ -37,6 +38,7 @@ from portward.dataplane.nft import Nft
 from portward.errors import KernelError, PortwardError, StoreError, together
 from portward.metrics.listeners import try_to_listen
 from portward.ops.behind import other_store
+from portward.ops.instances import same_table
 from portward.policy import presets
 from portward.policy.preset import Preset
 from portward.store.backends import open_store
@@ -49,16 +51,22 @@ _NAMED: Final = 3
 _NAMED_RECORDS: Final = 20
 
 
-def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
-    """Yields a line for each result as it is found. Raises PortwardError at the first mistake.
+def check(path: Path, *, with_store: bool = True, instance: str | None = None) -> Iterator[str]:
+    """Yields a line for each result as it is found. Raises PortwardError at the first mistake. `instance` is the
+    one that the configuration belongs to, None for the host's own agent.
 
     Without `with_store`, store and table are not checked. An agent with a policy table starts even if its store
     cannot be reached, and no start waits for a check of the table, because a damaged row affects only one source.
+    Two agents with one table folder are not looked for either: the lock of the folder lets the first one start.
     """
     config = load_config(path)
     yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
     if config.table.exists() and not config.table.is_dir():
         raise mistake(path, f"{str(config.table)!r} is no folder", "table")
+    if with_store and (other := same_table(path, config, instance)) is not None:
+        raise mistake(
+            path, f"{str(config.table)!r} is the folder of {other} too: each agent needs its own", "table"
+        )
     yield from _ownership(config.table)
     preset = presets.load(config.preset, named_in=path)
     origin = f" ({config.preset})" if is_path(config.preset) else ""
@@ -183,8 +191,8 @@ def _table(folder: Path) -> Iterator[str]:
             )
         return
     remedy = (
-        f"`systemctl stop portward`, remove {folder / FILE} and {folder / LOCK_FILE}, `systemctl start "
-        "portward`: the start reads the store anew"
+        f"`systemctl stop {unit()}`, remove {folder / FILE} and {folder / LOCK_FILE}, `systemctl start "
+        f"{unit()}`: the start reads the store anew"
     )
     try:
         found = verify(folder, utc_now())
