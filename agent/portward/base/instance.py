@@ -23,9 +23,7 @@ _own: list[str] = []
 def problem(name: str) -> str:
     """The reason why this cannot be the name of an instance; empty if it can."""
     if not _NAME.fullmatch(name):
-        return (
-            f"{name!r} is no name of an instance: letters, digits, ':', '_', '.' and '-', a letter or digit first"
-        )
+        return f"{name!r} is no name of an instance: letters, digits, '_', and, not first, ':', '.' and '-'"
     if name == _HOST:
         return f"{name!r} is no name of an instance, because portward.toml is the file of the host's own agent"
     return ""
