@@ -133,11 +133,15 @@ def test_each_gateway_enforces_its_own_policy_for_the_same_segment_and_address(h
 def test_each_has_the_same_queue_and_metrics_address_and_they_do_not_meet(host: Host) -> None:
     """The kernel counts queues and loopback addresses by namespace."""
     for name, gateway in zip(names(host), host.gateways, strict=False):
-        [worker] = said(host, "status", "--instance", name)["workers"]
-        assert (worker["queue"], worker["state"]) == (0, "answers")
-        assert gateway.agent.metrics()["portward_enforced_revision"] > 0
+        until(lambda: _workers(host, name) == [(0, "answers")], "its worker has answered")  # noqa: B023 # at once
+        until(lambda: gateway.agent.revision() == len(gateway.lab.tenants), "it is scraped")  # noqa: B023 # as above
         queues = namespaces.run(name, ["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout.splitlines()
         assert [line.split()[0] for line in queues] == ["0"]
+
+
+def _workers(host: Host, name: str) -> list[tuple[int, str]]:
+    """The queue and the state of each worker."""
+    return [(one["queue"], one["state"]) for one in said(host, "status", "--instance", name)["workers"]]
 
 
 def test_the_status_is_that_of_the_agent_in_the_namespace(host: Host) -> None:
@@ -292,6 +296,7 @@ def test_an_agent_ends_when_its_namespace_is_made_anew_and_the_new_one_is_closed
     )
     namespaces.ip("-n", name, "addr", "add", "127.0.0.1/8", "dev", "lo")
     agent.start(within=[*host._mounted, *_CAPABILITIES])
+    until(lambda: host.portward("status", "--instance", name).returncode == 0, "it reports")
     assert said(host, "status", "--instance", name)["pid"] == pid(gateway)
 
 
