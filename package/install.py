@@ -22,12 +22,14 @@ from typing import Final
 HOME: Final = Path("usr/lib/portward")
 _PROGRAM: Final = Path("usr/bin/portward")
 _CONFIGURATION: Final = Path("etc/portward/portward.toml")
-_UNIT: Final = Path("etc/systemd/system/portward.service")
+_UNITS: Final = Path("etc/systemd/system")
+# The units that see only a part of the file system.
+_AGENTS: Final = ("portward.service", "portward@.service")
 # Path in the package → path here, both below the root folder. A file below none of these is not installed.
 _PLACES: Final = {
     _PROGRAM: Path("usr/local/bin/portward"),
     Path("etc"): Path("etc"),
-    Path("lib/systemd/system"): _UNIT.parent,
+    Path("lib/systemd/system"): _UNITS,
     Path("usr/lib/sysusers.d"): Path("etc/sysusers.d"),
     Path("usr/lib/tmpfiles.d"): Path("etc/tmpfiles.d"),
     Path("usr/share/doc"): Path("usr/local/share/doc"),
@@ -111,10 +113,11 @@ def install(stage: Path, root: Path, prefix: Path) -> None:
             beside.symlink_to(prefix / "bin" / "portward")
         else:
             shutil.copy(source, beside)
-            _relocate(beside, prefix, _direct(prefix) if _UNIT.parent in place.parents else _PLACES)
+            _relocate(beside, prefix, _direct(prefix) if _UNITS in place.parents else _PLACES)
         beside.replace(target)
-    unit = root / _UNIT
-    unit.write_text(unit.read_text().replace("\n[Service]\n", f"\n[Service]\nBindReadOnlyPaths={prefix}\n"))
+    for name in _AGENTS:
+        unit = root / _UNITS / name
+        unit.write_text(unit.read_text().replace("\n[Service]\n", f"\n[Service]\nBindReadOnlyPaths={prefix}\n"))
 
 
 def _program(stage: Path, root: Path, prefix: Path) -> None:

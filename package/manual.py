@@ -22,6 +22,7 @@ from portward.cli.program import app
 
 _FILES = (
     ("/etc/portward/portward.toml", "the configuration"),
+    ("/etc/portward/NAME.toml", "the configuration of the agent in the network namespace NAME (--instance)"),
     ("/var/lib/portward/portward.db", "the store: policy, and the log of its changes"),
     ("/var/cache/portward", "the cached policy table, which a restart enforces at once"),
     ("/usr/share/doc/portward/docs/how-to/operations.md", "how to install, configure, upgrade and remove it"),

@@ -21,10 +21,10 @@ def stage(tmp_path: Path) -> Path:
         ("usr/lib/portward/nftables", (ROOT / "systemd" / "nftables").read_text()),
         ("usr/lib/portward/closed.nft", "closed"),
         ("usr/lib/portward/lib/one.py", "1\n"),
-        ("lib/systemd/system/portward.service", (ROOT / "systemd" / "portward.service").read_text()),
-        (
-            "lib/systemd/system/portward-baseline.service",
-            (ROOT / "systemd" / "portward-baseline.service").read_text(),
+        *(
+            (f"lib/systemd/system/{path.name}", path.read_text())
+            for kind in ("service", "path")
+            for path in (ROOT / "systemd").glob(f"*.{kind}")
         ),
         (
             "lib/systemd/system/nftables.service.d/portward.conf",
@@ -52,12 +52,16 @@ def test_everything_names_the_places_where_it_lies(stage: Path, tmp_path: Path) 
     root = tmp_path / "root"
     install.install(stage, root, PREFIX)
     for path in root.rglob("*"):
-        if path.is_file() and path.suffix in (".service", ".md", "") and not path.is_symlink():
+        if path.is_file() and path.suffix in (".service", ".path", ".md", "") and not path.is_symlink():
             assert "/usr/lib/portward" not in path.read_text(), path
             assert "/usr/bin/portward" not in path.read_text(), path
-    unit = (root / "etc/systemd/system/portward.service").read_text()
-    assert "\nExecStart=/opt/portward/bin/portward run " in unit
-    assert "\nBindReadOnlyPaths=/opt/portward\n" in unit
+    for name in ("portward.service", "portward@.service"):
+        unit = (root / "etc/systemd/system" / name).read_text()
+        assert "\nExecStart=/opt/portward/bin/portward run " in unit
+        assert "\nBindReadOnlyPaths=/opt/portward\n" in unit
+    of_instance = (root / "etc/systemd/system/portward-baseline@.service").read_text()
+    assert "\nExecStart=/opt/portward/baseline %i\n" in of_instance
+    assert (root / "etc/systemd/system/portward@.path").exists()
     baseline = (root / "etc/systemd/system/portward-baseline.service").read_text()
     assert "\nExecStart=/opt/portward/baseline\n" in baseline
     assert "\nRequiresMountsFor=/usr /etc /opt/portward\n" in baseline

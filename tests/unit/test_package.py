@@ -88,17 +88,80 @@ def test_the_package_has_the_programs_version() -> None:
 
 
 def test_units_of_the_package_are_those_that_debhelper_is_given() -> None:
-    """A unit that dh_installsystemd is not given is not enabled, so it would never start."""
-    units = {path.name for path in SYSTEMD.glob("*.service")}
+    """A unit that dh_installsystemd is not given is not enabled, so it would never start. A template cannot be
+    enabled without the name of an instance."""
+    units = {path.name for kind in ("service", "path") for path in SYSTEMD.glob(f"*.{kind}")}
     installed = (ROOT / "debian" / "portward.install").read_text()
     rules = (ROOT / "debian" / "rules").read_text()
     assert {name for name in units if f"systemd/{name} lib/systemd/system\n" in installed} == units
-    assert set(re.findall(r"dh_installsystemd .* (\S+\.service)", rules)) == units
+    assert set(re.findall(r"dh_installsystemd .* (\S+\.service)", rules)) == {
+        name for name in units if "@" not in name
+    }
 
 
 def test_a_stopped_unit_removes_no_rule() -> None:
-    for name in ("portward.service", "portward-baseline.service"):
-        assert not [key for key in unit(name)["Service"] if key.startswith("ExecStop")]
+    for path in SYSTEMD.glob("*.service"):
+        assert not [key for key in unit(path.name)["Service"] if key.startswith("ExecStop")]
+
+
+# Lines of an instance's unit in place of the line of the host's own. The section [Unit] is another one.
+OF_INSTANCE = {
+    "ExecStartPre=-+/bin/chown -R --from=root portward:portward /var/cache/portward": (
+        "ExecStartPre=-+/bin/chown -R --from=root portward:portward /var/cache/portward-instances/%i"
+    ),
+    "ExecStartPre=/usr/bin/portward check --without-store": (
+        "ExecStartPre=/usr/bin/portward check --without-store --instance %i"
+    ),
+    "ExecStart=/usr/bin/portward run --config /etc/portward/portward.toml": (
+        "ExecStart=/usr/bin/portward run --instance %i"
+    ),
+    "CacheDirectory=portward": "CacheDirectory=portward-instances portward-instances/%i",
+}
+
+
+def test_the_agent_of_an_instance_runs_as_the_hosts_own_does() -> None:
+    """Both have the same sandbox, limits and order of commands."""
+    own, instance = (
+        (SYSTEMD / name).read_text().partition("\n[Service]\n")[2].splitlines()
+        for name in ("portward.service", "portward@.service")
+    )
+    assert OF_INSTANCE.keys() <= set(own)
+    assert instance == ["NetworkNamespacePath=/run/netns/%i", *(OF_INSTANCE.get(line, line) for line in own)]
+    assert "StartLimitIntervalSec=0" in (SYSTEMD / "portward@.service").read_text()
+
+
+def test_the_baseline_of_an_instance_may_enter_a_namespace_and_nothing_else_more() -> None:
+    own, instance = (unit(f"portward-baseline{at}.service")["Service"] for at in ("", "@"))
+    assert instance["CapabilityBoundingSet"] == f"{own['CapabilityBoundingSet']} CAP_SYS_ADMIN"
+    assert (own["RestrictNamespaces"], instance["RestrictNamespaces"]) == ("yes", "net")
+    # Without RemainAfterExit, each start of the agent runs it again.
+    differ = {"CapabilityBoundingSet", "RestrictNamespaces", "RemainAfterExit", "ExecReload", "ExecStart"}
+    assert {key: value for key, value in own.items() if key not in differ} == {
+        key: value for key, value in instance.items() if key not in differ
+    }
+    assert instance["ExecStart"] == f"{own['ExecStart']} %i"
+    assert instance.keys() == own.keys() - {"RemainAfterExit", "ExecReload"}
+
+
+def test_the_port_of_a_namespace_is_closed_before_its_agent_starts() -> None:
+    text = (SYSTEMD / "portward@.service").read_text()
+    assert "\nWants=portward-baseline@%i.service" in text
+    assert "\nAfter=portward-baseline@%i.service" in text
+    assert unit("portward@.path")["Path"]["PathExists"] == "/run/netns/%i"
+
+
+def test_a_table_folder_of_an_instance_is_one_that_its_agent_sees() -> None:
+    """systemd mounts the folders of the cache below the agent's root folder, which is on a file system that may be
+    read-only, so the package makes the place."""
+    folders = (ROOT / "debian" / "portward.dirs").read_text().split()
+    for name in ("portward.service", "portward@.service"):
+        for key, place in (("StateDirectory", "var/lib"), ("CacheDirectory", "var/cache")):
+            folder = unit(name)["Service"][key].split()[0]
+            assert f"usr/lib/portward/root/{place}/{folder}" in folders
+            assert (
+                f"d /{place}/{folder} 0750 portward portward -\n"
+                in (SYSTEMD / "tmpfiles.d" / "portward.conf").read_text()
+            )
 
 
 def test_systemd_lets_workers_stay_after_the_agent() -> None:

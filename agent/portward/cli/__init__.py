@@ -61,10 +61,10 @@ def _outcome() -> tuple[int, str]:
 
 
 def _run() -> int:
-    if (config := _of_service(sys.argv[1:])) is not None:
+    if (start := _of_service(sys.argv[1:])) is not None:
         from portward.daemon import composition  # noqa: PLC0415 # a start does not load the other verbs' libraries
 
-        composition.run(config)
+        composition.run(*start)
         return 0
     from portward.cli import program, usage  # noqa: PLC0415 # as above
 
@@ -105,10 +105,16 @@ def _finish() -> None:
             setattr(sys, name, None)
 
 
-def _of_service(words: list[str]) -> Path | None:
-    """FILE, if the command line is `run --config FILE`, as the service manager starts the agent; else None. It
-    skips the libraries that parse other command lines, which take a fifth of the start. A gateway drops the
-    packets of new sources until the agent has started."""
-    if len(words) == 3 and words[:2] == ["run", "--config"] and not words[2].startswith("-"):
-        return Path(words[2])
+def _of_service(words: list[str]) -> tuple[Path, str | None] | None:
+    """The configuration and the instance, if the command line is `run --config FILE` or `run --instance NAME`, as
+    the service manager starts the agent; else None. It skips the libraries that parse other command lines, which
+    take a fifth of the start. A gateway drops the packets of new sources until the agent has started."""
+    if len(words) != 3 or words[0] != "run" or words[2].startswith("-"):
+        return None
+    if words[1] == "--config":
+        return Path(words[2]), None
+    if words[1] == "--instance":
+        from portward.ops import instances  # noqa: PLC0415 # as above
+
+        return instances.enter(words[2], None), words[2]
     return None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn
+from portward.cli.options import GatewayConfigOption, InstanceOption, JsonOption, configuration, warn
 from portward.cli.streams import echo, echo_json, echo_text
 from portward.cli.usage import text
 
@@ -26,7 +26,8 @@ def diagnose(
     customer: Annotated[bool, typer.Option("--customer", help="Print the letter to the customer alone.")] = False,
     json: JsonOption = False,
     everything: Annotated[bool, typer.Option("--all", help="List all machines.")] = False,
-    config: ConfigOption = DEFAULT_PATH,
+    instance: InstanceOption = None,
+    config: GatewayConfigOption = None,
 ) -> None:
     """Explain why an account and its machines may or may not send, what was dropped lately, and the next step.
 
@@ -41,7 +42,7 @@ def diagnose(
     if address is None:
         who = text(who, "SUBSCRIPTION")
     words = catalogues.chosen(lang, os.environ)
-    preset, found = gather.diagnose(config, who, address, words)
+    preset, found = gather.diagnose(configuration(config, instance), who, address, words)
     if json:
         echo_json(found)
     elif customer:

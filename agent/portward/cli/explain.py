@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn
+from portward.cli.options import GatewayConfigOption, InstanceOption, JsonOption, configuration, warn
 from portward.cli.streams import echo, echo_json
 
 
@@ -17,7 +17,8 @@ def explain(
     address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The source address, IPv4 or IPv6.")],
     to: Annotated[str | None, typer.Option("--to", metavar="ADDRESS", help="A destination.")] = None,
     json: JsonOption = False,
-    config: ConfigOption = DEFAULT_PATH,
+    instance: InstanceOption = None,
+    config: GatewayConfigOption = None,
 ) -> None:
     """Explain whether a source may open connections to port 25, why, and what its customer can do.
 
@@ -27,7 +28,7 @@ def explain(
     """
     from portward.ops import explanation  # noqa: PLC0415 # only this verb needs all of it
 
-    found = explanation.explain(config, segment, address, to)
+    found = explanation.explain(configuration(config, instance), segment, address, to)
     if json:
         echo_json(found)
     else:

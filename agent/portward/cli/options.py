@@ -15,6 +15,26 @@ from portward.config.keys import DEFAULT_PATH, Config
 ConfigOption: TypeAlias = Annotated[
     Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration.", readable=False)
 ]
+# For verbs about one gateway, which also take `--instance`.
+GatewayConfigOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help=f"The configuration; without it, {DEFAULT_PATH}, or that of --instance.",
+        readable=False,
+    ),
+]
+InstanceOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--instance",
+        "-I",
+        metavar="NAME",
+        help="The agent in the network namespace NAME, with the configuration /etc/portward/NAME.toml.",
+    ),
+]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for a machine.")]
 JsonLinesOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON, for a machine: an object on each line.")
@@ -22,6 +42,16 @@ JsonLinesOption: TypeAlias = Annotated[
 
 # The error of a verb if its question is not answered by yes.
 STOPPED: Final = "stopped at the question: nothing was changed"
+
+
+def configuration(config: Path | None, instance: str | None) -> Path:
+    """The path of the configuration that `--config` and `--instance` mean. With an instance, this process is in
+    its network namespace from then on: a verb calls this before anything else. Raises PortwardError."""
+    if instance is None:
+        return config or DEFAULT_PATH
+    from portward.ops import instances  # noqa: PLC0415 # few commands need it
+
+    return instances.enter(instance, config)
 
 
 def warn(lines: Iterable[str], *, err: bool = False) -> None:
@@ -48,8 +78,11 @@ def seconds(value: float) -> float:
 __all__ = [
     "DEFAULT_PATH",
     "ConfigOption",
+    "GatewayConfigOption",
+    "InstanceOption",
     "JsonLinesOption",
     "JsonOption",
+    "configuration",
     "seconds",
     "warn",
     "warn_not_following",

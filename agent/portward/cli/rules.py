@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from portward.cli.options import DEFAULT_PATH, STOPPED, ConfigOption
+from portward.cli.options import STOPPED, GatewayConfigOption, InstanceOption, configuration
 from portward.cli.streams import echo, put
 from portward.errors import InputError, PortwardError
 
@@ -19,7 +19,8 @@ def show(
     wanted: Annotated[
         bool, typer.Option("--wanted", help="Print the text that would be loaded instead, for `nft -c -f -`.")
     ] = False,
-    config: ConfigOption = DEFAULT_PATH,
+    instance: InstanceOption = None,
+    config: GatewayConfigOption = None,
 ) -> None:
     """Print the ruleset that is loaded, without the cached verdicts.
 
@@ -27,11 +28,12 @@ def show(
     """
     from portward.ops import rules  # noqa: PLC0415 # only this verb needs nft
 
-    put(rules.wanted(config) if wanted else rules.loaded(config))
+    path = configuration(config, instance)
+    put(rules.wanted(path) if wanted else rules.loaded(path))
 
 
 @app.command()
-def baseline(config: ConfigOption = DEFAULT_PATH) -> None:
+def baseline(instance: InstanceOption = None, config: GatewayConfigOption = None) -> None:
     """Close port 25 before there is an agent, as a gateway does when it boots.
 
     Loads the ruleset without a worker behind its queue, so unknown sources are dropped. Segments that are only
@@ -42,13 +44,14 @@ def baseline(config: ConfigOption = DEFAULT_PATH) -> None:
     """
     from portward.ops import rules  # noqa: PLC0415 # as above
 
-    echo(rules.baseline(config))
+    echo(rules.baseline(configuration(config, instance)))
 
 
 @app.command()
 def remove(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    config: ConfigOption = DEFAULT_PATH,  # not read, because the ruleset in this network namespace is removed
+    instance: InstanceOption = None,
+    config: GatewayConfigOption = None,  # not read, because the ruleset in this network namespace is removed
 ) -> None:
     """Stop enforcing: remove portward's ruleset and all cached verdicts from the kernel.
 
@@ -59,6 +62,7 @@ def remove(
     """
     from portward.ops import rules  # noqa: PLC0415 # as above
 
+    configuration(config, instance)
     if not yes:
         rules.check_removable()
         _ask("Every tenant may then send on port 25. Stop enforcing?")

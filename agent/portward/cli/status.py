@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portward.cli.options import DEFAULT_PATH, ConfigOption, JsonOption, warn
+from portward.cli.options import GatewayConfigOption, InstanceOption, JsonOption, configuration, warn
 from portward.cli.status_text import lines
 from portward.cli.streams import echo, echo_json
 from portward.config.keys import Config
@@ -13,14 +13,14 @@ from portward.daemon.runtime import age_of, hidden, read_status, running
 from portward.errors import PortwardError
 
 
-def status(json: JsonOption = False, config: ConfigOption = DEFAULT_PATH) -> None:
+def status(json: JsonOption = False, instance: InstanceOption = None, config: GatewayConfigOption = None) -> None:
     """Show whether the agent runs here, what it enforces, and what is wrong.
 
     Exit code 1 if no agent runs.
 
     Example: portward status --json
     """
-    found = settings.settings(config)
+    found = settings.settings(configuration(config, instance))
     shown = _read(found.config)
     if json:
         echo_json(shown | {"remarks": found.remarks})

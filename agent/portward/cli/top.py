@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Protocol
 import typer
 
 from portward.base import characters
-from portward.cli.options import DEFAULT_PATH, ConfigOption, seconds, warn
+from portward.cli.options import GatewayConfigOption, InstanceOption, configuration, seconds, warn
 from portward.cli.streams import echo_text
 from portward.daemon import settings
 
@@ -38,7 +38,8 @@ def top(
         typer.Option("--interval", metavar="SECONDS", callback=seconds, help="Seconds between readings."),
     ] = 1.0,
     count: Annotated[int, typer.Option("--count", metavar="N", min=0, help="Readings, 0 for ever.")] = 0,
-    config: ConfigOption = DEFAULT_PATH,
+    instance: InstanceOption = None,
+    config: GatewayConfigOption = None,
 ) -> None:
     """Show which sources send to port 25 now: packets a second by source, as the kernel counts them.
 
@@ -48,7 +49,7 @@ def top(
     """
     from portward.ops.top_talkers import TopTalkers  # noqa: PLC0415 # only this verb needs it
 
-    found = settings.settings(config)
+    found = settings.settings(configuration(config, instance))
     warn(found.remarks)
     talkers = TopTalkers(found.config)
     with _screen() as show:

@@ -23,6 +23,7 @@ In reading order:
 - `health`: job: queries the workers; feeds systemd's watchdog
 - `periodic`: jobs: counts packets, compares cached verdicts with the table, installs rate limits
 - `config_reload`: job: puts a changed configuration in force
+- `namespace_watch`: job: ends the agent of an instance when its network namespace has lost its name
 - `status_writer`: job: refreshes metrics and status
 
 - `counting`: counting thread: what the kernel has counted

@@ -27,7 +27,7 @@ from portward.base import clock, descriptors
 from portward.base.interfaces import matches
 from portward.config.keys import Config
 from portward.config.load import load_config
-from portward.daemon import settings, shutdown, workers
+from portward.daemon import namespace_watch, settings, shutdown, workers
 from portward.daemon.config_reload import ConfigReload
 from portward.daemon.core import Core
 from portward.daemon.health import HealthCheck
@@ -69,9 +69,10 @@ _log = logging.getLogger("portward")
 class Daemon:
     """One running gateway."""
 
-    def __init__(self, path: Path, config: Config) -> None:
-        """`config` was read from `path`, which is read again on SIGHUP."""
-        self._path, self._config = path, config
+    def __init__(self, path: Path, config: Config, instance: str | None = None) -> None:
+        """`config` was read from `path`, which is read again on SIGHUP. `instance` is the name of the network
+        namespace that this process is in; None if it does not matter."""
+        self._path, self._config, self._instance = path, config, instance
         self._threads = Threads()
         self._policy_step, self._kernel_step = self._threads.policy, self._threads.kernel
         self._count_step = self._threads.counting
@@ -271,6 +272,8 @@ class Daemon:
                 *((Step.WORKER, worker.watch) for worker in self._workers),
             )
         ]
+        if self._instance is not None:
+            jobs.append(asyncio.create_task(namespace_watch.watch(self._instance)))
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             done, _ = await asyncio.wait({stopping, *jobs}, return_when=asyncio.FIRST_COMPLETED)
@@ -313,8 +316,10 @@ def missing(config: Config, links: Links) -> list[str]:
     ]
 
 
-def run(path: Path) -> None:
-    """Runs the daemon with the configuration at `path`. Raises PortwardError if it cannot start."""
+def run(path: Path, instance: str | None = None) -> None:
+    """Runs the daemon with the configuration at `path`, in the network namespace of this process. If `instance` is
+    its name, the daemon ends when the namespace loses that name. Raises PortwardError for that, and if the daemon
+    cannot start."""
     out = logging.StreamHandler(sys.stderr)
     out.setFormatter(log_formatter())
     logging.basicConfig(level=logging.INFO, handlers=[out])
@@ -325,7 +330,7 @@ def run(path: Path) -> None:
     if (limit := descriptors.raise_limit()) < descriptors.ENOUGH:
         _log.warning("%s", descriptors.few_text(limit))
     # It must live as long as the process, because it holds the locks.
-    daemon = Daemon(path, config)
+    daemon = Daemon(path, config, instance)
     try:
         asyncio.run(daemon.run())
     except BaseException as error:

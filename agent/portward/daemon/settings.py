@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from portward.base import ownership
+from portward.base import instance, netns, ownership
 from portward.config import keys, paths
 from portward.config.documents import enc_hook
 from portward.config.files import path_hook
@@ -107,9 +107,13 @@ def _away(folder: Path) -> tuple[str, ...]:
 
 
 def away(process: int) -> str:
-    """The remark for an agent in another network namespace, with the command to run there."""
+    """The remark for an agent in another network namespace, with the command to run there, or the option that does
+    the same if the namespace has a name."""
+    name = netns.name_of(process)
+    named = f", or by `--instance {name}`" if name and not instance.problem(name) else ""
     return (
-        f"the agent (process {process}) runs in another network namespace: ask there (`nsenter -t {process} -n`)"
+        f"the agent (process {process}) runs in another network namespace: ask there (`nsenter -t {process} -n`"
+        f"{named})"
     )
 
 
@@ -128,8 +132,8 @@ def _differences(path: Path, config: Config, preset: Preset, found: _InForce) ->
     if fixed := [key for key in keys if key in FIXED]:
         which = "it" if len(keys) == 1 else "all of it"
         why = f"a reload is refused, because {' and '.join(fixed)} cannot change while it runs"
-        return (f"{begin}`systemctl restart portward` takes {which} in; {why}",)
-    return (f"{begin}`systemctl reload portward` takes it in, or the log says why not",)
+        return (f"{begin}`systemctl restart {instance.unit()}` takes {which} in; {why}",)
+    return (f"{begin}`systemctl reload {instance.unit()}` takes it in, or the log says why not",)
 
 
 def _since(path: Path, config: Config, preset: Preset, found: _InForce) -> tuple[str, ...]:

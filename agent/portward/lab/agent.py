@@ -48,6 +48,7 @@ class Agent:
         """`settings` are keys of portward.toml; a table is a dict."""
         self.lab, self.folder = lab, folder
         self.config, self.log = folder / "portward.toml", folder / "portward.log"
+        self.run_options: tuple[str, ...] = ("--config", os.fspath(self.config))
         # A command before the program's, which executes the program: `env LC_ALL=C portward run`.
         self.before: tuple[str, ...] = ()
         self.process: subprocess.Popen[bytes] | None = None
@@ -82,7 +83,7 @@ class Agent:
         self._notified.bind(os.fspath(path))
         with self.log.open("ab") as log:
             self.process = namespaces.start(
-                self.lab.gateway, [*within, *self.before, *PROGRAM, "run", "--config", os.fspath(self.config)],
+                self.lab.gateway, [*within, *self.before, *PROGRAM, "run", *self.run_options],
                 stderr=log, stdout=log, environment={"NOTIFY_SOCKET": os.fspath(path)}, detached=detached,
             )  # fmt: skip
         if wait:

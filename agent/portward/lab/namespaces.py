@@ -6,19 +6,16 @@ No packet leaves the machine: a new namespace has no link to the machine's own n
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import IO, Final
 
+from portward.base import netns
 from portward.errors import KernelError
 
-_FOLDER: Final = Path("/run/netns")
-_CLONE_NEWNET: Final = 0x40000000
 _TIMEOUT: Final = 30.0
 
 
@@ -33,7 +30,7 @@ def require_root() -> None:
 
 def names(prefix: str) -> list[str]:
     """The namespaces whose name begins like this."""
-    return sorted(path.name for path in _FOLDER.glob(f"{prefix}*")) if _FOLDER.is_dir() else []
+    return [name for name in netns.names() if name.startswith(prefix)]
 
 
 def make(name: str) -> None:
@@ -109,19 +106,12 @@ def start(
 @contextlib.contextmanager
 def inside(namespace: str) -> Iterator[None]:
     """Within this context, the calling thread is in the namespace. Sockets that it opens stay there afterwards."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/thread-self/ns/net", "rb") as home, open(_FOLDER / namespace, "rb") as there:  # noqa: PTH123 # descriptors
-        _enter(libc, there.fileno())
+    with open("/proc/thread-self/ns/net", "rb") as home:  # noqa: PTH123 # a descriptor
+        netns.enter(namespace)
         try:
             yield
         finally:
-            _enter(libc, home.fileno())
-
-
-def _enter(libc: ctypes.CDLL, descriptor: int) -> None:
-    if libc.setns(descriptor, _CLONE_NEWNET):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+            netns.move(home.fileno())
 
 
 def _call(argv: list[str], text: str | None = None) -> None:

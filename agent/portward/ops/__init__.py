@@ -11,6 +11,7 @@ In reading order:
 - `sources`: a source as an operator names it
 - `explanation`: `portward explain`
 - `diagnosis`: `portward diagnose`
+- `instances`: agents in named network namespaces, `--instance`
 - `check`: `portward check`
 - `rules`: `portward rules`
 - `top_talkers`: `portward top`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Final
 
 from portward.base import descriptors, ownership
 from portward.base.clock import utc_now
+from portward.base.instance import unit
 from portward.base.interfaces import matches, shown
 from portward.base.words import counted
 from portward.config.files import mistake
-from portward.config.keys import Config, Encrypted
+from portward.config.keys import DEFAULT_TABLE, Config, Encrypted
 from portward.config.load import load_config
 from portward.config.paths import is_path
 from portward.daemon.runtime import read_status, running
@@ -37,6 +39,7 @@ from portward.dataplane.nft import Nft
 from portward.errors import KernelError, PortwardError, StoreError, together
 from portward.metrics.listeners import try_to_listen
 from portward.ops.behind import other_store
+from portward.ops.instances import same_table
 from portward.policy import presets
 from portward.policy.preset import Preset
 from portward.store.backends import open_store
@@ -49,16 +52,19 @@ _NAMED: Final = 3
 _NAMED_RECORDS: Final = 20
 
 
-def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
-    """Yields a line for each result as it is found. Raises PortwardError at the first mistake.
+def check(path: Path, *, with_store: bool = True, instance: str | None = None) -> Iterator[str]:
+    """Yields a line for each result as it is found. Raises PortwardError at the first mistake. `instance` is the
+    one that the configuration belongs to, None for the host's own agent.
 
     Without `with_store`, store and table are not checked. An agent with a policy table starts even if its store
     cannot be reached, and no start waits for a check of the table, because a damaged row affects only one source.
+    Two agents with one table folder are not looked for either: the lock of the folder lets the first one start.
     """
     config = load_config(path)
     yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
     if config.table.exists() and not config.table.is_dir():
         raise mistake(path, f"{str(config.table)!r} is no folder", "table")
+    _own_table(path, config, instance, with_others=with_store)
     yield from _ownership(config.table)
     preset = presets.load(config.preset, named_in=path)
     origin = f" ({config.preset})" if is_path(config.preset) else ""
@@ -73,6 +79,7 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     reconciler.loaded(netlink)
     translating = others.seen(netlink)
     yield from _ruleset(config, preset, netlink, warnings, guard=translating.guard)
+    yield from _loopback()
     yield from _metrics(config)
     if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[1]) < descriptors.ENOUGH:
         yield f"WARNING: {descriptors.few_text(limit)}"
@@ -86,6 +93,21 @@ def check(path: Path, *, with_store: bool = True) -> Iterator[str]:
     if line := other_store(config):
         yield f"WARNING: {line}"
     yield from _store(config.store)
+
+
+def _own_table(path: Path, config: Config, instance: str | None, *, with_others: bool) -> None:
+    """Raises InputError if an instance has the default table folder, which is that of the host's own agent. With
+    `with_others`, also if another agent of this host has the same folder."""
+    if instance is not None and config.table == DEFAULT_TABLE:
+        raise mistake(
+            path,
+            f"{str(config.table)!r} is the folder of the host's own agent: {DEFAULT_TABLE}-instances/{instance} "
+            "would be right",
+            "table",
+        )
+    if with_others and (other := same_table(path, config, instance)) is not None:
+        problem = f"{str(config.table)!r} is the folder of {other} too: each agent needs its own"
+        raise mistake(path, problem, "table")
 
 
 def _interfaces(config: Config, devices: Sequence[Device]) -> Iterator[str]:
@@ -183,8 +205,8 @@ def _table(folder: Path) -> Iterator[str]:
             )
         return
     remedy = (
-        f"`systemctl stop portward`, remove {folder / FILE} and {folder / LOCK_FILE}, `systemctl start "
-        "portward`: the start reads the store anew"
+        f"`systemctl stop {unit()}`, remove {folder / FILE} and {folder / LOCK_FILE}, `systemctl start "
+        f"{unit()}`: the start reads the store anew"
     )
     try:
         found = verify(folder, utc_now())
@@ -216,6 +238,18 @@ def _lock(config: Config, netlink: NfNetlink) -> Iterator[str]:
         raise taken
     if taken is not None:
         yield f"the agent runs here with this table, as process {own}"
+
+
+def _loopback() -> Iterator[str]:
+    """Checks that the loopback has an address. `ip netns add` makes it without one, and down."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            one.bind(("127.0.0.1", 0))
+        except OSError:
+            yield (
+                "WARNING: the loopback of this network namespace has no address, so the agent cannot query its "
+                "workers, and an address there cannot be scraped: `ip link set lo up`"
+            )
 
 
 def _metrics(config: Config) -> Iterator[str]:

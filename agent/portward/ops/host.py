@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
+from portward.base.instance import unit
 from portward.base.interfaces import shown
 from portward.config.keys import Config
 from portward.daemon.runtime import age_of, hidden, in_another_network, read_status, running
@@ -131,7 +132,7 @@ def in_words(taken: NamespaceTakenError) -> str:
         return str(taken)
     return (
         f"{taken}, with another table folder: name its configuration with --config; if that is this one, its "
-        "table folder was moved or removed, and `systemctl restart portward` makes it anew"
+        f"table folder was moved or removed, and `systemctl restart {unit()}` makes it anew"
     )
 
 
@@ -141,7 +142,7 @@ def nothing_loaded(folder: Path) -> KernelError:
         return KernelError(f"no ruleset of portward is loaded in this network namespace: {away(process)}")
     process = running(folder)
     if process is None:
-        return KernelError(f"{reconciler.NOT_LOADED} (start the agent: `systemctl start portward`)")
+        return KernelError(f"{reconciler.NOT_LOADED} (start the agent: `systemctl start {unit()}`)")
     return KernelError(
         f"{reconciler.NOT_LOADED}, although an agent runs (process {process}): see `portward status`"
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from portward.base.instance import unit
 from portward.base.interfaces import shown
 from portward.config.keys import Config, OnAgentDown
 from portward.config.load import load_config
@@ -64,7 +65,7 @@ def without_agent(config: Config) -> str:
         found = _without_agent(settings.last(config), netlink)
     except (KernelError, OSError) as error:
         found = f"it is not known what the kernel enforces: {error}"
-    return f"{found} (start it: `systemctl start portward`)"
+    return f"{found} (start it: `systemctl start {unit()}`)"
 
 
 def _without_agent(config: Config, netlink: NfNetlink) -> str:

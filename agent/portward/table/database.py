@@ -20,6 +20,7 @@ from typing import Final, TypeAlias
 import lmdb
 
 from portward.base import ownership
+from portward.base.instance import unit
 from portward.errors import PortwardError
 from portward.table import layout
 
@@ -242,7 +243,7 @@ def open_database(folder: Path, *, write: bool, map_size: int = MAP_SIZE) -> Env
         ):  # raises PermissionError if this user may not enter the folder
             raise TableError(
                 f"{folder}: there is no policy table here: an agent makes it when it starts "
-                "(`systemctl restart portward`)"
+                f"(`systemctl restart {unit()}`)"
             )
         if write:
             folder.mkdir(mode=ownership.FOLDER_MODE, parents=True, exist_ok=True)

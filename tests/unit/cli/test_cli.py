@@ -71,6 +71,8 @@ def test_help_names_what_an_option_or_an_argument_takes(verb: tuple[str, ...]) -
     [
         (("explain", "vni1", "10.0.0.4", "--config", "/nowhere.toml"), 2, "/nowhere.toml: No such file"),
         (("check", "--config", "/nowhere.toml"), 2, "/nowhere.toml"),
+        (("status", "--instance", "../blue"), 2, "--instance: '../blue' is no name of an instance: "),
+        (("run", "--instance", "no-such-space"), 2, "--instance: there is no network namespace 'no-such-space'"),
         (("policy", "show", "azur-2020"), 2, "did you mean 'azure-2020'"),
         (
             ("expalin",),
@@ -180,15 +182,36 @@ def test_the_short_way_to_run_says_what_the_long_one_says() -> None:
     assert short.stderr.startswith("portward: /nowhere.toml")
 
 
-def test_the_short_way_to_run_loads_no_library_for_command_lines() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [("run", "--config", "/nowhere.toml"), ("run", "--instance", "own")],
+    ids=["configuration", "instance"],
+)
+def test_the_short_way_to_run_loads_no_library_for_command_lines(words: tuple[str, ...]) -> None:
     look = (
-        "import sys; sys.argv[1:] = ['run', '--config', '/nowhere.toml']\n"
+        f"import sys; sys.argv[1:] = {list(words)}\n"
+        "from portward.base import netns\n"
+        "netns.is_own = lambda name: name == 'own'\n"
         "from portward.cli import main\n"
         "try: main()\n"
         "except SystemExit: print('typer' in sys.modules, 'portward.daemon.composition' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert result.stdout == "False True\n"
+
+
+def test_the_verbs_about_one_gateway_take_an_instance() -> None:
+    """The verbs on the store take none: a store may serve many gateways."""
+    taking = set()
+    for verb in verbs():
+        command = get_command(app)
+        for word in verb:
+            command = command.commands[word]  # type: ignore[attr-defined] # a group, until the last word
+        if any("--instance" in one.opts for one in command.params):
+            taking.add(" ".join(verb))
+    assert taking == {
+        "run", "check", "explain", "diagnose", "status", "top", "rules show", "rules baseline", "rules remove",
+    }  # fmt: skip
 
 
 def test_bad_usage_is_exit_code_2() -> None:

@@ -22,6 +22,7 @@ from typing import Any, Final, cast
 import msgspec
 import pytest
 
+from portward.base import netns
 from portward.base.clock import Clock
 from portward.cli.status_text import lines as status_lines
 from portward.config.keys import QueueReader
@@ -140,6 +141,7 @@ class Running(Ground):
         self.links: asyncio.Queue[Links]
         self.daemon: Daemon
         self.worker = FakeWorker(self)
+        self.instance: str | None = None
         # If true, the worker does not answer queries.
         self.silent = False
         self.notices = Notices()
@@ -182,7 +184,7 @@ class Running(Ground):
 
         async def both() -> None:
             self.links = asyncio.Queue()
-            self.daemon = Daemon(self.path, load_config(self.path))
+            self.daemon = Daemon(self.path, load_config(self.path), self.instance)
             running = asyncio.create_task(self.daemon.run())
             if work is not None:
                 try:
@@ -305,6 +307,24 @@ def test_a_stop_leaves_the_ruleset_and_the_next_agent_keeps_what_is_cached(runni
 
     running.run(nothing)
     assert len(running.kernel.journal) > again
+
+
+def test_an_agent_whose_namespace_has_lost_its_name_ends_and_leaves_its_rules(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another namespace may have the name by now, and the next agent starts there."""
+    running.instance = "blue"
+    own = ["blue"]
+    monkeypatch.setattr(netns, "is_own", lambda name: name in own)
+
+    async def work() -> None:
+        own.clear()
+        await running.until(lambda: "STOPPING=1" in running.said, "it ends")
+
+    with pytest.raises(PortwardError, match="network namespace 'blue' was removed or made anew"):
+        running.run(work)
+    assert enforced(running)
+    assert LOCK_TABLE not in running.kernel.tables
 
 
 def test_a_change_of_the_store_is_enforced(running: Running) -> None:

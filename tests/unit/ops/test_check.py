@@ -26,6 +26,16 @@ def test_a_file_in_place_of_the_tables_folder_is_reported_with_its_line(tmp_path
         list(check.check(path))
 
 
+@pytest.mark.parametrize("with_store", [True, False])
+def test_an_instance_needs_another_folder_than_the_hosts_own_agent(tmp_path: Path, with_store: bool) -> None:
+    """A line that was forgotten is named at each start, and not only by the operator's check."""
+    path = tmp_path / "blue.toml"
+    path.write_text(LEAST)
+    says = "blue.toml: table: '/var/cache/portward' is the folder of the host's own agent: "
+    with pytest.raises(InputError, match=f"{says}/var/cache/portward-instances/blue would be right"):
+        list(check.check(path, with_store=with_store, instance="blue"))
+
+
 class Kernel:
     """A kernel that accepts every change, and whose lock no process has."""
 

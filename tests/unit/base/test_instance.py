@@ -1,0 +1,49 @@
+"""The name of an instance is a namespace, a file and a unit, so all three must accept it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from portward.base import instance
+
+# The longest name of a unit that systemd accepts, in characters (unit_name_is_valid).
+MAX_UNIT = 255
+
+
+@pytest.fixture(autouse=True)
+def noted() -> Iterator[None]:
+    """No other test gets the instance of one of these."""
+    yield
+    instance._own.clear()
+
+
+@pytest.mark.parametrize(
+    "name", ["blue", "qrouter-0b5f41a2-6d0e-4d38-9f3a-1f8a0a3f7c11", "_a", "0", "a.b:c", "a..b"]
+)
+def test_a_name_of_a_namespace_that_a_unit_can_have_is_accepted(name: str) -> None:
+    assert instance.problem(name) == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "/a", "-a", "a b", "a\n", "a@b", "a\\x2db", "ä", "%i"]
+)
+def test_a_name_that_a_unit_escapes_or_that_leaves_the_folder_is_refused(name: str) -> None:
+    assert f"{name!r} is no name of an instance: letters, digits" in instance.problem(name)
+
+
+def test_the_hosts_own_file_is_the_file_of_no_instance() -> None:
+    assert "because portward.toml is the file of the host's own agent" in instance.problem("portward")
+
+
+def test_the_longest_name_is_that_of_the_longest_unit() -> None:
+    longest = "a" * (MAX_UNIT - len("portward-baseline@.service"))
+    assert instance.problem(longest) == ""
+    assert instance.problem(f"{longest}a")
+
+
+def test_the_unit_that_messages_name_is_that_of_the_instance() -> None:
+    assert instance.unit() == "portward"
+    instance.note("blue")
+    assert instance.unit() == "portward@blue"
