@@ -235,8 +235,8 @@ def template_of(datagram: bytes) -> MessageTemplate | None:
 
 def _mark_forward(form: struct.Struct) -> _Unpack:
     """Unpacks a bridged frame into fields at the places that `MessageTemplate` has for all: the header before the
-    bridge goes behind the mark. That makes the fast path a tenth slower for bridged frames. If the loop looked for
-    the mark at a place of the template's instead, routed packets would pay for it."""
+    bridge goes behind the mark. That makes the fast path some 15 % slower for bridged frames. The loop stays as it
+    is, so routed packets pay nothing."""
     unpack, number = form.unpack_from, len(form.unpack(bytes(form.size)))
     ordered: Callable[[tuple[Any, ...]], tuple[Any, ...]] = itemgetter(0, 1, 2, 3, 5, 6, 7, 4, *range(8, number))
     return lambda buffer, start: ordered(unpack(buffer, start))
