@@ -51,8 +51,9 @@ BATCH: Final = 64
 _MAX_RANGES: Final = 4096
 # After this many misses while the cache is full, clear it: it is not helping.
 _MAX_MISSES_WHILE_FULL: Final = 16 * _MAX_RANGES
-# Message templates kept: 2 address families, checksum verified or not, payload cut to the copied size or not.
-_MAX_TEMPLATES: Final = 8
+# Message templates kept: IPv4 or IPv6; routed, bridged, or bridged with a VLAN tag; checksum verified or not;
+# payload cut to the copied size or not.
+_MAX_TEMPLATES: Final = 24
 # Verdicts that one batch can need. The smallest message that carries a packet id has 32 bytes (nfnetlink header,
 # the attribute NFQA_PACKET_HDR), so a receive slot holds SLOT // 32 of them at most.
 _MAX_VERDICTS: Final = BATCH * (SLOT // 32)
@@ -276,7 +277,7 @@ class BatchReader:
                 self._counters.event(WorkerEvent.ERROR)
                 self._log_once("a message of the queue names no packet, so it cannot be answered")
             else:
-                self._slow_path.handle(_PendingPacket(message, message.id, self._verdicts))
+                self._slow_path.handle(_PendingPacket(message, message.id, self._verdicts), message.tag)
 
     def _log_once(self, error: str) -> None:
         if error not in self._logged:  # else it would fill the log at the speed of the network

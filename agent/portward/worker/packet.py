@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+# The protocol of an Ethernet frame by the IP version that it carries, 2 bytes, big-endian (linux/if_ether.h).
+ETHERTYPES: Final = {4: b"\x08\x00", 6: b"\x86\xdd"}
 _TCP: Final = 6
 # Hop-by-hop, routing, destination options: next header, then the length beyond the first 8 bytes, in units of 8.
 _OPTION_HEADERS: Final = frozenset({0, 43, 60})

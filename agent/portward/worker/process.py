@@ -64,7 +64,8 @@ def main() -> int:
         else:
             from portward.worker import single  # noqa: PLC0415 # its library is loaded only if it is configured
 
-            single.serve(arguments.queue, arguments.length, slow_path.handle, arguments.lifeline, ready)
+            answer = single.guarded(slow_path.handle, reader.lookup)
+            single.serve(arguments.queue, arguments.length, answer, arguments.lifeline, ready)
     except PortwardError as error:
         print(error, file=sys.stderr)
         return 1

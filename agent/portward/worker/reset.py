@@ -2,7 +2,8 @@
 
 The kernel's own `reject` routes the RST by the main table. If tenants' addresses overlap, it would reach the wrong
 tenant, with the other one's sequence numbers. Here the RST goes out as a frame to the sender's link address,
-without a route. Needs CAP_NET_RAW.
+without a route. The RST to a bridged frame goes out of the port of the bridge, with the VLAN tag of that frame.
+Needs CAP_NET_RAW.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import struct
 import time
 from typing import Final
 
-_ETH_P: Final = {4: 0x0800, 6: 0x86DD}
+from portward.worker.packet import ETHERTYPES
+
 _RST, _ACK, _RST_ACK = 0x04, 0x10, 0x14
 _SYN, _FIN = 0x02, 0x01
 _TCP = struct.Struct(">HHIIBBHHH")
@@ -55,17 +57,28 @@ class Resetter:
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0)
         self._socket.setblocking(False)
 
-    def send(self, reset: bytes, index: int, link_address: bytes | None) -> bool:
-        """Sends an IP packet that `reset_for` made through the interface `index` to `link_address`. Returns False
-        if it could not be sent, also if the link has no addresses."""
-        if not link_address:
+    def send(self, reset: bytes, index: int, link_address: bytes | None, tag: bytes | None = b"") -> bool:
+        """Sends an IP packet that `reset_for` made through the interface `index` to `link_address`, with the VLAN
+        tag `tag` (see `messages.Packet`). Returns False if it could not be sent, also if the link has no addresses
+        or the tag is not known: without its tag, a reset would reach another network."""
+        if not link_address or tag is None:
             return False
         try:
             name = socket.if_indextoname(index)
-            self._socket.sendto(reset, (name, _ETH_P[reset[0] >> 4], 0, 0, link_address))
+            protocol, data = framed(reset, tag)
+            self._socket.sendto(data, (name, protocol, 0, 0, link_address))
         except (OSError, UnicodeError):  # UnicodeError: the name is not UTF-8
             return False
         return True
+
+
+def framed(reset: bytes, tag: bytes) -> tuple[int, bytes]:
+    """The protocol of the Ethernet frame for an IP packet, and what stands behind the frame's header. `tag` is a
+    VLAN tag of 4 bytes (protocol, TCI), or empty."""
+    ethertype = ETHERTYPES[reset[0] >> 4]
+    if tag:
+        return int.from_bytes(tag[:2], "big"), tag[2:] + ethertype + reset
+    return int.from_bytes(ethertype, "big"), reset
 
 
 def reset_for(packet: bytes, tcp: int) -> bytes | None:

@@ -28,7 +28,8 @@ class QueuedPacket(Protocol):
 
     @property
     def indev(self) -> int:
-        """Index of the interface by which it came; 0 if there is none."""
+        """Index of the interface by which it came, for a bridged frame the port of the bridge; 0 if there is none,
+        which is the interface of no segment."""
 
     @property
     def hook(self) -> int:
@@ -72,10 +73,11 @@ class SlowPath:
         self.first_resets = Budget()
         self._failed = False
 
-    def handle(self, packet: QueuedPacket) -> None:
-        """Gives the packet one verdict. Never raises."""
+    def handle(self, packet: QueuedPacket, tag: bytes | None = b"") -> None:
+        """Gives the packet one verdict. `tag` is the VLAN tag of its frame, as `messages.Packet` has it. Never
+        raises."""
         try:
-            self._give_verdict(packet)
+            self._give_verdict(packet, tag)
         except Exception:
             self._counters.event(WorkerEvent.ERROR)
             packet.drop()
@@ -83,7 +85,7 @@ class SlowPath:
                 self._failed = True
                 _log.exception("a packet could not be classified and was dropped; such packets are counted")
 
-    def _give_verdict(self, packet: QueuedPacket) -> None:
+    def _give_verdict(self, packet: QueuedPacket, tag: bytes | None) -> None:
         if packet.hook != PREROUTING:
             self._answer_forwarded(packet)
             return
@@ -110,7 +112,7 @@ class SlowPath:
             packet.drop()
             return
         if outcome is PacketOutcome.RESET:
-            outcome = self._reset(packet, payload, segment.tcp, again=own == mark.AGAIN)
+            outcome = self._reset(packet, tag, payload, segment.tcp, again=own == mark.AGAIN)
         self._counters.verdict(REASON_NUMBER[result.reason], outcome, attempt=segment.attempt)
         if own == mark.AGAIN:  # the kernel has cached and counted it: chain `learn` has nothing to do
             packet.drop()
@@ -121,7 +123,9 @@ class SlowPath:
         packet.set_mark(mark.stamp(packet.get_mark(), verdict, mark.epoch_of(result.generation)))
         packet.accept()
 
-    def _reset(self, packet: QueuedPacket, payload: bytes, tcp: int, *, again: bool) -> PacketOutcome:
+    def _reset(
+        self, packet: QueuedPacket, tag: bytes | None, payload: bytes, tcp: int, *, again: bool
+    ) -> PacketOutcome:
         """Answers a rejected packet, whose TCP header is at offset `tcp`, with a reset. `again`: the kernel has
         cached its source, and has a limit for its resets. Returns RESET, or DROPPED if no reset is due or none is
         left."""
@@ -130,7 +134,7 @@ class SlowPath:
             return PacketOutcome.DROPPED
         if not again and not self.first_resets.take(packet.indev):
             return PacketOutcome.DROPPED  # the kernel caches it as rejected, and its next packet is answered
-        if not self._resetter.send(reply, packet.indev, _link_address(packet)):
+        if not self._resetter.send(reply, packet.indev, _link_address(packet), tag):
             self._counters.event(WorkerEvent.RESET_FAILED)
         return PacketOutcome.RESET
 

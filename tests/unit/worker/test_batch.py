@@ -27,10 +27,19 @@ from portward.table.reader import Reader
 from portward.table.writer import Writer
 from portward.worker import batch
 from portward.worker.batch import BatchReader
+from portward.worker.messages import MessageTemplate, template_of
 from portward.worker.nfqueue import SLOT
 from portward.worker.slow_path import SlowPath
 from unit.table.test_table import AZURE, ENFORCE, NOW, STORE, attachment, subscription
-from unit.worker.test_messages import BETWEEN, OTHERS, message
+from unit.worker.test_messages import (
+    BETWEEN,
+    OTHERS,
+    TAGS,
+    bridged,
+    bridged_attributes,
+    message,
+    message_of,
+)
 from unit.worker.test_slow_path import Answers
 
 ALLOWED, DENIED = subscription(1), subscription(2, "pay-as-you-go")
@@ -121,9 +130,73 @@ def test_each_packet_of_a_batch_gets_the_verdict_of_its_source(bench: Bench) -> 
 
 def test_a_plain_segment_takes_the_short_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the batch reader would be slower than the other one, and all other tests here would still pass."""
-    monkeypatch.setattr(bench.careful, "handle", lambda packet: pytest.fail("the careful way"))
+    monkeypatch.setattr(bench.careful, "handle", lambda *_: pytest.fail("the careful way"))
     for between in BETWEEN.values():
         assert len(bench.answer(message(syn("10.0.0.4"), between=between), message(syn("2001:db8::1")))) == 2
+
+
+@pytest.mark.parametrize("tag", TAGS.values(), ids=TAGS)
+def test_a_bridged_frame_takes_the_short_way(bench: Bench, monkeypatch: pytest.MonkeyPatch, tag: bytes) -> None:
+    monkeypatch.setattr(bench.careful, "handle", lambda *_: pytest.fail("the careful way"))
+    allow, deny, unknown = mark.Class.ALLOW, mark.Class.DENY, mark.Class.UNKNOWN
+    for between in BETWEEN.values():
+        answers = bench.answer(
+            *(bridged(syn(source), id_=number, tag=tag, between=between, bridge=60 + number)
+              for number, source in enumerate(["10.0.0.4", "2001:db8::1", "10.1.0.0", "10.0.0.5"]))
+        )  # fmt: skip
+        assert [(verdict, id_) for verdict, id_, _ in answers] == [(1, 0), (1, 1), (1, 2), (1, 3)]
+        assert classes(answers) == [deny, allow, unknown, allow]
+        assert {mark_ & mark.KEEP for _, _, mark_ in answers} == {0x00AB0000}
+
+
+def test_a_bridged_frame_gets_the_verdict_of_its_port_and_a_routed_packet_that_of_the_bridge(bench: Bench) -> None:
+    """Port and bridge are two segments here, in which a source has two verdicts."""
+    bench.writer.put_links({3: ("vni1", False), 50: ("vni2", False)}, touched=frozenset(), now=NOW)
+    frame, untagged = bridged(syn("10.0.0.5"), tag=TAGS["802.1Q"]), bridged(syn("10.0.0.5"))
+    routed = message(syn("10.0.0.5"), index=50)
+    port_too = message_of(2, bridged_attributes(syn("10.0.0.5")))
+    back = bridged(syn("10.0.0.5"), port=50, bridge=3)
+    allow, unknown = mark.Class.ALLOW, mark.Class.UNKNOWN
+    for _ in range(2):
+        answers = bench.answer(frame, routed, untagged, port_too, back, frame, routed)
+        assert classes(answers) == [allow, unknown, allow, unknown, unknown, allow, unknown]
+
+
+@pytest.mark.parametrize("number", [None, 0])
+def test_a_bridged_frame_without_a_port_gets_no_verdict(bench: Bench, number: int | None) -> None:
+    """The bridge is a segment here, in which the source is allowed."""
+    bench.writer.put_links({50: ("vni1", False)}, touched=frozenset(), now=NOW)
+    (answer,) = bench.answer(bridged(syn("10.0.0.5"), port=number))
+    assert answer == (1, 7, 0x00AB0000 | mark.MISS), "the chain `learn` drops it"
+    assert bench.counters.events()[WorkerEvent.NO_SEGMENT] == 1
+
+
+def test_a_bridged_frame_with_two_tags_gets_no_verdict(bench: Bench) -> None:
+    inner = b"\x45\x00\x08\x00" + syn("10.0.0.5")
+    (answer,) = bench.answer(bridged(inner, tag=TAGS["802.1ad"], protocol=0x8100))
+    assert answer == (1, 7, 0x00AB0000 | mark.MISS), "the chain `learn` drops it"
+    assert bench.counters.events()[WorkerEvent.MALFORMED] == 1
+
+
+def test_no_template_is_made_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kinds of messages that a host can have in numbers keep their templates."""
+    made: list[bytes] = []
+
+    def counted(datagram: bytes) -> MessageTemplate | None:
+        made.append(datagram)
+        return template_of(datagram)
+
+    monkeypatch.setattr(batch, "template_of", counted)
+    address, unverified, cut = BETWEEN["address"], BETWEEN["checksum"], ((13, b"\0\0\5\xdc"),)
+    kinds = []
+    for between in (address, unverified, (*address, *cut), (*address, *cut, unverified[-1])):
+        for source in ("10.0.0.5", "2001:db8::1"):
+            tags = TAGS["untagged"], TAGS["802.1Q"], TAGS["802.1ad"]
+            kinds += [bridged(syn(source), tag=tag, between=between) for tag in tags]
+            kinds.append(message(syn(source), between=between))
+    for _ in range(3):
+        assert len(bench.answer(*kinds)) == 32
+    assert len(made) == 24
 
 
 def test_a_source_is_looked_up_once_and_so_are_those_around_it(bench: Bench) -> None:
@@ -270,15 +343,23 @@ def test_a_batch_gives_each_packet_the_verdict_that_it_would_get_alone(bench: Be
     ]
     datagrams = []
     for number in range(data.draw(st.integers(1, 12))):
-        datagram = bytearray(
-            message(
-                syn(data.draw(st.sampled_from(sources)), data.draw(st.sampled_from(["S", "A", "SR"]))),
-                id_=number,
-                index=data.draw(st.sampled_from([3, 3, 3, 4])),
-                mark_=data.draw(st.sampled_from([0x00AB0000 | mark.MISS, mark.MISS_OPEN, mark.PROBE, 0, 5])),
-                between=data.draw(st.sampled_from(list(BETWEEN.values()))),
-            )
-        )
+        payload = syn(data.draw(st.sampled_from(sources)), data.draw(st.sampled_from(["S", "A", "SR"])))
+        index = data.draw(st.sampled_from([3, 3, 3, 4]))
+        more: dict[str, Any] = {
+            "id_": number,
+            "mark_": data.draw(st.sampled_from([0x00AB0000 | mark.MISS, mark.MISS_OPEN, mark.PROBE, 0, 5])),
+            "between": data.draw(st.sampled_from(list(BETWEEN.values()))),
+        }
+        frame = bridged_attributes(payload, port=index, bridge=data.draw(st.sampled_from([3, 50])),
+                                   tag=data.draw(st.sampled_from(list(TAGS.values()))), **more)  # fmt: skip
+        swapped = data.draw(st.permutations(frame))
+        whole = [
+            message(payload, index=index, **more),
+            message_of(7, frame),
+            message_of(7, [frame[0], *(one for one in swapped if one is not frame[0])]),
+            message_of(10 if len(payload) == 60 else 2, frame),
+        ]
+        datagram = bytearray(data.draw(st.sampled_from(whole)))
         if data.draw(st.booleans()):
             # A byte behind the header with the id.
             datagram[data.draw(st.integers(32, len(datagram) - 1))] = data.draw(st.integers(0, 255))

@@ -4,6 +4,8 @@ byte."""
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -47,25 +49,78 @@ def attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
+Attributes = tuple[tuple[int, bytes], ...]
+
+
+def message_of(family: int, attributes: Iterable[tuple[int, bytes]]) -> bytes:
+    """A message of the queue with these attributes (type, value). There is no padding behind the last one."""
+    body = struct.pack(">BBH", family, 0, 0)
+    for kind, value in attributes:
+        body += bytes(-len(body) % 4) + struct.pack("=HH", 4 + len(value), kind) + value
+    return struct.pack("=IHHII", 16 + len(body), 3 << 8, 0, 0, 0) + body
+
+
 def message(
     payload: bytes = SYN,
     *,
     id_: int = 7,
     index: int = 3,
     mark_: int = MISS,
-    between: tuple[tuple[int, bytes], ...] = BETWEEN["checksum"],
+    between: Attributes = BETWEEN["checksum"],
     family: int | None = None,
     hook: int = PREROUTING,
 ) -> bytes:
     """The kernel's message for a packet. It has no mark if the mark is 0, and no padding behind the payload."""
     if family is None:
         family = 10 if payload[:1] and payload[0] >> 4 == 6 else 2
-    body = struct.pack(">BBH", family, 0, 0)
-    body += attribute(1, struct.pack(">IHB", id_, 0x0800, hook)) + attribute(5, index.to_bytes(4, "big"))
-    body += attribute(3, mark_.to_bytes(4, "big")) if mark_ else b""
-    body += b"".join(attribute(kind, value) for kind, value in between)
-    body += attribute(10, payload)[: 4 + len(payload)]
-    return struct.pack("=IHHII", 16 + len(body), 3 << 8, 0, 0, 0) + body
+    attributes = [(1, struct.pack(">IHB", id_, 0x0800, hook)), (5, index.to_bytes(4, "big"))]
+    attributes += [(3, mark_.to_bytes(4, "big"))] if mark_ else []
+    return message_of(family, [*attributes, *between, (10, payload)])
+
+
+# VLAN tags: protocol, then priority and number of the VLAN. The last one is a priority without a VLAN.
+TAGS = {
+    "untagged": b"",
+    "802.1Q": b"\x81\x00\x20\x64",
+    "802.1ad": b"\x88\xa8\x0f\xff",
+    "priority": b"\x81\x00\xe0\x00",
+}
+BRIDGE = 50
+
+
+def vlan(tag: bytes) -> tuple[int, bytes]:
+    """NFQA_VLAN with a tag, nested and in the kernel's order."""
+    return 19 | 0x8000, attribute(2, tag[2:]) + attribute(1, tag[:2])
+
+
+def bridged_attributes(
+    payload: bytes = SYN,
+    *,
+    id_: int = 7,
+    port: int | None = 3,
+    bridge: int = BRIDGE,
+    mark_: int = MISS,
+    tag: bytes = b"",
+    protocol: int | None = None,
+    between: Attributes = BETWEEN["checksum"],
+    hook: int = PREROUTING,
+) -> list[tuple[int, bytes]]:
+    """The attributes of the kernel's message for a bridged frame, in the kernel's order. Without a `port` it names
+    the bridge alone. `protocol` is that of the payload."""
+    if protocol is None:
+        protocol = 0x86DD if payload[:1] and payload[0] >> 4 == 6 else 0x0800
+    found = [(1, struct.pack(">IHB", id_, protocol, hook))]
+    found += [(7, port.to_bytes(4, "big"))] if port is not None else []
+    found += [(5, bridge.to_bytes(4, "big"))]
+    found += [(3, mark_.to_bytes(4, "big"))] if mark_ else []
+    found += [vlan(tag)] if tag else []
+    # The header of the frame has two addresses and the protocol.
+    return [*found, (20, bytes(12) + protocol.to_bytes(2, "big")), *between, (10, payload)]
+
+
+def bridged(payload: bytes = SYN, **more: Any) -> bytes:
+    """The kernel's message for a bridged frame: see `bridged_attributes`."""
+    return message_of(7, bridged_attributes(payload, **more))
 
 
 @pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
@@ -117,6 +172,122 @@ def test_any_bytes_are_read_to_their_end(data: bytes) -> None:
     template_of(data)
 
 
+@pytest.mark.parametrize("tag", TAGS.values(), ids=TAGS)
+@pytest.mark.parametrize("payload", [SYN, SYN6], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("hook", [PREROUTING, FORWARD])
+def test_a_bridged_frame_is_read_with_its_port_and_its_tag(payload: bytes, tag: bytes, hook: int) -> None:
+    found = list(read(bridged(payload, tag=tag, hook=hook)))
+    assert found == [Packet(7, 3, MISS, HARDWARE[1][4:], payload, hook, tag)]
+
+
+def test_a_port_in_the_message_of_a_routed_packet_is_ignored() -> None:
+    """With br_netfilter such a packet names the port, too. The rule that queued it matched the bridge."""
+    for family, payload in ((2, SYN), (10, SYN6)):
+        attributes = bridged_attributes(payload, between=(HARDWARE,), tag=TAGS["802.1Q"])
+        assert list(read(message_of(family, attributes))) == [Packet(7, BRIDGE, MISS, HARDWARE[1][4:], payload)]
+        # The kernel's order in such a message.
+        routed = [attributes[0], attributes[2], attributes[1], *attributes[3:]]
+        assert list(read(message_of(family, routed))) == [Packet(7, BRIDGE, MISS, HARDWARE[1][4:], payload)]
+
+
+def test_a_bridged_frame_without_a_port_has_no_interface() -> None:
+    """Its segment is that of the port, so the bridge does not stand in for it."""
+    assert list(read(bridged(port=None))) == [Packet(7, 0, MISS, HARDWARE[1][4:], SYN)]
+    assert template_of(bridged(port=None)) is None
+
+
+# The rest of a second tag (priority and number of the VLAN, then the protocol), before the IP packet. Two of them
+# look like the first bytes of an IP header.
+SECOND_TAGS = [b"\x00\x64\x08\x00", b"\x45\x00\x08\x00", b"\x60\x00\x86\xdd"]
+NO_IP = {
+    "802.1Q in 802.1Q": (0x8100, SECOND_TAGS[0]),
+    "IPv4 in its second tag": (0x8100, SECOND_TAGS[1]),
+    "IPv6 in its second tag": (0x8100, SECOND_TAGS[2]),
+    "802.1ad": (0x88A8, SECOND_TAGS[1]),
+    "ARP": (0x0806, b"\0\1\x08\0"),
+    "PPPoE": (0x8864, b"\x11\0\0\1\0\x2a\0\x21"),
+    "the version of the other protocol": (0x86DD, b""),
+}
+
+
+@pytest.mark.parametrize(("protocol", "before"), NO_IP.values(), ids=NO_IP)
+@pytest.mark.parametrize("tag", TAGS.values(), ids=TAGS)
+def test_what_is_no_ip_by_its_protocol_has_no_payload(protocol: int, before: bytes, tag: bytes) -> None:
+    """Otherwise a sender could write a source into its second tag that the kernel does not see."""
+    frame = bridged(before + SYN, protocol=protocol, tag=tag)
+    assert list(read(frame)) == [Packet(7, 3, MISS, HARDWARE[1][4:], b"", PREROUTING, tag)]
+    assert template_of(frame) is None
+    assert asked(frame, of=bridged(tag=tag)) is None
+
+
+@given(cut=st.integers(0, 16), tag=st.sampled_from([tag for tag in TAGS.values() if tag]))
+def test_a_tag_that_is_cut_off_is_not_known(cut: int, tag: bytes) -> None:
+    """A reset that went out without a tag, or with half of it, would reach another network."""
+    kind, nest = vlan(tag)
+    (packet,) = read(message_of(7, [*bridged_attributes(), (kind, nest[:cut])]))
+    assert isinstance(packet, Packet)
+    # The last value ends two bytes before its attribute.
+    assert packet.tag == (tag if cut >= 14 else None)
+
+
+STRANGE_TAGS = {
+    "no protocol": attribute(2, b"\0\x64"),
+    "no number": attribute(1, b"\x81\0"),
+    "another protocol": attribute(2, b"\0\x64") + attribute(1, b"\x91\0"),
+    "a long number": attribute(2, b"\0\0\0\x64") + attribute(1, b"\x81\0"),
+}
+
+
+@pytest.mark.parametrize("nest", STRANGE_TAGS.values(), ids=STRANGE_TAGS)
+def test_a_tag_that_the_kernel_does_not_take_off_is_not_known(nest: bytes) -> None:
+    (packet,) = read(message_of(7, [*bridged_attributes(), (19, nest)]))
+    assert isinstance(packet, Packet)
+    assert packet.tag is None
+    assert (packet.indev, packet.payload) == (3, SYN), "it gets a verdict all the same"
+
+
+@given(length=st.integers(0, 8))
+def test_a_port_of_another_length_is_none(length: int) -> None:
+    attributes = [(kind, b"\0\0\0\3\0\0\0\0"[:length]) if kind == 7 else (kind, value)
+                  for kind, value in bridged_attributes()]  # fmt: skip
+    (packet,) = read(message_of(7, attributes))
+    assert isinstance(packet, Packet)
+    assert packet.indev == (3 if length == 4 else 0)
+    assert (template_of(message_of(7, attributes)) is not None) == (length == 4)
+
+
+@given(data=st.data(), tag=st.sampled_from(list(TAGS.values())), payload=st.sampled_from([SYN, SYN6]))
+def test_a_bridged_frame_is_read_in_any_order_of_its_attributes(
+    data: st.DataObject, tag: bytes, payload: bytes
+) -> None:
+    attributes = data.draw(st.permutations(bridged_attributes(payload, tag=tag, between=BETWEEN["all"])))
+    shuffled = message_of(7, attributes)
+    assert list(read(shuffled)) == [Packet(7, 3, MISS, HARDWARE[1][4:], payload, PREROUTING, tag)]
+    if (shape := template_of(shuffled)) is not None:
+        fields = shape.unpack(shuffled, 0)
+        assert (fields[1], fields[3], fields[5]) == (b"\0\0\0\7", b"\0\0\0\3", b"\0\xab")
+
+
+@given(data=st.data(), family=st.sampled_from([2, 7, 10]))
+def test_any_attributes_are_read_and_a_shape_of_them_says_the_same(data: st.DataObject, family: int) -> None:
+    attributes = bridged_attributes(data.draw(st.sampled_from([SYN, SYN6])), tag=TAGS["802.1Q"])
+    one = st.tuples(st.sampled_from([1, 3, 5, 7, 9, 10, 19, 20, 999]), st.binary(max_size=20))
+    for _ in range(data.draw(st.integers(0, 3))):  # some are replaced, left out, or there is one more
+        place, length = data.draw(st.integers(0, len(attributes))), data.draw(st.integers(0, 1))
+        attributes[place : place + length] = data.draw(
+            st.lists(st.one_of(st.sampled_from(attributes), one), max_size=1)
+        )
+        if not attributes:
+            break
+    datagram = message_of(family, attributes)
+    (packet,) = read(datagram)
+    assert isinstance(packet, Packet)
+    if (shape := template_of(datagram)) is None:
+        return
+    _, id_, _, index, _, keep, *_, source, flags = shape.unpack(datagram, 0)
+    assert agree((id_, index, keep, source, bytes([flags])), packet)
+
+
 def asked(datagram: bytes, of: bytes) -> tuple[bytes, ...] | None:
     """The id, index, kept bits, source and flags that the shape of message `of` finds in `datagram`; None if it
     has another shape."""
@@ -128,6 +299,51 @@ def asked(datagram: bytes, of: bytes) -> tuple[bytes, ...] | None:
         return None
     _, id_, _, index, _, keep, *_, source, flags = fields
     return id_, index, keep, source, bytes([flags])
+
+
+def agree(fields: tuple[bytes, ...], packet: Packet) -> bool:
+    """Whether the id, index, kept bits, source and flags are those of a packet."""
+    assert packet.id is not None
+    six = packet.payload[0] >> 4 == 6
+    source = packet.payload[8:24] if six else packet.payload[12:16]
+    flags = packet.payload[53:54] if six else packet.payload[33:34]
+    id_, index, mark_ = (number.to_bytes(4, "big") for number in (packet.id, packet.indev, packet.mark))
+    return fields == (id_, index, mark_[:2], source, flags)
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+@pytest.mark.parametrize("tag", TAGS.values(), ids=TAGS)
+@pytest.mark.parametrize("payload", [SYN, SYN6], ids=["ipv4", "ipv6"])
+def test_a_shape_gives_the_fields_of_other_bridged_frames_like_it(
+    payload: bytes, tag: bytes, between: Attributes
+) -> None:
+    """They come by any port of any bridge. All VLANs of one kind of tag have the same shape."""
+    like = payload[:8] + payload[8:].replace(b"\x04", b"\x05") + b"data"
+    other = bridged(
+        like, id_=0x01020304, port=0x0A0B0C0D, bridge=0x0E0F1011, mark_=0x12340000 | mark.MISS,
+        tag=tag[:2] + b"\x0a\x0b" if tag else b"", between=between,
+    )  # fmt: skip
+    source = like[12:16] if payload is SYN else like[8:24]
+    expected = (b"\1\2\3\4", b"\x0a\x0b\x0c\x0d", b"\x12\x34", source, b"\x02")
+    assert asked(other, of=bridged(payload, tag=tag, between=between)) == expected
+
+
+@pytest.mark.parametrize("payload", [SYN, SYN6], ids=["ipv4", "ipv6"])
+def test_a_shape_is_of_one_family(payload: bytes) -> None:
+    """Also if the attributes are the same, as with br_netfilter."""
+    attributes = bridged_attributes(payload)
+    frame, routed = message_of(7, attributes), message_of(2 if payload is SYN else 10, attributes)
+    assert template_of(routed) is None
+    assert asked(routed, of=frame) is None
+    assert asked(message(payload), of=frame) is None
+    assert asked(frame, of=message(payload)) is None
+    assert template_of(message(payload, family=7)) is None
+
+
+def test_a_bridged_frame_in_forward_has_no_shape() -> None:
+    frame = bridged(hook=FORWARD)
+    assert template_of(frame) is None
+    assert asked(frame, of=bridged()) is None
 
 
 @pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
@@ -171,25 +387,21 @@ def test_what_is_not_plain_has_no_shape_and_is_of_none(datagram: bytes) -> None:
             assert asked(datagram, of=message(payload, between=between)) is None
 
 
-# From byte 4 on: the first bytes are the length, which the reader gets from the socket instead.
-@given(place=st.integers(4, 83), value=st.integers(0, 255), between=st.sampled_from(list(BETWEEN.values())))
+@given(data=st.data(), payload=st.sampled_from([SYN, SYN6]), between=st.sampled_from(list(BETWEEN.values())))
 def test_a_shape_never_says_what_reading_does_not(
-    place: int, value: int, between: tuple[tuple[int, bytes], ...]
+    data: st.DataObject, payload: bytes, between: Attributes
 ) -> None:
-    whole = message(between=between)
+    frames = [bridged(payload, tag=tag, between=between) for tag in TAGS.values()]
+    whole = data.draw(st.sampled_from([message(payload, between=between), *frames]))
     changed = bytearray(whole)
-    changed[place] = value
+    # From byte 4 on: the first bytes are the length, which the reader gets from the socket instead.
+    changed[data.draw(st.integers(4, len(whole) - 1))] = data.draw(st.integers(0, 255))
     found = asked(bytes(changed), of=whole)
     if found is None:
         return
     (packet,) = read(bytes(changed))
     assert isinstance(packet, Packet)
-    assert packet.id is not None
-    source, flags = packet.payload[12:16], packet.payload[33:34]
-    assert found == (
-        packet.id.to_bytes(4, "big"), packet.indev.to_bytes(4, "big"), packet.mark.to_bytes(4, "big")[:2],
-        source, flags,
-    )  # fmt: skip
+    assert agree(found, packet)
     assert packet.mark & mark.OWN in (mark.MISS, mark.MISS_OPEN)
 
 

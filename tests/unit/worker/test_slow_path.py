@@ -19,7 +19,7 @@ from portward.worker.messages import FORWARD, PREROUTING
 from portward.worker.nfqueue import SLOT
 from portward.worker.reset import FIRST_RESETS_PER_SECOND, Resetter
 from portward.worker.slow_path import SlowPath
-from unit.worker.test_messages import message
+from unit.worker.test_messages import BRIDGE, TAGS, bridged, message
 
 SYN = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(dport=25, flags="S"))
 RST = bytes(IP(src="10.0.0.4", dst="203.0.113.25") / TCP(dport=25, flags="R"))
@@ -54,14 +54,16 @@ class QueuedPacket:
 
 
 class Answers:
-    """A fake resetter, which records the receivers of resets in `to`."""
+    """A fake resetter, which records the receivers of resets in `to`, and their VLAN tags in `tags`."""
 
     def __init__(self, *, sent: bool = True) -> None:
         self.sent, self.to = sent, list[tuple[int, bytes | None]]()
         self.sources: list[tuple[int, bytes]] = []
+        self.tags: list[bytes | None] = []
 
-    def send(self, reset: bytes, index: int, link_address: bytes | None) -> bool:
+    def send(self, reset: bytes, index: int, link_address: bytes | None, tag: bytes | None = b"") -> bool:
         self.to.append((index, link_address))
+        self.tags.append(tag)
         return self.sent
 
     def asked(self, index: int, address: bytes) -> None:
@@ -218,7 +220,37 @@ def test_a_reset_goes_to_the_sender_on_its_own_interface(make: Worker) -> None:
     packet = QueuedPacket()
     found.handle(packet)
     assert answers.to == [(3, b"\x02\0\0\0\0\x01")]
+    assert answers.tags == [b""]
     assert packet.mark & mark.CLASS == mark.Class.REFUSED
+
+
+@pytest.mark.parametrize("tag", TAGS.values(), ids=TAGS)
+@pytest.mark.parametrize("asks", [mark.MISS, mark.AGAIN], ids=["first", "again"])
+def test_a_reset_to_a_bridged_frame_goes_out_of_its_port_with_its_tag(tag: bytes, asks: int) -> None:
+    answers, asked = Answers(), list[int]()
+
+    def lookup(index: int, source: bytes) -> LookupResult:
+        asked.append(index)
+        return finding(Reason.DENIED_REVOKED, reject=True)
+
+    found, counters = batched(lookup, answers)
+    datagram = bridged(SYN, tag=tag, mark_=asks)
+    found.reader.answer(bytearray(datagram.ljust(SLOT)), [(len(datagram),)])
+    assert (answers.to, answers.tags) == ([(3, b"\x02\0\0\0\0\x01")], [tag])
+    assert set(asked) == {3}
+    assert list(counters.verdicts()) == [(Reason.DENIED_REVOKED, PacketOutcome.RESET, 1, 1)]
+
+
+def test_a_bridged_frame_in_forward_is_looked_up_by_its_port() -> None:
+    """Without a port it is dropped, also if the bridge has a segment in which the source is allowed."""
+    found, counters = batched(
+        lambda index, source: finding(Reason.ALLOWED_OFFER) if index in (3, BRIDGE) else None
+    )
+    for port, expected in ((3, 1), (None, 0)):
+        datagram = bridged(SYN, port=port, bridge=BRIDGE, hook=FORWARD)
+        given = found.reader.answer(bytearray(datagram.ljust(SLOT)), [(len(datagram),)])
+        assert struct.unpack_from(">I", given, 24) == (expected,)
+    assert counters.events()[WorkerEvent.NO_SEGMENT] == 1
 
 
 def test_a_reset_that_cannot_be_sent_is_counted_and_the_packet_still_refused(make: Worker) -> None:
