@@ -218,7 +218,7 @@ def test_without_portwards_own_program_the_ports_of_the_preset_are_closed(
     script = (Path(__file__).resolve().parents[2] / "systemd/baseline").read_text()
     for path, ours in (
         ("timeout 60 /usr/bin/portward", "false"),
-        ("/etc/portward/portward.toml", str(tmp_path / "portward.toml")),
+        ("/etc/portward/${name:-portward}.toml", str(tmp_path / "portward.toml")),
         ("/usr/lib/portward/closed.nft", str(rules("nftables", "closed.nft"))),
         ("/usr/lib/portward/lib/python3*/site-packages/portward/rules/policy", str(rules("policy"))),
     ):
