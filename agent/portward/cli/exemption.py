@@ -335,7 +335,7 @@ def _matches(row: ExemptionRow, states: list[State] | None, offer: str | None, n
 
 @contextmanager
 def _open(path: Path, actor: str | None, *, trust_clock: bool = False) -> Iterator[_Opened]:
-    """Opens the store that the configuration names, and warns if the agent here reads another one."""
+    """Opens the store that the configuration names, and warns if the agent here does not follow it."""
     config = load_config(path)
     preset = presets.load(config.preset, named_in=path)
     warn_not_following(config)

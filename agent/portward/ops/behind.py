@@ -1,8 +1,8 @@
 """How far the agent here is with a revision that a verb has written.
 
 It may read another store, take in no changes because of an error, or hold an earlier revision until that is
-confirmed. Then denials are enforced ahead of
-the held revision, and everything else waits behind it.
+confirmed. While it holds one, denials are enforced ahead of the held revision, and everything else waits behind
+it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from portward.config import paths
 from portward.config.keys import Config
@@ -104,13 +104,7 @@ def held_unknown(config: Config) -> str:
 def other_store(config: Config) -> str:
     """A warning for a writer if the agent on the table of `config` reads another store. Empty if it reads this
     one, or if that is unknown."""
-    if running(config.table) is None:
-        return ""
-    try:
-        status = read_status(config.table)
-    except PortwardError:
-        return ""
-    its = str((status or {}).get("store") or config.store)
+    its = str(_reported(config).get("store") or config.store)
     if _same_store(its, config.store):
         return ""
     return (
@@ -119,15 +113,20 @@ def other_store(config: Config) -> str:
     )
 
 
+def _reported(config: Config) -> dict[str, Any]:
+    """The status that the agent on the table of `config` last wrote. Empty if none runs, or if that is unknown."""
+    if running(config.table) is None:
+        return {}
+    try:
+        return read_status(config.table) or {}
+    except PortwardError:
+        return {}
+
+
 def not_following(config: Config) -> str:
     """A warning for a writer if the agent on the table of `config` takes in no changes of the store now. Empty if
     it does, or if that is unknown."""
-    if running(config.table) is None:
-        return ""
-    try:
-        status = read_status(config.table) or {}
-    except PortwardError:
-        return ""
+    status = _reported(config)
     if error := status.get("store_error"):
         return f"the agent here takes in no change now, and retries: {error}"
     age_s = age_of(status) if "clock" in status else 0.0

@@ -87,9 +87,7 @@ def explain(path: Path, segment: str, address: str, to: str | None) -> Explanati
     destination = None if to is None else sources.destination(to, source)
     known = _known(config, preset, segment, source)
     asked = _ask_kernel(segment, source)
-    found = replace(
-        _explanation(config, preset, known, segment, source, destination), kernel=_kernel(segment, asked)
-    )
+    found = _explanation(config, preset, known, segment, source, destination, kernel=_kernel(segment, asked))
     handling, now = _now(config, found, source, asked)
     found = replace(found, now=now, remedy=_remedy(found, handling, now), remarks=(*remarks, *_behind(config)))
     if in_another_network(config.table) is not None:
@@ -243,6 +241,8 @@ def _explanation(
     segment: str,
     source: Address,
     destination: Address | None,
+    *,
+    kernel: str,
 ) -> Explanation:
     # The agent compares ends of grants with the later of wall clock and last decision.
     now = agent_time(known.decided)
@@ -273,7 +273,7 @@ def _explanation(
         revision=known.revision,
         decided_from=known.source,
         observed=config.observes(segment) or (subscription is not None and subscription.mode is Mode.OBSERVE),
-        kernel="",
+        kernel=kernel,
         remedy=remedy(preset, decision.reason, subscription, limited=limit is not None),
         limit=limit,
     )
