@@ -96,7 +96,7 @@ def measure(folder: Path, sizes: dict[str, int] = SIZES) -> list[Figure | Curve]
     figures: list[Figure | Curve] = []
     scraped, counted = [], []
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
-        agent = Agent(lab, folder, **settings())
+        agent = Agent(lab, folder, **settings(), ruleset={"owned": "never"})
         inventory(folder / "inventory.json", max(sizes.values()))
         apply_file(agent, folder / "inventory.json")
         agent.start(seconds=60)

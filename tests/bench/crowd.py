@@ -55,7 +55,10 @@ def _sources(count: int) -> list[bytes]:
 def _fill(lane: Lane, folder: Path, count: int) -> None:
     folder.mkdir()
     id_ = uuid4()
-    agent = Agent(lane, folder, segments=[SEGMENT], verdicts={"sources": 1_000_000, "allow_seconds": 3600})
+    agent = Agent(
+        lane, folder, segments=[SEGMENT], verdicts={"sources": 1_000_000, "allow_seconds": 3600},
+        ruleset={"owned": "never"},
+    )  # fmt: skip
     agent.apply(
         Subscription(id=id_, offer=ALLOWED, created=date(2022, 6, 30)),
         Attachment(segment=SEGMENT, address=_PREFIX, subscription=id_),

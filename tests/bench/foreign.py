@@ -38,7 +38,7 @@ def measure(folder: Path) -> list[Figure]:
     """The figures `foreign_…`, each also as `…_alone` without the other programs."""
     found: dict[str, list[float]] = {}
     with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
-        agent = Agent(lab, folder, segments=["vni1001", "vni1002"])
+        agent = Agent(lab, folder, segments=["vni1001", "vni1002"], ruleset={"owned": "never"})
         agent.apply(*source_records(CONTOSO, "10.64.0.0/10", ALLOWED, uuid4()))
         agent.start()
         agent.stop()

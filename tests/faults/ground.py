@@ -206,7 +206,11 @@ class Ground:
             stack.callback(self.lab.down)
             traffic.route(self.lab)
             self.store, self.table = self.disk / "portward.db", self.disk / "table"
-            self.agent = Agent(self.lab, self.folder, store=f"sqlite:{self.store}", table=str(self.table))
+            # Some faults are the other program that changes the table.
+            self.agent = Agent(
+                self.lab, self.folder, store=f"sqlite:{self.store}", table=str(self.table),
+                ruleset={"owned": "never"},
+            )  # fmt: skip
             self.agents = Agents(self.agent, self.control)
             self.traffic = Traffic(self.lab)
             self._first_records()

@@ -1,6 +1,5 @@
 """Tables with an owner (`flags owner, persist`, Linux 6.9 and later): the kernel's guarantees, and how far
-libnftables 1.0.6 can use such a table. portward's own table has no owner. If a program removes it, port 25 is open
-until it is back.
+libnftables 1.0.6 can use such a table. `tests/kernel/test_owned.py` tests portward's own.
 
 The owner of a table is a netlink socket. nft 1.0.6 knows `flags owner` but not `persist`. So these tests set the
 flags by a raw netlink message; one test sends it on the socket of a libnftables context.

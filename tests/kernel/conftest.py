@@ -133,10 +133,12 @@ def make_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
 
 
 class running_gateway:  # noqa: N801 # used as a function
-    """A gateway that runs within a `with`."""
+    """A gateway that runs within a `with`. Its table has no owner, unless the settings say otherwise: many tests
+    are the other program that changes it."""
 
     def __init__(self, folder: Path, tenants: tuple[Tenant, ...] = (CONTOSO, FABRIKAM), **settings: Any) -> None:
-        self._folder, self._tenants, self._settings = folder, tenants, settings
+        self._folder, self._tenants = folder, tenants
+        self._settings = {"ruleset": {"owned": "never"}, **settings}
 
     def __enter__(self) -> Gateway:
         self._lab = Lab(lab_name(), self._tenants)

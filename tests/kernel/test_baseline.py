@@ -32,7 +32,7 @@ from portward.lab.topology import CONTOSO, FABRIKAM, MAIL6, Lab
 def booted(tmp_path: Path) -> Iterator[Gateway]:
     """A gateway that forwards, with a configuration and a store, and without an agent."""
     with Lab(lab_name()) as lab:
-        agent = Agent(lab, tmp_path)
+        agent = Agent(lab, tmp_path, ruleset={"owned": "never"})
         agent.apply(
             *source_records(CONTOSO, "10.0.0.0/16", ALLOWED, uuid4()),
             *source_records(FABRIKAM, "10.0.0.0/16", DENIED, uuid4()),

@@ -3,18 +3,24 @@ compared."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import platform
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
+from msgspec.structs import replace
 
 from kernel.conftest import lab_name
+from portward.base.netlink import attribute, string
 from portward.base.resources import rules
-from portward.dataplane import namespacelock, xtables
+from portward.config.keys import Config, Owned, Ruleset
+from portward.dataplane import namespacelock, nf_tables, xtables
 from portward.dataplane.elements import (
     Add,
     AddLimit,
@@ -37,7 +43,7 @@ from portward.dataplane.verdict_cache import Source
 from portward.errors import KernelError
 from portward.lab import namespaces
 from portward.lab.agent import until
-from unit.dataplane.grounds import Plane
+from unit.dataplane.grounds import CONFIG, Plane
 
 SMALL = """
 table inet portward {
@@ -289,3 +295,160 @@ def test_the_lock_of_a_namespace_is_the_same(sides: tuple[Side, Side], monkeypat
             assert str(namespacelock.holder(side.netlink)) == str(found)
         said.append((str(found), str(second.value), namespacelock.holder(side.netlink)))
     assert said[0] == said[1]
+
+
+# --- tables with an owner ---
+
+_needs_persist = pytest.mark.skipif(
+    tuple(map(int, platform.release().split(".")[:2])) < (6, 9),
+    reason="Linux 6.9 has tables that outlive their owner",
+)
+
+
+class Writers:
+    """Two processes that write one table. Each can end, and then its next step is over another socket."""
+
+    def __init__(self, opened: Callable[[], NfNetlink]) -> None:
+        self._opened = opened
+        self.sockets = [opened(), opened()]
+
+    def step(self, who: int, what: str) -> str:
+        """Does something with the table; gives the kernel's refusal."""
+        name = attribute(nf_tables.NFTA_TABLE_NAME, string(TABLE))
+        if what == "ends":
+            self.sockets[who].close()
+            self.sockets[who] = self._opened()
+            return ""
+        if what == "deletes":
+            message = nf_tables.NFT_MSG_DELTABLE, name
+        elif what == "adds a chain":
+            chain = attribute(nf_tables.NFTA_CHAIN_TABLE, string(TABLE))
+            message = nf_tables.NFT_MSG_NEWCHAIN, chain + attribute(nf_tables.NFTA_CHAIN_NAME, string("c"))
+        else:
+            flags = FLAGS[what]
+            more = b"" if flags is None else attribute(nf_tables.NFTA_TABLE_FLAGS, flags.to_bytes(4, "big"))
+            message = nf_tables.NFT_MSG_NEWTABLE, name + more
+        try:
+            self.sockets[who].commit([message])
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        return ""
+
+    def state(self) -> tuple[str, bool] | None:
+        """The owner of the table, and whether it persists."""
+        found = self.sockets[0].state(TABLE)
+        if found is None:
+            return None
+        ports = {socket.port: str(number) for number, socket in enumerate(self.sockets)}
+        return ports.get(found.owner, "nobody" if not found.owner else "?"), found.persists
+
+    def close(self) -> None:
+        """Closes the sockets."""
+        for socket in self.sockets:
+            socket.close()
+
+
+FLAGS = {
+    "makes": None,
+    "makes it plain": 0,
+    "makes it its own": nf_tables.NFT_TABLE_F_OWNER,
+    "makes it its own for good": nf_tables.NFT_TABLE_F_OWNER | nf_tables.NFT_TABLE_F_PERSIST,
+}
+
+
+@_needs_persist
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=some.lists(
+        some.tuples(some.integers(0, 1), some.sampled_from([*FLAGS, "deletes", "adds a chain", "ends"])),
+        min_size=1, max_size=12,
+    )
+)  # fmt: skip
+def test_who_owns_a_table_and_who_is_refused(namespace: str, steps: list[tuple[int, str]]) -> None:
+    with namespaces.inside(namespace):
+        real, fake = Writers(NfNetlink), Writers(FakeKernel().netlink)
+        try:
+            for who, what in steps:
+                assert fake.step(who, what) == real.step(who, what)
+                # The end of a socket reaches nftables a moment after the socket is closed.
+                until(lambda: fake.state() == real.state(), f"{fake.state()} after {steps}", seconds=5)
+        finally:
+            for writers in (real, fake):
+                writers.close()
+            with closing(NfNetlink()) as last, contextlib.suppress(OSError):
+                last.commit([(nf_tables.NFT_MSG_DELTABLE, attribute(nf_tables.NFTA_TABLE_NAME, string(TABLE)))])
+
+
+@_needs_persist
+def test_the_shipped_ruleset_gets_an_owner_loses_it_and_is_adopted_alike(namespace: str) -> None:
+    """In the kernel by compiled messages, on the fake by its text."""
+    never = replace(CONFIG, ruleset=Ruleset(owned=Owned.NEVER))
+    kernel = FakeKernel(native=has_queue(namespace))
+
+    def owning(plane: Plane) -> Plane:
+        plane.nft.ownable = True
+        return plane
+
+    def real() -> Plane:
+        netlink = NfNetlink()
+        return owning(Plane(kernel, netlink=netlink, nft=Nft(netlink)))
+
+    def faked() -> Plane:
+        netlink = kernel.netlink()
+        return owning(Plane(kernel, netlink=netlink, nft=kernel.nft(netlink, compiles=True)))
+
+    def state(plane: Plane) -> object:
+        found = plane.netlink.state(TABLE)
+        assert found is not None
+        return (
+            found.owner == plane.netlink.port, bool(found.owner), found.persists, plane.nft.owns,
+            plane.netlink.state(CLOSED), plane.cache.epoch(), plane.cache.synced(), plane.reconciler.repairs,
+            sorted(plane.netlink.sets(TABLE)), sorted(plane.netlink.hooks(TABLE).items()),
+        )  # fmt: skip
+
+    def turn(plane: Plane, config: Config) -> object:
+        plane.config = config
+        return plane.check()
+
+    with namespaces.inside(namespace):
+        planes = real(), faked()
+        others = Nft(compiles=False), kernel.nft()
+        steps: list[Callable[[Plane, Nft], object]] = [
+            lambda plane, _: plane.start(),
+            lambda plane, _: plane.check(),
+            lambda _, other: refused(other, "delete table inet portward"),
+            lambda _, other: refused(other, "flush ruleset"),
+            lambda plane, _: turn(plane, never),
+            lambda _, other: refused(other, "flush chain inet portward to_workers"),
+            lambda plane, _: plane.check(),
+            lambda plane, _: turn(plane, CONFIG),
+            lambda plane, _: plane.check(),
+        ]
+        for step in steps:
+            results = [step(plane, other) for plane, other in zip(planes, others, strict=True)]
+            assert results[0] == results[1]
+            assert state(planes[0]) == state(planes[1])
+        for plane in planes:
+            plane.netlink.close()
+        again = real(), faked()
+        for plane in again:
+            assert plane.netlink.owned_table(TABLE) is None
+            plane.start()
+        assert state(again[0]) == state(again[1])
+        for plane in again:
+            plane.nft.delete(TABLE)
+            plane.netlink.close()
+
+
+def has_queue(namespace: str) -> bool:
+    """Whether this kernel has nft_queue."""
+    with namespaces.inside(namespace), closing(NfNetlink()) as netlink:
+        return xtables.has_native_queue(Nft(netlink))
+
+
+def refused(nft: Nft, text: str) -> bool:
+    """Whether another program is refused."""
+    with contextlib.suppress(KernelError):
+        nft.load(text)
+        return False
+    return True

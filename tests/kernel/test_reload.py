@@ -16,7 +16,7 @@ import pytest
 
 from kernel.conftest import lab_name
 from portward.base.resources import rules
-from portward.config.keys import Config
+from portward.config.keys import Config, Owned, Ruleset
 from portward.daemon.core import Core
 from portward.daemon.intake import OnKernel, at_once
 from portward.dataplane import xtables
@@ -62,8 +62,9 @@ def enforcing(tmp_path: Path, on_kernel: OnKernel = at_once, lab: Lab | None = N
     store.write(batch, expected=0, actor="test", at=datetime.now(UTC))
     store.close()
     config = Config(
-        segments=("vni*",), uplinks=("up0",), store=f"sqlite:{tmp_path}/portward.db", table=tmp_path / "table"
-    )
+        segments=("vni*",), uplinks=("up0",), store=f"sqlite:{tmp_path}/portward.db", table=tmp_path / "table",
+        ruleset=Ruleset(owned=Owned.NEVER),
+    )  # fmt: skip
     with lab or Lab(lab_name(), (CONTOSO,)) as place, namespaces.inside(place.gateway):
         core = Core(config, presets.load("azure-2020"), on_kernel)
         try:

@@ -40,7 +40,7 @@ class Pair:
     @staticmethod
     def _agent(lab: Lab, folder: Path, **settings: Any) -> Agent:
         folder.mkdir()
-        agent = Agent(lab, folder, **settings)
+        agent = Agent(lab, folder, **{"ruleset": {"owned": "never"}, **settings})
         agent.apply(
             *(
                 record

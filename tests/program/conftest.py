@@ -30,8 +30,9 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def agent(lab: Lab, tmp_path: Path) -> Iterator[Agent]:
-    """An agent that is not started yet, in a lab whose kernel holds nothing of an earlier one."""
-    found = Agent(lab, tmp_path)
+    """An agent that is not started yet, in a lab whose kernel holds nothing of an earlier one. Its table has no
+    owner, because some tests are the other program that changes it."""
+    found = Agent(lab, tmp_path, ruleset={"owned": "never"})
     yield found
     found.stop()
     found.portward("rules", "remove", "--yes")

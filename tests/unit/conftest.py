@@ -8,15 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from portward.dataplane import others, surroundings, tunnels
+from portward.dataplane import others, surroundings, tableowner, tunnels
 from portward.store.sqlite.store import SqliteStore
 from unit.store.samples import opened
 
 
 @pytest.fixture(autouse=True)
 def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without legacy iptables, on which no tunnel ends but those of devices."""
+    """A machine without legacy iptables and without the program nft, on which only tunnels of devices end."""
     monkeypatch.setattr(others, "_LEGACY", ())
+    monkeypatch.setattr(tableowner, "_old_nft", lambda: "")
     found = SimpleNamespace(tunnel_ports=lambda devices: tunnels.Ports(tunnels.of_devices(devices)))
     monkeypatch.setattr(surroundings, "genetlink", found)
 

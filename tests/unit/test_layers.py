@@ -20,7 +20,7 @@ ROOMS = (
     ("cli",),
     ("lab",),
     ("ops",),
-    ("daemon", "worker"),
+    ("daemon", "worker", "custodian"),
     ("metrics", "dataplane"),
     ("ipc",),
     ("exemptions",),
@@ -118,7 +118,8 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_the_two_processes_know_nothing_of_each_other() -> None:
     """The worker imports no module of the daemon, and the daemon none of the worker, also not through others."""
     assert not {name for name in _reached("worker.process") if _room(name)[1] in ("daemon", "dataplane")}
-    assert not {name for name in _reached("daemon.composition") if _room(name)[1] == "worker"}
+    assert not {name for name in _reached("daemon.composition") if _room(name)[1] in ("worker", "custodian")}
+    assert {_room(name)[1] for name in _reached("custodian.process")} <= {"custodian", "ipc", "base", "__init__"}
 
 
 @pytest.mark.parametrize("name", FREE_OF_IO)

@@ -73,6 +73,15 @@ def look(folder: Path) -> Found:
     return Found(tuple(refused), tuple(opened))
 
 
+def users(folder: Path) -> set[int]:
+    """The ids of the users that may have what the agent on this folder keeps for the next one: root, the user of
+    this process, and the folder's owner."""
+    found = _trusted()
+    with contextlib.suppress(OSError):
+        found.add(folder.stat().st_uid)
+    return found
+
+
 def hand_over(folder: Path) -> None:
     """If this process is root, gives root's files in the folder to the folder's owner. Never raises: a file that
     cannot be given away stays root's."""

@@ -53,6 +53,8 @@ def _summary(status: _Status, age_s: float) -> Iterator[str]:
     cached = ", ".join(f"{n} {name}" for name, n in status["remembered"].items() if n)
     yield f"kernel    caches {cached or 'no verdict'}"
     yield _self_check(status["self_check"], age_s)
+    if ownership := status.get("ownership"):
+        yield f"rules     {_ownership(ownership)}"
     guard = status.get("guard")
     if guard and guard["loaded"]:
         yield f"guard     loaded, forwarded packets are classified again: {'; '.join(guard['why'])}"
@@ -99,6 +101,15 @@ def _remarks(status: _Status) -> Iterator[str]:
             f"ruleset   put back {times(status['ruleset_repairs'])}: another program had changed it, or the "
             "kernel had refused a change"
         )
+
+
+def _ownership(ownership: dict[str, Any]) -> str:
+    """Whether another program can change the rules."""
+    if not ownership["owned"]:
+        return f"not owned, another program can remove them: {ownership['why']}"
+    if ownership["custodian"] is None:
+        return "owned by this agent: no other program can remove them while it runs; IT HAS NO CUSTODIAN now"
+    return f"owned: no other program can remove them; process {ownership['custodian']} keeps that without an agent"
 
 
 def unreadable(records: dict[str, Any]) -> Iterator[str]:

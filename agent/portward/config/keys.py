@@ -100,6 +100,20 @@ class Tunnels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ports: tuple[Annotated[int, Meta(ge=1, le=_LAST_PORT)], ...] = ()
 
 
+class Owned(StrEnum):
+    """Whether the nftables table has an owner, so that no other program can change it: if the host can, or
+    never."""
+
+    AUTO = "auto"
+    NEVER = "never"
+
+
+class Ruleset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[ruleset]`: how the ruleset is loaded into the kernel."""
+
+    owned: Owned = Owned.AUTO
+
+
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[metrics]`: the address that Prometheus scrapes (empty: none), and whether to count by subscription too."""
 
@@ -129,6 +143,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     queue: Queue = Queue()
     verdicts: Verdicts = Verdicts()
     tunnels: Tunnels = Tunnels()
+    ruleset: Ruleset = Ruleset()
     metrics: Metrics = Metrics()
     exemptions: Exemptions = Exemptions()
 

@@ -60,6 +60,8 @@ _WHAT: Final = {
     "tunnels": "Packets from segments to tunnels that end on this host. VXLAN, GRE, L2TP and such: dropped.",
     "tunnels.encrypted": 'IPsec and WireGuard, which prove who sends: "pass", or "drop"',
     "tunnels.ports": "UDP ports of further tunnels, which portward cannot find: a program's, or a namespace's",
+    "ruleset": "How the ruleset is loaded into the kernel.",
+    "ruleset.owned": 'no other program can change or flush it: "auto", if kernel and nft allow that, or "never"',
     "metrics": "For Prometheus.",
     "metrics.address": 'ADDRESS:PORT, ":PORT" for all addresses, "" for none; other hosts take IPAddressAllow=',
     "metrics.subscriptions": "also count by subscription",

@@ -27,7 +27,7 @@ from portward.base import clock, descriptors
 from portward.base.interfaces import matches
 from portward.config.keys import Config
 from portward.config.load import load_config
-from portward.daemon import namespace_watch, settings, shutdown, workers
+from portward.daemon import custodian_watch, namespace_watch, settings, shutdown, workers
 from portward.daemon.config_reload import ConfigReload
 from portward.daemon.core import Core
 from portward.daemon.health import HealthCheck
@@ -265,6 +265,7 @@ class Daemon:
                 (Step.OWNERS, feed.close_uncertain),
                 (Step.RELOAD, lambda: reload.run(self._reload)),
                 (Step.RULESET, self._keep_ruleset),
+                (Step.CUSTODIAN, lambda: custodian_watch.watch(self._core, self._kernel_step, self._steps)),
                 (Step.SELF_CHECK, health.run),
                 (Step.COUNT, periodic.count),
                 (Step.LIMITS, periodic.install_limits),

@@ -63,6 +63,7 @@ class ConfigReload:
         for name in settings.FIXED:
             if getattr(config, name) != getattr(self._config, name):
                 raise PortwardError(f"{self._path}: {name} cannot change while portward runs: restart it")
+        await self._threads.kernel(lambda: self._core.expect_owner(config))
         try:
             await self._threads.policy(lambda: self._core.intake.reload(config, preset))
         except UnconfirmedError as error:
@@ -70,5 +71,8 @@ class ConfigReload:
                 f"{self._path}: preset {preset.name} {error}; if you intend that, raise max_flip_share with it; "
                 "if not, put the old preset back, because a restart takes this one"
             ) from None
+        finally:
+            # Behind the steps of the reload on the kernel thread.
+            await self._threads.kernel(self._core.settle_owner)
         self._config = config
         settings.leave(self._path, self._core.dataplane.config, self._core.dataplane.preset)

@@ -14,10 +14,13 @@ of the table and its own socket.
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Callable
 from datetime import datetime
 
 from portward.base.clock import Clock
-from portward.config.keys import Config
+from portward.base.ownership import users
+from portward.config.keys import Config, Owned
 from portward.daemon.counting import Counting
 from portward.daemon.intake import First, Intake, OnKernel, answers, at_once
 from portward.dataplane import templates, xtables
@@ -25,16 +28,19 @@ from portward.dataplane.accounting import ExpiringKeys
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.links import Links
 from portward.dataplane.monitor import RulesetChanges
-from portward.dataplane.names import FAMILY_TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.pending import PendingChanges, Work
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.reconciler import hearing, loaded
 from portward.dataplane.selfcheck import SelfCheck
+from portward.dataplane.tableowner import Ownership, TableOwner, obstacle
 from portward.errors import KernelError
 from portward.policy.preset import Preset
 from portward.table.writer import Writer
+
+
+_log = logging.getLogger("portward")
 
 
 class Core:
@@ -43,9 +49,16 @@ class Core:
     def __init__(self, config: Config, preset: Preset, on_kernel: OnKernel = at_once) -> None:
         """Opens kernel and table; changes nothing in the kernel. `on_kernel` runs work on the kernel thread.
         Raises KernelError or TableError. Kernel thread."""
-        self._netlink = NfNetlink()
+        self.table_owner = TableOwner(users(config.table))
         self._nft = Nft(self._netlink)
         self._ask_privilege()
+        # Why the table can have no owner on this host; empty if it can.
+        self._obstacle = obstacle(self._nft, self._netlink)
+        if self._obstacle and self.table_owner.has_custodian:
+            # libnftables may have to write the table, over sockets of its own.
+            self.table_owner.let_go()
+            self._nft = Nft(self._netlink)
+        self._nft.ownable = not self._obstacle
         templates.read()
         self.native = xtables.has_native_queue(self._nft)
         if not self.native:
@@ -81,7 +94,7 @@ class Core:
         """Closes table and sockets when no thread uses them any more. Ruleset and cached verdicts stay in the
         kernel."""
         self._writer.close()
-        self._netlink.close()
+        self.table_owner.close()
         self.counting.close()
         self._watching.close()
         if self._notices is not None:
@@ -105,7 +118,34 @@ class Core:
         assert self._first is not None  # noqa: S101 # by `first_links`
         if not loaded(self._netlink):
             self.counting.counts.discard_readings()
+        self.expect_owner(self.dataplane.config)
         self.dataplane.load(*self._first)
+        self.settle_owner()
+
+    # --- kernel thread ---
+
+    def expect_owner(self, config: Config) -> None:
+        """Before a load with `config`: starts a custodian if the table will have an owner, so that there is no
+        moment in which only this process is the owner. If that fails, `keep_table` tries it again."""
+        if self._nft.ownable and config.ruleset.owned is Owned.AUTO:
+            self._or_later(self.table_owner.begin)
+
+    def settle_owner(self) -> None:
+        """After a load: as `keep_table`, which is tried again if it fails."""
+        self._or_later(self.keep_table)
+
+    def keep_table(self) -> None:
+        """Sees to it that the table has a custodian if it has an owner, and none otherwise. Raises KernelError or
+        OSError."""
+        self.table_owner.settle(owned=self._nft.owns)
+
+    @staticmethod
+    def _or_later(work: Callable[[], None]) -> None:
+        """Does what `custodian_watch` does again if it fails. To enforce comes first."""
+        try:
+            work()
+        except (KernelError, OSError) as error:
+            _log.error("the owner of the table: %s", error)
 
     # --- event loop ---
 
@@ -136,6 +176,14 @@ class Core:
         return self.counting.limited(self.intake.links.names)
 
     # --- any thread ---
+
+    @property
+    def ownership(self) -> Ownership:
+        """Whether only this agent can change portward's table, and why not."""
+        owned = self._nft.owns
+        wanted = self.dataplane.config.ruleset.owned is Owned.AUTO
+        why = self._obstacle or ("the ruleset is not loaded yet" if wanted else '[ruleset] owned = "never"')
+        return Ownership(owned, self.table_owner.custodian, "" if owned else why)
 
     @property
     def generation(self) -> int:
@@ -181,9 +229,14 @@ class Core:
 
     # --- private ---
 
+    @property
+    def _netlink(self) -> NfNetlink:
+        """The socket that writes the kernel. Kernel thread, except its address."""
+        return self.table_owner.netlink
+
     def _ask_privilege(self) -> None:
         try:
-            self._nft.check("", f"add table {FAMILY_TABLE}\n")
+            self._nft.check("", "add table inet portward_probe\n")
         except KernelError as error:
             raise KernelError(
                 f"the kernel takes no ruleset from this process (root or CAP_NET_ADMIN?): {error}"

@@ -238,6 +238,12 @@ METRICS: Final[tuple[Metric, ...]] = (
         lambda reading: bool(reading.core.dataplane.broken),
     ),
     _gauge(
+        "ruleset_owned", (),
+        "1 if no other program can change or flush portward's table, because it has an owner; 0 if another "
+        "program can (see `status`).",
+        lambda reading: reading.core.ownership.owned,
+    ),
+    _gauge(
         "guard_loaded", (),
         "1 while the forward guard is loaded, which checks packets again that other programs may have translated "
         "(see `status`).",

@@ -138,6 +138,7 @@ def _kernel(reading: Reading, numbers: Snapshot) -> dict[str, Any]:
     core = reading.core
     return {
         "queue_path": "nft queue" if core.native else "xtables NFQUEUE",
+        "ownership": core.ownership._asdict(),
         "guard": {"loaded": core.dataplane.guarded, "why": core.dataplane.others.why},
         "stacked": core.dataplane.lookout.warnings,
         "ruleset_error": core.dataplane.broken,

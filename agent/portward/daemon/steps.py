@@ -52,6 +52,7 @@ class Step(StrEnum):
     OWNERS = "owners"  # drop packets of interfaces with another owner until the table has it.
     INTERFACES = "interfaces"  # read the kernel's messages about interfaces.
     RULESET = "ruleset"  # check the ruleset, and repair it.
+    CUSTODIAN = "custodian"  # see to it that the table has a custodian.
     COUNT = "count"  # read the kernel's counters.
     COMPARE = "compare"  # compare cached verdicts with the table.
     RATES = "rates"  # bring the kernel's rate limits in line with the table.

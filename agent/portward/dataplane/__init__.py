@@ -27,6 +27,7 @@ counted.
   `dumpsocket`, `others`, `surroundings`: find it out.
 - `monitor`, `monitor_filter`: notices of changed rulesets. `selfcheck`: differences that were found. `loaded`,
   `queue_statistics`: what verbs read from the kernel.
+- `tableowner`: the socket that owns the table, and its custodian.
 - `nft`, `compiled`: libnftables. `nf_tables`, `setdump` (pure), `nfsocket`, `xtables`, `namespacelock`:
   nf_tables over netlink. `nfnetlink`: its requests, and the kernel behind `elements`.
 - `fake`, `faketables`, `fakemessages`, `faketext`: a fake kernel for tests without root.

@@ -27,6 +27,7 @@ from portward.base.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
     attribute,
+    attributes_of,
     string,
 )
 from portward.dataplane.nf_tables import (
@@ -40,9 +41,12 @@ from portward.dataplane.nf_tables import (
     NFT_MSG_NEWCHAIN,
     NFT_MSG_NEWRULE,
     NFT_MSG_NEWTABLE,
+    NFT_TABLE_F_OWNER,
+    NFT_TABLE_F_PERSIST,
     NFTA_CHAIN_NAME,
     NFTA_SET_ELEM_LIST_SET,
     NFTA_SET_NAME,
+    NFTA_TABLE_FLAGS,
     NFTA_TABLE_NAME,
 )
 
@@ -137,6 +141,19 @@ _PLAIN: Final = {
     ("flush", "set"): (NFT_MSG_DELSETELEM, NFTA_SET_ELEM_LIST_SET),
 }
 _FLAGS: Final = {"add": NLM_F_CREATE, "create": NLM_F_CREATE | NLM_F_EXCL}
+
+
+# The flags of a table that only its owner can change, and that outlives it.
+OWNED_FLAGS: Final = (NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST).to_bytes(4, "big")
+
+
+def owned(message: Message, table: str) -> Message:
+    """The message; if it makes the table of this name, in any family, it makes the sending socket its owner."""
+    attributes = dict(attributes_of(message.body)) if message.kind == NFT_MSG_NEWTABLE else {}
+    if attributes.get(NFTA_TABLE_NAME) != string(table):
+        return message
+    attributes[NFTA_TABLE_FLAGS] = OWNED_FLAGS
+    return message._replace(body=b"".join(attribute(kind, value) for kind, value in attributes.items()))
 
 
 def inet(message: tuple[int, bytes]) -> Message:

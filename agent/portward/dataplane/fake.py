@@ -7,7 +7,8 @@ compares.
 As in the kernel, a transaction is all or nothing. It raises the generation by one, or not at all if it
 changes nothing. A full set refuses another element (ENFILE); an element that has expired and was not collected
 still takes room. The deletion of an element that is missing or has expired fails (ENOENT). A table with an owner
-belongs to one socket (EPERM). Rules are opaque text: no packet passes the fake.
+belongs to one socket (EPERM), and goes with it unless it persists. Rules are opaque text: no packet passes the
+fake.
 
 `journal` has each committed transaction. A test prepares faults with `refuse`, `meanwhile`, `die`, `unreadable`,
 `overlook` and `permitted`.
@@ -16,9 +17,10 @@ belongs to one socket (EPERM). Rules are opaque text: no packet passes the fake.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
-import struct
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -31,10 +33,10 @@ from portward.dataplane import nf_tables as nf
 from portward.dataplane.elements import (
     Change,
 )
-from portward.dataplane.fakemessages import change_of, read, reports_of, text_of
+from portward.dataplane.fakemessages import change_of, flags_of, read, reports_of, text_of
 from portward.dataplane.faketables import Draft, FakeElement, FakeSet, FakeTable, handle
 from portward.dataplane.faketext import SyntaxFault
-from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink
+from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink, TableState
 from portward.dataplane.nft import Nft
 from portward.dataplane.setdump import SetElement, SetRow
 from portward.errors import KernelError
@@ -70,10 +72,11 @@ class Transaction(NamedTuple):
 
 
 class FakeKernel:
-    """One network namespace. `native`: it has nft_queue. `xtables`: it has the xtables target NFQUEUE."""
+    """One network namespace. `native`: it has nft_queue. `xtables`: it has the xtables target NFQUEUE. `persists`:
+    a table can outlive its owner."""
 
-    def __init__(self, *, native: bool = True, xtables: bool = True) -> None:
-        self.native, self.xtables = native, xtables
+    def __init__(self, *, native: bool = True, xtables: bool = True, persists: bool = True) -> None:
+        self.native, self.xtables, self.persists = native, xtables, persists
         self.tables: dict[str, FakeTable] = {}
         self.generation = 7
         self.now = 1_000.0  # seconds
@@ -85,16 +88,20 @@ class FakeKernel:
         self._unreadable: list[int] = []
         self._overlooked: dict[str, set[bytes]] = {}
         self._dies_after: int | None = None
+        # Addresses of sockets that nothing has yet, and how many descriptors each open socket has.
+        self._ports = itertools.count(4_711)
+        self.sockets = Counter[int]()
 
     # --- the two ways in ---
 
-    def netlink(self) -> FakeNetlink:
-        """A socket to this kernel."""
-        return FakeNetlink(self)
+    def netlink(self, inherited: FakeNetlink | None = None) -> FakeNetlink:
+        """A socket to this kernel. `inherited`: the same socket as that one, as in another process."""
+        return FakeNetlink(self, next(self._ports) if inherited is None else inherited.port)
 
-    def nft(self, socket: FakeNetlink | None = None) -> FakeNft:
-        """nftables on this kernel, which takes texts as they are. Its transactions count as those of `socket`."""
-        return FakeNft(self, socket)
+    def nft(self, socket: FakeNetlink | None = None, *, compiles: bool = False) -> FakeNft:
+        """nftables on this kernel, which takes texts as they are. Its transactions count as those of `socket`. If
+        it says that it `compiles`, portward's table may have an owner."""
+        return FakeNft(self, socket, compiles=compiles)
 
     # --- faults ---
 
@@ -163,9 +170,16 @@ class FakeKernel:
         """A copy of the tables."""
         return {name: table.copy() for name, table in self.tables.items()}
 
-    def release(self, socket: object) -> None:
-        """Closes a socket, which deletes its tables."""
-        self.tables = {name: table for name, table in self.tables.items() if table.owner is not socket}
+    def release(self, port: int) -> None:
+        """Closes a descriptor of a socket. With the last one, the tables of the socket go, and those that persist
+        have no owner any more."""
+        self.sockets[port] -= 1
+        if self.sockets[port]:
+            return
+        self.tables = {name: table for name, table in self.tables.items() if table.owner != port or table.persists}
+        for table in self.tables.values():
+            if table.owner == port:
+                table.owner, table.flags = None, "persist"
 
     def _inject(self) -> None:
         due = [fault for after, fault in self._faults if after == 0]
@@ -208,17 +222,31 @@ class FakeKernel:
 class FakeNft(Nft):
     """nftables on a fake kernel."""
 
-    def __init__(self, kernel: FakeKernel, socket: FakeNetlink | None = None) -> None:
-        self._kernel, self._socket = kernel, socket
+    # Whether the next text makes portward's table one with an owner.
+    _owned = False
+
+    def __init__(self, kernel: FakeKernel, socket: FakeNetlink | None = None, *, compiles: bool = False) -> None:
+        self._kernel, self._socket, self._says = kernel, socket, compiles
+        self._asking: object = self if socket is None else socket.port
+
+    @property
+    def compiles(self) -> bool:
+        """See `Nft`."""
+        return self._says
+
+    def _sent(self, *_: object, owned: bool = False, **__: object) -> bool:
+        self._owned = owned
+        return False
 
     def _once(self, text: str, *, dry_run: bool, flags: int = 0, debug: int = 0) -> str:
         assert not debug  # noqa: S101 # no text is compiled
         try:
             if text.startswith("list table "):
                 return self._listed(text.removeprefix("list table inet "))
-            commands = faketext.commands(text)
-            asking = self._socket or self
-            self._kernel.transact(lambda draft: draft.run(commands), lambda: text, asking, dry_run=dry_run)
+            commands, owned, self._owned = faketext.commands(text), self._owned, False
+            self._kernel.transact(
+                lambda draft: draft.run(commands, owned=owned), lambda: text, self._asking, dry_run=dry_run
+            )
         except SyntaxFault as error:
             raise KernelError(f"nft: {error}") from None
         except OSError as error:
@@ -237,21 +265,34 @@ class FakeNft(Nft):
 class FakeNetlink(NfNetlink):
     """A socket to a fake kernel."""
 
-    def __init__(self, kernel: FakeKernel) -> None:
-        self._kernel = kernel
+    _closed = False
+
+    def __init__(self, kernel: FakeKernel, port: int) -> None:
+        self._kernel, self._port = kernel, port
+        kernel.sockets[port] += 1
+
+    @property
+    def port(self) -> int:
+        """See `NfNetlink`."""
+        return self._port
 
     def close(self) -> None:
         """See `NfNetlink`."""
-        self._kernel.release(self)
+        if not self._closed:
+            self._closed = True
+            self._kernel.release(self._port)
 
     def generation(self) -> int:
         """See `NfNetlink`."""
         return self._kernel.generation
 
-    def owned_table(self, table: str) -> str | None:
-        """See `NfNetlink`."""
+    def state(self, table: str) -> TableState | None:
+        """See `NfNetlink`. The owner of a table that FakeNft has made without a socket has the address 1."""
         found = self._table(table)
-        return None if found is None or found.owner is None else found.comment
+        if found is None:
+            return None
+        owner = found.owner if isinstance(found.owner, int) else int(found.owner is not None)
+        return TableState(owner, found.comment, found.persists)
 
     def sets(self, table: str) -> set[str]:
         """See `NfNetlink`."""
@@ -336,7 +377,7 @@ class FakeNetlink(NfNetlink):
                     reports.extend(reports_of(draft, body))
                 self._do(draft, kind, body)
 
-        self._kernel.transact(work, lambda: tuple(read(found)), self, dry_run=dry_run)
+        self._kernel.transact(work, lambda: tuple(read(found)), self.port, dry_run=dry_run)
         return reports
 
     def _do(self, draft: Draft, kind: int, body: bytes) -> None:
@@ -344,9 +385,9 @@ class FakeNetlink(NfNetlink):
         table = text_of(attributes[nf.NFTA_TABLE_NAME])  # the same attribute in all messages
         match kind:
             case nf.NFT_MSG_NEWTABLE:
-                owned = attributes.get(nf.NFTA_TABLE_FLAGS) == struct.pack(">I", nf.NFT_TABLE_F_OWNER)
-                comment = text_of(attributes.get(nf.NFTA_TABLE_USERDATA, b"")[2:])
-                draft.add_table(table, "owner" if owned else "", comment)
+                if (flags := flags_of(attributes)) and "persist" in flags and not self._kernel.persists:
+                    refuse(errno.EOPNOTSUPP)
+                draft.add_table(table, flags, text_of(attributes.get(nf.NFTA_TABLE_USERDATA, b"")[2:]))
             case nf.NFT_MSG_DELTABLE:
                 draft.delete_table(table)
             case nf.NFT_MSG_NEWCHAIN:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from portward.base.netlink import attribute, attributes_of, nest, string
 from portward.dataplane import nf_tables as nf
@@ -101,6 +102,19 @@ def _elements(nested: bytes) -> Iterator[tuple[bytes, str]]:
         parts = dict(attributes_of(element))
         key = dict(attributes_of(parts[nf.NFTA_SET_ELEM_KEY]))[nf.NFTA_DATA_VALUE]
         yield key, text_of(parts.get(nf.NFTA_SET_ELEM_OBJREF, b""))
+
+
+# Flags of a table, in the order in which the fake names them.
+_FLAGS: Final = {nf.NFT_TABLE_F_OWNER: "owner", nf.NFT_TABLE_F_PERSIST: "persist"}
+
+
+def flags_of(attributes: dict[int, bytes]) -> str | None:
+    """The flags in a message that makes a table; None if it does not speak of them."""
+    found = attributes.get(nf.NFTA_TABLE_FLAGS)
+    if found is None:
+        return None
+    number = int.from_bytes(found, "big")
+    return ",".join(name for flag, name in _FLAGS.items() if number & flag)
 
 
 def text_of(value: bytes) -> str:

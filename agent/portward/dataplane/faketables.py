@@ -26,6 +26,7 @@ from portward.dataplane.elements import (
     InsertRule,
 )
 from portward.dataplane.faketext import Base, Command
+from portward.dataplane.names import TABLE
 
 
 def refuse(number: int) -> NoReturn:
@@ -67,7 +68,7 @@ class FakeChain:
 
 @dataclass
 class FakeTable:
-    """An inet table."""
+    """An inet table. `flags`: empty, or `dormant`, `owner`, `owner,persist` or `persist`."""
 
     flags: str = ""
     owner: object = None
@@ -76,6 +77,11 @@ class FakeTable:
     sets: dict[str, FakeSet] = field(default_factory=dict)
     limits: dict[str, tuple[int, int]] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def persists(self) -> bool:
+        """Whether it outlives its owner."""
+        return "persist" in self.flags
 
     def copy(self) -> FakeTable:
         """A copy that shares nothing with this table."""
@@ -101,6 +107,7 @@ class Draft:
         have the statement `queue`."""
         self.tables = {name: table.copy() for name, table in tables.items()}
         self._now, self._socket, self._native = now, socket, native
+        self._owned = False
         # Whether anything has changed. If not, the generation stays.
         self.touched = False
 
@@ -109,7 +116,7 @@ class Draft:
         if name not in self.tables:
             refuse(errno.ENOENT)
         found = self.tables[name]
-        if found.owner is not None and found.owner is not self._socket:
+        if found.owner not in (None, self._socket):
             refuse(errno.EPERM)
         return found
 
@@ -120,18 +127,25 @@ class Draft:
             refuse(errno.ENOENT)
         return sets[name]
 
-    def add_table(self, name: str, flags: str = "", comment: str = "") -> None:
-        """Makes a table. One with the same ownership may exist already."""
-        if name in self.tables:
-            found = self.table(name)
-            if ("owner" in found.flags) != ("owner" in flags):
-                refuse(errno.EOPNOTSUPP)
-            self.touched |= found.flags != flags
-            found.flags = flags
+    def add_table(self, name: str, flags: str | None = "", comment: str = "") -> None:
+        """Makes a table. If it exists already, it gets these flags, unless they are None. A table that persists
+        and has no owner can get one; no other table can get or lose one."""
+        if name not in self.tables:
+            self.tables[name] = FakeTable(flags or "", self._owner(flags or ""), comment)
+            self.touched = True
             return
-        owner = (self._socket or object()) if "owner" in flags else None
-        self.tables[name] = FakeTable(flags, owner, comment)
+        found = self.table(name)
+        if flags is None or found.flags == flags:
+            return
+        orphan = found.persists and found.owner is None
+        loses = found.owner is not None and "owner" not in flags
+        if loses or ("owner" in flags and not orphan) or found.persists != ("persist" in flags):
+            refuse(errno.EOPNOTSUPP)
+        found.flags, found.owner = flags, self._owner(flags)
         self.touched = True
+
+    def _owner(self, flags: str) -> object:
+        return (self._socket or object()) if "owner" in flags else None
 
     def delete_table(self, name: str) -> None:
         """Deletes a table with all its objects."""
@@ -232,8 +246,10 @@ class Draft:
 
     # --- what nft's text does ---
 
-    def run(self, commands: Iterable[Command]) -> None:
-        """Runs the commands of a text in their order."""
+    def run(self, commands: Iterable[Command], *, owned: bool = False) -> None:
+        """Runs the commands of a text in their order. `owned`: portward's table gets the flags `owner` and
+        `persist`, which the text does not have."""
+        self._owned = owned
         for command in commands:
             kind = {"map": "set", "insert": "rule"}.get(command.kind, command.kind)
             getattr(self, f"_{command.verb}_{kind}")(command)
@@ -244,8 +260,8 @@ class Draft:
         self.tables = kept
 
     def _add_table(self, command: Command) -> None:
-        flags = "owner" if "owner" in command.body else "dormant" if "dormant" in command.body else ""
-        self.add_table(command.table, flags)
+        flags = ",".join(word for word in ("dormant", "owner", "persist") if word in command.body)
+        self.add_table(command.table, "owner,persist" if self._owned and command.table == TABLE else flags)
 
     def _create_table(self, command: Command) -> None:
         if command.table in self.tables:

@@ -69,6 +69,16 @@ class Expression(NamedTuple):
     attributes: dict[int, bytes]
 
 
+class TableState(NamedTuple):
+    """An inet table: the address of the netlink socket that owns it (0: none), its comment, and whether it
+    outlives its owner (`flags persist`). A table that persists without an owner is adopted by the next socket that
+    asks."""
+
+    owner: int
+    comment: str
+    persists: bool
+
+
 class NfNetlink(NfSocket):
     """The requests to nf_tables, in the network namespace of the thread that makes the socket."""
 
@@ -100,11 +110,20 @@ class NfNetlink(NfSocket):
     def owned_table(self, table: str) -> str | None:
         """The comment of an inet table that belongs to a netlink socket (`flags owner`). None if there is no such
         table, or if it has no owner. Raises PermissionError without CAP_NET_ADMIN."""
+        found = self.state(table)
+        return found.comment if found is not None and found.owner else None
+
+    def state(self, table: str) -> TableState | None:
+        """An inet table; None if there is none. Raises PermissionError without CAP_NET_ADMIN."""
         try:
             for reply in self._request(nf.NFT_MSG_GETTABLE, attribute(nf.NFTA_TABLE_NAME, string(table)), 0):
                 attributes = dict(attributes_of(reply))
-                if _U32.unpack(attributes[nf.NFTA_TABLE_FLAGS])[0] & nf.NFT_TABLE_F_OWNER:
-                    return _comment(attributes.get(nf.NFTA_TABLE_USERDATA, b""))
+                flags = _U32.unpack(attributes[nf.NFTA_TABLE_FLAGS])[0]
+                (owner,) = _U32.unpack(attributes.get(nf.NFTA_TABLE_OWNER, bytes(4)))
+                comment = _comment(attributes.get(nf.NFTA_TABLE_USERDATA, b""))
+                return TableState(
+                    owner if flags & nf.NFT_TABLE_F_OWNER else 0, comment, bool(flags & nf.NFT_TABLE_F_PERSIST)
+                )
         except FileNotFoundError:
             pass
         return None

@@ -61,17 +61,12 @@ _RECEIVE_BYTES: Final = 1 << 17
 class NfSocket:
     """A netlink socket to nf_tables in the network namespace of the thread that makes it."""
 
-    def __init__(self) -> None:
-        """Raises KernelError if the kernel has no nfnetlink."""
-        try:
-            self._socket = socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
-            )
-            self._socket.bind((0, 0))
-        except OSError as error:
-            raise KernelError(
-                f"nfnetlink: {error.strerror}: this kernel lacks CONFIG_NETFILTER_NETLINK"
-            ) from error
+    def __init__(self, inherited: socket.socket | None = None) -> None:
+        """Raises KernelError if the kernel has no nfnetlink. `inherited`: the socket of a process that has ended,
+        in its network namespace. It keeps its address, and what it owns."""
+        self._socket = inherited or _opened()
+        if inherited is not None:
+            self._drain()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         # An error then has only the header of the refused message, not a copy of the whole message.
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
@@ -80,9 +75,24 @@ class NfSocket:
         # A transaction of this many bytes fits into the send buffer.
         self._max_sent = 100_000
 
+    def _drain(self) -> None:
+        """Reads what the process before has not read. A dump that it has left half-way would let the kernel refuse
+        the next one (EBUSY); it goes on as it is read."""
+        while True:
+            try:
+                self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:  # ENOBUFS: replies were lost
+                continue
+
     def close(self) -> None:
         """Closes the socket."""
         self._socket.close()
+
+    def fileno(self) -> int:
+        """The descriptor of the socket, for a process that will inherit it."""
+        return self._socket.fileno()
 
     @property
     def port(self) -> int:
@@ -220,6 +230,16 @@ class NfSocket:
                 replies.append(content[skip:])
                 if not many:
                     return replies, True
+
+
+def _opened() -> socket.socket:
+    """A new socket in the network namespace of the calling thread. Raises KernelError."""
+    try:
+        opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+        opened.bind((0, 0))
+    except OSError as error:
+        raise KernelError(f"nfnetlink: {error.strerror}: this kernel lacks CONFIG_NETFILTER_NETLINK") from error
+    return opened
 
 
 def interrupted() -> OSError:

@@ -22,6 +22,7 @@ from portward.base.interfaces import encoded
 from portward.dataplane import compiled
 from portward.dataplane.compiled import Message, UnreadableError
 from portward.dataplane.elements import Add, messages
+from portward.dataplane.names import TABLE
 from portward.dataplane.ruleset import Wanted
 from portward.errors import KernelError
 
@@ -102,6 +103,11 @@ class Nft:
 
     _socket: Socket | None = None
     _compiles = False
+    # Whether this host takes a table with an owner: see `tableowner.obstacle`. Set once, before the first
+    # `replace`.
+    ownable = False
+    # Whether the last `replace` has made the socket the owner of portward's table. May be read on any thread.
+    owns = False
 
     def __init__(self, socket: Socket | None = None, *, compiles: bool = True) -> None:
         """With `socket` and `compiles`, libnftables only compiles the texts of all methods but `load`, so it reads
@@ -138,9 +144,13 @@ class Nft:
         if not self._sent(head, ruleset, dry_run=True):
             self._once(head + ruleset, dry_run=True)
 
+    def would_own(self, want: Wanted) -> bool:
+        """Whether `replace` makes the socket the owner of portward's table."""
+        return want.owned and self.ownable
+
     def check_replacement(self, head: str, want: Wanted) -> None:
         """Asks the kernel whether `replace` would work. Changes nothing. Raises KernelError if not."""
-        if not self._sent(head, want.fixed, _elements(want), dry_run=True):
+        if not self._sent(head, want.fixed, _elements(want), dry_run=True, owned=self.would_own(want)):
             self._once(head + want.text, dry_run=True)
 
     def prepare(self, want: Wanted) -> None:
@@ -151,23 +161,28 @@ class Nft:
 
     def replace(self, head: str, want: Wanted) -> None:
         """Commits `want` after the plain commands in `head` as one transaction. Raises KernelError, and then
-        nothing has changed."""
+        nothing has changed.
+
+        If `would_own`, the messages that make the table have its flags, and the text has not: one text serves both
+        kinds of table, also with a libnftables that has no word for these flags."""
+        owned = self.would_own(want)
         with self._committing():
-            if not self._sent(head, want.fixed, _elements(want)):
+            if not self._sent(head, want.fixed, _elements(want), owned=owned):
                 self._once(head + want.text, dry_run=False)
+        self.owns = owned and self.compiles
 
     def add(self, ruleset: str) -> None:
         """Commits a text that names only objects that it defines itself. Raises KernelError."""
         with self._committing():
-            if not self._sent("", ruleset):
+            if not self._sent("", ruleset, owned=self.owns):
                 self._once(ruleset, dry_run=False)
 
-    def create(self, table: str, ruleset: str) -> None:
+    def create(self, table: str, ruleset: str, *, owned: bool = False) -> None:
         """Commits a text that names only objects that it defines itself. Raises KernelError, also if this table of
-        family inet exists already."""
+        family inet exists already. `owned`: as `would_own` says."""
         head = f"create table inet {table}\n"
         with self._committing():
-            if not self._sent(head, ruleset):
+            if not self._sent(head, ruleset, owned=owned):
                 self._once(head + ruleset, dry_run=False)
 
     def delete(self, table: str) -> None:
@@ -177,10 +192,17 @@ class Nft:
                 self._once(f"delete table inet {table}\n", dry_run=False)
 
     def _sent(
-        self, head: str, text: str, more: list[tuple[int, bytes]] | None = None, *, dry_run: bool = False
+        self,
+        head: str,
+        text: str,
+        more: list[tuple[int, bytes]] | None = None,
+        *,
+        dry_run: bool = False,
+        owned: bool = False,
     ) -> bool:
-        """Sends the messages of the plain commands in `head`, of `text`, and `more`. False if libnftables makes
-        the transactions, or if it prints messages in another form. Raises KernelError."""
+        """Sends the messages of the plain commands in `head`, of `text`, and `more`. `owned`: portward's table is
+        one with an owner. False if libnftables makes the transactions, or if it prints messages in another form:
+        then the kernel refuses what libnftables sends for such a table. Raises KernelError."""
         if self._socket is None or not self._compiles:
             return False
         try:
@@ -189,6 +211,8 @@ class Nft:
             _log.warning("libnftables loads the rulesets itself: %s", error)
             self._compiles = False
             return False
+        if owned:
+            transaction = [compiled.owned(message, TABLE) for message in transaction]
         try:
             self._socket.transact(transaction, dry_run=dry_run)
         except OSError as error:

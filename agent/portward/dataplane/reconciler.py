@@ -16,7 +16,7 @@ from typing import Final
 from portward.base.resources import rules
 from portward.dataplane import xtables
 from portward.dataplane.monitor import NoticeFilter, RulesetChanges, RulesetMonitor
-from portward.dataplane.names import COUNTING_SETS, FIXED_SETS, TABLE
+from portward.dataplane.names import COUNTING_SETS, FAMILY_TABLE, FIXED_SETS, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import WRITING
@@ -117,9 +117,17 @@ class RulesetReconciler:
         self._nft.check_replacement(self._head(want), want)
 
     def _head(self, want: Wanted) -> str:
+        if self._converts(want):
+            return f"delete table {FAMILY_TABLE}\nadd table {FAMILY_TABLE}\n"
         same = self._cache.definitions() == want.definitions
         hooks = self._netlink.hooks(TABLE)
         return head(want, self._netlink.sets(TABLE), hooks, same_definitions=same)
+
+    def _converts(self, want: Wanted) -> bool:
+        """Whether the loaded table is a plain one and should have an owner, or the other way round. The kernel
+        only takes another table for it."""
+        found = self._netlink.state(TABLE)
+        return found is not None and found.persists != self._nft.would_own(want)
 
     def _load_once(self, want: Wanted) -> None:
         # At a start, and not if another program has taken away what this process had loaded.
@@ -127,12 +135,17 @@ class RulesetReconciler:
         # This load replaces all changes of other programs up to here. Later changes count as a disturbance.
         self._note_generation()
         self._cache.forget_behind_gate()
-        self._count_what_goes(want)
+        converts = self._converts(want)
+        self._count_what_goes(want, converts=converts)
         # Before the chain `stacked` is gone, which may have stopped what comes from these interfaces. At a start
         # there is no set.
         with contextlib.suppress(KernelError):
             self._cache.interfaces.retain_known(want.known)
         try:
+            if converts:
+                # A packet on its way at that moment may meet the new chains before they act, and the old ones when
+                # they no longer do. `load` lifts this; if the process dies before, the next start does.
+                close(self._nft, want.ports)
             self._nft.replace(self._head(want), want)
             if not want.native:
                 self._install(want)
@@ -140,6 +153,9 @@ class RulesetReconciler:
             if first and loaded(self._netlink):
                 # If there was no ruleset before, nothing of ours stays behind; CLOSED does.
                 self._nft.delete(TABLE)
+            if converts:  # the table before is still loaded
+                with contextlib.suppress(KernelError, OSError):
+                    lift(self._nft, self._netlink)
             self._netlink.disturbed = self._touched = True
             raise
 
@@ -154,10 +170,10 @@ class RulesetReconciler:
             if loaded(self._netlink):
                 raise
 
-    def _count_what_goes(self, want: Wanted) -> None:
+    def _count_what_goes(self, want: Wanted, *, converts: bool) -> None:
         """Deletes what is cached if the sets are about to be made anew, so that the kernel reports what they have
         counted. The load would delete it anyway."""
-        if self._cache.definitions() not in (None, want.definitions):
+        if converts or self._cache.definitions() not in (None, want.definitions):
             with contextlib.suppress(KernelError):  # the sets are there no more, or were never of this kind
                 self._cache.flush(COUNTING_SETS & self._netlink.sets(TABLE))
 
@@ -257,9 +273,10 @@ def _asking() -> Iterator[None]:
 
 def begin(nft: Nft, want: Wanted) -> None:
     """Loads `want` if portward's table is not there yet, without the xtables target. Nothing is cached then, so
-    until an agent starts every packet that would be asked about is dropped. Raises KernelError, also if the table
+    until an agent starts every packet that would be asked about is dropped. If the table may have an owner, this
+    process is the owner until it ends; then the table waits for the agent. Raises KernelError, also if the table
     is there (an agent may load it at this very moment), and then nothing has changed."""
-    nft.create(TABLE, want.whole)
+    nft.create(TABLE, want.whole, owned=nft.would_own(want))
 
 
 def close(nft: Nft, ports: Iterable[int]) -> None:

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from portward.config.documents import network_text
-from portward.config.keys import Config, Encrypted, OnAgentDown, Verdicts
+from portward.config.keys import Config, Encrypted, OnAgentDown, Owned, Verdicts
 from portward.dataplane import tunnels
 from portward.dataplane.desired import NOTHING, Surroundings
 from portward.dataplane.names import (
@@ -107,6 +107,11 @@ class Wanted(NamedTuple):
     # (set → marks or interface indexes). A text that was loaded before is loaded again faster.
     fixed: str = ""
     numbers: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    # The policy ports.
+    ports: tuple[int, ...] = ()
+    # Whether the table should have an owner if the host allows that. `text` is the same either way: see
+    # `Nft.replace`.
+    owned: bool = False
 
     @property
     def whole(self) -> str:
@@ -146,7 +151,15 @@ def wanted(
     hooks = HOOKS | TUNNELS_HOOKS
     hooks |= GUARD_HOOKS if surroundings.guard else {}
     hooks |= STACKED_HOOKS if surroundings.stacked else {}
-    return Wanted(text, definitions, statements, native, hooks, surroundings.known, fixed, _numbers(state))
+    return Wanted(
+        text, definitions, statements, native, hooks, surroundings.known, fixed, _numbers(state),
+        ports=preset.ports, owned=config.ruleset.owned is Owned.AUTO,
+    )  # fmt: skip
+
+
+def elsewhere(text: str) -> str:
+    """The ruleset `text` for a table of another name, to ask whether the kernel would take it."""
+    return re.sub(rf"\b{FAMILY_TABLE}\b", f"{FAMILY_TABLE}_probe", text)
 
 
 def stacked_alone(templates: Templates, config: Config, preset: Preset, surroundings: Surroundings) -> str:

@@ -1,4 +1,4 @@
-"""The formats that daemon and workers share. Both processes import this room, and neither imports the other's.
+"""The formats that daemon, workers and custodian share. All import this room, and none imports the others'.
 
 This always holds: each shared layout has explicit numbers, and a change of it raises a version, because an upgrade
 lets an old daemon start a new worker.
@@ -7,4 +7,5 @@ lets an old daemon start a new worker.
 - `counters`: the block of counters in shared memory
 - `lines`: the lines that a worker writes to the daemon
 - `probe`: the self-check's question to a worker
+- `custody`: how the daemon finds the custodian of its table, and what they say
 """

@@ -16,7 +16,7 @@ from portward.base.instance import unit
 from portward.base.interfaces import matches, shown
 from portward.base.words import counted
 from portward.config.files import mistake
-from portward.config.keys import DEFAULT_TABLE, Config, Encrypted
+from portward.config.keys import DEFAULT_TABLE, Config, Encrypted, Owned
 from portward.config.load import load_config
 from portward.config.paths import is_path
 from portward.daemon.runtime import read_status, running
@@ -29,6 +29,7 @@ from portward.dataplane import (
     ruleset,
     stacking,
     surroundings,
+    tableowner,
     templates,
     tunnels,
     xtables,
@@ -129,13 +130,18 @@ def _ruleset(
     found = surroundings.found(config, printed=warnings)._replace(guard=guard)
     try:
         want = ruleset.wanted(templates.read(), config, preset, native=native, state=state, surroundings=found)
-        nft.check(want.whole)
+        # Only its owner may ask about a table with an owner.
+        owned = bool(tableowner.owner(netlink))
+        nft.check(ruleset.elsewhere(want.whole) if owned else want.whole)
     except KernelError as error:
         raise KernelError(f"the kernel does not take the ruleset: {error}") from None
     if not native:
         xtables.require(netlink)
     yield from _lock(config, netlink)
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
+    if config.ruleset.owned is Owned.AUTO:
+        why = tableowner.obstacle(nft, netlink)
+        yield f"another program can remove the rules: {why}" if why else "no other program can remove the rules"
 
 
 def _store(url: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from portward.config.load import load_config
 from portward.config.paths import from_file, is_path
 from portward.daemon import settings
 from portward.dataplane import loaded as opened
-from portward.dataplane import namespacelock, others, reconciler, ruleset, templates, xtables
+from portward.dataplane import namespacelock, others, reconciler, ruleset, tableowner, templates, xtables
 from portward.dataplane.names import FAMILY_TABLE
 from portward.dataplane.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
@@ -27,6 +27,7 @@ from portward.dataplane.nft import Nft
 from portward.dataplane.queue_statistics import states
 from portward.dataplane.ruleset import uncovered
 from portward.dataplane.surroundings import found
+from portward.dataplane.tableowner import TableOwner
 from portward.errors import InputError, KernelError, PortwardError
 from portward.model import Mode
 from portward.ops import host
@@ -139,6 +140,7 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
     if reconciler.loaded(netlink):  # an agent was faster, and has ended
         return _already(path, netlink)
     nft = Nft(netlink)
+    nft.ownable = not tableowner.obstacle(nft, netlink)
     try:
         config = load_config(path)
         preset = presets.load(config.preset, named_in=path)
@@ -211,11 +213,12 @@ def check_removable() -> None:
 
 def remove() -> str:
     """Removes the ruleset and returns a sentence about it. Raises PortwardError as `check_removable` does."""
-    netlink = NfNetlink()
-    _require_loaded(netlink)
+    _require_loaded(NfNetlink())
     try:
-        with NamespaceLock():
-            reconciler.remove(Nft(netlink), netlink)
+        with NamespaceLock(), contextlib.closing(TableOwner()) as owner:
+            # From here on any process may delete the table. It still enforces, also if this one dies right here.
+            owner.let_go()
+            reconciler.remove(Nft(owner.netlink), owner.netlink)
     except NamespaceTakenError as error:
         raise _taken(error) from error
     return "portward's ruleset is removed: port 25 is open for every source behind this gateway"

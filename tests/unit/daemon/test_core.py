@@ -24,6 +24,7 @@ from portward.config.keys import Config, Verdicts
 from portward.daemon import bulk
 from portward.daemon import core as module
 from portward.daemon.core import Core
+from portward.dataplane import tableowner
 from portward.dataplane.desired import NOTHING
 from portward.dataplane.fake import FakeKernel
 from portward.dataplane.links import Device, Links
@@ -86,6 +87,7 @@ class Ground:
         self.kernel = FakeKernel()
         self.folder = folder
         monkeypatch.setattr(module, "NfNetlink", self.kernel.netlink)
+        monkeypatch.setattr(tableowner, "NfNetlink", self.kernel.netlink)
         monkeypatch.setattr(module, "Nft", self.kernel.nft)
         self.config = Config(
             segments=("vni*",), uplinks=("up0",), store=f"sqlite:{folder}/portward.db", table=folder / "table"

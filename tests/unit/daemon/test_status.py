@@ -38,3 +38,21 @@ def test_a_store_that_cannot_be_asked_is_what_the_agent_says(
     monkeypatch.setattr(host, "behind_store", lambda _: "")
     found = {"in_step": in_step, "store_error": "", "held": None}
     assert status_text.store(found | status._in_step(CONFIG, found)) == told
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (
+            {"owned": True, "custodian": 7, "why": ""},
+            "owned: no other program can remove them; process 7 keeps that",
+        ),
+        ({"owned": True, "custodian": None, "why": ""}, "while it runs; IT HAS NO CUSTODIAN now"),
+        (
+            {"owned": False, "custodian": None, "why": "Linux 6.9 and later do"},
+            "not owned, another program can remove them: Linux 6.9 and later do",
+        ),
+    ],
+)
+def test_whether_another_program_can_remove_the_rules(found: dict[str, object], told: str) -> None:
+    assert told in status_text._ownership(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from portward.base.netlink import NLM_F_CREATE, attribute, string
+from portward.base.netlink import NLM_F_CREATE, attribute, attributes_of, string
 from portward.dataplane import compiled
 from portward.dataplane.compiled import Message, UnreadableError
 
@@ -60,3 +60,19 @@ def test_plain_commands_need_no_library() -> None:
 def test_other_commands_are_not_taken_for_plain_ones(text: str) -> None:
     with pytest.raises((KeyError, ValueError)):
         compiled.plain(text)
+
+
+@pytest.mark.parametrize("family", [1, 7], ids=["inet", "bridge"])
+@pytest.mark.parametrize("flags", [b"", attribute(2, bytes(4)), attribute(2, b"\0\0\0\1")])
+def test_only_the_message_that_makes_the_table_gives_it_an_owner(family: int, flags: bytes) -> None:
+    name, comment = attribute(1, string("t")), attribute(6, b"\0\2a\0")
+    made = Message(0, family, NLM_F_CREATE, name + flags + comment)
+    owned = compiled.owned(made, "t")
+    assert owned._replace(body=b"") == made._replace(body=b"")
+    assert dict(attributes_of(owned.body)) == {1: string("t"), 2: b"\0\0\0\6", 6: b"\0\2a\0"}
+    others = [
+        made._replace(body=attribute(1, string("another"))),  # a table of another name
+        made._replace(kind=2, body=name),  # its deletion
+        made._replace(kind=3, body=name + attribute(3, string("c"))),  # a chain in it
+    ]
+    assert [compiled.owned(message, "t") for message in others] == others

@@ -205,6 +205,7 @@ def test_the_generation_is_that_of_the_kernel() -> None:
 
 def owned(flags: int, userdata: bytes = b"") -> tuple[int, int, int, bytes]:
     more = [attribute(6, userdata)] if userdata else []
+    more += [attribute(7, u32(4711))] if flags & 2 else []
     return reply(nf.NFT_MSG_NEWTABLE, attribute(1, string("t")), attribute(2, u32(flags)), *more)
 
 

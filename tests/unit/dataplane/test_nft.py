@@ -380,3 +380,60 @@ def test_a_whole_ruleset_that_is_not_fixed_is_left_to_libnftables(compiling: Com
     sent = Sent()
     Nft(sent).load("text")
     assert (sent.transactions, compiling.asked) == ([], [("text", False, 0)])
+
+
+# --- a table with an owner ---
+
+
+OWNED = WANTED._replace(owned=True)
+
+
+@pytest.mark.parametrize("ownable", [True, False])
+@pytest.mark.parametrize("want", [WANTED, OWNED], ids=["plain", "owned"])
+def test_the_socket_owns_the_table_if_the_host_and_the_configuration_want_it(
+    compiling: Compiling, monkeypatch: pytest.MonkeyPatch, want: Wanted, ownable: bool
+) -> None:
+    """The text that libnftables compiles is the same: one that knows no such flag can compile it too."""
+    monkeypatch.setattr(module, "TABLE", "t")
+    sent = Sent()
+    nft = Nft(sent)
+    nft.ownable = ownable
+    expected = want.owned and ownable
+    made = compiled.owned(TABLE_T, "t") if expected else TABLE_T
+    nft.check_replacement(DELETE, want)
+    assert not nft.owns, "nothing is loaded yet"
+    nft.replace(DELETE, want)
+    assert nft.owns is expected is nft.would_own(want)
+    nft.add("fixed\n")
+    nft.create("t", "fixed\n", owned=expected)
+    assert sent.transactions == [
+        ([DELETE_OLD, made, ELEMENT], True),
+        ([DELETE_OLD, made, ELEMENT], False),
+        ([made], False),
+        ([compiled.owned(CREATE_T, "t") if expected else CREATE_T, made], False),
+    ]
+    assert [text for text, *_ in compiling.asked] == [compiled.FETCH_NOTHING + "fixed\n"]
+
+
+def test_a_refused_transaction_leaves_the_owner_as_it_was(compiling: Compiling) -> None:
+    nft = Nft(Sent(OSError(errno.ENOMEM, "Cannot allocate memory")))
+    nft.ownable = True
+    with pytest.raises(KernelError):
+        nft.replace("", OWNED)
+    assert not nft.owns
+    nft.owns = True
+    with pytest.raises(KernelError):
+        nft.replace("", WANTED)
+    assert nft.owns
+
+
+def test_a_table_that_libnftables_loads_itself_has_no_owner(
+    library: Callable[..., Library], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the loaded one has, the kernel refuses it."""
+    found = Compiling(output=b"messages in another form")
+    monkeypatch.setattr(module, "_library", lambda: found)
+    nft = Nft(Sent())
+    nft.ownable = True
+    nft.replace("", OWNED)
+    assert (nft.compiles, nft.owns) == (False, False)

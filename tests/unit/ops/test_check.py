@@ -42,6 +42,9 @@ class Kernel:
     def owned_table(self, _: str) -> None:
         """None."""
 
+    def state(self, _: str) -> None:
+        """There is no table."""
+
     def __getattr__(self, _: str) -> Any:
         return lambda *_, **__: True
 
@@ -100,7 +103,7 @@ def test_a_program_that_cannot_be_run_is_reported_and_keeps_no_agent_from_its_st
     on_a_host(monkeypatch)
     path = tmp_path / "portward.toml"
     path.write_text(f'{LEAST}[exemptions]\ncheck = ["{path}", "--quick"]\n')
-    lines = list(itertools.islice(check.check(path, with_store=with_store), 6))
+    lines = list(itertools.islice(check.check(path, with_store=with_store), 7))
     warned = f"WARNING: exemptions.check: {path} cannot be run here: there is no such program, or it may not be "
     assert any(line.startswith(warned) for line in lines) is expected
 

@@ -6,6 +6,7 @@ import io
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,17 @@ from typer.testing import CliRunner
 
 from portward.cli import rules as verb
 from portward.cli.program import app
-from portward.config.keys import Config, OnAgentDown
-from portward.dataplane import namespacelock, reconciler
+from portward.config.keys import Config, OnAgentDown, Owned, Ruleset
+from portward.dataplane import namespacelock, reconciler, tableowner
+from portward.dataplane.desired import NOTHING
+from portward.dataplane.fake import FakeKernel
+from portward.dataplane.names import TABLE
 from portward.dataplane.queue_statistics import QueueStatistics
 from portward.dataplane.setdump import SetElement
 from portward.errors import KernelError, PortwardError
 from portward.model import Mode
 from portward.ops import host, rules
+from unit.dataplane.grounds import Plane
 from unit.ops.test_host import bounds
 
 CONFIG = Config(segments=("vni*",), uplinks=("up0",))
@@ -221,3 +226,48 @@ def test_if_nothing_is_loaded_the_advice_to_start_an_agent_comes_only_without_on
     assert str(host.nothing_loaded(tmp_path)).endswith("(start the agent: `systemctl start portward`)")
     monkeypatch.setattr(host, "running", lambda _: 7)
     assert str(host.nothing_loaded(tmp_path)).endswith("although an agent runs (process 7): see `portward status`")
+
+
+# --- a table with an owner ---
+
+
+def on(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> None:
+    """The verbs' kernel, whose tables can have an owner."""
+    for module in (rules, namespacelock, tableowner):
+        monkeypatch.setattr(module, "NfNetlink", kernel.netlink)
+    monkeypatch.setattr(rules, "Nft", lambda netlink: kernel.nft(netlink, compiles=True))
+
+
+def test_a_removal_ends_the_custodian_before_it_removes_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In between the table enforces and has no owner, so a removal that is killed there can be repeated."""
+    kernel = FakeKernel()
+    held = kernel.netlink()
+    nft = kernel.nft(held, compiles=True)
+    nft.ownable = True
+    Plane(kernel, netlink=held, nft=nft).start()
+    seen = []
+
+    def end() -> None:
+        held.close()
+        seen.append(bool(kernel.tables[TABLE].chains["screen"].rules))
+
+    on(monkeypatch, kernel)
+    monkeypatch.setattr(tableowner, "_taken", lambda _: (held, None, SimpleNamespace(end=end)))
+    monkeypatch.setattr(tableowner, "_connected", lambda _: None)
+    assert "port 25 is open for every source" in rules.remove()
+    assert seen == [True]
+    assert TABLE not in kernel.tables
+
+
+@pytest.mark.parametrize(("owned", "flags"), [(Owned.AUTO, "owner,persist"), (Owned.NEVER, "")])
+def test_the_baseline_loads_the_kind_of_table_that_the_agent_will_have(
+    monkeypatch: pytest.MonkeyPatch, owned: Owned, flags: str
+) -> None:
+    """So the agent need not replace it."""
+    kernel = FakeKernel()
+    on(monkeypatch, kernel)
+    config = replace(CONFIG, ruleset=Ruleset(owned=owned))
+    monkeypatch.setattr(rules, "load_config", lambda _: config)
+    monkeypatch.setattr(rules, "found", lambda _: NOTHING)
+    assert rules.baseline(Path("portward.toml")).startswith("closed until portward runs")
+    assert kernel.tables[TABLE].flags == flags

@@ -174,10 +174,14 @@ def _beside_nftables() -> None:
         until(_baseline_is_done, "the baseline's ruleset", seconds=60)
     row("the baseline too, where no agent runs", "", good=True)
     sh("systemctl stop nftables")
-    row("… and a stop leaves port 25 closed", _ours(), good=_ours() == ["portward_closed"])
+    # A table with an owner stays (Debian 13).
+    left = "portward" if _owned() else "portward_closed"
+    row("… and a stop leaves port 25 closed", _ours(), good=_ours() == [left])
     sh("systemctl start portward")
     _wait_active()
     row("… until the agent starts", _ours(), good=_ours() == ["portward"])
+    if _owned():
+        _flushed()
     flood.kill()
     _nothing_came_out("while nftables.service came and went")
     sh("systemctl enable --now nftables")  # so each later shutdown flushes the rules
@@ -209,6 +213,26 @@ def _ours() -> list[str]:
     rules."""
     tables = [line.split()[-1] for line in sh("nft list tables").splitlines()]
     return [name for name in tables if "portward" in name and name != "portward_lock"]
+
+
+def _flushed() -> None:
+    """Another program flushes all rulesets, by hand, while an agent runs and while none does."""
+    for word in ("start", "stop"):
+        sh(f"systemctl {word} portward")
+        sh("nft add table inet theirs")
+        sh("nft flush ruleset")
+        left = sh("nft list tables").splitlines()
+        good = "table inet portward" in left and "table inet theirs" not in left
+        row(f"nft flush ruleset after systemctl {word} portward leaves portward's table", left, good=good)
+        refused = sh("nft delete table inet portward", check=False)
+        row("… and nobody can delete it", refused.splitlines()[0], good="not permitted" in refused)
+    sh("systemctl start portward")
+    _wait_active()
+
+
+def _owned() -> bool:
+    """Whether portward's table has an owner, so that no other program can remove it."""
+    return bool(re.search(r"(?m)^\s*flags .*owner", sh("nft -t list table inet portward", check=False)))
 
 
 def _forgets_after(seconds: int) -> float:
