@@ -1,4 +1,4 @@
-# Everything here does its own set-up: on a fresh Debian 12, as root, `make demo` is enough.
+# Everything here does its own set-up: on a fresh Debian 12 or 13, as root, `make demo` is enough.
 PYTHON ?= /usr/bin/python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,10 +8,15 @@ PREFIX ?= /opt/portward
 PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlink-dev \
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base locales
 
+# The release of Debian that this machine runs, and the one that a package and a virtual machine are of: bookworm or
+# trixie. What is of another release is built in a root folder of that release (package/release.py).
+HOST    := $(shell . /etc/os-release && echo $$VERSION_CODENAME)
+RELEASE := $(HOST)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup program packages demo messages clean
 .PHONY: test coverage test-lowest test-trixie test-mail test-vm soak lint house bench bench-short
-.PHONY: docs deb install
+.PHONY: docs deb install inside vm-packages
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -89,16 +94,24 @@ test-mail: setup ## Send mail with Postfix, Exim, swaks and Python, tcpdump besi
 	$(MAKE) packages PACKAGES="debootstrap"
 	$(BIN)/python -m tests.mail
 
-# For a part of them: make test-trixie TESTS="tests/unit/dataplane tests/program".
-TESTS := -n $(PROCESSES) --dist loadfile
+# For a part of them: make test-trixie ONLY="tests/unit/dataplane tests/program".
+test-trixie: ## Run the tests on Debian 13, with Python 3.13, in a root folder of its own (root)
+	$(MAKE) inside RELEASE=trixie DO=test
 
-test-trixie: setup ## Run the tests on Debian 13, with Python 3.13, in a root of its own (root)
+# $(call within,TARGETS) runs targets in the root folder of RELEASE. The variables of this command line reach them.
+within = $(PYTHON) -m package.release $(RELEASE) $(1)
+
+inside: ## Run the targets DO in a root folder of RELEASE: make inside RELEASE=trixie DO="demo test" (root)
 	$(MAKE) packages PACKAGES="debootstrap"
-	$(BIN)/python -m tests.trixie $(TESTS)
+	$(call within,$(DO) ONLY="$(ONLY)")
 
 # $(call package,VERSION,FOLDER) builds the Debian package FOLDER/portward_VERSION_amd64.deb, in a copy of this tree:
 # debhelper's clean-up deletes editors' backup files too, and a copy can be given another version.
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/portward/__init__.py)
+# The package of a later release has a later version, so that an upgrade of Debian takes it.
+SUFFIX_trixie := +deb13
+DEB_VERSION := $(VERSION)$(SUFFIX_$(RELEASE))
+DEB     := portward_$(DEB_VERSION)_amd64.deb
 COPY    := build/package/portward
 package = rm -rf build/package && mkdir -p $(COPY) $(2) && \
           tar --create --exclude='./.?*' --exclude=./build --exclude=./dist . | tar --extract --directory $(COPY) && \
@@ -106,17 +119,24 @@ package = rm -rf build/package && mkdir -p $(COPY) $(2) && \
           (cd $(COPY) && BUILDER=$(CURDIR)/$(BIN)/python dpkg-buildpackage --build=binary --no-sign) && \
           mv build/package/portward_$(1)_amd64.deb $(2)
 
-# The virtual machine needs these beside PACKAGES.
-VM_PACKAGES := debhelper qemu-system-x86 debootstrap e2fsprogs lintian
-# The same package as a later version, to be upgraded to.
-NEXT := $(VERSION)+next
+# The same package as a later version, to be upgraded to. Python allows one plus sign.
+NEXT := $(DEB_VERSION)$(if $(SUFFIX_$(RELEASE)),.,+)next
 
-test-vm: setup ## Boot a Debian 12 in a virtual machine and test the package in it, some twelve minutes (root)
-	$(MAKE) packages PACKAGES="$(VM_PACKAGES)"
-	$(call package,$(VERSION),build/vm)
+# The package in both versions, in build/vm, without errors of lintian.
+vm-packages: program
+	$(MAKE) packages PACKAGES="debhelper lintian"
+	$(call package,$(DEB_VERSION),build/vm)
 	$(call package,$(NEXT),build/vm)
-	lintian --allow-root --fail-on error build/vm/portward_$(VERSION)_amd64.deb
-	$(BIN)/python -m tests.vm build/vm/portward_$(VERSION)_amd64.deb build/vm/portward_$(NEXT)_amd64.deb
+	lintian --allow-root --fail-on error build/vm/$(DEB)
+
+test-vm: setup ## Boot a Debian (RELEASE) in a virtual machine and test the package in it, some twelve minutes (root)
+	$(MAKE) packages PACKAGES="qemu-system-x86 debootstrap e2fsprogs"
+ifeq ($(RELEASE),$(HOST))
+	$(MAKE) vm-packages
+else
+	$(call within,vm-packages --bring build/vm)
+endif
+	$(BIN)/python -m tests.vm --release $(RELEASE) build/vm/$(DEB) build/vm/portward_$(NEXT)_amd64.deb
 
 # How long each kind of input is fuzzed, in seconds.
 FUZZ := 300
@@ -166,12 +186,18 @@ docs: setup $(DOCS)/ready ## Build the documents as a site in build/site, and ch
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 	$(BIN)/python -m package.links build/site
 
-deb: program ## Build dist/portward_VERSION_amd64.deb
+ifeq ($(RELEASE),$(HOST))
+deb: program ## Build dist/portward_VERSION_amd64.deb, of this release of Debian or of RELEASE
 	$(MAKE) packages PACKAGES="debhelper"
-	$(call package,$(VERSION),dist)
+	$(call package,$(DEB_VERSION),dist)
+else
+deb:
+	$(MAKE) packages PACKAGES="debootstrap"
+	$(call within,deb --bring dist)
+endif
 
 install: deb ## Install program and units without the package: PREFIX (/opt/portward), DESTDIR
-	$(BIN)/python -m package.install dist/portward_$(VERSION)_amd64.deb --prefix "$(PREFIX)" --destdir "$(DESTDIR)/"
+	$(BIN)/python -m package.install dist/$(DEB) --prefix "$(PREFIX)" --destdir "$(DESTDIR)/"
 
 clean: ## Remove what the other targets made in this folder
 	rm -rf $(VENV) $(LOWEST) $(DOCS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -29,7 +29,7 @@ _AGENTS: Final = ("portward.service", "portward@.service")
 _PLACES: Final = {
     _PROGRAM: Path("usr/local/bin/portward"),
     Path("etc"): Path("etc"),
-    Path("lib/systemd/system"): _UNITS,
+    Path("usr/lib/systemd/system"): _UNITS,
     Path("usr/lib/sysusers.d"): Path("etc/sysusers.d"),
     Path("usr/lib/tmpfiles.d"): Path("etc/tmpfiles.d"),
     Path("usr/share/doc"): Path("usr/local/share/doc"),
@@ -39,7 +39,7 @@ _PLACES: Final = {
     Path("usr/share/zsh/vendor-completions"): Path("usr/local/share/zsh/site-functions"),
 }
 # All names that portward makes in the prefix.
-_OWN: Final = {"bin", "lib", "root", "pyvenv.cfg", "baseline", "closed.nft", "nftables"}
+_OWN: Final = {"bin", "lib", "root", "pyvenv.cfg", "baseline", "closed.nft", "closed-bridge.nft", "nftables"}
 _GZIP: Final = b"\x1f\x8b"
 # ProtectHome= and PrivateTmp= hide these from the units; /run is empty after each boot.
 _UNSEEN: Final = ("home", "root", "run", "tmp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import msgspec
 
@@ -14,17 +15,12 @@ from portward.daemon.settings import FIXED
 
 def fills() -> dict[str, object]:
     """The values for the text of the page."""
-    said = _meanings()
-    tables = {
-        field.name: field.type
-        for field in msgspec.structs.fields(Config)
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
-    }
+    said, tables = _meanings(), _tables()
     main = {name: said[name] for name in Config.__struct_fields__ if name not in tables}
     sections = (
-        f"## `[{name}]`\n\n{said[name]}\n\n"
+        f"## `{title}`\n\n{said[name]}\n\n"
         + section_table(struct, {key: said[f"{name}.{key}"] for key in struct.__struct_fields__})
-        for name, struct in tables.items()
+        for name, (title, struct) in tables.items()
     )
     return {
         "fixed": ", ".join(f"`[{name}]`" if name in tables else code(name) for name in FIXED),
@@ -32,6 +28,17 @@ def fills() -> dict[str, object]:
         "tables": "\n".join(sections),
         "sample": template(),
     }
+
+
+def _tables() -> dict[str, tuple[str, type[msgspec.Struct]]]:
+    """The tables of the file: name → the line that begins one, and its keys."""
+    found: dict[str, tuple[str, type[msgspec.Struct]]] = {}
+    for field in msgspec.structs.fields(Config):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            found[field.name] = f"[{field.name}]", field.type
+        elif isinstance(item := next(iter(get_args(field.type)), None), type) and issubclass(item, msgspec.Struct):
+            found[field.name] = f"[[{field.name}]]", item
+    return found
 
 
 def _meanings() -> dict[str, str]:
@@ -42,9 +49,9 @@ def _meanings() -> dict[str, str]:
     for line in template().splitlines():
         if line.startswith("# "):
             comment = sentence(line.removeprefix("# "))
-        elif found := re.fullmatch(r"\[(\w+)\]", line):
+        elif found := re.fullmatch(r"#?\[?\[(\w+)\]\]?", line):
             prefix = f"{found[1]}."
             said[found[1]] = comment
-        elif found := re.match(r"(\w+) = ", line):
+        elif found := re.match(r"#?(\w+) = ", line):
             said[prefix + found[1]] = comment
     return said | {key: f"{said[key]} {more}" for key, more in MEANINGS["configuration"].items()}

@@ -36,7 +36,7 @@ _FILES: Final = {
     "the agent runs.",
     _COUNTS: "The sums of the metrics, in two slots that are written in turn. They outlive a restart.",
     runtime._CRASH: "What Python printed if the last agent crashed.",
-    "/usr/lib/portward": "The program, the boot fallback `baseline`, and `closed.nft`.",
+    "/usr/lib/portward": "The program, the boot fallback `baseline`, `closed.nft`, and `closed-bridge.nft`.",
 }
 _STORE_ANEW: Final = "not read: the store is read anew"
 _SUMS_ANEW: Final = "not read: the sums begin anew"

@@ -52,10 +52,9 @@ def struct_table(
 
 
 def section_table(struct: type[msgspec.Struct], said: Mapping[str, str]) -> str:
-    """The table of a struct's keys with these meanings, without what is a struct itself."""
+    """The table of those of a struct's keys that have one of these meanings."""
     found: Any = inspect.type_info(struct)
-    plain = [one for one in found.fields if not isinstance(one.type, inspect.StructType)]
-    return _keys(plain, said, in_words, str)
+    return _keys([one for one in found.fields if one.encode_name in said], said, in_words, str)
 
 
 def enum_table(enum: type[Enum], head: str) -> str:

@@ -123,7 +123,7 @@ class Gateway:
             RulesetReconciler(nft, self._netlink, self._cache), self._cache, RateLimits(self.kernel),
             lambda sources: None, native=native,
         )  # fmt: skip
-        self._links = {f"vni{link}": link for link in range(_FIRST_LINK, _FIRST_LINK + links)}
+        self._links = {f"vni{link}": (link,) for link in range(_FIRST_LINK, _FIRST_LINK + links)}
         self._desired = Desired(config, preset, 1, 1, self._links)
         self.sync.apply(self._desired)
         # The daemon listens to changes, so the kernel writes a notice for each element.

@@ -24,7 +24,7 @@ from faults.ground import Ground, Outcome
 from faults.inject.points import POINTS, Point
 from kernel.conftest import DENIED, source_records
 from portward.base.resources import rules
-from portward.dataplane.names import FAMILY_TABLE
+from portward.dataplane.names import KernelTable
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Tenant
@@ -171,7 +171,7 @@ def upgrades(ground: Ground, rounds: int) -> Iterator[Outcome]:
             ground.recovered()
         # A downgrade replaces rules and sets, but the newer version's counter stays. So look for a set's
         # definition.
-        newer = "gc-interval" in ground.on_gateway("nft", "-t", "list", "table", *FAMILY_TABLE.split()).stdout
+        newer = "gc-interval" in ground.on_gateway("nft", "-t", "list", "table", *str(KernelTable.INET).split()).stdout
         assert newer == (not number % 2), "another ruleset is loaded than was put in place"
 
     for number in range(2 if rounds == 1 else 10 * rounds):
@@ -232,7 +232,7 @@ def _provoke(ground: Ground, point: Point) -> None:
         ground.agents.start()
     elif point.when == "repair":
         # A rule that opens nothing.
-        ground.nft(f"insert rule {FAMILY_TABLE} refuse drop")
+        ground.nft(f"insert rule {KernelTable.INET} refuse drop")
     elif point.when == "links":
         namespaces.ip("-n", ground.lab.gateway, "link", "add", "vni1999", "type", "bridge")
         time.sleep(0.1)  # pause: the agent may or may not see the interface
@@ -486,7 +486,7 @@ def _restored(ground: Ground, damage: Callable[[Path], None], restart: bool = Fa
 @fault
 def rules_removed(ground: Ground, rounds: int) -> Iterator[Outcome]:
     """Another program removes or changes rules. The outcome says how many packets come out, and for how long."""
-    table = FAMILY_TABLE
+    table = str(KernelTable.INET)
 
     def flush_ruleset() -> None:
         ground.nft("flush ruleset")
@@ -551,8 +551,8 @@ def element_added(ground: Ground, rounds: int) -> Iterator[Outcome]:
         source = traffic.BLOCKED4[7]
         index = ground.index(FABRIKAM)
         ground.nft(
-            f"delete element {FAMILY_TABLE} deny4 {{ {index} . {source} }}\n"
-            f"add element {FAMILY_TABLE} allow4 {{ {index} . {source} }}"
+            f"delete element {KernelTable.INET} deny4 {{ {index} . {source} }}\n"
+            f"add element {KernelTable.INET} allow4 {{ {index} . {source} }}"
         )
         # The daemon compares a sample of the cached verdicts with the table every five seconds. On a busy machine
         # its step may take some seconds more: the figure is in the note.
@@ -561,7 +561,7 @@ def element_added(ground: Ground, rounds: int) -> Iterator[Outcome]:
             leaked = ground.traffic.leaked[before:]
             if not leaked or leaked[-1] < time.monotonic() - 0.3:
                 return f"{len(leaked)} packets out, forgotten after {leaked[-1] - start if leaked else 0:.2f} s"
-        ground.nft(f"delete element {FAMILY_TABLE} allow4 {{ {index} . {source} }}")
+        ground.nft(f"delete element {KernelTable.INET} allow4 {{ {index} . {source} }}")
         raise AssertionError(f"{len(leaked)} packets out within {waited:.1f} s, nobody noticed")
 
     for _ in range(rounds):

@@ -26,6 +26,7 @@ from portward.config.keys import Config, Queue, QueueReader
 from portward.daemon import workers
 from portward.dataplane import xtables
 from portward.dataplane.desired import Desired
+from portward.dataplane.names import KernelTable
 from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.rate_limits import RateLimits
@@ -34,6 +35,7 @@ from portward.dataplane.sync import KernelSync
 from portward.dataplane.verdict_cache import Source, VerdictCache
 from portward.ipc.mark import Class
 from portward.lab import namespaces
+from portward.lab.bridged import BridgedLab
 from portward.lab.topology import CONTOSO, Lab
 from portward.model import Attachment, Subscription
 from portward.policy import presets
@@ -52,19 +54,21 @@ class Churn:
         self._lab, self._address = lab, address
         self._config = Config(segments=("vni*",), uplinks=("up0",), queue=Queue(reader=reader))
         self._preset = presets.load("azure-2020")
-        self._netlink = NfNetlink()
+        table = KernelTable.BRIDGE if isinstance(lab, BridgedLab) else KernelTable.INET
+        self._table = table
+        self._netlink = NfNetlink().of(table)
         self._nft = Nft(self._netlink, compiles=False)
         self.elements = KernelElements(self._netlink)
         self.cache = VerdictCache(self.elements)
-        self._native = xtables.has_native_queue(self._nft)
+        native = xtables.has_native_queue(self._nft, table)
         self.writer = Writer(folder, self._preset, Answers(observe=False, reject=False))
         self.sync = KernelSync(
             RulesetReconciler(self._nft, self._netlink, self.cache), self.cache, RateLimits(self.elements),
-            lambda sources: None, native=self._native,
+            lambda sources: None, native=native, table=table,
         )  # fmt: skip
         index = socket.if_nametoindex(CONTOSO.segment)
         self._source = Source(index, ip_address(address).packed)
-        self.links = {CONTOSO.segment: index}
+        self.links = {CONTOSO.segment: (index,)}
         attachment = Attachment(segment=CONTOSO.segment, address=ip_network(address), subscription=_SUBSCRIPTION)
         self.writer.replace(
             [_offer("pay-as-you-go"), attachment], revision=1, store=b"churn".ljust(16), now=utc_now()
@@ -106,7 +110,8 @@ class Churn:
     def _desired(self) -> Desired:
         head = self.writer.head()
         assert head is not None
-        return Desired(self._config, self._preset, head.generation, head.revision, self.links)
+        desired = Desired(self._config, self._preset, head.generation, head.revision, self.links)
+        return desired.bridged() if self._table is KernelTable.BRIDGE else desired
 
     @contextmanager
     def _traffic(self) -> Iterator[None]:

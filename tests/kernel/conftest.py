@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import subprocess
@@ -17,8 +18,15 @@ from uuid import UUID, uuid4
 import pytest
 
 from kernel.wire import Seen, Sender, same, segment
+from portward.config.keys import QueueReader
+from portward.dataplane import xtables
+from portward.dataplane.names import TABLE, KernelTable
+from portward.dataplane.nfnetlink import NfNetlink
+from portward.dataplane.nft import Nft
+from portward.errors import KernelError
 from portward.lab import namespaces
 from portward.lab.agent import Agent
+from portward.lab.bridged import BridgedLab
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab, Tenant
 from portward.model import Attachment, Mode, Record, Subscription
 
@@ -53,9 +61,28 @@ class Gateway:
         self.agent.apply(*source_records(tenant, address, offer, id_, mode))
         return id_
 
+    @property
+    def table(self) -> KernelTable:
+        """The table that sees the tenants' packets."""
+        return KernelTable.BRIDGE if isinstance(self.lab, BridgedLab) else KernelTable.INET
+
+    @property
+    def family(self) -> str:
+        """The family of that table, in nft's words."""
+        return self.table.family
+
     def listing(self, set_: str) -> str:
         """One of portward's sets in the kernel, as nft lists it."""
-        return namespaces.run(self.lab.gateway, ["nft", "list", "set", "inet", "portward", set_]).stdout
+        return self.nft("list", "set", self.family, TABLE, set_)
+
+    def nft(self, *words: str) -> str:
+        """Runs nft on the gateway; gives its stdout."""
+        return namespaces.run(self.lab.gateway, ["nft", *words]).stdout
+
+    def counted(self, name: str) -> int:
+        """The packets of a named counter of the ruleset."""
+        with namespaces.inside(self.lab.gateway), contextlib.closing(NfNetlink()) as netlink:
+            return netlink.of(self.table).counters(TABLE)[name]
 
     def workers(self) -> set[int]:
         """The processes that read the queues in the gateway's namespace."""
@@ -105,20 +132,67 @@ def source_records(
     )
 
 
+@functools.cache
+def takes_bridges() -> bool:
+    """Whether this kernel takes a queue in a bridge, so that bridged segments get verdicts."""
+    name = lab_name()
+    namespaces.make(name)
+    try:
+        with namespaces.inside(name), contextlib.closing(NfNetlink()) as netlink:
+            return xtables.has_native_queue(Nft(netlink), KernelTable.BRIDGE)
+    finally:
+        namespaces.remove(name)
+
+
+def require_bridges() -> None:
+    """Skips the test on a kernel that takes no queue in a bridge."""
+    if not takes_bridges():
+        pytest.skip("this kernel takes no queue in a bridge: `make test-vm` runs this on one that does")
+
+
+# The kinds of labs in which the same tests run. The second one has bridges alone.
+LAB_KINDS = {"routed": Lab, "bridged": BridgedLab}
+
+
 def lab_name() -> str:
     """A name for a lab that no other test run has."""
     return f"{LABS}{os.getpid()}x{next(_names)}"
 
 
+def lab_of(kind: str, tenants: tuple[Tenant, ...] = (CONTOSO, FABRIKAM)) -> Lab:
+    """A lab that is not up yet. `kind` is one of LAB_KINDS; bridges are skipped as `require_bridges` says."""
+    if kind != "routed":
+        require_bridges()
+    return LAB_KINDS[kind](lab_name(), tenants)
+
+
+def br_netfilter(lab: Lab, *, on: bool) -> None:
+    """Whether frames in the bridges of a lab's gateway meet the tables of IP, too. Skips the test on a kernel
+    without br_netfilter."""
+    names = ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables")
+    try:
+        namespaces.sysctl(lab.gateway, *(f"net.bridge.{name}={int(on)}" for name in names))
+    except KernelError:
+        if on:
+            pytest.skip("this kernel has no br_netfilter")
+
+
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def lab_kind() -> str:
+    """The kind of the labs of a module's gateways, one of LAB_KINDS. A module that has tests for all kinds has a
+    fixture of its own with this name."""
+    return "routed"
+
+
+@pytest.fixture(scope="module")
+def gateway(lab_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway that the tests of a module share. So each test uses addresses of its own."""
-    with running_gateway(tmp_path_factory.mktemp("gateway")) as found:
+    with running_gateway(tmp_path_factory.mktemp("gateway"), kind=lab_kind) as found:
         yield found
 
 
 @pytest.fixture
-def make_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
+def make_gateway(tmp_path: Path, lab_kind: str) -> Iterator[Callable[..., Gateway]]:
     """Makes a gateway for one test, with the settings that it needs."""
     from contextlib import ExitStack
 
@@ -127,7 +201,7 @@ def make_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
         def make(**settings: Any) -> Gateway:
             folder = tmp_path / lab_name()
             folder.mkdir()
-            return stack.enter_context(running_gateway(folder, **settings))
+            return stack.enter_context(running_gateway(folder, kind=lab_kind, **settings))
 
         yield make
 
@@ -135,11 +209,21 @@ def make_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
 class running_gateway:  # noqa: N801 # used as a function
     """A gateway that runs within a `with`."""
 
-    def __init__(self, folder: Path, tenants: tuple[Tenant, ...] = (CONTOSO, FABRIKAM), **settings: Any) -> None:
-        self._folder, self._tenants, self._settings = folder, tenants, settings
+    def __init__(
+        self,
+        folder: Path,
+        tenants: tuple[Tenant, ...] = (CONTOSO, FABRIKAM),
+        *,
+        kind: str = "routed",
+        **settings: Any,
+    ) -> None:
+        """`kind` is one of LAB_KINDS, `settings` are keys of the configuration."""
+        self._folder, self._tenants, self._kind, self._settings = folder, tenants, kind, settings
 
     def __enter__(self) -> Gateway:
-        self._lab = Lab(lab_name(), self._tenants)
+        if self._kind != "routed" and self._settings.get("queue", {}).get("reader") == QueueReader.NETFILTERQUEUE:
+            pytest.skip("NetfilterQueue does not read the frames of a bridge")
+        self._lab = lab_of(self._kind, self._tenants)
         self._lab.up()
         self._agent = Agent(self._lab, self._folder, **self._settings)
         try:

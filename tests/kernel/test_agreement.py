@@ -8,10 +8,11 @@ from datetime import UTC, date, datetime, timedelta
 from ipaddress import ip_address, ip_network
 from uuid import uuid4
 
+import pytest
 from scapy.layers.inet import TCP
 from scapy.packet import Packet
 
-from kernel.conftest import Gateway
+from kernel.conftest import LAB_KINDS, Gateway
 from kernel.wire import Seen, segment, waiting
 from portward.lab import namespaces
 from portward.lab.topology import MAIL4, MAIL6, Tenant
@@ -113,11 +114,17 @@ def arrived(gateway: Gateway, sent: dict[int, tuple[Tenant, Packet]]) -> set[int
     return found
 
 
+@pytest.fixture(scope="module", params=LAB_KINDS)
+def lab_kind(request: pytest.FixtureRequest) -> str:
+    """Once with a gateway that routes and once with one that bridges."""
+    return str(request.param)
+
+
 def test_the_kernel_does_what_decide_says(gateway: Gateway) -> None:
     """Three random policies. Under each of them every packet is sent twice: a worker gives the first verdict, the
     cache the second one."""
     namespaces.batch(
-        gateway.lab.gateway,
+        gateway.lab.router,
         [f"route replace {net} via 198.51.100.2" for net in ("10.9.0.0/16", "172.16.0.0/12")]
         + ["route replace fd00:9::/32 via 2001:db8:ffff::2"],
     )

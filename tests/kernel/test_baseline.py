@@ -16,6 +16,7 @@ from faults.inject import points as inject
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway, source_records
 from kernel.wire import same, seen, segment
 from portward.base.resources import rules
+from portward.dataplane.names import KernelTable
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
@@ -255,7 +256,13 @@ def test_a_ruleset_that_the_kernel_refuses_leaves_the_closed_port(booted: Gatewa
         reconciler = RulesetReconciler(nft, netlink, VerdictCache(KernelElements(netlink)))
         with pytest.raises(KernelError):
             reconciler.load(
-                Wanted("table inet portward { nonsense }\n", definitions=0, statements=(), native=True)
+                Wanted(
+                    KernelTable.INET,
+                    "table inet portward { nonsense }\n",
+                    definitions=0,
+                    statements=(),
+                    native=True,
+                )
             )
         netlink.close()
     assert tables(booted) == ["portward_closed"]

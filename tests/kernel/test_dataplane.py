@@ -6,7 +6,6 @@ import itertools
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import closing
 from ipaddress import ip_address
 
 import pytest
@@ -20,11 +19,9 @@ from scapy.layers.inet6 import (
 )
 from scapy.packet import Packet, Raw
 
-from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway
+from kernel.conftest import ALLOWED, DENIED, LAB_KINDS, Gateway, running_gateway
 from kernel.wire import same, seen, segment
 from portward.config.keys import QueueReader
-from portward.dataplane.names import TABLE
-from portward.dataplane.nfnetlink import NfNetlink
 from portward.lab import namespaces
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
@@ -33,10 +30,20 @@ from portward.model import Mode
 FLAGS = ["S", "SA", "A", "", "F", "R", "SF", "SEC", "SPU", "PA", "FPU", "SR", "SFRPAUEC"]
 
 
+@pytest.fixture(scope="module", params=LAB_KINDS)
+def lab_kind(request: pytest.FixtureRequest) -> str:
+    """Each test once with a gateway that routes, and once with one that bridges."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=QueueReader)
-def gateway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def gateway(
+    request: pytest.FixtureRequest, lab_kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
     """A gateway for the tests of this module that need no settings of their own, once with each reader."""
-    with running_gateway(tmp_path_factory.mktemp("gateway"), queue={"reader": request.param}) as found:
+    with running_gateway(
+        tmp_path_factory.mktemp("gateway"), kind=lab_kind, queue={"reader": request.param}
+    ) as found:
         yield found
 
 
@@ -102,22 +109,15 @@ def test_a_prefix_that_changes_is_forgotten_host_by_host(gateway: Gateway) -> No
 
 
 def test_internal_destinations_pass_without_a_verdict(gateway: Gateway) -> None:
-    namespaces.batch(gateway.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
-    before = internal(gateway)
+    namespaces.batch(gateway.lab.router, ["route replace 10.9.0.0/16 via 198.51.100.2"])
+    before = gateway.counted("internal")
     assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1")
     assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1"), "also once the source is known to be denied"
-    assert internal(gateway) == before + 2
+    assert gateway.counted("internal") == before + 2
     until(
         lambda: gateway.agent.metrics()['portward_screen_packets_total{rule="internal"}'] == before + 2,
         "the metric agrees with the kernel",
     )
-
-
-def internal(gateway: Gateway) -> int:
-    """Packets to internal destinations so far, read from the kernel, because the metric is refreshed only each
-    second."""
-    with namespaces.inside(gateway.lab.gateway), closing(NfNetlink()) as netlink:
-        return netlink.counters(TABLE)["internal"]
 
 
 def test_destinations_beside_the_internal_ones_get_verdicts(gateway: Gateway) -> None:
@@ -181,7 +181,7 @@ def test_a_later_fragment_of_another_port_passes_whatever_its_data_looks_like(ma
     gateway.source(FABRIKAM, "10.0.0.77", DENIED)
     data = b"\x0f\xa0\x00\x19 a later fragment"
     # Connection tracking would hold the fragment until the first one comes.
-    namespaces.run(gateway.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
+    namespaces.run(gateway.lab.router, ["nft", "delete", "table", "inet", "lab"])
     with seen(gateway.lab.internet) as view:
         gateway.senders[FABRIKAM].send(IP(src="10.0.0.77", dst=MAIL4, proto=6, frag=3, id=4711) / Raw(data))
         assert view.first(lambda packet: data in bytes(packet)) is not None
@@ -210,9 +210,9 @@ def foreign_marks(gateway: Gateway, mark: int) -> None:
     counts those that kept the mark."""
     namespaces.load(
         gateway.lab.gateway,
-        f"""table inet foreign
-        delete table inet foreign
-        table inet foreign {{
+        f"""table {gateway.family} foreign
+        delete table {gateway.family} foreign
+        table {gateway.family} foreign {{
           counter kept {{}}
           chain before {{
             type filter hook prerouting priority -310
@@ -231,24 +231,20 @@ def foreign_marks(gateway: Gateway, mark: int) -> None:
 @pytest.mark.parametrize("own", [0x0001, 0x0007, 0xFFFC, 0xFFFF, 0x0006])
 def test_marks_of_others_are_kept_and_never_obeyed(make_gateway, own: int, reader: QueueReader) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway(queue={"reader": reader})
-    epoch = (
-        namespaces.run(gateway.lab.gateway, ["nft", "list", "set", "inet", "portward", "epoch"])
-        .stdout.split("elements = { ")[1]
-        .split(" ")[0]
-    )
+    epoch = gateway.listing("epoch").split("elements = { ")[1].split(" ")[0]
     foreign_marks(gateway, 0x00AB0000 | (own if own > 0xF000 else own | int(epoch, 16)))
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
     assert not gateway.passes(FABRIKAM, "10.0.0.4"), "by its cached verdict"
     assert not gateway.passes(FABRIKAM, "10.0.0.99"), "an unknown source"
     assert gateway.passes(CONTOSO, "10.0.0.4")
     assert gateway.passes(CONTOSO, "10.0.0.4"), "by its cached verdict"
-    listing = namespaces.run(gateway.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "kept"]).stdout
+    listing = gateway.nft("list", "counter", gateway.family, "foreign", "kept")
     assert "packets 2 " in listing, "both packets left with the others' bits, and with none of ours"
 
 
 def test_a_marked_packet_to_an_internal_destination_teaches_nothing(make_gateway) -> None:  # type: ignore[no-untyped-def]
     gateway = make_gateway()
-    namespaces.batch(gateway.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
+    namespaces.batch(gateway.lab.router, ["route replace 10.9.0.0/16 via 198.51.100.2"])
     foreign_marks(gateway, 0x00000001)
     assert gateway.passes(FABRIKAM, "10.0.0.4", to="10.9.0.1")
     assert not gateway.passes(FABRIKAM, "10.0.0.4")
@@ -276,7 +272,7 @@ def test_where_the_way_to_the_queue_is_gone_nothing_opens(make_gateway) -> None:
     process = gateway.agent.process
     process.send_signal(signal.SIGSTOP)  # otherwise the agent would restore the rule within milliseconds
     try:
-        namespaces.load(gateway.lab.gateway, "flush chain inet portward to_workers")
+        namespaces.load(gateway.lab.gateway, f"flush chain {gateway.table} to_workers")
         assert not gateway.passes(FABRIKAM, "10.0.0.4")
         assert not gateway.passes(CONTOSO, "10.0.0.4"), "its packets get no verdict"
     finally:

@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 from scapy.layers.inet import TCP
 
-from kernel.conftest import ALLOWED, DENIED, Gateway, source_records
+from kernel.conftest import ALLOWED, DENIED, LAB_KINDS, Gateway, source_records
 from kernel.test_rates import customer
 from kernel.wire import meanwhile, seen, segment
 from portward.lab import namespaces
@@ -24,6 +24,12 @@ from portward.model import Mode
 
 _ALL = 0x0003  # ETH_P_ALL
 _SOURCE4, _SOURCE6 = FABRIKAM.address4, FABRIKAM.address6
+
+
+@pytest.fixture(scope="module", params=LAB_KINDS)
+def lab_kind(request: pytest.FixtureRequest) -> str:
+    """Each test once with a gateway that routes, and once with one that bridges."""
+    return str(request.param)
 
 
 class Wire:

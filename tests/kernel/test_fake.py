@@ -28,11 +28,10 @@ from portward.dataplane.elements import (
     RefusedError,
 )
 from portward.dataplane.fake import FakeKernel
-from portward.dataplane.names import FIXED_SETS, TABLE
+from portward.dataplane.names import CLOSED, FIXED_SETS, TABLE
 from portward.dataplane.namespacelock import LOCK_TABLE, NamespaceLock
 from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.reconciler import CLOSED
 from portward.dataplane.verdict_cache import Source
 from portward.errors import KernelError
 from portward.lab import namespaces

@@ -16,7 +16,7 @@ from portward.base.netlink import attribute, string
 from portward.config.keys import Config
 from portward.dataplane import compiled, ruleset, templates
 from portward.dataplane.desired import NOTHING
-from portward.dataplane.names import FIXED_SETS, TABLE
+from portward.dataplane.names import FIXED_SETS, TABLE, KernelTable
 from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.reconciler import RulesetReconciler, hearing
@@ -151,7 +151,7 @@ def test_what_is_compiled_is_what_libnftables_loads(namespace: str) -> None:
     assert compiling.compiles
     assert listing(namespace) == expected
     assert netlink.fingerprint(TABLE, FIXED_SETS) == print_
-    compiling.delete(TABLE)
+    compiling.delete(str(KernelTable.INET))
     assert listing(namespace) == ""
     netlink.close()
 
@@ -164,7 +164,7 @@ def test_tables_of_others_stay_when_ours_is_compiled(namespace: str) -> None:
     netlink = NfNetlink()
     nft = Nft(netlink)
     nft.replace("", want())
-    nft.delete(TABLE)
+    nft.delete(str(KernelTable.INET))
     assert listing(namespace) == before
     netlink.close()
 

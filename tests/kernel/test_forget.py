@@ -29,7 +29,7 @@ from portward.lab.agent import until
 from portward.policy import presets
 from portward.table.commits import ChangedPlace, Committed
 
-_LINKS = {"vni1": 11, "vni2": 12}
+_LINKS = {"vni1": (11,), "vni2": (12,)}
 _CACHE_SETS = ("allow", "deny", "observed", "refused", "unknown")
 
 

@@ -127,7 +127,7 @@ class Gated:
     @property
     def desired(self) -> Desired:
         """The desired state of the kernel."""
-        links = {tenant.segment: index for tenant, index in self.links.items()}
+        links = {tenant.segment: (index,) for tenant, index in self.links.items()}
         return Desired(self.config, self._preset, self.generation, self.revision, links)
 
     @property

@@ -11,9 +11,9 @@ import pytest
 from kernel.conftest import lab_name
 from portward.base.netlink import attribute, string
 from portward.dataplane.monitor import LOST, NOTHING, NoticeFilter, RulesetChanges, RulesetMonitor
-from portward.dataplane.names import TABLE
+from portward.dataplane.names import CLOSED, TABLE
 from portward.dataplane.nfnetlink import NfNetlink
-from portward.dataplane.reconciler import CLOSED, hearing
+from portward.dataplane.reconciler import hearing
 from portward.lab import namespaces
 
 THEIRS = """

@@ -13,10 +13,9 @@ from ipaddress import ip_network
 from typing import Any
 from uuid import UUID, uuid4
 
-from kernel.conftest import Gateway
-from portward.dataplane.names import TABLE
-from portward.dataplane.nfnetlink import NfNetlink
-from portward.lab import namespaces
+import pytest
+
+from kernel.conftest import LAB_KINDS, Gateway
 from portward.lab.agent import until
 from portward.lab.topology import CONTOSO, FABRIKAM, Tenant
 from portward.model import Attachment, Exemption, ExemptionState, Mode, RateLimit, Record, Subscription
@@ -25,6 +24,12 @@ _GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
 _RESTARTED = datetime(2026, 1, 10, tzinfo=UTC)
 _BURST = 4
 _LIMIT = RateLimit(per_minute=1, burst=_BURST)
+
+
+@pytest.fixture(scope="module", params=LAB_KINDS)
+def lab_kind(request: pytest.FixtureRequest) -> str:
+    """Each test once with a gateway that routes, and once with one that bridges."""
+    return str(request.param)
 
 
 def customer(tenant: Tenant, *prefixes: str, limit: RateLimit | None = _LIMIT) -> tuple[UUID, list[Record]]:
@@ -62,16 +67,6 @@ def kernel(gateway: Gateway, tenant: Tenant, source: str) -> str:
 
 def explained(gateway: Gateway, tenant: Tenant, source: str) -> dict[str, Any]:
     return gateway.agent.explain(tenant.segment, source)
-
-
-def counted(gateway: Gateway, name: str) -> int:
-    """The packets of a named counter of the ruleset."""
-    with namespaces.inside(gateway.lab.gateway):
-        netlink = NfNetlink()
-    try:
-        return netlink.counters(TABLE)[name]
-    finally:
-        netlink.close()
 
 
 def opened(gateway: Gateway, tenant: Tenant, *sources: str, attempts: int) -> int:
@@ -134,9 +129,9 @@ def test_internal_destinations_are_not_limited(gateway: Gateway) -> None:
     _, records = customer(FABRIKAM, "10.0.1.111")
     gateway.agent.apply(*records)
     assert opened(gateway, FABRIKAM, "10.0.1.111", attempts=_BURST + 1) == _BURST
-    before = counted(gateway, "throttled"), counted(gateway, "internal")
+    before = gateway.counted("throttled"), gateway.counted("internal")
     gateway.passes(FABRIKAM, "10.0.1.111", to="10.9.9.9")  # no host has this address
-    assert (counted(gateway, "throttled"), counted(gateway, "internal")) == (before[0], before[1] + 1)
+    assert (gateway.counted("throttled"), gateway.counted("internal")) == (before[0], before[1] + 1)
 
 
 def test_a_revocation_takes_the_limit_away_with_the_exemption(gateway: Gateway) -> None:
@@ -202,7 +197,7 @@ def test_rules_that_another_program_removes_come_back_with_limits(gateway: Gatew
     gateway.agent.apply(*records)
     assert gateway.passes(FABRIKAM, "10.0.1.171")
     repairs = gateway.agent.metrics()["portward_ruleset_repairs_total"]
-    gateway.lab.run(gateway.lab.gateway, "nft", "delete", "table", "inet", "portward")
+    gateway.nft("delete", "table", gateway.family, "portward")
     until(lambda: gateway.agent.metrics()["portward_ruleset_repairs_total"] > repairs, "the ruleset is back")
     assert not gateway.passes(FABRIKAM, "10.0.1.171"), "its limit has to be asked for"
     known(gateway, FABRIKAM, "10.0.1.171")
@@ -213,7 +208,7 @@ def test_a_source_that_another_program_takes_out_of_the_map_may_send_again(gatew
     _, records = customer(FABRIKAM, "10.0.1.201")
     gateway.agent.apply(*records)
     assert gateway.passes(FABRIKAM, "10.0.1.201")
-    gateway.lab.run(gateway.lab.gateway, "nft", "flush", "map", "inet", "portward", "rates4")
+    gateway.nft("flush", "map", gateway.family, "portward", "rates4")
     assert not gateway.passes(FABRIKAM, "10.0.1.201"), "its limit has to be asked for"
     known(gateway, FABRIKAM, "10.0.1.201")
     assert gateway.passes(FABRIKAM, "10.0.1.201")
@@ -223,10 +218,10 @@ def test_a_source_that_another_program_adds_to_the_map_is_taken_out(gateway: Gat
     _, records = customer(FABRIKAM, "10.0.1.211")
     gateway.agent.apply(*records)
     assert gateway.passes(FABRIKAM, "10.0.1.211")
-    limits = gateway.lab.run(gateway.lab.gateway, "nft", "list", "map", "inet", "portward", "rates4").stdout
+    limits = gateway.nft("list", "map", gateway.family, "portward", "rates4")
     (name,) = re.findall(r'10\.0\.1\.211 : "(\S+)"', limits)
     element = f'{{ "{FABRIKAM.segment}" . 192.168.66.6 : "{name}" }}'
-    gateway.lab.run(gateway.lab.gateway, "nft", "add", "element", "inet", "portward", "rates4", element)
+    gateway.nft("add", "element", gateway.family, "portward", "rates4", element)
     assert gateway.passes(FABRIKAM, "192.168.66.6", "A"), "nothing else would show that it is taken out"
     until(lambda: not gateway.passes(FABRIKAM, "192.168.66.6", "A"), "it is taken out")
     assert gateway.passes(FABRIKAM, "10.0.1.211")

@@ -92,22 +92,21 @@ def test_the_base_chains_stand_where_the_code_expects_those_of_the_file(core: Co
         core.dataplane.surround(now._replace(stacked=frozenset((1,))))
         assert found()[:2] == in_order
         assert set(found()) == always | STACKED_HOOKS.items()
-        assert core.dataplane.reconciler.intact()
+        assert core.dataplane.inet.reconciler.intact()
         core.dataplane.surround(now)
         assert found()[:2] == in_order
         assert set(found()) == always
-        assert core.dataplane.reconciler.intact()
-    assert core.dataplane.reconciler.repairs == 0
+        assert core.dataplane.inet.reconciler.intact()
+    assert core.dataplane.inet.reconciler.repairs == 0
 
 
 def test_chains_that_act_at_once_are_there_while_the_whole_ruleset_is_not_taken(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The agent first closes a device above a segment. If a later step fails it tries again."""
-    monkeypatch.setattr(
-        core.dataplane.reconciler, "_load_once", once(KernelError("busy"), core.dataplane.reconciler._load_once)
-    )
-    monkeypatch.setattr(core.dataplane.sync, "_repair", lambda _: None)
+    reconciler = core.dataplane.inet.reconciler
+    monkeypatch.setattr(reconciler, "_load_once", once(KernelError("busy"), reconciler._load_once))
+    monkeypatch.setattr(core.dataplane.inet.sync, "_repair", lambda _: None)
     core.dataplane.surround(core.dataplane._desired.surroundings._replace(stacked=frozenset((1,))))
     assert core._netlink.hooks(TABLE)["stacked"] == STACKED_HOOKS["stacked"]
 
@@ -130,13 +129,13 @@ def test_what_came_through_a_vrf_is_its_ports_if_there_is_one(core: Core, number
     address = ip_address("10.0.0.4").packed
     assert (core.dataplane._reader.lookup(_VRF, address) is not None) is (number == 1)
     core.dataplane.install_limits([Source(_VRF, address)])
-    held = core.dataplane.cache.get(Source(port, address))
+    held = core.dataplane.inet.cache.get(Source(port, address))
     assert (held is not None and held.verdict is mark.Class.ALLOW) is (number == 1)
-    assert core.dataplane.cache.get(Source(_VRF, address)) is None, "the sets know ports"
+    assert core.dataplane.inet.cache.get(Source(_VRF, address)) is None, "the sets know ports"
 
 
 def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long_again(core: Core) -> None:
-    cache = core.dataplane.cache
+    cache = core.dataplane.inet.cache
 
     def left() -> int:
         """The milliseconds until the interface no longer counts as renewed."""
@@ -151,7 +150,7 @@ def test_an_interface_that_changes_its_owner_again_counts_as_renewed_for_as_long
 
 def in_step(core: Core) -> bool:
     """Whether the kernel caches verdicts of the table's generation, and of no other."""
-    cache = core.dataplane.cache
+    cache = core.dataplane.inet.cache
     return cache.epoch() == mark.epoch_of(core.generation) and cache.synced() == core.generation
 
 
@@ -206,13 +205,13 @@ def test_a_kernel_that_refuses_half_way_is_asked_again(
 def test_half_a_ruleset_stays_if_the_whole_was_gone(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ruleset without its queue statements drops packets without a cached verdict. Without a ruleset port 25
     would be open."""
-    want = core.dataplane.sync.wanted(core.dataplane._desired)
+    want = core.dataplane.inet.sync.wanted(core.dataplane._desired)
     if want.native:  # as on a kernel that needs a second transaction for the queue statements
         want = want._replace(native=False)
     core._nft.load("delete table inet portward\n")
     monkeypatch.setattr(xtables, "install", once(KernelError("no memory"), xtables.install))
     with pytest.raises(KernelError):
-        core.dataplane.reconciler.repair(want)
+        core.dataplane.inet.reconciler.repair(want)
     assert loaded(core._netlink)
     core.dataplane.check()
     assert not core.dataplane.broken
@@ -273,7 +272,7 @@ def test_a_change_on_its_way_to_the_kernel_thread_is_no_reason_for_a_repair(tmp_
         assert (core.revision, core.dataplane.enforced) == (2, 1)
         assert core.at_rest()
         core.dataplane.check()
-        assert core.dataplane.reconciler.repairs == 0
+        assert core.dataplane.inet.reconciler.repairs == 0
         kernel.catch_up()
         assert core.dataplane.enforced == 2
         assert in_step(core)
@@ -288,7 +287,7 @@ def test_a_change_that_comes_after_a_repair_has_taken_it_in_leaves_the_kernel_as
         assert core.intake.sync()
         Nft().load("delete table inet portward\n")
         core.dataplane.check()
-        assert core.dataplane.reconciler.repairs == 1
+        assert core.dataplane.inet.reconciler.repairs == 1
         assert core.dataplane.enforced == 2
         assert in_step(core)
         before = core._netlink.generation()
@@ -337,10 +336,10 @@ def test_what_the_store_changed_before_the_ruleset_is_loaded_is_carried_out_by_t
         assert again.generation == generation
         assert again.intake.sync()
         kernel.catch_up()
-        assert again.dataplane.cache.get(Source(index, owned)) is not None, "nothing is loaded yet"
+        assert again.dataplane.inet.cache.get(Source(index, owned)) is not None, "nothing is loaded yet"
         again.load()
-        assert again.dataplane.cache.get(Source(index, owned)) is None
-        assert again.dataplane.cache.get(other) is not None
+        assert again.dataplane.inet.cache.get(Source(index, owned)) is None
+        assert again.dataplane.inet.cache.get(other) is not None
         assert in_step(again)
         assert again.dataplane.enforced == 2
         again.intake.close()

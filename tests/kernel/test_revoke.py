@@ -14,14 +14,21 @@ from ipaddress import ip_network
 from uuid import UUID, uuid4
 
 import msgspec
+import pytest
 
-from kernel.conftest import Gateway
+from kernel.conftest import LAB_KINDS, Gateway
 from portward.lab import namespaces
 from portward.lab.agent import PROGRAM, until
 from portward.lab.topology import FABRIKAM
 from portward.model import Attachment, Exemption, ExemptionState, Subscription
 
 _GRANTED = datetime(2026, 1, 9, 12, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module", params=LAB_KINDS)
+def lab_kind(request: pytest.FixtureRequest) -> str:
+    """Each test once with a gateway that routes, and once with one that bridges."""
+    return str(request.param)
 
 
 def exempt(gateway: Gateway, source: str) -> UUID:

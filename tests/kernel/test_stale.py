@@ -14,11 +14,11 @@ from uuid import uuid4
 import pytest
 
 from kernel.churn import Churn, churned
-from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, source_records
+from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, lab_of, source_records
 from portward.base.clock import utc_now
 from portward.config.keys import QueueReader
 from portward.dataplane.elements import Add
-from portward.dataplane.sync import changed_sources
+from portward.dataplane.reach import reach
 from portward.lab import namespaces
 from portward.lab.topology import CONTOSO, FABRIKAM, Lab
 from portward.policy import presets
@@ -26,10 +26,13 @@ from portward.table.commits import Answers, Committed
 from portward.table.writer import Writer
 
 
-@pytest.mark.parametrize("reader", QueueReader)
+# The kind of the lab, and the reader. NetfilterQueue does not read frames of a bridge.
+@pytest.mark.parametrize(
+    ("kind", "reader"), [*(("routed", reader) for reader in QueueReader), ("bridged", QueueReader.BATCH)]
+)
 @pytest.mark.parametrize("address", ["10.0.0.4", "2001:db8:1001::4"])
-def test_no_stale_verdict_is_cached(tmp_path: Path, address: str, reader: QueueReader) -> None:
-    with Lab(lab_name(), (CONTOSO, FABRIKAM)) as lab:
+def test_no_stale_verdict_is_cached(tmp_path: Path, address: str, kind: str, reader: QueueReader) -> None:
+    with lab_of(kind) as lab:
         stale, cached = churned(
             lab, tmp_path, address, 400, lambda churn, committed: churn.carry_out(committed), reader
         )
@@ -46,7 +49,7 @@ def test_without_the_step_of_the_epoch_stale_verdicts_are_seen(tmp_path: Path, r
 
     def forget_only(churn: Churn, committed: Committed) -> None:
         churn.cache.move_epoch = left_out  # type: ignore[method-assign]
-        churn.cache.forget(changed_sources(churn.links, committed), committed.generation)
+        churn.cache.forget(reach(churn.links, committed).single, committed.generation)
 
     def both_epochs(churn: Churn, committed: Committed) -> None:
         # Make the last three epochs current, as if verdicts carried none. Use netlink, because nft takes some

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kernel.conftest import ALLOWED, DENIED, Gateway
-from kernel.test_rates import counted, customer
+from kernel.test_rates import customer
 from kernel.wire import same, seen, segment
 from portward.dataplane.names import TABLE
 from portward.dataplane.nfnetlink import NfNetlink
@@ -163,9 +163,9 @@ def test_the_guard_caches_what_a_worker_said_of_a_source(gateway: Gateway) -> No
             gateway.source(tenant, source, offer)
             comes_out(gateway, tenant, source, to, port)
             until(lambda cached=cached, source=source: source in gateway.listing(cached), "cached")  # type: ignore[misc]
-            asked = counted(gateway, "missed")
+            asked = gateway.counted("missed")
             assert comes_out(gateway, tenant, source, to, port) is (tenant is CONTOSO)
-            assert counted(gateway, "missed") == asked
+            assert gateway.counted("missed") == asked
 
 
 def test_a_change_of_policy_ends_what_the_guard_has_cached(gateway: Gateway) -> None:
@@ -252,7 +252,7 @@ def test_sources_beyond_the_share_of_their_segment_pass(make_gateway: MakeGatewa
         for number in range(1, 41):
             for to in (MAIL4, VIP4):
                 assert comes_out(gateway, CONTOSO, f"10.0.9.{number}", to, 25)
-    assert counted(gateway, "unlearned") > 0
+    assert gateway.counted("unlearned") > 0
 
 
 def test_a_refused_packet_that_others_translated_is_dropped_in_silence(make_gateway: MakeGateway) -> None:

@@ -186,7 +186,7 @@ def become(ground: Ground, name: str) -> int:
     links = Links({index: name}, frozenset({index}))
     ground.core.dataplane.unsettle(frozenset({index}), 1)
     ground.core.intake.links_changed(links, 1)
-    in_force = ground.core.dataplane.sync.in_force
+    in_force = ground.core.dataplane.inet.sync.in_force
     assert in_force is not None
     assert not in_force.unsettled
     return index
@@ -260,10 +260,10 @@ def test_what_waits_from_an_interface_that_goes_is_dropped_by_the_kernel(ground:
 def test_what_is_cached_for_the_new_owner_passes_the_guard(ground: Ground, cached: str) -> None:
     waiting, dataplane = ground.waiting(FORWARD), ground.core.dataplane
     source = Source(socket.if_nametoindex(CONTOSO.segment), ip_address("10.0.0.4").packed)
-    dataplane.cache.interfaces.renew([source.link])
+    dataplane.inet.cache.interfaces.renew([source.link])
     if cached == "rate limit":
-        dataplane.rate_limits.add({source: Bucket(5, 10, 2)})
+        dataplane.inet.rate_limits.add({source: Bucket(5, 10, 2)})
     elif cached != "nothing":
-        dataplane.cache.add({source: mark.Class[cached.upper()]})
+        dataplane.inet.cache.add({source: mark.Class[cached.upper()]})
     passes = cached in ("allow", "observed", "rate limit")
     assert waiting.accepted(ground.lab, waiting.packet.mark) is passes

@@ -31,16 +31,18 @@ class Sender:
     """Sends frames from a tenant's machine to the gateway, with any source."""
 
     def __init__(self, lab: Lab, tenant: Tenant) -> None:
-        self.frame = Ether(
-            src=link_address(lab.home(tenant), "eth0"), dst=link_address(lab.gateway, tenant.segment)
-        )
+        self.frame = Ether(src=link_address(lab.home(tenant), "eth0"), dst=link_address(*lab.hop(tenant)))
         with namespaces.inside(lab.home(tenant)):
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._socket.bind(("eth0", 0))
 
     def send(self, packet: Packet) -> None:
         """Sends a packet, from its IP header on."""
-        self._socket.send(bytes(self.frame / packet))
+        self.send_frame(self.frame / packet)
+
+    def send_frame(self, frame: Packet) -> None:
+        """Sends a frame as it is."""
+        self._socket.send(bytes(frame))
 
     def close(self) -> None:
         """Closes the socket."""

@@ -98,7 +98,7 @@ class Smtplib(_OneByOne):
     _PROGRAM = """
 import smtplib, sys
 try:
-    with smtplib.SMTP(sys.argv[1], 25) as session:
+    with smtplib.SMTP(sys.argv[1], 25, "tenant.example") as session:
         session.sendmail("sender@tenant.example", ["rcpt@mail.example"], sys.stdin.read())
 except (OSError, smtplib.SMTPException) as error:
     sys.exit(f"{type(error).__name__}: {error}")

@@ -6,15 +6,13 @@ Each has a root of its own, because Debian's packages of Postfix and Exim confli
 from __future__ import annotations
 
 import hashlib
-import platform
 import shutil
-import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from vm.image import mirror
+from package import debian
 
 PACKAGES: Final = {
     "postfix": ("postfix", "swaks", "libio-socket-inet6-perl", "tcpdump", "python3"),
@@ -37,26 +35,12 @@ def roots(cache: Path) -> dict[str, Path]:
     return found
 
 
-def suite() -> str:
-    """The host's own release of Debian, as mirrors call it."""
-    return platform.freedesktop_os_release()["VERSION_CODENAME"]
-
-
 def _recipe(packages: tuple[str, ...]) -> str:
-    return hashlib.sha256(" ".join((suite(), *packages)).encode()).hexdigest()[:12]
+    return hashlib.sha256(" ".join((debian.release(), *packages)).encode()).hexdigest()[:12]
 
 
 def _make(packages: tuple[str, ...], root: Path) -> None:
     with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
         made = Path(scratch) / "root"
-        # debootstrap mounts /proc and /sys below the folder. In a mount namespace of its own these mounts end with
-        # it, even if it is killed. Otherwise removing the folder would reach into them.
-        argv = [
-            "unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={','.join(packages)}",
-            suite(), str(made), mirror(suite()),
-        ]  # fmt: skip
-        said = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if said.returncode:
-            raise RuntimeError("debootstrap failed: " + " | ".join(said.stdout.splitlines()[-5:]))
-        shutil.rmtree(made / "var/cache/apt", ignore_errors=True)
+        debian.bootstrap(made, debian.release(), packages)
         made.rename(root)

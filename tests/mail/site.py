@@ -166,7 +166,7 @@ def _until_it_answers(mx: Machine, address: str) -> None:
 
     def answers() -> bool:
         with contextlib.suppress(OSError, smtplib.SMTPException), namespaces.inside(mx.namespace):
-            smtplib.SMTP(address, 25, timeout=10).quit()
+            smtplib.SMTP(address, 25, "test.example", timeout=10).quit()
             return True
         return False
 

@@ -22,15 +22,15 @@ def stage(tmp_path: Path) -> Path:
         ("usr/lib/portward/closed.nft", "closed"),
         ("usr/lib/portward/lib/one.py", "1\n"),
         *(
-            (f"lib/systemd/system/{path.name}", path.read_text())
+            (f"usr/lib/systemd/system/{path.name}", path.read_text())
             for kind in ("service", "path")
             for path in (ROOT / "systemd").glob(f"*.{kind}")
         ),
         (
-            "lib/systemd/system/nftables.service.d/portward.conf",
+            "usr/lib/systemd/system/nftables.service.d/portward.conf",
             (ROOT / "systemd" / "nftables.service.d" / "portward.conf").read_text(),
         ),
-        ("lib/systemd/system-preset/50-portward.preset", "enable\n"),
+        ("usr/lib/systemd/system-preset/50-portward.preset", "enable\n"),
         ("usr/lib/sysusers.d/portward.conf", "u portward\n"),
         ("etc/portward/portward.toml", "segments\n"),
         (

@@ -54,7 +54,7 @@ FREE_OF_IO = (
     "exemptions/lifecycle.py", "exemptions/service.py", "i18n/language.py", "inventory/difference.py",
     "inventory/document.py", "inventory/json_document.py", "inventory/records.py", "policy/decide.py",
     "policy/preset.py", "policy/remedy.py", "store/chain.py", "store/codec.py", "store/confirmation.py",
-    "store/flips.py", "store/lookup.py",
+    "store/flips.py", "store/lookup.py", "config/interface_lists.py", "dataplane/reach.py",
     "store/protocol.py", "store/update.py", "store/validity.py", "store/values.py",
 )  # fmt: skip
 

@@ -116,6 +116,8 @@ OF_INSTANCE = {
         "ExecStart=/usr/bin/portward run --instance %i"
     ),
     "CacheDirectory=portward": "CacheDirectory=portward-instances portward-instances/%i",
+    # A namespace that was made anew has no rules until the baseline has run, before the next start.
+    "RestartSec=1s": "RestartSec=100ms",
 }
 
 
@@ -127,7 +129,13 @@ def test_the_agent_of_an_instance_runs_as_the_hosts_own_does() -> None:
     )
     assert OF_INSTANCE.keys() <= set(own)
     assert instance == ["NetworkNamespacePath=/run/netns/%i", *(OF_INSTANCE.get(line, line) for line in own)]
-    assert "StartLimitIntervalSec=0" in (SYSTEMD / "portward@.service").read_text()
+
+
+def test_no_start_of_an_instance_is_refused_because_there_were_many() -> None:
+    """systemd refuses the sixth start within ten seconds, unless a unit says otherwise. A new namespace would stay
+    open then, because each start of the agent runs the baseline first."""
+    for name in ("portward@.service", "portward-baseline@.service"):
+        assert unit(name)["Unit"]["StartLimitIntervalSec"] == "0"
 
 
 def test_the_baseline_of_an_instance_may_enter_a_namespace_and_nothing_else_more() -> None:
@@ -205,6 +213,22 @@ STUBS = {
 }
 
 
+def postinst(
+    folder: Path, stubs: dict[str, str], *arguments: str, state: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs the script on a machine with systemd, with these programs in place of its own."""
+    for name, text in stubs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    script = (ROOT / "debian" / "portward.postinst").read_text()
+    assert "\n#DEBHELPER#\n" in script
+    script = script.replace("#DEBHELPER#", RESTART).replace("/run/systemd/system", str(folder))
+    return subprocess.run(
+        ["sh", "-c", script, "postinst", *arguments],
+        env={"PATH": f"{folder}:/usr/bin:/bin", "STATE": state}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "state", "said"),
     [
@@ -218,21 +242,53 @@ STUBS = {
 def test_an_installation_prints_that_the_agent_does_not_run(
     tmp_path: Path, arguments: str, state: str, said: str
 ) -> None:
-    for name, text in STUBS.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
     if state != "inactive":
         (tmp_path / "active").touch()
-    script = (ROOT / "debian" / "portward.postinst").read_text()
-    assert "\n#DEBHELPER#\n" in script
-    script = script.replace("#DEBHELPER#", RESTART).replace("/run/systemd/system", str(tmp_path))
-    result = subprocess.run(
-        ["sh", "-c", script, "postinst", *arguments.split()],
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "STATE": state}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    result = postinst(tmp_path, STUBS, *arguments.split(), state=state)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert said in lines[0] if said else not lines
+
+
+# `systemctl list-units` prints a line for each file of the folder `units`, and `systemctl is-active` succeeds
+# while there is one. A restart of `portward@bad` fails, and the one of `portward@slow` never ends.
+INSTANCE_STUBS = {
+    "deb-systemd-invoke": """
+case "$2" in *@*) echo "$2" >>"${0%/*}/restarted" ;; esac
+case "$2" in
+portward@bad.service) rm "${0%/*}/units/$2"; echo "Job failed" >&2; exit 1 ;;
+portward@slow.service) rm "${0%/*}/units/$2"; exec sleep 60 ;;
+esac""",
+    "systemctl": """
+case "$1" in
+list-units) for each in "${0%/*}/units/"*@*; do echo "${each##*/} loaded active running Policy"; done ;;
+is-active) [ -e "${0%/*}/units/$3" ] ;;
+esac""",
+    "timeout": 'shift; exec /usr/bin/timeout 0.2 "$@"',
+}
+
+
+def test_an_upgrade_restarts_each_instance_and_names_those_that_do_not_start(tmp_path: Path) -> None:
+    (tmp_path / "units").mkdir()
+    names = ["bad", "blue", "slow", "z:1.a"]
+    for unit_name in ("portward.service", *(f"portward@{name}.service" for name in names)):
+        (tmp_path / "units" / unit_name).touch()
+    result = postinst(tmp_path, INSTANCE_STUBS, "configure", "0.0.9")
+    assert (result.returncode, result.stderr) == (0, "")
+    restarted = (tmp_path / "restarted").read_text().splitlines()
+    assert restarted == [f"portward@{name}.service" for name in names], "one after another, and each of them"
+    assert result.stdout.splitlines() == [
+        f"portward: the agent portward@{name} does not start: journalctl -u portward@{name}"
+        for name in ("bad", "slow")
+    ]
+
+
+@pytest.mark.parametrize("arguments", ["configure", "abort-remove", "abort-upgrade 0.0.9"])
+def test_only_an_upgrade_restarts_instances(tmp_path: Path, arguments: str) -> None:
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units" / "portward@blue.service").touch()
+    assert postinst(tmp_path, INSTANCE_STUBS, *arguments.split()).returncode == 0
+    assert not (tmp_path / "restarted").exists()
 
 
 # The documents of the package keep their paths from the checkout below this folder.

@@ -8,6 +8,7 @@ with the kernel uses `decoded` and `encoded`; code that prints one uses `shown`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 MAX_NAME_BYTES: Final = 15  # IFNAMSIZ − 1, because the kernel stores a zero byte after the name
@@ -64,6 +65,14 @@ def matches(patterns: tuple[str, ...], interface: str) -> bool:
     return any(
         name.startswith(encoded(pattern[:-1])) if pattern.endswith("*") else name == encoded(pattern)
         for pattern in patterns
+    )
+
+
+def covers(wide: Sequence[str], patterns: Iterable[str]) -> bool:
+    """Whether each interface that one of the patterns can match also matches one of `wide`."""
+    return all(
+        any(one == other or (one.endswith("*") and other.startswith(one[:-1])) for one in wide)
+        for other in patterns
     )
 
 

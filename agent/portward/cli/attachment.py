@@ -19,6 +19,7 @@ from portward.config.documents import network_text
 from portward.config.load import load_config
 from portward.exemptions.service import ExemptionService, RecordedStart
 from portward.ops.behind import behind_held
+from portward.ops.sources import require_segment
 from portward.policy import presets
 from portward.policy.remedy import reason_text
 from portward.store.backends import open_store
@@ -34,7 +35,7 @@ def _group() -> None:
 @app.command()
 def started(
     segment: Annotated[
-        str, typer.Argument(metavar="SEGMENT", help="The segment: an interface name such as vni1002.")
+        str, typer.Argument(metavar="SEGMENT", help="The segment: an interface such as vni1002, or a group.")
     ],
     address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The machine's address, IPv4 or IPv6.")],
     at: Annotated[
@@ -51,6 +52,7 @@ def started(
     """
     source = parse_address(address, "ADDRESS")
     settings = load_config(config)
+    require_segment(settings, segment)
     warn_not_following(settings)
     with closing(open_store(settings.store)) as store:
         service = ExemptionService(

@@ -12,7 +12,7 @@ from portward.cli.streams import echo, echo_json
 
 def explain(
     segment: Annotated[
-        str, typer.Argument(metavar="SEGMENT", help="The segment: an interface name such as vni1002.")
+        str, typer.Argument(metavar="SEGMENT", help="The segment: an interface such as vni1002, or a group.")
     ],
     address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The source address, IPv4 or IPv6.")],
     to: Annotated[str | None, typer.Option("--to", metavar="ADDRESS", help="A destination.")] = None,

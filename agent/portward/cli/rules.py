@@ -56,7 +56,7 @@ def remove(
     """Stop enforcing: remove portward's ruleset and all cached verdicts from the kernel.
 
     Every source may then open connections to port 25. A running agent would put the ruleset back, so it must be
-    stopped first: systemctl stop portward.
+    stopped first: systemctl stop portward, or portward@NAME for an instance.
 
     Example: portward rules remove --yes
     """

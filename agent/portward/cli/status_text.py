@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Final
 
+from portward.base.instance import command, unit
 from portward.base.words import counted, times
 from portward.ops.host_state import STALE_STATUS_S
 
@@ -50,6 +51,8 @@ def _summary(status: _Status, age_s: float) -> Iterator[str]:
     )
     yield f"store     {status['store']}{store(status)}"
     yield f"queue     {status['queue_path']}; " + ", ".join(map(_worker, status["workers"]))
+    if not status.get("bridged", True):
+        yield "bridges   this kernel takes no queue in a bridge: no segment may be a port of one"
     cached = ", ".join(f"{n} {name}" for name, n in status["remembered"].items() if n)
     yield f"kernel    caches {cached or 'no verdict'}"
     yield _self_check(status["self_check"], age_s)
@@ -64,6 +67,9 @@ def _summary(status: _Status, age_s: float) -> Iterator[str]:
 
 def _segments(status: _Status) -> Iterator[str]:
     for segment in status["segments"]:
+        if segment.get("interfaces") == 0:
+            yield f"segment   {segment['name']}: this group has NO INTERFACE here now"
+            continue
         seen = (
             f"{counted(segment['packets'], 'packet')} to the policy ports"
             if segment["packets"]
@@ -72,7 +78,8 @@ def _segments(status: _Status) -> Iterator[str]:
                 "this host's own stack?"
             )
         )
-        yield f"segment   {segment['name']}{' (observed)' if segment['observed'] else ''}: {seen}"
+        of = "" if segment.get("index", 0) is not None else f" ({counted(segment['interfaces'], 'interface')})"
+        yield f"segment   {segment['name']}{of}{' (observed)' if segment['observed'] else ''}: {seen}"
     if not status["segments"]:
         yield "segment   NONE: no interface matches `segments`"
 
@@ -86,7 +93,7 @@ def _remarks(status: _Status) -> Iterator[str]:
         yield f"metrics   CANNOT BE SCRAPED at {problem}: it is tried again"
     if damaged := status.get("table_rows_damaged"):
         rows = counted(damaged, "DAMAGED ROW", "DAMAGED ROWS")
-        yield f"table     {rows}, whose sources are denied: see `portward check`"
+        yield f"table     {rows}, whose sources are denied: see `{command('check')}`"
         yield from (f"          {one}" for one in status.get("table_rows_damaged_first", ()))
     yield from unreadable(status.get("records_unreadable") or {"number": 0})
     if replaced := status.get("history_replaced"):
@@ -110,7 +117,7 @@ def unreadable(records: dict[str, Any]) -> Iterator[str]:
         number = f"AT LEAST {number}"
     yield (
         f"records   {number} OF THE STORE CANNOT BE READ: what was in "
-        "force before stays; without that, the sources are denied (`portward check` lists all)"
+        f"force before stays; without that, the sources are denied (`{command('check')}` lists all)"
     )
     yield from (f"          {one}" for one in records["first"])
 
@@ -140,7 +147,7 @@ def _worker(worker: dict[str, Any]) -> str:
 
 def failing(one: dict[str, Any]) -> str:
     """The line on a step of the agent that fails with an unexpected error."""
-    again = "`systemctl reload portward` tries it again" if one["step"] == "reload" else "it is tried again"
+    again = f"`systemctl reload {unit()}` tries it again" if one["step"] == "reload" else "it is tried again"
     return (
         f"FAILING   step {one['step']}: {one['error']}, {times(one['times'])} in a row, for "
         f"{_span(one['seconds'])}: {again}, see the log"
@@ -152,7 +159,7 @@ def _held(held: dict[str, Any]) -> Iterator[str]:
     whole = "the store has another history (a restored backup?), and all of it up to " if held.get("whole") else ""
     yield (
         f"HELD      {whole}revision {held['revision']} would flip the verdict of {held['flipped']} of "
-        f"{counted(held['subscriptions'], 'subscription')}: `portward apply --confirm` lets it through"
+        f"{counted(held['subscriptions'], 'subscription')}: `{command('apply --confirm')}` lets it through"
     )
     if held.get("ahead", 0) > held["revision"]:
         yield (

@@ -1,7 +1,8 @@
 """The configuration as a frozen value. Every key of portward.toml, its default and its bounds stand here and
 nowhere else; `config.load` reads the file.
 
-Only `segments` and `uplinks` have no default. A key that is not listed here is refused. Opens no file.
+Only `uplinks` has no default, and `segments` or `groups` must name an interface. A key that is not listed here is
+refused. Opens no file.
 """
 
 from __future__ import annotations
@@ -100,6 +101,21 @@ class Tunnels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ports: tuple[Annotated[int, Meta(ge=1, le=_LAST_PORT)], ...] = ()
 
 
+class UnknownFrames(StrEnum):
+    """The verdict on frames from bridged segments that carry neither ARP nor an IP packet in its right form:
+    dropped, or passed."""
+
+    DROP = "drop"
+    PASS = "pass"  # noqa: S105 # no password
+
+
+class Bridge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[bridge]`: frames from segments that are ports of a bridge of this host. The bridge forwards frames of any
+    kind, and portward sees a packet to a policy port only in a frame that carries IP."""
+
+    unknown_frames: UnknownFrames = UnknownFrames.DROP
+
+
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[metrics]`: the address that Prometheus scrapes (empty: none), and whether to count by subscription too."""
 
@@ -115,11 +131,24 @@ class Exemptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     check_seconds: Annotated[float, Meta(gt=0, le=600)] = 10.0
 
 
-class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The whole configuration. `segments` and `uplinks` are interface names, which may end with a `*`."""
+class InterfaceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[[groups]]`: one segment behind many interfaces, which are `interfaces` as in `Config.segments`. Records
+    and verbs name the group. The kernel caches by interface."""
 
-    segments: Annotated[tuple[str, ...], Meta(min_length=1)]
+    name: str
+    interfaces: Annotated[tuple[str, ...], Meta(min_length=1)]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole configuration. `segments` and `uplinks` are interface names, which may end with a `*`.
+
+    No interface can match two groups, or a group and `segments`, and no interface but a group's own can have the
+    group's name: `load` refuses such a configuration. So a name means one segment, in whatever place it stands.
+    """
+
+    segments: tuple[str, ...] = ()
     uplinks: Annotated[tuple[str, ...], Meta(min_length=1)]
+    groups: tuple[InterfaceGroup, ...] = ()
     store: str = DEFAULT_STORE
     table: Path = DEFAULT_TABLE
     preset: str = "azure-2020"
@@ -129,20 +158,48 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     queue: Queue = Queue()
     verdicts: Verdicts = Verdicts()
     tunnels: Tunnels = Tunnels()
+    bridge: Bridge = Bridge()
     metrics: Metrics = Metrics()
     exemptions: Exemptions = Exemptions()
 
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of all tenant-facing interfaces: `segments`, and those of the groups."""
+        return (*self.segments, *(pattern for group in self.groups for pattern in group.interfaces))
+
+    def segments_in_words(self) -> str:
+        """The segments as the configuration has them: `vni*, tap0, group calico (cali*)`."""
+        groups = (f"group {group.name} ({', '.join(group.interfaces)})" for group in self.groups)
+        return ", ".join((*self.segments, *groups))
+
     def segment(self, interface: str) -> bool:
-        """Whether an interface is a segment."""
-        return matches(self.segments, interface)
+        """Whether an interface is a segment, or belongs to a group."""
+        return matches(self.segments, interface) or self.group_of(interface) is not None
+
+    def segment_of(self, interface: str) -> str | None:
+        """The name of the segment behind an interface: its group's, or its own; None if it faces no tenant."""
+        if (group := self.group_of(interface)) is not None:
+            return group.name
+        return interface if matches(self.segments, interface) else None
+
+    def group_named(self, name: str) -> InterfaceGroup | None:
+        """The group with this name."""
+        return next((group for group in self.groups if group.name == name), None)
+
+    def group_of(self, interface: str) -> InterfaceGroup | None:
+        """The group that an interface belongs to."""
+        return next((group for group in self.groups if matches(group.interfaces, interface)), None)
 
     def uplink(self, interface: str) -> bool:
         """Whether an interface is an uplink."""
         return matches(self.uplinks, interface)
 
-    def observes(self, interface: str) -> bool:
-        """Whether a segment is only observed, by `mode` or by `verdicts.observe`."""
-        return self.mode is Mode.OBSERVE or matches(self.verdicts.observe, interface)
+    def observes(self, name: str) -> bool:
+        """Whether a segment, or the segment behind an interface, is only observed, by `mode` or by
+        `verdicts.observe`. A group is observed as a whole."""
+        if self.mode is Mode.OBSERVE:
+            return True
+        group = self.group_named(name) or self.group_of(name)
+        return matches(self.verdicts.observe, name) if group is None else group.name in self.verdicts.observe
 
     def metrics_endpoints(self) -> tuple[Endpoint, ...]:
         """The addresses that serve the metrics; empty if metrics are off. Raises ValueError if `metrics.address`

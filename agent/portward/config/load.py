@@ -9,8 +9,8 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from portward.base.interfaces import is_pattern, matches
-from portward.config import paths, store_url
+from portward.config import interface_lists, paths, store_url
+from portward.config.documents import Steps
 from portward.config.files import mistake, read_toml
 from portward.config.keys import Config
 from portward.errors import together
@@ -41,24 +41,9 @@ def located(config: Config, file: Path) -> Config:
     )
 
 
-def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
+def _problems(config: Config) -> Iterator[tuple[str, Steps]]:
     """The mistakes beyond types and bounds: the problem, and the steps to the field."""
-    lists: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-        (("segments",), config.segments),
-        (("uplinks",), config.uplinks),
-        (("verdicts", "observe"), config.verdicts.observe),
-    )
-    for steps, patterns in lists:
-        for place, pattern in enumerate(patterns):
-            if not is_pattern(pattern):
-                yield (
-                    f"{pattern!r} is no interface name: up to 15 bytes without space, "
-                    "'/', ':', '%', '\"' or '\\', a '*' only at its end and not alone",
-                    (*steps, place),
-                )
-    # A pattern that is not valid would make valid ones look wrong.
-    if all(is_pattern(pattern) for _, patterns in lists for pattern in patterns):
-        yield from _overlaps(config)
+    yield from interface_lists.problems(config)
     try:
         config.metrics_endpoints()
     except ValueError as error:
@@ -71,21 +56,3 @@ def _problems(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
         yield "names no program: its path comes first, then its arguments", ("exemptions", "check", 0)
     if config.queue.first + config.queue.workers > _QUEUES:
         yield f"the last queue must not be beyond {_QUEUES - 1}", ("queue", "workers")
-
-
-def _overlaps(config: Config) -> Iterator[tuple[str, tuple[str | int, ...]]]:
-    """The mistakes in the combination of the lists of interfaces."""
-    for place, uplink in enumerate(config.uplinks):
-        if any(_overlap(uplink, segment) for segment in config.segments):
-            yield f"{uplink!r} is also a segment: incoming mail would get a verdict too", ("uplinks", place)
-    for place, pattern in enumerate(config.verdicts.observe):
-        if not any(_overlap(pattern, segment) for segment in config.segments):
-            yield f"{pattern!r} is not one of the segments", ("verdicts", "observe", place)
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether an interface name can match both patterns."""
-    stems = one.removesuffix("*"), other.removesuffix("*")
-    if one.endswith("*") and other.endswith("*"):
-        return stems[0].startswith(stems[1]) or stems[1].startswith(stems[0])
-    return matches((one,), stems[1]) if one.endswith("*") else matches((other,), one)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -20,6 +20,9 @@ from portward.config.store_url import FORMS
 # The keys without a default: names that many gateways use.
 _EXAMPLES: Final = {"segments": ["vni*"], "uplinks": ["eth0"]}
 
+# The tables that there may be several of. The file has one, as comments, because the default is none.
+_GROUPS: Final = {"groups": {"name": "calico", "interfaces": ["cali*"]}}
+
 _HEAD: Final = """\
 # The configuration of portward. Every key but `segments` and `uplinks` shows its default and may be left out.
 # `portward check` reads it; `systemctl reload portward` puts it in force, or, if it is wrong, keeps the old one.
@@ -29,6 +32,9 @@ _HEAD: Final = """\
 _WHAT: Final = {
     "segments": "tenant-facing interfaces, one for each virtual network; '*' only at the end of a name",
     "uplinks": "interfaces towards the Internet: packets that come in there never get a verdict",
+    "groups": "Interfaces that share one address space, as one segment: a table for each group.",
+    "groups.name": "the name of the segment: no interface that is not in the group may have it",
+    "groups.interfaces": "its interfaces, as in `segments`; none may be in two segments",
     "store": f"where policy is kept: {FORMS}",
     "table": "folder of the policy table: a restart enforces it at once, also without the store",
     "preset": "the published policy, see `portward policy list`, or the path of your own",
@@ -50,7 +56,7 @@ _WHAT: Final = {
     "queue.resets": "resets a second for all segments together; each takes a worker some 0.1 ms",
     "verdicts": "How a source is refused, and which verdicts the kernel caches.",
     "verdicts.refuse_with": '"drop", or "reject": a TCP reset, on the interface that the packet came from',
-    "verdicts.observe": "segments that are only observed, by name as above",
+    "verdicts.observe": "segments that are only observed, by name as above; a group by its name",
     "verdicts.allow_seconds": "how long the kernel caches that a source may send, unless the policy changes",
     "verdicts.deny_seconds": "how long it caches that a source may not send",
     "verdicts.unknown_seconds": "how long it caches that a source has no known subscription",
@@ -60,6 +66,8 @@ _WHAT: Final = {
     "tunnels": "Packets from segments to tunnels that end on this host. VXLAN, GRE, L2TP and such: dropped.",
     "tunnels.encrypted": 'IPsec and WireGuard, which prove who sends: "pass", or "drop"',
     "tunnels.ports": "UDP ports of further tunnels, which portward cannot find: a program's, or a namespace's",
+    "bridge": "Frames from segments that are ports of a bridge of this host.",
+    "bridge.unknown_frames": 'neither IP nor ARP, such as PPPoE or a second VLAN tag: "drop", or "pass" unseen',
     "metrics": "For Prometheus.",
     "metrics.address": 'ADDRESS:PORT, ":PORT" for all addresses, "" for none; other hosts take IPAddressAllow=',
     "metrics.subscriptions": "also count by subscription",
@@ -72,18 +80,25 @@ _WHAT: Final = {
 def template() -> str:
     """The text of the file."""
     settings = msgspec.to_builtins(Config(segments=("_",), uplinks=("_",)), enc_hook=str) | _EXAMPLES
-    return _HEAD + "".join(_lines(settings, ""))
-
-
-def _lines(settings: dict[str, Any], prefix: str) -> Iterator[str]:
+    del settings["groups"]
     tables = {name: value for name, value in settings.items() if isinstance(value, dict)}
-    for name, value in settings.items():
-        if name not in tables:
-            # JSON writes strings, numbers, lists and booleans as TOML does.
-            yield f"\n# {_WHAT[prefix + name]}\n{name} = {json.dumps(value)}\n"
-    for name, table in tables.items():
-        yield f"\n\n# {_WHAT[name]}\n[{name}]\n"
-        yield from _lines(table, f"{name}.")
+    main = {name: value for name, value in settings.items() if name not in tables}
+    found = [_HEAD, *_keys(main, ""), *_tables(_GROUPS, "#[[{}]]", "#"), *_tables(tables, "[{}]", "")]
+    return "".join(found)
+
+
+def _keys(values: dict[str, Any], prefix: str, mark: str = "") -> Iterator[str]:
+    """The keys of a table, whose names in `_WHAT` begin with `prefix`. `mark` is put before each."""
+    for name, value in values.items():
+        # JSON writes strings, numbers, lists and booleans as TOML does.
+        yield f"\n# {_WHAT[prefix + name]}\n{mark}{name} = {json.dumps(value)}\n"
+
+
+def _tables(tables: Mapping[str, dict[str, Any]], head: str, mark: str) -> Iterator[str]:
+    """Tables with their keys. `head` is the line that begins a table, with its name for `{}`."""
+    for name, values in tables.items():
+        yield f"\n\n# {_WHAT[name]}\n{head.format(name)}\n"
+        yield from _keys(values, f"{name}.", mark)
 
 
 if __name__ == "__main__":

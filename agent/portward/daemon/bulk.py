@@ -24,7 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, BinaryIO, Final, NamedTuple
 
-from portward.base import heartbeat
+from portward.base import heartbeat, instance
 from portward.base.descriptors import Reserve
 from portward.base.resources import PYTHON
 from portward.daemon.systemd import log_formatter
@@ -65,6 +65,8 @@ class Job(NamedTuple):
     may_flip: bool = True
     # The records that could not be read so far: key → error (`store.unreadable`).
     unreadable: dict[str, str] | None = None
+    # The instance that messages of the child are about; set by `Bulk.run`.
+    own: instance.Own | None = None
 
 
 class BulkResult(NamedTuple):
@@ -110,7 +112,7 @@ class Bulk:
                 raise TableError(f"{job.table}: no process for a bulk change: {error.strerror}") from error
             self._process = process
         try:
-            result = _result_of(process, results, job)
+            result = _result_of(process, results, job._replace(own=instance.noted()))
         except (*_UNREADABLE, BrokenPipeError) as error:
             # It was killed, perhaps while it wrote its result.
             raise TableError(f"{job.table}: the process of a bulk change ended ({process.returncode})") from error
@@ -238,6 +240,7 @@ def main() -> None:
     out.setFormatter(log_formatter())
     logging.basicConfig(level=logging.INFO, handlers=[out])
     job = pickle.load(sys.stdin.buffer)  # noqa: S301 # from the daemon that started this process
+    instance.note(job.own)
     threading.Thread(target=_end_with_the_daemon, daemon=True).start()
     result = _result(job)
     with os.fdopen(int(sys.argv[1]), "wb") as results:

@@ -78,6 +78,8 @@ class Daemon:
         self._count_step = self._threads.counting
         self._stopping = asyncio.Event()
         self._reload = asyncio.Event()
+        # Fails once the namespace of an instance has lost its name. Until then it never ends.
+        self._namespace_lost: asyncio.Future[None]
         # Whether a thread may still be at work. Then the process must end without waiting for it.
         self.abandoned = False
         # The locks that keep other agents away.
@@ -96,6 +98,9 @@ class Daemon:
         If `abandoned` is set afterwards, the locks are still held."""
         # First of all, because a signal during the start must not end it half-way.
         self._catch_signals()
+        # From here on, because the namespace may be made anew during the start, too, which takes minutes if the
+        # store is large.
+        self._namespace_lost = asyncio.ensure_future(namespace_watch.watch(self._instance))
         async with contextlib.AsyncExitStack() as stack:
             # The steps that end the gateway, the last one first. They are registered before anything starts, so
             # that an error or a signal at any step of the start ends it in this order.
@@ -103,6 +108,7 @@ class Daemon:
             stack.callback(self._release)
             stack.push_async_callback(lambda: workers.stop(self._workers))
             stack.push_async_callback(self._close)
+            stack.push_async_callback(lambda: shutdown.cancel({self._namespace_lost}, _STOP_S))
             # Until `_close` has seen all threads end. An error on the way there leaves it set.
             self.abandoned = True
             starting = asyncio.ensure_future(self._start(stack))
@@ -199,15 +205,18 @@ class Daemon:
             self._locks.close()
 
     async def _stopped_before(self, work: Awaitable[object]) -> bool:
-        """Waits for `work` or for a signal to stop; True if the signal came first. Raises what `work` raises."""
+        """Waits for `work` or for a signal to stop; True if the signal came first. Raises what `work` raises, and
+        PortwardError if the namespace loses its name before `work` is done."""
         working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, stopping, self._namespace_lost}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if working.done():
             working.result()
             return False
         # A step that a thread has begun goes on. Errors of `work` are ignored now.
         await shutdown.cancel({working}, _STOP_S)
+        if self._namespace_lost.done():
+            self._namespace_lost.result()
         return True
 
     def _first_sync(self) -> None:
@@ -272,14 +281,13 @@ class Daemon:
                 *((Step.WORKER, worker.watch) for worker in self._workers),
             )
         ]
-        if self._instance is not None:
-            jobs.append(asyncio.create_task(namespace_watch.watch(self._instance)))
         stopping = asyncio.create_task(self._stopping.wait())
+        ends = {stopping, self._namespace_lost, *jobs}
         try:
-            done, _ = await asyncio.wait({stopping, *jobs}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             notify("STOPPING=1")
-            await shutdown.cancel({stopping, *jobs}, _STOP_S)
+            await shutdown.cancel(ends, _STOP_S)
         for job in done - {stopping}:
             job.result()  # a job never returns, so this raises the error that ended it
 
@@ -294,7 +302,7 @@ class Daemon:
             await RulesetWatch(self._core, self._kernel_step, (ours, others), self._steps).run()
 
     def _announce_ready(self, links: Links) -> None:
-        segments = self._core.intake.segments()
+        segments = set(self._core.intake.segments().values())
         _log.info(
             "enforcing %s on %d segments, revision %d, by %s",
             self._core.dataplane.preset.name, len(segments), self._core.revision,
@@ -306,9 +314,14 @@ class Daemon:
 
 
 def missing(config: Config, links: Links) -> list[str]:
-    """A line for each pattern of the configuration that no interface has now."""
+    """A line for each pattern and each group of the configuration that no interface has now."""
     names = set(links.names.values())
-    return [
+    groups = [
+        f"groups: no interface of group {group.name!r} ({', '.join(group.interfaces)}) is there now"
+        for group in config.groups
+        if not any(matches(group.interfaces, name) for name in names)
+    ]
+    return groups + [
         f"{kind}: no interface {pattern!r} is there now"
         for kind, patterns in (("segments", config.segments), ("uplinks", config.uplinks))
         for pattern in patterns

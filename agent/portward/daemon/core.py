@@ -24,8 +24,8 @@ from portward.dataplane import templates, xtables
 from portward.dataplane.accounting import ExpiringKeys
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.links import Links
-from portward.dataplane.monitor import RulesetChanges
-from portward.dataplane.names import FAMILY_TABLE
+from portward.dataplane.monitor import RulesetChanges, RulesetMonitor
+from portward.dataplane.names import KernelTable
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.pending import PendingChanges, Work
@@ -50,15 +50,17 @@ class Core:
         self.native = xtables.has_native_queue(self._nft)
         if not self.native:
             xtables.require(self._netlink)
+        bridged = xtables.has_native_queue(self._nft, KernelTable.BRIDGE)
+        tables = tuple(KernelTable) if bridged else (KernelTable.INET,)
         self._writer = Writer(config.table, preset, answers(config), max_flip_share=config.max_flip_share)
         head = self._writer.head()
         self.clock = Clock(None if head is None else head.decided())
         self._watching = NfNetlink()
-        # The kernel thread reads it when it checks the ruleset. It wakes no thread.
-        self._notices = hearing(self.own_ports) if self._nft.compiles else None
+        # The kernel thread reads them when it checks the ruleset. They wake no thread.
+        self._notices = self._hear(tables) if self._nft.compiles else {}
         deletions = Deletions()
         self.counting = Counting(
-            config.table, NfNetlink(), self._writer.reader(), deletions, lambda: self.intake.changes
+            config.table, NfNetlink(), self._writer.reader(), deletions, lambda: self.intake.changes, tables
         )
         self.selfcheck = SelfCheck()
         self._pending_changes = PendingChanges(lambda: self.generation)
@@ -68,11 +70,12 @@ class Core:
             nft=self._nft,
             netlink=self._netlink,
             native=self.native,
+            bridged=bridged,
             reader=self._writer.reader(),
             selfcheck=self.selfcheck,
             pending_changes=self._pending_changes,
             deletions=deletions,
-            notices=None if self._notices is None else self._notices.read,
+            notices={one: notices.read for one, notices in self._notices.items()},
         )
         self.intake = Intake(config, self._writer, self.clock, self.dataplane, self._pending_changes, on_kernel)
         self._first: First | None = None
@@ -84,8 +87,8 @@ class Core:
         self._netlink.close()
         self.counting.close()
         self._watching.close()
-        if self._notices is not None:
-            self._notices.close()
+        for notices in self._notices.values():
+            notices.close()
 
     # --- the start, in this order ---
 
@@ -103,8 +106,9 @@ class Core:
         """Loads the ruleset. From now on the gateway enforces the state of the table after `first_links`, and
         later changes. Raises KernelError. Kernel thread."""
         assert self._first is not None  # noqa: S101 # by `first_links`
-        if not loaded(self._netlink):
-            self.counting.counts.discard_readings()
+        for one in self.dataplane.tables:
+            if not loaded(self._netlink.of(one.table)):
+                self.counting.counts.discard_readings(one.table)
         self.dataplane.load(*self._first)
 
     # --- event loop ---
@@ -119,8 +123,7 @@ class Core:
         on the event loop, so that the kernel thread wakes only for a reason; without `heard`, on the kernel
         thread."""
         with contextlib.suppress(OSError, KernelError):
-            due = self.dataplane.broken or self.dataplane.behind or self.dataplane.unwatched
-            return not due and self.dataplane.reconciler.at_rest(self._watching, heard)
+            return self.dataplane.at_rest(self._watching, heard)
         return False
 
     # --- counting thread ---
@@ -133,7 +136,7 @@ class Core:
 
     def limited(self) -> dict[str, int]:
         """Packets refused beyond a segment's rate, by segment. Counting thread."""
-        return self.counting.limited(self.intake.links.names)
+        return self.counting.limited({**self.intake.links.names, **self.intake.segments()})
 
     # --- any thread ---
 
@@ -181,9 +184,17 @@ class Core:
 
     # --- private ---
 
+    def _hear(self, tables: tuple[KernelTable, ...]) -> dict[KernelTable, RulesetMonitor]:
+        """The notices about each of the tables that are loaded. Those about a table that is not go with the first
+        one, whose load lifts what stands in for it."""
+        others = tuple(table for table in KernelTable if table not in tables)
+        return {
+            table: hearing(self.own_ports, (table, *(others if table is tables[0] else ()))) for table in tables
+        }
+
     def _ask_privilege(self) -> None:
         try:
-            self._nft.check("", f"add table {FAMILY_TABLE}\n")
+            self._nft.check("", f"add table {KernelTable.INET}\n")
         except KernelError as error:
             raise KernelError(
                 f"the kernel takes no ruleset from this process (root or CAP_NET_ADMIN?): {error}"

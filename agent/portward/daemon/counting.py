@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -22,9 +22,17 @@ import msgspec
 from portward.base import clock
 from portward.base.interfaces import shown
 from portward.daemon.countsfile import CountsFile
-from portward.dataplane.accounting import ExpiringKeys, PacketAccounting, SourceOwner
+from portward.dataplane.accounting import ExpiringKeys, LimitedPackets, PacketAccounting, SourceOwner
 from portward.dataplane.deletions import Deletions
-from portward.dataplane.names import COUNTED_SETS, TABLE, VERDICT_SETS, LimitResult, Verdict
+from portward.dataplane.names import (
+    COUNTED_SETS,
+    TABLE,
+    VERDICT_SETS,
+    KernelTable,
+    LimitResult,
+    Verdict,
+    unqualified,
+)
 from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.plane import Dataplane
 from portward.dataplane.rate_limits import RateLimits
@@ -46,20 +54,27 @@ class Counting:
     """The counts of one gateway. Methods run on the counting thread, unless they say otherwise."""
 
     def __init__(
-        self, folder: Path, netlink: NfNetlink, reader: Reader, deletions: Deletions, changes: Callable[[], int]
+        self,
+        folder: Path,
+        netlink: NfNetlink,
+        reader: Reader,
+        deletions: Deletions,
+        changes: Callable[[], int],
+        tables: Collection[KernelTable] = (KernelTable.INET,),
     ) -> None:
         """Continues the counts of the agent before, from the file in `folder`.
 
         From now on only this thread may use `netlink` and `reader`. `changes` returns how many changes of policy
-        the table has taken, because a change may give a subscription's number to another one. Any thread.
+        the table has taken, because a change may give a subscription's number to another one. `tables` are those
+        that the agent loads. Any thread.
         """
         self._netlink = netlink
-        self._elements = KernelElements(self._netlink)
-        self._cache = VerdictCache(self._elements)
+        self._tables = {table: netlink.of(table) for table in tables}
+        self._elements = {table: KernelElements(one) for table, one in self._tables.items()}
         self._reader, self._changes = reader, changes
         self._file, self._kernel = CountsFile(folder), _this_kernel()
         self._unsaved = ""
-        self.counts = PacketAccounting(self._owner, deletions)
+        self.counts = PacketAccounting(self._owner, deletions, tables)
         self.cached_sources: Counter[Verdict] = Counter()
         # When the elements were last read (monotonic, s); None: not yet.
         self.read: float | None = None
@@ -67,6 +82,7 @@ class Counting:
         self._sample: list[tuple[str, SetRow]] = []
         self._subscriptions: tuple[int, dict[int, str]] = 0, {}
         self._pruned = time.monotonic()
+        self._limited = LimitedPackets()
         self._continue()
 
     def close(self) -> None:
@@ -109,31 +125,36 @@ class Counting:
     def suspects(self) -> list[Source]:
         """The sources in the sample whose cached verdict differs from the table's. A change of policy that is on
         its way to the kernel causes differences, too, so `Dataplane.correct` checks them again."""
-        sample = [element_of(name, row) for name, row in self._sample]
+        sample = [element_of(unqualified(name)[1], row) for name, row in self._sample]
         return [element.source for element in sample if differs(self._reader, element)]
 
-    def _rows(self, set_: str) -> list[SetRow]:
-        rows = self._latest[set_] = self._elements.rows(set_)
+    def _rows(self, name: str) -> list[SetRow]:
+        table, set_ = unqualified(name)
+        rows = self._latest[name] = self._elements[table].rows(set_)
         return rows
 
     def _take_sizes(self, dataplane: Dataplane) -> None:
         """Counts the cached verdicts, and takes a sample of them. A verdict that wrongly lets packets pass is the
         worse error, and such verdicts are fewer. So half of the sample are verdicts that let packets pass."""
-        found = {f"{name}{family}": verdict for verdict, name in COUNTED_SETS.items() for family in "46"}
-        # An element that counts under a limit stays for a minute after the limit was removed.
-        limited = dataplane.rate_limits_seen = RateLimits.sources_in_kernel(self._elements)
-        rows = {name: self._latest[name] if name in self._latest else self._rows(name) for name in found}
-        self._latest = {}
-        dataplane.cache.sizes.update({name: len(part) for name, part in rows.items()})
-        self.cached_sources = Counter()
-        for name, part in rows.items():
-            rated = isinstance(found[name], LimitResult)
-            self.cached_sources[found[name]] += (
-                sum(Source.of(key) in limited for key, _, _ in part) if rated else len(part)
-            )
-        passing = [name for name in rows if found[name] in mark.PASSING]
-        stopping = [name for name in rows if found[name] in VERDICT_SETS and found[name] not in mark.PASSING]
-        self._sample = [*_some(rows, passing), *_some(rows, stopping)]
+        sources, sample = Counter[Verdict](), list[tuple[str, SetRow]]()
+        for one in dataplane.tables:
+            # An element that counts under a limit stays for a minute after the limit was removed.
+            limited = one.rate_limits_seen = RateLimits.sources_in_kernel(self._elements[one.table])
+            found = {
+                one.table.qualified(f"{name}{family}"): verdict
+                for verdict, name in COUNTED_SETS.items()
+                for family in "46"
+            }
+            rows = {name: self._latest[name] if name in self._latest else self._rows(name) for name in found}
+            one.cache.sizes.update({unqualified(name)[1]: len(part) for name, part in rows.items()})
+            for name, part in rows.items():
+                rated = isinstance(found[name], LimitResult)
+                number = sum(Source.of(key) in limited for key, _, _ in part) if rated else len(part)
+                sources[found[name]] += number
+            passing = [name for name in rows if found[name] in mark.PASSING]
+            stopping = [name for name in rows if found[name] in VERDICT_SETS and found[name] not in mark.PASSING]
+            sample += [*_some(rows, passing), *_some(rows, stopping)]
+        self._latest, self.cached_sources, self._sample = {}, sources, sample
 
     def _prune(self) -> None:
         self._pruned = time.monotonic()
@@ -160,18 +181,25 @@ class Counting:
         return float("inf") if self.read is None else time.monotonic() - self.read
 
     def limited(self, names: dict[int, str]) -> dict[str, int]:
-        """Packets refused beyond a segment's rate, by segment. `names`: interface index → name."""
+        """Packets refused beyond a segment's rate, by segment. `names`: interface index → the segment's name, or
+        that of an interface that is no segment any more."""
         with contextlib.suppress(OSError):
-            return {
-                shown(names.get(index, str(index))): packets
-                for index, packets in self._cache.over_miss_limit().items()
-            }
-        return {}
+            counts: Counter[int] = Counter()
+            for elements in self._elements.values():
+                counts.update(VerdictCache(elements).over_miss_limit())
+            self._limited.take(counts, names)
+        return {shown(name): packets for name, packets in self._limited.segments.items()}
 
     def screen(self) -> dict[str, int]:
-        """The named counters of the ruleset."""
+        """The named counters of the ruleset: packets in both tables together. Empty if a table is missing, because
+        those of the other one would look like counters that fall."""
+        found: Counter[str] = Counter()
         with contextlib.suppress(OSError):
-            return self._netlink.counters(TABLE)
+            for netlink in self._tables.values():
+                if not (counters := netlink.counters(TABLE)):
+                    return {}
+                found.update(counters)
+            return dict(found)
         return {}
 
     def sizes(self) -> tuple[int, int]:

@@ -73,7 +73,7 @@ class HealthCheck:
         asked = [worker for worker in self._workers if worker.ready]
         began = time.monotonic()
         silent = await self._silent(prober, asked)
-        if silent and self._core.dataplane.reconciler.loaded_at > began:
+        if silent and self._core.dataplane.loaded_at > began:
             return 0.0  # the query may have been lost with rules that another program removed
         for worker in asked:
             self._rate_worker(worker, silent=worker in silent)

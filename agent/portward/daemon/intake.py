@@ -19,6 +19,7 @@ from portward.base.clock import Clock
 from portward.base.descriptors import Reserve
 from portward.config.keys import Config, Refusal
 from portward.daemon.bulk import MAX_INLINE_CHANGES, Bulk, Job
+from portward.dataplane.desired import SegmentLinks
 from portward.dataplane.links import Links, only_ports
 from portward.dataplane.pending import PendingChanges
 from portward.dataplane.plane import Dataplane
@@ -57,10 +58,10 @@ def answers(config: Config) -> Answers:
 
 
 class First(NamedTuple):
-    """The state for the first load of the ruleset: the table's, segment → interface index, and all interfaces."""
+    """The state for the first load of the ruleset: the table's, the segments' interfaces, and all interfaces."""
 
     committed: Committed
-    links: dict[str, int]
+    links: SegmentLinks
     seen: Links
 
 
@@ -68,8 +69,28 @@ class _HandedOver(NamedTuple):
     """A change on its way to the kernel thread: see `Dataplane.enforce`."""
 
     committed: Committed
-    links: dict[str, int] | None
+    links: SegmentLinks | None
     settled: int
+
+
+class _Segments(NamedTuple):
+    """The segments of a configuration for these interfaces: index → segment, and segment → indexes."""
+
+    config: Config
+    links: Links
+    by_index: Mapping[int, str]
+    by_segment: SegmentLinks
+
+
+def _segments(config: Config, links: Links) -> _Segments:
+    by_index: dict[int, str] = {}
+    found: dict[str, list[int]] = {group.name: [] for group in config.groups}
+    for index, name in links.names.items():
+        if (segment := config.segment_of(name)) is not None:
+            by_index[index] = segment
+            found.setdefault(segment, []).append(index)
+    by_segment = {segment: tuple(indexes) for segment, indexes in found.items()}
+    return _Segments(config, links, by_index, by_segment)
 
 
 class Intake:
@@ -96,6 +117,7 @@ class Intake:
         self._follower: Follower | None = None
         # This and the public values below may be read on any thread.
         self.links = Links({}, frozenset())
+        self._segments = _segments(config, self.links)
         # Interfaces that changed while the table could not be written, and the number of the newest such event.
         self.links_failed, self._links_due, self._links_number = False, frozenset[int](), 0
         self.changes = self.store_errors = 0
@@ -140,7 +162,7 @@ class Intake:
     def first_links(self, links: Links) -> First:
         """Writes into the table which interfaces are segments, before the ruleset is loaded."""
         with self._pending_changes.working("writing the interfaces"):
-            return First(self._put_links(links), self._by_name(), links)
+            return First(self._put_links(links), self.by_segment(), links)
 
     # --- repeatedly after the start ---
 
@@ -183,7 +205,7 @@ class Intake:
                     raise
                 return False
             self.links_failed, self._links_due = False, frozenset()
-            self._hand_over(committed, self._by_name(), number)
+            self._hand_over(committed, self.by_segment(), number)
             return True
 
     def retry_links(self) -> None:
@@ -217,9 +239,9 @@ class Intake:
             except Exception:
                 self._take(*before)
                 raise
-            changes: list[tuple[Committed, dict[str, int] | None]] = [(settled, None)]
+            changes: list[tuple[Committed, SegmentLinks | None]] = [(settled, None)]
             try:
-                changes.append((self._put_links(self.links), self._by_name()))
+                changes.append((self._put_links(self.links), self.by_segment()))
             except Exception as error:  # the table is decided again already, so the rest must follow
                 _log.error("the configuration is in force in part, and is tried again: %s", error)
                 self.links_failed = True
@@ -264,10 +286,20 @@ class Intake:
         store = self._store
         return None if store is None else store.fileno()
 
-    def segments(self) -> dict[int, str]:
-        """The interfaces that are segments: index → name."""
-        config = self._config
-        return {index: name for index, name in self.links.names.items() if config.segment(name)}
+    def segments(self) -> Mapping[int, str]:
+        """The segment behind each tenant-facing interface: index → the segment's name."""
+        return self._by_names().by_index
+
+    def by_segment(self) -> SegmentLinks:
+        """The interfaces of each segment. A group that has none now is there, too."""
+        return self._by_names().by_segment
+
+    def _by_names(self) -> _Segments:
+        """Kept until interfaces or configuration change, because metrics and status ask each second."""
+        config, links, found = self._config, self.links, self._segments
+        if found.config is not config or found.links is not links:
+            found = self._segments = _segments(config, links)
+        return found
 
     # --- private ---
 
@@ -351,7 +383,7 @@ class Intake:
             dict(self.unreadable),
         )
 
-    def _hand_over(self, committed: Committed, links: dict[str, int] | None = None, settled: int = 0) -> None:
+    def _hand_over(self, committed: Committed, links: SegmentLinks | None = None, settled: int = 0) -> None:
         """Makes the kernel thread enforce a change; does not wait for it."""
         self._pending_changes.begin()
         self._handed_over.append(_HandedOver(committed, links, settled))
@@ -390,6 +422,3 @@ class Intake:
         ports = only_ports(links, segments)
         want |= {master: want[port] for master, port in ports.items() if master not in want}
         return self._writer.put_links(want, touched=links.touched, now=self._clock.now())
-
-    def _by_name(self) -> dict[str, int]:
-        return {name: index for index, name in self.segments().items()}

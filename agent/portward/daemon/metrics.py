@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from portward.base import clock
 from portward.base.heartbeat import Heartbeat
+from portward.base.interfaces import shown
 from portward.daemon.core import Core
 from portward.daemon.steps import StepRunner
 from portward.daemon.workers import Worker
@@ -118,6 +119,13 @@ def _subscription_packets(reading: Reading) -> Numbers:
     return _copy(reading.core.counting.counts.subscriptions) if wanted else {}
 
 
+def _group_interfaces(reading: Reading) -> Numbers:
+    segments = reading.core.intake.by_segment()
+    # A reload changes the configuration of the policy thread first.
+    groups = [group.name for group in reading.core.dataplane.config.groups if group.name in segments]
+    return {(shown(name),): len(segments[name]) for name in groups}
+
+
 def _queue_drops(reading: Reading) -> Numbers:
     return {
         (str(queue.number), cause): number
@@ -216,11 +224,11 @@ METRICS: Final[tuple[Metric, ...]] = (
         "ruleset_repairs", (),
         "Times the ruleset was loaded again because another program had changed it, or the kernel had refused a "
         "change.",
-        lambda reading: reading.core.dataplane.reconciler.repairs,
+        lambda reading: reading.core.dataplane.repairs,
     ),
     _counter(
         "ruleset_repair_tries", (), "Attempts to load the ruleset again, also those that failed.",
-        lambda reading: reading.core.dataplane.reconciler.repair_tries,
+        lambda reading: reading.core.dataplane.repair_tries,
     ),
     _counter(
         "divergence", ("kind",),
@@ -319,8 +327,12 @@ METRICS: Final[tuple[Metric, ...]] = (
         lambda reading: reading.core.dataplane.config.mode is Mode.OBSERVE,
     ),
     _gauge(
-        "segments", (), "Interfaces that are segments now.",
-        lambda reading: len(reading.core.intake.segments()),
+        "segments", (), "Segments that have an interface now. An interface group is one segment.",
+        lambda reading: len(set(reading.core.intake.segments().values())),
+    ),
+    _gauge(
+        "group_interfaces", ("segment",), "Interfaces that an interface group has now.",
+        _group_interfaces,
     ),
     _counter(
         "metrics_connections_refused", ("cause",),

@@ -117,6 +117,16 @@ def away(process: int) -> str:
     )
 
 
+def asking(folder: Path) -> str:
+    """The command that shows the status of the agent on the table in `folder`, as it is typed in this network
+    namespace. A verb on the store enters none, so it finds the name of an instance only here."""
+    process = in_another_network(folder)
+    name = "" if process is None else netns.name_of(process)
+    if name and not instance.problem(name):
+        return instance.of(name, "status")
+    return instance.command("status")
+
+
 def last(config: Config) -> Config:
     """The configuration that the agent which runs or last ran on this table has in force, if it wrote that;
     otherwise `config`. The loaded ruleset may be newer, because a boot loads one before the agent starts."""

@@ -88,7 +88,7 @@ def _store(reading: Reading) -> dict[str, Any]:
 
 
 def _traffic(reading: Reading, numbers: Snapshot) -> dict[str, Any]:
-    core, counts = reading.core, reading.core.counting.counts
+    core, counts, config = reading.core, reading.core.counting.counts, reading.core.dataplane.config
     packets: Counter[str] = Counter()
     for (segment, _), number in counts.segments.items():
         packets[segment] += number
@@ -98,11 +98,12 @@ def _traffic(reading: Reading, numbers: Snapshot) -> dict[str, Any]:
         "segments": [
             {
                 "name": shown(name),
-                "index": index,
-                "observed": core.dataplane.config.observes(name),
+                "index": None if config.group_named(name) else next(iter(indexes), None),
+                "interfaces": len(indexes),
+                "observed": config.observes(name),
                 "packets": packets[shown(name)],
             }
-            for index, name in sorted(core.intake.segments().items(), key=lambda item: item[1])
+            for name, indexes in sorted(core.intake.by_segment().items())
         ],
         "tunnels_dropped": int(_labelled(numbers, "screen_packets").get("tunnels", 0)),
         "remembered": {name: int(number) for name, number in _labelled(numbers, "remembered_sources").items()},
@@ -138,6 +139,7 @@ def _kernel(reading: Reading, numbers: Snapshot) -> dict[str, Any]:
     core = reading.core
     return {
         "queue_path": "nft queue" if core.native else "xtables NFQUEUE",
+        "bridged": core.dataplane.bridged,
         "guard": {"loaded": core.dataplane.guarded, "why": core.dataplane.others.why},
         "stacked": core.dataplane.lookout.warnings,
         "ruleset_error": core.dataplane.broken,

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from portward.base import instance
 from portward.base.descriptors import Reserve
 from portward.base.resources import PYTHON
 from portward.config.keys import Queue, QueueReader
@@ -120,7 +121,7 @@ class Worker:
                 *PYTHON, "-m", "portward.worker.process",
                 "--queue", str(self.queue), "--length", str(self._length), "--reader", self._reader,
                 "--table", os.fspath(self._table), "--counters", str(self._block), "--lifeline", str(theirs),
-                "--stay", str(self._grace_s),
+                "--stay", str(self._grace_s), *instance.options(),
             )  # fmt: skip
             self.process = await children.start(argv, pass_fds=(self._block, theirs))
         finally:

@@ -1,7 +1,8 @@
 """The daemon's work on the kernel of one network namespace.
 
-Responsible for the ruleset in the table `inet portward`, the cached verdicts and rate limits in it, and all that
-is read from the kernel: counters, interfaces, tunnels, rules of other programs, queues.
+Responsible for the rulesets in the tables `inet portward` and `bridge portward`, the cached verdicts and rate
+limits in them, and all that is read from the kernel: counters, interfaces, tunnels, rules of other programs,
+queues.
 
 Invariants:
 - Only the kernel thread of the daemon writes, over one netlink socket, and only with the namespace lock. Other
@@ -13,14 +14,15 @@ Invariants:
 - Modules marked *pure* do no I/O, also not through what they import.
 
 Modules in reading order:
-- `names`: the table's sets, maps and base chains (pure). `ruleset`: configuration → nft text (pure). `templates`:
-  reads the shipped files.
+- `names`: the two tables, their sets, maps and base chains (pure). `ruleset`: configuration → nft text (pure).
+  `queue_rules`, `bridgetext`: parts of that text (pure). `templates`: reads the shipped files.
 - `desired`: what the kernel should hold (pure). `plane`: the entry point of the daemon, which keeps that up to
-  date. `sync`: the one way in which the kernel is brought in line with it. `reconciler`: loads the ruleset, and
-  finds out if it was changed. `sources`: verdicts and rate limits of single sources. `pending`: the changes that
-  are on their way.
+  date. `table_control`: all that writes one table. `sync`: the one way in which a table is brought in line.
+  `reconciler`: loads the ruleset, and finds out if it was changed. `sources`: verdicts and rate limits of single
+  sources. `pending`: the changes that are on their way.
 - `elements`: the changes of a transaction (pure). `verdict_cache`, `prefixes`, `gate`, `rate_limits`,
-  `interface_sets`: cached verdicts, rate limits, what is known of interfaces (pure).
+  `interface_sets`: cached verdicts, rate limits, what is known of interfaces (pure). `reach`: which of these a change
+  of the policy table reaches (pure).
 - `accounting`: packets by segment, subscription and verdict (pure). `deletions`: what deleted elements had
 counted.
 - `links`, `tunnels`, `stacking`: what stands around the ruleset (pure). `rtnetlink`, `genetlink`,

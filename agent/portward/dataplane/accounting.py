@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -23,9 +23,11 @@ from portward.dataplane.names import (
     COUNTING_SETS,
     SEGMENT_SETS,
     VERDICT_SETS,
+    KernelTable,
     LimitResult,
     NoVerdict,
     Verdict,
+    unqualified,
 )
 from portward.dataplane.setdump import DeletedElement, SetRow
 from portward.dataplane.verdict_cache import Source
@@ -59,18 +61,24 @@ NAMES: Final[dict[Verdict, str]] = {
     NoVerdict.PASSED: "unjudged_passed",
 }
 _VERDICT_OF_SET: Final[dict[str, Verdict]] = {
-    **{f"{name}{family}": verdict for verdict, name in COUNTED_SETS.items() for family in "46"},
-    **{name: verdict for verdict, name in SEGMENT_SETS.items()},
+    table.qualified(name): verdict
+    for table in KernelTable
+    for name, verdict in (
+        *((f"{name}{family}", verdict) for verdict, name in COUNTED_SETS.items() for family in "46"),
+        *((name, verdict) for verdict, name in SEGMENT_SETS.items()),
+    )
 }
 # Elements of these sets expire while packets still find them. A packet extends the time of all other elements.
 _EXPIRING_SETS: Final = frozenset(
-    COUNTING_SETS & {f"{name}{family}" for name in VERDICT_SETS.values() for family in "46"}
+    table.qualified(name)
+    for table in KernelTable
+    for name in COUNTING_SETS & {f"{name}{family}" for name in VERDICT_SETS.values() for family in "46"}
 )
 
 # The packets of an element at its last reading, and its expiry by the monotonic clock in seconds. A plain tuple,
 # because each reading makes up to 262,144 of them for each set.
 _Reading: TypeAlias = tuple[int, float]
-# Set → keys of elements that are about to expire.
+# Qualified name of a set → keys of elements that are about to expire.
 ExpiringKeys: TypeAlias = dict[str, list[bytes]]
 
 
@@ -93,9 +101,9 @@ class SourceOwner(NamedTuple):
 
 class SavedCounts(msgspec.Struct, array_like=True):
     """The content of the file that outlives a restart. A sum is (segment or subscription, verdict, packets).
-    `readings` is set → key of the element → (packets, expiry by the monotonic clock in seconds). `kernel` names
-    the boot and the network namespace: in any other one the elements are different ones. `since` is the beginning
-    of the sums in seconds since 1970."""
+    `readings` is qualified name of a set → key of the element → (packets, expiry by the monotonic clock in
+    seconds). `kernel` names the boot and the network namespace: in any other one the elements are different ones.
+    `since` is the beginning of the sums in seconds since 1970."""
 
     kernel: str
     since: float
@@ -108,10 +116,18 @@ class PacketAccounting:
     """Sums of packets, by segment and verdict, and by subscription and verdict. They never fall. For one
     thread."""
 
-    def __init__(self, owner: Callable[[Source], SourceOwner | None], deletions: DeletionLog) -> None:
-        """`owner` returns the owner of a source; None if it is not in the policy table any more."""
+    def __init__(
+        self,
+        owner: Callable[[Source], SourceOwner | None],
+        deletions: DeletionLog,
+        tables: Collection[KernelTable] = (KernelTable.INET,),
+    ) -> None:
+        """`owner` returns the owner of a source; None if it is not in the policy table any more. `tables` are
+        those that are loaded: a packet is counted in one of them."""
         self._owner, self._deletions = owner, deletions
-        self._readings: dict[str, dict[bytes, _Reading]] = {name: {} for name in COUNTING_SETS}
+        self._readings: dict[str, dict[bytes, _Reading]] = {
+            table.qualified(name): {} for table in tables for name in COUNTING_SETS
+        }
         # Interface index → segment, for packets that are counted when the interface is gone.
         self._segment_names: dict[int, str] = {}
         self.segments: Counter[tuple[str, str]] = Counter()
@@ -124,9 +140,10 @@ class PacketAccounting:
         self.changed = False
 
     def take_all(self, rows: Callable[[str], list[SetRow]], now: float, pause: float) -> ExpiringKeys | None:
-        """Reads all sets with `rows` and adds what they have counted. `now` is the monotonic time in seconds, and
-        `pause` the seconds until the next reading begins. Returns the elements that expire before its end. Returns
-        None if the kernel thread was busy: then nothing was read. Raises OSError if the sets cannot be read.
+        """Reads all sets with `rows`, which takes qualified names, and adds what they have counted. `now` is the
+        monotonic time in seconds, and `pause` the seconds until the next reading begins. Returns the elements that
+        expire before its end. Returns None if the kernel thread was busy: then nothing was read. Raises OSError if
+        the sets cannot be read.
 
         An element that is deleted during the reading was counted until its deletion. Its row may be of the old
         element or of a new one, so it is skipped; the next reading has all that the new one has counted."""
@@ -135,7 +152,7 @@ class PacketAccounting:
             return None
         self._now = now
         self._add_deleted(before)
-        found = {name: rows(name) for name in COUNTING_SETS}
+        found = {name: rows(name) for name in self._readings}
         self._deletions.sizes.update({name: len(part) for name, part in found.items()})
         meanwhile = self._deletions.take()
         if meanwhile is None:
@@ -238,13 +255,14 @@ class PacketAccounting:
         self._last_added = {(True, name): now for name, _, _ in saved.segments}
         self._last_added |= {(False, name): now for name, _, _ in saved.subscriptions}
         if saved.kernel == kernel:
-            self._readings |= {name: part for name, part in saved.readings.items() if name in COUNTING_SETS}
+            self._readings |= {name: part for name, part in saved.readings.items() if name in self._readings}
             self._deletions.sizes.update({name: len(part) for name, part in self._readings.items()})
 
-    def discard_readings(self) -> None:
-        """Takes note that no element of the last reading exists any more."""
-        for part in self._readings.values():
-            part.clear()
+    def discard_readings(self, table: KernelTable = KernelTable.INET) -> None:
+        """Takes note that no element that the last reading found in a table exists any more."""
+        for name, part in self._readings.items():
+            if unqualified(name)[0] is table:
+                part.clear()
 
     def prune(self, now: float, segment: Callable[[str], bool], subscription: Callable[[str], bool]) -> None:
         """Deletes the sums of segments and subscriptions to which nothing was added for `GRACE_S`, and that do not
@@ -260,6 +278,29 @@ class PacketAccounting:
                 sums.pop((name, verdict), None)
             del self._last_added[of_segment, name]
             self.changed = True
+
+
+class LimitedPackets:
+    """Packets over a miss limit, by segment. The kernel counts them for an interface, and forgets a count after an
+    hour without such a packet. A sum never falls while an interface of its segment has a count."""
+
+    def __init__(self) -> None:
+        self.segments: Counter[str] = Counter()
+        # Interface index → its count at the last reading, and the segment to which it was added.
+        self._counts: dict[int, int] = {}
+        self._names: dict[int, str] = {}
+
+    def take(self, counts: dict[int, int], names: Mapping[int, str]) -> None:
+        """Adds a reading (interface index → packets). `names`: index → segment. Packets of an interface that is
+        gone stay with the segment that it belonged to; if that is not known, they have its index as the name."""
+        self._names = {index: names.get(index) or self._names.get(index) or str(index) for index in counts}
+        for index, packets in counts.items():
+            risen = packets - self._counts.get(index, 0)
+            # An element that counts less than before is a new one.
+            self.segments[self._names[index]] += risen if risen >= 0 else packets
+        self._counts = counts
+        for name in self.segments.keys() - set(self._names.values()):
+            del self.segments[name]
 
 
 def _expiring(rows: list[SetRow], skipped: set[bytes], seconds: float) -> list[bytes]:

@@ -29,9 +29,9 @@ from portward.base.netlink import (
     attribute,
     string,
 )
+from portward.dataplane.names import KernelTable
 from portward.dataplane.nf_tables import (
     NFNL_SUBSYS_NFTABLES,
-    NFPROTO_INET,
     NFT_MSG_DELCHAIN,
     NFT_MSG_DELRULE,
     NFT_MSG_DELSET,
@@ -136,24 +136,24 @@ _PLAIN: Final = {
     ("delete", "map"): (NFT_MSG_DELSET, NFTA_SET_NAME),
     ("flush", "set"): (NFT_MSG_DELSETELEM, NFTA_SET_ELEM_LIST_SET),
 }
+_FAMILIES: Final = {table.family: table.value for table in KernelTable}
 _FLAGS: Final = {"add": NLM_F_CREATE, "create": NLM_F_CREATE | NLM_F_EXCL}
 
 
-def inet(message: tuple[int, bytes]) -> Message:
-    """A message of family inet that makes an object, or changes elements."""
-    kind, body = message
-    return Message(kind, NFPROTO_INET, NLM_F_CREATE, body)
+def making(table: KernelTable, messages: list[tuple[int, bytes]]) -> list[Message]:
+    """Messages that make objects in a table, or change its elements."""
+    return [Message(kind, table.value, NLM_F_CREATE, body) for kind, body in messages]
 
 
 def plain(text: str) -> list[Message]:
-    """The messages of commands that only name a table, a chain or a set of family inet, one command in each line.
-    Raises KeyError or ValueError for other commands."""
+    """The messages of commands that only name a table, a chain or a set of the families of portward's tables, one
+    command in each line. Raises KeyError or ValueError for other commands."""
     found = []
     for line in text.splitlines():
         verb, what, family, table, *names = line.split()
-        if family != "inet" or len(names) != (what != "table"):
+        if len(names) != (what != "table"):
             raise ValueError(line)
         kind, naming = _PLAIN[verb, what]
         body = attribute(NFTA_TABLE_NAME, string(table)) + b"".join(attribute(naming, string(n)) for n in names)
-        found.append(Message(kind, NFPROTO_INET, _FLAGS.get(verb, 0), body))
+        found.append(Message(kind, _FAMILIES[family], _FLAGS.get(verb, 0), body))
     return found

@@ -18,6 +18,7 @@ from typing import Final
 
 from portward.base.netlink import attributes_of
 from portward.dataplane import setdump
+from portward.dataplane.names import KernelTable
 from portward.dataplane.nf_tables import NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET
 from portward.dataplane.setdump import DeletedElement
 
@@ -34,14 +35,20 @@ class Deletions:
     def __init__(self) -> None:
         self._changed = Condition()
         self._transactions = 0  # under way
-        self._deleted: list[DeletedElement | bytes] = []
-        # Set → number of elements at the last reading.
+        self._deleted: list[tuple[KernelTable, DeletedElement | bytes]] = []
+        # Qualified name of a set → number of elements at the last reading.
         self.sizes: dict[str, int] = {}
 
+    def size(self, set_: str) -> int:
+        """The number of elements that a set (by its qualified name) may have. One of unknown size counts as
+        full."""
+        return self.sizes.get(set_, MAX_REPORTED_ELEMENTS)
+
     @contextmanager
-    def transaction(self) -> Iterator[list[DeletedElement | bytes]]:
-        """Stands around a transaction of the kernel thread, which appends what it deleted, in that order: the
-        kernel's reports as they came, or `DeletedElement`. If the transaction fails, nothing was deleted."""
+    def transaction(self, table: KernelTable = KernelTable.INET) -> Iterator[list[DeletedElement | bytes]]:
+        """Stands around a transaction of the kernel thread on sets of a table. The thread appends what it deleted,
+        in that order: the kernel's reports as they came, or `DeletedElement` with the set's own name. If the
+        transaction fails, nothing was deleted."""
         with self._changed:
             self._transactions += 1
         deleted: list[DeletedElement | bytes] = []
@@ -53,12 +60,12 @@ class Deletions:
         finally:
             with self._changed:
                 self._transactions -= 1
-                self._deleted += deleted
+                self._deleted += [(table, one) for one in deleted]
                 self._changed.notify_all()
 
     def take(self) -> list[DeletedElement] | None:
-        """The elements that were deleted since the last call. Waits until no transaction is under way; None if one
-        takes longer than two seconds."""
+        """The elements that were deleted since the last call, with qualified names of their sets. Waits until no
+        transaction is under way; None if one takes longer than two seconds."""
         with self._changed:
             if not self._changed.wait_for(lambda: not self._transactions, _TRANSACTION_TIMEOUT_S):
                 return None
@@ -66,12 +73,12 @@ class Deletions:
         return list(_parsed(deleted))
 
 
-def _parsed(deleted: Iterable[DeletedElement | bytes]) -> Iterator[DeletedElement]:
-    for one in deleted:
+def _parsed(deleted: Iterable[tuple[KernelTable, DeletedElement | bytes]]) -> Iterator[DeletedElement]:
+    for table, one in deleted:
         if isinstance(one, DeletedElement):
-            yield one
+            yield one._replace(set=table.qualified(one.set))
             continue
         attributes = dict(attributes_of(one))
-        name = attributes[NFTA_SET_ELEM_LIST_SET].rstrip(b"\0").decode()
+        name = table.qualified(attributes[NFTA_SET_ELEM_LIST_SET].rstrip(b"\0").decode())
         for element in setdump.elements(attributes.get(NFTA_SET_ELEM_LIST_ELEMENTS, b"")):
             yield DeletedElement(name, element.key, element.packets)

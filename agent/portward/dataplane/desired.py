@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from portward.config.keys import Config
 from portward.policy.preset import Preset
+
+# Name of a segment → the indexes of its interfaces: one, or any number if it is an interface group.
+SegmentLinks: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 class Surroundings(NamedTuple):
@@ -36,17 +39,25 @@ class Desired(NamedTuple):
     """The desired state of the kernel: the ruleset of a configuration and a preset in these surroundings, and
     verdicts of the policy table at one generation.
 
-    `generation` is the table's, `revision` is that of the store that the table has loaded. `links` maps the name
-    of each segment to its interface index. `unsettled` are the indexes of interfaces that the table still takes
-    for others: what comes from them is dropped."""
+    `generation` is the table's, `revision` is that of the store that the table has loaded. `links` are the
+    interfaces of each segment. `unsettled` are the indexes of interfaces that the table still takes for others:
+    what comes from them is dropped."""
 
     config: Config
     preset: Preset
     generation: int = 0
     revision: int = 0
-    links: Mapping[str, int] = MappingProxyType({})
+    links: SegmentLinks = MappingProxyType({})
     surroundings: Surroundings = NOTHING
     unsettled: frozenset[int] = frozenset()
+
+    def bridged(self) -> Desired:
+        """The desired state of the table `bridge`. What others translate, and where a device on top of a segment
+        sends packets, is a matter of routing. Such a device may be a port, too: it is not a known interface there,
+        so no mail from it passes."""
+        around = self.surroundings
+        known = around.known - around.stacked
+        return self._replace(surroundings=around._replace(stacked=frozenset(), known=known, guard=False))
 
     def same_ruleset(self, other: Desired) -> bool:
         """Whether both need the same ruleset. The known interfaces are not part of it: they are written alone."""

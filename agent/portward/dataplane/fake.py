@@ -34,6 +34,7 @@ from portward.dataplane.elements import (
 from portward.dataplane.fakemessages import change_of, read, reports_of, text_of
 from portward.dataplane.faketables import Draft, FakeElement, FakeSet, FakeTable, handle
 from portward.dataplane.faketext import SyntaxFault
+from portward.dataplane.names import TABLE
 from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.setdump import SetElement, SetRow
@@ -70,10 +71,11 @@ class Transaction(NamedTuple):
 
 
 class FakeKernel:
-    """One network namespace. `native`: it has nft_queue. `xtables`: it has the xtables target NFQUEUE."""
+    """One network namespace. `native`: it has nft_queue. `xtables`: it has the xtables target NFQUEUE. `bridge`:
+    it has base chains in tables of family bridge. A table has the key that `faketext.key` gives."""
 
-    def __init__(self, *, native: bool = True, xtables: bool = True) -> None:
-        self.native, self.xtables = native, xtables
+    def __init__(self, *, native: bool = True, xtables: bool = True, bridge: bool = False) -> None:
+        self.native, self.xtables, self.bridge = native, xtables, bridge
         self.tables: dict[str, FakeTable] = {}
         self.generation = 7
         self.now = 1_000.0  # seconds
@@ -144,7 +146,7 @@ class FakeKernel:
             refuse(errno.EPERM)
         if not dry_run:
             self._inject()
-        draft = Draft(self.tables, self.now, socket, native=self.native)
+        draft = Draft(self.tables, self.now, socket, native=self.native, bridge=self.bridge)
         with _kernel_text():
             work(draft)
         if dry_run or not draft.touched:
@@ -215,7 +217,7 @@ class FakeNft(Nft):
         assert not debug  # noqa: S101 # no text is compiled
         try:
             if text.startswith("list table "):
-                return self._listed(text.removeprefix("list table inet "))
+                return self._listed(*text.removeprefix("list table ").split())
             commands = faketext.commands(text)
             asking = self._socket or self
             self._kernel.transact(lambda draft: draft.run(commands), lambda: text, asking, dry_run=dry_run)
@@ -225,11 +227,12 @@ class FakeNft(Nft):
             raise KernelError(f"nft: Error: Could not process rule: {error.strerror}") from None
         return ""
 
-    def _listed(self, name: str) -> str:
-        if name not in self._kernel.tables:
+    def _listed(self, family: str, name: str) -> str:
+        table = faketext.key(family, name)
+        if table not in self._kernel.tables:
             refuse(errno.ENOENT)
-        lines = [f"table inet {name} {{"]
-        for chain, found in self._kernel.tables[name].chains.items():
+        lines = [f"table {family} {name} {{"]
+        for chain, found in self._kernel.tables[table].chains.items():
             lines += [f"\tchain {chain} {{", *(f"\t\t{rule}" for rule in found.rules), "\t}"]
         return "\n".join([*lines, "}"]) + "\n"
 
@@ -266,11 +269,12 @@ class FakeNetlink(NfNetlink):
 
     def chains(self) -> Iterator[Chain]:
         """See `NfNetlink`."""
-        for table in [*self._kernel.tables]:
-            found = self._table(table)
-            for name, chain in {} if found is None else found.chains.items():
+        self._permit()
+        for key, found in [*self._kernel.tables.items()]:
+            family = nf.NFPROTO_BRIDGE if key.startswith("bridge ") else nf.NFPROTO_INET
+            for name, chain in found.chains.items():
                 if chain.base is not None:
-                    yield Chain(nf.NFPROTO_INET, table, name, *chain.base)
+                    yield Chain(family, key.removeprefix("bridge "), name, *chain.base)
 
     def expressions(self, holding: tuple[bytes, ...]) -> Iterator[Expression]:
         """None, since rules are opaque here."""
@@ -295,18 +299,18 @@ class FakeNetlink(NfNetlink):
 
     def elements(self, table: str, set_: str) -> list[SetElement]:
         """See `NfNetlink`."""
-        return self._kernel.read(table, set_)
+        return self._kernel.read(self._key(table), set_)
 
     def rows(self, table: str, set_: str) -> list[SetRow]:
         """See `NfNetlink`."""
-        return [element[:3] for element in self._kernel.read(table, set_)]
+        return [element[:3] for element in self._kernel.read(self._key(table), set_)]
 
     def element(self, table: str, set_: str, key: bytes) -> SetElement | None:
         """See `NfNetlink`."""
-        self._table(table)
-        if table not in self._kernel.tables or set_ not in self._kernel.tables[table].sets:
+        found = self._table(table)
+        if found is None or set_ not in found.sets:
             return None
-        return next((one for one in self._kernel.read(table, set_) if one.key == key), None)
+        return next((one for one in self._kernel.read(self._key(table), set_) if one.key == key), None)
 
     def fingerprint(self, table: str, fixed_sets: tuple[str, ...]) -> bytes | None:
         """See `NfNetlink`."""
@@ -333,15 +337,15 @@ class FakeNetlink(NfNetlink):
         def work(draft: Draft) -> None:
             for place, (kind, body) in enumerate(found):
                 if place in reported:
-                    reports.extend(reports_of(draft, body))
+                    reports.extend(reports_of(draft, self._key(TABLE), body))
                 self._do(draft, kind, body)
 
-        self._kernel.transact(work, lambda: tuple(read(found)), self, dry_run=dry_run)
+        self._kernel.transact(work, lambda: tuple(read(found)), self._first or self, dry_run=dry_run)
         return reports
 
     def _do(self, draft: Draft, kind: int, body: bytes) -> None:
         attributes = dict(attributes_of(body))
-        table = text_of(attributes[nf.NFTA_TABLE_NAME])  # the same attribute in all messages
+        table = self._key(text_of(attributes[nf.NFTA_TABLE_NAME]))  # the same attribute in all messages
         match kind:
             case nf.NFT_MSG_NEWTABLE:
                 owned = attributes.get(nf.NFTA_TABLE_FLAGS) == struct.pack(">I", nf.NFT_TABLE_F_OWNER)
@@ -360,6 +364,12 @@ class FakeNetlink(NfNetlink):
                 draft.change(table, change_of(kind, attributes))
 
     def _table(self, name: str) -> FakeTable | None:
+        self._permit()
+        return self._kernel.tables.get(self._key(name))
+
+    def _key(self, name: str) -> str:
+        return faketext.key(self.table.family, name)
+
+    def _permit(self) -> None:
         if not self._kernel.permitted:
             refuse(errno.EPERM)
-        return self._kernel.tables.get(name)

@@ -71,11 +71,12 @@ def _inserted(chain: str, expressions: bytes) -> InsertRule:
     return InsertRule(chain, text_of(lookup[nf.NFTA_LOOKUP_SET]), text_of(verdict[nf.NFTA_VERDICT_CHAIN]))
 
 
-def reports_of(draft: Draft, body: bytes) -> Iterator[bytes]:
-    """The kernel's reports of the elements that a message deletes, as far as portward reads them."""
+def reports_of(draft: Draft, key_: str, body: bytes) -> Iterator[bytes]:
+    """The kernel's reports of the elements that a message deletes from the table with this key, as far as portward
+    reads them."""
     attributes = dict(attributes_of(body))
     table, set_ = attributes[nf.NFTA_SET_ELEM_LIST_TABLE], attributes[nf.NFTA_SET_ELEM_LIST_SET]
-    present = draft.set(text_of(table), text_of(set_)).elements
+    present = draft.set(key_, text_of(set_)).elements
     deleted = attributes.get(nf.NFTA_SET_ELEM_LIST_ELEMENTS)
     for key in [*present] if deleted is None else [key for key, _ in _elements(deleted)]:
         if key in present:

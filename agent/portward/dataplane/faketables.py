@@ -67,7 +67,7 @@ class FakeChain:
 
 @dataclass
 class FakeTable:
-    """An inet table."""
+    """A table."""
 
     flags: str = ""
     owner: object = None
@@ -94,13 +94,15 @@ class FakeTable:
 
 
 class Draft:
-    """A copy of the tables that a transaction changes."""
+    """A copy of the tables that a transaction changes. Methods name a table by its key (`faketext.key`)."""
 
-    def __init__(self, tables: dict[str, FakeTable], now: float, socket: object, *, native: bool) -> None:
+    def __init__(
+        self, tables: dict[str, FakeTable], now: float, socket: object, *, native: bool, bridge: bool = True
+    ) -> None:
         """`now` is the fake's clock in seconds, `socket` the one that makes the transaction. `native`: a rule may
-        have the statement `queue`."""
+        have the statement `queue`. `bridge`: a table of family bridge may have base chains."""
         self.tables = {name: table.copy() for name, table in tables.items()}
-        self._now, self._socket, self._native = now, socket, native
+        self._now, self._socket, self._native, self._bridge = now, socket, native, bridge
         # Whether anything has changed. If not, the generation stays.
         self.touched = False
 
@@ -144,6 +146,8 @@ class Draft:
         chains = self.table(table).chains
         if base is not None and chain in chains and chains[chain].base != base:
             refuse(errno.EOPNOTSUPP)
+        if base is not None and not self._bridge and table.startswith("bridge "):
+            refuse(errno.ENOENT)
         chains.setdefault(chain, FakeChain(base))
         self.touched = True  # the kernel counts a chain that exists as updated
 

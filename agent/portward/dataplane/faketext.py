@@ -16,10 +16,10 @@ _HOOKS: Final = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postro
 _PRIORITIES: Final = {"raw": -300, "mangle": -150, "dstnat": -100, "filter": 0, "security": 50, "srcnat": 100}
 _HOOK: Final = re.compile(r"type (\w+) hook (\w+)(?: device \S+)? priority ([a-z]*) ?([+-]? ?\d*)")
 _COMMAND: Final = re.compile(
-    r"(add|create|delete|flush|insert) (table|chain|set|map|rule|element|counter|limit) inet (\S+) ?(.*)",
+    r"(add|create|delete|flush|insert) (table|chain|set|map|rule|element|counter|limit) (inet|bridge) (\S+) ?(.*)",
     re.DOTALL,
 )
-_BLOCK: Final = re.compile(r"table inet (\S+) \{(.*)\}", re.DOTALL)
+_BLOCK: Final = re.compile(r"table (inet|bridge) (\S+) \{(.*)\}", re.DOTALL)
 _THING: Final = re.compile(r"(chain|set|map|counter|limit) (\S+) ?(?:\{(.*)\})?", re.DOTALL)
 _NUMBER: Final = re.compile(r'0x[0-9a-f]+|\d+|"\d{16}"')
 _UNITS_MS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000}
@@ -31,13 +31,19 @@ class SyntaxFault(Exception):  # noqa: N818 # an error message of nft, not a Por
 
 class Command(NamedTuple):
     """`verb` is add, create, delete, flush or insert. `kind` is ruleset, table, chain, rule, set, map, element,
-    counter or limit. `name` is empty for a table. `body` is the text in the braces, or the rule."""
+    counter or limit. `table` is as `key` gives it. `name` is empty for a table. `body` is the text in the braces,
+    or the rule."""
 
     verb: str
     kind: str
     table: str = ""
     name: str = ""
     body: str = ""
+
+
+def key(family: str, table: str) -> str:
+    """The table's key in the fake: its name, with the family before it if that is not inet."""
+    return table if family == "inet" else f"{family} {table}"
 
 
 class SetDefinition(NamedTuple):
@@ -61,13 +67,14 @@ def _commands(text: str) -> Iterator[Command]:
         if statement == "flush ruleset":
             yield Command("flush", "ruleset")
         elif block := _BLOCK.fullmatch(statement):
-            yield from _block(block[1], block[2])
+            yield from _block(key(block[1], block[2]), block[3])
         elif found := _COMMAND.fullmatch(statement):
-            verb, kind, table, rest = found.groups()
+            verb, kind, family, table, rest = found.groups()
             name, _, body = rest.partition(" ")
             if kind == "table":
                 name, body = "", rest
-            yield Command(verb, kind, table, name, body.strip().removeprefix("{").removesuffix("}").strip())
+            body = body.strip().removeprefix("{").removesuffix("}").strip()
+            yield Command(verb, kind, key(family, table), name, body)
         else:
             raise SyntaxFault(f"syntax error, unexpected {statement.split(maxsplit=1)[0]}")
 

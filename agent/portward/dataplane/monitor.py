@@ -18,7 +18,6 @@ from portward.dataplane import monitor_filter
 from portward.dataplane.nf_tables import (
     NFNL_SUBSYS_NFTABLES,
     NFNLGRP_NFTABLES,
-    NFPROTO_INET,
     NFT_MSG_DELCHAIN,
     NFT_MSG_DELRULE,
     NFT_MSG_DELTABLE,
@@ -69,18 +68,18 @@ class RulesetMonitor:
 
     def __init__(
         self,
-        tables: Collection[str],
+        tables: Collection[tuple[int, str]],
         own: Callable[[], Collection[int]] = tuple,
         *,
         writing: Collection[bytes] = (),
         receive_bytes: int = 0,
         notice_filter: NoticeFilter = NoticeFilter.NONE,
     ) -> None:
-        """`tables` are the tables of family inet that belong to portward. `own` returns the addresses of sockets
-        whose transactions do not count. `writing`: a rule with any of these byte strings may write into packets.
-        `receive_bytes` is the size of the receive buffer; 0: the kernel's default. Raises OSError if the kernel
-        has no such socket."""
-        self._tables = {string(table) for table in tables}
+        """`tables` are the tables that belong to portward: family (NFPROTO_…) and name. `own` returns the
+        addresses of sockets whose transactions do not count. `writing`: a rule with any of these byte strings may
+        write into packets. `receive_bytes` is the size of the receive buffer; 0: the kernel's default. Raises
+        OSError if the kernel has no such socket."""
+        self._tables = {(family, string(name)) for family, name in tables}
         self._own, self._writing = own, tuple(writing)
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, NETLINK_NETFILTER
@@ -130,7 +129,7 @@ class RulesetMonitor:
         first, table = next(attributes_of(body, NFGEN.size), (0, b""))
         if first != NFTA_TABLE_NAME:  # every message begins with the table's name, so this one is not understood
             return LOST
-        if body[0] == NFPROTO_INET and table in self._tables:
+        if (body[0], table) in self._tables:
             return RulesetChanges(ours=True, others=True)
         gained = (kind == NFT_MSG_NEWCHAIN and NFTA_CHAIN_HOOK in dict(attributes_of(body, NFGEN.size))) or (
             kind == NFT_MSG_NEWRULE and any(part in body for part in self._writing)

@@ -18,7 +18,6 @@ from typing import Final
 
 from portward.dataplane.nf_tables import (
     NFNL_SUBSYS_NFTABLES,
-    NFPROTO_INET,
     NFT_MSG_DELFLOWTABLE,
     NFT_MSG_DELOBJ,
     NFT_MSG_DELSET,
@@ -42,7 +41,7 @@ _HARMLESS: Final = (
     NFT_MSG_NEWOBJ, NFT_MSG_DELOBJ, NFT_MSG_NEWFLOWTABLE, NFT_MSG_DELFLOWTABLE,
 )  # fmt: skip
 # Offsets in a message: struct nlmsghdr and nfgenmsg, then the first attribute, which is the table's name.
-_LENGTH, _TYPE, _SUBSYSTEM, _FAMILY, _ATTRIBUTE_TYPE, _NAME = 0, 4, 5, 16, 22, 24
+_LENGTH, _TYPE, _SUBSYSTEM, _ATTRIBUTE_TYPE, _NAME = 0, 4, 5, 22, 24
 # Opcodes: load byte, half word and word at X + k; length of the datagram; jumps; arithmetic; registers.
 _BYTE, _HALF, _WORD, _DATAGRAM = 0x50, 0x48, 0x40, 0x80
 _EQUAL, _GREATER_X = 0x15, 0x2D
@@ -52,8 +51,8 @@ _KEEP, _DROP = 0xFFFFFFFF, 0
 
 
 def attach(listening: socket.socket, *, everything: bool) -> None:
-    """Lets the kernel drop notices about tables whose name does not begin with `portward`: with `everything` all
-    of them, else only those that cannot redirect packets. Raises OSError."""
+    """Lets the kernel drop notices about tables of any family whose name does not begin with `portward`: with
+    `everything` all of them, else only those that cannot redirect packets. Raises OSError."""
     if sys.byteorder != "little":  # the program reads lengths and types byte by byte in this order
         return
     program = b"".join(_INSTRUCTION.pack(*one) for one in _program(everything=everything))
@@ -75,9 +74,9 @@ def _message(*, everything: bool) -> list[tuple[int, int, int, int]]:
     the datagram, because a message that is too short for the name `portward` is not about portward's tables."""
     keep = (_RETURN, 0, 0, _KEEP)
     if everything:
-        kinds = [(_BYTE, 0, 0, _TYPE), (_EQUAL, 10, 0, NFT_MSG_NEWGEN)]
+        kinds = [(_BYTE, 0, 0, _TYPE), (_EQUAL, 8, 0, NFT_MSG_NEWGEN)]
     else:
-        kinds = [(_BYTE, 0, 0, _TYPE), (_EQUAL, len(_HARMLESS) + 11, 0, NFT_MSG_NEWGEN)]
+        kinds = [(_BYTE, 0, 0, _TYPE), (_EQUAL, len(_HARMLESS) + 9, 0, NFT_MSG_NEWGEN)]
         kinds += [(_EQUAL, len(_HARMLESS) - place, 0, kind) for place, kind in enumerate(_HARMLESS)]
         kinds += [keep]
     return [
@@ -85,8 +84,6 @@ def _message(*, everything: bool) -> list[tuple[int, int, int, int]]:
         (_DATAGRAM, 0, 0, 0), (_GREATER_X, 1, 0, 0), (_RETURN, 0, 0, _DROP),
         (_BYTE, 0, 0, _SUBSYSTEM), (_EQUAL, 1, 0, NFNL_SUBSYS_NFTABLES), keep,
         *kinds,
-        # portward has tables of family inet only.
-        (_BYTE, 0, 0, _FAMILY), (_EQUAL, 0, 8, NFPROTO_INET),
         (_HALF, 0, 0, _ATTRIBUTE_TYPE), (_EQUAL, 1, 0, 0x0100), keep,
         (_WORD, 0, 0, _NAME), (_EQUAL, 0, 3, int.from_bytes(b"port", "big")),
         (_WORD, 0, 0, _NAME + 4), (_EQUAL, 0, 1, int.from_bytes(b"ward", "big")), keep,

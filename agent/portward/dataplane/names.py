@@ -1,4 +1,4 @@
-"""The names in the table `inet portward`: its sets, maps, base chains, and what each set counts. Pure.
+"""The names in portward's two tables of the kernel: sets, maps, base chains, and what each set counts. Pure.
 
 The definitions are in `rules/nftables/portward.nft`. A set that is keyed by address exists twice, for each family:
 its name here lacks the digit 4 or 6. Metrics show the names of counters and verdicts, so those never change.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Final, TypeAlias
 
+from portward.dataplane.nf_tables import NFPROTO_BRIDGE, NFPROTO_INET
 from portward.ipc import mark
 
 
@@ -29,8 +30,42 @@ class NoVerdict(Enum):
 # The packets that an element of a set counts.
 Verdict: TypeAlias = mark.Class | LimitResult | NoVerdict
 
-TABLE: Final = "portward"
-FAMILY_TABLE: Final = f"inet {TABLE}"
+TABLE: Final = "portward"  # the name of both tables
+CLOSED: Final = f"{TABLE}_closed"  # the name of the tables of closed.nft and closed-bridge.nft
+
+
+class KernelTable(Enum):
+    """portward's tables in the kernel. INET sees what this host routes, BRIDGE each frame that a bridge of this
+    host takes from a port. Both have the same sets and chains, except those that only routed packets need. The
+    values are the kernel's numbers of their families."""
+
+    INET = NFPROTO_INET
+    BRIDGE = NFPROTO_BRIDGE
+
+    @property
+    def family(self) -> str:
+        """The family in nft's language."""
+        return self.name.lower()
+
+    def __str__(self) -> str:
+        return f"{self.family} {TABLE}"
+
+    @property
+    def closed(self) -> str:
+        """The table of this family that stands in for it if the configuration cannot be read."""
+        return f"{self.family} {CLOSED}"
+
+    def qualified(self, set_: str) -> str:
+        """A name for a set of this table that no set of the other table has. For INET it is the set's own name,
+        because files of older agents have those."""
+        return set_ if self is KernelTable.INET else f"{self.family} {set_}"
+
+
+def unqualified(name: str) -> tuple[KernelTable, str]:
+    """The table and the set with this qualified name."""
+    family, space, set_ = name.rpartition(" ")
+    return (KernelTable[family.upper()], set_) if space else (KernelTable.INET, name)
+
 
 # --- sets that a load fills ---
 

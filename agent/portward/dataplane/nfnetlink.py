@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Final, NamedTuple
@@ -29,7 +29,7 @@ from portward.dataplane import nf_tables as nf
 from portward.dataplane import setdump
 from portward.dataplane.deletions import MAX_REPORTED_ELEMENTS, Deletions
 from portward.dataplane.elements import Change, Delete, Flush, RefusedError, messages
-from portward.dataplane.names import COUNTING_SETS, TABLE
+from portward.dataplane.names import COUNTING_SETS, TABLE, KernelTable
 from portward.dataplane.nfsocket import NfSocket, interrupted, name_of
 from portward.dataplane.setdump import DeletedElement, SetElement, SetRow
 from portward.errors import KernelError
@@ -70,13 +70,50 @@ class Expression(NamedTuple):
 
 
 class NfNetlink(NfSocket):
-    """The requests to nf_tables, in the network namespace of the thread that makes the socket."""
+    """The requests to nf_tables, in the network namespace of the thread that makes the socket. Methods that take a
+    table mean the one of `family`."""
 
-    # `left_at`: the generation after portward's last transaction, or the one from which the reconciler counts;
-    # None before. `disturbed`: another program made a transaction before or within one of portward's, since the
-    # reconciler last reset it. A transaction after portward's last one shows only in `generation() != left_at`.
-    left_at: int | None = None
-    disturbed = False
+    # The object that `of` made this one from; None if there is none. Both count the same transactions.
+    _first: NfNetlink | None = None
+    # How often another program made a transaction before or within one of portward's, and how many of these times
+    # `note_generation` has taken note of.
+    _disturbances = _noted = 0
+    _left_at: int | None = None
+
+    def of(self, table: KernelTable) -> NfNetlink:
+        """The same socket for a table of portward, and for other tables of its family. `disturbed` is its own."""
+        other = self.of_family(table.value)
+        other._first = self._first or self
+        other._noted = other._first._disturbances
+        return other
+
+    @property
+    def table(self) -> KernelTable:
+        """The table of portward that this object is for."""
+        return KernelTable(self.family)
+
+    @property
+    def left_at(self) -> int | None:
+        """The generation after portward's last transaction, or the one that `note_generation` last read; None
+        before."""
+        return (self._first or self)._left_at
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether another program made a transaction before or within one of portward's, since the last
+        `note_generation`. One after portward's last transaction shows only in `generation() != left_at`."""
+        return (self._first or self)._disturbances != self._noted
+
+    def disturb(self) -> None:
+        """From now on `disturbed` is true, whatever table it is asked for."""
+        (self._first or self)._disturbances += 1
+
+    def note_generation(self) -> None:
+        """From now on, earlier transactions of other programs do not count for this table."""
+        first, now = self._first or self, self.generation()
+        if now != first._left_at:  # for other tables they do
+            self.disturb()
+        first._left_at, self._noted = now, first._disturbances
 
     @contextmanager
     def committing(self) -> Iterator[None]:
@@ -84,12 +121,12 @@ class NfNetlink(NfSocket):
         transaction does. It raises the generation by one, or not at all if it changes nothing."""
         before = self.generation()
         if self.left_at is not None and before != self.left_at:
-            self.disturbed = True
+            self.disturb()
         yield
         after = self.generation()
         if (after - before) % 2**32 > 1:
-            self.disturbed = True
-        self.left_at = after
+            self.disturb()
+        (self._first or self)._left_at = after
 
     def generation(self) -> int:
         """The number of ruleset transactions of all programs in this namespace so far. It wraps at 2**32."""
@@ -98,7 +135,7 @@ class NfNetlink(NfSocket):
         raise KernelError("nfnetlink: no generation in the kernel's reply")
 
     def owned_table(self, table: str) -> str | None:
-        """The comment of an inet table that belongs to a netlink socket (`flags owner`). None if there is no such
+        """The comment of a table that belongs to a netlink socket (`flags owner`). None if there is no such
         table, or if it has no owner. Raises PermissionError without CAP_NET_ADMIN."""
         try:
             for reply in self._request(nf.NFT_MSG_GETTABLE, attribute(nf.NFTA_TABLE_NAME, string(table)), 0):
@@ -110,7 +147,7 @@ class NfNetlink(NfSocket):
         return None
 
     def sets(self, table: str) -> set[str]:
-        """The names of the sets of an inet table, without the anonymous ones; none if there is no such table."""
+        """The names of the sets of a table, without the anonymous ones; none if there is no such table."""
         found = set()
         try:
             for reply in self._request(nf.NFT_MSG_GETSET, attribute(nf.NFTA_SET_TABLE, string(table)), NLM_F_DUMP):
@@ -120,7 +157,7 @@ class NfNetlink(NfSocket):
         return {name for name in found if not name.startswith("__")}
 
     def hooks(self, table: str) -> dict[str, tuple[int, int]]:
-        """The base chains of an inet table with hook and priority, in the order of their registration."""
+        """The base chains of a table with hook and priority, in the order of their registration."""
         found = {}
         for name, chain, _ in self._own_chains(table):
             if chain:
@@ -133,16 +170,15 @@ class NfNetlink(NfSocket):
         return found
 
     def _own_chains(self, table: str) -> list[tuple[bytes, bytes, bytes]]:
-        """Name, hook and policy of each chain of an inet table, in the order in which they were made. Raises
-        OSError.
+        """Name, hook and policy of each chain of a table, in the order in which they were made. Raises OSError.
 
-        The kernel dumps the chains of all inet tables. With 20,000 chains of other programs that takes so long
-        that a transaction interrupts each reading, so only the chains of this table are compared. Two readings can
-        skip the same chain if another program adds and deletes chains all the time. Then the ruleset is put back
-        once too often."""
+        The kernel dumps the chains of all tables of the family. With 20,000 chains of other programs that takes so
+        long that a transaction interrupts each reading, so only the chains of this table are compared. Two
+        readings can skip the same chain if another program adds and deletes chains all the time. Then the ruleset
+        is put back once too often."""
         named = string(table)
         replies, whole = self._replies(
-            nf.NFT_MSG_GETCHAIN, b"", NLM_F_DUMP, nf.NFPROTO_INET, NFGEN.size, holding=named
+            nf.NFT_MSG_GETCHAIN, b"", NLM_F_DUMP, self.family, NFGEN.size, holding=named
         )
         if not whole:
             raise interrupted()
@@ -188,7 +224,7 @@ class NfNetlink(NfSocket):
             raise interrupted()
 
     def rules_on(self, table: str, chain: str, set_: str) -> list[int]:
-        """The handles of the rules in a chain of an inet table that look a set up, in their order. Raises OSError,
+        """The handles of the rules in a chain of a table that look a set up, in their order. Raises OSError,
         also if the table or the chain is missing."""
         body = attribute(nf.NFTA_RULE_TABLE, string(table)) + attribute(nf.NFTA_RULE_CHAIN, string(chain))
         lookup = attribute(nf.NFTA_LOOKUP_SET, string(set_))
@@ -201,12 +237,12 @@ class NfNetlink(NfSocket):
         ]
 
     def counters(self, table: str) -> dict[str, int]:
-        """The named counters of an inet table: name → packets."""
+        """The named counters of a table: name → packets."""
         found = self._objects(table, nf.NFT_OBJECT_COUNTER)
         return {name: _U64.unpack(dict(attributes_of(data))[nf.NFTA_COUNTER_PACKETS])[0] for name, data in found}
 
     def limits(self, table: str) -> list[str]:
-        """The names of the named limits of an inet table; none if there is no such table."""
+        """The names of the named limits of a table; none if there is no such table."""
         return [name for name, _ in self._objects(table, nf.NFT_OBJECT_LIMIT)]
 
     def _objects(self, table: str, type_: int) -> Iterator[tuple[str, bytes]]:
@@ -219,7 +255,7 @@ class NfNetlink(NfSocket):
                 yield name_of(attributes[nf.NFTA_OBJ_NAME]), attributes[nf.NFTA_OBJ_DATA]
 
     def elements(self, table: str, set_: str) -> list[SetElement]:
-        """All elements of a set of an inet table. Raises OSError, also if set or table is missing."""
+        """All elements of a set of a table. Raises OSError, also if set or table is missing."""
         found: list[SetElement] = []
         for nest_ in self._nests(table, set_):
             found.extend(setdump.elements(nest_))
@@ -250,7 +286,7 @@ class NfNetlink(NfSocket):
         return None
 
     def fingerprint(self, table: str, fixed_sets: tuple[str, ...]) -> bytes | None:
-        """A digest of flags, chains, rules in their order, and sets of an inet table, with the elements of
+        """A digest of flags, chains, rules in their order, and sets of a table, with the elements of
         `fixed_sets`. None if the table or one of these sets is missing. While the digest is the same, no program
         has changed the table. Raises OSError."""
         digest = blake2b(digest_size=16)
@@ -279,11 +315,12 @@ class NfNetlink(NfSocket):
                         digest.update(attributes.get(kind, b"-"))
 
 
-# --- the elements of the table inet portward ---
+# --- the elements of portward's tables ---
 
 
 class KernelElements:
-    """The elements of the table `inet portward` in the network namespace of a netlink socket. For one thread."""
+    """The elements of the table of portward that `netlink` is for, in the network namespace of its socket. For one
+    thread."""
 
     def __init__(self, netlink: NfNetlink, deletions: Deletions | None = None) -> None:
         """`deletions` takes what deleted elements had counted."""
@@ -320,9 +357,12 @@ class KernelElements:
         if not sent:
             return
         deletions = self._deletions or Deletions()
-        plan = _ReportPlan(((change, len(part)) for change, part in parts), deletions.sizes)
+        table = self._netlink.table
+        plan = _ReportPlan(
+            ((change, len(part)) for change, part in parts), lambda set_: deletions.size(table.qualified(set_))
+        )
         try:
-            with self._netlink.committing(), deletions.transaction() as deleted:
+            with self._netlink.committing(), deletions.transaction(table) as deleted:
                 self._netlink.expect(plan.elements)
                 deleted.extend(self._netlink.commit(sent, reported=plan.places))
                 deleted.extend(plan.unreported)
@@ -334,9 +374,9 @@ class _ReportPlan:
     """Which messages of a transaction the kernel must report: those that delete elements with a counter, up to
     `MAX_REPORTED_ELEMENTS` elements."""
 
-    def __init__(self, changes: Iterable[tuple[Change, int]], sizes: Mapping[str, int]) -> None:
-        """`changes` are in their order, each with the number of its messages. `sizes` has the number of elements
-        of each set at its last reading."""
+    def __init__(self, changes: Iterable[tuple[Change, int]], size: Callable[[str], int]) -> None:
+        """`changes` are in their order, each with the number of its messages. `size` returns the number of
+        elements that a set may have."""
         # Places of the messages in the transaction, from 0.
         self.places: set[int] = set()
         # Elements that will be reported.
@@ -347,12 +387,11 @@ class _ReportPlan:
         for change, length in changes:
             after = place + length
             if isinstance(change, Delete | Flush) and change.set in COUNTING_SETS:
-                self._take(change, range(place, after), sizes)
+                self._take(change, range(place, after), size)
             place = after
 
-    def _take(self, change: Delete | Flush, places: range, sizes: Mapping[str, int]) -> None:
-        # A set of unknown size counts as full.
-        elements = len(change.keys) if isinstance(change, Delete) else sizes.get(change.set, MAX_REPORTED_ELEMENTS)
+    def _take(self, change: Delete | Flush, places: range, size: Callable[[str], int]) -> None:
+        elements = len(change.keys) if isinstance(change, Delete) else size(change.set)
         fits = self.elements + elements <= MAX_REPORTED_ELEMENTS
         if fits:
             self.places.update(places)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import os
 import socket
 import time
 from collections.abc import Container, Iterable, Iterator
-from typing import Final
+from typing import Final, Self
 
 from portward.base.netlink import (
     HEADER,
@@ -58,8 +59,19 @@ _REPORT_BYTES: Final = 1_024
 _RECEIVE_BYTES: Final = 1 << 17
 
 
+class _Shared:
+    """What all that use one socket must know of it: the number of the last message sent, the size of the receive
+    buffer in bytes, and how many bytes of a transaction fit into the send buffer."""
+
+    def __init__(self, *, sequence: int = 0, receive_buffer: int = 1 << 20, max_sent: int = 100_000) -> None:
+        self.sequence, self.receive_buffer, self.max_sent = sequence, receive_buffer, max_sent
+
+
 class NfSocket:
     """A netlink socket to nf_tables in the network namespace of the thread that makes it."""
+
+    # The family (NFPROTO_…) of the tables that requests and changes are about.
+    family = nf.NFPROTO_INET
 
     def __init__(self) -> None:
         """Raises KernelError if the kernel has no nfnetlink."""
@@ -75,14 +87,17 @@ class NfSocket:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         # An error then has only the header of the refused message, not a copy of the whole message.
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
-        self._sequence = 0
-        self._receive_buffer = 1 << 20
-        # A transaction of this many bytes fits into the send buffer.
-        self._max_sent = 100_000
+        self._shared = _Shared()
 
     def close(self) -> None:
         """Closes the socket."""
         self._socket.close()
+
+    def of_family(self, family: int) -> Self:
+        """The same socket for tables of another family (NFPROTO_…). It is closed with this object."""
+        other = copy.copy(self)
+        other.family = family
+        return other
 
     @property
     def port(self) -> int:
@@ -93,14 +108,14 @@ class NfSocket:
     def commit(
         self, messages: Iterable[tuple[int, bytes]], *, dry_run: bool = False, reported: Container[int] = ()
     ) -> list[bytes]:
-        """Makes changes (message type and attributes; at least one) to inet tables in one transaction. With
+        """Makes changes (message type and attributes; at least one) to tables of `family` in one transaction. With
         `dry_run` it only asks whether the kernel would make them. A new rule goes to the head of its chain. Raises
         OSError with the kernel's errno, and then nothing has changed.
 
         The kernel reports each element, with its counter, that the messages at the places `reported` (from 0)
         delete. Returns the attributes of these reports."""
         made = [
-            Message(message, nf.NFPROTO_INET, NLM_F_CREATE | (NLM_F_ECHO if place in reported else 0), body)
+            Message(message, self.family, NLM_F_CREATE | (NLM_F_ECHO if place in reported else 0), body)
             for place, (message, body) in enumerate(messages)
         ]
         return self.transact(made, dry_run=dry_run)
@@ -109,8 +124,8 @@ class NfSocket:
         """Makes the receive buffer large enough for this many reports of one transaction. Without room the reading
         would fail with ENOBUFS."""
         wanted = reports * _REPORT_BYTES
-        if wanted > self._receive_buffer:
-            self._receive_buffer = wanted
+        if wanted > self._shared.receive_buffer:
+            self._shared.receive_buffer = wanted
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, wanted)
 
     def barrier(self) -> None:
@@ -123,7 +138,7 @@ class NfSocket:
     def transact(self, messages: Iterable[Message], *, dry_run: bool = False) -> list[bytes]:
         """Makes changes (at least one) to any tables, like `commit`. Returns the reports that NLM_F_ECHO asks
         for."""
-        begin = self._sequence + 1
+        begin = self._shared.sequence + 1
         batch = [self._message(nf.NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, NFGEN.pack(0, 0, nf.NFNL_SUBSYS_NFTABLES))]
         changes = list(messages)
         for number, (kind, family, own_flags, body) in enumerate(changes, 1):
@@ -131,7 +146,7 @@ class NfSocket:
             flags = NLM_F_REQUEST | own_flags | (NLM_F_ACK if number == len(changes) else 0)
             payload = NFGEN.pack(family, 0, 0) + body
             batch.append(self._message(nf.NFNL_SUBSYS_NFTABLES << 8 | kind, flags, payload))
-        last = self._sequence
+        last = self._shared.sequence
         if not dry_run:  # the kernel rolls a batch without an end back
             batch.append(
                 self._message(nf.NFNL_MSG_BATCH_END, NLM_F_REQUEST, NFGEN.pack(0, 0, nf.NFNL_SUBSYS_NFTABLES))
@@ -141,14 +156,14 @@ class NfSocket:
 
     def _send(self, data: bytes) -> None:
         """Sends a transaction, which must be one datagram. The default send buffer takes some 200 kB."""
-        if len(data) > self._max_sent:
-            self._max_sent = 2 * len(data)
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, self._max_sent)
+        if len(data) > self._shared.max_sent:
+            self._shared.max_sent = 2 * len(data)
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, self._shared.max_sent)
         self._socket.send(data)
 
     def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
-        self._sequence += 1
-        return HEADER.pack(16 + len(payload), kind, flags, self._sequence, 0) + payload
+        self._shared.sequence += 1
+        return HEADER.pack(16 + len(payload), kind, flags, self._shared.sequence, 0) + payload
 
     def _wait(self, begin: int, last: int, messages: list[Message]) -> list[bytes]:
         """Waits for the kernel's answer to a transaction. Returns the reports before it. Raises OSError for the
@@ -171,12 +186,10 @@ class NfSocket:
                         raise _refusal(refused, messages[place - 1] if place else None)
                     return reports
 
-    def _request(
-        self, message: int, body: bytes, flags: int, family: int = nf.NFPROTO_INET, *, skip: int = NFGEN.size
-    ) -> Iterator[bytes]:
-        """Sends one request. Yields each reply without its first `skip` bytes: by default its attributes. Raises
-        OSError with the kernel's errno."""
-        replies, whole = self._replies(message, body, flags, family, skip)
+    def _request(self, message: int, body: bytes, flags: int, *, skip: int = NFGEN.size) -> Iterator[bytes]:
+        """Sends one request about tables of `family`. Yields each reply without its first `skip` bytes: by default
+        its attributes. Raises OSError with the kernel's errno."""
+        replies, whole = self._replies(message, body, flags, self.family, skip)
         if not whole:
             raise interrupted()
         yield from replies
@@ -210,7 +223,7 @@ class NfSocket:
         interrupted = False
         while True:
             for kind, flags_in, sequence, content in messages_of(self._socket.recv(_RECEIVE_BYTES)):
-                if sequence != self._sequence:
+                if sequence != self._shared.sequence:
                     continue
                 interrupted |= bool(flags_in & NLM_F_DUMP_INTR)
                 if kind in (NLMSG_ERROR, NLMSG_DONE):

@@ -31,8 +31,8 @@ _OUTPUT_TERSE = 1 << 11
 _DEBUG_MNL = 1 << 4
 # A mark or an interface index, in the byte order of the host.
 _NUMBER: Final = struct.Struct("=I")
-# Compiled texts that are cached, because a repair loads the same text again.
-_MAX_CACHED_TEXTS: Final = 4
+# Compiled texts that are cached, because a repair loads the same text again: four of each table.
+_MAX_CACHED_TEXTS: Final = 8
 # The type of the message that begins a transaction (NFNL_MSG_BATCH_BEGIN), as libmnl prints it. For a text with a
 # mistake libnftables prints no messages.
 _BATCH_BEGIN_PRINTED: Final = b"| 00016 |"
@@ -140,7 +140,7 @@ class Nft:
 
     def check_replacement(self, head: str, want: Wanted) -> None:
         """Asks the kernel whether `replace` would work. Changes nothing. Raises KernelError if not."""
-        if not self._sent(head, want.fixed, _elements(want), dry_run=True):
+        if not self._sent(head, want.fixed, compiled.making(want.table, _elements(want)), dry_run=True):
             self._once(head + want.text, dry_run=True)
 
     def prepare(self, want: Wanted) -> None:
@@ -153,7 +153,7 @@ class Nft:
         """Commits `want` after the plain commands in `head` as one transaction. Raises KernelError, and then
         nothing has changed."""
         with self._committing():
-            if not self._sent(head, want.fixed, _elements(want)):
+            if not self._sent(head, want.fixed, compiled.making(want.table, _elements(want))):
                 self._once(head + want.text, dry_run=False)
 
     def add(self, ruleset: str) -> None:
@@ -163,28 +163,26 @@ class Nft:
                 self._once(ruleset, dry_run=False)
 
     def create(self, table: str, ruleset: str) -> None:
-        """Commits a text that names only objects that it defines itself. Raises KernelError, also if this table of
-        family inet exists already."""
-        head = f"create table inet {table}\n"
+        """Commits a text that names only objects that it defines itself. Raises KernelError, also if this table
+        (family and name) exists already."""
+        head = f"create table {table}\n"
         with self._committing():
             if not self._sent(head, ruleset):
                 self._once(head + ruleset, dry_run=False)
 
     def delete(self, table: str) -> None:
-        """Deletes a table of family inet. Raises KernelError, also if there is none."""
+        """Deletes a table (family and name). Raises KernelError, also if there is none."""
         with self._committing():
-            if not self._sent(f"delete table inet {table}\n", ""):
-                self._once(f"delete table inet {table}\n", dry_run=False)
+            if not self._sent(f"delete table {table}\n", ""):
+                self._once(f"delete table {table}\n", dry_run=False)
 
-    def _sent(
-        self, head: str, text: str, more: list[tuple[int, bytes]] | None = None, *, dry_run: bool = False
-    ) -> bool:
+    def _sent(self, head: str, text: str, more: list[Message] | None = None, *, dry_run: bool = False) -> bool:
         """Sends the messages of the plain commands in `head`, of `text`, and `more`. False if libnftables makes
         the transactions, or if it prints messages in another form. Raises KernelError."""
         if self._socket is None or not self._compiles:
             return False
         try:
-            transaction = [*compiled.plain(head), *self._compiled(text), *map(compiled.inet, more or [])]
+            transaction = [*compiled.plain(head), *self._compiled(text), *(more or [])]
         except UnreadableError as error:
             _log.warning("libnftables loads the rulesets itself: %s", error)
             self._compiles = False

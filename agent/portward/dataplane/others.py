@@ -21,12 +21,13 @@ from typing import Final, NamedTuple, TypeVar
 from portward.base.descriptors import Reserve
 from portward.base.netlink import ATTRIBUTE
 from portward.dataplane import nf_tables as nf
-from portward.dataplane.names import HOOKS, TABLE
+from portward.dataplane.names import CLOSED, HOOKS, TABLE, KernelTable
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink
 from portward.errors import KernelError
 
-_OWN_TABLES: Final = (TABLE, f"{TABLE}_closed", LOCK_TABLE)
+_OWN_TABLES: Final = (TABLE, CLOSED, LOCK_TABLE)
+_OWN_FAMILIES: Final = frozenset(table.value for table in KernelTable)
 _FAMILIES: Final = {
     nf.NFPROTO_UNSPEC: "unspec", nf.NFPROTO_INET: "inet", nf.NFPROTO_IPV4: "ip", nf.NFPROTO_ARP: "arp",
     nf.NFPROTO_NETDEV: "netdev", nf.NFPROTO_BRIDGE: "bridge", nf.NFPROTO_IPV6: "ip6",
@@ -140,7 +141,7 @@ class OthersMonitor:
 
 
 def _ours(found: Chain | Expression) -> bool:
-    return _FAMILIES.get(found.family) == "inet" and found.table in _OWN_TABLES
+    return found.family in _OWN_FAMILIES and found.table in _OWN_TABLES
 
 
 def _nat(chains: list[Chain]) -> Iterator[str]:

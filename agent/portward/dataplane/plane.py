@@ -1,7 +1,9 @@
 """The kernel's side of a running gateway: what the kernel should hold, and when it is brought in line.
 
 Each method takes what has happened (a change of the policy table, other interfaces, another configuration, the
-periodic check) into one desired state and applies it: see `KernelSync.apply`.
+periodic check) into one desired state and applies it: see `KernelSync.apply`. Both tables of the kernel get the
+same state, one after the other. Each keeps by itself which state it has, so if the process dies in between, or the
+kernel refuses one of them, the other is as good as alone, and the next `apply` brings both in line.
 
 Every method runs on the kernel thread, one after the other, so no two of them write the kernel at once. Only the
 properties under "may be asked on any thread" are for others, too. None of
@@ -16,36 +18,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
-from collections.abc import Callable, Iterable
-from ipaddress import ip_address
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
 
 from portward.base.descriptors import Reserve
 from portward.config.keys import Config
 from portward.dataplane.accounting import ExpiringKeys
 from portward.dataplane.deletions import Deletions
-from portward.dataplane.desired import Desired, Surroundings, Unsettled
+from portward.dataplane.desired import Desired, SegmentLinks, Surroundings, Unsettled
 from portward.dataplane.links import Links, only_ports
 from portward.dataplane.monitor import RulesetChanges
-from portward.dataplane.nfnetlink import KernelElements, NfNetlink
+from portward.dataplane.names import KernelTable, unqualified
+from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import Others, OthersMonitor
 from portward.dataplane.pending import PendingChanges
-from portward.dataplane.rate_limits import Bucket, RateLimits
-from portward.dataplane.reconciler import RulesetReconciler
-from portward.dataplane.selfcheck import SAMPLE_SOURCES, DifferenceKind, SelfCheck
-from portward.dataplane.sources import SourcePolicy
-from portward.dataplane.surroundings import SurroundingsMonitor, known, stacked
-from portward.dataplane.sync import Found, KernelSync
-from portward.dataplane.verdict_cache import Source, VerdictCache
+from portward.dataplane.selfcheck import DifferenceKind, SelfCheck
+from portward.dataplane.surroundings import SurroundingsMonitor
+from portward.dataplane.sync import Found
+from portward.dataplane.table_control import TableControl
+from portward.dataplane.verdict_cache import Source
 from portward.errors import KernelError
 from portward.policy.preset import Preset
 from portward.table.commits import Committed, merged
 from portward.table.reader import Reader
-
-# Differences of one kind that are logged one by one: more would flood the log.
-_LOGGED_DIFFERENCES: Final = 10
 
 _log = logging.getLogger("portward")
 
@@ -61,38 +56,42 @@ class Dataplane:
         nft: Nft,
         netlink: NfNetlink,
         native: bool,
+        bridged: bool,
         reader: Reader,
         selfcheck: SelfCheck,
         pending_changes: PendingChanges,
         deletions: Deletions,
-        notices: Callable[[], RulesetChanges] | None = None,
+        notices: Mapping[KernelTable, Callable[[], RulesetChanges]] | None = None,
     ) -> None:
-        """`config` and `preset` are those in force. `native`: the kernel has nft_queue. `reader` belongs to the
-        kernel thread alone. `deletions` takes what deleted elements had counted; `notices` as for
-        `RulesetReconciler`."""
+        """`config` and `preset` are those in force. `native`: the kernel has nft_queue. `bridged`: it takes the
+        table `bridge`, too. `reader` belongs to the kernel thread alone. `deletions` takes what deleted elements
+        had counted; `notices` as for `RulesetReconciler`, for each table."""
         self._nft, self._reader = nft, reader
         # Spare descriptors for a repair, so that it does not fail for lack of one.
         self._reserve = Reserve(4)
         self._selfcheck, self._pending_changes = selfcheck, pending_changes
-        elements = KernelElements(netlink, deletions)
-        self.cache = VerdictCache(elements)
-        self.rate_limits = RateLimits(elements)
-        # As the counting thread last read them in the kernel.
-        self.rate_limits_seen: dict[Source, Bucket] = {}
-        self.reconciler = RulesetReconciler(nft, netlink, self.cache, notices)
-        self._sources = SourcePolicy(reader, self.cache, self.rate_limits)
-        self.sync = KernelSync(self.reconciler, self.cache, self.rate_limits, self._sources.limit, native=native)
+        tables = tuple(KernelTable) if bridged else (KernelTable.INET,)
+        closed_too = () if bridged else (KernelTable.BRIDGE,)
+        self.tables = tuple(
+            TableControl(
+                nft, netlink.of(table), reader, deletions,
+                native=native, notices=(notices or {}).get(table), closed_too=closed_too,
+            )
+            for table in tables
+        )  # fmt: skip
+        # The table `inet` is there in any case.
+        self.inet = self.tables[0]
         self._desired = Desired(config, preset)
         self._unsettled = Unsettled()
         # The devices that take packets of segments before portward sees them, as last found.
-        self.lookout = SurroundingsMonitor()
+        self.lookout = SurroundingsMonitor(bridged=bridged)
         # The rules of other programs decide whether the forward guard is loaded.
         self.watch = OthersMonitor(netlink)
         self._links = Links({}, frozenset())
         # VRFs with one segment as a port: index of the VRF → index of the port.
         self._ports: dict[int, int] = {}
         # Changes that were committed before the ruleset was loaded.
-        self._early: list[tuple[Committed, dict[str, int] | None, int]] = []
+        self._early: list[tuple[Committed, SegmentLinks | None, int]] = []
 
     # --- may be asked on any thread ---
 
@@ -107,21 +106,46 @@ class Dataplane:
         return self._desired.preset
 
     @property
+    def bridged(self) -> bool:
+        """Whether bridged frames get verdicts: the table `bridge` is one of the tables."""
+        return len(self.tables) > 1
+
+    @property
     def broken(self) -> str:
         """Why the kernel does not have the ruleset that it should have; empty if it has."""
-        return self.sync.broken
+        return "; ".join(dict.fromkeys(one.sync.broken for one in self.tables if one.sync.broken))
+
+    @property
+    def loaded(self) -> bool:
+        """Whether `load` has loaded the ruleset."""
+        return all(one.sync.in_force is not None for one in self.tables)
 
     @property
     def enforced(self) -> int:
         """The newest revision of the store that the kernel acts on: everything older is forgotten."""
-        return 0 if self.sync.in_force is None else self.sync.in_force.revision
+        return min(0 if one.sync.in_force is None else one.sync.in_force.revision for one in self.tables)
 
     @property
     def behind(self) -> bool:
         """Whether the kernel stands at an older generation than the table although no change is under way."""
         # In this order: a change counts as under way from before its commit until it was carried out.
         table = self._pending_changes.generation()
-        return self.sync.generation != table and not self._pending_changes.any
+        return any(one.sync.generation != table for one in self.tables) and not self._pending_changes.any
+
+    @property
+    def loaded_at(self) -> float:
+        """When a ruleset was last put in place, by the monotonic clock."""
+        return max(one.reconciler.loaded_at for one in self.tables)
+
+    @property
+    def repairs(self) -> int:
+        """How often a ruleset was loaded again because it was not as it should be."""
+        return sum(one.reconciler.repairs for one in self.tables)
+
+    @property
+    def repair_tries(self) -> int:
+        """How often that was tried."""
+        return sum(one.reconciler.repair_tries for one in self.tables)
 
     @property
     def others(self) -> Others:
@@ -131,13 +155,18 @@ class Dataplane:
     @property
     def guarded(self) -> bool:
         """Whether the forward guard belongs to the ruleset in the kernel."""
-        return self._desired.surroundings.guard and not self.broken
+        return self._desired.surroundings.guard and not self.inet.sync.broken
 
     @property
     def unwatched(self) -> bool:
         """Whether a ruleset of ours was loaded since others were last looked at: what others loaded meanwhile does
         not show in the reconciler's numbers."""
-        return self.watch.looked_at <= self.reconciler.loaded_at
+        return self.watch.looked_at <= self.loaded_at
+
+    def at_rest(self, netlink: NfNetlink, heard: RulesetChanges | None = None) -> bool:
+        """Whether `check` has nothing to do. `netlink` and `heard` as for `RulesetReconciler.at_rest`."""
+        due = self.broken or self.behind or self.unwatched
+        return not due and all(one.reconciler.at_rest(netlink, heard) for one in self.tables)
 
     # --- the start ---
 
@@ -146,13 +175,15 @@ class Dataplane:
         left to `load`, which meets them again."""
         self._take_links(seen)
         surroundings = self._surroundings(look=True)
+        desired = self._desired._replace(surroundings=surroundings)
         with contextlib.suppress(KernelError, OSError):
-            self._nft.prepare(self.sync.wanted(self._desired._replace(surroundings=surroundings)))
+            for one in self.tables:
+                self._nft.prepare(one.sync.wanted(one.part(desired)))
 
-    def load(self, committed: Committed, links: dict[str, int], seen: Links) -> None:
-        """Loads the ruleset for the table as it was after `committed`, with `links` (segment → interface index),
-        and for what stands around it, among it the interfaces as they were `seen`; then carries out what was
-        committed since. From here on the gateway enforces. Raises KernelError."""
+    def load(self, committed: Committed, links: SegmentLinks, seen: Links) -> None:
+        """Loads the ruleset for the table as it was after `committed`, with `links` as the interfaces of the
+        segments, and for what stands around it, among it the interfaces as they were `seen`; then carries out what
+        was committed since. From here on the gateway enforces. Raises KernelError."""
         self._take_links(seen)
         self._desired = self._desired._replace(
             generation=committed.generation,
@@ -160,7 +191,11 @@ class Dataplane:
             links=links,
             surroundings=self._surroundings(look=True),
         )
-        if self.sync.apply(self._desired) is Found.STALE:
+        # If the kernel refuses the second table, nothing must be loaded. If it refuses only the load, which is no
+        # reason of its own, the first one stays: without an agent it opens nothing.
+        for one in self.tables[1:]:
+            one.reconciler.check(one.sync.wanted(one.part(self._desired)))
+        if Found.STALE in [one.sync.apply(one.part(self._desired)) for one in self.tables]:
             _log.info("the kernel had cached verdicts of another policy: they are forgotten")
         for change in self._early:
             self._change(*change)
@@ -169,16 +204,16 @@ class Dataplane:
 
     # --- what happens ---
 
-    def enforce(self, committed: Committed, links: dict[str, int] | None, settled: int) -> None:
-        """Carries out a change of the table. With `links` (segment → interface index) the interfaces have changed,
-        and the table names their owners up to event number `settled`."""
-        if self.sync.in_force is None:
+    def enforce(self, committed: Committed, links: SegmentLinks | None, settled: int) -> None:
+        """Carries out a change of the table. With `links` the interfaces of segments have changed, and the table
+        names their owners up to event number `settled`."""
+        if not self.loaded:
             self._early.append((committed, links, settled))
             return
         self._change(committed, links, settled)
         self._look_again()
 
-    def _change(self, committed: Committed, links: dict[str, int] | None, settled: int) -> None:
+    def _change(self, committed: Committed, links: SegmentLinks | None, settled: int) -> None:
         if links is not None:
             self._unsettled.settle(settled)
             self._desired = self._desired._replace(links=links, unsettled=self._unsettled.indexes)
@@ -209,11 +244,9 @@ class Dataplane:
         self._surround(surroundings)
         self._look_again()
 
-    def adopt(
-        self, config: Config, preset: Preset, changes: list[tuple[Committed, dict[str, int] | None]]
-    ) -> None:
-        """Puts another configuration in force, whose `changes` of the table (one or more, each with segment →
-        interface index if the interfaces have changed) are committed. If the kernel refuses its ruleset, `check`
+    def adopt(self, config: Config, preset: Preset, changes: list[tuple[Committed, SegmentLinks | None]]) -> None:
+        """Puts another configuration in force, whose `changes` of the table (one or more, each with the
+        segments' interfaces if these have changed) are committed. If the kernel refuses its ruleset, `check`
         tries it until it works."""
         self._desired = self._desired._replace(config=config, preset=preset)
         self._take_links(self._links)
@@ -241,12 +274,11 @@ class Dataplane:
 
     def would_take(self, config: Config, preset: Preset) -> None:
         """Asks the kernel if it would load the ruleset of another configuration; raises KernelError."""
-        devices = self._links.devices
-        around = self._desired.surroundings._replace(
-            stacked=stacked(devices, config), known=known(devices, config)
-        )
+        around = self.lookout.with_devices(self._links.devices, config, self._desired.surroundings)
         desired = self._desired._replace(config=config, preset=preset, surroundings=around)
-        self.reconciler.check(self.sync.wanted(desired._replace(generation=self.sync.generation or 0)))
+        for one in self.tables:
+            wanted = one.part(desired)._replace(generation=one.sync.generation or 0)
+            one.reconciler.check(one.sync.wanted(wanted))
 
     # --- what they are made of ---
 
@@ -256,14 +288,25 @@ class Dataplane:
         if head is not None:
             self._desired = self._desired._replace(generation=head.generation, revision=head.revision)
         # Asked after the generation, see `behind`.
-        found = self.sync.apply(self._desired, change, pending=self._pending_changes.any)
-        if found is Found.CHANGED and not self.broken:  # else the log says so already
+        pending = self._pending_changes.any
+        failed: list[Exception] = []
+        for one in self.tables:
+            try:
+                self._apply_to(one, change, pending=pending)
+            except Exception as error:  # the other table must not wait for this one
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def _apply_to(self, one: TableControl, change: Committed | None, *, pending: bool) -> None:
+        found = one.sync.apply(one.part(self._desired), change, pending=pending)
+        if found is Found.CHANGED and not one.sync.broken:  # else the log says so already
             self._selfcheck.differs(
                 DifferenceKind.RULESET, "the ruleset was not the one that was loaded: it is put back"
             )
 
     def _apply_if_loaded(self) -> None:
-        if self.sync.in_force is not None:  # else `load` takes it in
+        if self.loaded:  # else `load` takes it in
             self._apply()
 
     def _surround(self, surroundings: Surroundings) -> None:
@@ -292,44 +335,16 @@ class Dataplane:
     def correct(self, suspects: list[Source]) -> None:
         """Makes the kernel forget those of these sources whose cached verdict is not the table's. A change that is
         committed but not carried out makes differences too: they are forgotten all the same, and not reported."""
-        if self.broken:  # the ruleset comes first, and with it everything is forgotten
-            return
-        with contextlib.suppress(OSError, KernelError):
-            cached = [found for source in suspects if (found := self.cache.get(source)) is not None]
-            wrong = [element for element in cached if self._sources.is_wrong(element)]
-            if wrong:
-                self.sync.forget([element.source for element in wrong])
-                self._report(
-                    f"the kernel had cached {element.verdict.name.lower()} for "
-                    f"{ip_address(element.source.address)} behind interface {element.source.link}, which is not "
-                    "the table's verdict: forgotten"
-                    for element in wrong
-                )
+        for one in self.tables:
+            with contextlib.suppress(OSError, KernelError):
+                self._report(one.correct(suspects))
 
     def sync_rate_limits(self) -> None:
         """Brings the rate limits in the kernel in line with the table, and removes those that are not used."""
-        self._correct_rate_limits()
-        self._sources.delete_unused_limits()
-
-    def _correct_rate_limits(self) -> None:
-        """Makes the kernel forget the rate limits of sources that have another one, or none, and reads again which
-        ones are there if another process has changed that. Of what is as it was left a sample is looked at."""
-        if self.broken:
-            return
-        with contextlib.suppress(OSError, KernelError):
-            same = self.rate_limits.equals(self.rate_limits_seen)
-            if not same:  # a change of policy may have come between, too
-                self.rate_limits.reload()
-            sources = list(self.rate_limits.sources())
-            looked_at = random.sample(sources, min(len(sources), SAMPLE_SOURCES)) if same else sources
-            wrong = [source for source in looked_at if self._sources.has_wrong_limit(source)]
-            if wrong:
-                self.sync.forget(wrong)
-                self._report(
-                    f"the kernel let {ip_address(source.address)} behind interface {source.link} send within a "
-                    "limit that is not the table's: forgotten"
-                    for source in wrong[:_LOGGED_DIFFERENCES]
-                )
+        for one in self.tables:
+            with contextlib.suppress(OSError, KernelError):
+                self._report(one.correct_rate_limits())
+            one.sources.delete_unused_limits()
 
     def _report(self, differences: Iterable[str]) -> None:
         """Reports cached verdicts or rate limits that were not the table's, unless a change is under way."""
@@ -339,20 +354,19 @@ class Dataplane:
 
     def install_limits(self, sources: Iterable[Source]) -> None:
         """Writes what the kernel cannot cache from a verdict mark, for sources that a worker has reported: their
-        rate limits, and the verdicts that the forward guard asked for."""
+        rate limits, and the verdicts that the forward guard asked for. A report does not say which of the tables
+        the packet was in, and an interface may move from one to the other, so both get the limits."""
         # The sets know the port, not the VRF that the guard's question names.
         met = [source._replace(link=self._ports.get(source.link, source.link)) for source in sources]
-        with contextlib.suppress(OSError):
-            self.rate_limits.recheck(met)
-        unsettled = self._desired.unsettled | (self.sync.in_force or self._desired).unsettled
-        met = [source for source in met if source.link not in unsettled]
-        self._sources.limit(met)
-        if self.guarded:
-            self._sources.cache(met, self.config.verdicts)
+        met = [source for source in met if source.link not in self._desired.unsettled]
+        for one in self.tables:
+            settled = one.install_limits(met)
+            if self.guarded and one is self.inet:
+                one.sources.cache(settled, self.config.verdicts)
 
     def delete_expiring(self, due: ExpiringKeys) -> None:
         """Deletes cached verdicts that are about to expire, so that all that they have counted is known. If
         the kernel refuses, they expire by themselves."""
-        if not self.broken:
-            with contextlib.suppress(OSError, KernelError):
-                self.cache.delete_expiring(due)
+        for one in self.tables:
+            named = ((unqualified(name), keys) for name, keys in due.items())
+            one.delete_expiring({set_: keys for (table, set_), keys in named if table is one.table})

@@ -16,7 +16,7 @@ from typing import Final
 from portward.base.resources import rules
 from portward.dataplane import xtables
 from portward.dataplane.monitor import NoticeFilter, RulesetChanges, RulesetMonitor
-from portward.dataplane.names import COUNTING_SETS, FIXED_SETS, TABLE
+from portward.dataplane.names import CLOSED, COUNTING_SETS, FIXED_SETS, TABLE, KernelTable
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.dataplane.others import WRITING
@@ -31,7 +31,8 @@ _LOOK_INTERVAL_S: Final = 10.0
 # A load that another program disturbs is made again. One that writes so often that it disturbs all of them is no
 # accident, and is reported.
 _LOAD_TRIES: Final = 5
-CLOSED: Final = "portward_closed"  # the table of rules/nftables/closed.nft
+# The files of the tables CLOSED.
+_CLOSED_FILES: Final = {KernelTable.INET: "closed.nft", KernelTable.BRIDGE: "closed-bridge.nft"}
 _CLOSED_PORTS: Final = re.compile(r"(?m)^define PORTWARD_CLOSED = .*$")
 NOT_LOADED: Final = "no ruleset of portward is loaded here: nothing is enforced"
 
@@ -44,20 +45,20 @@ _log = logging.getLogger("portward.ruleset")
 
 def hearing(
     own: Callable[[], Collection[int]],
+    tables: Collection[KernelTable] = tuple(KernelTable),
     *,
     receive_bytes: int = _NOTICE_BYTES,
     notice_filter: NoticeFilter = NoticeFilter.FOREIGN_TABLES,
 ) -> RulesetMonitor:
-    """Receives notices of what other programs change in our tables, and of what they change in theirs that may
-    rewrite packets, in the network namespace of the calling thread. `own` gives the addresses of the sockets whose
-    transactions are ours. Raises OSError."""
-    return RulesetMonitor(
-        (TABLE, CLOSED), own, writing=WRITING, receive_bytes=receive_bytes, notice_filter=notice_filter
-    )
+    """Receives notices of what other programs change in these tables and those that stand in for them, and of what
+    they change in theirs that may rewrite packets, in the network namespace of the calling thread. `own` gives the
+    addresses of the sockets whose transactions are ours. Raises OSError."""
+    ours = [(table.value, name) for table in tables for name in (TABLE, CLOSED)]
+    return RulesetMonitor(ours, own, writing=WRITING, receive_bytes=receive_bytes, notice_filter=notice_filter)
 
 
 class RulesetReconciler:
-    """Loads the table `inet portward` and notes what it left there. Only one thread may call it, except for
+    """Loads the table that `netlink` is for and notes what it left there. Only one thread may call it, except for
     `at_rest`. Each load is one transaction, so the old ruleset or the new one is in force, and never none."""
 
     def __init__(
@@ -66,10 +67,13 @@ class RulesetReconciler:
         netlink: NfNetlink,
         cache: VerdictCache,
         notices: Callable[[], RulesetChanges] | None = None,
+        closed_too: Collection[KernelTable] = (),
     ) -> None:
         """`notices` gives what other programs have changed since the last call (`RulesetMonitor.read`). Without it
-        each transaction of another program is a reason to look, whatever it is about."""
+        each transaction of another program is a reason to look, whatever it is about. `closed_too` are further
+        tables whose stand-ins (CLOSED) a load lifts, because no ruleset will be loaded in their place."""
         self._nft, self._netlink, self._cache = nft, netlink, cache
+        self._stand_ins = [netlink, *map(netlink.of, closed_too)]
         self._notices, self._touched = notices, False
         self._fingerprint: bytes | None = None
         self._looked = time.monotonic()
@@ -91,7 +95,8 @@ class RulesetReconciler:
             if complete and not self._disturbed() and self._fingerprint is not None:
                 # In a transaction of its own, after the one that made it needless. If the process dies in between,
                 # both are left, and the next start lifts this one.
-                lift(self._nft, self._netlink)
+                for stand_in in self._stand_ins:
+                    lift(self._nft, stand_in)
                 self.loaded_at = time.monotonic()
                 return
         raise KernelError(
@@ -139,8 +144,9 @@ class RulesetReconciler:
         except KernelError:
             if first and loaded(self._netlink):
                 # If there was no ruleset before, nothing of ours stays behind; CLOSED does.
-                self._nft.delete(TABLE)
-            self._netlink.disturbed = self._touched = True
+                self._nft.delete(str(want.table))
+            self._netlink.disturb()
+            self._touched = True
             raise
 
     def _install(self, want: Wanted) -> None:
@@ -173,7 +179,9 @@ class RulesetReconciler:
         try:
             # Whatever closes the port (portward-baseline, nftables.service, a person) need not have touched our
             # ruleset.
-            if self._netlink.fingerprint(TABLE, FIXED_SETS) != self._fingerprint or closed(self._netlink):
+            if self._netlink.fingerprint(TABLE, FIXED_SETS) != self._fingerprint:
+                return False
+            if any(map(closed, self._stand_ins)):
                 return False
         except InterruptedError:  # others change their rules faster than ours can be read: not known yet
             self._touched = True
@@ -222,7 +230,7 @@ class RulesetReconciler:
 
     def _note_generation(self) -> None:
         """From now on, earlier changes of other programs do not count."""
-        self._netlink.disturbed, self._netlink.left_at = False, self._netlink.generation()
+        self._netlink.note_generation()
         if self._hears is not None:
             self._hears()
         self._touched = False
@@ -235,14 +243,15 @@ class RulesetReconciler:
 
 
 def loaded(netlink: NfNetlink) -> bool:
-    """Whether portward's table is in this namespace. Raises KernelError if the process may not ask the kernel."""
+    """Whether the table that `netlink` is for is in this namespace. Raises KernelError if the process may not ask
+    the kernel."""
     with _asking():
         return bool(netlink.sets(TABLE))
 
 
 def closed(netlink: NfNetlink) -> bool:
-    """Whether no packet to some ports is forwarded at all in this namespace, see `close`. Raises KernelError if
-    the process may not ask the kernel."""
+    """Whether the table CLOSED of the family that `netlink` is for is in this namespace: nothing to some ports is
+    forwarded, see `close`. Raises KernelError if the process may not ask the kernel."""
     with _asking():
         return netlink.fingerprint(CLOSED, ()) is not None
 
@@ -256,32 +265,36 @@ def _asking() -> Iterator[None]:
 
 
 def begin(nft: Nft, want: Wanted) -> None:
-    """Loads `want` if portward's table is not there yet, without the xtables target. Nothing is cached then, so
+    """Loads `want` if its table is not there yet, without the xtables target. Nothing is cached then, so
     until an agent starts every packet that would be asked about is dropped. Raises KernelError, also if the table
     is there (an agent may load it at this very moment), and then nothing has changed."""
-    nft.create(TABLE, want.whole)
+    nft.create(str(want.table), want.whole)
 
 
-def close(nft: Nft, ports: Iterable[int]) -> None:
-    """Drops every forwarded packet to these ports, in a table of its own. Raises KernelError."""
-    text = rules("nftables", "closed.nft").read_text("utf-8")
+def close(nft: Nft, ports: Iterable[int], table: KernelTable = KernelTable.INET) -> None:
+    """Drops every packet to these ports that is forwarded, for BRIDGE from one port of a bridge to another, in a
+    table of its own. Raises KernelError."""
+    file = _CLOSED_FILES[table]
+    text = rules("nftables", file).read_text("utf-8")
     text, count = _CLOSED_PORTS.subn(f"define PORTWARD_CLOSED = {{ {', '.join(map(str, ports))} }}", text)
     if count != 1:
-        raise ValueError(f"closed.nft defines PORTWARD_CLOSED {count} times")
+        raise ValueError(f"{file} defines PORTWARD_CLOSED {count} times")
     nft.add(text)
 
 
 def lift(nft: Nft, netlink: NfNetlink) -> bool:
-    """Ends what `close` did. True if there was something to end. Raises KernelError."""
+    """Ends what `close` did for the table that `netlink` is for. True if there was something to end. Raises
+    KernelError."""
     found = closed(netlink)
     if found:
-        nft.delete(CLOSED)
+        nft.delete(netlink.table.closed)
     return found
 
 
 def remove(nft: Nft, netlink: NfNetlink) -> bool:
-    """Stops enforcing: removes both tables. True if there was one. Raises KernelError."""
+    """Stops enforcing: removes the table that `netlink` is for, and CLOSED. True if there was one. Raises
+    KernelError."""
     found = loaded(netlink)
     if found:
-        nft.delete(TABLE)
+        nft.delete(str(netlink.table))
     return lift(nft, netlink) or found

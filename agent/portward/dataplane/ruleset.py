@@ -2,7 +2,8 @@
 
 The text is `rules/nftables/portward.nft` with the operator's values instead of the defaults in that file. The
 queue statements follow it if the kernel has nft_queue. A value without a place in the file raises ValueError, so
-file and code cannot drift apart unnoticed.
+file and code cannot drift apart unnoticed. The table `bridge` has the same text with other words, and bridge.nft
+behind it.
 
 Read `wanted` first, then `head`.
 """
@@ -16,17 +17,18 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 from zlib import crc32
 
+from portward.base.interfaces import covers
 from portward.config.documents import network_text
-from portward.config.keys import Config, Encrypted, OnAgentDown, Verdicts
-from portward.dataplane import tunnels
-from portward.dataplane.desired import NOTHING, Surroundings
+from portward.config.keys import Config, Encrypted, OnAgentDown, UnknownFrames, Verdicts
+from portward.dataplane import queue_rules, tunnels
+from portward.dataplane.bridgetext import for_bridge
+from portward.dataplane.desired import NOTHING, Desired, Surroundings
 from portward.dataplane.names import (
     BUCKET_SETS,
     COMING_EPOCHS,
     COUNTED_SETS,
     ENFORCED,
     EPOCH,
-    FAMILY_TABLE,
     FIXED_SETS,
     GATED,
     GUARD_HOOKS,
@@ -43,7 +45,9 @@ from portward.dataplane.names import (
     UNCACHED,
     UNCACHED_SEGMENTS,
     UNSETTLED,
+    KernelTable,
 )
+from portward.dataplane.queue_rules import QueueStatement
 from portward.ipc import mark
 from portward.model import Mode, Network
 from portward.policy.preset import Preset
@@ -53,6 +57,7 @@ _COMMITTED_BURST_S: Final = 4
 # A part of the file between `# NAME` and `# end of NAME` is loaded only if it is needed.
 _GUARD: Final = "guard"
 _KNOWN: Final = "known interfaces"
+_ROUTED: Final = "routed"
 # The chains of stacked.nft that are no base chains.
 _STACKED_CHAINS: Final = ("from_stacked", "stacked_mail")
 # The lines of the file that depend on the state of the policy table.
@@ -63,10 +68,11 @@ _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
 
 class Templates(NamedTuple):
-    """The texts of portward.nft and stacked.nft as they are shipped."""
+    """The texts of portward.nft, stacked.nft and bridge.nft as they are shipped."""
 
     portward: str
     stacked: str
+    bridge: str
 
 
 class State(NamedTuple):
@@ -78,20 +84,11 @@ class State(NamedTuple):
     unsettled: frozenset[int] = frozenset()
 
 
-class QueueStatement(NamedTuple):
-    """The only statement of a chain. It sends a packet to one of `queues` queues, from number `first` on, by a
-    hash of the addresses. A packet that finds no listener is dropped, or with `bypass` continues."""
-
-    chain: str
-    first: int
-    queues: int
-    bypass: bool = False
-
-
 class Wanted(NamedTuple):
     """The ruleset that should be loaded. `text` holds its queue `statements` too if the kernel has nft_queue
     (`native`)."""
 
+    table: KernelTable
     text: str
     # A checksum of the definitions of the sets that packets fill. If it differs from the loaded one, these sets
     # are made anew.
@@ -113,7 +110,7 @@ class Wanted(NamedTuple):
         """`text` with the known interfaces, for a table that is not there yet."""
         if not self.known:
             return self.text
-        return f"{self.text}add element {FAMILY_TABLE} {KNOWN_INTERFACES} {_indexes(self.known)}\n"
+        return f"{self.text}add element {self.table} {KNOWN_INTERFACES} {_indexes(self.known)}\n"
 
 
 def wanted(
@@ -124,29 +121,64 @@ def wanted(
     native: bool,
     state: State,
     surroundings: Surroundings = NOTHING,
+    table: KernelTable = KernelTable.INET,
 ) -> Wanted:
-    """The ruleset for a configuration on a kernel with (`native`) or without nft_queue, in these surroundings."""
-    text = _with_part(templates.portward, _GUARD, wanted=surroundings.guard)
+    """The ruleset of a table for a configuration on a kernel with (`native`) or without nft_queue, in these
+    surroundings: for BRIDGE those of `Desired.bridged`."""
+    text = _with_part(_template(templates, config, table), _GUARD, wanted=surroundings.guard)
+    text = _with_part(text, _ROUTED, wanted=table is KernelTable.INET)
     # If all segments are only observed nothing is refused, whichever interface it comes from.
-    text = _with_part(text, _KNOWN, wanted=not _observes_all(config))
+    text = _with_part(text, _KNOWN, wanted=not covers(observed(config), config.patterns()))
     text = _with_literals(text, config, guard=surroundings.guard)
     definitions = _definitions(text)
     values = _values(config, preset, state) | _tunnels(config, surroundings)
     text = _with_values(text, values | {"DEFINITIONS": str(definitions)})
     if surroundings.stacked:
         text += _stacked(templates, surroundings)
-    statements = tuple(_statements(config))
-    text += "".join(_probes(config.queue.workers))
+    statements = tuple(queue_rules.statements(config.queue, opens=bool(opened(config))))
+    text += "".join(queue_rules.probes(config.queue.workers))
     if native:
-        text += "".join(map(_native, statements))
+        text += "".join(map(queue_rules.native, statements))
+    if table is KernelTable.BRIDGE:
+        text = for_bridge(text, unknown_frames_pass=config.bridge.unknown_frames is UnknownFrames.PASS)
     fixed = _STATE_LINES.sub("", text)
-    text += f"add element {FAMILY_TABLE} {COMING_EPOCHS} {_coming(state.generation)}\n"
+    text += f"add element {table} {COMING_EPOCHS} {_coming(state.generation)}\n"
     if state.unsettled:
-        text += f"add element {FAMILY_TABLE} {UNSETTLED} {_indexes(state.unsettled)}\n"
+        text += f"add element {table} {UNSETTLED} {_indexes(state.unsettled)}\n"
+    known, numbers = surroundings.known, _numbers(state)
+    return Wanted(table, text, definitions, statements, native, _hooks(surroundings), known, fixed, numbers)
+
+
+def without_policy(
+    templates: Templates,
+    config: Config,
+    preset: Preset,
+    surroundings: Surroundings,
+    *,
+    native: bool,
+    bridged: bool,
+) -> Iterator[Wanted]:
+    """The ruleset of each table, with the table `bridge` if `bridged`, for a policy table of which nothing is
+    known."""
+    desired, state = Desired(config, preset, surroundings=surroundings), State(0, synced=False)
+    parts = {KernelTable.INET: desired} | ({KernelTable.BRIDGE: desired.bridged()} if bridged else {})
+    for table, part in parts.items():
+        yield wanted(
+            templates, config, preset, native=native, state=state, surroundings=part.surroundings, table=table
+        )
+
+
+def _template(templates: Templates, config: Config, table: KernelTable) -> str:
+    """The shipped text for a table."""
+    if table is KernelTable.INET or config.bridge.unknown_frames is UnknownFrames.PASS:
+        return templates.portward
+    return templates.portward + templates.bridge
+
+
+def _hooks(surroundings: Surroundings) -> dict[str, tuple[int, int]]:
     hooks = HOOKS | TUNNELS_HOOKS
     hooks |= GUARD_HOOKS if surroundings.guard else {}
-    hooks |= STACKED_HOOKS if surroundings.stacked else {}
-    return Wanted(text, definitions, statements, native, hooks, surroundings.known, fixed, _numbers(state))
+    return hooks | (STACKED_HOOKS if surroundings.stacked else {})
 
 
 def stacked_alone(templates: Templates, config: Config, preset: Preset, surroundings: Surroundings) -> str:
@@ -155,8 +187,8 @@ def stacked_alone(templates: Templates, config: Config, preset: Preset, surround
     named = "".join(re.findall(r"(?m)^  (?:counter stacked|set internal[46]) .*\n", templates.portward))
     named = re.sub(r" elements = \S+", "", named)
     return (
-        f"define PORTS = {_set(preset.ports)}\ndefine SEGMENTS = {_interfaces(config.segments)}\n"
-        f"table {FAMILY_TABLE} {{\n{named}}}\n{_stacked(templates, surroundings)}"
+        f"define PORTS = {_set(preset.ports)}\ndefine SEGMENTS = {_interfaces(config.patterns())}\n"
+        f"table {KernelTable.INET} {{\n{named}}}\n{_stacked(templates, surroundings)}"
     )
 
 
@@ -165,21 +197,17 @@ def _stacked(templates: Templates, surroundings: Surroundings) -> str:
 
 
 def observed(config: Config) -> tuple[str, ...]:
-    """The segment patterns that are only observed."""
-    return config.segments if config.mode is Mode.OBSERVE else config.verdicts.observe
+    """The patterns of the interfaces whose segments are only observed."""
+    if config.mode is Mode.OBSERVE:
+        return config.patterns()
+    named = ((name, config.group_named(name)) for name in config.verdicts.observe)
+    return tuple(pattern for name, group in named for pattern in ((name,) if group is None else group.interfaces))
 
 
 def opened(config: Config) -> tuple[str, ...]:
-    """The segment patterns whose sources pass while no worker answers: all, or those that are only observed."""
-    return config.segments if config.on_agent_down is OnAgentDown.OPEN else observed(config)
-
-
-def _observes_all(config: Config) -> bool:
-    """Whether each interface that a segment pattern can match is only observed."""
-    return all(
-        any(seen == one or (seen.endswith("*") and one.startswith(seen[:-1])) for seen in observed(config))
-        for one in config.segments
-    )
+    """The patterns of the interfaces whose sources pass while no worker answers: all, or those that are only
+    observed."""
+    return config.patterns() if config.on_agent_down is OnAgentDown.OPEN else observed(config)
 
 
 def replacement(
@@ -209,17 +237,17 @@ def head(
     `InterfaceSets.set_known` brings it to `want.known` afterwards. The sets that packets fill are made
     anew only if their definitions differ.
     """
-    have = set(have_sets)
-    lines = [f"add table {FAMILY_TABLE}", f"flush table {FAMILY_TABLE}"]
-    lines += [f"delete chain {FAMILY_TABLE} {name}" for name in _misplaced(have_hooks, want.hooks)]
+    have, table = set(have_sets), want.table
+    lines = [f"add table {table}", f"flush table {table}"]
+    lines += [f"delete chain {table} {name}" for name in _misplaced(have_hooks, want.hooks)]
     if STACKED_HOOKS.keys() & have_hooks.keys() - want.hooks.keys():
         # Added first, so that the deletion does not fail if another process has deleted one.
-        lines += [f"{verb} chain {FAMILY_TABLE} {name}" for name in _STACKED_CHAINS for verb in ("add", "delete")]
-    lines += [f"flush set {FAMILY_TABLE} {name}" for name in _FLUSHED_SETS if name in have]
-    lines += [f"delete set {FAMILY_TABLE} {name}" for name in RETIRED_SETS if name in have]
+        lines += [f"{verb} chain {table} {name}" for name in _STACKED_CHAINS for verb in ("add", "delete")]
+    lines += [f"flush set {table} {name}" for name in _FLUSHED_SETS if name in have]
+    lines += [f"delete set {table} {name}" for name in RETIRED_SETS if name in have]
     if not same_definitions:
-        lines += [f"delete set {FAMILY_TABLE} {name}" for name in sorted(_FILLED_SETS & have)]
-        lines += [f"delete map {FAMILY_TABLE} {name}" for name in sorted(_FILLED_MAPS & have)]
+        lines += [f"delete set {table} {name}" for name in sorted(_FILLED_SETS & have)]
+        lines += [f"delete map {table} {name}" for name in sorted(_FILLED_MAPS & have)]
     return "\n".join(lines) + "\n"
 
 
@@ -254,7 +282,7 @@ def _values(config: Config, preset: Preset, state: State) -> dict[str, str]:
     v6 = sorted(net for net in internal if isinstance(net, IPv6Network))
     return {
         "PORTS": _set(preset.ports),
-        "SEGMENTS": _interfaces(config.segments),
+        "SEGMENTS": _interfaces(config.patterns()),
         "OBSERVED_SEGMENTS": _interfaces(observed(config)),
         "OPEN_SEGMENTS": _interfaces(opened(config)),
         "NOT_SCREENED": _interfaces(("lo", *config.uplinks)),
@@ -361,33 +389,6 @@ def _per_minute(verdicts: Verdicts) -> int:
 def _definitions(text: str) -> int:
     """A checksum of the lines that define the sets and maps that fill while the table is loaded."""
     return crc32("\n".join(re.findall(r"(?m)^ +(?:set \w+ \{.*dynamic|map ).*$", text)).encode())
-
-
-def _statements(config: Config) -> Iterator[QueueStatement]:
-    first, workers = config.queue.first, config.queue.workers
-    yield QueueStatement("to_workers", first, workers)
-    if config.on_agent_down is OnAgentDown.OPEN or observed(config):
-        yield QueueStatement("to_workers_open", first, workers, bypass=True)
-    for place in range(workers):
-        yield QueueStatement(_chain_of(place), first + place, 1)
-
-
-def _probes(workers: int) -> Iterator[str]:
-    """The rules that send a query of the self-check to its worker, by the query's source port."""
-    for place in range(workers):
-        yield f"add chain {FAMILY_TABLE} {_chain_of(place)}\n"
-        yield f"add rule {FAMILY_TABLE} probe tcp sport {place + 1} goto {_chain_of(place)}\n"
-
-
-def _chain_of(place: int) -> str:
-    return f"to_worker_{place + 1}"
-
-
-def _native(statement: QueueStatement) -> str:
-    # Without `fanout`, which would choose the queue by CPU instead of by the addresses.
-    chain, first, queues, bypass = statement
-    to = f"{first}-{first + queues - 1}" if queues > 1 else str(first)
-    return f"add rule {FAMILY_TABLE} {chain} queue {'flags bypass ' if bypass else ''}to {to}\n"
 
 
 def _interfaces(patterns: tuple[str, ...]) -> str:

@@ -1,18 +1,19 @@
 """Devices that take a segment's packets before the ruleset sees them under the segment's name. Pure.
 
 A packet that comes in on a port of a bridge, or is for a macvlan, has that device as its input interface when it
-reaches the ruleset, so it matches no segment. A VRF is not such a device: the ruleset sees the packet with the
-name of the port first.
+reaches the table `inet`, so it matches no segment. A VRF is not such a device: the ruleset sees the packet with
+the name of the port first. Neither is a bridge if the table `bridge` is there, which sees each frame with the name
+of the port by which it came: `bridged` says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Set
 from enum import StrEnum
 from typing import Final, NamedTuple
 
 from portward.base.interfaces import shown
-from portward.config.keys import Config
+from portward.config.keys import Config, QueueReader
 from portward.dataplane.links import VRF, Device
 
 _BRIDGE: Final = "bridge"
@@ -41,6 +42,77 @@ class Fate(StrEnum):
     STOPPED = "stopped"
     OBSERVED = "observed"
     UNCLEAR = "unclear"
+
+
+def past_bridges(devices: Iterable[Device]) -> list[Device]:
+    """The devices as they are with the table `bridge`: a bridge takes no packets from its ports, and a port is
+    like any other interface."""
+    devices = list(devices)
+    bridges = {device.ifindex for device in devices if device.kind == _BRIDGE}
+    if not bridges:
+        return devices
+    apart = (device._replace(master=0) if device.master in bridges else device for device in devices)
+    return [device._replace(kind="") if device.ifindex in bridges else device for device in apart]
+
+
+def ports(devices: Iterable[Device], config: Config) -> list[Stacked]:
+    """Each bridge with each of its ports that is a segment, by the name of the port."""
+    devices = sorted(devices, key=lambda device: device.name)
+    bridges = {device.ifindex: device for device in devices if device.kind == _BRIDGE}
+    return [
+        Stacked(bridges[device.master], device)
+        for device in devices
+        if device.master in bridges and config.segment(device.name)
+    ]
+
+
+def asked_twice(devices: Iterable[Device], config: Config) -> list[str]:
+    """The mistakes with the table `bridge`: a sentence for each pair of a segment that is a port and another
+    segment that sends what it has got through a bridge. Its packets get the verdict of the port, and then that of
+    the other segment, and pass only if both allow it."""
+    return [line for _, line in _asked_twice(list(devices), config)]
+
+
+def unread(devices: Iterable[Device], config: Config) -> list[str]:
+    """The mistakes with the table `bridge`: a sentence for each segment that is a port, if the reader of the
+    queues gives no verdict to bridged frames."""
+    return [line for _, line in _unread(list(devices), config)]
+
+
+def _asked_twice(devices: list[Device], config: Config) -> Iterator[tuple[str, str]]:
+    """The name of each port, and the sentence of `asked_twice`."""
+    above = _above(devices)
+    if not any(config.segment(device.name) for found in above.values() for device in found):
+        return  # as usual; what follows is slow with thousands of ports
+    past = _above(past_bridges(devices))
+    for _, port in ports(devices, config):
+        own = {device.ifindex for device in _reached(port, past)}
+        for device in sorted(_reached(port, above)):
+            if config.segment(device.name) and device.ifindex not in own:
+                yield port.name, _twice(device, shown(port.name))
+
+
+def _twice(device: Device, port: str) -> str:
+    name = shown(device.name)
+    return (
+        f"{device.kind or 'interface'} {name} and {port}, whose packets a bridge passes to it, are both segments: "
+        f"such a packet gets two verdicts, and passes only if both allow it; take {name} off `segments`, or {port}"
+    )
+
+
+def _unread(devices: list[Device], config: Config) -> Iterator[tuple[str, str]]:
+    """The name of each port, and the sentence of `unread`."""
+    if config.queue.reader is not QueueReader.NETFILTERQUEUE:
+        return
+    for bridge, port in ports(devices, config):
+        yield (
+            port.name,
+            (
+                f"segment {shown(port.name)} is a port of bridge {shown(bridge.name)}, and queue.reader = "
+                f'"{QueueReader.NETFILTERQUEUE}" gives no verdict to bridged frames: nothing of it reaches a '
+                f'policy port; "{QueueReader.BATCH}" would be right'
+            ),
+        )
 
 
 def stacked(devices: Iterable[Device], is_segment: Callable[[str], bool]) -> list[Stacked]:
@@ -89,49 +161,68 @@ def _is_empty(device: Device, masters: Set[int], *, switched: bool) -> bool:
     return device.kind in _WITH_PORTS and device.ifindex not in masters
 
 
-def warnings(devices: Iterable[Device], config: Config) -> list[str]:
+def warnings(devices: Iterable[Device], config: Config, *, bridged: bool = False) -> list[str]:
     """The warnings about these devices for the operator, one line each."""
     devices = list(devices)
+    about_ports = [line for _, line in _about_ports(devices, config)] if bridged else []
+    devices = past_bridges(devices) if bridged else devices
     found = stacked(devices, config.segment)
     stopped = enforced(found, config)
-    return [*(line for _, line in _bridged(devices, config)), *(_warning(one, config, stopped) for one in found)]
+    unseen = [line for _, line in _unseen(devices, config)]
+    return [*about_ports, *unseen, *(_warning(one, config, stopped) for one in found)]
 
 
-def concerning(devices: Iterable[Device], config: Config, segments: Set[str]) -> list[str]:
+def _about_ports(devices: list[Device], config: Config) -> Iterator[tuple[str, str]]:
+    """The warnings about segments that are ports of a bridge with the table `bridge`, each with the segment."""
+    yield from _asked_twice(devices, config)
+    yield from _unread(devices, config)
+
+
+def concerning(
+    devices: Iterable[Device], config: Config, segments: Set[str], *, bridged: bool = False
+) -> list[str]:
     """The warnings about these segments, and about the devices that take their packets and are segments
     themselves."""
     devices = list(devices)
-    bridged = [line for ports, line in _bridged(devices, config) if ports & segments]
+    about_ports = [line for name, line in _about_ports(devices, config) if name in segments] if bridged else []
+    devices = past_bridges(devices) if bridged else devices
+    unseen = [line for names, line in _unseen(devices, config) if names & segments]
     found = stacked(devices, config.segment)
     stopped = enforced(found, config)
     above = (one for one in found if one.segment.name in segments)
     other = [
-        f"{one.kind} {shown(one.name)}, a segment itself, takes the packets of segment {shown(segment)}: those "
-        f"are classified as sources of {shown(one.name)}"
+        f"{one.kind} {shown(one.name)}, a segment itself, takes the packets of {_in_words(segment, config)}: "
+        f"those are classified as sources of {shown(config.segment_of(one.name) or one.name)}"
         for segment in sorted(segments)
         for one in _segments_above(devices, config, segment)
     ]
-    return [*bridged, *(_warning(one, config, stopped) for one in above), *other]
+    return [*about_ports, *unseen, *(_warning(one, config, stopped) for one in above), *other]
 
 
 def _segments_above(devices: list[Device], config: Config, segment: str) -> list[Device]:
-    """The devices above a segment that are segments themselves."""
-    above = _above(devices)
+    """The devices above an interface that belong to another segment."""
+    above, own = _above(devices), config.segment_of(segment)
     return sorted(
         device
         for one in devices
-        if one.name == segment and config.segment(segment)
+        if one.name == segment and own is not None
         for device in _reached(one, above)
-        if config.segment(device.name)
+        if config.segment_of(device.name) not in (own, None)
     )
 
 
-def fate(devices: Iterable[Device], config: Config, segment: str) -> Fate:
+def fate(devices: Iterable[Device], config: Config, segment: str, *, bridged: bool = False) -> Fate:
     """The fate of a segment's packets because of the devices on top of it."""
     devices = list(devices)
+    if bridged:
+        if any(name == segment for name, _ in _asked_twice(devices, config)):
+            return Fate.UNCLEAR
+        if any(name == segment for name, _ in _unread(devices, config)):
+            return Fate.OBSERVED if config.observes(segment) else Fate.STOPPED
+        devices = past_bridges(devices)
     all_found = stacked(devices, config.segment)
     found = [one for one in all_found if one.segment.name == segment]
-    if any(segment in ports for ports, _ in _bridged(devices, config)):
+    if any(segment in names for names, _ in _unseen(devices, config)):
         return Fate.UNCLEAR
     if _segments_above(devices, config, segment):
         return Fate.UNCLEAR
@@ -144,18 +235,19 @@ def fate(devices: Iterable[Device], config: Config, segment: str) -> Fate:
     return Fate.STOPPED if taken and all(one.device.ifindex in stopped for one in found) else Fate.UNCLEAR
 
 
-def is_bare(devices: Iterable[Device], segment: str) -> bool:
-    """Whether no device is on top of a segment. Then `concerning` has no line and the fate is FREE. This takes
-    less time than `concerning` and `fate`, which matters for an account with hundreds of segments."""
-    devices = list(devices)
-    found = {device.ifindex for device in devices if device.name == segment}
-    return not any(one.lower in found or (one.master and one.ifindex in found) for one in devices)
+def below(devices: Iterable[Device], interfaces: Collection[str]) -> set[str]:
+    """Those of these interfaces that have a device on top of them. Of all others `concerning` has no line, and
+    their fate is FREE. This takes less time than `concerning` and `fate`, which matters for an account with
+    hundreds of segments, and for a group with as many interfaces."""
+    devices, names = list(devices), frozenset(interfaces)
+    under = {device.lower for device in devices}
+    return {one.name for one in devices if one.name in names and (one.ifindex in under or one.master)}
 
 
 def _warning(one: Stacked, config: Config, stopped: Set[int]) -> str:
     """The warning about one device. `stopped` are the devices whose packets the ruleset drops."""
     name, segment = shown(one.device.name), shown(one.segment.name)
-    begin = f"{one.device.kind} {name} takes the packets of segment {segment}"
+    begin = f"{one.device.kind} {name} takes the packets of {_in_words(one.segment.name, config)}"
     if config.observes(one.segment.name) and one.device.ifindex not in stopped:
         return f"{begin}, which is only observed: they pass, and are not counted"
     if config.uplink(one.device.name):
@@ -169,25 +261,55 @@ def _warning(one: Stacked, config: Config, stopped: Set[int]) -> str:
     )
 
 
-def _bridged(devices: list[Device], config: Config) -> Iterator[tuple[Set[str], str]]:
-    """The bridges that can forward frames between a segment and an uplink. Such frames never reach the ruleset.
-    Yields the names of the segments, and the warning."""
-    members: dict[int, list[Device]] = {}
+def _in_words(interface: str, config: Config) -> str:
+    group = config.group_of(interface)
+    if group is None:
+        return f"segment {shown(interface)}"
+    return f"interface {shown(interface)} of group {shown(group.name)}"
+
+
+def _unseen(devices: list[Device], config: Config) -> Iterator[tuple[Set[str], str]]:
+    """The bridges that can forward frames between a segment and an uplink, also by way of other bridges. Such
+    frames never reach the ruleset. Yields the names of the segments, and the warning, which names their bridge."""
+    bridges = {device.ifindex: device for device in devices if device.kind in (_BRIDGE, _OPEN_VSWITCH)}
+    connected = _connected(devices, bridges)
+    members: dict[int, set[str]] = {}
+    uplinks_of: dict[int, set[str]] = {}
     for device in devices:
-        members.setdefault(device.master, []).append(device)
-    for bridge in devices:
-        if bridge.kind not in (_BRIDGE, _OPEN_VSWITCH):
-            continue
-        ports = members.get(bridge.ifindex, [])
-        names = {port.name for port in ports if config.segment(port.name)}
-        segments = sorted(map(shown, names))
-        uplinks = sorted(shown(port.name) for port in ports if config.uplink(port.name))
-        if segments and uplinks:
+        if device.master in bridges and config.segment(device.name):
+            members.setdefault(device.master, set()).add(device.name)
+        if device.master in bridges and config.uplink(device.name):
+            uplinks_of.setdefault(connected[device.master], set()).add(shown(device.name))
+    for index, names in members.items():
+        bridge, segments = bridges[index], sorted(map(shown, names))
+        uplinks = sorted(uplinks_of.get(connected[index], ()))
+        if uplinks:
             line = (
                 f"bridge {shown(bridge.name)} forwards frames between segment {', '.join(segments)} and uplink "
                 f"{', '.join(uplinks)} past this host's IP stack: PORT 25 IS OPEN THERE"
             )
             yield names, line
+
+
+def _connected(devices: list[Device], bridges: Container[int]) -> dict[int, int]:
+    """Index of a bridge → a number that it has in common with all bridges to which pairs of veth connect it, as
+    Proxmox connects the bridge of a machine's firewall."""
+    by_index = {device.ifindex: device for device in devices}
+    beside: dict[int, set[int]] = {index: set() for index in by_index if index in bridges}
+    for port in devices:
+        end = by_index.get(port.peer)
+        if port.master in bridges and end is not None and end.master in bridges:
+            beside[port.master].add(end.master)
+            beside[end.master].add(port.master)
+    found: dict[int, int] = {}
+    for first in beside:
+        ahead = [first]
+        while ahead:
+            index = ahead.pop()
+            if index not in found:
+                found[index] = first
+                ahead += beside[index]
+    return found
 
 
 def _above(devices: list[Device]) -> dict[int, set[Device]]:

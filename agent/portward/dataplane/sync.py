@@ -1,4 +1,4 @@
-"""The one way in which the kernel is brought in line: `KernelSync.apply` takes the desired state.
+"""The one way in which a table of the kernel is brought in line: `KernelSync.apply` takes the desired state.
 
 A start, a change of policy, a grant that ends, other interfaces, a reload, a repair and the periodic check all go
 through `apply`. It compares the loaded state with the desired one, and writes only the differences. A change of
@@ -24,15 +24,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from itertools import islice
 from typing import Final
 
 from portward.dataplane import ruleset, templates
-from portward.dataplane.desired import Desired
+from portward.dataplane.desired import Desired, SegmentLinks
+from portward.dataplane.names import KernelTable
 from portward.dataplane.prefixes import Prefixes
 from portward.dataplane.rate_limits import RateLimits
+from portward.dataplane.reach import reach
 from portward.dataplane.reconciler import RulesetReconciler
 from portward.dataplane.ruleset import Wanted
 from portward.dataplane.verdict_cache import Source, VerdictCache
@@ -58,7 +60,7 @@ class Found(Enum):
 
 
 class KernelSync:
-    """Brings the kernel of this network namespace in line. Only one thread may call it."""
+    """Brings one of portward's tables in this network namespace in line. Only one thread may call it."""
 
     def __init__(
         self,
@@ -68,9 +70,11 @@ class KernelSync:
         limit: Callable[[Iterable[Source]], None],
         *,
         native: bool,
+        table: KernelTable = KernelTable.INET,
     ) -> None:
         """`limit` writes the rate limits of those of the sources that have one. `native`: the kernel has
-        nft_queue."""
+        nft_queue. `table` is the one that the other arguments are for."""
+        self._table = table
         self._reconciler, self._cache, self._rate_limits = reconciler, cache, rate_limits
         self._limit, self._native = limit, native
         # The state of the kernel, unless `broken`; None before the first `apply`. All cached verdicts agree with
@@ -181,7 +185,7 @@ class KernelSync:
         if desired.config != before.config:  # other sizes make the sets anew, and then they are empty
             self._rate_limits.reload()
 
-    def _carry_out(self, links: Mapping[str, int], change: Committed) -> None:
+    def _carry_out(self, links: SegmentLinks, change: Committed) -> None:
         self._cache.move_epoch(change.generation, self._renewed)
         self._renewed = frozenset()
         if change.everything or not self._follows(change):
@@ -212,7 +216,9 @@ class KernelSync:
             self.broken = ""
         except (KernelError, OSError) as error:
             if str(error) != self.broken:
-                _log.critical("THE RULESET CANNOT BE PUT BACK, port 25 may be open: %s", error)
+                _log.critical(
+                    "THE RULESET CANNOT BE PUT BACK, port 25 may be open: table %s: %s", self._table, error
+                )
             self.broken = str(error)
             # If the kernel refuses this too, the ruleset is not there, and with its chains went the packets that
             # waited for a verdict.
@@ -247,6 +253,7 @@ class KernelSync:
             native=self._native,
             state=state,
             surroundings=desired.surroundings,
+            table=self._table,
         )
 
     # --- comparing ---
@@ -300,15 +307,17 @@ class KernelSync:
             self._cache.forget_within(prefixes, generation, limits, opens=opens, closes=closes)
         self._rate_limits.deleted(sources)
 
-    def _forget_changed(self, links: Mapping[str, int], change: Committed) -> None:
+    def _forget_changed(self, links: SegmentLinks, change: Committed) -> None:
         """Makes the kernel forget what a change reaches, and writes the rate limits that now hold there: so
-        sources with a limit need not send twice."""
-        sources, prefixes = changed_sources(links, change), _changed_prefixes(links, change)
+        sources with a limit need not send twice. In a group, a source has its limit only behind the interfaces at
+        which it was met, because the map has no room for each source behind each interface."""
+        single, grouped, prefixes = reach(links, change)
         if not len(prefixes):
-            self._forget(sources, change.generation, opens=change.opens, closes=change.closes)
-            self._limit(self._settled(sources))
+            limited = [source for source in grouped if self._rate_limits.bucket(source) is not None]
+            self._forget([*single, *grouped], change.generation, opens=change.opens, closes=change.closes)
+            self._limit(self._settled([*single, *limited]))
             return
-        for source in sources:
+        for source in (*single, *grouped):
             prefixes.add_source(source.key)
         limited = self._rate_limits.within(prefixes)
         found = self._cache.forget_within(
@@ -319,7 +328,7 @@ class KernelSync:
             closes=change.closes or bool(change.links),
         )
         self._rate_limits.deleted(limited)
-        self._limit(self._settled({*sources, *limited, *islice(found, _LIMITED_SOURCES)}))
+        self._limit(self._settled({*single, *limited, *islice(found, _LIMITED_SOURCES)}))
 
     def _forget_links(self, indexes: frozenset[int]) -> None:
         """Makes the kernel forget the cached verdicts and rate limits behind these interfaces."""
@@ -339,24 +348,3 @@ class KernelSync:
     def _settled(self, sources: Iterable[Source]) -> list[Source]:
         """Behind an unsettled interface the table finds the limit of whoever had it before."""
         return [source for source in sources if source.link not in self._in_force.unsettled]
-
-
-def changed_sources(links: Mapping[str, int], change: Committed) -> list[Source]:
-    """The single addresses that have changed; `links`: segment → interface index."""
-    return [
-        Source(links[place.segment], place.network.network_address.packed)
-        for place in change.changed
-        if place.network.prefixlen == place.network.max_prefixlen and place.segment in links
-    ]
-
-
-def _changed_prefixes(links: Mapping[str, int], change: Committed) -> Prefixes:
-    """The wider prefixes and the interfaces that have changed."""
-    prefixes = Prefixes()
-    for link in change.links:
-        prefixes.add_link(link)
-    for place in change.changed:
-        index = links.get(place.segment)
-        if index is not None and place.network.prefixlen != place.network.max_prefixlen:
-            prefixes.add(index, place.network)
-    return prefixes

@@ -9,4 +9,5 @@ from portward.dataplane.ruleset import Templates
 def read() -> Templates:
     """The shipped texts. Each file is read once per process, because a ruleset must be put back also when no
     descriptor is left."""
-    return Templates(resources.text("nftables", "portward.nft"), resources.text("nftables", "stacked.nft"))
+    names = ("portward.nft", "stacked.nft", "bridge.nft")
+    return Templates(*(resources.text("nftables", name) for name in names))

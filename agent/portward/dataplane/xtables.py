@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from portward.base.netlink import attribute, nest, string
-from portward.dataplane.names import TABLE
+from portward.dataplane.names import TABLE, KernelTable
 from portward.dataplane.nf_tables import (
     NFT_MSG_NEWCHAIN,
     NFT_MSG_NEWRULE,
@@ -32,13 +32,11 @@ from portward.dataplane.nf_tables import (
 )
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
-from portward.dataplane.ruleset import QueueStatement
+from portward.dataplane.queue_rules import QueueStatement
 from portward.errors import KernelError
 
 _PROBE_TABLE: Final = "portward_probe"
-_PROBE: Final = (
-    f"table inet {_PROBE_TABLE} {{ chain probe {{ type filter hook prerouting priority 0; queue to 0; }}; }}\n"
-)
+_PROBE: Final = "table {} {{ chain probe {{ type filter hook prerouting priority 0; queue to 0; }}; }}\n"
 # struct xt_NFQ_info_v3 (linux/netfilter/xt_NFQUEUE.h): first queue, number of queues, flags; padded to eight
 # bytes, as xtables aligns it.
 _INFO: Final = struct.Struct("=HHH2x")
@@ -46,10 +44,11 @@ _REVISION: Final = 3
 _BYPASS: Final = 1  # NFQ_FLAG_BYPASS
 
 
-def has_native_queue(nft: Nft) -> bool:
-    """Whether the kernel takes nft's own `queue` statement. A dry run finds out, so nothing is loaded."""
+def has_native_queue(nft: Nft, table: KernelTable = KernelTable.INET) -> bool:
+    """Whether the kernel takes nft's own `queue` statement in a table of this family. A dry run finds out, so
+    nothing is loaded. The statement is in a base chain, because the kernel examines no other one."""
     try:
-        nft.check(_PROBE)
+        nft.check(_PROBE.format(f"{table.family} {_PROBE_TABLE}"))
     except KernelError:
         return False
     return True

@@ -72,10 +72,16 @@ class Lab:
             )
         self.name, self.tenants = name, tuple(tenants)
         self.gateway, self.internet = f"{name}-gw", f"{name}-net"
+        # The namespace that routes the tenants' packets, and translates their sources.
+        self.router = self.gateway
 
     def home(self, tenant: Tenant) -> str:
         """The namespace of a tenant's machine."""
         return f"{self.name}-{tenant.name}"
+
+    def hop(self, tenant: Tenant) -> tuple[str, str]:
+        """The next hop of a tenant's packets: its namespace, and the interface there."""
+        return self.router, tenant.segment
 
     def up(self) -> None:
         """Makes all namespaces, after removing a lab with the same name. Leaves nothing after a failure. Raises
@@ -83,20 +89,20 @@ class Lab:
         namespaces.require_root()
         self.down()
         try:
-            for name in (self.gateway, self.internet):
+            for name in dict.fromkeys((self.gateway, self.router, self.internet)):
                 namespaces.make(name)
             self._forward()
             self._uplink()
             for place, tenant in enumerate(self.tenants):
                 self._segment(tenant, place)
-            namespaces.load(self.gateway, "\n".join(self._translation()))
+            namespaces.load(self.router, "\n".join(self._translation()))
         except BaseException:
             self.down()
             raise
 
     def standing(self) -> list[str]:
         """The namespaces of this lab that exist now. Never those of another lab, even if its name begins alike."""
-        own = {self.gateway, self.internet, *map(self.home, self.tenants)}
+        own = {self.gateway, self.router, self.internet, *map(self.home, self.tenants)}
         return [name for name in namespaces.names(f"{self.name}-") if name in own]
 
     def down(self) -> list[str]:
@@ -125,7 +131,7 @@ class Lab:
 
     def _forward(self) -> None:
         namespaces.sysctl(
-            self.gateway,
+            self.router,
             "net.ipv4.ip_forward=1",
             "net.ipv6.conf.all.forwarding=1",
             # Tenants overlap, so the route back to a source is not the one in the main table.
@@ -136,7 +142,7 @@ class Lab:
     def _uplink(self) -> None:
         namespaces.ip(
             "-n",
-            self.gateway,
+            self.router,
             "link",
             "add",
             "up0",
@@ -149,7 +155,7 @@ class Lab:
             self.internet,
         )
         namespaces.batch(
-            self.gateway,
+            self.router,
             [
                 f"addr add {_UPLINK}.1/24 dev up0",
                 f"addr add {_UPLINK6}::1/64 dev up0 nodad",
@@ -186,6 +192,12 @@ class Lab:
                 f"addr add {gateway}/30 dev host{tenant.vni}",
                 f"link set host{tenant.vni} up",
                 *_vxlan(tenant.segment, tenant.vni, gateway, host),
+            ],
+        )
+        self._join(tenant)
+        namespaces.batch(
+            self.router,
+            [
                 f"addr add 10.0.0.1/24 dev {tenant.segment}",
                 f"addr add 2001:db8:{tenant.vni}::1/64 dev {tenant.segment} nodad",
                 f"route add 10.0.0.0/24 dev {tenant.segment} table {tenant.vni}",
@@ -204,6 +216,9 @@ class Lab:
                 f"route add ::/0 via 2001:db8:{tenant.vni}::1",
             ],
         )
+
+    def _join(self, tenant: Tenant) -> None:
+        """Connects a segment's interface on the gateway with the router. Here they are one."""
 
     def _translation(self) -> Iterator[str]:
         """A ruleset with a conntrack zone for each segment, so that equal connections of two segments stay apart,

@@ -8,6 +8,7 @@ In reading order:
 - `host_state`: what is known of this host, as values (pure)
 - `host`: reads these values
 - `effect`: host state + policy → what happens to the next packet (pure)
+- `segment_interfaces`: the interfaces behind a segment
 - `sources`: a source as an operator names it
 - `explanation`: `portward explain`
 - `diagnosis`: `portward diagnose`

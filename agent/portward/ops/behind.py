@@ -16,13 +16,13 @@ from typing import Any, Final, NamedTuple
 from portward.config import paths
 from portward.config.keys import Config
 from portward.config.store_url import path_of
+from portward.daemon import settings
 from portward.daemon.runtime import age_of, hidden, read_status, running
 from portward.errors import PortwardError
 from portward.ops.host_state import STALE_STATUS_S
 from portward.store.backends import open_store
 from portward.store.protocol import Store
 from portward.table.history import ahead_of, count_in_table, held_history, same_history
-from portward.table.layout import Head
 from portward.table.reader import Reader
 
 # The agent takes a revision within some milliseconds, or later while it works on a large change.
@@ -31,11 +31,13 @@ _PAUSE_S: Final = 0.005
 
 
 class Behind(NamedTuple):
-    """A revision of `records` changed records behind the revision `held`; `enforced` of them are in force here."""
+    """A revision of `records` changed records behind the revision `held`; `enforced` of them are in force here.
+    `status` is the command that shows the status of the agent here (`settings.asking`)."""
 
     held: int
     enforced: int
     records: int
+    status: str
 
     @property
     def waits(self) -> bool:
@@ -46,10 +48,10 @@ class Behind(NamedTuple):
         if not self.waits:
             return f"in force here, ahead of the held revision {self.held}"
         if not self.enforced:
-            return f"NOT in force here yet: revision {self.held} is held, see `portward status`"
+            return f"NOT in force here yet: revision {self.held} is held, see `{self.status}`"
         return (
             f"in force here only in part, ahead of the held revision {self.held}: {self.enforced} of "
-            f"{self.records} records; the others wait, see `portward status`"
+            f"{self.records} records; the others wait, see `{self.status}`"
         )
 
     def as_json(self) -> dict[str, object]:
@@ -131,7 +133,7 @@ def not_following(config: Config) -> str:
         return f"the agent here takes in no change now, and retries: {error}"
     age_s = age_of(status) if "clock" in status else 0.0
     if age_s > STALE_STATUS_S:
-        return f"the agent here has not reported for {age_s:.0f} s: see `portward status`"
+        return f"the agent here has not reported for {age_s:.0f} s: see `{settings.asking(config.table)}`"
     return ""
 
 
@@ -182,10 +184,10 @@ def behind_held(config: Config, revision: int) -> Behind | None:
         if head is None or not head.held:
             return None
         with closing(open_store(config.store)) as store:
-            return _wait(reader, store, revision)
+            return _wait(config, reader, store, revision)
 
 
-def _wait(reader: Reader, store: Store, revision: int) -> Behind | None:
+def _wait(config: Config, reader: Reader, store: Store, revision: int) -> Behind | None:
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         with reader.view():
@@ -194,10 +196,6 @@ def _wait(reader: Reader, store: Store, revision: int) -> Behind | None:
                 return None
             seen = ahead_of(head, store) >= revision
             if seen or time.monotonic() > deadline:
-                return _counted(reader, head, store, revision, seen=seen)
+                enforced, records = count_in_table(reader, store, revision)
+                return Behind(head.held, enforced if seen else 0, records, settings.asking(config.table))
         time.sleep(_PAUSE_S)
-
-
-def _counted(reader: Reader, head: Head, store: Store, revision: int, *, seen: bool) -> Behind:
-    enforced, records = count_in_table(reader, store, revision)
-    return Behind(head.held, enforced if seen else 0, records)

@@ -12,11 +12,11 @@ from typing import Final
 
 from portward.base import descriptors, ownership
 from portward.base.clock import utc_now
-from portward.base.instance import unit
+from portward.base.instance import command, unit
 from portward.base.interfaces import matches, shown
 from portward.base.words import counted
 from portward.config.files import mistake
-from portward.config.keys import DEFAULT_TABLE, Config, Encrypted
+from portward.config.keys import DEFAULT_TABLE, Config, Encrypted, InterfaceGroup
 from portward.config.load import load_config
 from portward.config.paths import is_path
 from portward.daemon.runtime import read_status, running
@@ -34,10 +34,12 @@ from portward.dataplane import (
     xtables,
 )
 from portward.dataplane.links import Device
+from portward.dataplane.names import KernelTable
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
 from portward.errors import KernelError, PortwardError, StoreError, together
 from portward.metrics.listeners import try_to_listen
+from portward.ops import mistyped
 from portward.ops.behind import other_store
 from portward.ops.instances import same_table
 from portward.policy import presets
@@ -50,6 +52,8 @@ from portward.table.invariants import verify
 # How many devices of each kind, and how many records of the store, are named; the others are counted.
 _NAMED: Final = 3
 _NAMED_RECORDS: Final = 20
+# How many interfaces of a group are named.
+_NAMED_INTERFACES: Final = 10
 
 
 def check(path: Path, *, with_store: bool = True, instance: str | None = None) -> Iterator[str]:
@@ -61,7 +65,7 @@ def check(path: Path, *, with_store: bool = True, instance: str | None = None) -
     Two agents with one table folder are not looked for either: the lock of the folder lets the first one start.
     """
     config = load_config(path)
-    yield f"{path}: segments {', '.join(config.segments)}; uplinks {', '.join(config.uplinks)}"
+    yield f"{path}: segments {config.segments_in_words()}; uplinks {', '.join(config.uplinks)}"
     if config.table.exists() and not config.table.is_dir():
         raise mistake(path, f"{str(config.table)!r} is no folder", "table")
     _own_table(path, config, instance, with_others=with_store)
@@ -71,12 +75,14 @@ def check(path: Path, *, with_store: bool = True, instance: str | None = None) -
     yield f"preset {preset.name}{origin}: ports {', '.join(map(str, preset.ports))}, mode {config.mode}"
     devices = rtnetlink.devices()
     yield from _interfaces(config, devices)
-    warnings = stacking.warnings(devices, config)
-    yield from (f"WARNING: {line}" for line in warnings)
-    yield from _tunnels(config, devices)
     netlink = NfNetlink()
     # Raises KernelError if this user may not read the kernel. libnftables would write to stderr itself.
     reconciler.loaded(netlink)
+    bridged = xtables.has_native_queue(Nft(netlink), KernelTable.BRIDGE)
+    warnings = stacking.warnings(devices, config, bridged=bridged)
+    yield from (f"WARNING: {line}" for line in warnings)
+    yield from _ports(config, devices, bridged=bridged, refuse=with_store)
+    yield from _tunnels(config, devices)
     translating = others.seen(netlink)
     yield from _ruleset(config, preset, netlink, warnings, guard=translating.guard)
     yield from _loopback()
@@ -85,6 +91,11 @@ def check(path: Path, *, with_store: bool = True, instance: str | None = None) -
         yield f"WARNING: {descriptors.few_text(limit)}"
     for line in translating.why:
         yield f"{line}: forwarded packets are classified again (forward guard)"
+    if translating.guard and (ports := stacking.ports(devices, config)):
+        yield (
+            f"WARNING: {_named(ports)}: packets of theirs that other programs translate are NOT classified again, "
+            "so no rule may translate them to a policy port"
+        )
     if not with_store:
         return
     # The verbs run this program, not the agent, which starts without it and sees less of the file system.
@@ -92,6 +103,8 @@ def check(path: Path, *, with_store: bool = True, instance: str | None = None) -
     yield from _table(config.table)
     if line := other_store(config):
         yield f"WARNING: {line}"
+    if config.groups:
+        yield from _attachments(config)
     yield from _store(config.store)
 
 
@@ -116,6 +129,55 @@ def _interfaces(config: Config, devices: Sequence[Device]) -> Iterator[str]:
         for pattern in patterns:
             found = [shown(device.name) for device in devices if matches((pattern,), device.name)]
             yield f"{kind} {pattern!r}: {', '.join(found) or 'no such interface now'}"
+    for group in config.groups:
+        yield from _group(group, [device.name for device in devices])
+
+
+def _group(group: InterfaceGroup, names: Sequence[str]) -> Iterator[str]:
+    """The interfaces of a group. `names` are those of all interfaces."""
+    found = [shown(name) for name in names if matches(group.interfaces, name)]
+    if not found:
+        yield f"WARNING: group {shown(group.name)!r}: no interface matches {', '.join(group.interfaces)} now"
+    elif len(found) <= _NAMED_INTERFACES:
+        yield f"group {shown(group.name)!r}: {', '.join(found)}"
+    else:
+        more = len(found) - _NAMED_INTERFACES
+        yield f"group {shown(group.name)!r}: {', '.join(found[:_NAMED_INTERFACES])} and {more} more"
+    if group.name in names and not matches(group.interfaces, group.name):
+        yield (
+            f"WARNING: interface {shown(group.name)!r} has the name of a group and does not belong to it: verbs "
+            "and records that name it mean the group"
+        )
+
+
+def _ports(config: Config, devices: Sequence[Device], *, bridged: bool, refuse: bool) -> Iterator[str]:
+    """Raises PortwardError if a segment is a port of a bridge and cannot get its verdicts there, or if its packets
+    would get two. Without `refuse` this is only a warning: an agent must start, because without one the other
+    segments are closed, too."""
+    mistakes = _mistakes_with_ports(config, devices, bridged=bridged)
+    if mistakes and refuse:
+        raise together([PortwardError(line) for line in mistakes[:_NAMED]])
+    if mistakes and not bridged:  # the other mistakes are warnings already
+        yield f"WARNING: {mistakes[0]}"
+
+
+def _mistakes_with_ports(config: Config, devices: Sequence[Device], *, bridged: bool) -> list[str]:
+    if bridged:
+        return [*stacking.unread(devices, config), *stacking.asked_twice(devices, config)]
+    if not (ports := stacking.ports(devices, config)):
+        return []
+    return [
+        f"{_named(ports)}, and this kernel takes no queue in a bridge, for which it needs nft_queue "
+        "(CONFIG_NFT_QUEUE) and tables of family bridge (CONFIG_NF_TABLES_BRIDGE): take them off the bridge, or "
+        "off `segments`"
+    ]
+
+
+def _named(ports: Sequence[stacking.Stacked]) -> str:
+    """The first segments that are ports, with their bridges."""
+    named = ", ".join(f"{shown(one.segment.name)} of {shown(one.device.name)}" for one in ports[:_NAMED])
+    more = f" and {len(ports) - _NAMED} more" if len(ports) > _NAMED else ""
+    return f"segments are ports of bridges ({named}{more})"
 
 
 def _ruleset(
@@ -124,18 +186,25 @@ def _ruleset(
     """Checks that the kernel would take the ruleset, and that the namespace is free. Raises KernelError.
     `warnings` on stacked devices are printed already, so they are not logged."""
     nft = Nft(netlink)
-    native = xtables.has_native_queue(nft)
-    state = ruleset.State(0, synced=False)
-    found = surroundings.found(config, printed=warnings)._replace(guard=guard)
+    native, bridged = xtables.has_native_queue(nft), xtables.has_native_queue(nft, KernelTable.BRIDGE)
+    found = surroundings.found(config, bridged=bridged, printed=warnings)._replace(guard=guard)
     try:
-        want = ruleset.wanted(templates.read(), config, preset, native=native, state=state, surroundings=found)
-        nft.check(want.whole)
+        for want in ruleset.without_policy(
+            templates.read(), config, preset, found, native=native, bridged=bridged
+        ):
+            nft.check(want.whole)
     except KernelError as error:
         raise KernelError(f"the kernel does not take the ruleset: {error}") from None
     if not native:
         xtables.require(netlink)
     yield from _lock(config, netlink)
     yield f"the kernel takes the ruleset; queue by {'nft' if native else 'the xtables NFQUEUE target'}"
+
+
+def _attachments(config: Config) -> Iterator[str]:
+    """Warns of attachments that name an interface in the place of its group. Raises StoreError."""
+    with closing(open_store(config.store)) as store:
+        yield from (f"WARNING: {line}" for line in mistyped.in_groups(config, store))
 
 
 def _store(url: str) -> Iterator[str]:
@@ -151,7 +220,7 @@ def _store(url: str) -> Iterator[str]:
     if number:
         raise StoreError(
             f"{counted(number, 'record')} of the store cannot be read: gateways that had the one before keep it, "
-            "others deny the sources; put each right by `portward apply`, or take it out"
+            f"others deny the sources; put each right by `{command('apply')}`, or take it out"
         )
 
 
@@ -165,7 +234,7 @@ def _ownership(folder: Path) -> Iterator[str]:
     if found.refused:
         raise together([PortwardError(one) for one in found.refused])
     for place, mode in found.open:
-        yield f"table {folder}: others may open {place}; `portward run` makes it {mode:04o}"
+        yield f"table {folder}: others may open {place}; `{command('run')}` makes it {mode:04o}"
 
 
 def _fraud_check(config: Config) -> Iterator[str]:
@@ -256,8 +325,8 @@ def _metrics(config: Config) -> Iterator[str]:
     """Checks that the metrics can be scraped at their address. If not, it is only a warning."""
     if running(config.table) is None and (problem := try_to_listen(config.metrics_endpoints())):
         yield (
-            f"WARNING: metrics.address {problem}: `portward run` enforces all the same, and tries again until it "
-            "can be had"
+            f"WARNING: metrics.address {problem}: `{command('run')}` enforces all the same, and tries again until "
+            "it can be had"
         )
 
 

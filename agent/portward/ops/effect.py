@@ -10,6 +10,8 @@ from enum import StrEnum
 
 import msgspec
 
+from portward.base.instance import command
+from portward.base.interfaces import shown
 from portward.dataplane.names import COUNTED_SETS
 from portward.dataplane.stacking import Fate
 from portward.ipc import mark
@@ -124,14 +126,14 @@ def _now(host: Host, found: CachedState | None, policy: Policy, left: TableVerdi
         case Handling.UNKNOWN:
             return Now(Effect.UNKNOWN, "asking the kernel needs root or CAP_NET_ADMIN")
         case Handling.CLOSED:
-            return Now(Effect.DROPPED, _CLOSED)
+            return Now(Effect.DROPPED, f"{_CLOSED} (see `{command('rules show')}`)")
         case Handling.OPEN:
             error = f" ({host.ruleset_error})" if host.ruleset_error else ""
             return Now(Effect.PASSES, f"{_OPEN}{error}; {_AGENTS[host.agent]}")
     if host.stacked and not policy.internal:
         return _stacked(host)
     if found is None:
-        return Now(Effect.UNKNOWN, "its segment is no interface of this host now, so nothing of it comes here")
+        return Now(Effect.UNKNOWN, "its segment has no interface on this host now, so nothing of it comes here")
     if policy.internal:
         return Now(Effect.PASSES, "the destination is internal: no verdict is needed")
     if found.limit:
@@ -159,7 +161,8 @@ def _stacked(host: Host) -> Now:
 
 
 def _by_cache(host: Host, found: CachedState, verdict: Class) -> Now:
-    why = f"the kernel has cached {COUNTED_SETS[verdict]!r} for {found.expires:.0f} s more"
+    behind = f" behind {shown(found.interface)}" if found.interface else ""
+    why = f"the kernel has cached {COUNTED_SETS[verdict]!r} for {found.expires:.0f} s more{behind}"
     effect = Effect.PASSES if verdict in mark.PASSING else Effect.DROPPED
     if verdict is Class.REFUSED:
         if host.workers in (Workers.NONE, Workers.DEAF):
@@ -211,7 +214,7 @@ def _in_part(host: Host) -> str:
     if host.workers is not Workers.PART:
         return ""
     rest = "is dropped, or passes if no process has bound its queue" if host.opens else "is dropped"
-    return f". NOT ALL QUEUES ARE ANSWERED: a packet in one of the others {rest}, see `portward status`"
+    return f". NOT ALL QUEUES ARE ANSWERED: a packet in one of the others {rest}, see `{command('status')}`"
 
 
 def _no_worker(host: Host) -> str:
@@ -221,8 +224,7 @@ def _no_worker(host: Host) -> str:
 
 
 _CLOSED = (
-    "table inet portward_closed is loaded: no packet to the ports that it names is forwarded, whoever sends it "
-    "(see `portward rules show`)"
+    "table inet portward_closed is loaded: no packet to the ports that it names is forwarded, whoever sends it"
 )
 _OPEN = "no ruleset of portward is loaded here: NOTHING IS ENFORCED and every source may send"
 _AGENTS = {

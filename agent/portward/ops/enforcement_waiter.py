@@ -12,7 +12,8 @@ from typing import Final
 
 from portward.config.keys import Config
 from portward.daemon.runtime import read_status, running
-from portward.dataplane.names import TABLE
+from portward.daemon.settings import asking
+from portward.dataplane.names import TABLE, KernelTable
 from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.verdict_cache import VerdictCache
 from portward.errors import PortwardError
@@ -47,8 +48,8 @@ class EnforcementWaiter:
         if head is None or not (same_history(head, store) or ahead_of(head, store)):
             self._reader.close()
             raise PortwardError(
-                f"the agent here has not loaded the policy in {config.store}, see `portward status`; nothing was "
-                "written"
+                f"the agent here has not loaded the policy in {config.store}, see `{asking(config.table)}`; "
+                "nothing was written"
             )
         # The queues of the running agent. The configuration may have others, which are used from the next start
         # on.
@@ -57,12 +58,13 @@ class EnforcementWaiter:
         self._queues = [worker["queue"] for worker in workers] or list(range(first, first + number))
         self._port = presets.load(config.preset).ports[0]
         self._netlink = NfNetlink()
-        self._cache = VerdictCache(KernelElements(self._netlink))
+        loaded = [one for table in KernelTable if (one := self._netlink.of(table)).sets(TABLE)]
+        self._caches = [VerdictCache(KernelElements(one)) for one in loaded]
         try:
             self._prober: Prober | None = Prober()
         except OSError:
             self._prober = None
-        if self._prober is None or self._cache.synced() is None:
+        if self._prober is None or not self._caches or any(one.synced() is None for one in self._caches):
             self.close()
             raise PortwardError(
                 "the kernel cannot be asked what it enforces: that takes root, or CAP_NET_ADMIN and CAP_NET_RAW, "
@@ -79,7 +81,7 @@ class EnforcementWaiter:
         while not self._is_enforced(revision):
             if time.monotonic() > deadline:
                 status = read_status(self._config.table) or {}
-                held = "; the agent holds it, see `portward status`" if status.get("held") else ""
+                held = f"; the agent holds it, see `{asking(self._config.table)}`" if status.get("held") else ""
                 raise PortwardError(
                     f"written as revision {revision}, and NOT enforced here after {seconds:g} s{held}"
                 )
@@ -141,7 +143,8 @@ class EnforcementWaiter:
             if not (head.revision >= revision and same_history(head, self._store)):
                 if ahead_of(head, self._store) < revision:
                     return False
-                self._behind = Behind(head.held, *count_in_table(self._reader, self._store, revision))
+                counted = count_in_table(self._reader, self._store, revision)
+                self._behind = Behind(head.held, *counted, asking(self._config.table))
                 if self._behind.waits:
                     raise PortwardError(f"written as revision {revision}, and {self._behind}")
-        return self._cache.enforces(head.generation)
+        return all(one.enforces(head.generation) for one in self._caches)

@@ -8,7 +8,7 @@ which. If the user may read the kernel (CAP_NET_ADMIN), it also says whether a v
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -17,6 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from portward.base.clock import agent_time
+from portward.base.instance import command
 from portward.base.interfaces import shown
 from portward.config.documents import network_text
 from portward.config.keys import Config, Refusal
@@ -28,6 +29,8 @@ from portward.model import Address, Attachment, Exemption, Mode, RateLimit, Reas
 from portward.ops import effect, host, sources
 from portward.ops.effect import Effect, Handling, Now, Policy
 from portward.ops.host_state import CachedState, Ruleset
+from portward.ops.segment_interfaces import behind, devices, in_a_group
+from portward.ops.sources import Named
 from portward.policy.decide import decide, rule_text
 from portward.policy.preset import Preset
 from portward.policy.remedy import reason_text, remedy
@@ -55,7 +58,7 @@ class Explanation(msgspec.Struct, frozen=True):
 
     It has what the policy says; `now` is what happens on this host now, and why. `kernel` is what the kernel has
     cached for the source, or why that is unknown. `decided_from` begins with `table` or `store`. `remarks` must be
-    shown first.
+    shown first. `interface` is the interface of a group that was asked about; empty if it was the segment.
     """
 
     segment: str
@@ -77,22 +80,46 @@ class Explanation(msgspec.Struct, frozen=True):
     limit: RateLimit | None = None
     now: Now | None = None
     remarks: tuple[str, ...] = ()
+    interface: str = ""
 
 
 def explain(path: Path, segment: str, address: str, to: str | None) -> Explanation:
     """Explains the source `address` in `segment`, for packets to `to`, or to any address on the Internet. Raises
     InputError for an invalid address or segment, PortwardError if neither table nor store can be read."""
     config, preset, remarks = settings(path)
-    source = sources.source(config, path, segment, address)
+    named = sources.source(config, path, segment, address)
+    source = named.address
     destination = None if to is None else sources.destination(to, source)
-    known = _known(config, preset, segment, source)
-    asked = _ask_kernel(segment, source)
-    found = _explanation(config, preset, known, segment, source, destination, kernel=_kernel(segment, asked))
-    handling, now = _now(config, found, source, asked)
-    found = replace(found, now=now, remedy=_remedy(found, handling, now), remarks=(*remarks, *_behind(config)))
+    known = _known(config, preset, named.segment, source)
+    interfaces = _interfaces(config, named)
+    asked = _ask_kernel(interfaces, source)
+    kernel = _kernel(segment, asked)
+    found = _explanation(config, preset, known, named.segment, source, destination, kernel=kernel)
+    handling, now = _now(config, found, source, asked, interfaces)
+    remarks = (*remarks, *_of_interface(config, preset, named), *_behind(config))
+    found = replace(
+        found, now=now, remedy=_remedy(found, handling, now), remarks=remarks, interface=named.interface
+    )
     if in_another_network(config.table) is not None:
         return replace(found, kernel="not asked: the agent runs in another network namespace")
     return found
+
+
+def _interfaces(config: Config, named: Named) -> dict[str, int]:
+    """The interfaces here that packets of the source can come from: name → index."""
+    found = behind(config, named.segment)
+    return {name: index for name, index in found.items() if named.interface in ("", name)}
+
+
+def _of_interface(config: Config, preset: Preset, named: Named) -> Iterator[str]:
+    """The remarks if the operator named an interface of a group."""
+    if remark := named.remark():
+        yield remark
+        if _known(config, preset, named.interface, named.address).attachment is not None:
+            yield (
+                f"an attachment to {shown(named.interface)} covers {named.address}, and does nothing here: "
+                f"{in_a_group(config, named.interface)}"
+            )
 
 
 # With these, a packet may pass now (by a cached verdict, an answered queue, an unwatched worker) and the next one
@@ -108,12 +135,12 @@ def _remedy(found: Explanation, handling: Handling, now: Now) -> str:
         return "The policy allows it. Whether this gateway lets it pass now is not known, see `now`."
     if not now.as_policy and now.effect in (Effect.DROPPED, Effect.REJECTED):
         lets = "the policy allows it" if found.verdict == "allow" else "the policy only observes it"
-        return f"Nothing: {lets}, and it is this gateway that drops it. See `portward status`."
+        return f"Nothing: {lets}, and it is this gateway that drops it. See `{command('status')}`."
     if not now.as_policy:
         return f"{found.remedy} At this moment the packets pass all the same, since this gateway lets them."
     unsure = handling in _UNSURE and not effect.lasts(handling, now)
     if found.verdict == "allow" and unsure and found.reason != Reason.ALLOWED_INTERNAL:
-        return "Nothing: the policy allows it. But this gateway may soon drop it, see `portward status`."
+        return f"Nothing: the policy allows it. But this gateway may soon drop it, see `{command('status')}`."
     return found.remedy
 
 
@@ -131,7 +158,8 @@ def lines(found: Explanation) -> Iterator[str]:
         # An observed packet can still be dropped, for example if no worker answers.
         passes = found.now is None or found.now.effect in (Effect.PASSES, Effect.LIMITED)
         observed = " (observed only: the packet passes)" if passes else " (observed only)"
-    yield f"{shown(found.segment)} {found.address}{to}: {found.verdict.upper()}{observed}"
+    behind_it = f" behind {shown(found.interface)}" if found.interface else ""
+    yield f"{shown(found.segment)} {found.address}{behind_it}{to}: {found.verdict.upper()}{observed}"
     if found.now is not None:
         as_policy = ", which is NOT what the policy says" if found.now.as_policy is False else ""
         yield f"  now       {_EFFECTS[found.now.effect]}{as_policy}: {found.now.why}"
@@ -292,20 +320,22 @@ class _Asked(NamedTuple):
     permitted: bool = True
 
 
-def _ask_kernel(segment: str, source: Address) -> _Asked:
+def _ask_kernel(interfaces: Mapping[str, int], source: Address) -> _Asked:
     try:
-        return _Asked(host.cached(segment, source))
+        return _Asked(host.cached(interfaces, source))
     except (OSError, PortwardError):
         return _Asked(None, permitted=False)
 
 
-def _now(config: Config, found: Explanation, source: Address, asked: _Asked) -> tuple[Handling, Now]:
+def _now(
+    config: Config, found: Explanation, source: Address, asked: _Asked, interfaces: Mapping[str, int]
+) -> tuple[Handling, Now]:
     """How this host handles sources without a cached verdict, and what happens to the source's next packet."""
-    state = host.at_segment(host.look(config, [found.segment]), host.devices(), config, found.segment)
+    state = host.at_interfaces(host.look(config, [found.segment]), devices(), config, interfaces)
     if not asked.permitted:
         state = replace(state, ruleset=Ruleset.NOT_PERMITTED)
     handling = effect.handling(state)
-    left = host.left(config, found.segment, source) if handling is Handling.UNWATCHED else None
+    left = host.left(config, interfaces, source) if handling is Handling.UNWATCHED else None
     return handling, effect.now(
         state,
         asked.cached,
@@ -320,20 +350,23 @@ def _now(config: Config, found: Explanation, source: Address, asked: _Asked) -> 
 
 
 def _kernel(segment: str, asked: _Asked) -> str:
-    """The kernel's treatment of the source's next packet, in words."""
+    """The kernel's treatment of the source's next packet, in words. `segment` is as the operator named it."""
     cached, permitted = asked
     if not permitted:
         return "not known: asking the kernel needs root or CAP_NET_ADMIN"
     if cached is None:
         return f"there is no interface {shown(segment)} here now"
+    behind_it = f", behind {shown(cached.interface)}" if cached.interface else ""
     if not cached.loaded:
         return "has cached nothing: the ruleset that caches is not loaded here"
     if cached.limit:
         return (
             f"lets its subscription open new connections, {cached.limit}; dropped lately of this source: "
-            f"{cached.packets}"
+            f"{cached.packets}{behind_it}"
         )
     if cached.verdict is None:
         return "has cached nothing for this source"
     packets = f"{cached.packets} packet{'' if cached.packets == 1 else 's'}"
-    return f"has cached {VERDICT_SETS[cached.verdict]!r} for {cached.expires:.0f} s more, {packets} so far"
+    return (
+        f"has cached {VERDICT_SETS[cached.verdict]!r} for {cached.expires:.0f} s more, {packets} so far{behind_it}"
+    )

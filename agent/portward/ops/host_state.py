@@ -83,7 +83,8 @@ class CachedState(msgspec.Struct, frozen=True, kw_only=True):
 
     `packets` counts the packets that the verdict acted on; with a limit, the packets dropped beyond it within
     about the last minute. With neither `verdict` nor `limit`, nothing is cached. `loaded`: the ruleset that
-    caches is there, if the kernel was asked.
+    caches is there, if the kernel was asked. `interface`: the one behind which it is cached, if the source's
+    segment has several.
     """
 
     loaded: bool = True
@@ -91,6 +92,7 @@ class CachedState(msgspec.Struct, frozen=True, kw_only=True):
     expires: float = 0.0
     packets: int = 0
     limit: str = ""
+    interface: str = ""
 
 
 class TableVerdict(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,23 +27,24 @@ def enter(name: str, config: Path | None) -> Path:
     configuration: `config`, or else that of the instance. Must be called before the process opens a socket or
     starts a thread. Raises InputError for a name that no namespace has, and PortwardError without the privilege.
     """
+    path = config or _FOLDER / f"{name}.toml"
     if problem := instance.problem(name):
         raise InputError(problem, field=_OPTION)
     # systemd starts the agent in its namespace, and takes away the privilege to enter one.
     if not netns.is_own(name):
         _move(name)
-    instance.note(name)
-    return config or _FOLDER / f"{name}.toml"
+    instance.note(instance.Own(name, os.fspath(path)))
+    return path
 
 
 def _move(name: str) -> None:
     try:
         netns.enter(name)
     except FileNotFoundError:
-        raise InputError(f"there is no network namespace {name!r}{_near(name)}", field=_OPTION) from None
+        raise InputError(f"there is no network namespace {name!r}{_missing(name)}", field=_OPTION) from None
     except PermissionError:
         raise PortwardError(
-            f"{_OPTION}: only root may enter the network namespace {name!r} (CAP_SYS_ADMIN): try sudo"
+            f"{_OPTION}: only root may enter the network namespace {name!r} (CAP_SYS_ADMIN): try sudo{_anew()}"
         ) from None
     except OSError as error:
         if error.errno != errno.EINVAL:
@@ -54,8 +55,25 @@ def _move(name: str) -> None:
         ) from None
 
 
-def _near(name: str) -> str:
+def _of_unit() -> bool:
+    """Whether systemd started this process. The unit of an instance enters the namespace before that, and a
+    process without privilege cannot follow if the name belongs to another namespace by then."""
+    return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+
+
+def _anew() -> str:
+    """The end of the message about a namespace that this process may not enter."""
+    if not _of_unit():
+        return ""
+    return (
+        ". Or it was made anew after the unit of this process had opened it: then the next start is in the new one"
+    )
+
+
+def _missing(name: str) -> str:
     """The end of the message about a name that no namespace has: the nearest name, and how to list all."""
+    if _of_unit():
+        return ": it was never there, or was removed after the unit of this process had opened it"
     near = nearest(name, netns.names())
     return (f"; {near}" if near.startswith("did you mean") else "") + " (`ip netns list` shows all)"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from portward.base.instance import unit
+from portward.base.instance import command, unit
 from portward.base.interfaces import shown
 from portward.config.keys import Config, OnAgentDown
 from portward.config.load import load_config
@@ -20,7 +20,7 @@ from portward.config.paths import from_file, is_path
 from portward.daemon import settings
 from portward.dataplane import loaded as opened
 from portward.dataplane import namespacelock, others, reconciler, ruleset, templates, xtables
-from portward.dataplane.names import FAMILY_TABLE
+from portward.dataplane.names import KernelTable
 from portward.dataplane.namespacelock import NamespaceLock, NamespaceTakenError
 from portward.dataplane.nfnetlink import NfNetlink
 from portward.dataplane.nft import Nft
@@ -47,8 +47,9 @@ def loaded(path: Path) -> str:
     """The loaded ruleset as nft prints it. Raises KernelError if none is loaded, or if this user may not read the
     kernel. `path` is the configuration; only its table folder is used."""
     netlink = NfNetlink()
-    tables = [FAMILY_TABLE] if reconciler.loaded(netlink) else []
-    tables += [f"inet {reconciler.CLOSED}"] if reconciler.closed(netlink) else []
+    each = [netlink.of(table) for table in KernelTable]
+    tables = [str(one.table) for one in each if reconciler.loaded(one)]
+    tables += [one.table.closed for one in each if reconciler.closed(one)]
     if not tables:
         raise host.nothing_loaded(settings.folder(path))
     nft = Nft()
@@ -72,8 +73,8 @@ def _without_agent(config: Config, netlink: NfNetlink) -> str:
     """The effect of the loaded ruleset. `config` is that of the last agent, if it is known."""
     if reconciler.closed(netlink):
         return (
-            f"no packet to port 25 is forwarded: table inet {reconciler.CLOSED} is loaded "
-            "(`portward rules show` names all its ports)"
+            f"no packet to port 25 is forwarded: table {KernelTable.INET.closed} is loaded "
+            f"(`{command('rules show')}` names all its ports)"
         )
     if not reconciler.loaded(netlink):
         return "no ruleset of portward is loaded here, NOTHING IS ENFORCED and port 25 is open"
@@ -84,7 +85,7 @@ def _without_agent(config: Config, netlink: NfNetlink) -> str:
     opens = opened.patterns(netlink, opened.OPEN)
     if not opens:
         become = "are dropped, allowed or not"
-    elif set(opens) == set(uncovered(config.segments)):
+    elif set(opens) == set(uncovered(config.patterns())):
         become = "pass, allowed or not"
     else:
         become = f"pass in {', '.join(map(shown, opens))} and are dropped elsewhere, allowed or not"
@@ -102,13 +103,13 @@ def _without_agent(config: Config, netlink: NfNetlink) -> str:
 def wanted(path: Path) -> str:
     """The ruleset that `portward run` would load here with the configuration at `path`, as nft text."""
     config = load_config(path)
-    preset, state = presets.load(config.preset, named_in=path), ruleset.State(0, synced=False)
+    preset = presets.load(config.preset, named_in=path)
     netlink = NfNetlink()
-    native = xtables.has_native_queue(Nft(netlink))
-    surroundings = found(config)._replace(guard=others.seen(netlink).guard)
-    return ruleset.wanted(
-        templates.read(), config, preset, native=native, state=state, surroundings=surroundings
-    ).whole
+    nft = Nft(netlink)
+    native, bridged = xtables.has_native_queue(nft), xtables.has_native_queue(nft, KernelTable.BRIDGE)
+    surroundings = found(config, bridged=bridged)._replace(guard=others.seen(netlink).guard)
+    texts = ruleset.without_policy(templates.read(), config, preset, surroundings, native=native, bridged=bridged)
+    return "".join(one.whole for one in texts)
 
 
 def baseline(path: Path) -> str:
@@ -118,6 +119,7 @@ def baseline(path: Path) -> str:
     names the segments that this ruleset leaves open, if the configuration at `path` differs. Otherwise the ruleset
     of that configuration is loaded, with no worker behind its queue. If that is impossible, packets to the ports
     of its preset are no longer forwarded (if the preset is unreadable: to port 25), and PortwardError says why.
+    The table `bridge` is loaded, too, if the agent will load it.
 
     A crash between any two steps leaves the state before, or a closed port. If another process has the namespace
     and its ruleset is not loaded yet, nothing changes, and PortwardError is raised.
@@ -142,19 +144,26 @@ def _begin(path: Path, netlink: NfNetlink) -> str:
     try:
         config = load_config(path)
         preset = presets.load(config.preset, named_in=path)
-        state = ruleset.State(0, synced=False)
+        bridged = xtables.has_native_queue(nft, KernelTable.BRIDGE)
         # With the guard, because no agent watches yet whether other programs translate packets.
-        surroundings = found(config)._replace(guard=True)
-        reconciler.begin(
-            nft,
-            ruleset.wanted(templates.read(), config, preset, native=False, state=state, surroundings=surroundings),
+        surroundings = found(config, bridged=bridged)._replace(guard=True)
+        texts = ruleset.without_policy(
+            templates.read(), config, preset, surroundings, native=False, bridged=bridged
         )
+        # The table `inet` last: if the process dies in between, the next run, which looks for that one, begins
+        # again.
+        for want in reversed(list(texts)):
+            if want.table is KernelTable.INET or not reconciler.loaded(netlink.of(want.table)):
+                reconciler.begin(nft, want)
     except PortwardError as error:
         ports = _ports(path)
         reconciler.close(nft, ports)
+        with contextlib.suppress(KernelError):  # there may be no such tables
+            reconciler.close(nft, ports, KernelTable.BRIDGE)
         closed = f"{'port' if len(ports) == 1 else 'ports'} {', '.join(map(str, ports))}"
         raise PortwardError(f"no packet to {closed} is forwarded until this is mended: {error}") from error
-    reconciler.lift(nft, netlink)
+    for table in KernelTable:
+        reconciler.lift(nft, netlink.of(table))
     return _without_workers(config, preset)
 
 
@@ -190,7 +199,7 @@ def _ports(path: Path) -> tuple[int, ...]:
 
 def _without_workers(config: Config, preset: Preset) -> str:
     """The effect of the new ruleset while no agent runs."""
-    segments, ports = ", ".join(config.segments), ", ".join(map(str, preset.ports))
+    segments, ports = config.segments_in_words(), ", ".join(map(str, preset.ports))
     if config.mode is Mode.OBSERVE:
         return f'nothing is closed: mode = "observe", segments {segments}'
     if config.on_agent_down is OnAgentDown.OPEN:
@@ -215,14 +224,16 @@ def remove() -> str:
     _require_loaded(netlink)
     try:
         with NamespaceLock():
-            reconciler.remove(Nft(netlink), netlink)
+            for table in KernelTable:
+                reconciler.remove(Nft(netlink), netlink.of(table))
     except NamespaceTakenError as error:
         raise _taken(error) from error
     return "portward's ruleset is removed: port 25 is open for every source behind this gateway"
 
 
 def _require_loaded(netlink: NfNetlink) -> None:
-    if not (reconciler.loaded(netlink) or reconciler.closed(netlink)):
+    each = [netlink.of(table) for table in KernelTable]
+    if not any(reconciler.loaded(one) or reconciler.closed(one) for one in each):
         raise PortwardError("no ruleset of portward is loaded here: nothing was enforced")
 
 

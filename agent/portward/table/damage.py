@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from portward.base.instance import command
+
 # Damaged rows that are kept, so that each is counted once. If there are more, the table is useless anyway, and
 # each further row is counted as often as it is read.
 _MAX_DISTINCT: Final = 10_000
@@ -35,4 +37,4 @@ class Damage:
             self._known.add(what)
         if self.rows <= _MAX_LOGGED:
             self.first.append(what)
-            _log.error("the policy table is damaged: %s; `portward check` says what to do", what)
+            _log.error("the policy table is damaged: %s; `%s` says what to do", what, command("check"))

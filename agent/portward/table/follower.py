@@ -22,6 +22,7 @@ from datetime import datetime
 from itertools import groupby, islice
 from typing import Final, NamedTuple, TypeVar
 
+from portward.base.instance import command
 from portward.model import Record
 from portward.store.codec import key_only
 from portward.store.confirmation import CONFIRMED, confirmed, confirmed_alone, confirmed_hold
@@ -224,7 +225,8 @@ class Follower:
         whole = "all that the store holds up to " if held.whole else ""
         _log.error(
             "%srevision %d %s: it is held, and the policy before stays in force, with later denials; "
-            "`portward apply --confirm` lets it through", whole, held.revision, held.flips.describe(held.share),
+            "`%s` lets it through",
+            whole, held.revision, held.flips.describe(held.share), command("apply --confirm"),
         )  # fmt: skip
 
     def _deny_behind(self, revision: int, now: datetime, *, up_to_confirmation: bool = True) -> Committed | None:
@@ -378,8 +380,8 @@ class Follower:
         if confirmed_hold(body) != hold:
             if upto > head.held:
                 _log.warning(
-                    "revision %d confirms nothing here: it does not name what this gateway holds; `portward apply "
-                    "--confirm` writes a confirmation that does, with this agent's configuration", upto,
+                    "revision %d confirms nothing here: it does not name what this gateway holds; `%s` writes a "
+                    "confirmation that does, with this agent's configuration", upto, command("apply --confirm"),
                 )  # fmt: skip
             return False
         # Each later change flips at most one subscription.

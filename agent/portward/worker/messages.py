@@ -8,9 +8,10 @@ the fields are in such a message, and which bytes must be the same. A message th
 needs another template, or `read`.
 
 A message of family AF_BRIDGE carries a bridged frame. Its NFQA_IFINDEX_PHYSINDEV is the port of the bridge by
-which the frame came, and its NFQA_IFINDEX_INDEV is the bridge. The port has the segment, so it is the interface of
-the frame. A message of another family may have an NFQA_IFINDEX_PHYSINDEV, too, if br_netfilter is loaded. It is
-ignored: the rule that queued the packet matched NFQA_IFINDEX_INDEV.
+which the frame came, and its NFQA_IFINDEX_INDEV is the bridge. A kernel that was built without br_netfilter
+(CONFIG_BRIDGE_NETFILTER) gives no NFQA_IFINDEX_PHYSINDEV: there NFQA_IFINDEX_INDEV is the port. The port has the
+segment, so it is the interface of the frame. A message of another family may have an NFQA_IFINDEX_PHYSINDEV, too,
+if br_netfilter is loaded. It is ignored: the rule that queued the packet matched NFQA_IFINDEX_INDEV.
 
 Netlink's own headers are in the host's byte order. The attributes of the queue are big-endian.
 """
@@ -68,7 +69,7 @@ _AF_INET, _AF_BRIDGE, _AF_INET6 = 2, 7, 10
 class Packet(NamedTuple):
     """A packet that waits for its verdict. A field that the message leaves out is 0, None or empty; without an
     `id` the packet cannot be answered. `indev` is the index of the interface by which it came; for a bridged frame
-    the port, and 0 if the message does not name the port. `link_address` has 8 bytes, of which an Ethernet address
+    the port, and 0 if the message names none. `link_address` has 8 bytes, of which an Ethernet address
     takes the first 6. `payload` is empty if a bridged frame carries no IP packet, or a VLAN tag behind its first
     one. `hook` is where the packet was queued, PREROUTING or FORWARD. `tag` is the VLAN tag of a bridged frame:
     protocol and TCI, 2 bytes each, big-endian. It is empty for an untagged frame, and None if there is a tag that
@@ -115,7 +116,7 @@ def _packet(message: bytes) -> Packet:
     )
     if not found or message[_FAMILY] != _AF_BRIDGE:
         return packet
-    port = found.get(_PHYSINDEV, b"")
+    port = found.get(_PHYSINDEV, found.get(_INDEV, b""))
     return packet._replace(
         indev=int.from_bytes(port, "big") if len(port) == 4 else 0,
         payload=packet.payload if _is_ip(header[_PROTOCOL], packet.payload) else b"",
@@ -209,7 +210,8 @@ def template_of(datagram: bytes) -> MessageTemplate | None:
     attributes = list(_attributes(datagram))
     kinds = [kind for kind, _, _ in attributes]
     bridged = datagram[_FAMILY] == _AF_BRIDGE
-    first, lengths = _FIRST_BRIDGED if bridged else _FIRST
+    with_bridge = bridged and _PHYSINDEV in kinds
+    first, lengths = _FIRST_BRIDGED if with_bridge else _FIRST
     number = len(first)
     if kinds[:number] != first or kinds[-1] != _PAYLOAD:
         return None
@@ -221,15 +223,15 @@ def template_of(datagram: bytes) -> MessageTemplate | None:
     if layout is None or header[_HOOK_BYTE] != PREROUTING:
         return None
     # The length of the message; its header and the first attribute's header; id; the rest of that attribute and
-    # the next header; index; for a bridged frame the next header, and the bridge, of which any will do; the next
-    # header; the mark in two halves, of which the second is ours.
-    fields = ["=4x20s", "4s", "8s", "4s", "4s4x" if bridged else "", "4s", "2s2s"]
+    # the next header; index; if the message names port and bridge the next header, and the bridge, of which any
+    # will do; the next header; the mark in two halves, of which the second is ours.
+    fields = ["=4x20s", "4s", "8s", "4s", "4s4x" if with_bridge else "", "4s", "2s2s"]
     fields += [f"4s{(end - start + 3) & ~3}x" for _, start, end in attributes[number:-1]]
     fields += ["H2s", layout[0]]
     form = struct.Struct("".join(fields))
     if form.size > len(datagram):
         return None
-    unpack = _mark_forward(form) if bridged else form.unpack_from
+    unpack = _mark_forward(form) if with_bridge else form.unpack_from
     return _template(unpack, form.size, datagram, layout[1], attributes[-1][1])
 
 

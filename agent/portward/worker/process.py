@@ -1,14 +1,14 @@
 """The worker process: binds one queue and gives every packet in it a verdict.
 
     python -m portward.worker.process --queue 0 --table DIR --counters FD --lifeline FD [--length N]
-        [--reader batch] [--stay SECONDS]
+        [--reader batch] [--stay SECONDS] [--instance NAME FILE]
 
 It shares the policy table and a block of counters with the daemon, and nothing else. A byte on the lifeline says
 that the table is there, and the worker opens it. When the queue is bound it writes `ready` to its stdout. From
 then on it writes a line for each packet of a source whose rate limit the kernel does not know (`ipc.lines`).
 
 The worker ends when the lifeline is closed because the daemon has ended, or `--stay` seconds later, or when the
-next daemon's worker takes the queue over.
+next daemon's worker takes the queue over. `--instance` is the instance that its messages are about.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from portward.base import instance
 from portward.config.keys import QueueReader
 from portward.errors import PortwardError
 from portward.ipc.counters import WorkerCounters
@@ -42,6 +43,7 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 def main() -> int:
     """Runs the worker. Returns the exit code: 1, with a line on stderr, if it cannot begin."""
     arguments = _arguments()
+    instance.note(instance.Own(*arguments.instance) if arguments.instance else None)
     messages = _keep_stdout()
     logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
     if not arguments.stay:
@@ -122,6 +124,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--counters", type=int, required=True)
     parser.add_argument("--lifeline", type=int, required=True)
     parser.add_argument("--stay", type=float, default=0.0)
+    parser.add_argument("--instance", nargs=2, metavar=("NAME", "FILE"))
     return parser.parse_args()
 
 

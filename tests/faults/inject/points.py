@@ -36,7 +36,7 @@ POINTS: Final = (
     Point("daemon", "change", f"{_T}.writer:Writer._next_head"),
     Point("daemon", "change", f"{_K}.sync:KernelSync._carry_out"),
     Point("daemon", "change", f"{_K}.verdict_cache:VerdictCache.move_epoch"),
-    Point("daemon", "change", f"{_K}.sync:changed_sources"),
+    Point("daemon", "change", f"{_K}.sync:reach"),
     Point("daemon", "change", f"{_K}.verdict_cache:VerdictCache.forget"),
     Point("daemon", "change", f"{_K}.nfnetlink:KernelElements.commit"),
     Point("daemon", "change", f"{_K}.nfnetlink:KernelElements.commit", 2),

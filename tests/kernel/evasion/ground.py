@@ -17,7 +17,7 @@ from scapy.packet import Packet
 from kernel.conftest import ALLOWED, DENIED, Gateway, running_gateway, source_records
 from kernel.wire import listening, segment
 from portward.config.keys import QueueReader
-from portward.dataplane.names import TABLE
+from portward.dataplane.names import TABLE, KernelTable
 from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.verdict_cache import Element, Source, VerdictCache
 from portward.lab import namespaces
@@ -80,20 +80,20 @@ class Ground:
 
     def __init__(self, gateway: Gateway, *, conntrack: bool) -> None:
         self.gateway, self.lab, self.agent = gateway, gateway.lab, gateway.agent
-        self.conntrack = conntrack
+        self.conntrack, self.bridged = conntrack, gateway.table is KernelTable.BRIDGE
         with namespaces.inside(self.lab.gateway):
-            self._netlink = NfNetlink()
+            self._netlink = NfNetlink().of(gateway.table)
         with namespaces.inside(self.lab.internet):
             self._receiver = NfNetlink()
         self._cache = VerdictCache(KernelElements(self._netlink))
         self._numbers = iter(range(1, 65_535))
         if not conntrack:
             # Without address translation nothing in the gateway needs connections.
-            namespaces.run(self.lab.gateway, ["nft", "delete", "table", "inet", "lab"])
+            namespaces.run(self.lab.router, ["nft", "delete", "table", "inet", "lab"])
             # Then the agent removes the forward guard, within ten seconds. Without nft_queue each load of the
             # ruleset drops packets without a cached verdict for some milliseconds, so wait until that is over.
             until(lambda: self.agent.metrics()["portward_guard_loaded"] == 0, "the forward guard is gone")
-        namespaces.load(self.lab.gateway, _OWN_RESETS)
+        namespaces.load(self.lab.router, _OWN_RESETS)
         namespaces.load(self.lab.internet, _RECEIVER)
         for place, tenant in ((1, CONTOSO), (2, FABRIKAM)):
             offer = ALLOWED if tenant is CONTOSO else DENIED
@@ -105,7 +105,7 @@ class Ground:
             namespaces.load(home, _ANSWERS)
             namespaces.batch(home, [f"route add local {prefix4} dev lo", f"route add local {prefix6} dev lo"])
             namespaces.batch(
-                self.lab.gateway,
+                self.lab.router,
                 [
                     f"route add {prefix4} via {tenant.address4} dev {tenant.segment} onlink",
                     f"route add {prefix4} via {tenant.address4} dev {tenant.segment} onlink table {tenant.vni}",
@@ -118,6 +118,11 @@ class Ground:
             )
             for tenant in (CONTOSO, FABRIKAM)
         }
+
+    @property
+    def family(self) -> str:
+        """The family of portward's table that sees the tenants' packets, in nft's words."""
+        return self.gateway.family
 
     def source(self, tenant: Tenant, family: int) -> str:
         """An address in the tenant's prefix that no test has used yet."""
@@ -176,8 +181,8 @@ class Ground:
         return int(found[1])
 
     def connections(self) -> int:
-        """How many connections the gateway tracks now."""
-        return int(namespaces.run(self.lab.gateway, ["conntrack", "-C"]).stdout)
+        """How many connections the router tracks now."""
+        return int(namespaces.run(self.lab.router, ["conntrack", "-C"]).stdout)
 
     def settled(self) -> None:
         """Waits until all packets that were sent before have a verdict. To know that, it sends an allowed packet
@@ -229,16 +234,22 @@ class Ground:
 
 @contextlib.contextmanager
 def ground(
-    folder: Path, *, conntrack: bool, reader: QueueReader = QueueReader.BATCH, **settings: Any
+    folder: Path,
+    *,
+    conntrack: bool,
+    reader: QueueReader = QueueReader.BATCH,
+    kind: str = "routed",
+    **settings: Any,
 ) -> Iterator[Ground]:
-    """A `Ground` with its listener, within a `with`. `settings` are keys of the configuration."""
+    """A `Ground` with its listener, within a `with`. `kind` is one of LAB_KINDS, `settings` are keys of the
+    configuration."""
     queue: dict[str, Any] = {
         "queue": {**_RATES, "reader": reader},
         "verdicts": {"segment_sources": 131_072},
         **settings,
     }
     with (
-        running_gateway(folder, **queue) as gateway,
+        running_gateway(folder, kind=kind, **queue) as gateway,
         listening(gateway.lab, BANNER),
         contextlib.closing(Ground(gateway, conntrack=conntrack)) as found,
     ):

@@ -5,6 +5,7 @@ way."""
 from __future__ import annotations
 
 import itertools
+import re
 import socket
 import struct
 import time
@@ -18,12 +19,13 @@ from scapy.layers.inet import IP, TCP, IPOption_LSRR, IPOption_SSRR
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrSegmentRouting
 from scapy.packet import Packet, Raw
 
-from kernel.conftest import ALLOWED, DENIED, source_records
+from kernel.conftest import ALLOWED, DENIED, LAB_KINDS, source_records
 from kernel.evasion.ground import BANNER, Ground, ground
 from kernel.wire import link_address, meanwhile, seen
 from portward.ipc.mark import EPOCH_SHIFT, Class
 from portward.lab import namespaces
 from portward.lab.agent import until
+from portward.lab.bridged import BridgedLab
 from portward.lab.topology import CONTOSO, FABRIKAM, MAIL4, MAIL6, Tenant
 
 _MPTCP = 262  # linux/in.h: IPPROTO_MPTCP
@@ -141,9 +143,9 @@ def goes_nowhere(field: Ground, packet: Packet) -> None:
 
 @pytest.mark.parametrize("option", [IPOption_LSRR, IPOption_SSRR])
 def test_a_source_route_by_way_of_an_internal_address_goes_nowhere(field: Ground, option: type[Packet]) -> None:
-    """The destination is the gateway's own internal address. The option names the next hop."""
+    """The destination is the router's own internal address. The option names the next hop."""
     namespaces.sysctl(
-        field.lab.gateway,
+        field.lab.router,
         "net.ipv4.conf.all.accept_source_route=1",
         *(f"net.ipv4.conf.{tenant.segment}.accept_source_route=1" for tenant in (CONTOSO, FABRIKAM)),
     )
@@ -155,11 +157,11 @@ def test_a_source_route_by_way_of_an_internal_address_goes_nowhere(field: Ground
 
 def test_segment_routing_by_way_of_an_internal_address_goes_nowhere(field: Ground) -> None:
     namespaces.sysctl(
-        field.lab.gateway,
+        field.lab.router,
         "net.ipv6.conf.all.seg6_enabled=1",
         *(f"net.ipv6.conf.{tenant.segment}.seg6_enabled=1" for tenant in (CONTOSO, FABRIKAM)),
     )
-    namespaces.batch(field.lab.gateway, ["addr replace fd00::1/128 dev lo"])
+    namespaces.batch(field.lab.router, ["addr replace fd00::1/128 dev lo"])
     packet = (
         IPv6(src=field.source(FABRIKAM, 6), dst="fd00::1")
         / IPv6ExtHdrSegmentRouting(addresses=[MAIL6, "fd00::1"], segleft=1, lastentry=1)
@@ -171,10 +173,11 @@ def test_segment_routing_by_way_of_an_internal_address_goes_nowhere(field: Groun
 # --- rules and marks of other programs ---
 
 
-# Sets the bits of the mark that portward uses to another value for each packet.
-_MARKING = """table inet foreign
-delete table inet foreign
-table inet foreign {
+# Sets the bits of the mark that portward uses to another value for each packet. FAMILY is that of portward's
+# table.
+_MARKING = """table FAMILY foreign
+delete table FAMILY foreign
+table FAMILY foreign {
   counter left {}
   chain before {
     type filter hook prerouting priority -310
@@ -188,12 +191,13 @@ table inet foreign {
 """
 
 
+@pytest.mark.parametrize("kind", LAB_KINDS)
 @pytest.mark.parametrize("to", [MAIL4, "10.9.0.1"], ids=["internet", "internal"])
-def test_no_value_that_others_leave_in_our_bits_is_a_verdict(tmp_path: Path, to: str) -> None:
+def test_no_value_that_others_leave_in_our_bits_is_a_verdict(tmp_path: Path, to: str, kind: str) -> None:
     """Tries all 65,536 values, each on a packet of a source without a cached verdict."""
-    with ground(tmp_path, conntrack=False) as field:
-        namespaces.load(field.lab.gateway, _MARKING)
-        namespaces.batch(field.lab.gateway, ["route replace 10.9.0.0/16 via 198.51.100.2"])
+    with ground(tmp_path, conntrack=False, kind=kind) as field:
+        namespaces.load(field.lab.gateway, _MARKING.replace("FAMILY", field.family))
+        namespaces.batch(field.lab.router, ["route replace 10.9.0.0/16 via 198.51.100.2"])
         counted = "missed" if to == MAIL4 else "internal"
         before = field.counter(counted)
         with namespaces.inside(field.lab.home(FABRIKAM)):
@@ -209,10 +213,11 @@ def test_no_value_that_others_leave_in_our_bits_is_a_verdict(tmp_path: Path, to:
         field.settled()
         # Packets to an internal destination pass. The route above leads them to the listener.
         assert field.leaked() == (0 if to == MAIL4 else _OWN_BITS, 0)
-        listing = namespaces.run(field.lab.gateway, ["nft", "list", "counter", "inet", "foreign", "left"]).stdout
+        listing = namespaces.run(
+            field.lab.gateway, ["nft", "list", "counter", field.family, "foreign", "left"]
+        ).stdout
         assert "packets 0 " in listing, "none left with our bits"
-        cached = namespaces.run(field.lab.gateway, ["nft", "list", "set", "inet", "portward", "allow4"]).stdout
-        assert "10.2." not in cached
+        assert "10.2." not in field.gateway.listing("allow4")
 
 
 def with_source_end(frame: bytes, value: int) -> bytes:
@@ -262,8 +267,15 @@ _OTHERS = {
 
 @pytest.mark.parametrize("name", _OTHERS)
 def test_rules_of_others_let_nothing_out(field: Ground, name: str) -> None:
+    rules = _OTHERS[name]
+    if field.bridged:
+        if "notrack" in rules:
+            pytest.skip("a bridge has no such rule")
+        rules = re.sub(
+            r"raw(?: ([+-]) 10)?", lambda found: str(int(f"{found[1]}10") - 300) if found[1] else "-300", rules
+        )
     try:
-        namespaces.load(field.lab.gateway, f"table inet others {{\n{_OTHERS[name]}\n}}")
+        namespaces.load(field.lab.gateway, f"table {field.family} others {{\n{rules}\n}}")
         for family, to in ((4, MAIL4), (6, MAIL6)):
             source = field.source(FABRIKAM, family)
             field.send(FABRIKAM, *(syn(source, to, flags) for flags in ("S", "A", "PA")))
@@ -271,17 +283,18 @@ def test_rules_of_others_let_nothing_out(field: Ground, name: str) -> None:
             field.settled()
         assert field.leaked() == (0, 0)
     finally:
-        namespaces.run(field.lab.gateway, ["nft", "delete", "table", "inet", "others"])
+        namespaces.run(field.lab.gateway, ["nft", "delete", "table", field.family, "others"])
 
 
 # --- while it happens ---
 
 
+@pytest.mark.parametrize("kind", LAB_KINDS)
 @pytest.mark.parametrize("family", [4, 6])
-def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: int) -> None:
+def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: int, kind: str) -> None:
     """A source sends without a pause while it is allowed and denied in turn. Once a denial is in force, no packet
     of it comes out."""
-    with ground(tmp_path, conntrack=False) as field:
+    with ground(tmp_path, conntrack=False, kind=kind) as field:
         source, id_ = field.source(CONTOSO, family), uuid4()
         to = MAIL4 if family == 4 else MAIL6
         packets = itertools.cycle(
@@ -303,11 +316,12 @@ def test_packets_on_their_way_while_the_policy_changes(tmp_path: Path, family: i
                 assert field.allowed() == before
 
 
+@pytest.mark.parametrize("kind", LAB_KINDS)
 def test_an_interface_made_again_with_the_same_index_has_no_cached_verdicts_of_the_tenant_before(
-    tmp_path: Path,
+    tmp_path: Path, kind: str
 ) -> None:
     """An allowed tenant's interface is deleted. Another interface gets its index, with another name."""
-    with ground(tmp_path, conntrack=False) as field:
+    with ground(tmp_path, conntrack=False, kind=kind) as field:
         lab, segment = field.lab, CONTOSO.segment
         source = field.source(CONTOSO, 6)
         before = field.allowed()
@@ -325,7 +339,10 @@ def test_an_interface_made_again_with_the_same_index_has_no_cached_verdicts_of_t
             ],
         )
         frame = field.gateway.senders[CONTOSO].frame
-        frame.dst = link_address(lab.gateway, "vni1009")
+        if isinstance(lab, BridgedLab):
+            lab.add_port("vni1009", CONTOSO.vni)
+        else:
+            frame.dst = link_address(lab.gateway, "vni1009")
         unknown, allowed = field.counter("unknown"), field.allowed()
 
         def counted() -> bool:

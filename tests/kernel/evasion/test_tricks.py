@@ -38,7 +38,7 @@ def stopped(field: Ground, reason: str, source: str) -> int:
         case "deny":
             held = field.held(FABRIKAM, source)
             return 0 if held is None or held.verdict is not Class.DENY else 1
-        case "headers":
+        case "headers" | "unknown_frames":
             return field.counter(reason)
         case "malformed":
             return int(field.agent.metrics()['portward_worker_events_total{event="malformed"}'])
@@ -52,7 +52,7 @@ def test_it_does_not_get_through(field: Ground, pair: tuple[int, Trick]) -> None
     source = field.source(FABRIKAM, family)
     packets = trick.build(source, MAIL4 if family == 4 else MAIL6)
     answered = field.answered(FABRIKAM)
-    reason = trick.tracked if field.conntrack and trick.tracked else trick.reason
+    reason = trick.stopped_by(bridged=field.bridged, conntrack=field.conntrack)
     before = 0 if reason == HARMLESS else stopped(field, reason, source)
     field.send(FABRIKAM, *packets)
     if reason != HARMLESS:

@@ -2,8 +2,9 @@
 
 A trick builds its packets, from the IP header on, for a source and a destination. `reason` says what must stop
 them if the source is denied: the source's verdict (DENY), portward's counter of a rule or a worker (HEADERS,
-UNREAD), or the kernel itself, by one of its own counters (`Ip…`). HARMLESS packets go through, because no receiver
-finds a port in them. `arrives` says whether the same packets from an allowed source reach the listener's stack.
+UNREAD, NO_IP), or the kernel itself, by one of its own counters (`Ip…`). HARMLESS packets go through, because no
+receiver finds a port in them. `arrives` says whether the same packets from an allowed source reach the listener's
+stack.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ HEADERS: Final = "headers"
 HARMLESS: Final = "harmless"
 # A worker reads 512 bytes of a packet. It drops a packet whose port comes after them.
 UNREAD: Final = "malformed"
+# On a bridge, frames that are no well-formed packets.
+NO_IP: Final = "unknown_frames"
 # The kernel keeps the fragments until the rest comes, which may be never.
 WAITS: Final = "IpReasmReqds"
 
@@ -50,13 +53,21 @@ _PORTS: Final = b"\x0f\xa0\x00\x19"  # 4000, 25
 
 class Trick(NamedTuple):
     """A trick, see above. `build(source, destination)` gives its packets. If the gateway tracks connections it
-    reassembles fragments first, and then `tracked`, if set, is the reason instead of `reason`."""
+    reassembles fragments first, and then `tracked`, if set, is the reason instead of `reason`. A bridge does not,
+    and no IP stack looks at the packet before the rules: there `bridged`, if set, is the reason."""
 
     name: str
     build: Build
     reason: str = DENY
     arrives: bool = True
     tracked: str = ""
+    bridged: str = ""
+
+    def stopped_by(self, *, bridged: bool, conntrack: bool) -> str:
+        """What must stop its packets on such a gateway."""
+        if bridged:
+            return self.bridged or self.reason
+        return self.tracked if conntrack and self.tracked else self.reason
 
 
 def _tcp(flags: str | int = "S", data: bytes = b"", **fields: Any) -> Packet:
@@ -148,13 +159,13 @@ FOUR: Final = (
     Trick("from-port-25", _v4(sport=25)),
     Trick("from-port-0", _v4(sport=0)),
     Trick("wrong-tcp-checksum", _v4(chksum=0xDEAD)),
-    Trick("wrong-ip-checksum", _ip(chksum=0xDEAD), "IpInHdrErrors", arrives=False),
-    Trick("header-too-short", _ip(ihl=4), "IpInHdrErrors", arrives=False),
-    Trick("version-6-in-an-ipv4-frame", _ip(version=6), "IpInHdrErrors", arrives=False),
-    Trick("header-beyond-the-end", _ip(ihl=15), "IpInHdrErrors", arrives=False),
-    Trick("longer-than-the-frame", _ip(len=1400), "IpExtInTruncatedPkts", arrives=False),
+    Trick("wrong-ip-checksum", _ip(chksum=0xDEAD), "IpInHdrErrors", arrives=False, bridged=DENY),
+    Trick("header-too-short", _ip(ihl=4), "IpInHdrErrors", arrives=False, bridged=NO_IP),
+    Trick("version-6-in-an-ipv4-frame", _ip(version=6), "IpInHdrErrors", arrives=False, bridged=NO_IP),
+    Trick("header-beyond-the-end", _ip(ihl=15), "IpInHdrErrors", arrives=False, bridged=NO_IP),
+    Trick("longer-than-the-frame", _ip(len=1400), "IpExtInTruncatedPkts", arrives=False, bridged=NO_IP),
     Trick("cut-after-the-ports", _ip(len=24)),
-    Trick("cut-within-the-ports", _ip(len=23), HARMLESS),
+    Trick("cut-within-the-ports", _ip(len=23), HARMLESS, bridged=DENY),
     Trick("no-hop-left", _ip(ttl=1), arrives=False),
     Trick("no-hop-at-all", _ip(ttl=0), arrives=False),
     Trick("evil-bit", _ip(flags="evil")),
@@ -269,7 +280,7 @@ SIX: Final = (
     Trick("two-atomic-fragments", _v6(_atomic, _atomic)),
     Trick("no-hop-left", _v6(hlim=1), arrives=False),
     Trick("flow-label-and-class", _v6(fl=0xFFFFF, tc=0xFF)),
-    Trick("payload-longer-than-the-frame", _v6(plen=1400), "Ip6InTruncatedPkts", arrives=False),
+    Trick("payload-longer-than-the-frame", _v6(plen=1400), "Ip6InTruncatedPkts", arrives=False, bridged=NO_IP),
     Trick("cut-after-the-ports", _v6(plen=4)),
     Trick("fragments", lambda source, to: _cut6(source, to, 24)),
     Trick("fragments-of-8-bytes", lambda source, to: _cut6(source, to, 8, 8, 8)),

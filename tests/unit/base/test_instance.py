@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import pytest
 
 from portward.base import instance
+from portward.cli import rules
+from portward.cli.program import app
 
 # The longest name of a unit that systemd accepts, in characters (unit_name_is_valid).
 MAX_UNIT = 255
+BLUE = instance.Own("blue", "/etc/a b.toml")
 
 
 @pytest.fixture(autouse=True)
 def noted() -> Iterator[None]:
     """No other test gets the instance of one of these."""
     yield
-    instance._own.clear()
+    instance.note(None)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +44,35 @@ def test_the_hosts_own_file_is_the_file_of_no_instance() -> None:
 def test_the_longest_name_is_that_of_the_longest_unit() -> None:
     longest = "a" * (MAX_UNIT - len("portward-baseline@.service"))
     assert instance.problem(longest) == ""
-    assert instance.problem(f"{longest}a")
+    assert instance.problem(f"{longest}a") == (
+        "'aaaaaaaaaaaaaaaaaaaa'… is no name of an instance: it has 230 characters, and systemd takes 229 in the "
+        "names of its units"
+    )
 
 
-def test_the_unit_that_messages_name_is_that_of_the_instance() -> None:
+def test_messages_name_unit_and_commands_of_the_hosts_own_agent() -> None:
     assert instance.unit() == "portward"
-    instance.note("blue")
+    assert instance.command("rules show") == "portward rules show"
+    assert instance.command("apply --confirm") == "portward apply --confirm"
+    assert instance.options() == []
+    assert instance.noted() is None
+
+
+def test_messages_name_unit_and_commands_of_the_instance() -> None:
+    """The verbs on a store take no instance, but a configuration."""
+    instance.note(BLUE)
     assert instance.unit() == "portward@blue"
+    assert instance.command("rules show") == "portward rules show --instance blue"
+    assert instance.command("apply --confirm") == "portward apply --confirm --config '/etc/a b.toml'"
+    assert instance.options() == ["--instance", "blue", "/etc/a b.toml"]
+    assert instance.noted() == BLUE
+
+
+def test_the_verbs_that_take_an_instance_are_those_whose_commands_name_it() -> None:
+    takes = set()
+    for group in (app, *(each.typer_instance for each in app.registered_groups)):
+        for one in group.registered_commands if group else ():
+            assert one.callback is not None
+            if "instance" in inspect.signature(one.callback).parameters:
+                takes.add("rules" if group is rules.app else one.callback.__name__)
+    assert takes == instance.GATEWAY_VERBS

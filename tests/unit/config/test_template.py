@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from portward.config.keys import Config, Metrics, Queue, Verdicts
+from portward.config.keys import Config, InterfaceGroup, Metrics, Queue, Verdicts
 from portward.config.load import load_config
 from portward.config.template import template
 
@@ -25,15 +25,23 @@ def test_it_is_taken_and_says_the_defaults() -> None:
     assert load_config(SHIPPED) == Config(segments=("vni*",), uplinks=("eth0",))
 
 
+def test_the_group_that_is_shown_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "portward.toml"
+    path.write_text(re.sub(r"(?m)^#(?! )", "", template()))
+    assert load_config(path).groups == (InterfaceGroup(name="calico", interfaces=("cali*",)),)
+
+
 def test_every_key_stands_there_with_a_line_above_it() -> None:
-    text = template()
+    # Groups are there as comments, because by default there are none.
+    text = re.sub(r"(?m)^#(?! )", "", template())
     written = tomllib.loads(text)
     for struct, table in (
         (Config, written),
+        (InterfaceGroup, written["groups"][0]),
         (Queue, written["queue"]),
         (Verdicts, written["verdicts"]),
         (Metrics, written["metrics"]),
     ):
         for field in msgspec.structs.fields(struct):
             assert field.encode_name in table
-            assert re.search(rf"(?m)^# .+\n\[?{field.encode_name}\b", text), field.name
+            assert re.search(rf"(?m)^# .+\n\[*{field.encode_name}\b", text), field.name

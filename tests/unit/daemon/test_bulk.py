@@ -18,6 +18,7 @@ from uuid import UUID
 
 import pytest
 
+from portward.base import instance
 from portward.daemon import bulk as module
 from portward.daemon.bulk import Bulk, BulkResult, Job
 from portward.errors import StoreError
@@ -144,6 +145,20 @@ def test_a_child_holds_what_flips_too_many(store: SqliteStore, writer: Writer, t
     assert before is not None
     assert after is not None
     assert after._replace(held=0, ahead=0, ahead_hash=before.ahead_hash) == before, "only that it is held"
+
+
+def test_a_child_of_an_instance_names_the_command_for_that_instance(
+    store: SqliteStore, writer: Writer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The child writes the same log as the agent."""
+    Follower(store, writer, 2 * NUMBER).step(NOW)
+    write(store, *(subscription(number, Standing.DISABLED) for number in range(1, NUMBER + 1)))
+    instance.note(instance.Own("blue", "/etc/portward/blue.toml"))
+    try:
+        Bulk().run(job(tmp_path))
+    finally:
+        instance.note(None)
+    assert "`portward apply --confirm --config /etc/portward/blue.toml` lets it through" in capfd.readouterr().err
 
 
 def test_a_store_that_a_child_cannot_read_is_named(writer: Writer, tmp_path: Path) -> None:

@@ -309,6 +309,24 @@ def test_a_stop_leaves_the_ruleset_and_the_next_agent_keeps_what_is_cached(runni
     assert len(running.kernel.journal) > again
 
 
+def test_a_start_ends_if_the_namespace_loses_its_name_meanwhile(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.instance = "blue"
+    own = ["blue"]
+    monkeypatch.setattr(netns, "is_own", lambda name: name in own)
+
+    async def start() -> None:
+        own.clear()
+        await asyncio.Event().wait()
+
+    running.worker.start = start  # type: ignore[method-assign]
+    with pytest.raises(PortwardError, match="network namespace 'blue' was removed or made anew"):
+        running.run()
+    assert running.said == ["worker prepared", "worker stopped"]
+    assert not running.kernel.tables, "neither rules nor the lock"
+
+
 def test_an_agent_whose_namespace_has_lost_its_name_ends_and_leaves_its_rules(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,8 +82,9 @@ RECORDS = (
 class Ground:
     """A core, its fake kernel and its store."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.kernel = FakeKernel()
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, bridge: bool = False) -> None:
+        """`bridge`: the kernel has tables of family bridge."""
+        self.kernel = FakeKernel(bridge=bridge)
         self.folder = folder
         monkeypatch.setattr(module, "NfNetlink", self.kernel.netlink)
         monkeypatch.setattr(module, "Nft", self.kernel.nft)
@@ -252,7 +253,7 @@ def test_the_kernels_notices_are_heard_if_no_write_of_libnftables_is_among_them(
         def close(self) -> None:
             done.append("closed")
 
-    monkeypatch.setattr(module, "hearing", lambda _: Hearing())
+    monkeypatch.setattr(module, "hearing", lambda *_: Hearing())
     monkeypatch.setattr(Nft, "compiles", True)
     ground.core.close()
     ground.core = ground.made()
@@ -498,7 +499,7 @@ def test_a_change_of_one_part_of_the_surroundings_leaves_the_others(started: Gro
     core.dataplane.check()
     assert beside(started) == {"stacked"}
     assert set(started.cached()) == {ALLOWED, DENIED}
-    assert core.dataplane.reconciler.repairs == 0
+    assert core.dataplane.inet.reconciler.repairs == 0
 
 
 def known(ground: Ground) -> set[int]:
@@ -581,7 +582,7 @@ def test_a_ruleset_that_was_taken_is_put_back_and_counted_also_if_the_surroundin
     started.kernel.load("flush ruleset")
     started.core.dataplane.links_seen(BRIDGED)
     assert beside(started) == {"stacked"}
-    assert started.core.dataplane.reconciler.repairs == 1
+    assert started.core.dataplane.inet.reconciler.repairs == 1
     assert started.core.selfcheck.divergences[DifferenceKind.RULESET] == 1
 
 
@@ -607,11 +608,11 @@ def test_a_ruleset_that_another_program_changed_is_put_back_and_counted(started:
     assert not started.core.at_rest()
     started.core.dataplane.check()
     assert started.kernel.tables[TABLE].chains["screen"].rules
-    assert started.core.dataplane.reconciler.repairs == 1
+    assert started.core.dataplane.inet.reconciler.repairs == 1
     assert started.core.selfcheck.divergences[DifferenceKind.RULESET] == 1
     assert not started.cached(), "the sets may have been changed too"
     started.core.dataplane.check()
-    assert started.core.dataplane.reconciler.repairs == 1
+    assert started.core.dataplane.inet.reconciler.repairs == 1
 
 
 # --- self-check of cached verdicts ---
@@ -724,7 +725,7 @@ def test_a_configuration_that_is_refused_changes_nothing(
         def broken(_: object) -> None:
             raise KernelError("the kernel does not take it")
 
-        monkeypatch.setattr(started.core.dataplane.reconciler, "check", broken)
+        monkeypatch.setattr(started.core.dataplane.inet.reconciler, "check", broken)
     before, generation = started.kernel.state(), started.core.generation
     with pytest.raises(error):
         started.core.intake.reload(config, presets.load("aws"))

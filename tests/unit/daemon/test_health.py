@@ -198,7 +198,7 @@ def test_a_query_that_a_reloaded_ruleset_may_have_dropped_is_repeated_at_once(
 ) -> None:
     lab = Lab(monkeypatch)
     lab.workers[0].hangs = True
-    lab.core.dataplane.reconciler.loaded_at = math.inf
+    lab.core.dataplane.inet.reconciler.loaded_at = math.inf
     assert lab.round() == 0.0
     assert (lab.workers[0].kills, lab.differences, lab.notified) == (0, {}, [])
 

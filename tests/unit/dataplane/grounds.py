@@ -10,7 +10,7 @@ from typing import Final
 from portward.config.keys import Config
 from portward.dataplane import ruleset
 from portward.dataplane.deletions import Deletions
-from portward.dataplane.desired import NOTHING, Desired, Unsettled
+from portward.dataplane.desired import NOTHING, Desired, SegmentLinks, Unsettled
 from portward.dataplane.elements import (
     Add,
     AddLimit,
@@ -67,6 +67,7 @@ class Plane:
     ) -> None:
         """`netlink` and `nft`, if given, belong to another kernel than the fake one."""
         self.kernel, self.generation, self.config = kernel, generation, config
+        self.links: SegmentLinks = {SEGMENT: (LINK,)}
         fake = kernel.netlink()
         self.netlink, self.nft = netlink or fake, nft or kernel.nft(fake)
         self.deletions = Deletions()
@@ -83,7 +84,7 @@ class Plane:
     def desired(self) -> Desired:
         """The state that the kernel should have."""
         return Desired(
-            self.config, self.preset, self.generation, self.generation, {SEGMENT: LINK}, self.surroundings,
+            self.config, self.preset, self.generation, self.generation, self.links, self.surroundings,
             self.unsettled.indexes,
         )  # fmt: skip
 

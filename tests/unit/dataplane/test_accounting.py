@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portward.dataplane.accounting import GRACE_S, ExpiringKeys, PacketAccounting, SourceOwner
+from portward.dataplane.accounting import (
+    GRACE_S,
+    ExpiringKeys,
+    LimitedPackets,
+    PacketAccounting,
+    SourceOwner,
+)
 from portward.dataplane.deletions import Deletions
 from portward.dataplane.setdump import DeletedElement, SetRow
 from portward.dataplane.verdict_cache import Source
@@ -307,3 +313,34 @@ def test_numbers_of_who_is_there_stay_however_long_nothing_was_counted(world: Wo
     world.read(5, 0)
     world.counts.prune(100 * GRACE_S, lambda name: True, lambda name: True)
     assert world.total == 5
+
+
+# --- packets over a miss limit ---
+
+
+def test_packets_over_a_limit_are_summed_by_segment_and_no_sum_falls() -> None:
+    limited = LimitedPackets()
+    names = {3: "calico", 4: "calico", 5: "vni1"}
+    limited.take({3: 7, 4: 5, 5: 2}, names)
+    assert limited.segments == {"calico": 12, "vni1": 2}
+    limited.take({3: 9, 4: 5, 5: 2}, names)
+    assert limited.segments == {"calico": 14, "vni1": 2}
+    # The count of one interface has ended, that of another has begun anew, and that of a third with it.
+    limited.take({4: 1, 6: 3}, {4: "calico", 6: "calico"})
+    assert limited.segments == {"calico": 18}, "a segment without a count is left out, as the kernel leaves it out"
+
+
+def test_packets_of_an_interface_that_is_gone_stay_with_its_segment() -> None:
+    limited = LimitedPackets()
+    limited.take({3: 7}, {3: "calico"})
+    limited.take({3: 7}, {})
+    assert limited.segments == {"calico": 7}
+    limited.take({3: 7, 8: 1}, {})
+    assert limited.segments == {"calico": 7, "8": 1}, "one that was never known has its index"
+
+
+def test_an_interface_with_another_owner_counts_for_that_one_from_then_on() -> None:
+    limited = LimitedPackets()
+    limited.take({3: 7}, {3: "calico"})
+    limited.take({3: 9}, {3: "acme"})
+    assert limited.segments["acme"] == 2

@@ -52,6 +52,7 @@ def test_plain_commands_need_no_library() -> None:
         Message(11, 1, 0, table + attribute(2, string("m"))),
         Message(14, 1, 0, table + attribute(2, string("s"))),
     ]
+    assert compiled.plain("delete table bridge t\n") == [Message(2, 7, 0, table)]
 
 
 @pytest.mark.parametrize(

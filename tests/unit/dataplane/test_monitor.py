@@ -78,7 +78,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Make:
     def make(kernel: Socket, **options: Any) -> RulesetMonitor:
         with monkeypatch.context() as patched:
             patched.setattr("portward.dataplane.monitor.socket.socket", lambda *_: kernel)
-            return RulesetMonitor(["portward"], lambda: [OWN_PORT], writing=[b"masq\0"], **options)
+            own = [(nf.NFPROTO_INET, "portward")]
+            return RulesetMonitor(own, lambda: [OWN_PORT], writing=[b"masq\0"], **options)
 
     return make
 

@@ -20,6 +20,7 @@ from portward.base.netlink import (
     string,
 )
 from portward.dataplane import nf_tables as nf
+from portward.dataplane import nfsocket
 from portward.dataplane.nfnetlink import Chain, Expression, NfNetlink
 from portward.errors import KernelError
 
@@ -58,7 +59,7 @@ def asking(*answers: list[list[tuple[int, int, int, bytes]]]) -> tuple[NfNetlink
     netlink = NfNetlink.__new__(NfNetlink)
     kernel = Kernel(*answers)
     netlink._socket = kernel  # type: ignore[assignment]
-    netlink._sequence, netlink._max_sent = 0, 1_000
+    netlink._shared = nfsocket._Shared(max_sent=1_000)
     return netlink, kernel
 
 
@@ -397,7 +398,6 @@ def test_a_refusal_names_the_object_of_its_message(kind: int, body: bytes, note:
 
 def test_the_receive_buffer_grows_for_many_reports_alone() -> None:
     netlink, kernel = asking([[done()]])
-    netlink._receive_buffer = 1 << 20
     netlink.expect(10)
     assert not hasattr(kernel, "option")
     netlink.expect(100_000)

@@ -19,6 +19,7 @@ from portward.dataplane import nft as module
 from portward.dataplane.compiled import Message
 from portward.dataplane.elements import Add, messages
 from portward.dataplane.fake import FakeKernel
+from portward.dataplane.names import KernelTable
 from portward.dataplane.nft import Nft
 from portward.dataplane.ruleset import Wanted
 from portward.errors import KernelError
@@ -227,8 +228,8 @@ TABLE_T = Message(nf.NFT_MSG_NEWTABLE, nf.NFPROTO_INET, NLM_F_CREATE, attribute(
 DELETE_OLD = Message(nf.NFT_MSG_DELTABLE, nf.NFPROTO_INET, 0, attribute(1, string("old")))
 CREATE_T = TABLE_T._replace(flags=NLM_F_CREATE | NLM_F_EXCL)
 # Text and fixed part differ, so that a test can see which of them is used.
-WANTED = Wanted("whole\n", 0, (), native=True, fixed="fixed\n", numbers={"numbers": (7,)})
-ELEMENT = compiled.inet(*messages(Add("numbers", [struct.pack("=I", 7)])))
+WANTED = Wanted(KernelTable.INET, "whole\n", 0, (), native=True, fixed="fixed\n", numbers={"numbers": (7,)})
+(ELEMENT,) = compiled.making(KernelTable.INET, list(messages(Add("numbers", [struct.pack("=I", 7)]))))
 DELETE = "delete table inet old\n"
 
 
@@ -279,9 +280,10 @@ CALLS: dict[str, tuple[Callable[[Nft], None], list[Message], bool, str, bool]] =
     ),
     "add": (lambda nft: nft.add("fixed\n"), [TABLE_T], False, "fixed\n", False),
     "create": (
-        lambda nft: nft.create("t", "fixed\n"), [CREATE_T, TABLE_T], False, "create table inet t\nfixed\n", False,
+        lambda nft: nft.create("inet t", "fixed\n"),
+        [CREATE_T, TABLE_T], False, "create table inet t\nfixed\n", False,
     ),
-    "delete": (lambda nft: nft.delete("old"), [DELETE_OLD], False, DELETE, False),
+    "delete": (lambda nft: nft.delete("inet old"), [DELETE_OLD], False, DELETE, False),
 }  # fmt: skip
 
 
@@ -321,18 +323,23 @@ def test_libnftables_makes_the_transaction_itself_if_its_messages_cannot_be_used
     assert sent.transactions == []
 
 
-def test_a_text_is_compiled_once_and_the_last_four_are_cached(compiling: Compiling) -> None:
+def test_a_text_is_compiled_once_and_the_last_eight_are_cached(compiling: Compiling) -> None:
     nft = Nft(Sent())
     nft.prepare(WANTED)
     nft.replace("", WANTED)
     assert len(compiling.asked) == 1, "prepared in advance"
-    for text in ("1", "2", "3", "4", "4", "3"):
+    for text in "1234567887654321":
         nft.add(text)
-    assert [asked[0].removeprefix(compiled.FETCH_NOTHING) for asked in compiling.asked] == [
-        "fixed\n", "1", "2", "3", "4",
-    ]  # fmt: skip
+    assert [asked[0].removeprefix(compiled.FETCH_NOTHING) for asked in compiling.asked] == ["fixed\n", *"12345678"]
     nft.replace("", WANTED)
-    assert len(compiling.asked) == 6, "the oldest is compiled again"
+    assert len(compiling.asked) == 10, "the oldest is compiled again"
+
+
+def test_the_elements_of_the_table_bridge_are_written_into_that_table(compiling: Compiling) -> None:
+    sent = Sent()
+    Nft(sent).replace("delete table bridge old\n", WANTED._replace(table=KernelTable.BRIDGE))
+    ((messages_, _),) = sent.transactions
+    assert [message.family for message in messages_] == [nf.NFPROTO_BRIDGE, nf.NFPROTO_INET, nf.NFPROTO_BRIDGE]
 
 
 def test_an_advance_compilation_in_another_form_is_left_to_the_transaction(compiling: Compiling) -> None:
@@ -371,7 +378,7 @@ def test_a_refusal_names_its_reason_and_its_object(compiling: Compiling) -> None
     refusal.add_note("table t")
     nft = Nft(Sent(refusal))
     with pytest.raises(KernelError) as raised:
-        nft.create("t", "fixed\n")
+        nft.create("inet t", "fixed\n")
     assert str(raised.value) == "nft: Error: Could not process rule: File exists (table t)"
     assert nft.compiles, "a refusal is no reason to compile no more"
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from portward.dataplane.names import TABLE
+from portward.dataplane.names import CLOSED, TABLE
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import Chain, Expression
 from portward.dataplane.others import OthersMonitor, look, seen
-from portward.dataplane.reconciler import CLOSED
 from portward.errors import KernelError
 
 _PREROUTING, _POSTROUTING = 0, 4

@@ -53,7 +53,7 @@ def test_the_keys_found_are_those_in_the_prefixes(
     places, sources = case
     prefixes = Prefixes()
     for link, network in places:
-        prefixes.add(link, network)
+        prefixes.add((link,), network)
     for link in links:
         prefixes.add_link(link)
     want = {
@@ -77,7 +77,35 @@ def test_single_sources_are_prefixes_of_full_length() -> None:
 def test_a_family_without_prefixes_is_not_named() -> None:
     prefixes = Prefixes()
     assert (prefixes.families(), len(prefixes)) == ("", 0)
-    prefixes.add(2, ip_network("2001:db8::/61"))
+    prefixes.add((2,), ip_network("2001:db8::/61"))
     assert (prefixes.families(), len(prefixes)) == ("6", 1)
     prefixes.add_link(3)
     assert (prefixes.families(), len(prefixes)) == ("46", 2)
+
+
+def test_the_prefixes_of_a_group_are_behind_each_of_its_interfaces_and_no_other() -> None:
+    prefixes = Prefixes()
+    prefixes.add((2, 3, 5), ip_network("10.0.0.0/24"))
+    prefixes.add((2, 3, 5), ip_network("10.0.1.4/31"))
+    prefixes.add((7, 8), ip_network("10.0.0.0/24"))
+    prefixes.add_source(Source(3, ip_address("10.9.9.9").packed).key)
+    prefixes.add_link(9)
+    addresses = ("10.0.0.9", "10.0.1.5", "10.0.1.6", "10.9.9.9")
+    keys = [Source(link, ip_address(one).packed).key for link in range(1, 10) for one in addresses]
+    found = {(one.link, str(ip_address(one.address))) for one in map(Source.of, prefixes.among("4", keys))}
+    assert found == {
+        *((link, address) for link in (2, 3, 5) for address in ("10.0.0.9", "10.0.1.5")),
+        *((link, "10.0.0.9") for link in (7, 8)),
+        (3, "10.9.9.9"),
+        *((9, address) for address in addresses),
+    }
+    assert prefixes.links == {2, 3, 5, 7, 8, 9}
+    assert len(prefixes) == 5
+
+
+def test_a_prefix_of_a_large_group_is_one_beginning() -> None:
+    prefixes = Prefixes()
+    for number in range(100):
+        prefixes.add(range(1, 1_001), ip_network((0x0A000000 + number, 32)))
+    assert sum(map(len, prefixes._bytes["4"].values())) == 100
+    assert len(prefixes.links) == 1_000

@@ -12,7 +12,8 @@ from portward.base.resources import rules
 from portward.config.keys import Config, Encrypted, OnAgentDown, Queue, Tunnels, Verdicts
 from portward.dataplane import templates
 from portward.dataplane.desired import NOTHING, Surroundings
-from portward.dataplane.ruleset import QueueStatement, State, Wanted, replacement, wanted
+from portward.dataplane.queue_rules import QueueStatement
+from portward.dataplane.ruleset import State, Wanted, replacement, wanted
 from portward.model import Mode
 from portward.policy import presets
 

@@ -66,4 +66,4 @@ def test_without_rtnetlink_the_defaults_hold(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(97, "no such protocol")
 
     monkeypatch.setattr(rtnetlink, "devices", refuse)
-    assert surroundings.found(CONFIG) == NOTHING
+    assert surroundings.found(CONFIG, bridged=True) == NOTHING

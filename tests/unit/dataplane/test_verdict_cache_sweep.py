@@ -29,7 +29,7 @@ def key(number: int, network: str = "2001:db8:1::", link: int = LINK) -> bytes:
 def prefixes(*networks: object) -> Prefixes:
     found = Prefixes()
     for network in networks or (REVOKED,):
-        found.add(LINK, network)  # type: ignore[arg-type]
+        found.add((LINK,), network)  # type: ignore[arg-type]
     return found
 
 

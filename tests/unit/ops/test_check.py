@@ -5,16 +5,22 @@ from __future__ import annotations
 import itertools
 import re
 from contextlib import closing
+from datetime import UTC, date, datetime
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from portward.dataplane import genetlink, namespacelock, others, rtnetlink, tunnels, xtables
 from portward.dataplane.links import Device
 from portward.errors import InputError
+from portward.model import Attachment, Subscription
 from portward.ops import check
 from portward.store.backends import open_store
+from portward.store.codec import encode, key_of
+from portward.store.values import Put
 
 LEAST = 'segments = ["vni*"]\nuplinks = ["up0"]\n'
 
@@ -50,7 +56,7 @@ def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
     """A host with these interfaces, whose kernel accepts every change."""
     monkeypatch.setattr(check, "Nft", lambda *_: Kernel())
     monkeypatch.setattr(check, "NfNetlink", Kernel)
-    monkeypatch.setattr(xtables, "has_native_queue", lambda _: True)
+    monkeypatch.setattr(xtables, "has_native_queue", lambda *_: True)
     monkeypatch.setattr(others, "seen", lambda _: others.NO_OTHERS)
     monkeypatch.setattr(rtnetlink, "devices", lambda: devices)
     monkeypatch.setattr(
@@ -60,11 +66,52 @@ def on_a_host(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
     )
 
 
-def said(tmp_path: Path) -> list[str]:
-    """The lines of `check --without-store`."""
+def said(tmp_path: Path, text: str = LEAST) -> list[str]:
+    """The lines of `check --without-store` for a configuration."""
     path = tmp_path / "portward.toml"
-    path.write_text(LEAST)
+    path.write_text(text)
     return list(check.check(path, with_store=False))
+
+
+GROUPED = 'uplinks = ["up0"]\n[[groups]]\nname = "calico"\ninterfaces = ["cali*"]\n'
+
+
+def test_it_names_the_interfaces_of_a_group_up_to_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_host(monkeypatch, *(Device(number, f"cali{number}") for number in range(1, 14)))
+    lines = said(tmp_path, GROUPED)
+    assert lines[0].endswith("portward.toml: segments group calico (cali*); uplinks up0")
+    names = ", ".join(f"cali{number}" for number in range(1, 11))
+    assert f"group 'calico': {names} and 3 more" in lines
+    assert not [line for line in lines if line.startswith("WARNING: group")]
+
+
+def test_it_warns_of_a_group_without_an_interface_and_of_a_stranger_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_host(monkeypatch, Device(1, "tap1"), Device(2, "pods"))
+    lines = said(tmp_path, GROUPED.replace("calico", "pods"))
+    assert "WARNING: group 'pods': no interface matches cali* now" in lines
+    assert any(line.startswith("WARNING: interface 'pods' has the name of a group") for line in lines)
+
+
+def test_it_warns_of_attachments_that_name_an_interface_of_a_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_host(monkeypatch, Device(1, "cali1"))
+    path = tmp_path / "portward.toml"
+    path.write_text(f'store = "sqlite:portward.db"\ntable = "table"\n{GROUPED}')
+    with closing(open_store(f"sqlite:{tmp_path}/portward.db", create=True)) as store:
+        owner = Subscription(id=UUID(int=7), offer="csp", created=date(2022, 6, 30))
+        wrong = Attachment(segment="cali1", address=ip_network("10.0.0.4"), subscription=owner.id)
+        batch = [Put(key_of(record), encode(record)) for record in (owner, wrong)]
+        store.write(batch, expected=0, actor="test", at=datetime.now(UTC))
+    lines = list(check.check(path))
+    assert any(
+        line.startswith("WARNING: segment cali1: this interface belongs to group calico here") for line in lines
+    )
+    assert lines[-1].endswith("revision 1")
 
 
 def test_it_names_tunnels_that_end_here_and_whose_matter_they_are(

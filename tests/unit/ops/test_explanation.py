@@ -77,5 +77,5 @@ def test_the_kernels_cache_is_put_into_words(
         return cached
 
     monkeypatch.setattr(host, "cached", answer)
-    asked = explanation._ask_kernel("vni1002", ip_address("10.0.0.4"))
+    asked = explanation._ask_kernel({"vni1002": 7}, ip_address("10.0.0.4"))
     assert explanation._kernel("vni1002", asked) == line

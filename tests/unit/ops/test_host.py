@@ -10,7 +10,7 @@ from portward.base.interfaces import matches
 from portward.config.keys import Config
 from portward.dataplane import loaded, stacking
 from portward.dataplane.links import Device
-from portward.dataplane.names import NO_INTERFACE
+from portward.dataplane.names import NO_INTERFACE, KernelTable
 from portward.dataplane.setdump import SetElement
 from portward.ops import effect, host, host_state
 
@@ -45,6 +45,14 @@ class Kernel:
         assert (chain, set_) == ("screen", "deny4")
         return [7]
 
+    def of(self, table: KernelTable) -> Kernel:
+        """The table `inet` has the sets; the table `bridge` is not there."""
+        return self if table is KernelTable.INET else Kernel()
+
+    def sets(self, _: str) -> set[str]:
+        """The names of the sets."""
+        return set(self._sets)
+
     def close(self) -> None:
         """Does nothing."""
 
@@ -66,7 +74,7 @@ def test_segments_are_open_without_an_agent_if_the_loaded_ruleset_says_it_of_eac
     found: tuple[bool, bool],
 ) -> None:
     monkeypatch.setattr(host, "NfNetlink", lambda: Kernel(open_segments=opened, observed_segments=observed))
-    assert host._opens(["vni1", "vni2"]) == found
+    assert host._opens(Config(segments=("vni*",), uplinks=("up0",)), ["vni1", "vni2"]) == found
 
 
 @pytest.mark.parametrize(
@@ -100,16 +108,17 @@ def test_a_segment_with_nothing_on_it_costs_no_look_at_what_stands_on_others(
     """An account may have hundreds of segments on a gateway with thousands of devices."""
     looked: list[str] = []
 
-    def concerning(*_: object) -> list[str]:
+    def concerning(*_: object, bridged: bool) -> list[str]:
         looked.append("concerning")
         return []
 
     monkeypatch.setattr(stacking, "concerning", concerning)
+    monkeypatch.setattr(host, "bridged", lambda: False)
     config = Config(segments=("vni*",), uplinks=("up0",))
     devices = (Device(1, "vni1"), Device(2, "vni2", master=3), Device(3, "br0", "bridge"))
     seen = host_state.Host()
-    assert host.at_segment(seen, devices, config, "vni1") == seen
-    assert host.at_segment(seen, devices, config, "vni7") == seen, "not here"
+    assert host.at_interfaces(seen, devices, config, ["vni1"]) == seen
+    assert host.at_interfaces(seen, devices, config, ["vni7"]) == seen, "not here"
     assert not looked
-    assert host.at_segment(seen, devices, config, "vni2").fate is stacking.Fate.STOPPED
+    assert host.at_interfaces(seen, devices, config, ["vni2"]).fate is stacking.Fate.STOPPED
     assert looked

@@ -37,7 +37,7 @@ def entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
     monkeypatch.setattr(netns, "enter", enter)
     monkeypatch.setattr(instances, "_FOLDER", tmp_path)
     yield found
-    instance._own.clear()
+    instance.note(None)
 
 
 def fails(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +60,7 @@ def test_an_instance_has_its_own_file_and_another_one_can_be_named(entered: list
     assert configuration(Path("a.toml"), "red") == Path("a.toml")
     assert entered == ["blue", "red"]
     assert instance.unit() == "portward@red"
+    assert instance.command("export") == "portward export --config a.toml"
 
 
 def test_a_process_that_is_there_already_needs_no_privilege(
@@ -109,6 +110,32 @@ def test_the_kernels_refusal_is_one_line_with_what_to_do(
     assert caught.value.exit_code == code
     assert str(caught.value).startswith("--instance: ")
     assert str(caught.value).endswith(says)
+    assert entered == []
+
+
+def test_a_process_of_a_unit_whose_namespace_was_made_anew_says_so(
+    entered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd enters the namespace before it starts the process, and the name may change hands in between."""
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    fails(errno.EPERM, monkeypatch)
+    with pytest.raises(PortwardError) as anew:
+        instances.enter("blue", None)
+    assert str(anew.value).endswith(
+        "try sudo. Or it was made anew after the unit of this process had opened it: then the next start is in "
+        "the new one"
+    )
+    fails(errno.ENOENT, monkeypatch)
+    with pytest.raises(InputError) as removed:
+        instances.enter("blue", None)
+    assert str(removed.value).endswith(
+        "there is no network namespace 'blue': it was never there, or was removed after the unit of this process "
+        "had opened it"
+    )
+    # A program that systemd started may start this one.
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getppid()))
+    with pytest.raises(InputError, match=r"did you mean|ip netns list"):
+        instances.enter("blue", None)
     assert entered == []
 
 

@@ -16,6 +16,7 @@ from portward.cli import rules as verb
 from portward.cli.program import app
 from portward.config.keys import Config, OnAgentDown
 from portward.dataplane import namespacelock, reconciler
+from portward.dataplane.names import KernelTable
 from portward.dataplane.queue_statistics import QueueStatistics
 from portward.dataplane.setdump import SetElement
 from portward.errors import KernelError, PortwardError
@@ -47,6 +48,13 @@ class Held:
 
     def __init__(self, comment: str | None, opens: tuple[str, ...] = ()) -> None:
         self._comment, self._opens = comment, opens
+        self.table = KernelTable.INET
+
+    def of(self, table: KernelTable) -> Held:
+        """The same kernel, asked about this table."""
+        found = Held(self._comment, self._opens)
+        found.table = table
+        return found
 
     def elements(self, _: str, set_: str) -> list[SetElement]:
         """The segments that the loaded ruleset leaves open, in the kernel's form."""
@@ -186,8 +194,10 @@ def test_what_libraries_write_to_standard_error_is_not_shown(
     monkeypatch.setattr(rules, "NfNetlink", lambda: Held(None))
     monkeypatch.setattr(rules, "Nft", Noisy)
     monkeypatch.setattr(reconciler, "loaded", lambda _: True)
-    monkeypatch.setattr(reconciler, "closed", lambda _: False)
-    assert rules.loaded(Path("portward.toml")) == "table inet portward {}\n"
+    monkeypatch.setattr(reconciler, "closed", lambda one: one.table is KernelTable.BRIDGE)
+    assert rules.loaded(Path("portward.toml")) == (
+        "table inet portward {}\ntable bridge portward {}\ntable bridge portward_closed {}\n"
+    )
     os.write(2, b"heard\n")
     assert capfd.readouterr().err == "heard\n"
 

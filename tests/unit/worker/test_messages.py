@@ -106,7 +106,7 @@ def bridged_attributes(
     hook: int = PREROUTING,
 ) -> list[tuple[int, bytes]]:
     """The attributes of the kernel's message for a bridged frame, in the kernel's order. Without a `port` it names
-    the bridge alone. `protocol` is that of the payload."""
+    `bridge` alone, as a kernel without br_netfilter names the port. `protocol` is that of the payload."""
     if protocol is None:
         protocol = 0x86DD if payload[:1] and payload[0] >> 4 == 6 else 0x0800
     found = [(1, struct.pack(">IHB", id_, protocol, hook))]
@@ -190,10 +190,25 @@ def test_a_port_in_the_message_of_a_routed_packet_is_ignored() -> None:
         assert list(read(message_of(family, routed))) == [Packet(7, BRIDGE, MISS, HARDWARE[1][4:], payload)]
 
 
-def test_a_bridged_frame_without_a_port_has_no_interface() -> None:
-    """Its segment is that of the port, so the bridge does not stand in for it."""
-    assert list(read(bridged(port=None))) == [Packet(7, 0, MISS, HARDWARE[1][4:], SYN)]
-    assert template_of(bridged(port=None)) is None
+@pytest.mark.parametrize("payload", [SYN, SYN6], ids=["ipv4", "ipv6"])
+def test_a_kernel_without_br_netfilter_names_the_port_as_the_interface(payload: bytes) -> None:
+    frame = bridged(payload, port=None, bridge=0x0A0B0C0D)
+    assert list(read(frame)) == [Packet(7, 0x0A0B0C0D, MISS, HARDWARE[1][4:], payload)]
+    source = payload[12:16] if payload is SYN else payload[8:24]
+    assert asked(frame, of=bridged(payload, port=None)) == (
+        b"\0\0\0\7", b"\x0a\x0b\x0c\x0d", MISS.to_bytes(4, "big")[:2], source, b"\x02"
+    )  # fmt: skip
+    assert asked(frame, of=bridged(payload)) is None
+    assert asked(bridged(payload), of=frame) is None
+
+
+@pytest.mark.parametrize("port", [b"", b"\0\0\3", b"\0\0\0\0\3"], ids=["empty", "short", "long"])
+def test_a_port_that_cannot_be_read_is_none(port: bytes) -> None:
+    attributes = [(kind, port if kind == 7 else value) for kind, value in bridged_attributes()]
+    (packet,) = read(message_of(7, attributes))
+    assert isinstance(packet, Packet)
+    assert packet.indev == 0
+    assert template_of(message_of(7, attributes)) is None
 
 
 # The rest of a second tag (priority and number of the VLAN, then the protocol), before the IP packet. Two of them
@@ -337,7 +352,9 @@ def test_a_shape_is_of_one_family(payload: bytes) -> None:
     assert asked(routed, of=frame) is None
     assert asked(message(payload), of=frame) is None
     assert asked(frame, of=message(payload)) is None
-    assert template_of(message(payload, family=7)) is None
+    port_alone = bridged(payload, port=None)
+    assert asked(port_alone, of=message(payload)) is None
+    assert asked(message(payload), of=port_alone) is None
 
 
 def test_a_bridged_frame_in_forward_has_no_shape() -> None:
@@ -371,7 +388,7 @@ OTHERS = {
     "no payload": message(b"", family=2),
     "not the version of its family": message(SYN6, family=2),
     "extension headers": message(bytes(IPv6(src="::1") / IPv6ExtHdrHopByHop() / TCP(dport=25))),
-    "another family": message(SYN, family=7),
+    "another family": message(SYN, family=5),  # netdev
     "an error": struct.pack("=IHHIIi", 36, 2, 0, 0, 0, -2) + bytes(96),
     "cut off": message(SYN + bytes(400))[:200],
     "two messages": message() + message(),

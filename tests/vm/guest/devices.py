@@ -57,7 +57,6 @@ _STACKED = {
     "VLAN": ["ip link add link cust2 name top type vlan id 9"],
     "macvlan": ["ip link add link cust2 name top type macvlan mode bridge"],
     "ipvlan": ["ip link add link cust2 name top type ipvlan"],
-    "bridge": ["ip link add top type bridge", "ip link set cust2 master top"],
     "bond": ["ip link add top type bond mode 1", "ip link set cust2 down", "ip link set cust2 master top"],
     "team": ["ip link add top type team", "ip link set cust2 down", "ip link set cust2 master top"],
 }  # fmt: skip

@@ -59,7 +59,7 @@ def booted() -> str:
 
 def configure(text: str = "") -> None:
     """Writes portward.toml and the inventory; `text` is added to the file's top level."""
-    CONFIG.write_text(f'segments = ["vni*", "vlan*", "cust*"]\nuplinks = ["up0"]\n{text}\n')
+    CONFIG.write_text(f'segments = ["vni*", "vlan*", "cust*", "tap*"]\nuplinks = ["up0", "up1"]\n{text}\n')
     INVENTORY.write_text(json.dumps(_inventory()))
 
 

@@ -1,6 +1,6 @@
 """The stages of the test, boot after boot. A file on the machine's disk holds the number of the boot.
 
-Three blocked tenants send to port 25 from the first second of each boot. Their packets may come out only before
+Four blocked tenants send to port 25 from the first second of each boot. Their packets may come out only before
 portward is installed and after it is purged. There they must, because that shows that the way to the uplink is
 open and that the watcher sees packets.
 """
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from vm.guest import connect, devices, watcher
+from vm.guest import connect, devices, instances, watcher
 from vm.guest.keys import hold_hooks
 from vm.guest.machine import CONFIG, booted, configure, row, sh, slower, until
 from vm.guest.reporting import report
@@ -32,6 +32,9 @@ _WORST = 2.0  # seconds that a new connection may wait while the package is upgr
 _LEVEL = 1.6  # of systemd-analyze security
 # The contents of the agent's own root folder: the folders of debian/portward.dirs, and the links of a merged /usr.
 _SEEN = "bin dev etc home lib lib64 proc root run sbin sys tmp usr var"
+# portward's tables while it enforces, and while port 25 is closed.
+_ENFORCES = ["bridge portward", "inet portward"]
+_CLOSED = ["bridge portward_closed", "inet portward_closed"]
 _CAPABILITIES = (1 << 12) | (1 << 13)  # CAP_NET_ADMIN, CAP_NET_RAW
 
 
@@ -56,6 +59,8 @@ def _bare() -> None:
     report(stage=f"boot 1, {booted()}: a stock Debian, without portward", leaks=True)
     until(lambda: watcher.read()["leaked"] > 20, "packets of the blocked tenants", seconds=20)
     row("without portward the blocked tenants' packets to port 25 come out", "they do", good=True)
+    until(lambda: watcher.read()["bridged"] > 20, "packets of the bridged tenant", seconds=20)
+    row("… also those that a bridge forwards", "they do", good=True)
     report(stage="installation of the package")
     report(note=sh("dpkg -i /run/payload/old.deb"))
     tables = sh("nft list tables")
@@ -78,6 +83,7 @@ def _first() -> None:
         since = sh(f"systemctl show -P ActiveEnterTimestampMonotonic {name}")
         report(note=f"{name} was up {int(since) / 1e6:.1f} s after power-on")
     status = json.loads(sh("portward status --json"))
+    row("verdicts in bridges, too", status["bridged"], good=status["bridged"])
     row("queue by nft's own statement", status["queue_path"], good="nft" in status["queue_path"])
     for segment in ALLOWED:
         row(f"the allowed tenant of {segment} connects", _connects(segment), good=_connects(segment) is not None)
@@ -87,6 +93,7 @@ def _first() -> None:
     _devices()
     _beside_nftables()
     _translated()
+    instances.begin()
     _breaks()
     _nothing_came_out("in this boot")
     report(stage="the store becomes unreachable, and the machine boots again")
@@ -163,10 +170,10 @@ def _beside_nftables() -> None:
     """Debian's nftables.service, whose file begins with `flush ruleset`, starts and stops while a blocked tenant
     sends without a pause."""
     report(stage="nftables.service")
-    flood = _daemon("blue", "sender", "vni1002", "0")
+    floods = [_daemon("blue", "sender", "vni1002", "0"), _daemon("mint", "sender", "tap2", "0.02")]
     for word in ("start", "reload", "restart", "stop"):
         sh(f"systemctl {word} nftables")
-        until(lambda: _ours() == ["portward"], "the agent's ruleset", seconds=60)
+        until(lambda: _ours() == _ENFORCES, "the agent's ruleset", seconds=60)
     row("the agent has its ruleset back after each of start, reload, restart and stop", "", good=True)
     sh("systemctl stop portward")
     for word in ("start", "reload", "restart"):
@@ -174,14 +181,15 @@ def _beside_nftables() -> None:
         until(_baseline_is_done, "the baseline's ruleset", seconds=60)
     row("the baseline too, where no agent runs", "", good=True)
     sh("systemctl stop nftables")
-    row("… and a stop leaves port 25 closed", _ours(), good=_ours() == ["portward_closed"])
+    row("… and a stop leaves port 25 closed", _ours(), good=_ours() == _CLOSED)
     sh("systemctl start portward")
     _wait_active()
-    row("… until the agent starts", _ours(), good=_ours() == ["portward"])
-    flood.kill()
+    row("… until the agent starts", _ours(), good=_ours() == _ENFORCES)
+    for flood in floods:
+        flood.kill()
     _nothing_came_out("while nftables.service came and went")
     sh("systemctl enable --now nftables")  # so each later shutdown flushes the rules
-    until(lambda: _ours() == ["portward"], "the agent's ruleset", seconds=60)
+    until(lambda: _ours() == _ENFORCES, "the agent's ruleset", seconds=60)
 
 
 def _translated() -> None:
@@ -201,14 +209,14 @@ def _translated() -> None:
 def _baseline_is_done() -> bool:
     # systemd does not pass a reload on to a unit that is still starting, and then the port would stay closed. So
     # wait until the unit is active, too.
-    return _ours() == ["portward"] and sh("systemctl is-active portward-baseline", check=False) == "active"
+    return _ours() == _ENFORCES and sh("systemctl is-active portward-baseline", check=False) == "active"
 
 
 def _ours() -> list[str]:
     """portward's tables in the kernel, without the one that is only the lock of a running agent and has no
     rules."""
-    tables = [line.split()[-1] for line in sh("nft list tables").splitlines()]
-    return [name for name in tables if "portward" in name and name != "portward_lock"]
+    tables = [line.removeprefix("table ") for line in sh("nft list tables").splitlines()]
+    return sorted(name for name in tables if "portward" in name and not name.endswith("portward_lock"))
 
 
 def _forgets_after(seconds: int) -> float:
@@ -231,6 +239,7 @@ def _breaks() -> None:
         with _measured("upgrade of the package"):
             report(note=sh("dpkg -i /run/payload/new.deb"))
             _version(sh("dpkg-deb -f /run/payload/new.deb Version"))
+        instances.upgraded(sh("dpkg-deb -f /run/payload/new.deb Version"))
         with _measured("downgrade of the package"):
             sh("dpkg -i /run/payload/old.deb")
             _version(sh("dpkg-deb -f /run/payload/old.deb Version"))
@@ -281,13 +290,15 @@ def _broken() -> None:
     _nothing_came_out("from power-on")
     failed = sh("systemctl is-active portward-baseline", check=False)
     row("portward-baseline failed, and stays so", failed, good=failed == "failed")
-    row("what is loaded", _ours(), good=_ours() == ["portward_closed"])
+    row("what is loaded", _ours(), good=_ours() == _CLOSED)
     row("who may send cannot either", _connects("vni1001"), good=_connects("vni1001") is None)
     configure()
     _wait_active()
-    row("mended: the agent starts by itself", _ours(), good=_ours() == ["portward"])
+    row("mended: the agent starts by itself", _ours(), good=_ours() == _ENFORCES)
     row("… and who may send can", _connects("vni1001"), good=_connects("vni1001") is not None)
     _without_python()
+    instances.waits()
+    instances.appears()
     _demo()
     _nothing_came_out("until the package is removed")
     _removal()
@@ -300,7 +311,8 @@ def _without_python() -> None:
     sh("unshare -m sh -c 'mount --bind /bin/false /usr/lib/portward/bin/portward; "
        "ip netns exec bare /usr/lib/portward/baseline'", check=False)  # fmt: skip
     tables = sh("ip netns exec bare nft list tables")
-    row("where portward's own program fails, nft alone closes", tables, good="portward_closed" in tables)
+    good = all(f"{family} portward_closed" in tables for family in ("inet", "bridge"))
+    row("where portward's own program fails, nft alone closes", tables, good=good)
 
 
 def _removal() -> None:
@@ -312,6 +324,7 @@ def _removal() -> None:
     report(leaks=True)
     said = sh("dpkg -P portward")
     row("purge says that it stops enforcing", "", good="STOPS ENFORCING" in said)
+    row("… also in the namespace", "", good=f"is removed in namespace {instances.NAME}" in said)
     until(lambda: watcher.read()["leaked"] > 5, "packets come out")
     left = [path for path in ("/var/lib/portward", "/var/cache/portward", "/etc/portward") if Path(path).exists()]
     tables = sh("nft list tables")
@@ -323,8 +336,9 @@ def _removal() -> None:
 
 def _nothing_came_out(when: str) -> None:
     seen = watcher.newer()
-    numbers = f"{seen['leaked']:.0f}, of other ports {seen['others']:.0f}, missed {seen['missed']:.0f}"
-    good = seen["leaked"] == 0 and seen["others"] > 0 and seen["missed"] == 0
+    numbers = f"{seen['leaked']:.0f}, of other ports {seen['others']:.0f} ({seen['bridged']:.0f} bridged)"
+    numbers += f", missed {seen['missed']:.0f}"
+    good = seen["leaked"] == 0 and seen["others"] > seen["bridged"] > 0 and seen["missed"] == 0
     row(f"blocked tenants' packets to port 25 on the uplink, {when}", numbers, good=good)
 
 

@@ -18,7 +18,8 @@ ENOUGH = RUN / "enough"
 
 def main() -> None:
     """Sends the mail; prints the server's last reply code and the bytes that were sent."""
-    session = smtplib.SMTP(MAIL4, SMTP_PORT, timeout=60, source_address=(SEGMENTS[sys.argv[1]][3], 0))
+    source = (SEGMENTS[sys.argv[1]][3], 0)
+    session = smtplib.SMTP(MAIL4, SMTP_PORT, "tenant.example", timeout=60, source_address=source)
     session.ehlo()
     session.mail("sender@tenant.example")
     session.rcpt("rcpt@mail.example")

@@ -4,6 +4,8 @@
     host1, host2 ─ red, blue: VXLAN, segments vni1001 (allowed) and vni1002 (blocked)
     trunk0 ─────── grey: VLANs, segments vlan101 (allowed) and vlan102 (blocked)
     cust1, cust2 ─ lime, teal: ports of a VRF, segments cust1 (allowed) and cust2 (blocked)
+    tap1, tap2 ─── pink, mint: ports of the bridge br0, segments tap1 (allowed) and tap2 (blocked)
+    up1 ────────── net: the other port of br0. The next hop of pink and mint is there, not on the gateway.
 
 On the right are network namespaces. The gateway is the machine itself; systemd-networkd brings its ends of the
 links up, as on any host. The tenants' ends are up before that. So their packets reach the uplink as soon as the
@@ -29,15 +31,20 @@ SEGMENTS = {
     "vlan102": ("grey", "vlan102", "10.102.0.1", "10.102.0.4", "10.102.16.0/20"),
     "cust1": ("lime", "eth0", "10.31.0.1", "10.31.0.4", "10.31.16.0/20"),
     "cust2": ("teal", "eth0", "10.32.0.1", "10.32.0.4", "10.32.16.0/20"),
+    "tap1": ("pink", "eth0", "10.41.0.1", "10.41.0.4", "10.41.16.0/20"),
+    "tap2": ("mint", "eth0", "10.42.0.1", "10.42.0.4", "10.42.16.0/20"),
 }
-BLOCKED = ("vni1002", "vlan102", "cust2")
-ALLOWED = ("vni1001", "vlan101", "cust1")
+BRIDGED = ("tap1", "tap2")
+BLOCKED = ("vni1002", "vlan102", "cust2", "tap2")
+ALLOWED = ("vni1001", "vlan101", "cust1", "tap1")
 BLOCKED6 = "2001:db8:1002"
 # Link addresses of the gateway's ends. Senders need them before the gateway answers ARP and neighbour
 # solicitations.
 MACS = {segment: f"02:00:00:00:01:{number:02x}" for number, segment in enumerate(SEGMENTS, 1)}
 # A VLAN has the address of the interface below it.
 MACS["vlan101"] = MACS["vlan102"] = "02:00:00:00:01:0f"
+# Bridged tenants send to the other side of the bridge.
+MACS["tap1"] = MACS["tap2"] = "02:00:00:00:01:1f"
 
 
 def main() -> None:
@@ -50,6 +57,9 @@ def main() -> None:
     _trunk()
     _port("lime", "cust1")
     _port("teal", "cust2")
+    _port("pink", "tap1")
+    _port("mint", "tap2")
+    _beyond_the_bridge()
     for segment, (namespace, interface, gateway, address, prefix) in SEGMENTS.items():
         _home(segment, namespace, interface, gateway, address, prefix)
     _start("net", "watcher")
@@ -123,9 +133,21 @@ def _trunk() -> None:
         ip("-n", "grey", "link", "set", f"vlan{number}", "up")
 
 
+def _beyond_the_bridge() -> None:
+    ip(
+        "link", "add", "up1", "type", "veth", "peer", "name", "eth1", "address", MACS["tap1"], "netns", "net",
+    )  # fmt: skip
+    ip("-n", "net", "link", "set", "eth1", "up")
+    for name in BRIDGED:
+        _, _, gateway, address, prefix = SEGMENTS[name]
+        ip("-n", "net", "addr", "add", f"{gateway}/24", "dev", "eth1")
+        ip("-n", "net", "route", "add", prefix, "via", address, "dev", "eth1")
+
+
 def _port(namespace: str, name: str) -> None:
     ip("netns", "add", namespace)
-    ip("link", "add", name, "address", MACS[name], "type", "veth", "peer", "name", "eth0", "netns", namespace)
+    own = [] if name in BRIDGED else ["address", MACS[name]]
+    ip("link", "add", name, *own, "type", "veth", "peer", "name", "eth0", "netns", namespace)
     ip("-n", namespace, "link", "set", "lo", "up")
     ip("-n", namespace, "link", "set", "eth0", "up")
 
@@ -170,7 +192,13 @@ def _networkd() -> None:
         )
     for number in (101, 102):
         files[f"vlan{number}.netdev"] = f"[NetDev]\nName=vlan{number}\nKind=vlan\n[VLAN]\nId={number}\n"
+    files["br0.netdev"] = "[NetDev]\nName=br0\nKind=bridge\n[Bridge]\nSTP=no\nForwardDelaySec=0\n"
+    files["br0.network"] = "[Match]\nName=br0\n[Network]\nLinkLocalAddressing=no\nConfigureWithoutCarrier=yes\n"
+    for name in ("up1", *BRIDGED):
+        files[f"{name}.network"] = f"[Match]\nName={name}\n[Network]\nBridge=br0\n"
     for segment, (_, _, gateway, address, prefix) in SEGMENTS.items():
+        if segment in BRIDGED:
+            continue
         in_vrf = segment.startswith("cust")
         text = f"[Match]\nName={segment}\n[Network]\nAddress={gateway}/24\nIPv6AcceptRA=no\n"
         text += "VRF=vrf0\n" if in_vrf else ""

@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from portward.base.instance import command
 from portward.base.interfaces import shown
 from portward.config.documents import network_text
 from portward.exemptions.lifecycle import State
@@ -62,7 +63,7 @@ _STEPS: Final = {
     Step.VIRTUAL_MACHINE: marked("send from a virtual machine"),
     Step.OTHER_SUBSCRIPTION: marked("another kind of subscription"),
     Step.TELL_SUBSCRIPTION: marked("find out whose it is, and add the missing record"),
-    Step.GATEWAY: marked("provider: this gateway drops what the policy allows, see `portward status`"),
+    Step.GATEWAY: marked("provider: this gateway drops what the policy allows, see `{status}`"),
     Step.LOOK: marked(
         "provider: find out what happens to it, with `portward diagnose SEGMENT ADDRESS` on its gateway"
     ),
@@ -90,16 +91,14 @@ _HERE: Final = {
     Handling.OBSERVES: marked("this gateway only observes these segments: their packets pass, whoever sends them"),
     Handling.PART: marked(
         "NOT ALL QUEUES ARE ANSWERED on this gateway: it follows the policy, but some connections are dropped, "
-        "allowed or not: see `portward status`"
+        "allowed or not: see `{status}`"
     ),
     Handling.UNWATCHED: marked(
         "NOT KNOWN: no agent reports on this gateway; its workers, if they answer, follow the policy table as "
-        "it was left: see `portward status`"
+        "it was left: see `{status}`"
     ),
-    Handling.OPEN: marked("NOTHING IS ENFORCED on this gateway, every source may send: see `portward status`"),
-    Handling.CLOSED: marked(
-        "this gateway forwards nothing to these ports, whoever sends it: see `portward rules show`"
-    ),
+    Handling.OPEN: marked("NOTHING IS ENFORCED on this gateway, every source may send: see `{status}`"),
+    Handling.CLOSED: marked("this gateway forwards nothing to these ports, whoever sends it: see `{rules}`"),
     Handling.UNANSWERED: marked(
         "NO WORKER ANSWERS on this gateway: sources without a cached verdict are dropped, allowed or not"
     ),
@@ -169,6 +168,11 @@ def lines(preset: Preset, made: Diagnosis, say: Language, *, listed: int | None 
     yield from made.customer.splitlines()
 
 
+def _commands() -> dict[str, str]:
+    """The commands that texts name in braces, as they are typed for this agent."""
+    return {"status": command("status"), "rules": command("rules show")}
+
+
 def _ordered(facts: Facts) -> Facts:
     first = facts.machines[0] if facts.asked and facts.machines else None
     return msgspec.structs.replace(facts, machines=in_order(facts.machines, first))
@@ -219,7 +223,7 @@ def _now(facts: Facts, say: Language) -> Iterator[str]:
         yield say("not known: no segment in question is an interface of this host now")
     for place, segments in places.items():
         of = f"{', '.join(segments[:_SEGMENTS])}{' …' if len(segments) > _SEGMENTS else ''}: "
-        text = unknown if place is Handling.UNKNOWN else say(_HERE[place])
+        text = unknown if place is Handling.UNKNOWN else say(_HERE[place], **_commands())
         yield f"{of if len(places) > 1 else ''}{text}"
 
 
@@ -382,7 +386,7 @@ def _next(reports: tuple[MatterReport, ...], say: Language) -> Iterator[tuple[st
     first = True
     for matter in reports:
         for way in matter.ways:
-            words = say(" → ").join(say(_STEPS[step]) for step in way)
+            words = say(" → ").join(say(_STEPS[step], **_commands()) for step in way)
             of = f" ({matter.reason.value})" if len(reports) > 1 else ""
             yield say("next step") if first else "", f"{words}{of}"
             first = False

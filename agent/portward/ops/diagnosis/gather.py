@@ -4,13 +4,14 @@ dropped recently; what the agents have counted; what happens on this host now.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
 
+from portward.base.instance import command
 from portward.config.documents import brief
 from portward.config.keys import Config
 from portward.daemon.runtime import in_another_network
@@ -25,6 +26,8 @@ from portward.ops.diagnosis.answer import Diagnosis, diagnosis
 from portward.ops.diagnosis.facts import Asked, Facts, FactSource, Kernel, Machine
 from portward.ops.diagnosis.host_view import HostView
 from portward.ops.effect import Handling, Policy
+from portward.ops.segment_interfaces import in_a_group
+from portward.ops.sources import Named
 from portward.policy.decide import decide
 from portward.policy.preset import Preset
 from portward.store.lookup import SubscriptionRecords, uuid_of
@@ -43,15 +46,28 @@ def diagnose(path: Path, who: str, address: str | None, say: Language) -> tuple[
     segment `who`; and the preset in force. Raises InputError for an invalid address or segment, PortwardError if
     no subscription is found, or several have the name."""
     config, preset, remarks = settings(path)
-    source = None if address is None else sources.source(config, path, who, address)
+    named = None if address is None else sources.source(config, path, who, address)
+    sight = HostView(config)
     with closing(accounts(config, preset)) as place:
-        facts = _of_account(config, preset, place, who) if source is None else (
-            _of_source(config, preset, place, who, source)
-        )  # fmt: skip
+        facts = (
+            _of_account(config, preset, place, sight, who)
+            if named is None
+            else _of_source(config, preset, place, sight, named)
+        )
     # After `place` is closed, because a process can have the table open only once, and `_seen` opens it.
-    facts = _seen(config, facts, source)
+    facts = _seen(config, sight, facts, None if named is None else named.address)
+    remarks = (*remarks, *_of_groups(config, named, facts))
     behind = (host.not_taken_in(facts.behind),) if facts.behind else ()
     return preset, replace(diagnosis(preset, facts, say), remarks=(*remarks, *behind))
+
+
+def _of_groups(config: Config, named: Named | None, facts: Facts) -> Iterator[str]:
+    """The remarks on interfaces of groups that stand in the place of their group."""
+    if named is not None and (remark := named.remark()):
+        yield remark
+    for segment in dict.fromkeys(machine.segment for machine in facts.machines):
+        if line := in_a_group(config, segment):
+            yield f"{line}; its attachments do nothing on this gateway"
 
 
 def machines_of(
@@ -81,25 +97,32 @@ def machines_of(
     return tuple(found)
 
 
-def _of_account(config: Config, preset: Preset, place: Accounts, who: str) -> Facts:
+def _of_account(config: Config, preset: Preset, place: Accounts, sight: HostView, who: str) -> Facts:
     held = _the_one(config, place, who)
-    return _facts(config, preset, place, held)
+    return _facts(config, preset, place, sight, held)
 
 
-def _of_source(config: Config, preset: Preset, place: Accounts, segment: str, address: Address) -> Facts:
+def _of_source(config: Config, preset: Preset, place: Accounts, sight: HostView, named: Named) -> Facts:
+    segment, address = named.segment, named.address
     asked = Asked(segment, str(address))
     matched = place.matched(segment, address)
     if matched is not None:
         held = place.found(str(matched.subscription))
         if held:
-            return replace(_facts(config, preset, place, held[0], matched), asked=asked)
+            return replace(_facts(config, preset, place, sight, held[0], matched), asked=asked)
     away = in_another_network(config.table) is not None
-    drops, answer = (None, Kernel.AWAY) if away else recent_drops.of_unknown_subscription(segment, address)
+    indexes = sight.indexes(segment)
+    drops, answer = (None, Kernel.AWAY) if away else recent_drops.of_unknown_subscription(indexes, address)
     return replace(_bare(config, preset, place), asked=asked, nobody=drops, kernel=answer)
 
 
 def _facts(
-    config: Config, preset: Preset, place: Accounts, held: SubscriptionRecords, matched: Matched | None = None
+    config: Config,
+    preset: Preset,
+    place: Accounts,
+    sight: HostView,
+    held: SubscriptionRecords,
+    matched: Matched | None = None,
 ) -> Facts:
     machines = machines_of(config, preset, place, held, matched)
 
@@ -108,7 +131,9 @@ def _facts(
         return None if found is None else found.prefix
 
     away = in_another_network(config.table) is not None
-    machines, answer = (machines, Kernel.AWAY) if away else recent_drops.with_drops(machines, owner)
+    machines, answer = (
+        (machines, Kernel.AWAY) if away else (recent_drops.with_drops(machines, owner, sight.indexes))
+    )
     metrics, since_start = agent_counts.since_start(config, held.id)
     return replace(
         _bare(config, preset, place),
@@ -122,9 +147,8 @@ def _facts(
     )
 
 
-def _seen(config: Config, facts: Facts, source: Address | None) -> Facts:
+def _seen(config: Config, sight: HostView, facts: Facts, source: Address | None) -> Facts:
     """The facts with what happens on this host now to each machine, or to a source of an unknown subscription."""
-    sight = HostView(config)
     segments = [machine.segment for machine in facts.machines]
     if facts.asked is not None and source is not None and not segments:
         segments, observed = [facts.asked.segment], config.observes(facts.asked.segment)
@@ -171,7 +195,7 @@ def _the_one(config: Config, place: Accounts, who: str) -> SubscriptionRecords:
     if found:
         raise PortwardError(
             f"{brief(who)} is the name of {len(found)} subscriptions: {_candidates(found)}; "
-            "say which one: `portward diagnose UUID`"
+            f"say which one: `{command('diagnose UUID')}`"
         )
     what = "with this id" if uuid_of(who) else "with exactly this name"
     raise PortwardError(

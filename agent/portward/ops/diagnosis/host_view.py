@@ -9,7 +9,6 @@ from msgspec.structs import replace
 
 from portward.config.keys import Config
 from portward.dataplane import stacking
-from portward.dataplane.rtnetlink import index_of
 from portward.errors import PortwardError
 from portward.model import Address
 from portward.ops import effect, host
@@ -17,14 +16,16 @@ from portward.ops.diagnosis.facts import Machine
 from portward.ops.diagnosis.outcome import Blocking, outcome
 from portward.ops.effect import Handling, Now, Policy
 from portward.ops.host_state import CachedState, Host, Ruleset
+from portward.ops.segment_interfaces import behind, devices
 
 
 class HostView:
     """The state of this host, read once for each segment."""
 
     def __init__(self, config: Config) -> None:
-        self._config, self._devices = config, host.devices()
+        self._config, self._devices, self._bridged = config, devices(), host.bridged()
         self._at = cache(self._at_segment)
+        self._behind = cache(lambda segment: behind(config, segment, self._devices))
 
     def elsewhere(self, segments: Iterable[str]) -> str:
         """The process that enforces here instead of an agent on this table, or another reason why it is unknown
@@ -33,12 +34,13 @@ class HostView:
 
     def stacked(self, segments: Iterable[str]) -> tuple[str, ...]:
         """A sentence for each device that takes packets of these segments before portward sees them."""
-        return tuple(stacking.concerning(self._devices, self._config, set(segments)))
+        names = {name for segment in segments for name in self._behind(segment)}
+        return tuple(stacking.concerning(self._devices, self._config, names, bridged=self._bridged))
 
     def places(self, segments: Iterable[str]) -> dict[str, Handling]:
         """For each of these segments that is an interface here: how its sources without a cached verdict are
         handled."""
-        present = sorted(segment for segment in set(segments) if index_of(segment))
+        present = sorted(segment for segment in set(segments) if self._behind(segment))
         return {segment: effect.handling(self._at(segment)) for segment in present}
 
     def met(self, machine: Machine, *, limited: bool, source: Address | None = None) -> Machine:
@@ -53,7 +55,7 @@ class HostView:
     def source(self, segment: str, address: Address | None, policy: Policy) -> tuple[Now, Blocking]:
         """The effect on a source. The address None stands for all sources of a prefix."""
         state = self._at(segment)
-        if index_of(segment) is None and not state.elsewhere:
+        if not self._behind(segment) and not state.elsewhere:
             # This host gets no packets of this source.
             return effect.now(Host(), None, policy), Blocking.UNKNOWN
         try:
@@ -63,16 +65,21 @@ class HostView:
         how = effect.handling(state)
         left = None
         if how is Handling.UNWATCHED and address is not None:
-            left = host.left(self._config, segment, address)
+            left = host.left(self._config, self._behind(segment), address)
         made = effect.now(state, cached, policy, left)
         passes = policy.verdict == "allow" or policy.observed
         return made, outcome(how, made, passes=passes, prefix=address is None, opens=state.opens)
 
     def _at_segment(self, segment: str) -> Host:
-        return host.at_segment(host.look(self._config, [segment]), self._devices, self._config, segment)
+        seen = host.look(self._config, [segment])
+        return host.at_interfaces(seen, self._devices, self._config, self._behind(segment))
 
-    @staticmethod
-    def _cached(segment: str, address: Address | None) -> CachedState | None:
+    def indexes(self, segment: str) -> tuple[int, ...]:
+        """The indexes of the interfaces that are behind a segment here now."""
+        return tuple(self._behind(segment).values())
+
+    def _cached(self, segment: str, address: Address | None) -> CachedState | None:
+        interfaces = self._behind(segment)
         if address is None:
-            return None if index_of(segment) is None else CachedState()
-        return host.cached(segment, address)
+            return CachedState() if interfaces else None
+        return host.cached(interfaces, address)

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Final
 
 from portward.base.addresses import is_address
+from portward.base.instance import command
 from portward.base.interfaces import shown
 from portward.config.documents import brief
 from portward.config.keys import Config
@@ -22,24 +23,29 @@ _LIKE_ID: Final = re.compile(r"(?=(?:.*[0-9]){3})[0-9A-Fa-f]{8}[0-9A-Fa-f-]{4,40
 _MAX_COMPARED: Final = 20_000
 # Names whose lengths differ by more cannot be similar enough.
 _MAX_LENGTH_DIFFERENCE: Final = 3
-_ALL: Final = "`portward diagnose SEGMENT ADDRESS` finds it by one of its machines, `portward export` lists all"
 
 
 def hint(config: Config, place: Accounts, who: str) -> str:
     """A sentence on what to type next."""
     if is_address(who):
-        return f"this is an address: `portward diagnose SEGMENT {who}` asks about a source"
-    segment = config.segment(who)
-    if segment and index_of(who) is not None:
-        return f"this is a segment: `portward diagnose {shown(who)} ADDRESS` asks about a source in it"
+        return f"this is an address: `{command(f'diagnose SEGMENT {who}')}` asks about a source"
+    segment = config.group_named(who) is not None or config.segment(who)
+    if segment and (config.group_named(who) is not None or index_of(who) is not None):
+        return f"this is a segment: `{command(f'diagnose {shown(who)} ADDRESS')}` asks about a source in it"
     if _LIKE_ID.fullmatch(who) and uuid_of(who) is None:
         digits = len(who.replace("-", ""))
-        return f"this looks like an id, of which all {_HEX_DIGITS} digits are needed (it has {digits}); {_ALL}"
+        return f"this looks like an id, of which all {_HEX_DIGITS} digits are needed (it has {digits}); {_all()}"
     if near := _nearest(place, who):
-        return f"did you mean {brief(near)}? {_ALL}"
+        return f"did you mean {brief(near)}? {_all()}"
     if segment:
-        return f"if it is a segment, ADDRESS is missing: `portward diagnose {shown(who)} ADDRESS`; {_ALL}"
-    return _ALL
+        return f"if it is a segment, ADDRESS is missing: `{command(f'diagnose {shown(who)} ADDRESS')}`; {_all()}"
+    return _all()
+
+
+def _all() -> str:
+    """The end of a hint: the ways to find any subscription."""
+    by_machine, listed = command("diagnose SEGMENT ADDRESS"), command("export")
+    return f"`{by_machine}` finds it by one of its machines, `{listed}` lists all"
 
 
 def _nearest(place: Accounts, who: str) -> str:

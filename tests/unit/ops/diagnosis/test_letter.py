@@ -372,7 +372,8 @@ def test_an_allowed_customer_hears_that_the_gateway_drops(say: Language, host: H
     assert say("packets that are dropped in spite of the policy are not counted by source") in _dropped(
         say, host, found
     )
-    assert say("provider: this gateway drops what the policy allows, see `portward status`") in engineer
+    drops = say("provider: this gateway drops what the policy allows, see `{status}`", status="portward status")
+    assert drops in engineer
     assert say("this gateway enforces the policy") not in engineer
     assert say("nothing is blocked: look for the receiving server's answer") not in engineer
     assert say("You need not do anything: please try again later.") not in texts(say, DENIED, host)[1]
