@@ -171,7 +171,9 @@ def upgrades(ground: Ground, rounds: int) -> Iterator[Outcome]:
             ground.recovered()
         # A downgrade replaces rules and sets, but the newer version's counter stays. So look for a set's
         # definition.
-        newer = "gc-interval" in ground.on_gateway("nft", "-t", "list", "table", *str(KernelTable.INET).split()).stdout
+        newer = (
+            "gc-interval" in ground.on_gateway("nft", "-t", "list", "table", *str(KernelTable.INET).split()).stdout
+        )
         assert newer == (not number % 2), "another ruleset is loaded than was put in place"
 
     for number in range(2 if rounds == 1 else 10 * rounds):
