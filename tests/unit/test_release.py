@@ -67,9 +67,10 @@ def test_only_what_has_changed_is_new_for_make(checkout: Path, tmp_path: Path) -
 
 def version(of: str, name: str) -> str:
     """A variable of the Makefile for a release."""
-    words = ["make", "--no-print-directory", "-C", ROOT, "-f", "-", f"RELEASE={of}", "shown"]
+    words = ["make", "--no-print-directory", "-C", str(ROOT), "-f", "-", f"RELEASE={of}", "shown"]
     text = f"include Makefile\nshown:\n\t@echo $({name})\n"
-    return subprocess.run(words, input=text, capture_output=True, text=True, check=True).stdout.strip()
+    shown = subprocess.run(words, input=text, capture_output=True, text=True, check=True)
+    return shown.stdout.strip()
 
 
 def newer(one: str, other: str) -> bool:

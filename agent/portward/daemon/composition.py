@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from portward.base import clock, descriptors
 from portward.base.interfaces import matches
@@ -208,7 +208,8 @@ class Daemon:
         """Waits for `work` or for a signal to stop; True if the signal came first. Raises what `work` raises, and
         PortwardError if the namespace loses its name before `work` is done."""
         working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait({working, stopping, self._namespace_lost}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {working, stopping, self._namespace_lost}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if working.done():
             working.result()
@@ -282,7 +283,7 @@ class Daemon:
             )
         ]
         stopping = asyncio.create_task(self._stopping.wait())
-        ends = {stopping, self._namespace_lost, *jobs}
+        ends: set[asyncio.Future[Any]] = {stopping, self._namespace_lost, *jobs}
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -21,10 +21,10 @@ Modules in reading order:
   `reconciler`: loads the ruleset, and finds out if it was changed. `sources`: verdicts and rate limits of single
   sources. `pending`: the changes that are on their way.
 - `elements`: the changes of a transaction (pure). `verdict_cache`, `prefixes`, `gate`, `rate_limits`,
-  `interface_sets`: cached verdicts, rate limits, what is known of interfaces (pure). `reach`: which of these a change
-  of the policy table reaches (pure).
+  `interface_sets`: cached verdicts, rate limits, what is known of interfaces (pure). `reach`: which of these a
+  change of the policy table reaches (pure).
 - `accounting`: packets by segment, subscription and verdict (pure). `deletions`: what deleted elements had
-counted.
+  counted.
 - `links`, `tunnels`, `stacking`: what stands around the ruleset (pure). `rtnetlink`, `genetlink`,
   `dumpsocket`, `others`, `surroundings`: find it out.
 - `monitor`, `monitor_filter`: notices of changed rulesets. `selfcheck`: differences that were found. `loaded`,

@@ -483,27 +483,25 @@ def test_named_counters_and_misses_over_a_limit_are_summed(two: Two) -> None:
 
 def test_explain_finds_a_verdict_in_either_table(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "NfNetlink", two.kernel.netlink)
-    monkeypatch.setattr(host, "index_of", {"vni1": 3, "vni2": 4}.get)
     address = ip_address("10.0.0.77")
-    assert host.cached("vni1", address) == CachedState()
+    assert host.cached({"vni1": 3}, address) == CachedState()
     two.kernel.learn("allow4", Source(3, address.packed).key, packets=4, table=KEYS[BRIDGE])
-    found = host.cached("vni1", address)
+    found = host.cached({"vni1": 3}, address)
     assert found is not None
     assert (found.verdict, found.packets) == (Class.ALLOW, 4)
     assert host.bridged()
     two.kernel.load("delete table bridge portward")
-    assert host.cached("vni1", address) == CachedState()
+    assert host.cached({"vni1": 3}, address) == CachedState()
     assert not host.bridged()
     two.kernel.load("delete table inet portward")
-    assert host.cached("vni1", address) == CachedState(loaded=False)
+    assert host.cached({"vni1": 3}, address) == CachedState(loaded=False)
 
 
 def test_diagnose_counts_drops_of_both_tables(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recent_drops, "NfNetlink", two.kernel.netlink)
-    monkeypatch.setattr(recent_drops, "_index", {"vni2": 4}.get)
     for number, key in zip((3, 4), KEYS.values(), strict=True):
         two.kernel.learn("deny4", DENIED.key, packets=number, table=key)
-    reading = recent_drops._Reading(recent_drops._loaded(two.kernel.netlink()), lambda *_: None)
+    reading = recent_drops._Reading(recent_drops._loaded(two.kernel.netlink()), lambda *_: None, lambda _: (4,))
     assert reading._of_source(DENIED).refused == 7
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import socket
 import threading
@@ -13,7 +14,6 @@ from typing import Any, cast
 
 import pytest
 
-from portward.lab import mail
 from portward.lab.mail import Fate, OpenSession, Postbox, send
 from portward.lab.topology import CONTOSO, Lab
 
@@ -55,7 +55,7 @@ class Server:
 
     def _text(self, lines: Any) -> None:
         text = "".join(iter(lines.readline, ".\r\n"))
-        self._postbox.write_text(mail.json.dumps({"content": text}) + "\n")
+        self._postbox.write_text(json.dumps({"content": text}) + "\n")
 
     def close(self) -> None:
         """Waits until the session has ended."""

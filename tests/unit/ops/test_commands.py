@@ -14,11 +14,11 @@ from typing import cast
 import pytest
 
 import house
-from portward.base import instance, netns
+from portward.base import instance, netns, ownership
 from portward.cli import status_text
 from portward.config.keys import Config
 from portward.daemon import settings
-from portward.dataplane import reconciler
+from portward.dataplane import namespacelock, reconciler
 from portward.ops import check, effect, explanation, host, rules
 from portward.ops.behind import Behind
 from portward.ops.diagnosis import suggestion
@@ -81,7 +81,7 @@ def test_no_message_writes_such_a_command_itself() -> None:
 
 def _without_agent(patch: pytest.MonkeyPatch) -> str:
     patch.setattr(rules, "NfNetlink", lambda: None)
-    patch.setattr(rules.namespacelock, "holder", lambda _: None)
+    patch.setattr(namespacelock, "holder", lambda _: None)
     patch.setattr(reconciler, "closed", lambda _: True)
     return rules.without_agent(CONFIG)
 
@@ -124,7 +124,7 @@ class Nameless:
 
 
 def _others_open(patch: pytest.MonkeyPatch) -> str:
-    patch.setattr(check.ownership, "look", lambda _: Found())
+    patch.setattr(ownership, "look", lambda _: Found())
     return "\n".join(check._ownership(Path("/nowhere")))
 
 
