@@ -9,7 +9,7 @@ PACKAGES := nftables iptables iproute2 procps libnetfilter-queue-dev libnfnetlin
             python3 python3-dev python3-venv build-essential netcat-openbsd conntrack netsniff-ng groff-base locales
 
 # The release of Debian that this machine runs, and the one that a package and a virtual machine are of: bookworm or
-# trixie. What is of another release is built in a root folder of that release (package/release.py).
+# trixie. The package of another release is built in a root folder of that release (package/release.py).
 HOST    := $(shell . /etc/os-release && echo $$VERSION_CODENAME)
 RELEASE := $(HOST)
 

@@ -1,5 +1,5 @@
 """Frames through a gateway that bridges: with a VLAN tag, of other kinds than IP packets, and while portward's
-table changes. What a bridge and a router have in common is tested by the modules with a fixture `lab_kind`."""
+table changes. The modules with a fixture `lab_kind` test the behaviour that a bridge and a router share."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _PACKAGES: Final = (
     "systemd-sysv", "udev", "kmod", "netbase", "linux-image-cloud-amd64",
     # The packages that portward depends on or recommends. The machine has no network to install them from.
     "python3", "nftables", "libnetfilter-queue1", "iproute2", "procps", "init-system-helpers",
-    # What kernel tests use (suite.py).
+    # For the kernel tests (suite.py).
     "conntrack", "ebtables", "iptables",
 )  # fmt: skip
 _DISK_BYTES: Final = 3 << 30

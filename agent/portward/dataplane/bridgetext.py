@@ -12,7 +12,7 @@ from typing import Final
 
 from portward.dataplane.names import KernelTable
 
-# What is exchanged, and in how many places. First the words of the family; then, if frames without an IP packet
+# Texts that are exchanged, and in how many places. First the words of the family; then, if frames without an IP packet
 # are dropped, the way of IPv6 packets whose header chain may be cut off.
 _WORDS: Final = (
     (r"\binet portward\b", str(KernelTable.BRIDGE), range(1, 10_000)),

@@ -60,7 +60,7 @@ _RECEIVE_BYTES: Final = 1 << 17
 
 
 class _Shared:
-    """What all that use one socket must know of it: the number of the last message sent, the size of the receive
+    """The state that all users of one socket share: the number of the last message sent, the size of the receive
     buffer in bytes, and how many bytes of a transaction fit into the send buffer."""
 
     def __init__(self, *, sequence: int = 0, receive_buffer: int = 1 << 20, max_sent: int = 100_000) -> None:

@@ -6,7 +6,7 @@
 
 The gateway has one bridge with VLAN filtering and no address. Each segment is a port, whose frames get a VLAN of
 their own when they come in, because the tenants' addresses overlap. The uplink, `up0`, is a port of the same
-bridge and carries all of them tagged. What the gateway of `Lab` does beyond that is done by the router: it has an
+bridge and carries all of them tagged. The router does all else that the gateway of `Lab` does: it has an
 interface with the segment's name for each VLAN.
 """
 

@@ -64,7 +64,7 @@ class Trick(NamedTuple):
     bridged: str = ""
 
     def stopped_by(self, *, bridged: bool, conntrack: bool) -> str:
-        """What must stop its packets on such a gateway."""
+        """The counters or rules that must stop its packets on such a gateway."""
         if bridged:
             return self.bridged or self.reason
         return self.tracked if conntrack and self.tracked else self.reason

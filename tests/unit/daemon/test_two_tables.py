@@ -335,7 +335,7 @@ def revoked(two: Two) -> None:
 
 
 def exchanged(two: Two) -> None:
-    """Who could send cannot, and who could not can."""
+    """The two subscriptions change places: one may send no longer, the other may."""
     two.put(subscription(RECORDS[0].id, "pay-as-you-go"), subscription(MAY_NOT, "enterprise-agreement"))
     two.core.intake.sync()
 

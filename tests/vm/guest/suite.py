@@ -20,7 +20,7 @@ from vm.guest.reporting import report
 
 _PAYLOAD = Path("/run/payload")
 _TREE = Path("/root/tree")
-# What the tests' programs load by themselves on a host where root may. Here it saves the wait.
+# Modules that the tests' programs load by themselves on a host where root may. Here it saves the wait.
 _MODULES = "nft_queue nfnetlink_queue br_netfilter 8021q vxlan veth tun bridge sch_ingress nf_conntrack_netlink"
 _NOTE_CHARACTERS = 3_000
 
@@ -55,7 +55,7 @@ def _path() -> str:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Tells the host about each test: its result, and why it failed."""
+    """Reports each test to the host: its result, and why it failed."""
     if report.when == "call" or report.outcome != "passed":
         tell(report)
 
