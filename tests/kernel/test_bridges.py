@@ -228,7 +228,7 @@ def test_verbs_say_what_the_bridges_table_does(gateway: Gateway) -> None:
     status = gateway.agent.portward("status")
     assert "STACKED" not in status.stdout
     assert "OPEN" not in status.stdout
-    assert json.loads(gateway.agent.portward("status", "--json").stdout)["bridged"] is True
+    assert json.loads(gateway.agent.portward("status", "--json").stdout)["bridged"] is True  # once: read now
     checked = gateway.agent.portward("check")
     assert (checked.returncode, checked.stderr) == (0, "")
     shown = gateway.agent.portward("rules", "show").stdout

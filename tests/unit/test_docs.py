@@ -177,7 +177,7 @@ def defined() -> set[str]:
 
 CLASSES = defined()
 # Classes of Python and of libraries that a page names.
-FOREIGN = {"MemoryError", "OverflowError", "NetlinkDumpInterrupted"}
+FOREIGN = {"MemoryError", "NetfilterQueue", "OverflowError", "NetlinkDumpInterrupted"}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_the_configuration_names_every_key() -> None:
     text = block(CONFIGURATION, "toml", "segments =")
     for struct in (Config, Queue, Verdicts, Metrics):
         for name in struct.__struct_fields__:
-            assert re.search(rf"(?m)^\[?{name}\b", text), f"{struct.__name__}.{name} is not on the page"
+            assert re.search(rf"(?m)^#?\[*{name}\b", text), f"{struct.__name__}.{name} is not on the page"
 
 
 def test_the_configuration_of_the_readme_is_enough(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Final
 
 from portward.dataplane.names import KernelTable
 
-# Texts that are exchanged, and in how many places. First the words of the family; then, if frames without an IP packet
-# are dropped, the way of IPv6 packets whose header chain may be cut off.
+# Texts that are exchanged, and in how many places. First the words of the family; then, if frames without an IP
+# packet are dropped, the way of IPv6 packets whose header chain may be cut off.
 _WORDS: Final = (
     (r"\binet portward\b", str(KernelTable.BRIDGE), range(1, 10_000)),
     (r"priority raw - 2;", "priority -302;", range(3, 4)),

@@ -52,9 +52,9 @@ class Desired(NamedTuple):
     unsettled: frozenset[int] = frozenset()
 
     def bridged(self) -> Desired:
-        """The desired state of the table `bridge`. Translation by others, and the place to which a device on
-        top of a segment sends packets, are matters of routing. Such a device may be a port, too: it is not a known interface there,
-        so no mail from it passes."""
+        """The desired state of the table `bridge`. Translation by others, and the place to which a device on top
+        of a segment sends packets, are matters of routing. Such a device may be a port, too: it is not a
+        known interface there, so no mail from it passes."""
         around = self.surroundings
         known = around.known - around.stacked
         return self._replace(surroundings=around._replace(stacked=frozenset(), known=known, guard=False))

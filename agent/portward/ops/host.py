@@ -92,8 +92,8 @@ def _stops(state: CachedState) -> bool:
 
 
 def _in_tables(each: list[NfNetlink], source: Source) -> CachedState | None:
-    """The cached verdict or rate limit of a source behind one interface, from both tables; None if there is nothing. Both have
-    something if the interface was taken into a bridge a moment ago, or out of one."""
+    """The cached verdict or rate limit of a source behind one interface, from both tables; None if there is
+    nothing. Both have something if the interface was taken into a bridge a moment ago, or out of one."""
     found = [state for one in each if (state := _cached(one, source)) is not None]
     if not found:
         return None

@@ -64,7 +64,7 @@ class Trick(NamedTuple):
     bridged: str = ""
 
     def stopped_by(self, *, bridged: bool, conntrack: bool) -> str:
-        """The counters or rules that must stop its packets on such a gateway."""
+        """The reason for which such a gateway must stop its packets."""
         if bridged:
             return self.bridged or self.reason
         return self.tracked if conntrack and self.tracked else self.reason

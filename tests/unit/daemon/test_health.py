@@ -93,9 +93,7 @@ class Lab:
         self.answered = {"answered": 0, "answered_stale": 0}
         self.core = SimpleNamespace(
             counting=SimpleNamespace(screen=dict),
-            dataplane=SimpleNamespace(
-                reconciler=SimpleNamespace(loaded_at=0.0), preset=SimpleNamespace(ports=(25,))
-            ),
+            dataplane=SimpleNamespace(loaded_at=0.0, preset=SimpleNamespace(ports=(25,))),
             selfcheck=SelfCheck(),
         )
         self.steps = StepRunner(itertools.count(0.0, 100.0).__next__)  # no step waits after a failure
@@ -198,7 +196,7 @@ def test_a_query_that_a_reloaded_ruleset_may_have_dropped_is_repeated_at_once(
 ) -> None:
     lab = Lab(monkeypatch)
     lab.workers[0].hangs = True
-    lab.core.dataplane.inet.reconciler.loaded_at = math.inf
+    lab.core.dataplane.loaded_at = math.inf
     assert lab.round() == 0.0
     assert (lab.workers[0].kills, lab.differences, lab.notified) == (0, {}, [])
 

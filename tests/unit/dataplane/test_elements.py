@@ -23,6 +23,7 @@ from portward.dataplane.elements import (
     RefusedError,
     messages,
 )
+from portward.dataplane.names import KernelTable
 from portward.dataplane.nfnetlink import KernelElements
 from portward.dataplane.setdump import elements
 
@@ -82,7 +83,7 @@ class Netlink:
     """Takes transactions, or refuses them."""
 
     def __init__(self, refusal: int = 0) -> None:
-        self.refusal, self.taken = refusal, 0
+        self.refusal, self.taken, self.table = refusal, 0, KernelTable.INET
 
     def committing(self) -> AbstractContextManager[None]:
         """Counts nothing."""

@@ -13,7 +13,7 @@ import pytest
 from portward.config.keys import Config, InterfaceGroup
 from portward.dataplane import rtnetlink, stacking
 from portward.dataplane.links import Device
-from portward.dataplane.names import Verdict
+from portward.dataplane.names import KernelTable, Verdict
 from portward.dataplane.setdump import SetElement
 from portward.dataplane.verdict_cache import Element, Source
 from portward.errors import InputError
@@ -95,6 +95,10 @@ class Cache:
 
     def __init__(self, found: dict[str, dict[Source, int]]) -> None:
         self._found = {set_: {source.key: n for source, n in rows.items()} for set_, rows in found.items()}
+
+    def of(self, table: KernelTable) -> Cache:
+        """The kernel's table; no interface is the port of a bridge."""
+        return self if table is KernelTable.INET else Cache({})
 
     def sets(self, _: str) -> bool:
         """The ruleset is loaded."""
@@ -246,11 +250,12 @@ def test_top_has_one_row_for_a_source_of_a_group(monkeypatch: pytest.MonkeyPatch
     ]  # fmt: skip
     found = object.__new__(top_talkers.TopTalkers)
     found._reader, found._before, found._at = cast("Any", Owners()), {}, None
+    found._tables = [cast("Any", None)]
 
-    def current() -> Iterable[Element]:
+    def current(_: object) -> Iterable[Element]:
         return [Element(verdict, one, packets, 30.0) for verdict, one, packets in readings.pop(0)]
 
-    monkeypatch.setattr(found, "_current", current)
+    monkeypatch.setattr(top_talkers, "_current", current)
     found.read(100.0)
     rows = found.read(102.0)
     assert [(row.segment, row.source, row.verdict, row.rate, row.packets) for row in rows] == [
