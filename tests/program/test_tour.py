@@ -57,7 +57,7 @@ def normal(line: str) -> str:
     line = re.sub(r"\b[0-9a-f]{64}\b", "HASH", line)
     line = re.sub(rf"\b({MONTHS})\b", "MONTH", line)
     line = re.sub(r"xtables NFQUEUE|nft queue", "QUEUE", line)
-    line = re.sub(r"\d+(\.\d+)?", "N", line)
+    line = re.sub(r"\d+(\.\d+)?(er\b)?", "N", line)  # French for the first day of a month: 1er
     return " ".join(line.split())
 
 
