@@ -16,7 +16,7 @@ from faults.inject import points as inject
 from kernel.conftest import ALLOWED, DENIED, Gateway, lab_name, running_gateway, source_records
 from kernel.wire import same, seen, segment
 from portward.base.resources import rules
-from portward.dataplane.names import KernelTable
+from portward.dataplane.names import CLOSED, KernelTable
 from portward.dataplane.namespacelock import LOCK_TABLE
 from portward.dataplane.nfnetlink import KernelElements, NfNetlink
 from portward.dataplane.nft import Nft
@@ -46,12 +46,32 @@ def booted(tmp_path: Path) -> Iterator[Gateway]:
             sender.close()
 
 
-def tables(gateway: Gateway) -> list[str]:
-    """portward's tables in the kernel, without the table that is only the lock of a running agent and has no
-    rules."""
+# A bridge forwards frames past the family inet, so a host that cannot have its ruleset is closed in both.
+CLOSED_FOR_ALL = {CLOSED: {"inet", "bridge"}}
+
+
+def families(gateway: Gateway) -> dict[str, set[str]]:
+    """portward's tables in the kernel: name → families. The table that is only the lock of a running agent has no
+    rules and is left out."""
     listed = namespaces.run(gateway.lab.gateway, ["nft", "list", "tables"]).stdout
-    names = [line.split()[-1] for line in listed.splitlines()]
-    return [name for name in names if "portward" in name and name != LOCK_TABLE]
+    found: dict[str, set[str]] = {}
+    for _, family, name in map(str.split, listed.splitlines()):
+        if "portward" in name and name != LOCK_TABLE:
+            found.setdefault(name, set()).add(family)
+    return found
+
+
+def tables(gateway: Gateway) -> list[str]:
+    """The names of `families`."""
+    return sorted(families(gateway))
+
+
+def with_own_files(text: str) -> str:
+    """A script of the package with the checkout's rulesets in the place of the installed ones."""
+    for name in ("closed.nft", "closed-bridge.nft"):
+        assert f"/usr/lib/portward/{name}" in text
+        text = text.replace(f"/usr/lib/portward/{name}", str(rules("nftables", name)))
+    return text
 
 
 def test_no_tenant_sends_until_there_is_an_agent(booted: Gateway) -> None:
@@ -89,7 +109,7 @@ def nftables(booted: Gateway, tmp_path: Path) -> Callable[[str], None]:
     own.write_text("flush ruleset\ntable inet own {\n  chain forward { type filter hook forward priority 0; }\n}")
     text = (Path(__file__).resolve().parents[2] / "systemd/nftables").read_text()
     text = text.replace("/etc/nftables.conf", str(own))
-    script.write_text(text.replace("/usr/lib/portward/closed.nft", str(rules("nftables", "closed.nft"))))
+    script.write_text(with_own_files(text))
 
     def run(word: str) -> None:
         done = namespaces.run(booted.lab.gateway, ["sh", str(script), word])
@@ -143,7 +163,7 @@ def test_a_configuration_that_cannot_be_read_closes_port_25_for_all(booted: Gate
     done = booted.agent.portward("rules", "baseline")
     assert done.returncode == 1
     assert "no packet to port 25 is forwarded" in done.stderr
-    assert tables(booted) == ["portward_closed"]
+    assert families(booted) == CLOSED_FOR_ALL
     for tenant in (CONTOSO, FABRIKAM):
         assert not booted.passes(tenant, "10.0.0.5")
         assert not booted.passes(tenant, tenant.address6, to=MAIL6)
@@ -197,9 +217,10 @@ def test_nftables_service_closes_the_ports_that_the_preset_filters(
         booted.agent.config.write_text(f'segments = 3\npreset = "{preset}"\n')
     booted.agent.portward("rules", "baseline")
     assert tables(booted) == [table]
+    loaded = families(booted)[table]
     for _ in range(2):
         nftables("start")
-        assert tables(booted) == ["portward_closed"]
+        assert families(booted) == {CLOSED: loaded}
         assert closed_ports(booted) == PORTS[preset]
 
 
@@ -216,11 +237,10 @@ def test_nftables_service_closes_the_ports_that_the_preset_filters(
 def test_without_portwards_own_program_the_ports_of_the_preset_are_closed(
     booted: Gateway, tmp_path: Path, line: str, ports: tuple[int, ...]
 ) -> None:
-    script = (Path(__file__).resolve().parents[2] / "systemd/baseline").read_text()
+    script = with_own_files((Path(__file__).resolve().parents[2] / "systemd/baseline").read_text())
     for path, ours in (
         ("timeout 60 /usr/bin/portward", "false"),
         ("/etc/portward/${name:-portward}.toml", str(tmp_path / "portward.toml")),
-        ("/usr/lib/portward/closed.nft", str(rules("nftables", "closed.nft"))),
         ("/usr/lib/portward/lib/python3*/site-packages/portward/rules/policy", str(rules("policy"))),
     ):
         assert path in script
@@ -228,7 +248,7 @@ def test_without_portwards_own_program_the_ports_of_the_preset_are_closed(
     (tmp_path / "portward.toml").write_text(f"segments = 3\n{line}\n")
     done = namespaces.run(booted.lab.gateway, ["sh", "-c", script])
     assert done.returncode == 1
-    assert tables(booted) == ["portward_closed"]
+    assert families(booted) == CLOSED_FOR_ALL
     assert closed_ports(booted) == ports
 
 

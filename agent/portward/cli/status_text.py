@@ -51,8 +51,6 @@ def _summary(status: _Status, age_s: float) -> Iterator[str]:
     )
     yield f"store     {status['store']}{store(status)}"
     yield f"queue     {status['queue_path']}; " + ", ".join(map(_worker, status["workers"]))
-    if not status.get("bridged", True):
-        yield "bridges   this kernel takes no queue in a bridge: no segment may be a port of one"
     cached = ", ".join(f"{n} {name}" for name, n in status["remembered"].items() if n)
     yield f"kernel    caches {cached or 'no verdict'}"
     yield _self_check(status["self_check"], age_s)
